@@ -1,0 +1,144 @@
+"""Peak host memory of loading a 16-bit checkpoint into NF4, in a fresh process.
+
+    python benchmarks/load_memory.py [--layers 6] [--out benchmarks/results/load_memory.json]
+
+Writes a random Llama-shaped checkpoint to a temporary directory, loads it in one fresh process and imports the same
+libraries, without loading, in another. Floor: the packed model itself. Allowed: packed bytes + twice the largest tensor
+of the checkpoint + 300 MB over the process that only imports. The figure is VmHWM, which counts the pages of mapped
+files: a reader that keeps its files mapped would show the whole checkpoint here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ALLOWANCE_BYTES = 300 * 10**6
+SHARD_BYTES = 500 * 10**6
+# Llama-2-7B's layer and Mistral's vocabulary; untied, so that embedding and head are both there in 16 bits.
+SHAPE = {
+    "vocab_size": 32768,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+def write_checkpoint(directory: Path, num_layers: int) -> tuple[int, int, int]:
+    """Random bf16 weights in shards, a tensor at a time; returns (bytes, bytes of the largest tensor, shards)."""
+    import torch
+    from accelerate import init_empty_weights
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(**SHAPE, num_hidden_layers=num_layers, dtype="bfloat16")
+    config.save_pretrained(directory)
+    with init_empty_weights():
+        shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    weight_map: dict[str, str] = {}
+    total = largest = held = count = 0
+    for position, (name, shape) in enumerate(shapes.items(), start=1):
+        shard[name] = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).to(torch.bfloat16)
+        size = shard[name].numel() * 2
+        total, held, largest = total + size, held + size, max(largest, size)
+        if held >= SHARD_BYTES or position == len(shapes):
+            count += 1
+            file = f"model-{count:05d}.safetensors"
+            save_file(shard, directory / file)
+            weight_map |= dict.fromkeys(shard, file)
+            shard, held = {}, 0
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total, largest, count
+
+
+def peak_bytes() -> int:
+    """VmHWM of this process: the largest resident set it ever had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("this system has no VmHWM in /proc/self/status")
+
+
+def measured(directory: Path | None) -> None:
+    """Run in a fresh process: load `directory`, or nothing; prints one JSON line."""
+    import bitsandbytes  # noqa: F401  (imported at the first use by the kernels; the baseline must have it, too)
+    import torch
+
+    from qdora.model.load import load_model
+    from qdora.model.source import resolve
+    from qdora.ops.packed import quantize
+
+    quantize(torch.zeros(64, 64), "nf4")
+    held = 0
+    start = time.perf_counter()
+    if directory is not None:
+        model = load_model(resolve(str(directory)), quant="nf4")
+        tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+        held = sum(t.numel() * t.element_size() for t in tensors.values())
+    print(json.dumps({"peak": peak_bytes(), "held": held, "seconds": time.perf_counter() - start}))
+
+
+def fresh(*arguments: str) -> dict[str, Any]:
+    """Output of this script in a new process."""
+    run = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise RuntimeError(run.stderr)
+    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "load_memory.json")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.measure is not None:
+        measured(Path(settings.measure) if settings.measure else None)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        total, largest, num_shards = write_checkpoint(Path(name), settings.layers)
+        baseline = fresh("--measure", "")
+        loaded = fresh("--measure", name)
+    allowed = loaded["held"] + 2 * largest + ALLOWANCE_BYTES
+    used = loaded["peak"] - baseline["peak"]
+    packages = ("torch", "transformers", "safetensors", "bitsandbytes", "accelerate")
+    result = {
+        "command": f"python benchmarks/load_memory.py --layers {settings.layers}",
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "shape": SHAPE | {"num_hidden_layers": settings.layers},
+        "checkpoint_dtype": "bfloat16",
+        "base": "nf4, block size 64, double quantisation, head and embedding in bfloat16",
+        "num_shards": num_shards,
+        "checkpoint_bytes": total,
+        "packed_model_bytes": loaded["held"],
+        "largest_tensor_bytes": largest,
+        "baseline_peak_bytes": baseline["peak"],
+        "load_peak_bytes": loaded["peak"],
+        "used_bytes": used,
+        "allowed_bytes": allowed,
+        "load_seconds": round(loaded["seconds"], 2),
+        "passes": used <= allowed,
+    }
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The command line: verbs only. Each imports what it needs when it runs, so `qdora --help` stays fast."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qdora.errors import Interrupted, RunFailure, UserError
+
+USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130
+
+_options = {"debug": False}
+
+app = typer.Typer(
+    name="qdora",
+    help="DoRA on a frozen 4-bit base for the price of QLoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", "-d", help="Where the run is written; runs/<name> if left out.")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--tasks", "-t", help="Task of the run's mix or built-in; repeatable.")
+]
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a verb raises into one line and an exit code; --debug lets it through."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (UserError, RunFailure, Interrupted, KeyboardInterrupt, OSError, RuntimeError) as error:
+            if _options["debug"]:
+                raise
+            text, code = explain(error)
+            print(text, file=sys.stderr)
+            raise typer.Exit(code) from None
+
+    return run
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The line (or lines, one per fault) and the exit code of an error."""
+    if isinstance(error, UserError):
+        return str(error), USER_MISTAKE
+    if isinstance(error, Interrupted):
+        return str(error), INTERRUPT
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPT
+    if isinstance(error, RunFailure):
+        return str(error), FAILURE
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]} (qdora --debug shows where)", FAILURE
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.")] = False,
+) -> None:
+    """Options that stand before the verb."""
+    _options["debug"] = debug
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+    )
+    for noisy in ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@app.command()
+@verb
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (see `qdora recipes`) or a YAML file.")],
+    set_: Set = None,
+    run_dir: RunDir = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    json_: Json = False,
+) -> None:
+    """Train an adapter: load the base in 4 bits, train on the mix, evaluate, save."""
+    from qdora.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    directory = run_dir or Path("runs") / Path(recipe).stem
+    from qdora.verbs.train import train_run
+
+    _emit(train_run(loaded, directory, resume=resume), json_)
+
+
+@app.command(name="eval")
+@verb
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run directory, a model directory, a Hub id, or builtin.")],
+    tasks: Tasks = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+    data: Annotated[Path | None, typer.Option(help="Folder of <task>/<split>.parquet for the built-in tasks.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text file whose perplexity is measured; repeatable.")] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
+    like: Annotated[Path | None, typer.Option(help="Use this run's data; show its results beside.")] = None,
+    quant: Annotated[str | None, typer.Option(help="Of a bare model: nf4, fp4 or int8; dense if left out.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Of a run, evaluate the base without the adapter.")] = False,
+    json_: Json = False,
+) -> None:
+    """Score a run, a merged directory or a bare model: accuracy, answer NLL, perplexity."""
+    from qdora.verbs.evaluate import evaluate_target
+
+    result = evaluate_target(
+        target,
+        tasks=tasks,
+        limit=limit,
+        split=split,
+        data=data,
+        texts=text or [],
+        step=step,
+        base_only=base,
+        like=like,
+        quant=quant,
+    )
+    _emit(result, json_)
+
+
+@app.command()
+@verb
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    format_: Annotated[str, typer.Option("--format", help="merged: one dense model; peft: the adapter.")] = "merged",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32, for --format merged.")] = "float16",
+    step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
+    json_: Json = False,
+) -> None:
+    """Write the merged model, reload it plainly and compare it with the running one."""
+    from qdora.verbs.export import export_run
+
+    _emit(export_run(run, out, format_=format_, dtype=dtype, step=step), json_)
+
+
+@app.command()
+@verb
+def validate(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Check a recipe and its files without loading anything; print it resolved."""
+    from qdora.recipe_file import load_recipe, missing_files, resolved_yaml, settings
+
+    loaded = load_recipe(recipe, set_ or [])
+    faults = missing_files(loaded, recipe)
+    if faults:
+        raise UserError(*faults)
+    _emit(settings(loaded), json_, plain=resolved_yaml(loaded))
+
+
+@app.command()
+@verb
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    json_: Json = False,
+) -> None:
+    """List the shipped recipes, or print one as a start for your own."""
+    from qdora.recipe_file import recipe_names, recipe_text
+
+    if name is not None:
+        text = recipe_text(name)
+        _emit({"name": name, "text": text}, json_, plain=text)
+        return
+    lines = {each: _headline(recipe_text(each)) for each in recipe_names()}
+    width = max(map(len, lines))
+    _emit({"recipes": lines}, json_, plain="".join(f"{each:<{width}}  {line}\n" for each, line in lines.items()))
+
+
+@app.command()
+@verb
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from qdora.recipe_file import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+@verb
+def doctor(json_: Json = False) -> None:
+    """Say what this machine has and what is missing."""
+    from qdora.doctor import report, report_text
+
+    found = report()
+    _emit(found, json_, plain=report_text(found))
+
+
+def _headline(text: str) -> str:
+    first = text.splitlines()[0] if text else ""
+    return first.lstrip("# ").strip()
+
+
+def _emit(result: dict[str, Any], as_json: bool, *, plain: str | None = None) -> None:
+    """One JSON document, or the verb's own text; a verb that shows its result while it runs gives no text."""
+    if as_json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    elif plain is not None:
+        sys.stdout.write(plain)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data: tasks, sources, tokenisation, the mix and the loader."""

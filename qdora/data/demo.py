@@ -1,0 +1,224 @@
+"""The built-in demo data: five small multiple-choice task families that need no network.
+
+Everything is made from the authored tables in ``demo_tables/``, written for this project (Apache-2.0 like the rest).
+The families mirror the answer formats of the usual commonsense tasks, at a size that a 135M model learns in minutes:
+
+    demo/facts   yes or no, about a passage of invented facts
+    demo/odd     which of four words does not belong
+    demo/cause   which of two things a "because" refers to; sentences come as twins with opposite answers
+    demo/howto   which of two methods reaches a goal; every method is right for one goal and wrong for its opposite
+    demo/next    which of four steps comes next in an everyday task
+
+Train, validation and test share no prompt, and the words they are built from are disjoint too: people and values
+(facts), words (odd), nouns (cause), methods (howto), whole tasks (next). Chance is 1 / number of choices: gold
+positions are exactly uniform, and where possible each wrong choice is the right one of another example, so neither
+length nor frequency gives an answer away.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from qdora.data.example import Example
+from qdora.errors import UserError, nearest
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+NUM_EXAMPLES: dict[Split, int] = {"train": 400, "validation": 80, "test": 160}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question before the position of its answer is chosen.
+
+    Attributes:
+        prompt: Text before the answer; ``{choices}`` stands for the listed choices.
+        answer: The right choice, without leading space.
+        wrong: The other choices.
+    """
+
+    prompt: str
+    answer: str
+    wrong: tuple[str, ...]
+
+
+def families() -> tuple[str, ...]:
+    """Names of the families, in a fixed order; the task of a family is ``demo/<name>``."""
+    return tuple(_DRAFTS)
+
+
+def examples(family: str, split: Split) -> list[Example]:
+    """The examples of one split of one family: 400 for train, 80 for validation, 160 for test.
+
+    A pure function of the tables: the same list on every machine, Python and hash seed, in a shuffled order that
+    is fixed.
+
+    Args:
+        family: One of :func:`families`, without the ``demo/``.
+        split: "train", "validation" or "test".
+    Returns:
+        Examples with 2 or 4 choices, ``choices[gold] == answer``, each choice starting with its own space.
+    Raises:
+        UserError: If the family or the split does not exist.
+    """
+    faults = []
+    if family not in _DRAFTS:
+        faults.append(f"demo/{family}: no such demo task; there are {', '.join(_DRAFTS)}.{nearest(family, _DRAFTS)}")
+    if split not in SPLITS:
+        faults.append(f"demo/{family}: no split {split!r}; there are {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
+    if faults:
+        raise UserError(*faults)
+    return list(_examples(family, split))
+
+
+@cache
+def _examples(family: str, split: Split) -> tuple[Example, ...]:
+    # An integer seed per list, from the order of _DRAFTS: a new family goes to the end, or every example changes.
+    rng = random.Random(100 * list(_DRAFTS).index(family) + SPLITS.index(split))
+    drafts: dict[str, Draft] = {}
+    for draft in _DRAFTS[family](split, rng):
+        drafts.setdefault(_prompt(draft, sorted((draft.answer, *draft.wrong))), draft)
+        if len(drafts) == NUM_EXAMPLES[split]:
+            break
+    assert len(drafts) == NUM_EXAMPLES[split], f"the tables of demo/{family} are too small for {split}"
+    made = []
+    for number, draft in enumerate(drafts.values()):
+        choices = _shuffled(draft.wrong, rng)
+        # Counting through the positions makes them exactly uniform; "no, yes" keeps its order.
+        gold = int(draft.answer == "yes") if draft.answer in ("no", "yes") else number % (len(choices) + 1)
+        choices.insert(gold, draft.answer)
+        made.append((_prompt(draft, choices), tuple(" " + choice for choice in choices), gold))
+    return tuple(
+        Example(
+            task=f"demo/{family}",
+            id=f"{family}-{split}-{number:03d}",
+            prompt=prompt,
+            answer=choices[gold],
+            choices=choices,
+            gold=gold,
+        )
+        for number, (prompt, choices, gold) in enumerate(_shuffled(made, rng))
+    )
+
+
+def _facts(split: Split, rng: random.Random) -> Iterator[Draft]:
+    """Three people, one relation. Each passage is asked twice: once yes, once no; half of the "no" values are not
+    in the passage at all, so finding the word earns a part of the score and finding its owner the rest.
+    """
+    table = _table("facts")
+    people = _part(table["people"], split, (12, 5, 7))
+    for number in itertools.count():
+        relation = _shuffled(table["relations"], rng)[0]
+        names = _shuffled(people, rng)[:3]
+        values = _shuffled(_part(relation["values"], split, (6, 4, 4)), rng)[:4]
+        told = [f"the {name} {relation['told']} {value}" for name, value in zip(names, values, strict=False)]
+        passage = f"T{told[0][1:]}, {told[1]} and {told[2]}."
+        asked, other = _shuffled(range(3), rng)[:2]
+        for answer, value in (("yes", values[asked]), ("no", values[other if number % 2 else 3])):
+            question = f"Does the {names[asked]} {relation['asked']} {value}?"
+            yield Draft(f"{passage}\nQuestion: {question}\nAnswer:", answer, ("no" if answer == "yes" else "yes",))
+
+
+def _odd(split: Split, rng: random.Random) -> Iterator[Draft]:
+    """Three words of one kind and one of another."""
+    kinds = [_part(words, split, (8, 4, 4)) for words in _table("odd").values()]
+    while True:
+        many, single = _shuffled(kinds, rng)[:2]
+        prompt = "Which one does not belong: {choices}?\nAnswer:"
+        yield Draft(prompt, _shuffled(single, rng)[0], tuple(_shuffled(many, rng)[:3]))
+
+
+def _cause(split: Split, rng: random.Random) -> Iterator[Draft]:
+    """Twins: the same sentence with one word changed, so that it refers to the other noun."""
+    table = _table("cause")
+    pools = {name: _part(words, split, (6, 2, 4)) for name, words in table["pools"].items()}
+    twins = [
+        (sentence, first, second, a, b)
+        for sentence in table["sentences"]
+        for first, second in itertools.product(sentence["first"], sentence["second"])
+        for a, b in itertools.product(pools[sentence["a"]], pools[sentence["b"]])
+        if a != b
+    ]
+    for sentence, first, second, a, b in _shuffled(twins, rng):
+        asked = "Who was" if sentence["a"] == "person" else "What was"
+        if sentence["text"].endswith(" too"):
+            asked += " too"
+        for word, answer, wrong in ((first, a, b), (second, b, a)):
+            told = sentence["text"].format(a=a, b=b)
+            yield Draft(f"{told} {word}.\nQuestion: {asked} {word}?\nAnswer:", f"the {answer}", (f"the {wrong}",))
+
+
+def _howto(split: Split, rng: random.Random) -> Iterator[Draft]:
+    """Goals with two listed methods. The wrong one serves the opposite goal or, in every second pair of examples,
+    some goal of another row, which is easier to tell.
+    """
+    rows = [([_part(side, split, (3, 1, 2)) for side in row["methods"]], row["goals"]) for row in _table("howto")]
+    twins = [
+        (row, goals, methods)
+        for row, (sides, row_goals) in enumerate(rows)
+        for goals in zip(*row_goals, strict=True)
+        for methods in itertools.product(*sides)
+    ]
+    for number, (row, goals, methods) in enumerate(_shuffled(twins, rng)):
+        stranger = _shuffled([index for index in range(len(rows)) if index != row], rng)[0]
+        wrong = _shuffled(itertools.product(*rows[stranger][0]), rng)[0] if number % 2 else methods[::-1]
+        for side in (0, 1):
+            prompt = f"Goal: {goals[side]}\nWhich helps: {{choices}}?\nAnswer:"
+            yield Draft(prompt, methods[side], (wrong[side],))
+
+
+def _next(split: Split, rng: random.Random) -> Iterator[Draft]:
+    """Steps done so far. Wrong are a step that comes later, a step of another task, and one more of these two kinds
+    or, in every second example, a step that is done already: a base model likes to repeat, so with a repetition in
+    all of them it starts far below chance.
+    """
+    tasks = _part(_table("next"), split, (40, 8, 16))
+    windows = [(task, start, end) for task in tasks for end in range(1, 5) for start in range(end)]
+    for number, (task, start, end) in enumerate(_shuffled(windows, rng)):
+        goal, *steps = task
+        done, later = steps[start:end], _shuffled(steps[end + 1 :], rng)
+        strange = [_shuffled(other[1:], rng)[0] for other in _shuffled(tasks, rng) if other is not task]
+        third = _shuffled(done, rng)[0] if number % 2 else (later[1:2] or strange[1:2])[0]
+        yield Draft(f"Task: {goal}\nDone: {'; '.join(done)}\nNext:", steps[end], (later[0], strange[0], third))
+
+
+_DRAFTS: dict[str, Callable[[Split, random.Random], Iterator[Draft]]] = {
+    "facts": _facts,
+    "odd": _odd,
+    "cause": _cause,
+    "howto": _howto,
+    "next": _next,
+}
+
+
+def _prompt(draft: Draft, choices: Sequence[str]) -> str:
+    return draft.prompt.replace("{choices}", ", ".join(choices))
+
+
+def _part(items: Sequence[T], split: Split, sizes: tuple[int, int, int]) -> list[T]:
+    """The items that belong to a split: the first sizes[0] to train, and so on. sizes add up to len(items)."""
+    assert len(items) == sum(sizes), f"{len(items)} entries, expected {sum(sizes)}: {items}"
+    index = SPLITS.index(split)
+    start = sum(sizes[:index])
+    return list(items[start : start + sizes[index]])
+
+
+def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
+    """A shuffled copy. Only ``Random.random`` promises the same numbers in every Python, so no ``shuffle``."""
+    return sorted(items, key=lambda _: rng.random())
+
+
+@cache
+def _table(family: str) -> Any:
+    text = (resources.files("qdora.data") / "demo_tables" / f"{family}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)

@@ -1,0 +1,265 @@
+"""Examples -> token ids with a mask of the tokens that are learnt, one rule for training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdora.data.chat import encode_chats, require_chat_template
+from qdora.data.encode import encode_batch, shared_length, special_prefix
+from qdora.data.example import Example
+from qdora.errors import UserError
+
+LossOn = Literal["answer", "all"]
+TooLong = Literal["error", "truncate", "drop"]
+Progress = Callable[[int, int], None]
+"""progress(num_done, num_total)."""
+
+_BATCH = 1024
+"""Texts per call of the tokenizer: enough for its threads, few enough for a progress bar."""
+_SHOWN = 3
+"""Faulty chats that are named; the rest is counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """Attributes:
+    task: Name under which the loss is counted.
+    id: The example's id.
+    input_ids: (length,) int32, with the tokenizer's beginning-of-sequence token if it adds one.
+    loss_mask: (length,) bool, True where the token counts as a label, that is, is predicted from those before it. The
+        first is always False.
+    """
+
+    task: str
+    id: str
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class TokenizedSet:
+    """The tokenised examples of one source, in their old order.
+
+    Attributes:
+        name: Of the source.
+        examples: At least one.
+        num_truncated: Examples that were cut to `max_length`.
+        num_dropped: Examples that were left out because they are longer.
+    """
+
+    name: str
+    examples: tuple[TokenizedExample, ...]
+    num_truncated: int = 0
+    num_dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all examples."""
+        return sum(map(len, self.examples))
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Tokens of all examples that count in the loss."""
+        return sum(int(example.loss_mask.sum()) for example in self.examples)
+
+
+def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
+    """Token ids of prompt + answer, encoded as one text, and where the answer starts in them.
+
+    As in lm-evaluation-harness, spaces at the end of the prompt go to the answer first, because tokenizers join a space
+    to the word behind it. The answer starts at the first token that differs from those of the prompt alone, so it has
+    every character of the answer even where a token spans the border. The tokenizer's beginning-of-sequence token is
+    there if it adds one by default, an end-of-sequence token never.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        prompt: May be empty.
+        answer: Starts with its own space.
+    Returns:
+        (ids, start): ids[start:] belongs to the answer. start is 0 for an empty prompt without beginning-of-sequence
+        token: nothing predicts the first token then.
+    """
+    (ids, start), *_ = encode_pairs(tokenizer, [(prompt, answer)])
+    return ids, start
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """`encode_pair` of many (prompt, answer), in two calls of the tokenizer."""
+    prompts = [prompt.rstrip(" ") for prompt, _ in pairs]
+    prefix = special_prefix(tokenizer)
+    whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
+    alone = encode_batch(tokenizer, prompts)
+    return [
+        (prefix + ids, len(prefix) + shared_length(ids, prompt_ids))
+        for ids, prompt_ids in zip(whole, alone, strict=True)
+    ]
+
+
+def tokenize_example(
+    example: Example, tokenizer: Any, *, max_length: int, loss_on: LossOn = "answer", too_long: TooLong = "error"
+) -> TokenizedExample | None:
+    """One example, by the rules of `tokenize_all`; None if it was dropped."""
+    tally = _Tally(example.task, max_length, too_long)
+    tally.add([example], tokenizer, loss_on)
+    tally.check(1)
+    return tally.done[0] if tally.done else None
+
+
+def tokenize_all(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    name: str,
+    max_length: int,
+    loss_on: LossOn = "answer",
+    too_long: TooLong = "error",
+    progress: Progress | None = None,
+) -> TokenizedSet:
+    """Tokenise the examples of a source.
+
+    An answer is followed by the tokenizer's end-of-sequence token, which is learnt with it (for multiple choice, too: a
+    model that is asked to write must know where the answer ends; evaluation scores the choices without it). A chat
+    carries the end marks of its template instead.
+
+    Args:
+        examples: Of one source.
+        tokenizer: A transformers tokenizer with an end-of-sequence token.
+        name: Of the source, for error lines.
+        max_length: Most tokens of an example, special tokens included.
+        loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "all" the prompt's as well.
+        too_long: What happens to longer ones. "error": all are counted, then one line. "truncate": the front of the
+            prompt goes first, and what is then still too long loses its end, as a chat does; one without a token left
+            to learn is dropped. "drop": left out.
+        progress: Called with examples done and all examples.
+    Raises:
+        UserError: If examples are too long or have no token to learn, a chat does not fit the chat template, there is
+            none, or no example is left; gathered.
+    """
+    tally = _Tally(name, max_length, too_long)
+    for start in range(0, len(examples), _BATCH):
+        tally.add(examples[start : start + _BATCH], tokenizer, loss_on)
+        if progress is not None:
+            progress(min(start + _BATCH, len(examples)), len(examples))
+    tally.check(len(examples))
+    if not tally.done:
+        raise UserError(f"{name}: none of {len(examples)} examples is left; raise data.max_length ({max_length}).")
+    return TokenizedSet(name, tuple(tally.done), tally.num_truncated, tally.num_dropped)
+
+
+@dataclass
+class _Tally:
+    """What becomes of the examples of a source, in the order in which they are added."""
+
+    name: str
+    max_length: int
+    too_long: TooLong
+    done: list[TokenizedExample] = field(default_factory=list)
+    num_truncated: int = 0
+    num_dropped: int = 0
+    longest: int = 0
+    too_long_ids: list[str] = field(default_factory=list)
+    unlearnable_ids: list[str] = field(default_factory=list)
+    chat_faults: list[str] = field(default_factory=list)
+
+    def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> None:
+        """Tokenise and sort into done, truncated, dropped and faulty."""
+        for example, encoded in zip(examples, _encode(examples, tokenizer, self.name, loss_on), strict=True):
+            if isinstance(encoded, str):
+                self.chat_faults.append(f"{self.name}: example {example.id}: {encoded}")
+                continue
+            cut = len(encoded.ids) > self.max_length
+            if cut:
+                self.longest = max(self.longest, len(encoded.ids))
+                self.too_long_ids.append(example.id)
+                self.num_dropped += self.too_long == "drop"
+                if self.too_long != "truncate":
+                    continue
+                encoded = _cut(encoded, self.max_length)
+            mask = np.array(encoded.mask, dtype=np.bool_)
+            mask[0] = False  # nothing predicts the first token
+            if mask.any():
+                self.num_truncated += cut
+                ids = np.array(encoded.ids, dtype=np.int32)
+                self.done.append(TokenizedExample(example.task, example.id, ids, mask))
+            elif cut:
+                self.num_dropped += 1
+            else:
+                self.unlearnable_ids.append(example.id)
+
+    def check(self, num_examples: int) -> None:
+        """Raise everything that was wrong."""
+        faults = self.chat_faults[:_SHOWN]
+        if len(self.chat_faults) > _SHOWN:
+            faults.append(f"{self.name}: {len(self.chat_faults) - _SHOWN} more chats that do not fit the template")
+        if self.too_long == "error" and self.too_long_ids:
+            faults.append(
+                f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
+                f"({self.max_length}), the longest has {self.longest} tokens; raise data.max_length, or set "
+                "data.too_long to truncate (cuts the front of the prompt) or drop."
+            )
+        if self.unlearnable_ids:
+            faults.append(f"{self.name}: {_named(self.unlearnable_ids)} without a token to learn; remove or mend them.")
+        if faults:
+            raise UserError(*faults)
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """ids and mask of one example; ids[prefix:start] is the prompt, empty where there is none."""
+
+    ids: list[int]
+    mask: list[bool]
+    prefix: int
+    start: int
+
+
+def _encode(examples: Sequence[Example], tokenizer: Any, name: str, loss_on: LossOn) -> list[_Encoded | str]:
+    """Each example encoded, or what is wrong with its chat."""
+    encoded: dict[int, _Encoded | str] = {}
+    chats = [index for index, example in enumerate(examples) if example.messages]
+    texts = [index for index, example in enumerate(examples) if not example.messages]
+    if chats:
+        require_chat_template(tokenizer, name)
+        found = encode_chats(tokenizer, [examples[index].messages for index in chats], masked=loss_on == "answer")
+        for index, chat in zip(chats, found, strict=True):
+            encoded[index] = chat if isinstance(chat, str) else _Encoded(chat[0], chat[1], 0, 0)
+    if texts:
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            raise UserError(f"{name}: the tokenizer has no end-of-sequence token to end an answer with; set one in it.")
+        prefix = len(special_prefix(tokenizer))
+        pairs = encode_pairs(tokenizer, [(examples[index].prompt, examples[index].answer) for index in texts])
+        for index, (ids, start) in zip(texts, pairs, strict=True):
+            ids = ids if ids[-1:] == [eos] else [*ids, eos]
+            learnt = 0 if loss_on == "all" else start
+            encoded[index] = _Encoded(ids, [position >= learnt for position in range(len(ids))], prefix, start)
+    return [encoded[index] for index in range(len(examples))]
+
+
+def _cut(encoded: _Encoded, max_length: int) -> _Encoded:
+    """At most `max_length` tokens: the front of the prompt goes first, then the end of the answer.
+
+    One token stays before the answer, so that all of it is predicted from something.
+    """
+    ids, mask, prefix, start = encoded.ids, encoded.mask, encoded.prefix, encoded.start
+    num_cut = min(len(ids) - max_length, max(0, start - max(prefix, 1)))
+    ids = (ids[:prefix] + ids[prefix + num_cut :])[:max_length]
+    mask = (mask[:prefix] + mask[prefix + num_cut :])[:max_length]
+    return _Encoded(ids, mask, prefix, start - num_cut)
+
+
+def _named(ids: Sequence[str]) -> str:
+    """3 examples (a, b, c); of more than three only the first."""
+    what = "example" if len(ids) == 1 else "examples"
+    return f"{len(ids)} {what} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"

@@ -1,0 +1,1 @@
+"""Evaluation: log-likelihood of choices, perplexity, the suite over tasks."""

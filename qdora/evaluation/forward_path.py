@@ -1,0 +1,105 @@
+"""How a causal language model is called for scoring: what its forward takes, where, and in which mode."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ForwardPath:
+    """How a model can be called, decided once per evaluation by `choose_path`."""
+
+    shared_prefix: bool
+    """Prefixes are run once and their cache is reused; else every span is run whole."""
+    reason: str
+    """Why, in a few words, for the log and for the result's settings."""
+    cache_keyword: str = ""
+    """`cache` in new releases of transformers, `past_key_values` in older ones; '' without shared prefixes."""
+    keeps_logits: bool = False
+    """The model's forward takes `logits_to_keep`."""
+
+
+def choose_path(model: nn.Module) -> ForwardPath:
+    """Whether the model's prefix cache can be reused, by what its signature and its cache type say; logged.
+
+    The cache is copied row by row, so only plain full-attention caches qualify: a sliding window forgets positions, and
+    a recurrent state knows no padding. Models that take no explicit positions would miscount behind padding.
+    """
+    parameters = inspect.signature(_unwrapped(model).forward).parameters
+    keeps_logits = "logits_to_keep" in parameters
+    keyword = next((name for name in ("cache", "past_key_values") if name in parameters), "")
+    config = getattr(model, "config", None)
+    if not keyword or "position_ids" not in parameters:
+        reason = "the model takes no cache or no position_ids"
+    elif config is None or getattr(_unwrapped(model), "_is_stateful", False):
+        reason = "the model keeps a recurrent state" if config is not None else "the model has no config"
+    else:
+        layer_types = {type(layer) for layer in DynamicCache(config=config).layers}
+        if layer_types <= {DynamicLayer}:
+            path = ForwardPath(True, "full-attention cache", keyword, keeps_logits)
+            logger.info("evaluation runs the shared prefix of a question's choices once")
+            return path
+        names = ", ".join(sorted(kind.__name__ for kind in layer_types - {DynamicLayer}))
+        reason = f"cache of {names}"
+    logger.info("evaluation runs every choice whole, without a shared prefix: %s", reason)
+    return ForwardPath(False, reason, "", keeps_logits)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens that the model's positions allow, or None where its config sets no limit."""
+    length = getattr(_text_config(model), "max_position_embeddings", None)
+    return int(length) if length and length > 0 else None
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Width of the logits; 65,536 where the config does not say."""
+    return int(getattr(_text_config(model), "vocab_size", 2**16))
+
+
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own training flag is back afterwards, also after an error.
+
+    no_grad rather than inference_mode: a layer may keep what it computes here (rotary tables, the norm of an adapted
+    row), and a tensor made under inference_mode must not enter a later backward pass.
+    """
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the embedding."""
+    find_embeddings: Any = getattr(_unwrapped(model), "get_input_embeddings", None)
+    if find_embeddings is not None:
+        return torch.device(find_embeddings().weight.device)
+    return next(model.parameters()).device
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The config of the language part; None for a model without a config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a data-parallel wrapper."""
+    inner = getattr(model, "module", model)
+    return inner if isinstance(inner, nn.Module) else model

@@ -1,0 +1,268 @@
+"""Log-likelihoods of choices and answers of examples: text in, nats out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from qdora.data.chat import encode_chats, require_chat_template
+from qdora.data.encode import special_prefix
+from qdora.data.example import Example
+from qdora.data.tokenize import encode_pairs
+from qdora.errors import UserError
+from qdora.evaluation.forward_path import ForwardPath, choose_path, context_length
+from qdora.evaluation.perplexity import strided_spans
+from qdora.evaluation.spans import Progress, Span, score_groups, score_spans
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_FAULTS = 10
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """The scores of one multiple-choice example; arrays are (choices,)."""
+
+    task: str
+    id: str
+    gold: int
+    loglikelihoods: NDArray[np.float64]
+    """Summed over the tokens of each choice, nats."""
+    num_tokens: NDArray[np.int64]
+    num_chars: NDArray[np.int64]
+    """Characters of each choice without the white space that joins it to the prompt (acc_norm divides by these)."""
+    num_truncated: int
+    """Tokens cut from the left of the prompt because the example is longer than the model's context."""
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """The score of the right answer of one example."""
+
+    task: str
+    id: str
+    loglikelihood: float
+    """Summed over the answer's tokens, nats."""
+    num_tokens: int
+    num_truncated: int
+
+
+def score_choices(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_batch_tokens: int = 4096,
+    path: ForwardPath | None = None,
+    progress: Progress | None = None,
+) -> list[ChoiceScores]:
+    """Log-likelihood of every choice of every example, the tokens common to its choices run once.
+
+    Token ids are those of training: prompt and choice encoded together, without the end-of-sequence token. An example
+    longer than the model's context loses tokens at the left of its prompt, the same number for all its choices, as in
+    lm-evaluation-harness (but a beginning-of-sequence token stays, as in training); the result counts them.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        examples: Each with choices and `gold`.
+        max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
+        path: From `choose_path`, if already chosen.
+        progress: Called with examples done and all examples.
+    Returns:
+        In the order of `examples`.
+    Raises:
+        UserError: If an example has no choices or no gold, a choice has no token to score, or one with its border
+            alone exceeds the context; gathered.
+    """
+    path = path or choose_path(model)
+    groups, truncated = _choice_groups(tokenizer, examples, context_length(model))
+    _log_truncation(truncated)
+    scores = score_groups(model, groups, max_batch_tokens=max_batch_tokens, path=path, progress=progress)
+    return [
+        ChoiceScores(
+            task=example.task,
+            id=example.id,
+            gold=-1 if example.gold is None else example.gold,  # None was refused above
+            loglikelihoods=group_scores,
+            num_tokens=np.array([span.num_scored for span in group], dtype=np.int64),
+            num_chars=np.array([len(choice.lstrip()) for choice in example.choices], dtype=np.int64),
+            num_truncated=cut,
+        )
+        for example, group, group_scores, cut in zip(examples, groups, scores, truncated, strict=True)
+    ]
+
+
+def score_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_batch_tokens: int = 4096,
+    path: ForwardPath | None = None,
+    progress: Progress | None = None,
+) -> list[AnswerScore]:
+    """Log-likelihood of the answer of every example, with choices or without.
+
+    Of a chat, the tokens that training learns are scored: the assistant's turns with their end marks. An example longer
+    than the model's context is cut at the left of its prompt as in `score_choices`; an answer that is too long by
+    itself (plain text is all answer) is scored in windows that overlap by half, each token once.
+
+    Args:
+        As `score_choices`; the examples need no choices.
+    Returns:
+        In the order of `examples`.
+    Raises:
+        UserError: If an example has no token to score or does not fit the chat template; gathered.
+    """
+    path = path or choose_path(model)
+    spans, truncated = _answer_spans(tokenizer, examples, context_length(model))
+    _log_truncation(truncated)
+    flat = [span for found in spans for span in found]
+    flat_scores = score_spans(model, flat, max_batch_tokens=max_batch_tokens, path=path, progress=progress)
+    ends = np.cumsum([len(found) for found in spans])
+    return [
+        AnswerScore(
+            task=example.task,
+            id=example.id,
+            loglikelihood=float(flat_scores[end - len(found) : end].sum()),
+            num_tokens=sum(span.num_scored for span in found),
+            num_truncated=cut,
+        )
+        for example, found, end, cut in zip(examples, spans, ends, truncated, strict=True)
+    ]
+
+
+def _choice_groups(
+    tokenizer: Any, examples: Sequence[Example], context: int | None
+) -> tuple[list[list[Span]], list[int]]:
+    """Per example the spans of its choices, and the tokens cut from its prompt."""
+    faults = [
+        f"{example.task}: example {example.id}: {len(example.choices)} choices and gold {example.gold}; "
+        "accuracy needs choices and the index of the right one"
+        for example in examples
+        if example.gold is None or not 0 <= example.gold < len(example.choices)
+    ]
+    _raise_faults(faults)
+    prefix = len(special_prefix(tokenizer))
+    pairs = encode_pairs(tokenizer, [(example.prompt, choice) for example in examples for choice in example.choices])
+    groups, truncated = [], []
+    position = 0
+    for example in examples:
+        encoded = [(ids, max(start, 1)) for ids, start in pairs[position : position + len(example.choices)]]
+        position += len(example.choices)
+        spans, cut, fault = _fitted_choices(encoded, prefix, context)
+        groups.append(spans)
+        truncated.append(cut)
+        if fault:
+            faults.append(f"{example.task}: example {example.id}: {fault}")
+    _raise_faults(faults)
+    return groups, truncated
+
+
+def _answer_spans(
+    tokenizer: Any, examples: Sequence[Example], context: int | None
+) -> tuple[list[list[Span]], list[int]]:
+    """Per example the spans of its answer (several for a chat or a long text), and the tokens cut from its prompt."""
+    texts = [example for example in examples if not example.messages]
+    chats = [example for example in examples if example.messages]
+    if chats:
+        require_chat_template(tokenizer, chats[0].task)
+    encoded_chats = encode_chats(tokenizer, [chat.messages for chat in chats], masked=True) if chats else []
+    encoded_texts = encode_pairs(tokenizer, [(text.prompt, text.answer) for text in texts]) if texts else []
+    chat_iterator, text_iterator = iter(encoded_chats), iter(encoded_texts)
+    text_prefix = len(special_prefix(tokenizer))
+    spans: list[list[Span]] = []
+    truncated: list[int] = []
+    faults: list[str] = []
+    for example in examples:
+        chat = next(chat_iterator) if example.messages else None
+        if isinstance(chat, str):
+            faults.append(f"{example.task}: example {example.id}: {chat}")
+            continue
+        if chat is not None:
+            runs, prefix = _runs(*chat), 0  # the template writes what the tokenizer would have put in front
+        else:
+            ids, start = next(text_iterator)
+            runs, prefix = [(ids, max(start, 1))], text_prefix
+        runs = [(ids, start) for ids, start in runs if start < len(ids)]
+        if not runs:
+            faults.append(f"{example.task}: example {example.id}: the answer has no token to score")
+            continue
+        fitted = [_fitted_answer(ids, start, prefix, context) for ids, start in runs]
+        spans.append([span for found, _ in fitted for span in found])
+        truncated.append(max(cut for _, cut in fitted))
+    _raise_faults(faults)
+    return spans, truncated
+
+
+def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int]]:
+    """(ids up to its end, its start) of every run of True in the mask, token 0 left out: nothing predicts it."""
+    starts = [t for t in range(1, len(ids)) if mask[t] and (t == 1 or not mask[t - 1])]
+    ends = [t + 1 for t in range(1, len(ids)) if mask[t] and (t + 1 == len(ids) or not mask[t + 1])]
+    return [(list(ids[:end]), start) for start, end in zip(starts, ends, strict=True)]
+
+
+def _fitted_answer(ids: Sequence[int], start: int, prefix: int, context: int | None) -> tuple[list[Span], int]:
+    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack.
+
+    A prompt loses tokens behind its `prefix` special ones. An answer that is too long by itself, or plain text, is
+    scored in windows that overlap by half.
+    """
+    cut = 0 if context is None else max(len(ids) - 1 - context, 0)
+    if context is not None and cut > start - max(prefix, 1):
+        spans = strided_spans(ids, context, max(context // 2, 1), first=start)
+        return spans, start - spans[0].start
+    return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut)], cut
+
+
+def _fitted_choices(
+    encoded: Sequence[tuple[Sequence[int], int]], prefix: int, context: int | None
+) -> tuple[list[Span], int, str]:
+    """One span per choice, each fed at most `context` tokens, the same number of prompt tokens cut from all.
+
+    Args:
+        encoded: (ids, start) of each choice behind the same prompt.
+        prefix: Special tokens in front, which are never cut.
+        context: Most tokens that the model is fed (the last token of a span is not), or None.
+    Returns:
+        Spans, tokens cut, and what is wrong ("" if nothing; else there are no spans).
+    """
+    empty = [index for index, (ids, start) in enumerate(encoded) if start >= len(ids)]
+    if empty:
+        return (
+            [],
+            0,
+            f"choices[{empty[0]}] has no token to score: it is empty, or a single token with no prompt before it",
+        )
+    cut = 0 if context is None else max(max(len(ids) for ids, _ in encoded) - 1 - context, 0)
+    if cut > min(start for _, start in encoded) - max(prefix, 1):
+        return [], 0, f"a choice does not fit the model's context of {context} tokens, even without its prompt"
+    return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut) for ids, start in encoded], cut, ""
+
+
+def _raise_faults(faults: Sequence[str]) -> None:
+    """All faults at once; the first few in full, the others counted."""
+    if not faults:
+        return
+    if len(faults) > _SHOWN_FAULTS:
+        raise UserError(*faults[:_SHOWN_FAULTS], f"{len(faults) - _SHOWN_FAULTS} more examples that cannot be scored")
+    raise UserError(*faults)
+
+
+def _log_truncation(truncated: Sequence[int]) -> None:
+    """One line where prompts were cut."""
+    num_cut = sum(cut > 0 for cut in truncated)
+    if num_cut:
+        logger.warning(
+            "%d of %d examples exceed the model's context; up to %d tokens were cut from the left of the prompt",
+            num_cut,
+            len(truncated),
+            max(truncated),
+        )

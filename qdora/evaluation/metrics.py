@@ -1,0 +1,150 @@
+"""Accuracies, likelihoods and their standard errors from the scores of single examples. Pure numpy.
+
+Definitions follow lm-evaluation-harness: `acc` takes the choice of the largest summed log-likelihood, `acc_norm` the
+largest log-likelihood per character of the choice's text (without the space that joins it to the prompt), and a
+standard error is sample standard deviation / sqrt(n). One thing differs: the harness gives a tie to the first of the
+tied choices, here a tie counts by its chance, 1/k when the right choice is one of k tied ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error; the error is nan for a single example."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class ChoiceMetrics:
+    """What multiple-choice examples of one task give; shares between 0 and 1."""
+
+    acc: Estimate
+    acc_norm: Estimate
+    num_ties: int
+    """Examples where the right choice ties with another for the largest log-likelihood."""
+    num_ties_norm: int
+    """The same per character."""
+    chance: float
+    """Expected accuracy of a uniform guess: mean of 1 / number of choices."""
+    majority: float
+    """Accuracy of always answering the index that is right most often in these very examples."""
+
+
+@dataclass(frozen=True)
+class AnswerNll:
+    """Negative log-likelihood of the right answers of one task, nats."""
+
+    nll_sum: float
+    num_tokens: int
+    num_examples: int
+    per_example: Estimate
+    """Mean over examples of the answer's nll."""
+    per_token: Estimate
+    """nll_sum / num_tokens: every token counts the same, as in training."""
+
+
+def mean_stderr(values: ArrayLike) -> Estimate:
+    """Mean and s / sqrt(n) with s^2 = sum (x - mean)^2 / (n - 1); for 0/1 values that is sqrt(p (1 - p) / (n - 1))."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("the mean of no examples is not defined")
+    stderr = float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else NAN
+    return Estimate(float(array.mean()), stderr)
+
+
+def ratio_stderr(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
+    """R = sum a / sum b over examples, with the standard error of its linearisation.
+
+    se(R) = s(a - R b) / (mean(b) sqrt(n)), s with n - 1: examples are the independent unit, not their tokens.
+
+    Source: Cochran, Sampling Techniques (1977), eq. 6.13, without finite-population correction.
+    """
+    a = np.asarray(numerators, dtype=np.float64)
+    b = np.asarray(denominators, dtype=np.float64)
+    if a.size == 0 or b.sum() <= 0:
+        raise ValueError("a ratio needs at least one example with a positive denominator")
+    ratio = float(a.sum() / b.sum())
+    if a.size == 1:
+        return Estimate(ratio, NAN)
+    return Estimate(ratio, float((a - ratio * b).std(ddof=1) / (b.mean() * math.sqrt(a.size))))
+
+
+def tie_credit(scores: ArrayLike, gold: int) -> tuple[float, bool]:
+    """(1/k if `gold` is among the k largest scores else 0, whether it is tied with another)."""
+    array = np.asarray(scores, dtype=np.float64)
+    best = np.flatnonzero(array == array.max())
+    if gold not in best:
+        return 0.0, False
+    return 1.0 / best.size, best.size > 1
+
+
+def choice_metrics(
+    loglikelihoods: Sequence[ArrayLike], num_chars: Sequence[ArrayLike], gold: Sequence[int]
+) -> ChoiceMetrics:
+    """Accuracies of one task.
+
+    Args:
+        loglikelihoods: Per example (choices,) summed log-likelihoods, nats; finite.
+        num_chars: Per example (choices,) characters of each choice; 0 counts as 1.
+        gold: Per example the index of the right choice.
+    Raises:
+        ValueError: If there is no example, the lengths differ, or a log-likelihood is not finite.
+    """
+    if not len(loglikelihoods) == len(num_chars) == len(gold):
+        raise ValueError(f"{len(loglikelihoods)} log-likelihoods, {len(num_chars)} lengths, {len(gold)} right answers")
+    credits: list[tuple[float, bool]] = []
+    credits_norm: list[tuple[float, bool]] = []
+    for scores, lengths, right in zip(loglikelihoods, num_chars, gold, strict=True):
+        array = np.asarray(scores, dtype=np.float64)
+        if not np.isfinite(array).all():
+            raise ValueError(f"log-likelihoods {array.tolist()} are not finite: the model is broken")
+        credits.append(tie_credit(array, right))
+        credits_norm.append(tie_credit(array / np.maximum(np.asarray(lengths, dtype=np.float64), 1.0), right))
+    sizes = [np.asarray(scores).size for scores in loglikelihoods]
+    return ChoiceMetrics(
+        acc=mean_stderr([credit for credit, _ in credits]),
+        acc_norm=mean_stderr([credit for credit, _ in credits_norm]),
+        num_ties=sum(tied for _, tied in credits),
+        num_ties_norm=sum(tied for _, tied in credits_norm),
+        chance=float(np.mean([1.0 / size for size in sizes])),
+        majority=max(Counter(gold).values()) / len(gold),
+    )
+
+
+def answer_nll(nll: ArrayLike, num_tokens: ArrayLike) -> AnswerNll:
+    """Mean answer NLL of one task.
+
+    Args:
+        nll: (examples,) summed nll of each right answer, nats.
+        num_tokens: (examples,) scored tokens of each.
+    """
+    nlls: NDArray[np.float64] = np.asarray(nll, dtype=np.float64)
+    tokens = np.asarray(num_tokens)
+    return AnswerNll(
+        nll_sum=float(nlls.sum()),
+        num_tokens=int(tokens.sum()),
+        num_examples=int(nlls.size),
+        per_example=mean_stderr(nlls),
+        per_token=ratio_stderr(nlls, tokens),
+    )
+
+
+def macro_average(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean over tasks, each task counting once; se = sqrt(sum se_t^2) / T, the tasks being independent samples."""
+    if not estimates:
+        raise ValueError("the average over no tasks is not defined")
+    value = float(np.mean([estimate.value for estimate in estimates]))
+    return Estimate(value, math.sqrt(sum(estimate.stderr**2 for estimate in estimates)) / len(estimates))

@@ -1,0 +1,159 @@
+"""Perplexity of text: every token scored exactly once, in windows that overlap so that each token has context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qdora.data.tokenize import encode_pair
+from qdora.errors import UserError
+from qdora.evaluation.forward_path import context_length
+from qdora.evaluation.spans import Progress, Span, score_spans
+
+DEFAULT_WINDOW = 2048
+"""Tokens of a window where the model allows as many: the length in published WikiText perplexities."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Sums over all texts, and what follows from them."""
+
+    nll_sum: float
+    """Nats."""
+    num_tokens: int
+    """Scored tokens. The first token of a text has no context and is not scored, unless the tokenizer puts a
+    beginning-of-sequence token before it."""
+    num_bytes: int
+    """UTF-8 bytes of the texts, whole."""
+    num_texts: int
+    window: int
+    stride: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll_sum / num_tokens); depends on the tokenizer."""
+        return math.exp(self.nll_sum / self.num_tokens)
+
+    @property
+    def nll_per_byte(self) -> float:
+        """nll_sum / num_bytes, nats: comparable between tokenizers."""
+        return self.nll_sum / self.num_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "perplexity": self.perplexity, "nll_per_byte": self.nll_per_byte}
+
+
+def strided_spans(ids: Sequence[int], window: int, stride: int, first: int = 1) -> list[Span]:
+    """Windows over one text such that tokens first .. len-1 are scored exactly once.
+
+    The first window scores all that it can; every later one moves on by `stride` tokens and scores only the new ones.
+    Every scored token has at least window - stride + 1 tokens of context, or all there are.
+
+    Args:
+        ids: Token ids of the text.
+        window: Most tokens that are fed at once (the token predicted last is not fed).
+        stride: 1 <= stride <= window. stride == window gives windows that do not overlap.
+        first: The first token to score; nothing predicts token 0.
+    Returns:
+        Spans in text order; none if `first` lies behind the text.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride {stride} must lie between 1 and the window, {window}")
+    assert first >= 1, first
+    spans: list[Span] = []
+    scored = first  # tokens before this one are scored, or only context
+    while scored < len(ids):
+        if spans:
+            end = min(len(ids), scored + stride)
+            begin = max(0, end - 1 - window)
+        else:
+            begin = max(0, scored - 1 - (window - stride))
+            end = min(len(ids), begin + 1 + window)
+        spans.append(Span(tuple(ids[begin:end]), scored - begin))
+        scored = end
+    return spans
+
+
+def text_perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    max_batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of whole texts, each on its own.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer; its beginning-of-sequence token is there if it adds one by default.
+        texts: At least one, with at least two tokens in all.
+        window: Tokens fed at once; None takes the model's context, at most 2,048.
+        stride: Tokens by which a window moves; None takes half of the window.
+        max_batch_tokens: Most tokens of a forward pass; a longer window is a batch of its own.
+        progress: Called with windows done and all windows.
+    Raises:
+        UserError: If the window exceeds the model's context, the stride the window, or nothing can be scored.
+    """
+    context = context_length(model)
+    if window is None:
+        window = min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
+    if stride is None:
+        stride = max(window // 2, 1)
+    faults = []
+    if context is not None and window > context:
+        faults.append(f"perplexity window: {window} tokens, but the model has positions for {context}")
+    if not 1 <= stride <= window:
+        faults.append(f"perplexity stride: {stride}, must lie between 1 and the window, {window}")
+    if faults:
+        raise UserError(*faults)
+    spans: list[Span] = []
+    num_bytes = num_texts = 0
+    for text in texts:
+        num_texts += 1
+        num_bytes += len(text.encode())
+        ids, _ = encode_pair(tokenizer, "", text)  # as training does
+        spans.extend(strided_spans(ids, window, stride))
+    if not spans:
+        raise UserError(f"perplexity: {num_texts} texts with {num_bytes} bytes hold no token that can be scored")
+    scores = score_spans(model, spans, max_batch_tokens=max_batch_tokens, progress=progress)
+    return Perplexity(
+        nll_sum=-float(scores.sum()),
+        num_tokens=sum(span.num_scored for span in spans),
+        num_bytes=num_bytes,
+        num_texts=num_texts,
+        window=window,
+        stride=stride,
+    )
+
+
+def read_texts(paths: Sequence[Path | str]) -> list[str]:
+    """The texts of UTF-8 files; all faulty files are named at once.
+
+    Raises:
+        UserError: If a file is missing, is no file, is not UTF-8 or is empty.
+    """
+    texts, faults = [], []
+    for path in map(Path, paths):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            faults.append(f"{path}: not UTF-8 text (byte {error.start})")
+            continue
+        except OSError as error:
+            faults.append(f"{path}: {error.strerror or error}")
+            continue
+        if not text:
+            faults.append(f"{path}: the file is empty")
+        texts.append(text)
+    if faults:
+        raise UserError(*faults)
+    return texts

@@ -1,0 +1,358 @@
+"""Several tasks in one evaluation: per-task metrics, their averages, and tables that put evaluations side by side."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from rich.table import Table
+from torch import nn
+
+from qdora.data.example import Example
+from qdora.errors import RunFailure, UserError
+from qdora.evaluation.forward_path import ForwardPath, choose_path
+from qdora.evaluation.loglikelihood import AnswerScore, ChoiceScores, score_answers, score_choices
+from qdora.evaluation.metrics import Estimate, answer_nll, choice_metrics, macro_average, tie_credit
+from qdora.evaluation.spans import Progress
+
+SuiteProgress = Callable[[str, int, int], None]
+"""progress(task, num_done, num_total), called after every batch."""
+Metric = Literal["acc", "acc_norm"]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Metrics of one task, or their average over tasks. Accuracies lie in 0..1 and are None without choices; a standard
+    error is None for a single example. Definitions: `qdora.evaluation.metrics`."""
+
+    num_examples: int
+    num_choice_examples: int
+    acc: float | None
+    acc_stderr: float | None
+    acc_norm: float | None
+    acc_norm_stderr: float | None
+    chance: float | None
+    majority: float | None
+    num_ties: int
+    num_ties_norm: int
+    nll: float
+    """Mean over examples of the right answer's summed NLL, nats."""
+    nll_stderr: float | None
+    nll_per_token: float
+    """Summed NLL / answer tokens, nats."""
+    nll_per_token_stderr: float | None
+    num_answer_tokens: int
+    num_truncated: int
+    """Examples whose prompt was cut at the left to fit the model's context."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One model on several tasks."""
+
+    tasks: dict[str, TaskResult]
+    average: TaskResult
+    """Every task counts once. Counts are sums; accuracy is averaged over the tasks with choices, NLL over all."""
+    settings: dict[str, Any]
+    """What was asked for and how it was run: limit, max_batch_tokens, path, model_dtype, device, seconds."""
+    per_example: list[dict[str, Any]] = field(default_factory=list)
+    """Scores of single examples, in task order, for paired tests; empty unless asked for."""
+
+    def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
+        """For JSON: dicts, lists, numbers, strings and None only."""
+        document = {
+            "tasks": {task: asdict(result) for task, result in self.tasks.items()},
+            "average": asdict(self.average),
+            "settings": dict(self.settings),
+        }
+        return {**document, "per_example": self.per_example} if per_example else document
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> EvaluationResult:
+        """The inverse of `to_dict`."""
+        return cls(
+            tasks={task: TaskResult(**result) for task, result in document["tasks"].items()},
+            average=TaskResult(**document["average"]),
+            settings=dict(document["settings"]),
+            per_example=list(document.get("per_example", [])),
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    examples_by_task: Mapping[str, Sequence[Example]],
+    *,
+    limit: int | None = None,
+    max_batch_tokens: int = 4096,
+    per_example: bool = False,
+    progress: SuiteProgress | None = None,
+) -> EvaluationResult:
+    """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
+
+    The model is in eval mode meanwhile, and as it was afterwards.
+
+    Args:
+        model: A causal language model, on the device where it is to run.
+        tokenizer: Its tokenizer.
+        examples_by_task: Task name -> its examples, at least one each; with or without choices.
+        limit: Most examples of a task, spread evenly over its list (files are often ordered by origin); None for all.
+        max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
+        per_example: Keep the scores of single examples.
+        progress: Called with the task, its examples done and all its examples.
+    Raises:
+        UserError: If there is no task, a task has no example, or an example cannot be scored.
+        RunFailure: If the model gives a log-likelihood that is not finite.
+    """
+    faults = [f"eval: task '{task}' has no examples" for task, examples in examples_by_task.items() if not examples]
+    if not examples_by_task:
+        faults.append("eval: no task to evaluate")
+    if limit is not None and limit < 1:
+        faults.append(f"eval.limit: {limit}, must be at least 1")
+    if faults:
+        raise UserError(*faults)
+    path = choose_path(model)
+    started = time.perf_counter()
+    tasks: dict[str, TaskResult] = {}
+    records: list[dict[str, Any]] = []
+    for task, all_examples in examples_by_task.items():
+        examples = spread(all_examples, limit)
+        report = None if progress is None else _task_progress(progress, task)
+        choices, answers = _score(model, tokenizer, examples, path, max_batch_tokens, report)
+        _check_finite(task, choices, answers)
+        tasks[task] = _task_result(choices, answers)
+        if per_example:
+            records.extend(_records(task, choices, answers))
+    parameter = next(model.parameters())
+    settings = {
+        "limit": limit,
+        "max_batch_tokens": max_batch_tokens,
+        "shared_prefix": path.shared_prefix,
+        "path": path.reason,
+        "model_dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    return EvaluationResult(tasks, _average(list(tasks.values())), settings, records)
+
+
+def spread(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """At most `limit` examples at even distances, the first one always among them, in their order."""
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    return [examples[index * len(examples) // limit] for index in range(limit)]
+
+
+def compare_table(results: Mapping[str, EvaluationResult], *, metric: Metric = "acc") -> Table:
+    """Tasks as rows and, per label, accuracy in % ± standard error and answer NLL in nats per token, for a terminal."""
+    header, rows = _cells(results, metric)
+    table = Table(title="evaluation", title_justify="left")
+    for position, name in enumerate(header):
+        table.add_column(name, justify="left" if position == 0 else "right")
+    for row in rows[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*rows[-1], style="bold")
+    return table
+
+
+def compare_markdown(results: Mapping[str, EvaluationResult], *, metric: Metric = "acc") -> str:
+    """The table of `compare_table` as markdown, with a final line break."""
+    header, rows = _cells(results, metric)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _score(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    path: ForwardPath,
+    max_batch_tokens: int,
+    progress: Progress | None,
+) -> tuple[list[ChoiceScores], list[AnswerScore]]:
+    """Scores of the examples with choices and of those without; progress runs over both."""
+    with_choices = [example for example in examples if example.choices]
+    without = [example for example in examples if not example.choices]
+    choices: list[ChoiceScores] = []
+    answers: list[AnswerScore] = []
+    if with_choices:
+        report = None if progress is None else _shifted(progress, 0, len(examples))
+        choices = score_choices(
+            model, tokenizer, with_choices, max_batch_tokens=max_batch_tokens, path=path, progress=report
+        )
+    if without:
+        report = None if progress is None else _shifted(progress, len(with_choices), len(examples))
+        answers = score_answers(
+            model, tokenizer, without, max_batch_tokens=max_batch_tokens, path=path, progress=report
+        )
+    return choices, answers
+
+
+def _task_progress(progress: SuiteProgress, task: str) -> Progress:
+    return lambda done, total: progress(task, done, total)
+
+
+def _shifted(progress: Progress, offset: int, total: int) -> Progress:
+    return lambda done, _: progress(offset + done, total)
+
+
+def _check_finite(task: str, choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> None:
+    broken = [score.id for score in choices if not np.isfinite(score.loglikelihoods).all()]
+    broken += [score.id for score in answers if not math.isfinite(score.loglikelihood)]
+    if broken:
+        total = len(choices) + len(answers)
+        raise RunFailure(
+            f"eval: task '{task}': the model's log-likelihood is not finite in {len(broken)} of {total} examples, "
+            f"first in example '{broken[0]}'. Its weights or activations overflow or hold NaN."
+        )
+
+
+def _task_result(choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> TaskResult:
+    nll = answer_nll(
+        [-score.loglikelihoods[score.gold] for score in choices] + [-score.loglikelihood for score in answers],
+        [int(score.num_tokens[score.gold]) for score in choices] + [score.num_tokens for score in answers],
+    )
+    metrics = None
+    if choices:
+        metrics = choice_metrics(
+            [score.loglikelihoods for score in choices],
+            [score.num_chars for score in choices],
+            [score.gold for score in choices],
+        )
+    return TaskResult(
+        num_examples=nll.num_examples,
+        num_choice_examples=len(choices),
+        acc=metrics.acc.value if metrics else None,
+        acc_stderr=_number(metrics.acc.stderr) if metrics else None,
+        acc_norm=metrics.acc_norm.value if metrics else None,
+        acc_norm_stderr=_number(metrics.acc_norm.stderr) if metrics else None,
+        chance=metrics.chance if metrics else None,
+        majority=metrics.majority if metrics else None,
+        num_ties=metrics.num_ties if metrics else 0,
+        num_ties_norm=metrics.num_ties_norm if metrics else 0,
+        nll=nll.per_example.value,
+        nll_stderr=_number(nll.per_example.stderr),
+        nll_per_token=nll.per_token.value,
+        nll_per_token_stderr=_number(nll.per_token.stderr),
+        num_answer_tokens=nll.num_tokens,
+        num_truncated=sum(s.num_truncated > 0 for s in choices) + sum(s.num_truncated > 0 for s in answers),
+    )
+
+
+def _average(results: Sequence[TaskResult]) -> TaskResult:
+    """Macro average over tasks; counts are summed."""
+    with_choices = [result for result in results if result.acc is not None]
+    acc, acc_norm = _mean(with_choices, "acc"), _mean(with_choices, "acc_norm")
+    nll, nll_per_token = _mean(results, "nll"), _mean(results, "nll_per_token")
+    assert nll is not None
+    assert nll_per_token is not None
+    chance, majority = _mean(with_choices, "chance"), _mean(with_choices, "majority")
+    return TaskResult(
+        num_examples=sum(result.num_examples for result in results),
+        num_choice_examples=sum(result.num_choice_examples for result in results),
+        acc=acc.value if acc else None,
+        acc_stderr=_number(acc.stderr) if acc else None,
+        acc_norm=acc_norm.value if acc_norm else None,
+        acc_norm_stderr=_number(acc_norm.stderr) if acc_norm else None,
+        chance=chance.value if chance else None,
+        majority=majority.value if majority else None,
+        num_ties=sum(result.num_ties for result in results),
+        num_ties_norm=sum(result.num_ties_norm for result in results),
+        nll=nll.value,
+        nll_stderr=_number(nll.stderr),
+        nll_per_token=nll_per_token.value,
+        nll_per_token_stderr=_number(nll_per_token.stderr),
+        num_answer_tokens=sum(result.num_answer_tokens for result in results),
+        num_truncated=sum(result.num_truncated for result in results),
+    )
+
+
+def _mean(results: Sequence[TaskResult], name: str) -> Estimate | None:
+    """Macro average of the field `name` with the error from `name`_stderr; None over no tasks."""
+    if not results:
+        return None
+    errors = [getattr(result, f"{name}_stderr", None) for result in results]
+    return macro_average(
+        [
+            Estimate(getattr(result, name), math.nan if error is None else error)
+            for result, error in zip(results, errors, strict=True)
+        ]
+    )
+
+
+def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> list[dict[str, Any]]:
+    """JSON-able scores of single examples; `acc` and `acc_norm` are the credits that the task's accuracy averages."""
+    records: list[dict[str, Any]] = []
+    for score in choices:
+        per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)
+        records.append(
+            {
+                "task": task,
+                "id": score.id,
+                "gold": score.gold,
+                "loglikelihoods": score.loglikelihoods.tolist(),
+                "num_tokens": score.num_tokens.tolist(),
+                "num_chars": score.num_chars.tolist(),
+                "acc": tie_credit(score.loglikelihoods, score.gold)[0],
+                "acc_norm": tie_credit(per_char, score.gold)[0],
+                "nll": -float(score.loglikelihoods[score.gold]),
+                "num_answer_tokens": int(score.num_tokens[score.gold]),
+                "num_truncated": score.num_truncated,
+            }
+        )
+    records.extend(
+        {
+            "task": task,
+            "id": answer.id,
+            "nll": -answer.loglikelihood,
+            "num_answer_tokens": answer.num_tokens,
+            "num_truncated": answer.num_truncated,
+        }
+        for answer in answers
+    )
+    return records
+
+
+def _cells(results: Mapping[str, EvaluationResult], metric: Metric) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison, the average last."""
+    if not results:
+        raise ValueError("a comparison needs at least one evaluation")
+    header = ["task", "n", "chance", "majority"]
+    for label in results:
+        header += [f"{label} {metric} %", f"{label} NLL/token"]
+    names = list(dict.fromkeys(task for result in results.values() for task in result.tasks))
+    rows = [_row(task, [result.tasks.get(task) for result in results.values()], metric) for task in names]
+    return header, [*rows, _row("average", [result.average for result in results.values()], metric)]
+
+
+def _row(name: str, results: Sequence[TaskResult | None], metric: Metric) -> list[str]:
+    """Cells of one task; where evaluations differ in size or baseline, each one's value is shown."""
+    known = [result for result in results if result is not None]
+    row = [
+        name,
+        "/".join(dict.fromkeys(str(result.num_examples) for result in known)),
+        "/".join(dict.fromkeys(_percent(result.chance) for result in known)),
+        "/".join(dict.fromkeys(_percent(result.majority) for result in known)),
+    ]
+    for result in results:
+        if result is None:
+            row += ["–", "–"]
+            continue
+        value, stderr = getattr(result, metric), getattr(result, f"{metric}_stderr")
+        error = "" if stderr is None else f" ± {100 * stderr:.1f}"
+        row += [_percent(value) + error, f"{result.nll_per_token:.3f}"]
+    return row
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _number(value: float) -> float | None:
+    """None for nan: JSON has no nan."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,344 @@
+"""Adapters on disk: PEFT's format, which `peft.PeftModel.from_pretrained` loads, and `qdora.json` beside it.
+
+    adapter_model.safetensors    base_model.model.<path>.lora_A.weight (rank, in), .lora_B.weight (out, rank) as stored;
+                                 .lora_magnitude_vector (out,) float32
+    adapter_config.json          PEFT's settings
+    qdora.json                   what PEFT has no field for: exact scaling per layer, the base's quantisation
+
+The tensor names are the ones that PEFT writes: a magnitude has no `.weight` at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qdora import __version__
+from qdora.atomic_files import atomic_directory, json_text
+from qdora.errors import UserError
+from qdora.model.inject import adapted_layers, as_frozen, replace_module
+from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
+from qdora.model.safetensors_writer import TensorSpec, write_safetensors
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
+
+CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.safetensors", "qdora.json"
+PICKLE_FILE = "adapter_model.bin"
+FORMAT = 1
+_PREFIX = "base_model.model."
+_NAMES_SHOWN = 5
+_MAGNITUDE_NOTE = (
+    "y = g (x W^T + s (x A^T) B^T) + bias, g = m / ||W + s B A|| per row, W the base dequantised as `base.quant` says; "
+    "lora_magnitude_vector is m in float32."
+)
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """What an adapter directory says about itself, read without a model.
+
+    `base_quant` and `extra` are None for an adapter that qdora did not write.
+    """
+
+    layout: AdapterLayout
+    base_quant: dict[str, Any] | None
+    extra: dict[str, Any] | None
+    scalings: dict[str, float] | None
+
+
+def adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
+    """File name of each tensor -> the parameter, magnitudes first (wider dtypes first keeps the file aligned)."""
+    magnitudes, factors = {}, {}
+    for path, layer in layers.items():
+        factors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach()
+        factors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach()
+        if layer.magnitude is not None:
+            magnitudes[f"{_PREFIX}{path}.lora_magnitude_vector"] = layer.magnitude.detach().float()
+    ordered = sorted({**magnitudes, **factors}.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    return dict(ordered)
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: Path,
+    *,
+    base_name_or_path: str,
+    revision: str | None,
+    base_quant: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write the adapters of `model` as a directory that appears whole or not at all.
+
+    The bytes depend on the arguments and the versions of qdora only. An adapter that is already at `directory` is
+    replaced; anything else there is left alone.
+
+    Args:
+        model: Carries adapted layers.
+        directory: Where to.
+        base_name_or_path: Hub id or path of the base, as PEFT's users would load it.
+        revision: Commit of the base on the Hub, or None.
+        base_quant: How the base was quantised ({"quant": "nf4", "block_size": 64, ...}).
+        extra: Further facts for qdora.json (step, data, metrics), JSON values only.
+    Raises:
+        ValueError: No adapted layers, or layers that differ in kind, dropout or rank stabilisation.
+        UserError: `directory` holds something other than an adapter.
+        OSError: The disk is full; what was at `directory` is untouched.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("the model carries no adapters to save; call inject() first.")
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: exists and is not a directory.")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
+        raise UserError(f"{directory}: is not empty and holds no adapter ({CONFIG_FILE}); allowed: a new directory.")
+    paths = [path for path, _ in model.named_modules()]
+    config = adapter_config(layers, paths, base_name_or_path=base_name_or_path, revision=revision)
+    record = {
+        "format": FORMAT,
+        "qdora_version": __version__,
+        "kind": "dora" if config["use_dora"] else "lora",
+        "formula": _MAGNITUDE_NOTE,
+        "base": {"name_or_path": base_name_or_path, "revision": revision, "quant": base_quant},
+        "layers": {
+            path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling} for path, layer in layers.items()
+        },
+        "extra": extra or {},
+    }
+    tensors = adapter_tensors(layers)
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with atomic_directory(directory) as partial:
+        write_safetensors(partial / WEIGHTS_FILE, specs, tensors.values())
+        for name, content in ((CONFIG_FILE, config), (RECORD_FILE, record)):
+            (partial / name).write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_adapter(directory: Path) -> AdapterDescription:
+    """Read and check the two JSON files of an adapter.
+
+    Raises:
+        UserError: A missing or malformed file, or settings that cannot be honoured; every one of them.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory, allowed: a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    faults = []
+    if not (directory / WEIGHTS_FILE).is_file():
+        pickled = (
+            f" {PICKLE_FILE} is a pickle, which can run code when it is read: load it in PEFT and save it again."
+            if (directory / PICKLE_FILE).exists()
+            else ""
+        )
+        faults.append(f"{directory / WEIGHTS_FILE}: missing.{pickled}")
+    layout, record = None, None
+    try:
+        layout = parse_adapter_config(_read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+        record = _read_json(directory / RECORD_FILE) if (directory / RECORD_FILE).exists() else None
+    except UserError as error:
+        faults.extend(error.faults)
+    if record is not None and record.get("format") != FORMAT:
+        faults.append(
+            f"{directory / RECORD_FILE}: format: is {record.get('format')!r}, allowed: {FORMAT}. "
+            "It was written by another version of qdora."
+        )
+    if faults or layout is None:
+        raise UserError(*faults)
+    if record is None:
+        return AdapterDescription(layout, None, None, None)
+    base, layers = record.get("base"), record.get("layers")
+    scalings = {
+        path: entry["scaling"]
+        for path, entry in (layers.items() if isinstance(layers, dict) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("scaling"), (int, float))
+    }
+    quant = base.get("quant") if isinstance(base, dict) else None
+    return AdapterDescription(layout, quant, record.get("extra"), scalings)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, allowed: a JSON object.")
+    return value
+
+
+def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
+    """Put the adapter of `directory`, written by qdora or by PEFT, on `model`; everything else is frozen.
+
+    Nothing of the model changes unless the whole adapter fits. No file but the three named ones is opened.
+
+    Args:
+        model: The base, quantised or not, without adapters.
+        directory: Holds adapter_config.json and adapter_model.safetensors.
+        dtype: Storage of lora_A and lora_B; None keeps the file's. Magnitudes are float32 in any case.
+    Returns:
+        Path -> layer, in model order.
+    Raises:
+        UserError: Settings that cannot be honoured, tensors that are missing, unexpected, mis-shaped or not finite: all
+            of them at once.
+        ValueError: The model carries adapters already.
+    """
+    if adapted_layers(model):
+        raise ValueError("the model carries adapters already; load_adapter needs the bare base.")
+    described = describe_adapter(directory)
+    layout = described.layout
+    linear, faults = _selected(model, layout, str(directory / CONFIG_FILE))
+    expected = _expected_shapes(linear, layout)
+    faults += _rank_faults(linear, layout, str(directory / CONFIG_FILE))
+    faults += _scaling_faults(described, linear, str(directory / RECORD_FILE))
+    tensors, tensor_faults = _read_tensors(directory / WEIGHTS_FILE, expected)
+    if faults or tensor_faults:
+        raise UserError(*faults, *tensor_faults)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    adapted = {}
+    for path, module in linear.items():
+        a_name, b_name, m_name = _names(path)
+        a, b = tensors[a_name], tensors[b_name]
+        layer = AdaptedLinear(
+            as_frozen(module),
+            kind=layout.kind,
+            rank=layout.rank_of(path),
+            alpha=layout.alpha_of(path),
+            rank_stabilized=layout.rank_stabilized,
+            dropout=layout.dropout,
+            dtype=a.dtype if dtype is None else dtype,
+            generator=torch.Generator().manual_seed(0),  # the start is overwritten; leave the caller's generator alone
+        )
+        with torch.no_grad():
+            layer.lora_A.copy_(a)
+            layer.lora_B.copy_(b)
+            if layer.magnitude is not None:
+                layer.magnitude.copy_(tensors[m_name])
+        layer.train(model.training)
+        replace_module(model, path, layer)
+        adapted[path] = layer
+    return adapted
+
+
+def _names(path: str) -> tuple[str, str, str]:
+    start = f"{_PREFIX}{path}."
+    return f"{start}lora_A.weight", f"{start}lora_B.weight", f"{start}lora_magnitude_vector"
+
+
+def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict[str, nn.Module], list[str]]:
+    """The linear layers that the settings select, in model order, and what is wrong with the selection."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    chosen: dict[str, nn.Module] = {}
+    others = []
+    for path, module in model.named_modules():
+        is_linear = isinstance(module, FrozenLinear) or type(module) is nn.Linear
+        if path and layout.selects(path, is_linear=is_linear, is_head=module is head):
+            if is_linear:
+                chosen[path] = module
+            else:
+                others.append(f"{path} ({type(module).__name__})")
+    faults = []
+    if others:
+        faults.append(f"{where}: target_modules: selects {_some(others)}, allowed: linear layers.")
+    if not chosen:
+        faults.append(f"{where}: target_modules: {layout.targets!r} matches no linear layer of this model.")
+    return chosen, faults
+
+
+def _expected_shapes(linear: Mapping[str, nn.Module], layout: AdapterLayout) -> dict[str, tuple[int, ...]]:
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, module in linear.items():
+        rows, columns = _features(module)
+        a, b, m = _names(path)
+        rank = layout.rank_of(path)
+        expected[a], expected[b] = (rank, columns), (rows, rank)
+        if layout.kind == "dora":
+            expected[m] = (rows,)
+    return expected
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module, (FrozenLinear, nn.Linear))
+    return module.out_features, module.in_features
+
+
+def _rank_faults(linear: Mapping[str, nn.Module], layout: AdapterLayout, where: str) -> list[str]:
+    limits = {path: min(_features(module)) for path, module in linear.items()}
+    too_large = [
+        f"{path} (rank {layout.rank_of(path)}, at most {limit})"
+        for path, limit in limits.items()
+        if layout.rank_of(path) > limit
+    ]
+    return [f"{where}: r or rank_pattern: too large for {_some(too_large)}."] if too_large else []
+
+
+def _scaling_faults(described: AdapterDescription, linear: Mapping[str, nn.Module], where: str) -> list[str]:
+    """qdora.json repeats the scaling that follows from PEFT's settings: an edited or mixed-up file shows here."""
+    faults = []
+    layout = described.layout
+    for path in linear if described.scalings is not None else ():
+        rank = layout.rank_of(path)
+        scaling = layout.alpha_of(path) / (math.sqrt(rank) if layout.rank_stabilized else rank)
+        recorded = (described.scalings or {}).get(path)
+        if recorded is None or not math.isclose(recorded, scaling, rel_tol=1e-12):
+            faults.append(f"{path} ({recorded} recorded, {scaling} by {CONFIG_FILE})")
+    return [f"{where}: layers: scaling differs for {_some(faults)}."] if faults else []
+
+
+def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of the file on the CPU, and one line for each way in which they differ from `expected`."""
+    tensors: dict[str, Tensor] = {}
+    wrong_shape, wrong_dtype, not_finite = [], [], []
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {_canonical(name): name for name in file.keys()}  # noqa: SIM118
+            for name, shape in expected.items():
+                if name not in stored:
+                    continue
+                found = tuple(file.get_slice(stored[name]).get_shape())
+                if found != shape:
+                    wrong_shape.append(f"{name} {list(found)} instead of {list(shape)}")
+                    continue
+                tensor = file.get_tensor(stored[name])
+                tensors[name] = tensor
+                if not tensor.is_floating_point():
+                    wrong_dtype.append(f"{name} ({tensor.dtype})")
+                elif not bool(torch.isfinite(tensor).all()):
+                    not_finite.append(name)
+    except (OSError, SafetensorError) as error:
+        return {}, [f"{path}: cannot be read as safetensors: {error}"]
+    missing = [name for name in expected if name not in stored]
+    unexpected = sorted(original for name, original in stored.items() if name not in expected)
+    faults = []
+    for names, what in (
+        (missing, "missing"),
+        (unexpected, "unexpected (no adapted layer of this model has them)"),
+        (wrong_shape, "of the wrong shape"),
+        (wrong_dtype, "not of a float dtype"),
+        (not_finite, "holding NaN or infinity"),
+    ):
+        if names:
+            faults.append(f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''} {what}: {_some(names)}.")
+    if any(name.endswith(".lora_magnitude_vector") for name in missing):
+        faults.append(
+            f"{path}: {CONFIG_FILE} says use_dora; without its magnitudes a DoRA layer computes something else."
+        )
+    return tensors, faults
+
+
+def _canonical(name: str) -> str:
+    """A magnitude may carry `.weight`, as in PEFT's own modules."""
+    return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,146 @@
+"""Putting adapters on a model: which linear layers, at which rank, and finding them again."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from qdora.errors import UserError, nearest
+from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
+from qdora.nn.frozen_linear import FrozenLinear
+
+ALL_LINEAR = "all-linear"
+
+
+def inject(
+    model: nn.Module,
+    *,
+    kind: Kind = "dora",
+    rank: int = 16,
+    alpha: float = 32.0,
+    rank_stabilized: bool = False,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    skip: Sequence[str] = ("lm_head",),
+    rank_pattern: Mapping[str, int] | None = None,
+    init: Init = "kaiming",
+    dtype: torch.dtype = torch.bfloat16,
+    generator: torch.Generator | None = None,
+) -> dict[str, AdaptedLinear]:
+    """Replace linear layers of `model` by adapted ones, in place; everything else is frozen.
+
+    Args:
+        model: Any transformers causal LM whose linear maps are nn.Linear or FrozenLinear.
+        kind, rank, alpha, rank_stabilized, dropout, init, dtype, generator: As in AdaptedLinear.
+        targets: "all-linear", or names: the last part of a module's path ("q_proj"), or a pattern over the whole path
+            ("model.layers.3.*.q_proj").
+        skip: Names or patterns left out of "all-linear".
+        rank_pattern: Name or pattern -> rank, in place of `rank`; the longest matching key wins.
+    Returns:
+        Path -> layer, in model order.
+    Raises:
+        UserError: A target or pattern that matches nothing, a rank that is too large: all of them at once.
+    """
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    chosen = _chosen(linear, targets, skip)
+    ranks = _ranks(chosen, rank, rank_pattern or {})
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    adapted: dict[str, AdaptedLinear] = {}
+    for name, module in chosen.items():
+        layer = AdaptedLinear(
+            as_frozen(module),
+            kind=kind,
+            rank=ranks[name],
+            alpha=alpha,
+            rank_stabilized=rank_stabilized,
+            dropout=dropout,
+            init=init,
+            dtype=dtype,
+            generator=generator,
+        )
+        layer.train(model.training)
+        replace_module(model, name, layer)
+        adapted[name] = layer
+    return adapted
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Path -> adapted layer, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
+    """Path -> frozen layer, in model order; the base of an adapted layer has the path `<layer>.base`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Path -> trainable parameter, in model order: of the adapters, or of the whole model in full fine-tuning."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted path `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def as_frozen(module: nn.Module) -> FrozenLinear:
+    """The layer itself if it is frozen already, else a FrozenLinear that shares the nn.Linear's weight."""
+    if isinstance(module, FrozenLinear):
+        return module
+    assert isinstance(module, nn.Linear)
+    return FrozenLinear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module path is meant by `pattern`: its last part, the path, or a shell pattern over the path."""
+    return pattern in (name.rpartition(".")[2], name) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Exact type for nn.Linear: subclasses (bitsandbytes' layers, tensor-parallel ones) compute something else.
+    return isinstance(module, FrozenLinear) or type(module) is nn.Linear
+
+
+def _chosen(linear: dict[str, nn.Module], targets: str | Sequence[str], skip: Sequence[str]) -> dict[str, nn.Module]:
+    if targets == ALL_LINEAR:
+        chosen = {n: m for n, m in linear.items() if not any(matches(n, pattern) for pattern in skip)}
+        if not chosen:
+            raise UserError("adapter.targets: 'all-linear' finds no linear layer in this model.")
+        return chosen
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    last_parts = sorted({name.rpartition(".")[2] for name in linear})
+    missing = [pattern for pattern in patterns if not any(matches(name, pattern) for name in linear)]
+    if missing:
+        allowed = f"allowed: {', '.join(last_parts)}, a full path or pattern, or 'all-linear'"
+        faults = [
+            f"adapter.targets: '{p}' matches no linear layer, {allowed}.{nearest(p, last_parts)}" for p in missing
+        ]
+        raise UserError(*faults)
+    return {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
+
+
+def _ranks(chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, int]) -> dict[str, int]:
+    last_parts = sorted({name.rpartition(".")[2] for name in chosen})
+    faults = [
+        f"adapter.rank_pattern: '{pattern}' matches no adapted layer, allowed: {', '.join(last_parts)}, "
+        f"or a path or pattern.{nearest(pattern, last_parts)}"
+        for pattern in rank_pattern
+        if not any(matches(name, pattern) for name in chosen)
+    ]
+    ranks = {}
+    for name, module in chosen.items():
+        keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
+        ranks[name] = rank_pattern[keys[-1]] if keys else rank
+        limit = min(int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+        if ranks[name] > limit:
+            where = f"adapter.rank_pattern['{keys[-1]}']" if keys else "adapter.rank"
+            faults.append(f"{where}: {ranks[name]} is larger than layer {name} allows, allowed: at most {limit}.")
+    if faults:
+        raise UserError(*dict.fromkeys(faults))
+    return ranks

@@ -1,0 +1,353 @@
+"""PEFT's `adapter_config.json`: what it says about each layer, and what qdora cannot honour.
+
+Semantics follow PEFT 0.21: targets match a whole path or its end (`.q_proj`), a string is a regular expression over the
+whole path, the first matching key of `rank_pattern` and `alpha_pattern` wins and may match the path's end.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qdora.errors import UserError, nearest
+from qdora.nn.adapted_linear import AdaptedLinear, Kind
+
+ALL_LINEAR = "all-linear"
+
+# Settings that leave the trained function as it is: who wrote the file, how training started, run-time options.
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+_HONOURED = {
+    "alpha_pattern",
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+}
+# Settings that change the function in a way that qdora does not compute.
+_REFUSED = {
+    "alora_invocation_tokens": "activated LoRA switches the adapter on in the middle of a text",
+    "arrow_config": "Arrow routes each token among several adapters",
+    "ensure_weight_tying": "it ties adapters of the embedding and the head",
+    "kasa_config": "KaSA changes the base weights",
+    "layer_replication": "it repeats layers of the base model",
+    "lora_bias": "lora_B has a bias of its own",
+    "megatron_config": "the layers are Megatron's",
+    "modules_to_save": "whole modules are replaced by trained copies",
+    "monteclora_config": "MonteCLoRA samples the adapter",
+    "target_parameters": "it adapts bare parameters (experts), not linear layers",
+    "trainable_token_indices": "rows of the embedding are replaced",
+    "use_bdlora": "lora_A or lora_B is block-diagonal",
+    "use_qalora": "QA-LoRA pools the input of lora_A",
+    "velora_config": "VeLoRA compresses the activations",
+}
+# These starts move part of W into the adapter: on the unchanged base the adapter means something else.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Which modules a PEFT adapter sits on, and with which rank and scale."""
+
+    kind: Kind
+    rank: int
+    alpha: float
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    exclude: str | tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    base_name_or_path: str | None = None
+    revision: str | None = None
+
+    def rank_of(self, path: str) -> int:
+        """Rank of the layer at `path`."""
+        return self.rank_pattern.get(_first_match(self.rank_pattern, path), self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """Alpha of the layer at `path`."""
+        return self.alpha_pattern.get(_first_match(self.alpha_pattern, path), self.alpha)
+
+    def selects(self, path: str, *, is_linear: bool, is_head: bool) -> bool:
+        """Whether the module at `path` carries an adapter.
+
+        Args:
+            path: Dotted path from the model.
+            is_linear: Whether it is a linear layer; only "all-linear" asks.
+            is_head: Whether it is the output embedding, which "all-linear" leaves out.
+        """
+        if _matches_any(self.exclude, path):
+            return False
+        if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
+            return is_linear and not is_head
+        if not _matches_any(self.targets, path):
+            return False
+        if self.layers is None or isinstance(self.targets, str):
+            return True
+        index = self._layer_index(path)
+        return index is not None and index in self.layers
+
+    def _layer_index(self, path: str) -> int | None:
+        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        for pattern in patterns:
+            found = re.match(pattern, path)
+            if found:
+                return int(found.group(1))
+        return None
+
+
+def _matches_any(names: str | tuple[str, ...], path: str) -> bool:
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, path) is not None
+    return path in names or path.endswith(tuple(f".{name}" for name in names))
+
+
+def _first_match(patterns: Collection[str], path: str) -> str:
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return pattern
+    return path
+
+
+def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout:
+    """Read the settings that matter and refuse, all at once, those that cannot be honoured.
+
+    Args:
+        config: The parsed JSON object.
+        where: Name of the file, for messages.
+    Raises:
+        UserError: One line per setting that is refused, unknown and set, or malformed.
+    """
+    faults = _feature_faults(config)
+    faults += _value_faults(config)
+    if faults:
+        raise UserError(*(f"{where}: {fault}" for fault in faults))
+    targets, exclude = config["target_modules"], config.get("exclude_modules") or ()
+    layers, layers_pattern = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    return AdapterLayout(
+        kind="dora" if config.get("use_dora") else "lora",
+        rank=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
+        rank_stabilized=config.get("use_rslora", False),
+        dropout=float(config.get("lora_dropout", 0.0)),
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        exclude=exclude if isinstance(exclude, str) else tuple(exclude),
+        rank_pattern=dict(config.get("rank_pattern") or {}),
+        alpha_pattern=dict(config.get("alpha_pattern") or {}),
+        layers=None if layers in (None, []) else (layers,) if isinstance(layers, int) else tuple(layers),
+        layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern),
+        base_name_or_path=config.get("base_model_name_or_path"),
+        revision=config.get("revision"),
+    )
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _feature_faults(config: Mapping[str, Any]) -> list[str]:
+    faults = []
+    if config.get("peft_type") != "LORA":
+        faults.append(f"peft_type: is {config.get('peft_type')!r}, allowed: 'LORA' (with or without use_dora).")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        faults.append(f"task_type: is {config['task_type']!r}, allowed: 'CAUSAL_LM' or null.")
+    if config.get("bias", "none") != "none":
+        faults.append(f"bias: is {config['bias']!r}, allowed: 'none' (qdora's biases stay frozen).")
+    if config.get("fan_in_fan_out", False):
+        faults.append("fan_in_fan_out: is true, allowed: false (weights stored transposed, as in GPT-2's Conv1D).")
+    for key, reason in _REFUSED.items():
+        if not _is_empty(config.get(key)):
+            faults.append(f"{key}: cannot be honoured: {reason}.")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        faults.append(
+            f"init_lora_weights: {init!r} changes the base weights when training starts, so the adapter does not fit "
+            "the original base. Convert it first: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    elif init not in _HARMLESS_INITS:
+        faults.append(f"init_lora_weights: is {init!r}, allowed: {', '.join(map(repr, _HARMLESS_INITS))}.")
+    known = _WITHOUT_EFFECT | _HONOURED | _REFUSED.keys()
+    faults.extend(
+        f"{key}: unknown setting {config[key]!r}; it may change what the adapter computes.{nearest(key, known)}"
+        for key in sorted(config.keys() - known)
+        if not _is_empty(config[key])
+    )
+    return faults
+
+
+def _value_faults(config: Mapping[str, Any]) -> list[str]:
+    faults = [
+        f"{key}: is {config[key]!r}, allowed: true or false."
+        for key in ("use_dora", "use_rslora")
+        if not isinstance(config.get(key, False), bool)
+    ]
+    if not _is_rank(config.get("r", 8)):
+        faults.append(f"r: is {config['r']!r}, allowed: a whole number of at least 1.")
+    if not _is_number(config.get("lora_alpha", 8)):
+        faults.append(f"lora_alpha: is {config['lora_alpha']!r}, allowed: a finite number.")
+    dropout = config.get("lora_dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        faults.append(f"lora_dropout: is {dropout!r}, allowed: at least 0 and less than 1.")
+    for key, allowed, meaning in (
+        ("rank_pattern", _is_rank, "name -> whole number of at least 1"),
+        ("alpha_pattern", _is_number, "name -> finite number"),
+    ):
+        value = config.get(key) or {}
+        if not isinstance(value, dict) or not all(allowed(item) for item in value.values()):
+            faults.append(f"{key}: is {value!r}, allowed: {meaning}.")
+        else:
+            faults += [f"{key}: '{name}' is not a regular expression." for name in value if not _is_regex(name)]
+    faults += _target_faults(config)
+    return faults
+
+
+def _target_faults(config: Mapping[str, Any]) -> list[str]:
+    faults = []
+    targets = config.get("target_modules")
+    if not targets:
+        faults.append(f"target_modules: is {targets!r}, allowed: a list of names, a pattern, or 'all-linear'.")
+    for key in ("target_modules", "exclude_modules"):
+        names = config.get(key) or []
+        if isinstance(names, str):
+            if not _is_regex(names):
+                faults.append(f"{key}: {names!r} is not a regular expression.")
+        elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            faults.append(f"{key}: is {names!r}, allowed: a list of names or a regular expression.")
+    layers = config.get("layers_to_transform")
+    indices = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
+        faults.append(f"layers_to_transform: is {layers!r}, allowed: a layer number or a list of them.")
+    pattern = config.get("layers_pattern") or []
+    patterns = pattern if isinstance(pattern, list) else [pattern]
+    if not all(isinstance(name, str) and _is_regex(name) for name in patterns):
+        faults.append(f"layers_pattern: is {pattern!r}, allowed: a name or a list of names.")
+    faults.extend(
+        f"{key}: is {config[key]!r}, allowed: a string or null."
+        for key in ("base_model_name_or_path", "revision")
+        if not isinstance(config.get(key), str | None)
+    )
+    return faults
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def adapter_config(
+    layers: Mapping[str, AdaptedLinear], all_paths: Collection[str], *, base_name_or_path: str, revision: str | None
+) -> dict[str, Any]:
+    """The `adapter_config.json` that makes PEFT build exactly these layers.
+
+    `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path.
+
+    Args:
+        layers: Path -> layer, at least one.
+        all_paths: Paths of all modules of the model, adapted or not.
+        base_name_or_path: What PEFT users load the base from.
+        revision: Commit of the base on the Hub, or None.
+    Raises:
+        ValueError: Layers that differ in kind, dropout or rank stabilisation, of which the format has one each.
+    """
+    first = next(iter(layers.values()))
+    for name, shared in (
+        ("kind", {layer.kind for layer in layers.values()}),
+        ("dropout", {layer.dropout for layer in layers.values()}),
+        ("rank_stabilized", {layer.rank_stabilized for layer in layers.values()}),
+    ):
+        if len(shared) > 1:
+            raise ValueError(f"layers differ in {name} ({sorted(shared)}); an adapter file holds one for all layers.")
+    ranks = {path: layer.rank for path, layer in layers.items()}
+    alphas = {path: _plain(layer.alpha) for path, layer in layers.items()}
+    rank, alpha = _commonest(ranks), _commonest(alphas)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name_or_path,
+        "revision": revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
+        "use_dora": first.kind == "dora",
+        "use_rslora": first.rank_stabilized,
+        "target_modules": _target_names(list(layers), all_paths),
+        "exclude_modules": None,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "auto_mapping": None,
+    }
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    counted = list(values.values())
+    return max(sorted(set(counted)), key=counted.count)
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """One entry per distinct value that is not the default: PEFT tries every key on every layer."""
+    paths: dict[Any, list[str]] = {}
+    for path, value in values.items():
+        if value != default:
+            paths.setdefault(value, []).append(re.escape(path))
+    return {f"^({'|'.join(group)})" if len(group) > 1 else f"^{group[0]}": value for value, group in paths.items()}
+
+
+def _target_names(adapted: list[str], all_paths: Collection[str]) -> list[str]:
+    """Last parts of the paths ("q_proj") where these mean exactly the adapted layers, else the full paths."""
+    last_parts = sorted({path.rpartition(".")[2] for path in adapted})
+    wanted = set(adapted)
+    if all(path in wanted or path.rpartition(".")[2] not in last_parts for path in all_paths):
+        return last_parts
+    return sorted(adapted)

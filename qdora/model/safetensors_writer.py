@@ -1,0 +1,147 @@
+"""safetensors files written one tensor at a time, in memory bounded by the largest tensor.
+
+The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, byte offsets), then the
+tensors back to back. All sizes are known before the first value is, so the header goes first and values are appended.
+Source: huggingface/safetensors, README, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor that is still to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the first value: length and JSON, padded with blanks so that the values start at 8 k.
+
+    Raises:
+        ValueError: A name that occurs twice, a dtype that the format lacks, a tensor that would start unaligned.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for spec in specs:
+        if spec.name in entries:
+            raise ValueError(f"tensor name '{spec.name}' occurs twice.")
+        if spec.dtype not in _DTYPE_NAMES:
+            raise ValueError(
+                f"tensor '{spec.name}' has dtype {spec.dtype}, allowed: {', '.join(_DTYPE_NAMES.values())}."
+            )
+        if offset % spec.dtype.itemsize:
+            # Readers view the mapped file in the tensor's dtype, which an odd start does not allow.
+            raise ValueError(f"tensor '{spec.name}' would start at byte {offset}; wider dtypes must come first.")
+        end = offset + spec.num_bytes
+        entries[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Write a file whose tensors are made while it is written; synced to disk on return.
+
+    Args:
+        path: File to create; must not exist.
+        specs: What the tensors will be, in file order.
+        tensors: The tensors in the same order; each is dropped before the next is asked for.
+        metadata: Strings for the header; by default {"format": "pt"}, which transformers asks for.
+    Returns:
+        Bytes written.
+    Raises:
+        ValueError: A tensor that is not what its spec says, too few, or too many.
+        OSError: The disk is full.
+    """
+    remaining = iter(tensors)
+    with path.open("xb") as file:
+        file.write(header(specs, {"format": "pt"} if metadata is None else metadata))
+        for spec in specs:
+            tensor = next(remaining, None)
+            if tensor is None:
+                raise ValueError(f"no tensor for '{spec.name}'.")
+            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                raise ValueError(
+                    f"tensor '{spec.name}' is {tensor.dtype} {tuple(tensor.shape)}, "
+                    f"announced as {spec.dtype} {spec.shape}."
+                )
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            if flat.numel():
+                file.write(flat.view(torch.uint8).numpy().data)
+            del tensor, flat
+        if next(remaining, None) is not None:
+            raise ValueError(f"more tensors than the {len(specs)} announced.")
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int, stem: str = "model") -> dict[str, list[TensorSpec]]:
+    """Distribute tensors over files, in order; a tensor larger than the limit gets a file of its own.
+
+    Within a file wider dtypes come first, which keeps every tensor aligned.
+
+    Returns:
+        File name -> its tensors: `model.safetensors` where one file does, else `model-00001-of-0000N.safetensors`.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if groups[-1] and size + spec.num_bytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += spec.num_bytes
+    groups = [sorted(group, key=lambda spec: -spec.dtype.itemsize) for group in groups]  # stable
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> dict[str, object]:
+    """The content of `model.safetensors.index.json`: total size in bytes and parameters, and tensor -> file."""
+    specs = [spec for group in shards.values() for spec in group]
+    return {
+        "metadata": {
+            "total_parameters": sum(torch.Size(spec.shape).numel() for spec in specs),
+            "total_size": sum(spec.num_bytes for spec in specs),
+        },
+        "weight_map": {spec.name: file for file, group in shards.items() for spec in group},
+    }

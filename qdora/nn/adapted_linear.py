@@ -1,0 +1,141 @@
+"""The adapted linear layer: LoRA or DoRA on a frozen base, by one formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.adapted_linear import adapted_linear
+from qdora.ops.dora import merged_weight, row_norm, squared_row_norm
+
+Kind = Literal["lora", "dora"]
+Init = Literal["kaiming", "gaussian"]
+
+
+class AdaptedLinear(nn.Module):
+    """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, with g = m / ||W + s B A||_row for DoRA and g = 1 for LoRA.
+
+    B starts at zero and m at ||W||_row of the dequantised base, so the fresh layer is exactly the base.
+    Source: DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
+
+    `magnitude` is float32 whatever the adapter's storage: bf16 has a spacing of 2^-8..2^-7 near 1, so an Adam step of
+    1e-4 would be rounded away every time and the layer would silently train as LoRA.
+
+    Args:
+        base: Frozen layer.
+        kind: "lora" or "dora".
+        rank: Rows of lora_A, 1 to min(in, out).
+        alpha: Adapter scale; s = alpha / rank, or alpha / sqrt(rank) with `rank_stabilized` (arXiv 2312.03732).
+        dropout: On the adapter's input while training, in [0, 1).
+        init: lora_A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5) or N(0, 0.01^2).
+        dtype: Storage of lora_A and lora_B.
+        generator: Source of the initial values (CPU generator; values do not depend on the device).
+    """
+
+    base_squared: Tensor | None
+
+    def __init__(
+        self,
+        base: FrozenLinear,
+        *,
+        kind: Kind = "dora",
+        rank: int = 16,
+        alpha: float = 32.0,
+        rank_stabilized: bool = False,
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        dtype: torch.dtype = torch.bfloat16,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        limit = min(base.in_features, base.out_features)
+        if not 1 <= rank <= limit:
+            raise ValueError(
+                f"rank {rank} of a ({base.out_features}, {base.in_features}) layer; allowed: 1 to {limit}."
+            )
+        self.base = base
+        self.kind: Kind = kind
+        self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
+        self.dropout = dropout
+        device = base.stored_weight.device
+        first = torch.empty(rank, base.in_features, dtype=torch.float32)
+        if init == "gaussian":
+            first.normal_(0.0, 0.01, generator=generator)
+        else:
+            bound = 1.0 / math.sqrt(base.in_features)
+            first.uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(first.to(device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
+        self.magnitude: nn.Parameter | None = None
+        squared = None
+        if kind == "dora":
+            squared = squared_row_norm(base.dequantized(base.wide_dtype))
+            self.magnitude = nn.Parameter(squared.sqrt())
+        # Not persistent: it follows from the base.
+        self.register_buffer("base_squared", squared, persistent=False)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.base.out_features
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / rank, or alpha / sqrt(rank) where rank-stabilised."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in x's dtype."""
+        return adapted_linear(
+            x,
+            self.base.stored_weight,
+            self.base.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            magnitude=self.magnitude,
+            base_squared=self.base_squared,
+            dropout=self.dropout if self.training else 0.0,
+        )
+
+    def row_norm(self) -> Tensor:
+        """||W + s B A|| of each row, (out,) float32 (float64 for a float64 base)."""
+        return row_norm(
+            self.base.dequantized(self.base.wide_dtype),
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            base_squared=self.base_squared,
+        )
+
+    def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight (out, in) that equals this layer: merged in float32, cast once. The bias is unchanged."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = self.base.dequantized(wide)
+        return merged_weight(weight, self.lora_A, self.lora_B, self.scaling, self.magnitude).to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
+        magnitude, squared = self.magnitude, self.base_squared
+        values = None if magnitude is None else magnitude.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # A cast of the model to 16 bits must not reach m and ||W||^2 (see the class); a move of device must.
+        if magnitude is not None and values is not None and self.magnitude is not None and squared is not None:
+            if self.magnitude.dtype.itemsize < values.dtype.itemsize:
+                self.magnitude.data = values.to(self.magnitude.device)
+            if self.base_squared is not None and self.base_squared.dtype.itemsize < squared.dtype.itemsize:
+                self.base_squared = squared.to(self.base_squared.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.kind}, rank={self.rank}, scaling={self.scaling:.6g}, dropout={self.dropout}"

@@ -1,0 +1,87 @@
+"""A linear layer whose weight never trains: packed in NF4, FP4 or int8, or dense in 16 or 32 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qdora.ops.adapted_linear import Weight, dense_weight, frozen_linear
+from qdora.ops.packed import PackedWeight, from_tensors
+
+# Block scales keep their own dtype when a model is cast: `model.to(torch.bfloat16)` would round every one of them.
+_SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T + bias, W and bias frozen.
+
+    The weight is held in buffers, so no optimizer, weight decay or `requires_grad_` can reach it. Its tensors are never
+    repacked for a kernel's sake: what `dequantized` returns is the same before and after any number of forwards.
+
+    Args:
+        weight: (out, in), packed or dense.
+        bias: (out,) or None.
+    """
+
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.block_size = 0
+        if isinstance(weight, PackedWeight):
+            self.kind: str = weight.kind
+            self.block_size = weight.block_size
+            self._names = tuple(weight.tensors())
+            for name, tensor in weight.tensors().items():
+                self.register_buffer(name, tensor)
+        else:
+            self.kind = "dense"
+            self.register_buffer("weight", weight.detach())
+        self.bias: Tensor | None
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def packed_weight(self) -> PackedWeight | None:
+        """The packed form, sharing memory with this layer, or None for a dense base."""
+        if self.kind == "dense":
+            return None
+        tensors = {name: getattr(self, name) for name in self._names}
+        return from_tensors(self.kind, (self.out_features, self.in_features), self.block_size, tensors)
+
+    @property
+    def stored_weight(self) -> Weight:
+        """The weight as it is held: packed or dense, sharing memory with this layer."""
+        packed = self.packed_weight
+        if packed is not None:
+            return packed
+        weight: Tensor = self.get_buffer("weight")
+        return weight
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """The dtype of norms and merges: float32, or float64 for a float64 base."""
+        weight = self._buffers.get("weight")
+        return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight (out, in) in `dtype`; for a packed base a new tensor."""
+        return dense_weight(self.stored_weight, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in x's dtype."""
+        return frozen_linear(x, self.stored_weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
+        kept = {name: self._buffers[name] for name in _SCALES if self._buffers.get(name) is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        block = f", block_size={self.block_size}" if self.block_size else ""
+        return f"{self.in_features}, {self.out_features}, {self.kind}{block}, bias={self.bias is not None}"

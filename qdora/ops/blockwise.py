@@ -1,0 +1,169 @@
+"""Blockwise 4-bit quantisation and double quantisation in plain torch: the definition of the formats.
+
+On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit. Its CUDA kernels differ in details:
+they compare with decimal constants that are off by an ulp here and there, send FP4's negative ties to the smaller
+magnitude, take the nearest nested code without the 16-bit grid, and divide by the absmax of a zero block, so that NF4
+stores such a block as -1 times 0, which double quantisation turns into small non-zero weights. What is defined here
+holds on every device: a zero weight always decodes to zero.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from qdora.errors import UserError
+from qdora.ops import codebooks
+
+# Weights handled at a time: bounds the workspace (about 20 bytes a weight of the chunk), and is large enough that
+# starting the threads of each operation does not count.
+# A multiple of every block size, and even, so that no byte is shared between two chunks.
+_CHUNK = 1 << 20
+
+# Keeps the division of a zero block finite. Below this, a subnormal block is not scaled up to 1.
+_SMALLEST_SCALE = 1e-38
+
+
+@torch.no_grad()
+def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """Round each weight to the nearest of 16 values, scaled by the largest magnitude of its block.
+
+    absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
+
+    Blocks run along the flattened rows and may cross them; the last one may be short. Source: QLoRA, arXiv 2305.14314,
+    sec. 3.
+
+    Args:
+        weight: Any shape and float dtype; rounded to float32 first.
+        kind: "nf4" or "fp4".
+        block_size: Weights per block, a power of two up to 4096.
+        name: What the weight is called in an error.
+    Returns:
+        Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32.
+        The absmax of a zero block is 0 (1e-38 in a short last block).
+    Raises:
+        ValueError: If a weight is not finite.
+    """
+    flat = weight.reshape(-1)
+    numel = flat.numel()
+    table = codebooks.decision_table(kind, weight.device)
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
+    for start in range(0, numel, _CHUNK):
+        unit, scale = _scale_to_unit(flat[start : start + _CHUNK].float(), block_size)
+        # Before the look-up: NaN has no cell, and on a GPU an index out of range ends the process.
+        if not bool(scale.isfinite().all()):
+            _raise_not_finite(flat, name)
+        cell = codebooks.cell(unit)
+        rank = table.rank.index_select(0, cell).add_(unit > table.bound.index_select(0, cell))
+        codes = rank if kind == "nf4" else table.code.index_select(0, rank.int())
+        packed[start // 2 : start // 2 + codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
+        absmax[start // block_size : start // block_size + scale.numel()] = scale
+    return packed, absmax
+
+
+def _raise_not_finite(flat: Tensor, name: str) -> NoReturn:
+    numel = flat.numel()
+    count = numel - sum(int(flat[at : at + _CHUNK].float().isfinite().sum()) for at in range(0, numel, _CHUNK))
+    raise UserError(f"{name}: {count} of {numel} weights are not finite (NaN or infinite) and cannot be quantised.")
+
+
+def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32).
+
+    Whole blocks are multiplied by the reciprocal and a short last block is divided: the two round differently, and
+    bitsandbytes does so.
+    """
+    whole = part.numel() // block_size * block_size
+    blocks = part[:whole].view(-1, block_size)
+    scale = blocks.abs().amax(dim=1)
+    units = [(blocks * (1.0 / scale.clamp(min=_SMALLEST_SCALE))[:, None]).clamp_(-1, 1).view(-1)]
+    if whole < part.numel():
+        last = part[whole:].abs().amax(dim=0, keepdim=True).clamp(min=_SMALLEST_SCALE)
+        units.append((part[whole:] / last).clamp_(-1, 1))
+        scale = torch.cat([scale, last])
+    if part.numel() % 2:
+        units.append(part.new_zeros(1))
+    # One block list in nearly every chunk, and then no copy.
+    return (units[0] if len(units) == 1 else torch.cat(units)), scale
+
+
+@torch.no_grad()
+def quantize_scales(absmax: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation: the block scales minus their mean, as 8-bit codes in nested blocks.
+
+    scale = code[q] * nested_absmax[block // block_size] + offset
+
+    Each centred scale, divided by the absmax of its nested block, is rounded to a 16-bit grid over [-1, 1] and then to
+    the nearest value of the dynamic map: the rule of bitsandbytes' CPU kernel, at most 1.6e-5 worse than the nearest.
+
+    Source: QLoRA, arXiv 2305.14314, sec. 3.
+
+    Args:
+        absmax: (blocks,) float32.
+        code: The dynamic map, (256,) float32, ascending.
+        block_size: Block scales per nested block.
+    Returns:
+        q (blocks,) uint8, nested_absmax (ceil(blocks / block_size),) float32, offset () float32.
+    """
+    offset = absmax.mean()
+    padded = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % block_size))
+    blocks = padded.view(-1, block_size)
+    nested = blocks.abs().amax(dim=1)
+    # Equal scales give a nested absmax of 0: unit is NaN there, and the codes are set to 0 below.
+    unit = (blocks * (1.0 / nested)[:, None]).clamp_(-1, 1)
+    half = (unit + 1.0) * 0.5
+    # In float64 and rounded once, as a fused multiply-add does it.
+    point = (half.double() * 65535 + 0.5).float().floor_()
+    codes = torch.bucketize(point * 2 / 65535 - 1, (code[:-1] + code[1:]) / 2).to(torch.uint8)
+    codes.masked_fill_((nested == 0)[:, None], 0)
+    return codes.view(-1)[: absmax.numel()].clone(), nested, offset
+
+
+@torch.no_grad()
+def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tensor, block_size: int) -> Tensor:
+    """The block scales that `quantize_scales` stored, (blocks,) float32."""
+    return scale_blocks_(code.index_select(0, codes.int()), absmax, block_size).add_(offset)
+
+
+@torch.no_grad()
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, kind: str, block_size: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The weight value[code] * absmax: a float32 product, then one cast.
+
+    Args:
+        packed: (ceil(out * in / 2),) uint8.
+        absmax: (blocks,) float32.
+        kind: "nf4" or "fp4".
+        block_size: Weights per block scale, a divisor of 4096.
+        shape: (out, in).
+        dtype: Any float dtype.
+    Returns:
+        (out, in) in `dtype`.
+    """
+    numel = shape[0] * shape[1]
+    pairs = codebooks.code_pairs(kind, packed.device)
+    out = torch.empty(numel, dtype=dtype, device=packed.device)
+    for start in range(0, numel, _CHUNK):
+        stop = min(start + _CHUNK, numel)
+        dense = pairs.index_select(0, packed[start // 2 : (stop + 1) // 2].int()).view(torch.float32)
+        scales = absmax[start // block_size : -(-stop // block_size)]
+        out[start:stop] = scale_blocks_(dense[: stop - start], scales, block_size)
+    return out.view(shape)
+
+
+def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """Multiply each run of `block_size` values by its scale, in place; the last run may be short.
+
+    Args:
+        values: (n,) float32.
+        absmax: (ceil(n / block_size),) float32.
+    """
+    whole = values.numel() // block_size
+    values[: whole * block_size].view(-1, block_size).mul_(absmax[:whole, None])
+    if whole * block_size < values.numel():
+        values[whole * block_size :].mul_(absmax[whole])
+    return values

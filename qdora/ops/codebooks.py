@@ -1,0 +1,128 @@
+"""The value tables of the low-bit formats: NF4, FP4 and the 8-bit dynamic map of double quantisation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NESTED_BLOCK_SIZE = 256
+"""Block scales per nested scale. Source: QLoRA, arXiv 2305.14314, sec. 3."""
+
+# Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0. Source: QLoRA, arXiv 2305.14314, appendix E.
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+# Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
+# variant of FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as in bitsandbytes' table.
+_FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+
+# Cells per unit of the grid that finds a code with one comparison. The closest two bounds are FP4's 0 and 0.0026.
+_CELLS_PER_UNIT = 1024
+
+
+class DecisionTable(NamedTuple):
+    """Finds the nearest of 16 values in [-1, 1] with two look-ups and one comparison.
+
+    [-1, 1] is cut into cells with at most one decision bound each. The rank of x among the ascending values is
+    `rank[cell(x)]` plus 1 where x lies above `bound[cell(x)]`: exact, since `cell` never decreases, and 8 times as fast
+    as torch.bucketize.
+
+    Attributes:
+        rank: Bounds in lower cells, (cells,) uint8.
+        bound: The bound in the cell, or 2 where there is none, (cells,) float32.
+        code: The code of each rank, (16,) uint8.
+    """
+
+    rank: Tensor
+    bound: Tensor
+    code: Tensor
+
+
+# No tensor is cached in this file: one made under FakeTensorMode or inference mode would poison every later call.
+
+
+def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
+    """The value of each 4-bit code, indexed by the code: (16,) float32 in [-1, 1].
+
+    Raises:
+        ValueError: If `kind` is not "nf4" or "fp4".
+    """
+    if kind == "nf4":
+        return torch.tensor(_NF4, dtype=torch.float32, device=device)
+    if kind == "fp4":
+        positive = torch.tensor(_FP4_TIMES_12, dtype=torch.float32, device=device) / 12.0
+        return torch.cat([positive, -positive])
+    raise ValueError(f"no code book for kind '{kind}'; allowed: nf4, fp4.")
+
+
+def code_pairs(kind: str, device: torch.device | str = "cpu") -> Tensor:
+    """The two values of each byte: (256,) int64, each the bits of two float32, high nibble first.
+
+    One 8-byte element a byte, since gathering 64-bit scalars is 4 times as fast as gathering rows of two float32.
+    """
+    values = code_values(kind, device)
+    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
+    return pairs.view(torch.int64).view(256)
+
+
+def cell(unit: Tensor) -> Tensor:
+    """The grid cell of each value in [-1, 1]: int32 in [0, 2048], never decreasing with the value."""
+    return unit.add(1.0).mul_(_CELLS_PER_UNIT).int()
+
+
+def decision_bounds(kind: str) -> tuple[Tensor, Tensor]:
+    """The 15 midpoints between neighbouring values, ascending, (15,) float32, and the code of each rank, (16,) uint8.
+
+    A value equal to a midpoint takes the lower rank. FP4's two zeros stay apart: up to and including 0 the code is 0,
+    above it 8.
+    """
+    values = code_values(kind)
+    order = torch.argsort(values, stable=True)
+    ascending = values[order]
+    return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
+
+
+def decision_table(kind: str, device: torch.device | str = "cpu") -> DecisionTable:
+    """`decision_bounds` as a grid; see `DecisionTable`."""
+    bounds, code = decision_bounds(kind)
+    of_bound = cell(bounds)
+    assert bool((of_bound.diff() > 0).all()), "two bounds share a cell: raise _CELLS_PER_UNIT"
+    cells = torch.arange(2 * _CELLS_PER_UNIT + 1, dtype=torch.int32)
+    rank = (of_bound[None, :] < cells[:, None]).sum(dim=1).to(torch.uint8)
+    bound = torch.full(cells.shape, 2.0)
+    bound[of_bound.long()] = bounds
+    return DecisionTable(rank.to(device), bound.to(device), code.to(device))
+
+
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """The signed 8-bit dynamic map, ascending, (256,) float32 in [-0.993, 1].
+
+    Seven decades, the decade of exponent e holding 2^e values: the midpoints of 2^e equal parts of [0.1, 1], times
+    10^(e - 6), with both signs; and 0 and 1.
+
+    Source: 8-Bit Approximations for Parallelism in Deep Learning, arXiv 1511.04561, sec. 2.1.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
+        scaled = (10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += scaled + [-value for value in scaled]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)

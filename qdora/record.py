@@ -1,0 +1,352 @@
+"""The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
+
+recipe.yaml  environment.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/  eval/*.json
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qdora.access_tokens import masked
+from qdora.atomic_files import (
+    atomic_directory,
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    is_leftover,
+    json_bytes,
+    remove_directory,
+    remove_leftovers,
+)
+from qdora.checkpoint_files import checkpoint_fault, write_complete
+from qdora.errors import RunFailure, UserError
+
+_STEP = re.compile(r"step-(\d+)")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# What a resumed run may change: nothing here reaches a number of the training.
+MAY_CHANGE = ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "eval", "memory", "trackers")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: the state after `step` optimizer steps, in directory `path`."""
+
+    step: int
+    path: Path
+
+
+class RunDirectory:
+    """One run's files. Made by `create_run`, `resume_run` or `open_run`.
+
+    Args:
+        path: The directory; all that is written stays below it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.log_file = path / "log.txt"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+
+    def inside(self, *parts: str) -> Path:
+        """A path below the run directory.
+
+        Raises:
+            ValueError: The path would leave it, by .. or a symbolic link or because it is absolute.
+        """
+        path = self.path.joinpath(*parts)
+        root = self.path.resolve()
+        if not path.resolve().is_relative_to(root) or path.resolve() == root:
+            raise ValueError(f"{Path(*parts)} is not inside the run directory {self.path}")
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write strict JSON, such as eval/final.json; NaN becomes null. Returns the file.
+
+        Raises:
+            RunFailure: The disk is full or cannot be written; an older file of that name is untouched.
+        """
+        path = self.inside(name)
+        with self._disk_failures(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(path, value)
+        return path
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl; it has left this process when the call returns.
+
+        Args:
+            values: With an int "step", the optimizer steps done. On a resume from checkpoint N all lines of steps
+                beyond N go, so whatever belongs to step N is written before its checkpoint. NaN becomes null.
+        Raises:
+            ValueError: No step.
+            RunFailure: The disk is full or cannot be written; no part of the line stays behind.
+        """
+        if _step_of(values) is None:
+            raise ValueError(f"a line of metrics needs an int 'step', got {dict(values)!r}")
+        with self._disk_failures(self.metrics_file.name):
+            _append(self.metrics_file, json_bytes(values))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl, in order, without one that a kill has cut off."""
+        return [values for _, values in _metrics_lines(self.metrics_file)]
+
+    def truncate_metrics(self, after_step: int) -> int:
+        """Drop lines of steps beyond `after_step` and lines that a kill has cut off; the rest stays byte for byte.
+
+        Returns:
+            Number of dropped lines.
+        """
+        if not self.metrics_file.exists():
+            return 0
+        content = self.metrics_file.read_bytes()
+        kept = [line for line, values in _metrics_lines(self.metrics_file) if values["step"] <= after_step]
+        wanted = b"".join(line + b"\n" for line in kept)
+        if wanted != content:
+            with self._disk_failures(self.metrics_file.name):
+                atomic_write_bytes(self.metrics_file, wanted)
+        return len([line for line in content.split(b"\n") if line]) - len(kept)
+
+    def log(self, text: str) -> None:
+        """Add a line to log.txt: UTC time and `text`, without access tokens.
+
+        Raises:
+            RunFailure: The disk is full or cannot be written.
+        """
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(masked(text).splitlines())}\n"
+        with self._disk_failures(self.log_file.name):
+            _append(self.log_file, line.encode("utf-8", "backslashreplace"))
+
+    @contextmanager
+    def checkpoint_directory(self, step: int) -> Iterator[Path]:
+        """An empty directory to write the state after `step` steps into; a whole checkpoint when the block ends.
+
+        Nothing of it is visible before, and nothing stays if the block raises. A checkpoint of the same step is
+        replaced.
+
+        Raises:
+            RunFailure: The disk is full or cannot be written; names the newest whole checkpoint.
+        """
+        with (
+            self._disk_failures(f"the checkpoint of step {step}"),
+            atomic_directory(self.checkpoints / f"step-{step}") as path,
+        ):
+            yield path
+            write_complete(path, step)
+
+    @contextmanager
+    def adapter_directory(self) -> Iterator[Path]:
+        """An empty directory that becomes adapter/ when the block ends; an older adapter stays until then.
+
+        Raises:
+            RunFailure: The disk is full or cannot be written; names the newest whole checkpoint.
+        """
+        with self._disk_failures("the adapter"), atomic_directory(self.adapter) as path:
+            yield path
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The whole checkpoint of the largest step, checked byte for byte; None where there has never been one.
+
+        Raises:
+            RunFailure: There are checkpoints and all are damaged: going on from step 0 would hide that.
+        """
+        damaged: list[str] = []
+        for checkpoint in self._by_step():
+            fault = checkpoint_fault(checkpoint.path)
+            if fault is None:
+                for line in damaged:
+                    self.log(f"skipped a damaged checkpoint: {line}")
+                return checkpoint
+            damaged.append(f"{checkpoint.path.name}: {fault}")
+        if damaged:
+            raise RunFailure(f"{self.checkpoints}: no whole checkpoint ({'; '.join(damaged)}).")
+        return None
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints; damaged ones are not counted, and go.
+
+        Raises:
+            ValueError: keep < 1: the newest is never removed.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        found = self._by_step()
+        whole = [checkpoint for checkpoint in found if checkpoint_fault(checkpoint.path, sums=False) is None]
+        for checkpoint in found if whole else ():  # with nothing whole, the damaged ones are all there is to look at
+            if checkpoint not in whole[:keep]:
+                self._remove(checkpoint)
+
+    def _remove(self, checkpoint: Checkpoint) -> None:
+        """Under a leftover's name first: a removal that is cut off leaves no half checkpoint."""
+        aside = checkpoint.path.with_name(f".{checkpoint.path.name}.partial")
+        remove_directory(aside)
+        os.rename(checkpoint.path, aside)
+        remove_directory(aside)
+
+    def _by_step(self) -> list[Checkpoint]:
+        """All checkpoints, whole or not, newest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        named = [(_STEP.fullmatch(entry.name), entry) for entry in self.checkpoints.iterdir() if entry.is_dir()]
+        found = [Checkpoint(int(match[1]), entry) for match, entry in named if match]
+        return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+    @contextmanager
+    def _disk_failures(self, what: str) -> Iterator[None]:
+        """Turn a failed write into a RunFailure that says where the newest whole checkpoint is."""
+        try:
+            yield
+        except BaseException as error:
+            reason = _disk_reason(error)
+            if reason is None:
+                raise
+            whole = [each.path for each in self._by_step() if checkpoint_fault(each.path) is None]
+            raise RunFailure(f"{self.path}: {what} could not be written: {reason}.", safe=whole[:1]) from error
+
+
+def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
+    """Start a run in a directory that is new or empty.
+
+    Args:
+        path: The directory; parents are made.
+        recipe: The resolved recipe, YAML.
+        environment: What `environment.environment()` returns.
+    Raises:
+        UserError: The directory is a run already, or holds other files, or cannot be made.
+    """
+    run = RunDirectory(path)
+    if run.recipe_file.exists():
+        raise UserError(f"{path}: holds a run. Go on with it by --resume, or choose another --run-dir.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        others = sorted(entry.name for entry in path.iterdir() if not is_leftover(entry))
+        if others:
+            raise UserError(f"{path}: not empty and not a run, got {others[0]}, allowed: a new or empty --run-dir.")
+        remove_leftovers(path)
+        atomic_write_json(path / "environment.json", environment)
+        atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path}: is in the way or below a file, allowed: a new or empty --run-dir.") from None
+    except PermissionError:
+        raise UserError(f"{path}: cannot be written, allowed: a --run-dir that can.") from None
+    except OSError as error:
+        raise RunFailure(f"{path}: the run directory could not be written: {error.strerror}.") from error
+    return run
+
+
+def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
+    """Go on with a run: clears leftovers, keeps what the new start changes about the environment.
+
+    The caller then reads `newest_checkpoint` and calls `truncate_metrics` with its step.
+
+    Raises:
+        UserError: No run there, or the recipe differs in a setting that changes the training.
+    """
+    run = open_run(path)
+    try:
+        old_text = run.recipe_file.read_text(encoding="utf-8")
+        old, new = _flat(yaml.safe_load(old_text)), _flat(yaml.safe_load(recipe))
+        record: dict[str, Any] = json.loads((path / "environment.json").read_bytes())
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
+    changed = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key) and not _may_change(key)]
+    if changed:
+        allowed = "allowed: what the run was started with."
+        raise UserError(*(f"{path}: {key}: got {new.get(key)!r}, was {old.get(key)!r}, {allowed}" for key in changed))
+    remove_leftovers(path)
+    remove_leftovers(run.checkpoints)
+    if old_text != recipe:
+        atomic_write_text(run.recipe_file, recipe)
+    last = {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
+    now: dict[str, Any] = json.loads(json_bytes(environment))
+    different = {key: value for key, value in now.items() if last.get(key) != value}
+    if different:
+        record["resumed"] = [*record.get("resumed", []), different]
+        atomic_write_json(path / "environment.json", record)
+    return run
+
+
+def open_run(path: Path) -> RunDirectory:
+    """A finished or interrupted run, to read from.
+
+    Raises:
+        UserError: There is no run.
+    """
+    run = RunDirectory(path)
+    if not run.recipe_file.is_file():
+        what = "no such directory" if not path.exists() else "not a run directory (it has no recipe.yaml)"
+        raise UserError(f"{path}: {what}, allowed: the --run-dir of an earlier 'qdora train'.")
+    return run
+
+
+def next_run_path(root: Path, name: str) -> Path:
+    """root/name, or the first of root/name-2, root/name-3, ... that does not exist."""
+    path, number = root / name, 2
+    while path.exists():
+        path, number = root / f"{name}-{number}", number + 1
+    return path
+
+
+def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line without its end, values) of every line that is whole: an object cut short is never valid JSON."""
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.split(b"\n"):
+        with suppress(ValueError):  # JSONDecodeError and UnicodeDecodeError: a line that a kill has cut off
+            values = json.loads(line)
+            if isinstance(values, dict) and _step_of(values) is not None:
+                yield line, values
+
+
+def _step_of(values: Mapping[str, Any]) -> int | None:
+    step = values.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Append all of `content`, or nothing if that fails."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab") as stream:
+            stream.write(content)
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
+
+
+def _disk_reason(error: BaseException) -> str | None:
+    """Why a write failed, or None for an error of another kind.
+
+    Libraries written in Rust or C++ report a full disk by an error class of their own with the system's text.
+    """
+    if isinstance(error, OSError):
+        return "the disk is full" if error.errno in _FULL else masked(str(error))
+    full = any(os.strerror(number) in str(error) for number in _FULL)
+    return "the disk is full" if isinstance(error, Exception) and full else None
+
+
+def _may_change(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{'train': {'lr': 1}} -> {'train.lr': 1}; lists count as one value."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{prefix}.{key}".lstrip(".")).items()
+    }

@@ -1,0 +1,91 @@
+"""What a checkpoint of a run holds, and taking it back: safetensors and JSON, no pickle.
+
+adapter/                  the adapter in PEFT's format, usable by itself (full fine-tuning: parameters.safetensors)
+optimizer.safetensors     optimizer states and the low bits of bf16 parameters
+random.safetensors        state of torch's generators
+state.json                step, data position, versions
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qdora.errors import UserError
+from qdora.train.optimizer import AdapterOptimizer
+
+FORMAT = 1
+PARAMETERS_FILE = "parameters.safetensors"
+
+
+def write_state(directory: Path, *, step: int, optimizer: AdapterOptimizer, loader_state: Mapping[str, Any]) -> None:
+    """Write everything but the parameters themselves into an existing directory."""
+    _save(optimizer.state_tensors(), directory / "optimizer.safetensors")
+    _save(_random_state(), directory / "random.safetensors")
+    state = {"format": FORMAT, "step": step, "loader": dict(loader_state)}
+    (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
+
+
+def write_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Write the trainable parameters by their path (full fine-tuning)."""
+    _save({key: parameter.detach() for key, parameter in parameters.items()}, file)
+
+
+@torch.no_grad()
+def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], where: Path) -> None:
+    """Copy tensors into the trainable parameters of the same path.
+
+    Raises:
+        UserError: For every missing, unknown or mis-shaped tensor.
+    """
+    faults = [f"{where}: parameter {key} is missing" for key in parameters if key not in tensors]
+    faults += [f"{where}: {key} belongs to no trainable parameter" for key in tensors if key not in parameters]
+    for key in tensors.keys() & parameters.keys():
+        if tensors[key].shape != parameters[key].shape:
+            got, wanted = tuple(tensors[key].shape), tuple(parameters[key].shape)
+            faults.append(f"{where}: {key} is {got}, this run has {wanted}")
+    if faults:
+        raise UserError(*sorted(faults)[:10])
+    for key, parameter in parameters.items():
+        parameter.copy_(tensors[key])
+
+
+def read_state(directory: Path, *, optimizer: AdapterOptimizer, load_loader: Callable[[dict[str, Any]], None]) -> int:
+    """Take back `write_state`; the parameters must be in place already.
+
+    Returns:
+        The number of steps done.
+    Raises:
+        UserError: If the checkpoint belongs to another run or format.
+    """
+    state = json.loads((directory / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise UserError(f"{directory / 'state.json'}: format {state.get('format')}, allowed: {FORMAT}.")
+    load_loader(state["loader"])
+    try:
+        optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
+    except ValueError as error:
+        raise UserError(f"{directory / 'optimizer.safetensors'}: {error}") from error
+    with safe_open(directory / "random.safetensors", framework="pt") as file:
+        torch.set_rng_state(file.get_tensor("cpu"))
+        if torch.cuda.is_available() and "cuda" in file.keys():  # noqa: SIM118  safe_open is no mapping
+            torch.cuda.set_rng_state(file.get_tensor("cuda"))
+    return int(state["step"])
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

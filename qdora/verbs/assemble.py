@@ -1,0 +1,227 @@
+"""From a recipe to the things a run is made of: device, data, model, adapters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.config import DataConfig, Recipe, SourceConfig
+from qdora.data.example import Example
+from qdora.data.loader import StepLoader
+from qdora.data.mix import Mix, make_mix
+from qdora.data.sources import SourceSpec, load_source, load_train_and_validation
+from qdora.data.tokenize import TokenizedSet, tokenize_all
+from qdora.doctor import cpu_has_bfloat16
+from qdora.errors import UserError
+from qdora.model.adapter_file import load_adapter
+from qdora.model.inject import adapted_layers, inject
+from qdora.model.load import load_model
+from qdora.model.source import ModelSource, resolve
+from qdora.model.tokenizer import load_tokenizer
+
+logger = logging.getLogger("qdora")
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+AUTO_MICRO_BATCH_TOKENS = 2048
+"""train.micro_batch_tokens: auto, unless a longer example needs more."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which dtype the products run."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose_compute(dtype: str) -> Compute:
+    """The GPU where there is one; `auto` takes bfloat16 where the device multiplies in it, else float32. Logged."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype != "auto":
+        return Compute(device, _DTYPES[dtype])
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
+    chosen = torch.bfloat16 if native else torch.float32
+    logger.info("Computing on %s in %s.", device.type, str(chosen).removeprefix("torch."))
+    return Compute(device, chosen)
+
+
+def find_model(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """Resolve the source and load the tokenizer: cheap, and done before anything large is read."""
+    source = resolve(recipe.model.source, recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    named = recipe.model.tokenizer
+    return source, load_tokenizer(source if named is None else resolve(named, weights=False))
+
+
+def load_base(
+    recipe: Recipe, source: ModelSource, compute: Compute, progress: Callable[[int, int], None] | None = None
+) -> PreTrainedModel:
+    """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
+
+    Raises:
+        UserError: As `load_model`.
+    """
+    if recipe.adapter.kind == "full" and compute.dtype == torch.float16:
+        raise UserError("model.dtype: float16 overflows in full fine-tuning, allowed: bfloat16, float32.")
+    model = load_model(
+        source,
+        quant=recipe.base.quant,
+        block_size=recipe.base.block_size,
+        double_quant=recipe.base.double_quant,
+        skip=recipe.base.skip,
+        device=compute.device,
+        compute_dtype=compute.dtype,
+        attention=recipe.model.attention,
+        progress=progress,
+    )
+    if recipe.adapter.kind == "full":
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    if recipe.memory.checkpointing:
+        _recompute_activations(model)
+    return model
+
+
+def _recompute_activations(model: PreTrainedModel) -> None:
+    # transformers 5.2x renamed it; the old name warns there, the new one is missing in earlier releases.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = None) -> None:
+    """Adapters as the recipe asks, or as they stand in the directory `adapter`."""
+    settings = recipe.adapter
+    if settings.kind == "none" or settings.kind == "full":
+        return
+    directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
+    if directory is None:
+        inject(
+            model,
+            kind=settings.kind,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            rank_stabilized=settings.rank_stabilized,
+            dropout=settings.dropout,
+            targets=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+            skip=recipe.base.skip,
+            rank_pattern=settings.rank_pattern,
+            init=settings.init,
+            dtype=_DTYPES[settings.dtype],
+            generator=torch.Generator().manual_seed(recipe.train.seed),
+        )
+        return
+    layers = load_adapter(model, directory, dtype=_DTYPES[settings.dtype])
+    kinds = {layer.kind for layer in layers.values()}
+    if kinds != {settings.kind}:
+        raise UserError(f"adapter.kind: {settings.kind!r}, but {directory} holds {', '.join(sorted(kinds))}.")
+    for layer in layers.values():
+        layer.dropout = settings.dropout
+
+
+def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
+    """Number of adapted layers and of trainable and frozen parameters."""
+    layers = adapted_layers(model)
+    frozen = sum(layer.in_features * layer.out_features for layer in layers.values())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"num_layers": len(layers), "num_trainable": trainable, "num_adapted": frozen}
+
+
+def source_spec(source: SourceConfig, data: DataConfig) -> SourceSpec:
+    """A recipe's source as the data package takes it."""
+    return SourceSpec(
+        task=source.task,
+        source=source.source,
+        path=source.path,
+        format=source.format,
+        split=source.split,
+        limit=source.limit,
+        name=source.name,
+        revision=source.revision,
+        seed=data.seed,
+    )
+
+
+def read_data(data: DataConfig) -> tuple[list[list[Example]], dict[str, list[Example]]]:
+    """Training examples per source, and validation examples by the source's name (left out where there are none).
+
+    Raises:
+        UserError: The faults of all sources, each with its place in the recipe.
+    """
+    train: list[list[Example]] = []
+    validation: dict[str, list[Example]] = {}
+    faults: list[str] = []
+    for index, source in enumerate(data.mix):
+        try:
+            examples, held_out = load_train_and_validation(
+                source_spec(source, data), validation=source.validation, fraction=data.validation_fraction
+            )
+        except UserError as error:
+            faults.extend(f"data.mix[{index}]: {fault}" for fault in error.faults)
+            continue
+        train.append(examples)
+        if held_out:
+            validation[source.label] = held_out
+    if faults:
+        raise UserError(*faults)
+    return train, validation
+
+
+def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
+    """Tokenise every source and put them together; faults of all sources at once."""
+    data = recipe.data
+    sets: list[TokenizedSet] = []
+    faults: list[str] = []
+    for source, examples in zip(data.mix, train, strict=True):
+        try:
+            sets.append(
+                tokenize_all(
+                    examples,
+                    tokenizer,
+                    name=source.label,
+                    max_length=data.max_length,
+                    loss_on=data.loss_on,
+                    too_long=data.too_long,
+                )
+            )
+        except UserError as error:
+            faults.extend(error.faults)
+    if faults:
+        raise UserError(*faults)
+    weights = [source.weight or 1.0 for source in data.mix] if data.strategy == "equal" else None
+    return make_mix(sets, strategy=data.strategy, temperature=data.temperature, weights=weights, seed=data.seed)
+
+
+def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any) -> StepLoader:
+    """The loader of the recipe's steps."""
+    asked = recipe.train.micro_batch_tokens
+    micro = max(recipe.data.max_length, AUTO_MICRO_BATCH_TOKENS) if asked == "auto" else asked
+    return StepLoader(
+        mix.sets,
+        mix.order,
+        tokens_per_step=recipe.train.tokens_per_step,
+        batch=recipe.train.batch,
+        micro_batch_tokens=micro,
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def task_examples(task: str, *, split: str, data: Path | None) -> list[Example]:
+    """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files."""
+    path = None if data is None or task.startswith("demo/") else str(data / task)
+    return load_source(SourceSpec(task=task, path=path, split=split))
+
+
+def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:
+    """The examples of a run's sources in one split: validation as in training, or test."""
+    if split == "validation":
+        return read_data(recipe.data)[1]
+    found = {}
+    for source in recipe.data.mix:
+        found[source.label] = load_source(replace(source_spec(source, recipe.data), split=split, limit=None))
+    return found

@@ -1,0 +1,139 @@
+"""qdora eval: score a run, a merged directory or a bare model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.config import TASKS
+from qdora.data.demo import families
+from qdora.data.example import Example
+from qdora.errors import UserError, nearest
+from qdora.evaluation.perplexity import read_texts, text_perplexity
+from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.model.tokenizer import load_tokenizer
+from qdora.recipe_file import load_recipe
+from qdora.record import RunDirectory, open_run
+from qdora.train.allocator import keep_freed_memory
+from qdora.verbs.assemble import choose_compute, run_examples, task_examples
+from qdora.verbs.show import suite_bar
+from qdora.verbs.trained import load_run
+
+SPLITS = ("validation", "test", "train")
+
+
+@dataclass(frozen=True)
+class _Target:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    label: str
+    run: RunDirectory | None
+
+
+def evaluate_target(
+    target: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    split: str = "validation",
+    data: Path | None = None,
+    texts: Sequence[Path] = (),
+    step: int | None = None,
+    base_only: bool = False,
+    like: Path | None = None,
+    quant: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run (its adapter on its base), a model directory, a Hub id or builtin.
+
+    Args:
+        target: What to evaluate.
+        tasks: Names from the run's mix, or built-in tasks; None takes the run's mix.
+        limit: Most examples of a task; None takes the run's eval.limit, or all.
+        split: validation, test or train.
+        data: Folder of <task>/<split> files for the eight commonsense tasks; None takes the Hub.
+        texts: Text files whose perplexity is measured.
+        step, base_only: Of a run, see `load_run`.
+        quant: Of a model that is no run: hold its linear layers in nf4, fp4 or int8; None keeps them dense.
+        like: A run whose data and limit are used; its own results stand beside in the table.
+        console: Where the table is shown; standard error by default.
+    Returns:
+        JSON values: label -> evaluation, and the perplexities.
+    """
+    console = console or Console(stderr=True)
+    keep_freed_memory()
+    if split not in SPLITS:
+        raise UserError(f"--split: {split!r}, allowed: {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
+    is_run = (Path(target) / "recipe.yaml").is_file()
+    run_path = Path(target) if is_run else like
+    recipe = None if run_path is None else load_recipe(open_run(run_path).recipe_file)
+    if recipe is None and not tasks and not texts:
+        raise UserError(f"eval: {target} is not a run, so say what to evaluate: --tasks, --text or --like RUN.")
+    known = {} if recipe is None or not (tasks or not texts) else run_examples(recipe, split)
+    chosen = _chosen(known, tasks, split, data) if tasks or not texts else {}
+    limit = limit if limit is not None or recipe is None else recipe.eval.limit
+    loaded = _load(target, is_run=is_run, step=step, base_only=base_only, quant=quant)
+    document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
+    if chosen:
+        with suite_bar(console, f"evaluating {loaded.label}") as progress:
+            result = evaluate(loaded.model, loaded.tokenizer, chosen, limit=limit, progress=progress)
+        document["evaluation"] = result.to_dict()
+        shown = _stored_results(like) if like is not None and split == "validation" else {}
+        console.print(compare_table(shown | {loaded.label: result}))
+        if loaded.run is not None:
+            loaded.run.write_json(f"eval/{loaded.label}-{split}.json", result.to_dict(per_example=True))
+    if texts:
+        scored = text_perplexity(loaded.model, loaded.tokenizer, read_texts(texts))
+        document["perplexity"] = asdict(scored)
+        console.print(f"perplexity {scored.perplexity:.3f} over {scored.num_tokens:,} tokens", highlight=False)
+    return document
+
+
+def _load(target: str, *, is_run: bool, step: int | None, base_only: bool, quant: str | None) -> _Target:
+    if is_run:
+        if quant is not None:
+            raise UserError(f"--quant: a run has a base of its own, got {quant!r} for {target}.")
+        trained = load_run(Path(target), step=step, base_only=base_only)
+        return _Target(trained.model, trained.tokenizer, trained.state, trained.run)
+    if step is not None or base_only:
+        raise UserError(f"eval: --step and --base belong to a run, got {target}.")
+    source = resolve(target)
+    compute = choose_compute("auto")
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, quant=quant or "none", device=compute.device, compute_dtype=compute.dtype)
+    return _Target(model, tokenizer, Path(target).name, None)
+
+
+def _chosen(
+    known: dict[str, list[Example]], tasks: Sequence[str] | None, split: str, data: Path | None
+) -> dict[str, list[Example]]:
+    if tasks is None:
+        return known
+    built_in = [*TASKS, *(f"demo/{family}" for family in families())]
+    unknown = [task for task in tasks if task not in known and task not in built_in]
+    if unknown:
+        allowed = list(dict.fromkeys([*known, *built_in]))
+        raise UserError(*(f"--tasks: {t!r}, allowed: {', '.join(allowed)}.{nearest(t, allowed)}" for t in unknown))
+    return {t: known[t] if t in known else task_examples(t, split=split, data=data) for t in tasks}
+
+
+def _stored_results(run_path: Path) -> dict[str, EvaluationResult]:
+    """The evaluations that a run kept of its first and last state."""
+    run = open_run(run_path)
+    files = sorted(run.inside("eval").glob("step-*.json"), key=lambda file: int(file.stem.removeprefix("step-")))
+    if len(files) < 2:
+        return {}
+    return {label: read_result(file) for label, file in (("base", files[0]), ("adapter", files[-1]))}
+
+
+def read_result(file: Path) -> EvaluationResult:
+    """An evaluation that a run has written."""
+    return EvaluationResult.from_dict(json.loads(file.read_text(encoding="utf-8")))

@@ -1,0 +1,153 @@
+"""qdora export: the merged model or the adapter of a run, checked against the running model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from qdora.atomic_files import atomic_write_json
+from qdora.data.example import Example
+from qdora.errors import RunFailure, UserError, nearest
+from qdora.evaluation.suite import EvaluationResult
+from qdora.model.adapter_file import save_adapter
+from qdora.model.card import CardFacts, model_card
+from qdora.model.export import DTYPES, export_merged
+from qdora.model.verify import verify_merged
+from qdora.train.allocator import keep_freed_memory
+from qdora.verbs.assemble import run_examples
+from qdora.verbs.evaluate import read_result
+from qdora.verbs.show import bar
+from qdora.verbs.trained import TrainedRun, load_run
+
+FORMATS = ("merged", "peft")
+_NUM_TEXTS = 24
+"""Held-out texts on which the merged model is compared: about 2,000 tokens, enough for a maximum to mean something."""
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    format_: str = "merged",
+    dtype: str = "float16",
+    step: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write a run's model to `out` and check it.
+
+    Args:
+        run: Run directory.
+        out: New or empty directory.
+        format_: "merged" (one dense model for plain transformers) or "peft" (the adapter).
+        dtype: Of the merged weights: float16, bfloat16 or float32.
+        step: Checkpoint; None takes the finished adapter.
+        console: Where progress and the check are shown; standard error by default.
+    Returns:
+        What stands in `out`/export.json.
+    Raises:
+        UserError: Wrong arguments.
+        RunFailure: The reloaded model differs from the running one; `out` is kept for inspection and named.
+    """
+    console = console or Console(stderr=True)
+    keep_freed_memory()
+    if format_ not in FORMATS:
+        raise UserError(f"--format: {format_!r}, allowed: {', '.join(FORMATS)}.{nearest(format_, FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r}, allowed: {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
+    trained = load_run(run, step=step)
+    if format_ == "peft":
+        return _export_adapter(trained, out)
+    with bar(console, "merging") as progress:
+        result = export_merged(
+            trained.model,
+            trained.tokenizer,
+            out,
+            dtype=DTYPES[dtype],
+            progress=progress,
+            extra_files={"README.md": model_card(_card(trained, None))},
+        )
+    console.print("comparing the merged model with the running one", highlight=False)
+    check = verify_merged(trained.model, out, trained.tokenizer, texts=held_out_texts(trained))
+    document = {"format": "merged", "run": str(run), "state": trained.state, **result.to_dict(), "verification": check}
+    atomic_write_json(out / "export.json", document)
+    (out / "README.md").write_text(model_card(_card(trained, check)), encoding="utf-8")
+    console.print(_verdict(check), markup=False, highlight=False, soft_wrap=True)
+    if not check["passed"]:
+        raise RunFailure(
+            f"{out}: the merged model is not the one that was trained: {'; '.join(check['faults'])}.", safe=[run, out]
+        )
+    console.print(f"merged model: {out}", markup=False, highlight=False, soft_wrap=True)
+    return document
+
+
+def held_out_texts(trained: TrainedRun) -> list[str]:
+    """Validation examples of the run with their answers, spread over its tasks; a fixed sentence where it has none."""
+    by_task = run_examples(trained.recipe, "validation")
+    picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
+    texts = [text for text in (_text(example) for example in picked[:_NUM_TEXTS]) if text]
+    return texts or ["The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."]
+
+
+def _text(example: Example) -> str:
+    if example.messages:
+        return "\n".join(content for _, content in example.messages)
+    return example.prompt + example.answer
+
+
+def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
+    recipe = trained.recipe
+    if recipe.adapter.kind not in ("lora", "dora"):
+        raise UserError(f"--format peft: the run has no adapter (adapter.kind {recipe.adapter.kind}).")
+    save_adapter(
+        trained.model,
+        out,
+        base_name_or_path=recipe.model.source,
+        revision=recipe.model.revision,
+        base_quant={"quant": recipe.base.quant},
+    )
+    return {"format": "peft", "run": str(trained.run.path), "state": trained.state, "directory": str(out)}
+
+
+def _verdict(check: dict[str, Any]) -> str:
+    difference = check["merged_vs_running"]
+    word = "passed" if check["passed"] else "FAILED"
+    return (
+        f"{word}: largest logit difference {difference['max_logit_difference']:.4g}, mean KL {difference['kl_mean']:.3g} nats, "
+        f"same next token at {difference['argmax_agreement']:.2%} of {check['num_positions']:,} positions"
+    )
+
+
+def _card(trained: TrainedRun, check: dict[str, Any] | None) -> CardFacts:
+    recipe = trained.recipe
+    adapter, base, train = recipe.adapter, recipe.base, recipe.train
+    results = _results(trained)
+    tasks: Sequence[str] = list(next(iter(results.values())).tasks) if results else []
+    return CardFacts(
+        base_name=recipe.model.source,
+        base_revision=recipe.model.revision,
+        title=trained.run.path.name,
+        method={
+            "adapter": f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}",
+            "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
+            "learning rate": train.lr,
+            "state": trained.state,
+        },
+        data=[source.label for source in recipe.data.mix],
+        metric_names=list(results),
+        metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
+        verification=check,
+        versions={"torch": torch.__version__},
+    )
+
+
+def _results(trained: TrainedRun) -> dict[str, EvaluationResult]:
+    files = sorted(
+        trained.run.inside("eval").glob("step-*.json"), key=lambda file: int(file.stem.removeprefix("step-"))
+    )
+    if len(files) < 2:
+        return {}
+    return {"answer NLL before": read_result(files[0]), "answer NLL after": read_result(files[-1])}

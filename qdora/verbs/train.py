@@ -1,0 +1,274 @@
+"""qdora train: data, base, adapters, loop, evaluation, and a run directory that holds all of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from qdora.config import Recipe
+from qdora.data.loader import Step, StepLoader
+from qdora.data.mix import Mix
+from qdora.environment import environment
+from qdora.errors import UserError
+from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
+from qdora.model.adapter_file import save_adapter
+from qdora.model.inject import adapter_parameters
+from qdora.recipe_file import missing_files, resolved_yaml
+from qdora.record import RunDirectory, create_run, resume_run
+from qdora.train.allocator import keep_freed_memory
+from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, write_parameters, write_state
+from qdora.train.figures import draw_loss_per_task
+from qdora.train.interrupt import stop_on_signal
+from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.progress import TrainingProgress
+from qdora.verbs.assemble import (
+    choose_compute,
+    describe_adapters,
+    find_model,
+    load_base,
+    make_loader,
+    put_adapters,
+    read_data,
+    tokenized_mix,
+)
+from qdora.verbs.show import bar, log_to, show_mix, suite_bar
+
+logger = logging.getLogger("qdora")
+
+
+def train_run(
+    recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Run a recipe to its end.
+
+    Args:
+        recipe: What to do.
+        directory: The run directory; new, or with `resume` an earlier run of the same recipe.
+        resume: Go on from the newest whole checkpoint (from the start where there is none).
+        console: Where progress is shown; standard error by default.
+    Returns:
+        JSON values: the run directory, steps, last loss, evaluations.
+    Raises:
+        UserError, RunFailure, Interrupted: See `qdora.errors`.
+    """
+    console = console or Console(stderr=True)
+    keep_freed_memory()
+    faults = missing_files(recipe, str(directory))
+    if faults:
+        raise UserError(*faults)
+    source, tokenizer = find_model(recipe)
+    train, validation = read_data(recipe.data)
+    mix = tokenized_mix(recipe, tokenizer, train)
+    loader = make_loader(recipe, mix, tokenizer)
+    num_steps = _num_steps(recipe, loader)
+    open_ = resume_run if resume else create_run
+    run = open_(directory, resolved_yaml(recipe), environment())
+    with log_to(run):
+        show_mix(console, mix, loader, num_steps)
+        torch.manual_seed(recipe.train.seed)
+        compute = choose_compute(recipe.model.dtype)
+        checkpoint = run.newest_checkpoint() if resume else None
+        with bar(console, "loading the base") as progress:
+            model = load_base(recipe, source, compute, progress)
+        put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
+        job = _Job(recipe, run, model, tokenizer, mix, loader, validation, console, num_steps)
+        start = 0 if checkpoint is None else job.restore(checkpoint.path)
+        return job.go(start)
+
+
+class _Job:
+    """The pieces of one run, in memory."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        mix: Mix,
+        loader: StepLoader,
+        validation: dict[str, Any],
+        console: Console,
+        num_steps: int,
+    ) -> None:
+        self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
+        self.mix, self.loader, self.console, self.num_steps = mix, loader, console, num_steps
+        self.validation = _chosen_tasks(recipe, validation)
+        self.evaluations: dict[str, EvaluationResult] = {}
+        self.counts = describe_adapters(model)
+        self.optimizer: AdapterOptimizer | None = None
+        if recipe.adapter.kind != "none":
+            settings = recipe.train
+            self.optimizer = AdapterOptimizer(
+                adapter_parameters(model),
+                name=settings.optimizer,
+                lr=settings.lr,
+                betas=settings.betas,
+                eps=settings.eps,
+                weight_decay=settings.weight_decay,
+            )
+            logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
+
+    def restore(self, checkpoint: Path) -> int:
+        """Take back a checkpoint whose adapter is already in the model; returns its step."""
+        assert self.optimizer is not None
+        if self.recipe.adapter.kind == "full":
+            stored = load_file(checkpoint / PARAMETERS_FILE)
+            copy_parameters(stored, self.optimizer.parameters, checkpoint)
+        step = read_state(checkpoint, optimizer=self.optimizer, load_loader=self.loader.load_state_dict)
+        dropped = self.run.truncate_metrics(step)
+        logger.info("Going on from %s (%d later lines of metrics dropped).", checkpoint, dropped)
+        first = self.run.inside("eval", "step-0.json")
+        if first.is_file():
+            self.evaluations["base"] = EvaluationResult.from_dict(json.loads(first.read_text(encoding="utf-8")))
+        return step
+
+    def go(self, start: int) -> dict[str, Any]:
+        """Train from step `start`, evaluate, save; returns the summary."""
+        settings = self.recipe.eval
+        if start == 0 and settings.at_start and self.validation:
+            self._evaluate(0, "base")
+        if self.optimizer is not None and start < self.num_steps:
+            self._fit(self.optimizer, start)
+        if self.optimizer is not None:
+            self._save_final(self.optimizer)
+        if settings.at_end and self.validation and self.num_steps > 0:
+            self._evaluate(self.num_steps, "adapter")
+        draw_loss_per_task(self.run.metrics(), self.run.inside("figures", "loss_per_task.svg"))
+        if self.evaluations:
+            self.console.print(compare_table(self.evaluations))
+        self.console.print(f"run: {self.run.path}", highlight=False, soft_wrap=True)
+        return self._summary()
+
+    def _fit(self, optimizer: AdapterOptimizer, start: int) -> None:
+        train = self.recipe.train
+        accelerator = Accelerator(
+            cpu=self.model.device.type == "cpu",
+            log_with=list(self.recipe.trackers) or None,
+            project_dir=str(self.run.path) if self.recipe.trackers else None,
+        )
+        if self.recipe.trackers:
+            accelerator.init_trackers("qdora")
+        settings = FitSettings(
+            num_steps=self.num_steps,
+            lr=train.lr,
+            schedule=train.schedule,
+            warmup=train.warmup,
+            clip=train.clip,
+            checkpoint_every=train.checkpoint_every,
+            evaluate_every=self.recipe.eval.every,
+            log_every=train.log_every,
+        )
+        hooks = Hooks(
+            write_metrics=self.run.append_metrics,
+            save=self._save_checkpoint,
+            evaluate=self._evaluate if self.validation else None,
+            keep_batch=self._keep_batch,
+        )
+        with (
+            stop_on_signal() as stop,
+            TrainingProgress(self.num_steps, start=start, console=self.console) as progress,
+        ):
+            fit(
+                self.model,
+                optimizer,
+                self.loader,
+                settings,
+                hooks,
+                accelerator=accelerator,
+                progress=progress,
+                stop=stop,
+                start_step=start,
+            )
+        accelerator.end_training()
+
+    def _save_checkpoint(self, step: int) -> Path:
+        assert self.optimizer is not None
+        with self.run.checkpoint_directory(step) as directory:
+            self._write_trained(directory, directory / "adapter")
+            write_state(directory, step=step, optimizer=self.optimizer, loader_state=self.loader.state_dict())
+        self.run.prune_checkpoints(self.recipe.train.keep_checkpoints)
+        return self.run.inside("checkpoints", f"step-{step}")
+
+    def _save_final(self, optimizer: AdapterOptimizer) -> None:
+        with self.run.adapter_directory() as directory:
+            self._write_trained(directory, directory)
+
+    def _write_trained(self, directory: Path, adapter: Path) -> None:
+        if self.recipe.adapter.kind == "full":
+            assert self.optimizer is not None
+            write_parameters(directory / PARAMETERS_FILE, self.optimizer.parameters)
+            return
+        base = self.recipe.base
+        quant: dict[str, Any] = {"quant": base.quant}
+        if base.quant in ("nf4", "fp4"):
+            quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
+        save_adapter(
+            self.model,
+            adapter,
+            base_name_or_path=self.recipe.model.source,
+            revision=self.recipe.model.revision,
+            base_quant=quant,
+        )
+
+    def _keep_batch(self, batch: Step) -> Path:
+        examples = [
+            {"id": name, "input_ids": ids, "labels": labels}
+            for micro in batch.micro_batches
+            for name, ids, labels in zip(
+                micro.example_ids, micro.input_ids.tolist(), micro.labels.tolist(), strict=True
+            )
+        ]
+        return self.run.write_json("failed-batch.json", {"examples": examples})
+
+    def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
+        with suite_bar(self.console, f"evaluating, step {step}") as progress:
+            result = evaluate(
+                self.model, self.tokenizer, self.validation, limit=self.recipe.eval.limit, progress=progress
+            )
+        self.evaluations[label] = result
+        self.run.write_json(f"eval/step-{step}.json", result.to_dict(per_example=True))
+        return {task: asdict(numbers) for task, numbers in result.tasks.items()}
+
+    def _summary(self) -> dict[str, Any]:
+        losses = [line["loss"] for line in self.run.metrics() if "loss" in line]
+        return {
+            "run": str(self.run.path),
+            "num_steps": self.num_steps,
+            "final_loss": losses[-1] if losses else None,
+            **self.counts,
+            "evaluations": {label: result.to_dict() for label, result in self.evaluations.items()},
+        }
+
+
+_SHOWN_COUNTS = ("num_trainable", "num_layers")
+
+
+def _num_steps(recipe: Recipe, loader: StepLoader) -> int:
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None
+    return loader.steps_for_epochs(recipe.train.epochs)
+
+
+def _chosen_tasks(recipe: Recipe, validation: dict[str, Any]) -> dict[str, Any]:
+    names = recipe.eval.tasks
+    if names is None:
+        return validation
+    unknown = [name for name in names if name not in validation]
+    if unknown:
+        known = ", ".join(validation) or "none"
+        raise UserError(
+            *(f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}." for name in unknown)
+        )
+    return {name: validation[name] for name in names}

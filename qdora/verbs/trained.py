@@ -1,0 +1,75 @@
+"""A finished or interrupted run, loaded again with its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.config import Recipe
+from qdora.errors import UserError
+from qdora.model.inject import adapter_parameters
+from qdora.recipe_file import load_recipe
+from qdora.record import RunDirectory, open_run
+from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
+from qdora.verbs.assemble import choose_compute, find_model, load_base, put_adapters
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run and its model in memory."""
+
+    run: RunDirectory
+    recipe: Recipe
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    state: str
+    """Which state was loaded: "final", "step-120" or "base"."""
+
+
+def load_run(path: Path, *, step: int | None = None, base_only: bool = False) -> TrainedRun:
+    """Load the base and the adapter of a run.
+
+    Args:
+        path: Run directory.
+        step: Load this checkpoint; None takes the finished adapter, or the newest checkpoint of an unfinished run.
+        base_only: Leave the adapter out.
+    Raises:
+        UserError: No run, no such checkpoint, nothing trained yet.
+    """
+    run = open_run(path)
+    recipe = load_recipe(run.recipe_file)
+    trained, state = _trained_state(run, recipe, step)
+    source, tokenizer = find_model(recipe)
+    model = load_base(recipe, source, choose_compute(recipe.model.dtype))
+    if base_only or recipe.adapter.kind == "none":
+        state = "base"
+    elif recipe.adapter.kind == "full":
+        copy_parameters(load_file(trained / PARAMETERS_FILE), adapter_parameters(model), trained)
+    else:
+        put_adapters(model, recipe, trained if trained == run.adapter else trained / "adapter")
+    return TrainedRun(run, recipe, model.eval(), tokenizer, state)
+
+
+def _trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[Path, str]:
+    """Directory with the trained parameters, and its name."""
+    if recipe.adapter.kind == "none":
+        return run.path, "base"
+    if step is not None:
+        path = run.inside("checkpoints", f"step-{step}")
+        if not path.is_dir():
+            steps = sorted(int(each.name.removeprefix("step-")) for each in run.checkpoints.glob("step-*"))
+            raise UserError(
+                f"{run.path}: no checkpoint of step {step}, allowed: {', '.join(map(str, steps)) or 'none'}."
+            )
+        return path, f"step-{step}"
+    if run.adapter.is_dir():
+        return run.adapter, "final"
+    newest = run.newest_checkpoint()
+    if newest is None:
+        raise UserError(
+            f"{run.path}: nothing is trained yet (no adapter, no checkpoint). Run: qdora train with --resume"
+        )
+    return newest.path, newest.path.name

@@ -1,0 +1,126 @@
+"""The definitions, written out in float64 and plain loops. Imports nothing of qdora.
+
+Every expectation of a numeric test comes from here or from a hand-computed number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def row_norm(weight: Array, lora_a: Array, lora_b: Array, scaling: float) -> Array:
+    """||W + s B A|| row by row, the sum formed entry by entry."""
+    rows, columns = weight.shape
+    norms = np.zeros(rows)
+    for i in range(rows):
+        total = 0.0
+        for j in range(columns):
+            entry = weight[i, j]
+            for k in range(lora_a.shape[0]):
+                entry += scaling * lora_b[i, k] * lora_a[k, j]
+            total += entry * entry
+        norms[i] = math.sqrt(total)
+    return norms
+
+
+def merged_weight(weight: Array, lora_a: Array, lora_b: Array, scaling: float, magnitude: Array | None = None) -> Array:
+    """g_i (w_ij + s sum_k b_ik a_kj), g = m / row norm (0 for a zero row), or g = 1 without a magnitude."""
+    merged = weight.copy()
+    norms = row_norm(weight, lora_a, lora_b, scaling)
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            for k in range(lora_a.shape[0]):
+                merged[i, j] += scaling * lora_b[i, k] * lora_a[k, j]
+        if magnitude is not None:
+            merged[i] *= magnitude[i] / norms[i] if norms[i] > 0 else 0.0
+    return merged
+
+
+def forward(
+    x: Array,
+    weight: Array,
+    lora_a: Array,
+    lora_b: Array,
+    scaling: float,
+    magnitude: Array | None = None,
+    bias: Array | None = None,
+    keep: Array | None = None,
+    norm: Array | None = None,
+) -> Array:
+    """y_t = g (W x_t + s B A (keep_t x_t)) + bias for tokens x (tokens, in); `norm` overrides the row norm."""
+    if norm is None:
+        norm = row_norm(weight, lora_a, lora_b, scaling)
+    out = np.zeros((x.shape[0], weight.shape[0]))
+    for t in range(x.shape[0]):
+        low = lora_a @ (x[t] if keep is None else keep[t] * x[t])
+        for i in range(weight.shape[0]):
+            value = weight[i] @ x[t] + scaling * (lora_b[i] @ low)
+            if magnitude is not None:
+                value *= magnitude[i] / norm[i] if norm[i] > 0 else 0.0
+            out[t, i] = value + (0.0 if bias is None else bias[i])
+    return out
+
+
+@dataclass
+class Gradients:
+    """Gradients of sum(y * dy) with the row norm held fixed."""
+
+    x: Array
+    lora_a: Array
+    lora_b: Array
+    magnitude: Array | None
+
+
+def gradients(
+    x: Array,
+    dy: Array,
+    weight: Array,
+    lora_a: Array,
+    lora_b: Array,
+    scaling: float,
+    magnitude: Array | None = None,
+    keep: Array | None = None,
+) -> Gradients:
+    """By the chain rule, token by token: y = g z, z = W x + s B u, u = A (keep x)."""
+    norm = row_norm(weight, lora_a, lora_b, scaling)
+    ones = np.ones_like(x) if keep is None else keep
+    dx, da, db = np.zeros_like(x), np.zeros_like(lora_a), np.zeros_like(lora_b)
+    dm = None if magnitude is None else np.zeros(weight.shape[0])
+    for t in range(x.shape[0]):
+        dropped = ones[t] * x[t]
+        low = lora_a @ dropped
+        dz = dy[t].copy()
+        if magnitude is not None:
+            assert dm is not None
+            for i in range(weight.shape[0]):
+                z = weight[i] @ x[t] + scaling * (lora_b[i] @ low)
+                dm[i] += dy[t, i] * z / norm[i] if norm[i] > 0 else 0.0
+                dz[i] *= magnitude[i] / norm[i] if norm[i] > 0 else 0.0
+        d_low = scaling * (lora_b.T @ dz)
+        db += scaling * np.outer(dz, low)
+        da += np.outer(d_low, dropped)
+        dx[t] = weight.T @ dz + ones[t] * (lora_a.T @ d_low)
+    return Gradients(dx, da, db, dm)
+
+
+def relative_error(got: Array, expected: Array) -> float:
+    """||got - expected|| / ||expected||, Frobenius."""
+    return float(np.linalg.norm(got - expected) / max(float(np.linalg.norm(expected)), 1e-300))
+
+
+def token_nll(logits: Array, labels: NDArray[np.int64], ignore: int = -100) -> tuple[float, int]:
+    """Sum of -log softmax(logits)[label] over positions whose label counts, and their number."""
+    total, count = 0.0, 0
+    for row, label in zip(logits, labels, strict=True):
+        if label == ignore:
+            continue
+        peak = row.max()
+        total += math.log(float(np.exp(row - peak).sum())) + float(peak) - float(row[label])
+        count += 1
+    return total, count

@@ -1,0 +1,250 @@
+"""Optimizer steps: what is in them, padding, resuming."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdora.data.loader import GROUP_COST, StepLoader, micro_groups
+from qdora.data.mix import make_mix
+from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.errors import UserError
+
+PAD = 0
+
+
+def tokenised(name, lengths, seed=0):
+    """Random ids (never PAD) and label masks with at least one label."""
+    rng = np.random.default_rng([seed, len(lengths)])
+    examples = []
+    for number, length in enumerate(lengths):
+        mask = rng.random(length) < 0.4
+        mask[0], mask[-1] = False, True
+        ids = rng.integers(1, 50, length).astype(np.int32)
+        examples.append(TokenizedExample(name, f"{name}-{number}", ids, mask))
+    return TokenizedSet(name, tuple(examples))
+
+
+def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", seed=0, position=0):
+    mix = make_mix(sets, strategy=strategy, seed=seed)
+    return StepLoader(
+        sets,
+        mix.order,
+        tokens_per_step=tokens,
+        batch=batch,
+        micro_batch_tokens=micro,
+        pad_id=PAD,
+        position=position,
+    )
+
+
+LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=30)
+SIZE = st.one_of(st.tuples(st.integers(1, 150), st.none()), st.tuples(st.none(), st.integers(1, 20)))
+
+
+def content(step):
+    """(task, id, ids, labels) of every example of a step, padding removed."""
+    found = []
+    for micro in step.micro_batches:
+        for row in range(len(micro.input_ids)):
+            real = micro.attention_mask[row].bool()
+            found.append(
+                (
+                    micro.task_names[int(micro.task_ids[row])],
+                    micro.example_ids[row],
+                    micro.input_ids[row][real].tolist(),
+                    micro.labels[row][real].tolist(),
+                )
+            )
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=LENGTHS, second=LENGTHS, size=SIZE, micro=st.integers(1, 200), seed=st.integers(0, 999))
+def test_a_step(first, second, size, micro, seed):
+    sets = [tokenised("a", first), tokenised("b", second, seed=1)]
+    by_id = {example.id: example for part in sets for example in part.examples}
+    steps = loader(sets, tokens=size[0], batch=size[1], micro=micro, seed=seed)
+    position = 0
+    for _ in range(4):
+        step = steps.next_step()
+        drawn = content(step)
+        for task, id, ids, labels in drawn:
+            example = by_id[id]
+            assert task == example.task
+            assert ids == example.input_ids.tolist()
+            expected = [token if wanted else -100 for token, wanted in zip(ids, example.loss_mask, strict=True)]
+            assert labels == expected
+        lengths = [len(ids) for _, _, ids, _ in drawn]
+        assert (step.num_examples, step.num_tokens) == (len(drawn), sum(lengths))
+        assert step.num_label_tokens == sum(label != -100 for *_, labels in drawn for label in labels) >= 1
+        position += len(drawn)
+        assert step.position_after == steps.position == position
+        if size[1] is not None:
+            assert len(drawn) == size[1]
+        else:  # full, and not before its last example
+            last = steps.order[position - 1]
+            assert size[0] <= sum(lengths) < size[0] + len(sets[last[0]].examples[last[1]])
+        for batch in step.micro_batches:
+            rows, width = batch.input_ids.shape
+            assert rows == 1 or rows * width <= micro
+            assert width == batch.attention_mask.sum(dim=1).max()
+            padded = batch.attention_mask == 0
+            assert (batch.input_ids[padded] == PAD).all()
+            assert (batch.labels[padded] == -100).all()
+            assert (batch.attention_mask.diff(dim=1) <= 0).all()  # padding on the right
+            for tensor in (batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids):
+                assert tensor.dtype == torch.int64
+
+
+@settings(max_examples=40, deadline=None)
+@given(first=LENGTHS, second=LENGTHS, batch=st.integers(1, 20), seed=st.integers(0, 999))
+def test_an_epoch_of_steps_has_every_example_once(first, second, batch, seed):
+    sets = [tokenised("a", first), tokenised("b", second, seed=1)]
+    total = len(first) + len(second)
+    steps = loader(sets, batch=batch, seed=seed)
+    ids = []
+    while steps.position < total:
+        micro = steps.next_step().micro_batches
+        ids += [id for one in micro for id in one.example_ids]
+    # a step reorders its examples by length, so only steps inside the epoch count as a whole
+    whole = (total // batch) * batch
+    assert len(set(ids[:whole])) == whole
+    if total % batch == 0:
+        assert sorted(ids) == sorted(example.id for part in sets for example in part.examples)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=LENGTHS,
+    size=SIZE,
+    strategy=st.sampled_from(["proportional", "equal"]),
+    cut=st.integers(0, 5),
+    micro=st.integers(1, 200),
+)
+def test_resumed_is_uninterrupted(lengths, size, strategy, cut, micro):
+    sets = [tokenised("a", lengths), tokenised("b", [5, 9, 7], seed=1)]
+    options = {"tokens": size[0], "batch": size[1], "strategy": strategy}
+    steps = loader(sets, **options)
+    for _ in range(cut):
+        steps.next_step()
+    state = json.loads(json.dumps(steps.state_dict()))
+    expected = [steps.next_step() for _ in range(4)]
+    resumed = loader(sets, **options)
+    resumed.load_state_dict(state)
+    found = [resumed.next_step() for _ in range(4)]
+    for one, other in zip(expected, found, strict=True):
+        assert (one.num_tokens, one.num_label_tokens, one.position_after) == (
+            other.num_tokens,
+            other.num_label_tokens,
+            other.position_after,
+        )
+        for mine, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
+            for name in ("input_ids", "attention_mask", "labels", "task_ids"):
+                assert torch.equal(getattr(mine, name), getattr(theirs, name))
+    # the size of micro-batches is free to change: the same examples in the same step
+    changed = loader(sets, **options, micro=micro)
+    changed.load_state_dict(state)
+    assert [sorted(content(changed.next_step())) for _ in range(4)] == [sorted(content(step)) for step in expected]
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=LENGTHS, size=SIZE, epochs=st.floats(0.1, 3))
+def test_steps_for_epochs_counts_what_a_run_takes(lengths, size, epochs):
+    sets = [tokenised("a", lengths), tokenised("b", [5, 9, 7], seed=1)]
+    steps = loader(sets, tokens=size[0], batch=size[1])
+    num_steps = steps.steps_for_epochs(epochs)
+    assert steps.position == 0
+    wanted = max(1, round(epochs * (len(lengths) + 3)))
+    counted = 0
+    while steps.position < wanted:
+        steps.next_step()
+        counted += 1
+    assert counted == num_steps
+
+
+def test_other_data_mix_or_step_size_is_refused():
+    sets = [tokenised("a", [5] * 20), tokenised("b", [7] * 10, seed=1)]
+    state = loader(sets, batch=4).state_dict()
+    changed = TokenizedExample("a", "a-0", sets[0].examples[0].input_ids, ~sets[0].examples[0].loss_mask)
+    other_mask = [TokenizedSet("a", (changed, *sets[0].examples[1:])), sets[1]]
+    cases = {
+        "the tokenised data": [
+            loader([tokenised("a", [5] * 20, seed=5), sets[1]], batch=4),
+            loader(other_mask, batch=4),
+            loader([TokenizedSet("c", sets[0].examples), sets[1]], batch=4),
+        ],
+        r"the mix \(strategy, weights or data.seed\)": [
+            loader(sets, batch=4, seed=1),
+            loader(sets, batch=4, strategy="equal"),
+        ],
+        "the size of a step": [loader(sets, batch=5), loader(sets, tokens=4)],
+    }
+    for what, loaders in cases.items():
+        for one in loaders:
+            with pytest.raises(UserError, match=f"^resume: {what} changed since the checkpoint") as error:
+                one.load_state_dict(state)
+            assert len(error.value.faults) == 1
+    same = loader(sets, batch=4, micro=7)
+    same.load_state_dict(state | {"position": 12})
+    assert same.position == 12
+    assert "then 4 examples, now 5 examples" in _message(loader(sets, batch=5), state)
+
+
+def _message(one, state):
+    with pytest.raises(UserError) as error:
+        one.load_state_dict(state)
+    return str(error.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9), max_tokens=st.integers(1, 1500))
+def test_groups_cost_the_least(lengths, max_tokens):
+    """Against every way to cut the sorted lengths."""
+    examples = [TokenizedExample("a", str(n), np.ones(k, np.int32), np.ones(k, bool)) for n, k in enumerate(lengths)]
+    groups = micro_groups(examples, max_tokens)
+    ordered = sorted(lengths, reverse=True)
+    assert [len(example) for group in groups for example in group] == ordered
+    assert sorted(int(example.id) for group in groups for example in group) == list(range(len(lengths)))
+
+    def cost(sizes):
+        total, start = 0, 0
+        for size in sizes:
+            width = ordered[start]
+            if size > 1 and size * width > max_tokens:
+                return float("inf")
+            total, start = total + size * width + GROUP_COST, start + size
+        return total
+
+    def ways(rest):
+        if rest == 0:
+            yield []
+        for size in range(1, rest + 1):
+            for more in ways(rest - size):
+                yield [size, *more]
+
+    assert cost([len(group) for group in groups]) == min(map(cost, ways(len(ordered))))
+
+
+def test_equal_lengths_keep_their_order():
+    examples = [TokenizedExample("a", str(n), np.ones(4, np.int32), np.ones(4, bool)) for n in range(6)]
+    assert [[one.id for one in group] for group in micro_groups(examples, 8)] == [["0", "1"], ["2", "3"], ["4", "5"]]
+
+
+def test_task_ids_name_tasks_not_sources():
+    """A source may hold several tasks, and two sources the same one."""
+    mixed = TokenizedSet("mixed", (*tokenised("x", [3, 4]).examples, *tokenised("y", [5]).examples))
+    sets = [mixed, tokenised("x", [6], seed=2)]
+    steps = loader(sets, batch=4)
+    assert steps.task_names == ["x", "y"]
+    assert sorted((task, len(ids)) for task, _, ids, _ in content(steps.next_step())) == [
+        ("x", 3),
+        ("x", 4),
+        ("x", 6),
+        ("y", 5),
+    ]

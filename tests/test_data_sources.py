@@ -1,0 +1,304 @@
+"""Files of all formats -> examples, and what the user reads when they are wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from qdora.data.formats import commonsense_task
+from qdora.data.sources import (
+    SourceSpec,
+    draw,
+    load_source,
+    load_sources,
+    load_train_and_validation,
+    split_off,
+)
+from qdora.errors import UserError
+
+CHOICE = {"question": "Q?", "choices": ["a", "b"], "answer": 1}
+PAIR = {"prompt": "1+1=", "completion": " 2"}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+BOOLQ170K = {
+    "instruction": "Please answer the following question with true or false, question: is ice cold?\n\n"
+    "Answer format: true/false",
+    "input": "",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
+
+
+def write(path, rows):
+    """Rows as a file, in the layout of its ending."""
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def faults_of(spec):
+    with pytest.raises(UserError) as error:
+        load_source(spec)
+    return error.value.faults
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_choices_in_every_kind_of_file(tmp_path, suffix):
+    source = write(tmp_path / f"quiz{suffix}", [CHOICE, CHOICE | {"answer": 0, "question": "R?"}])
+    first, second = load_source(SourceSpec(source=source))
+    assert (first.prompt, first.choices, first.gold) == ("Question: Q?\nAnswer:", (" a", " b"), 1)
+    assert (second.prompt, second.answer, second.task) == ("Question: R?\nAnswer:", " a", "quiz")
+
+
+def test_json_lines_under_the_ending_json(tmp_path):
+    path = tmp_path / "quiz.json"
+    path.write_text("\ufeff" + json.dumps(PAIR) + "\n\n" + json.dumps(PAIR) + "\n", encoding="utf-8")
+    assert len(load_source(SourceSpec(source=str(path)))) == 2
+
+
+def test_unicode_line_ends_inside_a_string_do_not_cut_the_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    [example] = load_source(SourceSpec(source=str(path)))
+    assert example.answer == "one\u2028two\u0085three"
+
+
+def test_completion_is_joined_as_it_stands(tmp_path):
+    [example] = load_source(SourceSpec(source=write(tmp_path / "a.jsonl", [PAIR | {"id": 5}])))
+    assert (example.prompt, example.answer, example.choices, example.id) == ("1+1=", " 2", (), "5")
+
+
+def test_messages(tmp_path):
+    for suffix in (".jsonl", ".parquet"):
+        [example] = load_source(SourceSpec(source=write(tmp_path / f"a{suffix}", [CHAT])))
+        assert example.messages == (("user", "Hi"), ("assistant", "Hello"))
+        assert example.prompt == example.answer == ""
+
+
+def test_text_files_are_cut_at_blank_lines(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\n\nOne.\r\nStill one.\r\n \t\r\nTwo.\n\n\n\nThree.")
+    examples = load_source(SourceSpec(source=str(path)))
+    assert [example.answer for example in examples] == ["One.\nStill one.", "Two.", "Three."]
+    assert [example.id for example in examples] == ["3", "6", "10"]  # the lines where they start
+    assert {example.prompt for example in examples} == {""}
+
+
+def test_llm_adapters_rows_can_be_scored(tmp_path):
+    arc = {
+        "instruction": "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b Answer3: c "
+        "Answer4: d\n\nAnswer format: answer1/answer2/answer3/answer4",
+        "input": "",
+        "output": "the correct answer is answer3",
+        "answer": "answer3",
+    }
+    alpaca = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    source = write(tmp_path / "commonsense_170k.json", [BOOLQ170K, arc, alpaca])
+    first, second, third = load_source(SourceSpec(source=source))
+    assert first.task == "boolq"
+    assert first.choices == ("the correct answer is true", "the correct answer is false")
+    assert (first.gold, first.answer) == (0, "the correct answer is true")
+    assert first.prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{BOOLQ170K['instruction']}\n\n### Response:\n"
+    )
+    assert (second.task, second.gold, len(second.choices)) == ("arc_or_obqa", 2, 4)
+    assert (third.task, third.choices, third.answer) == ("commonsense_170k", (), "3")
+    assert "### Input:\n1 and 2\n\n### Response:\n" in third.prompt
+
+
+@pytest.mark.parametrize(
+    "names, task",
+    [
+        ("true/false", "boolq"),
+        ("solution1/solution2", "piqa"),
+        ("answer1/answer2/answer3", "siqa"),
+        ("ending1/ending2/ending3/ending4", "hellaswag"),
+        ("option1/option2", "winogrande"),
+        ("answer1/answer2/answer3/answer4", "arc_or_obqa"),
+        ("red/green", ""),
+    ],
+)
+def test_the_wording_gives_the_task_away(names, task):
+    assert commonsense_task(f"Please choose.\n\nAnswer format: {names}") == task
+    assert commonsense_task(f"Answer format: {names}\n\nand more text") == ""
+
+
+def test_names(tmp_path):
+    rows = [CHOICE | {"task": "siqa", "context": "C."}, CHOICE | {"task": "mine"}, CHOICE]
+    source = write(tmp_path / "quiz.v2.jsonl", rows)
+    own = load_source(SourceSpec(source=source))
+    assert [example.task for example in own] == ["siqa", "mine", "quiz"]
+    assert own[0].prompt == "Question: C. Q?\nAnswer:"  # the template of its task
+    named = load_source(SourceSpec(source=source, name="all"))
+    assert {example.task for example in named} == {"all"}
+    assert named[0].prompt == own[0].prompt
+
+
+def test_demo_tasks():
+    examples = load_source(SourceSpec(task="demo/facts", split="validation"))
+    assert examples
+    assert {example.task for example in examples} == {"demo/facts"}
+    assert {example.task for example in load_source(SourceSpec(task="demo/facts", name="f"))} == {"f"}
+    assert faults_of(SourceSpec(task="demo/facts", split="trian")) == (
+        "demo/facts: no split 'trian', allowed: train, validation, test. Did you mean 'train'?",
+    )
+    train, validation = load_train_and_validation(SourceSpec(task="demo/facts", limit=10))
+    assert (len(train), validation) == (10, examples)
+
+
+def test_every_faulty_line_of_every_source_is_gathered(tmp_path):
+    first = tmp_path / "a.jsonl"
+    first.write_text(json.dumps(PAIR) + '\n{"prompt": \n[1]\n')
+    second = write(tmp_path / "b.jsonl", [CHOICE, CHOICE | {"answer": 9}])
+    good = write(tmp_path / "c.jsonl", [PAIR])
+    with pytest.raises(UserError) as error:
+        load_sources([SourceSpec(source=str(first)), SourceSpec(source=good), SourceSpec(source=second)])
+    assert error.value.faults == (
+        f"data.mix[0]: {first}: line 2: not JSON (column 12: Expecting value)",
+        f"data.mix[0]: {first}: line 3: got [1], allowed: an object {{column: value}}",
+        f"data.mix[2]: {second}: line 2: answer: got 9, allowed: the index of the right choice, 0 to 1",
+    )
+    assert [len(part) for part in load_sources([SourceSpec(source=good)] * 2)] == [1, 1]
+
+
+def test_a_thousand_faulty_rows_are_not_a_thousand_lines(tmp_path):
+    faults = faults_of(SourceSpec(source=write(tmp_path / "a.jsonl", [{"text": ""}] * 1000)))
+    assert len(faults) == 6
+    assert faults[-1] == f"{tmp_path}/a.jsonl: 995 more faulty rows"
+
+
+def test_unknown_columns(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"promt": "x", "completion": "y"}])
+    [fault] = faults_of(SourceSpec(source=source))
+    assert fault.startswith(
+        f"{source}: columns promt, completion fit no format, allowed: choices: question, choices, a"
+    )
+    assert fault.endswith("Did you mean 'prompt'?")
+    [fault] = faults_of(SourceSpec(source=source, format="completion"))
+    assert fault == (
+        f"{source}: line 1: no prompt, got columns promt, completion, needed for format completion: prompt, "
+        "completion. Did you mean 'promt'?"
+    )
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": 3, "completion": "y"}, "prompt: got 3, allowed: text"),
+        (
+            {"prompt": [], "completion": "y"},
+            "prompt: got [], allowed: text (turns of a chat go into one column, messages)",
+        ),
+        ({"prompt": "x", "completion": " "}, "completion: got ' ', allowed: text that is not empty"),
+        ({"text": None}, "text: got None, allowed: text that is not empty"),
+        ({"messages": []}, "messages: got [], allowed: a list of turns {role, content}"),
+        ({"messages": ["Hi"]}, "messages[0]: got 'Hi', allowed: an object with role and content"),
+        (
+            {"messages": [{"role": "asistant", "content": "x"}]},
+            "messages[0].role: got 'asistant', allowed: system, user, assistant, tool. Did you mean 'assistant'?",
+        ),
+        ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content: got 1, allowed: text"),
+        (
+            {"messages": [{"role": "user", "content": "x"}]},
+            "messages: no turn of role assistant with content, so there is nothing to learn",
+        ),
+    ],
+)
+def test_faulty_rows(tmp_path, row, message):
+    source = write(tmp_path / "a.jsonl", [row])
+    assert faults_of(SourceSpec(source=source)) == (f"{source}: line 1: {message}",)
+
+
+@pytest.mark.parametrize("name, content", [("a.jsonl", b"\n"), ("a.json", b"[]"), ("a.json", b""), ("a.txt", b" \n")])
+def test_an_empty_data_set(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert faults_of(SourceSpec(source=f"{tmp_path}/{name}")) == (
+        f"{tmp_path}/{name}: the data set is empty, allowed: at least one row",
+    )
+
+
+def test_an_empty_parquet_file(tmp_path):
+    pd.DataFrame({"prompt": [], "completion": []}).to_parquet(tmp_path / "a.parquet")
+    assert "the data set is empty" in faults_of(SourceSpec(source=f"{tmp_path}/a.parquet"))[0]
+
+
+def test_damaged_files(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"nonsense")
+    assert "a.parquet: not a Parquet file" in faults_of(SourceSpec(source=f"{tmp_path}/a.parquet"))[0]
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}')
+    assert faults_of(SourceSpec(source=f"{tmp_path}/a.jsonl")) == (f"{tmp_path}/a.jsonl: not UTF-8 text (byte 10)",)
+    (tmp_path / "a.json").write_text('[{"text": "x"},]')
+    assert "a.json: line 1: not JSON (column" in faults_of(SourceSpec(source=f"{tmp_path}/a.json"))[0]
+    (tmp_path / "a.csv").write_text("x")
+    assert (
+        "unknown ending '.csv', allowed: .parquet, .jsonl, .json, .txt, .md."
+        in faults_of(SourceSpec(source=f"{tmp_path}/a.csv"))[0]
+    )
+
+
+def test_missing_files_name_the_nearest(tmp_path):
+    write(tmp_path / "quiz.jsonl", [PAIR])
+    assert faults_of(SourceSpec(source=f"{tmp_path}/quizz.jsonl")) == (
+        f"{tmp_path}/quizz.jsonl: no such file. Did you mean 'quiz.jsonl'?",
+    )
+    assert faults_of(SourceSpec(source=f"{tmp_path}/no/such/dir")) == (f"{tmp_path}/no/such/dir: no such file.",)
+
+
+def test_directories_of_splits(tmp_path):
+    write(tmp_path / "train.jsonl", [PAIR] * 3)
+    write(tmp_path / "test.parquet", [PAIR] * 2)
+    source = str(tmp_path)
+    assert len(load_source(SourceSpec(source=source))) == 3
+    assert len(load_source(SourceSpec(source=source, split="test"))) == 2
+    assert faults_of(SourceSpec(source=source, split="tests")) == (
+        f"{source}: no file for split 'tests'; there are test, train. Did you mean 'test'?",
+    )
+    write(tmp_path / "train.json", [PAIR])
+    assert faults_of(SourceSpec(source=source)) == (
+        f"{source}: train.jsonl, train.json all hold split 'train'; name one file as the source.",
+    )
+
+
+def test_a_task_from_a_directory(tmp_path):
+    write(tmp_path / "train.parquet", [{"task": "obqa", "id": "7-1", "passage": None} | CHOICE] * 40)
+    train, validation = load_train_and_validation(SourceSpec(task="obqa", path=str(tmp_path)), fraction=0.1)
+    assert (len(train), len(validation), train[0].id) == (36, 4, "7-1")
+    write(tmp_path / "validation.parquet", [CHOICE] * 2)
+    train, validation = load_train_and_validation(SourceSpec(task="obqa", path=str(tmp_path)), fraction=0.1)
+    assert (len(train), len(validation)) == (40, 2)
+    write(tmp_path / "other.jsonl", [CHOICE] * 5)
+    train, validation = load_train_and_validation(
+        SourceSpec(task="obqa", path=str(tmp_path)), validation=f"{tmp_path}/other.jsonl"
+    )
+    assert (len(train), len(validation)) == (40, 5)
+    assert faults_of(SourceSpec(task="obqq", path=str(tmp_path)))[0].endswith("Did you mean 'obqa'?")
+
+
+def test_limit_draws_after_the_validation_part_is_cut(tmp_path):
+    source = write(tmp_path / "a.jsonl", [PAIR | {"id": str(number)} for number in range(100)])
+    spec = SourceSpec(source=source, limit=20, seed=3)
+    train, validation = load_train_and_validation(spec, fraction=0.1)
+    assert [example.id for example in validation] == [str(number) for number in range(90, 100)]
+    ids = [int(example.id) for example in train]
+    assert len(set(ids)) == 20
+    assert ids == sorted(ids)
+    assert max(ids) < 90
+    assert ids != list(range(20))  # drawn, not the head: files are often sorted
+    assert load_train_and_validation(spec, fraction=0.1)[0] == train
+
+
+def test_split_off_and_draw():
+    examples = list("abcdefghij")
+    assert split_off(examples, 0.2, name="x") == (examples[:8], ["i", "j"])  # type: ignore[arg-type, comparison-overlap]
+    assert split_off(examples, 0.01, name="x")[1] == ["j"]  # type: ignore[arg-type, comparison-overlap]
+    assert split_off(examples, 0.0, name="x")[1] == []  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^x: 1 examples leave none to train on"):
+        split_off(["a"], 0.05, name="x")  # type: ignore[list-item]
+    assert draw(examples, 10, 0) == examples  # type: ignore[arg-type, comparison-overlap]
+    assert draw(examples, 5, 0) != draw(examples, 5, 1)  # type: ignore[arg-type]

@@ -1,0 +1,238 @@
+"""Token ids and label masks, checked by decoding what is learnt back to text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdora.data.encode import special_prefix
+from qdora.data.example import Example
+from qdora.data.tokenize import TokenizedSet, encode_pair, encode_pairs, tokenize_all, tokenize_example
+from qdora.errors import UserError
+from tests import tiny_tokenizer
+
+PLAIN = tiny_tokenizer.make()
+BOS = tiny_tokenizer.make(bos=True)
+BOTH = tiny_tokenizer.make(bos=True, adds_eos=True)
+CHAT = (("user", "Hi"), ("assistant", "the cat"), ("user", "Why?"), ("assistant", "the dog"))
+
+
+def example(prompt="Question: is the sky blue?\nAnswer:", answer=" yes", id="0", messages=()):
+    return Example("task", id, prompt, answer, messages=messages)
+
+
+def learnt(tokenizer, done):
+    return tokenizer.decode(done.input_ids[done.loss_mask])
+
+
+def text(tokenizer, done):
+    return tokenizer.decode(done.input_ids)
+
+
+@pytest.mark.parametrize("tokenizer, front", [(PLAIN, ""), (BOS, "<s>"), (BOTH, "<s>")])
+def test_the_answer_and_its_end_are_learnt(tokenizer, front):
+    done = tokenize_example(example(), tokenizer, max_length=100)
+    assert text(tokenizer, done) == front + "Question: is the sky blue?\nAnswer: yes<|im_end|>"
+    assert learnt(tokenizer, done) == " yes<|im_end|>"
+    assert (done.input_ids.dtype, done.loss_mask.dtype) == (np.int32, np.bool_)
+    assert (done.task, done.id, len(done)) == ("task", "0", len(done.loss_mask))
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, BOS, BOTH])
+def test_loss_on_all_learns_everything_but_the_first_token(tokenizer):
+    done = tokenize_example(example(), tokenizer, max_length=100, loss_on="all")
+    assert not done.loss_mask[0]
+    assert done.loss_mask[1:].all()
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, BOS, BOTH])
+def test_plain_text_learns_what_has_something_before_it(tokenizer):
+    done = tokenize_example(example("", "The cat sat."), tokenizer, max_length=100)
+    whole = "The cat sat.<|im_end|>"
+    first = "" if special_prefix(tokenizer) else tokenizer.decode(done.input_ids[:1])
+    assert first + learnt(tokenizer, done) == whole
+
+
+def test_an_end_of_sequence_in_the_data_is_not_doubled():
+    done = tokenize_example(example(answer=" yes<|im_end|>"), PLAIN, max_length=100)
+    assert learnt(PLAIN, done) == " yes<|im_end|>"
+
+
+@pytest.mark.parametrize("tokenizer, prefix", [(PLAIN, []), (BOS, ["<s>"]), (BOTH, ["<s>"])])
+def test_special_prefix(tokenizer, prefix):
+    assert special_prefix(tokenizer) == tokenizer.convert_tokens_to_ids(prefix)
+
+
+def test_special_prefix_where_beginning_and_end_are_one_token():
+    one = tiny_tokenizer.make(bos=True, eos="<s>")
+    assert special_prefix(one) == [one.bos_token_id]
+
+
+def test_spaces_at_the_end_of_the_prompt_belong_to_the_answer():
+    assert encode_pair(PLAIN, "Answer: ", "yes") == encode_pair(PLAIN, "Answer:", " yes")
+
+
+def test_a_token_across_the_border_is_the_answers():
+    """'ans' + 'wer' is one token here; cutting by the length of the prompt's ids would lose the answer."""
+    [token] = PLAIN(" answer")["input_ids"]
+    ids, start = encode_pair(PLAIN, "the ans", "wer")
+    assert ids[start:] == [token]
+    assert PLAIN.decode(ids[:start]) == "the"
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, BOS, BOTH])
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text("aeT hq\né.:", max_size=12), answer=st.text("aeT hq\né.:", min_size=1, max_size=8))
+def test_pairs_are_the_text_cut_before_the_answer(tokenizer, prompt, answer):
+    ids, start = encode_pair(tokenizer, prompt, answer)
+    whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    assert ids == special_prefix(tokenizer) + whole
+    # the answer's part has every byte of the answer: what stands before it is inside the prompt
+    before = tokenizer.decode(ids[len(special_prefix(tokenizer)) : start])
+    assert prompt.encode().startswith(before.encode().rstrip("\ufffd".encode()))
+    assert start <= len(special_prefix(tokenizer)) + len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    assert start < len(ids)
+
+
+def test_many_pairs_are_the_same_as_one_by_one():
+    pairs = [("Answer:", " yes"), ("", "The cat"), ("the ans", "wer"), ("Why? ", "the dog")]
+    assert encode_pairs(BOS, pairs) == [encode_pair(BOS, *pair) for pair in pairs]
+    assert encode_pairs(BOS, []) == []
+
+
+# Chat
+
+
+def test_only_what_the_assistant_says_is_learnt():
+    done = tokenize_example(example("", "", messages=CHAT), BOS, max_length=200)
+    assert text(BOS, done) == (  # no <s>: the template decides
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nthe cat<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nthe dog<|im_end|>\n"
+    )
+    assert learnt(BOS, done) == "the cat<|im_end|>\nthe dog<|im_end|>\n"
+    everything = tokenize_example(example("", "", messages=CHAT), BOS, max_length=200, loss_on="all")
+    assert everything.loss_mask.sum() == len(everything) - 1
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    drops = tiny_tokenizer.make(
+        chat_template="{% for m in messages %}[{{ m['role'] }}]"
+        "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"chats: example 7: messages\[1\]: the chat template renders this turn differ"):
+        tokenize_all([example("", "", "7", CHAT)], drops, name="chats", max_length=200)
+    last_only = tokenize_example(example("", "", messages=CHAT[:2]), drops, max_length=200)
+    assert learnt(drops, last_only) == "the cat"
+    assert tokenize_example(example("", "", messages=CHAT), drops, max_length=200, loss_on="all") is not None
+
+
+def test_a_template_that_refuses_a_role():
+    strict = tiny_tokenizer.make(
+        chat_template="{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('no system turns') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    chats = [example("", "", str(n), (("system", "x"), *CHAT)) for n in range(5)]
+    with pytest.raises(UserError) as error:
+        tokenize_all(chats, strict, name="chats", max_length=200)
+    assert error.value.faults == (
+        *(f"chats: example {n}: the chat template refuses it: no system turns" for n in range(3)),
+        "chats: 2 more chats that do not fit the template",
+    )
+
+
+def test_no_chat_template():
+    bare = tiny_tokenizer.make(chat_template=None)
+    with pytest.raises(
+        UserError, match=r"chats: holds chats, but the tokenizer .* has no chat template. Set model.token"
+    ):
+        tokenize_all([example("", "", messages=CHAT)], bare, name="chats", max_length=200)
+
+
+def test_no_end_of_sequence_token():
+    with pytest.raises(UserError, match=r"x: the tokenizer has no end-of-sequence token"):
+        tokenize_all([example()], tiny_tokenizer.make(eos=None), name="x", max_length=200)
+
+
+# Length
+
+
+def lengths_of(examples, tokenizer=PLAIN):
+    return [len(tokenize_example(one, tokenizer, max_length=10**6)) for one in examples]
+
+
+def test_too_long_examples_are_counted_then_refused():
+    examples = [example("the cat " * (20 if n % 2 else 1), id=f"n{n}") for n in range(10)]
+    longest = max(lengths_of(examples))
+    with pytest.raises(UserError) as error:
+        tokenize_all(examples, PLAIN, name="mine", max_length=longest - 1)
+    assert error.value.faults == (
+        f"mine: 5 examples (n1, n3, n5, ...) of 10 longer than data.max_length ({longest - 1}), the longest has "
+        f"{longest} tokens; raise data.max_length, or set data.too_long to truncate (cuts the front of the prompt) or drop.",
+    )
+    assert len(tokenize_all(examples, PLAIN, name="mine", max_length=longest)) == 10
+
+
+def test_drop_counts():
+    examples = [example("the cat " * (20 if n % 2 else 1), id=f"n{n}") for n in range(10)]
+    kept = tokenize_all(examples, PLAIN, name="mine", max_length=20, too_long="drop")
+    assert [one.id for one in kept.examples] == ["n0", "n2", "n4", "n6", "n8"]
+    assert (kept.num_dropped, kept.num_truncated) == (5, 0)
+    with pytest.raises(UserError, match=r"mine: none of 10 examples is left; raise data.max_length \(2\)"):
+        tokenize_all(examples, PLAIN, name="mine", max_length=2, too_long="drop")
+    assert tokenize_example(examples[1], PLAIN, max_length=2, too_long="drop") is None
+
+
+@pytest.mark.parametrize("tokenizer, front", [(PLAIN, ""), (BOS, "<s>")])
+def test_truncation_cuts_the_front_of_the_prompt(tokenizer, front):
+    one = example("The dog. Question: is the sky blue?\nAnswer:", " the cat sat")
+    full = tokenize_example(one, tokenizer, max_length=1000)
+    for num_cut in range(1, len(full) - 1):
+        cut = tokenize_all([one], tokenizer, name="x", max_length=len(full) - num_cut, too_long="truncate")
+        [done] = cut.examples
+        assert cut.num_truncated == 1
+        assert len(done) == len(full) - num_cut
+        shown = text(tokenizer, done)
+        assert shown.startswith(front)
+        rest = shown.removeprefix(front)
+        num_before = np.flatnonzero(full.loss_mask)[0] - 1
+        if num_cut <= num_before - len(special_prefix(tokenizer)):
+            assert "The dog. Question: is the sky blue?\nAnswer: the cat sat<|im_end|>".endswith(rest)
+            assert learnt(tokenizer, done) == " the cat sat<|im_end|>"
+        else:  # no prompt is left (but for one token where there is no <s>): the answer loses its end
+            assert " the cat sat<|im_end|>".startswith(learnt(tokenizer, done))
+            assert done.loss_mask[1:].all()
+
+
+def test_truncated_text_and_chats_lose_their_end():
+    done = tokenize_example(example("", "The cat sat on the mat"), PLAIN, max_length=4, too_long="truncate")
+    assert "The cat sat on the mat".startswith(text(PLAIN, done))
+    chat = example("", "", messages=CHAT)
+    full = tokenize_example(chat, PLAIN, max_length=1000)
+    done = tokenize_example(chat, PLAIN, max_length=len(full) - 5, too_long="truncate")
+    assert done.input_ids.tolist() == full.input_ids[:-5].tolist()
+    # cut before the assistant says anything: nothing to learn, so it is dropped
+    cut = tokenize_all([chat, example()], PLAIN, name="x", max_length=20, too_long="truncate")
+    first_learnt = int(np.flatnonzero(full.loss_mask)[0])
+    dropped = tokenize_all([chat, example()], PLAIN, name="x", max_length=first_learnt, too_long="truncate")
+    assert (len(cut) + cut.num_dropped, dropped.num_dropped) == (2, 1)
+
+
+def test_an_example_without_a_token_to_learn():
+    chat = example("", "", "9", (("user", "Hi"),))
+    with pytest.raises(UserError, match=r"x: 1 example \(9\) without a token to learn"):
+        tokenize_all([chat, example()], PLAIN, name="x", max_length=100)
+
+
+def test_progress_order_and_sums():
+    examples = [example(answer=f" {n}", id=str(n), messages=()) for n in range(1500)]
+    examples[700] = example("", "", "700", CHAT)
+    calls = []
+    done = tokenize_all(examples, PLAIN, name="x", max_length=200, progress=lambda *args: calls.append(args))
+    assert calls == [(1024, 1500), (1500, 1500)]
+    assert [one.id for one in done.examples] == [str(n) for n in range(1500)]
+    assert isinstance(done, TokenizedSet)
+    assert done.num_tokens == sum(one.input_ids.size for one in done.examples)
+    assert done.num_label_tokens == sum(one.loss_mask.tolist().count(True) for one in done.examples)

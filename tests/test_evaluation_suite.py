@@ -1,0 +1,185 @@
+"""Whole evaluations, their JSON form and their tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from qdora.data.example import Example
+from qdora.errors import RunFailure, UserError
+from qdora.evaluation.loglikelihood import score_answers, score_choices
+from qdora.evaluation.suite import EvaluationResult, TaskResult, compare_markdown, compare_table, evaluate, spread
+from tests import tiny
+from tests.tiny_text import byte_tokenizer
+
+COLOURS = [" blue", " brown", " quick", " lazy"]
+
+
+def questions(task: str, count: int) -> list[Example]:
+    """Two to four choices, gold at index 0 or 1."""
+    found = []
+    for i in range(count):
+        choices = tuple(COLOURS[: 2 + i % 3])
+        prompt = f"Question {i}: " + "which colour? " * (i % 4) + "Answer:"
+        found.append(Example(task, str(i), prompt, choices[i % 2], choices, i % 2))
+    return found
+
+
+def texts(task: str, count: int) -> list[Example]:
+    return [Example(task, str(i), f"number {i}", " follows " + "very " * (i % 3) + "soon") for i in range(count)]
+
+
+def model() -> Any:
+    return tiny.llama(vocab_size=320, initializer_range=0.3)
+
+
+def test_metrics_of_every_task() -> None:
+    net, tokenizer = model(), byte_tokenizer()
+    net.train()
+    sets = {
+        "choices": questions("choices", 12),
+        "free": texts("free", 5),
+        "both": questions("both", 3) + texts("both", 2),
+    }
+    found = evaluate(net, tokenizer, sets, per_example=True)
+    assert net.training
+    assert list(found.tasks) == ["choices", "free", "both"]
+
+    scores = score_choices(net.eval(), tokenizer, sets["choices"])
+    hits = [int(np.argmax(score.loglikelihoods)) == score.gold for score in scores]
+    hits_norm = [int(np.argmax(score.loglikelihoods / score.num_chars)) == score.gold for score in scores]
+    nlls = [-score.loglikelihoods[score.gold] for score in scores]
+    task = found.tasks["choices"]
+    assert task.acc == pytest.approx(sum(hits) / 12)
+    assert task.acc_norm == pytest.approx(sum(hits_norm) / 12)
+    assert task.acc_stderr == pytest.approx(math.sqrt(task.acc * (1 - task.acc) / 11))
+    assert task.chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    assert task.majority == 0.5
+    assert task.nll == pytest.approx(sum(nlls) / 12)
+    assert task.nll_per_token == pytest.approx(sum(nlls) / sum(s.num_tokens[s.gold] for s in scores))
+
+    answers = score_answers(net, tokenizer, sets["free"])
+    free = found.tasks["free"]
+    assert (free.acc, free.acc_stderr, free.chance, free.majority, free.num_choice_examples) == (None,) * 4 + (0,)
+    assert free.nll == pytest.approx(-sum(answer.loglikelihood for answer in answers) / 5)
+    assert free.num_answer_tokens == sum(answer.num_tokens for answer in answers)
+    assert (found.tasks["both"].num_examples, found.tasks["both"].num_choice_examples) == (5, 3)
+
+    average = found.average
+    assert average.acc == pytest.approx((task.acc + found.tasks["both"].acc) / 2)
+    assert average.nll == pytest.approx(np.mean([result.nll for result in found.tasks.values()]))
+    assert average.num_examples == 22
+    assert found.settings["shared_prefix"] is True
+    assert found.settings["model_dtype"] == "float32"
+
+
+def test_single_examples_add_up_to_the_metrics() -> None:
+    sets = {"a": questions("a", 7), "b": questions("b", 4) + texts("b", 3)}
+    found = evaluate(model(), byte_tokenizer(), sets, per_example=True)
+    for task, result in found.tasks.items():
+        records = [record for record in found.per_example if record["task"] == task]
+        assert [record["id"] for record in records] == [example.id for example in sets[task]]
+        assert np.mean([record["nll"] for record in records]) == pytest.approx(result.nll)
+        assert sum(record["num_answer_tokens"] for record in records) == result.num_answer_tokens
+        assert np.mean([record["acc"] for record in records if "acc" in record]) == pytest.approx(result.acc)
+        assert np.mean([record["acc_norm"] for record in records if "acc" in record]) == pytest.approx(result.acc_norm)
+    assert evaluate(model(), byte_tokenizer(), sets).per_example == []
+
+
+def test_json_and_back() -> None:
+    found = evaluate(model(), byte_tokenizer(), {"one": questions("one", 1), "two": texts("two", 2)}, per_example=True)
+    assert found.tasks["one"].acc_stderr is None  # one example has no standard error, and JSON no nan
+    text = json.dumps(found.to_dict(per_example=True), allow_nan=False)
+    assert EvaluationResult.from_dict(json.loads(text)) == found
+    assert "per_example" not in found.to_dict()
+
+
+def test_progress_counts_every_task_to_its_end() -> None:
+    seen: list[tuple[str, int, int]] = []
+    sets = {"a": questions("a", 6) + texts("a", 3), "b": texts("b", 4)}
+    evaluate(model(), byte_tokenizer(), sets, max_batch_tokens=64, progress=lambda *state: seen.append(state))
+    for task, total in (("a", 9), ("b", 4)):
+        counts = [done for name, done, of in seen if name == task and of == total]
+        assert counts == sorted(counts)
+        assert counts[-1] == total
+
+
+def test_limit_is_spread_over_the_task() -> None:
+    examples = questions("t", 10)
+    assert [example.id for example in spread(examples, 4)] == ["0", "2", "5", "7"]
+    assert spread(examples, 10) == spread(examples, 99) == spread(examples, None) == examples
+    found = evaluate(model(), byte_tokenizer(), {"t": examples}, limit=4)
+    assert found.tasks["t"].num_examples == 4
+    assert found.settings["limit"] == 4
+
+
+def test_faults() -> None:
+    net, tokenizer = model(), byte_tokenizer()
+    with pytest.raises(UserError) as caught:
+        evaluate(net, tokenizer, {"full": texts("full", 1), "void": []}, limit=0)
+    assert caught.value.faults == ("eval: task 'void' has no examples", "eval.limit: 0, must be at least 1")
+    with pytest.raises(UserError, match="no task to evaluate"):
+        evaluate(net, tokenizer, {})
+    with torch.no_grad():
+        net.model.norm.weight.fill_(float("nan"))
+    for examples in (questions("t", 3), texts("t", 3)):
+        with pytest.raises(RunFailure, match=r"task 't': .* not finite in 3 of 3 examples, first in example '0'"):
+            evaluate(net, tokenizer, {"t": examples})
+
+
+def result(acc: float | None, stderr: float | None, nll: float, count: int = 50) -> TaskResult:
+    return TaskResult(
+        num_examples=count,
+        num_choice_examples=count if acc is not None else 0,
+        acc=acc,
+        acc_stderr=stderr,
+        acc_norm=acc,
+        acc_norm_stderr=None,
+        chance=0.25 if acc is not None else None,
+        majority=0.3 if acc is not None else None,
+        num_ties=0,
+        num_ties_norm=0,
+        nll=2 * nll,
+        nll_stderr=0.1,
+        nll_per_token=nll,
+        nll_per_token_stderr=0.05,
+        num_answer_tokens=2 * count,
+        num_truncated=0,
+    )
+
+
+def two_results() -> dict[str, EvaluationResult]:
+    return {
+        "base": EvaluationResult({"arc": result(0.5, 0.07, 3.0)}, result(0.5, 0.07, 3.0), {}),
+        "dora": EvaluationResult(
+            {"arc": result(0.625, None, 2.0, 40), "text": result(None, None, 1.23456)}, result(0.625, 0.05, 1.5, 90), {}
+        ),
+    }
+
+
+def test_markdown_table() -> None:
+    assert compare_markdown(two_results()) == (
+        "| task | n | chance | majority | base acc % | base NLL/token | dora acc % | dora NLL/token |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| arc | 50/40 | 25.0 | 30.0 | 50.0 ± 7.0 | 3.000 | 62.5 | 2.000 |\n"
+        "| text | 50 | – | – | – | – | – | 1.235 |\n"
+        "| average | 50/90 | 25.0 | 30.0 | 50.0 ± 7.0 | 3.000 | 62.5 ± 5.0 | 1.500 |\n"
+    )
+    assert "base acc_norm %" in compare_markdown(two_results(), metric="acc_norm")
+    with pytest.raises(ValueError, match="at least one"):
+        compare_markdown({})
+
+
+def test_terminal_table_shows_the_same_cells() -> None:
+    console = Console(width=200, record=True, file=None)
+    with console.capture() as capture:
+        console.print(compare_table(two_results()))
+    lines = capture.get()
+    for cell in ("base acc %", "dora NLL/token", "50.0 ± 7.0", "62.5 ± 5.0", "1.235", "50/40", "average"):
+        assert cell in lines

@@ -1,0 +1,477 @@
+"""Adapters on disk: our own round trip, PEFT reading ours, ours reading PEFT's, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qdora.errors import UserError
+from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
+from qdora.model.inject import adapted_layers
+from qdora.model.safetensors_writer import TensorSpec, plan_shards, write_safetensors
+from tests import tiny_adapted
+
+QUANT = {"quant": "nf4", "block_size": 64, "double_quant": True}
+KINDS = ["lora", "dora"]
+
+
+def save(model: Any, directory: Path, **options: Any) -> Path:
+    save_adapter(
+        model, directory, **({"base_name_or_path": "org/base", "revision": None, "base_quant": QUANT} | options)
+    )
+    return directory
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text())
+    return value
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | changes))
+
+
+def change_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+# --- our own round trip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_saved_and_loaded_is_the_same_adapter(tmp_path: Path, architecture: str, kind: str) -> None:
+    model = tiny_adapted.adapted(
+        architecture, quant="nf4", kind=kind, rank_pattern={"model.layers.1.*.q_proj": 5, "v_proj": 2}
+    )
+    save(model, tmp_path / "adapter")
+    again = tiny_adapted.base(architecture, quant="nf4")
+    loaded = load_adapter(again, tmp_path / "adapter")
+    original = adapted_layers(model)
+    assert list(loaded) == list(original)
+    assert len(loaded) == 14
+    assert loaded["model.layers.1.self_attn.q_proj"].rank == 5
+    for path, layer in loaded.items():
+        assert layer.lora_A.dtype == torch.bfloat16
+        assert torch.equal(layer.lora_A, original[path].lora_A)
+        assert torch.equal(layer.lora_B, original[path].lora_B)
+        assert (layer.rank, layer.scaling, layer.kind) == (original[path].rank, original[path].scaling, kind)
+        if kind == "dora":
+            assert torch.equal(layer.magnitude, original[path].magnitude)  # type: ignore[arg-type]
+    assert torch.equal(tiny_adapted.logits(again), tiny_adapted.logits(model))
+    trainable = {name.rpartition(".")[2] for name, p in again.named_parameters() if p.requires_grad}
+    assert trainable == ({"lora_A", "lora_B", "magnitude"} if kind == "dora" else {"lora_A", "lora_B"})
+
+
+def test_names_dtypes_and_settings_of_the_file(tmp_path: Path) -> None:
+    model = tiny_adapted.adapted("qwen2", targets=["q_proj", "down_proj"], alpha=6.0, dropout=0.05)
+    save(model, tmp_path / "adapter", revision="0" * 40, extra={"step": 7})
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items() if ".layers.1." in name}
+    start = "base_model.model.model.layers.1."
+    assert found == {
+        f"{start}self_attn.q_proj.lora_A.weight": ((3, 32), torch.bfloat16),
+        f"{start}self_attn.q_proj.lora_B.weight": ((32, 3), torch.bfloat16),
+        f"{start}self_attn.q_proj.lora_magnitude_vector": ((32,), torch.float32),
+        f"{start}mlp.down_proj.lora_A.weight": ((3, 48), torch.bfloat16),
+        f"{start}mlp.down_proj.lora_B.weight": ((32, 3), torch.bfloat16),
+        f"{start}mlp.down_proj.lora_magnitude_vector": ((32,), torch.float32),
+    }
+    assert len(tensors) == 12
+    config = config_of(tmp_path / "adapter")
+    assert config["target_modules"] == ["down_proj", "q_proj"]
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0.05)
+    assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
+    assert (config["use_dora"], config["use_rslora"], config["revision"]) == (True, False, "0" * 40)
+    record = json.loads((tmp_path / "adapter" / "qdora.json").read_text())
+    assert record["layers"]["model.layers.0.self_attn.q_proj"] == {"rank": 3, "alpha": 6.0, "scaling": 2.0}
+    described = describe_adapter(tmp_path / "adapter")
+    assert described.base_quant == QUANT
+    assert described.extra == {"step": 7}
+    assert described.layout.base_name_or_path == "org/base"
+
+
+def test_targets_that_a_short_name_would_widen_are_written_as_paths(tmp_path: Path) -> None:
+    model = tiny_adapted.adapted(targets=["model.layers.1.self_attn.q_proj"])
+    save(model, tmp_path / "adapter")
+    assert config_of(tmp_path / "adapter")["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+    assert list(load_adapter(tiny_adapted.base(), tmp_path / "adapter")) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_equal_adapters_give_equal_bytes_and_replace_each_other(tmp_path: Path) -> None:
+    model = tiny_adapted.adapted()
+    first, second = save(model, tmp_path / "first"), save(model, tmp_path / "second")
+    save(model, second)
+    names = sorted(path.name for path in first.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors", "qdora.json"]
+    assert names == sorted(path.name for path in second.iterdir())
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_a_failing_save_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_adapted.adapted()
+    directory = save(model, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qdora.model.adapter_file.write_safetensors", full)
+    with pytest.raises(OSError, match="No space"):
+        save(model, directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_other_peoples_directories_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty and holds no adapter"):
+        save(tiny_adapted.adapted(), tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_the_storage_dtype_can_be_chosen_on_loading(tmp_path: Path) -> None:
+    save(tiny_adapted.adapted(dtype=torch.bfloat16), tmp_path / "adapter")
+    loaded = load_adapter(tiny_adapted.base(dtype=torch.bfloat16), tmp_path / "adapter", dtype=torch.float32)
+    layer = next(iter(loaded.values()))
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    assert layer.magnitude is not None
+    assert layer.magnitude.dtype == torch.float32
+
+
+def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    save(tiny_adapted.adapted(), tmp_path / "adapter")
+    model = tiny_adapted.base()
+    before = torch.get_rng_state()
+    load_adapter(model, tmp_path / "adapter")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_second_adapter_is_refused(tmp_path: Path) -> None:
+    model = tiny_adapted.adapted()
+    save(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="carries adapters already"):
+        load_adapter(model, tmp_path / "adapter")
+
+
+# --- PEFT reads ours
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_peft_computes_our_logits(tmp_path: Path, architecture: str, kind: str, rank_stabilized: bool) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_adapted.adapted(
+        architecture,
+        kind=kind,
+        rank_stabilized=rank_stabilized,
+        rank_pattern={"v_proj": 2, "model.layers.0.mlp.*": 5, "model.layers.1.self_attn.q_proj": 1},
+    )
+    save(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(tiny_adapted.base(architecture), str(tmp_path / "adapter")).eval()
+    ours = tiny_adapted.logits(model)
+    bare = tiny_adapted.logits(tiny_adapted.base(architecture))
+    assert (ours - bare).abs().max() > 0.05  # the adapter does something
+    torch.testing.assert_close(tiny_adapted.logits(theirs), ours, rtol=1e-5, atol=2e-5)
+
+
+# --- we read PEFT's
+
+
+PEFT_SETTINGS: dict[str, dict[str, Any]] = {
+    "list": {"target_modules": ["q_proj", "down_proj"]},
+    "regex": {"target_modules": r".*\.layers\.[01]\.(self_attn\.[qv]_proj|mlp\.up_proj)"},
+    "all-linear": {"target_modules": "all-linear"},
+    "rslora": {"target_modules": ["q_proj", "up_proj"], "use_rslora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+        # the first matching key wins; keys are regular expressions and may match the end of the path
+        "rank_pattern": {r"layers\.1\..*_proj": 6, "q_proj": 3},
+        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 7, "down_proj": 1.5},
+    },
+    "one layer": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "one layer, no pattern": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": 0},
+    "exclude list": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "exclude regex": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
+    "head": {"target_modules": ["lm_head", "o_proj"]},
+}
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("case", PEFT_SETTINGS)
+def test_an_adapter_of_peft_gives_its_logits_here(tmp_path: Path, case: str, use_dora: bool) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=10, task_type="CAUSAL_LM", use_dora=use_dora, lora_dropout=0.1, **PEFT_SETTINGS[case]
+    )
+    theirs = peft.get_peft_model(tiny_adapted.base("qwen2"), config)
+    torch.manual_seed(3)
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            scale = 0.05 * parameter.abs().mean() if "magnitude" in name else 0.1
+            parameter.data += scale * torch.randn_like(parameter)
+    theirs.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    ours = tiny_adapted.base("qwen2")
+    loaded = load_adapter(ours, tmp_path / "adapter")
+    adapted = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert set(loaded) == adapted
+    assert all(layer.dropout == 0.1 for layer in loaded.values())
+    torch.testing.assert_close(tiny_adapted.logits(ours), tiny_adapted.logits(theirs.eval()), rtol=1e-5, atol=2e-5)
+
+
+# --- what is refused
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return save(tiny_adapted.adapted(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("peft_type", "ADALORA"),
+        ("task_type", "SEQ_CLS"),
+        ("bias", "lora_only"),
+        ("fan_in_fan_out", True),
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [1, 2]),
+        ("layer_replication", [[0, 2]]),
+        ("lora_bias", True),
+        ("megatron_config", {"tp": 2}),
+        ("alora_invocation_tokens", [5]),
+        ("target_parameters", ["experts.w1"]),
+        ("use_qalora", True),
+        ("use_bdlora", {"n": 2}),
+        ("arrow_config", {"top_k": 3}),
+        ("kasa_config", {"beta": 1}),
+        ("velora_config", {"groups": 1}),
+        ("monteclora_config", {"num_samples": 8}),
+        ("ensure_weight_tying", True),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "something new"),
+        ("a_setting_of_the_future", {"on": True}),
+        ("a_setting_of_the_future", 0),
+        ("r", 0),
+        ("r", "16"),
+        ("lora_alpha", None),
+        ("lora_alpha", float("nan")),
+        ("lora_dropout", 1.0),
+        ("use_dora", "yes"),
+        ("use_rslora", 1),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"q_proj(": 4}),
+        ("alpha_pattern", [1]),
+        ("target_modules", None),
+        ("target_modules", []),
+        ("target_modules", [1]),
+        ("target_modules", "(q_proj"),
+        ("exclude_modules", {"a": 1}),
+        ("layers_to_transform", ["1"]),
+        ("layers_pattern", [3]),
+        ("base_model_name_or_path", 7),
+    ],
+)
+def test_a_setting_that_cannot_be_honoured_is_named(directory: Path, setting: str, value: Any) -> None:
+    change_config(directory, **{setting: value})
+    model = tiny_adapted.base()
+    with pytest.raises(UserError, match=rf"adapter_config.json: {setting}: ") as raised:
+        load_adapter(model, directory)
+    assert len(raised.value.faults) == 1
+    assert not adapted_layers(model)
+    assert any(parameter.requires_grad for parameter in model.parameters())  # untouched
+
+
+@pytest.mark.parametrize("empty", [None, False, [], {}, ""])
+def test_unknown_settings_that_are_off_are_tolerated(directory: Path, empty: Any) -> None:
+    change_config(directory, a_setting_of_the_future=empty, modules_to_save=empty, peft_version="0.99", loftq_config={})
+    assert len(load_adapter(tiny_adapted.base(), directory)) == 14
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_starts_that_leave_the_base_alone_are_accepted(directory: Path, init: Any) -> None:
+    change_config(directory, init_lora_weights=init, eva_config={"rho": 2.0} if init == "eva" else None)
+    assert len(load_adapter(tiny_adapted.base(), directory)) == 14
+
+
+def test_every_fault_is_reported_at_once(directory: Path) -> None:
+    change_config(directory, bias="all", lora_bias=True, lora_dropout=2)
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+    with pytest.raises(UserError) as raised:
+        load_adapter(tiny_adapted.base(), directory)
+    text = str(raised.value)
+    assert len(raised.value.faults) == 4
+    assert "adapter_model.bin is a pickle, which can run code" in text
+    assert all(f"adapter_config.json: {name}: " in text for name in ("bias", "lora_bias", "lora_dropout"))
+
+
+def test_a_dora_adapter_without_magnitudes_is_an_error(directory: Path) -> None:
+    names = [n for n in load_file(directory / "adapter_model.safetensors") if n.endswith("magnitude_vector")]
+    assert len(names) == 14
+    change_tensors(directory, **dict.fromkeys(names))
+    model = tiny_adapted.base()
+    with pytest.raises(UserError, match=r"14 tensors missing: .*and 9 more") as raised:
+        load_adapter(model, directory)
+    assert "without its magnitudes a DoRA layer computes something else" in str(raised.value)
+    assert not adapted_layers(model)
+
+
+def test_magnitudes_of_a_lora_adapter_are_unexpected(directory: Path) -> None:
+    change_config(directory, use_dora=False)
+    with pytest.raises(UserError, match="14 tensors unexpected"):
+        load_adapter(tiny_adapted.base(), directory)
+
+
+def test_wrong_tensors_are_all_named(directory: Path) -> None:
+    start = "base_model.model.model.layers.0."
+    change_tensors(
+        directory,
+        **{
+            f"{start}self_attn.q_proj.lora_A.weight": None,
+            f"{start}self_attn.k_proj.lora_B.weight": torch.zeros(3, 16),
+            f"{start}self_attn.v_proj.lora_A.weight": torch.full((3, 32), float("nan")),
+            f"{start}mlp.up_proj.lora_A.weight": torch.zeros(3, 32, dtype=torch.int32),
+            "base_model.model.model.embed_tokens.weight": torch.zeros(320, 32),
+            "base_model.model.../../../../etc/passwd.lora_A.weight": torch.zeros(1, 1),
+        },
+    )
+    with pytest.raises(UserError) as raised:
+        load_adapter(tiny_adapted.base(), directory)
+    faults = raised.value.faults
+    assert len(faults) == 5
+    assert any("1 tensor missing" in f and "q_proj.lora_A" in f for f in faults)
+    assert any("2 tensors unexpected" in f and "embed_tokens" in f and "passwd" in f for f in faults)
+    assert any("wrong shape" in f and "k_proj.lora_B.weight [3, 16] instead of [16, 3]" in f for f in faults)
+    assert any("float dtype" in f and "up_proj" in f for f in faults)
+    assert any("NaN" in f and "v_proj" in f for f in faults)
+
+
+def test_magnitudes_may_carry_the_name_of_peft_s_modules(directory: Path) -> None:
+    path = directory / "adapter_model.safetensors"
+    renamed = {f"{n}.weight" if n.endswith("vector") else n: t for n, t in load_file(path).items()}
+    save_file(renamed, path)
+    model = tiny_adapted.base()
+    load_adapter(model, directory)
+    assert torch.equal(tiny_adapted.logits(model), tiny_adapted.logits(tiny_adapted.adapted()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"target_modules": ["embed_tokens", "q_proj"]}, r"selects model.embed_tokens \(Embedding\)"),
+        ({"target_modules": ["c_attn"]}, "matches no linear layer"),
+        ({"r": 40}, r"too large for .*q_proj \(rank 40, at most 32\)"),
+        ({"lora_alpha": 7}, "qdora.json: layers: scaling differs"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(directory: Path, changes: dict[str, Any], match: str) -> None:
+    change_config(directory, **changes)
+    with pytest.raises(UserError, match=match):
+        load_adapter(tiny_adapted.base(), directory)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
+def test_broken_files_are_named(directory: Path, content: str) -> None:
+    (directory / "adapter_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"adapter_config.json: (cannot be read as JSON|holds a list)"):
+        load_adapter(tiny_adapted.base(), directory)
+
+
+def test_broken_weights_and_foreign_versions_are_named(directory: Path, tmp_path: Path) -> None:
+    (directory / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        load_adapter(tiny_adapted.base(), directory)
+    (directory / "qdora.json").write_text('{"format": 2}')
+    with pytest.raises(UserError, match="format: is 2, allowed: 1"):
+        load_adapter(tiny_adapted.base(), directory)
+    with pytest.raises(UserError, match="no such directory"):
+        load_adapter(tiny_adapted.base(), tmp_path / "nowhere")
+
+
+def test_layers_that_one_file_cannot_hold(tmp_path: Path) -> None:
+    model = tiny_adapted.adapted()
+    next(iter(adapted_layers(model).values())).dropout = 0.5
+    with pytest.raises(ValueError, match="differ in dropout"):
+        save(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="no adapters to save"):
+        save(tiny_adapted.base(), tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the file format
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=6),
+    limit=st.integers(1, 400),
+)
+def test_what_is_written_is_what_safetensors_reads(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[Any], limit: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"t{i}.ü": torch.randint(0, 2, shape, generator=generator).to(dtype) for i, (dtype, shape) in enumerate(parts)
+    }
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    shards = plan_shards(specs, limit)
+    folder = tmp_path_factory.mktemp("shards")
+    seen = []
+    for file, group in shards.items():
+        size = write_safetensors(folder / file, group, (tensors[spec.name] for spec in group))
+        assert size == (folder / file).stat().st_size
+        assert sum(spec.num_bytes for spec in group) <= limit or len(group) == 1
+        with safe_open(folder / file, framework="pt") as stored:
+            assert stored.metadata() == {"format": "pt"}
+            for name in stored.keys():  # noqa: SIM118
+                seen.append(name)
+                found = stored.get_tensor(name)
+                assert found.dtype == tensors[name].dtype
+                assert torch.equal(found, tensors[name])
+    assert sorted(seen) == sorted(tensors)
+
+
+def test_the_header_in_bytes(tmp_path: Path) -> None:
+    spec = TensorSpec("a", torch.bfloat16, (2,))
+    write_safetensors(tmp_path / "f", [spec], [torch.tensor([1.0, -2.0], dtype=torch.bfloat16)], {})
+    text = b'{"__metadata__":{},"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
+    padded = text + b" " * (80 - len(text))
+    assert (tmp_path / "f").read_bytes() == (80).to_bytes(8, "little") + padded + b"\x80\x3f\x00\xc0"
+
+
+@pytest.mark.parametrize(
+    ("specs", "tensors", "match"),
+    [
+        ([("a", (2,))], [], "no tensor for 'a'"),
+        ([("a", (2,))], [torch.zeros(2), torch.zeros(2)], "more tensors than the 1"),
+        ([("a", (2,))], [torch.zeros(3)], "announced as torch.float32"),
+        ([("a", (2,)), ("a", (2,))], [], "occurs twice"),
+    ],
+)
+def test_a_tensor_that_was_not_announced(tmp_path: Path, specs: Any, tensors: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        write_safetensors(tmp_path / "f", [TensorSpec(n, torch.float32, s) for n, s in specs], tensors)
+
+
+def test_a_tensor_that_would_be_unaligned(tmp_path: Path) -> None:
+    specs = [TensorSpec("a", torch.uint8, (3,)), TensorSpec("b", torch.float32, (1,))]
+    with pytest.raises(ValueError, match="'b' would start at byte 3"):
+        write_safetensors(tmp_path / "f", specs, [])

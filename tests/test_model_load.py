@@ -1,0 +1,244 @@
+"""Loading: the weights are those of transformers, quantised where asked, and every fault of a checkpoint is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+
+from qdora.errors import UserError
+from qdora.model.checkpoint import iterate_tensors, open_safetensors
+from qdora.model.inject import frozen_layers
+from qdora.ops.packed import dequantize, quantize
+from tests.checkpoints import CONFIGS, SMALL, checkpoint, load, logits, one_file
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp(request.param), CONFIGS[request.param])
+
+
+def test_dense_logits_equal_transformers(saved: Path) -> None:
+    assert len(list(saved.glob("*.safetensors"))) > 1
+    reference = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    model = load(saved)
+    assert model.config._attn_implementation == reference.config._attn_implementation
+    assert torch.equal(logits(model), logits(reference))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    ours = {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    theirs = {name: tensor.dtype for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]}
+    assert ours == theirs
+
+
+def test_bfloat16_keeps_the_dtypes_of_transformers(saved: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    model = load(saved, compute_dtype=torch.bfloat16)
+    ours = {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    theirs = {name: tensor.dtype for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]}
+    assert ours == theirs
+    assert torch.equal(logits(model), logits(reference))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+def test_quantised_logits_equal_transformers_on_dequantised_weights(saved: Path, quant: str) -> None:
+    model = load(saved, quant=quant)
+    reference = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    replaced = 0
+    for name, module in reference.named_modules():
+        if type(module) is torch.nn.Linear and name != "lm_head":
+            module.weight.data = dequantize(quantize(module.weight.data, quant, 64, True))
+            replaced += 1
+    assert replaced == 14
+    assert set(frozen_layers(model)) == {
+        n for n, m in reference.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"
+    }
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+
+
+def test_tied_embedding_is_one_tensor(saved: Path) -> None:
+    model = load(saved, quant="nf4")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
+
+
+def test_weights_are_quantised_from_the_dtype_of_the_file(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, CONFIGS["llama"])
+    file_weight = next(
+        load_file(shard)["model.layers.0.mlp.up_proj.weight"]
+        for shard in sorted(directory.glob("*.safetensors"))
+        if "model.layers.0.mlp.up_proj.weight" in load_file(shard)
+    )
+    layer = load(directory, quant="nf4", double_quant=False, compute_dtype=torch.bfloat16).model.layers[0].mlp.up_proj
+    expected = quantize(file_weight, "nf4", 64, False)
+    assert torch.equal(layer.packed, expected.packed)
+    assert torch.equal(layer.absmax, expected.absmax)
+    assert not torch.equal(expected.absmax, quantize(file_weight.bfloat16(), "nf4", 64, False).absmax)
+
+
+def test_loaded_model_does_not_depend_on_the_file(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, CONFIGS["qwen2"], shard="1GB")
+    model = load(directory)
+    before = logits(model)
+    file = directory / "model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as stream:  # in place: a mapped view would see it
+        stream.seek(size - 40000)
+        stream.write(b"\x7f" * 40000)
+    assert torch.equal(logits(model), before)
+
+
+def test_progress_counts_every_tensor(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    load(checkpoint(tmp_path, CONFIGS["llama"]), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 21) for done in range(1, 22)]  # 2 layers of 9, embedding, norm, head
+
+
+def resident_file_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssFile"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("this system does not tell resident file pages")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_reading_keeps_one_tensor_resident(tmp_path: Path) -> None:
+    size = 8 * 2**20
+    save_file({f"t{i}": torch.ones(size // 4) for i in range(16)}, tmp_path / "model.safetensors")
+    stored = open_safetensors(tmp_path)
+    before = most = resident_file_bytes()
+    for _, tensor in iterate_tensors(stored):
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.sum() == size // 4
+        most = max(most, resident_file_bytes())
+    assert most - before < 3 * size  # of 16: the one in use, the one before, and slack
+
+
+# --- which layers are quantised
+
+
+def test_skip_takes_last_parts_and_patterns(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, CONFIGS["llama"])
+    model = load(directory, quant="nf4", skip=["lm_head", "up_proj", "model.layers.1.self_attn.*"])
+    expected = {f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"}
+    expected |= {f"model.layers.{layer}.mlp.{part}_proj" for layer in (0, 1) for part in ("gate", "down")}
+    assert set(frozen_layers(model)) == expected
+    assert "lm_head" in frozen_layers(load(directory, quant="nf4", skip=[]))
+
+
+def test_unmatched_skip_names_the_nearest(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, CONFIGS["llama"])
+    with pytest.raises(UserError, match=r"base\.skip: 'upproj' matches no linear layer.*Did you mean 'up_proj'"):
+        load(directory, quant="nf4", skip=["lm_head", "upproj"])
+
+
+def test_tied_head_cannot_be_quantised(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lm_head shares its weight with the embedding"):
+        load(checkpoint(tmp_path, CONFIGS["qwen2"]), quant="nf4", skip=[])
+
+
+def test_gpt2_is_refused_when_quantised_and_loads_dense(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
+    directory = checkpoint(tmp_path, config)
+    with pytest.raises(UserError, match=r"gpt2 keeps its weights transposed .*allowed: base\.quant: none"):
+        load(directory, quant="nf4")
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert torch.equal(logits(load(directory)), logits(reference))
+
+
+def test_stacked_experts_are_refused_clearly(tmp_path: Path) -> None:
+    config = MixtralConfig(**{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1})
+    with pytest.raises(UserError, match=r"mixtral checkpoints hold tensors that must be stacked"):
+        load(checkpoint(tmp_path, config), quant="nf4")
+
+
+def test_settings_are_gathered(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, CONFIGS["llama"])
+    with pytest.raises(UserError) as caught:
+        load(directory, quant="nf3", attention="flash", compute_dtype=torch.int8)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["base.quant", "model.attention", "model.dtype"]
+    with pytest.raises(UserError, match=r"base\.block_size: 100, allowed: 64"):
+        load(directory, quant="fp4", block_size=100)
+
+
+def test_attention_is_logged_and_eager_can_be_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = checkpoint(tmp_path, CONFIGS["llama"])
+    with caplog.at_level(logging.INFO, "qdora"):
+        assert load(directory).config._attn_implementation == "sdpa"
+    assert "sdpa" in caplog.text
+    assert load(directory, attention="eager").config._attn_implementation == "eager"
+
+
+def test_gemma2_with_soft_capped_attention_is_not_given_sdpa(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, CONFIGS["gemma2"])
+    assert load(directory).config._attn_implementation == "eager"
+    with pytest.raises(UserError, match="cannot be built"):
+        load(directory, attention="sdpa")
+
+
+# --- checkpoints that do not fit
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_gathered(tmp_path: Path) -> None:
+    file, tensors = one_file(tmp_path)
+    del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.upp_proj.weight"] = torch.zeros(96, 64)
+    tensors["lm_head.weight"] = torch.zeros(98, 64)
+    save_file(tensors, file)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path)
+    text = str(caught.value)
+    assert len(caught.value.faults) == 4
+    assert "no tensor 'model.layers.0.mlp.up_proj.weight'. Did you mean 'model.layers.0.mlp.upp_proj.weight'?" in text
+    assert "no tensor 'model.norm.weight'" in text
+    assert "'model.layers.0.mlp.upp_proj.weight' has no place in the model" in text
+    assert "'lm_head.weight' has shape [98, 64], config.json asks for [97, 64]" in text
+
+
+def test_rotary_buffers_and_a_repeated_head_are_tolerated(tmp_path: Path) -> None:
+    file, tensors = one_file(tmp_path, CONFIGS["qwen2"])
+    assert "lm_head.weight" not in tensors
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_head_that_differs_from_its_embedding_is_untied(tmp_path: Path) -> None:
+    file, tensors = one_file(tmp_path, CONFIGS["qwen2"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = load(tmp_path)
+    assert model.config.tie_word_embeddings is False
+    assert torch.equal(model.lm_head.weight, 2 * model.model.embed_tokens.weight)
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)))
+
+
+def test_only_the_head_of_a_tied_pair_is_stored(tmp_path: Path) -> None:
+    file, tensors = one_file(tmp_path, CONFIGS["qwen2"])
+    reference = logits(load(tmp_path))
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file)
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(logits(model), reference)
+
+
+def test_names_of_a_checkpoint_without_the_model_prefix(tmp_path: Path) -> None:
+    file, tensors = one_file(tmp_path, CONFIGS["qwen2"])
+    reference = logits(load(tmp_path))
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, file)
+    assert torch.equal(logits(load(tmp_path)), reference)
+
+
+def test_config_that_transformers_does_not_know(tmp_path: Path) -> None:
+    checkpoint(tmp_path, CONFIGS["llama"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
+    with pytest.raises(UserError, match="its config cannot be used"):
+        load(tmp_path)

@@ -1,0 +1,315 @@
+"""Quantising: against plain loops, against bitsandbytes on the same input, and what must hold for any input."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from bitsandbytes import functional as bnb_functional
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdora.ops import blockwise, codebooks
+from qdora.ops.packed import BLOCK_SIZES, block_scales, dequantize, empty_packed, quantize
+from tests import reference_quant as reference
+
+FOUR_BITS = ("nf4", "fp4")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Whole blocks, short last blocks, odd lengths, less than a block, one weight, more than 256 blocks.
+SHAPES = ((8, 64), (7, 131), (5, 7), (1, 1), (3, 4096), (300, 257))
+same_nested_rule = pytest.mark.skipif(
+    not bnb.__version__.startswith("0.50."), reason="nested codes are compared with the CPU rule of bitsandbytes 0.50"
+)
+
+
+def uneven(shape, dtype=torch.float32, seed=0):
+    """Gaussian rows of very different size, the first one zero, with zeros in between."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) * 10 ** (4 * torch.rand(shape[0], 1, generator=generator) - 2)
+    weight[torch.rand(shape, generator=generator) < 0.05] = 0
+    if shape[0] > 1:
+        weight[0] = 0
+    return weight.to(dtype)
+
+
+def unpack(packed, numel):
+    return torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ code books
+
+
+def test_code_books_equal_bitsandbytes_to_the_last_bit():
+    for kind in FOUR_BITS:
+        assert torch.equal(codebooks.code_values(kind), bnb_functional.get_4bit_type(kind, device="cpu"))
+    assert torch.equal(codebooks.dynamic_map(), bnb_functional.create_dynamic_map())
+
+
+def test_code_books_follow_their_formula():
+    assert codebooks.code_values("nf4").tolist() == [float(v) for v in reference.VALUES["nf4"]]
+    assert codebooks.code_values("fp4").tolist() == [float(v) for v in reference.VALUES["fp4"]]
+    np.testing.assert_allclose(codebooks.dynamic_map().double().numpy(), reference.dynamic_map(), rtol=2e-7)
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_grid_look_up_equals_a_search_at_and_around_every_bound(kind):
+    bounds, _ = codebooks.decision_bounds(kind)
+    near = torch.cat([bounds, torch.linspace(-1, 1, 100_003)])
+    near = torch.cat([near, torch.nextafter(near, torch.tensor(2.0)), torch.nextafter(near, torch.tensor(-2.0))])
+    near = near.clamp(-1, 1)
+    table, cell = codebooks.decision_table(kind), codebooks.cell(near)
+    rank = table.rank[cell.long()] + (near > table.bound[cell.long()])
+    expected = (near[:, None] > bounds).sum(dim=1)
+    assert torch.equal(rank.long(), expected)
+
+
+def test_unknown_code_book():
+    with pytest.raises(ValueError, match="allowed: nf4, fp4"):
+        codebooks.code_values("nf3")
+
+
+# ------------------------------------------------------------------------------------------------ plain loops
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(FOUR_BITS),
+    dtype=st.sampled_from(DTYPES),
+    block_size=st.sampled_from((32, 64, 128, 1024)),
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 70)),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_four_bits_equal_the_plain_loops(kind, dtype, block_size, shape, seed):
+    weight = uneven(shape, dtype, seed)
+    numel = weight.numel()
+    packed = quantize(weight, kind, block_size, double_quant=False, backend="torch")
+    codes, absmax = reference.quantize_4bit(weight.float().reshape(-1).numpy(), kind, block_size)
+    assert unpack(packed.packed, numel) == codes
+    assert packed.absmax.tolist() == [float(a) for a in absmax]
+
+    nested = quantize(weight, kind, block_size, double_quant=True, backend="torch")
+    assert nested.nested is not None
+    assert torch.equal(nested.packed, packed.packed)
+    assert nested.nested.offset.item() == pytest.approx(float(np.mean(np.float64(absmax))), rel=1e-6)
+    offset, code = np.float32(nested.nested.offset.item()), nested.nested.code.numpy()
+    nested_codes, nested_absmax = reference.quantize_scales(absmax, offset, code)
+    assert nested.absmax.tolist() == nested_codes
+    assert nested.nested.absmax.tolist() == [float(a) for a in nested_absmax]
+
+    for one in (packed, nested):
+        scales = absmax if one is packed else reference.dequantize_scales(nested_codes, nested_absmax, offset, code)
+        assert block_scales(one, "torch").tolist() == [float(s) for s in scales]
+        dense = torch.tensor(np.array(reference.dequantize_4bit(codes, scales, kind, block_size))).view(shape)
+        for out in (*DTYPES, torch.float64):
+            assert torch.equal(dequantize(one, out, backend="torch"), dense.to(out))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 70)),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_int8_equals_the_plain_loops(dtype, shape, seed):
+    weight = uneven(shape, dtype, seed)
+    packed = quantize(weight, "int8")
+    codes, absmax = reference.quantize_int8(weight.float().numpy())
+    assert packed.packed.tolist() == codes
+    assert packed.absmax.tolist() == [float(a) for a in absmax]
+    exact = np.float64(codes) * np.float64(absmax)[:, None] / 127
+    np.testing.assert_allclose(dequantize(packed, torch.float64).numpy(), exact, rtol=3e-7)
+
+
+def test_chunks_do_not_show(monkeypatch):
+    weight = uneven((19, 4097))
+    whole = [quantize(weight, kind, 128) for kind in FOUR_BITS]
+    dense = [dequantize(packed, backend="torch") for packed in whole]
+    monkeypatch.setattr(blockwise, "_CHUNK", 4096)
+    for kind, packed, expected in zip(FOUR_BITS, whole, dense, strict=True):
+        again = quantize(weight, kind, 128)
+        assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in packed.tensors().items())
+        assert torch.equal(dequantize(packed, backend="torch"), expected)
+
+
+# ------------------------------------------------------------------------------------------------ bitsandbytes
+
+
+@same_nested_rule
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", FOUR_BITS)
+@pytest.mark.parametrize("block_size", [64, 256, 4096])
+def test_codes_and_scales_equal_bitsandbytes(kind, dtype, block_size):
+    for shape in SHAPES:
+        weight = uneven(shape, dtype)
+        expected, state = bnb_functional.quantize_4bit(
+            weight, blocksize=block_size, quant_type=kind, compress_statistics=True
+        )
+        _, plain = bnb_functional.quantize_4bit(weight, blocksize=block_size, quant_type=kind)
+        for backend in ("torch", "bnb"):
+            packed = quantize(weight, kind, block_size, backend=backend)
+            assert packed.nested is not None
+            assert torch.equal(packed.packed, expected.reshape(-1))
+            assert torch.equal(packed.absmax, state.absmax)
+            assert torch.equal(packed.nested.absmax, state.state2.absmax)
+            assert torch.equal(packed.nested.code, state.state2.code)
+            assert torch.equal(packed.nested.offset, state.offset)
+            assert torch.equal(quantize(weight, kind, block_size, False, backend).absmax, plain.absmax)
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_ties_and_their_neighbours_equal_bitsandbytes(kind):
+    bounds, _ = codebooks.decision_bounds(kind)
+    tie = torch.cat([bounds, torch.nextafter(bounds, torch.tensor(2.0)), torch.nextafter(bounds, torch.tensor(-2.0))])
+    for scale in (1.0, 0.37, 3e-39, 1e30):  # 3e-39: a block of subnormal numbers is not scaled up to 1
+        weight = torch.cat([torch.tensor([1.0, -1.0, 0.0, -0.0]), tie, torch.zeros(15)])[None] * scale
+        expected, state = bnb_functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+        packed = quantize(weight, kind, 64, double_quant=False, backend="torch")
+        assert torch.equal(packed.packed, expected.reshape(-1))
+        assert torch.equal(packed.absmax, state.absmax)
+    assert unpack(quantize(torch.cat([torch.ones(1), bounds])[None], kind, 64).packed, 16)[1:] == list(
+        reference.ascending_codes(kind)[:15]
+    )
+
+
+@same_nested_rule
+def test_nested_codes_equal_bitsandbytes_around_every_bound():
+    code = codebooks.dynamic_map()
+    middle = (code[:-1] + code[1:]) / 2
+    values = torch.cat([middle, middle + 2e-5, middle - 2e-5, code, torch.linspace(-1, 1, 20_011)])
+    for part in values.split(254):
+        # One 1 and one -1 fix the scale, and the mean is taken off by hand.
+        scales = torch.cat([torch.tensor([1.0, -1.0]), part])
+        expected, state = bnb_functional.quantize_blockwise(scales - scales.mean(), blocksize=256)
+        codes, absmax, offset = blockwise.quantize_scales(scales, code, 256)
+        assert torch.equal(codes, expected)
+        assert torch.equal(absmax, state.absmax)
+        assert torch.equal(offset, scales.mean())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_equals_bitsandbytes(dtype):
+    for shape in ((8, 64), (7, 131), (1, 1), (3, 4096)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        expected, absmax, _ = bnb_functional.int8_vectorwise_quant(weight)
+        packed = quantize(weight, "int8")
+        assert torch.equal(packed.packed, expected)
+        assert torch.equal(packed.absmax, absmax)
+        dense = bnb_functional.int8_vectorwise_dequant(expected, absmax)
+        for out in DTYPES:
+            assert torch.equal(dequantize(packed, out), dense.to(out))
+
+
+# ------------------------------------------------------------------------------------------------ any input
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_zero_weights_come_back_as_zero(kind, double_quant):
+    weight = uneven((300, 200), seed=3)
+    weight[:40] = 0  # whole zero blocks beside large ones, so that the nested scale of a zero block is not 0
+    weight[50, ::2] = 0
+    packed = quantize(weight, kind, 64, double_quant)
+    for dtype in (*DTYPES, torch.float64):
+        for backend in ("auto", "torch"):
+            dense = dequantize(packed, dtype, backend)
+            assert bool((dense[weight == 0] == 0).all())
+            assert bool(dense.isfinite().all())
+    if double_quant and kind != "int8":
+        assert bool((block_scales(packed)[:100] != 0).any()), "the case this test is for did not occur"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (257, 65)])
+def test_a_zero_matrix_is_zero(kind, shape):
+    packed = quantize(torch.zeros(shape), kind)
+    assert torch.equal(dequantize(packed), torch.zeros(shape))
+
+
+def test_int8_row_too_small_for_a_float32_factor():
+    weight = torch.tensor([[1e-44, 0.0, -3e-45], [1.0, -2.0, 0.5]])
+    dense = dequantize(quantize(weight, "int8"))
+    assert bool(dense.isfinite().all())
+    assert torch.equal(dense[0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_weights_are_named_and_counted(kind, bad):
+    weight = torch.randn(30, 70)
+    weight[3, 5] = weight[29, 69] = bad
+    with pytest.raises(ValueError, match=r"layers\.0\.q_proj: 2 of 2100 weights are not finite"):
+        quantize(weight, kind, name="layers.0.q_proj")
+
+
+def test_the_input_is_not_changed_and_may_have_any_layout():
+    weight = uneven((64, 96))
+    kept = weight.clone()
+    transposed = weight.T.contiguous().T
+    assert not transposed.is_contiguous()
+    for kind in ("nf4", "fp4", "int8"):
+        packed, again = quantize(weight, kind), quantize(transposed.requires_grad_(), kind)
+        assert torch.equal(packed.packed, again.packed)
+        assert not again.packed.requires_grad
+    assert torch.equal(weight, kept)
+
+
+def test_float64_is_rounded_to_float32_first():
+    weight = torch.randn(16, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for kind in ("nf4", "fp4", "int8"):
+        assert torch.equal(quantize(weight, kind).packed, quantize(weight.float(), kind).packed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3), "nf4"), r"expected a float matrix \(out, in\), got \(3,\)"),
+        ((torch.zeros(3, 3, dtype=torch.int32), "nf4"), "torch.int32"),
+        ((torch.zeros(0, 3), "nf4"), "no entries"),
+        ((torch.zeros(3, 3), "nf5"), "unknown kind 'nf5'; allowed: nf4, fp4, int8. Did you mean 'nf4'"),
+        ((torch.zeros(3, 3), "nf4", 48), "block size 48 is not one of 32, 64"),
+        ((torch.zeros(3, 3), "nf4", 64, True, "cuda"), "unknown backend 'cuda'"),
+        ((torch.zeros(3, 3), "int8", 64, True, "bnb"), "bitsandbytes does not quantise"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(*arguments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(("nf4", "fp4", "int8")),
+    shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    double_quant=st.booleans(),
+)
+def test_layout_is_known_beforehand(kind, shape, block_size, double_quant):
+    packed = quantize(torch.zeros(shape), kind, block_size, double_quant)
+    planned = empty_packed(kind, shape, block_size, double_quant, device="meta")
+    assert planned.num_bytes == packed.num_bytes
+    assert planned.block_size == packed.block_size
+    assert {n: (t.shape, t.dtype) for n, t in planned.tensors().items()} == {
+        n: (t.shape, t.dtype) for n, t in packed.tensors().items()
+    }
+
+
+# Relative error (Frobenius norm) of a 512 x 512 standard Gaussian weight, seeds 0 to 19: mean and mean + 5 std.
+# With double quantisation the mean is at most 2e-5 higher; the bounds cover both.
+GAUSSIAN_ERROR = {
+    ("nf4", 64): (0.0920, 0.0928), ("nf4", 128): (0.0956, 0.0962),
+    ("nf4", 256): (0.0987, 0.0997), ("nf4", 512): (0.1014, 0.1026),
+    ("fp4", 64): (0.1219, 0.1227), ("fp4", 128): (0.1286, 0.1295),
+    ("fp4", 256): (0.1346, 0.1360), ("fp4", 512): (0.1403, 0.1425),
+    ("int8", 512): (0.00742, 0.00757),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind, block_size", GAUSSIAN_ERROR)
+def test_error_on_gaussian_weights(kind, block_size, double_quant):
+    mean, bound = GAUSSIAN_ERROR[kind, block_size]
+    for seed in (20, 21):
+        weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(seed))
+        error = (dequantize(quantize(weight, kind, block_size, double_quant)) - weight).norm() / weight.norm()
+        assert 2 * mean - bound < error.item() < bound
