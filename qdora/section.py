@@ -37,12 +37,7 @@ def _as_number(value: Any) -> Any:
     """PyYAML reads 1e-4 as text (YAML 1.1 wants 1.0e-4): read it as a number. A bool is not a number."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "not a number")
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(value) if isinstance(value, str) else value  # pydantic makes a fault of float's ValueError
 
 
 Whole = Annotated[int, Strict(), Field(ge=1), allowed("a whole number, 1 or more")]

@@ -96,6 +96,13 @@ def test_any_position_gives_what_the_uninterrupted_order_gives(sizes, weighted, 
     assert [again[start + offset] for offset in range(min(num, 20))] == uninterrupted[:20]
 
 
+def test_sources_of_one_size_have_their_own_shuffles():
+    drawn = pairs(MixOrder([50, 50], [0.5, 0.5], 0), 0, 100)
+    first, second = ([index for source, index in drawn if source == which] for which in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+
+
 @settings(max_examples=30, deadline=None)
 @given(sizes=SIZES, seed=SEEDS, num=st.integers(0, 500))
 def test_counts_of_exact_epochs(sizes, seed, num):

@@ -7,12 +7,13 @@ import json
 import pandas as pd
 import pytest
 
+from qdora.data import demo
 from qdora.data.formats import commonsense_task
 from qdora.data.sources import (
     SourceSpec,
     draw,
+    load_mix,
     load_source,
-    load_sources,
     load_train_and_validation,
     split_off,
 )
@@ -141,14 +142,15 @@ def test_names(tmp_path):
 
 
 def test_demo_tasks():
-    examples = load_source(SourceSpec(task="demo/facts", split="validation"))
+    task = f"demo/{demo.families()[0]}"
+    examples = load_source(SourceSpec(task=task, split="validation"))
     assert examples
-    assert {example.task for example in examples} == {"demo/facts"}
-    assert {example.task for example in load_source(SourceSpec(task="demo/facts", name="f"))} == {"f"}
-    assert faults_of(SourceSpec(task="demo/facts", split="trian")) == (
-        "demo/facts: no split 'trian', allowed: train, validation, test. Did you mean 'train'?",
+    assert {example.task for example in examples} == {task}
+    assert {example.task for example in load_source(SourceSpec(task=task, name="f"))} == {"f"}
+    assert faults_of(SourceSpec(task=task, split="trian")) == (
+        f"{task}: no split 'trian', allowed: train, validation, test. Did you mean 'train'?",
     )
-    train, validation = load_train_and_validation(SourceSpec(task="demo/facts", limit=10))
+    train, validation = load_train_and_validation(SourceSpec(task=task, limit=10))
     assert (len(train), validation) == (10, examples)
 
 
@@ -157,14 +159,25 @@ def test_every_faulty_line_of_every_source_is_gathered(tmp_path):
     first.write_text(json.dumps(PAIR) + '\n{"prompt": \n[1]\n')
     second = write(tmp_path / "b.jsonl", [CHOICE, CHOICE | {"answer": 9}])
     good = write(tmp_path / "c.jsonl", [PAIR])
+    specs = [SourceSpec(source=source) for source in (str(first), good, second)]
     with pytest.raises(UserError) as error:
-        load_sources([SourceSpec(source=str(first)), SourceSpec(source=good), SourceSpec(source=second)])
+        load_mix(specs, [None, None, None], fraction=0.0)
     assert error.value.faults == (
         f"data.mix[0]: {first}: line 2: not JSON (column 12: Expecting value)",
         f"data.mix[0]: {first}: line 3: got [1], allowed: an object {{column: value}}",
         f"data.mix[2]: {second}: line 2: answer: got 9, allowed: the index of the right choice, 0 to 1",
     )
-    assert [len(part) for part in load_sources([SourceSpec(source=good)] * 2)] == [1, 1]
+    other = write(tmp_path / "d.jsonl", [PAIR] * 2)
+    mix = load_mix([SourceSpec(source=good)] * 2, [None, other], fraction=0.0)
+    assert [(len(train), len(validation)) for train, validation in mix] == [(1, 0), (1, 2)]
+
+
+def test_validating_on_what_is_trained_on_is_refused(tmp_path):
+    source = write(tmp_path / "train.jsonl", [PAIR] * 3)
+    with pytest.raises(UserError, match=rf"validation 'dev': {source} is a single file, without splits; name a file"):
+        load_train_and_validation(SourceSpec(source=source), validation="dev")
+    with pytest.raises(UserError, match=r"validation 'train': train is trained on"):
+        load_train_and_validation(SourceSpec(source=str(tmp_path)), validation="train")
 
 
 def test_a_thousand_faulty_rows_are_not_a_thousand_lines(tmp_path):

@@ -170,7 +170,8 @@ def test_too_long_examples_are_counted_then_refused():
         tokenize_all(examples, PLAIN, name="mine", max_length=longest - 1)
     assert error.value.faults == (
         f"mine: 5 examples (n1, n3, n5, ...) of 10 longer than data.max_length ({longest - 1}), the longest has "
-        f"{longest} tokens; raise data.max_length, or set data.too_long to truncate (cuts the front of the prompt) or drop.",
+        f"{longest} tokens; raise data.max_length, or set data.too_long to truncate (cuts the front of the prompt) or "
+        "drop.",
     )
     assert len(tokenize_all(examples, PLAIN, name="mine", max_length=longest)) == 10
 

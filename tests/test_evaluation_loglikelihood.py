@@ -14,20 +14,19 @@ from qdora.data.example import Example
 from qdora.data.tokenize import tokenize_example
 from qdora.errors import UserError
 from qdora.evaluation.loglikelihood import score_answers, score_choices
-from tests import tiny
-from tests.tiny_text import byte_tokenizer
+from tests import tiny, tiny_tokenizer
 
 EXAMPLES = [
     Example("t", "0", "Question: what colour is the sky?\nAnswer:", " blue", (" blue", " green", " a cow"), 0),
     Example("t", "1", "Question: which animal gives milk?\nAnswer:", " a cow", (" a dog", " a cow"), 1),
     Example("t", "2", "the quick brown fox", " jumps over the lazy dog", (" jumps", " jumps over the lazy dog"), 1),
-    Example("t", "3", "the la", "zy dog", ("zy dog", "st dog", "mp"), 0),  # no space: tokens span the border
+    Example("t", "3", "Question: what is the an", "swer", ("swer", "d", "t"), 0),  # no space: tokens span the border
     Example("t", "4", "the sky is ", "blue", ("blue", "a"), 0),  # a space at the end of the prompt
 ]
 
 
 def model(**changes: Any) -> Any:
-    return tiny.llama(vocab_size=320, initializer_range=0.3, **changes)
+    return tiny.llama(vocab_size=400, initializer_range=0.3, **changes)
 
 
 def naive(net: Any, ids: Sequence[int], start: int) -> float:
@@ -52,7 +51,7 @@ def border(tokenizer: Any, prompt: str, choice: str) -> tuple[list[int], int]:
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_choices_equal_one_sequence_at_a_time(bos: bool) -> None:
-    net, tokenizer = model(), byte_tokenizer(bos=bos)
+    net, tokenizer = model(), tiny_tokenizer.make(bos=bos)
     found = score_choices(net, tokenizer, EXAMPLES, max_batch_tokens=100)
     borders_that_merge = 0
     for example, scores in zip(EXAMPLES, found, strict=True):
@@ -68,7 +67,7 @@ def test_choices_equal_one_sequence_at_a_time(bos: bool) -> None:
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_tokens_are_those_of_training_without_the_end(bos: bool) -> None:
-    net, tokenizer = model(), byte_tokenizer(bos=bos)
+    net, tokenizer = model(), tiny_tokenizer.make(bos=bos)
     scores = score_choices(net, tokenizer, EXAMPLES)
     answers = score_answers(net, tokenizer, EXAMPLES)
     for example, score, answer in zip(EXAMPLES, scores, answers, strict=True):
@@ -84,7 +83,7 @@ def test_the_tokens_are_those_of_training_without_the_end(bos: bool) -> None:
 
 
 def test_prompts_longer_than_the_context_lose_their_left_end(caplog: pytest.LogCaptureFixture) -> None:
-    net, tokenizer = model(max_position_embeddings=24), byte_tokenizer(bos=True)
+    net, tokenizer = model(max_position_embeddings=24), tiny_tokenizer.make(bos=True)
     prompt = "xyzzy plugh " * 5
     example = Example("t", "long", prompt, " one", (" one", " two words"), 0)
     with caplog.at_level(logging.WARNING):
@@ -103,7 +102,7 @@ def test_prompts_longer_than_the_context_lose_their_left_end(caplog: pytest.LogC
 
 
 def test_long_text_is_scored_in_windows_each_token_once() -> None:
-    net, tokenizer = model(max_position_embeddings=16), byte_tokenizer()
+    net, tokenizer = model(max_position_embeddings=16), tiny_tokenizer.make()
     text = "the quick brown fox jumps over the lazy dog " * 4
     (found,) = score_answers(net, tokenizer, [Example("t", "text", "", text)])
     ids = tokenizer(text)["input_ids"]
@@ -119,7 +118,7 @@ def test_long_text_is_scored_in_windows_each_token_once() -> None:
 
 
 def test_a_long_answer_keeps_half_a_window_of_its_prompt() -> None:
-    net, tokenizer = model(max_position_embeddings=16), byte_tokenizer()
+    net, tokenizer = model(max_position_embeddings=16), tiny_tokenizer.make()
     example = Example("t", "a", "z" * 30, " " + "q" * 40)
     (found,) = score_answers(net, tokenizer, [example])
     ids, start = border(tokenizer, example.prompt, example.answer)
@@ -128,20 +127,20 @@ def test_a_long_answer_keeps_half_a_window_of_its_prompt() -> None:
 
 
 def test_a_chat_is_scored_on_the_assistants_turns() -> None:
-    net, tokenizer = model(), byte_tokenizer(chat=True)
+    net, tokenizer = model(), tiny_tokenizer.make()
     messages = (("user", "what says moo?"), ("assistant", "a cow"), ("user", "sure?"), ("assistant", "yes"))
     (found,) = score_answers(net, tokenizer, [Example("t", "chat", "", "", messages=messages)])
     encode = tokenizer.encode
-    first = encode("<|user|>what says moo?<|end|><|assistant|>")
-    second = first + encode("a cow<|end|><|user|>sure?<|end|><|assistant|>")
-    turns = [encode("a cow<|end|>"), encode("yes<|end|>")]
-    expected = naive(net, first + turns[0], len(first)) + naive(net, second + turns[1], len(second))
+    first = encode("<|im_start|>user\nwhat says moo?<|im_end|>\n<|im_start|>assistant\n")
+    second = encode("a cow<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n")
+    turns = [encode("a cow<|im_end|>\n"), encode("yes<|im_end|>\n")]
+    expected = naive(net, first + turns[0], len(first)) + naive(net, first + second + turns[1], len(first + second))
     assert found.loglikelihood == pytest.approx(expected, abs=2e-5)
     assert found.num_tokens == len(turns[0]) + len(turns[1])
 
 
 def test_kinds_of_examples_keep_their_order() -> None:
-    net, tokenizer = model(), byte_tokenizer(chat=True)
+    net, tokenizer = model(), tiny_tokenizer.make()
     chat = Example("t", "chat", "", "", messages=(("user", "moo?"), ("assistant", "a cow")))
     text = Example("t", "text", "", "the lazy dog")
     together = score_answers(net, tokenizer, [text, chat, EXAMPLES[0], chat])
@@ -152,7 +151,7 @@ def test_kinds_of_examples_keep_their_order() -> None:
 
 
 def test_faults_are_gathered() -> None:
-    net, tokenizer = model(max_position_embeddings=16), byte_tokenizer()
+    net, tokenizer = model(max_position_embeddings=16), tiny_tokenizer.make()
     free = [Example("t", "free", "a", " b"), Example("u", "free, too", "a", " b")]
     with pytest.raises(UserError) as caught:
         score_choices(net, tokenizer, [EXAMPLES[0], *free])
@@ -174,7 +173,11 @@ def test_faults_are_gathered() -> None:
     ]
     assert [fault[: len(start)] for fault, start in zip(caught.value.faults, expected, strict=True)] == expected
     with pytest.raises(UserError, match="no chat template"):
-        score_answers(net, tokenizer, [Example("t", "c", "", "", messages=(("user", "a"), ("assistant", "b")))])
+        score_answers(
+            net,
+            tiny_tokenizer.make(chat_template=None),
+            [Example("t", "c", "", "", messages=(("user", "a"), ("assistant", "b")))],
+        )
     with pytest.raises(UserError, match="example e: the answer has no token to score"):
         score_answers(net, tokenizer, [Example("t", "e", "", "a")])
 
@@ -182,6 +185,6 @@ def test_faults_are_gathered() -> None:
 def test_many_faults_are_counted() -> None:
     examples = [Example("t", str(i), "moo", " x", (" x", ""), 0) for i in range(30)]
     with pytest.raises(UserError) as caught:
-        score_choices(model(), byte_tokenizer(), examples)
+        score_choices(model(), tiny_tokenizer.make(), examples)
     assert len(caught.value.faults) == 11
     assert caught.value.faults[-1] == "20 more examples that cannot be scored"

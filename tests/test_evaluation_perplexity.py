@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from qdora.errors import UserError
 from qdora.evaluation.perplexity import read_texts, strided_spans, text_perplexity
-from tests import tiny
-from tests.tiny_text import byte_tokenizer
+from tests import tiny, tiny_tokenizer
 
 
 def naive_nll(model: Any, ids: list[int], window: int, stride: int) -> tuple[float, int]:
@@ -53,8 +52,8 @@ def test_every_token_is_scored_exactly_once_with_enough_context(length: int, win
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (7, 1), (128, 64)])
 def test_equals_one_token_at_a_time(window: int, stride: int) -> None:
-    model = tiny.llama(vocab_size=320, initializer_range=0.3)
-    tokenizer = byte_tokenizer()
+    model = tiny.llama(vocab_size=400, initializer_range=0.3)
+    tokenizer = tiny_tokenizer.make()
     texts = ["Pack my box with five dozen liquor jugs now", "Ça va?", "x"]
     found = text_perplexity(model, tokenizer, texts, window=window, stride=stride, max_batch_tokens=64)
     expected, count = 0.0, 0
@@ -72,29 +71,29 @@ def test_equals_one_token_at_a_time(window: int, stride: int) -> None:
 
 
 def test_beginning_of_sequence_token_makes_the_first_token_count() -> None:
-    model = tiny.llama(vocab_size=320)
-    found = text_perplexity(model, byte_tokenizer(bos=True), ["abcd"])
-    assert found.num_tokens == len(byte_tokenizer()("abcd")["input_ids"])
+    model = tiny.llama(vocab_size=400)
+    found = text_perplexity(model, tiny_tokenizer.make(bos=True), ["abcd"])
+    assert found.num_tokens == len(tiny_tokenizer.make()("abcd")["input_ids"])
     assert (found.window, found.stride) == (128, 64)
 
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
-    model: Any = tiny.llama(vocab_size=320, tie_word_embeddings=False)
+    model: Any = tiny.llama(vocab_size=400, tie_word_embeddings=False)
     torch.nn.init.zeros_(model.lm_head.weight)
-    found = text_perplexity(model, byte_tokenizer(), ["some text of no importance"])
-    assert found.perplexity == pytest.approx(320, rel=1e-6)
+    found = text_perplexity(model, tiny_tokenizer.make(), ["some text of no importance"])
+    assert found.perplexity == pytest.approx(400, rel=1e-6)
 
 
 def test_faults_are_gathered() -> None:
-    model = tiny.llama(vocab_size=320)
+    model = tiny.llama(vocab_size=400)
     with pytest.raises(UserError) as caught:
-        text_perplexity(model, byte_tokenizer(), ["text"], window=200, stride=201)
+        text_perplexity(model, tiny_tokenizer.make(), ["text"], window=200, stride=201)
     assert caught.value.faults == (
         "perplexity window: 200 tokens, but the model has positions for 128",
         "perplexity stride: 201, must lie between 1 and the window, 200",
     )
     with pytest.raises(UserError, match="2 texts with 1 bytes hold no token"):
-        text_perplexity(model, byte_tokenizer(), ["", "a"])
+        text_perplexity(model, tiny_tokenizer.make(), ["", "a"])
     with pytest.raises(ValueError, match="stride 0"):
         strided_spans([1, 2], 4, 0)
 

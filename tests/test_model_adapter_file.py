@@ -199,7 +199,7 @@ PEFT_SETTINGS: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "k_proj", "down_proj"],
         # the first matching key wins; keys are regular expressions and may match the end of the path
         "rank_pattern": {r"layers\.1\..*_proj": 6, "q_proj": 3},
-        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 7, "down_proj": 1.5},
+        "alpha_pattern": {"self_attn.q": 99, "^model.layers.0.self_attn.q_proj": 7, "down_proj": 1.5},
     },
     "one layer": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     "one layer, no pattern": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": 0},
@@ -302,6 +302,12 @@ def test_a_setting_that_cannot_be_honoured_is_named(directory: Path, setting: st
 def test_unknown_settings_that_are_off_are_tolerated(directory: Path, empty: Any) -> None:
     change_config(directory, a_setting_of_the_future=empty, modules_to_save=empty, peft_version="0.99", loftq_config={})
     assert len(load_adapter(tiny_adapted.base(), directory)) == 14
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "ALL-LINEAR"])
+def test_all_linear_leaves_the_head_out(directory: Path, targets: str) -> None:
+    change_config(directory, target_modules=targets)
+    assert "lm_head" not in load_adapter(tiny_adapted.base(), directory)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])

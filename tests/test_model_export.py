@@ -23,7 +23,7 @@ from qdora.model.export import export_merged
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.safetensors_writer import TensorSpec
 from qdora.model.verify import Difference, float32_arithmetic, verify_merged
-from tests import tiny_adapted, tiny_text
+from tests import tiny_adapted, tiny_tokenizer
 
 KINDS = ["lora", "dora"]
 ARCHITECTURES = ["llama", "qwen2", "gemma2"]
@@ -115,7 +115,7 @@ def test_shards_index_config_and_tokenizer(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     result = export_merged(
         model,
-        tiny_text.byte_tokenizer(chat=True),
+        tiny_tokenizer.make(),
         tmp_path / "out",
         max_shard_bytes=20_000,
         progress=lambda done, total: steps.append((done, total)),
@@ -144,8 +144,8 @@ def test_shards_index_config_and_tokenizer(tmp_path: Path) -> None:
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
     assert (out / "README.md").read_text() == "a card"
     tokenizer = AutoTokenizer.from_pretrained(str(out))
-    assert tokenizer.chat_template == tiny_text.CHAT_TEMPLATE
-    assert tokenizer("the answer")["input_ids"] == tiny_text.byte_tokenizer()("the answer")["input_ids"]
+    assert tokenizer.chat_template == tiny_tokenizer.CHATML
+    assert tokenizer("the answer")["input_ids"] == tiny_tokenizer.make()("the answer")["input_ids"]
     largest = max(tensors, key=lambda name: tensors[name].abs().max())
     assert result.max_abs_tensor == largest
     assert result.max_abs == pytest.approx(float(tensors[largest].abs().max()), rel=1e-3)
@@ -322,6 +322,17 @@ def test_a_right_merge_passes(tmp_path: Path, architecture: str, dtype: torch.dt
     assert found["merged_vs_reference"]["argmax_agreement"] > 0.9
 
 
+def test_a_model_larger_than_memory_is_compared_from_the_disk(
+    tmp_path: Path, running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_merged(running, None, tmp_path / "out", max_shard_bytes=20_000)
+    expected = verify(running, tmp_path / "out")
+    monkeypatch.setattr("qdora.model.verify.get_max_memory", lambda: {"cpu": 70_000})
+    found = verify(running, tmp_path / "out")
+    assert found == expected
+    assert found["passed"]
+
+
 def test_the_differences_of_the_verdict(tmp_path: Path, running: Any) -> None:
     export_merged(running, None, tmp_path / "out")
     found = verify_merged(running, tmp_path / "out", input_ids=[tiny_adapted.IDS[0].tolist()])
@@ -424,12 +435,12 @@ def test_the_usual_wrong_merges_fail(tmp_path: Path, running: Any, monkeypatch: 
 
 
 def test_a_missing_tensor_and_another_tokenizer_fail(tmp_path: Path, running: Any) -> None:
-    export_merged(running, tiny_text.byte_tokenizer(chat=True), tmp_path / "out")
-    found = verify_merged(running, tmp_path / "out", tiny_text.byte_tokenizer(chat=True), texts=["the brown cow"])
+    export_merged(running, tiny_tokenizer.make(), tmp_path / "out")
+    found = verify_merged(running, tmp_path / "out", tiny_tokenizer.make(), texts=["the brown cow"])
     assert found["passed"], found["faults"]
-    found = verify_merged(running, tmp_path / "out", tiny_text.byte_tokenizer(bos=True), texts=["the brown cow"])
+    found = verify_merged(running, tmp_path / "out", tiny_tokenizer.make(bos=True), texts=["the brown cow"])
     assert found["faults"] == ["the reloaded tokenizer gives other ids"]
-    found = verify_merged(running, tmp_path / "out", tiny_text.byte_tokenizer(), texts=["the brown cow"])
+    found = verify_merged(running, tmp_path / "out", tiny_tokenizer.make(chat_template=None), texts=["the brown cow"])
     assert found["faults"] == ["the reloaded tokenizer has another chat template"]
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
@@ -469,18 +480,23 @@ def test_lengths_are_bounded(tmp_path: Path, running: Any) -> None:
     assert (found["num_texts"], found["num_positions"]) == (2, 12)
 
 
-def test_float32_arithmetic_is_exact_and_undone(running: Any) -> None:
-    running.train()
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_float32_arithmetic_is_exact_and_undone(quant: str | None) -> None:
+    running = tiny_adapted.adapted("qwen2", quant=quant, dtype=torch.bfloat16).train()
+    running.model.register_buffer("scale", torch.ones(1, dtype=torch.bfloat16))
     before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in running.state_dict().items()}
-    wide = tiny_adapted.adapted("llama", quant="nf4", dtype=torch.float32)
+    wide = tiny_adapted.adapted("qwen2", quant=quant)
+    values = dict(running.named_parameters())
     for name, parameter in wide.named_parameters():
-        parameter.data = dict(running.named_parameters())[name].data.to(parameter.dtype)
+        parameter.data = values[name].data.to(parameter.dtype)
     for path, layer in adapted_layers(wide).items():
         layer.base.load_state_dict(adapted_layers(running)[path].base.state_dict())
+        if layer.base_squared is not None:
+            layer.base_squared.copy_(adapted_layers(running)[path].base_squared)
     with float32_arithmetic(running):
         inside = tiny_adapted.logits(running)
-    assert inside.dtype == torch.float32
-    torch.testing.assert_close(inside, tiny_adapted.logits(wide), rtol=1e-5, atol=1e-5)
+        assert running.model.scale.dtype == torch.float32
+    assert torch.equal(inside, tiny_adapted.logits(wide))
     assert tiny_adapted.logits(running).dtype == torch.bfloat16
     assert before == {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in running.state_dict().items()}
     assert running.training

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPTNeoXJapaneseConfig, MixtralConfig
 
 from qdora.errors import UserError
 from qdora.model.checkpoint import iterate_tensors, open_safetensors
 from qdora.model.inject import frozen_layers
+from qdora.model.load import place_dense
 from qdora.ops.packed import dequantize, quantize
 from tests.checkpoints import CONFIGS, SMALL, checkpoint, load, logits, one_file
 
@@ -242,3 +243,38 @@ def test_config_that_transformers_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
     with pytest.raises(UserError, match="its config cannot be used"):
         load(tmp_path)
+
+
+def test_the_output_head_stays_dense_whatever_its_name(tmp_path: Path) -> None:
+    config = GPTNeoXJapaneseConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_multiple_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    model = load(checkpoint(tmp_path, config), quant="nf4")
+    assert {name.rpartition(".")[2] for name in frozen_layers(model)} == {
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    }
+
+
+def test_buffers_keep_the_dtype_the_model_gave_them() -> None:
+    module = torch.nn.BatchNorm1d(4)
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float16)
+    place_dense(module, "running_mean", value, torch.device("cpu"), torch.bfloat16)
+    place_dense(module, "weight", value, torch.device("cpu"), torch.bfloat16)
+    assert module.running_mean.dtype == torch.float32
+    assert module.weight.dtype == torch.bfloat16
+    assert torch.equal(module.running_mean, value.float())
+
+
+def test_generation_settings_come_along(tmp_path: Path) -> None:
+    checkpoint(tmp_path, CONFIGS["llama"])
+    GenerationConfig(do_sample=True, temperature=0.25).save_pretrained(tmp_path)
+    assert load(tmp_path).generation_config.temperature == 0.25

@@ -125,7 +125,7 @@ def test_chunks_do_not_show(monkeypatch):
     weight = uneven((19, 4097))
     whole = [quantize(weight, kind, 128) for kind in FOUR_BITS]
     dense = [dequantize(packed, backend="torch") for packed in whole]
-    monkeypatch.setattr(blockwise, "_CHUNK", 4096)
+    monkeypatch.setattr(blockwise, "_CPU_CHUNK", 4096)
     for kind, packed, expected in zip(FOUR_BITS, whole, dense, strict=True):
         again = quantize(weight, kind, 128)
         assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in packed.tensors().items())
@@ -161,12 +161,14 @@ def test_codes_and_scales_equal_bitsandbytes(kind, dtype, block_size):
 def test_ties_and_their_neighbours_equal_bitsandbytes(kind):
     bounds, _ = codebooks.decision_bounds(kind)
     tie = torch.cat([bounds, torch.nextafter(bounds, torch.tensor(2.0)), torch.nextafter(bounds, torch.tensor(-2.0))])
-    for scale in (1.0, 0.37, 3e-39, 1e30):  # 3e-39: a block of subnormal numbers is not scaled up to 1
-        weight = torch.cat([torch.tensor([1.0, -1.0, 0.0, -0.0]), tie, torch.zeros(15)])[None] * scale
-        expected, state = bnb_functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
-        packed = quantize(weight, kind, 64, double_quant=False, backend="torch")
-        assert torch.equal(packed.packed, expected.reshape(-1))
-        assert torch.equal(packed.absmax, state.absmax)
+    scales = (0.01 + torch.rand(60, generator=torch.Generator().manual_seed(0))).tolist()
+    for scale in (1.0, 3e-39, 1e30, *scales):  # 3e-39: a block of subnormal numbers is not scaled up to 1
+        whole = torch.cat([torch.tensor([1.0, -1.0, 0.0, -0.0]), tie, torch.zeros(15)])[None] * scale
+        for weight in (whole, whole[:, :-15]):  # a short block is divided, a whole one multiplied by the reciprocal
+            expected, state = bnb_functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+            packed = quantize(weight, kind, 64, double_quant=False, backend="torch")
+            assert torch.equal(packed.packed, expected.reshape(-1))
+            assert torch.equal(packed.absmax, state.absmax)
     assert unpack(quantize(torch.cat([torch.ones(1), bounds])[None], kind, 64).packed, 16)[1:] == list(
         reference.ascending_codes(kind)[:15]
     )
@@ -176,15 +178,17 @@ def test_ties_and_their_neighbours_equal_bitsandbytes(kind):
 def test_nested_codes_equal_bitsandbytes_around_every_bound():
     code = codebooks.dynamic_map()
     middle = (code[:-1] + code[1:]) / 2
-    values = torch.cat([middle, middle + 2e-5, middle - 2e-5, code, torch.linspace(-1, 1, 20_011)])
-    for part in values.split(254):
-        # One 1 and one -1 fix the scale, and the mean is taken off by hand.
-        scales = torch.cat([torch.tensor([1.0, -1.0]), part])
-        expected, state = bnb_functional.quantize_blockwise(scales - scales.mean(), blocksize=256)
-        codes, absmax, offset = blockwise.quantize_scales(scales, code, 256)
+    # Where the grid point changes next to each bound, and the float32 numbers around it.
+    grid = ((middle.double() + 1) / 2 * 65535).round()
+    edges = torch.cat([(grid + shift) * 2 / 65535 - 1 for shift in (-0.5, 0.5)])
+    edges = torch.cat([edges + step * 2.0**-25 for step in range(-8, 9)]).float()
+    values = torch.cat([middle, edges.clamp(-1, 1), code, torch.linspace(-1, 1, 20_011)])
+    for part in values.split(255):
+        part = torch.cat([torch.ones(1), part])  # the 1 fixes the scale
+        expected, state = bnb_functional.quantize_blockwise(part, blocksize=256)
+        codes, absmax = blockwise.quantize_8bit(part, code, 256)
         assert torch.equal(codes, expected)
         assert torch.equal(absmax, state.absmax)
-        assert torch.equal(offset, scales.mean())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -250,6 +250,21 @@ def test_a_checkpoint_appears_whole(run: RunDirectory) -> None:
     assert run.newest_checkpoint() == Checkpoint(3, run.checkpoints / "step-3")
 
 
+def test_everything_is_flushed_before_the_name_appears(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[str, bool]] = []
+
+    def record(path: Path) -> None:
+        flushed.append((str(path.relative_to(run.checkpoints)), (run.checkpoints / "step-1").exists()))
+
+    monkeypatch.setattr(atomic_files, "sync", record)
+    save(run, 1)
+    aside = ".step-1.partial"
+    inside = ["adapter.safetensors", "complete.json", "state", "state/optimizer.json"]
+    assert {(f"{aside}/{name}", False) for name in inside} | {(aside, False), (".", True)} == set(flushed)
+    assert flushed.index((f"{aside}/state/optimizer.json", False)) < flushed.index((f"{aside}/state", False))
+    assert flushed[-1] == (".", True)
+
+
 def test_newest_is_by_number_and_skips_what_is_not_a_checkpoint(run: RunDirectory) -> None:
     for step in (9, 10, 100):
         save(run, step)

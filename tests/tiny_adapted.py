@@ -16,7 +16,7 @@ from qdora.ops.packed import quantize
 from tests import reference
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 320,
+    "vocab_size": 336,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,

@@ -112,26 +112,20 @@ def _examples(family: str, split: Split) -> tuple[Example, ...]:
 
 
 def _facts(split: Split, rng: random.Random) -> Iterator[Draft]:
-    """Three people, one relation. Each passage is asked twice: once yes, once no; half of the "no" values are not
-    in the passage at all, so finding the word earns a part of the score and finding its owner the rest.
-    """
-    table = _table("facts")
-    people = _part(table["people"], split, (12, 5, 7))
-    for number in itertools.count():
-        relation = _shuffled(table["relations"], rng)[0]
-        names = _shuffled(people, rng)[:3]
-        values = _shuffled(_part(relation["values"], split, (6, 4, 4)), rng)[:4]
-        told = [f"the {name} {relation['told']} {value}" for name, value in zip(names, values, strict=False)]
-        passage = f"T{told[0][1:]}, {told[1]} and {told[2]}."
-        asked, other = _shuffled(range(3), rng)[:2]
-        for answer, value in (("yes", values[asked]), ("no", values[other if number % 2 else 3])):
-            question = f"Does the {names[asked]} {relation['asked']} {value}?"
-            yield Draft(f"{passage}\nQuestion: {question}\nAnswer:", answer, ("no" if answer == "yes" else "yes",))
+    """Twins: a note of three words, asked for a kind that is on it and for a kind that is not."""
+    kinds = {kind: _part(words, split, (8, 4, 4)) for kind, words in _table("kinds").items()}
+    while True:
+        first, second, third, absent = _shuffled(kinds, rng)[:4]
+        words = [_shuffled(kinds[kind], rng)[0] for kind in (first, second, third)]
+        present = _shuffled((first, second, third), rng)[0]
+        for kind, answer, wrong in ((present, "yes", "no"), (absent, "no", "yes")):
+            note = f"The note says {words[0]}, {words[1]} and {words[2]}."
+            yield Draft(f"{note}\nQuestion: Does the note name {kind}?\nAnswer:", answer, (wrong,))
 
 
 def _odd(split: Split, rng: random.Random) -> Iterator[Draft]:
     """Three words of one kind and one of another."""
-    kinds = [_part(words, split, (8, 4, 4)) for words in _table("odd").values()]
+    kinds = [_part(words, split, (8, 4, 4)) for words in _table("kinds").values()]
     while True:
         many, single = _shuffled(kinds, rng)[:2]
         prompt = "Which one does not belong: {choices}?\nAnswer:"
@@ -145,36 +139,22 @@ def _cause(split: Split, rng: random.Random) -> Iterator[Draft]:
     twins = [
         (sentence, first, second, a, b)
         for sentence in table["sentences"]
-        for first, second in itertools.product(sentence["first"], sentence["second"])
+        for first, second in zip(sentence["first"], sentence["second"], strict=True)
         for a, b in itertools.product(pools[sentence["a"]], pools[sentence["b"]])
-        if a != b
     ]
     for sentence, first, second, a, b in _shuffled(twins, rng):
-        asked = "Who was" if sentence["a"] == "person" else "What was"
-        if sentence["text"].endswith(" too"):
-            asked += " too"
         for word, answer, wrong in ((first, a, b), (second, b, a)):
             told = sentence["text"].format(a=a, b=b)
-            yield Draft(f"{told} {word}.\nQuestion: {asked} {word}?\nAnswer:", f"the {answer}", (f"the {wrong}",))
+            yield Draft(f"{told} {word}.\nQuestion: What was {word}?\nAnswer:", f"the {answer}", (f"the {wrong}",))
 
 
 def _howto(split: Split, rng: random.Random) -> Iterator[Draft]:
-    """Goals with two listed methods. The wrong one serves the opposite goal or, in every second pair of examples,
-    some goal of another row, which is easier to tell.
-    """
-    rows = [([_part(side, split, (3, 1, 2)) for side in row["methods"]], row["goals"]) for row in _table("howto")]
-    twins = [
-        (row, goals, methods)
-        for row, (sides, row_goals) in enumerate(rows)
-        for goals in zip(*row_goals, strict=True)
-        for methods in itertools.product(*sides)
-    ]
-    for number, (row, goals, methods) in enumerate(_shuffled(twins, rng)):
-        stranger = _shuffled([index for index in range(len(rows)) if index != row], rng)[0]
-        wrong = _shuffled(itertools.product(*rows[stranger][0]), rng)[0] if number % 2 else methods[::-1]
-        for side in (0, 1):
-            prompt = f"Goal: {goals[side]}\nWhich helps: {{choices}}?\nAnswer:"
-            yield Draft(prompt, methods[side], (wrong[side],))
+    """A goal and two listed things; everything is the right thing for its own goals."""
+    rows = _part(_table("howto"), split, (52, 11, 21))
+    pairs = [(right, wrong) for right, wrong in itertools.product(rows, rows) if right[1] != wrong[1]]
+    for right, wrong in _shuffled(pairs, rng):
+        goal = _shuffled(right[2:], rng)[0]
+        yield Draft(f"Goal: {goal}\nWhich helps: {{choices}}?\nAnswer:", right[0], (wrong[0],))
 
 
 def _next(split: Split, rng: random.Random) -> Iterator[Draft]:

@@ -64,17 +64,23 @@ def load_source(spec: SourceSpec) -> list[Example]:
     return draw(examples, spec.limit, spec.seed)
 
 
-def load_sources(specs: Sequence[SourceSpec]) -> list[list[Example]]:
-    """`load_source` of each, with the faults of all sources gathered and their place in the recipe put first.
+def load_mix(
+    specs: Sequence[SourceSpec], validations: Sequence[str | None], *, fraction: float
+) -> list[tuple[list[Example], list[Example]]]:
+    """`load_train_and_validation` of every source of a recipe, the faults of all of them gathered.
 
+    Args:
+        specs: data.mix, in its order.
+        validations: Of each source: the split or file to validate on, or None.
+        fraction: data.validation_fraction.
     Raises:
         UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source.
     """
-    loaded: list[list[Example]] = []
+    loaded: list[tuple[list[Example], list[Example]]] = []
     faults: list[str] = []
-    for index, spec in enumerate(specs):
+    for index, (spec, validation) in enumerate(zip(specs, validations, strict=True)):
         try:
-            loaded.append(load_source(spec))
+            loaded.append(load_train_and_validation(spec, validation=validation, fraction=fraction))
         except UserError as error:
             faults.extend(f"data.mix[{index}]: {fault}" for fault in error.faults)
     if faults:
@@ -96,6 +102,10 @@ def load_train_and_validation(
         UserError: As `load_source`.
     """
     whole = replace(spec, limit=None)
+    single_file = spec.source is not None and is_path(spec.source) and Path(spec.source).expanduser().is_file()
+    if validation is not None and not is_path(validation) and (single_file or validation == spec.split):
+        why = "is a single file, without splits" if single_file else "is trained on"
+        raise UserError(f"validation {validation!r}: {spec.source if single_file else spec.split} {why}; name a file.")
     train = load_source(whole)
     if validation is None and not has_split(spec, "validation"):
         train, held_out = split_off(train, fraction, name=spec.label)

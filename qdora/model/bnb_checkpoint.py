@@ -1,44 +1,30 @@
 """Checkpoints that bitsandbytes quantised already: their packed bytes are taken over as they are.
 
-Keys beside `<layer>.weight`, as bitsandbytes writes them:
-    4 bit: .absmax .quant_map (.nested_absmax .nested_quant_map) .quant_state.bitsandbytes__nf4 (JSON as uint8)
-    int8:  <layer>.SCB (row absmax, float32), <layer>.weight_format
+The keys beside each weight are those of `qdora.ops.bnb_state`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from qdora.errors import UserError
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
-from qdora.ops.codebooks import NESTED_BLOCK_SIZE, code_values
+from qdora.ops.bnb_state import from_bnb_state
 from qdora.ops.packed import PackedWeight, from_tensors
 
-_PART_4BIT = re.compile(
-    r"(?P<weight>.*\.weight)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
+_PART = re.compile(
+    r"(?P<layer>.*)\.(?P<part>SCB|weight_format"
+    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))"
 )
-_PART_8BIT = re.compile(r"(?P<layer>.*)\.(?P<part>SCB|weight_format)")
-_STATE = "quant_state.bitsandbytes__"
+_STATE = "weight.quant_state.bitsandbytes__"
+_SCALES_8BIT = "SCB"
 
 
-@dataclass(frozen=True)
-class StoredQuantization:
-    """How a checkpoint says that it was quantised."""
-
-    kind: str
-    block_size: int | None
-    double_quant: bool | None
-
-
-def stored_quantization(settings: object) -> StoredQuantization | None:
-    """What config.quantization_config says, or None for a checkpoint of full precision.
+def stored_kind(settings: object) -> str | None:
+    """nf4, fp4 or int8 by config.quantization_config, or None for a checkpoint of full precision.
 
     Raises:
         UserError: Quantised by something else than bitsandbytes.
@@ -53,11 +39,7 @@ def stored_quantization(settings: object) -> StoredQuantization | None:
             f"model.source: the checkpoint is quantised by {method!r}, allowed: bitsandbytes, or full precision. "
             "Name the model it was made from."
         )
-    if table.get("load_in_8bit"):
-        return StoredQuantization("int8", None, None)
-    return StoredQuantization(
-        str(table.get("bnb_4bit_quant_type", "fp4")), None, bool(table.get("bnb_4bit_use_double_quant", False))
-    )
+    return "int8" if table.get("load_in_8bit") else str(table.get("bnb_4bit_quant_type", "fp4"))
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
@@ -69,9 +51,7 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     parts: dict[str, dict[str, StoredTensor]] = {}
     dense: dict[str, StoredTensor] = {}
     for key, item in stored.items():
-        if match := _PART_4BIT.fullmatch(key):
-            parts.setdefault(match["weight"], {})[match["part"]] = item
-        elif match := _PART_8BIT.fullmatch(key):
+        if match := _PART.fullmatch(key):
             parts.setdefault(f"{match['layer']}.weight", {})[match["part"]] = item
         else:
             dense[key] = item
@@ -84,62 +64,22 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
 
 
 def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPacked:
-    if "SCB" in parts:
-        return _packed_int8(weight, parts)
+    def read() -> PackedWeight:
+        state = {"weight": weight.read(), **{part: item.read() for part, item in parts.items()}}
+        shared = from_bnb_state(state, name=f"model.source: {weight.key}")
+        # Copies cut the tie to the mapped file, which may be replaced while the model lives.
+        copies = {name: tensor.clone() for name, tensor in shared.tensors().items()}
+        return from_tensors(shared.kind, shared.shape, shared.block_size, copies)
+
+    if _SCALES_8BIT in parts:
+        return StoredPacked(weight.key, weight.shape, "int8", weight.shape[-1], False, read)
     state_part = next((part for part in parts if part.startswith(_STATE)), None)
     if state_part is None:
         raise UserError(f"model.source: '{weight.key}' is stored in 4 bits without its {_STATE}* entry.")
-    kind = state_part.removeprefix(_STATE)
-    state = json.loads(bytes(parts[state_part].read().tolist()))
-    shape = tuple(int(size) for size in state["shape"])
-    block_size = int(state["blocksize"])
-    nested = "nested_absmax" in parts
-    _check_4bit(weight.key, kind, parts, state)
-
-    def read() -> PackedWeight:
-        # Stored as (bytes, 1), and in a wider dtype where bnb_4bit_quant_storage was set for FSDP. The copies cut the
-        # tie to the mapped file, which may be replaced while the model lives.
-        tensors = {
-            "packed": weight.read().contiguous().view(torch.uint8).reshape(-1).clone(),
-            "absmax": parts["absmax"].read().clone(),
-        }
-        if nested:
-            tensors["nested_absmax"] = parts["nested_absmax"].read().clone()
-            tensors["nested_code"] = parts["nested_quant_map"].read().clone()
-            tensors["nested_offset"] = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
-        return from_tensors(kind, (shape[0], shape[1]), block_size, tensors)
-
-    return StoredPacked(weight.key, shape, kind, block_size, nested, read)
-
-
-def _check_4bit(key: str, kind: str, parts: Mapping[str, StoredTensor], state: Mapping[str, Any]) -> None:
-    if kind not in ("nf4", "fp4"):
-        raise UserError(f"model.source: '{key}' is stored as {kind!r}, allowed: nf4, fp4, int8.")
-    faults = []
-    if "quant_map" in parts:
-        table = parts["quant_map"].read().float()
-        # The tables are kept in float32 and read from text: 1e-6 of the largest value is their last digit.
-        if table.shape != (16,) or (table - code_values(kind)).abs().max() > 1e-6:
-            faults.append(f"model.source: '{key}' uses a code book of its own, allowed: bitsandbytes' {kind} table.")
-    if len(state["shape"]) != 2:
-        faults.append(f"model.source: '{key}' is quantised with shape {state['shape']}, allowed: (out, in).")
-    if "nested_absmax" in parts and int(state["nested_blocksize"]) != NESTED_BLOCK_SIZE:
-        faults.append(
-            f"model.source: '{key}' nests its scales in blocks of {state['nested_blocksize']}, "
-            f"allowed: {NESTED_BLOCK_SIZE}."
-        )
-    if faults:
-        raise UserError(*faults)
-
-
-def _packed_int8(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPacked:
-    if "weight_format" in parts and int(parts["weight_format"].read().reshape(-1)[0]) != 0:
-        raise UserError(f"model.source: '{weight.key}' is stored in a tiled int8 layout, allowed: rows.")
-    out, columns = weight.shape
-    read_scales: Callable[[], Tensor] = parts["SCB"].read
-
-    def read() -> PackedWeight:
-        tensors = {"packed": weight.read().clone(), "absmax": read_scales().reshape(-1).to(torch.float32, copy=True)}
-        return from_tensors("int8", (out, columns), columns, tensors)
-
-    return StoredPacked(weight.key, weight.shape, "int8", columns, False, read)
+    try:
+        state = json.loads(bytes(parts[state_part].read().tolist()))
+        shape, block_size = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model.source: the quantisation state of '{weight.key}' is broken: {error!r}") from error
+    nested = "weight.nested_absmax" in parts
+    return StoredPacked(weight.key, shape, state_part.removeprefix(_STATE), block_size, nested, read)

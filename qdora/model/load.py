@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available
 
 from qdora.errors import UserError, nearest
-from qdora.model.bnb_checkpoint import StoredQuantization, gather_packed, stored_quantization
+from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.checkpoint import (
     Stored,
     StoredPacked,
@@ -92,14 +92,17 @@ def load_model(
     wanted = Quantization(quant, block_size, double_quant, tuple(skip))
     _check_settings(wanted, compute_dtype, attention)
     config = load_config(source)
-    held = stored_quantization(getattr(config, "quantization_config", None))
-    if held is not None:
+    kind = stored_kind(getattr(config, "quantization_config", None))
+    if kind is not None:
+        # What is loaded here is no transformers quantisation: with the entry the model would refuse to be saved.
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, torch.device(device))
     stored = stored_tensors(source, model)
     layers = layers_to_quantize(model, wanted)
-    if held is not None:
-        layers = _stored_layers(stored, held, wanted, layers)
+    packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
+    if packed or kind is not None:
+        check_stored_packed(packed, kind, wanted, layers)
+        layers = set()
     place_all(model, stored, layers, wanted, torch.device(device), compute_dtype, progress)
     finish(model, source, torch.device(device))
     return model
@@ -223,7 +226,7 @@ def place_all(
             del packed
         else:
             dtype = torch.float32 if _is_wide(name, wide) else compute_dtype
-            _place_dense(model.get_submodule(layer), leaf, value, device, dtype)
+            place_dense(model.get_submodule(layer), leaf, value, device, dtype)
         # Dropped before the next read, or two tensors of the checkpoint would be in memory.
         del value
         if progress is not None:
@@ -235,7 +238,7 @@ def _place_frozen(model: nn.Module, layer: str, packed: PackedWeight) -> None:
     replace_module(model, layer, FrozenLinear(packed, bias if isinstance(bias, Tensor) else None))
 
 
-def _place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     old = getattr(module, leaf)
     if leaf in module._buffers and not isinstance(module, FrozenLinear):
         dtype = old.dtype
@@ -277,40 +280,41 @@ def _tie(model: PreTrainedModel, target: str, origin: str) -> None:
         setattr(first, target_leaf, getattr(second, origin_leaf))
 
 
-def _stored_layers(
-    stored: Mapping[str, Stored], held: StoredQuantization, wanted: Quantization, layers: set[str]
-) -> set[str]:
-    """Check that a quantised checkpoint is what was asked for; returns the layers still to be quantised: none.
+def check_stored_packed(
+    packed: Mapping[str, StoredPacked], kind: str | None, wanted: Quantization, layers: set[str]
+) -> None:
+    """Check that a checkpoint which is quantised already is what was asked for.
 
+    Args:
+        packed: Model name -> quantised weight.
+        kind: What the checkpoint's config says.
+        layers: Paths that would be quantised if the checkpoint were dense.
     Raises:
         UserError: Another kind, block size or double quantisation, or a layer that should have stayed dense.
     """
-    packed = {name.removesuffix(".weight"): item for name, item in stored.items() if isinstance(item, StoredPacked)}
-    first = next(iter(packed.values()), None)
-    kind = held.kind if first is None else first.kind
-    if wanted.kind != kind:
+    kinds = sorted({item.kind for item in packed.values()}) or [str(kind)]
+    if kinds != [wanted.kind]:
         raise UserError(
-            f"base.quant: {wanted.kind!r}, but the checkpoint is quantised in {kind} already and is used as it is. "
-            f"Set base.quant: {kind}, or name the model in full precision."
+            f"base.quant: {wanted.kind!r}, but the checkpoint is quantised in {', '.join(kinds)} already and is used "
+            f"as it is. Set base.quant: {kinds[0]}, or name the model in full precision."
         )
-    faults = []
-    if first is not None and kind != "int8":
-        if first.block_size != wanted.block_size:
-            faults.append(f"base.block_size: {wanted.block_size}, but the checkpoint has {first.block_size}.")
-        if first.double_quant != wanted.double_quant:
-            faults.append(f"base.double_quant: {wanted.double_quant}, but the checkpoint has {first.double_quant}.")
+    faults: list[str] = []
+    if wanted.kind != "int8":
+        sizes = sorted({item.block_size for item in packed.values()} - {wanted.block_size})
+        doubles = {item.double_quant for item in packed.values()} - {wanted.double_quant}
+        faults.extend(f"base.block_size: {wanted.block_size}, but the checkpoint has {size}." for size in sizes)
+        faults.extend(f"base.double_quant: {wanted.double_quant}, but the checkpoint has {held}." for held in doubles)
+    named = {name.removesuffix(".weight") for name in packed}
     if wanted.skip != DEFAULT_SKIP:
         faults.extend(
-            f"base.skip: {name} is to stay dense, but the checkpoint has it in {kind}."
-            for name in packed
-            if name not in layers
+            f"base.skip: {name} is to stay dense, but the checkpoint has it in {wanted.kind}."
+            for name in sorted(named - layers)
         )
     if faults:
         raise UserError(*shorten(faults))
-    dense = sorted(layers - packed.keys())
+    dense = sorted(layers - named)
     if dense:
         log.info("%d linear layers are dense in the checkpoint and stay so, e.g. %s.", len(dense), dense[0])
-    return set()
 
 
 def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention: str) -> None:

@@ -13,24 +13,32 @@ merged - reference is the error of the merge and of the export's dtype; referenc
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from qdora.errors import RunFailure, UserError
-from qdora.model.checkpoint import shard_files
+from qdora.model.checkpoint import Stored, open_safetensors, rename_to_model, shard_files
 from qdora.model.inject import adapted_layers
+from qdora.nn.frozen_linear import FrozenLinear
+
+log = logging.getLogger("qdora")
 
 # Positions compared at a time: bounds the float64 copies of the logits to 64 x vocabulary.
 _POSITIONS = 64
+# Memory of the reloaded model with its activations and logits, over its weights.
+_WORKSPACE = 1.3
 # Rows of each merged weight that are computed again in float64.
 _ROWS = 64
 # Relative error of one rounding to the dtype.
@@ -122,7 +130,8 @@ def verify_merged(
         texts, input_ids: What to compare on; exactly one of the two. Held-out text says most.
         max_tokens: Tokens compared in all.
         max_length: Tokens of one text.
-        device: Where the merged model runs; None is the running model's device.
+        device: Where the merged model runs; None is the running model's device. What does not fit there in float32 is
+            placed on the host or the disk.
     Returns:
         JSON values: the three differences, the check of the weights, the tolerance, `passed`, `faults` (why not).
     Raises:
@@ -130,25 +139,28 @@ def verify_merged(
     """
     sequences = _sequences(tokenizer, texts, input_ids, max_tokens, max_length)
     here = next(model.parameters()).device
-    merged, faults = _reload(merged_dir, model, torch.device(device) if device is not None else here)
+    there = torch.device(device) if device is not None else here
     was_training = model.training
     model.eval()
     total = _Comparison()
     try:
-        for ids in sequences:
-            tokens = torch.tensor([ids], device=here)
-            running = _logits(model, tokens)
-            with float32_arithmetic(model):
-                reference = _logits(model, tokens)
-            other = _logits(merged, tokens.to(merged.device))
-            total.merged_vs_running.add(running, other)
-            total.merged_vs_reference.add(reference, other)
-            total.reference_vs_running.add(running, reference)
-            total.spread_sum += float(reference.float().std(dim=-1).sum())
+        with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
+            merged, faults = _reload(merged_dir, model, there, Path(scratch))
+            for ids in sequences:
+                tokens = torch.tensor([ids], device=here)
+                running = _logits(model, tokens)
+                with float32_arithmetic(model):
+                    reference = _logits(model, tokens)
+                other = _logits(merged, tokens.to(there))
+                total.merged_vs_running.add(running, other)
+                total.merged_vs_reference.add(reference, other)
+                total.reference_vs_running.add(running, reference)
+                total.spread_sum += float(reference.float().std(dim=-1).sum())
+            stored = _stored_dtype(merged_dir)
+            weights = compare_weights(model, rename_to_model(open_safetensors(merged_dir), merged), stored)
+            del merged
     finally:
         model.train(was_training)
-    stored = _stored_dtype(merged_dir)
-    weights = compare_weights(model, merged, stored)
     if not weights["max_error"] <= 1.0:
         faults.append(f"{weights['worst_layer']}: its merged weight is {weights['max_error']:.3g} roundings off")
     if tokenizer is not None:
@@ -200,9 +212,13 @@ def _tolerance(mean_noise: float, spread: float, stored: torch.dtype, running_dt
 
 
 @torch.no_grad()
-def compare_weights(model: PreTrainedModel, merged: PreTrainedModel, stored: torch.dtype) -> dict[str, Any]:
-    """Compute up to 64 evenly spaced rows of every adapted layer again, in float64, and compare with the reloaded ones.
+def compare_weights(model: PreTrainedModel, files: Mapping[str, Stored], stored: torch.dtype) -> dict[str, Any]:
+    """Compute some 64 evenly spaced rows of every adapted layer again, in float64, and compare with those in the files.
 
+    Args:
+        model: The running model.
+        files: Model name -> tensor of the export.
+        stored: The export's dtype.
     Returns:
         JSON values: number of layers and rows; `max_error`, the largest error in units of what one rounding to `stored`
         and the float32 merge may cost (1 or less is right); the layer it is in.
@@ -210,6 +226,8 @@ def compare_weights(model: PreTrainedModel, merged: PreTrainedModel, stored: tor
     worst, worst_layer, num_rows = 0.0, "", 0
     layers = adapted_layers(model)
     for path, layer in layers.items():
+        if f"{path}.weight" not in files:  # named as missing already
+            continue
         step = max(1, layer.out_features // _ROWS)
         base = layer.base.dequantized(layer.base.wide_dtype)[::step].double()
         expected = base + layer.scaling * (layer.lora_B[::step].double() @ layer.lora_A.double())
@@ -217,7 +235,9 @@ def compare_weights(model: PreTrainedModel, merged: PreTrainedModel, stored: tor
             norm = expected.square().sum(dim=1).sqrt()
             gain = torch.where(norm > 0, layer.magnitude[::step].double() / norm, 0.0)
             expected = expected * gain.unsqueeze(1)
-        found = merged.get_parameter(f"{path}.weight")[::step].to(expected.device).double()
+        tensor = files[f"{path}.weight"].read()
+        assert isinstance(tensor, Tensor)  # dense: a packed one would have failed to reload
+        found = tensor[::step].to(expected.device).double()
         # float32 sums err by their largest term, not by their result; below the smallest normal number steps are fixed.
         scale = torch.maximum(expected.abs().amax(dim=1), base.abs().amax(dim=1)).unsqueeze(1)
         smallest = torch.finfo(stored).smallest_normal * _ROUNDING[stored]
@@ -233,13 +253,12 @@ def compare_weights(model: PreTrainedModel, merged: PreTrainedModel, stored: tor
 def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     """Run `model` in float32 inside the block: every 16-bit parameter and buffer is widened, which is exact.
 
-    Packed weights stay packed, they are dequantised in the dtype of the activations. Afterwards the very tensors from
+    Frozen layers stay as they are held: they compute in the dtype of the activations. Afterwards the very tensors from
     before are back. Costs a float32 copy of what is not packed (embeddings, head, adapters).
     """
     narrow = (torch.float16, torch.bfloat16)
     parameters: list[tuple[torch.nn.Parameter, Tensor]] = []
     buffers: list[tuple[torch.nn.Module, str, Tensor]] = []
-    widened: dict[tuple[int, torch.Size], Tensor] = {}
     attention = model.config._attn_implementation
     try:
         if attention is not None and "flash" in attention:  # flash kernels have no float32
@@ -247,16 +266,14 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
         for parameter in model.parameters():  # each once, shared ones too
             if parameter.dtype in narrow:
                 parameters.append((parameter, parameter.data))
-                wide = parameter.data.float()
-                widened[parameter.data_ptr(), parameter.shape] = wide
-                parameter.data = wide
+                parameter.data = parameter.data.float()
         for module in model.modules():
+            if isinstance(module, FrozenLinear):
+                continue
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.dtype in narrow:
                     buffers.append((module, name, buffer))
-                    # A frozen head may share the embedding's memory: one float32 copy for both.
-                    shared = widened.get((buffer.data_ptr(), buffer.shape))
-                    module._buffers[name] = buffer.float() if shared is None else shared
+                    module._buffers[name] = buffer.float()
         yield
     finally:
         for parameter, data in parameters:
@@ -299,11 +316,16 @@ def _sequences(
     return sequences
 
 
-def _reload(merged_dir: Path, model: PreTrainedModel, device: torch.device) -> tuple[PreTrainedModel, list[str]]:
+def _reload(
+    merged_dir: Path, model: PreTrainedModel, device: torch.device, scratch: Path
+) -> tuple[PreTrainedModel, list[str]]:
+    """The directory as a float32 model, and what did not find its place."""
+    options: dict[str, Any] = {}
     if merged_dir.is_dir():
-        shard_files(merged_dir)  # refuses an index that leads out of the directory
+        options = _placement(merged_dir, device, scratch)
     attention = model.config._attn_implementation
-    options = {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
+    if attention in ("eager", "sdpa"):
+        options["attn_implementation"] = attention
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # the caller shows its own
     try:
@@ -320,7 +342,21 @@ def _reload(merged_dir: Path, model: PreTrainedModel, device: torch.device) -> t
         names = sorted(str(name) for name in info.get(key) or ())
         if names:
             faults.append(f"{key.replace('_', ' ')} on reloading: {', '.join(names[:5])} ({len(names)} in all)")
-    return merged.to(device).eval(), faults
+    merged.eval()
+    return merged if "device_map" in options else merged.to(device), faults
+
+
+def _placement(merged_dir: Path, device: torch.device, scratch: Path) -> dict[str, Any]:
+    """How to load a model that may not fit: wholly on `device` where it does, else spread down to the disk."""
+    num_bytes = sum(file.stat().st_size for file in shard_files(merged_dir))
+    num_bytes = num_bytes // _stored_dtype(merged_dir).itemsize * torch.float32.itemsize
+    room = get_max_memory()
+    here = "cpu" if device.type == "cpu" else device.index or 0
+    if num_bytes * _WORKSPACE <= room.get(here, 0):
+        return {}
+    log.info("The merged model needs %.1f GiB in float32: spread over device, host and disk.", num_bytes / 2**30)
+    limits = {place: int(size / _WORKSPACE) for place, size in room.items() if device.type != "cpu" or place == "cpu"}
+    return {"device_map": "auto", "max_memory": limits, "offload_folder": str(scratch)}
 
 
 def _stored_dtype(merged_dir: Path) -> torch.dtype:

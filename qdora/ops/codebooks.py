@@ -69,7 +69,7 @@ def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
         return torch.tensor(_NF4, dtype=torch.float32, device=device)
     if kind == "fp4":
         positive = torch.tensor(_FP4_TIMES_12, dtype=torch.float32, device=device) / 12.0
-        return torch.cat([positive, -positive])
+        return torch.cat([positive, 0.0 - positive])
     raise ValueError(f"no code book for kind '{kind}'; allowed: nf4, fp4.")
 
 

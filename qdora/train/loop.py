@@ -90,7 +90,7 @@ def fit(
     seconds: deque[float] = deque(maxlen=20)
     for step in range(start_step, settings.num_steps):
         began = time.perf_counter()
-        before = loader.state_dict()
+        before, random_before = loader.state_dict(), torch.get_rng_state()
         batch = loader.next_step()
         lr = learning_rate(
             step, settings.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
@@ -99,6 +99,7 @@ def fit(
         gradient_norm = float(optimizer.gradient_norm())
         if not (math.isfinite(metrics["loss"]) and math.isfinite(gradient_norm)):
             loader.load_state_dict(before)
+            torch.set_rng_state(random_before)
             optimizer.zero_grad()
             raise _not_finite(step, metrics["loss"], gradient_norm, batch, hooks)
         if settings.clip is not None and gradient_norm > settings.clip:

@@ -15,7 +15,7 @@ from qdora.config import DataConfig, Recipe, SourceConfig
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix, make_mix
-from qdora.data.sources import SourceSpec, load_source, load_train_and_validation
+from qdora.data.sources import SourceSpec, load_mix, load_source
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
@@ -153,23 +153,10 @@ def read_data(data: DataConfig) -> tuple[list[list[Example]], dict[str, list[Exa
     Raises:
         UserError: The faults of all sources, each with its place in the recipe.
     """
-    train: list[list[Example]] = []
-    validation: dict[str, list[Example]] = {}
-    faults: list[str] = []
-    for index, source in enumerate(data.mix):
-        try:
-            examples, held_out = load_train_and_validation(
-                source_spec(source, data), validation=source.validation, fraction=data.validation_fraction
-            )
-        except UserError as error:
-            faults.extend(f"data.mix[{index}]: {fault}" for fault in error.faults)
-            continue
-        train.append(examples)
-        if held_out:
-            validation[source.label] = held_out
-    if faults:
-        raise UserError(*faults)
-    return train, validation
+    specs = [source_spec(source, data) for source in data.mix]
+    loaded = load_mix(specs, [source.validation for source in data.mix], fraction=data.validation_fraction)
+    validation = {spec.label: held_out for spec, (_, held_out) in zip(specs, loaded, strict=True) if held_out}
+    return [train for train, _ in loaded], validation
 
 
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:

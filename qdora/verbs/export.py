@@ -113,11 +113,14 @@ def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
 
 
 def _verdict(check: dict[str, Any]) -> str:
-    difference = check["merged_vs_running"]
+    """The check in words: the merge against the adapter in float32, and how far bf16 arithmetic alone is from that."""
+    exact, running = check["merged_vs_reference"], check["merged_vs_running"]
     word = "passed" if check["passed"] else "FAILED"
     return (
-        f"{word}: largest logit difference {difference['max_logit_difference']:.4g}, mean KL {difference['kl_mean']:.3g} nats, "
-        f"same next token at {difference['argmax_agreement']:.2%} of {check['num_positions']:,} positions"
+        f"{word} on {check['num_positions']:,} tokens: merged against the adapter in float32, largest logit difference "
+        f"{exact['max_logit_difference']:.3g}, mean KL {exact['kl_mean']:.2g} nats, same next token "
+        f"{exact['argmax_agreement']:.2%}; against the adapter as it runs ({check['running_dtype']}), "
+        f"{running['max_logit_difference']:.3g}, {running['kl_mean']:.2g}, {running['argmax_agreement']:.2%}"
     )
 
 

@@ -40,11 +40,14 @@ def log_to(run: RunDirectory) -> Iterator[None]:
     """Copy what qdora logs into the run's log.txt."""
     handler = _RunLog(run)
     logger = logging.getLogger("qdora")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class _RunLog(logging.Handler):

@@ -82,7 +82,8 @@ def train_run(
             model = load_base(recipe, source, compute, progress)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
         job = _Job(recipe, run, model, tokenizer, mix, loader, validation, console, num_steps)
-        start = 0 if checkpoint is None else job.restore(checkpoint.path)
+        start = job.restore(checkpoint.path) if checkpoint is not None else 0
+        run.truncate_metrics(start)
         return job.go(start)
 
 
@@ -126,8 +127,7 @@ class _Job:
             stored = load_file(checkpoint / PARAMETERS_FILE)
             copy_parameters(stored, self.optimizer.parameters, checkpoint)
         step = read_state(checkpoint, optimizer=self.optimizer, load_loader=self.loader.load_state_dict)
-        dropped = self.run.truncate_metrics(step)
-        logger.info("Going on from %s (%d later lines of metrics dropped).", checkpoint, dropped)
+        logger.info("Going on from %s.", checkpoint)
         first = self.run.inside("eval", "step-0.json")
         if first.is_file():
             self.evaluations["base"] = EvaluationResult.from_dict(json.loads(first.read_text(encoding="utf-8")))

@@ -1,0 +1,330 @@
+"""Whole runs on a tiny model: resumed equals uninterrupted, nothing is lost, every failure is one clear line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qdora import record
+from qdora.config import Recipe
+from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.recipe_file import resolved_yaml
+from qdora.train import loop
+from qdora.verbs import train as train_verb
+from qdora.verbs.evaluate import evaluate_target
+from qdora.verbs.export import export_run
+from qdora.verbs.train import train_run
+from tests import tiny_run
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Path:
+    """A run that nothing disturbed."""
+    train_run(tiny_run.recipe(root), root / "whole")
+    return root / "whole"
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def same_tensors(first: Path, second: Path) -> None:
+    one, two = load_file(first), load_file(second)
+    assert one.keys() == two.keys()
+    assert len(one) > 0
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert timeless(one) == timeless(two)
+    same_tensors(one / "adapter/adapter_model.safetensors", two / "adapter/adapter_model.safetensors")
+    for file in ("optimizer.safetensors", "random.safetensors", "adapter/adapter_model.safetensors"):
+        same_tensors(one / "checkpoints/step-6" / file, two / "checkpoints/step-6" / file)
+    states = [json.loads((run / "checkpoints/step-6/state.json").read_text()) for run in (one, two)]
+    assert states[0] == states[1]
+
+
+def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "log.txt", "adapter/adapter_config.json"):
+        assert (whole / name).is_file(), name
+    assert (whole / "figures/loss_per_task.svg").read_text().startswith("<?xml")
+    assert sorted(each.name for each in (whole / "checkpoints").iterdir()) == ["step-4", "step-6"]
+    lines = timeless(whole)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert set(line["tasks"]) <= {"sums", "letters"}
+        total = sum(task["nll_sum"] for task in line["tasks"].values())
+        assert line["loss"] == pytest.approx(total / line["num_label_tokens"], rel=1e-9)
+        assert sum(task["num_tokens"] for task in line["tasks"].values()) == line["num_label_tokens"]
+        assert line["num_examples"] == 4
+    first, last = (json.loads((whole / f"eval/step-{step}.json").read_text()) for step in (0, 6))
+    assert last["average"]["nll_per_token"] < first["average"]["nll_per_token"]
+    assert sorted(first["tasks"]) == ["letters", "sums"]
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    root: Path, whole: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_run.recipe(root)
+    after_step = loop._after_step
+
+    def interrupt(model: Any, done: int, settings: Any, hooks: Any, stop: Any) -> None:
+        stop.requested = done == stop_at
+        after_step(model, done, settings, hooks, stop)
+
+    monkeypatch.setattr(loop, "_after_step", interrupt)
+    with pytest.raises(Interrupted, match=rf"stopped after step {stop_at}; saved to .*step-{stop_at}"):
+        train_run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    torch.manual_seed(999)  # a resume must not depend on the process's generator
+    train_run(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_finished_run_can_be_resumed_and_stays_the_same(root: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(root, train__steps=2)
+    train_run(recipe, tmp_path / "run")
+    before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    train_run(recipe, tmp_path / "run", resume=True)
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match=r"train\.lr: got 0\.5, was 0\.001"):
+        train_run(tiny_run.recipe(root, train__steps=2, train__lr=0.5), tmp_path / "run", resume=True)
+
+
+def test_data_that_changed_is_refused_on_resume(root: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(tmp_path, train__steps=2)
+    train_run(recipe, tmp_path / "run")
+    sums = tmp_path / "data/sums.jsonl"
+    sums.write_text(sums.read_text() + '{"prompt": "9 + 9 =", "completion": " 18"}\n')
+    with pytest.raises(UserError, match="resume: the tokenised data changed since the checkpoint"):
+        train_run(recipe, tmp_path / "run", resume=True)
+
+
+def test_magnitudes_move_in_bf16_storage_and_the_base_does_not(root: Path, whole: Path) -> None:
+    trained = load_file(whole / "adapter/adapter_model.safetensors")
+    magnitudes = {name: tensor for name, tensor in trained.items() if name.endswith("lora_magnitude_vector")}
+    assert len(magnitudes) == 14
+    assert all(tensor.dtype == torch.float32 for tensor in magnitudes.values())
+    assert all(tensor.dtype == torch.bfloat16 for name, tensor in trained.items() if name not in magnitudes)
+    from qdora.verbs.assemble import choose_compute, find_model, load_base, put_adapters
+
+    recipe = tiny_run.recipe(root)
+    base = load_base(recipe, find_model(recipe)[0], choose_compute("float32"))
+    put_adapters(base, recipe)
+    start = {name: p for name, p in base.named_parameters() if name.endswith("magnitude")}
+    assert len(start) == 14
+    for name, value in start.items():
+        moved = magnitudes[f"base_model.model.{name.removesuffix('.magnitude')}.lora_magnitude_vector"] != value
+        assert moved.float().mean() >= 0.99, name
+
+
+def test_nan_loss_stops_with_the_state_before_it_and_the_batch(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_run.recipe(root)
+    real, calls = loop.batch_loss, {"n": 0}
+
+    def poisoned(*args: Any) -> Any:
+        result = real(*args)
+        calls["n"] += 1
+        if calls["n"] == 4:
+            return type(result)(result.nll_sum * float("nan"), result.example_nll * float("nan"), result.example_tokens)
+        return result
+
+    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    with pytest.raises(RunFailure, match=r"step 4: loss nan is not finite.*Safe on disk: .*step-3, .*failed-batch"):
+        train_run(recipe, tmp_path / "run")
+    kept = json.loads((tmp_path / "run/failed-batch.json").read_text())
+    assert len(kept["examples"]) == 4
+    monkeypatch.undo()
+    train_run(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_full_disk_at_checkpoint_time_names_the_last_checkpoint_and_loses_nothing(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_run.recipe(root)
+    real = train_verb.write_state
+
+    def full(directory: Path, *, step: int, **rest: Any) -> None:
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(directory, step=step, **rest)
+
+    monkeypatch.setattr(train_verb, "write_state", full)
+    with pytest.raises(RunFailure, match=r"checkpoint of step 4 could not be written.*Safe on disk: .*step-2"):
+        train_run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    assert [each.name for each in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
+    train_run(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "none"])
+def test_other_arms_run_evaluate_and_export(root: Path, tmp_path: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"adapter__kind": kind}
+    if kind in ("full", "none"):
+        changes |= {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
+    if kind == "full":
+        changes |= {"base__quant": "none", "train__steps": 3}
+    if kind == "none":
+        changes |= {"train__steps": 0, "train__checkpoint_every": ...}
+    train_run(tiny_run.recipe(root, **changes), tmp_path / "run")
+    document = evaluate_target(str(tmp_path / "run"))
+    assert document["label"] == {"lora": "final", "full": "final", "none": "base"}[kind]
+    exported = export_run(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    assert exported["verification"]["passed"]
+    assert exported["num_merged_layers"] == (14 if kind == "lora" else 0)
+    if kind == "full":
+        started = json.loads((tmp_path / "run/eval/step-0.json").read_text())["average"]["nll_per_token"]
+        assert document["evaluation"]["average"]["nll_per_token"] < started
+
+
+def test_full_fine_tuning_resumes_bit_for_bit(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
+    changes |= {"adapter__kind": "full", "base__quant": "none", "train__steps": 3, "train__checkpoint_every": 1}
+    changes |= {"model__dtype": "bfloat16", "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    recipe = tiny_run.recipe(root, **changes)
+    train_run(recipe, tmp_path / "whole")
+    after_step = loop._after_step
+
+    def interrupt(model: Any, done: int, settings: Any, hooks: Any, stop: Any) -> None:
+        stop.requested = done == 2
+        after_step(model, done, settings, hooks, stop)
+
+    monkeypatch.setattr(loop, "_after_step", interrupt)
+    with pytest.raises(Interrupted):
+        train_run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    train_run(recipe, tmp_path / "run", resume=True)
+    same_tensors(tmp_path / "whole/adapter/parameters.safetensors", tmp_path / "run/adapter/parameters.safetensors")
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "run")
+
+
+def test_export_equals_the_running_model_and_evaluates_alike(whole: Path, tmp_path: Path) -> None:
+    exported = export_run(whole, tmp_path / "merged", dtype="float32")
+    check = exported["verification"]
+    assert check["passed"]
+    assert check["merged_vs_running"]["max_logit_difference"] < 1e-4
+    assert json.loads((tmp_path / "merged/export.json").read_text()) == json.loads(json.dumps(exported))
+    merged = evaluate_target(str(tmp_path / "merged"), like=whole)["evaluation"]["average"]
+    run = evaluate_target(str(whole))["evaluation"]["average"]
+    assert merged["nll_per_token"] == pytest.approx(run["nll_per_token"], rel=0.05)
+    adapter = export_run(whole, tmp_path / "adapter", format_="peft")
+    assert adapter["format"] == "peft"
+    same_tensors(tmp_path / "adapter/adapter_model.safetensors", whole / "adapter/adapter_model.safetensors")
+
+
+def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha")}
+    recipe = tiny_run.recipe(root, **changes, adapter__resume_from=str(whole / "adapter"), train__steps=1)
+    train_run(recipe, tmp_path / "run")
+    before, after = (
+        json.loads((path).read_text())["average"]["nll_per_token"]
+        for path in (whole / "eval/step-6.json", tmp_path / "run/eval/step-0.json")
+    )
+    assert after == before
+
+
+def run_cli(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qdora.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def write_recipe(path: Path, recipe: Recipe) -> Path:
+    path.write_text(resolved_yaml(recipe))
+    return path
+
+
+def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "long.yaml", tiny_run.recipe(root, train__steps=5000, train__checkpoint_every=...))
+    command = [sys.executable, "-m", "qdora.cli", "train", str(file), "-d", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 0):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Go on with --resume" in errors
+    assert "Traceback" not in errors
+    newest = record.open_run(tmp_path / "run").newest_checkpoint()
+    assert newest is not None
+    assert newest.step == len(metrics.read_text().splitlines())
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("wrong type", {"adapter__rank": "many"}, r"adapter\.rank: .*many"),
+    ("missing file", {"data__mix": [{"source": "/nowhere/x.jsonl"}]}, r"data\.mix\[0\].*/nowhere/x\.jsonl"),
+    ("too long", {"data__max_length": 4}, r"sums: .*longest.*data\.max_length"),
+    ("target", {"adapter__targets": ["q_porj"]}, r"adapter\.targets: 'q_porj' matches no .*Did you mean 'q_proj'"),
+    ("rank", {"adapter__rank": 100}, r"adapter\.rank: 100 is larger than .*at most"),
+    ("eval task", {"eval__tasks": ["letters", "sum"]}, r"eval\.tasks\[1\]: .*'sum'.*Did you mean 'sums'"),
+]
+
+
+@pytest.mark.parametrize("name, changes, message", BAD, ids=[each[0] for each in BAD])
+def test_bad_input_is_one_clear_line(
+    root: Path, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        train_run(tiny_run.recipe(root, **changes), tmp_path / "run")
+    assert all("\n" not in fault for fault in caught.value.faults)
+
+
+def test_model_without_tokenizer_and_empty_data(tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / file).unlink()
+    with pytest.raises(UserError, match=r"model\.tokenizer: .* has no tokenizer"):
+        train_run(recipe, tmp_path / "run")
+    recipe = tiny_run.recipe(tmp_path / "other")
+    (tmp_path / "other/data/sums.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"data\.mix\[0\]: .*sums\.jsonl"):
+        train_run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_exit_codes_of_the_command_line(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(resolved_yaml(tiny_run.recipe(root)).replace("rank:", "rnak:"))
+    done = run_cli("train", str(file), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "adapter.rnak: unknown key" in done.stderr
+    assert "Did you mean 'rank'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run_cli("train", "no-such-recipe", cwd=tmp_path).returncode == 2
+    assert run_cli("export", "nowhere", "out", cwd=tmp_path).returncode == 2
+    assert run_cli("frobnicate", cwd=tmp_path).returncode == 2
+
+
+def test_json_is_one_document_on_standard_output(root: Path, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "r.yaml", tiny_run.recipe(root, train__steps=1))
+    done = run_cli("train", str(file), "--json", "-d", str(tmp_path / "run"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_steps"] == 1
+    done = run_cli("eval", str(tmp_path / "run"), "--json", "--limit", "2", cwd=tmp_path)
+    assert json.loads(done.stdout)["label"] == "final"
+    done = run_cli("validate", str(file), "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["train"]["steps"] == 1
