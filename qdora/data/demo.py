@@ -112,15 +112,21 @@ def _examples(family: str, split: Split) -> tuple[Example, ...]:
 
 
 def _facts(split: Split, rng: random.Random) -> Iterator[Draft]:
-    """Twins: a note of three words, asked for a kind that is on it and for a kind that is not."""
-    kinds = {kind: _part(words, split, (8, 4, 4)) for kind, words in _table("kinds").items()}
-    while True:
-        first, second, third, absent = _shuffled(kinds, rng)[:4]
-        words = [_shuffled(kinds[kind], rng)[0] for kind in (first, second, third)]
-        present = _shuffled((first, second, third), rng)[0]
-        for kind, answer, wrong in ((present, "yes", "no"), (absent, "no", "yes")):
-            note = f"The note says {words[0]}, {words[1]} and {words[2]}."
-            yield Draft(f"{note}\nQuestion: Does the note name {kind}?\nAnswer:", answer, (wrong,))
+    """Two people, one relation; each passage is asked twice, once with the answer yes and once no.
+
+    Three of four "no" values are not in the passage, so finding the word earns most of the score; the fourth belongs
+    to the other person, so the rest needs its owner.
+    """
+    table = _table("facts")
+    people = _part(table["people"], split, (12, 5, 7))
+    for number in itertools.count():
+        relation = _shuffled(table["relations"], rng)[0]
+        one, other = _shuffled(people, rng)[:2]
+        value, others, absent = _shuffled(_part(relation["values"], split, (6, 4, 4)), rng)[:3]
+        told = _shuffled([f"The {one} {relation['told']} {value}.", f"The {other} {relation['told']} {others}."], rng)
+        for answer, wrong, asked in (("yes", "no", value), ("no", "yes", absent if number % 4 else others)):
+            question = f"Does the {one} {relation['asked']} {asked}?"
+            yield Draft(f"{' '.join(told)}\nQuestion: {question}\nAnswer:", answer, (wrong,))
 
 
 def _odd(split: Split, rng: random.Random) -> Iterator[Draft]:

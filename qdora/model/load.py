@@ -200,6 +200,7 @@ def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]
     )
     if faults:
         raise UserError(*faults)
+    # What a model keeps in float32 beside float16 is too sensitive for 4 bits as well.
     wide = _float32_names(model, torch.float16)
     _report_experts(model)
     return {name for name in linear.keys() - skipped if not _is_wide(f"{name}.weight", wide)}

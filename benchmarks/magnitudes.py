@@ -1,0 +1,141 @@
+"""Do bf16-stored adapters train as float32-stored ones do, and do the magnitudes move at a small learning rate?
+
+    python benchmarks/magnitudes.py DATA --out benchmarks/results/magnitudes.json
+
+DATA holds <task>/<split>.parquet. SmolLM2-135M in NF4, DoRA rank 16 on all linear layers, lr 1e-4, the same seed and
+data order for both storages. A third arm takes torch's AdamW on plain bf16 parameters, magnitudes included: the set-up
+in which they do not move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from qdora.environment import environment
+from qdora.model.inject import adapted_layers, adapter_parameters
+from qdora.recipe_file import recipe_from
+from qdora.train.allocator import keep_freed_memory
+from qdora.train.interrupt import StopRequest
+from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.progress import TrainingProgress
+from qdora.verbs.assemble import (
+    choose_compute,
+    find_model,
+    load_base,
+    make_loader,
+    put_adapters,
+    read_data,
+    tokenized_mix,
+)
+
+
+class PlainBf16AdamW:
+    """torch.optim.AdamW on parameters that are all bf16, with the interface of AdapterOptimizer."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.inner = torch.optim.AdamW(list(parameters.values()), weight_decay=0.0)
+
+    def step(self, lr: float) -> None:
+        """One update."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+
+    zero_grad = AdapterOptimizer.zero_grad
+    gradient_norm = AdapterOptimizer.gradient_norm
+    scale_gradients_ = AdapterOptimizer.scale_gradients_
+
+
+def run_arm(arm: str, data: Path, steps: int, batch: int) -> dict[str, Any]:
+    """Train one arm; its losses and the share of entries that differ from their start."""
+    storage = "float32" if arm == "float32" else "bfloat16"
+    recipe = recipe_from(
+        {
+            "model": {"source": "builtin"},
+            "adapter": {"kind": "dora", "rank": 16, "dtype": storage},
+            "data": {
+                "mix": [{"task": task, "path": str(data / task)} for task in ("obqa", "arc_e", "winogrande", "siqa")],
+                "strategy": "equal",
+                "max_length": 256,
+                "too_long": "drop",
+            },
+            "train": {"steps": steps, "batch": batch, "lr": 1e-4, "warmup": 10, "optimizer": "adamw"},
+            "memory": {"checkpointing": False},
+        }
+    )
+    source, tokenizer = find_model(recipe)
+    loader = make_loader(recipe, tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0]), tokenizer)
+    torch.manual_seed(0)
+    model = load_base(recipe, source, choose_compute("bfloat16"))
+    put_adapters(model, recipe)
+    if arm == "plain bf16":
+        for layer in adapted_layers(model).values():
+            assert layer.magnitude is not None
+            layer.magnitude.data = layer.magnitude.data.bfloat16()
+    start = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    parameters = adapter_parameters(model)
+    optimizer: Any = PlainBf16AdamW(parameters) if arm == "plain bf16" else AdapterOptimizer(parameters)
+    lines: list[dict[str, Any]] = []
+    with TrainingProgress(steps) as progress:
+        fit(
+            model,
+            optimizer,
+            loader,
+            FitSettings(num_steps=steps, lr=1e-4, schedule="linear", warmup=10),
+            Hooks(write_metrics=lines.append, save=lambda step: Path(tempfile.gettempdir())),
+            accelerator=Accelerator(cpu=True),
+            progress=progress,
+            stop=StopRequest(),
+        )
+    moved = {}
+    for leaf in ("magnitude", "lora_A", "lora_B"):
+        names = [name for name in start if name.endswith(leaf)]
+        changed = sum(int((parameters[name] != start[name]).sum()) for name in names)
+        moved[leaf] = changed / sum(start[name].numel() for name in names)
+    return {"arm": arm, "losses": [line["loss"] for line in lines], "share_moved": moved}
+
+
+def main() -> None:
+    """Run the three arms and compare their curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/magnitudes.json"))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    args = parser.parse_args()
+    keep_freed_memory()
+    arms = {
+        arm: run_arm(arm, args.data.resolve(), args.steps, args.batch) for arm in ("bfloat16", "float32", "plain bf16")
+    }
+    reference = arms["float32"]["losses"]
+    gaps = {
+        arm: {
+            "largest_gap_nats": max(abs(a - b) for a, b in zip(result["losses"], reference, strict=True)),
+            "mean_gap_nats": sum(abs(a - b) for a, b in zip(result["losses"], reference, strict=True)) / len(reference),
+        }
+        for arm, result in arms.items()
+        if arm != "float32"
+    }
+    document = {
+        "command": f"python benchmarks/magnitudes.py DATA --steps {args.steps} --batch {args.batch}",
+        "against_float32_storage": gaps,
+        "arms": list(arms.values()),
+        "environment": environment(),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    moved = {arm: result["share_moved"] for arm, result in arms.items()}
+    print(json.dumps({"against_float32_storage": gaps, "share_moved": moved}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Which layers get adapters, at which rank, and what is said when a name is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qdora.errors import UserError
+from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
+from tests import tiny
+
+BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def test_all_linear_is_every_linear_layer_but_the_head() -> None:
+    model = tiny.llama()
+    layers = inject(model, rank=2)
+    assert [name.rpartition(".")[2] for name in layers] == list(BLOCK) * 2
+    assert layers == adapted_layers(model)
+    assert type(model.lm_head) is nn.Linear
+    assert list(frozen_layers(model)) == [f"{name}.base" for name in layers]
+    trainable = adapter_parameters(model)
+    assert len(trainable) == 3 * 14
+    assert {name.rpartition(".")[2] for name in trainable} == {"lora_A", "lora_B", "magnitude"}
+
+
+def test_a_fresh_adapter_changes_nothing_and_the_embedding_stays_tied() -> None:
+    model = tiny.llama()
+    ids = torch.arange(20).reshape(2, 10)
+    before = model(ids).logits
+    inject(model, rank=2)
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-6, atol=1e-6)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_targets_by_last_part_path_and_pattern() -> None:
+    layers = inject(tiny.llama(), rank=2, targets=["q_proj", "model.layers.1.mlp.up_proj", "*.0.*.down_proj"])
+    assert list(layers) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    assert not matches("model.layers.0.self_attn.q_proj", "proj")
+    assert inject(tiny.llama(), rank=2, targets="lm_head", kind="lora").keys() == {"lm_head"}
+
+
+def test_the_longest_matching_rank_wins_and_stabilised_scaling_divides_by_the_root() -> None:
+    pattern = {"q_proj": 3, "model.layers.1.self_attn.q_proj": 5, "*.mlp.*": 1}
+    layers = inject(tiny.llama(), rank=4, alpha=8.0, rank_stabilized=True, rank_pattern=pattern)
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 3
+    assert ranks["model.layers.1.self_attn.q_proj"] == 5
+    assert ranks["model.layers.1.mlp.up_proj"] == 1
+    assert ranks["model.layers.1.self_attn.v_proj"] == 4
+    assert layers["model.layers.0.self_attn.v_proj"].scaling == 8.0 / 2.0
+
+
+def test_inits() -> None:
+    gaussian = inject(tiny.llama(hidden_size=64, intermediate_size=96), rank=16, init="gaussian", dtype=torch.float32)
+    values = torch.cat([layer.lora_A.detach().flatten() for layer in gaussian.values()])
+    assert values.std() == pytest.approx(0.01, rel=0.05)
+    assert values.abs().max() > 0.03
+    kaiming = inject(tiny.llama(hidden_size=64, intermediate_size=96), rank=16, dtype=torch.float32)
+    for layer in kaiming.values():
+        assert layer.lora_A.abs().max() <= layer.in_features**-0.5
+        assert layer.lora_A.abs().max() > 0.95 * layer.in_features**-0.5
+        assert not layer.lora_B.any()
+    assert all(layer.lora_A.dtype == torch.bfloat16 for layer in inject(tiny.llama(), rank=1).values())
+
+
+def test_the_same_generator_gives_the_same_start() -> None:
+    first, second = (inject(tiny.llama(), rank=2, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    for one, two in zip(first.values(), second.values(), strict=True):
+        assert torch.equal(one.lora_A, two.lora_A)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        inject(tiny.llama(), targets=["q_porj", "v_proj", "nothing_like_it"])
+    assert len(caught.value.faults) == 2
+    assert "Did you mean 'q_proj'?" in caught.value.faults[0]
+    with pytest.raises(UserError) as caught:
+        inject(tiny.llama(), rank=40, rank_pattern={"up_porj": 2, "down_proj": 33})
+    text = str(caught.value)
+    assert "rank_pattern: 'up_porj' matches no adapted layer" in text
+    assert "adapter.rank: 40 is larger than layer model.layers.0.self_attn.q_proj allows, allowed: at most 32" in text
+    assert "adapter.rank_pattern['down_proj']: 33 is larger" in text
+    with pytest.raises(UserError, match="finds no linear layer"):
+        inject(nn.Sequential(nn.ReLU()))
