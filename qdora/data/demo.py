@@ -6,13 +6,13 @@ The families mirror the answer formats of the usual commonsense tasks, at a size
     demo/facts   yes or no, about a passage of invented facts
     demo/odd     which of four words does not belong
     demo/cause   which of two things a "because" refers to; sentences come as twins with opposite answers
-    demo/howto   which of two methods reaches a goal; every method is right for one goal and wrong for its opposite
+    demo/howto   which of two things helps to reach a goal
     demo/next    which of four steps comes next in an everyday task
 
 Train, validation and test share no prompt, and the words they are built from are disjoint too: people and values
-(facts), words (odd), nouns (cause), methods (howto), whole tasks (next). Chance is 1 / number of choices: gold
-positions are exactly uniform, and where possible each wrong choice is the right one of another example, so neither
-length nor frequency gives an answer away.
+(facts), words (odd), nouns (cause), things and goals (howto), whole tasks (next). Chance is 1 / number of choices:
+gold positions are exactly uniform, and a wrong choice is the right one of other examples, so neither the length nor
+the frequency of a choice gives the answer away.
 """
 
 from __future__ import annotations
@@ -119,14 +119,19 @@ def _facts(split: Split, rng: random.Random) -> Iterator[Draft]:
     """
     table = _table("facts")
     people = _part(table["people"], split, (12, 5, 7))
-    for number in itertools.count():
+    passages: set[str] = set()
+    while True:
         relation = _shuffled(table["relations"], rng)[0]
         one, other = _shuffled(people, rng)[:2]
         value, others, absent = _shuffled(_part(relation["values"], split, (6, 4, 4)), rng)[:3]
-        told = _shuffled([f"The {one} {relation['told']} {value}.", f"The {other} {relation['told']} {others}."], rng)
-        for answer, wrong, asked in (("yes", "no", value), ("no", "yes", absent if number % 4 else others)):
+        told = [f"The {one} {relation['told']} {value}.", f"The {other} {relation['told']} {others}."]
+        passage = " ".join(_shuffled(told, rng))
+        if passage in passages:
+            continue
+        passages.add(passage)
+        for answer, wrong, asked in (("yes", "no", value), ("no", "yes", absent if len(passages) % 4 else others)):
             question = f"Does the {one} {relation['asked']} {asked}?"
-            yield Draft(f"{' '.join(told)}\nQuestion: {question}\nAnswer:", answer, (wrong,))
+            yield Draft(f"{passage}\nQuestion: {question}\nAnswer:", answer, (wrong,))
 
 
 def _odd(split: Split, rng: random.Random) -> Iterator[Draft]:
@@ -147,6 +152,7 @@ def _cause(split: Split, rng: random.Random) -> Iterator[Draft]:
         for sentence in table["sentences"]
         for first, second in zip(sentence["first"], sentence["second"], strict=True)
         for a, b in itertools.product(pools[sentence["a"]], pools[sentence["b"]])
+        if a != b
     ]
     for sentence, first, second, a, b in _shuffled(twins, rng):
         for word, answer, wrong in ((first, a, b), (second, b, a)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.config import DataConfig, Recipe, SourceConfig
+from qdora.config import BaseWeightsConfig, DataConfig, Recipe, SourceConfig
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix, make_mix
@@ -122,6 +122,13 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
         raise UserError(f"adapter.kind: {settings.kind!r}, but {directory} holds {', '.join(sorted(kinds))}.")
     for layer in layers.values():
         layer.dropout = settings.dropout
+
+
+def base_quant(base: BaseWeightsConfig) -> dict[str, Any]:
+    """How the base is quantised, as an adapter's qdora.json keeps it."""
+    if base.quant not in ("nf4", "fp4"):
+        return {"quant": base.quant}
+    return {"quant": base.quant, "block_size": base.block_size, "double_quant": base.double_quant}
 
 
 def describe_adapters(model: PreTrainedModel) -> dict[str, int]:

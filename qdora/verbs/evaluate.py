@@ -24,7 +24,7 @@ from qdora.recipe_file import load_recipe
 from qdora.record import RunDirectory, open_run
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import choose_compute, run_examples, task_examples
-from qdora.verbs.show import suite_bar
+from qdora.verbs.show import default_console, suite_bar
 from qdora.verbs.trained import load_run
 
 SPLITS = ("validation", "test", "train")
@@ -66,9 +66,9 @@ def evaluate_target(
         like: A run whose data and limit are used; its own results stand beside in the table.
         console: Where the table is shown; standard error by default.
     Returns:
-        JSON values: label -> evaluation, and the perplexities.
+        JSON values: the evaluation, those that stand beside it, and the perplexity.
     """
-    console = console or Console(stderr=True)
+    console = console or default_console()
     keep_freed_memory()
     if split not in SPLITS:
         raise UserError(f"--split: {split!r}, allowed: {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
@@ -87,6 +87,7 @@ def evaluate_target(
             result = evaluate(loaded.model, loaded.tokenizer, chosen, limit=limit, progress=progress)
         document["evaluation"] = result.to_dict()
         shown = _stored_results(like) if like is not None and split == "validation" else {}
+        document["beside"] = {label: stored.to_dict() for label, stored in shown.items()}
         console.print(compare_table(shown | {loaded.label: result}))
         if loaded.run is not None:
             loaded.run.write_json(f"eval/{loaded.label}-{split}.json", result.to_dict(per_example=True))

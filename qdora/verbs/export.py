@@ -18,9 +18,9 @@ from qdora.model.card import CardFacts, model_card
 from qdora.model.export import DTYPES, export_merged
 from qdora.model.verify import verify_merged
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.assemble import run_examples
+from qdora.verbs.assemble import base_quant, run_examples
 from qdora.verbs.evaluate import read_result
-from qdora.verbs.show import bar
+from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run
 
 FORMATS = ("merged", "peft")
@@ -52,7 +52,7 @@ def export_run(
         UserError: Wrong arguments.
         RunFailure: The reloaded model differs from the running one; `out` is kept for inspection and named.
     """
-    console = console or Console(stderr=True)
+    console = console or default_console()
     keep_freed_memory()
     if format_ not in FORMATS:
         raise UserError(f"--format: {format_!r}, allowed: {', '.join(FORMATS)}.{nearest(format_, FORMATS)}")
@@ -102,12 +102,14 @@ def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
     recipe = trained.recipe
     if recipe.adapter.kind not in ("lora", "dora"):
         raise UserError(f"--format peft: the run has no adapter (adapter.kind {recipe.adapter.kind}).")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
     save_adapter(
         trained.model,
         out,
         base_name_or_path=recipe.model.source,
         revision=recipe.model.revision,
-        base_quant={"quant": recipe.base.quant},
+        base_quant=base_quant(recipe.base),
     )
     return {"format": "peft", "run": str(trained.run.path), "state": trained.state, "directory": str(out)}
 

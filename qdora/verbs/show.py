@@ -15,6 +15,14 @@ from qdora.data.mix import Mix
 from qdora.record import RunDirectory
 
 
+def default_console() -> Console:
+    """Standard error, so that standard output stays for results; wide enough for a table where it is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 130
+    return console
+
+
 @contextmanager
 def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, one line elsewhere; gives the function to call with (done, total)."""

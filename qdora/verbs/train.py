@@ -32,6 +32,7 @@ from qdora.train.loop import FitSettings, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
+    base_quant,
     choose_compute,
     describe_adapters,
     find_model,
@@ -41,7 +42,7 @@ from qdora.verbs.assemble import (
     read_data,
     tokenized_mix,
 )
-from qdora.verbs.show import bar, log_to, show_mix, suite_bar
+from qdora.verbs.show import bar, default_console, log_to, show_mix, suite_bar
 
 logger = logging.getLogger("qdora")
 
@@ -61,7 +62,7 @@ def train_run(
     Raises:
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
-    console = console or Console(stderr=True)
+    console = console or default_console()
     keep_freed_memory()
     faults = missing_files(recipe, str(directory))
     if faults:
@@ -209,16 +210,12 @@ class _Job:
             assert self.optimizer is not None
             write_parameters(directory / PARAMETERS_FILE, self.optimizer.parameters)
             return
-        base = self.recipe.base
-        quant: dict[str, Any] = {"quant": base.quant}
-        if base.quant in ("nf4", "fp4"):
-            quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
         save_adapter(
             self.model,
             adapter,
             base_name_or_path=self.recipe.model.source,
             revision=self.recipe.model.revision,
-            base_quant=quant,
+            base_quant=base_quant(self.recipe.base),
         )
 
     def _keep_batch(self, batch: Step) -> Path:

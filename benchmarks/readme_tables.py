@@ -1,0 +1,176 @@
+"""Writes the tables of README.md from the files in benchmarks/results/.
+
+    python benchmarks/readme_tables.py [--check]
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; no number in it is typed by hand. With --check nothing
+is written and a README that differs from the files is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, all columns but the first to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read(name: str) -> Any:
+    """benchmarks/results/<name>.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def percent(value: float | None, error: float | None = None) -> str:
+    """0.512, 0.03 -> '51.2 ± 3.0'."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def quickstart() -> str:
+    """Base, adapter and merged side by side."""
+    document = read("quickstart")
+    columns = document["evaluations"]
+    tasks = list(columns["base"]["tasks"])
+    header = ["task", "n", "chance", *(f"{label} {what}" for label in columns for what in ("acc %", "NLL"))]
+    rows = []
+    for task in [*tasks, "average"]:
+        found = [each["average"] if task == "average" else each["tasks"][task] for each in columns.values()]
+        numbers = [
+            text for row in found for text in (percent(row["acc"], row["acc_stderr"]), f"{row['nll_per_token']:.3f}")
+        ]
+        rows.append([task, str(found[0]["num_examples"]), percent(found[0]["chance"]), *numbers])
+    check = document["export"]["verification"]
+    exact, running = check["merged_vs_reference"], check["merged_vs_running"]
+    note = (
+        f"\nThe merged fp16 model against the adapter in float32 arithmetic, on {check['num_positions']:,} held-out "
+        f"tokens: largest logit difference {exact['max_logit_difference']:.2g}, mean KL {exact['kl_mean']:.1g} nats, "
+        f"same next token {exact['argmax_agreement']:.2%}. (The adapter running in {check['running_dtype']} is "
+        f"{running['max_logit_difference']:.2g} away from both.) The run took "
+        f"{document['run_seconds'] / 60:.1f} minutes after set-up on {document['num_cpus']} shared cores.\n"
+    )
+    return markdown(header, rows) + note
+
+
+def real_data() -> str:
+    """Validation and test NLL and accuracy of both arms, mean over seeds."""
+    document = read("real_data")
+    arms = document["arms"]
+    kinds = list(dict.fromkeys(arm["kind"] for arm in arms))
+    base_test = next(arm["test"]["base"] for arm in arms if "base" in arm["test"])
+    base_validation = arms[0]["validation"]["base"]
+    header = [
+        "task",
+        "val NLL base",
+        *(f"val {kind}" for kind in kinds),
+        "test NLL base",
+        *(f"test {k}" for k in kinds),
+    ]
+    header += ["test acc % base", *(f"acc {kind}" for kind in kinds), "chance"]
+    rows = []
+    for task in base_test:
+        row = [task, f"{base_validation[task]['nll_per_token']:.3f}"]
+        row += [_mean(arms, kind, ("validation", "adapter", task)) for kind in kinds]
+        row += [f"{base_test[task]['nll_per_token']:.3f}"]
+        row += [_mean(arms, kind, ("test", "adapter", task)) for kind in kinds]
+        row += [percent(base_test[task]["acc"], base_test[task]["acc_stderr"])]
+        row += [_mean(arms, kind, ("test", "adapter", task), accuracy=True) for kind in kinds]
+        rows.append([*row, percent(base_test[task]["chance"])])
+    seeds = sorted({arm["seed"] for arm in arms})
+    note = (
+        f"\n{document['num_training_examples']:,} training examples per run, seeds {', '.join(map(str, seeds))}; "
+        "± is the standard error over examples for one seed, and over examples and seeds in the mean of several.\n"
+    )
+    return markdown(header, rows) + note
+
+
+def _mean(arms: list[dict[str, Any]], kind: str, path: tuple[str, str, str], *, accuracy: bool = False) -> str:
+    """Mean over the seeds of an arm, with sqrt(examples' variance + variance between seeds / seeds)."""
+    rows = [arm[path[0]][path[1]][path[2]] for arm in arms if arm["kind"] == kind]
+    name = "acc" if accuracy else "nll_per_token"
+    values = [row[name] for row in rows]
+    mean = sum(values) / len(values)
+    between = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values)
+    error = (sum(row[f"{name}_stderr"] ** 2 for row in rows) / len(rows) + between) ** 0.5
+    return percent(mean, error) if accuracy else f"{mean:.3f} ± {error:.3f}"
+
+
+def magnitudes() -> str:
+    """Share of entries that moved, and the distance of the loss curve from float32 storage."""
+    document = read("magnitudes")
+    names = {"bfloat16": "qdora, bf16 storage", "float32": "float32 storage", "plain bf16": "plain bf16, torch AdamW"}
+    header = ["storage", "magnitudes moved", "lora_A moved", "lora_B moved", "largest gap of the loss curve (nats)"]
+    rows = []
+    for arm in document["arms"]:
+        gap = document["against_float32_storage"].get(arm["arm"])
+        moved = [f"{arm['share_moved'][leaf]:.1%}" for leaf in ("magnitude", "lora_A", "lora_B")]
+        rows.append([names[arm["arm"]], *moved, "–" if gap is None else f"{gap['largest_gap_nats']:.2g}"])
+    return markdown(header, rows)
+
+
+def load_memory() -> str:
+    """Bytes of the checkpoint, of the packed model, of the largest tensor, and the peak."""
+    document = read("load_memory")
+    columns = {
+        "checkpoint": "checkpoint_bytes",
+        "packed model": "packed_model_bytes",
+        "largest tensor": "largest_tensor_bytes",
+        "peak over an empty process": "used_bytes",
+        "allowed": "allowed_bytes",
+    }
+    row = [f"{document[name] / 2**30:.3f} GiB" for name in columns.values()]
+    return markdown(list(columns), [row])
+
+
+def failed() -> str:
+    """What was tried and did not help."""
+    rows = [[row["tried"], row["instead"], row["figure"]] for row in read("tried")["rows"]]
+    return markdown(["tried", "in use", "measured"], rows)
+
+
+def peft_interop() -> str:
+    """Filled in by the benchmark's own rows."""
+    rows = read("peft_interop")["table"]
+    return markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "real_data": real_data,
+    "magnitudes": magnitudes,
+    "peft_interop": peft_interop,
+    "load_memory": load_memory,
+    "failed": failed,
+}
+
+
+def filled(text: str) -> str:
+    """README with every table made anew."""
+    return _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def main() -> None:
+    """Write, or with --check compare."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    wanted = filled(text)
+    if "--check" in sys.argv[1:]:
+        if wanted != text:
+            sys.exit("README.md differs from benchmarks/results: run python benchmarks/readme_tables.py")
+        return
+    readme.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
