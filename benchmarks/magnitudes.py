@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from qdora.environment import environment
 from qdora.model.inject import adapted_layers, adapter_parameters
@@ -92,7 +91,7 @@ def run_arm(arm: str, data: Path, steps: int, batch: int) -> dict[str, Any]:
             loader,
             FitSettings(num_steps=steps, lr=1e-4, schedule="linear", warmup=10),
             Hooks(write_metrics=lines.append, save=lambda step: Path(tempfile.gettempdir())),
-            accelerator=Accelerator(cpu=True),
+            device=torch.device("cpu"),
             progress=progress,
             stop=StopRequest(),
         )

@@ -71,19 +71,22 @@ def eight_bit_states() -> dict[str, str]:
 
 
 def gain_form() -> dict[str, str]:
-    """Rounding the gain itself to bf16 against rounding g - 1, at gains within 5 % of 1."""
+    """The gain rounded to bf16, and g - 1 rounded to bf16, against the gain in float32: error of a bf16 output."""
     generator = torch.Generator().manual_seed(0)
-    out = torch.randn(2048, 1024, generator=generator)
-    gain = 1 + 0.05 * (2 * torch.rand(1024, generator=generator, dtype=torch.float64) - 1)
-    low = out.bfloat16()
-    exact = low.double() * gain
-    direct = (low * gain.bfloat16()).double()
-    difference = torch.addcmul(low, low, (gain - 1).bfloat16()).double()
-    ratio = float((direct - exact).norm() / (difference - exact).norm())
+    low = torch.randn(2048, 1024, generator=generator).bfloat16()
+
+    def errors(gain: torch.Tensor) -> tuple[float, float, float]:
+        exact = low.double() * gain
+        forms = (low * gain.bfloat16(), torch.addcmul(low, low, (gain - 1).bfloat16()), (low * gain.float()).bfloat16())
+        rounded, minus_one, wide = (float((form.double() - exact).norm() / exact.norm()) for form in forms)
+        return rounded, minus_one, wide
+
+    near = errors(1 + 0.05 * (2 * torch.rand(1024, generator=generator, dtype=torch.float64) - 1))
+    small = errors(torch.full((1024,), 0.02, dtype=torch.float64) + 0.01 * torch.rand(1024, dtype=torch.float64))
     return {
-        "tried": "the gain rounded to bf16",
-        "instead": "y + (g - 1) y with g - 1 rounded",
-        "figure": f"{ratio:.2f} times the error of the output for gains within 5 % of 1",
+        "tried": "the gain, or g - 1, rounded to bf16",
+        "instead": "the gain in float32, the product rounded once",
+        "figure": f"{near[0] / near[2]:.2f} times the error near g = 1, {small[1] / small[2]:.0f} times near g = 0.025",
     }
 
 

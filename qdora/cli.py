@@ -13,9 +13,27 @@ from typing import Annotated, Any
 
 import typer
 
+from qdora.atomic_files import json_text
 from qdora.errors import Interrupted, RunFailure, UserError
 
 USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130
+
+# The last three lines stand for bugs: they, too, end in one line, and --debug shows where.
+EXPECTED = (
+    UserError,
+    RunFailure,
+    Interrupted,
+    KeyboardInterrupt,
+    OSError,
+    RuntimeError,
+    ValueError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+)
 
 _options = {"debug": False}
 
@@ -45,7 +63,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except (UserError, RunFailure, Interrupted, KeyboardInterrupt, OSError, RuntimeError) as error:
+        except EXPECTED as error:
             if _options["debug"]:
                 raise
             text, code = explain(error)
@@ -214,7 +232,7 @@ def _headline(text: str) -> str:
 def _emit(result: dict[str, Any], as_json: bool, *, plain: str | None = None) -> None:
     """One JSON document, or the verb's own text; a verb that shows its result while it runs gives no text."""
     if as_json:
-        print(json.dumps(result, indent=2, allow_nan=False))
+        print(json_text(result, indent=2))
     elif plain is not None:
         sys.stdout.write(plain)
 

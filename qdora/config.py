@@ -276,7 +276,7 @@ class TrainConfig(Section):
     batch: Whole | None = None
     """Examples of an optimizer step. Either this or tokens_per_step."""
     micro_batch_tokens: MicroBatch = "auto"
-    """Tokens, padding counted, of one forward pass; the rest of the step is accumulated. auto: as many as fit."""
+    """Tokens, padding counted, of one forward pass; the rest of the step is accumulated. auto: 2,048 or max_length."""
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"] = "paged_adamw_8bit"
     """AdamW with 8- or 32-bit states that can page to the host (QLoRA, arXiv 2305.14314, sec. 3), or plain torch."""
     weight_decay: NotNegative = 0.0
@@ -291,8 +291,8 @@ class TrainConfig(Section):
     """Seed of lora_A's start and of dropout."""
     log_every: Whole = 1
     """Steps between lines in metrics.jsonl."""
-    checkpoint_every: Whole | None = None
-    """Steps between checkpoints. None: only on an interrupt and at the end."""
+    checkpoint_every: Whole | None = 100
+    """Steps between checkpoints; null: only at the end, on an interrupt and on a failed step."""
     keep_checkpoints: Whole = 2
     """Checkpoints that stay on disk; older ones are removed."""
 

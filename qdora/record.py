@@ -35,8 +35,19 @@ from qdora.errors import RunFailure, UserError
 _STEP = re.compile(r"step-(\d+)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# What a resumed run may change: nothing here reaches a number of the training.
-MAY_CHANGE = ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "eval", "memory", "trackers")
+# What a resumed run may change. Most of it reaches no number of the training. Learning rate and clipping do: they are
+# the way on after a step that was not finite, as the size of a micro-batch is after one that did not fit.
+MAY_CHANGE = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.micro_batch_tokens",
+    "train.lr",
+    "train.clip",
+    "eval",
+    "memory",
+    "trackers",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,20 @@ class RunDirectory:
         self.log_file = path / "log.txt"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has left anything that is not there before its first result."""
+        return any(path.exists() for path in (self.metrics_file, self.checkpoints, self.adapter, self.path / "eval"))
+
+    def evaluation_file(self, step: int) -> Path:
+        """Where the evaluation of the state after `step` steps stands, eval/step-<step>.json."""
+        return self.inside("eval", f"step-{step}.json")
+
+    def last_step(self) -> int | None:
+        """The last step of metrics.jsonl."""
+        lines = self.metrics()
+        return int(lines[-1]["step"]) if lines else None
 
     def inside(self, *parts: str) -> Path:
         """A path below the run directory.
@@ -219,7 +244,7 @@ class RunDirectory:
 
 
 def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
-    """Start a run in a directory that is new or empty.
+    """Start a run in a directory that is new or empty, or holds a run that never got as far as a result.
 
     Args:
         path: The directory; parents are made.
@@ -229,11 +254,12 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         UserError: The directory is a run already, or holds other files, or cannot be made.
     """
     run = RunDirectory(path)
-    if run.recipe_file.exists():
+    if run.recipe_file.exists() and run.has_begun:
         raise UserError(f"{path}: holds a run. Go on with it by --resume, or choose another --run-dir.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        others = sorted(entry.name for entry in path.iterdir() if not is_leftover(entry))
+        own = {run.recipe_file.name, run.log_file.name, "environment.json"} if run.recipe_file.exists() else set()
+        others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
         if others:
             raise UserError(f"{path}: not empty and not a run, got {others[0]}, allowed: a new or empty --run-dir.")
         remove_leftovers(path)
@@ -291,14 +317,6 @@ def open_run(path: Path) -> RunDirectory:
         what = "no such directory" if not path.exists() else "not a run directory (it has no recipe.yaml)"
         raise UserError(f"{path}: {what}, allowed: the --run-dir of an earlier 'qdora train'.")
     return run
-
-
-def next_run_path(root: Path, name: str) -> Path:
-    """root/name, or the first of root/name-2, root/name-3, ... that does not exist."""
-    path, number = root / name, 2
-    while path.exists():
-        path, number = root / f"{name}-{number}", number + 1
-    return path
 
 
 def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -34,6 +34,16 @@ def test_a_fresh_adapter_changes_nothing_and_the_embedding_stays_tied() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_the_head_is_skipped_under_any_name() -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=97, **sizes))
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    assert head not in inject(model, rank=2)
+    assert len(adapted_layers(model)) == 4
+
+
 def test_targets_by_last_part_path_and_pattern() -> None:
     layers = inject(tiny.llama(), rank=2, targets=["q_proj", "model.layers.1.mlp.up_proj", "*.0.*.down_proj"])
     assert list(layers) == [

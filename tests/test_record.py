@@ -23,7 +23,7 @@ from qdora.atomic_files import atomic_directory, atomic_write_bytes, atomic_writ
 from qdora.checkpoint_files import checkpoint_fault
 from qdora.environment import VARIABLES, environment
 from qdora.errors import RunFailure, UserError
-from qdora.record import Checkpoint, RunDirectory, create_run, next_run_path, open_run, resume_run
+from qdora.record import Checkpoint, RunDirectory, create_run, open_run, resume_run
 
 RECIPE = "train:\n  steps: 10\n  lr: 0.1\n  log_every: 1\ndata:\n  mix:\n  - task: boolq\n"
 ENVIRONMENT = {"torch": "2", "devices": ["a"]}
@@ -67,7 +67,17 @@ def test_create_writes_the_recipe_and_the_environment(run: RunDirectory) -> None
     assert run.metrics() == []
 
 
+def test_a_run_without_a_result_can_be_started_again_with_another_recipe(run: RunDirectory) -> None:
+    run.log("adapter.targets was wrong")
+    create_run(run.path, RECIPE.replace("0.1", "0.2"), ENVIRONMENT)
+    assert "0.2" in run.recipe_file.read_text()
+    save(run, 1)
+    with pytest.raises(UserError, match=r"holds a run"):
+        create_run(run.path, RECIPE, ENVIRONMENT)
+
+
 def test_create_refuses_a_run_other_files_and_a_file(run: RunDirectory, tmp_path: Path) -> None:
+    run.append_metrics({"step": 1})
     before = tree(tmp_path)
     with pytest.raises(UserError, match=r"run: holds a run. Go on with it by --resume"):
         create_run(run.path, RECIPE, ENVIRONMENT)
@@ -113,13 +123,6 @@ def test_resume_records_what_changed_about_the_machine(run: RunDirectory) -> Non
     (run.path / "environment.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         resume_run(run.path, RECIPE, ENVIRONMENT)
-
-
-def test_next_run_path_never_takes_a_taken_name(tmp_path: Path) -> None:
-    for expected in ("tiny", "tiny-2", "tiny-3"):
-        path = next_run_path(tmp_path, "tiny")
-        assert path == tmp_path / expected
-        path.mkdir()
 
 
 def test_no_path_leaves_the_run(run: RunDirectory, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from qdora import record
@@ -106,8 +108,8 @@ def test_a_finished_run_can_be_resumed_and_stays_the_same(root: Path, tmp_path: 
     before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
     train_run(recipe, tmp_path / "run", resume=True)
     assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
-    with pytest.raises(UserError, match=r"train\.lr: got 0\.5, was 0\.001"):
-        train_run(tiny_run.recipe(root, train__steps=2, train__lr=0.5), tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match=r"train\.seed: got 5, was 0"):
+        train_run(tiny_run.recipe(root, train__steps=2, train__seed=5), tmp_path / "run", resume=True)
 
 
 def test_data_that_changed_is_refused_on_resume(root: Path, tmp_path: Path) -> None:
@@ -246,6 +248,129 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
     assert after == before
 
 
+def test_out_of_memory_keeps_the_state_and_the_next_try_may_use_smaller_micro_batches(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = loop.batch_loss, {"n": 0}
+
+    def hungry(*args: Any) -> Any:
+        calls["n"] += 1
+        if calls["n"] == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(*args)
+
+    monkeypatch.setattr(loop, "batch_loss", hungry)
+    with pytest.raises(RunFailure, match=r"step 4: cannot be computed: CUDA out of memory.*micro_batch.*step-3"):
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+    monkeypatch.undo()
+    train_run(tiny_run.recipe(root, train__micro_batch_tokens=512), tmp_path / "run", resume=True)
+    assert timeless(tmp_path / "run")[3]["loss"] == pytest.approx(timeless(whole)[3]["loss"], rel=1e-5)
+
+
+def test_after_a_nan_the_learning_rate_may_be_lowered(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.batch_loss
+
+    def poisoned(*args: Any) -> Any:
+        result = real(*args)
+        return type(result)(result.nll_sum * float("nan"), result.example_nll, result.example_tokens)
+
+    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    with pytest.raises(RunFailure, match=r"step 1: gradient norm nan is not finite"):
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+    monkeypatch.undo()
+    summary = train_run(tiny_run.recipe(root, train__lr=1e-4), tmp_path / "run", resume=True)
+    assert summary["num_steps"] == 6
+
+
+def test_a_mistake_that_shows_late_does_not_block_the_corrected_start(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="q_porj"):
+        train_run(tiny_run.recipe(root, adapter__targets=["q_porj"]), tmp_path / "run")
+    train_run(tiny_run.recipe(root, adapter__targets=["q_proj"], train__steps=1), tmp_path / "run")
+
+
+def test_a_terminal_shows_a_bar_while_it_trains_and_evaluates(root: Path, tmp_path: Path) -> None:
+    console = Console(force_terminal=True, width=120, file=io.StringIO())
+    recipe = tiny_run.recipe(root, train__steps=2, eval__every=1)
+    train_run(recipe, tmp_path / "run", console=console)
+    assert "step 2/2" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert [line["step"] for line in timeless(tmp_path / "run")] == [1, 1, 2]
+
+
+def test_splits_that_a_source_does_not_have_are_refused(whole: Path, root: Path) -> None:
+    with pytest.raises(UserError, match="--split: sums has no test split"):
+        evaluate_target(str(whole), split="test")
+    shown = evaluate_target(str(whole), split="train", limit=3)["evaluation"]["tasks"]
+    assert {task: row["num_examples"] for task, row in shown.items()} == {"sums": 3, "letters": 3}
+
+
+def test_options_that_would_do_nothing_are_refused(whole: Path, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("the quick brown fox")
+    for options, message in (
+        ({"like": whole}, "--like"),
+        ({"step": 4, "base_only": True}, "exclude each other"),
+        ({"data": tmp_path / "nowhere"}, "--data: .*no directory"),
+        ({"data": tmp_path}, "--data: holds the commonsense tasks"),
+        ({"texts": [tmp_path / "nowhere.txt"]}, "--text: .*no file"),
+        ({"split": "tset"}, "Did you mean 'test'"),
+        ({"quant": "nf4"}, "--quant"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_target(str(whole), **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--limit"):
+        evaluate_target(str(root_model(whole)), texts=[text], limit=3)
+    document = evaluate_target(str(root_model(whole)), texts=[text])
+    assert document["perplexity"]["num_tokens"] > 3
+
+
+def root_model(run: Path) -> Path:
+    return run.parent / "model"
+
+
+def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_run(tiny_run.recipe(root, train__steps=4, eval__every=2), run)
+    assert evaluate_target(str(run), step=2)["label"] == "step-2"
+    exported = export_run(run, tmp_path / "out", step=2, dtype="float32")
+    assert exported["state"] == "step-2"
+    card = (tmp_path / "out/README.md").read_text()
+    numbers = json.loads((run / "eval/step-2.json").read_text())["tasks"]["sums"]["nll_per_token"]
+    assert f"{numbers:.4g}" in card
+    assert "step-2" in card
+
+
+def test_export_works_when_the_data_is_gone(tmp_path: Path) -> None:
+    train_run(tiny_run.recipe(tmp_path, train__steps=1), tmp_path / "run")
+    (tmp_path / "data/sums.jsonl").unlink()
+    assert export_run(tmp_path / "run", tmp_path / "out", dtype="float32")["verification"]["passed"]
+    with pytest.raises(UserError, match="is not empty"):
+        export_run(tmp_path / "run", tmp_path / "out")
+
+
+def test_trackers_are_told_every_number_and_must_be_installed(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trackers: mlflow is not installed. Run: pip install 'qdora\[mlflow\]'"):
+        train_run(tiny_run.recipe(root).model_copy(update={"trackers": ("mlflow",)}), tmp_path / "none")
+    pytest.importorskip("tensorboard")
+    recipe = tiny_run.recipe(root, train__steps=2, eval__every=1).model_copy(update={"trackers": ("tensorboard",)})
+    train_run(recipe, tmp_path / "run")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events))
+    board.Reload()
+    losses = [event.value for event in board.Scalars("loss")]
+    assert losses == pytest.approx([line["loss"] for line in timeless(tmp_path / "run") if "loss" in line])
+    assert "eval/sums/nll_per_token" in board.Tags()["scalars"]
+
+
+def test_several_processes_are_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="started as several processes, allowed: one"):
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+
+
 def run_cli(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "qdora.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout
@@ -280,6 +405,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("too long", {"data__max_length": 4}, r"sums: .*longest.*data\.max_length"),
     ("target", {"adapter__targets": ["q_porj"]}, r"adapter\.targets: 'q_porj' matches no .*Did you mean 'q_proj'"),
     ("rank", {"adapter__rank": 100}, r"adapter\.rank: 100 is larger than .*at most"),
+    ("float16", {"model__dtype": "float16"}, r"model\.dtype: float16 gradients underflow.*allowed: bfloat16, float32"),
     ("eval task", {"eval__tasks": ["letters", "sum"]}, r"eval\.tasks\[1\]: .*'sum'.*Did you mean 'sums'"),
 ]
 

@@ -13,6 +13,8 @@ from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
 from qdora.nn.frozen_linear import FrozenLinear
 
 ALL_LINEAR = "all-linear"
+HEAD = "lm_head"
+"""In a list of layers to skip: the output head, whatever the model calls it."""
 
 
 def inject(
@@ -24,7 +26,7 @@ def inject(
     rank_stabilized: bool = False,
     dropout: float = 0.0,
     targets: str | Sequence[str] = ALL_LINEAR,
-    skip: Sequence[str] = ("lm_head",),
+    skip: Sequence[str] = (HEAD,),
     rank_pattern: Mapping[str, int] | None = None,
     init: Init = "kaiming",
     dtype: torch.dtype = torch.bfloat16,
@@ -37,7 +39,7 @@ def inject(
         kind, rank, alpha, rank_stabilized, dropout, init, dtype, generator: As in AdaptedLinear.
         targets: "all-linear", or names: the last part of a module's path ("q_proj"), or a pattern over the whole path
             ("model.layers.3.*.q_proj").
-        skip: Names or patterns left out of "all-linear".
+        skip: Names or patterns left out of "all-linear"; "lm_head" is the output head under any name.
         rank_pattern: Name or pattern -> rank, in place of `rank`; the longest matching key wins.
     Returns:
         Path -> layer, in model order.
@@ -45,7 +47,11 @@ def inject(
         UserError: A target or pattern that matches nothing, a rank that is too large: all of them at once.
     """
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    chosen = _chosen(linear, targets, skip)
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if HEAD in skip and callable(find_head) else None
+    # The head goes by what it is: GPT-NeoX calls it embed_out.
+    heads = [name for name, module in linear.items() if module is head]
+    chosen = _chosen(linear, targets, [*skip, *heads])
     ranks = _ranks(chosen, rank, rank_pattern or {})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -111,7 +117,10 @@ def _chosen(linear: dict[str, nn.Module], targets: str | Sequence[str], skip: Se
     if targets == ALL_LINEAR:
         chosen = {n: m for n, m in linear.items() if not any(matches(n, pattern) for pattern in skip)}
         if not chosen:
-            raise UserError("adapter.targets: 'all-linear' finds no linear layer in this model.")
+            raise UserError(
+                "adapter.targets: 'all-linear' finds no linear layer in this model; transposed layers (GPT-2's Conv1D) "
+                "are not supported, allowed: models of nn.Linear (Llama, Qwen, Gemma, Mistral, Phi, ...)."
+            )
         return chosen
     patterns = [targets] if isinstance(targets, str) else list(targets)
     last_parts = sorted({name.rpartition(".")[2] for name in linear})

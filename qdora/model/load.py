@@ -31,7 +31,7 @@ from qdora.model.checkpoint import (
     tied_weights,
 )
 from qdora.model.gguf import check_gguf, open_gguf, settle_head
-from qdora.model.inject import matches, replace_module
+from qdora.model.inject import HEAD, matches, replace_module
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import PackedWeight, quantize
@@ -42,7 +42,6 @@ QUANT_KINDS = ("nf4", "fp4", "int8", "none")
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-HEAD = "lm_head"
 DEFAULT_SKIP = (HEAD,)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qdora.ops.dora import gain, row_norm
 from qdora.ops.packed import PackedWeight, dequantize
@@ -49,6 +50,7 @@ class _FrozenLinear(torch.autograd.Function):
         return x @ dense_weight(weight, x.dtype).T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
@@ -128,16 +130,18 @@ class _AdaptedLinear(torch.autograd.Function):
         norm = None
         if magnitude is not None:
             norm = row_norm(dense, lora_A, lora_B, scaling, base_squared=base_squared)
-            # (g - 1) form: near g = 1 rounding the factor to bf16 costs 2^-9 of g - 1, not 2^-9 of g.
-            out.addcmul_(out, (gain(magnitude, norm) - 1).to(dtype))
-        if bias is not None:
-            out += bias.to(dtype)
+            # float32 factor, one rounding of the product: a gain rounded to bf16 is off by up to 2^-9, and in the form
+            # (g - 1) rounded, small gains drown.
+            out.mul_(gain(magnitude, norm))
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, norm, low, out if magnitude is not None else None)
-        ctx.weight, ctx.bias = weight, bias
+        ctx.weight = weight
         ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
-        return out
+        # A new tensor: the gradient of the magnitude needs the output without its bias. Taking the bias off again
+        # would leave its rounding in its place (Qwen's key biases are hundreds of times the rest).
+        return out if bias is None else out + bias.to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         saved = ctx.saved_tensors  # read once: under a checkpoint a second read is an error
@@ -148,7 +152,7 @@ class _AdaptedLinear(torch.autograd.Function):
         dm = None
         dz = dy
         if magnitude is not None:
-            dz = torch.addcmul(dy, dy, (gain(magnitude, norm) - 1).to(dtype))  # gradient before the gain
+            dz = (dy * gain(magnitude, norm)).to(dtype)  # gradient before the gain
             if need_m:
                 dm = _magnitude_gradient(ctx, saved, dy)
         d_low = (dz @ b) * scaling if need_x or need_a else None  # (tokens, rank)
@@ -169,9 +173,9 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _magnitude_gradient(ctx: Any, saved: tuple[Tensor, ...], dy: Tensor) -> Tensor:
-    """dm_i = sum_t dy_ti (y_ti - bias_i) / m_i: the output already holds what the gain multiplied.
+    """dm_i = sum_t dy_ti y_ti / m_i, y without bias: the output already holds what the gain multiplied.
 
-    Rows with m = 0 have lost it (y = bias), so there the product is formed again.
+    Live rows with m = 0 have lost it (y = 0), so there the product is formed again.
 
     Returns:
         (out,) in magnitude's dtype.
@@ -181,18 +185,15 @@ def _magnitude_gradient(ctx: Any, saved: tuple[Tensor, ...], dy: Tensor) -> Tens
     total = torch.zeros_like(magnitude)
     for start in range(0, len(dy), _TOKENS_PER_SLICE):
         rows = slice(start, start + _TOKENS_PER_SLICE)
-        y = out[rows].to(wide)
-        if ctx.bias is not None:
-            y = y - ctx.bias.to(wide)
-        total += (dy[rows].to(wide) * y).sum(dim=0)
+        total += (dy[rows].to(wide) * out[rows].to(wide)).sum(dim=0)
     zero = magnitude == 0
     dm = total / torch.where(zero, torch.ones_like(magnitude), magnitude)
-    if bool(zero.any()):
-        index = zero.nonzero().squeeze(1)
-        dy_rows = dy[:, index].to(wide)  # (tokens, zeros)
-        weight_rows = dense_weight(ctx.weight, torch.promote_types(x.dtype, torch.float32))[index].to(wide)
+    lost = zero & (norm > 0)  # a pruned row (norm 0) has no gradient and stays as it is
+    if bool(lost.any()):
+        index = lost.nonzero().squeeze(1)
+        dy_rows = dy[:, index].to(wide)  # (tokens, lost)
+        weight_rows = dense_weight(ctx.weight, x.dtype)[index].to(wide)
         inner = ((dy_rows.T @ x.to(wide)) * weight_rows).sum(dim=1)
         inner += ctx.scaling * ((dy_rows.T @ low.to(wide)) * lora_B[index].to(wide)).sum(dim=1)
-        safe = norm[index].where(norm[index] > 0, torch.ones_like(norm[index]))
-        dm[index] = torch.where(norm[index] > 0, inner / safe, torch.zeros_like(inner))
+        dm[index] = inner / norm[index]
     return dm

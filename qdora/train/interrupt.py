@@ -1,4 +1,4 @@
-"""Stopping a run without losing it: Ctrl-C and SIGTERM finish the step, save, and leave."""
+"""Stopping a run without losing it: Ctrl-C, SIGTERM and a lost terminal finish the step, save, and leave."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -17,7 +19,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM set the request; a second SIGINT interrupts at once, as Python does by default."""
+    """SIGINT, SIGTERM and SIGHUP set the request; a second SIGINT interrupts at once, as Python does by default."""
     request = StopRequest()
 
     def ask(number: int, _frame: FrameType | None) -> None:
@@ -25,7 +27,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.requested = True
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
     try:
         yield request
     finally:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from qdora.data.loader import Step, StepLoader
 from qdora.errors import Interrupted, RunFailure
@@ -72,7 +71,7 @@ def fit(
     settings: FitSettings,
     hooks: Hooks,
     *,
-    accelerator: Accelerator,
+    device: torch.device,
     progress: TrainingProgress,
     stop: StopRequest,
     start_step: int = 0,
@@ -83,8 +82,8 @@ def fit(
 
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
-        RunFailure: If the loss or the gradient is not finite; a checkpoint of the state before that step has been
-            written.
+        RunFailure: If a step cannot be computed (out of memory) or its loss or gradient is not finite; a checkpoint of
+            the state before that step has been written.
     """
     model.train()
     seconds: deque[float] = deque(maxlen=20)
@@ -95,13 +94,20 @@ def fit(
         lr = learning_rate(
             step, settings.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
         )
-        metrics = _gradient_of_step(model, batch, accelerator)
+        fault = None
+        try:
+            metrics = _gradient_of_step(model, batch, device)
+        except RuntimeError as error:
+            fault = _cannot_compute(error)
+            metrics = {"loss": math.nan}
         gradient_norm = float(optimizer.gradient_norm())
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(gradient_norm)):
+        if fault is None and not (math.isfinite(metrics["loss"]) and math.isfinite(gradient_norm)):
+            fault = _not_finite(metrics["loss"], gradient_norm)
+        if fault is not None:
+            optimizer.zero_grad()
             loader.load_state_dict(before)
             torch.set_rng_state(random_before)
-            optimizer.zero_grad()
-            raise _not_finite(step, metrics["loss"], gradient_norm, batch, hooks)
+            raise _failed_step(step, fault, batch, hooks)
         if settings.clip is not None and gradient_norm > settings.clip:
             optimizer.scale_gradients_(settings.clip / gradient_norm)
         optimizer.step(lr)
@@ -112,31 +118,28 @@ def fit(
         metrics["time"] = {"step_seconds": seconds[-1], "peak_memory_bytes": memory_bytes()}
         if done % settings.log_every == 0 or done == settings.num_steps:
             hooks.write_metrics(metrics)
-            accelerator.log({"loss": metrics["loss"], "lr": lr, "gradient_norm": gradient_norm}, step=done)
         progress.step(_report(metrics, settings.num_steps, seconds))
         _after_step(model, done, settings, hooks, stop)
 
 
-def _gradient_of_step(model: nn.Module, batch: Step, accelerator: Accelerator) -> Metrics:
+def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device) -> Metrics:
     """Accumulate the gradient of the step's loss into the parameters; its numbers, with the NLL per task."""
-    per_task: dict[str, Tensor] = {}
-    device = accelerator.device
+    names = batch.micro_batches[0].task_names
+    nll = torch.zeros(len(names), dtype=torch.float32, device=device)
+    tokens = torch.zeros(len(names), dtype=torch.int64)
     for micro in batch.micro_batches:
-        loss = batch_loss(model, micro.input_ids.to(device), micro.attention_mask.to(device), micro.labels.to(device))
-        accelerator.backward(loss.nll_sum / batch.num_label_tokens)
-        task_ids = micro.task_ids.to(device)
-        for index in sorted(set(micro.task_ids.tolist())):
-            rows = task_ids == index
-            sums = torch.stack(
-                [loss.example_nll[rows].sum(), loss.example_tokens[rows].sum().to(loss.example_nll.dtype)]
-            )
-            name = micro.task_names[index]
-            per_task[name] = per_task[name] + sums if name in per_task else sums
-    names = sorted(per_task)
-    numbers = torch.stack([per_task[name] for name in names]).double().tolist()  # one wait for the device a step
-    tasks = {name: {"nll_sum": nll, "num_tokens": int(n)} for name, (nll, n) in zip(names, numbers, strict=True)}
+        loss = batch_loss(model, micro.input_ids.to(device), micro.attention_mask.to(device), micro.labels)
+        (loss.nll_sum / batch.num_label_tokens).backward()  # type: ignore[no-untyped-call]
+        nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
+        tokens.index_add_(0, micro.task_ids, loss.example_tokens)
+    sums = nll.double().tolist()
+    tasks = {
+        name: {"nll_sum": total, "num_tokens": count}
+        for name, total, count in zip(names, sums, tokens.tolist(), strict=True)
+        if count
+    }
     return {
-        "loss": sum(nll for nll, _ in numbers) / batch.num_label_tokens,
+        "loss": sum(sums) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
         "num_label_tokens": batch.num_label_tokens,
         "num_examples": batch.num_examples,
@@ -145,9 +148,15 @@ def _gradient_of_step(model: nn.Module, batch: Step, accelerator: Accelerator) -
 
 
 def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks, stop: StopRequest) -> None:
+    """Evaluate and save where it is due. Saved last, so that an evaluation's line belongs to the checkpoint; one that
+    fails is saved for, too."""
     last = done == settings.num_steps
     if hooks.evaluate is not None and settings.evaluate_every and (done % settings.evaluate_every == 0) and not last:
-        hooks.write_metrics({"step": done, "eval": hooks.evaluate(done)})
+        try:
+            hooks.write_metrics({"step": done, "eval": hooks.evaluate(done)})
+        except (RuntimeError, OSError):
+            hooks.save(done)
+            raise
         model.train()
     due = last or (settings.checkpoint_every is not None and done % settings.checkpoint_every == 0)
     saved = hooks.save(done) if due or stop.requested else None
@@ -155,17 +164,26 @@ def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks
         raise Interrupted(done, saved)
 
 
-def _not_finite(step: int, loss: float, gradient_norm: float, batch: Step, hooks: Hooks) -> RunFailure:
+def _cannot_compute(error: RuntimeError) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    advice = "Lower train.micro_batch_tokens" if isinstance(error, torch.OutOfMemoryError) else "Mend the cause"
+    return f"cannot be computed: {reason} The update was not applied. {advice}, then go on with --resume."
+
+
+def _not_finite(loss: float, gradient_norm: float) -> str:
+    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {gradient_norm}"
+    return (
+        f"{what} is not finite; the update was not applied. "
+        "Look at the kept batch or lower train.lr or train.clip, then go on with --resume."
+    )
+
+
+def _failed_step(step: int, fault: str, batch: Step, hooks: Hooks) -> RunFailure:
     """Keep the state before the step and the batch that broke it; the parameters have not been touched."""
     safe: list[Path | str] = [hooks.save(step)]
     if hooks.keep_batch is not None:
         safe.append(hooks.keep_batch(batch))
-    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {gradient_norm}"
-    return RunFailure(
-        f"step {step + 1}: {what} is not finite; the update was not applied. "
-        "Lower train.lr or look at the kept batch, then go on with --resume.",
-        safe=safe,
-    )
+    return RunFailure(f"step {step + 1}: {fault}", safe=safe)
 
 
 def _report(metrics: Metrics, num_steps: int, seconds: deque[float]) -> StepReport:

@@ -20,7 +20,7 @@ class BatchLoss:
     Attributes:
         nll_sum: Scalar float32, nats summed over the labelled tokens; differentiable.
         example_nll: (batch,) float32, the same sum per example; detached.
-        example_tokens: (batch,) int64, labelled tokens per example.
+        example_tokens: (batch,) int64, labelled tokens per example, on the labels' device.
     """
 
     nll_sum: Tensor
@@ -36,31 +36,31 @@ def batch_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labe
 
     Args:
         model: A transformers causal LM.
-        input_ids: (batch, length) int64.
-        attention_mask: (batch, length), 1 on real tokens.
-        labels: (batch, length) int64, -100 where a token does not count; not shifted.
+        input_ids: (batch, length) int64, on the model's device.
+        attention_mask: (batch, length), 1 on real tokens, on the model's device.
+        labels: (batch, length) int64, -100 where a token does not count; not shifted. Left on the CPU, no position is
+            looked up on the GPU, which would make the host wait for it.
     Returns:
         BatchLoss; a batch without a labelled token gives a zero sum.
     """
     wanted = torch.zeros_like(labels, dtype=torch.bool)
     wanted[:, :-1] = labels[:, 1:] != -100
-    targets = labels[:, 1:][wanted[:, :-1]]
-    with _select_before_head(model, wanted):
+    rows, columns = (index.to(input_ids.device) for index in wanted.nonzero(as_tuple=True))
+    targets = labels[:, 1:][wanted[:, :-1]].to(input_ids.device)
+    with _select_before_head(model, rows, columns):
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     nll = token_nll(logits.reshape(-1, logits.shape[-1]), targets)  # (num_labelled,)
-    example = wanted.nonzero()[:, 0]  # (num_labelled,) row of each
     zeros = torch.zeros(len(labels), dtype=nll.dtype, device=nll.device)
-    return BatchLoss(nll.sum(), zeros.index_add(0, example, nll.detach()), wanted.sum(dim=1))
+    return BatchLoss(nll.sum(), zeros.index_add(0, rows, nll.detach()), wanted.sum(dim=1))
 
 
 @contextmanager
-def _select_before_head(model: nn.Module, wanted: Tensor) -> Iterator[None]:
-    """While active, the output head sees only the positions where `wanted` (batch, length) is True, as (1, n, h)."""
+def _select_before_head(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """While active, the output head sees only the positions (rows[i], columns[i]), as (1, n, hidden)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
 
     def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        return (hidden[wanted].unsqueeze(0), *args[1:])
+        return (args[0][rows, columns].unsqueeze(0), *args[1:])
 
     hook = head.register_forward_pre_hook(select)
     try:

@@ -76,7 +76,10 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with learning rate `lr`; parameters without a gradient stay as they are."""
+        """One update with learning rate `lr`; parameters without a gradient stay as they are.
+
+        Meanwhile all parameters are there in float32 (4 bytes each), when activations are not.
+        """
         self._join()
         for _, inner in self._inner:
             for group in inner.param_groups:
@@ -153,6 +156,11 @@ class AdapterOptimizer:
                     faults.append(f"{name} is {tuple(tensor.shape)}, not {tuple(self._residuals[key].shape)}")
             elif not name.startswith(tuple(prefixes)):
                 faults.append(f"{name} belongs to no parameter")
+        # A missing state would silently start Adam anew for its parameter. A run that was saved before its first step has
+        # none at all.
+        started = [key for key in self.parameters if any(n.startswith(f"state/{key}/") for n in tensors)]
+        if started:
+            faults += [f"state/{key} is missing" for key in self.parameters if key not in started]
         if faults:
             raise ValueError("optimizer state does not fit these parameters: " + "; ".join(faults[:5]))
 
@@ -189,7 +197,10 @@ def _matrix_optimizer(
 
 
 def _load_state(inner: torch.optim.Optimizer, master: nn.Parameter, index: int, stored: dict[str, Tensor]) -> None:
+    names = {"step", "exp_avg", "exp_avg_sq"}
     if isinstance(inner, torch.optim.AdamW):
+        if stored.keys() != names or any(stored[n].shape != master.shape for n in names - {"step"}):
+            raise ValueError(f"optimizer state does not fit a parameter of {tuple(master.shape)}: {sorted(stored)}")
         inner.state[master] = {
             name: tensor.to(torch.float32 if name == "step" else tensor.dtype).to(master.device).clone()
             for name, tensor in stored.items()
@@ -197,6 +208,11 @@ def _load_state(inner: torch.optim.Optimizer, master: nn.Parameter, index: int, 
         return
     inner.init_state(inner.param_groups[0], master, 0, index)  # type: ignore[attr-defined]
     state = inner.state[master]
+    shapes = {
+        name: value.shape for name, value in state.items() if isinstance(value, Tensor) and name not in _NOT_STORED
+    }
+    if shapes != {name: tensor.shape for name, tensor in stored.items() if name != "step"} or "step" not in stored:
+        raise ValueError(f"optimizer state does not fit a parameter of {tuple(master.shape)}: {sorted(stored)}")
     for name, tensor in stored.items():
         if isinstance(state[name], Tensor):
             state[name].copy_(tensor)

@@ -15,7 +15,7 @@ from qdora.config import BaseWeightsConfig, DataConfig, Recipe, SourceConfig
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix, make_mix
-from qdora.data.sources import SourceSpec, load_mix, load_source
+from qdora.data.sources import SourceSpec, has_split, load_mix, load_source
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
@@ -62,13 +62,7 @@ def find_model(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase]:
 def load_base(
     recipe: Recipe, source: ModelSource, compute: Compute, progress: Callable[[int, int], None] | None = None
 ) -> PreTrainedModel:
-    """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
-
-    Raises:
-        UserError: As `load_model`.
-    """
-    if recipe.adapter.kind == "full" and compute.dtype == torch.float16:
-        raise UserError("model.dtype: float16 overflows in full fine-tuning, allowed: bfloat16, float32.")
+    """The frozen base of the recipe; for full fine-tuning every parameter is trainable. Raises as `load_model`."""
     model = load_model(
         source,
         quant=recipe.base.quant,
@@ -109,7 +103,6 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             rank_stabilized=settings.rank_stabilized,
             dropout=settings.dropout,
             targets=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
-            skip=recipe.base.skip,
             rank_pattern=settings.rank_pattern,
             init=settings.init,
             dtype=_DTYPES[settings.dtype],
@@ -212,10 +205,18 @@ def task_examples(task: str, *, split: str, data: Path | None) -> list[Example]:
 
 
 def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:
-    """The examples of a run's sources in one split: validation as in training, or test."""
+    """The examples of a run's sources in one split: train and validation as in training, or test.
+
+    Raises:
+        UserError: A source without that split; its training examples are never taken for it.
+    """
+    train, validation = read_data(recipe.data)
     if split == "validation":
-        return read_data(recipe.data)[1]
-    found = {}
-    for source in recipe.data.mix:
-        found[source.label] = load_source(replace(source_spec(source, recipe.data), split=split, limit=None))
-    return found
+        return validation
+    if split == "train":
+        return {source.label: examples for source, examples in zip(recipe.data.mix, train, strict=True)}
+    specs = {source.label: source_spec(source, recipe.data) for source in recipe.data.mix}
+    faults = [f"--split: {label} has no {split} split." for label, spec in specs.items() if not has_split(spec, split)]
+    if faults:
+        raise UserError(*faults)
+    return {label: load_source(replace(spec, split=split, limit=None)) for label, spec in specs.items()}

@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.config import TASKS
-from qdora.data.demo import families
+from qdora.config import COMMONSENSE_TASKS, TASKS
 from qdora.data.example import Example
 from qdora.errors import UserError, nearest
 from qdora.evaluation.perplexity import read_texts, text_perplexity
@@ -75,6 +74,21 @@ def evaluate_target(
     is_run = (Path(target) / "recipe.yaml").is_file()
     run_path = Path(target) if is_run else like
     recipe = None if run_path is None else load_recipe(open_run(run_path).recipe_file)
+    if is_run and like is not None:
+        raise UserError(f"--like: {target} is a run and has data of its own, allowed: only for a model that is no run.")
+    if step is not None and base_only:
+        raise UserError("--step and --base exclude each other: the base has no steps.")
+    if limit is not None and texts and not tasks and not is_run and like is None:
+        raise UserError("--limit: counts examples of tasks, got only --text.")
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data: {data} is no directory, allowed: a folder of <task>/<split> files.")
+    if data is not None and not any(task in COMMONSENSE_TASKS for task in tasks or ()):
+        raise UserError(
+            f"--data: holds the commonsense tasks, got --tasks {list(tasks or [])}, allowed: with one of them."
+        )
+    for file in texts:
+        if not file.is_file():
+            raise UserError(f"--text: {file} is no file.")
     if recipe is None and not tasks and not texts:
         raise UserError(f"eval: {target} is not a run, so say what to evaluate: --tasks, --text or --like RUN.")
     known = {} if recipe is None or not (tasks or not texts) else run_examples(recipe, split)
@@ -86,7 +100,7 @@ def evaluate_target(
         with suite_bar(console, f"evaluating {loaded.label}") as progress:
             result = evaluate(loaded.model, loaded.tokenizer, chosen, limit=limit, progress=progress)
         document["evaluation"] = result.to_dict()
-        shown = _stored_results(like) if like is not None and split == "validation" else {}
+        shown = stored_results(open_run(like)) if like is not None and split == "validation" else {}
         document["beside"] = {label: stored.to_dict() for label, stored in shown.items()}
         console.print(compare_table(shown | {loaded.label: result}))
         if loaded.run is not None:
@@ -118,7 +132,7 @@ def _chosen(
 ) -> dict[str, list[Example]]:
     if tasks is None:
         return known
-    built_in = [*TASKS, *(f"demo/{family}" for family in families())]
+    built_in = list(TASKS)
     unknown = [task for task in tasks if task not in known and task not in built_in]
     if unknown:
         allowed = list(dict.fromkeys([*known, *built_in]))
@@ -126,13 +140,22 @@ def _chosen(
     return {t: known[t] if t in known else task_examples(t, split=split, data=data) for t in tasks}
 
 
-def _stored_results(run_path: Path) -> dict[str, EvaluationResult]:
-    """The evaluations that a run kept of its first and last state."""
-    run = open_run(run_path)
-    files = sorted(run.inside("eval").glob("step-*.json"), key=lambda file: int(file.stem.removeprefix("step-")))
-    if len(files) < 2:
-        return {}
-    return {label: read_result(file) for label, file in (("base", files[0]), ("adapter", files[-1]))}
+def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
+    """What a run kept of its validation: "base" before the first step, "adapter" after `step` (None: the last).
+
+    Where the two cover other tasks or numbers of examples, only "adapter" is given: they could not be compared.
+    """
+    step = run.last_step() if step is None else step
+    found = {
+        label: read_result(run.evaluation_file(number))
+        for label, number in (("base", 0), ("adapter", step))
+        if number is not None and run.evaluation_file(number).is_file() and (label == "base" or number > 0)
+    }
+    if len(found) == 2:
+        sizes = [{task: result.num_examples for task, result in each.tasks.items()} for each in found.values()]
+        if sizes[0] != sizes[1]:
+            del found["base"]
+    return found
 
 
 def read_result(file: Path) -> EvaluationResult:

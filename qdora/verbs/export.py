@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from rich.console import Console
 from qdora.atomic_files import atomic_write_json
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError, nearest
-from qdora.evaluation.suite import EvaluationResult
 from qdora.model.adapter_file import save_adapter
 from qdora.model.card import CardFacts, model_card
 from qdora.model.export import DTYPES, export_merged
 from qdora.model.verify import verify_merged
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import base_quant, run_examples
-from qdora.verbs.evaluate import read_result
+from qdora.verbs.evaluate import stored_results
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run
+
+logger = logging.getLogger("qdora")
 
 FORMATS = ("merged", "peft")
 _NUM_TEXTS = 24
@@ -58,9 +60,12 @@ def export_run(
         raise UserError(f"--format: {format_!r}, allowed: {', '.join(FORMATS)}.{nearest(format_, FORMATS)}")
     if dtype not in DTYPES:
         raise UserError(f"--dtype: {dtype!r}, allowed: {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
     trained = load_run(run, step=step)
     if format_ == "peft":
         return _export_adapter(trained, out)
+    texts = held_out_texts(trained)
     with bar(console, "merging") as progress:
         result = export_merged(
             trained.model,
@@ -71,7 +76,7 @@ def export_run(
             extra_files={"README.md": model_card(_card(trained, None))},
         )
     console.print("comparing the merged model with the running one", highlight=False)
-    check = verify_merged(trained.model, out, trained.tokenizer, texts=held_out_texts(trained))
+    check = verify_merged(trained.model, out, trained.tokenizer, texts=texts)
     document = {"format": "merged", "run": str(run), "state": trained.state, **result.to_dict(), "verification": check}
     atomic_write_json(out / "export.json", document)
     (out / "README.md").write_text(model_card(_card(trained, check)), encoding="utf-8")
@@ -86,7 +91,11 @@ def export_run(
 
 def held_out_texts(trained: TrainedRun) -> list[str]:
     """Validation examples of the run with their answers, spread over its tasks; a fixed sentence where it has none."""
-    by_task = run_examples(trained.recipe, "validation")
+    try:
+        by_task = run_examples(trained.recipe, "validation")
+    except UserError as error:
+        logger.warning("The run's data cannot be read (%s); the check uses a fixed sentence.", error.faults[0])
+        by_task = {}
     picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
     texts = [text for text in (_text(example) for example in picked[:_NUM_TEXTS]) if text]
     return texts or ["The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."]
@@ -102,8 +111,6 @@ def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
     recipe = trained.recipe
     if recipe.adapter.kind not in ("lora", "dora"):
         raise UserError(f"--format peft: the run has no adapter (adapter.kind {recipe.adapter.kind}).")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
     save_adapter(
         trained.model,
         out,
@@ -129,8 +136,9 @@ def _verdict(check: dict[str, Any]) -> str:
 def _card(trained: TrainedRun, check: dict[str, Any] | None) -> CardFacts:
     recipe = trained.recipe
     adapter, base, train = recipe.adapter, recipe.base, recipe.train
-    results = _results(trained)
-    tasks: Sequence[str] = list(next(iter(results.values())).tasks) if results else []
+    step = int(trained.state.removeprefix("step-")) if trained.state.startswith("step-") else None
+    results = stored_results(trained.run, step)
+    tasks: Sequence[str] = list(results["adapter"].tasks) if "adapter" in results else []
     return CardFacts(
         base_name=recipe.model.source,
         base_revision=recipe.model.revision,
@@ -142,17 +150,8 @@ def _card(trained: TrainedRun, check: dict[str, Any] | None) -> CardFacts:
             "state": trained.state,
         },
         data=[source.label for source in recipe.data.mix],
-        metric_names=list(results),
+        metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],
         metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
         verification=check,
         versions={"torch": torch.__version__},
     )
-
-
-def _results(trained: TrainedRun) -> dict[str, EvaluationResult]:
-    files = sorted(
-        trained.run.inside("eval").glob("step-*.json"), key=lambda file: int(file.stem.removeprefix("step-"))
-    )
-    if len(files) < 2:
-        return {}
-    return {"answer NLL before": read_result(files[0]), "answer NLL after": read_result(files[-1])}

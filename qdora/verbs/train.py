@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,11 @@ from qdora.train.allocator import keep_freed_memory
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, write_parameters, write_state
 from qdora.train.figures import draw_loss_per_task
 from qdora.train.interrupt import stop_on_signal
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import FitSettings, Hooks, Metrics, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
+    Compute,
     base_quant,
     choose_compute,
     describe_adapters,
@@ -43,6 +47,7 @@ from qdora.verbs.assemble import (
     tokenized_mix,
 )
 from qdora.verbs.show import bar, default_console, log_to, show_mix, suite_bar
+from qdora.verbs.trackers import flat_numbers, is_installed
 
 logger = logging.getLogger("qdora")
 
@@ -72,12 +77,18 @@ def train_run(
     mix = tokenized_mix(recipe, tokenizer, train)
     loader = make_loader(recipe, mix, tokenizer)
     num_steps = _num_steps(recipe, loader)
+    compute = choose_compute(recipe.model.dtype)
+    _check_beforehand(recipe, compute, validation)
     open_ = resume_run if resume else create_run
     run = open_(directory, resolved_yaml(recipe), environment())
     with log_to(run):
         show_mix(console, mix, loader, num_steps)
         torch.manual_seed(recipe.train.seed)
         compute = choose_compute(recipe.model.dtype)
+        if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
+            raise UserError(
+                "model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32."
+            )
         checkpoint = run.newest_checkpoint() if resume else None
         with bar(console, "loading the base") as progress:
             model = load_base(recipe, source, compute, progress)
@@ -105,7 +116,8 @@ class _Job:
     ) -> None:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.mix, self.loader, self.console, self.num_steps = mix, loader, console, num_steps
-        self.validation = _chosen_tasks(recipe, validation)
+        self.validation = {name: validation[name] for name in recipe.eval.tasks or validation}
+        self.trackers: Accelerator | None = None
         self.evaluations: dict[str, EvaluationResult] = {}
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
@@ -129,7 +141,7 @@ class _Job:
             copy_parameters(stored, self.optimizer.parameters, checkpoint)
         step = read_state(checkpoint, optimizer=self.optimizer, load_loader=self.loader.load_state_dict)
         logger.info("Going on from %s.", checkpoint)
-        first = self.run.inside("eval", "step-0.json")
+        first = self.run.evaluation_file(0)
         if first.is_file():
             self.evaluations["base"] = EvaluationResult.from_dict(json.loads(first.read_text(encoding="utf-8")))
         return step
@@ -153,13 +165,7 @@ class _Job:
 
     def _fit(self, optimizer: AdapterOptimizer, start: int) -> None:
         train = self.recipe.train
-        accelerator = Accelerator(
-            cpu=self.model.device.type == "cpu",
-            log_with=list(self.recipe.trackers) or None,
-            project_dir=str(self.run.path) if self.recipe.trackers else None,
-        )
-        if self.recipe.trackers:
-            accelerator.init_trackers("qdora")
+        self._start_trackers()
         settings = FitSettings(
             num_steps=self.num_steps,
             lr=train.lr,
@@ -171,7 +177,7 @@ class _Job:
             log_every=train.log_every,
         )
         hooks = Hooks(
-            write_metrics=self.run.append_metrics,
+            write_metrics=self._write_metrics,
             save=self._save_checkpoint,
             evaluate=self._evaluate if self.validation else None,
             keep_batch=self._keep_batch,
@@ -179,6 +185,7 @@ class _Job:
         with (
             stop_on_signal() as stop,
             TrainingProgress(self.num_steps, start=start, console=self.console) as progress,
+            self._trackers_ended(),
         ):
             fit(
                 self.model,
@@ -186,12 +193,35 @@ class _Job:
                 self.loader,
                 settings,
                 hooks,
-                accelerator=accelerator,
+                device=self.model.device,
                 progress=progress,
                 stop=stop,
                 start_step=start,
             )
-        accelerator.end_training()
+
+    def _start_trackers(self) -> None:
+        if self.recipe.trackers:
+            # Only its trackers are used; nothing of its environment may reach the arithmetic.
+            self.trackers = Accelerator(
+                cpu=self.model.device.type == "cpu",
+                mixed_precision="no",
+                log_with=list(self.recipe.trackers),
+                project_dir=str(self.run.path),
+            )
+            self.trackers.init_trackers("qdora")
+
+    @contextmanager
+    def _trackers_ended(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.trackers is not None:
+                self.trackers.end_training()
+
+    def _write_metrics(self, metrics: Metrics) -> None:
+        self.run.append_metrics(metrics)
+        if self.trackers is not None:
+            self.trackers.log(flat_numbers(metrics), step=metrics["step"])
 
     def _save_checkpoint(self, step: int) -> Path:
         assert self.optimizer is not None
@@ -234,7 +264,7 @@ class _Job:
                 self.model, self.tokenizer, self.validation, limit=self.recipe.eval.limit, progress=progress
             )
         self.evaluations[label] = result
-        self.run.write_json(f"eval/step-{step}.json", result.to_dict(per_example=True))
+        self.run.write_json(f"eval/{self.run.evaluation_file(step).name}", result.to_dict(per_example=True))
         return {task: asdict(numbers) for task, numbers in result.tasks.items()}
 
     def _summary(self) -> dict[str, Any]:
@@ -258,14 +288,25 @@ def _num_steps(recipe: Recipe, loader: StepLoader) -> int:
     return loader.steps_for_epochs(recipe.train.epochs)
 
 
-def _chosen_tasks(recipe: Recipe, validation: dict[str, Any]) -> dict[str, Any]:
-    names = recipe.eval.tasks
-    if names is None:
-        return validation
-    unknown = [name for name in names if name not in validation]
-    if unknown:
-        known = ", ".join(validation) or "none"
-        raise UserError(
-            *(f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}." for name in unknown)
+def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any]) -> None:
+    """What can be known to fail before anything is written or loaded."""
+    faults = []
+    if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
+        faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
+    known = ", ".join(validation) or "none"
+    faults += [
+        f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."
+        for name in recipe.eval.tasks or ()
+        if name not in validation
+    ]
+    faults += [
+        f"trackers: {name} is not installed. Run: pip install 'qdora[{name}]'"
+        for name in recipe.trackers
+        if not is_installed(name)
+    ]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        faults.append(
+            "qdora train: started as several processes, allowed: one; more than one GPU is not supported yet."
         )
-    return {name: validation[name] for name in names}
+    if faults:
+        raise UserError(*faults)
