@@ -104,7 +104,6 @@ def test_resume_needs_a_run_and_the_same_training(run: RunDirectory, tmp_path: P
     with pytest.raises(UserError) as raised:
         resume_run(run.path, changed, ENVIRONMENT)
     assert raised.value.faults == (
-        f"{run.path}: train.lr: got 0.2, was 0.1, allowed: what the run was started with.",
         f"{run.path}: data.mix: got [{{'task': 'piqa'}}], was [{{'task': 'boolq'}}], "
         "allowed: what the run was started with.",
         f"{run.path}: train.seed: got 3, was None, allowed: what the run was started with.",

@@ -156,8 +156,7 @@ class AdapterOptimizer:
                     faults.append(f"{name} is {tuple(tensor.shape)}, not {tuple(self._residuals[key].shape)}")
             elif not name.startswith(tuple(prefixes)):
                 faults.append(f"{name} belongs to no parameter")
-        # A missing state would silently start Adam anew for its parameter. A run that was saved before its first step has
-        # none at all.
+        # A missing state would silently start Adam anew for its parameter. A run saved before its first step has none.
         started = [key for key in self.parameters if any(n.startswith(f"state/{key}/") for n in tensors)]
         if started:
             faults += [f"state/{key} is missing" for key in self.parameters if key not in started]
