@@ -2,16 +2,22 @@
 
     python benchmarks/magnitudes.py DATA --out benchmarks/results/magnitudes.json
 
-DATA holds <task>/<split>.parquet. SmolLM2-135M in NF4, DoRA rank 16 on all linear layers, lr 1e-4, the same seed and
-data order for both storages. A third arm takes torch's AdamW on plain bf16 parameters, magnitudes included: the set-up
-in which they do not move.
+DATA holds <task>/<split>.parquet. SmolLM2-135M in NF4, DoRA rank 16 on all linear layers, lr 1e-4, the same seed, start
+and data order for all arms of a compute dtype. In float32 compute the gap between the curves is what storage does; in
+bf16 compute every difference in the last bit grows to the noise of bf16 arithmetic, and a float32-stored arm whose
+micro-batches are cut otherwise shows how large that is. "plain bf16" is torch's AdamW on bf16 parameters, magnitudes
+included: the set-up in which they do not move. Two arms run at once, a thread each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +60,20 @@ class PlainBf16AdamW:
     scale_gradients_ = AdapterOptimizer.scale_gradients_
 
 
-def run_arm(arm: str, data: Path, steps: int, batch: int) -> dict[str, Any]:
+ARMS = (
+    ("float32", "bfloat16"),
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("bfloat16", "float32, other micro-batches"),
+    ("bfloat16", "plain bf16"),
+)
+"""Compute dtype, storage."""
+
+
+def run_arm(compute: str, arm: str, data: Path, steps: int, batch: int) -> dict[str, Any]:
     """Train one arm; its losses and the share of entries that differ from their start."""
-    storage = "float32" if arm == "float32" else "bfloat16"
+    storage = "float32" if arm.startswith("float32") else "bfloat16"
     recipe = recipe_from(
         {
             "model": {"source": "builtin"},
@@ -67,15 +84,24 @@ def run_arm(arm: str, data: Path, steps: int, batch: int) -> dict[str, Any]:
                 "max_length": 256,
                 "too_long": "drop",
             },
-            "train": {"steps": steps, "batch": batch, "lr": 1e-4, "warmup": 10, "optimizer": "adamw"},
+            "train": {
+                "steps": steps,
+                "batch": batch,
+                "lr": 1e-4,
+                "warmup": 10,
+                "optimizer": "adamw",
+                "micro_batch_tokens": 256 if arm.endswith("micro-batches") else 2048,
+            },
             "memory": {"checkpointing": False},
         }
     )
     source, tokenizer = find_model(recipe)
     loader = make_loader(recipe, tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0]), tokenizer)
     torch.manual_seed(0)
-    model = load_base(recipe, source, choose_compute("bfloat16"))
+    model = load_base(recipe, source, choose_compute(compute))
     put_adapters(model, recipe)
+    for layer in adapted_layers(model).values():
+        layer.lora_A.data = layer.lora_A.data.bfloat16().to(layer.lora_A.dtype)  # the same start for every storage
     if arm == "plain bf16":
         for layer in adapted_layers(model).values():
             assert layer.magnitude is not None
@@ -100,40 +126,50 @@ def run_arm(arm: str, data: Path, steps: int, batch: int) -> dict[str, Any]:
         names = [name for name in start if name.endswith(leaf)]
         changed = sum(int((parameters[name] != start[name]).sum()) for name in names)
         moved[leaf] = changed / sum(start[name].numel() for name in names)
-    return {"arm": arm, "losses": [line["loss"] for line in lines], "share_moved": moved}
+    return {"compute": compute, "storage": arm, "losses": [line["loss"] for line in lines], "share_moved": moved}
+
+
+def gap(losses: list[float], others: list[float]) -> dict[str, float]:
+    """Distance of two loss curves, nats."""
+    distances = [abs(a - b) for a, b in zip(losses, others, strict=True)]
+    return {"largest_nats": max(distances), "mean_nats": sum(distances) / len(distances)}
 
 
 def main() -> None:
-    """Run the three arms and compare their curves."""
+    """Run the arms, two at a time, and compare their curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/magnitudes.json"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    keep_freed_memory()
-    arms = {
-        arm: run_arm(arm, args.data.resolve(), args.steps, args.batch) for arm in ("bfloat16", "float32", "plain bf16")
-    }
-    reference = arms["float32"]["losses"]
-    gaps = {
-        arm: {
-            "largest_gap_nats": max(abs(a - b) for a, b in zip(result["losses"], reference, strict=True)),
-            "mean_gap_nats": sum(abs(a - b) for a, b in zip(result["losses"], reference, strict=True)) / len(reference),
-        }
-        for arm, result in arms.items()
-        if arm != "float32"
-    }
+    if args.worker is not None:
+        keep_freed_memory()
+        print(json.dumps(run_arm(*ARMS[args.worker], args.data.resolve(), args.steps, args.batch)))
+        return
+    threads = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def start(index: int) -> dict[str, Any]:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(index)]
+        done = subprocess.run(command, env=threads, stdout=subprocess.PIPE, text=True, check=True)
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return result
+
+    with ThreadPoolExecutor(2) as pool:
+        arms = list(pool.map(start, range(len(ARMS))))
+    for arm in arms:
+        reference = next(other for other in arms if (other["compute"], other["storage"]) == (arm["compute"], "float32"))
+        arm["gap_to_float32_storage"] = None if arm is reference else gap(arm["losses"], reference["losses"])
     document = {
         "command": f"python benchmarks/magnitudes.py DATA --steps {args.steps} --batch {args.batch}",
-        "against_float32_storage": gaps,
-        "arms": list(arms.values()),
+        "learning_rate": 1e-4,
+        "arms": arms,
         "environment": environment(),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n")
-    moved = {arm: result["share_moved"] for arm, result in arms.items()}
-    print(json.dumps({"against_float32_storage": gaps, "share_moved": moved}))
+    print(json.dumps([{key: value for key, value in arm.items() if key != "losses"} for arm in arms]))
 
 
 if __name__ == "__main__":

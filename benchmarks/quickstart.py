@@ -35,7 +35,7 @@ def main() -> None:
         clone = Path(folder) / "qdora"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         setup = timed(["./scripts/setup", "gguf", "--with-model"], clone)
-        run = timed(["./scripts/quickstart"], Path(folder))  # from another folder, as anyone may
+        run = timed([str(clone / "scripts/quickstart")], Path(folder))  # from another folder, as anyone may
         made = clone / "runs/quickstart"
         side = json.loads((made / "side_by_side.json").read_text())
         export = json.loads((made / "merged/export.json").read_text())

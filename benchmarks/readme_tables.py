@@ -108,14 +108,13 @@ def _mean(arms: list[dict[str, Any]], kind: str, path: tuple[str, str, str], *, 
 
 def magnitudes() -> str:
     """Share of entries that moved, and the distance of the loss curve from float32 storage."""
-    document = read("magnitudes")
-    names = {"bfloat16": "qdora, bf16 storage", "float32": "float32 storage", "plain bf16": "plain bf16, torch AdamW"}
-    header = ["storage", "magnitudes moved", "lora_A moved", "lora_B moved", "largest gap of the loss curve (nats)"]
+    header = ["storage (compute)", "magnitudes moved", "lora_A", "lora_B", "largest gap to float32 storage", "mean gap"]
     rows = []
-    for arm in document["arms"]:
-        gap = document["against_float32_storage"].get(arm["arm"])
-        moved = [f"{arm['share_moved'][leaf]:.1%}" for leaf in ("magnitude", "lora_A", "lora_B")]
-        rows.append([names[arm["arm"]], *moved, "–" if gap is None else f"{gap['largest_gap_nats']:.2g}"])
+    for arm in read("magnitudes")["arms"]:
+        moved = [f"{arm['share_moved'][leaf]:.2%}" for leaf in ("magnitude", "lora_A", "lora_B")]
+        gap = arm["gap_to_float32_storage"]
+        gaps = ["–", "–"] if gap is None else [f"{gap['largest_nats']:.1e}", f"{gap['mean_nats']:.1e}"]
+        rows.append([f"{arm['storage']} ({arm['compute']})", *moved, *gaps])
     return markdown(header, rows)
 
 
@@ -140,9 +139,23 @@ def failed() -> str:
 
 
 def peft_interop() -> str:
-    """Filled in by the benchmark's own rows."""
-    rows = read("peft_interop")["table"]
-    return markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+    """Largest logit differences in float32, and the bf16 means beside them."""
+    header = [
+        "adapter",
+        "ours against PEFT",
+        "ours, float64 reference",
+        "PEFT, reference",
+        "ours bf16 (mean)",
+        "PEFT bf16",
+    ]
+    rows = []
+    for case in read("peft_interop")["cases"]:
+        against = case["against_reference"]
+        largest = (case["ours_against_peft_float32"], against["ours float32"], against["peft linear4bit float32"])
+        means = (against["ours bfloat16"], against["peft linear4bit bfloat16"])
+        label = f"{case['adapter']}, {case['direction'].replace('->', '→')}"
+        rows.append([label, *(f"{each['max']:.1e}" for each in largest), *(f"{each['mean']:.3f}" for each in means)])
+    return markdown(header, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -94,9 +94,9 @@ def root(
 ) -> None:
     """Options that stand before the verb."""
     _options["debug"] = debug
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
-    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    # On the handler: a run lowers the level of its logger, so that log.txt has everything.
+    logging.getLogger().handlers[0].setLevel(logging.WARNING if quiet else logging.INFO)
     for noisy in ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
