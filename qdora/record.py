@@ -1,6 +1,6 @@
 """The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
 
-recipe.yaml  environment.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/  eval/*.json
+recipe.yaml  environment.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/  eval/*.json  README.md
 """
 
 from __future__ import annotations

@@ -80,6 +80,9 @@ def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
     first, last = (json.loads((whole / f"eval/step-{step}.json").read_text()) for step in (0, 6))
     assert last["average"]["nll_per_token"] < first["average"]["nll_per_token"]
     assert sorted(first["tasks"]) == ["letters", "sums"]
+    card = (whole / "README.md").read_text()
+    assert "dora, rank 4, alpha 8" in card
+    assert f"{last['tasks']['sums']['nll_per_token']:.4g}" in card
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])

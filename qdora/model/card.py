@@ -10,6 +10,12 @@ import yaml
 
 import qdora
 
+_MERGED = (
+    "Base and adapter are merged into one dense weight per layer: the quantised base was dequantised and the adapter "
+    "applied in float32, and the result rounded once."
+)
+_RUN = "This directory is the run: `adapter/` is what was trained, in PEFT's format, on the quantised base."
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -18,6 +24,8 @@ class CardFacts:
     base_name: str
     base_revision: str | None = None
     title: str = "Merged model"
+    merged: bool = True
+    """Whether the directory holds the merged model, or a run with its adapter."""
     licence: str | None = None
     """Hub licence id of the base ("apache-2.0"); the data's licences are the reader's to check."""
     method: Mapping[str, Any] = field(default_factory=dict)
@@ -48,8 +56,7 @@ def model_card(facts: CardFacts) -> str:
     revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
     parts.append(
         f"Fine-tuned from `{facts.base_name}`{revision} with qdora "
-        f"{qdora.__version__}. Base and adapter are merged into one dense weight per layer: the quantised base was "
-        "dequantised and the adapter applied in float32, and the result rounded once."
+        f"{qdora.__version__}. " + (_MERGED if facts.merged else _RUN)
     )
     if facts.method:
         parts.append("## Training\n\n" + _table(("setting", "value"), [(k, str(v)) for k, v in facts.method.items()]))

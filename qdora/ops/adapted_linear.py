@@ -152,7 +152,8 @@ class _AdaptedLinear(torch.autograd.Function):
         dm = None
         dz = dy
         if magnitude is not None:
-            dz = (dy * gain(magnitude, norm)).to(dtype)  # gradient before the gain
+            # In place: CUDA then needs no float32 copy of token size.
+            dz = dy.clone().mul_(gain(magnitude, norm))  # gradient before the gain
             if need_m:
                 dm = _magnitude_gradient(ctx, saved, dy)
         d_low = (dz @ b) * scaling if need_x or need_a else None  # (tokens, rank)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from qdora.atomic_files import atomic_write_json
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError, nearest
 from qdora.model.adapter_file import save_adapter
-from qdora.model.card import CardFacts, model_card
 from qdora.model.export import DTYPES, export_merged
 from qdora.model.verify import verify_merged
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import base_quant, run_examples
-from qdora.verbs.evaluate import stored_results
+from qdora.verbs.card import run_card
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run
 
@@ -73,13 +70,14 @@ def export_run(
             out,
             dtype=DTYPES[dtype],
             progress=progress,
-            extra_files={"README.md": model_card(_card(trained, None))},
+            extra_files={"README.md": run_card(trained.run, trained.recipe, trained.state, merged=True)},
         )
     console.print("comparing the merged model with the running one", highlight=False)
     check = verify_merged(trained.model, out, trained.tokenizer, texts=texts)
     document = {"format": "merged", "run": str(run), "state": trained.state, **result.to_dict(), "verification": check}
     atomic_write_json(out / "export.json", document)
-    (out / "README.md").write_text(model_card(_card(trained, check)), encoding="utf-8")
+    card = run_card(trained.run, trained.recipe, trained.state, check, merged=True)
+    (out / "README.md").write_text(card, encoding="utf-8")
     console.print(_verdict(check), markup=False, highlight=False, soft_wrap=True)
     if not check["passed"]:
         raise RunFailure(
@@ -130,28 +128,4 @@ def _verdict(check: dict[str, Any]) -> str:
         f"{exact['max_logit_difference']:.3g}, mean KL {exact['kl_mean']:.2g} nats, same next token "
         f"{exact['argmax_agreement']:.2%}; against the adapter as it runs ({check['running_dtype']}), "
         f"{running['max_logit_difference']:.3g}, {running['kl_mean']:.2g}, {running['argmax_agreement']:.2%}"
-    )
-
-
-def _card(trained: TrainedRun, check: dict[str, Any] | None) -> CardFacts:
-    recipe = trained.recipe
-    adapter, base, train = recipe.adapter, recipe.base, recipe.train
-    step = int(trained.state.removeprefix("step-")) if trained.state.startswith("step-") else None
-    results = stored_results(trained.run, step)
-    tasks: Sequence[str] = list(results["adapter"].tasks) if "adapter" in results else []
-    return CardFacts(
-        base_name=recipe.model.source,
-        base_revision=recipe.model.revision,
-        title=trained.run.path.name,
-        method={
-            "adapter": f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}",
-            "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
-            "learning rate": train.lr,
-            "state": trained.state,
-        },
-        data=[source.label for source in recipe.data.mix],
-        metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],
-        metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
-        verification=check,
-        versions={"torch": torch.__version__},
     )

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from qdora.atomic_files import atomic_write_text
 from qdora.config import Recipe
 from qdora.data.loader import Step, StepLoader
 from qdora.data.mix import Mix
@@ -46,6 +47,7 @@ from qdora.verbs.assemble import (
     read_data,
     tokenized_mix,
 )
+from qdora.verbs.card import run_card
 from qdora.verbs.show import bar, default_console, log_to, show_mix, suite_bar
 from qdora.verbs.trackers import flat_numbers, is_installed
 
@@ -157,6 +159,7 @@ class _Job:
             self._save_final(self.optimizer)
         if settings.at_end and self.validation and self.num_steps > 0:
             self._evaluate(self.num_steps, "adapter")
+        self._write_card()
         draw_loss_per_task(self.run.metrics(), self.run.inside("figures", "loss_per_task.svg"))
         if self.evaluations:
             self.console.print(compare_table(self.evaluations))
@@ -266,6 +269,9 @@ class _Job:
         self.evaluations[label] = result
         self.run.write_json(f"eval/{self.run.evaluation_file(step).name}", result.to_dict(per_example=True))
         return {task: asdict(numbers) for task, numbers in result.tasks.items()}
+
+    def _write_card(self) -> None:
+        atomic_write_text(self.run.inside("README.md"), run_card(self.run, self.recipe, "final"))
 
     def _summary(self) -> dict[str, Any]:
         losses = [line["loss"] for line in self.run.metrics() if "loss" in line]

@@ -1,0 +1,50 @@
+"""The model card of a run and of what is exported from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qdora.config import Recipe
+from qdora.environment import package_versions
+from qdora.model.card import CardFacts, model_card
+from qdora.record import RunDirectory
+from qdora.verbs.evaluate import stored_results
+
+
+def run_card(
+    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, *, merged: bool = False
+) -> str:
+    """README.md of a run or of its merged model.
+
+    Args:
+        run: For the name and the kept evaluations.
+        recipe: Of the run.
+        state: "final" or "step-N": which evaluation stands for the adapter.
+        merged: For the merged model and not for the run itself.
+        check: What `verify_merged` returned, for a merged model.
+    """
+    adapter, base = recipe.adapter, recipe.base
+    versions = package_versions(("torch", "transformers"))
+    step = int(state.removeprefix("step-")) if state.startswith("step-") else None
+    results = stored_results(run, step)
+    tasks = list(results["adapter"].tasks) if "adapter" in results else []
+    sizes = f", rank {adapter.rank}, alpha {adapter.alpha:g}" if adapter.kind in ("lora", "dora") else ""
+    return model_card(
+        CardFacts(
+            base_name=recipe.model.source,
+            base_revision=recipe.model.revision,
+            title=run.path.resolve().name,
+            merged=merged,
+            method={
+                "adapter": adapter.kind + sizes,
+                "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
+                "learning rate": recipe.train.lr,
+                "state": state,
+            },
+            data=[source.label for source in recipe.data.mix],
+            metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],
+            metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
+            verification=check,
+            versions={name: version for name, version in versions.items() if version},
+        )
+    )
