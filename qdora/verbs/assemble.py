@@ -216,7 +216,11 @@ def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:
     if split == "train":
         return {source.label: examples for source, examples in zip(recipe.data.mix, train, strict=True)}
     specs = {source.label: source_spec(source, recipe.data) for source in recipe.data.mix}
-    faults = [f"--split: {label} has no {split} split." for label, spec in specs.items() if not has_split(spec, split)]
+    faults = [
+        f"--split: {label} has no {split} split, allowed: validation, train."
+        for label, spec in specs.items()
+        if not has_split(spec, split)
+    ]
     if faults:
         raise UserError(*faults)
     return {label: load_source(replace(spec, split=split, limit=None)) for label, spec in specs.items()}

@@ -90,7 +90,9 @@ def evaluate_target(
         if not file.is_file():
             raise UserError(f"--text: {file} is no file.")
     if recipe is None and not tasks and not texts:
-        raise UserError(f"eval: {target} is not a run, so say what to evaluate: --tasks, --text or --like RUN.")
+        raise UserError(
+            f"eval: {target} is no run (no recipe.yaml there); say what to evaluate: --tasks, --text or --like RUN."
+        )
     known = {} if recipe is None or not (tasks or not texts) else run_examples(recipe, split)
     chosen = _chosen(known, tasks, split, data) if tasks or not texts else {}
     limit = limit if limit is not None or recipe is None else recipe.eval.limit
