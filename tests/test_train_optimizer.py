@@ -16,7 +16,9 @@ from torch import nn
 from qdora.ops.split_float import join_float32, split_float32
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.schedule import learning_rate
+from tests import tiny
 
+DTYPES = (torch.bfloat16, torch.float32)
 FINITE = st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False)
 
 
@@ -101,6 +103,30 @@ def test_bf16_storage_equals_float32_storage_bit_for_bit_in_the_master() -> None
     for key in short:
         assert torch.equal(optimizers[0].master(key), optimizers[1].master(key))
         assert not torch.equal(short[key].float(), parameters(torch.bfloat16)[key].float())
+
+
+def test_a_layer_trains_bit_for_bit_alike_whatever_its_storage() -> None:
+    """bf16 arithmetic, 30 steps of DoRA with dropout: the masters of bf16 storage are the float32-stored parameters."""
+    layers = [
+        tiny.adapted_linear(out=48, in_=64, rank=4, dtype=d, quant="nf4", bias=False, dropout=0.1) for d in DTYPES
+    ]
+    with torch.no_grad():
+        layers[1].lora_A.copy_(layers[0].lora_A)
+    optimizers = [AdapterOptimizer(dict(layer.named_parameters()), name="adamw") for layer in layers]
+    for step in range(30):
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+        outputs = []
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            torch.manual_seed(step)
+            y = layer(x)
+            (y.float() - 0.1).square().sum().backward()
+            optimizer.step(1e-2)
+            optimizer.zero_grad()
+            outputs.append(y.detach())
+        assert torch.equal(*outputs), step
+    for key in optimizers[0].parameters:
+        assert torch.equal(optimizers[0].master(key), optimizers[1].master(key)), key
+    assert not torch.equal(layers[0].lora_A.float(), layers[1].lora_A)
 
 
 def test_small_steps_are_not_lost_as_they_are_in_plain_bf16() -> None:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from qdora.ops.dora import gain, row_norm
 from qdora.ops.packed import PackedWeight, dequantize
+from qdora.ops.split_float import split_float32
 
 Weight = PackedWeight | Tensor
 
@@ -97,6 +98,17 @@ def adapted_linear(
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
+def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A low-rank factor in the dtype of the products.
+
+    float32 goes to bfloat16 as `split_float32` rounds, so an adapter stored in float32 and one stored in bfloat16 with
+    its low bits beside it multiply with the same numbers, and train alike bit for bit.
+    """
+    if factor.dtype == torch.float32 and dtype == torch.bfloat16:
+        return split_float32(factor)[0]
+    return factor.to(dtype)
+
+
 def _drop(x: Tensor, dropout: float, seed: int) -> Tensor:
     """x with elements zeroed and the rest scaled by 1 / (1 - dropout): the same ones for the same seed and shape."""
     if dropout == 0.0:
@@ -123,13 +135,13 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype = x.dtype
         dense = dense_weight(weight, dtype)
-        a, b = lora_A.to(dtype), lora_B.to(dtype)
+        a, b = rounded(lora_A, dtype), rounded(lora_B, dtype)
         low = _drop(x, dropout, seed) @ a.T  # (tokens, rank)
         out = x @ dense.T
         out.addmm_(low, b.T, alpha=scaling)
         norm = None
         if magnitude is not None:
-            norm = row_norm(dense, lora_A, lora_B, scaling, base_squared=base_squared)
+            norm = row_norm(dense, a, b, scaling, base_squared=base_squared)
             # float32 factor, one rounding of the product: a gain rounded to bf16 is off by up to 2^-9, and in the form
             # (g - 1) rounded, small gains drown.
             out.mul_(gain(magnitude, norm))
@@ -147,7 +159,7 @@ class _AdaptedLinear(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: under a checkpoint a second read is an error
         x, lora_A, lora_B, magnitude, norm, low, _ = saved
         dtype, scaling = dy.dtype, ctx.scaling
-        a, b = lora_A.to(dtype), lora_B.to(dtype)
+        a, b = rounded(lora_A, dtype), rounded(lora_B, dtype)
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
         dm = None
         dz = dy
