@@ -51,7 +51,8 @@ def main() -> None:
         "export": export,
         "environment": environment,
     }
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    # The temporary clone's path says nothing to a reader.
+    args.out.write_text(json.dumps(document, indent=1).replace(str(clone), ".") + "\n")
     print(json.dumps({key: document[key] for key in ("commit", "setup_seconds", "run_seconds")}))
 
 
