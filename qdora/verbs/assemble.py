@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.config import BaseWeightsConfig, DataConfig, Recipe, SourceConfig
+from qdora.config import DataConfig, Recipe, SourceConfig
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix, make_mix
@@ -19,7 +19,7 @@ from qdora.data.sources import SourceSpec, has_split, load_mix, load_source
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
-from qdora.model.adapter_file import load_adapter
+from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
 from qdora.model.source import ModelSource, resolve
@@ -117,11 +117,19 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
         layer.dropout = settings.dropout
 
 
-def base_quant(base: BaseWeightsConfig) -> dict[str, Any]:
-    """How the base is quantised, as an adapter's qdora.json keeps it."""
-    if base.quant not in ("nf4", "fp4"):
-        return {"quant": base.quant}
-    return {"quant": base.quant, "block_size": base.block_size, "double_quant": base.double_quant}
+def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
+    """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`."""
+    base = recipe.base
+    quant: dict[str, Any] = {"quant": base.quant}
+    if base.quant in ("nf4", "fp4"):
+        quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
+    save_adapter(
+        model,
+        directory,
+        base_name_or_path=recipe.model.source,
+        revision=recipe.model.revision,
+        base_quant=quant,
+    )
 
 
 def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
@@ -210,11 +218,10 @@ def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:
     Raises:
         UserError: A source without that split; its training examples are never taken for it.
     """
-    train, validation = read_data(recipe.data)
-    if split == "validation":
-        return validation
-    if split == "train":
-        return {source.label: examples for source, examples in zip(recipe.data.mix, train, strict=True)}
+    if split in ("train", "validation"):
+        train, validation = read_data(recipe.data)
+        labels = [source.label for source in recipe.data.mix]
+        return validation if split == "validation" else dict(zip(labels, train, strict=True))
     specs = {source.label: source_spec(source, recipe.data) for source in recipe.data.mix}
     faults = [
         f"--split: {label} has no {split} split, allowed: validation, train."

@@ -11,11 +11,10 @@ from rich.console import Console
 from qdora.atomic_files import atomic_write_json
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError, nearest
-from qdora.model.adapter_file import save_adapter
 from qdora.model.export import DTYPES, export_merged
 from qdora.model.verify import verify_merged
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.assemble import base_quant, run_examples
+from qdora.verbs.assemble import run_examples, write_adapter
 from qdora.verbs.card import run_card
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run
@@ -109,13 +108,7 @@ def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
     recipe = trained.recipe
     if recipe.adapter.kind not in ("lora", "dora"):
         raise UserError(f"--format peft: the run has no adapter (adapter.kind {recipe.adapter.kind}).")
-    save_adapter(
-        trained.model,
-        out,
-        base_name_or_path=recipe.model.source,
-        revision=recipe.model.revision,
-        base_quant=base_quant(recipe.base),
-    )
+    write_adapter(trained.model, recipe, out)
     return {"format": "peft", "run": str(trained.run.path), "state": trained.state, "directory": str(out)}
 
 

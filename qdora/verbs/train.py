@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -20,11 +19,9 @@ from transformers import PreTrainedModel
 from qdora.atomic_files import atomic_write_text
 from qdora.config import Recipe
 from qdora.data.loader import Step, StepLoader
-from qdora.data.mix import Mix
 from qdora.environment import environment
 from qdora.errors import UserError
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
-from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import adapter_parameters
 from qdora.recipe_file import missing_files, resolved_yaml
 from qdora.record import RunDirectory, create_run, resume_run
@@ -37,7 +34,6 @@ from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
     Compute,
-    base_quant,
     choose_compute,
     describe_adapters,
     find_model,
@@ -46,8 +42,10 @@ from qdora.verbs.assemble import (
     put_adapters,
     read_data,
     tokenized_mix,
+    write_adapter,
 )
 from qdora.verbs.card import run_card
+from qdora.verbs.evaluate import read_result
 from qdora.verbs.show import bar, default_console, log_to, show_mix, suite_bar
 from qdora.verbs.trackers import flat_numbers, is_installed
 
@@ -86,16 +84,11 @@ def train_run(
     with log_to(run):
         show_mix(console, mix, loader, num_steps)
         torch.manual_seed(recipe.train.seed)
-        compute = choose_compute(recipe.model.dtype)
-        if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
-            raise UserError(
-                "model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32."
-            )
         checkpoint = run.newest_checkpoint() if resume else None
         with bar(console, "loading the base") as progress:
             model = load_base(recipe, source, compute, progress)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
-        job = _Job(recipe, run, model, tokenizer, mix, loader, validation, console, num_steps)
+        job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps)
         start = job.restore(checkpoint.path) if checkpoint is not None else 0
         run.truncate_metrics(start)
         return job.go(start)
@@ -110,14 +103,13 @@ class _Job:
         run: RunDirectory,
         model: PreTrainedModel,
         tokenizer: Any,
-        mix: Mix,
         loader: StepLoader,
         validation: dict[str, Any],
         console: Console,
         num_steps: int,
     ) -> None:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
-        self.mix, self.loader, self.console, self.num_steps = mix, loader, console, num_steps
+        self.loader, self.console, self.num_steps = loader, console, num_steps
         self.validation = {name: validation[name] for name in recipe.eval.tasks or validation}
         self.trackers: Accelerator | None = None
         self.evaluations: dict[str, EvaluationResult] = {}
@@ -145,7 +137,7 @@ class _Job:
         logger.info("Going on from %s.", checkpoint)
         first = self.run.evaluation_file(0)
         if first.is_file():
-            self.evaluations["base"] = EvaluationResult.from_dict(json.loads(first.read_text(encoding="utf-8")))
+            self.evaluations["base"] = read_result(first)
         return step
 
     def go(self, start: int) -> dict[str, Any]:
@@ -156,7 +148,7 @@ class _Job:
         if self.optimizer is not None and start < self.num_steps:
             self._fit(self.optimizer, start)
         if self.optimizer is not None:
-            self._save_final(self.optimizer)
+            self._save_final()
         if settings.at_end and self.validation and self.num_steps > 0:
             self._evaluate(self.num_steps, "adapter")
         self._write_card()
@@ -234,7 +226,7 @@ class _Job:
         self.run.prune_checkpoints(self.recipe.train.keep_checkpoints)
         return self.run.inside("checkpoints", f"step-{step}")
 
-    def _save_final(self, optimizer: AdapterOptimizer) -> None:
+    def _save_final(self) -> None:
         with self.run.adapter_directory() as directory:
             self._write_trained(directory, directory)
 
@@ -243,13 +235,7 @@ class _Job:
             assert self.optimizer is not None
             write_parameters(directory / PARAMETERS_FILE, self.optimizer.parameters)
             return
-        save_adapter(
-            self.model,
-            adapter,
-            base_name_or_path=self.recipe.model.source,
-            revision=self.recipe.model.revision,
-            base_quant=base_quant(self.recipe.base),
-        )
+        write_adapter(self.model, self.recipe, adapter)
 
     def _keep_batch(self, batch: Step) -> Path:
         examples = [
