@@ -256,7 +256,7 @@ def test_zero_rows_and_zero_magnitudes_give_zero_and_no_nan() -> None:
     np.testing.assert_allclose(to_numpy(layer.magnitude.grad), grads.magnitude, rtol=1e-10)
     assert abs(float(layer.magnitude.grad[3])) > 1e-3  # type: ignore[index]
     assert torch.isfinite(layer.merged_weight()).all()
-    assert torch.equal(gain(torch.zeros(1), torch.zeros(1)), torch.zeros(1))
+    assert torch.equal(gain(torch.zeros(1), torch.zeros(1)).value, torch.zeros(1))
 
 
 def test_step_zero_is_exactly_the_base() -> None:

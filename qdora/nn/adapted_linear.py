@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.adapted_linear import adapted_linear
-from qdora.ops.dora import merged_weight, row_norm, squared_row_norm
+from qdora.nn.gain_cache import GainCache
+from qdora.ops.adapted_linear import adapted_linear, rounded
+from qdora.ops.dora import Gain, merged_weight, row_norm, squared_row_norm
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
@@ -74,10 +75,11 @@ class AdaptedLinear(nn.Module):
         self.magnitude: nn.Parameter | None = None
         squared = None
         if kind == "dora":
-            squared = squared_row_norm(base.dequantized(base.wide_dtype))
+            squared = squared_row_norm(base.stored_weight)
             self.magnitude = nn.Parameter(squared.sqrt())
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
+        self._gain_cache = GainCache()
 
     @property
     def in_features(self) -> int:
@@ -104,19 +106,42 @@ class AdaptedLinear(nn.Module):
             self.lora_B,
             self.scaling,
             magnitude=self.magnitude,
-            base_squared=self.base_squared,
+            gain=self.gain(x.dtype),
             dropout=self.dropout if self.training else 0.0,
         )
+
+    def gain(self, dtype: torch.dtype) -> Gain | None:
+        """g = m / ||W + s B A||_row with W A^T computed in `dtype`, detached; None for LoRA.
+
+        Computed once for each state of the parameters (nn/gain_cache.py).
+        """
+        if self.magnitude is None:
+            return None
+        return self._gain_cache.get(
+            self.lora_A, self.lora_B, self.magnitude, dtype, lambda: self._row_norm_of_products(dtype)
+        )
+
+    def _row_norm_of_products(self, dtype: torch.dtype) -> Tensor:
+        """The row norm of the numbers that the products take."""
+        factors = rounded(self.lora_A.detach(), dtype), rounded(self.lora_B.detach(), dtype)
+        return row_norm(self.base.stored_weight, *factors, self.scaling, base_squared=self.base_squared, dtype=dtype)
 
     def row_norm(self) -> Tensor:
         """||W + s B A|| of each row, (out,) float32 (float64 for a float64 base)."""
         return row_norm(
-            self.base.dequantized(self.base.wide_dtype),
+            self.base.stored_weight,
             self.lora_A,
             self.lora_B,
             self.scaling,
             base_squared=self.base_squared,
+            dtype=self.base.wide_dtype,
         )
+
+    def train(self, mode: bool = True) -> AdaptedLinear:
+        """As in `nn.Module`; also forgets the norm (see `GainCache`)."""
+        self._gain_cache.clear()
+        super().train(mode)
+        return self
 
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in) that equals this layer: merged in float32, cast once. The bias is unchanged."""
@@ -128,6 +153,7 @@ class AdaptedLinear(nn.Module):
         magnitude, squared = self.magnitude, self.base_squared
         values = None if magnitude is None else magnitude.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._gain_cache.clear()
         # A cast of the model to 16 bits must not reach m and ||W||^2 (see the class); a move of device must.
         if magnitude is not None and values is not None and self.magnitude is not None and squared is not None:
             if self.magnitude.dtype.itemsize < values.dtype.itemsize:

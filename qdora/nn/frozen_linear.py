@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qdora.ops.adapted_linear import Weight, dense_weight, frozen_linear
+from qdora.ops.adapted_linear import frozen_linear
 from qdora.ops.packed import PackedWeight, from_tensors
+from qdora.ops.tiles import Weight, dense_weight
 
 # Block scales keep their own dtype when a model is cast: `model.to(torch.bfloat16)` would round every one of them.
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
@@ -29,6 +30,7 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.block_size = 0
+        self._packed: PackedWeight | None = None
         if isinstance(weight, PackedWeight):
             self.kind: str = weight.kind
             self.block_size = weight.block_size
@@ -46,8 +48,11 @@ class FrozenLinear(nn.Module):
         """The packed form, sharing memory with this layer, or None for a dense base."""
         if self.kind == "dense":
             return None
-        tensors = {name: getattr(self, name) for name in self._names}
-        return from_tensors(self.kind, (self.out_features, self.in_features), self.block_size, tensors)
+        tensors = {name: self.get_buffer(name) for name in self._names}
+        # Kept, since checking the tensors anew at every forward costs as much as a kernel.
+        if self._packed is None or any(tensors[n] is not t for n, t in self._packed.tensors().items()):
+            self._packed = from_tensors(self.kind, (self.out_features, self.in_features), self.block_size, tensors)
+        return self._packed
 
     @property
     def stored_weight(self) -> Weight:

@@ -1,7 +1,15 @@
 """Autograd of the frozen linear map and of the adapted one (LoRA and DoRA in one function).
 
-Neither keeps a dequantised weight between forward and backward: the packed base is dequantised again where it is
-needed. Saved per call: x, the low-rank activations (tokens, rank), and for DoRA the output.
+    y = x (g W)^T + (drop(x) A^T) (s g B)^T + bias,        g = m / ||W + s B A||_row, or 1 for LoRA
+
+DoRA is LoRA on a rescaled base: the gain is multiplied into the block scales of W and into B, so no pass over the
+outputs and no rounding is added. Forward and backward read the base tile by tile and keep no dequantised weight. Saved
+per call: x, the low-rank activations (tokens, rank), and for DoRA the output, from which the gradient of m is read.
+
+Gradients, for dy of the output:
+
+    d_low = dy (s g B)      dA = d_low^T drop(x)      dB = s g (dy^T low)
+    dx = dy (g W) + drop(d_low A)                     dm_i = sum_t dy_ti (y_ti - bias_i) / m_i
 """
 
 from __future__ import annotations
@@ -12,51 +20,51 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qdora.ops.dora import gain, row_norm
-from qdora.ops.packed import PackedWeight, dequantize
+from qdora.ops.column_dot import column_dot
+from qdora.ops.dora import Gain
+from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
 from qdora.ops.split_float import split_float32
+from qdora.ops.tiles import Weight, column_tiles, row_tiles
 
-Weight = PackedWeight | Tensor
-
-# Tokens per slice of the float32 sum in the gradient of the magnitude: bounds its workspace to 2 slices.
-_TOKENS_PER_SLICE = 1024
-
-
-def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The dense (out, in) weight in `dtype`: dequantised, or the given tensor cast."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype)
+# Entries of lora_B that are scaled at a time, in float32.
+_ENTRIES_PER_SLICE = 1 << 20
 
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias with a frozen W.
 
     Args:
-        x: (..., in), a float dtype; the product runs in it.
+        x: (..., in), a float dtype; the product runs in it, or in the dtype of an active autocast.
         weight: Frozen base, (out, in), dense or packed.
         bias: (out,) or None.
     Returns:
         (..., out) in x's dtype. Differentiable with respect to x only.
     """
+    x = _autocast(x)
     flat = x.reshape(-1, x.shape[-1])
-    out: Tensor = _FrozenLinear.apply(flat, weight)  # type: ignore[no-untyped-call]
-    if bias is not None:
-        out = out + bias.to(out.dtype)
+    out: Tensor = _FrozenLinear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return x @ dense_weight(weight, x.dtype).T
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        for rows, tile in row_tiles(weight, x.dtype):
+            torch.mm(x, tile.T, out=out[:, rows])
+        return out if bias is None else out.add_(bias.to(out.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None
+            return None, None, None
         (dy,) = grads
-        return dy @ dense_weight(ctx.weight, dy.dtype), None
+        dx = dy.new_empty(dy.shape[0], ctx.weight.shape[1])
+        for columns, tile in column_tiles(ctx.weight, dy.dtype):
+            torch.mm(dy, tile, out=dx[:, columns])
+        return dx, None, None
 
 
 def adapted_linear(
@@ -68,34 +76,42 @@ def adapted_linear(
     scaling: float,
     *,
     magnitude: Tensor | None = None,
-    base_squared: Tensor | None = None,
+    gain: Gain | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """y = g * (x W^T + s (drop(x) A^T) B^T) + bias with g = m / ||W + s B A||_row, or g = 1 where magnitude is None.
+    """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, or the same with g = 1 where magnitude is None.
 
     Source: DoRA, arXiv 2402.09353, eq. 5 and sec. 4.3 (norm detached); the bias is added after the gain.
 
     Args:
-        x: (..., in); the products run in its dtype.
+        x: (..., in); the products run in its dtype, or in the dtype of an active autocast.
         weight: Frozen base W, (out, in), dense or packed.
         bias: Frozen (out,) or None.
         lora_A: (rank, in), trainable.
         lora_B: (out, rank), trainable.
         scaling: s = alpha / rank.
         magnitude: m, (out,), float32 (float64 for float64 x), trainable, or None for LoRA.
-        base_squared: ||w||^2 per row of the base, (out,), where known.
-        dropout: Probability of zeroing an element of the adapter's input, in [0, 1). The mask is drawn from torch's
-            default CPU generator as one seed per call, so that a checkpoint's recompute, which restores that
-            generator, draws the same mask; only the seed is kept.
+        gain: `ops.dora.gain` of the present values; given exactly with a magnitude.
+        dropout: Probability of zeroing an element of the adapter's input, in [0, 1). Each call draws one seed from
+            torch's default CPU generator, so that a checkpoint's recompute, which restores that generator, zeroes the
+            same elements; only the seed is kept.
     Returns:
         (..., out) in x's dtype.
     """
+    assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
+    x = _autocast(x)
     flat = x.reshape(-1, x.shape[-1])
-    seed = int(torch.randint(2**62, (), dtype=torch.int64)) if dropout > 0.0 else 0
+    seed = draw_seed() if dropout > 0.0 else 0
     out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-        flat, lora_A, lora_B, magnitude, weight, bias, base_squared, scaling, dropout, seed
+        flat, lora_A, lora_B, magnitude, *(gain or (None, None)), weight, bias, scaling, dropout, seed
     )
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype of an active autocast, as torch's own linear map would take it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,13 +125,26 @@ def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return factor.to(dtype)
 
 
-def _drop(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """x with elements zeroed and the rest scaled by 1 / (1 - dropout): the same ones for the same seed and shape."""
-    if dropout == 0.0:
-        return x
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout, generator=generator)
-    return x * keep * (1.0 / (1.0 - dropout))
+def _row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
+    """s g: what a row of B is multiplied by; (out, 1), or a number for LoRA."""
+    return scaling if gain is None else (gain * scaling).unsqueeze(1)
+
+
+def _scaled_B(lora_B: Tensor, row_factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
+    if lora_B.numel() <= _ENTRIES_PER_SLICE:
+        return _times(rounded(lora_B, dtype), row_factor, dtype)
+    scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
+    step = max(1, _ENTRIES_PER_SLICE // lora_B.shape[1])
+    for start in range(0, lora_B.shape[0], step):
+        rows = slice(start, start + step)
+        factor = row_factor if isinstance(row_factor, float) else row_factor[rows]
+        scaled[rows] = _times(rounded(lora_B[rows], dtype), factor, dtype)
+    return scaled
+
+
+def _times(values: Tensor, row_factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return (values * row_factor).to(dtype)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -126,87 +155,85 @@ class _AdaptedLinear(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         magnitude: Tensor | None,
+        gain: Tensor | None,
+        inverse_magnitude: Tensor | None,
         weight: Weight,
         bias: Tensor | None,
-        base_squared: Tensor | None,
         scaling: float,
         dropout: float,
         seed: int,
     ) -> Tensor:
         dtype = x.dtype
-        dense = dense_weight(weight, dtype)
-        a, b = rounded(lora_A, dtype), rounded(lora_B, dtype)
-        low = _drop(x, dropout, seed) @ a.T  # (tokens, rank)
-        out = x @ dense.T
-        out.addmm_(low, b.T, alpha=scaling)
-        norm = None
-        if magnitude is not None:
-            norm = row_norm(dense, a, b, scaling, base_squared=base_squared)
-            # float32 factor, one rounding of the product: a gain rounded to bf16 is off by up to 2^-9, and in the form
-            # (g - 1) rounded, small gains drown.
-            out.mul_(gain(magnitude, norm))
-        ctx.save_for_backward(x, lora_A, lora_B, magnitude, norm, low, out if magnitude is not None else None)
+        # What dropout leaves is scaled up by 1 / (1 - p): in s, where it costs nothing.
+        scaling = scaling / (1.0 - dropout)
+        with torch.autocast(x.device.type, enabled=False):
+            low = _low_rank_input(x, rounded(lora_A, dtype), dropout, seed)
+            # The small term first: the sum is then rounded once, when the base's product is added to it.
+            out = low @ _scaled_B(lora_B, _row_factor(gain, scaling), dtype).T
+            for rows, tile in row_tiles(weight, dtype, gain):
+                out[:, rows].addmm_(x, tile.T)
+        # The magnitude itself is not read again, but a change of it before the backward pass is an error.
+        ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, None if gain is None else out)
         ctx.weight = weight
         ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
-        # A new tensor: the gradient of the magnitude needs the output without its bias. Taking the bias off again
-        # would leave its rounding in its place (Qwen's key biases are hundreds of times the rest).
-        return out if bias is None else out + bias.to(dtype)
+        if bias is None:
+            return out
+        # For DoRA a new tensor: the gradient of the magnitude needs the output without its bias. Taking the bias off
+        # again would leave its rounding in its place (Qwen's key biases are hundreds of times the rest).
+        return out.add_(bias.to(dtype)) if gain is None else out + bias.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        saved = ctx.saved_tensors  # read once: under a checkpoint a second read is an error
-        x, lora_A, lora_B, magnitude, norm, low, _ = saved
-        dtype, scaling = dy.dtype, ctx.scaling
-        a, b = rounded(lora_A, dtype), rounded(lora_B, dtype)
+        # Read once: under a checkpoint a second read is an error.
+        x, lora_A, lora_B, _, gain, inverse_magnitude, low, out = ctx.saved_tensors
+        dtype = dy.dtype
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
-        dm = None
-        dz = dy
-        if magnitude is not None:
-            # In place: CUDA then needs no float32 copy of token size.
-            dz = dy.clone().mul_(gain(magnitude, norm))  # gradient before the gain
+        dx = da = db = dm = None
+        with torch.autocast(x.device.type, enabled=False):
+            row_factor = _row_factor(gain, ctx.scaling)
+            if need_x or need_a:
+                d_low = dy @ _scaled_B(lora_B, row_factor, dtype)  # (tokens, rank)
+                dx, da = _input_gradients(ctx, x, d_low, rounded(lora_A, dtype), need_x, need_a)
+            if dx is not None:
+                for columns, tile in column_tiles(ctx.weight, dtype, gain):
+                    dx[:, columns].addmm_(dy, tile)
+            if need_b:
+                # The narrow factor first: a quarter faster on a CPU than (dy^T low).
+                db = _wide(low.T @ dy).T * row_factor
             if need_m:
-                dm = _magnitude_gradient(ctx, saved, dy)
-        d_low = (dz @ b) * scaling if need_x or need_a else None  # (tokens, rank)
-        da = db = dx = None
-        if need_a:
-            assert d_low is not None
-            da = (d_low.T @ _drop(x, ctx.dropout, ctx.seed)).to(torch.promote_types(lora_A.dtype, torch.float32))
-        if need_b:
-            db = ((dz.T @ low) * scaling).to(torch.promote_types(lora_B.dtype, torch.float32))
-        if need_x:
-            assert d_low is not None
-            dx = dz @ dense_weight(ctx.weight, dtype)
-            if ctx.dropout == 0.0:
-                dx.addmm_(d_low, a)
-            else:
-                dx += _drop(d_low @ a, ctx.dropout, ctx.seed)
-        return dx, da, db, dm, None, None, None, None, None, None
+                dm = column_dot(dy, out, inverse_magnitude)
+        return dx, None if da is None else _wide(da), db, dm, None, None, None, None, None, None, None
 
 
-def _magnitude_gradient(ctx: Any, saved: tuple[Tensor, ...], dy: Tensor) -> Tensor:
-    """dm_i = sum_t dy_ti y_ti / m_i, y without bias: the output already holds what the gain multiplied.
+def _wide(gradient: Tensor) -> Tensor:
+    """float32 or wider, in which gradients accumulate."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
-    Live rows with m = 0 have lost it (y = 0), so there the product is formed again.
 
-    Returns:
-        (out,) in magnitude's dtype.
-    """
-    x, _, lora_B, magnitude, norm, low, out = saved
-    wide = magnitude.dtype
-    total = torch.zeros_like(magnitude)
-    for start in range(0, len(dy), _TOKENS_PER_SLICE):
-        rows = slice(start, start + _TOKENS_PER_SLICE)
-        total += (dy[rows].to(wide) * out[rows].to(wide)).sum(dim=0)
-    zero = magnitude == 0
-    dm = total / torch.where(zero, torch.ones_like(magnitude), magnitude)
-    lost = zero & (norm > 0)  # a pruned row (norm 0) has no gradient and stays as it is
-    if bool(lost.any()):
-        index = lost.nonzero().squeeze(1)
-        dy_rows = dy[:, index].to(wide)  # (tokens, lost)
-        weight_rows = dense_weight(ctx.weight, x.dtype)[index].to(wide)
-        inner = ((dy_rows.T @ x.to(wide)) * weight_rows).sum(dim=1)
-        inner += ctx.scaling * ((dy_rows.T @ low.to(wide)) * lora_B[index].to(wide)).sum(dim=1)
-        dm[index] = inner / norm[index]
-    return dm
+def _low_rank_input(x: Tensor, a: Tensor, dropout: float, seed: int) -> Tensor:
+    """drop(x) A^T without the factor 1 / (1 - p): (tokens, rank)."""
+    if dropout == 0.0:
+        return x @ a.T
+    low = x.new_empty(x.shape[0], a.shape[0])
+    for tokens, positions in dropped_slices(x.shape[0], x.shape[1], dropout, seed, x.device):
+        torch.mm(zeroed_(x[tokens].clone(), positions), a.T, out=low[tokens])
+    return low
+
+
+def _input_gradients(
+    ctx: Any, x: Tensor, d_low: Tensor, a: Tensor, need_x: bool, need_a: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """drop(d_low A), to which the base's part is added, and dA; the factor 1 / (1 - p) is in d_low."""
+    if ctx.dropout == 0.0:
+        return (d_low @ a if need_x else None), (d_low.T @ x if need_a else None)
+    dx = torch.empty(x.shape, dtype=d_low.dtype, device=x.device) if need_x else None
+    da = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=x.device) if need_a else None
+    for tokens, positions in dropped_slices(x.shape[0], x.shape[1], ctx.dropout, ctx.seed, x.device):
+        if dx is not None:
+            torch.mm(d_low[tokens], a, out=dx[tokens])
+            zeroed_(dx[tokens], positions)
+        if da is not None:
+            da += d_low[tokens].T @ zeroed_(x[tokens].clone(), positions)
+    return dx, da

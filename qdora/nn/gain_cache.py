@@ -1,0 +1,100 @@
+"""The row norm and gain of a DoRA layer, computed once for each state of its parameters.
+
+A, B and m change once per optimizer step. The micro-batches of a step and the recompute of a checkpoint share one norm;
+in evaluation one serves until the parameters change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from qdora.ops.dora import Gain, gain
+
+
+@dataclass
+class _Entry:
+    """Values of one state; `parameters` are held, so that no other tensor can take their identity."""
+
+    parameters: tuple[Tensor, ...]
+    states: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+    norm: Tensor
+    gain: Gain
+
+
+class GainCache:
+    """Remembers the norm and gain for the tensors lora_A, lora_B, magnitude as they are.
+
+    A state is known by the identity and address of the three tensors and by torch's version counters, which every
+    in-place change raises: a step of an optimizer, `load_state_dict`, `copy_`. bitsandbytes' kernels and writes through
+    `.data` raise none; so after the step of any `torch.optim.Optimizer`, bitsandbytes' included, the counters of its
+    parameters are raised here. Whoever writes through `.data` outside an optimizer calls `clear`; `model.train()` and
+    `model.eval()` call it, too.
+    """
+
+    def __init__(self) -> None:
+        _watch_optimizers()
+        self._entry: _Entry | None = None
+
+    def __reduce__(self) -> tuple[type[GainCache], tuple[()]]:
+        """A copy starts empty: its tensors count their versions anew and could meet an old count by chance."""
+        return GainCache, ()
+
+    def clear(self) -> None:
+        """Forget; the next call computes anew."""
+        self._entry = None
+
+    def get(
+        self, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, dtype: torch.dtype, row_norm: Callable[[], Tensor]
+    ) -> Gain:
+        """The gain of the present state.
+
+        Args:
+            lora_A, lora_B, magnitude: The layer's parameters.
+            dtype: In which W A^T is computed; another one makes another entry.
+            row_norm: Computes ||W + s B A||_row, (out,).
+        Returns:
+            Detached tensors, not to be written to.
+        """
+        parameters = (lora_A, lora_B, magnitude)
+        # Not under inference mode: its tensors cannot be saved for a later backward.
+        with torch.inference_mode(False), torch.no_grad():
+            # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept.
+            if any(isinstance(p, FakeTensor) or p.is_inference() for p in parameters):
+                return gain(magnitude, row_norm())
+            states = tuple((p.data_ptr(), p._version) for p in parameters)
+            entry = self._entry
+            if entry is None or entry.dtype != dtype or not _same(entry, parameters, states, 2):
+                norm = row_norm()
+            elif _same(entry, parameters, states, 3):
+                return entry.gain
+            else:
+                norm = entry.norm
+            self._entry = _Entry(parameters, states, dtype, norm, gain(magnitude, norm))
+            return self._entry.gain
+
+
+def _same(entry: _Entry, parameters: tuple[Tensor, ...], states: tuple[tuple[int, int], ...], count: int) -> bool:
+    """Whether the first `count` parameters are those of the entry, unchanged."""
+    held = all(old is new for old, new in zip(entry.parameters[:count], parameters[:count], strict=True))
+    return held and entry.states[:count] == states[:count]
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Once per process, when the first DoRA layer is made."""
+    register_optimizer_step_post_hook(_raise_versions)
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Say that the parameters of an optimizer have changed, whether or not its kernels said so."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(list(group["params"]))
