@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.gain_cache import GainCache
-from qdora.ops.adapted_linear import adapted_linear, rounded
+from qdora.ops.adapted_linear import adapted_linear, product_dtype, rounded
 from qdora.ops.dora import Gain, merged_weight, row_norm, squared_row_norm
 
 Kind = Literal["lora", "dora"]
@@ -106,7 +106,7 @@ class AdaptedLinear(nn.Module):
             self.lora_B,
             self.scaling,
             magnitude=self.magnitude,
-            gain=self.gain(x.dtype),
+            gain=self.gain(product_dtype(x)),
             dropout=self.dropout if self.training else 0.0,
         )
 
@@ -137,9 +137,13 @@ class AdaptedLinear(nn.Module):
             dtype=self.base.wide_dtype,
         )
 
-    def train(self, mode: bool = True) -> AdaptedLinear:
-        """As in `nn.Module`; also forgets the norm (see `GainCache`)."""
+    def parameters_changed(self) -> None:
+        """To be called after a write through `.data` outside an optimizer, which torch cannot see (see `GainCache`)."""
         self._gain_cache.clear()
+
+    def train(self, mode: bool = True) -> AdaptedLinear:
+        """As in `nn.Module`; also forgets the norm."""
+        self.parameters_changed()
         super().train(mode)
         return self
 
@@ -153,7 +157,7 @@ class AdaptedLinear(nn.Module):
         magnitude, squared = self.magnitude, self.base_squared
         values = None if magnitude is None else magnitude.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._gain_cache.clear()
+        self.parameters_changed()
         # A cast of the model to 16 bits must not reach m and ||W||^2 (see the class); a move of device must.
         if magnitude is not None and values is not None and self.magnitude is not None and squared is not None:
             if self.magnitude.dtype.itemsize < values.dtype.itemsize:

@@ -36,8 +36,8 @@ class GainCache:
     A state is known by the identity and address of the three tensors and by torch's version counters, which every
     in-place change raises: a step of an optimizer, `load_state_dict`, `copy_`. bitsandbytes' kernels and writes through
     `.data` raise none; so after the step of any `torch.optim.Optimizer`, bitsandbytes' included, the counters of its
-    parameters are raised here. Whoever writes through `.data` outside an optimizer calls `clear`; `model.train()` and
-    `model.eval()` call it, too.
+    parameters are raised here. Whoever writes through `.data` outside an optimizer calls `clear` (a layer's
+    `parameters_changed`); `model.train()` and `model.eval()` call it, too.
     """
 
     def __init__(self) -> None:
@@ -65,8 +65,10 @@ class GainCache:
             Detached tensors, not to be written to.
         """
         parameters = (lora_A, lora_B, magnitude)
-        # Not under inference mode: its tensors cannot be saved for a later backward.
-        with torch.inference_mode(False), torch.no_grad():
+        # Not under inference mode, whose tensors cannot be saved for a later backward, nor under autocast, which would
+        # run float32 sums in 16 bits.
+        no_autocast = torch.autocast(lora_A.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), no_autocast:
             # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept.
             if any(isinstance(p, FakeTensor) or p.is_inference() for p in parameters):
                 return gain(magnitude, row_norm())

@@ -40,7 +40,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     Returns:
         (..., out) in x's dtype. Differentiable with respect to x only.
     """
-    x = _autocast(x)
+    x = x.to(product_dtype(x))
     flat = x.reshape(-1, x.shape[-1])
     out: Tensor = _FrozenLinear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     return out.reshape(*x.shape[:-1], out.shape[-1])
@@ -99,7 +99,7 @@ def adapted_linear(
         (..., out) in x's dtype.
     """
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
-    x = _autocast(x)
+    x = x.to(product_dtype(x))
     flat = x.reshape(-1, x.shape[-1])
     seed = draw_seed() if dropout > 0.0 else 0
     out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
@@ -108,10 +108,10 @@ def adapted_linear(
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype of an active autocast, as torch's own linear map would take it."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the products of an input: its own, or that of an active autocast, as in torch's own linear map."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:

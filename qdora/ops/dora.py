@@ -20,8 +20,8 @@ from qdora.ops.tiles import Weight, row_tiles
 # shorter than that take the direct norm.
 CANCELLATION = 0.25
 
-# What a magnitude of exactly 0 counts as: small enough to add nothing to any sum, large enough that the output keeps its
-# digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
+# What a magnitude of exactly 0 counts as: small enough to add nothing to any sum, large enough that the output keeps
+# its digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
 _SMALLEST_MAGNITUDE = 2.0**-100
 
 

@@ -50,11 +50,12 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
     fits = budget // (other * itemsize)
     if total <= fits:
         return [slice(0, total)]
-    long, short = (_round_up(length, align) for length in (max(fits // _LONG, 1) * _LONG, _SHORT))
+    long, short = _round_up(_LONG, align), _round_up(_SHORT, align)
+    long *= fits // long
     runs, start = [], 0
     while start < total:
-        length = long if fits >= _LONG and total - start >= long else short
-        # A rest below two short runs between long ones is split evenly by the short length.
+        # What is left over by the long runs is cut into short ones.
+        length = long if 0 < long <= total - start else short
         runs.append(slice(start, min(start + length, total)))
         start += length
     return runs

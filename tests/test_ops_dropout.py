@@ -1,0 +1,62 @@
+"""Dropout by drawn positions: independent Bernoulli zeros, the same ones for the same seed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qdora.ops import dropout
+from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
+
+CPU = torch.device("cpu")
+
+
+def kept(shape: tuple[int, int], probability: float, seed: int) -> torch.Tensor:
+    """1 where an element stays."""
+    mask = torch.ones(shape)
+    for tokens, positions in dropped_slices(*shape, probability, seed, CPU):
+        zeroed_(mask[tokens], positions)
+    return mask
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.3, 0.9])
+def test_share_rows_columns_and_pairs_are_those_of_independent_zeros(probability, monkeypatch):
+    monkeypatch.setattr(dropout, "_ELEMENTS_PER_SLICE", 40_000)
+    shape = (1000, 400)
+    zeros = 1 - kept(shape, probability, 7)
+    std = math.sqrt(probability * (1 - probability))
+    # Each bound is 5 standard deviations of the estimate.
+    assert abs(float(zeros.mean()) - probability) < 5 * std / math.sqrt(zeros.numel())
+    assert float((zeros.mean(dim=1) - probability).abs().max()) < 5 * std / math.sqrt(shape[1])
+    assert float((zeros.mean(dim=0) - probability).abs().max()) < 5 * std / math.sqrt(shape[0])
+    centred = (zeros - probability) / std
+    for shift, dim in ((1, 0), (1, 1), (100, 0), (2, 1)):
+        correlation = float((centred * centred.roll(shift, dim)).mean())
+        assert abs(correlation) < 5 / math.sqrt(zeros.numel())
+    assert float(zeros.var()) == pytest.approx(std**2, rel=0.02)
+
+
+def test_a_seed_fixes_the_zeros_and_another_one_changes_them():
+    first, again, other = (kept((64, 96), 0.5, seed) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert float((first != other).float().mean()) > 0.4
+
+
+def test_positions_are_inside_for_every_size_and_none_are_drawn_without_dropout():
+    for shape in ((1, 1), (1, 7), (3, 5), (0, 4)):
+        for seed in range(20):
+            for tokens, positions in dropped_slices(*shape, 0.6, seed, CPU):
+                assert positions is not None
+                size = (tokens.stop - tokens.start) * shape[1]
+                assert bool(((positions >= 0) & (positions < size)).all())
+    assert [positions for _, positions in dropped_slices(4, 4, 0.0, 1, CPU)] == [None]
+
+
+def test_a_seed_comes_from_the_generator_that_a_checkpoint_restores():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = draw_seed(), draw_seed()
+    torch.set_rng_state(state)
+    assert draw_seed() == first != second
