@@ -115,7 +115,9 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", PAGED)
-def test_states_stay_paged_over_a_resume(name: Any, pages: dict[str, list[Tensor]]) -> None:
+def test_states_stay_paged_over_a_resume(
+    name: Any, pages: dict[str, list[Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
     num_moments = 1 if "lion" in name else 2
     first = AdapterOptimizer(parameters(columns=30_000), name=name)
     train(first, first=0, steps=2)
@@ -136,6 +138,7 @@ def test_states_stay_paged_over_a_resume(name: Any, pages: dict[str, list[Tensor
     # a second load goes into the same pages: bitsandbytes never gives one back
     second.load_state_tensors(saved(first))
     assert len(pages["made"]) == num_moments
+    assert not caplog.records  # nothing to warn of
 
 
 @pytest.mark.parametrize("name", PAGED)
