@@ -267,8 +267,14 @@ class TrainConfig(Section):
     """Passes over the combined data. Either this or steps."""
     lr: Positive = 2e-4
     """Peak learning rate. QLoRA, arXiv 2305.14314, table 9 (7B and 13B)."""
+    lr_ratio_B: Positive | None = None
+    """Learning rate of lora_B in units of lr. None: 1. LoRA+ (arXiv 2402.12354) takes 16."""
+    lr_ratio_magnitude: Positive | None = None
+    """Learning rate of the magnitudes in units of lr. None: 1."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    """Course of the learning rate after warm-up."""
+    lr_end: NotNegative = 0.0
+    """Learning rate that linear and cosine end at."""
     warmup: Warmup = 0.05
     """Steps (whole number) or share of all steps (below 1) over which the learning rate rises from 0."""
     tokens_per_step: Whole | None = None
@@ -277,12 +283,13 @@ class TrainConfig(Section):
     """Examples of an optimizer step. Either this or tokens_per_step."""
     micro_batch_tokens: MicroBatch = "auto"
     """Tokens, padding counted, of one forward pass; the rest of the step is accumulated. auto: 2,048 or max_length."""
-    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"] = "paged_adamw_8bit"
-    """AdamW with 8- or 32-bit states that can page to the host (QLoRA, arXiv 2305.14314, sec. 3), or plain torch."""
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = "paged_adamw_8bit"
+    """AdamW, or Lion (arXiv 2302.06675; its lr is 3 to 10 times smaller), with 8- or 32-bit states. paged: on CUDA they
+    can move to the host (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay of lora_A and lora_B (of all matrices under kind full); never of magnitudes."""
-    betas: Annotated[tuple[Beta, Beta], allowed("two numbers, at least 0 and below 1")] = (0.9, 0.999)
-    """Decay of Adam's two averages. Adam, arXiv 1412.6980, sec. 2."""
+    betas: Annotated[tuple[Beta, Beta], allowed("two numbers, at least 0 and below 1")] | None = None
+    """Decay of the two averages. None: 0.9, 0.999 (Adam, arXiv 1412.6980, sec. 2), or 0.9, 0.99 (Lion, sec. 5)."""
     eps: Positive = 1e-8
     """Adam's epsilon. Adam, arXiv 1412.6980, sec. 2."""
     clip: Positive | None = 1.0
@@ -296,6 +303,10 @@ class TrainConfig(Section):
     keep_checkpoints: Whole = 2
     """Checkpoints that stay on disk; older ones are removed."""
 
+    def unused(self) -> dict[str, str]:
+        found = {"eps": f"train.optimizer {self.optimizer} has none"} if "lion" in self.optimizer else {}
+        return found | ({"lr_end": "train.schedule constant does not fall"} if self.schedule == "constant" else {})
+
     def faults(self) -> Iterator[Fault]:
         for first, second in (("steps", "epochs"), ("tokens_per_step", "batch")):
             given = [name for name in (first, second) if getattr(self, name) is not None]
@@ -307,6 +318,8 @@ class TrainConfig(Section):
                 "warmup",
                 f"longer than the run, got {self.warmup} of {self.steps} steps, allowed: at most train.steps.",
             )
+        if self.lr_end > self.lr:
+            yield "lr_end", f"larger than the peak, got {self.lr_end}, allowed: at most train.lr ({self.lr})."
         micro, whole = self.micro_batch_tokens, self.tokens_per_step
         if isinstance(micro, int) and whole is not None and micro > whole:
             what = f"more than a whole step, got {micro}, allowed: at most train.tokens_per_step ({whole})."
@@ -370,6 +383,9 @@ class Recipe(Section):
             )
         if self.adapter.kind == "none" and self.train.steps != 0:
             yield "train.steps", f"nothing to train with adapter.kind none, got {self.train.steps}, allowed: 0."
+        kind = self.adapter.kind
+        parts = {"dora": (), "lora": ("lr_ratio_magnitude",)}.get(kind, ("lr_ratio_B", "lr_ratio_magnitude"))
+        yield from ignored_faults(self.train, dict.fromkeys(parts, f"adapter.kind {kind} has none"), prefix="train.")
         micro, longest = self.train.micro_batch_tokens, self.data.max_length
         if isinstance(micro, int) and micro < longest:
             what = f"smaller than the longest example, got {micro}, allowed: at least data.max_length ({longest})."

@@ -124,3 +124,32 @@ def token_nll(logits: Array, labels: NDArray[np.int64], ignore: int = -100) -> t
         total += math.log(float(np.exp(row - peak).sum())) + float(peak) - float(row[label])
         count += 1
     return total, count
+
+
+def adamw(
+    values: Array,
+    grads: list[Array],
+    lr: float,
+    decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Array:
+    """arXiv 1711.05101, algorithm 2: theta <- theta - lr decay theta - lr m_hat / (sqrt(v_hat) + eps)."""
+    theta, m, v = values.copy(), np.zeros_like(values), np.zeros_like(values)
+    for t, g in enumerate(grads, start=1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+        theta = theta - lr * decay * theta - lr * m_hat / (np.sqrt(v_hat) + eps)
+    return theta
+
+
+def lion(
+    values: Array, grads: list[Array], lr: float, decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.99)
+) -> Array:
+    """arXiv 2302.06675, algorithm 2: theta <- theta - lr (sign(b1 m + (1 - b1) g) + decay theta), m with b2 after."""
+    theta, m = values.copy(), np.zeros_like(values)
+    for g in grads:
+        theta = theta - lr * (np.sign(betas[0] * m + (1 - betas[0]) * g) + decay * theta)
+        m = betas[1] * m + (1 - betas[1]) * g
+    return theta

@@ -145,6 +145,11 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
         ("train", "warmup", 1.0, "a whole number of steps, or a share of the run below 1"),
         ("train", "warmup", -1, "a whole number of steps, or a share of the run below 1"),
         ("train", "betas", [0.9], "two numbers, at least 0 and below 1"),
+        ("train", "betas", 0.9, "two numbers, at least 0 and below 1"),
+        ("train", "lr_ratio_B", 0, "a finite number above 0"),
+        ("train", "lr_ratio_magnitude", "x", "a finite number above 0"),
+        ("train", "lr_end", -1e-5, "a finite number, 0 or more"),
+        ("train", "optimizer", "lion_8bit", "Did you mean 'paged_lion_8bit'?"),
         ("train", "betas", [0.9, 1.0], "two numbers, at least 0 and below 1"),
         ("train", "seed", -1, "a whole number from 0 to 2^63 - 1"),
         ("train", "seed", 2**63, "a whole number from 0 to 2^63 - 1"),
@@ -303,6 +308,9 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         ("data", {"mix": [{"source": "/x/set", "revision": "main"}]}, "mix[0].revision"),
         ("data", {"mix": [{"source": "x.jsonl", "split": "train"}]}, "mix[0].split"),
         ("data", {"mix": [{"task": "piqa", "validation": "test"}], "validation_fraction": 0.1}, "validation_fraction"),
+        ("train", {"optimizer": "lion", "eps": 1e-8}, "eps"),
+        ("train", {"optimizer": "paged_lion_8bit", "eps": 1e-6}, "eps"),
+        ("train", {"schedule": "constant", "lr_end": 0.0}, "lr_end"),
         ("eval", {"tasks": [], "limit": 3}, "limit"),
         ("eval", {"tasks": [], "every": 3}, "every"),
         ("eval", {"tasks": [], "at_end": True}, "at_end"),
@@ -352,6 +360,18 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
             section("train", batch=None, tokens_per_step=512, micro_batch_tokens=1024),
             "train.micro_batch_tokens: more than a whole step, got 1024, allowed: at most train.tokens_per_step (512).",
         ),
+        (
+            section("train", lr_end=3e-4),
+            "train.lr_end: larger than the peak, got 0.0003, allowed: at most train.lr (0.0",
+        ),
+        (
+            section("train", lr_ratio_B=16, lr_ratio_magnitude=1) | {"adapter": {"kind": "lora"}},
+            "train.lr_ratio_magnitude: would be ignored because adapter.kind lora has none, got 1.0, allowed: leave it",
+        ),
+        (
+            section("train", lr_ratio_B=16) | {"adapter": {"kind": "full"}, "base": {"quant": "none"}},
+            "train.lr_ratio_B: would be ignored because adapter.kind full has none, got 16.0, allowed: leave it out",
+        ),
         (section("adapter", kind="full"), "adapter.kind: full trains 16-bit weights, got base.quant nf4"),
         (section("adapter", kind="none"), "train.steps: nothing to train with adapter.kind none, got 10, allowed: 0."),
         (section("data", strategy="temperature"), "data.temperature: missing for data.strategy temperature, got None"),
@@ -391,6 +411,9 @@ def test_contradictions(data: dict[str, Any], expected: str) -> None:
         section("data", mix=[{"source": "a/x.jsonl"}, {"source": "b/x.jsonl", "name": "b"}]),
         section("train", checkpoint_every=1000, log_every=1000),
         section("train", clip=None),
+        section("train", lr_ratio_B=16, lr_ratio_magnitude=0.5, lr_end=2e-4),
+        section("train", lr_ratio_B=16, lr_ratio_magnitude=None) | {"adapter": {"kind": "lora"}},
+        section("train", optimizer="lion", betas=[0.95, 0.98], schedule="constant"),
         section("eval", tasks=["facts"]) | {"data": {"mix": [{"task": "demo/howto", "name": "facts"}]}},
         section("eval", tasks=[]),
         section("adapter", resume_from="/a", dropout=0.1),
@@ -616,8 +639,11 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     data = {"mix": mix, "strategy": strategy, **({"temperature": draw(positive)} if strategy == "temperature" else {})}
     length = draw(st.sampled_from([{"steps": 50}, {"epochs": 2.5}]))
     size = draw(st.sampled_from([{"batch": 3}, {"tokens_per_step": 4096, "micro_batch_tokens": 1024}]))
+    course = draw(st.sampled_from([{}, {"schedule": "constant"}, {"schedule": "cosine", "lr_end": 1e-300}]))
+    rates = some(lr_ratio_B=positive, **({"lr_ratio_magnitude": positive} if kind == "dora" else {}))
     train = some(
         lr=positive,
+        optimizer=st.sampled_from(["adamw", "lion", "paged_lion_8bit"]),
         warmup=st.integers(0, 50) | share,
         clip=st.none() | positive,
         betas=st.tuples(share, share).map(list),
@@ -629,7 +655,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         "base": {"quant": quant, **draw(block), **draw(skip)},
         "adapter": {"kind": kind, **(draw(adapter) if kind != "full" else {})},
         "data": data,
-        "train": {**length, **size, **draw(train)},
+        "train": {**length, **size, **draw(train), **course, **(draw(rates) if kind != "full" else {})},
         **draw(some(eval=some(tasks=st.just([labels[0]]), limit=whole, every=whole), trackers=st.just(["wandb"]))),
     }
 

@@ -1,9 +1,9 @@
-"""AdamW on bf16 storage: no update is lost, states survive, the arithmetic is Adam's."""
+"""AdamW and Lion on bf16 storage: no update is lost, the arithmetic is that of the papers, each part has its rate."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,13 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from torch import nn
+from torch import Tensor, nn
 
 from qdora.ops.split_float import join_float32, split_float32
-from qdora.train.optimizer import AdapterOptimizer
+from qdora.train import optimizer as optimizer_module
+from qdora.train.optimizer import AdapterOptimizer, OptimizerName
 from qdora.train.schedule import learning_rate
-from tests import tiny
+from tests import reference, tiny
 
+NAMES = get_args(OptimizerName)
 DTYPES = (torch.bfloat16, torch.float32)
 FINITE = st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False)
 
@@ -42,23 +44,14 @@ def test_split_keeps_signed_zero_and_denormals() -> None:
     assert torch.equal(joined.view(torch.int32), master.view(torch.int32))
 
 
-def adam(values: np.ndarray, grads: list[np.ndarray], lr: float, decay: float) -> np.ndarray:
-    """AdamW in float64, written out: arXiv 1711.05101, algorithm 2."""
-    theta, m, v = values.astype(np.float64), 0.0, 0.0
-    for t, g in enumerate(grads, start=1):
-        g = g.astype(np.float64)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        theta = theta - lr * decay * theta - lr * step
-    return theta
-
-
 def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Two matrices that get 8-bit states, one too small for them, and a magnitude that is long enough for them."""
     generator = torch.Generator().manual_seed(0)
     return {
-        "a": nn.Parameter((torch.randn(4, 1500, generator=generator) * 0.02).to(dtype)),
-        "b": nn.Parameter(torch.zeros(3, 4, dtype=dtype)),
-        "magnitude": nn.Parameter(torch.rand(6, generator=generator) + 0.5),
+        "up.lora_A": nn.Parameter((torch.randn(4, 1500, generator=generator) * 0.02).to(dtype)),
+        "up.lora_B": nn.Parameter((torch.randn(1500, 4, generator=generator) * 0.02).to(dtype)),
+        "up.magnitude": nn.Parameter(torch.rand(5000, generator=generator) + 0.5),
+        "down.lora_B": nn.Parameter((torch.randn(3, 4, generator=generator) * 0.02).to(dtype)),
     }
 
 
@@ -67,42 +60,160 @@ def gradient_list(shape: torch.Size, steps: int, seed: int) -> list[np.ndarray]:
     return [rng.normal(size=tuple(shape)).astype(np.float32) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("name", ["adamw", "paged_adamw_32bit"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_follows_float64_adamw_whatever_the_storage(name: Any, dtype: torch.dtype) -> None:
-    params = parameters(dtype)
-    start = {key: p.detach().float().numpy().copy() for key, p in params.items()}
-    grads = {key: gradient_list(p.shape, 200, seed) for seed, (key, p) in enumerate(params.items())}
-    optimizer = AdapterOptimizer(params, name=name, weight_decay=0.1)
-    for step in range(200):
-        for key, p in params.items():
-            p.grad = torch.from_numpy(grads[key][step])
-        optimizer.step(1e-4)
+def train(optimizer: AdapterOptimizer, *, steps: int, lr: float = 1e-3, first: int = 0) -> dict[str, list[np.ndarray]]:
+    """Steps `first` to `first + steps` of random gradients, the same for the same step; returns them."""
+    used: dict[str, list[np.ndarray]] = {key: [] for key in optimizer.parameters}
+    for step in range(first, first + steps):
+        for seed, (key, p) in enumerate(optimizer.parameters.items()):
+            used[key] += gradient_list(p.shape, 1, 1000 * step + seed)
+            p.grad = torch.from_numpy(used[key][-1])
+        optimizer.step(lr)
         optimizer.zero_grad()
+    return used
+
+
+def expected(name: str, start: Tensor, grads: list[np.ndarray], **settings: Any) -> np.ndarray:
+    rule = reference.lion if "lion" in name else reference.adamw
+    return rule(start.detach().double().numpy(), [g.astype(np.float64) for g in grads], **settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_follows_the_paper_in_float64_whatever_the_storage(name: Any, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    start = {key: p.detach().clone() for key, p in params.items()}
+    optimizer = AdapterOptimizer(params, name=name, weight_decay=0.1)
+    grads = train(optimizer, steps=60, lr=1e-4)
     for key, p in params.items():
-        expected = adam(start[key], grads[key], 1e-4, 0.0 if key == "magnitude" else 0.1)
-        np.testing.assert_allclose(optimizer.master(key).double().numpy(), expected, atol=2e-6)
-        assert p.dtype == (torch.float32 if key == "magnitude" else dtype)
+        decay = 0.0 if key == "up.magnitude" else 0.1
+        wanted = expected(name, start[key], grads[key], lr=1e-4, decay=decay)
+        got = optimizer.master(key).double().numpy()
+        if "8bit" in name and key in ("up.lora_A", "up.lora_B"):
+            assert np.abs(got - wanted).max() > 2e-6  # the states are rounded, see the next test
+        else:
+            np.testing.assert_allclose(got, wanted, atol=2e-6, rtol=0)
+        assert p.dtype == (torch.float32 if key == "up.magnitude" else dtype)
         if p.dtype == torch.bfloat16:
             assert torch.equal(p.detach(), split_float32(optimizer.master(key))[0])
         else:
             assert torch.equal(p.detach(), optimizer.master(key))
 
 
-def test_bf16_storage_equals_float32_storage_bit_for_bit_in_the_master() -> None:
+# Mean error of the way after 20 steps plus 5 standard deviations over 20 seeds: 4 x 1500 normal numbers, blocks of 256.
+@pytest.mark.parametrize("name, bound", [("paged_adamw_8bit", 0.0172), ("paged_lion_8bit", 0.0654)])
+def test_8_bit_states_follow_the_paper_as_far_as_their_rounding_allows(name: Any, bound: float) -> None:
+    for seed in range(3):
+        start = torch.randn(4, 1500, generator=torch.Generator().manual_seed(seed)) * 0.02
+        p = nn.Parameter(start.clone())
+        optimizer = AdapterOptimizer({"lora_A": p}, name=name, weight_decay=0.1)
+        grads = train(optimizer, steps=1, first=100 * seed)["lora_A"]
+        wanted = expected(name, start, grads, lr=1e-3, decay=0.1)
+        np.testing.assert_allclose(p.detach().double().numpy(), wanted, atol=1e-7)  # nothing has been rounded yet
+        grads += train(optimizer, steps=19, first=100 * seed + 1)["lora_A"]
+        way = expected(name, start, grads, lr=1e-3, decay=0.1) - start.double().numpy()
+        assert reference.relative_error((p.detach() - start).double().numpy(), way) < bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_storage_equals_float32_storage_bit_for_bit_in_the_master(name: Any) -> None:
     short, long = parameters(torch.bfloat16), parameters(torch.float32)
     with torch.no_grad():
         for key in short:
             long[key].copy_(short[key].float())
-    optimizers = [AdapterOptimizer(p, name="adamw") for p in (short, long)]
-    for step in range(50):
-        for params, optimizer in zip((short, long), optimizers, strict=True):
-            for seed, p in enumerate(params.values()):
-                p.grad = torch.from_numpy(gradient_list(p.shape, 1, 100 * step + seed)[0])
-            optimizer.step(3e-5)
+    optimizers = [
+        AdapterOptimizer(p, name=name, weight_decay=0.1, lr_ratios={"lora_B": 4.0, "magnitude": 0.5})
+        for p in (short, long)
+    ]
+    for optimizer in optimizers:
+        train(optimizer, steps=30, lr=3e-5)
     for key in short:
         assert torch.equal(optimizers[0].master(key), optimizers[1].master(key))
         assert not torch.equal(short[key].float(), parameters(torch.bfloat16)[key].float())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_each_kind_of_parameter_has_its_rate(name: Any) -> None:
+    params = parameters(torch.bfloat16)
+    start = {key: p.detach().clone() for key, p in params.items()}
+    ratios = {"lora_B": 16.0, "magnitude": 0.25}
+    optimizer = AdapterOptimizer(params, name=name, weight_decay=0.5, lr_ratios=ratios)
+    grads = train(optimizer, steps=10, lr=1e-4)
+    for key, lr, decay in (
+        ("up.lora_A", 1e-4, 0.5),
+        ("up.lora_B", 1.6e-3, 0.5),
+        ("down.lora_B", 1.6e-3, 0.5),
+        ("up.magnitude", 2.5e-5, 0.0),
+    ):
+        wanted = expected(name, start[key], grads[key], lr=lr, decay=decay)
+        np.testing.assert_allclose(optimizer.master(key).double().numpy(), wanted, atol=1e-6, rtol=0, err_msg=key)
+
+
+def test_a_ratio_for_no_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match="lr_ratios: lora_C names no parameter; allowed: lora_A, lora_B, magnitude"):
+        AdapterOptimizer(parameters(torch.bfloat16), lr_ratios={"lora_C": 2.0, "lora_B": 2.0})
+
+
+def test_full_fine_tuning_decays_every_matrix_and_no_vector() -> None:
+    params = {
+        "embed.weight": nn.Parameter(torch.ones(5, 4)),
+        "q_proj.weight": nn.Parameter(torch.ones(4, 4).bfloat16()),
+        "q_proj.bias": nn.Parameter(torch.ones(4).bfloat16()),
+        "norm.weight": nn.Parameter(torch.ones(4)),
+    }
+    optimizer = AdapterOptimizer(params, weight_decay=0.5)
+    for p in params.values():
+        p.grad = torch.zeros(p.shape)
+    optimizer.step(0.1)
+    for key in params:
+        wanted = 0.95 if key in ("embed.weight", "q_proj.weight") else 1.0
+        torch.testing.assert_close(optimizer.master(key), torch.full(params[key].shape, wanted), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_updated_parameter_has_a_new_version_and_no_other(name: Any, dtype: torch.dtype) -> None:
+    """What is computed from a parameter once (its row norm) is kept until the version changes."""
+    params = parameters(dtype)
+    optimizer = AdapterOptimizer(params, name=name)
+    before = {key: (p._version, p.detach().clone()) for key, p in params.items()}
+    for key, p in params.items():
+        p.grad = None if key == "up.lora_A" else torch.ones(p.shape)
+    optimizer.step(1e-3)
+    for key, p in params.items():
+        version, value = before[key]
+        if key == "up.lora_A":
+            assert p._version == version
+            assert torch.equal(p, value)
+        else:
+            assert p._version > version, key
+            assert not torch.equal(p, value), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_updated_one_by_one_are_those_updated_together(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = AdapterOptimizer(parameters(torch.bfloat16), name=name, weight_decay=0.1)
+    monkeypatch.setattr(optimizer_module, "_GROUP_ELEMENTS", 6000)
+    alone = AdapterOptimizer(parameters(torch.bfloat16), name=name, weight_decay=0.1)
+    assert [group.keys for group in together._groups] == [["up.lora_A", "up.lora_B", "down.lora_B"], ["up.magnitude"]]
+    assert [group.keys for group in alone._groups] == [["up.lora_A"], ["up.lora_B"], ["up.magnitude"], ["down.lora_B"]]
+    held = []
+    for group in alone._groups:
+        group.inner.register_step_pre_hook(
+            lambda *_: held.append([key for key, m in alone._masters.items() if m.numel() and key in alone._residuals])
+        )
+    for optimizer in (together, alone):
+        train(optimizer, steps=3)
+    assert held[:4] == [["up.lora_A"], ["up.lora_B"], [], ["down.lora_B"]]
+    for key in together.parameters:
+        assert torch.equal(together.master(key), alone.master(key)), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_decay_is_not_left_to_the_kernels(name: Any) -> None:
+    """bitsandbytes' CUDA kernels decay after the update (AdamW) or through the gradient (32-bit Lion before 0.50)."""
+    optimizer = AdapterOptimizer(parameters(torch.bfloat16), name=name, weight_decay=0.1)
+    given = [group["weight_decay"] for each in optimizer._groups for group in each.inner.param_groups]
+    assert given == [0.0, 0.0]
 
 
 def test_a_layer_trains_bit_for_bit_alike_whatever_its_storage() -> None:
@@ -146,58 +257,6 @@ def test_small_steps_are_not_lost_as_they_are_in_plain_bf16() -> None:
     assert (ours["m"] != start).all()
 
 
-@pytest.mark.parametrize("name", ["adamw", "paged_adamw_8bit", "paged_adamw_32bit"])
-def test_state_survives_a_round_trip_bit_for_bit(name: Any) -> None:
-    def advance(optimizer: AdapterOptimizer, first: int, steps: int) -> None:
-        for step in range(first, first + steps):
-            for seed, p in enumerate(optimizer.parameters.values()):
-                p.grad = torch.from_numpy(gradient_list(p.shape, 1, 1000 * step + seed)[0])
-            optimizer.step(1e-3)
-            optimizer.zero_grad()
-
-    whole = AdapterOptimizer(parameters(torch.bfloat16), name=name)
-    advance(whole, 0, 6)
-    first = AdapterOptimizer(parameters(torch.bfloat16), name=name)
-    advance(first, 0, 3)
-    saved = {key: tensor.clone() for key, tensor in first.state_tensors().items()}
-    second_parameters = {key: nn.Parameter(p.detach().clone()) for key, p in first.parameters.items()}
-    second = AdapterOptimizer(second_parameters, name=name)
-    second.load_state_tensors(saved)
-    advance(second, 3, 3)
-    for key in whole.parameters:
-        assert torch.equal(whole.master(key), second.master(key))
-    for key, tensor in whole.state_tensors().items():
-        assert torch.equal(tensor, second.state_tensors()[key]), key
-    if name == "paged_adamw_8bit":
-        assert whole.state_tensors()["state/a/state1"].dtype == torch.uint8
-        assert whole.state_tensors()["state/magnitude/exp_avg"].dtype == torch.float32
-
-
-def test_state_of_other_parameters_is_refused() -> None:
-    optimizer = AdapterOptimizer(parameters(torch.bfloat16), name="adamw")
-    with pytest.raises(ValueError, match="residual/a is missing; residual/b is missing; state/z/step belongs"):
-        optimizer.load_state_tensors({"state/z/step": torch.zeros(())})
-    with pytest.raises(ValueError, match="float16"):
-        AdapterOptimizer({"x": nn.Parameter(torch.zeros(2, 2, dtype=torch.float16))})
-
-
-@pytest.mark.parametrize("name", ["adamw", "paged_adamw_8bit"])
-def test_a_missing_or_mis_shaped_state_is_refused(name: Any) -> None:
-    optimizer = AdapterOptimizer(parameters(torch.bfloat16), name=name)
-    for p in optimizer.parameters.values():
-        p.grad = torch.ones(p.shape)
-    optimizer.step(1e-3)
-    whole = {key: tensor.clone() for key, tensor in optimizer.state_tensors().items()}
-    moment = "exp_avg" if name == "adamw" else "state1"
-    fresh = AdapterOptimizer(parameters(torch.bfloat16), name=name)
-    with pytest.raises(ValueError, match="does not fit"):
-        fresh.load_state_tensors({key: t for key, t in whole.items() if key != f"state/a/{moment}"})
-    with pytest.raises(ValueError, match="does not fit"):
-        fresh.load_state_tensors(whole | {f"state/a/{moment}": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match="state/b is missing"):
-        fresh.load_state_tensors({key: t for key, t in whole.items() if not key.startswith("state/b/")})
-
-
 def test_gradients_accumulate_in_float32() -> None:
     params = {"a": nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))}
     AdapterOptimizer(params, name="adamw")
@@ -229,3 +288,7 @@ def test_learning_rates_by_hand() -> None:
     rates = [learning_rate(s, 5, peak=3.0, schedule="constant", warmup=0.3) for s in range(5)]
     assert rates == pytest.approx([1.5, 3.0, 3.0, 3.0, 3.0])
     assert learning_rate(0, 3, peak=1.0, schedule="linear", warmup=100) == pytest.approx(1 / 3)
+    rates = [learning_rate(s, 4, peak=1.0, schedule="linear", warmup=0, end=0.2) for s in range(4)]
+    assert rates == pytest.approx([1.0, 0.8, 0.6, 0.4])
+    rates = [learning_rate(s, 5, peak=1.0, schedule="cosine", warmup=1, end=0.2) for s in range(5)]
+    assert rates == pytest.approx([1.0, 1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5)])

@@ -64,6 +64,20 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert states[0] == states[1]
 
 
+def start_magnitudes(root: Path) -> dict[str, torch.Tensor]:
+    """The magnitudes before the first step, by their name in an adapter file."""
+    from qdora.verbs.assemble import choose_compute, find_model, load_base, put_adapters
+
+    recipe = tiny_run.recipe(root)
+    base = load_base(recipe, find_model(recipe)[0], choose_compute("float32"))
+    put_adapters(base, recipe)
+    return {
+        f"base_model.model.{name.removesuffix('.magnitude')}.lora_magnitude_vector": p.detach()
+        for name, p in base.named_parameters()
+        if name.endswith("magnitude")
+    }
+
+
 def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
     for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "log.txt", "adapter/adapter_config.json"):
         assert (whole / name).is_file(), name
@@ -130,16 +144,29 @@ def test_magnitudes_move_in_bf16_storage_and_the_base_does_not(root: Path, whole
     assert len(magnitudes) == 14
     assert all(tensor.dtype == torch.float32 for tensor in magnitudes.values())
     assert all(tensor.dtype == torch.bfloat16 for name, tensor in trained.items() if name not in magnitudes)
-    from qdora.verbs.assemble import choose_compute, find_model, load_base, put_adapters
-
-    recipe = tiny_run.recipe(root)
-    base = load_base(recipe, find_model(recipe)[0], choose_compute("float32"))
-    put_adapters(base, recipe)
-    start = {name: p for name, p in base.named_parameters() if name.endswith("magnitude")}
+    start = start_magnitudes(root)
     assert len(start) == 14
     for name, value in start.items():
-        moved = magnitudes[f"base_model.model.{name.removesuffix('.magnitude')}.lora_magnitude_vector"] != value
-        assert moved.float().mean() >= 0.99, name
+        assert (magnitudes[name] != value).float().mean() >= 0.99, name
+
+
+def test_rates_of_the_parts_and_the_end_of_the_schedule_reach_the_optimizer(root: Path, tmp_path: Path) -> None:
+    """Two steps of Lion, each of which moves an entry by its rate, up or down, or not at all."""
+    rates = {"lr": 1e-3, "lr_end": 5e-4, "warmup": 0, "lr_ratio_B": 4.0, "lr_ratio_magnitude": 0.5}
+    changes = {f"train__{key}": value for key, value in rates.items()}
+    recipe = tiny_run.recipe(root, **changes, train__steps=2, train__optimizer="lion", eval__tasks=[], eval__limit=...)
+    train_run(recipe, tmp_path / "run")
+    assert [line["lr"] for line in timeless(tmp_path / "run")] == pytest.approx([1e-3, 7.5e-4])
+    trained = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    magnitudes = start_magnitudes(root)
+    for part, ratio, atol in (("lora_B.weight", 4.0, 7e-3 / 2**8), ("lora_magnitude_vector", 0.5, 1e-6)):  # B in bf16
+        steps = {ratio * (first * 1e-3 + second * 7.5e-4) for first in (-1, 0, 1) for second in (-1, 0, 1)}
+        names = [name for name in trained if name.endswith(part)]
+        assert len(names) == 14
+        for name in names:
+            way = trained[name].double() - magnitudes.get(name, torch.zeros(())).double()
+            assert float(torch.stack([(way - step).abs() for step in steps]).amin(dim=0).max()) < atol, name
+            assert float(way.abs().max()) == pytest.approx(ratio * 1.75e-3, rel=0.01), name
 
 
 def test_nan_loss_stops_with_the_state_before_it_and_the_batch(

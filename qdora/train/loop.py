@@ -30,7 +30,7 @@ class FitSettings:
 
     Attributes:
         num_steps: Optimizer steps of the whole run.
-        lr, schedule, warmup: As in train/schedule.py.
+        lr, schedule, warmup, lr_end: Peak, course, warm-up and end, as in train/schedule.py.
         clip: Largest gradient norm, or None.
         checkpoint_every: Steps between checkpoints, or None for only the last.
         evaluate_every: Steps between evaluations, or None.
@@ -41,6 +41,7 @@ class FitSettings:
     lr: float
     schedule: ScheduleName
     warmup: int | float
+    lr_end: float = 0.0
     clip: float | None = 1.0
     checkpoint_every: int | None = None
     evaluate_every: int | None = None
@@ -92,7 +93,12 @@ def fit(
         before, random_before = loader.state_dict(), torch.get_rng_state()
         batch = loader.next_step()
         lr = learning_rate(
-            step, settings.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
+            step,
+            settings.num_steps,
+            peak=settings.lr,
+            schedule=settings.schedule,
+            warmup=settings.warmup,
+            end=settings.lr_end,
         )
         fault = None
         try:

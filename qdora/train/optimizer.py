@@ -1,4 +1,4 @@
-"""AdamW for adapters stored in bf16, with no update lost to rounding.
+"""AdamW and Lion for adapters stored in bf16, with no update lost to rounding.
 
 A bf16 parameter keeps the 16 bits that bf16 drops in an int16 beside it (ops/split_float.py). At each step the two are
 joined to float32, updated there and split again, so training runs as with float32 parameters while the layers read
@@ -8,7 +8,8 @@ bf16. Gradients arrive and accumulate in float32 (`Tensor.grad_dtype`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import bitsandbytes as bnb
@@ -17,28 +18,50 @@ from torch import Tensor, nn
 
 from qdora.ops.split_float import join_float32, split_float32
 
-OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"]
+OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
 logger = logging.getLogger("qdora")
 
 # Constants of bitsandbytes' 8-bit format; they are made anew, not stored.
 _NOT_STORED = ("qmap1", "qmap2")
 
+# Parameters that are in float32 at the same time while they are updated: 64 MiB of them (or one, if that is larger).
+_GROUP_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that are updated together: all matrices or all vectors, at one rate."""
+
+    keys: list[str]
+    inner: torch.optim.Optimizer
+    lr_ratio: float
+    weight_decay: float
+
 
 class AdapterOptimizer:
-    """AdamW over named parameters, stored in bf16 or float32.
+    """AdamW or Lion over named parameters, stored in bf16 or float32.
 
-    Matrices take the named optimizer. Vectors (magnitudes, biases, norms) always take torch's AdamW with float32
-    states and no weight decay: 8-bit states start at 4,096 elements in bitsandbytes, and a magnitude has one number a
+    AdamW: arXiv 1711.05101, algorithm 2. Lion: arXiv 2302.06675, algorithm 2 (sec. 5 there: its rate is 3 to 10 times
+    smaller than AdamW's, its decay that much larger). The decay is decoupled, p <- (1 - lr * weight_decay) p before the
+    update, and done here: bitsandbytes' kernels do it in other ways on other devices (its issues 1992 and 2010).
+
+    Matrices take the named optimizer. Vectors (magnitudes, biases, norms) take the same one with float32 states, never
+    paged, and no weight decay: 8-bit states start at 4,096 elements in bitsandbytes, and a magnitude has one number a
     row that must not be quantised away.
 
     Args:
         parameters: Path -> trainable parameter, bf16 or float32.
-        name: paged_adamw_8bit, paged_adamw_32bit (bitsandbytes; paged on CUDA, the same arithmetic unpaged
-            elsewhere) or adamw (torch, fused).
-        lr, betas, eps, weight_decay: AdamW, arXiv 1711.05101.
+        name: paged_adamw_8bit, paged_adamw_32bit, paged_lion_8bit (bitsandbytes; paged on CUDA, the same arithmetic
+            unpaged elsewhere), lion (bitsandbytes, 32-bit) or adamw (torch, fused).
+        lr: Learning rate; `step` takes the one that counts.
+        lr_ratios: Last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv 2402.12354);
+            1 for all others.
+        betas: Decay of the averages; None: 0.9, 0.999 for AdamW and 0.9, 0.99 for Lion, as in their papers.
+        eps: Of AdamW; Lion has none.
+        weight_decay: Of matrices.
     Raises:
-        ValueError: For another storage dtype.
+        ValueError: For another storage dtype, or a ratio that belongs to no parameter.
     """
 
     def __init__(
@@ -47,7 +70,8 @@ class AdapterOptimizer:
         *,
         name: OptimizerName = "adamw",
         lr: float = 2e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr_ratios: Mapping[str, float] | None = None,
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
@@ -63,29 +87,38 @@ class AdapterOptimizer:
                 self._masters[key] = parameter
             else:
                 raise ValueError(f"{key} is stored in {parameter.dtype}; allowed: bfloat16, float32.")
-        matrices = [key for key, parameter in self.parameters.items() if parameter.ndim >= 2]
-        vectors = [key for key, parameter in self.parameters.items() if parameter.ndim < 2]
-        self._inner: list[tuple[list[str], torch.optim.Optimizer]] = []
-        options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
-        if matrices:
-            masters = [self._masters[key] for key in matrices]
-            self._inner.append((matrices, _matrix_optimizer(name, masters, options | {"weight_decay": weight_decay})))
-        if vectors:
-            masters = [self._masters[key] for key in vectors]
-            self._inner.append((vectors, torch.optim.AdamW(masters, **options, weight_decay=0.0, fused=True)))
+        options: dict[str, Any] = {"lr": lr, "betas": betas or ((0.9, 0.99) if _is_lion(name) else (0.9, 0.999))}
+        if not _is_lion(name):
+            options["eps"] = eps
+        self._groups: list[_Group] = []
+        for keys, is_matrix, ratio in _grouped(self.parameters, lr_ratios or {}):
+            inner = _inner_optimizer(name, [self._masters[key] for key in keys], is_matrix, options)
+            self._groups.append(_Group(keys, inner, ratio, weight_decay if is_matrix else 0.0))
+        if name.startswith("paged") and not any(_can_page(p) for p in self.parameters.values()):
+            logger.warning("%s: no CUDA here, so its states are not paged; the arithmetic is the same.", name)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update with learning rate `lr`; parameters without a gradient stay as they are.
 
-        Meanwhile all parameters are there in float32 (4 bytes each), when activations are not.
+        Meanwhile some parameters (2^24 elements, or the largest one) are there in float32.
         """
-        self._join()
-        for _, inner in self._inner:
-            for group in inner.param_groups:
-                group["lr"] = lr
-            inner.step()
-        self._split()
+        for group in self._groups:
+            keys = [key for key in group.keys if self.parameters[key].grad is not None]
+            if not keys:
+                continue
+            rate = lr * group.lr_ratio
+            self._join(keys)
+            if group.weight_decay:
+                for key in keys:
+                    self._masters[key].mul_(1.0 - rate * group.weight_decay)
+            for inner_group in group.inner.param_groups:
+                inner_group["lr"] = rate
+            group.inner.step()
+            self._split(keys)
+            # Neither bitsandbytes nor torch's fused AdamW says that it has written into a parameter, and what was
+            # computed from the old value (a cached row norm) is told from the version.
+            torch.autograd.graph.increment_version([self.parameters[key] for key in keys])
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -94,13 +127,10 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients together, a float32 scalar."""
+        """Euclidean norm of all gradients together, a float32 scalar on their device (0 where there are none)."""
         grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        if not grads:
-            return torch.zeros(())
-        norms = torch.stack([torch.linalg.vector_norm(g.float()) for g in grads])
-        total: Tensor = torch.linalg.vector_norm(norms)
-        return total
+        # A few kernels on CUDA, not one a parameter.
+        return torch.nn.utils.get_total_norm(grads)
 
     @torch.no_grad()
     def scale_gradients_(self, factor: Tensor | float) -> None:
@@ -117,9 +147,9 @@ class AdapterOptimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resume needs beside the parameters: 'residual/<path>' and 'state/<path>/<name>'."""
         tensors = {f"residual/{key}": residual for key, residual in self._residuals.items()}
-        for keys, inner in self._inner:
-            for key in keys:
-                for name, value in inner.state.get(self._masters[key], {}).items():
+        for group in self._groups:
+            for key in group.keys:
+                for name, value in group.inner.state.get(self._masters[key], {}).items():
                     if name not in _NOT_STORED:
                         stored = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
                         tensors[f"state/{key}/{name}"] = stored.detach()
@@ -127,24 +157,29 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state_tensors` gave. bitsandbytes' states are made first and filled, so they stay paged.
+        """Take back what `state_tensors` gave, into states that bitsandbytes has made itself, so they stay paged.
+
+        Its own `load_state_dict` would put the stored tensors in their place, which are in pageable memory no more.
 
         Raises:
-            ValueError: If a tensor is missing, unknown or of another shape: all of them at once.
+            ValueError: If a tensor is missing, unknown or of another shape or dtype: the first five of them at once.
         """
-        self._check_names(tensors)
-        for key, residual in self._residuals.items():
-            residual.copy_(tensors[f"residual/{key}"])
-        self._join()
-        for keys, inner in self._inner:
-            for index, key in enumerate(keys):
-                prefix = f"state/{key}/"
-                stored = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-                if stored:
-                    _load_state(inner, self._masters[key], index, stored)
-        self._split()
+        faults = self._name_faults(tensors)
+        if not faults:
+            for key, residual in self._residuals.items():
+                residual.copy_(tensors[f"residual/{key}"])
+            for group in self._groups:
+                for index, key in enumerate(group.keys):
+                    prefix = f"state/{key}/"
+                    stored = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                    if stored:
+                        self._join([key])
+                        faults += _load_state(group.inner, self._masters[key], index, stored, where=f"state/{key}")
+                        self._release(key)
+        if faults:
+            raise ValueError("optimizer state does not fit these parameters: " + "; ".join(faults[:5]))
 
-    def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
+    def _name_faults(self, tensors: Mapping[str, Tensor]) -> list[str]:
         prefixes = [f"state/{key}/" for key in self.parameters]
         faults = [f"residual/{key} is missing" for key in self._residuals if f"residual/{key}" not in tensors]
         for name, tensor in tensors.items():
@@ -160,60 +195,102 @@ class AdapterOptimizer:
         started = [key for key in self.parameters if any(n.startswith(f"state/{key}/") for n in tensors)]
         if started:
             faults += [f"state/{key} is missing" for key in self.parameters if key not in started]
-        if faults:
-            raise ValueError("optimizer state does not fit these parameters: " + "; ".join(faults[:5]))
+        return faults
 
-    def _join(self) -> None:
-        for key, residual in self._residuals.items():
-            parameter, master = self.parameters[key], self._masters[key]
-            master.data = join_float32(parameter.detach(), residual)
-            master.grad = parameter.grad
+    def _join(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key in self._residuals:
+                parameter, master = self.parameters[key], self._masters[key]
+                master.data = join_float32(parameter.detach(), self._residuals[key])
+                master.grad = parameter.grad
 
-    def _split(self) -> None:
-        for key, residual in self._residuals.items():
+    def _split(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key in self._residuals:
+                high, low = split_float32(self._masters[key].detach())
+                self.parameters[key].copy_(high)
+                self._residuals[key].copy_(low)
+                self._release(key)
+
+    def _release(self, key: str) -> None:
+        if key in self._residuals:
             master = self._masters[key]
-            high, low = split_float32(master.detach())
-            self.parameters[key].copy_(high)
-            residual.copy_(low)
             master.grad = None
-            master.data = torch.empty(0, device=high.device)
+            master.data = torch.empty(0, device=master.device)
 
 
-def _matrix_optimizer(
-    name: OptimizerName, masters: list[nn.Parameter], options: dict[str, Any]
+def _grouped(
+    parameters: Mapping[str, nn.Parameter], lr_ratios: Mapping[str, float]
+) -> list[tuple[list[str], bool, float]]:
+    """(keys, whether they are matrices, rate in units of lr), in order, at most _GROUP_ELEMENTS elements (or one key).
+
+    Every parameter is updated by itself, so what stands beside it in a group changes nothing.
+    """
+    parts = {key.rpartition(".")[2] for key in parameters}
+    unknown = [part for part in lr_ratios if part not in parts]
+    if unknown:
+        raise ValueError(f"lr_ratios: {', '.join(unknown)} names no parameter; allowed: {', '.join(sorted(parts))}.")
+    groups: list[tuple[list[str], bool, float]] = []
+    newest: dict[tuple[bool, float], list[str]] = {}
+    sizes: dict[tuple[bool, float], int] = {}
+    for key, parameter in parameters.items():
+        kind = (parameter.ndim >= 2, lr_ratios.get(key.rpartition(".")[2], 1.0))
+        if kind not in newest or sizes[kind] + parameter.numel() > _GROUP_ELEMENTS:
+            newest[kind], sizes[kind] = [], 0
+            groups.append((newest[kind], *kind))
+        newest[kind].append(key)
+        sizes[kind] += parameter.numel()
+    return groups
+
+
+def _is_lion(name: OptimizerName) -> bool:
+    return name in ("paged_lion_8bit", "lion")
+
+
+def _can_page(parameter: Tensor) -> bool:
+    return parameter.device.type == "cuda"
+
+
+def _inner_optimizer(
+    name: OptimizerName, masters: list[nn.Parameter], is_matrix: bool, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(masters, **options, fused=True)
-    bits = 8 if name == "paged_adamw_8bit" else 32
-    if masters[0].device.type == "cuda":
-        paged: torch.optim.Optimizer = (bnb.optim.PagedAdamW8bit if bits == 8 else bnb.optim.PagedAdamW32bit)(
-            masters, **options
-        )
-        return paged
-    logger.warning("%s: no CUDA here, so its states are not paged; the arithmetic is the same.", name)
-    plain: torch.optim.Optimizer = (bnb.optim.AdamW8bit if bits == 8 else bnb.optim.AdamW32bit)(masters, **options)
-    return plain
+    made: torch.optim.Optimizer
+    if name == "lion" or (_is_lion(name) and not is_matrix):
+        made = bnb.optim.Lion32bit(masters, **options, weight_decay=0.0)
+    elif name == "adamw" or not is_matrix:
+        made = torch.optim.AdamW(masters, **options, weight_decay=0.0, fused=True)
+    else:
+        paged, plain = {
+            "paged_adamw_8bit": (bnb.optim.PagedAdamW8bit, bnb.optim.AdamW8bit),
+            "paged_adamw_32bit": (bnb.optim.PagedAdamW32bit, bnb.optim.AdamW32bit),
+            "paged_lion_8bit": (bnb.optim.PagedLion8bit, bnb.optim.Lion8bit),
+        }[name]
+        made = (paged if _can_page(masters[0]) else plain)(masters, **options, weight_decay=0.0)
+    return made
 
 
-def _load_state(inner: torch.optim.Optimizer, master: nn.Parameter, index: int, stored: dict[str, Tensor]) -> None:
-    names = {"step", "exp_avg", "exp_avg_sq"}
+def _load_state(
+    inner: torch.optim.Optimizer, master: nn.Parameter, index: int, stored: dict[str, Tensor], where: str
+) -> list[str]:
+    """Copy a parameter's stored state into the state that a first step would make; what does not fit, in words."""
     if isinstance(inner, torch.optim.AdamW):
-        if stored.keys() != names or any(stored[n].shape != master.shape for n in names - {"step"}):
-            raise ValueError(f"optimizer state does not fit a parameter of {tuple(master.shape)}: {sorted(stored)}")
-        inner.state[master] = {
-            name: tensor.to(torch.float32 if name == "step" else tensor.dtype).to(master.device).clone()
-            for name, tensor in stored.items()
-        }
-        return
-    inner.init_state(inner.param_groups[0], master, 0, index)  # type: ignore[attr-defined]
+        zeros = torch.zeros_like(master)
+        step = torch.zeros((), dtype=torch.float32, device=master.device)
+        inner.state[master] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    elif not inner.state.get(master):
+        inner.init_state(inner.param_groups[0], master, 0, index)  # type: ignore[attr-defined]
     state = inner.state[master]
-    shapes = {
-        name: value.shape for name, value in state.items() if isinstance(value, Tensor) and name not in _NOT_STORED
-    }
-    if shapes != {name: tensor.shape for name, tensor in stored.items() if name != "step"} or "step" not in stored:
-        raise ValueError(f"optimizer state does not fit a parameter of {tuple(master.shape)}: {sorted(stored)}")
+    names = [name for name in state if name not in _NOT_STORED]
+    faults = [f"{where}/{name} is missing" for name in names if name not in stored]
     for name, tensor in stored.items():
-        if isinstance(state[name], Tensor):
-            state[name].copy_(tensor)
-        else:
+        place = state[name] if name in names else None
+        if place is None:
+            faults.append(f"{where}/{name} is no part of this optimizer's state")
+        elif not isinstance(place, Tensor):
             state[name] = int(tensor)
+        elif (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+            got, wanted = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, place))
+            faults.append(f"{where}/{name} is {got}, not {wanted}")
+        else:
+            place.copy_(tensor)
+    return faults

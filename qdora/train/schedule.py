@@ -13,11 +13,13 @@ def warmup_steps(warmup: int | float, num_steps: int) -> int:
     return math.ceil(warmup * num_steps) if isinstance(warmup, float) else warmup
 
 
-def learning_rate(step: int, num_steps: int, *, peak: float, schedule: ScheduleName, warmup: int | float) -> float:
+def learning_rate(
+    step: int, num_steps: int, *, peak: float, schedule: ScheduleName, warmup: int | float, end: float = 0.0
+) -> float:
     """The rate of optimizer step `step` (from 0) of `num_steps`.
 
-    Warm-up rises linearly and reaches `peak` at its last step; linear and cosine fall from there to 0 at the end of the
-    run, reached one step after the last, so no step is spent at rate 0.
+    Warm-up rises linearly and reaches `peak` at its last step; linear and cosine fall from there to `end` at the end of
+    the run, reached one step after the last, so no step is spent at rate 0.
 
     Args:
         step: 0 to num_steps - 1.
@@ -25,6 +27,7 @@ def learning_rate(step: int, num_steps: int, *, peak: float, schedule: ScheduleN
         peak: Largest rate.
         schedule: linear, cosine (half a period, arXiv 1608.03983 without restarts) or constant.
         warmup: Steps (int) or share of the run (float below 1).
+        end: Rate that linear and cosine end at.
     """
     warm = min(warmup_steps(warmup, num_steps), num_steps)
     if step < warm:
@@ -32,4 +35,5 @@ def learning_rate(step: int, num_steps: int, *, peak: float, schedule: ScheduleN
     if schedule == "constant":
         return peak
     progress = (step - warm) / max(1, num_steps - warm)
-    return peak * ((1 - progress) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+    share = (1 - progress) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return end + (peak - end) * share

@@ -121,6 +121,7 @@ class _Job:
                 adapter_parameters(model),
                 name=settings.optimizer,
                 lr=settings.lr,
+                lr_ratios=_lr_ratios(recipe),
                 betas=settings.betas,
                 eps=settings.eps,
                 weight_decay=settings.weight_decay,
@@ -166,6 +167,7 @@ class _Job:
             lr=train.lr,
             schedule=train.schedule,
             warmup=train.warmup,
+            lr_end=train.lr_end,
             clip=train.clip,
             checkpoint_every=train.checkpoint_every,
             evaluate_every=self.recipe.eval.every,
@@ -271,6 +273,12 @@ class _Job:
 
 
 _SHOWN_COUNTS = ("num_trainable", "num_layers")
+
+
+def _lr_ratios(recipe: Recipe) -> dict[str, float]:
+    """Last part of a parameter's path -> its learning rate in units of train.lr, where the recipe sets one."""
+    given = {"lora_B": recipe.train.lr_ratio_B, "magnitude": recipe.train.lr_ratio_magnitude}
+    return {part: ratio for part, ratio in given.items() if ratio is not None}
 
 
 def _num_steps(recipe: Recipe, loader: StepLoader) -> int:
