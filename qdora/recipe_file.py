@@ -19,7 +19,8 @@ import yaml
 from pydantic import ValidationError
 
 from qdora.access_tokens import masked, token_paths
-from qdora.config import Recipe, has_file_ending, is_path
+from qdora.config import Recipe
+from qdora.data_config import has_file_ending, is_path
 from qdora.errors import UserError, nearest
 from qdora.recipe_faults import container, dotted, fault_lines, is_section, one_line, shown, unknown_key
 from qdora.section import Section

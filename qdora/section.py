@@ -56,7 +56,7 @@ Warmup = Annotated[
     BeforeValidator(_as_number),
     allowed("a whole number of steps, or a share of the run below 1"),
 ]
-MicroBatch = Annotated[
+AutoTokens = Annotated[
     Literal["auto"] | Annotated[int, Strict(), Field(ge=1)], allowed("auto, or a whole number of tokens", "auto")
 ]
 Flag = Annotated[bool, Strict(), allowed("true or false")]

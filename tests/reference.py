@@ -153,3 +153,31 @@ def lion(
         theta = theta - lr * (np.sign(betas[0] * m + (1 - betas[0]) * g) + decay * theta)
         m = betas[1] * m + (1 - betas[1]) * g
     return theta
+
+
+def head_nll(
+    hidden: Array,
+    weight: Array,
+    labels: NDArray[np.int64],
+    bias: Array | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Array, Array]:
+    """Per token -log softmax(logits)[label] and its gradient by the hidden state, by the chain rule, entry by entry.
+
+    z_v = w_v . h + b_v, logit_v = c tanh(scale z_v / c), or scale z_v without a softcap c.
+    """
+    nll, gradient = np.zeros(len(hidden)), np.zeros_like(hidden)
+    for t in range(len(hidden)):
+        logits, slopes = [], []
+        for v in range(len(weight)):
+            scaled = scale * (float(weight[v] @ hidden[t]) + (0.0 if bias is None else float(bias[v])))
+            logits.append(scaled if softcap is None else softcap * math.tanh(scaled / softcap))
+            slopes.append(scale if softcap is None else scale / math.cosh(scaled / softcap) ** 2)
+        peak = max(logits)
+        total = sum(math.exp(each - peak) for each in logits)
+        nll[t] = math.log(total) + peak - logits[labels[t]]
+        for v in range(len(weight)):
+            by_logit = math.exp(logits[v] - peak) / total - (1.0 if v == labels[t] else 0.0)
+            gradient[t] += by_logit * slopes[v] * weight[v]
+    return nll, gradient

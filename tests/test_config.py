@@ -15,8 +15,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qdora.config import COMMONSENSE_TASKS, DEMO_TASKS, TASKS, Recipe, is_path
+from qdora.config import Recipe
 from qdora.data.demo import families
+from qdora.data_config import COMMONSENSE_TASKS, DEMO_TASKS, TASKS, is_path
 from qdora.errors import UserError
 from qdora.recipe_file import (
     apply_overrides,
@@ -154,6 +155,9 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
         ("train", "seed", -1, "a whole number from 0 to 2^63 - 1"),
         ("train", "seed", 2**63, "a whole number from 0 to 2^63 - 1"),
         ("train", "micro_batch_tokens", "auot", "auto, or a whole number of tokens. Did you mean 'auto'?"),
+        ("memory", "loss_chunk", "auot", "auto, or a whole number of tokens. Did you mean 'auto'?"),
+        ("memory", "loss_chunk", 0, "auto, or a whole number of tokens"),
+        ("memory", "loss_chunk", True, "auto, or a whole number of tokens"),
         ("train", "optimizer", "paged_adamw", "Did you mean 'paged_adamw_8bit'?"),
         ("data", "max_length", 1, "a whole number of tokens, 2 or more"),
         ("model", "source", 7, "text of one line"),
@@ -436,6 +440,7 @@ def test_overrides_reach_sections_lists_and_tables() -> None:
             "train.lr=1e-4",
             "data.mix[0].limit=5",
             "memory.checkpointing=false",
+            "memory.loss_chunk=256",
             "adapter.rank_pattern.model.layers.0.q_proj=8",
             "adapter.targets=all-linear",
             "train.clip=null",
@@ -448,6 +453,7 @@ def test_overrides_reach_sections_lists_and_tables() -> None:
     assert recipe.train.lr == 1e-4
     assert recipe.data.mix[0].limit == 5
     assert recipe.memory.checkpointing is False
+    assert recipe.memory.loss_chunk == 256
     assert recipe.adapter.rank_pattern == {"model.layers.0.q_proj": 8}
     assert recipe.adapter.targets == "all-linear"
     assert recipe.train.clip is None
@@ -657,6 +663,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         "data": data,
         "train": {**length, **size, **draw(train), **course, **(draw(rates) if kind != "full" else {})},
         **draw(some(eval=some(tasks=st.just([labels[0]]), limit=whole, every=whole), trackers=st.just(["wandb"]))),
+        **draw(some(memory=some(checkpointing=st.booleans(), loss_chunk=st.just("auto") | whole))),
     }
 
 

@@ -27,12 +27,14 @@ COMMON = {
     "atomic_files",
     "checkpoint_files",
     "config",
+    "data_config",
     "environment",
     "errors",
     "recipe_faults",
     "recipe_file",
     "record",
     "section",
+    "train_config",
 }
 
 

@@ -297,6 +297,25 @@ def test_out_of_memory_keeps_the_state_and_the_next_try_may_use_smaller_micro_ba
     assert timeless(tmp_path / "run")[3]["loss"] == pytest.approx(timeless(whole)[3]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("setting, chunk", [("auto", None), (3, 3)])
+def test_the_recipe_says_how_many_tokens_have_logits_at_once(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Any, chunk: int | None
+) -> None:
+    real, chunks = loop.batch_loss, []
+
+    def spying(*args: Any) -> Any:
+        chunks.append(args[4])
+        return real(*args)
+
+    monkeypatch.setattr(loop, "batch_loss", spying)
+    train_run(
+        tiny_run.recipe(root, memory__loss_chunk=setting, train__steps=2, eval__tasks=[], eval__limit=...), tmp_path
+    )
+    assert chunks
+    assert set(chunks) == {chunk}
+    assert timeless(tmp_path)[0]["loss"] == pytest.approx(timeless(whole)[0]["loss"], rel=1e-6)
+
+
 def test_after_a_nan_the_learning_rate_may_be_lowered(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from qdora.config import is_path
 from qdora.data.example import Example
 from qdora.data.files import Rows, missing, read_rows, split_file, split_names
 from qdora.data.formats import examples_of_rows
 from qdora.data.hub import HUB_TASKS, hub_task_rows, load_hub_rows
 from qdora.data.tasks import TEMPLATES, RowFault, example_of_row
+from qdora.data_config import is_path
 from qdora.errors import UserError, nearest
 
 SPLITS = ("train", "validation", "test")

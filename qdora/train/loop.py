@@ -35,6 +35,7 @@ class FitSettings:
         checkpoint_every: Steps between checkpoints, or None for only the last.
         evaluate_every: Steps between evaluations, or None.
         log_every: Steps between lines of metrics; the last step always has one.
+        loss_chunk: Labelled tokens whose logits exist at once, or None for as many as make 128 MiB.
     """
 
     num_steps: int
@@ -46,6 +47,7 @@ class FitSettings:
     checkpoint_every: int | None = None
     evaluate_every: int | None = None
     log_every: int = 1
+    loss_chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def fit(
         )
         fault = None
         try:
-            metrics = _gradient_of_step(model, batch, device)
+            metrics = _gradient_of_step(model, batch, device, settings.loss_chunk)
         except RuntimeError as error:
             fault = _cannot_compute(error)
             metrics = {"loss": math.nan}
@@ -128,13 +130,14 @@ def fit(
         _after_step(model, done, settings, hooks, stop)
 
 
-def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device) -> Metrics:
+def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device, loss_chunk: int | None = None) -> Metrics:
     """Accumulate the gradient of the step's loss into the parameters; its numbers, with the NLL per task."""
     names = batch.micro_batches[0].task_names
     nll = torch.zeros(len(names), dtype=torch.float32, device=device)
     tokens = torch.zeros(len(names), dtype=torch.int64)
     for micro in batch.micro_batches:
-        loss = batch_loss(model, micro.input_ids.to(device), micro.attention_mask.to(device), micro.labels)
+        input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
+        loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk)
         (loss.nll_sum / batch.num_label_tokens).backward()  # type: ignore[no-untyped-call]
         nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from qdora.ops.loss import token_nll
+from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
+
+logger = logging.getLogger(__name__)
+
+# What each model does to its logits, learnt from its first labelled batch; None: not known.
+_FORMS: WeakKeyDictionary[nn.Module, LogitForm | None] = WeakKeyDictionary()
+# Peak bytes of a logit where all exist at once: 16 bits, and float32 ones of the widening, the log-softmax and its
+# gradient.
+_PLAIN_BYTES = 14
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,15 @@ class BatchLoss:
     example_tokens: Tensor
 
 
-def batch_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> BatchLoss:
+def batch_loss(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, chunk: int | None = None
+) -> BatchLoss:
     """Run the model and sum the NLL of labels[:, 1:] given the tokens before them.
 
-    Only the labelled positions reach the output head, so an answer of 5 tokens after a prompt of 200 costs 5 rows of
-    logits, whatever the architecture does to its logits afterwards (scaling, soft capping).
+    Only the labelled positions count, so an answer of 5 tokens after a prompt of 200 costs 5 rows of logits, and of
+    those only a chunk exists at once. For that the model's head is left out: its inputs are kept, and the head and what
+    the model does to its output are done here. A model's first batch is compared with the model's own logits; where
+    they differ, this batch is run again, and from then on all labelled positions go through the model, with a warning.
 
     Args:
         model: A transformers causal LM.
@@ -40,6 +53,7 @@ def batch_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labe
         attention_mask: (batch, length), 1 on real tokens, on the model's device.
         labels: (batch, length) int64, -100 where a token does not count; not shifted. Left on the CPU, no position is
             looked up on the GPU, which would make the host wait for it.
+        chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
     Returns:
         BatchLoss; a batch without a labelled token gives a zero sum.
     """
@@ -47,23 +61,69 @@ def batch_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labe
     wanted[:, :-1] = labels[:, 1:] != -100
     rows, columns = (index.to(input_ids.device) for index in wanted.nonzero(as_tuple=True))
     targets = labels[:, 1:][wanted[:, :-1]].to(input_ids.device)
-    with _select_before_head(model, rows, columns):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    nll = token_nll(logits.reshape(-1, logits.shape[-1]), targets)  # (num_labelled,)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    nll = _chunked(model, inputs, rows, columns, targets, chunk)  # (num_labelled,)
+    if nll is None:
+        nll = _plain(model, inputs, rows, columns, targets)
     zeros = torch.zeros(len(labels), dtype=nll.dtype, device=nll.device)
     return BatchLoss(nll.sum(), zeros.index_add(0, rows, nll.detach()), wanted.sum(dim=1))
 
 
-@contextmanager
-def _select_before_head(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """While active, the output head sees only the positions (rows[i], columns[i]), as (1, n, hidden)."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+def _chunked(
+    model: nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tensor, targets: Tensor, chunk: int | None
+) -> Tensor | None:
+    """NLL of the labelled positions without the model's logits, or None where those cannot be reproduced."""
+    known = model in _FORMS
+    form = _FORMS.get(model, LogitForm())
+    if form is None:
+        return None
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    random = None if known else _random_state(rows.device)
+    with tapped(head, rows, columns, probing=not known) as tap:
+        logits = model(**inputs).logits
+    if not known and len(targets):
+        form = learn_form(model, head, tap, logits, targets)
+        _FORMS[model] = form
+        if form is None:
+            _warn(model, len(targets), logits)
+            assert random is not None
+            _restore_random_state(random, rows.device)  # as if the model had run once: a resumed run draws the same
+            return None
+    return head_nll(head, tap.hidden, targets, form, chunk)
+
+
+def _plain(model: nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
+    """NLL of the labelled positions from the model's own logits, all of them at once."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
 
     def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][rows, columns].unsqueeze(0), *args[1:])
 
     hook = head.register_forward_pre_hook(select)
     try:
-        yield
+        logits = model(**inputs).logits
     finally:
         hook.remove()
+    return token_nll(logits.reshape(-1, logits.shape[-1]), targets)
+
+
+def _warn(model: nn.Module, num_tokens: int, logits: Tensor) -> None:
+    config = getattr(model, "config", None)
+    logger.warning(
+        "%s: what this model does to its logits is not known here, so memory.loss_chunk has no effect: the logits of "
+        "all labelled tokens exist at once, about %.2f GiB for the %d of this micro-batch.",
+        getattr(config, "model_type", type(model).__name__),
+        num_tokens * logits.shape[-1] * _PLAIN_BYTES / 2**30,
+        num_tokens,
+    )
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _restore_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

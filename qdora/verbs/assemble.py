@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.config import DataConfig, Recipe, SourceConfig
+from qdora.config import Recipe
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix, make_mix
 from qdora.data.sources import SourceSpec, has_split, load_mix, load_source
 from qdora.data.tokenize import TokenizedSet, tokenize_all
+from qdora.data_config import DataConfig, SourceConfig
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.config import COMMONSENSE_TASKS, TASKS
 from qdora.data.example import Example
+from qdora.data_config import COMMONSENSE_TASKS, TASKS
 from qdora.errors import UserError, nearest
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate

@@ -160,7 +160,7 @@ class _Job:
         return self._summary()
 
     def _fit(self, optimizer: AdapterOptimizer, start: int) -> None:
-        train = self.recipe.train
+        train, chunk = self.recipe.train, self.recipe.memory.loss_chunk
         self._start_trackers()
         settings = FitSettings(
             num_steps=self.num_steps,
@@ -172,6 +172,7 @@ class _Job:
             checkpoint_every=train.checkpoint_every,
             evaluate_every=self.recipe.eval.every,
             log_every=train.log_every,
+            loss_chunk=None if chunk == "auto" else chunk,
         )
         hooks = Hooks(
             write_metrics=self._write_metrics,

@@ -1,0 +1,192 @@
+"""What a model does behind its last hidden state, learnt from its own logits, and the loss without those logits.
+
+Models differ behind their output head: Gemma caps its logits, Granite divides them, Cohere multiplies them, others will
+do what nobody has thought of. What the config says is taken for a proposal; what the model does decides.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.chunked_loss import auto_chunk, chunked_nll
+from qdora.ops.loss import token_nll
+
+# Fields of transformers' configs. A scale may be multiplied with (Cohere, Falcon-H1) or divided by (Granite), and
+# HyperCLOVA X multiplies with a field that bears Granite's name: both are tried.
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
+# Positions that show what follows the head, each also with its hidden state many times as large: a cap of 30 leaves no
+# trace in logits near 1.
+_PROBED = 4
+_PROBE_FACTORS = (1.0, 16.0, 256.0)
+# Logits of the checkpointed route: two 16-bit copies, and float32 ones of the widening, the log-softmax and its
+# gradient.
+_CHECKPOINTED_BYTES = 16
+
+
+@dataclass(frozen=True)
+class LogitForm:
+    """logits = softcap * tanh(scale * z / softcap), z the output of the head; scale * z without a softcap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, z: Tensor) -> Tensor:
+        """The logits, in float32 (float64 for float64); z itself where nothing is done to it."""
+        if self == LogitForm():
+            return z
+        scaled = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+
+@dataclass
+class Tap:
+    """What went into the output head during one forward pass.
+
+    Attributes:
+        hidden: (num_labelled, hidden) states of all labelled positions, with their graph.
+        probe: (num_probed, hidden) states that the head was given in their place; detached.
+        raw: (num_probed, vocabulary) output of the head, before anything that the model does to it; detached.
+        num_calls: How often the model called its head.
+    """
+
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    probe: Tensor = field(default_factory=lambda: torch.empty(0))
+    raw: Tensor = field(default_factory=lambda: torch.empty(0))
+    num_calls: int = 0
+
+
+@contextmanager
+def tapped(head: nn.Module, rows: Tensor, columns: Tensor, *, probing: bool) -> Iterator[Tap]:
+    """While active, the head's inputs at (rows[i], columns[i]) are kept; it sees a few of them, as (1, n, hidden).
+
+    Args:
+        head: Called by the model with (batch, length, hidden).
+        rows, columns: (num_labelled,) int64, on the model's device.
+        probing: Give the head what `learn_form` needs; else the first position alone, so that the model's forward has
+            something to work on.
+    """
+    tap = Tap()
+
+    def take(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        tap.num_calls += 1
+        tap.hidden = args[0][rows, columns]
+        first = tap.hidden.detach()[: _PROBED if probing else 1]
+        tap.probe = torch.cat([first * factor for factor in _PROBE_FACTORS]) if probing else first
+        return (tap.probe.unsqueeze(0), *args[1:])
+
+    def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        tap.raw = output.detach()[0]
+
+    hooks = [head.register_forward_pre_hook(take)]
+    if probing:
+        hooks.append(head.register_forward_hook(keep))
+    try:
+        yield tap
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targets: Tensor) -> LogitForm | None:
+    """What the model made of its head's output, or None where that, or the head itself, is not reproduced.
+
+    The form whose logits are nearest to the model's is taken if it differs by no more than rounding; then the loss of
+    the same positions must be that of the model's logits.
+
+    Args:
+        model: Its config proposes forms.
+        head: Its output head.
+        tap: Of a forward pass with `probing`.
+        logits: The model's, (1, num_probed, vocabulary).
+        targets: (num_labelled,) int64.
+    """
+    if tap.num_calls != 1 or logits.shape != (1, *tap.raw.shape):
+        return None
+    given = logits[0]
+    largest = given.abs().amax(dim=1).double()
+    rounding = 4 * max(torch.finfo(dtype).eps for dtype in (tap.raw.dtype, given.dtype))
+
+    def error(form: LogitForm) -> float:
+        difference = (form.apply(tap.raw) - given).abs().amax(dim=1).double()
+        return float((difference / largest.clamp_min(1e-30)).max())  # NaN compares as neither small nor smaller
+
+    errors = {form: error(form) for form in _proposals(getattr(model, "config", None))}
+    form = min(errors, key=errors.__getitem__)
+    if not errors[form] <= rounding:
+        return None
+    labels = targets[: len(tap.probe) // len(_PROBE_FACTORS)].repeat(len(_PROBE_FACTORS))
+    if not _is_frozen_linear(head):
+        return form  # the loss goes through the module itself
+    ours = head_nll(head, tap.probe, labels, form, None)
+    allowed = max(rounding, 1e-4) * largest  # 1e-4: sums in another order
+    return form if bool(((ours - token_nll(given, labels)).abs() <= allowed).all()) else None
+
+
+def _proposals(config: Any) -> list[LogitForm]:
+    """Every scale of the config, its inverse, and 1, with every softcap and none.
+
+    Those of the config first: they win where a head of zeros makes all of them equal.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        found = [getattr(config, name, None) for name in names]
+        return [float(each) for each in found if isinstance(each, int | float) and each > 0]
+
+    scales = [*(each for number in numbers(_SCALES) for each in (number, 1.0 / number)), 1.0]
+    softcaps = [*numbers(_SOFTCAPS), None]
+    return [LogitForm(scale, softcap) for scale, softcap in itertools.product(scales, softcaps)]
+
+
+def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, chunk: int | None) -> Tensor:
+    """NLL of each token from its last hidden state, the logits made a chunk at a time.
+
+    A frozen linear head takes `chunked_nll`: one pass. Through any other one (adapted, trained whole, of a class of its
+    own) each chunk is run under a checkpoint and once more in the backward pass, so its parameters get gradients.
+
+    Args:
+        head: The model's output head.
+        hidden: (num_tokens, hidden).
+        targets: (num_tokens,) int64.
+        form: From `learn_form`.
+        chunk: Tokens whose logits exist at once; None: as many as make `CHUNK_BYTES`.
+    Returns:
+        (num_tokens,) float32, nats.
+    """
+    if _is_frozen_linear(head):
+        weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
+        return chunked_nll(
+            hidden,
+            weight,  # type: ignore[arg-type]
+            targets,
+            bias=head.bias,  # type: ignore[arg-type]
+            scale=form.scale,
+            softcap=form.softcap,
+            chunk=chunk,
+        )
+    if chunk is None:
+        chunk = auto_chunk(int(getattr(head, "out_features", 2**16)), _CHECKPOINTED_BYTES)
+
+    def nll_of(part: Tensor, labels: Tensor) -> Tensor:
+        return token_nll(form.apply(head(part)), labels)
+
+    parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+    return torch.cat([checkpoint(nll_of, part, labels, use_reentrant=False) for part, labels in parts])
+
+
+def _is_frozen_linear(head: nn.Module) -> bool:
+    """Whether the head is h W^T + bias and nothing else, with nothing to train."""
+    linear = isinstance(head, FrozenLinear) or type(head) is nn.Linear
+    replaced = "forward" in vars(head)  # as accelerate's offloading does
+    return linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters())
