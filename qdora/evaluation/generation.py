@@ -21,7 +21,7 @@ from qdora.data.encode import encode_batch, special_prefix
 from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.evaluation.answers import answer_names, first_mention, generation_faults
-from qdora.evaluation.forward_path import ForwardPath, find_path, context_length
+from qdora.evaluation.forward_path import ForwardPath, context_length, find_path
 from qdora.evaluation.greedy import decode_greedily
 from qdora.evaluation.metrics import Estimate, macro_average, mean_stderr
 from qdora.evaluation.spans import Progress
