@@ -40,6 +40,9 @@ def test_a_storage_counts_once_and_until_its_last_view_dies(live: LiveBytes) -> 
     del half
     assert live.live_bytes == 0
     assert live.peak_bytes == 540
+    kept = torch.empty(1)
+    live.reset_peak()
+    assert live.peak_bytes == kept.element_size()
 
 
 def test_writes_in_place_and_into_buffers_are_no_new_memory(live: LiveBytes) -> None:
@@ -145,6 +148,7 @@ def test_registered_tensors_and_modules_and_only_those(live: LiveBytes) -> None:
         assert other.live_by_label == {"base": 56, "adapter": 16}
     del frozen
     assert other.live_bytes == 0
+    assert other.live_by_label == {}
 
 
 def test_labels_tell_what_is_alive_at_the_peak(live: LiveBytes) -> None:
@@ -175,10 +179,18 @@ def test_gradients_of_registered_modules_count(live: LiveBytes) -> None:
     assert other.live_bytes == 2 * 15 * 4
 
 
-def test_the_meta_device_takes_no_memory() -> None:
+def test_the_meta_device_takes_no_memory(live: LiveBytes) -> None:
+    made = torch.empty(100, device="meta") + 1.0
+    live.register(made, "other")
+    assert live.peak_bytes == 0
+
+
+def test_a_sparse_tensor_is_passed_over() -> None:
     with LiveBytes() as live:
-        torch.empty(100, device="meta") + 1.0
-        assert live.peak_bytes == 0
+        dense = torch.ones(2, 2)
+        sparse = dense.to_sparse()
+        assert sparse.sum() == 4
+        live.register(sparse, "other")
 
 
 def test_real_inputs_of_a_fake_operation() -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -42,10 +41,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     the operation that makes it until its last owner lets go of it; operations that custom autograd functions and the
     autograd engine run are among them. Real and fake tensors count alike, tensors on the meta device not at all.
 
-    Not seen: tensors from before, unless they are registered; what a kernel allocates and frees within one operation
-    (its workspace); the rounding up and fragmentation of an allocator; a storage resized behind torch's operations,
-    until it is written again or `live_bytes` is read. While any such mode is active, autograd sums two gradients of one
-    tensor into a third, where it would else add in place: up to one such tensor more than without.
+    Not seen: tensors from before, unless they are registered; sparse ones; what a kernel allocates and frees within one
+    operation (its workspace); the rounding up and fragmentation of an allocator; a storage resized behind torch's
+    operations, until it is written again or `live_bytes` is read. While any such mode is active, autograd sums two
+    gradients of one tensor into a third, where it would else add in place: up to one such tensor more than without.
 
     Args:
         label: Of what is made outside `label` blocks.
@@ -170,10 +169,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storage(tensor: Tensor) -> UntypedStorage | None:
-    """The memory behind a tensor, or None where it has none: on the meta device (which a fake tensor's is, too)."""
-    if tensor.device.type == "meta" or (tensor.is_meta and not isinstance(tensor, FakeTensor)):
-        return None
-    if tensor.layout != torch.strided:
+    """The memory behind a tensor; None for one on the meta device, and for a sparse one, which has several."""
+    # A fake tensor says which device it stands for; its storage is always on meta.
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
         return None
     return tensor.untyped_storage()
 
