@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from qdora.model.inject import frozen_layers, inject, replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import PackedWeight, quantize
+from qdora.ops.tiles import Weight
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -93,23 +94,31 @@ def layer(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> nn.Module:
-    """One layer of a contender in training mode, on an NF4 base with double quantisation; every parameter moved off
-    its start (B random, magnitudes off by up to 10 %). Bases of one seed and shape are the same.
-    """
+    """`layer_on` a random weight, in NF4 with double quantisation. Bases of one seed and shape are the same."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).to(device, torch.bfloat16)
-    if contender.engine == "dense":
-        return FrozenLinear(weight).train()
-    packed = quantize(weight, "nf4", 64, double_quant=True)
+    dense = contender.engine == "dense"
+    return layer_on(weight if dense else quantize(weight, "nf4", 64, double_quant=True), contender, rank, seed=seed)
+
+
+def layer_on(base: Weight, contender: Contender, rank: int, *, seed: int = 0) -> nn.Module:
+    """One layer of a contender in training mode, on a base of its own kind; every parameter moved off its start (B
+    random, magnitudes off by up to 10 %).
+
+    Args:
+        base: (out, in), packed, or dense for the "dense" contender. PEFT takes a copy of its packed bytes.
+    """
     if contender.kind is None:
-        return FrozenLinear(packed).train()
+        return FrozenLinear(base).train()
+    assert isinstance(base, PackedWeight)
+    out_features, in_features = base.shape
     model: Any = nn.ModuleDict({"proj": nn.Linear(in_features, out_features, bias=False, device="meta")})
     if contender.engine == "own":
-        model["proj"] = FrozenLinear(packed)
+        model["proj"] = FrozenLinear(base)
         adapt(model, contender, rank, targets=("proj",))
         adapted: nn.Module = model["proj"]
     else:
-        model["proj"] = linear4bit(packed, torch.bfloat16)
+        model["proj"] = linear4bit(base, torch.bfloat16)
         adapted = adapt(model, contender, rank, targets=("proj",)).base_model.model["proj"]
     move_parameters_(adapted, seed)
     return adapted.train()
@@ -202,15 +211,15 @@ def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
     )
 
 
-def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = None) -> Any:
-    """bitsandbytes' layer on a copy of the packed bytes, computing in `dtype`."""
+def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = None, *, copy: bool = True) -> Any:
+    """bitsandbytes' layer on a copy of the packed bytes, or on the bytes themselves, computing in `dtype`."""
     rows, columns = packed.shape
     new = bnb.nn.Linear4bit(
         columns, rows, bias=bias is not None, compute_dtype=dtype, quant_type=packed.kind, device="meta"
     )
     state = quant_state(packed, dtype)
     new.weight = bnb.nn.Params4bit(
-        packed.packed.clone().view(-1, 1),
+        (packed.packed.clone() if copy else packed.packed).view(-1, 1),
         requires_grad=False,
         quant_state=state,
         blocksize=packed.block_size,

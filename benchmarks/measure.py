@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from qdora.environment import cpu_name, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
+Reading = TypeVar("Reading")
 PACKAGES = ("qdora", "torch", "transformers", "bitsandbytes", "peft")
 
 
@@ -27,26 +29,39 @@ def in_turns(
     warmup: int = 1,
     synchronize: Callable[[], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each repeat of each function. They alternate, each round beginning one later: whatever slows the
-    machine for a while slows all of them, and none always follows the same other.
+    """Seconds of each repeat of each function, `alternating`.
 
     Args:
         synchronize: Called before each reading of the clock (torch.cuda.synchronize).
     """
-    names = list(functions)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def seconds_of(function: Callable[[], Any]) -> float:
+        if synchronize is not None:
+            synchronize()
+        began = time.perf_counter()
+        function()
+        if synchronize is not None:
+            synchronize()
+        return time.perf_counter() - began
+
+    return alternating({name: partial(seconds_of, each) for name, each in functions.items()}, repeats, warmup=warmup)
+
+
+def alternating(
+    readings: Mapping[str, Callable[[], Reading]], repeats: int, *, warmup: int = 1
+) -> dict[str, list[Reading]]:
+    """What each function returned in each repeat. They alternate, each round beginning one later: whatever slows the
+    machine for a while slows all of them, and none always follows the same other.
+    """
+    names = list(readings)
+    found: dict[str, list[Reading]] = {name: [] for name in names}
     for turn in range(-warmup, repeats):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            if synchronize is not None:
-                synchronize()
-            began = time.perf_counter()
-            functions[name]()
-            if synchronize is not None:
-                synchronize()
+            reading = readings[name]()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+                found[name].append(reading)
+    return found
 
 
 def spread(values: list[float]) -> dict[str, float]:

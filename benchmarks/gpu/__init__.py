@@ -1,0 +1,1 @@
+"""The parts of the GPU suite; `gpu_suite.py` runs them."""

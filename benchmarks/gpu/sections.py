@@ -1,0 +1,72 @@
+"""The sections of the suite, the most important first, and how long each may take on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gpu import plan as plans
+from gpu.part import Part
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the suite, run in a process of its own.
+
+    Attributes:
+        place: "module:function" under gpu; called with (part, plan, device) and `arguments`.
+        seconds: After these it starts no new case; the process is ended `GRACE_SECONDS` later.
+        arguments: Further keyword arguments.
+        variables: Environment of its process.
+    """
+
+    place: str
+    seconds: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def function(self) -> Callable[[Part, plans.Plan, torch.device], None]:
+        """Imported when it is needed: some sections need packages that others do without."""
+        module, _, name = self.place.partition(":")
+        return functools.partial(getattr(importlib.import_module(f"gpu.{module}"), name), **self.arguments)
+
+
+GRACE_SECONDS = 45
+"""For the start of a process, and for its last case."""
+
+# Blocks of freed layers are of all sizes when a large model is built close to the limit.
+_EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+SECTIONS: dict[str, Section] = {
+    "card": Section("card:run", 60),
+    "numerics_layer": Section("numerics_layer:run", 90),
+    "numerics_formats": Section("numerics_formats:run", 60),
+    "host_syncs": Section("host_syncs:run", 60),
+    "step_in_turns": Section("model_step:in_turns", 240),
+    "layer_time_1": Section("layer_cost:time_shape", 90, {"index": 0}),
+    "layer_memory": Section("layer_cost:memory", 60),
+    "step_own_dora": Section("model_step:alone", 60, {"name": "own_dora"}),
+    "step_peft_lora": Section("model_step:alone", 60, {"name": "peft_lora"}),
+    "step_own_lora": Section("model_step:alone", 60, {"name": "own_lora"}),
+    "step_peft_dora": Section("model_step:alone", 60, {"name": "peft_dora"}),
+    "profile": Section("kernel_profile:run", 60),
+    "layer_time_2": Section("layer_cost:time_shape", 120, {"index": 1}),
+    "step_large": Section("model_step:large", 240, variables=_EXPANDABLE),
+    "layer_time_3": Section("layer_cost:time_shape", 60, {"index": 2}),
+    "optimizer": Section("optimizer_step:run", 60),
+    "variants": Section("variants:run", 90),
+}
+
+
+def run_here(name: str, part: Part, device: torch.device, *, smoke: bool) -> None:
+    """Run a section in this process."""
+    torch.manual_seed(0)
+    function = SECTIONS[name].function()
+    gc.freeze()  # of all that was imported: collecting garbage then takes no time to speak of
+    function(part, plans.SMOKE if smoke else plans.FULL, device)

@@ -1,0 +1,139 @@
+"""A model with the shape of a real one and random weights, filled layer by layer on the device.
+
+Only time and memory of it mean anything. Every weight has bytes of its own; those of one shape are copies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from contenders import TARGETS, linear4bit
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gpu import device as on
+from qdora.model.inject import replace_module
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import PackedWeight, from_tensors, quantize
+
+
+class Weights:
+    """The packed weights of a model's layers, made when they are asked for and then kept, to be shared by models."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._kept: dict[str, PackedWeight] = {}
+        self._dense: dict[str, Tensor] = {}
+        self._first: dict[tuple[int, int], PackedWeight] = {}
+
+    def packed(self, path: str, shape: tuple[int, int]) -> PackedWeight:
+        """NF4 with double quantisation, (out, in)."""
+        if path not in self._kept:
+            if shape in self._first:
+                tensors = {name: tensor.clone() for name, tensor in self._first[shape].tensors().items()}
+                made = from_tensors("nf4", shape, 64, tensors)
+            else:
+                made = self._first[shape] = quantize(self._random(shape), "nf4", 64, double_quant=True)
+            self._kept[path] = made
+        return self._kept[path]
+
+    def dense(self, path: str, shape: tuple[int, ...]) -> Tensor:
+        """bf16: an embedding or a head N(0, 0.02^2), or the ones of a norm."""
+        if path not in self._dense:
+            ones = torch.ones(shape, device=self.device, dtype=torch.bfloat16)
+            self._dense[path] = ones if len(shape) == 1 else self._random(shape)
+        return self._dense[path]
+
+    def _random(self, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(len(self._dense) + len(self._first))
+        made = torch.empty(shape, device=self.device, dtype=torch.bfloat16)
+        return made.normal_(0.0, 0.02, generator=generator)
+
+    def forget_from(self, layer: int) -> None:
+        """Let go of the weights of this layer and all after it."""
+        for kept in (self._kept, self._dense):
+            for path in [path for path in kept if path.startswith("layers.") and int(path.split(".")[1]) >= layer]:
+                del kept[path]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights that were made."""
+        dense = sum(tensor.numel() * tensor.element_size() for tensor in self._dense.values())
+        return dense + sum(packed.num_bytes for packed in self._kept.values())
+
+
+class HostEmbedding(nn.Module):
+    """An embedding in host memory: a step reads a few rows of its 2 GB."""
+
+    def __init__(self, weight: Tensor, device: torch.device) -> None:
+        super().__init__()
+        self.table, self.device = weight, device  # no buffer, so that no `.to` of the model moves it
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(batch, length) -> (batch, length, hidden) on the device."""
+        return nn.functional.embedding(ids.cpu(), self.table).to(self.device)
+
+
+def build(settings: dict[str, Any], weights: Weights, engine: str, *, embedding_on_host: bool = False) -> Any:
+    """A frozen causal LM on the device.
+
+    Args:
+        settings: Of a LlamaConfig.
+        engine: "own" (FrozenLinear) or "peft" (bitsandbytes' Linear4bit), on the bytes of `weights`.
+        embedding_on_host: The input embedding stays in host memory.
+    Raises:
+        torch.OutOfMemoryError: With `num_layers`, how many layers were filled, as its last argument.
+    """
+    config = LlamaConfig(**settings, tie_word_embeddings=False, use_cache=False)
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if embedding_on_host:
+        # A few hundred different rows: a billion normal numbers take a CPU ten seconds.
+        rows = torch.randn(512, config.hidden_size).mul_(0.02).bfloat16()
+        table = rows.repeat(-(-config.vocab_size // 512), 1)[: config.vocab_size]
+        model.set_input_embeddings(HostEmbedding(table, weights.device))
+    else:
+        model.model.embed_tokens.weight = _frozen(weights.dense("embedding", model.model.embed_tokens.weight.shape))
+    model.lm_head.weight = _frozen(weights.dense("head", model.lm_head.weight.shape))
+    model.model.norm.weight = _frozen(weights.dense("norm", model.model.norm.weight.shape))
+    for index, layer in enumerate(model.model.layers):
+        try:
+            _fill(layer, f"layers.{index}", weights, engine)
+        except RuntimeError as error:
+            if not on.is_out_of_memory(error):
+                raise
+            raise torch.OutOfMemoryError(f"out of memory in layer {index}", index) from error
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(weights.device)
+    return model.requires_grad_(False)
+
+
+def linear_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Path inside a decoder layer -> (out, in) of its linear layers."""
+    with init_empty_weights():
+        layer: Any = AutoModelForCausalLM.from_config(LlamaConfig(**settings | {"num_hidden_layers": 1})).model.layers[
+            0
+        ]
+    found = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
+    return {name: (each.out_features, each.in_features) for name, each in found.items()}
+
+
+def _fill(layer: Any, path: str, weights: Weights, engine: str) -> None:
+    linear = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
+    assert {name.rpartition(".")[2] for name in linear} == set(TARGETS), sorted(linear)
+    for name, module in linear.items():
+        packed = weights.packed(f"{path}.{name}", (module.out_features, module.in_features))
+        new = FrozenLinear(packed) if engine == "own" else linear4bit(packed, torch.bfloat16, copy=False)
+        replace_module(layer, name, new)
+    for name, parameter in list(layer.named_parameters()):
+        if name.endswith("norm.weight"):
+            module = layer.get_submodule(name.rpartition(".")[0])
+            module.weight = _frozen(weights.dense(f"{path}.{name}", parameter.shape))
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
