@@ -9,7 +9,7 @@ steps of the eight tasks; the data are the same for all, a seed is another start
     plain            g (x W^T + s (x A^T) B^T) by torch and autograd in bf16, W dense, the norm of W + s B A in float32
     plain, recut     the same with other micro-batches: other shapes and orders of summation, the noise of bf16
     plain, float32   the same with float32 products: what bf16 rounds (first seed)
-    lora             qdora's layer without the magnitude: how far apart curves are that are not meant to be equal (first seed)
+    lora             no magnitude: how far apart curves are that are not meant to be equal (first seed)
 
 Then gradient accumulation on the whole model with checkpointing: eight examples in one batch, and one by one.
 """
