@@ -20,11 +20,12 @@ import argparse
 import copy
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from contenders import CONTENDERS, adapt, move_parameters_
@@ -110,6 +111,9 @@ def main() -> None:
     if not args.smoke and args.data is None:
         parser.error("DATA is missing")
     keep_freed_memory()
+    head = facts(
+        f"python benchmarks/loss_curve.py DATA --steps {args.steps} --batch {args.batch} --blocks {args.blocks}"
+    )
     num_steps = 3 if args.smoke else args.steps
     steps = smoke_steps(num_steps) if args.smoke else real_steps(settings(args), num_steps)
     bases = {dtype: load(dtype, args) for dtype in (torch.bfloat16, torch.float32)}
@@ -287,19 +291,22 @@ def accumulated(model: Any, steps: list[Step]) -> Accumulated:
 
 @contextmanager
 def counted_norms() -> Iterator[list[int]]:
-    """While active, an entry is added for each row norm that a layer computes."""
+    """While active, an entry is added for each row norm that a layer computes, by itself or ahead of its forward."""
     calls: list[int] = []
-    compute = qdora.nn.adapted_linear.row_norm
 
-    def counting(*arguments: Any, **options: Any) -> Tensor:
-        calls.append(1)
-        return compute(*arguments, **options)
+    def counting(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            return compute(*arguments, **options)
 
-    qdora.nn.adapted_linear.row_norm = counting
-    try:
+        return count
+
+    module = qdora.nn.adapted_linear
+    with (
+        mock.patch.object(module, "row_norm", counting(module.row_norm)),
+        mock.patch.object(module, "factored_norm", counting(module.factored_norm)),
+    ):
         yield calls
-    finally:
-        qdora.nn.adapted_linear.row_norm = compute
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
