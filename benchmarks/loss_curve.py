@@ -124,9 +124,7 @@ def main() -> None:
     ]
     accumulated_steps = accumulation(steps[:3], bases)
     result = {
-        **facts(
-            f"python benchmarks/loss_curve.py DATA --steps {args.steps} --batch {args.batch} --blocks {args.blocks}"
-        ),
+        **head,
         "num_steps": num_steps,
         "num_tokens": sum(step.num_tokens for step in steps),
         "num_label_tokens": sum(step.num_label_tokens for step in steps),
