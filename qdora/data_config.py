@@ -64,9 +64,11 @@ class SourceConfig(Section):
     validation: Text | None = None
     """Split, or file, to validate on. None: the validation split, or the end of the train split where there is none."""
     weight: Positive | None = None
-    """Share of this source relative to the others, under data.strategy equal. None: 1."""
+    """For data.strategy weights: share of this source in the examples that are seen, relative to the others."""
     limit: Whole | None = None
     """Use at most so many training examples, drawn with data.seed. None: all."""
+    max_epochs: Positive | None = None
+    """Most passes over this source; then its share goes to the others, in their proportions. None: no end."""
     name: Text | None = None
     """Name in metrics and tables. None: the task, or the last part of the source."""
     revision: Text | None = None
@@ -105,8 +107,8 @@ class DataConfig(Section):
 
     mix: tuple[SourceConfig, ...]
     """The sources, trained on together; at least one."""
-    strategy: Literal["proportional", "equal", "temperature"] = "proportional"
-    """Share of each source: by its size, the same for each (times `weight`), or by size^(1 / temperature)."""
+    strategy: Literal["proportional", "equal", "temperature", "weights"] = "proportional"
+    """Share of each source: by its size, the same for each, by size^(1 / temperature), or by its `weight`."""
     temperature: Positive | None = None
     """For strategy temperature: 1 is proportional, large is equal. T5, arXiv 1910.10683, sec. 3.5.2."""
     max_length: Annotated[int, Strict(), Field(ge=2), allowed("a whole number of tokens, 2 or more")] = 512
@@ -135,9 +137,11 @@ class DataConfig(Section):
             yield "mix", "nothing to train on, got [], allowed: at least one source."
         seen: dict[str, int] = {}
         for index, source in enumerate(self.mix):
-            if self.strategy != "equal":
+            if self.strategy != "weights":
                 reason = {"weight": f"data.strategy is {self.strategy}"}
                 yield from ignored_faults(source, reason, prefix=f"mix[{index}].")
+            elif source.weight is None:
+                yield f"mix[{index}].weight", "missing for data.strategy weights, got None, allowed: a number above 0."
             first = seen.setdefault(source.label, index)
             if first != index:
                 yield (

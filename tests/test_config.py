@@ -194,7 +194,7 @@ trackers: [wandbb]
     ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, dtype, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
-    keys = "task, source, path, format, split, validation, weight, limit, name, revision"
+    keys = "task, source, path, format, split, validation, weight, limit, max_epochs, name, revision"
     source = recipe_schema("ModelConfig")["properties"]["source"]["description"]
     assert sorted(faults(read_yaml(text, "r.yaml"))) == sorted(
         [
@@ -304,6 +304,7 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         ("model", {"source": "model.gguf", "revision": "main"}, "revision"),
         ("data", {"temperature": 2.0}, "temperature"),
         ("data", {"mix": [{"task": "boolq", "weight": 2.0}]}, "mix[0].weight"),
+        ("data", {"mix": [{"task": "boolq", "weight": 2.0}], "strategy": "equal"}, "mix[0].weight"),
         ("data", {"mix": [{"task": "boolq", "format": "choices"}]}, "mix[0].format"),
         ("data", {"mix": [{"task": "demo/howto", "path": "/x"}]}, "mix[0].path"),
         ("data", {"mix": [{"task": "demo/howto", "revision": "main"}]}, "mix[0].revision"),
@@ -378,6 +379,10 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
         ),
         (section("adapter", kind="full"), "adapter.kind: full trains 16-bit weights, got base.quant nf4"),
         (section("adapter", kind="none"), "train.steps: nothing to train with adapter.kind none, got 10, allowed: 0."),
+        (
+            section("data", strategy="weights", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa"}]),
+            "data.mix[1].weight: missing for data.strategy weights, got None",
+        ),
         (section("data", strategy="temperature"), "data.temperature: missing for data.strategy temperature, got None"),
         (section("data", mix=[]), "data.mix: nothing to train on, got [], allowed: at least one source."),
         (section("data", mix=[{}]), "data.mix[0]: what to read, got neither of task and source"),
@@ -411,7 +416,7 @@ def test_contradictions(data: dict[str, Any], expected: str) -> None:
         {**section("adapter", kind="full"), "base": {"quant": "none"}},
         {**section("adapter", kind="none"), "train": {"steps": 0, "batch": 1}},
         section("data", strategy="temperature", temperature=2),
-        section("data", strategy="equal", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa"}]),
+        section("data", strategy="weights", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa", "weight": 0.5}]),
         section("data", mix=[{"source": "a/x.jsonl"}, {"source": "b/x.jsonl", "name": "b"}]),
         section("train", checkpoint_every=1000, log_every=1000),
         section("train", clip=None),
@@ -633,15 +638,19 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         targets=st.just("all-linear") | st.lists(names_, min_size=1, max_size=3),
         rank_pattern=st.dictionaries(names_, whole, max_size=3),
     )
-    strategy = draw(st.sampled_from(["proportional", "equal", "temperature"]))
+    strategy = draw(st.sampled_from(["proportional", "equal", "temperature", "weights"]))
     labels = draw(st.lists(names_, min_size=1, max_size=3, unique=True))
     tasks = st.sampled_from(TASKS).map(lambda task: {"task": task})
     mix = [
-        {**draw(tasks | names_.map(lambda name: {"source": f"/{name}"})), "name": label, **draw(some(limit=whole))}
+        {
+            **draw(tasks | names_.map(lambda name: {"source": f"/{name}"})),
+            "name": label,
+            **draw(some(limit=whole, max_epochs=positive)),
+        }
         for label in labels
     ]
-    if strategy == "equal":
-        mix = [{**source, **draw(some(weight=positive))} for source in mix]
+    if strategy == "weights":
+        mix = [{**source, "weight": draw(positive)} for source in mix]
     data = {"mix": mix, "strategy": strategy, **({"temperature": draw(positive)} if strategy == "temperature" else {})}
     length = draw(st.sampled_from([{"steps": 50}, {"epochs": 2.5}]))
     size = draw(st.sampled_from([{"batch": 3}, {"tokens_per_step": 4096, "micro_batch_tokens": 1024}]))

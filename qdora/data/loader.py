@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qdora.data.mix import MixOrder
+from qdora.data.mix import Draws, MixOrder
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
 
@@ -109,7 +109,8 @@ class StepLoader:
         """Take the next step's examples and move the position behind them."""
         examples: list[TokenizedExample] = []
         num_tokens = 0
-        while not self._is_full(len(examples), num_tokens):
+        assert self.position != self.order.length, "no example is left"
+        while not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length:
             source, index = self.order[self.position + len(examples)]
             examples.append(self.tokenised[source].examples[index])
             num_tokens += len(examples[-1])
@@ -126,8 +127,20 @@ class StepLoader:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
 
         Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
+
+        Raises:
+            UserError: If the order ends before, because all sources have a cap.
         """
         num_draws = max(1, round(epochs * self.order.epoch_length))
+        length = self.order.length
+        if length is not None and num_draws > length:
+            # Each cap is rounded down, the epochs of the whole are not
+            if num_draws - length >= len(self.order.sizes):
+                raise UserError(
+                    f"train.epochs: {epochs:g} of {self.order.epoch_length:,} examples are {num_draws:,}, but "
+                    f"max_epochs of the sources leaves {length:,}; raise it for one source, or lower train.epochs."
+                )
+            num_draws = length
         if self.batch is not None:
             return -(-num_draws // self.batch)
         num_steps = num_tokens = 0
@@ -136,6 +149,24 @@ class StepLoader:
             if self._is_full(0, num_tokens):
                 num_steps, num_tokens = num_steps + 1, 0
         return num_steps + (num_tokens > 0)
+
+    def draws_for_steps(self, num_steps: int) -> int:
+        """Draws that the first `num_steps` steps use.
+
+        Raises:
+            UserError: If the order ends before, because all sources have a cap.
+        """
+        length = self.order.length
+        if self.batch is not None:
+            num_draws, possible = num_steps * self.batch, None if length is None else -(-length // self.batch)
+        else:
+            num_draws, possible = self._draws_of_token_steps(num_steps)
+        if possible is not None and num_steps > possible:
+            raise UserError(
+                f"train.steps: got {num_steps:,}, but max_epochs of the sources leaves {length:,} examples, allowed: "
+                f"at most {possible:,}; raise max_epochs of one source, or leave it out there."
+            )
+        return num_draws if length is None else min(num_draws, length)
 
     def state_dict(self) -> dict[str, Any]:
         """Position, and what it is a position in; JSON types only."""
@@ -163,8 +194,8 @@ class StepLoader:
         """What decides which examples follow a position: a part for each thing that a user can change."""
         if self._fingerprint is None:
             # The first draws stand for the shuffling itself, which numpy may change between versions
-            first = np.concatenate(self.order.draws(0, 256))
-            shares = "exact epochs" if self.order.shares is None else self.order.shares.tolist()
+            first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
+            shares = "exact epochs" if self.order.shares is None else (self.order.shares.tolist(), self.order.caps)
             size = f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples"
             self._fingerprint = {
                 "data": _hash_sets(self.tokenised),
@@ -178,15 +209,40 @@ class StepLoader:
             return num_examples >= self.batch
         return num_tokens >= (self.tokens_per_step or 0)
 
-    def _drawn_lengths(self, num_draws: int) -> Iterator[int]:
-        """Tokens of each of the first draws."""
-        chunk = 65536
-        for start in range(0, num_draws, chunk):
-            sources, indices = self.order.draws(start, min(start + chunk, num_draws))
+    def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
+        """Tokens that the first draws take from each source, (sources,)."""
+        tokens = np.zeros(len(self.tokenised), dtype=np.int64)
+        for sources, lengths in self._drawn(num_draws):
+            np.add.at(tokens, sources, lengths)
+        return tokens
+
+    def _draws_of_token_steps(self, num_steps: int) -> tuple[int, int | None]:
+        """(draws of so many steps of `tokens_per_step`, steps that there are if they are fewer)."""
+        found = num_draws = num_tokens = 0
+        for length in self._drawn_lengths(self.order.length) if num_steps else ():
+            num_draws, num_tokens = num_draws + 1, num_tokens + length
+            if self._is_full(0, num_tokens):
+                found, num_tokens = found + 1, 0
+                if found == num_steps:
+                    return num_draws, None
+        return num_draws, found + (num_tokens > 0)
+
+    def _drawn_lengths(self, num_draws: int | None) -> Iterator[int]:
+        """Tokens of each of the first draws; None goes on without an end."""
+        for _, lengths in self._drawn(num_draws):
+            yield from lengths.tolist()
+
+    def _drawn(self, num_draws: int | None) -> Iterator[Draws]:
+        """(sources, tokens) of the first draws, a part at a time; None goes on without an end."""
+        start = 0
+        while num_draws is None or start < num_draws:
+            stop = start + 65536 if num_draws is None else min(start + 65536, num_draws)
+            sources, indices = self.order.draws(start, stop)
             lengths = np.empty_like(indices)
             for source, known in enumerate(self._lengths):
                 lengths[sources == source] = known[indices[sources == source]]
-            yield from lengths.tolist()
+            yield sources, lengths
+            start = stop
 
     def _padded(self, group: Sequence[TokenizedExample]) -> MicroBatch:
         width = max(map(len, group))
@@ -208,7 +264,11 @@ class StepLoader:
         )
 
 
-_WHAT = {"data": "the tokenised data", "mix": "the mix (strategy, weights or data.seed)", "step": "the size of a step"}
+_WHAT = {
+    "data": "the tokenised data",
+    "mix": "the mix (strategy, weights, max_epochs or data.seed)",
+    "step": "the size of a step",
+}
 
 
 def micro_groups(examples: Sequence[TokenizedExample], max_tokens: int) -> list[list[TokenizedExample]]:

@@ -189,8 +189,14 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
             faults.extend(error.faults)
     if faults:
         raise UserError(*faults)
-    weights = [source.weight or 1.0 for source in data.mix] if data.strategy == "equal" else None
-    return make_mix(sets, strategy=data.strategy, temperature=data.temperature, weights=weights, seed=data.seed)
+    return make_mix(
+        sets,
+        strategy=data.strategy,
+        temperature=data.temperature,
+        weights=[source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None,
+        max_epochs=[source.max_epochs for source in data.mix],
+        seed=data.seed,
+    )
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any) -> StepLoader:
@@ -205,6 +211,14 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any) -> StepLoader:
         micro_batch_tokens=micro,
         pad_id=tokenizer.pad_token_id,
     )
+
+
+def num_steps_of(recipe: Recipe, loader: StepLoader) -> int:
+    """Optimizer steps of the run."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None
+    return loader.steps_for_epochs(recipe.train.epochs)
 
 
 def task_examples(task: str, *, split: str, data: Path | None) -> list[Example]:
