@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from measure import fresh, peak_rss_bytes
 
 ALLOWANCE_BYTES = 300 * 10**6
+# Memory is measured, not time.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SHARD_BYTES = 500 * 10**6
 # Llama-2-7B's layer and Mistral's vocabulary; untied, so that embedding and head are both there in 16 bits.
 SHAPE = {
@@ -65,14 +65,6 @@ def write_checkpoint(directory: Path, num_layers: int) -> tuple[int, int, int]:
     return total, largest, count
 
 
-def peak_bytes() -> int:
-    """VmHWM of this process: the largest resident set it ever had."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise OSError("this system has no VmHWM in /proc/self/status")
-
-
 def measured(directory: Path | None) -> None:
     """Run in a fresh process: load `directory`, or nothing; prints one JSON line."""
     import bitsandbytes  # noqa: F401  (imported at the first use by the kernels; the baseline must have it, too)
@@ -88,19 +80,7 @@ def measured(directory: Path | None) -> None:
         model = load_model(resolve(str(directory)), quant="nf4")
         tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         held = sum(t.numel() * t.element_size() for t in tensors.values())
-    print(json.dumps({"peak": peak_bytes(), "held": held}))
-
-
-def fresh(*arguments: str) -> dict[str, Any]:
-    """Output of this script in a new process, with one thread: memory is measured, not time."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=False, env=environment
-    )
-    if run.returncode != 0:
-        raise RuntimeError(run.stderr)
-    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return result
+    print(json.dumps({"peak": peak_rss_bytes(), "held": held}))
 
 
 def main() -> None:
@@ -114,8 +94,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         total, largest, num_shards = write_checkpoint(Path(name), settings.layers)
-        baseline = fresh("--measure", "")
-        loaded = fresh("--measure", name)
+        baseline = fresh(__file__, "--measure", "", variables=ONE_THREAD)
+        loaded = fresh(__file__, "--measure", name, variables=ONE_THREAD)
     allowed = loaded["held"] + 2 * largest + ALLOWANCE_BYTES
     used = loaded["peak"] - baseline["peak"]
     packages = ("torch", "transformers", "safetensors", "bitsandbytes", "accelerate")

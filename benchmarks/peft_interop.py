@@ -23,7 +23,6 @@ Floor: float32 sums in another order (about 1e-4 on logits with a spread of 3), 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import platform
@@ -37,18 +36,17 @@ import bitsandbytes as bnb
 import numpy as np
 import peft
 import torch
+from contenders import on_linear4bit, packed_layers, plain, quant_state
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from qdora.environment import cpu_name, package_versions
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.inject import frozen_layers, inject, replace_module
+from qdora.model.inject import inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.model.tokenizer import load_tokenizer
 from qdora.model.verify import float32_arithmetic
-from qdora.ops.packed import PackedWeight
 
 TEXTS = (
     "The lighthouse keeper climbed the stairs every evening to light the lamp. One day he found a letter on the step.",
@@ -171,7 +169,7 @@ def compare(base: Any, directory: Path, tokens: list[Tensor]) -> dict[str, Any]:
     found = {"peft float32": logits(with_peft(dense(base, weights), directory), tokens)}
     for dtype in (torch.float32, torch.bfloat16):
         name = f"peft linear4bit {str(dtype).removeprefix('torch.')}"
-        found[name] = logits(with_peft(on_linear4bit(base, dtype), directory), tokens)
+        found[name] = logits(with_peft(on_linear4bit(base, dtype).eval(), directory), tokens)
     load_adapter(base, directory)
     found["ours bfloat16"] = logits(base, tokens)
     with float32_arithmetic(base):
@@ -201,29 +199,6 @@ def logits(model: Any, tokens: list[Tensor]) -> Tensor:
     return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float() for ids in tokens])
 
 
-def packed_layers(base: Any) -> dict[str, Any]:
-    """Path -> frozen layer that holds packed weights."""
-    return {path: layer for path, layer in frozen_layers(base).items() if layer.packed_weight is not None}
-
-
-def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
-    """bitsandbytes' description of the same packed bytes."""
-    nested = packed.nested
-    assert nested is not None
-    return bnb.functional.QuantState(
-        absmax=packed.absmax,
-        shape=torch.Size(packed.shape),
-        code=bnb.functional.get_4bit_type("nf4", device="cpu"),
-        blocksize=packed.block_size,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=nested.offset,
-        state2=bnb.functional.QuantState(
-            absmax=nested.absmax, code=nested.code, blocksize=nested.block_size, dtype=torch.float32
-        ),
-    )
-
-
 def bnb_weights(base: Any) -> dict[str, Tensor]:
     """Path -> dequantised weight (out, in) float32, by bitsandbytes."""
     result = {}
@@ -234,46 +209,11 @@ def bnb_weights(base: Any) -> dict[str, Tensor]:
     return result
 
 
-def plain(base: Any, dtype: torch.dtype) -> Any:
-    """Plain transformers model with the unquantised parameters of `base`; its linear layers are still random."""
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), dtype=dtype, attn_implementation="sdpa")
-    values = {name: tensor.to(dtype) for name, tensor in base.state_dict().items() if name in model.state_dict()}
-    missing = model.load_state_dict(values, strict=False).missing_keys
-    assert {name.removesuffix(".weight") for name in missing} == set(packed_layers(base)), missing[:5]
-    return model.requires_grad_(False)
-
-
 def dense(base: Any, weights: dict[str, Tensor]) -> Any:
     """`plain` in float32 with the given linear weights."""
     model = plain(base, torch.float32)
     for path, weight in weights.items():
         model.get_submodule(path).weight.data = weight
-    return model.eval()
-
-
-def on_linear4bit(base: Any, dtype: torch.dtype) -> Any:
-    """`plain` with bitsandbytes' layers on copies of the packed bytes."""
-    model = plain(base, dtype)
-    for path, layer in packed_layers(base).items():
-        packed = layer.packed_weight
-        old = model.get_submodule(path)
-        new = bnb.nn.Linear4bit(
-            old.in_features, old.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
-        )
-        state = quant_state(packed, dtype)
-        new.weight = bnb.nn.Params4bit(
-            packed.packed.clone().view(-1, 1),
-            requires_grad=False,
-            quant_state=state,
-            blocksize=packed.block_size,
-            quant_type="nf4",
-            bnb_quantized=True,
-            module=new,
-        )
-        new.quant_state = state
-        new.support_avx512bf16_for_cpu = False
-        replace_module(model, path, new)
-    model.is_loaded_in_4bit = True
     return model.eval()
 
 

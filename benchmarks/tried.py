@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import in_turns, ratio
 from torch import nn
 
 from qdora.environment import environment
@@ -23,15 +22,9 @@ from qdora.train.optimizer import AdapterOptimizer
 
 
 def alternating(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> float:
-    """Median time of `first` over that of `second`, run in turns after one warm-up of each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + 1):
-        for index, function in enumerate((first, second)):
-            began = time.perf_counter()
-            function()
-            if repeat:
-                times[index].append(time.perf_counter() - began)
-    return statistics.median(times[0]) / statistics.median(times[1])
+    """Median time of `first` over that of `second`."""
+    seconds = in_turns({"first": first, "second": second}, repeats)
+    return ratio(seconds["first"], seconds["second"])["of_medians"]
 
 
 def quantiser() -> dict[str, str]:

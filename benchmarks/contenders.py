@@ -1,0 +1,249 @@
+"""The layers and models that are compared: our own, PEFT's on the same packed bytes, and the floors without an adapter.
+
+PEFT is needed by the benchmarks alone. bitsandbytes' own layer repacks its bytes on some CPUs, and what it dequantises
+to afterwards is garbage; `linear4bit` forbids that.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import peft
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qdora.model.inject import frozen_layers, inject, replace_module
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import PackedWeight, quantize
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train a linear layer.
+
+    Attributes:
+        engine: "own", "peft" (bitsandbytes' Linear4bit under PEFT's adapter), or "dense": a frozen 16-bit nn.Linear.
+        kind: "lora", "dora", or None: the frozen layer alone.
+        dropout: On the adapter's input.
+        adapter_dtype: Storage of A and B, and of PEFT's magnitude (ours is always float32).
+        addmm_norm: PEFT's norm with its sum over a transposed view replaced by one addmm: its strongest form.
+    """
+
+    engine: Literal["own", "peft", "dense"]
+    kind: Literal["lora", "dora"] | None
+    dropout: float = 0.0
+    adapter_dtype: torch.dtype = torch.bfloat16
+    addmm_norm: bool = False
+
+
+CONTENDERS = {
+    "dense": Contender("dense", None),
+    "frozen": Contender("own", None),
+    "own_lora": Contender("own", "lora"),
+    "own_dora": Contender("own", "dora"),
+    "own_lora_dropout": Contender("own", "lora", dropout=0.05),
+    "own_dora_dropout": Contender("own", "dora", dropout=0.05),
+    "peft_lora": Contender("peft", "lora"),
+    "peft_dora": Contender("peft", "dora"),
+    "peft_dora_addmm": Contender("peft", "dora", addmm_norm=True),
+    "peft_lora_defaults": Contender("peft", "lora", dropout=0.05, adapter_dtype=torch.float32),
+    "peft_dora_defaults": Contender("peft", "dora", dropout=0.05, adapter_dtype=torch.float32),
+}
+"""By the name that result files use. "defaults": float32 adapters, and the dropout of 0.05 that most recipes take."""
+
+
+class AddmmNormDora(DoraLinearLayer):
+    """PEFT's DoRA with ||W + s B A|| from one addmm, in the dtype that PEFT takes."""
+
+    def forward(  # PEFT's own signature
+        self,
+        x: Tensor,
+        *,
+        lora_A: nn.Module,
+        lora_B: nn.Module,
+        scaling: float,
+        base_layer: nn.Module,
+        base_result: Tensor,
+        adapter_name: str = "default",
+    ) -> Tensor:
+        """What is added to the base layer's output."""
+        weight = peft.utils.integrations.dequantize_module_weight(base_layer).to(x.dtype)
+        with torch.no_grad():
+            total = torch.addmm(weight, lora_B.weight.to(x.dtype), lora_A.weight.to(x.dtype), alpha=scaling)
+            norm = torch.linalg.vector_norm(total, dim=1)
+        gain = (self.weight / norm).view(1, -1)
+        if base_layer.bias is not None:
+            base_result = base_result - base_layer.bias
+        return (gain - 1) * base_result + gain * lora_B(lora_A(x)) * scaling
+
+
+def layer(
+    contender: Contender,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> nn.Module:
+    """One layer of a contender in training mode, on an NF4 base with double quantisation; every parameter moved off
+    its start (B random, magnitudes off by up to 10 %). Bases of one seed and shape are the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).to(device, torch.bfloat16)
+    if contender.engine == "dense":
+        return FrozenLinear(weight).train()
+    packed = quantize(weight, "nf4", 64, double_quant=True)
+    if contender.kind is None:
+        return FrozenLinear(packed).train()
+    model: Any = nn.ModuleDict({"proj": nn.Linear(in_features, out_features, bias=False, device="meta")})
+    if contender.engine == "own":
+        model["proj"] = FrozenLinear(packed)
+        adapt(model, contender, rank, targets=("proj",))
+        adapted: nn.Module = model["proj"]
+    else:
+        model["proj"] = linear4bit(packed, torch.bfloat16)
+        adapted = adapt(model, contender, rank, targets=("proj",)).base_model.model["proj"]
+    move_parameters_(adapted, seed)
+    return adapted.train()
+
+
+def adapt(
+    model: Any,
+    contender: Contender,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    targets: tuple[str, ...] = TARGETS,
+    seed: int = 0,
+) -> Any:
+    """Put the contender's adapter on a model that has its base layers; returns the model to call (PEFT wraps it).
+
+    Args:
+        model: With FrozenLinear ("own") or Linear4bit ("peft") layers.
+        alpha: None: twice the rank.
+    """
+    alpha = 2.0 * rank if alpha is None else alpha
+    assert contender.kind is not None
+    if contender.engine == "own":
+        inject(
+            model,
+            kind=contender.kind,
+            rank=rank,
+            alpha=alpha,
+            dropout=contender.dropout,
+            targets=targets,
+            dtype=contender.adapter_dtype,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return model
+    torch.manual_seed(seed)
+    model.is_loaded_in_4bit = True
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # a float is taken as it is
+        lora_dropout=contender.dropout,
+        use_dora=contender.kind == "dora",
+        target_modules=list(targets),
+    )
+    adapted = peft.get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(contender.adapter_dtype)
+    if contender.addmm_norm:
+        for module in adapted.modules():
+            if type(module) is DoraLinearLayer:
+                module.__class__ = AddmmNormDora
+    return adapted
+
+
+@torch.no_grad()
+def move_parameters_(module: nn.Module, seed: int = 0) -> None:
+    """A from N(0, 1 / in), B from N(0, 0.02^2), magnitudes times 0.9 to 1.1; the same under every engine.
+
+    At their start, many a wrong formula gives the right numbers.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if "lora_A" in name or "lora_B" in name:
+            scale = parameter.shape[1] ** -0.5 if "lora_A" in name else 0.02
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        elif "magnitude" in name:
+            factor = 0.9 + 0.2 * torch.rand(parameter.shape, generator=generator)
+            parameter.mul_(factor.to(parameter.device))
+
+
+def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
+    """bitsandbytes' description of the same packed bytes, dequantised to `dtype`."""
+    nested = packed.nested
+    state2 = None
+    if nested is not None:
+        state2 = bnb.functional.QuantState(
+            absmax=nested.absmax, code=nested.code, blocksize=nested.block_size, dtype=torch.float32
+        )
+    return bnb.functional.QuantState(
+        absmax=packed.absmax,
+        shape=torch.Size(packed.shape),
+        code=bnb.functional.get_4bit_type(packed.kind, device=packed.device),
+        blocksize=packed.block_size,
+        quant_type=packed.kind,
+        dtype=dtype,
+        offset=None if nested is None else nested.offset,
+        state2=state2,
+    )
+
+
+def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = None) -> Any:
+    """bitsandbytes' layer on a copy of the packed bytes, computing in `dtype`."""
+    rows, columns = packed.shape
+    new = bnb.nn.Linear4bit(
+        columns, rows, bias=bias is not None, compute_dtype=dtype, quant_type=packed.kind, device="meta"
+    )
+    state = quant_state(packed, dtype)
+    new.weight = bnb.nn.Params4bit(
+        packed.packed.clone().view(-1, 1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=packed.block_size,
+        compress_statistics=packed.nested is not None,
+        quant_type=packed.kind,
+        bnb_quantized=True,
+        module=new,
+    )
+    new.quant_state = state
+    new.support_avx512bf16_for_cpu = False
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return new
+
+
+def plain(base: Any, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+    """A plain transformers model with the unquantised parameters of `base`; its linear layers are still random."""
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), dtype=dtype, attn_implementation=attention)
+    values = {name: tensor.to(dtype) for name, tensor in base.state_dict().items() if name in model.state_dict()}
+    missing = model.load_state_dict(values, strict=False).missing_keys
+    assert {name.removesuffix(".weight") for name in missing} == set(packed_layers(base)), missing[:5]
+    return model.requires_grad_(False)
+
+
+def on_linear4bit(base: Any, dtype: torch.dtype) -> Any:
+    """`plain` with bitsandbytes' layers on copies of the packed bytes of `base`."""
+    model = plain(base, dtype)
+    for path, frozen in packed_layers(base).items():
+        replace_module(model, path, linear4bit(frozen.packed_weight, dtype, frozen.bias))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def packed_layers(base: Any) -> dict[str, Any]:
+    """Path -> frozen layer that holds packed weights."""
+    return {path: each for path, each in frozen_layers(base).items() if each.packed_weight is not None}

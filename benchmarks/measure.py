@@ -1,0 +1,113 @@
+"""What the benchmarks share: timing in turns, peaks in fresh processes, and how a result file is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdora.environment import cpu_name, package_versions
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("qdora", "torch", "transformers", "bitsandbytes", "peft")
+
+
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    synchronize: Callable[[], None] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each repeat of each function. They alternate, each round beginning one later: whatever slows the
+    machine for a while slows all of them, and none always follows the same other.
+
+    Args:
+        synchronize: Called before each reading of the clock (torch.cuda.synchronize).
+    """
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warmup, repeats):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            if synchronize is not None:
+                synchronize()
+            began = time.perf_counter()
+            functions[name]()
+            if synchronize is not None:
+                synchronize()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(values) < 2:
+        return {"median": values[0], "lower": values[0], "upper": values[0]}
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "lower": lower, "upper": upper}
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
+    """Spread of the ratios of the same round, `of_medians` beside it."""
+    rounds = spread([first / second for first, second in zip(numerator, denominator, strict=True)])
+    return {**rounds, "of_medians": statistics.median(numerator) / statistics.median(denominator)}
+
+
+def facts(command: str) -> dict[str, Any]:
+    """Head of every result: command, commit, machine, versions."""
+    return {
+        "command": command,
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "num_threads": torch.get_num_threads(),
+        "versions": package_versions(PACKAGES),
+    }
+
+
+def commit() -> str | None:
+    """Abbreviated commit of this checkout, or None outside one."""
+    call = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
+    try:
+        run = subprocess.run(call, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def write(out: Path, result: Mapping[str, Any]) -> None:
+    """Write the file, and print the result as the last line."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def fresh(script: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Any:
+    """The JSON on the last line that a script prints in a process of its own.
+
+    Raises:
+        RuntimeError: If it fails, with what it said.
+    """
+    environment = {**os.environ, **(variables or {})}
+    call = [sys.executable, script, *arguments]
+    run = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    if run.returncode != 0:
+        raise RuntimeError(f"{' '.join(call[1:])}: exit {run.returncode}\n{run.stderr[-4000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def peak_rss_bytes() -> int:
+    """VmHWM of this process: the largest resident set it ever had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("this system has no VmHWM in /proc/self/status")
