@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, Strict
 from pydantic_core import PydanticCustomError
 
 from qdora.errors import nearest
-from qdora.section import Fault, Positive, Section, Seed, Share, Text, Whole, allowed, ignored_faults
+from qdora.section import Fault, Flag, Positive, Section, Seed, Share, Text, Whole, allowed, ignored_faults
 
 COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 """The eight tasks of the LoRA and DoRA papers' commonsense average."""
@@ -24,6 +24,9 @@ TASKS = (*COMMONSENSE_TASKS, *DEMO_TASKS)
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".md", ".gz", ".zst", ".csv")
 """File endings that make a `source` a file and never a Hub id."""
+
+STREAMED_SUFFIXES = (".parquet", ".jsonl")
+"""File endings that can be read in parts."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
@@ -69,6 +72,12 @@ class SourceConfig(Section):
     """Use at most so many training examples, drawn with data.seed. None: all."""
     max_epochs: Positive | None = None
     """Most passes over this source; then its share goes to the others, in their proportions. None: no end."""
+    stream: Flag = False
+    """Read `source` while training, a part at a time: for data larger than memory. Parquet, JSON-lines, or the Hub."""
+    size: Whole | None = None
+    """Examples of a stream, for shares by size and max_epochs. None: as Parquet footers or the Hub say, if they do."""
+    shuffle_window: Whole = 4096
+    """Rows of a stream that are shuffled together and kept in memory; its files come in another order each pass."""
     name: Text | None = None
     """Name in metrics and tables. None: the task, or the last part of the source."""
     revision: Text | None = None
@@ -81,7 +90,12 @@ class SourceConfig(Section):
 
     def unused(self) -> dict[str, str]:
         found = {}
+        if self.stream:
+            found["limit"] = "a stream is not counted beforehand (max_epochs is the cap)"
+        else:
+            found |= dict.fromkeys(("size", "shuffle_window"), "the source is not streamed")
         if self.task is not None:
+            found["stream"] = f"task {self.task} is read into memory"
             found["format"] = f"task {self.task} has a layout of its own"
             if self.task.startswith("demo/"):
                 found["path"] = f"{self.task} ships inside the package"
@@ -100,6 +114,9 @@ class SourceConfig(Section):
         if (self.task is None) == (self.source is None):
             got = "neither" if self.task is None else "both"
             yield "", f"what to read, got {got} of task and source, allowed: exactly one of task, source."
+        source = self.source or ""
+        if self.stream and has_file_ending(source) and not source.lower().endswith(STREAMED_SUFFIXES):
+            yield "stream", f"{source} cannot be read in parts, got True, allowed: {', '.join(STREAMED_SUFFIXES)}."
 
 
 class DataConfig(Section):
@@ -126,8 +143,8 @@ class DataConfig(Section):
         found = {}
         if self.strategy != "temperature":
             found["temperature"] = f"data.strategy is {self.strategy}"
-        if all(source.validation is not None for source in self.mix):
-            found["validation_fraction"] = "every source names its validation data"
+        if all(source.validation is not None or source.stream for source in self.mix):
+            found["validation_fraction"] = "every source names its validation data or is streamed"
         return found
 
     def faults(self) -> Iterator[Fault]:
@@ -135,6 +152,9 @@ class DataConfig(Section):
             yield "temperature", "missing for data.strategy temperature, got None, allowed: a finite number above 0."
         if not self.mix:
             yield "mix", "nothing to train on, got [], allowed: at least one source."
+        if self.too_long == "error" and any(source.stream for source in self.mix):
+            what = "a stream is not read before training, got 'error', allowed: truncate, drop."
+            yield "too_long", what
         seen: dict[str, int] = {}
         for index, source in enumerate(self.mix):
             if self.strategy != "weights":

@@ -46,6 +46,9 @@ def minimal(**sections: Any) -> dict[str, Any]:
     return {**small, **sections}
 
 
+STREAMED = minimal(data={"mix": [{"source": "/a", "stream": True, "size": 9}], "too_long": "drop"})
+
+
 def faults(data: Any, *overrides: str) -> list[str]:
     """The lines that a recipe is refused with; [] where it is accepted."""
     try:
@@ -194,7 +197,10 @@ trackers: [wandbb]
     ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, dtype, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
-    keys = "task, source, path, format, split, validation, weight, limit, max_epochs, name, revision"
+    keys = (
+        "task, source, path, format, split, validation, weight, limit, max_epochs, stream, size, shuffle_window, "
+        "name, revision"
+    )
     source = recipe_schema("ModelConfig")["properties"]["source"]["description"]
     assert sorted(faults(read_yaml(text, "r.yaml"))) == sorted(
         [
@@ -305,6 +311,15 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         ("data", {"temperature": 2.0}, "temperature"),
         ("data", {"mix": [{"task": "boolq", "weight": 2.0}]}, "mix[0].weight"),
         ("data", {"mix": [{"task": "boolq", "weight": 2.0}], "strategy": "equal"}, "mix[0].weight"),
+        ("data", {"mix": [{"task": "boolq", "stream": True}], "too_long": "drop"}, "mix[0].stream"),
+        ("data", {"mix": [{"source": "/a.jsonl", "size": 5}]}, "mix[0].size"),
+        ("data", {"mix": [{"source": "/a.jsonl", "shuffle_window": 5}]}, "mix[0].shuffle_window"),
+        ("data", {"mix": [{"source": "/a", "stream": True, "limit": 5}], "too_long": "drop"}, "mix[0].limit"),
+        (
+            "data",
+            {"mix": [{"source": "/a", "stream": True}], "too_long": "drop", "validation_fraction": 0.1},
+            "validation_fraction",
+        ),
         ("data", {"mix": [{"task": "boolq", "format": "choices"}]}, "mix[0].format"),
         ("data", {"mix": [{"task": "demo/howto", "path": "/x"}]}, "mix[0].path"),
         ("data", {"mix": [{"task": "demo/howto", "revision": "main"}]}, "mix[0].revision"),
@@ -383,6 +398,18 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
             section("data", strategy="weights", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa"}]),
             "data.mix[1].weight: missing for data.strategy weights, got None",
         ),
+        (
+            section("data", mix=[{"source": "/a.txt", "stream": True}], too_long="drop"),
+            "data.mix[0].stream: /a.txt cannot be read in parts, got True, allowed: .parquet, .jsonl",
+        ),
+        (
+            section("data", mix=[{"source": "/a", "stream": True}]),
+            "data.too_long: a stream is not read before training, got 'error', allowed: truncate, drop",
+        ),
+        (
+            {**STREAMED, "train": {"epochs": 1.5, "batch": 4}},
+            "train.epochs: a stream has no known end to count steps to, got 1.5, allowed: train.steps",
+        ),
         (section("data", strategy="temperature"), "data.temperature: missing for data.strategy temperature, got None"),
         (section("data", mix=[]), "data.mix: nothing to train on, got [], allowed: at least one source."),
         (section("data", mix=[{}]), "data.mix[0]: what to read, got neither of task and source"),
@@ -416,6 +443,7 @@ def test_contradictions(data: dict[str, Any], expected: str) -> None:
         {**section("adapter", kind="full"), "base": {"quant": "none"}},
         {**section("adapter", kind="none"), "train": {"steps": 0, "batch": 1}},
         section("data", strategy="temperature", temperature=2),
+        STREAMED,
         section("data", strategy="weights", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa", "weight": 0.5}]),
         section("data", mix=[{"source": "a/x.jsonl"}, {"source": "b/x.jsonl", "name": "b"}]),
         section("train", checkpoint_every=1000, log_every=1000),

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qdora.data.mix import Draws, MixOrder
+from qdora.data.mix import Draws, MixOrder, Source
+from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
 
@@ -80,7 +81,7 @@ class StepLoader:
 
     def __init__(
         self,
-        tokenised: Sequence[TokenizedSet],
+        tokenised: Sequence[Source],
         order: MixOrder,
         *,
         tokens_per_step: int | None,
@@ -92,7 +93,10 @@ class StepLoader:
         assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         assert (tokens_per_step or batch or 0) > 0, (tokens_per_step, batch)
         assert micro_batch_tokens > 0, micro_batch_tokens
-        assert tuple(len(part) for part in tokenised) == order.sizes, "sources and order differ"
+        known = tuple(len(part) if isinstance(part, TokenizedSet) else None for part in tokenised)
+        assert known == order.sizes, "sources and order differ"
+        self.streams = [part for part in tokenised if isinstance(part, ExampleStream)]
+        assert position == 0 or not self.streams, "a stream has a position of its own; see load_state_dict"
         self.tokenised = tuple(tokenised)
         self.order = order
         self.tokens_per_step = tokens_per_step
@@ -100,9 +104,13 @@ class StepLoader:
         self.micro_batch_tokens = micro_batch_tokens
         self.pad_id = pad_id
         self.position = position
-        self.task_names = list(dict.fromkeys(example.task for part in self.tokenised for example in part.examples))
+        self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
         self._task_ids = {name: index for index, name in enumerate(self.task_names)}
-        self._lengths = [np.fromiter(map(len, part.examples), dtype=np.int64) for part in self.tokenised]
+        # None for a stream; the lengths of its examples are not known beforehand
+        self._lengths = [
+            np.fromiter(map(len, part.examples), dtype=np.int64) if isinstance(part, TokenizedSet) else None
+            for part in self.tokenised
+        ]
         self._fingerprint: dict[str, str] | None = None
 
     def next_step(self) -> Step:
@@ -112,7 +120,7 @@ class StepLoader:
         assert self.position != self.order.length, "no example is left"
         while not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length:
             source, index = self.order[self.position + len(examples)]
-            examples.append(self.tokenised[source].examples[index])
+            examples.append(self._example(source, index))
             num_tokens += len(examples[-1])
         self.position += len(examples)
         return Step(
@@ -122,6 +130,13 @@ class StepLoader:
             num_examples=len(examples),
             position_after=self.position,
         )
+
+    def _example(self, source: int, index: int) -> TokenizedExample:
+        part = self.tokenised[source]
+        if isinstance(part, TokenizedSet):
+            return part.examples[index]
+        assert part.position.num_drawn == index, (part.name, part.position, index)
+        return part.next()
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
@@ -150,13 +165,23 @@ class StepLoader:
                 num_steps, num_tokens = num_steps + 1, 0
         return num_steps + (num_tokens > 0)
 
+    @property
+    def counts_draws(self) -> bool:
+        """Whether it is known beforehand how many draws a step takes: not for a number of tokens, of a stream."""
+        return self.batch is not None or not self.streams
+
     def draws_for_steps(self, num_steps: int) -> int:
-        """Draws that the first `num_steps` steps use.
+        """Draws that the first `num_steps` steps use; a guess where `counts_draws` is False.
 
         Raises:
             UserError: If the order ends before, because all sources have a cap.
         """
         length = self.order.length
+        if length is not None and not self.counts_draws:
+            raise UserError(
+                "train.tokens_per_step: with max_epochs for every source and a stream among them nobody can say how "
+                "many steps there are; use train.batch, or leave max_epochs out for one source."
+            )
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, None if length is None else -(-length // self.batch)
         else:
@@ -169,8 +194,11 @@ class StepLoader:
         return num_draws if length is None else min(num_draws, length)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, and what it is a position in; JSON types only."""
-        return {"position": self.position, "fingerprint": self.fingerprint()}
+        """Position, where the streams stand, and what these are positions in; JSON types only."""
+        streams = {part.name: part.state_dict() for part in self.streams}
+        return {"position": self.position, "fingerprint": self.fingerprint()} | (
+            {"streams": streams} if streams else {}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken.
@@ -189,6 +217,8 @@ class StepLoader:
         if faults:
             raise UserError(*faults)
         self.position = int(state["position"])
+        for part in self.streams:
+            part.load_state_dict(state["streams"][part.name])
 
     def fingerprint(self) -> dict[str, str]:
         """What decides which examples follow a position: a part for each thing that a user can change."""
@@ -210,7 +240,7 @@ class StepLoader:
         return num_tokens >= (self.tokens_per_step or 0)
 
     def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
-        """Tokens that the first draws take from each source, (sources,)."""
+        """Tokens that the first draws take from each source, (sources,); of a stream a guess by its first rows."""
         tokens = np.zeros(len(self.tokenised), dtype=np.int64)
         for sources, lengths in self._drawn(num_draws):
             np.add.at(tokens, sources, lengths)
@@ -233,14 +263,18 @@ class StepLoader:
             yield from lengths.tolist()
 
     def _drawn(self, num_draws: int | None) -> Iterator[Draws]:
-        """(sources, tokens) of the first draws, a part at a time; None goes on without an end."""
+        """(sources, tokens) of the first draws, a part at a time; None goes on without an end. Guessed for streams."""
         start = 0
         while num_draws is None or start < num_draws:
             stop = start + 65536 if num_draws is None else min(start + 65536, num_draws)
             sources, indices = self.order.draws(start, stop)
             lengths = np.empty_like(indices)
-            for source, known in enumerate(self._lengths):
-                lengths[sources == source] = known[indices[sources == source]]
+            for source, part in enumerate(self.tokenised):
+                known, here = self._lengths[source], sources == source
+                if known is not None:
+                    lengths[here] = known[indices[here]]
+                elif isinstance(part, ExampleStream):
+                    lengths[here] = round(part.mean_length)
             yield sources, lengths
             start = stop
 
@@ -301,10 +335,13 @@ def micro_groups(examples: Sequence[TokenizedExample], max_tokens: int) -> list[
     return groups[::-1]
 
 
-def _hash_sets(tokenised: Sequence[TokenizedSet]) -> str:
-    """SHA-256 over names, tasks, ids and labels of all sources, 16 hex digits."""
+def _hash_sets(tokenised: Sequence[Source]) -> str:
+    """SHA-256 over names, tasks, ids and labels of all sources (of a stream, its fingerprint), 16 hex digits."""
     digest = hashlib.sha256()
     for part in tokenised:
+        if isinstance(part, ExampleStream):
+            digest.update(f"{part.name} {part.fingerprint()}".encode())
+            continue
         digest.update(f"{part.name} {len(part)}".encode())
         for example in part.examples:
             digest.update(f"\n{example.task} {len(example)} ".encode())

@@ -11,7 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet
+from qdora.errors import UserError
 
 Strategy = Literal["proportional", "equal", "temperature", "weights"]
 
@@ -202,6 +204,9 @@ class MixOrder:
         return generator.permutation(size)
 
 
+Source = TokenizedSet | ExampleStream
+
+
 @dataclass(frozen=True)
 class Mix:
     """Tokenised sources and the order in which they are drawn.
@@ -212,13 +217,13 @@ class Mix:
         order: Which example of which source comes next.
     """
 
-    sets: tuple[TokenizedSet, ...]
+    sets: tuple[Source, ...]
     shares: NDArray[np.float64]
     order: MixOrder
 
 
 def make_mix(
-    sets: Sequence[TokenizedSet],
+    sets: Sequence[Source],
     *,
     strategy: Strategy = "proportional",
     temperature: float | None = None,
@@ -233,12 +238,35 @@ def make_mix(
         strategy, temperature, weights: See `mix_shares`.
         max_epochs: Most passes over each source; None, as a whole or for one source, without an end.
         seed: Of the order.
+    Raises:
+        UserError: If a stream has no known size and the strategy or its max_epochs needs one.
     """
-    sizes = [len(part) for part in sets]
-    shares = mix_shares(sizes, strategy, temperature=temperature, weights=weights)
-    caps = [most_draws(size, most) for size, most in zip(sizes, max_epochs or [None] * len(sizes), strict=True)]
-    exact = strategy == "proportional" and all(cap is None for cap in caps)
-    return Mix(tuple(sets), shares, MixOrder(sizes, None if exact else shares, seed, caps))
+    most = max_epochs or [None] * len(sets)
+    sizes = [_known_size(part) for part in sets]
+    needed = {"proportional", "temperature"} & {strategy}
+    faults = [
+        f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not known; "
+        "give its size (examples), or take data.strategy weights or equal."
+        for part, size in zip(sets, sizes, strict=True)
+        if size is None and needed
+    ]
+    faults += [
+        f"{part.name}: max_epochs needs the size of the stream, and it is not known; give its size (examples)."
+        for part, size, epochs in zip(sets, sizes, most, strict=True)
+        if size is None and epochs is not None
+    ]
+    if faults:
+        raise UserError(*faults)
+    shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)
+    caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
+    streamed = [isinstance(part, ExampleStream) for part in sets]
+    exact = strategy == "proportional" and all(cap is None for cap in caps) and not any(streamed)
+    drawn_from = [None if stream else size for stream, size in zip(streamed, sizes, strict=True)]
+    return Mix(tuple(sets), shares, MixOrder(drawn_from, None if exact else shares, seed, caps))
+
+
+def _known_size(part: Source) -> int | None:
+    return part.num_examples if isinstance(part, ExampleStream) else len(part)
 
 
 class _Clock:

@@ -68,7 +68,7 @@ class _RunLog(logging.Handler):
 
 def show_mix(console: Console, plan: MixPlan) -> None:
     """What the run will see of every source, before it runs."""
-    table = Table(title=f"{plan.num_steps:,} steps, {plan.num_draws:,} examples", title_justify="left")
+    table = Table(title=_mix_title(plan), title_justify="left")
     for name in _MIX_COLUMNS:
         table.add_column(name, justify="left" if name == "source" else "right")
     for part in plan.sources:
@@ -78,7 +78,7 @@ def show_mix(console: Console, plan: MixPlan) -> None:
 
 def keep_mix(run: RunDirectory, plan: MixPlan) -> None:
     """The same in the run directory: lines of log.txt, and mix.json."""
-    run.log(f"{plan.num_steps:,} steps, {plan.num_draws:,} examples")
+    run.log(_mix_title(plan))
     for part in plan.sources:
         name, *numbers = zip(_MIX_COLUMNS, _mix_cells(part), strict=True)
         run.log(f"{name[1]}: " + ", ".join(f"{what} {value}" for what, value in numbers))
@@ -88,15 +88,23 @@ def keep_mix(run: RunDirectory, plan: MixPlan) -> None:
 _MIX_COLUMNS = ("source", "examples", "tokens", "asked", "seen", "tokens seen", "passes", "cut", "dropped")
 
 
+def _mix_title(plan: MixPlan) -> str:
+    return f"{plan.num_steps:,} steps, {'' if plan.is_exact else 'about '}{plan.num_draws:,} examples"
+
+
 def _mix_cells(part: SourcePlan) -> tuple[str, ...]:
     return (
         part.name,
-        f"{part.num_examples:,}",
-        f"{part.num_tokens:,}",
+        _count(part.num_examples),
+        _count(part.num_tokens),
         f"{part.share_asked:.1%}",
         f"{part.share_seen:.1%}",
-        f"{part.num_tokens_seen:,}",
-        f"{part.epochs:.2f}",
-        f"{part.num_truncated:,}",
-        f"{part.num_dropped:,}",
+        _count(part.num_tokens_seen),
+        "unknown" if part.epochs is None else f"{part.epochs:.2f}",
+        _count(part.num_truncated),
+        _count(part.num_dropped),
     )
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"

@@ -152,6 +152,10 @@ class _Job:
             self._evaluate(0, "base")
         if self.optimizer is not None and start < self.num_steps:
             self._fit(self.optimizer, start)
+            for part in self.loader.streams:
+                seen = part.position
+                counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
+                logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)
         if self.optimizer is not None:
             self._save_final()
         if settings.at_end and self.validation and self.num_steps > 0:
