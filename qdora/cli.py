@@ -134,6 +134,9 @@ def evaluate(
     like: Annotated[Path | None, typer.Option(help="Use this run's data; show its results beside.")] = None,
     quant: Annotated[str | None, typer.Option(help="Of a bare model: nf4, fp4 or int8; dense if left out.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Of a run, evaluate the base without the adapter.")] = False,
+    method: Annotated[
+        str | None, typer.Option(help="loglikelihood, or generate: also let it answer. The run's if left out.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Score a run, a merged directory or a bare model: accuracy, answer NLL, perplexity."""
@@ -150,6 +153,7 @@ def evaluate(
         base_only=base,
         like=like,
         quant=quant,
+        method=method,
     )
     _emit(result, json_)
 

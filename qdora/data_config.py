@@ -61,7 +61,8 @@ class SourceConfig(Section):
     path: Text | None = None
     """For `task`: a directory that holds <split>.parquet or <split>.jsonl. None: the task's pinned set on the Hub."""
     format: Literal["auto", "choices", "completion", "messages", "text", "commonsense170k"] = "auto"
-    """Layout of the rows of `source`. auto: from the names of the columns."""
+    """Layout of the rows of `source`. auto: from the names of the columns. For the eight commonsense tasks: auto
+    asks for the text of a choice; commonsense170k, as LLM-Adapters and the DoRA paper do, for its name."""
     split: Text = "train"
     """Split to train on."""
     validation: Text | None = None
@@ -96,7 +97,8 @@ class SourceConfig(Section):
             found |= dict.fromkeys(("size", "shuffle_window"), "the source is not streamed")
         if self.task is not None:
             found["stream"] = f"task {self.task} is read into memory"
-            found["format"] = f"task {self.task} has a layout of its own"
+            if self.task not in COMMONSENSE_TASKS or self.format not in ("auto", "commonsense170k"):
+                found["format"] = f"task {self.task} has a layout of its own"
             if self.task.startswith("demo/"):
                 found["path"] = f"{self.task} ships inside the package"
                 found["revision"] = f"{self.task} ships inside the package"

@@ -97,6 +97,9 @@ class EvalConfig(Section):
     """Names of sources in the mix. None: all that have validation data; []: no evaluation."""
     limit: Whole | None = None
     """Examples of each task. None: all of them."""
+    method: Literal["loglikelihood", "generate"] = "loglikelihood"
+    """loglikelihood: choices and answers are scored. generate: beside that the model answers in its own words, as in
+    the DoRA paper (arXiv 2402.09353, sec. 5.1); only where choices differ in one word."""
     every: Whole | None = None
     """Optimizer steps between evaluations. None: none while training."""
     at_start: Flag = True
@@ -106,7 +109,9 @@ class EvalConfig(Section):
 
     def unused(self) -> dict[str, str]:
         if self.tasks == ():
-            return dict.fromkeys(("limit", "every", "at_start", "at_end"), "eval.tasks is empty")
+            return dict.fromkeys(("limit", "method", "every", "at_start", "at_end"), "eval.tasks is empty")
         if self.every is None and not self.at_start and not self.at_end:
-            return dict.fromkeys(("tasks", "limit"), "nothing is evaluated: every, at_start and at_end are off")
+            return dict.fromkeys(
+                ("tasks", "limit", "method"), "nothing is evaluated: every, at_start and at_end are off"
+            )
         return {}

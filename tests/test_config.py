@@ -212,7 +212,7 @@ trackers: [wandbb]
             "r.yaml: data.mix[1]: what to read, got both of task and source, allowed: exactly one of task, source.",
             f"r.yaml: data.mix[2]: not a section, got 3, allowed: {keys}.",
             "r.yaml: train.steps: contradiction, got both of steps and epochs, allowed: exactly one of them.",
-            "r.yaml: eval: not a section, got 3, allowed: tasks, limit, every, at_start, at_end.",
+            "r.yaml: eval: not a section, got 3, allowed: tasks, limit, method, every, at_start, at_end.",
             "r.yaml: lr: unknown key, allowed: model, base, adapter, data, train, eval, memory, trackers."
             " Did you mean 'train.lr'?",
             "r.yaml: trackers[0]: not valid, got 'wandbb', allowed: tensorboard, trackio, wandb, mlflow."
@@ -321,6 +321,7 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
             "validation_fraction",
         ),
         ("data", {"mix": [{"task": "boolq", "format": "choices"}]}, "mix[0].format"),
+        ("data", {"mix": [{"task": "demo/howto", "format": "commonsense170k"}]}, "mix[0].format"),
         ("data", {"mix": [{"task": "demo/howto", "path": "/x"}]}, "mix[0].path"),
         ("data", {"mix": [{"task": "demo/howto", "revision": "main"}]}, "mix[0].revision"),
         ("data", {"mix": [{"task": "boolq", "path": "/x", "revision": "main"}]}, "mix[0].revision"),
@@ -333,6 +334,8 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         ("train", {"schedule": "constant", "lr_end": 0.0}, "lr_end"),
         ("eval", {"tasks": [], "limit": 3}, "limit"),
         ("eval", {"tasks": [], "every": 3}, "every"),
+        ("eval", {"tasks": [], "method": "generate"}, "method"),
+        ("eval", {"at_start": False, "at_end": False, "method": "generate"}, "method"),
         ("eval", {"tasks": [], "at_end": True}, "at_end"),
         ("eval", {"at_start": False, "at_end": False, "limit": 3}, "limit"),
         ("eval", {"at_start": False, "at_end": False, "tasks": ["boolq"]}, "tasks"),

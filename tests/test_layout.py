@@ -18,6 +18,7 @@ LAYERS = [
     {"cli"},
     {"verbs"},
     {"train", "evaluation"},
+    {"memory"},
     {"model", "doctor"},
     {"nn", "data"},
     {"ops"},

@@ -10,10 +10,11 @@ import numpy as np
 
 from qdora.data.example import Example
 from qdora.data.files import Rows, missing, read_rows, split_file, split_names
-from qdora.data.formats import examples_of_rows
+from qdora.data.formats import FORMATS, examples_of_rows
 from qdora.data.hub import HUB_TASKS, hub_task_rows, load_hub_rows
+from qdora.data.instructions import instruction_row
 from qdora.data.shards import Shards, hub_shards, local_shards
-from qdora.data.tasks import TEMPLATES, RowFault, example_of_row
+from qdora.data.tasks import TEMPLATES, Row, RowFault, example_of_row
 from qdora.data_config import is_path
 from qdora.errors import UserError, nearest
 
@@ -28,7 +29,8 @@ class SourceSpec:
         task: demo/<family>, or one of the eight commonsense tasks.
         source: File, directory of <split> files, or Hub id.
         path: For a commonsense task: the directory of its <split> files; None takes the Hub.
-        format: Layout of the rows of `source`; auto goes by the columns.
+        format: Layout of the rows of `source`; auto goes by the columns. For a commonsense task: auto asks for the
+            text of a choice, commonsense170k for its name (instructions.py).
         split: Split to read; a single file has only one and ignores it.
         limit: Most examples, drawn at random with `seed`, in their old order; None takes all.
         name: Task name in metrics; None takes the task, the rows' own tasks, or the last part of the source.
@@ -186,11 +188,17 @@ def _task_examples(spec: SourceSpec, task: str) -> list[Example]:
     examples, faults = [], []
     for place, row in rows:
         try:
-            examples.append(example_of_row(row, task=task, label=spec.label, id=str(place)))
+            examples.append(_task_example(row, spec, task, str(place)))
         except RowFault as fault:
             faults.append(rows.fault(place, fault))
     rows.raise_faults(faults)
     return examples
+
+
+def _task_example(row: Row, spec: SourceSpec, task: str, place: str) -> Example:
+    if spec.format == "commonsense170k":
+        return FORMATS[spec.format].example(instruction_row(row, task), task, spec.label, place)
+    return example_of_row(row, task=task, label=spec.label, id=place)
 
 
 def _demo_examples(spec: SourceSpec, family: str) -> list[Example]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,24 @@ class ForwardPath:
     reason: str
     """Why, in a few words, for the log and for the result's settings."""
     cache_keyword: str = ""
-    """`cache` in new releases of transformers, `past_key_values` in older ones; '' without shared prefixes."""
+    """`cache` in new releases of transformers, `past_key_values` in older ones; '' where the model keeps none that
+    left-padded rows can share (attention only, windows included, and explicit positions)."""
     keeps_logits: bool = False
     """The model's forward takes `logits_to_keep`."""
 
 
 def choose_path(model: nn.Module) -> ForwardPath:
-    """Whether the model's prefix cache can be reused, by what its signature and its cache type say; logged.
+    """How choices are scored on this model (`find_path`); logged."""
+    path = find_path(model)
+    if path.shared_prefix:
+        logger.info("evaluation runs the shared prefix of a question's choices once")
+    else:
+        logger.info("evaluation runs every choice whole, without a shared prefix: %s", path.reason)
+    return path
+
+
+def find_path(model: nn.Module) -> ForwardPath:
+    """Whether the model's prefix cache can be reused, by what its signature and its cache type say.
 
     The cache is copied row by row, so only plain full-attention caches qualify: a sliding window forgets positions, and
     a recurrent state knows no padding. Models that take no explicit positions would miscount behind padding.
@@ -42,19 +53,17 @@ def choose_path(model: nn.Module) -> ForwardPath:
     keyword = next((name for name in ("cache", "past_key_values") if name in parameters), "")
     config = getattr(model, "config", None)
     if not keyword or "position_ids" not in parameters:
-        reason = "the model takes no cache or no position_ids"
-    elif config is None or getattr(_unwrapped(model), "_is_stateful", False):
-        reason = "the model keeps a recurrent state" if config is not None else "the model has no config"
-    else:
-        layer_types = {type(layer) for layer in DynamicCache(config=config).layers}
-        if layer_types <= {DynamicLayer}:
-            path = ForwardPath(True, "full-attention cache", keyword, keeps_logits)
-            logger.info("evaluation runs the shared prefix of a question's choices once")
-            return path
-        names = ", ".join(sorted(kind.__name__ for kind in layer_types - {DynamicLayer}))
-        reason = f"cache of {names}"
-    logger.info("evaluation runs every choice whole, without a shared prefix: %s", reason)
-    return ForwardPath(False, reason, "", keeps_logits)
+        return ForwardPath(False, "the model takes no cache or no position_ids", "", keeps_logits)
+    if config is None:
+        return ForwardPath(False, "the model has no config", "", keeps_logits)
+    if getattr(_unwrapped(model), "_is_stateful", False):
+        return ForwardPath(False, "the model keeps a recurrent state", "", keeps_logits)
+    layer_types = {type(layer) for layer in DynamicCache(config=config).layers}
+    if layer_types <= {DynamicLayer}:
+        return ForwardPath(True, "full-attention cache", keyword, keeps_logits)
+    names = ", ".join(sorted(kind.__name__ for kind in layer_types - {DynamicLayer}))
+    padded = layer_types <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return ForwardPath(False, f"cache of {names}", keyword if padded else "", keeps_logits)
 
 
 def context_length(model: nn.Module) -> int | None:

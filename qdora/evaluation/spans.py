@@ -89,7 +89,7 @@ def score_spans(
         return len(batch) * longest <= max_batch_tokens and len(batch) * kept <= max_logits
 
     with scoring(model):
-        for batch in _batches(order, width, fits):
+        for batch in length_batches(order, width, fits):
             rows = [spans[index] for index in batch]
             scores[batch] = _score_whole(model, rows, path, device)
             num_done += len(batch)
@@ -124,7 +124,7 @@ def score_groups(
     whole = [i for i in range(len(groups)) if shared[i] == 0]
     num_done = 0
     with scoring(model):
-        for batch in _batches(
+        for batch in length_batches(
             order, shared.__getitem__, lambda batch: len(batch) * shared[batch[0]] <= max_batch_tokens
         ):
             prefix_lengths = [shared[i] for i in batch]
@@ -231,7 +231,7 @@ def _score_shared(
         return len(batch) * widest <= max_rows and len(batch) * (longest + widest) <= max_cached
 
     longer = sorted((at for at in flat if width(at) > 0), key=lambda at: (-width(at), at))
-    for batch in _batches(longer, width, fits):
+    for batch in length_batches(longer, width, fits):
         spans = [groups[g][j] for g, j in batch]
         prefix_rows = torch.tensor([g for g, _ in batch])
         found = _score_rest(model, spans, prefix_rows, cache, prefix_mask, path)
@@ -333,7 +333,7 @@ def _cache_bytes_per_token(cache: DynamicCache) -> int:
     return sum(tensor.nbytes // (tensor.shape[0] * tensor.shape[-2]) for tensor in tensors)
 
 
-def _batches(order: list[T], width: Callable[[T], int], fits: Callable[[list[T]], bool]) -> Iterator[list[T]]:
+def length_batches(order: list[T], width: Callable[[T], int], fits: Callable[[list[T]], bool]) -> Iterator[list[T]]:
     """Cut `order`, widest first, into batches that fit and are not mostly padding; one item always makes a batch."""
     batch: list[T] = []
     num_tokens = 0

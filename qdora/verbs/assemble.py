@@ -18,7 +18,7 @@ from qdora.data.mix import Mix, make_mix
 from qdora.data.sources import SourceSpec, has_split, load_mix, load_source, open_shards
 from qdora.data.stream import ExampleStream, StreamSettings
 from qdora.data.tokenize import TokenizedSet, tokenize_all
-from qdora.data_config import DataConfig, SourceConfig
+from qdora.data_config import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
@@ -243,10 +243,14 @@ def num_steps_of(recipe: Recipe, loader: StepLoader) -> int:
     return loader.steps_for_epochs(recipe.train.epochs)
 
 
-def task_examples(task: str, *, split: str, data: Path | None) -> list[Example]:
-    """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files."""
+def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
+    """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files.
+
+    `by_name`: the commonsense tasks ask for the name of a choice, as the DoRA paper does, and not for its text.
+    """
     path = None if data is None or task.startswith("demo/") else str(data / task)
-    return load_source(SourceSpec(task=task, path=path, split=split))
+    asked = "commonsense170k" if by_name and task in COMMONSENSE_TASKS else "auto"
+    return load_source(SourceSpec(task=task, path=path, split=split, format=asked))
 
 
 def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.example import Example
 from qdora.data_config import COMMONSENSE_TASKS, TASKS
 from qdora.errors import UserError, nearest
+from qdora.evaluation.answers import generation_faults
+from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.load import load_model
@@ -27,6 +29,7 @@ from qdora.verbs.show import default_console, suite_bar
 from qdora.verbs.trained import load_run
 
 SPLITS = ("validation", "test", "train")
+METHODS = ("loglikelihood", "generate")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def evaluate_target(
     base_only: bool = False,
     like: Path | None = None,
     quant: str | None = None,
+    method: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run (its adapter on its base), a model directory, a Hub id or builtin.
@@ -63,14 +67,13 @@ def evaluate_target(
         step, base_only: Of a run, see `load_run`.
         quant: Of a model that is no run: hold its linear layers in nf4, fp4 or int8; None keeps them dense.
         like: A run whose data and limit are used; its own results stand beside in the table.
+        method: loglikelihood, or generate: beside it the model answers in its own words; None takes the run's.
         console: Where the table is shown; standard error by default.
     Returns:
-        JSON values: the evaluation, those that stand beside it, and the perplexity.
+        JSON values: the evaluation, those that stand beside it, the generated answers, and the perplexity.
     """
     console = console or default_console()
     keep_freed_memory()
-    if split not in SPLITS:
-        raise UserError(f"--split: {split!r}, allowed: {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
     is_run = (Path(target) / "recipe.yaml").is_file()
     run_path = Path(target) if is_run else like
     recipe = None if run_path is None else load_recipe(open_run(run_path).recipe_file)
@@ -78,8 +81,49 @@ def evaluate_target(
         raise UserError(f"--like: {target} is a run and has data of its own, allowed: only for a model that is no run.")
     if step is not None and base_only:
         raise UserError("--step and --base exclude each other: the base has no steps.")
-    if limit is not None and texts and not tasks and not is_run and like is None:
-        raise UserError("--limit: counts examples of tasks, got only --text.")
+    method = method or ("loglikelihood" if recipe is None else recipe.eval.method)
+    _check_data_options(target, tasks, limit, split, data, texts, method, has_run=run_path is not None)
+    known = {} if recipe is None or not (tasks or not texts) else run_examples(recipe, split)
+    by_name = method == "generate"
+    chosen = _chosen(known, tasks, split, data, by_name) if tasks or not texts else {}
+    faults = generation_faults(chosen) if by_name else ()
+    if faults:
+        raise UserError(*faults)
+    limit = limit if limit is not None or recipe is None else recipe.eval.limit
+    loaded = _load(target, is_run=is_run, step=step, base_only=base_only, quant=quant)
+    document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
+    if chosen:
+        beside = stored_results(open_run(like)) if like is not None and split == "validation" else {}
+        document |= _scored(loaded, chosen, beside, limit, split, console)
+    if chosen and by_name:
+        document["generation"] = _generated(loaded, chosen, limit, split, console)
+    if texts:
+        scored = text_perplexity(loaded.model, loaded.tokenizer, read_texts(texts))
+        document["perplexity"] = asdict(scored)
+        console.print(f"perplexity {scored.perplexity:.3f} over {scored.num_tokens:,} tokens", highlight=False)
+    return document
+
+
+def _check_data_options(
+    target: str,
+    tasks: Sequence[str] | None,
+    limit: int | None,
+    split: str,
+    data: Path | None,
+    texts: Sequence[Path],
+    method: str,
+    *,
+    has_run: bool,
+) -> None:
+    """Options of `evaluate_target` that contradict each other or would do nothing; `has_run`: a run gives the data."""
+    for name, given, allowed in (("--split", split, SPLITS), ("--method", method, METHODS)):
+        if given not in allowed:
+            raise UserError(f"{name}: {given!r}, allowed: {', '.join(allowed)}.{nearest(given, allowed)}")
+    if texts and not tasks and not has_run:
+        if limit is not None:
+            raise UserError("--limit: counts examples of tasks, got only --text.")
+        if method == "generate":
+            raise UserError("--method: generate answers the examples of tasks, got only --text.")
     if data is not None and not data.is_dir():
         raise UserError(f"--data: {data} is no directory, allowed: a folder of <task>/<split> files.")
     if data is not None and not any(task in COMMONSENSE_TASKS for task in tasks or ()):
@@ -89,29 +133,42 @@ def evaluate_target(
     for file in texts:
         if not file.is_file():
             raise UserError(f"--text: {file} is no file.")
-    if recipe is None and not tasks and not texts:
+    if not has_run and not tasks and not texts:
         raise UserError(
             f"eval: {target} is no run (no recipe.yaml there); say what to evaluate: --tasks, --text or --like RUN."
         )
-    known = {} if recipe is None or not (tasks or not texts) else run_examples(recipe, split)
-    chosen = _chosen(known, tasks, split, data) if tasks or not texts else {}
-    limit = limit if limit is not None or recipe is None else recipe.eval.limit
-    loaded = _load(target, is_run=is_run, step=step, base_only=base_only, quant=quant)
-    document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
-    if chosen:
-        with suite_bar(console, f"evaluating {loaded.label}") as progress:
-            result = evaluate(loaded.model, loaded.tokenizer, chosen, limit=limit, progress=progress)
-        document["evaluation"] = result.to_dict()
-        shown = stored_results(open_run(like)) if like is not None and split == "validation" else {}
-        document["beside"] = {label: stored.to_dict() for label, stored in shown.items()}
-        console.print(compare_table(shown | {loaded.label: result}))
-        if loaded.run is not None:
-            loaded.run.write_json(f"eval/{loaded.label}-{split}.json", result.to_dict(per_example=True))
-    if texts:
-        scored = text_perplexity(loaded.model, loaded.tokenizer, read_texts(texts))
-        document["perplexity"] = asdict(scored)
-        console.print(f"perplexity {scored.perplexity:.3f} over {scored.num_tokens:,} tokens", highlight=False)
-    return document
+
+
+def _scored(
+    loaded: _Target,
+    examples: dict[str, list[Example]],
+    beside: dict[str, EvaluationResult],
+    limit: int | None,
+    split: str,
+    console: Console,
+) -> dict[str, Any]:
+    """Log-likelihoods: shown with what stands beside them, and kept in the run."""
+    with suite_bar(console, f"evaluating {loaded.label}") as progress:
+        result = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, per_example=True, progress=progress)
+    console.print(compare_table(beside | {loaded.label: result}))
+    if loaded.run is not None:
+        loaded.run.write_json(f"eval/{loaded.label}-{split}.json", result.to_dict(per_example=True))
+    return {
+        "evaluation": result.to_dict(),
+        "beside": {label: stored.to_dict() for label, stored in beside.items()},
+    }
+
+
+def _generated(
+    loaded: _Target, examples: dict[str, list[Example]], limit: int | None, split: str, console: Console
+) -> dict[str, Any]:
+    """Generated answers: shown, and kept in the run beside the log-likelihoods."""
+    with suite_bar(console, f"answers of {loaded.label}") as progress:
+        result = evaluate_generated(loaded.model, loaded.tokenizer, examples, limit=limit, progress=progress)
+    console.print(generation_table({loaded.label: result}))
+    if loaded.run is not None:
+        loaded.run.write_json(f"eval/{loaded.label}-{split}-generated.json", result.to_dict(per_example=True))
+    return result.to_dict()
 
 
 def _load(target: str, *, is_run: bool, step: int | None, base_only: bool, quant: str | None) -> _Target:
@@ -130,7 +187,7 @@ def _load(target: str, *, is_run: bool, step: int | None, base_only: bool, quant
 
 
 def _chosen(
-    known: dict[str, list[Example]], tasks: Sequence[str] | None, split: str, data: Path | None
+    known: dict[str, list[Example]], tasks: Sequence[str] | None, split: str, data: Path | None, by_name: bool
 ) -> dict[str, list[Example]]:
     if tasks is None:
         return known
@@ -139,7 +196,7 @@ def _chosen(
     if unknown:
         allowed = list(dict.fromkeys([*known, *built_in]))
         raise UserError(*(f"--tasks: {t!r}, allowed: {', '.join(allowed)}.{nearest(t, allowed)}" for t in unknown))
-    return {t: known[t] if t in known else task_examples(t, split=split, data=data) for t in tasks}
+    return {t: known[t] if t in known else task_examples(t, split=split, data=data, by_name=by_name) for t in tasks}
 
 
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:

@@ -22,6 +22,8 @@ from qdora.data.loader import Step, StepLoader
 from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
 from qdora.errors import UserError
+from qdora.evaluation.answers import generation_faults
+from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
 from qdora.recipe_file import missing_files, resolved_yaml
@@ -265,7 +267,24 @@ class _Job:
             )
         self.evaluations[label] = result
         self.run.write_json(f"eval/{self.run.evaluation_file(step).name}", result.to_dict(per_example=True))
-        return {task: asdict(numbers) for task, numbers in result.tasks.items()}
+        metrics = {task: asdict(numbers) for task, numbers in result.tasks.items()}
+        if self.recipe.eval.method == "generate":
+            for task, numbers in self._generate(step).items():
+                metrics[task]["generated"] = numbers
+        return metrics
+
+    def _generate(self, step: int) -> dict[str, Any]:
+        """Let the model answer, keep the answers beside the log-likelihoods; the counts per task."""
+        with suite_bar(self.console, f"answers, step {step}") as progress:
+            result = evaluate_generated(
+                self.model, self.tokenizer, self.validation, limit=self.recipe.eval.limit, progress=progress
+            )
+        self.run.write_json(f"eval/step-{step}-generated.json", result.to_dict(per_example=True))
+        self.console.print(generation_table({f"step {step}": result}))
+        numbers = result.to_dict()["tasks"]
+        return {
+            task: {key: value for key, value in each.items() if key != "unparsable"} for task, each in numbers.items()
+        }
 
     def _write_card(self) -> None:
         atomic_write_text(self.run.inside("README.md"), run_card(self.run, self.recipe, "final"))
@@ -295,6 +314,9 @@ def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, An
     faults = []
     if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
         faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
+    if recipe.eval.method == "generate":
+        asked = recipe.eval.tasks or validation
+        faults += generation_faults({name: validation[name] for name in asked if name in validation})
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."

@@ -1,0 +1,181 @@
+"""Answers in the model's own words: their names, what is read from them, and how they are counted."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from qdora.data.demo import examples as demo_examples
+from qdora.data.example import Example
+from qdora.errors import UserError
+from qdora.evaluation.answers import answer_names, first_mention, generation_faults
+from qdora.evaluation.generation import evaluate_generated, generation_table
+from tests import tiny, tiny_tokenizer
+
+NAMES = ("answer1", "answer2", "answer3")
+
+
+class Scripted(nn.Module):
+    """Says, behind a prompt that ends in one of the keys, the text that belongs to it, and then the end of sequence.
+
+    It takes no cache and no positions, so it is run row by row.
+    """
+
+    def __init__(self, tokenizer: Any, says: dict[str, str]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.tokenizer, self.says = tokenizer, says
+        self.num_calls = 0
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        self.num_calls += 1
+        text = self.tokenizer.decode(input_ids[0].tolist())
+        key = next(key for key in self.says if key in text)
+        prompt, _, said = text.rpartition(key)
+        assert self.says[key].startswith(said), (said, prompt)
+        rest = self.tokenizer(self.says[key][len(said) :], add_special_tokens=False)["input_ids"]
+        token = rest[0] if rest else self.tokenizer.eos_token_id
+        logits = torch.zeros(1, input_ids.shape[1], 400)
+        logits[0, -1, token] = 5.0
+        return SimpleNamespace(logits=logits * self.scale)
+
+    def get_input_embeddings(self) -> Any:
+        return SimpleNamespace(weight=self.scale)
+
+
+def question(task: str, number: int, gold: int, names: tuple[str, ...] = NAMES) -> Example:
+    choices = tuple(f"the correct answer is {name}" for name in names)
+    return Example(task, str(number), f"Question {number} of {task}:", choices[gold], choices, gold)
+
+
+def test_names_are_the_word_in_which_choices_differ() -> None:
+    assert answer_names(["the correct answer is answer1", "the correct answer is answer2"]) == ("answer1", "answer2")
+    assert answer_names([" no", " yes"]) == ("no", "yes")
+    assert answer_names(["It is true.", "It is false."]) == ("true", "false")
+    assert answer_names(["it is red today", "it is blue today"]) == ("red", "blue")
+    assert answer_names([" a bird", " a large bird"]) == ()
+    assert answer_names([" May", " may"]) == ()
+    assert answer_names([" 3 + 4", " 3 + 5"]) == ("4", "5")
+    assert answer_names([" +", " -"]) == ()
+    assert answer_names(["same", "same"]) == ()
+    assert answer_names([]) == ()
+    assert answer_names(["alone"]) == ()
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("the correct answer is answer2", (1, True)),  # "answer2" may still become "answer21"
+        ("the correct answer is answer2.", (1, False)),
+        ("Answer3, I think, or answer1", (2, False)),
+        ("not answer1 but answer2", (0, False)),  # the first, as published
+        ("answer5", (None, True)),
+        ("answer10 ", (None, True)),
+        ("myanswer1 ", (None, True)),
+        ("", (None, True)),
+    ],
+)
+def test_the_first_name_counts(text: str, expected: tuple[int | None, bool]) -> None:
+    assert first_mention(text, NAMES) == expected
+
+
+def test_right_wrong_and_unparsable_are_counted_apart() -> None:
+    tokenizer = tiny_tokenizer.make()
+    says = {
+        "Question 0 of a:": "the correct answer is answer2",
+        "Question 1 of a:": " answer1! The correct answer is answer3",
+        "Question 2 of a:": "the correct answer is blue",
+        "Question 3 of a:": "",
+        "Question 0 of b:": "TRUE",
+        "Question 1 of b:": "It is untrue, so false",
+    }
+    sets = {
+        "a": [question("a", number, gold) for number, gold in enumerate([1, 2, 0, 0])],
+        "b": [question("b", number, gold, ("true", "false")) for number, gold in enumerate([0, 1])],
+    }
+    net = Scripted(tokenizer, says)
+    found = evaluate_generated(net, tokenizer, sets, max_new_tokens=64)
+    first, second = found.tasks["a"], found.tasks["b"]
+    assert (first.num_examples, first.num_right, first.num_wrong, first.num_unparsable) == (4, 1, 1, 2)
+    assert first.acc == 0.25
+    assert first.acc_stderr == pytest.approx(math.sqrt(0.25 * 0.75 / 3))  # unparsable ones count as not right
+    assert first.chance == pytest.approx(1 / 3)
+    assert first.unparsable == [
+        {"id": "2", "output": "the correct answer is blue"},
+        {"id": "3", "output": ""},
+    ]
+    assert (second.num_right, second.num_wrong, second.num_unparsable, second.acc) == (2, 0, 0, 1.0)
+    average = found.average
+    assert (average.num_examples, average.num_right, average.num_wrong, average.num_unparsable) == (6, 3, 1, 2)
+    assert average.acc == pytest.approx((0.25 + 1.0) / 2)
+    assert average.acc_stderr == pytest.approx(math.sqrt(0.25 * 0.75 / 3) / 2)
+    assert average.chance == pytest.approx((1 / 3 + 1 / 2) / 2)
+    document = json.loads(json.dumps(found.to_dict(per_example=True), allow_nan=False))
+    assert [each["outcome"] for each in document["per_example"]] == [
+        "right",
+        "wrong",
+        "unparsable",
+        "unparsable",
+        "right",
+        "right",
+    ]
+    # an answer that is decided is not spun out
+    assert document["per_example"][1]["output"] == " answer1!"
+    assert "per_example" not in found.to_dict()
+
+
+def test_the_table_shows_all_three_counts() -> None:
+    tokenizer = tiny_tokenizer.make()
+    net = Scripted(tokenizer, {"Question 0 of a:": "answer2", "Question 1 of a:": "?"})
+    found = evaluate_generated(net, tokenizer, {"a": [question("a", 0, 1), question("a", 1, 1)]}, max_new_tokens=16)
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(generation_table({"mine": found}))
+    assert "1 / 0 / 1" in shown.getvalue()
+    assert "50.0 ± 50.0" in shown.getvalue()
+
+
+def test_an_answer_stops_after_so_many_tokens() -> None:
+    tokenizer = tiny_tokenizer.make()
+    net = Scripted(tokenizer, {"Question 0 of a:": "the correct answer is answer2"})
+    found = evaluate_generated(net, tokenizer, {"a": [question("a", 0, 1)]}, max_new_tokens=3)
+    assert found.tasks["a"].num_unparsable == 1
+    assert found.tasks["a"].num_new_tokens == 3
+    assert net.num_calls == 3
+
+
+def test_a_prompt_too_long_for_the_context_loses_its_left() -> None:
+    tokenizer = tiny_tokenizer.make(bos=True)
+    net = tiny.llama(vocab_size=400, max_position_embeddings=40, initializer_range=0.3)
+    fed: list[list[int]] = []
+    net.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
+    long = Example("a", "0", "w " * 60 + "Answer:", " yes", (" yes", " no"), 0)
+    found = evaluate_generated(net, tokenizer, {"a": [long]}, max_new_tokens=32)
+    # 40 positions: beginning of sequence, 8 tokens of the prompt, 31 of the answer (the last is never fed)
+    assert len(fed[0]) == 9
+    assert fed[0] == [tokenizer.bos_token_id, *tokenizer(long.prompt, add_special_tokens=False)["input_ids"][-8:]]
+    assert found.tasks["a"].num_truncated == 1
+    with pytest.raises(UserError, match="a context of 40, allowed: a longer context"):
+        evaluate_generated(net, tokenizer, {"a": [long]}, max_new_tokens=40)
+
+
+def test_what_cannot_be_generated_is_known_without_a_model() -> None:
+    facts = demo_examples("facts", "validation")
+    steps = demo_examples("next", "validation")
+    text = [Example("notes", "7", "", "Some text.")]
+    assert generation_faults({"facts": facts}) == []
+    faults = generation_faults({"facts": facts, "next": steps, "notes": text})
+    assert len(faults) == 2
+    assert faults[0].startswith("eval.method: generate asks for one word as answer, got task 'next', whose example ")
+    assert "example 7 has no choices, allowed: choices that differ in one word" in faults[1]
+    with pytest.raises(UserError, match="got task 'notes'"):
+        evaluate_generated(nn.Linear(1, 1), tiny_tokenizer.make(), {"notes": text})
+    with pytest.raises(UserError, match="got none"):
+        evaluate_generated(nn.Linear(1, 1), tiny_tokenizer.make(), {})

@@ -1,0 +1,109 @@
+"""Greedy decoding in padded batches with a cache, against one sequence at a time without any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qdora.errors import RunFailure
+from qdora.evaluation.forward_path import find_path
+from qdora.evaluation.greedy import decode_greedily
+from tests import tiny_adapted
+from tests.test_evaluation_spans import VOCABULARY, tiny_model
+
+LENGTHS = [9, 1, 14, 3, 14, 6, 2, 11]
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def naive(model: nn.Module, prompt: Sequence[int], count: int, stops: Sequence[int] = ()) -> list[int]:
+    """No padding, no cache, the whole sequence again for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        token = int(logits.double().argmax())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mistral", "bloom", "gpt2"])
+def test_batches_equal_one_at_a_time(family: str) -> None:
+    model = tiny_model(family)
+    # bloom takes no positions; the windows of gemma2 and mistral (6) are shorter than most prompts
+    assert bool(find_path(model).cache_keyword) == (family != "bloom")
+    expected = [naive(model, prompt, 10) for prompt in prompts()]
+    assert len({tuple(each) for each in expected}) > 4
+    for budget in (1, 60, 4096):
+        found = decode_greedily(model, prompts(), max_new_tokens=10, stop_ids=(), max_batch_tokens=budget)
+        assert found == expected, budget
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_an_adapted_model_decodes_as_one_at_a_time(quant: str | None) -> None:
+    model = tiny_adapted.adapted("llama", quant=quant)
+    found = decode_greedily(model, prompts(), max_new_tokens=6, stop_ids=())
+    assert found == [naive(model, prompt, 6) for prompt in prompts()]
+
+
+def test_rows_end_at_their_own_stop_and_the_others_go_on() -> None:
+    model = tiny_model("llama")
+    free = [naive(model, prompt, 10) for prompt in prompts()]
+    stops = sorted({free[0][2], free[3][0], free[4][5]})
+    expected = [naive(model, prompt, 10, stops) for prompt in prompts()]
+    assert {len(each) for each in expected} > {0, 10}
+    assert decode_greedily(model, prompts(), max_new_tokens=10, stop_ids=stops) == expected
+
+
+def test_rows_that_have_enough_leave_the_batch() -> None:
+    model = tiny_model("llama")
+    free = [naive(model, prompt, 10) for prompt in prompts()]
+    wanted = [10, 1, 2, 3, 10, 1, 1, 7]
+    fed = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(len(kwargs["input_ids"])), with_kwargs=True)
+    found = decode_greedily(
+        model, prompts(), max_new_tokens=10, stop_ids=(), finished=lambda index, new: len(new) == wanted[index]
+    )
+    assert found == [new[:count] for new, count in zip(free, wanted, strict=True)]
+    assert fed == [8, 8, 4, 4, 4, 4, 4, 2, 2, 2]  # dropped where half of those fed are done
+
+
+def test_progress_and_mode() -> None:
+    model = tiny_model("llama")
+    model.train()
+    seen: list[tuple[int, int]] = []
+    decode_greedily(
+        model,
+        prompts(),
+        max_new_tokens=2,
+        stop_ids=(),
+        max_batch_tokens=40,
+        progress=lambda *numbers: seen.append(numbers),
+    )
+    assert seen[-1] == (8, 8)
+    assert len(seen) > 2
+    assert model.training
+
+
+def test_without_a_shared_cache_it_is_said_that_it_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        decode_greedily(tiny_model("bloom"), prompts()[:2], max_new_tokens=1, stop_ids=())
+    assert "one by one" in caplog.text
+    assert "position_ids" in caplog.text
+
+
+def test_a_broken_model_is_a_failure() -> None:
+    model: Any = tiny_model("llama")
+    model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(RunFailure, match="logits are not finite"):
+        decode_greedily(model, prompts(), max_new_tokens=2, stop_ids=())
