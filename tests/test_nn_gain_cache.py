@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qdora.nn import adapted_linear as module
-from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny
 from tests.test_ops_adapted_linear import arrays, to_numpy
@@ -225,3 +226,78 @@ def test_fake_tensors_leave_nothing_behind():
         assert isinstance(gain.value, FakeTensor)
     assert layer._gain_cache._entry is None
     assert_fresh(layer)
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what would make a GPU's host wait: values that become Python's, shapes that depend on values, and tensors
+    that are made from Python's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "equal", "is_nonzero"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def three_layers(dtype: torch.dtype = torch.bfloat16) -> list[AdaptedLinear]:
+    return [dora(dtype, rank=rank, quant="nf4", in_=64) for rank in (1, 2, 3)]
+
+
+def test_a_layer_asks_the_gpu_once_for_a_norm_and_never_after_that():
+    layer, x = three_layers()[2], torch.randn(6, 64).bfloat16().requires_grad_()
+    with HostWaits() as first:
+        layer(x).sum().backward()
+    assert first.names == ["_local_scalar_dense"]
+    with HostWaits() as later:
+        layer(x).sum().backward()
+    assert later.names == []
+
+
+def test_with_dropout_only_the_host_is_asked():
+    layer, x = three_layers()[2], torch.randn(6, 64).bfloat16().requires_grad_()
+    layer.dropout = 0.5
+    layer(x)
+    with HostWaits() as waits:
+        layer(x).sum().backward()
+    # The seed, and in each direction the number of zeros: from CPU generators, whatever the layer's device.
+    assert waits.names.count("_local_scalar_dense") == 3
+    assert set(waits.names) <= {"_local_scalar_dense", "lift_fresh"}
+
+
+def test_prepared_gains_are_those_of_the_parameters_and_wait_once_for_all_layers(counted):
+    layers, x = three_layers(), torch.randn(6, 64).bfloat16()
+    assert prepare_gains(layers) == 0  # none has run: in which dtype is not known
+    for layer in layers:
+        layer(x)
+    assert prepare_gains(layers) == 0
+    del counted[:]
+    for layer in layers:
+        in_place(layer)
+    # One row of one layer is nearly taken away: its sum cancels.
+    row = layers[1].base.dequantized()[3]
+    with torch.no_grad():
+        layers[1].lora_A[0] = row.bfloat16()
+        layers[1].lora_B[3] = torch.tensor([-0.95 / layers[1].scaling, 0.0])
+    with HostWaits() as waits:
+        assert prepare_gains(layers) == 3
+    assert waits.names == ["nonzero"]  # of the layer whose row has cancelled; reading a whole tensor is not seen here
+    with HostWaits() as waits:
+        for layer in layers:
+            layer(x)
+    assert waits.names == []
+    assert counted == []
+    for layer in layers:
+        norms = reference.row_norm(*(arrays(layer)[name] for name in ("weight", "lora_a", "lora_b", "scaling")))
+        gains = layer.gain(torch.bfloat16).value  # type: ignore[union-attr]
+        np.testing.assert_allclose(to_numpy(gains) * norms, to_numpy(layer.magnitude), rtol=2e-2)
+
+
+def test_lora_layers_have_nothing_to_prepare():
+    layer = dora(kind="lora")
+    layer(X)
+    in_place(layer)
+    assert prepare_gains([layer]) == 0

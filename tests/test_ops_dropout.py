@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qdora.ops import dropout
-from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
+from qdora.ops.dropout import draw_seed, dropped_slices, tokens_per_slice, zeroed_
 
 CPU = torch.device("cpu")
 
@@ -60,3 +60,10 @@ def test_a_seed_comes_from_the_generator_that_a_checkpoint_restores():
     first, second = draw_seed(), draw_seed()
     torch.set_rng_state(state)
     assert draw_seed() == first != second
+
+
+def test_a_gpu_gets_few_slices():
+    """A slice takes nine launches; 4,096 tokens of 14336 features are 57 slices on a CPU and 4 on a GPU."""
+    assert -(-4096 // tokens_per_slice(14336, "cpu")) == 57
+    assert -(-4096 // tokens_per_slice(14336, "cuda")) == 4
+    assert tokens_per_slice(1 << 30, "cuda") == 1

@@ -104,3 +104,27 @@ def test_lengths_of_a_large_weight_are_those_that_products_are_fast_with():
     lengths = [run.stop - run.start for run in spans(11008, 4096, 2, "cpu")]
     assert lengths == [2048] * 5 + [256] * 3
     assert {run.stop - run.start for run in spans(4096, 11008, 2, "cpu", 64)} == {256}
+
+
+@pytest.mark.parametrize(
+    ("total", "other", "align", "lengths"),
+    [
+        (4096, 4096, 1, [4096]),
+        (11008, 4096, 1, [5504, 5504]),  # 8,192 rows of 8 KiB fit
+        (14336, 4096, 64, [7168, 7168]),
+        (28672, 8192, 1, [4096] * 7),
+        (8192, 28672, 64, [1024] * 8),  # 1,170 columns fit
+        (11000, 8192, 1, [3712, 3712, 3576]),
+    ],
+)
+def test_on_a_gpu_no_product_is_left_with_a_sliver(total, other, align, lengths):
+    assert [run.stop - run.start for run in spans(total, other, 2, "cuda", align)] == lengths
+
+
+def test_a_dense_weight_without_a_factor_is_its_own_single_tile():
+    """Nothing is made, so nothing has to stay within a budget."""
+    weight = torch.randn(5000, 4096, dtype=torch.bfloat16)
+    for tiles_of in (row_tiles, column_tiles):
+        ((_, tile),) = tiles_of(weight, torch.bfloat16)
+        assert tile.data_ptr() == weight.data_ptr()
+    assert len(list(row_tiles(weight, torch.bfloat16, torch.ones(5000)))) > 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.gain_cache import GainCache
 from qdora.ops.adapted_linear import adapted_linear, product_dtype, rounded
-from qdora.ops.dora import Gain, merged_weight, row_norm, squared_row_norm
+from qdora.ops.dora import (
+    FactoredNorm,
+    Gain,
+    factored_norm,
+    measure_cancelled_,
+    merged_weight,
+    row_norm,
+    squared_row_norm,
+)
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
@@ -123,8 +132,11 @@ class AdaptedLinear(nn.Module):
 
     def _row_norm_of_products(self, dtype: torch.dtype) -> Tensor:
         """The row norm of the numbers that the products take."""
-        factors = rounded(self.lora_A.detach(), dtype), rounded(self.lora_B.detach(), dtype)
-        return row_norm(self.base.stored_weight, *factors, self.scaling, base_squared=self.base_squared, dtype=dtype)
+        factors = self._factors_of_products(dtype)
+        return row_norm(self.base.stored_weight, *factors, base_squared=self.base_squared, dtype=dtype)
+
+    def _factors_of_products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        return rounded(self.lora_A.detach(), dtype), rounded(self.lora_B.detach(), dtype), self.scaling
 
     def row_norm(self) -> Tensor:
         """||W + s B A|| of each row, (out,) float32 (float64 for a float64 base)."""
@@ -169,3 +181,36 @@ class AdaptedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.kind}, rank={self.rank}, scaling={self.scaling:.6g}, dropout={self.dropout}"
+
+
+def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
+    """Compute the gains that the coming forward pass will ask for: a GPU's host then waits once, not once a layer.
+
+    Whether a row's factored norm has cancelled decides what runs next, and asking a GPU costs its queue of work. Here
+    one question serves all layers. Layers that have not run yet, whose parameters have not changed, or that are LoRA
+    are left alone; what is not prepared is computed in the forward pass.
+
+    Returns:
+        How many norms were computed.
+    """
+    found: list[tuple[AdaptedLinear, Tensor, torch.dtype, FactoredNorm]] = []
+    for layer in layers:
+        dtype = layer._gain_cache.wanted(layer.lora_A, layer.lora_B)
+        if layer.magnitude is not None and dtype is not None:
+            with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
+                factors = layer._factors_of_products(dtype)
+                norm = factored_norm(layer.base.stored_weight, *factors, base_squared=layer.base_squared, dtype=dtype)
+            found.append((layer, layer.magnitude, dtype, norm))
+    if not found:
+        return 0
+    device = found[0][3].cancelled.device
+    flags = torch.stack([norm.cancelled.any().to(device) for *_, norm in found]).tolist()
+    for (layer, magnitude, dtype, norm), has_cancelled in zip(found, flags, strict=True):
+        if has_cancelled:
+            measure_cancelled_(norm, layer.base.stored_weight, *layer._factors_of_products(dtype), dtype=dtype)
+        layer._gain_cache.get(layer.lora_A, layer.lora_B, magnitude, dtype, functools.partial(_given, norm.norm))
+    return len(found)
+
+
+def _given(norm: Tensor) -> Tensor:
+    return norm

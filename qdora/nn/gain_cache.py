@@ -43,6 +43,7 @@ class GainCache:
     def __init__(self) -> None:
         _watch_optimizers()
         self._entry: _Entry | None = None
+        self._dtype: torch.dtype | None = None
 
     def __reduce__(self) -> tuple[type[GainCache], tuple[()]]:
         """A copy starts empty: its tensors count their versions anew and could meet an old count by chance."""
@@ -72,7 +73,7 @@ class GainCache:
             # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept.
             if any(isinstance(p, FakeTensor) or p.is_inference() for p in parameters):
                 return gain(magnitude, row_norm())
-            states = tuple((p.data_ptr(), p._version) for p in parameters)
+            states = _states(parameters)
             entry = self._entry
             if entry is None or entry.dtype != dtype or not _same(entry, parameters, states, 2):
                 norm = row_norm()
@@ -81,7 +82,18 @@ class GainCache:
             else:
                 norm = entry.norm
             self._entry = _Entry(parameters, states, dtype, norm, gain(magnitude, norm))
+            self._dtype = dtype
             return self._entry.gain
+
+    def wanted(self, lora_A: Tensor, lora_B: Tensor) -> torch.dtype | None:
+        """The dtype of the norm that the next `get` will compute if it asks as the last one did; None if none."""
+        if self._entry is not None and _same(self._entry, (lora_A, lora_B), _states((lora_A, lora_B)), 2):
+            return None
+        return self._dtype
+
+
+def _states(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((p.data_ptr(), p._version) for p in parameters)
 
 
 def _same(entry: _Entry, parameters: tuple[Tensor, ...], states: tuple[tuple[int, int], ...], count: int) -> bool:

@@ -26,8 +26,9 @@ from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
 from qdora.ops.split_float import split_float32
 from qdora.ops.tiles import Weight, column_tiles, row_tiles
 
-# Entries of lora_B that are scaled at a time, in float32.
+# Entries of lora_B that are scaled at a time, in float32: 4 MiB, and 32 MiB on a GPU, where launches cost more.
 _ENTRIES_PER_SLICE = 1 << 20
+_GPU_ENTRIES_PER_SLICE = 1 << 23
 
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -132,10 +133,11 @@ def _row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
 
 def _scaled_B(lora_B: Tensor, row_factor: float | Tensor, dtype: torch.dtype) -> Tensor:
     """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
-    if lora_B.numel() <= _ENTRIES_PER_SLICE:
+    entries = _ENTRIES_PER_SLICE if lora_B.device.type == "cpu" else _GPU_ENTRIES_PER_SLICE
+    if lora_B.numel() <= entries:
         return _times(rounded(lora_B, dtype), row_factor, dtype)
     scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
-    step = max(1, _ENTRIES_PER_SLICE // lora_B.shape[1])
+    step = max(1, entries // lora_B.shape[1])
     for start in range(0, lora_B.shape[0], step):
         rows = slice(start, start + step)
         factor = row_factor if isinstance(row_factor, float) else row_factor[rows]

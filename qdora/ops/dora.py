@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qdora.ops.tiles import Weight, row_tiles
+from qdora.ops.tiles import Weight, row_tiles, spans
 
 # Below this share of ||w||^2 the factored sum has cancelled: with W A^T from a bf16 product a row that is left with 0.1
 # of its length is 19 % off, one left with 0.33 up to 1.2 %, one left with 0.5 0.4 %, which is bf16's own rounding. Rows
@@ -40,7 +40,11 @@ def squared_row_norm(weight: Weight) -> Tensor:
         (out,) float32, or float64 for a float64 weight.
     """
     wide = _wide(weight)
-    parts = [tile.square().sum(dim=1) for _, tile in row_tiles(weight, wide)]
+    parts = []
+    for _, tile in row_tiles(weight, wide):
+        # A dense weight comes whole; its squares must not be a second one.
+        runs = spans(tile.shape[0], tile.shape[1], tile.itemsize, tile.device.type)
+        parts += [tile[rows].square().sum(dim=1) for rows in runs]
     return torch.cat(parts)
 
 
@@ -56,10 +60,49 @@ def row_norm(
 ) -> Tensor:
     """Euclidean norm of each row of W + s B A, without forming B A.
 
+    `factored_norm`, and `measure_cancelled_` where it is needed. On a GPU the host waits once for the answer.
+
+    Args:
+        As of `factored_norm`.
+    Returns:
+        (out,) float32 (float64 for a float64 weight), non-negative, detached.
+    Raises:
+        ValueError: If an inner size differs.
+    """
+    found = factored_norm(weight, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
+    # A fake tensor has no values to branch on; its bytes are those of the usual case, where no row has cancelled.
+    if not isinstance(found.cancelled, FakeTensor) and bool(found.cancelled.any()):
+        measure_cancelled_(found, weight, lora_A, lora_B, scaling, dtype=dtype)
+    return found.norm
+
+
+class FactoredNorm(NamedTuple):
+    """Row norms from the factored sum.
+
+    Attributes:
+        norm: (out,), wrong in the rows that are `cancelled`.
+        cancelled: (out,) bool, rows whose sum has cancelled.
+    """
+
+    norm: Tensor
+    cancelled: Tensor
+
+
+@torch.no_grad()
+def factored_norm(
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> FactoredNorm:
+    """Euclidean norm of each row of W + s B A from three terms; a GPU runs it without the host waiting.
+
     ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
 
-    The three terms are exact in exact arithmetic. Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are
-    formed and measured directly, so a row that the adapter removes does not come out as rounding noise.
+    The three terms are exact in exact arithmetic. Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked.
 
     Source: DoRA, arXiv 2402.09353, eq. 5; held constant in the backward pass (sec. 4.3).
 
@@ -70,8 +113,6 @@ def row_norm(
         scaling: s = alpha / rank.
         base_squared: ||w||^2 per row where it is already known (W is frozen), (out,).
         dtype: Of the tiles of W and of the product W A^T. None: W's own, or float32 for a packed one.
-    Returns:
-        (out,) float32 (float64 for a float64 weight), non-negative, detached.
     Raises:
         ValueError: If an inner size differs.
     """
@@ -91,22 +132,32 @@ def row_norm(
         b = lora_B[rows].to(wide)
         # s b A (2 w + s b A)^T = (2 W A^T + s B A A^T) . s b
         inner = torch.addmm((tile @ a_narrow.T).to(wide), b, gram, beta=2.0)  # (rows, rank)
-        squared[rows] = torch.addcmul(base_squared[rows], (inner * b).sum(dim=1), b.new_tensor(scaling))
-        _measure_cancelled_(squared[rows], base_squared[rows], tile, a, b, scaling)
-    return squared.clamp_min_(0).sqrt_()
-
-
-def _measure_cancelled_(
-    squared: Tensor, base_squared: Tensor, tile: Tensor, a: Tensor, b: Tensor, scaling: float
-) -> None:
-    """Replace the factored sums that have cancelled by direct ones, in place."""
+        squared[rows] = torch.add(base_squared[rows], (inner * b).sum(dim=1), alpha=scaling)
     cancelled = squared < CANCELLATION * base_squared
-    # A fake tensor has no values to branch on; its bytes are those of the usual case, where no row has cancelled.
-    if isinstance(cancelled, FakeTensor) or not bool(cancelled.any()):
-        return
-    rows = cancelled.nonzero().squeeze(1)
-    direct = tile[rows].to(a.dtype).addmm_(b[rows], a, alpha=scaling)
-    squared[rows] = direct.square().sum(dim=1)
+    return FactoredNorm(squared.clamp_min_(0).sqrt_(), cancelled)
+
+
+@torch.no_grad()
+def measure_cancelled_(
+    found: FactoredNorm,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Form the cancelled rows of W + s B A and put their own norms in place of the factored ones.
+
+    So a row that the adapter removes does not come out as rounding noise. Arguments as of `factored_norm`.
+    """
+    a = lora_A.to(_wide(weight))
+    dtype = dtype or (weight.dtype if isinstance(weight, Tensor) else a.dtype)
+    for span, tile in row_tiles(weight, dtype):
+        rows = found.cancelled[span].nonzero().squeeze(1)
+        if len(rows):
+            direct = tile[rows].to(a.dtype).addmm_(lora_B[span][rows].to(a.dtype), a, alpha=scaling)
+            found.norm[span][rows] = direct.square().sum(dim=1).sqrt_()
 
 
 class Gain(NamedTuple):

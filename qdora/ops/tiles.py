@@ -21,14 +21,19 @@ Weight = PackedWeight | Tensor
 Tile = tuple[slice, Tensor]
 """The rows (or columns) that a dense tile covers, and the tile."""
 
-# Bytes of a dense tile. A GPU wants few, large products; 32 MiB are 4,096 x 4,096 in 16 bits. On a CPU 16 MiB keep the
-# workspace of a 4096 -> 11008 layer below 25 MiB and cost no time against one product (the tile stays in the cache).
+# Bytes of a dense tile. On a CPU 16 MiB keep the workspace of a 4096 -> 11008 layer below 25 MiB and cost no time
+# against one product (the tile stays in the cache). A GPU wants few, large products: with 64 MiB a layer of 4096 x
+# 14336 has two tiles and one of 8192 x 28672 eight.
 _CPU_TILE_BYTES = 16 << 20
-_GPU_TILE_BYTES = 32 << 20
+_GPU_TILE_BYTES = 64 << 20
 
-# Rows (or columns) of a tile. oneDNN's bf16 product of 1,024 tokens reaches 2.2 TFLOP/s with 1,024 outputs and 1.9 with
-# 256, but 1.1 with 384 to 768 on a CPU with AMX and two threads.
+# Rows (or columns) of a tile on a CPU. oneDNN's bf16 product of 1,024 tokens reaches 2.2 TFLOP/s with 1,024 outputs and
+# 1.9 with 256, but 1.1 with 384 to 768 on a CPU with AMX and two threads.
 _LONG, _SHORT = 1024, 256
+
+# On a GPU the runs are equally long: a short last one would leave most of the chip idle for a whole launch. Multiples
+# of the output tile of cuBLAS's 16-bit kernels.
+_GPU_STEP = 128
 
 
 def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -50,6 +55,8 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
     fits = budget // (other * itemsize)
     if total <= fits:
         return [slice(0, total)]
+    if device_type != "cpu":
+        return _equal_runs(total, fits, math.lcm(align, _GPU_STEP) if fits >= _GPU_STEP else align)
     long, short = _round_up(_LONG, align), _round_up(_SHORT, align)
     long *= fits // long
     runs, start = [], 0
@@ -59,6 +66,13 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
         runs.append(slice(start, min(start + length, total)))
         start += length
     return runs
+
+
+def _equal_runs(total: int, fits: int, step: int) -> list[slice]:
+    """As few runs of at most `fits` as there can be, all but the last of one length, a multiple of `step`."""
+    longest = max(fits // step, 1) * step
+    length = _round_up(-(-total // -(-total // longest)), step)
+    return [slice(start, min(start + length, total)) for start in range(0, total, length)]
 
 
 def _round_up(length: int, align: int) -> int:
@@ -76,6 +90,9 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
         (rows, tile (rows, in)). Read the tile before the next one is taken; it may share memory with the weight.
     """
     if isinstance(weight, Tensor):
+        if row_factor is None and weight.dtype == dtype:
+            yield slice(0, weight.shape[0]), weight  # costs nothing, so it needs no budget
+            return
         for rows in spans(weight.shape[0], weight.shape[1], dtype.itemsize, weight.device.type):
             yield rows, _scaled_rows(weight[rows], None if row_factor is None else row_factor[rows], dtype)
         return
@@ -103,6 +120,9 @@ def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None =
         return
     out_features, in_features = weight.shape
     if isinstance(weight, Tensor):
+        if row_factor is None and weight.dtype == dtype:
+            yield slice(0, in_features), weight
+            return
         for columns in spans(in_features, out_features, dtype.itemsize, weight.device.type):
             yield columns, _scaled_rows(weight[:, columns], row_factor, dtype)
         return

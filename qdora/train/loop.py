@@ -15,6 +15,8 @@ from torch import nn
 
 from qdora.data.loader import Step, StepLoader
 from qdora.errors import Interrupted, RunFailure
+from qdora.model.inject import adapted_layers
+from qdora.nn.adapted_linear import prepare_gains
 from qdora.train.interrupt import StopRequest
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
@@ -132,6 +134,7 @@ def fit(
 
 def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device, loss_chunk: int | None = None) -> Metrics:
     """Accumulate the gradient of the step's loss into the parameters; its numbers, with the NLL per task."""
+    prepare_gains(adapted_layers(model).values())
     names = batch.micro_batches[0].task_names
     nll = torch.zeros(len(names), dtype=torch.float32, device=device)
     tokens = torch.zeros(len(names), dtype=torch.int64)
