@@ -176,6 +176,22 @@ def export(
 
 @app.command()
 @verb
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Show what a run would see of every source, without loading the model."""
+    from qdora.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    from qdora.verbs.plan import plan_run
+
+    _emit(plan_run(loaded, recipe), json_)
+
+
+@app.command()
+@verb
 def validate(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
     set_: Set = None,

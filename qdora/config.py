@@ -162,6 +162,9 @@ class Recipe(Section):
         kind = self.adapter.kind
         parts = {"dora": (), "lora": ("lr_ratio_magnitude",)}.get(kind, ("lr_ratio_B", "lr_ratio_magnitude"))
         yield from ignored_faults(self.train, dict.fromkeys(parts, f"adapter.kind {kind} has none"), prefix="train.")
+        if self.train.epochs is not None and any(source.stream for source in self.data.mix):
+            what = "a stream has no known end to count steps to"
+            yield "train.epochs", f"{what}, got {self.train.epochs:g}, allowed: train.steps instead."
         micro, longest = self.train.micro_batch_tokens, self.data.max_length
         if isinstance(micro, int) and micro < longest:
             what = f"smaller than the longest example, got {micro}, allowed: at least data.max_length ({longest})."

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, Strict
 from pydantic_core import PydanticCustomError
 
 from qdora.errors import nearest
-from qdora.section import Fault, Positive, Section, Seed, Share, Text, Whole, allowed, ignored_faults
+from qdora.section import Fault, Flag, Positive, Section, Seed, Share, Text, Whole, allowed, ignored_faults
 
 COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 """The eight tasks of the LoRA and DoRA papers' commonsense average."""
@@ -24,6 +24,9 @@ TASKS = (*COMMONSENSE_TASKS, *DEMO_TASKS)
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".md", ".gz", ".zst", ".csv")
 """File endings that make a `source` a file and never a Hub id."""
+
+STREAMED_SUFFIXES = (".parquet", ".jsonl")
+"""File endings that can be read in parts."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
@@ -65,9 +68,17 @@ class SourceConfig(Section):
     validation: Text | None = None
     """Split, or file, to validate on. None: the validation split, or the end of the train split where there is none."""
     weight: Positive | None = None
-    """Share of this source relative to the others, under data.strategy equal. None: 1."""
+    """For data.strategy weights: share of this source in the examples that are seen, relative to the others."""
     limit: Whole | None = None
     """Use at most so many training examples, drawn with data.seed. None: all."""
+    max_epochs: Positive | None = None
+    """Most passes over this source; then its share goes to the others, in their proportions. None: no end."""
+    stream: Flag = False
+    """Read `source` while training, a part at a time: for data larger than memory. Parquet, JSON-lines, or the Hub."""
+    size: Whole | None = None
+    """Examples of a stream, for shares by size and max_epochs. None: as Parquet footers or the Hub say, if they do."""
+    shuffle_window: Whole = 4096
+    """Rows of a stream that are shuffled together and kept in memory; its files come in another order each pass."""
     name: Text | None = None
     """Name in metrics and tables. None: the task, or the last part of the source."""
     revision: Text | None = None
@@ -80,7 +91,12 @@ class SourceConfig(Section):
 
     def unused(self) -> dict[str, str]:
         found = {}
+        if self.stream:
+            found["limit"] = "a stream is not counted beforehand (max_epochs is the cap)"
+        else:
+            found |= dict.fromkeys(("size", "shuffle_window"), "the source is not streamed")
         if self.task is not None:
+            found["stream"] = f"task {self.task} is read into memory"
             if self.task not in COMMONSENSE_TASKS or self.format not in ("auto", "commonsense170k"):
                 found["format"] = f"task {self.task} has a layout of its own"
             if self.task.startswith("demo/"):
@@ -100,6 +116,9 @@ class SourceConfig(Section):
         if (self.task is None) == (self.source is None):
             got = "neither" if self.task is None else "both"
             yield "", f"what to read, got {got} of task and source, allowed: exactly one of task, source."
+        source = self.source or ""
+        if self.stream and has_file_ending(source) and not source.lower().endswith(STREAMED_SUFFIXES):
+            yield "stream", f"{source} cannot be read in parts, got True, allowed: {', '.join(STREAMED_SUFFIXES)}."
 
 
 class DataConfig(Section):
@@ -107,8 +126,8 @@ class DataConfig(Section):
 
     mix: tuple[SourceConfig, ...]
     """The sources, trained on together; at least one."""
-    strategy: Literal["proportional", "equal", "temperature"] = "proportional"
-    """Share of each source: by its size, the same for each (times `weight`), or by size^(1 / temperature)."""
+    strategy: Literal["proportional", "equal", "temperature", "weights"] = "proportional"
+    """Share of each source: by its size, the same for each, by size^(1 / temperature), or by its `weight`."""
     temperature: Positive | None = None
     """For strategy temperature: 1 is proportional, large is equal. T5, arXiv 1910.10683, sec. 3.5.2."""
     max_length: Annotated[int, Strict(), Field(ge=2), allowed("a whole number of tokens, 2 or more")] = 512
@@ -126,8 +145,8 @@ class DataConfig(Section):
         found = {}
         if self.strategy != "temperature":
             found["temperature"] = f"data.strategy is {self.strategy}"
-        if all(source.validation is not None for source in self.mix):
-            found["validation_fraction"] = "every source names its validation data"
+        if all(source.validation is not None or source.stream for source in self.mix):
+            found["validation_fraction"] = "every source names its validation data or is streamed"
         return found
 
     def faults(self) -> Iterator[Fault]:
@@ -135,11 +154,16 @@ class DataConfig(Section):
             yield "temperature", "missing for data.strategy temperature, got None, allowed: a finite number above 0."
         if not self.mix:
             yield "mix", "nothing to train on, got [], allowed: at least one source."
+        if self.too_long == "error" and any(source.stream for source in self.mix):
+            what = "a stream is not read before training, got 'error', allowed: truncate, drop."
+            yield "too_long", what
         seen: dict[str, int] = {}
         for index, source in enumerate(self.mix):
-            if self.strategy != "equal":
+            if self.strategy != "weights":
                 reason = {"weight": f"data.strategy is {self.strategy}"}
                 yield from ignored_faults(source, reason, prefix=f"mix[{index}].")
+            elif source.weight is None:
+                yield f"mix[{index}].weight", "missing for data.strategy weights, got None, allowed: a number above 0."
             first = seen.setdefault(source.label, index)
             if first != index:
                 yield (

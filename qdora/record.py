@@ -1,6 +1,6 @@
 """The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
 
-recipe.yaml  environment.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/  eval/*.json  README.md
+recipe.yaml  environment.json  mix.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/  eval/*.json  README.md
 """
 
 from __future__ import annotations
@@ -258,7 +258,8 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         raise UserError(f"{path}: holds a run. Go on with it by --resume, or choose another --run-dir.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        own = {run.recipe_file.name, run.log_file.name, "environment.json"} if run.recipe_file.exists() else set()
+        early = {run.recipe_file.name, run.log_file.name, "environment.json", "mix.json"}  # before the first result
+        own = early if run.recipe_file.exists() else set()
         others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
         if others:
             raise UserError(f"{path}: not empty and not a run, got {others[0]}, allowed: a new or empty --run-dir.")

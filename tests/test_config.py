@@ -46,6 +46,9 @@ def minimal(**sections: Any) -> dict[str, Any]:
     return {**small, **sections}
 
 
+STREAMED = minimal(data={"mix": [{"source": "/a", "stream": True, "size": 9}], "too_long": "drop"})
+
+
 def faults(data: Any, *overrides: str) -> list[str]:
     """The lines that a recipe is refused with; [] where it is accepted."""
     try:
@@ -194,7 +197,10 @@ trackers: [wandbb]
     ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, dtype, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
-    keys = "task, source, path, format, split, validation, weight, limit, name, revision"
+    keys = (
+        "task, source, path, format, split, validation, weight, limit, max_epochs, stream, size, shuffle_window, "
+        "name, revision"
+    )
     source = recipe_schema("ModelConfig")["properties"]["source"]["description"]
     assert sorted(faults(read_yaml(text, "r.yaml"))) == sorted(
         [
@@ -304,6 +310,16 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         ("model", {"source": "model.gguf", "revision": "main"}, "revision"),
         ("data", {"temperature": 2.0}, "temperature"),
         ("data", {"mix": [{"task": "boolq", "weight": 2.0}]}, "mix[0].weight"),
+        ("data", {"mix": [{"task": "boolq", "weight": 2.0}], "strategy": "equal"}, "mix[0].weight"),
+        ("data", {"mix": [{"task": "boolq", "stream": True}], "too_long": "drop"}, "mix[0].stream"),
+        ("data", {"mix": [{"source": "/a.jsonl", "size": 5}]}, "mix[0].size"),
+        ("data", {"mix": [{"source": "/a.jsonl", "shuffle_window": 5}]}, "mix[0].shuffle_window"),
+        ("data", {"mix": [{"source": "/a", "stream": True, "limit": 5}], "too_long": "drop"}, "mix[0].limit"),
+        (
+            "data",
+            {"mix": [{"source": "/a", "stream": True}], "too_long": "drop", "validation_fraction": 0.1},
+            "validation_fraction",
+        ),
         ("data", {"mix": [{"task": "boolq", "format": "choices"}]}, "mix[0].format"),
         ("data", {"mix": [{"task": "demo/howto", "format": "commonsense170k"}]}, "mix[0].format"),
         ("data", {"mix": [{"task": "demo/howto", "path": "/x"}]}, "mix[0].path"),
@@ -381,6 +397,22 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
         ),
         (section("adapter", kind="full"), "adapter.kind: full trains 16-bit weights, got base.quant nf4"),
         (section("adapter", kind="none"), "train.steps: nothing to train with adapter.kind none, got 10, allowed: 0."),
+        (
+            section("data", strategy="weights", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa"}]),
+            "data.mix[1].weight: missing for data.strategy weights, got None",
+        ),
+        (
+            section("data", mix=[{"source": "/a.txt", "stream": True}], too_long="drop"),
+            "data.mix[0].stream: /a.txt cannot be read in parts, got True, allowed: .parquet, .jsonl",
+        ),
+        (
+            section("data", mix=[{"source": "/a", "stream": True}]),
+            "data.too_long: a stream is not read before training, got 'error', allowed: truncate, drop",
+        ),
+        (
+            {**STREAMED, "train": {"epochs": 1.5, "batch": 4}},
+            "train.epochs: a stream has no known end to count steps to, got 1.5, allowed: train.steps",
+        ),
         (section("data", strategy="temperature"), "data.temperature: missing for data.strategy temperature, got None"),
         (section("data", mix=[]), "data.mix: nothing to train on, got [], allowed: at least one source."),
         (section("data", mix=[{}]), "data.mix[0]: what to read, got neither of task and source"),
@@ -414,7 +446,8 @@ def test_contradictions(data: dict[str, Any], expected: str) -> None:
         {**section("adapter", kind="full"), "base": {"quant": "none"}},
         {**section("adapter", kind="none"), "train": {"steps": 0, "batch": 1}},
         section("data", strategy="temperature", temperature=2),
-        section("data", strategy="equal", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa"}]),
+        STREAMED,
+        section("data", strategy="weights", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa", "weight": 0.5}]),
         section("data", mix=[{"source": "a/x.jsonl"}, {"source": "b/x.jsonl", "name": "b"}]),
         section("train", checkpoint_every=1000, log_every=1000),
         section("train", clip=None),
@@ -636,15 +669,19 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         targets=st.just("all-linear") | st.lists(names_, min_size=1, max_size=3),
         rank_pattern=st.dictionaries(names_, whole, max_size=3),
     )
-    strategy = draw(st.sampled_from(["proportional", "equal", "temperature"]))
+    strategy = draw(st.sampled_from(["proportional", "equal", "temperature", "weights"]))
     labels = draw(st.lists(names_, min_size=1, max_size=3, unique=True))
     tasks = st.sampled_from(TASKS).map(lambda task: {"task": task})
     mix = [
-        {**draw(tasks | names_.map(lambda name: {"source": f"/{name}"})), "name": label, **draw(some(limit=whole))}
+        {
+            **draw(tasks | names_.map(lambda name: {"source": f"/{name}"})),
+            "name": label,
+            **draw(some(limit=whole, max_epochs=positive)),
+        }
         for label in labels
     ]
-    if strategy == "equal":
-        mix = [{**source, **draw(some(weight=positive))} for source in mix]
+    if strategy == "weights":
+        mix = [{**source, "weight": draw(positive)} for source in mix]
     data = {"mix": mix, "strategy": strategy, **({"temperature": draw(positive)} if strategy == "temperature" else {})}
     length = draw(st.sampled_from([{"steps": 50}, {"epochs": 2.5}]))
     size = draw(st.sampled_from([{"batch": 3}, {"tokens_per_step": 4096, "micro_batch_tokens": 1024}]))

@@ -30,8 +30,8 @@ def tokenised(name, lengths, seed=0):
     return TokenizedSet(name, tuple(examples))
 
 
-def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", seed=0, position=0):
-    mix = make_mix(sets, strategy=strategy, seed=seed)
+def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", seed=0, position=0, max_epochs=None):
+    mix = make_mix(sets, strategy=strategy, seed=seed, max_epochs=max_epochs)
     return StepLoader(
         sets,
         mix.order,
@@ -168,6 +168,39 @@ def test_steps_for_epochs_counts_what_a_run_takes(lengths, size, epochs):
     assert counted == num_steps
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=LENGTHS,
+    size=SIZE,
+    most=st.lists(st.floats(0.2, 2.5), min_size=2, max_size=2),
+    num_steps=st.integers(0, 60),
+)
+def test_an_order_that_ends_and_what_steps_take_of_it(lengths, size, most, num_steps):
+    sets = [tokenised("a", lengths), tokenised("b", [5, 9, 7], seed=1)]
+    most = [most[0], None] if num_steps % 2 else most
+    steps = loader(sets, tokens=size[0], batch=size[1], strategy="equal", max_epochs=most)
+    ids, ends = [], [0]
+    while len(ends) <= num_steps and steps.position != steps.order.length:
+        ids += [id for micro in steps.next_step().micro_batches for id in micro.example_ids]
+        ends.append(steps.position)
+    if len(ends) <= num_steps:
+        with pytest.raises(UserError, match=f"allowed: at most {len(ends) - 1:,}; raise max_epochs"):
+            steps.draws_for_steps(num_steps)
+        assert len(ids) == sum(max(1, int(each * len(part) + 1e-6)) for each, part in zip(most, sets, strict=True))
+        return
+    assert steps.draws_for_steps(num_steps) == ends[-1]
+    by_id = {example.id: len(example) for part in sets for example in part.examples}
+    tokens = [sum(by_id[id] for id in ids if id.startswith(name)) for name in "ab"]
+    assert steps.tokens_of_draws(ends[-1]).tolist() == tokens
+
+
+def test_more_epochs_than_the_caps_leave_are_refused():
+    sets = [tokenised("a", [5] * 20), tokenised("b", [7] * 3, seed=1)]
+    assert loader(sets, batch=4, max_epochs=[1.5, 1.5]).steps_for_epochs(1.5) == 9  # 30 + 4 examples, not 34.5
+    with pytest.raises(UserError, match=r"^train.epochs: 2 of 23 examples are 46, but max_epochs .* leaves 34; raise"):
+        loader(sets, batch=4, max_epochs=[1.5, 1.5]).steps_for_epochs(2)
+
+
 def test_other_data_mix_or_step_size_is_refused():
     sets = [tokenised("a", [5] * 20), tokenised("b", [7] * 10, seed=1)]
     state = loader(sets, batch=4).state_dict()
@@ -179,9 +212,10 @@ def test_other_data_mix_or_step_size_is_refused():
             loader(other_mask, batch=4),
             loader([TokenizedSet("c", sets[0].examples), sets[1]], batch=4),
         ],
-        r"the mix \(strategy, weights or data.seed\)": [
+        r"the mix \(strategy, weights, max_epochs or data.seed\)": [
             loader(sets, batch=4, seed=1),
             loader(sets, batch=4, strategy="equal"),
+            loader(sets, batch=4, max_epochs=[None, 1]),
         ],
         "the size of a step": [loader(sets, batch=5), loader(sets, tokens=4)],
     }

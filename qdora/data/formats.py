@@ -47,30 +47,47 @@ def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> lis
     Raises:
         UserError: If no format fits the columns, or rows are faulty: the first few are named, the rest counted.
     """
-    columns = list(rows.rows[0])
+    chosen = choose_format(list(rows.rows[0]), format, rows.where)
+    examples, faults = [], []
+    for place, row in rows:
+        try:
+            examples.append(example_of_format(row, chosen, label=label, named=named, id=str(place)))
+        except RowFault as fault:
+            faults.append(rows.fault(place, fault))
+    rows.raise_faults(faults)
+    return examples
+
+
+def choose_format(columns: Collection[str], format: str, where: str) -> str:
+    """`format`, or for auto the one that fits the columns.
+
+    Raises:
+        UserError: If none fits.
+    """
     chosen = detect_format(columns) if format == "auto" else format
     if chosen is None:
         allowed = "; ".join(f"{name}: {', '.join(layout.required)}" for name, layout in FORMATS.items())
         known = [column for layout in FORMATS.values() for column in layout.required]
         hint = next((hint for column in columns if (hint := nearest(column, known))), "")
-        raise UserError(f"{rows.where}: columns {', '.join(columns)} fit no format, allowed: {allowed}.{hint}")
-    layout = FORMATS[chosen]
-    examples, faults = [], []
-    for place, row in rows:
-        absent = [column for column in layout.required if column not in row]
-        if absent:
-            what = f"no {', '.join(absent)}, got columns {', '.join(row)}, needed for format {chosen}: "
-            faults.append(rows.fault(place, what + f"{', '.join(layout.required)}.{nearest(absent[0], row)}"))
-            continue
-        try:
-            task = optional_text(row, "task") if "task" in layout.optional else ""
-            if chosen == "commonsense170k":
-                task = commonsense_task(str(row["instruction"]))
-            examples.append(layout.example(row, task, label if named else task or label, str(place)))
-        except RowFault as fault:
-            faults.append(rows.fault(place, fault))
-    rows.raise_faults(faults)
-    return examples
+        raise UserError(f"{where}: columns {', '.join(columns)} fit no format, allowed: {allowed}.{hint}")
+    return chosen
+
+
+def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str) -> Example:
+    """One row as an Example; label and named as in `examples_of_rows`.
+
+    Raises:
+        RowFault: If a column is missing or holds the wrong thing.
+    """
+    layout = FORMATS[format]
+    absent = [column for column in layout.required if column not in row]
+    if absent:
+        what = f"no {', '.join(absent)}, got columns {', '.join(row)}, needed for format {format}: "
+        raise RowFault(what + f"{', '.join(layout.required)}.{nearest(absent[0], list(row))}")
+    task = optional_text(row, "task") if "task" in layout.optional else ""
+    if format == "commonsense170k":
+        task = commonsense_task(str(row["instruction"]))
+    return layout.example(row, task, label if named else task or label, id)
 
 
 def _choices(row: Row, task: str, label: str, id: str) -> Example:

@@ -66,7 +66,7 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
         )
     except (OSError, ValueError) as error:  # no connection, no such data set or commit, a full disk
         hint = f"; with the files on this machine, give their folder as path of task {task}"
-        raise UserError(f"{where}: cannot be read from the Hub ({_reason(error)}){hint}") from error
+        raise UserError(f"{where}: cannot be read from the Hub ({reason_of(error)}){hint}") from error
     files = sorted(Path(folder).glob(pattern))
     if not files:
         raise UserError(f"{where}: no file {pattern} there; the pinned revision is {place.revision}")
@@ -92,11 +92,11 @@ def load_hub_rows(source: str, *, split: str, revision: str | None, hint: str = 
     try:
         loaded = datasets.load_dataset(source, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{source}: cannot be read from the Hub ({_reason(error)}).{hint}") from error
+        raise UserError(f"{source}: cannot be read from the Hub ({reason_of(error)}).{hint}") from error
     return Rows(source, "row", list(range(len(loaded))), [dict(row) for row in loaded])
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The message of somebody else's error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qdora.data.mix import MixOrder
+from qdora.data.mix import Draws, MixOrder, Source
+from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
 
@@ -80,7 +81,7 @@ class StepLoader:
 
     def __init__(
         self,
-        tokenised: Sequence[TokenizedSet],
+        tokenised: Sequence[Source],
         order: MixOrder,
         *,
         tokens_per_step: int | None,
@@ -92,7 +93,10 @@ class StepLoader:
         assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         assert (tokens_per_step or batch or 0) > 0, (tokens_per_step, batch)
         assert micro_batch_tokens > 0, micro_batch_tokens
-        assert tuple(len(part) for part in tokenised) == order.sizes, "sources and order differ"
+        known = tuple(len(part) if isinstance(part, TokenizedSet) else None for part in tokenised)
+        assert known == order.sizes, "sources and order differ"
+        self.streams = [part for part in tokenised if isinstance(part, ExampleStream)]
+        assert position == 0 or not self.streams, "a stream has a position of its own; see load_state_dict"
         self.tokenised = tuple(tokenised)
         self.order = order
         self.tokens_per_step = tokens_per_step
@@ -100,18 +104,23 @@ class StepLoader:
         self.micro_batch_tokens = micro_batch_tokens
         self.pad_id = pad_id
         self.position = position
-        self.task_names = list(dict.fromkeys(example.task for part in self.tokenised for example in part.examples))
+        self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
         self._task_ids = {name: index for index, name in enumerate(self.task_names)}
-        self._lengths = [np.fromiter(map(len, part.examples), dtype=np.int64) for part in self.tokenised]
+        # None for a stream; the lengths of its examples are not known beforehand
+        self._lengths = [
+            np.fromiter(map(len, part.examples), dtype=np.int64) if isinstance(part, TokenizedSet) else None
+            for part in self.tokenised
+        ]
         self._fingerprint: dict[str, str] | None = None
 
     def next_step(self) -> Step:
         """Take the next step's examples and move the position behind them."""
         examples: list[TokenizedExample] = []
         num_tokens = 0
-        while not self._is_full(len(examples), num_tokens):
+        assert self.position != self.order.length, "no example is left"
+        while not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length:
             source, index = self.order[self.position + len(examples)]
-            examples.append(self.tokenised[source].examples[index])
+            examples.append(self._example(source, index))
             num_tokens += len(examples[-1])
         self.position += len(examples)
         return Step(
@@ -122,12 +131,31 @@ class StepLoader:
             position_after=self.position,
         )
 
+    def _example(self, source: int, index: int) -> TokenizedExample:
+        part = self.tokenised[source]
+        if isinstance(part, TokenizedSet):
+            return part.examples[index]
+        assert part.position.num_drawn == index, (part.name, part.position, index)
+        return part.next()
+
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
 
         Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
+
+        Raises:
+            UserError: If the order ends before, because all sources have a cap.
         """
         num_draws = max(1, round(epochs * self.order.epoch_length))
+        length = self.order.length
+        if length is not None and num_draws > length:
+            # Each cap is rounded down, the epochs of the whole are not
+            if num_draws - length >= len(self.order.sizes):
+                raise UserError(
+                    f"train.epochs: {epochs:g} of {self.order.epoch_length:,} examples are {num_draws:,}, but "
+                    f"max_epochs of the sources leaves {length:,}; raise it for one source, or lower train.epochs."
+                )
+            num_draws = length
         if self.batch is not None:
             return -(-num_draws // self.batch)
         num_steps = num_tokens = 0
@@ -137,9 +165,40 @@ class StepLoader:
                 num_steps, num_tokens = num_steps + 1, 0
         return num_steps + (num_tokens > 0)
 
+    @property
+    def counts_draws(self) -> bool:
+        """Whether it is known beforehand how many draws a step takes: not for a number of tokens, of a stream."""
+        return self.batch is not None or not self.streams
+
+    def draws_for_steps(self, num_steps: int) -> int:
+        """Draws that the first `num_steps` steps use; a guess where `counts_draws` is False.
+
+        Raises:
+            UserError: If the order ends before, because all sources have a cap.
+        """
+        length = self.order.length
+        if length is not None and not self.counts_draws:
+            raise UserError(
+                "train.tokens_per_step: with max_epochs for every source and a stream among them nobody can say how "
+                "many steps there are; use train.batch, or leave max_epochs out for one source."
+            )
+        if self.batch is not None:
+            num_draws, possible = num_steps * self.batch, None if length is None else -(-length // self.batch)
+        else:
+            num_draws, possible = self._draws_of_token_steps(num_steps)
+        if possible is not None and num_steps > possible:
+            raise UserError(
+                f"train.steps: got {num_steps:,}, but max_epochs of the sources leaves {length:,} examples, allowed: "
+                f"at most {possible:,}; raise max_epochs of one source, or leave it out there."
+            )
+        return num_draws if length is None else min(num_draws, length)
+
     def state_dict(self) -> dict[str, Any]:
-        """Position, and what it is a position in; JSON types only."""
-        return {"position": self.position, "fingerprint": self.fingerprint()}
+        """Position, where the streams stand, and what these are positions in; JSON types only."""
+        streams = {part.name: part.state_dict() for part in self.streams}
+        return {"position": self.position, "fingerprint": self.fingerprint()} | (
+            {"streams": streams} if streams else {}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken.
@@ -158,13 +217,15 @@ class StepLoader:
         if faults:
             raise UserError(*faults)
         self.position = int(state["position"])
+        for part in self.streams:
+            part.load_state_dict(state["streams"][part.name])
 
     def fingerprint(self) -> dict[str, str]:
         """What decides which examples follow a position: a part for each thing that a user can change."""
         if self._fingerprint is None:
             # The first draws stand for the shuffling itself, which numpy may change between versions
-            first = np.concatenate(self.order.draws(0, 256))
-            shares = "exact epochs" if self.order.shares is None else self.order.shares.tolist()
+            first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
+            shares = "exact epochs" if self.order.shares is None else (self.order.shares.tolist(), self.order.caps)
             size = f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples"
             self._fingerprint = {
                 "data": _hash_sets(self.tokenised),
@@ -178,15 +239,44 @@ class StepLoader:
             return num_examples >= self.batch
         return num_tokens >= (self.tokens_per_step or 0)
 
-    def _drawn_lengths(self, num_draws: int) -> Iterator[int]:
-        """Tokens of each of the first draws."""
-        chunk = 65536
-        for start in range(0, num_draws, chunk):
-            sources, indices = self.order.draws(start, min(start + chunk, num_draws))
-            lengths = np.empty_like(indices)
-            for source, known in enumerate(self._lengths):
-                lengths[sources == source] = known[indices[sources == source]]
+    def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
+        """Tokens that the first draws take from each source, (sources,); of a stream a guess by its first rows."""
+        tokens = np.zeros(len(self.tokenised), dtype=np.int64)
+        for sources, lengths in self._drawn(num_draws):
+            np.add.at(tokens, sources, lengths)
+        return tokens
+
+    def _draws_of_token_steps(self, num_steps: int) -> tuple[int, int | None]:
+        """(draws of so many steps of `tokens_per_step`, steps that there are if they are fewer)."""
+        found = num_draws = num_tokens = 0
+        for length in self._drawn_lengths(self.order.length) if num_steps else ():
+            num_draws, num_tokens = num_draws + 1, num_tokens + length
+            if self._is_full(0, num_tokens):
+                found, num_tokens = found + 1, 0
+                if found == num_steps:
+                    return num_draws, None
+        return num_draws, found + (num_tokens > 0)
+
+    def _drawn_lengths(self, num_draws: int | None) -> Iterator[int]:
+        """Tokens of each of the first draws; None goes on without an end."""
+        for _, lengths in self._drawn(num_draws):
             yield from lengths.tolist()
+
+    def _drawn(self, num_draws: int | None) -> Iterator[Draws]:
+        """(sources, tokens) of the first draws, a part at a time; None goes on without an end. Guessed for streams."""
+        start = 0
+        while num_draws is None or start < num_draws:
+            stop = start + 65536 if num_draws is None else min(start + 65536, num_draws)
+            sources, indices = self.order.draws(start, stop)
+            lengths = np.empty_like(indices)
+            for source, part in enumerate(self.tokenised):
+                known, here = self._lengths[source], sources == source
+                if known is not None:
+                    lengths[here] = known[indices[here]]
+                elif isinstance(part, ExampleStream):
+                    lengths[here] = round(part.mean_length)
+            yield sources, lengths
+            start = stop
 
     def _padded(self, group: Sequence[TokenizedExample]) -> MicroBatch:
         width = max(map(len, group))
@@ -208,7 +298,11 @@ class StepLoader:
         )
 
 
-_WHAT = {"data": "the tokenised data", "mix": "the mix (strategy, weights or data.seed)", "step": "the size of a step"}
+_WHAT = {
+    "data": "the tokenised data",
+    "mix": "the mix (strategy, weights, max_epochs or data.seed)",
+    "step": "the size of a step",
+}
 
 
 def micro_groups(examples: Sequence[TokenizedExample], max_tokens: int) -> list[list[TokenizedExample]]:
@@ -241,10 +335,13 @@ def micro_groups(examples: Sequence[TokenizedExample], max_tokens: int) -> list[
     return groups[::-1]
 
 
-def _hash_sets(tokenised: Sequence[TokenizedSet]) -> str:
-    """SHA-256 over names, tasks, ids and labels of all sources, 16 hex digits."""
+def _hash_sets(tokenised: Sequence[Source]) -> str:
+    """SHA-256 over names, tasks, ids and labels of all sources (of a stream, its fingerprint), 16 hex digits."""
     digest = hashlib.sha256()
     for part in tokenised:
+        if isinstance(part, ExampleStream):
+            digest.update(f"{part.name} {part.fingerprint()}".encode())
+            continue
         digest.update(f"{part.name} {len(part)}".encode())
         for example in part.examples:
             digest.update(f"\n{example.task} {len(example)} ".encode())

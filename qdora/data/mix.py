@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,9 +11,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet
+from qdora.errors import UserError
 
-Strategy = Literal["proportional", "equal", "temperature"]
+Strategy = Literal["proportional", "equal", "temperature", "weights"]
 
 Draws = tuple[NDArray[np.int64], NDArray[np.int64]]
 """(sources, indices): the source of each draw, and the example's index inside that source; (draws,) int64 each."""
@@ -27,70 +30,103 @@ def mix_shares(
     *,
     temperature: float | None = None,
     weights: Sequence[float] | None = None,
-) -> NDArray[np.float64] | None:
-    """The share of each source in the draws, (sources,) summing to 1; None for exact epochs over all examples.
+) -> NDArray[np.float64]:
+    """The share of each source in the draws, (sources,) summing to 1.
 
-    share_i ~ w_i (equal), n_i w_i (proportional), n_i^(1 / temperature) w_i (temperature; T5, arXiv 1910.10683, sec.
-    3.5.2, without its cap on the size).
+    share_i ~ n_i (proportional), 1 (equal), n_i^(1 / temperature) (temperature; T5, arXiv 1910.10683, sec. 3.5.2,
+    without its cap on the size), w_i (weights).
 
     Args:
-        sizes: Examples of each source.
-        strategy: proportional with equal weights gives None: every example exactly once an epoch.
+        sizes: Examples of each source; equal and weights do not look at them.
+        strategy: How the shares follow from sizes or weights.
         temperature: For strategy temperature, above 0.
-        weights: Relative weights, above 0; None is 1 for all.
+        weights: For strategy weights, each above 0.
     """
-    factors = np.ones(len(sizes)) if weights is None else np.asarray(weights, dtype=np.float64)
-    assert len(factors) == len(sizes) > 0, (sizes, weights)
-    assert min(sizes) > 0, sizes
-    assert factors.min() > 0, weights
-    if strategy == "proportional" and (factors == factors[0]).all():
-        return None
-    assert strategy != "temperature" or (temperature is not None and temperature > 0), temperature
-    exponent = {"proportional": 1.0, "equal": 0.0, "temperature": 1.0 / (temperature or 1.0)}[strategy]
-    # Divided by the largest first: 111,043^(1/T) overflows for a temperature near 0
-    raw = (np.asarray(sizes, dtype=np.float64) / max(sizes)) ** exponent * factors
+    assert len(sizes) > 0, sizes
+    assert (strategy == "weights") == (weights is not None), (strategy, weights)
+    if weights is not None:
+        raw = np.asarray(weights, dtype=np.float64)
+        assert len(raw) == len(sizes), (sizes, weights)
+        assert raw.min() > 0, weights
+        raw = raw / raw.max()  # weights near the largest float would sum to infinity
+    elif strategy == "equal":
+        raw = np.ones(len(sizes))
+    else:
+        assert min(sizes) > 0, sizes
+        assert strategy != "temperature" or (temperature is not None and temperature > 0), temperature
+        exponent = 1.0 if strategy == "proportional" else 1.0 / (temperature or 1.0)
+        # Divided by the largest first: 111,043^(1/T) overflows for a temperature near 0
+        raw = (np.asarray(sizes, dtype=np.float64) / max(sizes)) ** exponent
+    # Above 0 whatever the inputs: a source at 1e-15 is never drawn, but has its place in the order
+    raw = np.maximum(raw, 1e-15)
     shares: NDArray[np.float64] = raw / raw.sum()
     return shares
 
 
+def most_draws(size: int, max_epochs: float | None) -> int | None:
+    """Draws that a source of `size` examples may give, at least 1; None without an end."""
+    # 0.29 * 100 is 28.999999999999996
+    return None if max_epochs is None else max(1, math.floor(min(max_epochs * size + 1e-6, 2.0**62)))
+
+
 class MixOrder:
-    """An endless order of (source, index) pairs, a pure function of sizes, shares, seed and position.
+    """An order of (source, index) pairs, a pure function of sizes, shares, caps, seed and position.
 
     Without shares, draws e N .. (e+1) N - 1 are a shuffle of all N examples, a new one for each epoch e.
 
     With shares, the j-th draw of source s is due at time (j + 1/2) / share_s, and draws are made in the order of their
     times. After n draws a source has had n share_s of them up to 1/2 + share_s (number of sources) / 2, at any n, where
-    random draws are off by sqrt(n): every optimizer step has nearly the asked shares. Any position is reached in closed
-    form. Inside a source the draws run through a shuffle of its examples, then through a new one, so that none is
-    repeated before all have been seen.
+    random draws are off by sqrt(n): every optimizer step has nearly the asked shares. A source with a cap has no
+    draw after its last one, so that from then on the others share among themselves what is drawn, in their old
+    proportions; where all have a cap, the order ends. Any position is reached in closed form. Inside a source the draws
+    run through a shuffle of its examples, then through a new one, so that none is repeated before all have been seen.
 
     Args:
-        sizes: Examples of each source, each above 0.
-        shares: (sources,) from `mix_shares`.
+        sizes: Examples of each source, each above 0. None: a stream, whose index is the number of the draw from it.
+        shares: (sources,) from `mix_shares`; None for exact epochs over all examples, of sources with sizes and without
+            caps.
         seed: Of all shuffles.
+        caps: Most draws of each source, each above 0; None, as a whole or for one source, without an end.
     """
 
-    def __init__(self, sizes: Sequence[int], shares: Sequence[float] | NDArray[np.float64] | None, seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int | None],
+        shares: Sequence[float] | NDArray[np.float64] | None,
+        seed: int,
+        caps: Sequence[int | None] | None = None,
+    ) -> None:
         assert len(sizes) > 0, sizes
-        assert min(sizes) > 0, sizes
-        self.sizes = tuple(int(size) for size in sizes)
+        assert min(size for size in [1, *sizes] if size is not None) > 0, sizes
+        self.sizes = tuple(sizes)
         self.seed = seed
+        self.caps = tuple(caps) if caps is not None else (None,) * len(sizes)
         self.shares: NDArray[np.float64] | None = None
-        self._starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-        if shares is not None:
+        if shares is None:
+            assert None not in self.sizes, sizes
+            assert self.caps == (None,) * len(sizes), caps
+            self._starts = np.concatenate([[0], np.cumsum([size or 0 for size in sizes])]).astype(np.int64)
+        else:
             given = np.asarray(shares, dtype=np.float64)
-            assert len(given) == len(sizes), (sizes, shares)
+            assert len(given) == len(sizes) == len(self.caps), (sizes, shares, caps)
             assert given.min() > 0, shares
             self.shares = given / given.sum()
+            self._clock = _Clock(self.shares, self.caps)
         # Per object, so that the shuffles go with it. At the border of two epochs both are in use.
         num_streams = 1 if shares is None else len(sizes)
         self._shuffle = lru_cache(maxsize=2 * num_streams)(self._new_shuffle)
         self._block = lru_cache(maxsize=2)(self._new_block)
 
     @property
+    def length(self) -> int | None:
+        """Number of draws; None without an end."""
+        return None if None in self.caps else sum(cap for cap in self.caps if cap is not None)
+
+    @property
     def epoch_length(self) -> int:
         """Draws of an epoch: as many as there are examples (with shares, not exactly each of them once)."""
-        return sum(self.sizes)
+        assert None not in self.sizes, "a stream has no known number of examples"
+        return sum(size for size in self.sizes if size is not None)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         """(source, index) of one draw."""
@@ -99,7 +135,7 @@ class MixOrder:
 
     def draws(self, start: int, stop: int) -> Draws:
         """The draws start .. stop - 1."""
-        assert 0 <= start < stop, (start, stop)
+        assert 0 <= start < stop <= (self.length or stop), (start, stop, self.length)
         block = self._block_of(start)
         first = self._first(block)
         parts = []
@@ -113,6 +149,8 @@ class MixOrder:
 
     def counts(self, num_draws: int) -> NDArray[np.int64]:
         """How many of the first `num_draws` draws come from each source, (sources,)."""
+        if num_draws == self.length:
+            return np.array(self.caps, dtype=np.int64)
         block = self._block_of(num_draws)
         counts = self._counts_before(block)
         rest = num_draws - self._first(block)
@@ -124,14 +162,14 @@ class MixOrder:
         """Draws of each source before a block: an epoch without shares, a span of time with them."""
         if self.shares is None:
             return np.array(self.sizes, dtype=np.int64) * block
-        # The draws j with (j + 1/2) / share < time
-        return np.floor(block * _BLOCK * self.shares + 0.5).astype(np.int64)
+        return self._clock.counts(block * _BLOCK)
 
     def _first(self, block: int) -> int:
         """Position of the first draw of a block."""
         return int(self._counts_before(block).sum())
 
     def _block_of(self, position: int) -> int:
+        assert 0 <= position < (self.length or position + 1), (position, self.length)
         block = position // (self.epoch_length if self.shares is None else _BLOCK)
         while self._first(block) > position:
             block -= 1
@@ -148,8 +186,10 @@ class MixOrder:
         numbers = self._counts_before(block + 1) - before
         sources = np.repeat(np.arange(len(self.sizes)), numbers)
         turns = np.concatenate([np.arange(num) + first for num, first in zip(numbers, before, strict=True)])
-        indices = np.empty_like(sources)
+        indices = turns.copy()
         for source, size in enumerate(self.sizes):
+            if size is None:
+                continue
             cycles, places = np.divmod(turns[sources == source], size)
             found = np.empty_like(places)
             for cycle in np.unique(cycles).tolist():
@@ -164,66 +204,93 @@ class MixOrder:
         return generator.permutation(size)
 
 
-@dataclass(frozen=True)
-class SourceSummary:
-    """One source in the mix, over the first `num_draws` draws.
-
-    Attributes:
-        name: Of the source.
-        num_examples: It has.
-        num_tokens: It has.
-        share: Of the draws.
-        num_draws: From this source.
-        epochs: Times that its examples are seen on average; below 1, some are never seen.
-        num_truncated: Examples that were cut to data.max_length.
-        num_dropped: Examples that were left out.
-    """
-
-    name: str
-    num_examples: int
-    num_tokens: int
-    share: float
-    num_draws: int
-    epochs: float
-    num_truncated: int
-    num_dropped: int
+Source = TokenizedSet | ExampleStream
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Tokenised sources and the order in which they are drawn."""
+    """Tokenised sources and the order in which they are drawn.
 
-    sets: tuple[TokenizedSet, ...]
+    Attributes:
+        sets: The sources.
+        shares: Asked share of each source in the draws, (sources,) summing to 1.
+        order: Which example of which source comes next.
+    """
+
+    sets: tuple[Source, ...]
+    shares: NDArray[np.float64]
     order: MixOrder
-
-    def summary(self, num_draws: int | None = None) -> list[SourceSummary]:
-        """What the first `num_draws` draws (None: one epoch) take from each source."""
-        total = self.order.epoch_length if num_draws is None else num_draws
-        counts = self.order.counts(total).tolist()
-        return [
-            SourceSummary(
-                name=part.name,
-                num_examples=len(part),
-                num_tokens=part.num_tokens,
-                share=count / max(total, 1),
-                num_draws=count,
-                epochs=count / len(part),
-                num_truncated=part.num_truncated,
-                num_dropped=part.num_dropped,
-            )
-            for part, count in zip(self.sets, counts, strict=True)
-        ]
 
 
 def make_mix(
-    sets: Sequence[TokenizedSet],
+    sets: Sequence[Source],
     *,
     strategy: Strategy = "proportional",
     temperature: float | None = None,
     weights: Sequence[float] | None = None,
+    max_epochs: Sequence[float | None] | None = None,
     seed: int = 0,
 ) -> Mix:
-    """Put sources together; see `mix_shares` for strategy, temperature and weights."""
-    sizes = [len(part) for part in sets]
-    shares = mix_shares(sizes, strategy, temperature=temperature, weights=weights)
-    return Mix(tuple(sets), MixOrder(sizes, shares, seed))
+    """Put sources together.
+
+    Args:
+        sets: At least one.
+        strategy, temperature, weights: See `mix_shares`.
+        max_epochs: Most passes over each source; None, as a whole or for one source, without an end.
+        seed: Of the order.
+    Raises:
+        UserError: If a stream has no known size and the strategy or its max_epochs needs one.
+    """
+    most = max_epochs or [None] * len(sets)
+    sizes = [_known_size(part) for part in sets]
+    needed = {"proportional", "temperature"} & {strategy}
+    faults = [
+        f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not known; "
+        "give its size (examples), or take data.strategy weights or equal."
+        for part, size in zip(sets, sizes, strict=True)
+        if size is None and needed
+    ]
+    faults += [
+        f"{part.name}: max_epochs needs the size of the stream, and it is not known; give its size (examples)."
+        for part, size, epochs in zip(sets, sizes, most, strict=True)
+        if size is None and epochs is not None
+    ]
+    if faults:
+        raise UserError(*faults)
+    shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)
+    caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
+    streamed = [isinstance(part, ExampleStream) for part in sets]
+    exact = strategy == "proportional" and all(cap is None for cap in caps) and not any(streamed)
+    drawn_from = [None if stream else size for stream, size in zip(streamed, sizes, strict=True)]
+    return Mix(tuple(sets), shares, MixOrder(drawn_from, None if exact else shares, seed, caps))
+
+
+def _known_size(part: Source) -> int | None:
+    return part.num_examples if isinstance(part, ExampleStream) else len(part)
+
+
+class _Clock:
+    """The time at which about n draws have been made, and how many each source has had by then.
+
+    expected(t) = sum_s min(t share_s, cap_s) is piecewise linear and rises until all caps are reached, so that its
+    inverse is a table of the times at which a source ends.
+    """
+
+    def __init__(self, shares: NDArray[np.float64], caps: Sequence[int | None]) -> None:
+        self.shares = shares
+        self.caps = np.array([np.inf if cap is None else cap for cap in caps])
+        ends = self.caps / shares
+        self.times = np.concatenate([[0.0], np.sort(ends[np.isfinite(ends)])])
+        self.expected = np.minimum(self.times[:, None] * shares, self.caps).sum(axis=1)
+        # Draws per unit of time from each of these times on
+        self.rates = np.array([shares[ends > time].sum() for time in self.times])
+        self.rates[0] = 1.0  # exactly, where the sum of the shares is rounded
+
+    def counts(self, num_draws: int) -> NDArray[np.int64]:
+        """The draws j of each source with (j + 1/2) / share < the time of `num_draws`, (sources,)."""
+        part = int(np.searchsorted(self.expected, num_draws, side="right")) - 1
+        if self.rates[part] == 0.0:
+            return self.caps.astype(np.int64)
+        time = self.times[part] + (num_draws - self.expected[part]) / self.rates[part]
+        counts: NDArray[np.int64] = np.minimum(np.floor(time * self.shares + 0.5), self.caps).astype(np.int64)
+        return counts

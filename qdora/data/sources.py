@@ -13,6 +13,7 @@ from qdora.data.files import Rows, missing, read_rows, split_file, split_names
 from qdora.data.formats import FORMATS, examples_of_rows
 from qdora.data.hub import HUB_TASKS, hub_task_rows, load_hub_rows
 from qdora.data.instructions import instruction_row
+from qdora.data.shards import Shards, hub_shards, local_shards
 from qdora.data.tasks import TEMPLATES, Row, RowFault, example_of_row
 from qdora.data_config import is_path
 from qdora.errors import UserError, nearest
@@ -35,6 +36,7 @@ class SourceSpec:
         name: Task name in metrics; None takes the task, the rows' own tasks, or the last part of the source.
         revision: Branch, tag or commit on the Hub; None takes the pinned one of a task, else the main branch.
         seed: Of the draw under `limit`.
+        stream: Only the validation examples are read into memory; see `open_shards`.
     """
 
     task: str | None = None
@@ -46,6 +48,7 @@ class SourceSpec:
     name: str | None = None
     revision: str | None = None
     seed: int = 0
+    stream: bool = False
 
     @property
     def label(self) -> str:
@@ -100,6 +103,8 @@ def load_train_and_validation(
         validation: Split, or file, to validate on. None takes the validation split, or cuts `fraction` from the end of
             the train split where there is none, before `limit` draws from it.
         fraction: Share that is cut; 0 cuts nothing and gives an empty list.
+    Returns:
+        (train, validation); of a stream no training examples, and no validation but what is named or has a file.
     Raises:
         UserError: As `load_source`.
     """
@@ -108,7 +113,9 @@ def load_train_and_validation(
     if validation is not None and not is_path(validation) and (single_file or validation == spec.split):
         why = "is a single file, without splits" if single_file else "is trained on"
         raise UserError(f"validation {validation!r}: {spec.source if single_file else spec.split} {why}; name a file.")
-    train = load_source(whole)
+    if spec.stream and validation is None and not has_split(spec, "validation"):
+        return [], []  # where its end is, to cut validation examples from, only reading all of it would tell
+    train = [] if spec.stream else load_source(whole)
     if validation is None and not has_split(spec, "validation"):
         train, held_out = split_off(train, fraction, name=spec.label)
     elif validation is not None and is_path(validation):
@@ -116,6 +123,18 @@ def load_train_and_validation(
     else:
         held_out = load_source(replace(whole, split=validation or "validation"))
     return draw(train, spec.limit, spec.seed), held_out
+
+
+def open_shards(spec: SourceSpec) -> Shards:
+    """The training split of a streamed source.
+
+    Raises:
+        UserError: As `load_source`, but for the rows, which are not read yet.
+    """
+    source = str(spec.source)
+    if is_path(source):
+        return local_shards(Path(source).expanduser(), spec.split)
+    return hub_shards(source, split=spec.split, revision=spec.revision, hint=_local_hint(source))
 
 
 def has_split(spec: SourceSpec, split: str) -> bool:
@@ -203,11 +222,14 @@ def _source_examples(spec: SourceSpec, source: str) -> list[Example]:
 
 
 def _hub_rows(spec: SourceSpec, source: str) -> Rows:
-    hint = f" For the folder on this machine write ./{source}" if Path(source).exists() else ""
-    rows = load_hub_rows(source, split=spec.split, revision=spec.revision, hint=hint)
+    rows = load_hub_rows(source, split=spec.split, revision=spec.revision, hint=_local_hint(source))
     if not rows.rows:
         raise UserError(f"{source}: the data set is empty, allowed: at least one row")
     return rows
+
+
+def _local_hint(source: str) -> str:
+    return f" For the folder on this machine write ./{source}" if Path(source).exists() else ""
 
 
 def _directory_rows(spec: SourceSpec, directory: str) -> Rows:

@@ -69,6 +69,11 @@ class TokenizedSet:
         return sum(map(len, self.examples))
 
     @property
+    def task_names(self) -> list[str]:
+        """Tasks of the examples, each once."""
+        return list(dict.fromkeys(example.task for example in self.examples))
+
+    @property
     def num_label_tokens(self) -> int:
         """Tokens of all examples that count in the loss."""
         return sum(int(example.loss_mask.sum()) for example in self.examples)
@@ -110,10 +115,10 @@ def tokenize_example(
     example: Example, tokenizer: Any, *, max_length: int, loss_on: LossOn = "answer", too_long: TooLong = "error"
 ) -> TokenizedExample | None:
     """One example, by the rules of `tokenize_all`; None if it was dropped."""
-    tally = _Tally(example.task, max_length, too_long)
-    tally.add([example], tokenizer, loss_on)
+    tally = Tally(example.task, max_length, too_long)
+    ((tokenized, _),) = tally.add([example], tokenizer, loss_on)
     tally.check(1)
-    return tally.done[0] if tally.done else None
+    return tokenized
 
 
 def tokenize_all(
@@ -146,25 +151,26 @@ def tokenize_all(
         UserError: If examples are too long or have no token to learn, a chat does not fit the chat template, there is
             none, or no example is left; gathered.
     """
-    tally = _Tally(name, max_length, too_long)
+    tally = Tally(name, max_length, too_long)
+    done: list[TokenizedExample] = []
     for start in range(0, len(examples), _BATCH):
-        tally.add(examples[start : start + _BATCH], tokenizer, loss_on)
+        sorted_ = tally.add(examples[start : start + _BATCH], tokenizer, loss_on)
+        done += [tokenized for tokenized, _ in sorted_ if tokenized is not None]
         if progress is not None:
             progress(min(start + _BATCH, len(examples)), len(examples))
     tally.check(len(examples))
-    if not tally.done:
+    if not done:
         raise UserError(f"{name}: none of {len(examples)} examples is left; raise data.max_length ({max_length}).")
-    return TokenizedSet(name, tuple(tally.done), tally.num_truncated, tally.num_dropped)
+    return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped)
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What becomes of the examples of a source, in the order in which they are added."""
 
     name: str
     max_length: int
     too_long: TooLong
-    done: list[TokenizedExample] = field(default_factory=list)
     num_truncated: int = 0
     num_dropped: int = 0
     longest: int = 0
@@ -172,37 +178,43 @@ class _Tally:
     unlearnable_ids: list[str] = field(default_factory=list)
     chat_faults: list[str] = field(default_factory=list)
 
-    def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> None:
-        """Tokenise and sort into done, truncated, dropped and faulty."""
-        for example, encoded in zip(examples, _encode(examples, tokenizer, self.name, loss_on), strict=True):
-            if isinstance(encoded, str):
-                self.chat_faults.append(f"{self.name}: example {example.id}: {encoded}")
-                continue
-            cut = len(encoded.ids) > self.max_length
-            if cut:
-                self.longest = max(self.longest, len(encoded.ids))
+    def add(
+        self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn
+    ) -> list[tuple[TokenizedExample | None, bool]]:
+        """(tokenised, whether it was too long) of each; None where it was dropped or is faulty."""
+        encoded = _encode(examples, tokenizer, self.name, loss_on)
+        return [self._sort(*pair) for pair in zip(examples, encoded, strict=True)]
+
+    def _sort(self, example: Example, encoded: _Encoded | str) -> tuple[TokenizedExample | None, bool]:
+        if isinstance(encoded, str):
+            self.chat_faults.append(f"{self.name}: example {example.id}: {encoded}")
+            return None, False
+        cut = len(encoded.ids) > self.max_length
+        if cut:
+            self.longest = max(self.longest, len(encoded.ids))
+            if self.too_long == "error":
                 self.too_long_ids.append(example.id)
-                self.num_dropped += self.too_long == "drop"
-                if self.too_long != "truncate":
-                    continue
-                encoded = _cut(encoded, self.max_length)
-            mask = np.array(encoded.mask, dtype=np.bool_)
-            mask[0] = False  # nothing predicts the first token
-            if mask.any():
-                self.num_truncated += cut
-                ids = np.array(encoded.ids, dtype=np.int32)
-                self.done.append(TokenizedExample(example.task, example.id, ids, mask))
-            elif cut:
+            self.num_dropped += self.too_long == "drop"
+            if self.too_long != "truncate":
+                return None, True
+            encoded = _cut(encoded, self.max_length)
+        mask = np.array(encoded.mask, dtype=np.bool_)
+        mask[0] = False  # nothing predicts the first token
+        if not mask.any():
+            if cut:
                 self.num_dropped += 1
             else:
                 self.unlearnable_ids.append(example.id)
+            return None, cut
+        self.num_truncated += cut
+        return TokenizedExample(example.task, example.id, np.array(encoded.ids, dtype=np.int32), mask), cut
 
     def check(self, num_examples: int) -> None:
         """Raise everything that was wrong."""
         faults = self.chat_faults[:_SHOWN]
         if len(self.chat_faults) > _SHOWN:
             faults.append(f"{self.name}: {len(self.chat_faults) - _SHOWN} more chats that do not fit the template")
-        if self.too_long == "error" and self.too_long_ids:
+        if self.too_long_ids:
             faults.append(
                 f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
                 f"({self.max_length}), the longest has {self.longest} tokens; raise data.max_length, or set "

@@ -15,7 +15,8 @@ from qdora.config import Recipe
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix, make_mix
-from qdora.data.sources import SourceSpec, has_split, load_mix, load_source
+from qdora.data.sources import SourceSpec, has_split, load_mix, load_source, open_shards
+from qdora.data.stream import ExampleStream, StreamSettings
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.data_config import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.doctor import cpu_has_bfloat16
@@ -153,6 +154,7 @@ def source_spec(source: SourceConfig, data: DataConfig) -> SourceSpec:
         name=source.name,
         revision=source.revision,
         seed=data.seed,
+        stream=source.stream,
     )
 
 
@@ -171,10 +173,13 @@ def read_data(data: DataConfig) -> tuple[list[list[Example]], dict[str, list[Exa
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
     """Tokenise every source and put them together; faults of all sources at once."""
     data = recipe.data
-    sets: list[TokenizedSet] = []
+    sets: list[TokenizedSet | ExampleStream] = []
     faults: list[str] = []
-    for source, examples in zip(data.mix, train, strict=True):
+    for number, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
         try:
+            if source.stream:
+                sets.append(_stream(data, number, tokenizer))
+                continue
             sets.append(
                 tokenize_all(
                     examples,
@@ -189,8 +194,31 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
             faults.extend(error.faults)
     if faults:
         raise UserError(*faults)
-    weights = [source.weight or 1.0 for source in data.mix] if data.strategy == "equal" else None
-    return make_mix(sets, strategy=data.strategy, temperature=data.temperature, weights=weights, seed=data.seed)
+    return make_mix(
+        sets,
+        strategy=data.strategy,
+        temperature=data.temperature,
+        weights=[source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None,
+        max_epochs=[source.max_epochs for source in data.mix],
+        seed=data.seed,
+    )
+
+
+def _stream(data: DataConfig, number: int, tokenizer: Any) -> ExampleStream:
+    """Source `number` of the mix as a stream; only its first rows are read."""
+    source = data.mix[number]
+    settings = StreamSettings(
+        name=source.label,
+        format=source.format,
+        max_length=data.max_length,
+        loss_on=data.loss_on,
+        too_long=data.too_long,
+        window=source.shuffle_window,
+        size=source.size,
+        seed=data.seed,
+        number=number,
+    )
+    return ExampleStream(open_shards(source_spec(source, data)), settings, tokenizer)
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any) -> StepLoader:
@@ -205,6 +233,14 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any) -> StepLoader:
         micro_batch_tokens=micro,
         pad_id=tokenizer.pad_token_id,
     )
+
+
+def num_steps_of(recipe: Recipe, loader: StepLoader) -> int:
+    """Optimizer steps of the run."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None
+    return loader.steps_for_epochs(recipe.train.epochs)
 
 
 def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
@@ -223,6 +259,9 @@ def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:
     Raises:
         UserError: A source without that split; its training examples are never taken for it.
     """
+    streamed = [source.label for source in recipe.data.mix if source.stream]
+    if split == "train" and streamed:
+        raise UserError(f"--split: {', '.join(streamed)}: a stream is not evaluated on, allowed: validation, test.")
     if split in ("train", "validation"):
         train, validation = read_data(recipe.data)
         labels = [source.label for source in recipe.data.mix]

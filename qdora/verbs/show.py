@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qdora.data.loader import StepLoader
-from qdora.data.mix import Mix
+from qdora.data.mix_plan import MixPlan, SourcePlan
 from qdora.record import RunDirectory
 
 
@@ -67,30 +66,45 @@ class _RunLog(logging.Handler):
         self.run.log(record.getMessage())
 
 
-def show_mix(console: Console, mix: Mix, loader: StepLoader, num_steps: int) -> None:
+def show_mix(console: Console, plan: MixPlan) -> None:
     """What the run will see of every source, before it runs."""
-    lengths = sum(len(part) for part in mix.sets)
-    num_draws = _num_draws(loader, num_steps, lengths)
-    table = Table(title=f"{num_steps} steps, about {num_draws:,} examples", title_justify="left")
-    for name in ("source", "examples", "tokens", "share", "passes", "cut", "dropped"):
+    table = Table(title=_mix_title(plan), title_justify="left")
+    for name in _MIX_COLUMNS:
         table.add_column(name, justify="left" if name == "source" else "right")
-    for part in mix.summary(num_draws):
-        table.add_row(
-            part.name,
-            f"{part.num_examples:,}",
-            f"{part.num_tokens:,}",
-            f"{part.share:.1%}",
-            f"{part.epochs:.2f}",
-            f"{part.num_truncated:,}",
-            f"{part.num_dropped:,}",
-        )
+    for part in plan.sources:
+        table.add_row(*_mix_cells(part))
     console.print(table)
 
 
-def _num_draws(loader: StepLoader, num_steps: int, num_examples: int) -> int:
-    """Examples of the run: exact for a fixed batch, by the mean length for a number of tokens."""
-    if loader.batch is not None:
-        return num_steps * loader.batch
-    assert loader.tokens_per_step is not None
-    num_tokens = sum(part.num_tokens for part in loader.tokenised)
-    return round(num_steps * loader.tokens_per_step * num_examples / max(1, num_tokens))
+def keep_mix(run: RunDirectory, plan: MixPlan) -> None:
+    """The same in the run directory: lines of log.txt, and mix.json."""
+    run.log(_mix_title(plan))
+    for part in plan.sources:
+        name, *numbers = zip(_MIX_COLUMNS, _mix_cells(part), strict=True)
+        run.log(f"{name[1]}: " + ", ".join(f"{what} {value}" for what, value in numbers))
+    run.write_json("mix.json", plan.to_dict())
+
+
+_MIX_COLUMNS = ("source", "examples", "tokens", "asked", "seen", "tokens seen", "passes", "cut", "dropped")
+
+
+def _mix_title(plan: MixPlan) -> str:
+    return f"{plan.num_steps:,} steps, {'' if plan.is_exact else 'about '}{plan.num_draws:,} examples"
+
+
+def _mix_cells(part: SourcePlan) -> tuple[str, ...]:
+    return (
+        part.name,
+        _count(part.num_examples),
+        _count(part.num_tokens),
+        f"{part.share_asked:.1%}",
+        f"{part.share_seen:.1%}",
+        _count(part.num_tokens_seen),
+        "unknown" if part.epochs is None else f"{part.epochs:.2f}",
+        _count(part.num_truncated),
+        _count(part.num_dropped),
+    )
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qdora.atomic_files import atomic_write_text
 from qdora.config import Recipe
 from qdora.data.loader import Step, StepLoader
+from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
 from qdora.errors import UserError
 from qdora.evaluation.answers import generation_faults
@@ -41,6 +42,7 @@ from qdora.verbs.assemble import (
     find_model,
     load_base,
     make_loader,
+    num_steps_of,
     put_adapters,
     read_data,
     tokenized_mix,
@@ -48,7 +50,7 @@ from qdora.verbs.assemble import (
 )
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
-from qdora.verbs.show import bar, default_console, log_to, show_mix, suite_bar
+from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
 from qdora.verbs.trackers import flat_numbers, is_installed
 
 logger = logging.getLogger("qdora")
@@ -78,13 +80,15 @@ def train_run(
     train, validation = read_data(recipe.data)
     mix = tokenized_mix(recipe, tokenizer, train)
     loader = make_loader(recipe, mix, tokenizer)
-    num_steps = _num_steps(recipe, loader)
+    num_steps = num_steps_of(recipe, loader)
+    plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
     _check_beforehand(recipe, compute, validation)
     open_ = resume_run if resume else create_run
     run = open_(directory, resolved_yaml(recipe), environment())
     with log_to(run):
-        show_mix(console, mix, loader, num_steps)
+        show_mix(console, plan)
+        keep_mix(run, plan)
         torch.manual_seed(recipe.train.seed)
         checkpoint = run.newest_checkpoint() if resume else None
         with bar(console, "loading the base") as progress:
@@ -150,6 +154,10 @@ class _Job:
             self._evaluate(0, "base")
         if self.optimizer is not None and start < self.num_steps:
             self._fit(self.optimizer, start)
+            for part in self.loader.streams:
+                seen = part.position
+                counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
+                logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)
         if self.optimizer is not None:
             self._save_final()
         if settings.at_end and self.validation and self.num_steps > 0:
@@ -299,13 +307,6 @@ def _lr_ratios(recipe: Recipe) -> dict[str, float]:
     """Last part of a parameter's path -> its learning rate in units of train.lr, where the recipe sets one."""
     given = {"lora_B": recipe.train.lr_ratio_B, "magnitude": recipe.train.lr_ratio_magnitude}
     return {part: ratio for part, ratio in given.items() if ratio is not None}
-
-
-def _num_steps(recipe: Recipe, loader: StepLoader) -> int:
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    assert recipe.train.epochs is not None
-    return loader.steps_for_epochs(recipe.train.epochs)
 
 
 def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any]) -> None:

@@ -1,0 +1,162 @@
+"""Training steps of real, mixed data, and the builtin model they are for: shared by the benchmarks of whole steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qdora.config import Recipe
+from qdora.data.loader import IGNORED, MicroBatch, Step
+from qdora.model.inject import replace_module
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import quantize
+from qdora.recipe_file import recipe_from
+from qdora.verbs.assemble import choose_compute, find_model, load_base, make_loader, read_data, tokenized_mix
+
+TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
+
+
+def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0) -> Recipe:
+    """The eight commonsense tasks in equal shares on SmolLM2-135M in NF4.
+
+    Args:
+        data: Holds <task>/<split>.parquet in the schema of docs in the README ("Your own data").
+        batch: Examples of a step.
+        seed: Of the order.
+    """
+    return recipe_from(
+        {
+            "model": {"source": "builtin"},
+            "data": {
+                "mix": [{"task": task, "path": str(data / task), "limit": 400} for task in TASKS],
+                "strategy": "equal",
+                "max_length": 512,
+                "too_long": "drop",
+                "seed": seed,
+            },
+            "train": {"steps": 1, "batch": batch},
+            "memory": {"checkpointing": checkpointing},
+        }
+    )
+
+
+def base_model(settings: Recipe, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The frozen base of the recipe, computing in `dtype`."""
+    source, _ = find_model(settings)
+    return load_base(settings, source, choose_compute(str(dtype).removeprefix("torch.")))
+
+
+def recompute_activations(model: Any) -> None:
+    """Checkpointing as `qdora train` switches it on, for any transformers model."""
+    # transformers 5.2x renamed it; the old name warns there, the new one is missing in earlier releases.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def real_steps(settings: Recipe, num_steps: int) -> list[Step]:
+    """The first steps of a run of the recipe."""
+    _, tokenizer = find_model(settings)
+    loader = make_loader(settings, tokenized_mix(settings, tokenizer, read_data(settings.data)[0]), tokenizer)
+    return [loader.next_step() for _ in range(num_steps)]
+
+
+def in_one_batch(step: Step) -> Step:
+    """The same examples as one micro-batch, padded to the longest."""
+    parts = step.micro_batches
+    width = max(part.input_ids.shape[1] for part in parts)
+
+    def joined(tensors: Iterable[Tensor], value: int) -> Tensor:
+        return torch.cat([pad(each, (0, width - each.shape[1]), value=value) for each in tensors])
+
+    whole = MicroBatch(
+        input_ids=joined((part.input_ids for part in parts), 0),
+        attention_mask=joined((part.attention_mask for part in parts), 0),
+        labels=joined((part.labels for part in parts), IGNORED),
+        task_ids=torch.cat([part.task_ids for part in parts]),
+        task_names=parts[0].task_names,
+        example_ids=[name for part in parts for name in part.example_ids],
+    )
+    return replace(step, micro_batches=[whole])
+
+
+def one_by_one(step: Step) -> Step:
+    """The same examples, each a micro-batch of its own and without padding."""
+    alone = []
+    for part in step.micro_batches:
+        for row, length in enumerate(part.attention_mask.sum(dim=1).tolist()):
+            only = slice(row, row + 1)
+            alone.append(
+                MicroBatch(
+                    input_ids=part.input_ids[only, :length],
+                    attention_mask=part.attention_mask[only, :length],
+                    labels=part.labels[only, :length],
+                    task_ids=part.task_ids[only],
+                    task_names=part.task_names,
+                    example_ids=part.example_ids[only],
+                )
+            )
+    return replace(step, micro_batches=alone)
+
+
+class FixedSteps:
+    """Steps that are there already, one after the other, for `qdora.train.loop.fit`."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.steps, self.position = steps, 0
+
+    def next_step(self) -> Step:
+        """The next one; after the last one the first again."""
+        self.position += 1
+        return self.steps[(self.position - 1) % len(self.steps)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Back to a position."""
+        self.position = state["position"]
+
+
+def smoke_model(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A random Llama of two small blocks in NF4, in place of the builtin model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for path, module in list(model.named_modules()):
+        if path.endswith("_proj"):
+            replace_module(model, path, FrozenLinear(quantize(module.weight.detach(), "nf4", 64, double_quant=True)))
+    return model.requires_grad_(False)
+
+
+def smoke_steps(num_steps: int) -> list[Step]:
+    """Steps of eight examples of random tokens, of 5 to 12 tokens each, in two micro-batches."""
+    generator = torch.Generator().manual_seed(0)
+    return [_smoke_step(generator) for _ in range(num_steps)]
+
+
+def _smoke_step(generator: torch.Generator) -> Step:
+    parts = []
+    for lengths in ((12, 11, 9), (8, 7, 7, 6, 5)):
+        ids = torch.randint(1, 128, (len(lengths), lengths[0]), generator=generator)
+        mask = (torch.arange(lengths[0]) < torch.tensor(lengths)[:, None]).long()
+        labels = torch.where((mask == 1) & (torch.arange(lengths[0]) >= 4), ids, IGNORED)
+        names = ["smoke"] * len(lengths)
+        parts.append(MicroBatch(ids, mask, labels, torch.zeros(len(lengths), dtype=torch.int64), ["smoke"], names))
+    num_labels = sum(int((part.labels != IGNORED).sum()) for part in parts)
+    return Step(parts, num_labels, sum(int(part.attention_mask.sum()) for part in parts), 8, 0)

@@ -1,0 +1,240 @@
+"""Examples of a source larger than memory: read, shuffled and tokenised on the way, resumed exactly from any one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdora.data.formats import choose_format, example_of_format
+from qdora.data.shards import PlacedRow, Shards
+from qdora.data.tasks import RowFault
+from qdora.data.tokenize import LossOn, Tally, TokenizedExample, TooLong
+from qdora.errors import UserError
+
+_TOKENIZED_AT_ONCE = 64
+"""Rows for one call of the tokenizer: little to do again on resume, and the first example is there at once."""
+_SAMPLE = 64
+"""Rows from the beginning that tell one stream from another and give a first guess of the length."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How the rows of a stream become examples.
+
+    Attributes:
+        name: Of the source, and the task of all its examples.
+        format: Layout of the rows; auto goes by the columns of the first.
+        max_length, loss_on, too_long: As in `tokenize_all`.
+        window: Rows that are shuffled together, and that are in memory.
+        size: Examples, where known; only the mix looks at it.
+        seed: Of the order.
+        number: Of the source in the mix, so that two sources have orders of their own.
+    """
+
+    name: str
+    format: str = "auto"
+    max_length: int = 512
+    loss_on: LossOn = "answer"
+    too_long: TooLong = "truncate"
+    window: int = 4096
+    size: int | None = None
+    seed: int = 0
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a stream stands; a few numbers, from which it goes on after reading one window again.
+
+    Attributes:
+        epoch: Passes over the shards that are done.
+        window: Windows of this pass that are done.
+        shard, row: Where the present window begins: place in the pass's order of the shards, row of that shard.
+        taken: Rows of the present window that are used up.
+        num_drawn: Examples given, in all passes.
+        num_truncated, num_dropped: Rows used up that were cut, or left out, because they are too long.
+        num_drawn_before: Examples given before this pass.
+    """
+
+    epoch: int = 0
+    window: int = 0
+    shard: int = 0
+    row: int = 0
+    taken: int = 0
+    num_drawn: int = 0
+    num_truncated: int = 0
+    num_dropped: int = 0
+    num_drawn_before: int = 0
+
+
+class ExampleStream:
+    """An endless stream of tokenised examples, pass after pass over the shards, a pure function of data and settings.
+
+    Each pass takes the shards in a new order, reads them one after the other, and gives every run of `window` rows in a
+    shuffled order. At most a window of rows is in memory. Unlike a buffer whose places are refilled one by one, such
+    an order can be entered anywhere: the position says where the window begins, and only that window is read again.
+
+    Args:
+        shards: Where the rows are.
+        settings: What is done with them.
+        tokenizer: A transformers tokenizer.
+    """
+
+    def __init__(self, shards: Shards, settings: StreamSettings, tokenizer: Any) -> None:
+        self.shards = shards
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.position = StreamPosition()
+        self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (place of the shard, row of it, row)
+        self._window: list[PlacedRow] = []  # shuffled
+        self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
+        self._ready: list[tuple[TokenizedExample | None, bool]] = []  # tokenised rows of the window, the next one last
+
+    @property
+    def name(self) -> str:
+        """Of the source."""
+        return self.settings.name
+
+    @property
+    def task_names(self) -> list[str]:
+        """The one task of the stream."""
+        return [self.settings.name]
+
+    @property
+    def num_examples(self) -> int | None:
+        """As the settings say, else as many as there are rows; None where that is not known."""
+        return self.settings.size or self.shards.num_rows
+
+    def next(self) -> TokenizedExample:
+        """The next example.
+
+        Raises:
+            UserError: If a row is faulty, or a whole pass has no example.
+        """
+        while True:
+            if not self._ready:
+                self._tokenize_more()
+            example, cut = self._ready.pop()
+            here = self.position
+            self.position = replace(
+                here,
+                taken=here.taken + 1,
+                num_drawn=here.num_drawn + (example is not None),
+                num_truncated=here.num_truncated + (cut and example is not None),
+                num_dropped=here.num_dropped + (example is None),
+            )
+            if example is not None:
+                return example
+
+    def state_dict(self) -> dict[str, int]:
+        """The position; JSON types only."""
+        return asdict(self.position)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken, in a stream of the same data and settings."""
+        self.position = StreamPosition(**state)
+        self._rows, self._window, self._ready = None, [], []
+
+    def fingerprint(self) -> str:
+        """16 hex digits over the shards, the settings and the first rows as they are tokenised."""
+        digest = hashlib.sha256(f"{self.shards.names} {self.settings}".encode())
+        for example in self._sample:
+            digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of an example, a guess from the first rows."""
+        lengths = [len(example) for example in self._sample]
+        return sum(lengths) / len(lengths) if lengths else float(self.settings.max_length)
+
+    @cached_property
+    def _sample(self) -> list[TokenizedExample]:
+        """The first rows of the first shard as examples, without those that are dropped."""
+        rows = [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
+        return [example for example, _ in self._tokenized(rows) if example is not None]
+
+    @cached_property
+    def _format(self) -> str:
+        """The layout of all rows, by the first row of the first shard that has one."""
+        for reader in self.shards.readers:
+            for _, row in reader(0):
+                return choose_format(list(row), self.settings.format, self.shards.where)
+        raise UserError(f"{self.shards.where}: the data set is empty, allowed: at least one row")
+
+    def _tokenize_more(self) -> None:
+        """Fill `_ready` from the window, or from the next one if it is used up."""
+        if not self._window:
+            self._read_window()
+        if self.position.taken == len(self._window):
+            shard, row = self._next_window
+            self.position = replace(self.position, window=self.position.window + 1, shard=shard, row=row, taken=0)
+            self._read_window()
+        taken = self.position.taken
+        self._ready = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE])[::-1]
+
+    def _read_window(self) -> None:
+        """The rows of the window that begins at the position, shuffled; those of the next pass behind the last one."""
+        rows = self._window_rows()
+        if not rows:
+            here = self.position
+            if here.num_drawn == here.num_drawn_before:
+                raise UserError(
+                    f"{self.name}: {self.shards.where} gives no example ({here.num_dropped:,} rows are longer than "
+                    f"data.max_length, {self.settings.max_length})."
+                )
+            self.position = StreamPosition(
+                epoch=here.epoch + 1,
+                num_drawn=here.num_drawn,
+                num_truncated=here.num_truncated,
+                num_dropped=here.num_dropped,
+                num_drawn_before=here.num_drawn,
+            )
+            self._rows = None
+            rows = self._window_rows()
+        order = self._generator(3, self.position.window).permutation(len(rows))
+        self._window = [rows[index] for index in order.tolist()]
+
+    def _window_rows(self) -> list[PlacedRow]:
+        if self._rows is None:
+            self._rows = self._pass_from(self.position.shard, self.position.row)
+        rows = []
+        for shard, row, placed in self._rows:
+            rows.append(placed)
+            self._next_window = (shard, row + 1)
+            if len(rows) == self.settings.window:
+                break
+        return rows
+
+    def _pass_from(self, place: int, skip: int) -> Iterator[tuple[int, int, PlacedRow]]:
+        """(place of the shard, row of it, row) of this pass from a place on."""
+        order: NDArray[np.int64] = self._generator(2).permutation(len(self.shards.readers))
+        for shard in range(place, len(order)):
+            first = skip if shard == place else 0
+            for row, placed in enumerate(self.shards.readers[order[shard]](first), start=first):
+                yield shard, row, placed
+
+    def _generator(self, purpose: int, *part: int) -> np.random.Generator:
+        """1 is taken by the shuffles of `MixOrder`."""
+        entropy = [self.settings.seed, purpose, self.settings.number, self.position.epoch, *part]
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+
+    def _tokenized(self, rows: list[PlacedRow]) -> list[tuple[TokenizedExample | None, bool]]:
+        examples, faults = [], []
+        for place, row in rows:
+            try:
+                examples.append(example_of_format(row, self._format, label=self.name, named=True, id=place))
+            except RowFault as fault:
+                faults.append(f"{place}: {fault}")
+        if faults:
+            raise UserError(*faults[:5])
+        tally = Tally(self.name, self.settings.max_length, self.settings.too_long)
+        done = tally.add(examples, self.tokenizer, self.settings.loss_on)
+        tally.check(len(examples))
+        return done

@@ -1,0 +1,43 @@
+"""Benchmarks run: each with --smoke on a random model, to a result file with all its parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def smoke(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--smoke", "--out", str(out), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    result: dict[str, Any] = json.loads(out.read_text())
+    assert json.loads(run.stdout.splitlines()[-1]) == result
+    return result
+
+
+def test_step_time(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "step_time.py", "--checkpointing", "on")
+    seconds = result["time"]["on"]["seconds"]
+    assert len(seconds) == 7
+    assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
+    assert result["time"]["on"]["ratios"]["own_dora / own_lora"]["median"] > 0
+    (peak,) = result["peaks"]["on"].values()
+    assert peak["peak_bytes"] == peak["loaded_bytes"] + peak["added_bytes"]
+
+
+def test_loss_curve(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "loss_curve.py")
+    assert len(result["curves"]) == 11
+    assert all(len(curve["losses"]) == 3 for curve in result["curves"])
+    passes = result["passes"]
+    assert passes["one_norm_per_step"]
+    assert passes["accumulation_float32"]
+    assert passes["accumulation_bfloat16"]

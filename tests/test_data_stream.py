@@ -1,0 +1,332 @@
+"""Sources larger than memory: every row once a pass, resumed exactly from any draw, clear words for what is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdora.data import shards as shards_module
+from qdora.data.example import Example
+from qdora.data.loader import StepLoader
+from qdora.data.mix import make_mix
+from qdora.data.mix_plan import plan_mix
+from qdora.data.shards import hub_shards, local_shards
+from qdora.data.stream import ExampleStream, StreamSettings
+from qdora.data.tokenize import tokenize_all
+from qdora.errors import UserError
+from tests import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer.make()
+
+
+def row(number, length=1):
+    return {"prompt": f"{number}:", "completion": " yes" * length}
+
+
+def write(folder: Path, kind: str, rows, group: int = 3) -> Path:
+    """The rows as one file of the kind; Parquet in row groups of `group` rows."""
+    file = folder / f"train.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=group)
+    else:
+        file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return file
+
+
+def stream(source: Path, *, tokenizer=TOKENIZER, **options):
+    return ExampleStream(local_shards(source, "train"), StreamSettings("s", **options), tokenizer)
+
+
+def number_of(example) -> int:
+    return int(TOKENIZER.decode(example.input_ids).partition(":")[0])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Pieces so small that some rows of a test have several of them."""
+    monkeypatch.setattr(shards_module, "_RANGE_BYTES", 100)
+    monkeypatch.setattr(shards_module, "_ROWS_AT_ONCE", 4)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 40])
+def test_the_shards_of_a_file_are_its_rows_from_any_row_on(tmp_path, small, kind, num_rows):
+    rows = [row(number, 1 + number * 7 % 12) for number in range(num_rows)]
+    found = local_shards(write(tmp_path, kind, rows, group=9), "train")
+    assert [each for reader in found.readers for _, each in reader(0)] == rows
+    assert found.num_rows == (num_rows if kind == "parquet" else None)
+    assert len(set(found.names)) == len(found.names) == len(found.readers)
+    if num_rows == 40:
+        assert len(found.readers) > 4
+    for reader in found.readers:
+        whole = list(reader(0))
+        for skip in range(len(whole) + 2):
+            assert list(reader(skip)) == whole[skip:]
+
+
+def test_lines_of_any_form_belong_to_one_range(tmp_path, monkeypatch):
+    """Blank lines, a byte order mark, \\r\\n, no end of the last line, and ranges that end anywhere."""
+    rows = [{"text": "x" * (number % 5)} for number in range(12)]
+    lines = [json.dumps(each) for each in rows]
+    text = "\n".join([lines[0], "", "  ", *lines[1:6]]) + "\r\n" + "\r\n".join(lines[6:])
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    for size in (*range(1, 60), 1000):
+        monkeypatch.setattr(shards_module, "_RANGE_BYTES", size)
+        assert [each for reader in local_shards(file, "train").readers for _, each in reader(0)] == rows
+
+
+def test_the_files_of_a_split(tmp_path):
+    for name in ("train-00001-of-00002", "train-00000-of-00002", "validation", "trainer"):
+        pq.write_table(pa.table({"text": [name]}), tmp_path / f"{name}.parquet")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/more.jsonl").write_text('{"text": "more"}\n')
+    found = local_shards(tmp_path, "train")
+    texts = [each["text"] for reader in found.readers for _, each in reader(0)]
+    assert texts == ["more", "train-00000-of-00002", "train-00001-of-00002"]
+    with pytest.raises(UserError, match=r"no file for split 'trian', looked for .*there are .*Did you mean 'train'\?"):
+        local_shards(tmp_path, "trian")
+    for name, message in (
+        ("notes.txt", "notes.txt: cannot be streamed, allowed: .parquet, .jsonl"),
+        ("bad.parquet", "not a Parquet file"),
+    ):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(UserError, match=message):
+            local_shards(tmp_path / name, "train")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="the data set is empty"):
+        local_shards(tmp_path / "empty.jsonl", "train")
+
+
+SHAPE = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(["jsonl", "parquet"]),
+        "num_rows": st.integers(1, 60),
+        "window": st.integers(1, 40),
+        "seed": st.integers(0, 2**63 - 1),
+        "at_once": st.integers(1, 20),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=SHAPE, cut=st.integers(0, 150), too_long=st.sampled_from(["drop", "truncate"]))
+def test_every_row_once_a_pass_and_resumed_is_uninterrupted(tmp_path_factory, shape, cut, too_long):
+    folder = tmp_path_factory.mktemp("stream")
+    lengths = [1 + 9 * (number % 3 == 1) for number in range(shape["num_rows"])]
+    rows = [row(number, length) for number, length in enumerate(lengths)]
+    file = write(folder, shape["kind"], rows, group=7)
+    options = {"window": shape["window"], "seed": shape["seed"], "too_long": too_long, "max_length": 12}
+    kept = [number for number, length in enumerate(lengths) if too_long == "truncate" or length == 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards_module, "_RANGE_BYTES", 90)
+        patch.setattr("qdora.data.stream._TOKENIZED_AT_ONCE", shape["at_once"])
+        one = stream(file, **options)
+        drawn = [one.next() for _ in range(2 * len(kept) + cut)]
+        if too_long == "drop":  # the prompt, which names the row, is whole
+            numbers = [number_of(example) for example in drawn]
+            assert sorted(numbers[: len(kept)]) == sorted(numbers[len(kept) : 2 * len(kept)]) == kept
+        other = stream(file, **options)
+        for _ in range(cut):
+            other.next()
+        state = json.loads(json.dumps(other.state_dict()))
+        assert state["num_drawn"] == cut
+        assert state["num_truncated"] == sum(len(example) == 12 for example in drawn[:cut])
+        resumed = stream(file, **options)
+        resumed.load_state_dict(state)
+        for expected in drawn[cut:]:
+            found = resumed.next()
+            assert found.id == expected.id
+            assert (found.input_ids == expected.input_ids).all()
+            assert (found.loss_mask == expected.loss_mask).all()
+        assert resumed.state_dict() == one.state_dict()
+
+
+def test_examples_are_those_of_the_file_read_whole(tmp_path):
+    rows = [row(number, 1 + number % 9) for number in range(30)]
+    file = write(tmp_path, "parquet", rows)
+    one = stream(file, max_length=10)
+    examples = [Example("s", "", each["prompt"], each["completion"]) for each in rows]
+    whole = tokenize_all(examples, TOKENIZER, name="s", max_length=10, too_long="truncate")
+    expected = sorted((each.input_ids.tolist(), each.loss_mask.tolist()) for each in whole.examples)
+    drawn = [one.next() for _ in range(30)]
+    assert sorted((each.input_ids.tolist(), each.loss_mask.tolist()) for each in drawn) == expected
+    assert {each.task for each in drawn} == {"s"}
+    assert one.position.num_truncated == whole.num_truncated > 0
+
+
+def test_passes_seeds_and_sources_have_their_own_orders(tmp_path):
+    file = write(tmp_path, "parquet", [row(number) for number in range(60)], group=5)
+
+    def numbers(count=60, **options):
+        one = stream(file, window=10, **options)
+        return [number_of(one.next()) for _ in range(count)]
+
+    first = numbers(120)
+    orders = [first[:60], first[60:], numbers(seed=1), numbers(number=1)]
+    assert all(sorted(order) == list(range(60)) for order in orders)
+    assert all(one != other for one, other in itertools.combinations([*orders, list(range(60))], 2))
+    assert numbers() == first[:60]
+    # shards come in another order, not only the rows inside a window
+    assert max(abs(place - number) for place, number in enumerate(first[:60])) > 20
+
+
+def test_what_a_stream_refuses(tmp_path):
+    def drawn(lines, count=5, **options):
+        (tmp_path / "train.jsonl").write_text(lines)
+        one = stream(tmp_path / "train.jsonl", **options)
+        return [one.next() for _ in range(count)]
+
+    good = json.dumps(row(1)) + "\n"
+    for lines, message in (
+        (good * 3 + "{\n", rf"train.jsonl: byte {3 * len(good)}: not JSON"),
+        (good + "[1]\n", r"byte \d+: got \[1\], allowed: an object"),
+        (good + '{"prompt": "x"}\n', r"byte \d+: no completion, got columns prompt, needed for format completion"),
+        (good + '{"prompt": "x", "completion": 3}\n', r"byte \d+: completion: got 3, allowed: text"),
+        ('{"a": 1}\n', "columns a fit no format"),
+        ("\n\n", "gives no example"),
+    ):
+        with pytest.raises(UserError, match=message):
+            drawn(lines)
+    with pytest.raises(UserError, match=r"gives no example \(3 rows are longer than data.max_length, 2\)"):
+        drawn(good * 3, max_length=2, too_long="drop")
+
+
+def mixed(tmp_path, *, batch=None, tokens=None, **options):
+    file = write(tmp_path, "parquet", [row(number, 1 + number % 5) for number in range(50)], group=8)
+    examples = [Example("a", str(number), "q", " no" * (1 + number % 3)) for number in range(20)]
+    sets = [tokenize_all(examples, TOKENIZER, name="a", max_length=64), stream(file, window=16, number=1)]
+    mix = make_mix(sets, **options)
+    loader = StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, micro_batch_tokens=200, pad_id=0)
+    return mix, loader
+
+
+@settings(max_examples=15, deadline=None)
+@given(cut=st.integers(0, 12), size=st.sampled_from([{"batch": 7}, {"tokens": 60}]), strategy=st.booleans())
+def test_steps_of_a_mix_with_a_stream_resume_exactly(tmp_path_factory, cut, size, strategy):
+    folder = tmp_path_factory.mktemp("mixed")
+    options = size | {"strategy": "equal" if strategy else "proportional"}
+    _, steps = mixed(folder, **options)
+    for _ in range(cut):
+        steps.next_step()
+    state = json.loads(json.dumps(steps.state_dict()))
+    expected = [steps.next_step() for _ in range(15)]
+    _, resumed = mixed(folder, **options)
+    resumed.load_state_dict(state)
+    for one in expected:
+        other = resumed.next_step()
+        assert one.position_after == other.position_after
+        for mine, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert mine.example_ids == theirs.example_ids
+            assert (mine.input_ids == theirs.input_ids).all()
+            assert (mine.labels == theirs.labels).all()
+    # back to a position before, as after a step that failed
+    steps.load_state_dict(state)
+    assert steps.next_step().micro_batches[0].example_ids == expected[0].micro_batches[0].example_ids
+
+
+def test_shares_sizes_and_caps_with_a_stream(tmp_path):
+    mix, loader = mixed(tmp_path, batch=10, strategy="proportional", max_epochs=[None, 2])
+    assert mix.shares.tolist() == pytest.approx([20 / 70, 50 / 70])  # the footer says 50
+    plan = plan_mix(mix, loader, 30)
+    a, s = plan.sources
+    assert (a.num_draws, s.num_draws, s.epochs, plan.is_exact) == (200, 100, 2.0, True)
+    assert (s.num_tokens, s.num_truncated, s.num_dropped, s.num_tokens_seen) == (None,) * 4
+    for _ in range(30):
+        loader.next_step()
+    assert loader.streams[0].position.num_drawn == 100
+    mix, loader = mixed(tmp_path, tokens=40, strategy="equal")
+    plan = plan_mix(mix, loader, 100)
+    assert not plan.is_exact
+    for _ in range(100):
+        loader.next_step()
+    assert plan.num_draws == pytest.approx(loader.position, rel=0.15)
+    with pytest.raises(UserError, match=r"^train.tokens_per_step: with max_epochs for every source and a stream"):
+        plan_mix(*mixed(tmp_path, tokens=40, strategy="equal", max_epochs=[1, 1]), 1)
+
+
+def test_unknown_sizes_are_asked_for(tmp_path):
+    file = write(tmp_path, "jsonl", [row(number) for number in range(50)])
+    for options, message in (
+        ({"strategy": "proportional"}, "s: data.strategy proportional needs the size of every source"),
+        ({"strategy": "temperature", "temperature": 2.0}, "s: data.strategy temperature needs the size"),
+        ({"strategy": "equal", "max_epochs": [1]}, "s: max_epochs needs the size of the stream"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_mix([stream(file)], **options)
+        mix = make_mix([stream(file, size=50)], **options)
+        assert mix.order.length == (50 if "max_epochs" in options else None)
+    mix = make_mix([stream(file)], strategy="equal")
+    loader = StepLoader(mix.sets, mix.order, tokens_per_step=None, batch=5, micro_batch_tokens=99, pad_id=0)
+    assert plan_mix(mix, loader, 20).sources[0].num_examples is None
+    assert plan_mix(mix, loader, 20).sources[0].epochs is None
+
+
+def test_a_changed_stream_is_refused_on_resume(tmp_path):
+    (tmp_path / "other").mkdir()
+    rows = [row(number) for number in range(50)]
+    first = write(tmp_path, "jsonl", rows)
+    second = write(tmp_path / "other", "jsonl", [row(9), *rows[1:]])
+    marks = [
+        stream(first).fingerprint(),
+        stream(first, window=7).fingerprint(),
+        stream(first, seed=1).fingerprint(),
+        stream(first, loss_on="all").fingerprint(),
+        stream(second).fingerprint(),
+        stream(first, tokenizer=tiny_tokenizer.make(bos=True)).fingerprint(),
+    ]
+    assert len(set(marks)) == len(marks)
+    assert stream(first).fingerprint() == marks[0]
+
+
+def test_streaming_from_the_hub(tmp_path, monkeypatch):
+    """`datasets` streams local files in the Hub's place: its shards, skipped into, and its errors."""
+    rows = [row(number) for number in range(20)]
+    for number in range(2):
+        part = rows[10 * number : 10 * number + 10]
+        pq.write_table(pa.Table.from_pylist(part), tmp_path / f"train-{number}.parquet", row_group_size=4)
+    load = datasets.load_dataset
+
+    def local(source, *, split, revision, streaming):
+        assert (source, revision, streaming) == ("org/name", "abc", True)
+        if split != "train":
+            raise ValueError("Bad split: trian")
+        return load("parquet", data_files={"train": str(tmp_path / "train-*.parquet")}, split=split, streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    found = hub_shards("org/name", split="train", revision="abc")
+    assert [each for reader in found.readers for _, each in reader(0)] == rows
+    assert len(found.readers) == 2
+    assert [each for _, each in found.readers[1](7)] == rows[17:]
+    one = ExampleStream(found, StreamSettings("s", window=6), TOKENIZER)
+    drawn = [number_of(one.next()) for _ in range(33)]
+    assert sorted(drawn[:20]) == list(range(20))
+    other = ExampleStream(
+        hub_shards("org/name", split="train", revision="abc"), StreamSettings("s", window=6), TOKENIZER
+    )
+    for _ in range(9):
+        other.next()
+    one.load_state_dict(other.state_dict())
+    assert [number_of(one.next()) for _ in range(24)] == drawn[9:]
+    with pytest.raises(
+        UserError, match=r"^org/name: cannot be read from the Hub \(ValueError: Bad split: trian\). hint"
+    ):
+        hub_shards("org/name", split="trian", revision="abc", hint=" hint")
+
+
+def test_observed_shares_of_a_stream(tmp_path):
+    _, loader = mixed(tmp_path, batch=100, strategy="weights", weights=[1, 4])
+    counts = np.zeros(2)
+    for _ in range(100):
+        for micro in loader.next_step().micro_batches:
+            counts += np.bincount(micro.task_ids, minlength=2)
+    np.testing.assert_allclose(counts / 10_000, [0.2, 0.8], rtol=0.01)

@@ -1,0 +1,66 @@
+"""qdora plan: the mix of a run beforehand, by the same numbers as the run's own mix.json, without its model."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from qdora.errors import UserError
+from qdora.recipe_file import resolved_yaml
+from qdora.verbs import assemble
+from qdora.verbs.plan import plan_run
+from qdora.verbs.train import train_run
+from tests import tiny_run
+
+
+def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_run.recipe(tmp_path, train__steps=12, data__strategy="equal", eval__at_start=False)
+    train_run(recipe, tmp_path / "run")
+    monkeypatch.setattr(assemble, "load_model", None)  # nothing may call it
+    shown = io.StringIO()
+    found = plan_run(recipe, "r.yaml", console=Console(file=shown, width=130))
+    assert found["mix"] == json.loads((tmp_path / "run/mix.json").read_text())
+    assert [part["num_draws"] for part in found["mix"]["sources"]] == [24, 24]
+    assert [part["num_examples"] for part in found["mix"]["sources"]] == [28, 22]  # without those held out
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum(line["num_tokens"] for line in steps) == sum(part["num_tokens_seen"] for part in found["mix"]["sources"])
+    for text in ("12 steps, 48 examples", "sums", "letters", "50.0%", "1.09"):
+        assert text in shown.getvalue()
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "letters: examples 22, tokens " in log
+    assert ", asked 50.0%, seen 50.0%, " in log
+
+
+def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(tmp_path, train__steps=12)
+    mix = [{"source": part.source, "max_epochs": 0.5} for part in recipe.data.mix]
+    short = tiny_run.recipe(tmp_path, train__steps=12, data__mix=mix)
+    with pytest.raises(UserError, match=r"^train.steps: got 12, but max_epochs of the sources leaves 25 examples"):
+        plan_run(short, "r.yaml")
+    with pytest.raises(UserError, match=r"^train.steps: got 12, but max_epochs"):
+        train_run(short, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    seven = tiny_run.recipe(tmp_path, train__steps=7, data__mix=mix, eval__at_start=False)
+    train_run(seven, tmp_path / "run")
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["num_examples"] for line in steps] == [4, 4, 4, 4, 4, 4, 1]
+
+
+def test_plan_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(resolved_yaml(tiny_run.recipe(tmp_path)))
+    command = [sys.executable, "-m", "qdora.cli", "plan", str(file), "--json", "-s", "train.steps=3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["mix"]["num_steps"] == 3
+    done = subprocess.run(
+        [*command[:4], str(file), "-s", "data.mix[0].source=nowhere.jsonl"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "data.mix[0].source: no such file" in done.stderr
