@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qdora.data.mix import Draws, MixOrder, Source
+from qdora.data.share import share_of
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
@@ -50,10 +51,11 @@ class Step:
     """What one optimizer step learns from.
 
     Attributes:
-        micro_batches: Longest examples first, so that a step that does not fit into memory fails at once.
-        num_label_tokens: Labels of all micro-batches, at least 1: the denominator of the step's loss.
-        num_tokens: Real tokens, padding not counted.
-        num_examples: In all micro-batches.
+        micro_batches: Longest examples first, so that a step that does not fit into memory fails at once. Of several
+            processes each has its share of them, perhaps none.
+        num_label_tokens: Labels of the whole step, at least 1: the denominator of its loss.
+        num_tokens: Real tokens of the whole step, padding not counted.
+        num_examples: Of the whole step.
         position_after: Draws of the order that are used up after this step.
     """
 
@@ -77,6 +79,7 @@ class StepLoader:
             Has no influence on what a step contains, and may be changed between steps.
         pad_id: Token in padded places.
         position: Draws already used.
+        rank, num_processes: Of several processes, which one this is. All draw the same steps; each pads its share.
     """
 
     def __init__(
@@ -89,6 +92,8 @@ class StepLoader:
         micro_batch_tokens: int,
         pad_id: int,
         position: int = 0,
+        rank: int = 0,
+        num_processes: int = 1,
     ) -> None:
         assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         assert (tokens_per_step or batch or 0) > 0, (tokens_per_step, batch)
@@ -104,6 +109,7 @@ class StepLoader:
         self.micro_batch_tokens = micro_batch_tokens
         self.pad_id = pad_id
         self.position = position
+        self.rank, self.num_processes = rank, num_processes
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
         self._task_ids = {name: index for index, name in enumerate(self.task_names)}
         # None for a stream; the lengths of its examples are not known beforehand
@@ -123,8 +129,9 @@ class StepLoader:
             examples.append(self._example(source, index))
             num_tokens += len(examples[-1])
         self.position += len(examples)
+        mine = share_of(examples, self.rank, self.num_processes)
         return Step(
-            micro_batches=[self._padded(group) for group in micro_groups(examples, self.micro_batch_tokens)],
+            micro_batches=[self._padded(group) for group in micro_groups(mine, self.micro_batch_tokens)],
             num_label_tokens=sum(int(example.loss_mask.sum()) for example in examples),
             num_tokens=num_tokens,
             num_examples=len(examples),
