@@ -147,7 +147,7 @@ def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device, loss_
     tokens = torch.zeros(len(names), dtype=torch.int64)
     for micro in batch.micro_batches:
         input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
-        loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk)
+        loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk, micro.packing)
         (loss.nll_sum / batch.num_label_tokens).backward()  # type: ignore[no-untyped-call]
         nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)

@@ -301,11 +301,9 @@ class _Job:
 
     def _keep_batch(self, batch: Step) -> Path:
         examples = [
-            {"id": name, "input_ids": ids, "labels": labels}
+            {"id": name, "input_ids": ids.tolist(), "labels": labels.tolist()}
             for micro in batch.micro_batches
-            for name, ids, labels in zip(
-                micro.example_ids, micro.input_ids.tolist(), micro.labels.tolist(), strict=True
-            )
+            for name, ids, labels in micro.examples()
         ]
         every = [example for share in self.processes.gather(examples) for example in share]
         self.processes.first(lambda: self.run.write_json("failed-batch.json", {"examples": every}))
