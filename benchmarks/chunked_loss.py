@@ -1,14 +1,14 @@
-"""The loss of a 128k vocabulary without its logits: bytes, time and gradients of the chunked loss against the plain one.
+"""The loss of a 128k vocabulary without its logits: bytes, time and gradients, chunked against plain.
 
     OMP_NUM_THREADS=2 python benchmarks/chunked_loss.py [--out benchmarks/results/chunked_loss.json] [--smoke]
         [--part bytes|gradients|time]
 
-4,096 labelled tokens, a vocabulary of 128,256, bf16, a frozen head, loss = mean NLL. Plain is what transformers does: all
-logits, widened to float32, then torch's cross-entropy. Bytes are those that a step needs beside hidden states, head and
-labels, gradient of the hidden states included: peaks of forward and backward by `LiveBytes`, on fake tensors for a
+4,096 labelled tokens, a vocabulary of 128,256, bf16, a frozen head, loss = mean NLL. Plain is what transformers does:
+all logits, widened to float32, then torch's cross-entropy. Bytes are those that a step needs beside hidden states, head
+and labels, gradient of the hidden states included: peaks of forward and backward by `LiveBytes`, on fake tensors for a
 hidden size of 4,096 and on real ones for 1,024. Gradients: the largest difference from the plain loss in float32 on the
 same values, in units of the largest gradient, for the chunked and the plain loss in bf16 and for the chunked one in
-float32. Time: forward and backward in turns, hidden size 1,024. A part that is asked for is added to what the file holds.
+float32. Time: forward and backward in turns, hidden size 1,024. A part that is asked for is added to what the file has.
 """
 
 from __future__ import annotations

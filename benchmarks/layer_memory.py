@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/layer_memory.py [--out benchmarks/results/layer_memory.json] [--smoke]
 
-Counted by `qdora.memory.tracker.LiveBytes` on real tensors: NF4 in blocks of 64 with double quantisation, bf16, training
-mode, 1,024 tokens. Weights, adapters, the input x (whose gradient is asked for) and the gradient of the output are there
-before and are not counted.
+Counted by `qdora.memory.tracker.LiveBytes` on real tensors: NF4 in blocks of 64 with double quantisation, bf16,
+training mode, 1,024 tokens. Weights, adapters, the input x (whose gradient is asked for) and the gradient of the output
+are there before and are not counted.
 
     held        alive after forward, the output among it
     saved       alive until backward if the reader of the output does not hold it; less what the layer keeps anyway

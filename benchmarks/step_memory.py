@@ -14,8 +14,8 @@ is counted, when the optimizer's states exist.
     peft_*_prepared   "usual", and the norms, embeddings and head in float32 (prepare_model_for_kbit_training)
     frozen            the base without adapters or optimizer, whose embeddings' gradient is asked for
 
-The floor of a mode: all weights and what `frozen` holds after its forward pass. With checkpointing that is the inputs of
-the blocks; without, what the model's own operations save.
+The floor of a mode: all weights and what `frozen` holds after its forward pass. With checkpointing that is the inputs
+of the blocks; without, what the model's own operations save.
 
 As on a GPU but for: the tiles and loss slices of a CPU (16 MiB in place of 64, 4 in place of 32), an attention kernel
 that saves the same tensors, no context, workspaces or fragmentation. Within one operation nothing is seen:
@@ -258,9 +258,7 @@ def own_loss(model: Any, ids: Tensor) -> Tensor:
 
 def verdict(result: dict[str, Any]) -> dict[str, bool]:
     """Whether own QDoRA keeps to the bars."""
-    return {
-        name: result["cases"][name]["arms"]["own_dora"]["peak_bytes"] <= bar * GIB for name, bar in BARS.items()
-    }
+    return {name: result["cases"][name]["arms"]["own_dora"]["peak_bytes"] <= bar * GIB for name, bar in BARS.items()}
 
 
 if __name__ == "__main__":

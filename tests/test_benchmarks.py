@@ -59,3 +59,24 @@ def test_layer_memory(tmp_path: Path) -> None:
     assert later["own_dora"]["gradient_bytes"] == 2 * tokens * 128 + 4 * (rank * (128 + out) + out)
     assert later["peft_dora"]["saved_bytes"] > later["own_dora"]["saved_bytes"]
     assert {*result["large_layer"]["ranks"]} == {"16", "64", "256", "512"}
+
+
+def test_layer_time(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "layer_time.py")
+    assert [(case["rank"], case["allocator"]) for case in result["cases"]] == [
+        (16, "default"),
+        (16, "tuned"),
+        (64, "tuned"),
+    ]
+    assert len(result["bars"]) == 9
+    assert all(len(case["seconds"]) == 11 for case in result["cases"])
+    # A later call keeps the cases of others, and replaces its own.
+    again = smoke(tmp_path, "layer_time.py", "--ranks", "8")
+    assert [case["rank"] for case in again["cases"]] == [8, 8, 16, 16, 64]
+
+
+def test_layer_cost(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "layer_cost.py")
+    assert [row["value"] for row in result["by_rank"]] == [8, 16]
+    assert [row["value"] for row in result["by_tokens"]] == [1024, 2048]
+    assert (tmp_path / "result.svg").read_text().startswith("<?xml")
