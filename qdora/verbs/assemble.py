@@ -222,7 +222,7 @@ def _stream(data: DataConfig, number: int, tokenizer: Any) -> ExampleStream:
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any) -> StepLoader:
-    """The loader of the recipe's steps."""
+    """The loader of the recipe's steps. With data.packing in rows, until the loaded model shows what it takes."""
     asked = recipe.train.micro_batch_tokens
     micro = max(recipe.data.max_length, AUTO_MICRO_BATCH_TOKENS) if asked == "auto" else asked
     return StepLoader(
@@ -232,6 +232,8 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any) -> StepLoader:
         batch=recipe.train.batch,
         micro_batch_tokens=micro,
         pad_id=tokenizer.pad_token_id,
+        packed="rows" if recipe.data.packing else None,
+        row_tokens=recipe.data.max_length if recipe.data.packing else None,
     )
 
 

@@ -34,6 +34,7 @@ from qdora.train.figures import draw_loss_per_task
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import FitSettings, Hooks, Metrics, fit
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
     Compute,
@@ -94,6 +95,8 @@ def train_run(
         with bar(console, "loading the base") as progress:
             model = load_base(recipe, source, compute, progress)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
+        if recipe.data.packing:
+            loader.packed = packed_layout(model)
         job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps)
         start = job.restore(checkpoint.path) if checkpoint is not None else 0
         run.truncate_metrics(start)
