@@ -204,3 +204,8 @@ def test_rows_are_as_long_as_costs_the_least(lengths: list[int], room: int) -> N
 def test_equal_lengths_are_not_packed_for_nothing() -> None:
     (micro,) = micro_batches(examples_of([20] * 12), Batching(1000, PAD, "rows", 512), ["a", "b"])
     assert micro.input_ids.shape == (12, 20)
+
+
+@pytest.mark.parametrize("layout", [None, "rows", "single"])
+def test_a_process_without_a_share_has_no_micro_batch(layout: Any) -> None:
+    assert micro_batches([], Batching(100, PAD, layout, 50), ["a"]) == []

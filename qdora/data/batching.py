@@ -99,7 +99,7 @@ def micro_batches(
     """The examples of a step in micro-batches, the longest rows first.
 
     Args:
-        examples: At least one.
+        examples: Of one step, or of a process's share of one; none gives none.
         batching: How.
         task_names: Every task that an example may have.
     """
@@ -148,7 +148,7 @@ def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
 
 def _rooms(examples: Sequence[TokenizedExample], most: int) -> list[int]:
     """Lengths of a packed row to choose from: that of the longest example, half as many tokens more, ..., `most`."""
-    rooms, room = [most], max(map(len, examples))
+    rooms, room = [most], max(map(len, examples), default=most)
     while room < most:
         rooms.append(room)
         room += -(-room // 2)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qdora.data.batching import Batching, MicroBatch, micro_batches
 from qdora.data.mix import Draws, MixOrder, Source
 from qdora.data.pack import PackedLayout
+from qdora.data.share import share_of
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
@@ -23,10 +24,11 @@ class Step:
     """What one optimizer step learns from.
 
     Attributes:
-        micro_batches: Longest examples first, so that a step that does not fit into memory fails at once.
-        num_label_tokens: Labels of all micro-batches, at least 1: the denominator of the step's loss.
-        num_tokens: Real tokens, padding not counted.
-        num_examples: In all micro-batches.
+        micro_batches: Longest examples first, so that a step that does not fit into memory fails at once. Of several
+            processes each has its share of them, perhaps none.
+        num_label_tokens: Labels of the whole step, at least 1: the denominator of its loss.
+        num_tokens: Real tokens of the whole step, padding not counted.
+        num_examples: Of the whole step.
         position_after: Draws of the order that are used up after this step.
     """
 
@@ -52,6 +54,7 @@ class StepLoader:
         packed: Layout of rows of several examples, or None: a row is an example. As free to change.
         row_tokens: Most tokens of a packed row, for the layout "rows".
         position: Draws already used.
+        rank, num_processes: Of several processes, which one this is. All draw the same steps; each pads its share.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class StepLoader:
         packed: PackedLayout | None = None,
         row_tokens: int | None = None,
         position: int = 0,
+        rank: int = 0,
+        num_processes: int = 1,
     ) -> None:
         assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         assert (tokens_per_step or batch or 0) > 0, (tokens_per_step, batch)
@@ -83,6 +88,7 @@ class StepLoader:
         self.packed = packed
         self.row_tokens = row_tokens
         self.position = position
+        self.rank, self.num_processes = rank, num_processes
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
         # None for a stream; the lengths of its examples are not known beforehand
         self._lengths = [
@@ -106,8 +112,9 @@ class StepLoader:
             examples.append(self._example(source, index))
             num_tokens += len(examples[-1])
         self.position += len(examples)
+        mine = share_of(examples, self.rank, self.num_processes)
         return Step(
-            micro_batches=micro_batches(examples, self.batching, self.task_names),
+            micro_batches=micro_batches(mine, self.batching, self.task_names),
             num_label_tokens=sum(int(example.loss_mask.sum()) for example in examples),
             num_tokens=num_tokens,
             num_examples=len(examples),
