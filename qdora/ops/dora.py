@@ -133,6 +133,7 @@ def factored_norm(
         # s b A (2 w + s b A)^T = (2 W A^T + s B A A^T) . s b
         inner = torch.addmm((tile @ a_narrow.T).to(wide), b, gram, beta=2.0)  # (rows, rank)
         squared[rows] = torch.add(base_squared[rows], (inner * b).sum(dim=1), alpha=scaling)
+        del tile
     cancelled = squared < CANCELLATION * base_squared
     return FactoredNorm(squared.clamp_min_(0).sqrt_(), cancelled)
 
@@ -158,6 +159,7 @@ def measure_cancelled_(
         if len(rows):
             direct = tile[rows].to(a.dtype).addmm_(lora_B[span][rows].to(a.dtype), a, alpha=scaling)
             found.norm[span][rows] = direct.square().sum(dim=1).sqrt_()
+        del tile
 
 
 class Gain(NamedTuple):

@@ -87,7 +87,8 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
         dtype: Of the tiles, any float dtype. Products of codes, scales and factors are float32, then cast once.
         row_factor: (out,) float32 (float64 for float64 weights), or None for 1.
     Yields:
-        (rows, tile (rows, in)). Read the tile before the next one is taken; it may share memory with the weight.
+        (rows, tile (rows, in)). Read the tile before the next one is taken; it may share memory with the weight. A loop
+        that ends with `del tile` has one at a time; else the last one lives until the next one is made.
     """
     if isinstance(weight, Tensor):
         if row_factor is None and weight.dtype == dtype:
