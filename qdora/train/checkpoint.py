@@ -3,7 +3,7 @@
 adapter/                  the adapter in PEFT's format, usable by itself (full fine-tuning: parameters.safetensors)
 optimizer.safetensors     optimizer states and the low bits of bf16 parameters
 random.safetensors        state of torch's generators
-state.json                step, data position, versions
+state.json                step, data position, what the run has learnt about itself (policies)
 """
 
 from __future__ import annotations
@@ -14,22 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qdora.errors import UserError
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.random_state import random_state, set_random_state
 
-FORMAT = 1
+FORMAT = 2
 PARAMETERS_FILE = "parameters.safetensors"
 
 
-def write_state(directory: Path, *, step: int, optimizer: AdapterOptimizer, loader_state: Mapping[str, Any]) -> None:
-    """Write everything but the parameters themselves into an existing directory."""
+def write_state(
+    directory: Path,
+    *,
+    step: int,
+    optimizer: AdapterOptimizer,
+    loader_state: Mapping[str, Any],
+    policies: Mapping[str, Any],
+) -> None:
+    """Write everything but the parameters themselves into an existing directory.
+
+    Args:
+        policies: JSON values by name: what the run has found out and a resumed one goes on with.
+    """
     _save(optimizer.state_tensors(), directory / "optimizer.safetensors")
-    _save(_random_state(), directory / "random.safetensors")
-    state = {"format": FORMAT, "step": step, "loader": dict(loader_state)}
+    _save(random_state(), directory / "random.safetensors")
+    state = {"format": FORMAT, "step": step, "loader": dict(loader_state), "policies": dict(policies)}
     (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
 
 
@@ -57,11 +68,13 @@ def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.P
         parameter.copy_(tensors[key])
 
 
-def read_state(directory: Path, *, optimizer: AdapterOptimizer, load_loader: Callable[[dict[str, Any]], None]) -> int:
+def read_state(
+    directory: Path, *, optimizer: AdapterOptimizer, load_loader: Callable[[dict[str, Any]], None]
+) -> tuple[int, dict[str, Any]]:
     """Take back `write_state`; the parameters must be in place already.
 
     Returns:
-        The number of steps done.
+        The number of steps done, and the policies.
     Raises:
         UserError: If the checkpoint belongs to another run or format.
     """
@@ -73,18 +86,8 @@ def read_state(directory: Path, *, optimizer: AdapterOptimizer, load_loader: Cal
         optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
     except ValueError as error:
         raise UserError(f"{directory / 'optimizer.safetensors'}: {error}") from error
-    with safe_open(directory / "random.safetensors", framework="pt") as file:
-        torch.set_rng_state(file.get_tensor("cpu"))
-        if torch.cuda.is_available() and "cuda" in file.keys():  # noqa: SIM118  safe_open is no mapping
-            torch.cuda.set_rng_state(file.get_tensor("cuda"))
-    return int(state["step"])
-
-
-def _random_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    set_random_state(load_file(directory / "random.safetensors"))
+    return int(state["step"]), dict(state["policies"])
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

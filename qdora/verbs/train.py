@@ -116,6 +116,7 @@ class _Job:
     ) -> None:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.loader, self.console, self.num_steps = loader, console, num_steps
+        self.asked_micro_batch_tokens = loader.micro_batch_tokens
         self.validation = {name: validation[name] for name in recipe.eval.tasks or validation}
         self.trackers: Accelerator | None = None
         self.evaluations: dict[str, EvaluationResult] = {}
@@ -140,8 +141,10 @@ class _Job:
         if self.recipe.adapter.kind == "full":
             stored = load_file(checkpoint / PARAMETERS_FILE)
             copy_parameters(stored, self.optimizer.parameters, checkpoint)
-        step = read_state(checkpoint, optimizer=self.optimizer, load_loader=self.loader.load_state_dict)
+        step, policies = read_state(checkpoint, optimizer=self.optimizer, load_loader=self.loader.load_state_dict)
         logger.info("Going on from %s.", checkpoint)
+        if policies["micro_batch_tokens"]["asked"] == self.asked_micro_batch_tokens:
+            self.loader.micro_batch_tokens = policies["micro_batch_tokens"]["used"]
         first = self.run.evaluation_file(0)
         if first.is_file():
             self.evaluations["base"] = read_result(first)
@@ -235,9 +238,20 @@ class _Job:
         assert self.optimizer is not None
         with self.run.checkpoint_directory(step) as directory:
             self._write_trained(directory, directory / "adapter")
-            write_state(directory, step=step, optimizer=self.optimizer, loader_state=self.loader.state_dict())
+            write_state(
+                directory,
+                step=step,
+                optimizer=self.optimizer,
+                loader_state=self.loader.state_dict(),
+                policies=self._policies(),
+            )
         self.run.prune_checkpoints(self.recipe.train.keep_checkpoints)
         return self.run.inside("checkpoints", f"step-{step}")
+
+    def _policies(self) -> dict[str, Any]:
+        """What the run has found out and a resumed one goes on with."""
+        micro = {"asked": self.asked_micro_batch_tokens, "used": self.loader.micro_batch_tokens}
+        return {"micro_batch_tokens": micro}
 
     def _save_final(self) -> None:
         with self.run.adapter_directory() as directory:
