@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from qdora.config import Recipe
 from qdora.data.loader import Step, StepLoader
 from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
-from qdora.errors import UserError
+from qdora.errors import DiskFull, Interrupted, UserError
 from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
@@ -97,7 +97,12 @@ def train_run(
         job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps)
         start = job.restore(checkpoint.path) if checkpoint is not None else 0
         run.truncate_metrics(start)
-        return job.go(start)
+        try:
+            return job.go(start)
+        except KeyboardInterrupt:
+            newest = run.newest_checkpoint()
+            step, path = (0, None) if newest is None else (newest.step, newest.path)
+            raise Interrupted(step, path, saved=False) from None
 
 
 class _Job:
@@ -230,11 +235,27 @@ class _Job:
                 self.trackers.end_training()
 
     def _write_metrics(self, metrics: Metrics) -> None:
-        self.run.append_metrics(metrics)
+        self._with_room(lambda: self.run.append_metrics(metrics))
         if self.trackers is not None:
             self.trackers.log(flat_numbers(metrics), step=metrics["step"])
 
     def _save_checkpoint(self, step: int) -> Path:
+        self._with_room(lambda: self._write_checkpoint(step))
+        self.run.prune_checkpoints(self.recipe.train.keep_checkpoints)
+        return self.run.inside("checkpoints", f"step-{step}")
+
+    def _with_room(self, write: Callable[[], None]) -> None:
+        """Write; where the disk is full, once more without the checkpoints that are older than the newest one."""
+        try:
+            write()
+        except DiskFull:
+            removed = self.run.prune_checkpoints(1)
+            if not removed:
+                raise
+            write()
+            logger.warning("The disk is full: %d older checkpoints were removed to go on.", removed)
+
+    def _write_checkpoint(self, step: int) -> None:
         assert self.optimizer is not None
         with self.run.checkpoint_directory(step) as directory:
             self._write_trained(directory, directory / "adapter")
@@ -245,8 +266,6 @@ class _Job:
                 loader_state=self.loader.state_dict(),
                 policies=self._policies(),
             )
-        self.run.prune_checkpoints(self.recipe.train.keep_checkpoints)
-        return self.run.inside("checkpoints", f"step-{step}")
 
     def _policies(self) -> dict[str, Any]:
         """What the run has found out and a resumed one goes on with."""
@@ -254,6 +273,9 @@ class _Job:
         return {"micro_batch_tokens": micro}
 
     def _save_final(self) -> None:
+        self._with_room(self._write_final)
+
+    def _write_final(self) -> None:
         with self.run.adapter_directory() as directory:
             self._write_trained(directory, directory)
 
