@@ -41,3 +41,24 @@ def test_loss_curve(tmp_path: Path) -> None:
     assert passes["one_norm_per_step"]
     assert passes["accumulation_float32"]
     assert passes["accumulation_bfloat16"]
+
+
+def test_layer_time(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "layer_time.py")
+    assert [(case["rank"], case["allocator"]) for case in result["cases"]] == [
+        (16, "default"),
+        (16, "tuned"),
+        (64, "tuned"),
+    ]
+    assert len(result["bars"]) == 9
+    assert all(len(case["seconds"]) == 11 for case in result["cases"])
+    # A later call keeps the cases of others, and replaces its own.
+    again = smoke(tmp_path, "layer_time.py", "--ranks", "8")
+    assert [case["rank"] for case in again["cases"]] == [8, 8, 16, 16, 64]
+
+
+def test_layer_cost(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "layer_cost.py")
+    assert [row["value"] for row in result["by_rank"]] == [8, 16]
+    assert [row["value"] for row in result["by_tokens"]] == [1024, 2048]
+    assert (tmp_path / "result.svg").read_text().startswith("<?xml")

@@ -15,7 +15,7 @@ from qdora.cli import explain
 from qdora.errors import Interrupted, RunFailure
 from qdora.record import RunDirectory
 from qdora.train import interrupt, loop
-from qdora.verbs import train as train_verb
+from qdora.verbs import run_writer
 from qdora.verbs.train import train_run
 from tests import tiny_run
 from tests.run_files import assert_same_run, timeless
@@ -55,14 +55,14 @@ def send(*numbers: int) -> Callable[[], None]:
 
 def in_save(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Do something in the middle of writing the checkpoint of `step`: the adapter is there, the rest is not."""
-    real = train_verb.write_state
+    real = run_writer.write_state
 
     def acting(directory: Path, **state: Any) -> None:
         if state["step"] == step:
             action()
         real(directory, **state)
 
-    monkeypatch.setattr(train_verb, "write_state", acting)
+    monkeypatch.setattr(run_writer, "write_state", acting)
 
 
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)

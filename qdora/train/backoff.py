@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from qdora.data.loader import MicroBatch, StepLoader
+from qdora.data.batching import MicroBatch
+from qdora.data.loader import StepLoader
 
 # What allocators say that have no error class of their own: torch's on the CPU, and CUDA's outside torch's cache.
 _SAID = (
@@ -44,6 +45,12 @@ class Shortage:
     num_examples: int
     num_tokens: int
     reason: str
+
+
+def worst(shortages: Iterable[Shortage | None]) -> Shortage | None:
+    """Of the shortages of several processes the one that leaves least to cut; None where there is none."""
+    found = [shortage for shortage in shortages if shortage is not None]
+    return min(found, key=lambda shortage: (shortage.num_examples > 1, shortage.num_tokens), default=None)
 
 
 class OutOfMemory(Exception):

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from qdora.train.distributed import Processes
+
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 # A launcher passes on what the terminal has already sent to the whole group: so soon, it is the same request.
@@ -18,19 +20,24 @@ _SAID = b"\nStopping: the step is finished and saved first. A second signal stop
 
 
 class StopRequest:
-    """Whether someone has asked the run to stop."""
+    """Whether someone has asked the run to stop; of several processes, any of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes | None = None) -> None:
         self.requested = False
+        self._processes = processes or Processes()
+
+    def agreed(self) -> bool:
+        """Whether one of the processes has been asked, told to all of them alike; to be called by all."""
+        return self._processes.any(self.requested)
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
     """SIGINT, SIGTERM and SIGHUP set the request; a second one, a second or more later, raises KeyboardInterrupt.
 
     What is being written then is taken back: a checkpoint appears whole or not at all.
     """
-    request = StopRequest()
+    request = StopRequest(processes)
     asked_at = 0.0
 
     def ask(_number: int, _frame: FrameType | None) -> None:

@@ -18,7 +18,8 @@ from qdora.data.loader import Step, StepLoader
 from qdora.errors import Interrupted, RunFailure
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
-from qdora.train.backoff import OutOfMemory, back_off, cannot_cut, shortage_of
+from qdora.train.backoff import OutOfMemory, Shortage, back_off, cannot_cut, shortage_of, worst
+from qdora.train.distributed import Processes
 from qdora.train.interrupt import StopRequest
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
@@ -85,17 +86,20 @@ def fit(
     progress: TrainingProgress,
     stop: StopRequest,
     start_step: int = 0,
+    processes: Processes | None = None,
 ) -> None:
     """Train from `start_step` to `settings.num_steps`.
 
-    The loss of a step is the summed NLL of all its micro-batches over the labelled tokens of all of them. Where memory
-    runs out, the step is computed again in smaller micro-batches, and so are those after it.
+    The loss of a step is the summed NLL of all its micro-batches, in all processes, over the labelled tokens of all of
+    them. Every process calls every hook, for the same step. Where memory runs out, the step is computed again in
+    smaller micro-batches, and so are those after it.
 
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
         RunFailure: If a step cannot be computed (one example alone is too much for the memory) or its loss or gradient
             is not finite; a checkpoint of the state before that step has been written.
     """
+    processes = processes or Processes()
     model.train()
     seconds: deque[float] = deque(maxlen=20)
     for step in range(start_step, settings.num_steps):
@@ -109,7 +113,7 @@ def fit(
             warmup=settings.warmup,
             end=settings.lr_end,
         )
-        batch, metrics, fault = _gradient_that_fits(model, optimizer, loader, settings, hooks, device, step)
+        batch, metrics, fault = _gradient_that_fits(model, optimizer, loader, settings, hooks, device, step, processes)
         if fault is not None:
             _go_back(optimizer, loader, before)
             raise _failed_step(step, fault, batch, hooks)
@@ -121,7 +125,7 @@ def fit(
         done = step + 1
         seconds.append(time.perf_counter() - began)
         metrics = {"step": done, "lr": lr, **metrics}
-        metrics["time"] = {"step_seconds": seconds[-1], "peak_memory_bytes": memory_bytes()}
+        metrics["time"] = {"step_seconds": seconds[-1], "peak_memory_bytes": max(processes.gather(memory_bytes()))}
         if done % settings.log_every == 0 or done == settings.num_steps:
             hooks.write_metrics(metrics)
         progress.step(_report(metrics, settings.num_steps, seconds))
@@ -136,8 +140,9 @@ def _gradient_that_fits(
     hooks: Hooks,
     device: torch.device,
     step: int,
+    processes: Processes,
 ) -> tuple[Step, Metrics, str | None]:
-    """Take the next step's examples and accumulate their gradient, in smaller micro-batches where memory runs out.
+    """Take the next step's examples and sum up their gradient, in smaller micro-batches where memory runs out.
 
     Returns:
         The examples, the step's numbers, and why its gradient must not be applied (None where it may).
@@ -145,21 +150,26 @@ def _gradient_that_fits(
     before = loader.state_dict(), random_state()
     while True:
         batch = loader.next_step()
+        metrics: Metrics = {"loss": math.nan}
+        fault = shortage = None
         try:
             metrics = _gradient_of_step(model, batch, device, settings.loss_chunk)
-            metrics["gradient_norm"] = float(optimizer.gradient_norm())
         except OutOfMemory as error:
-            shortage = error.shortage
+            shortage = asdict(error.shortage)
         except RuntimeError as error:
-            return batch, {}, _cannot_compute(error)
-        else:
-            return batch, metrics, _not_finite(metrics["loss"], metrics["gradient_norm"])
+            fault = _cannot_compute(error)
+        short = worst(Shortage(**each) if each else None for each in processes.gather(shortage))
+        if short is None:
+            return batch, *_summed(metrics, fault, optimizer, processes)
         _go_back(optimizer, loader, before)
-        backoff = back_off(loader, shortage)
+        backoff = back_off(loader, short)
         if backoff is None:
-            return batch, {}, cannot_cut(shortage)
+            return batch, {}, cannot_cut(short)
         hooks.write_metrics({"step": step + 1, "out_of_memory": asdict(backoff)})
         logger.warning(_BACKED_OFF, step + 1, backoff.tokens_before, backoff.tokens_after, backoff.reason)
+
+
+_BACKED_OFF = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, steps stay as they are. (%s)"
 
 
 def _go_back(optimizer: AdapterOptimizer, loader: StepLoader, before: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
@@ -169,19 +179,28 @@ def _go_back(optimizer: AdapterOptimizer, loader: StepLoader, before: tuple[dict
     set_random_state(before[1])
 
 
-_BACKED_OFF = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, steps stay as they are. (%s)"
+def _summed(
+    metrics: Metrics, fault: str | None, optimizer: AdapterOptimizer, processes: Processes
+) -> tuple[Metrics, str | None]:
+    """Numbers and gradients of a step summed over the processes; the numbers with the norm, and a fault if any."""
+    metrics, fault = _over_processes(metrics, fault, processes)
+    if fault is not None:
+        return metrics, fault
+    processes.sum_gradients_(list(optimizer.parameters.values()))
+    gradient_norm = float(optimizer.gradient_norm())
+    return {"gradient_norm": gradient_norm, **metrics}, _not_finite(metrics["loss"], gradient_norm)
 
 
 def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device, loss_chunk: int | None = None) -> Metrics:
     """Accumulate the gradient of the step's loss into the parameters; its numbers, with the NLL per task."""
     prepare_gains(adapted_layers(model).values())
-    names = batch.micro_batches[0].task_names
+    names = batch.micro_batches[0].task_names if batch.micro_batches else []
     nll = torch.zeros(len(names), dtype=torch.float32, device=device)
     tokens = torch.zeros(len(names), dtype=torch.int64)
     for micro in batch.micro_batches:
         with shortage_of(micro):
             input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
-            loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk)
+            loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk, micro.packing)
             (loss.nll_sum / batch.num_label_tokens).backward()  # type: ignore[no-untyped-call]
             nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
@@ -200,6 +219,22 @@ def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device, loss_
     }
 
 
+def _over_processes(metrics: Metrics, fault: str | None, processes: Processes) -> tuple[Metrics, str | None]:
+    """The numbers of a step summed over the processes, and the fault of the first process that has one."""
+    if processes.size == 1:
+        return metrics, fault
+    told = processes.gather({"fault": fault, "loss": metrics["loss"], "tasks": metrics.get("tasks", {})})
+    for rank, theirs in enumerate(told):
+        if theirs["fault"] is not None:
+            return metrics, f"process {rank}: {theirs['fault']}"
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, numbers in ((name, numbers) for theirs in told for name, numbers in theirs["tasks"].items()):
+        total = tasks.setdefault(name, {"nll_sum": 0.0, "num_tokens": 0})
+        for key in total:
+            total[key] += numbers[key]
+    return metrics | {"loss": sum(theirs["loss"] for theirs in told), "tasks": tasks}, None
+
+
 def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks, stop: StopRequest) -> None:
     """Evaluate and save where it is due. Saved last, so that an evaluation's line belongs to the checkpoint; one that
     fails is saved for, too."""
@@ -212,8 +247,9 @@ def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks
             raise
         model.train()
     due = last or (settings.checkpoint_every is not None and done % settings.checkpoint_every == 0)
-    saved = hooks.save(done) if due or stop.requested else None
-    if stop.requested and saved is not None and not last:
+    stopping = stop.agreed()
+    saved = hooks.save(done) if due or stopping else None
+    if stopping and saved is not None and not last:
         raise Interrupted(done, saved)
 
 

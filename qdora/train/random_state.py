@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Tensor]:
-    """Generator ("cpu", and "cuda" where there is one) -> its state, uint8."""
+    """Generator ("cpu", and "cuda", this process's GPU, where there is one) -> its state, uint8."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qdora.atomic_files import atomic_write_text
 from qdora.config import Recipe
-from qdora.data.loader import Step, StepLoader
+from qdora.data.loader import StepLoader
 from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
-from qdora.errors import DiskFull, Interrupted, UserError
+from qdora.errors import Interrupted, UserError
 from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
 from qdora.recipe_file import missing_files, resolved_yaml
-from qdora.record import RunDirectory, create_run, resume_run
+from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
-from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, write_parameters, write_state
+from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
+from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_loss_per_task
 from qdora.train.interrupt import stop_on_signal
-from qdora.train.loop import FitSettings, Hooks, Metrics, fit
+from qdora.train.loop import FitSettings, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
     Compute,
@@ -46,12 +45,12 @@ from qdora.verbs.assemble import (
     put_adapters,
     read_data,
     tokenized_mix,
-    write_adapter,
 )
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
+from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
-from qdora.verbs.trackers import flat_numbers, is_installed
+from qdora.verbs.trackers import is_installed
 
 logger = logging.getLogger("qdora")
 
@@ -59,7 +58,7 @@ logger = logging.getLogger("qdora")
 def train_run(
     recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run a recipe to its end.
+    """Run a recipe to its end; started by torchrun or `accelerate launch`, data-parallel over their processes.
 
     Args:
         recipe: What to do.
@@ -67,11 +66,17 @@ def train_run(
         resume: Go on from the newest whole checkpoint (from the start where there is none).
         console: Where progress is shown; standard error by default.
     Returns:
-        JSON values: the run directory, steps, last loss, evaluations.
+        JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
     Raises:
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
-    console = console or default_console()
+    with processes_of_launch() as processes:
+        if not processes.is_first:
+            console = Console(quiet=True)
+        return _train(recipe, directory, resume, console or default_console(), processes)
+
+
+def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, processes: Processes) -> dict[str, Any]:
     keep_freed_memory()
     faults = missing_files(recipe, str(directory))
     if faults:
@@ -79,30 +84,44 @@ def train_run(
     source, tokenizer = find_model(recipe)
     train, validation = read_data(recipe.data)
     mix = tokenized_mix(recipe, tokenizer, train)
-    loader = make_loader(recipe, mix, tokenizer)
+    loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
     _check_beforehand(recipe, compute, validation)
     open_ = resume_run if resume else create_run
-    run = open_(directory, resolved_yaml(recipe), environment())
-    with log_to(run):
+    processes.first(lambda: open_(directory, resolved_yaml(recipe), _environment(processes)))
+    run = RunDirectory(directory)
+    with log_to(run) if processes.is_first else nullcontext():
         show_mix(console, plan)
-        keep_mix(run, plan)
-        torch.manual_seed(recipe.train.seed)
-        checkpoint = run.newest_checkpoint() if resume else None
+        processes.first(lambda: keep_mix(run, plan))
+        torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
+        checkpoint = _newest_checkpoint(run, processes) if resume else None
         with bar(console, "loading the base") as progress:
             model = load_base(recipe, source, compute, progress)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
-        job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps)
+        if recipe.data.packing:
+            loader.packed = packed_layout(model)
+        job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps, processes)
         start = job.restore(checkpoint.path) if checkpoint is not None else 0
-        run.truncate_metrics(start)
+        processes.first(lambda: run.truncate_metrics(start))
         try:
             return job.go(start)
         except KeyboardInterrupt:
             newest = run.newest_checkpoint()
             step, path = (0, None) if newest is None else (newest.step, newest.path)
             raise Interrupted(step, path, saved=False) from None
+
+
+def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
+    """What the first process finds, so that all go on from the same."""
+    found = processes.first(run.newest_checkpoint)
+    step = processes.gather(found.step if found else None)[0]
+    return None if step is None else Checkpoint(step, run.checkpoint_path(step))
+
+
+def _environment(processes: Processes) -> dict[str, Any]:
+    return environment() | ({} if processes.size == 1 else {"num_processes": processes.size})
 
 
 class _Job:
@@ -118,12 +137,12 @@ class _Job:
         validation: dict[str, Any],
         console: Console,
         num_steps: int,
+        processes: Processes,
     ) -> None:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.loader, self.console, self.num_steps = loader, console, num_steps
-        self.asked_micro_batch_tokens = loader.micro_batch_tokens
+        self.processes = processes
         self.validation = {name: validation[name] for name in recipe.eval.tasks or validation}
-        self.trackers: Accelerator | None = None
         self.evaluations: dict[str, EvaluationResult] = {}
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
@@ -138,7 +157,9 @@ class _Job:
                 eps=settings.eps,
                 weight_decay=settings.weight_decay,
             )
+            processes.share_first_(list(self.optimizer.parameters.values()))
             logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
+        self.writer = RunWriter(recipe, run, model, self.optimizer, loader, processes)
 
     def restore(self, checkpoint: Path) -> int:
         """Take back a checkpoint whose adapter is already in the model; returns its step."""
@@ -146,10 +167,15 @@ class _Job:
         if self.recipe.adapter.kind == "full":
             stored = load_file(checkpoint / PARAMETERS_FILE)
             copy_parameters(stored, self.optimizer.parameters, checkpoint)
-        step, policies = read_state(checkpoint, optimizer=self.optimizer, load_loader=self.loader.load_state_dict)
+        step, policies = read_state(
+            checkpoint,
+            optimizer=self.optimizer,
+            load_loader=self.loader.load_state_dict,
+            processes=self.processes,
+            seed=self.recipe.train.seed,
+        )
+        self.writer.take_policies(policies)
         logger.info("Going on from %s.", checkpoint)
-        if policies["micro_batch_tokens"]["asked"] == self.asked_micro_batch_tokens:
-            self.loader.micro_batch_tokens = policies["micro_batch_tokens"]["used"]
         first = self.run.evaluation_file(0)
         if first.is_file():
             self.evaluations["base"] = read_result(first)
@@ -167,9 +193,12 @@ class _Job:
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
                 logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)
         if self.optimizer is not None:
-            self._save_final()
+            self.writer.save_final()
         if settings.at_end and self.validation and self.num_steps > 0:
             self._evaluate(self.num_steps, "adapter")
+        return self.processes.first(self._conclude) or {}
+
+    def _conclude(self) -> dict[str, Any]:
         self._write_card()
         draw_loss_per_task(self.run.metrics(), self.run.inside("figures", "loss_per_task.svg"))
         if self.evaluations:
@@ -179,7 +208,6 @@ class _Job:
 
     def _fit(self, optimizer: AdapterOptimizer, start: int) -> None:
         train, chunk = self.recipe.train, self.recipe.memory.loss_chunk
-        self._start_trackers()
         settings = FitSettings(
             num_steps=self.num_steps,
             lr=train.lr,
@@ -193,15 +221,15 @@ class _Job:
             loss_chunk=None if chunk == "auto" else chunk,
         )
         hooks = Hooks(
-            write_metrics=self._write_metrics,
-            save=self._save_checkpoint,
+            write_metrics=self.writer.write_metrics,
+            save=self.writer.save_checkpoint,
             evaluate=self._evaluate if self.validation else None,
-            keep_batch=self._keep_batch,
+            keep_batch=self.writer.keep_batch,
         )
         with (
-            stop_on_signal() as stop,
+            stop_on_signal(self.processes) as stop,
             TrainingProgress(self.num_steps, start=start, console=self.console) as progress,
-            self._trackers_ended(),
+            self.writer.trackers(),
         ):
             fit(
                 self.model,
@@ -213,90 +241,13 @@ class _Job:
                 progress=progress,
                 stop=stop,
                 start_step=start,
+                processes=self.processes,
             )
-
-    def _start_trackers(self) -> None:
-        if self.recipe.trackers:
-            # Only its trackers are used; nothing of its environment may reach the arithmetic.
-            self.trackers = Accelerator(
-                cpu=self.model.device.type == "cpu",
-                mixed_precision="no",
-                log_with=list(self.recipe.trackers),
-                project_dir=str(self.run.path),
-            )
-            self.trackers.init_trackers("qdora")
-
-    @contextmanager
-    def _trackers_ended(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            if self.trackers is not None:
-                self.trackers.end_training()
-
-    def _write_metrics(self, metrics: Metrics) -> None:
-        self._with_room(lambda: self.run.append_metrics(metrics))
-        if self.trackers is not None:
-            self.trackers.log(flat_numbers(metrics), step=metrics["step"])
-
-    def _save_checkpoint(self, step: int) -> Path:
-        self._with_room(lambda: self._write_checkpoint(step))
-        self.run.prune_checkpoints(self.recipe.train.keep_checkpoints)
-        return self.run.inside("checkpoints", f"step-{step}")
-
-    def _with_room(self, write: Callable[[], None]) -> None:
-        """Write; where the disk is full, once more without the checkpoints that are older than the newest one."""
-        try:
-            write()
-        except DiskFull:
-            removed = self.run.prune_checkpoints(1)
-            if not removed:
-                raise
-            write()
-            logger.warning("The disk is full: %d older checkpoints were removed to go on.", removed)
-
-    def _write_checkpoint(self, step: int) -> None:
-        assert self.optimizer is not None
-        with self.run.checkpoint_directory(step) as directory:
-            self._write_trained(directory, directory / "adapter")
-            write_state(
-                directory,
-                step=step,
-                optimizer=self.optimizer,
-                loader_state=self.loader.state_dict(),
-                policies=self._policies(),
-            )
-
-    def _policies(self) -> dict[str, Any]:
-        """What the run has found out and a resumed one goes on with."""
-        micro = {"asked": self.asked_micro_batch_tokens, "used": self.loader.micro_batch_tokens}
-        return {"micro_batch_tokens": micro}
-
-    def _save_final(self) -> None:
-        self._with_room(self._write_final)
-
-    def _write_final(self) -> None:
-        with self.run.adapter_directory() as directory:
-            self._write_trained(directory, directory)
-
-    def _write_trained(self, directory: Path, adapter: Path) -> None:
-        if self.recipe.adapter.kind == "full":
-            assert self.optimizer is not None
-            write_parameters(directory / PARAMETERS_FILE, self.optimizer.parameters)
-            return
-        write_adapter(self.model, self.recipe, adapter)
-
-    def _keep_batch(self, batch: Step) -> Path:
-        examples = [
-            {"id": name, "input_ids": ids, "labels": labels}
-            for micro in batch.micro_batches
-            for name, ids, labels in zip(
-                micro.example_ids, micro.input_ids.tolist(), micro.labels.tolist(), strict=True
-            )
-        ]
-        return self.run.write_json("failed-batch.json", {"examples": examples})
 
     def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
+        return self.processes.first(lambda: self._evaluate_alone(step, label)) or {}
+
+    def _evaluate_alone(self, step: int, label: str) -> dict[str, Any]:
         with suite_bar(self.console, f"evaluating, step {step}") as progress:
             result = evaluate(
                 self.model, self.tokenizer, self.validation, limit=self.recipe.eval.limit, progress=progress
@@ -364,9 +315,5 @@ def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, An
         for name in recipe.trackers
         if not is_installed(name)
     ]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        faults.append(
-            "qdora train: started as several processes, allowed: one; more than one GPU is not supported yet."
-        )
     if faults:
         raise UserError(*faults)
