@@ -146,21 +146,13 @@ def packing() -> str:
     for way, label in labels.items():
         speed = found["tokens_per_second"][way]
         times = found["ratios"].get(f"{way} / packed")
-        rows.append(
-            [
-                label,
-                percent(found["padding_share"][way]),
-                f"{found['micro_batches_per_step'][way]:.1f}",
-                f"{speed['median']:.0f} ({speed['lower']:.0f}–{speed['upper']:.0f})",
-                "1"
-                if compared is None
-                else f"{compared['median']:.2f} ({compared['lower']:.2f}–{compared['upper']:.2f})",
-            ]
-        )
+        row = [label, percent(found["padding_share"][way]), f"{found['micro_batches_per_step'][way]:.1f}"]
+        row.append(f"{speed['median']:.0f} ({speed['lower']:.0f}–{speed['upper']:.0f})")
+        rows.append([*row, f"{times['median']:.2f} ({times['lower']:.2f}–{times['upper']:.2f})" if times else "1"])
     losses = document["losses"]
     note = (
         f"\n{found['num_steps']} steps of {document['step_tokens']:,} tokens in turns, median and quartiles. Largest "
-        f"difference of an example's NLL from that of the example alone, in float32, {losses['num_examples']} examples: "
+        f"difference of an example's NLL from that of the example alone, float32, {losses['num_examples']} examples: "
         f"packed {losses['packed']['max_difference']:.1e} nats (relative "
         f"{losses['packed']['max_relative_difference']:.1e}), grouped by length "
         f"{losses['grouped']['max_difference']:.1e} ({losses['grouped']['max_relative_difference']:.1e}).\n"
