@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.config import Recipe
-from qdora.data.loader import IGNORED, MicroBatch, Step
+from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.loader import Step
 from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize

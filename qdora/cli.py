@@ -67,7 +67,9 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             if _options["debug"]:
                 raise
             text, code = explain(error)
-            print(text, file=sys.stderr)
+            # All processes of a launch read the same recipe and files: one a machine is enough to say what is wrong
+            if not isinstance(error, UserError | Interrupted) or os.environ.get("LOCAL_RANK", "0") == "0":
+                print(text, file=sys.stderr)
             raise typer.Exit(code) from None
 
     return run
@@ -118,7 +120,9 @@ def train(
     directory = run_dir or Path("runs") / Path(recipe).stem
     from qdora.verbs.train import train_run
 
-    _emit(train_run(loaded, directory, resume=resume), json_)
+    result = train_run(loaded, directory, resume=resume)
+    if result:  # empty in all processes of a launch but the first
+        _emit(result, json_)
 
 
 @app.command(name="eval")

@@ -82,6 +82,10 @@ class RunDirectory:
         """Where the evaluation of the state after `step` steps stands, eval/step-<step>.json."""
         return self.inside("eval", f"step-{step}.json")
 
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of the state after `step` steps stands, checkpoints/step-<step>."""
+        return self.checkpoints / f"step-{step}"
+
     def last_step(self) -> int | None:
         """The last step of metrics.jsonl."""
         lines = self.metrics()
@@ -168,7 +172,7 @@ class RunDirectory:
         """
         with (
             self._disk_failures(f"the checkpoint of step {step}"),
-            atomic_directory(self.checkpoints / f"step-{step}") as path,
+            atomic_directory(self.checkpoint_path(step)) as path,
         ):
             yield path
             write_complete(path, step)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data.loader import GROUP_COST, StepLoader, micro_groups
+from qdora.data.batching import GROUP_COST, micro_groups
+from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError

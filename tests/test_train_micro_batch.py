@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from qdora.data.loader import MicroBatch, Step
+from qdora.data.batching import MicroBatch
+from qdora.data.loader import Step
 from qdora.model.inject import adapter_parameters, inject
 from qdora.ops.loss import token_nll
 from qdora.train import loop

@@ -414,12 +414,6 @@ def test_trackers_are_told_every_number_and_must_be_installed(root: Path, tmp_pa
     assert "eval/sums/nll_per_token" in board.Tags()["scalars"]
 
 
-def test_several_processes_are_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="started as several processes, allowed: one"):
-        train_run(tiny_run.recipe(root), tmp_path / "run")
-
-
 def run_cli(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "qdora.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout

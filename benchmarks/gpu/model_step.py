@@ -17,7 +17,8 @@ from gpu import device as on
 from gpu.part import Part
 from gpu.plan import Plan
 from gpu.shaped_model import Weights, build
-from qdora.data.loader import MicroBatch, Step
+from qdora.data.batching import MicroBatch
+from qdora.data.loader import Step
 from qdora.errors import RunFailure
 from qdora.model.inject import adapter_parameters
 from qdora.train.interrupt import StopRequest

@@ -1,4 +1,4 @@
-"""From the order of examples to optimizer steps of padded micro-batches."""
+"""From the order of examples to optimizer steps of micro-batches."""
 
 from __future__ import annotations
 
@@ -8,41 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from qdora.data.batching import Batching, MicroBatch, micro_batches
 from qdora.data.mix import Draws, MixOrder, Source
+from qdora.data.pack import PackedLayout
+from qdora.data.share import share_of
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
-
-IGNORED = -100
-"""Label of a token that does not count, as in transformers."""
-GROUP_COST = 128
-"""Tokens whose forward and backward pass take about as long as what every micro-batch pays once: dequantising the base
-two or three times. An estimate: 40 ms of memory traffic against 0.3 ms a token for a 7B model on an A100."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Examples of one forward pass, padded on the right.
-
-    Attributes:
-        input_ids: (batch, length) int64.
-        attention_mask: (batch, length) int64, 1 on real tokens.
-        labels: (batch, length) int64, the token's own id where it counts and -100 elsewhere; not shifted.
-        task_ids: (batch,) int64, into `task_names`.
-        task_names: All tasks of the loader, the same list in every micro-batch.
-        example_ids: (batch,) ids, to find an example again.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    task_ids: Tensor
-    task_names: list[str]
-    example_ids: list[str]
 
 
 @dataclass(frozen=True)
@@ -50,10 +24,11 @@ class Step:
     """What one optimizer step learns from.
 
     Attributes:
-        micro_batches: Longest examples first, so that a step that does not fit into memory fails at once.
-        num_label_tokens: Labels of all micro-batches, at least 1: the denominator of the step's loss.
-        num_tokens: Real tokens, padding not counted.
-        num_examples: In all micro-batches.
+        micro_batches: Longest examples first, so that a step that does not fit into memory fails at once. Of several
+            processes each has its share of them, perhaps none.
+        num_label_tokens: Labels of the whole step, at least 1: the denominator of its loss.
+        num_tokens: Real tokens of the whole step, padding not counted.
+        num_examples: Of the whole step.
         position_after: Draws of the order that are used up after this step.
     """
 
@@ -76,7 +51,10 @@ class StepLoader:
         micro_batch_tokens: Most tokens of a micro-batch, padding counted; a single longer example is one of its own.
             Has no influence on what a step contains, and may be changed between steps.
         pad_id: Token in padded places.
+        packed: Layout of rows of several examples, or None: a row is an example. As free to change.
+        row_tokens: Most tokens of a packed row, for the layout "rows".
         position: Draws already used.
+        rank, num_processes: Of several processes, which one this is. All draw the same steps; each pads its share.
     """
 
     def __init__(
@@ -88,7 +66,11 @@ class StepLoader:
         batch: int | None,
         micro_batch_tokens: int,
         pad_id: int,
+        packed: PackedLayout | None = None,
+        row_tokens: int | None = None,
         position: int = 0,
+        rank: int = 0,
+        num_processes: int = 1,
     ) -> None:
         assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         assert (tokens_per_step or batch or 0) > 0, (tokens_per_step, batch)
@@ -103,15 +85,22 @@ class StepLoader:
         self.batch = batch
         self.micro_batch_tokens = micro_batch_tokens
         self.pad_id = pad_id
+        self.packed = packed
+        self.row_tokens = row_tokens
         self.position = position
+        self.rank, self.num_processes = rank, num_processes
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
-        self._task_ids = {name: index for index, name in enumerate(self.task_names)}
         # None for a stream; the lengths of its examples are not known beforehand
         self._lengths = [
             np.fromiter(map(len, part.examples), dtype=np.int64) if isinstance(part, TokenizedSet) else None
             for part in self.tokenised
         ]
         self._fingerprint: dict[str, str] | None = None
+
+    @property
+    def batching(self) -> Batching:
+        """How the next step's examples become micro-batches."""
+        return Batching(self.micro_batch_tokens, self.pad_id, self.packed, self.row_tokens)
 
     def next_step(self) -> Step:
         """Take the next step's examples and move the position behind them."""
@@ -123,8 +112,9 @@ class StepLoader:
             examples.append(self._example(source, index))
             num_tokens += len(examples[-1])
         self.position += len(examples)
+        mine = share_of(examples, self.rank, self.num_processes)
         return Step(
-            micro_batches=[self._padded(group) for group in micro_groups(examples, self.micro_batch_tokens)],
+            micro_batches=micro_batches(mine, self.batching, self.task_names),
             num_label_tokens=sum(int(example.loss_mask.sum()) for example in examples),
             num_tokens=num_tokens,
             num_examples=len(examples),
@@ -278,61 +268,12 @@ class StepLoader:
             yield sources, lengths
             start = stop
 
-    def _padded(self, group: Sequence[TokenizedExample]) -> MicroBatch:
-        width = max(map(len, group))
-        input_ids = np.full((len(group), width), self.pad_id, dtype=np.int64)
-        attention_mask = np.zeros((len(group), width), dtype=np.int64)
-        labels = np.full((len(group), width), IGNORED, dtype=np.int64)
-        for row, example in enumerate(group):
-            length = len(example)
-            input_ids[row, :length] = example.input_ids
-            attention_mask[row, :length] = 1
-            labels[row, :length] = np.where(example.loss_mask, example.input_ids, IGNORED)
-        return MicroBatch(
-            input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(attention_mask),
-            labels=torch.from_numpy(labels),
-            task_ids=torch.tensor([self._task_ids[example.task] for example in group], dtype=torch.int64),
-            task_names=self.task_names,
-            example_ids=[example.id for example in group],
-        )
-
 
 _WHAT = {
     "data": "the tokenised data",
     "mix": "the mix (strategy, weights, max_epochs or data.seed)",
     "step": "the size of a step",
 }
-
-
-def micro_groups(examples: Sequence[TokenizedExample], max_tokens: int) -> list[list[TokenizedExample]]:
-    """The examples sorted by length, longest first (equal lengths in their old order), cut into micro-batches.
-
-    The cuts make rows * longest row, plus GROUP_COST for every group, least in sum: on the eight commonsense tasks,
-    steps of 4,096 tokens in micro-batches of at most 2,048 get 0.11 tokens of padding for each real one, where groups
-    that are filled one after the other get 0.36 (five groups a step instead of three).
-
-    Args:
-        examples: Of one step.
-        max_tokens: Most tokens of a group, padding counted, unless it is a single longer example.
-    """
-    ordered = sorted(examples, key=len, reverse=True)
-    lengths = np.array([len(example) for example in ordered], dtype=np.int64)
-    cost = np.zeros(len(ordered) + 1, dtype=np.int64)  # least cost of the first `end` examples
-    cuts = np.zeros(len(ordered) + 1, dtype=np.int64)  # where the last of their groups begins
-    for end in range(1, len(ordered) + 1):
-        rows = np.arange(end, 0, -1)  # of a group that begins at 0, 1, ..., end - 1
-        padded = rows * lengths[:end]
-        allowed = (padded <= max_tokens) | (rows == 1)
-        total = np.where(allowed, cost[:end] + padded + GROUP_COST, np.iinfo(np.int64).max)
-        cuts[end] = total.argmin()
-        cost[end] = total[cuts[end]]
-    groups: list[list[TokenizedExample]] = []
-    end = len(ordered)
-    while end > 0:
-        groups.append(ordered[cuts[end] : end])
-        end = int(cuts[end])
-    return groups[::-1]
 
 
 def _hash_sets(tokenised: Sequence[Source]) -> str:

@@ -2,14 +2,15 @@
 
 adapter/                  the adapter in PEFT's format, usable by itself (full fine-tuning: parameters.safetensors)
 optimizer.safetensors     optimizer states and the low bits of bf16 parameters
-random.safetensors        state of torch's generators
+random.safetensors        state of torch's generators, of every process
 state.json                step, data position, versions
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qdora.errors import UserError
+from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
 
 FORMAT = 1
 PARAMETERS_FILE = "parameters.safetensors"
 
+logger = logging.getLogger("qdora")
 
-def write_state(directory: Path, *, step: int, optimizer: AdapterOptimizer, loader_state: Mapping[str, Any]) -> None:
-    """Write everything but the parameters themselves into an existing directory."""
+
+def write_state(
+    directory: Path,
+    *,
+    step: int,
+    optimizer: AdapterOptimizer,
+    loader_state: Mapping[str, Any],
+    random: Sequence[Mapping[str, str]],
+) -> None:
+    """Write everything but the parameters themselves into an existing directory.
+
+    Args:
+        directory: Where to.
+        step: Steps done.
+        optimizer, loader_state: Equal in all processes.
+        random: `random_state` of every process, in the order of ranks.
+    """
     _save(optimizer.state_tensors(), directory / "optimizer.safetensors")
-    _save(_random_state(), directory / "random.safetensors")
+    _save(_random_tensors(random), directory / "random.safetensors")
     state = {"format": FORMAT, "step": step, "loader": dict(loader_state)}
     (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
 
@@ -57,8 +75,17 @@ def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.P
         parameter.copy_(tensors[key])
 
 
-def read_state(directory: Path, *, optimizer: AdapterOptimizer, load_loader: Callable[[dict[str, Any]], None]) -> int:
+def read_state(
+    directory: Path,
+    *,
+    optimizer: AdapterOptimizer,
+    load_loader: Callable[[dict[str, Any]], None],
+    processes: Processes,
+    seed: int,
+) -> int:
     """Take back `write_state`; the parameters must be in place already.
+
+    A process that the checkpoint does not know (there are more now) starts its random numbers anew, from `seed`.
 
     Returns:
         The number of steps done.
@@ -73,18 +100,42 @@ def read_state(directory: Path, *, optimizer: AdapterOptimizer, load_loader: Cal
         optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
     except ValueError as error:
         raise UserError(f"{directory / 'optimizer.safetensors'}: {error}") from error
+    step = int(state["step"])
     with safe_open(directory / "random.safetensors", framework="pt") as file:
-        torch.set_rng_state(file.get_tensor("cpu"))
-        if torch.cuda.is_available() and "cuda" in file.keys():  # noqa: SIM118  safe_open is no mapping
-            torch.cuda.set_rng_state(file.get_tensor("cuda"))
-    return int(state["step"])
+        names = set(file.keys())
+        before = sum(name.startswith("cpu") for name in names)
+        if before != processes.size:
+            logger.warning(
+                "The checkpoint is of %d processes, this is %d: the same data, another dropout.", before, processes.size
+            )
+        cpu, cuda = (_numbered(kind, processes.rank) for kind in ("cpu", "cuda"))
+        if cpu in names:
+            torch.set_rng_state(file.get_tensor(cpu))
+        else:
+            torch.manual_seed(seed_of(seed, processes.rank, step))
+        if torch.cuda.is_available() and cuda in names:
+            torch.cuda.set_rng_state(file.get_tensor(cuda))
+    return step
 
 
-def _random_state() -> dict[str, Tensor]:
+def random_state() -> dict[str, str]:
+    """The state of this process's generators, cpu and cuda, in hexadecimal: JSON, for the process that writes it."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    return {kind: state.numpy().tobytes().hex() for kind, state in states.items()}
+
+
+def _random_tensors(random: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
+    return {
+        _numbered(kind, rank): torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
+        for rank, states in enumerate(random)
+        for kind, state in states.items()
+    }
+
+
+def _numbered(kind: str, rank: int) -> str:
+    return kind if rank == 0 else f"{kind}.{rank}"
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

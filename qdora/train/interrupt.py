@@ -7,20 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from qdora.train.distributed import Processes
+
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
-    """Whether someone has asked the run to stop."""
+    """Whether someone has asked the run to stop; of several processes, any of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes | None = None) -> None:
         self.requested = False
+        self._processes = processes or Processes()
+
+    def agreed(self) -> bool:
+        """Whether one of the processes has been asked, told to all of them alike; to be called by all."""
+        return self._processes.any(self.requested)
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
     """SIGINT, SIGTERM and SIGHUP set the request; a second SIGINT interrupts at once, as Python does by default."""
-    request = StopRequest()
+    request = StopRequest(processes)
 
     def ask(number: int, _frame: FrameType | None) -> None:
         if request.requested and number == signal.SIGINT:

@@ -17,6 +17,7 @@ from qdora.data.loader import Step, StepLoader
 from qdora.errors import Interrupted, RunFailure
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
+from qdora.train.distributed import Processes
 from qdora.train.interrupt import StopRequest
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
@@ -80,16 +81,19 @@ def fit(
     progress: TrainingProgress,
     stop: StopRequest,
     start_step: int = 0,
+    processes: Processes | None = None,
 ) -> None:
     """Train from `start_step` to `settings.num_steps`.
 
-    The loss of a step is the summed NLL of all its micro-batches over the labelled tokens of all of them.
+    The loss of a step is the summed NLL of all its micro-batches, in all processes, over the labelled tokens of all of
+    them. Every process calls every hook, for the same step.
 
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
         RunFailure: If a step cannot be computed (out of memory) or its loss or gradient is not finite; a checkpoint of
             the state before that step has been written.
     """
+    processes = processes or Processes()
     model.train()
     seconds: deque[float] = deque(maxlen=20)
     for step in range(start_step, settings.num_steps):
@@ -110,6 +114,9 @@ def fit(
         except RuntimeError as error:
             fault = _cannot_compute(error)
             metrics = {"loss": math.nan}
+        metrics, fault = _over_processes(metrics, fault, processes)
+        if fault is None:
+            processes.sum_gradients_(list(optimizer.parameters.values()))
         gradient_norm = float(optimizer.gradient_norm())
         if fault is None and not (math.isfinite(metrics["loss"]) and math.isfinite(gradient_norm)):
             fault = _not_finite(metrics["loss"], gradient_norm)
@@ -125,7 +132,7 @@ def fit(
         done = step + 1
         seconds.append(time.perf_counter() - began)
         metrics = {"step": done, "lr": lr, "gradient_norm": gradient_norm, **metrics}
-        metrics["time"] = {"step_seconds": seconds[-1], "peak_memory_bytes": memory_bytes()}
+        metrics["time"] = {"step_seconds": seconds[-1], "peak_memory_bytes": max(processes.gather(memory_bytes()))}
         if done % settings.log_every == 0 or done == settings.num_steps:
             hooks.write_metrics(metrics)
         progress.step(_report(metrics, settings.num_steps, seconds))
@@ -135,12 +142,12 @@ def fit(
 def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device, loss_chunk: int | None = None) -> Metrics:
     """Accumulate the gradient of the step's loss into the parameters; its numbers, with the NLL per task."""
     prepare_gains(adapted_layers(model).values())
-    names = batch.micro_batches[0].task_names
+    names = batch.micro_batches[0].task_names if batch.micro_batches else []
     nll = torch.zeros(len(names), dtype=torch.float32, device=device)
     tokens = torch.zeros(len(names), dtype=torch.int64)
     for micro in batch.micro_batches:
         input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
-        loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk)
+        loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk, micro.packing)
         (loss.nll_sum / batch.num_label_tokens).backward()  # type: ignore[no-untyped-call]
         nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
@@ -159,6 +166,22 @@ def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device, loss_
     }
 
 
+def _over_processes(metrics: Metrics, fault: str | None, processes: Processes) -> tuple[Metrics, str | None]:
+    """The numbers of a step summed over the processes, and the fault of the first process that has one."""
+    if processes.size == 1:
+        return metrics, fault
+    told = processes.gather({"fault": fault, "loss": metrics["loss"], "tasks": metrics.get("tasks", {})})
+    for rank, theirs in enumerate(told):
+        if theirs["fault"] is not None:
+            return metrics, f"process {rank}: {theirs['fault']}"
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, numbers in ((name, numbers) for theirs in told for name, numbers in theirs["tasks"].items()):
+        total = tasks.setdefault(name, {"nll_sum": 0.0, "num_tokens": 0})
+        for key in total:
+            total[key] += numbers[key]
+    return metrics | {"loss": sum(theirs["loss"] for theirs in told), "tasks": tasks}, None
+
+
 def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks, stop: StopRequest) -> None:
     """Evaluate and save where it is due. Saved last, so that an evaluation's line belongs to the checkpoint; one that
     fails is saved for, too."""
@@ -171,8 +194,9 @@ def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks
             raise
         model.train()
     due = last or (settings.checkpoint_every is not None and done % settings.checkpoint_every == 0)
-    saved = hooks.save(done) if due or stop.requested else None
-    if stop.requested and saved is not None and not last:
+    stopping = stop.agreed()
+    saved = hooks.save(done) if due or stopping else None
+    if stopping and saved is not None and not last:
         raise Interrupted(done, saved)
 
 

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from qdora.data.batching import IGNORED, Packing
 from qdora.ops.loss import token_nll
 from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
 
@@ -28,8 +29,8 @@ class BatchLoss:
 
     Attributes:
         nll_sum: Scalar float32, nats summed over the labelled tokens; differentiable.
-        example_nll: (batch,) float32, the same sum per example; detached.
-        example_tokens: (batch,) int64, labelled tokens per example, on the labels' device.
+        example_nll: (examples,) float32, the same sum per example; detached.
+        example_tokens: (examples,) int64, labelled tokens per example, on the labels' device.
     """
 
     nll_sum: Tensor
@@ -38,7 +39,12 @@ class BatchLoss:
 
 
 def batch_loss(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, chunk: int | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    chunk: int | None = None,
+    packing: Packing | None = None,
 ) -> BatchLoss:
     """Run the model and sum the NLL of labels[:, 1:] given the tokens before them.
 
@@ -49,24 +55,36 @@ def batch_loss(
 
     Args:
         model: A transformers causal LM.
-        input_ids: (batch, length) int64, on the model's device.
-        attention_mask: (batch, length), 1 on real tokens, on the model's device.
-        labels: (batch, length) int64, -100 where a token does not count; not shifted. Left on the CPU, no position is
-            looked up on the GPU, which would make the host wait for it.
+        input_ids: (rows, length) int64, on the model's device.
+        attention_mask: (rows, length), 1 on real tokens, on the model's device. With `packing` the model does not get
+            it: transformers then keeps attention inside each run of positions.
+        labels: (rows, length) int64, -100 where a token does not count, as the first of an example never does; not
+            shifted. Left on the CPU, no position is looked up on the GPU, which would make the host wait for it.
         chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
+        packing: Which tokens are whose in rows of several examples; None: a row is an example. The model must have
+            passed `packed_attention.check_isolation`.
     Returns:
         BatchLoss; a batch without a labelled token gives a zero sum.
     """
     wanted = torch.zeros_like(labels, dtype=torch.bool)
-    wanted[:, :-1] = labels[:, 1:] != -100
-    rows, columns = (index.to(input_ids.device) for index in wanted.nonzero(as_tuple=True))
+    wanted[:, :-1] = labels[:, 1:] != IGNORED
+    places = wanted.nonzero(as_tuple=True)
+    rows, columns = (index.to(input_ids.device) for index in places)
     targets = labels[:, 1:][wanted[:, :-1]].to(input_ids.device)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    if packing is None:
+        inputs["attention_mask"] = attention_mask
+        owner, num_examples = places[0], len(labels)
+    else:
+        inputs["position_ids"] = packing.position_ids.to(input_ids.device)
+        owner = packing.example_index.to(labels.device)[places]
+        num_examples = int(packing.example_index.max()) + 1
     nll = _chunked(model, inputs, rows, columns, targets, chunk)  # (num_labelled,)
     if nll is None:
         nll = _plain(model, inputs, rows, columns, targets)
-    zeros = torch.zeros(len(labels), dtype=nll.dtype, device=nll.device)
-    return BatchLoss(nll.sum(), zeros.index_add(0, rows, nll.detach()), wanted.sum(dim=1))
+    zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
+    example_nll = zeros.index_add(0, owner.to(nll.device), nll.detach())
+    return BatchLoss(nll.sum(), example_nll, torch.bincount(owner, minlength=num_examples))
 
 
 def _chunked(

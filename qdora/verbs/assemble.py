@@ -221,8 +221,8 @@ def _stream(data: DataConfig, number: int, tokenizer: Any) -> ExampleStream:
     return ExampleStream(open_shards(source_spec(source, data)), settings, tokenizer)
 
 
-def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any) -> StepLoader:
-    """The loader of the recipe's steps."""
+def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
+    """The loader of the recipe's steps, or of a process's share of each of them."""
     asked = recipe.train.micro_batch_tokens
     micro = max(recipe.data.max_length, AUTO_MICRO_BATCH_TOKENS) if asked == "auto" else asked
     return StepLoader(
@@ -232,6 +232,8 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any) -> StepLoader:
         batch=recipe.train.batch,
         micro_batch_tokens=micro,
         pad_id=tokenizer.pad_token_id,
+        rank=rank,
+        num_processes=num_processes,
     )
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,17 @@ from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
 from qdora.recipe_file import missing_files, resolved_yaml
-from qdora.record import RunDirectory, create_run, resume_run
+from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
-from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, write_parameters, write_state
+from qdora.train.checkpoint import (
+    PARAMETERS_FILE,
+    copy_parameters,
+    random_state,
+    read_state,
+    write_parameters,
+    write_state,
+)
+from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_loss_per_task
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import FitSettings, Hooks, Metrics, fit
@@ -59,7 +66,7 @@ logger = logging.getLogger("qdora")
 def train_run(
     recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run a recipe to its end.
+    """Run a recipe to its end; started by torchrun or `accelerate launch`, data-parallel over their processes.
 
     Args:
         recipe: What to do.
@@ -67,11 +74,17 @@ def train_run(
         resume: Go on from the newest whole checkpoint (from the start where there is none).
         console: Where progress is shown; standard error by default.
     Returns:
-        JSON values: the run directory, steps, last loss, evaluations.
+        JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
     Raises:
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
-    console = console or default_console()
+    with processes_of_launch() as processes:
+        if not processes.is_first:
+            console = Console(quiet=True)
+        return _train(recipe, directory, resume, console or default_console(), processes)
+
+
+def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, processes: Processes) -> dict[str, Any]:
     keep_freed_memory()
     faults = missing_files(recipe, str(directory))
     if faults:
@@ -79,25 +92,37 @@ def train_run(
     source, tokenizer = find_model(recipe)
     train, validation = read_data(recipe.data)
     mix = tokenized_mix(recipe, tokenizer, train)
-    loader = make_loader(recipe, mix, tokenizer)
+    loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
     _check_beforehand(recipe, compute, validation)
     open_ = resume_run if resume else create_run
-    run = open_(directory, resolved_yaml(recipe), environment())
-    with log_to(run):
+    processes.first(lambda: open_(directory, resolved_yaml(recipe), _environment(processes)))
+    run = RunDirectory(directory)
+    with log_to(run) if processes.is_first else nullcontext():
         show_mix(console, plan)
-        keep_mix(run, plan)
-        torch.manual_seed(recipe.train.seed)
-        checkpoint = run.newest_checkpoint() if resume else None
+        processes.first(lambda: keep_mix(run, plan))
+        torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
+        checkpoint = _newest_checkpoint(run, processes) if resume else None
         with bar(console, "loading the base") as progress:
             model = load_base(recipe, source, compute, progress)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
-        job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps)
+        job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps, processes)
         start = job.restore(checkpoint.path) if checkpoint is not None else 0
-        run.truncate_metrics(start)
+        processes.first(lambda: run.truncate_metrics(start))
         return job.go(start)
+
+
+def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
+    """What the first process finds, so that all go on from the same."""
+    found = processes.first(run.newest_checkpoint)
+    step = processes.gather(found.step if found else None)[0]
+    return None if step is None else Checkpoint(step, run.checkpoint_path(step))
+
+
+def _environment(processes: Processes) -> dict[str, Any]:
+    return environment() | ({} if processes.size == 1 else {"num_processes": processes.size})
 
 
 class _Job:
@@ -113,9 +138,11 @@ class _Job:
         validation: dict[str, Any],
         console: Console,
         num_steps: int,
+        processes: Processes,
     ) -> None:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.loader, self.console, self.num_steps = loader, console, num_steps
+        self.processes = processes
         self.validation = {name: validation[name] for name in recipe.eval.tasks or validation}
         self.trackers: Accelerator | None = None
         self.evaluations: dict[str, EvaluationResult] = {}
@@ -132,6 +159,7 @@ class _Job:
                 eps=settings.eps,
                 weight_decay=settings.weight_decay,
             )
+            processes.share_first_(list(self.optimizer.parameters.values()))
             logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
 
     def restore(self, checkpoint: Path) -> int:
@@ -140,7 +168,13 @@ class _Job:
         if self.recipe.adapter.kind == "full":
             stored = load_file(checkpoint / PARAMETERS_FILE)
             copy_parameters(stored, self.optimizer.parameters, checkpoint)
-        step = read_state(checkpoint, optimizer=self.optimizer, load_loader=self.loader.load_state_dict)
+        step = read_state(
+            checkpoint,
+            optimizer=self.optimizer,
+            load_loader=self.loader.load_state_dict,
+            processes=self.processes,
+            seed=self.recipe.train.seed,
+        )
         logger.info("Going on from %s.", checkpoint)
         first = self.run.evaluation_file(0)
         if first.is_file():
@@ -159,9 +193,12 @@ class _Job:
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
                 logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)
         if self.optimizer is not None:
-            self._save_final()
+            self.processes.first(self._save_final)
         if settings.at_end and self.validation and self.num_steps > 0:
             self._evaluate(self.num_steps, "adapter")
+        return self.processes.first(self._conclude) or {}
+
+    def _conclude(self) -> dict[str, Any]:
         self._write_card()
         draw_loss_per_task(self.run.metrics(), self.run.inside("figures", "loss_per_task.svg"))
         if self.evaluations:
@@ -191,7 +228,7 @@ class _Job:
             keep_batch=self._keep_batch,
         )
         with (
-            stop_on_signal() as stop,
+            stop_on_signal(self.processes) as stop,
             TrainingProgress(self.num_steps, start=start, console=self.console) as progress,
             self._trackers_ended(),
         ):
@@ -205,10 +242,11 @@ class _Job:
                 progress=progress,
                 stop=stop,
                 start_step=start,
+                processes=self.processes,
             )
 
     def _start_trackers(self) -> None:
-        if self.recipe.trackers:
+        if self.recipe.trackers and self.processes.is_first:
             # Only its trackers are used; nothing of its environment may reach the arithmetic.
             self.trackers = Accelerator(
                 cpu=self.model.device.type == "cpu",
@@ -224,20 +262,31 @@ class _Job:
             yield
         finally:
             if self.trackers is not None:
-                self.trackers.end_training()
+                for tracker in self.trackers.trackers:  # end_training would take the process group away
+                    tracker.finish()
 
     def _write_metrics(self, metrics: Metrics) -> None:
+        self.processes.first(lambda: self._append_metrics(metrics))
+
+    def _append_metrics(self, metrics: Metrics) -> None:
         self.run.append_metrics(metrics)
         if self.trackers is not None:
             self.trackers.log(flat_numbers(metrics), step=metrics["step"])
 
     def _save_checkpoint(self, step: int) -> Path:
         assert self.optimizer is not None
+        self.processes.require_equal(self.optimizer.parameters)
+        random = self.processes.gather(random_state())
+        self.processes.first(lambda: self._write_checkpoint(step, random))
+        return self.run.checkpoint_path(step)
+
+    def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
+        assert self.optimizer is not None
+        loader_state = self.loader.state_dict()
         with self.run.checkpoint_directory(step) as directory:
             self._write_trained(directory, directory / "adapter")
-            write_state(directory, step=step, optimizer=self.optimizer, loader_state=self.loader.state_dict())
+            write_state(directory, step=step, optimizer=self.optimizer, loader_state=loader_state, random=random)
         self.run.prune_checkpoints(self.recipe.train.keep_checkpoints)
-        return self.run.inside("checkpoints", f"step-{step}")
 
     def _save_final(self) -> None:
         with self.run.adapter_directory() as directory:
@@ -252,15 +301,18 @@ class _Job:
 
     def _keep_batch(self, batch: Step) -> Path:
         examples = [
-            {"id": name, "input_ids": ids, "labels": labels}
+            {"id": name, "input_ids": ids.tolist(), "labels": labels.tolist()}
             for micro in batch.micro_batches
-            for name, ids, labels in zip(
-                micro.example_ids, micro.input_ids.tolist(), micro.labels.tolist(), strict=True
-            )
+            for name, ids, labels in micro.examples()
         ]
-        return self.run.write_json("failed-batch.json", {"examples": examples})
+        every = [example for share in self.processes.gather(examples) for example in share]
+        self.processes.first(lambda: self.run.write_json("failed-batch.json", {"examples": every}))
+        return self.run.inside("failed-batch.json")
 
     def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
+        return self.processes.first(lambda: self._evaluate_alone(step, label)) or {}
+
+    def _evaluate_alone(self, step: int, label: str) -> dict[str, Any]:
         with suite_bar(self.console, f"evaluating, step {step}") as progress:
             result = evaluate(
                 self.model, self.tokenizer, self.validation, limit=self.recipe.eval.limit, progress=progress
@@ -328,9 +380,5 @@ def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, An
         for name in recipe.trackers
         if not is_installed(name)
     ]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        faults.append(
-            "qdora train: started as several processes, allowed: one; more than one GPU is not supported yet."
-        )
     if faults:
         raise UserError(*faults)

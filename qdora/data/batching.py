@@ -1,0 +1,171 @@
+"""The examples of a step as micro-batches: grouped by length, or packed into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qdora.data.pack import PackedLayout, PackedRow, packed_rows
+from qdora.data.tokenize import TokenizedExample
+
+Row = TypeVar("Row", bound=Sized)
+
+IGNORED = -100
+"""Label of a token that does not count, as in transformers."""
+GROUP_COST = 128
+"""Tokens whose forward and backward pass take about as long as what every micro-batch pays once: dequantising the base
+two or three times. An estimate: 40 ms of memory traffic against 0.3 ms a token for a 7B model on an A100."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the examples of packed rows lie.
+
+    Attributes:
+        position_ids: (rows, length) int64, counted from 0 in each example, and in the padding behind the last one: to
+            the model the padding of a row is one more example.
+        example_index: (rows, length) int64, the token's example as its place in `MicroBatch.example_ids`; -1 in
+            padding.
+    """
+
+    position_ids: Tensor
+    example_index: Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Examples of one forward pass, padded on the right. Without packing each is a row.
+
+    Attributes:
+        input_ids: (rows, length) int64.
+        attention_mask: (rows, length) int64, 1 on real tokens.
+        labels: (rows, length) int64, the token's own id where it counts and -100 elsewhere; not shifted.
+        task_ids: (examples,) int64, into `task_names`.
+        task_names: All tasks of the loader, the same list in every micro-batch.
+        example_ids: (examples,) ids, to find an example again.
+        packing: Which tokens are whose, or None where a row is an example.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    task_ids: Tensor
+    task_names: list[str]
+    example_ids: list[str]
+    packing: Packing | None = None
+
+    def examples(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(id, input ids, labels) of each example, (length,) int64 both, without padding."""
+        for index, name in enumerate(self.example_ids):
+            if self.packing is None:
+                row, mine = index, self.attention_mask[index].bool()
+            else:
+                here = self.packing.example_index == index
+                row = int(here.any(dim=1).nonzero()[0])
+                mine = here[row]
+            yield name, self.input_ids[row, mine], self.labels[row, mine]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the examples of a step become micro-batches.
+
+    Attributes:
+        max_tokens: Most tokens of a micro-batch, padding counted; a single longer example is one of its own.
+        pad_id: Token in padded places.
+        packed: Layout of packed rows, or None: a row is an example.
+        row_tokens: Most tokens of a packed row in the layout "rows"; never more than `max_tokens`.
+    """
+
+    max_tokens: int
+    pad_id: int
+    packed: PackedLayout | None = None
+    row_tokens: int | None = None
+
+
+def micro_batches(
+    examples: Sequence[TokenizedExample], batching: Batching, task_names: Sequence[str]
+) -> list[MicroBatch]:
+    """The examples of a step in micro-batches, the longest rows first.
+
+    Args:
+        examples: Of one step, or of a process's share of one; none gives none.
+        batching: How.
+        task_names: Every task that an example may have.
+    """
+    if batching.packed is None:
+        alone = [PackedRow((example,)) for example in examples]
+        groups = micro_groups(alone, batching.max_tokens)
+    elif batching.packed == "single":
+        rows = packed_rows(examples, batching.max_tokens)
+        groups = [[row] for row in sorted(rows, key=len, reverse=True)]
+    else:
+        most = batching.max_tokens if batching.row_tokens is None else min(batching.row_tokens, batching.max_tokens)
+        groups = micro_groups(packed_rows(examples, most), batching.max_tokens)
+    return [_micro_batch(group, batching, list(task_names)) for group in groups]
+
+
+def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+    """The rows sorted by length, longest first (equal lengths in their old order), cut into micro-batches.
+
+    The cuts make rows * longest row, plus GROUP_COST for every group, least in sum: on the eight commonsense tasks,
+    steps of 4,096 tokens in micro-batches of at most 2,048 get 0.11 tokens of padding for each real one, where groups
+    that are filled one after the other get 0.36 (five groups a step instead of three).
+
+    Args:
+        rows: Of one step: examples, or rows of several.
+        max_tokens: Most tokens of a group, padding counted, unless it is a single longer row.
+    """
+    ordered = sorted(rows, key=len, reverse=True)
+    lengths = np.array([len(row) for row in ordered], dtype=np.int64)
+    cost = np.zeros(len(ordered) + 1, dtype=np.int64)  # least cost of the first `end` rows
+    cuts = np.zeros(len(ordered) + 1, dtype=np.int64)  # where the last of their groups begins
+    for end in range(1, len(ordered) + 1):
+        counts = np.arange(end, 0, -1)  # of a group that begins at 0, 1, ..., end - 1
+        padded = counts * lengths[:end]
+        allowed = (padded <= max_tokens) | (counts == 1)
+        total = np.where(allowed, cost[:end] + padded + GROUP_COST, np.iinfo(np.int64).max)
+        cuts[end] = total.argmin()
+        cost[end] = total[cuts[end]]
+    groups: list[list[Row]] = []
+    end = len(ordered)
+    while end > 0:
+        groups.append(ordered[cuts[end] : end])
+        end = int(cuts[end])
+    return groups[::-1]
+
+
+def _micro_batch(rows: Sequence[PackedRow], batching: Batching, task_names: list[str]) -> MicroBatch:
+    shape = len(rows), max(map(len, rows))
+    input_ids = np.full(shape, batching.pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    example_index = np.full(shape, -1, dtype=np.int64)
+    examples: list[TokenizedExample] = []
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row.examples:
+            assert not example.loss_mask[0], example.id
+            here = number, slice(start, start + len(example))
+            input_ids[here] = example.input_ids
+            labels[here] = np.where(example.loss_mask, example.input_ids, IGNORED)
+            position_ids[here] = np.arange(len(example))
+            example_index[here] = len(examples)
+            examples.append(example)
+            start += len(example)
+        position_ids[number, start:] = np.arange(shape[1] - start)
+    packing = Packing(torch.from_numpy(position_ids), torch.from_numpy(example_index))
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy((example_index >= 0).astype(np.int64)),
+        labels=torch.from_numpy(labels),
+        task_ids=torch.tensor([task_names.index(example.task) for example in examples], dtype=torch.int64),
+        task_names=task_names,
+        example_ids=[example.id for example in examples],
+        packing=None if batching.packed is None else packing,
+    )

@@ -1,0 +1,323 @@
+"""Two processes over gloo train what one process trains; they stop, fail and resume together."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from qdora.config import Recipe
+from qdora.data.share import share_of
+from qdora.data.tokenize import TokenizedExample
+from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.recipe_file import resolved_yaml
+from qdora.train import loop
+from qdora.train.distributed import OtherProcessFailed, Processes, processes_of_launch, seed_of
+from qdora.verbs import train as train_verb
+from qdora.verbs.train import train_run
+from tests import launched, tiny_run
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("launched")
+
+
+def recipe(root: Path, **changes: Any) -> Recipe:
+    """No evaluations; with dropout, as tiny_run's."""
+    return tiny_run.recipe(root, **({"eval__tasks": [], "eval__limit": ...} | changes))
+
+
+def exact(root: Path, **changes: Any) -> Recipe:
+    """Nothing random in a step, nothing in 16 bits: what differs is the order of sums."""
+    return recipe(root, adapter__dropout=0.0, adapter__dtype="float32", **changes)
+
+
+def train(rank: int, settings: Recipe, directory: Path, resume: bool = False) -> None:
+    train_run(settings, directory, resume=resume)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the times."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in found]
+
+
+def assert_close_runs(one: Path, two: Path, names: tuple[str, ...] = (ADAPTER,)) -> None:
+    for first, second in zip(lines(one), lines(two), strict=True):
+        assert first.keys() == second.keys()
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-6)
+        assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-5)
+        for key in ("step", "lr", "num_tokens", "num_label_tokens", "num_examples"):
+            assert first[key] == second[key]
+        assert first["tasks"].keys() == second["tasks"].keys()
+        for task, numbers in first["tasks"].items():
+            assert second["tasks"][task]["num_tokens"] == numbers["num_tokens"]
+            assert second["tasks"][task]["nll_sum"] == pytest.approx(numbers["nll_sum"], rel=1e-6)
+    for name in names:
+        first, second = load_file(one / name), load_file(two / name)
+        assert first.keys() == second.keys()
+        for key in first:
+            torch.testing.assert_close(second[key], first[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [{"train__batch": 5}, {"train__batch": ..., "train__tokens_per_step": 90}])
+def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, size: dict[str, Any]) -> None:
+    """Steps of an odd number of examples, so that the two never have the same number of labels."""
+    settings = exact(root, **size, eval__tasks=["sums"], eval__limit=2)
+    train_run(settings, tmp_path / "one")
+    assert launched.run(2, train, settings, tmp_path / "two") == ["", ""]
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+    written = [{file.relative_to(run) for file in run.rglob("*")} for run in (tmp_path / "one", tmp_path / "two")]
+    assert written[0] == written[1]
+    first, second = (json.loads((tmp_path / run / "eval/step-6.json").read_text()) for run in ("one", "two"))
+    assert second["average"]["nll_per_token"] == pytest.approx(first["average"]["nll_per_token"], rel=1e-5)
+    assert json.loads((tmp_path / "two/environment.json").read_text())["num_processes"] == 2
+
+
+def test_a_process_without_an_example_takes_part(root: Path, tmp_path: Path) -> None:
+    settings = exact(root, train__batch=1, train__steps=3)
+    train_run(settings, tmp_path / "one")
+    assert launched.run(2, train, settings, tmp_path / "two") == ["", ""]
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+
+
+def stopped(rank: int, settings: Recipe, directory: Path, stop_at: int) -> None:
+    """The second process alone is asked to stop."""
+    after_step = loop._after_step
+
+    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> None:
+        stop.requested = rank == 1 and done == stop_at
+        after_step(model, done, fit_settings, hooks, stop)
+
+    loop._after_step = ask
+    with pytest.raises(Interrupted, match=f"after step {stop_at}; saved to .*step-{stop_at}"):
+        train_run(settings, directory)
+
+
+def test_one_is_asked_to_stop_both_do_and_resumed_equals_uninterrupted_bit_for_bit(root: Path, tmp_path: Path) -> None:
+    settings = recipe(root)  # with dropout: each process has random numbers of its own
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert launched.run(2, train, settings, whole) == ["", ""]
+    assert launched.run(2, stopped, settings, run, 3) == ["", ""]
+    assert len(lines(run)) == 3
+    assert launched.run(2, train, settings, run, True) == ["", ""]
+    assert lines(run) == lines(whole)
+    for name in (ADAPTER, f"checkpoints/step-6/{ADAPTER}", *(f"checkpoints/step-6/{kind}" for kind in STATES)):
+        first, second = load_file(whole / name), load_file(run / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    random = load_file(whole / "checkpoints/step-6/random.safetensors")
+    assert sorted(key for key in random if key.startswith("cpu")) == ["cpu", "cpu.1"]
+    assert not torch.equal(random["cpu"], random["cpu.1"])
+
+
+STATES = ("optimizer.safetensors", "random.safetensors")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(root: Path, tmp_path: Path) -> None:
+    """One process, then two, then one again."""
+    settings, run = exact(root), tmp_path / "run"
+    train_run(settings, tmp_path / "whole")
+    stop_alone(settings, run, 2)
+    assert launched.run(2, resumed_and_stopped, settings, run, 4) == ["", ""]
+    train_run(settings, run, resume=True)
+    assert_close_runs(tmp_path / "whole", run)
+    log = (run / "log.txt").read_text()
+    assert "The checkpoint is of 1 processes, this is 2: the same data, another dropout." in log
+    assert "The checkpoint is of 2 processes, this is 1: the same data, another dropout." in log
+
+
+def stop_alone(settings: Recipe, directory: Path, stop_at: int, resume: bool = False) -> None:
+    after_step = loop._after_step
+
+    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> None:
+        stop.requested = done == stop_at
+        after_step(model, done, fit_settings, hooks, stop)
+
+    loop._after_step = ask
+    try:
+        with pytest.raises(Interrupted):
+            train_run(settings, directory, resume=resume)
+    finally:
+        loop._after_step = after_step
+
+
+def resumed_and_stopped(rank: int, settings: Recipe, directory: Path, stop_at: int) -> None:
+    stop_alone(settings, directory, stop_at, resume=True)
+
+
+def out_of_memory(rank: int, settings: Recipe, directory: Path) -> None:
+    real, calls = loop.batch_loss, {"n": 0}
+
+    def hungry(*args: Any) -> Any:
+        calls["n"] += 1
+        if rank == 1 and calls["n"] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(*args)
+
+    loop.batch_loss = hungry
+    with pytest.raises(RunFailure, match=r"step 3: process 1: cannot be computed: CUDA out of memory.*step-2"):
+        train_run(settings, directory)
+
+
+def test_where_one_cannot_compute_both_stop_with_the_state_and_the_whole_batch(root: Path, tmp_path: Path) -> None:
+    settings = recipe(root)
+    assert launched.run(2, out_of_memory, settings, tmp_path) == ["", ""]
+    kept = json.loads((tmp_path / "failed-batch.json").read_text())
+    assert len(kept["examples"]) == 4
+    assert launched.run(2, train, settings, tmp_path, True) == ["", ""]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def full_disk(rank: int, settings: Recipe, directory: Path) -> None:
+    def full(*_args: Any, **_rest: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    train_verb.write_state = full
+    expected = (RunFailure, "the disk is full") if rank == 0 else (OtherProcessFailed, "process 1: .*process 0 did")
+    with pytest.raises(expected[0], match=expected[1]):
+        train_run(settings, directory)
+
+
+def test_a_full_disk_stops_all(root: Path, tmp_path: Path) -> None:
+    assert launched.run(2, full_disk, recipe(root), tmp_path) == ["", ""]
+
+
+def user_mistake(rank: int, settings: Recipe, directory: Path) -> None:
+    with pytest.raises((UserError, OtherProcessFailed), match="holds a run" if rank == 0 else "process 0 did"):
+        train_run(settings, directory)
+
+
+def test_a_mistake_that_only_the_first_can_see_stops_all(root: Path, tmp_path: Path) -> None:
+    train_run(recipe(root, train__steps=1), tmp_path)
+    assert launched.run(2, user_mistake, recipe(root, train__steps=1), tmp_path) == ["", ""]
+
+
+def sums(rank: int) -> None:
+    """Gradients of three shapes in two dtypes, in messages of at most 10 elements."""
+    from qdora.train import distributed
+
+    distributed._MESSAGE_ELEMENTS = 10
+    numbers = np.random.default_rng(0).normal(size=(2, 40)).astype(np.float32)
+    with processes_of_launch() as processes:
+        assert (processes.rank, processes.size) == (rank, 2)
+        shapes = [(3, 4), (5,), (2, 2), (7,), (1,)]
+        parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        parameters[1] = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))
+        parameters[1].grad_dtype = torch.float32
+        for parameter, start in zip(parameters, (0, 12, 17, 21, 28), strict=True):
+            part = numbers[rank, start : start + parameter.numel()]
+            parameter.grad = torch.from_numpy(part.copy()).view(parameter.shape)
+        parameters[4].grad = None
+        if rank == 1:
+            parameters[3].grad = parameters[1].grad = None
+        processes.sum_gradients_(parameters)
+        total = numbers.sum(axis=0)
+        for index, start in ((0, 0), (2, 17)):
+            grad = parameters[index].grad
+            assert grad is not None
+            np.testing.assert_array_equal(grad.flatten().numpy(), total[start : start + grad.numel()])
+        for index, start, stop in ((1, 12, 17), (3, 21, 28)):  # the second process had none
+            grad = parameters[index].grad
+            assert grad is not None
+            assert grad.dtype == torch.float32
+            np.testing.assert_array_equal(grad.numpy(), numbers[0, start:stop])
+        assert parameters[4].grad is None
+
+
+def test_gradients_are_summed() -> None:
+    assert launched.run(2, sums) == ["", ""]
+
+
+def told(rank: int) -> None:
+    with processes_of_launch() as processes:
+        assert processes.gather({"rank": rank, "text": "é" * rank * 100}) == [
+            {"rank": 0, "text": ""},
+            {"rank": 1, "text": "é" * 100},
+        ]
+        assert str(processes.gather(float("nan") if rank else 1.0)) == "[1.0, nan]"
+        assert processes.any(rank == 1)
+        assert not processes.any(False)
+        assert processes.first(lambda: 7) == (7 if rank == 0 else None)
+        parameter = nn.Parameter(torch.tensor([0.5 + rank, 1.0]))
+        version = parameter._version
+        processes.require_equal({"b": torch.ones(3, dtype=torch.bfloat16)})
+        with pytest.raises(RunFailure, match=r"process 1 holds another a than process 0 \(1 parameters differ\)"):
+            processes.require_equal({"b": torch.ones(3), "a": parameter})
+        processes.share_first_([parameter])
+        assert parameter.tolist() == [0.5, 1.0]
+        assert parameter._version > version
+        processes.require_equal({"a": parameter})
+
+
+def test_what_the_processes_tell_each_other() -> None:
+    assert launched.run(2, told) == ["", ""]
+
+
+def test_one_process_tells_nobody() -> None:
+    alone = Processes()
+    assert alone.gather(3) == [3]
+    assert alone.first(lambda: 4) == 4
+    assert seed_of(5, rank=0) == 5
+    assert len({seed_of(5, 0), seed_of(5, 1), seed_of(6, 1), seed_of(5, 1, step=3), seed_of(5, 2)}) == 5
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="4 processes on 2 GPUs, allowed: one for each GPU"), processes_of_launch():
+        pass
+
+
+def example(index: int, length: int) -> TokenizedExample:
+    ids = np.zeros(length, dtype=np.int32)
+    return TokenizedExample(id=str(index), task="t", input_ids=ids, loss_mask=np.ones(length, dtype=bool))
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=30), size=st.integers(1, 5))
+def test_shares_are_a_fair_partition_in_the_order_of_the_step(lengths: list[int], size: int) -> None:
+    examples = [example(index, length) for index, length in enumerate(lengths)]
+    shares = [share_of(examples, rank, size) for rank in range(size)]
+    numbers = [[int(each.id) for each in share] for share in shares]
+    assert sorted(number for share in numbers for number in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in numbers)
+    tokens = [sum(map(len, share)) for share in shares]
+    assert max(tokens) - min(tokens) <= max(lengths, default=0)
+    assert shares == [examples] or size > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
+        ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "-m"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_launchers_run_the_command_line(root: Path, tmp_path: Path, launcher: list[str]) -> None:
+    settings = exact(root)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(resolved_yaml(settings))
+    train_run(settings, tmp_path / "one")
+    command = [sys.executable, "-m", *launcher, "qdora.cli", "train", str(file), "-d", str(tmp_path / "two"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_steps"] == 6
+    assert_close_runs(tmp_path / "one", tmp_path / "two")

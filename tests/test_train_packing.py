@@ -1,0 +1,144 @@
+"""Packed rows through real models: every example as if it were alone, or a clear refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from qdora.data.batching import Batching, MicroBatch, micro_batches
+from qdora.data.loader import Step
+from qdora.data.tokenize import TokenizedExample
+from qdora.model.inject import adapter_parameters, inject
+from qdora.train import loop
+from qdora.train.micro_batch import batch_loss
+from tests import reference, tiny
+
+LENGTHS = (17, 12, 9, 9, 8, 5, 3, 1, 6, 2)
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def gemma2() -> nn.Module:
+    """Every other layer sees four tokens; logits are capped."""
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, sliding_window=4, final_logit_softcapping=0.5)).eval()
+
+
+def mistral() -> nn.Module:
+    """All layers see four tokens."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)).eval()
+
+
+def gpt2() -> nn.Module:
+    """Learnt positions."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    ).eval()
+
+
+def eager() -> nn.Module:
+    model = tiny.llama()
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    return model
+
+
+MODELS = {"llama": tiny.llama, "eager": eager, "gemma2": gemma2, "mistral": mistral, "gpt2": gpt2}
+
+
+def examples_of(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[TokenizedExample]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for number, length in enumerate(lengths):
+        mask = rng.random(length) < 0.7
+        mask[0] = False
+        ids = rng.integers(1, 97, length).astype(np.int32)
+        found.append(TokenizedExample("ab"[number % 2], str(number), ids, mask))
+    return found
+
+
+def nll_alone(model: nn.Module, example: TokenizedExample) -> float:
+    """Of the example as a batch of one, from the model's own logits."""
+    ids = torch.from_numpy(example.input_ids).long()[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0].double().numpy()
+    labels = np.where(example.loss_mask, example.input_ids, -100)
+    return reference.token_nll(logits[:-1], labels[1:])[0] if len(labels) > 1 else 0.0
+
+
+def loss_of(model: nn.Module, micro: MicroBatch) -> Any:
+    return batch_loss(model, micro.input_ids, micro.attention_mask, micro.labels, None, micro.packing)
+
+
+@pytest.mark.parametrize("layout", ["rows", "single"])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_packed_losses_are_those_of_each_example_alone(make: Any, layout: Any) -> None:
+    model, examples = make(), examples_of()
+    batches = micro_batches(examples, Batching(75, 0, layout, 25), ["a", "b"])
+    assert max(len(micro.input_ids) for micro in batches) == (3 if layout == "rows" else 1)
+    seen = {}
+    for micro in batches:
+        loss = loss_of(model, micro)
+        assert float(loss.nll_sum.detach()) == pytest.approx(float(loss.example_nll.sum()), rel=1e-6)
+        for name, nll, count in zip(micro.example_ids, loss.example_nll, loss.example_tokens, strict=True):
+            seen[name] = (float(nll), int(count))
+    assert len(seen) == len(examples)
+    for example in examples:
+        nll, count = seen[example.id]
+        assert nll == pytest.approx(nll_alone(model, example), rel=1e-5, abs=1e-5)
+        assert count == example.loss_mask.sum()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_packed_step_has_the_gradient_and_the_task_sums_of_the_unpacked_one(checkpointing: bool) -> None:
+    found = []
+    for layout in (None, "rows", "single"):
+        model = tiny.llama()
+        inject(model, rank=2, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+        tiny.move_all_parameters_(model)
+        if checkpointing:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        examples = examples_of()
+        batches = micro_batches(examples, Batching(75, 0, layout, 25), ["a", "b"])  # type: ignore[arg-type]
+        labels = sum(int(each.loss_mask.sum()) for each in examples)
+        metrics = loop._gradient_of_step(model, Step(batches, labels, sum(LENGTHS), 10, 10), torch.device("cpu"))
+        gradient = torch.cat([p.grad.flatten() for p in adapter_parameters(model).values() if p.grad is not None])
+        assert float(gradient.abs().max()) > 1e-3
+        found.append((metrics, gradient))
+    (plain, expected), *packed = found
+    for metrics, gradient in packed:
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+        assert metrics["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+        assert metrics["tasks"].keys() == {"a", "b"}
+        for name, task in metrics["tasks"].items():
+            assert task["num_tokens"] == plain["tasks"][name]["num_tokens"]
+            assert task["nll_sum"] == pytest.approx(plain["tasks"][name]["nll_sum"], rel=1e-6)
+
+
+def test_packed_rows_without_a_label_have_a_zero_sum() -> None:
+    bare = [TokenizedExample("a", each.id, each.input_ids, np.zeros_like(each.loss_mask)) for each in examples_of()]
+    (micro,) = micro_batches(bare[:3], Batching(75, 0, "rows", 75), ["a"])
+    loss = loss_of(tiny.llama(), micro)
+    assert float(loss.nll_sum.detach()) == 0
+    assert loss.example_nll.tolist() == [0.0] * 3
+    assert loss.example_tokens.tolist() == [0] * 3
