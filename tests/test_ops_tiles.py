@@ -103,7 +103,7 @@ def test_lengths_of_a_large_weight_are_those_that_products_are_fast_with():
     """8 MiB of 4096 columns in 16 bits are 1,024 rows; 11008 = 10 x 1024 + 3 x 256."""
     lengths = [run.stop - run.start for run in spans(11008, 4096, 2, "cpu")]
     assert lengths == [1024] * 10 + [256] * 3
-    # Not cut: 16 MiB. Half as wide: twice as many rows. 1,024 rows of 8192 columns are more than 8 MiB, but not than 16.
+    # 16 MiB are not cut. Rows half as wide: twice as many of them. 1,024 rows of 8192 columns are 16 MiB.
     assert spans(4096, 2048, 2, "cpu") == [slice(0, 4096)]
     assert [run.stop - run.start for run in spans(8192, 2048, 2, "cpu")] == [2048] * 4
     assert [run.stop - run.start for run in spans(2048, 8192, 2, "cpu")] == [1024] * 2
