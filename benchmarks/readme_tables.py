@@ -240,8 +240,8 @@ def loss_curve() -> str:
     note = (
         f"\n{document['num_steps']} steps, {document['num_blocks']} blocks of the model. Accumulation 8 x 1 against "
         f"1 x 8, whole model: gradients differ by {wide['gradient_difference']:.1e} in float32 and "
-        f"{narrow['gradient_difference']:.1e} in bf16 (which is itself {narrow['gradient_to_float32']:.1e} off float32); "
-        f"norms per layer and step: {narrow['norms_per_layer_and_step'][1]:g}.\n"
+        f"{narrow['gradient_difference']:.1e} in bf16 (itself {narrow['gradient_to_float32']:.1e} off float32); norms "
+        f"per layer and step: {narrow['norms_per_layer_and_step'][1]:g}.\n"
     )
     return markdown(header, rows) + note
 
