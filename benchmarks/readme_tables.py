@@ -193,59 +193,6 @@ def layer_time() -> str:
     return markdown(["layer, rank, tokens", *columns], rows) + f"\n{'; '.join(counts)}.\n"
 
 
-def step_time() -> str:
-    """Real tokens per second and resident memory of whole steps, and the ratios to own QDoRA's time."""
-    document = read("step_time")
-    labels = {
-        "own_lora": "QLoRA",
-        "own_dora": "QDoRA",
-        "peft_lora": "PEFT QLoRA",
-        "peft_dora": "PEFT QDoRA",
-        "peft_lora_defaults": "PEFT QLoRA, its defaults",
-        "peft_dora_defaults": "PEFT QDoRA, its defaults",
-        "peft_lora_same_loop": "PEFT QLoRA in qdora's loop",
-    }
-    modes = ("on", "off")
-    header = ["arm"]
-    for mode in modes:
-        what = f"checkpointing {mode}"
-        header += [f"{what}: tokens/s", "time of QDoRA / its", "peak MiB", "MiB over loaded"]
-    rows = []
-    for name, label in labels.items():
-        row = [label]
-        for mode in modes:
-            found, peak = document["time"][mode], document["peaks"][mode][name]
-            share = found["ratios"].get(f"own_dora / {name}")
-            row += [
-                f"{found['tokens_per_second'][name]['median']:.0f}",
-                "1" if share is None else f"{share['median']:.3f}",
-                f"{peak['peak_bytes'] / 2**20:,.0f}",
-                f"{peak['added_bytes'] / 2**20:,.0f}",
-            ]
-        rows.append(row)
-    return markdown(header, rows)
-
-
-def loss_curve() -> str:
-    """Distances of loss curves, and what accumulation changes."""
-    document = read("loss_curve")
-    rows = []
-    for pair, gaps in document["gaps"].items():
-        means = [abs(gap["mean_nats"]) for gap in gaps]
-        tails = [abs(gap["tail_nats"]) for gap in gaps]
-        largest = max(gap["largest_nats"] for gap in gaps)
-        rows.append([pair, *(f"{sum(v) / len(v):.1e}" for v in (means, tails)), f"{largest:.1e}", str(len(gaps))])
-    header = ["curves", "mean distance, nats", "of the last 100 steps' means", "largest", "pairs"]
-    narrow, wide = document["accumulation"]["bfloat16"], document["accumulation"]["float32"]
-    note = (
-        f"\n{document['num_steps']} steps, {document['num_blocks']} blocks of the model. Accumulation 8 x 1 against "
-        f"1 x 8, whole model: gradients differ by {wide['gradient_difference']:.1e} in float32 and "
-        f"{narrow['gradient_difference']:.1e} in bf16 (itself {narrow['gradient_to_float32']:.1e} off float32); norms "
-        f"per layer and step: {narrow['norms_per_layer_and_step'][1]:g}.\n"
-    )
-    return markdown(header, rows) + note
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "real_data": real_data,
@@ -253,8 +200,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "peft_interop": peft_interop,
     "load_memory": load_memory,
     "layer_time": layer_time,
-    "step_time": step_time,
-    "loss_curve": loss_curve,
     "failed": failed,
 }
 

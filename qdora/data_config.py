@@ -134,6 +134,9 @@ class DataConfig(Section):
     """Tokens of the longest example."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What happens to a longer one: stop before training, cut the front of its prompt, or leave it out (counted)."""
+    packing: Flag = False
+    """Put several examples into one row of at most max_length tokens: less padding. Each is trained as if it were
+    alone; a model that cannot keep them apart is refused."""
     loss_on: Literal["answer", "all"] = "answer"
     """Tokens that are learnt: the answer's, or the prompt's too."""
     validation_fraction: Share = 0.05

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data.batching import IGNORED, Batching, MicroBatch, micro_batches
+from qdora.data.batching import ATTENTION_COST, GROUP_COST, IGNORED, Batching, MicroBatch, micro_batches
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.pack import packed_rows
@@ -184,3 +184,28 @@ def test_a_packed_step_has_the_examples_of_the_unpacked_one_and_goes_on_from_a_s
         assert torch.equal(first.input_ids, second.input_ids)
         assert torch.equal(first.labels, second.labels)
         assert torch.equal(first.packing.position_ids, second.packing.position_ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60), room=st.integers(60, 500))
+def test_rows_are_as_long_as_costs_the_least(lengths: list[int], room: int) -> None:
+    """Padding and groups against attention over whole rows: neither the shortest nor the longest rows are better."""
+
+    def cost(shapes: list[tuple[int, int]]) -> float:
+        return sum(rows * width * (1 + width / ATTENTION_COST) + GROUP_COST for rows, width in shapes)
+
+    examples = examples_of(lengths)
+    chosen = micro_batches(examples, Batching(1000, PAD, "rows", room), ["a", "b"])
+    for each in (max(lengths), room):
+        one_row_each = [(1, len(row)) for row in packed_rows(examples, each)]
+        assert cost([tuple(micro.input_ids.shape) for micro in chosen]) <= cost(one_row_each)
+
+
+def test_equal_lengths_are_not_packed_for_nothing() -> None:
+    (micro,) = micro_batches(examples_of([20] * 12), Batching(1000, PAD, "rows", 512), ["a", "b"])
+    assert micro.input_ids.shape == (12, 20)
+
+
+@pytest.mark.parametrize("layout", [None, "rows", "single"])
+def test_a_process_without_a_share_has_no_micro_batch(layout: Any) -> None:
+    assert micro_batches([], Batching(100, PAD, layout, 50), ["a"]) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,20 +11,30 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from qdora.data.batching import Batching, MicroBatch, micro_batches
 from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
+from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters, inject
-from qdora.train import loop
+from qdora.train import loop, packed_attention
 from qdora.train.micro_batch import batch_loss
+from qdora.train.packed_attention import packed_layout
 from tests import reference, tiny
 
 LENGTHS = (17, 12, 9, 9, 8, 5, 3, 1, 6, 2)
@@ -142,3 +154,116 @@ def test_packed_rows_without_a_label_have_a_zero_sum() -> None:
     assert float(loss.nll_sum.detach()) == 0
     assert loss.example_nll.tolist() == [0.0] * 3
     assert loss.example_tokens.tolist() == [0] * 3
+
+
+def mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [*MODELS.values(), mixtral], ids=[*MODELS, "mixtral"])
+def test_models_that_keep_examples_apart_are_found_to_do_so(
+    make: Any, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make().to(dtype).train()
+    frozen = next(model.children()).eval()
+    before = torch.get_rng_state()
+    with caplog.at_level(logging.INFO):
+        assert packed_layout(model) == "rows"
+    kind = "eager" if make in (eager, gemma2) else "sdpa"
+    assert f"Packing for attention by {kind}: a micro-batch is rows with a mask." in caplog.messages
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert not frozen.training
+
+
+def test_kernels_for_variable_lengths_get_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash_attention_2 itself cannot run here; sdpa takes a single row as well."""
+    names = ("sdpa", "eager", "flex_attention", "flash_attention_2", "kernels-community/flash-attn2")
+    assert [packed_attention.layout_for(name) for name in names] == ["rows"] * 3 + ["single"] * 2
+    monkeypatch.setattr(packed_attention, "layout_for", lambda attention: "single")
+    model, shapes = tiny.llama(), []
+    real = model.forward
+
+    def forward(input_ids: Any, position_ids: Any = None, **options: Any) -> Any:
+        shapes.append(tuple(input_ids.shape))
+        return real(input_ids=input_ids, position_ids=position_ids, **options)
+
+    model.forward = forward  # type: ignore[method-assign]
+    assert packed_layout(model) == "single"  # type: ignore[arg-type]
+    assert shapes == [(1, 9), (1, 15), (1, 22), (1, 19), (1, 22), (1, 19)]
+
+
+def instead(change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A Llama that takes other positions than it is given."""
+    model = tiny.llama()
+    real = model.forward
+
+    def forward(input_ids: Any, position_ids: Any = None, **options: Any) -> Any:
+        changed = None if position_ids is None else change(position_ids)
+        return real(input_ids=input_ids, position_ids=changed, **options)
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def without_borders() -> nn.Module:
+    return instead(lambda positions: torch.arange(positions.shape[1]).expand(positions.shape))
+
+
+def first_row_only() -> nn.Module:
+    return instead(lambda positions: positions[:1].expand(positions.shape))
+
+
+def counting_on() -> nn.Module:
+    """Attention inside each example, but learnt positions that go on through the row."""
+    model = gpt2()
+    table: nn.Module = model.transformer.wpe  # type: ignore[assignment, union-attr]
+    table.forward = lambda ids: table.weight[: ids.shape[1]].expand(*ids.shape, -1)  # type: ignore[method-assign, index]
+    return model
+
+
+def opt() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 2}
+    return OPTForCausalLM(OPTConfig(vocab_size=97, num_attention_heads=4, **sizes)).eval()
+
+
+def lfm2() -> nn.Module:
+    """A convolution over the row, then attention."""
+    torch.manual_seed(0)
+    return Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])).eval()
+
+
+def bloom() -> nn.Module:
+    return BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)).eval()
+
+
+LEAKS = (
+    r"does not keep packed examples apart: other tokens in a packed example change logits of the next one by [\d.e-]+"
+)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (without_borders, rf"^data.packing: llama \(attention by sdpa\) {LEAKS}.*allowed: false for this model\.$"),
+        (first_row_only, rf"^data.packing: llama .*{LEAKS}"),
+        (opt, rf"^data.packing: opt .*{LEAKS}"),
+        (lfm2, rf"^data.packing: lfm2 .*{LEAKS}"),
+        (counting_on, r"^data.packing: gpt2 .*logits of a packed example differ from those of the example alone by 0"),
+        (bloom, r"^data.packing: bloom takes no position_ids, got true, allowed: false for this model\.$"),
+    ],
+    ids=["without borders", "first row only", "opt", "lfm2", "counting on", "bloom"],
+)
+def test_models_that_do_not_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        packed_layout(make())
+
+
+def test_another_attention_is_proposed() -> None:
+    model = without_borders()
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"or true with model\.attention sdpa where the model has it"):
+        packed_layout(model)  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def batch_loss(
             shifted. Left on the CPU, no position is looked up on the GPU, which would make the host wait for it.
         chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
         packing: Which tokens are whose in rows of several examples; None: a row is an example. The model must have
-            passed `packed_attention.check_isolation`.
+            passed `packed_attention.packed_layout`.
     Returns:
         BatchLoss; a batch without a labelled token gives a zero sum.
     """

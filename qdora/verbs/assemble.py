@@ -222,7 +222,10 @@ def _stream(data: DataConfig, number: int, tokenizer: Any) -> ExampleStream:
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
-    """The loader of the recipe's steps, or of a process's share of each of them."""
+    """The loader of the recipe's steps, or of a process's share of each of them.
+
+    With data.packing it packs in "rows", until the loaded model shows what its attention takes.
+    """
     asked = recipe.train.micro_batch_tokens
     micro = max(recipe.data.max_length, AUTO_MICRO_BATCH_TOKENS) if asked == "auto" else asked
     return StepLoader(
@@ -232,6 +235,8 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_pro
         batch=recipe.train.batch,
         micro_batch_tokens=micro,
         pad_id=tokenizer.pad_token_id,
+        packed="rows" if recipe.data.packing else None,
+        row_tokens=recipe.data.max_length if recipe.data.packing else None,
         rank=rank,
         num_processes=num_processes,
     )

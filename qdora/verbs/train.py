@@ -41,6 +41,7 @@ from qdora.train.figures import draw_loss_per_task
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import FitSettings, Hooks, Metrics, fit
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
     Compute,
@@ -108,6 +109,8 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
         with bar(console, "loading the base") as progress:
             model = load_base(recipe, source, compute, progress)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
+        if recipe.data.packing:
+            loader.packed = packed_layout(model)
         job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps, processes)
         start = job.restore(checkpoint.path) if checkpoint is not None else 0
         processes.first(lambda: run.truncate_metrics(start))

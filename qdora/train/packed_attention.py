@@ -1,0 +1,114 @@
+"""Packed rows on a given model: in which layout it takes them, and whether it keeps their examples apart."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qdora.data.pack import PackedLayout
+from qdora.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Tokens of the probed example, of those before it in two rows, and of one behind it. Rows whose borders differ: a model
+# that reads the positions of the first row only is found, too.
+_PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
+# How far two ways to compute the same may be apart, in units of the rounding that was measured. The same shapes with
+# other neighbours give the same bits, but for mixtures of experts; they get one unit.
+_SPREAD = 4.0
+
+
+def packed_layout(model: PreTrainedModel) -> PackedLayout:
+    """The layout that the model's attention takes, logged, once it is shown that examples do not see each other.
+
+    transformers finds the borders by the positions, which start again at 0: it masks the rest of the row (sdpa, eager,
+    flex), for any number of rows, or calls a kernel for variable lengths (flash attention), for a single row. Whether
+    this model's code takes part in that is tried out, not looked up: models with a state that runs through the row
+    (Mamba, linear attention), or with positions of their own, do not.
+
+    Args:
+        model: As it will be trained. Four forward passes of at most 40 tokens are run; no random numbers are drawn
+            from the global generators, and each module's mode is as before.
+    Raises:
+        UserError: If an example's outputs depend on its neighbours, or differ from those of the example alone by more
+            than rounding.
+    """
+    attention = model.config.get_text_config()._attn_implementation or "its own code"
+    layout = layout_for(attention)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        _check(model, layout, attention)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    rows = "one row without padding" if layout == "single" else "rows with a mask"
+    logger.info("Packing for attention by %s: a micro-batch is %s.", attention, rows)
+    return layout
+
+
+def layout_for(attention: str) -> PackedLayout:
+    """What an attention implementation of transformers takes."""
+    return "single" if "flash" in attention else "rows"
+
+
+@torch.no_grad()
+def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> None:
+    name = model.config.model_type
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"data.packing: {name} takes no position_ids, got true, allowed: false for this model.")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def text(length: int) -> Tensor:
+        return torch.randint(vocabulary, (length,), generator=generator)
+
+    probe = text(_PROBED)
+    alone = model(input_ids=probe[None].to(model.device), use_cache=False).logits[0].float()
+    # What follows has no effect in a causal model, so this is the rounding error of a row of another length.
+    longer = torch.cat([probe, text(_BEHIND)])[None].to(model.device)
+    rounding = float((model(input_ids=longer, use_cache=False).logits[0, :_PROBED].float() - alone).abs().max())
+    first, second = (
+        _probe_outputs(model, layout, [[text(before), probe, text(_BEHIND)] for before in _BEFORE]) for _ in range(2)
+    )
+    rounding = max(rounding, torch.finfo(model.dtype).eps * float(alone.abs().max()))
+    seen, wrong = float((first - second).abs().max()), float((first - alone).abs().max())
+    if seen <= rounding and wrong <= _SPREAD * rounding:  # NaN is neither
+        return
+    if seen <= rounding:
+        fault = f"logits of a packed example differ from those of the example alone by {wrong:.2g}"
+    else:
+        fault = f"other tokens in a packed example change logits of the next one by {seen:.2g}"
+    instead = "" if attention == "sdpa" else ", or true with model.attention sdpa where the model has it"
+    raise UserError(
+        f"data.packing: {name} (attention by {attention}) does not keep packed examples apart: {fault}, where "
+        f"rounding is {rounding:.2g}; got true, allowed: false for this model{instead}."
+    )
+
+
+def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Logits of the second example of each row, (rows, length, vocabulary) float32; the rows may differ in length."""
+    width = max(sum(map(len, row)) for row in rows)
+    packed = []
+    for row in rows:
+        parts = list(row) if layout == "single" else [*row, torch.zeros(width - sum(map(len, row)), dtype=torch.int64)]
+        positions = torch.cat([torch.arange(len(part)) for part in parts])
+        packed.append((torch.cat(parts)[None], positions[None]))
+    if layout == "rows":
+        packed = [(torch.cat([ids for ids, _ in packed]), torch.cat([positions for _, positions in packed]))]
+    logits = [
+        each
+        for ids, positions in packed
+        for each in model(
+            input_ids=ids.to(model.device), position_ids=positions.to(model.device), use_cache=False
+        ).logits
+    ]
+    starts = [len(row[0]) for row in rows]
+    return torch.stack(
+        [each[start : start + len(row[1])].float() for each, start, row in zip(logits, starts, rows, strict=True)]
+    )
