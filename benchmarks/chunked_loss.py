@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(2)
     vocabulary, num_tokens, sizes = VOCABULARY, NUM_TOKENS, (FAKE_HIDDEN, REAL_HIDDEN)
     if args.smoke:
-        vocabulary, num_tokens, sizes = 4000, 40_000, (16, 16)
+        vocabulary, num_tokens, sizes = 4000, 20_000, (16, 16)
     parts = ("bytes", "gradients", "time") if args.part is None else (args.part,)
     # Smoke results are not added to anything.
     result = {} if args.smoke or not args.out.is_file() else json.loads(args.out.read_text())

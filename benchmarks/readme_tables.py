@@ -8,34 +8,17 @@ is written and a README that differs from the files is an error.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tables.memory import chunked_loss, layer_memory, step_memory
+from tables.table import markdown, percent, read
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks/results"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, all columns but the first to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def read(name: str) -> Any:
-    """benchmarks/results/<name>.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def percent(value: float | None, error: float | None = None) -> str:
-    """0.512, 0.03 -> '51.2 ± 3.0'."""
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def quickstart() -> str:
@@ -132,88 +115,32 @@ def load_memory() -> str:
     return markdown(list(columns), [row])
 
 
-MIB, GIB = 2**20, 2**30
-CONTENDERS = {
-    "own_lora": "qdora LoRA",
-    "own_dora": "qdora DoRA",
-    "own_lora_dropout": "qdora LoRA, dropout",
-    "own_dora_dropout": "qdora DoRA, dropout",
-    "peft_lora": "PEFT LoRA",
-    "peft_dora": "PEFT DoRA",
-    "peft_dora_addmm": "PEFT DoRA, norm by one addmm",
-    "peft_lora_bf16_adam": "PEFT LoRA, AdamW in bf16",
-    "peft_dora_bf16_adam": "PEFT DoRA, AdamW in bf16",
-    "peft_lora_defaults": "PEFT LoRA, float32, dropout",
-    "peft_dora_defaults": "PEFT DoRA, float32, dropout",
-    "peft_lora_prepared": "PEFT LoRA, float32, dropout, head float32",
-    "peft_dora_prepared": "PEFT DoRA, float32, dropout, head float32",
-}
-
-
-def layer_memory() -> str:
-    """What each layer holds after forward, and its workspace in the first call and in later ones."""
-    document = read("layer_memory")
-    small, large = document["layer"], document["large_layer"]
-    header = ["MiB", "held", "held without its output", "workspace forward", "backward", *_large_header(large)]
+def packing() -> str:
+    """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
+    document = read("packing")
+    labels = {
+        "arrival": "padded, in order of arrival",
+        "grouped": "padded, grouped by length",
+        "packed": "packed",
+        "packed_to_max_length": f"packed, rows always {document['max_length']} long",
+    }
+    found = document["time"]
     rows = []
-    for name, found in small["ranks"]["16"].items():
-        first, later = found["first"], found["later"]
-        row = [CONTENDERS[name], *(f"{later[what] / MIB:.1f}" for what in ("held_bytes", "saved_bytes"))]
-        row += [f"{max(call[what] for call in (first, later)) / MIB:.0f}" for what in _TRANSIENTS]
-        for each in large["ranks"].values():
-            calls = [call[what] for call in each.get(name, {}).values() for what in _TRANSIENTS]
-            row.append(f"{max(calls) / MIB:.0f}" if calls else "–")
-        rows.append(row)
+    for way, label in labels.items():
+        speed = found["tokens_per_second"][way]
+        times = found["ratios"].get(f"{way} / packed")
+        row = [label, percent(found["padding_share"][way]), f"{found['micro_batches_per_step'][way]:.1f}"]
+        row.append(f"{speed['median']:.0f} ({speed['lower']:.0f}–{speed['upper']:.0f})")
+        rows.append([*row, f"{times['median']:.2f} ({times['lower']:.2f}–{times['upper']:.2f})" if times else "1"])
+    losses = document["losses"]
     note = (
-        f"\nAll {document['num_tokens']:,} tokens; the first columns {small['in_features']} → "
-        f"{small['out_features']} at rank 16.\n"
+        f"\n{found['num_steps']} steps of {document['step_tokens']:,} tokens in turns, median and quartiles. Largest "
+        f"difference of an example's NLL from that of the example alone, float32, {losses['num_examples']} examples: "
+        f"packed {losses['packed']['max_difference']:.1e} nats (relative "
+        f"{losses['packed']['max_relative_difference']:.1e}), grouped by length "
+        f"{losses['grouped']['max_difference']:.1e} ({losses['grouped']['max_relative_difference']:.1e}).\n"
     )
-    return markdown(header, rows) + note
-
-
-_TRANSIENTS = ("forward_transient_bytes", "backward_transient_bytes")
-
-
-def _large_header(large: dict[str, Any]) -> list[str]:
-    shape = f"{large['in_features']} → {large['out_features']}"
-    return [f"{shape}, r {rank}" for rank in large["ranks"]]
-
-
-def step_memory() -> str:
-    """Peaks of whole steps, with the distance from weights and unavoidable activations."""
-    document = read("step_memory")
-    cases = document["cases"]
-    rows = [["weights and unavoidable activations", *(_gib(case["floor"]["total_bytes"]) for case in cases.values())]]
-    for name in next(iter(cases.values()))["arms"]:
-        arms = [case["arms"][name] for case in cases.values()]
-        rows.append([CONTENDERS[name], *(f"{_gib(a['peak_bytes'])} (+{_gib(a['above_floor_bytes'])})" for a in arms)])
-    return markdown(["GiB at the peak (above the first line)", *cases], rows)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f}"
-
-
-def chunked_loss() -> str:
-    """Bytes and gradients of the chunked and the plain loss, and the ratio of their times."""
-    document = read("chunked_loss")
-    fake, real, gradients = document["bytes"]["fake"], document["bytes"]["real"], document["gradients"]
-    header = ["loss", *(f"peak, hidden {each['hidden']}" for each in (fake, real)), "gradient off, bf16", "float32"]
-    rows = [
-        [
-            name,
-            *(f"{each['peak_bytes'][name] / MIB:,.0f} MiB" for each in (fake, real)),
-            f"{gradients[f'{name}, bfloat16']:.1e}",
-            f"{gradients[f'{name}, float32']:.1e}" if f"{name}, float32" in gradients else "reference",
-        ]
-        for name in ("plain", "chunked")
-    ]
-    time = document["time"]["chunked / plain"]
-    note = (
-        f"\n{document['num_tokens']:,} tokens, vocabulary {document['vocabulary']:,}, {document['chunk']} tokens a "
-        f"chunk. Time of chunked over plain, hidden {document['time']['hidden']}: {time['median']:.2f} (quartiles "
-        f"{time['lower']:.2f} to {time['upper']:.2f}).\n"
-    )
+    header = ["micro-batches", "padding %", "a step", "real tokens/s", "time, packed = 1"]
     return markdown(header, rows) + note
 
 
@@ -243,6 +170,41 @@ def peft_interop() -> str:
     return markdown(header, rows)
 
 
+def layer_time() -> str:
+    """Ratios of one layer's time; medians over rounds, and the share of what was asked that is so."""
+    document = read("layer_time")
+    columns = {
+        "QDoRA / QLoRA": "own_dora / own_lora",
+        "norm computed": "own_dora_new_norm / own_lora",
+        "dropout / none": "own_dora_dropout / own_dora",
+        "QDoRA / PEFT QLoRA": "own_dora / peft_lora",
+        "QDoRA / frozen": "own_dora / frozen",
+        "PEFT QDoRA / its QLoRA": "peft_dora / peft_lora",
+        "norm by addmm": "peft_dora_addmm / peft_lora",
+        "its defaults": "peft_dora_defaults / peft_lora",
+    }
+    rows = []
+    for case in document["cases"]:
+        label = f"{case['in_features']} → {case['out_features']}, r {case['rank']}, {case['tokens']:,}"
+        label += "" if case["allocator"] == "tuned" else ", default allocator"
+        rows.append([label, *(f"{case['ratios'][name]['median']:.3f}" for name in columns.values())])
+    bars = document["bars"]
+    asked = {
+        "QDoRA at most 1.03 times QLoRA": "own_dora / own_lora",
+        "at most PEFT's QLoRA (1.03 times at 256 tokens)": "own_dora / peft_lora",
+        "dropout at most 1.05 times none": "own_dora_dropout / own_dora",
+    }
+    counts = []
+    for what, name in asked.items():
+        found = [bar for bar in bars if bar["ratio"] == name]
+        worst = max(found, key=lambda bar: bar["median"] / bar["limit"])
+        counts.append(
+            f"{what}: {sum(bar['within'] for bar in found)} of {len(found)} cases, "
+            f"at worst {worst['median']:.3f} ({worst['case'].split(',')[0]})"
+        )
+    return markdown(["layer, rank, tokens", *columns], rows) + f"\n{'; '.join(counts)}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "real_data": real_data,
@@ -252,6 +214,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer_memory": layer_memory,
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,
+    "packing": packing,
+    "layer_time": layer_time,
     "failed": failed,
 }
 

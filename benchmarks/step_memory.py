@@ -2,6 +2,8 @@
 
     python benchmarks/step_memory.py [--out benchmarks/results/step_memory.json] [--smoke]
 
+Beside the file it draws a figure of the same name.
+
 Nothing is computed: fake CPU tensors of the full shapes go through the real code, and
 `qdora.memory.tracker.LiveBytes` counts. One sequence of 2,048 tokens, all of them labelled, bf16, NF4 in blocks of 64
 with double quantisation, rank 16 on all linear layers, the output head and the embeddings in 16 bits. The second step
@@ -35,6 +37,7 @@ from typing import Any
 from unittest.mock import patch
 
 import bitsandbytes as bnb
+import matplotlib as mpl
 import peft
 import torch
 from contenders import CONTENDERS, adapt
@@ -82,6 +85,27 @@ CASES = {
     "8B, checkpointing": (FULL.middle, True),
     "7B, no checkpointing": (_7B, False),
 }
+LABELS = {
+    "packed base": "packed base",
+    "embeddings, head, norms": "embeddings, head, norms",
+    "adapters": "adapters",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "block inputs": "inputs of blocks",
+    "forward": "made in the forward pass",
+    "backward": "made in the backward pass, recompute included",
+    "other": "other",
+}
+"""Labels of `LiveBytes` in the order of the figure, and their names there."""
+DRAWN = {
+    "own_lora": "qdora QLoRA",
+    "own_dora": "qdora QDoRA",
+    f"own_dora{EIGHT_BIT}": "qdora QDoRA, 8-bit AdamW",
+    "peft_lora": "PEFT QLoRA, lean",
+    "peft_dora": "PEFT QDoRA, lean",
+    "peft_lora_defaults": "PEFT QLoRA, usual",
+    "peft_dora_defaults": "PEFT QDoRA, usual",
+}
 BARS = {"7B, checkpointing": 4.95, "8B, checkpointing": 6.75, "7B, no checkpointing": 17.0}
 """GiB, of own_dora."""
 
@@ -113,7 +137,7 @@ def main() -> None:
     cases = {"tiny, checkpointing": (SMOKE.middle, True), "tiny, no checkpointing": (SMOKE.middle, False)}
     num_tokens = 32 if args.smoke else NUM_TOKENS
     # A real sequence without padding gets no mask; of a fake one transformers cannot see that, and would make it.
-    with patch.object(modeling_llama, "create_causal_mask", return_value=None):
+    with patch.object(modeling_llama, "create_causal_mask", lambda *_args, **_kwargs: None):
         found = {
             name: case_result(settings, num_tokens, checkpointing)
             for name, (settings, checkpointing) in (cases if args.smoke else CASES).items()
@@ -124,6 +148,7 @@ def main() -> None:
         "rank": RANK,
         "cases": found,
     }
+    draw(result, args.out.with_suffix(".svg"))
     write(args.out, result if args.smoke else {**result, "bars_gib": BARS, "passes": verdict(result)})
 
 
@@ -164,8 +189,10 @@ def arm_result(name: str, settings: dict[str, Any], num_tokens: int, checkpointi
         loss_of = own_loss if name.endswith(("_defaults", PREPARED)) else chunked_loss
         train(model, ids, loss_of, optimizer, live)
         live.register(optimizer_tensors(optimizer), "optimizer")
+        gc.collect()
         before = live.live_by_label
         phases = train(model, ids, loss_of, optimizer, live)
+        gc.collect()
         assert sum(live.live_by_label.values()) == sum(before.values()), "a step left something behind"
     largest = max(phases, key=lambda phase: phases[phase]["peak_bytes"])
     return {
@@ -266,6 +293,29 @@ def own_loss(model: Any, ids: Tensor) -> Tensor:
     """As transformers' trainer takes it."""
     loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
     return loss
+
+
+def draw(result: dict[str, Any], out: Path) -> None:
+    """Stacked bars of what is alive at the peak, a panel for each case, its floor as a line."""
+    mpl.use("svg")
+    from matplotlib import pyplot as plt  # after the backend is chosen
+
+    cases = result["cases"]
+    figure, axes = plt.subplots(1, len(cases), figsize=(4.6 * len(cases), 4.2), layout="constrained", sharey=True)
+    for axis, (name, case) in zip(axes, cases.items(), strict=True):
+        left = [0.0] * len(DRAWN)
+        for label, shown in LABELS.items():
+            widths = [case["arms"][arm]["peak_by_label"].get(label, 0) / GIB for arm in DRAWN]
+            axis.barh(list(DRAWN.values()), widths, left=left, label=shown)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for row, total in enumerate(left):
+            axis.text(total, row, f" {total:.1f}", va="center", fontsize=8)
+        axis.axvline(case["floor"]["total_bytes"] / GIB, color="black", ls="--", lw=1, label="floor")
+        axis.set(xlabel="GiB at the peak", title=f"{name}, {result['num_tokens']:,} tokens", xlim=(0, 1.12 * max(left)))
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(out)
+    plt.close(figure)
 
 
 def verdict(result: dict[str, Any]) -> dict[str, bool]:

@@ -80,3 +80,58 @@ def test_layer_cost(tmp_path: Path) -> None:
     assert [row["value"] for row in result["by_rank"]] == [8, 16]
     assert [row["value"] for row in result["by_tokens"]] == [1024, 2048]
     assert (tmp_path / "result.svg").read_text().startswith("<?xml")
+
+
+def test_packing(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "packing.py")
+    assert result["losses"]["num_examples"] == 24
+    assert result["losses"]["packed"]["max_difference"] < 1e-4
+    assert all(len(each) == 2 and min(each) > 0 for each in result["time"]["seconds"].values())
+    shares = result["time"]["padding_share"]
+    assert shares["packed"] < shares["grouped"] <= shares["arrival"]
+
+
+def test_step_memory(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "step_memory.py")
+    vocabulary, hidden, inner, layers, tokens, rank = 512, 64, 128, 2, 32, 16
+    kv = hidden // 2
+    shapes = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    weights = sum(out * in_ for out, in_ in shapes)
+    lora = layers * rank * sum(out + in_ for out, in_ in shapes)
+    magnitudes = layers * sum(out for out, _ in shapes)
+    for case in result["cases"].values():
+        assert len(case["arms"]) == 14
+        own, dora = (case["arms"][name] for name in ("own_lora", "own_dora"))
+        # 4 bits a weight, 8 a block of 64, a float32 for each 256 of those, and two small tensors a layer.
+        packed = own["peak_by_label"]["packed base"]
+        least = layers * weights * (1 / 2 + 1 / 64)
+        assert least < packed < least + layers * 7 * (256 + 1 + 1) * 4 + layers * weights / 64 / 16
+        assert own["peak_by_label"]["embeddings, head, norms"] == 2 * (2 * vocabulary + 2 * layers + 1) * hidden
+        assert own["peak_by_label"]["adapters"] == 2 * lora
+        # Magnitude, squared norm of the base; norm, gain, 1 / m.
+        assert dora["peak_by_label"]["adapters"] == 2 * lora + 20 * magnitudes
+        assert (own["num_trainable"], dora["num_trainable"]) == (lora, lora + magnitudes)
+        for arm in case["arms"].values():
+            assert sum(arm["peak_by_label"].values()) == arm["peak_bytes"] == max(arm["phase_peak_bytes"].values())
+            assert arm["peak_bytes"] == case["floor"]["total_bytes"] + arm["above_floor_bytes"]
+    checkpointed, plain = result["cases"].values()
+    inputs = 2 * layers * tokens * hidden
+    # Beside the inputs of blocks a head's input, its gradient, the loss and the labels.
+    assert inputs < checkpointed["floor"]["held_bytes"] < inputs + 8 * tokens * hidden
+    assert plain["floor"]["held_bytes"] > 3 * checkpointed["floor"]["held_bytes"]
+    assert (tmp_path / "result.svg").read_text().startswith("<?xml")
+
+
+def test_chunked_loss(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "chunked_loss.py")
+    fake, real = result["bytes"]["fake"], result["bytes"]["real"]
+    assert fake == real
+    logits = result["num_tokens"] * result["vocabulary"]
+    # The logits, the log-softmax and its gradient in float32; of a chunk bf16 alone, in 128 MiB.
+    assert 12 * logits <= fake["peak_bytes"]["plain"] < 12.1 * logits
+    assert 2**27 <= fake["peak_bytes"]["chunked"] < 2**27 + 2**24
+    gradients = result["gradients"]
+    assert gradients["chunked, float32"] < 1e-5
+    assert gradients["chunked, bfloat16"] < 2 * gradients["plain, bfloat16"]
+    assert result["time"]["chunked / plain"]["median"] > 0

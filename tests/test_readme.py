@@ -70,7 +70,8 @@ def test_every_shipped_recipe_checks_and_can_be_run_again() -> None:
         assert name in names
 
 
-def test_tables_are_those_of_the_result_files() -> None:
+def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks/readme_tables.py")
     assert spec is not None
     assert spec.loader is not None

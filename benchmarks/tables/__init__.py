@@ -1,0 +1,1 @@
+"""Tables of README.md, by subject."""
