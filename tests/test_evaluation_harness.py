@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks, harness_table
 
 from qdora.errors import UserError
 from qdora.evaluation import harness as module
+from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks, harness_table
 from qdora.verbs.evaluate import evaluate_target
 from qdora.verbs.export import export_run
 from qdora.verbs.train import train_run
