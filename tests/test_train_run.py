@@ -322,22 +322,6 @@ def test_export_works_when_the_data_is_gone(tmp_path: Path) -> None:
         export_run(tmp_path / "run", tmp_path / "out")
 
 
-def test_trackers_are_told_every_number_and_must_be_installed(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"trackers: mlflow is not installed. Run: pip install 'qdora\[mlflow\]'"):
-        train_run(tiny_run.recipe(root).model_copy(update={"trackers": ("mlflow",)}), tmp_path / "none")
-    pytest.importorskip("tensorboard")
-    recipe = tiny_run.recipe(root, train__steps=2, eval__every=1).model_copy(update={"trackers": ("tensorboard",)})
-    train_run(recipe, tmp_path / "run")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
-    board = EventAccumulator(str(events))
-    board.Reload()
-    losses = [event.value for event in board.Scalars("loss")]
-    assert losses == pytest.approx([line["loss"] for line in timeless(tmp_path / "run") if "loss" in line])
-    assert "eval/sums/nll_per_token" in board.Tags()["scalars"]
-
-
 def run_cli(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "qdora.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout
