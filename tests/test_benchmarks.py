@@ -71,3 +71,12 @@ def test_packing(tmp_path: Path) -> None:
     assert all(len(each) == 2 and min(each) > 0 for each in result["time"]["seconds"].values())
     shares = result["time"]["padding_share"]
     assert shares["packed"] < shares["grouped"] <= shares["arrival"]
+
+
+def test_kill_resume(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "kill_resume.py")
+    (killed,) = result["kills"]
+    assert killed["killed"]
+    assert result["full_disk"] == {"said": True, "identical": True}
+    assert result["num_identical"] == result["num_cases"] == 3
+    assert result["all_said"]
