@@ -71,3 +71,13 @@ def test_packing(tmp_path: Path) -> None:
     assert all(len(each) == 2 and min(each) > 0 for each in result["time"]["seconds"].values())
     shares = result["time"]["padding_share"]
     assert shares["packed"] < shares["grouped"] <= shares["arrival"]
+
+
+def test_mixing(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "mixing.py")
+    assert len(result["mixes"]) == 5
+    assert all(sum(mix["draws"].values()) == 500 for mix in result["mixes"].values())
+    assert [(each["kind"], each["num_rows"]) for each in result["streams"]] == [
+        (kind, rows) for kind in ("parquet", "jsonl") for rows in (2_000, 20_000)
+    ]
+    assert result["passes"]["resume exact from every point"]
