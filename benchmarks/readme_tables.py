@@ -158,12 +158,48 @@ def peft_interop() -> str:
     return markdown(header, rows)
 
 
+def layer_time() -> str:
+    """Ratios of one layer's time; medians over rounds, and the share of what was asked that is so."""
+    document = read("layer_time")
+    columns = {
+        "QDoRA / QLoRA": "own_dora / own_lora",
+        "norm computed": "own_dora_new_norm / own_lora",
+        "dropout / none": "own_dora_dropout / own_dora",
+        "QDoRA / PEFT QLoRA": "own_dora / peft_lora",
+        "QDoRA / frozen": "own_dora / frozen",
+        "PEFT QDoRA / its QLoRA": "peft_dora / peft_lora",
+        "norm by addmm": "peft_dora_addmm / peft_lora",
+        "its defaults": "peft_dora_defaults / peft_lora",
+    }
+    rows = []
+    for case in document["cases"]:
+        label = f"{case['in_features']} → {case['out_features']}, r {case['rank']}, {case['tokens']:,}"
+        label += "" if case["allocator"] == "tuned" else ", default allocator"
+        rows.append([label, *(f"{case['ratios'][name]['median']:.3f}" for name in columns.values())])
+    bars = document["bars"]
+    asked = {
+        "QDoRA at most 1.03 times QLoRA": "own_dora / own_lora",
+        "at most PEFT's QLoRA (1.03 times at 256 tokens)": "own_dora / peft_lora",
+        "dropout at most 1.05 times none": "own_dora_dropout / own_dora",
+    }
+    counts = []
+    for what, name in asked.items():
+        found = [bar for bar in bars if bar["ratio"] == name]
+        worst = max(found, key=lambda bar: bar["median"] / bar["limit"])
+        counts.append(
+            f"{what}: {sum(bar['within'] for bar in found)} of {len(found)} cases, "
+            f"at worst {worst['median']:.3f} ({worst['case'].split(',')[0]})"
+        )
+    return markdown(["layer, rank, tokens", *columns], rows) + f"\n{'; '.join(counts)}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "real_data": real_data,
     "magnitudes": magnitudes,
     "peft_interop": peft_interop,
     "load_memory": load_memory,
+    "layer_time": layer_time,
     "failed": failed,
 }
 

@@ -100,9 +100,13 @@ def test_spans_cover_the_dimension_once_in_aligned_runs(total, other, itemsize, 
 
 
 def test_lengths_of_a_large_weight_are_those_that_products_are_fast_with():
-    """16 MiB of 4096 columns in 16 bits are 2,048 rows; 11008 = 5 x 2048 + 3 x 256."""
+    """8 MiB of 4096 columns in 16 bits are 1,024 rows; 11008 = 10 x 1024 + 3 x 256."""
     lengths = [run.stop - run.start for run in spans(11008, 4096, 2, "cpu")]
-    assert lengths == [2048] * 5 + [256] * 3
+    assert lengths == [1024] * 10 + [256] * 3
+    # 16 MiB are not cut. Rows half as wide: twice as many of them. 1,024 rows of 8192 columns are 16 MiB.
+    assert spans(4096, 2048, 2, "cpu") == [slice(0, 4096)]
+    assert [run.stop - run.start for run in spans(8192, 2048, 2, "cpu")] == [2048] * 4
+    assert [run.stop - run.start for run in spans(2048, 8192, 2, "cpu")] == [1024] * 2
     assert {run.stop - run.start for run in spans(4096, 11008, 2, "cpu", 64)} == {256}
 
 
