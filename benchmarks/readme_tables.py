@@ -132,6 +132,53 @@ def load_memory() -> str:
     return markdown(list(columns), [row])
 
 
+MIB = 2**20
+CONTENDERS = {
+    "own_lora": "qdora LoRA",
+    "own_dora": "qdora DoRA",
+    "own_lora_dropout": "qdora LoRA, dropout",
+    "own_dora_dropout": "qdora DoRA, dropout",
+    "peft_lora": "PEFT LoRA",
+    "peft_dora": "PEFT DoRA",
+    "peft_dora_addmm": "PEFT DoRA, norm by one addmm",
+    "peft_lora_bf16_adam": "PEFT LoRA, AdamW in bf16",
+    "peft_dora_bf16_adam": "PEFT DoRA, AdamW in bf16",
+    "peft_lora_defaults": "PEFT LoRA, float32, dropout",
+    "peft_dora_defaults": "PEFT DoRA, float32, dropout",
+    "peft_lora_prepared": "PEFT LoRA, float32, dropout, head float32",
+    "peft_dora_prepared": "PEFT DoRA, float32, dropout, head float32",
+}
+
+
+def layer_memory() -> str:
+    """What each layer holds after forward, and its workspace in the first call and in later ones."""
+    document = read("layer_memory")
+    small, large = document["layer"], document["large_layer"]
+    header = ["MiB", "held", "held without its output", "workspace forward", "backward", *_large_header(large)]
+    rows = []
+    for name, found in small["ranks"]["16"].items():
+        first, later = found["first"], found["later"]
+        row = [CONTENDERS[name], *(f"{later[what] / MIB:.1f}" for what in ("held_bytes", "saved_bytes"))]
+        row += [f"{max(call[what] for call in (first, later)) / MIB:.0f}" for what in _TRANSIENTS]
+        for each in large["ranks"].values():
+            calls = [call[what] for call in each.get(name, {}).values() for what in _TRANSIENTS]
+            row.append(f"{max(calls) / MIB:.0f}" if calls else "–")
+        rows.append(row)
+    note = (
+        f"\nAll {document['num_tokens']:,} tokens; the first columns {small['in_features']} → "
+        f"{small['out_features']} at rank 16.\n"
+    )
+    return markdown(header, rows) + note
+
+
+_TRANSIENTS = ("forward_transient_bytes", "backward_transient_bytes")
+
+
+def _large_header(large: dict[str, Any]) -> list[str]:
+    shape = f"{large['in_features']} → {large['out_features']}"
+    return [f"{shape}, r {rank}" for rank in large["ranks"]]
+
+
 def failed() -> str:
     """What was tried and did not help."""
     rows = [[row["tried"], row["instead"], row["figure"]] for row in read("tried")["rows"]]
@@ -200,6 +247,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peft_interop": peft_interop,
     "load_memory": load_memory,
     "layer_time": layer_time,
+    "layer_memory": layer_memory,
     "failed": failed,
 }
 
