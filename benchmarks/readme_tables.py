@@ -179,6 +179,35 @@ def _large_header(large: dict[str, Any]) -> list[str]:
     return [f"{shape}, r {rank}" for rank in large["ranks"]]
 
 
+def packing() -> str:
+    """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
+    document = read("packing")
+    labels = {
+        "arrival": "padded, in order of arrival",
+        "grouped": "padded, grouped by length",
+        "packed": "packed",
+        "packed_to_max_length": f"packed, rows always {document['max_length']} long",
+    }
+    found = document["time"]
+    rows = []
+    for way, label in labels.items():
+        speed = found["tokens_per_second"][way]
+        times = found["ratios"].get(f"{way} / packed")
+        row = [label, percent(found["padding_share"][way]), f"{found['micro_batches_per_step'][way]:.1f}"]
+        row.append(f"{speed['median']:.0f} ({speed['lower']:.0f}–{speed['upper']:.0f})")
+        rows.append([*row, f"{times['median']:.2f} ({times['lower']:.2f}–{times['upper']:.2f})" if times else "1"])
+    losses = document["losses"]
+    note = (
+        f"\n{found['num_steps']} steps of {document['step_tokens']:,} tokens in turns, median and quartiles. Largest "
+        f"difference of an example's NLL from that of the example alone, float32, {losses['num_examples']} examples: "
+        f"packed {losses['packed']['max_difference']:.1e} nats (relative "
+        f"{losses['packed']['max_relative_difference']:.1e}), grouped by length "
+        f"{losses['grouped']['max_difference']:.1e} ({losses['grouped']['max_relative_difference']:.1e}).\n"
+    )
+    header = ["micro-batches", "padding %", "a step", "real tokens/s", "time, packed = 1"]
+    return markdown(header, rows) + note
+
+
 def failed() -> str:
     """What was tried and did not help."""
     rows = [[row["tried"], row["instead"], row["figure"]] for row in read("tried")["rows"]]
@@ -246,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "magnitudes": magnitudes,
     "peft_interop": peft_interop,
     "load_memory": load_memory,
+    "packing": packing,
     "layer_time": layer_time,
     "layer_memory": layer_memory,
     "failed": failed,

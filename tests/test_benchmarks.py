@@ -80,3 +80,12 @@ def test_layer_cost(tmp_path: Path) -> None:
     assert [row["value"] for row in result["by_rank"]] == [8, 16]
     assert [row["value"] for row in result["by_tokens"]] == [1024, 2048]
     assert (tmp_path / "result.svg").read_text().startswith("<?xml")
+
+
+def test_packing(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "packing.py")
+    assert result["losses"]["num_examples"] == 24
+    assert result["losses"]["packed"]["max_difference"] < 1e-4
+    assert all(len(each) == 2 and min(each) > 0 for each in result["time"]["seconds"].values())
+    shares = result["time"]["padding_share"]
+    assert shares["packed"] < shares["grouped"] <= shares["arrival"]
