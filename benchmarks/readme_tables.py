@@ -132,7 +132,7 @@ def load_memory() -> str:
     return markdown(list(columns), [row])
 
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 CONTENDERS = {
     "own_lora": "qdora LoRA",
     "own_dora": "qdora DoRA",
@@ -177,6 +177,21 @@ _TRANSIENTS = ("forward_transient_bytes", "backward_transient_bytes")
 def _large_header(large: dict[str, Any]) -> list[str]:
     shape = f"{large['in_features']} → {large['out_features']}"
     return [f"{shape}, r {rank}" for rank in large["ranks"]]
+
+
+def step_memory() -> str:
+    """Peaks of whole steps, with the distance from weights and unavoidable activations."""
+    document = read("step_memory")
+    cases = document["cases"]
+    rows = [["weights and unavoidable activations", *(_gib(case["floor"]["total_bytes"]) for case in cases.values())]]
+    for name in next(iter(cases.values()))["arms"]:
+        arms = [case["arms"][name] for case in cases.values()]
+        rows.append([CONTENDERS[name], *(f"{_gib(a['peak_bytes'])} (+{_gib(a['above_floor_bytes'])})" for a in arms)])
+    return markdown(["GiB at the peak (above the first line)", *cases], rows)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"
 
 
 def packing() -> str:
@@ -278,6 +293,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing": packing,
     "layer_time": layer_time,
     "layer_memory": layer_memory,
+    "step_memory": step_memory,
     "failed": failed,
 }
 
