@@ -69,7 +69,8 @@ def section(name: str, **values: Any) -> dict[str, Any]:
 
 def test_every_shipped_recipe_is_read_and_its_resolved_form_is_the_same_recipe() -> None:
     names = recipe_names()
-    assert names == ["commonsense-7b-40gb", "commonsense-8b-40gb", "own-data", "paper-dora-llama", "quickstart", "tiny"]
+    sized = ["chat-8b-40gb", *(f"commonsense-{size}-40gb" for size in ("13b", "7b", "8b"))]
+    assert names == [*sized, "own-data", "paper-dora-llama", "quickstart", "tiny"]
     for name in names:
         recipe = load_recipe(name)
         again = recipe_from(read_yaml(resolved_yaml(recipe), name), name)
@@ -82,13 +83,23 @@ def test_every_shipped_recipe_is_read_and_its_resolved_form_is_the_same_recipe()
 
 
 def test_paper_recipes_hold_the_published_settings() -> None:
-    for name in ("commonsense-7b-40gb", "commonsense-8b-40gb", "paper-dora-llama"):
+    commonsense = ("commonsense-7b-40gb", "commonsense-8b-40gb", "commonsense-13b-40gb")
+    for name in (*commonsense, "paper-dora-llama"):
         recipe = load_recipe(name)
         assert recipe.adapter.targets == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
         assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.dropout) == (32, 64.0, 0.05)
         assert (recipe.train.epochs, recipe.train.batch, recipe.train.warmup) == (3.0, 16, 100)
         assert recipe.train.schedule == "linear"
-    assert [source.task for source in load_recipe("commonsense-8b-40gb").data.mix] == list(COMMONSENSE_TASKS)
+    for name in commonsense:
+        assert [source.task for source in load_recipe(name).data.mix] == list(COMMONSENSE_TASKS)
+
+
+def test_the_chat_recipe_learns_assistant_turns_and_validates_on_a_split_of_its_own() -> None:
+    recipe = load_recipe("chat-8b-40gb")
+    (source,) = recipe.data.mix
+    assert source.format == "messages"
+    assert source.validation not in (None, source.split)
+    assert recipe.data.loss_on == "answer"
 
 
 def test_demo_tasks_are_the_families_that_ship() -> None:
