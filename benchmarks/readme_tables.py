@@ -194,6 +194,29 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}"
 
 
+def chunked_loss() -> str:
+    """Bytes and gradients of the chunked and the plain loss, and the ratio of their times."""
+    document = read("chunked_loss")
+    fake, real, gradients = document["bytes"]["fake"], document["bytes"]["real"], document["gradients"]
+    header = ["loss", *(f"peak, hidden {each['hidden']}" for each in (fake, real)), "gradient off, bf16", "float32"]
+    rows = [
+        [
+            name,
+            *(f"{each['peak_bytes'][name] / MIB:,.0f} MiB" for each in (fake, real)),
+            f"{gradients[f'{name}, bfloat16']:.1e}",
+            f"{gradients[f'{name}, float32']:.1e}" if f"{name}, float32" in gradients else "reference",
+        ]
+        for name in ("plain", "chunked")
+    ]
+    time = document["time"]["chunked / plain"]
+    note = (
+        f"\n{document['num_tokens']:,} tokens, vocabulary {document['vocabulary']:,}, {document['chunk']} tokens a "
+        f"chunk. Time of chunked over plain, hidden {document['time']['hidden']}: {time['median']:.2f} (quartiles "
+        f"{time['lower']:.2f} to {time['upper']:.2f}).\n"
+    )
+    return markdown(header, rows) + note
+
+
 def packing() -> str:
     """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
     document = read("packing")
@@ -294,6 +317,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer_time": layer_time,
     "layer_memory": layer_memory,
     "step_memory": step_memory,
+    "chunked_loss": chunked_loss,
     "failed": failed,
 }
 
