@@ -25,6 +25,7 @@ EXPECTED = (
     Interrupted,
     KeyboardInterrupt,
     OSError,
+    MemoryError,
     RuntimeError,
     ValueError,
     ImportError,

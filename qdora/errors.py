@@ -32,12 +32,28 @@ class RunFailure(RuntimeError):
         super().__init__(message + kept)
 
 
-class Interrupted(Exception):
-    """A run that was asked to stop and did, after `step` steps, with a whole checkpoint. The command exits with 130."""
+class DiskFull(RunFailure):
+    """A RunFailure that more room on the disk would have spared."""
 
-    def __init__(self, step: int, checkpoint: Path) -> None:
+
+class Interrupted(Exception):
+    """A run that was asked to stop and did; the command exits with 130.
+
+    Args:
+        step: Optimizer steps in `checkpoint`.
+        checkpoint: The newest whole checkpoint, or None where there is none.
+        saved: Whether it holds all that was done; not so after a second signal.
+    """
+
+    def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True) -> None:
         self.step, self.checkpoint = step, checkpoint
-        super().__init__(f"stopped after step {step}; saved to {checkpoint}. Go on with --resume.")
+        if saved:
+            text = f"stopped after step {step}; saved to {checkpoint}. Go on with --resume."
+        elif checkpoint is not None:
+            text = f"stopped at once. Safe on disk: {checkpoint} (step {step}). Go on with --resume."
+        else:
+            text = "stopped at once; no checkpoint was written yet. --resume starts at step 0."
+        super().__init__(text)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import time
@@ -30,10 +31,13 @@ from qdora.atomic_files import (
     remove_leftovers,
 )
 from qdora.checkpoint_files import checkpoint_fault, write_complete
-from qdora.errors import RunFailure, UserError
+from qdora.errors import DiskFull, RunFailure, UserError
+
+logger = logging.getLogger("qdora")
 
 _STEP = re.compile(r"step-(\d+)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = "the disk is full"
 
 # What a resumed run may change. Most of it reaches no number of the training. Learning rate and clipping do: they are
 # the way on after a step that was not finite, as the size of a micro-batch is after one that did not fit.
@@ -198,16 +202,18 @@ class RunDirectory:
             fault = checkpoint_fault(checkpoint.path)
             if fault is None:
                 for line in damaged:
-                    self.log(f"skipped a damaged checkpoint: {line}")
+                    logger.warning("Skipped a damaged checkpoint, %s; the one before it is %s.", line, checkpoint.path)
                 return checkpoint
             damaged.append(f"{checkpoint.path.name}: {fault}")
         if damaged:
             raise RunFailure(f"{self.checkpoints}: no whole checkpoint ({'; '.join(damaged)}).")
         return None
 
-    def prune_checkpoints(self, keep: int) -> None:
+    def prune_checkpoints(self, keep: int) -> int:
         """Remove all but the newest `keep` checkpoints; damaged ones are not counted, and go.
 
+        Returns:
+            Number of checkpoints removed.
         Raises:
             ValueError: keep < 1: the newest is never removed.
         """
@@ -215,9 +221,11 @@ class RunDirectory:
             raise ValueError(f"keep must be at least 1, got {keep}")
         found = self._by_step()
         whole = [checkpoint for checkpoint in found if checkpoint_fault(checkpoint.path, sums=False) is None]
-        for checkpoint in found if whole else ():  # with nothing whole, the damaged ones are all there is to look at
-            if checkpoint not in whole[:keep]:
-                self._remove(checkpoint)
+        # With nothing whole, the damaged ones are all there is to look at
+        removed = [checkpoint for checkpoint in found if checkpoint not in whole[:keep]] if whole else []
+        for checkpoint in removed:
+            self._remove(checkpoint)
+        return len(removed)
 
     def _remove(self, checkpoint: Checkpoint) -> None:
         """Under a leftover's name first: a removal that is cut off leaves no half checkpoint."""
@@ -244,7 +252,8 @@ class RunDirectory:
             if reason is None:
                 raise
             whole = [each.path for each in self._by_step() if checkpoint_fault(each.path) is None]
-            raise RunFailure(f"{self.path}: {what} could not be written: {reason}.", safe=whole[:1]) from error
+            kind = DiskFull if reason == _DISK_FULL else RunFailure
+            raise kind(f"{self.path}: {what} could not be written: {reason}.", safe=whole[:1]) from error
 
 
 def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
@@ -357,9 +366,9 @@ def _disk_reason(error: BaseException) -> str | None:
     Libraries written in Rust or C++ report a full disk by an error class of their own with the system's text.
     """
     if isinstance(error, OSError):
-        return "the disk is full" if error.errno in _FULL else masked(str(error))
+        return _DISK_FULL if error.errno in _FULL else masked(str(error))
     full = any(os.strerror(number) in str(error) for number in _FULL)
-    return "the disk is full" if isinstance(error, Exception) and full else None
+    return _DISK_FULL if isinstance(error, Exception) and full else None
 
 
 def _may_change(key: str) -> bool:

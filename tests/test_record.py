@@ -267,7 +267,9 @@ def test_everything_is_flushed_before_the_name_appears(run: RunDirectory, monkey
     assert flushed[-1] == (".", True)
 
 
-def test_newest_is_by_number_and_skips_what_is_not_a_checkpoint(run: RunDirectory) -> None:
+def test_newest_is_by_number_and_skips_what_is_not_a_checkpoint(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
     for step in (9, 10, 100):
         save(run, step)
     for name in ("step-200", ".step-300.partial", "step-x", "step-4000.old"):
@@ -276,7 +278,7 @@ def test_newest_is_by_number_and_skips_what_is_not_a_checkpoint(run: RunDirector
     newest = run.newest_checkpoint()
     assert newest is not None
     assert newest.step == 100
-    assert "step-200: complete.json: No such file or directory" in run.log_file.read_text()
+    assert "step-200: complete.json: No such file or directory" in caplog.text
 
 
 def flip(path: Path) -> None:
@@ -304,7 +306,9 @@ def outside(path: Path) -> None:
         (outside, "../../x is outside"),
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_and_said(run: RunDirectory, damage: Callable[[Path], Any], fault: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_said(
+    run: RunDirectory, damage: Callable[[Path], Any], fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
     save(run, 1)
     damage(save(run, 2))
     found = checkpoint_fault(run.checkpoints / "step-2")
@@ -313,7 +317,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(run: RunDirectory, damage: Cal
     newest = run.newest_checkpoint()
     assert newest is not None
     assert newest.step == 1
-    assert f"skipped a damaged checkpoint: step-2: {found}" in run.log_file.read_text()
+    assert f"Skipped a damaged checkpoint, step-2: {found}; the one before it is {run.checkpoints}" in caplog.text
     # with the older one gone as well, going on from nothing is refused
     (run.checkpoints / "step-1" / "complete.json").unlink()
     with pytest.raises(RunFailure, match=r"no whole checkpoint \(step-2: .*; step-1: complete.json: No such file"):

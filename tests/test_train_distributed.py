@@ -25,7 +25,7 @@ from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.recipe_file import resolved_yaml
 from qdora.train import loop
 from qdora.train.distributed import OtherProcessFailed, Processes, processes_of_launch, seed_of
-from qdora.verbs import train as train_verb
+from qdora.verbs import run_writer
 from qdora.verbs.train import train_run
 from tests import launched, tiny_run
 
@@ -161,34 +161,59 @@ def resumed_and_stopped(rank: int, settings: Recipe, directory: Path, stop_at: i
     stop_alone(settings, directory, stop_at, resume=True)
 
 
-def out_of_memory(rank: int, settings: Recipe, directory: Path) -> None:
+def broken(rank: int, settings: Recipe, directory: Path) -> None:
     real, calls = loop.batch_loss, {"n": 0}
 
-    def hungry(*args: Any) -> Any:
+    def breaking(*args: Any) -> Any:
         calls["n"] += 1
         if rank == 1 and calls["n"] == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise RuntimeError("CUDA error: device-side assert triggered")
         return real(*args)
 
-    loop.batch_loss = hungry
-    with pytest.raises(RunFailure, match=r"step 3: process 1: cannot be computed: CUDA out of memory.*step-2"):
+    loop.batch_loss = breaking
+    with pytest.raises(RunFailure, match=r"step 3: process 1: cannot be computed: CUDA error: device-side.*step-2"):
         train_run(settings, directory)
 
 
 def test_where_one_cannot_compute_both_stop_with_the_state_and_the_whole_batch(root: Path, tmp_path: Path) -> None:
     settings = recipe(root)
-    assert launched.run(2, out_of_memory, settings, tmp_path) == ["", ""]
+    assert launched.run(2, broken, settings, tmp_path) == ["", ""]
     kept = json.loads((tmp_path / "failed-batch.json").read_text())
     assert len(kept["examples"]) == 4
     assert launched.run(2, train, settings, tmp_path, True) == ["", ""]
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def out_of_memory(rank: int, settings: Recipe, directory: Path) -> None:
+    """The second process has less memory."""
+    real = loop.batch_loss
+
+    def hungry(model: Any, input_ids: torch.Tensor, *rest: Any) -> Any:
+        if rank == 1 and input_ids.numel() > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(model, input_ids, *rest)
+
+    loop.batch_loss = hungry
+    train_run(settings, directory)
+
+
+def test_where_one_runs_out_of_memory_both_take_smaller_micro_batches(root: Path, tmp_path: Path) -> None:
+    settings = exact(root, train__batch=8)
+    assert launched.run(2, train, settings, tmp_path / "whole") == ["", ""]
+    assert launched.run(2, out_of_memory, settings, tmp_path / "run") == ["", ""]
+    shrunk = [line["out_of_memory"] for line in lines(tmp_path / "run") if "out_of_memory" in line]
+    assert shrunk
+    assert shrunk[-1]["tokens_after"] < 96
+    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    assert_close_runs(tmp_path / "whole", tmp_path / "run")
+
+
 def full_disk(rank: int, settings: Recipe, directory: Path) -> None:
     def full(*_args: Any, **_rest: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    train_verb.write_state = full
+    run_writer.write_state = full
     expected = (RunFailure, "the disk is full") if rank == 0 else (OtherProcessFailed, "process 1: .*process 0 did")
     with pytest.raises(expected[0], match=expected[1]):
         train_run(settings, directory)

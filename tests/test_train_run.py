@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,11 +20,11 @@ from qdora.config import Recipe
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.recipe_file import resolved_yaml
 from qdora.train import loop
-from qdora.verbs import train as train_verb
 from qdora.verbs.evaluate import evaluate_target
 from qdora.verbs.export import export_run
 from qdora.verbs.train import train_run
 from tests import tiny_run
+from tests.run_files import assert_same_run, same_tensors, stop_after, timeless
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +37,6 @@ def whole(root: Path) -> Path:
     """A run that nothing disturbed."""
     train_run(tiny_run.recipe(root), root / "whole")
     return root / "whole"
-
-
-def timeless(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
-
-
-def same_tensors(first: Path, second: Path) -> None:
-    one, two = load_file(first), load_file(second)
-    assert one.keys() == two.keys()
-    assert len(one) > 0
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    assert timeless(one) == timeless(two)
-    same_tensors(one / "adapter/adapter_model.safetensors", two / "adapter/adapter_model.safetensors")
-    for file in ("optimizer.safetensors", "random.safetensors", "adapter/adapter_model.safetensors"):
-        same_tensors(one / "checkpoints/step-6" / file, two / "checkpoints/step-6" / file)
-    states = [json.loads((run / "checkpoints/step-6/state.json").read_text()) for run in (one, two)]
-    assert states[0] == states[1]
 
 
 def start_magnitudes(root: Path) -> dict[str, torch.Tensor]:
@@ -104,13 +79,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     root: Path, whole: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_run.recipe(root)
-    after_step = loop._after_step
-
-    def interrupt(model: Any, done: int, settings: Any, hooks: Any, stop: Any) -> None:
-        stop.requested = done == stop_at
-        after_step(model, done, settings, hooks, stop)
-
-    monkeypatch.setattr(loop, "_after_step", interrupt)
+    stop_after(monkeypatch, stop_at)
     with pytest.raises(Interrupted, match=rf"stopped after step {stop_at}; saved to .*step-{stop_at}"):
         train_run(recipe, tmp_path / "run")
     monkeypatch.undo()
@@ -192,26 +161,6 @@ def test_nan_loss_stops_with_the_state_before_it_and_the_batch(
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_full_disk_at_checkpoint_time_names_the_last_checkpoint_and_loses_nothing(
-    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = tiny_run.recipe(root)
-    real = train_verb.write_state
-
-    def full(directory: Path, *, step: int, **rest: Any) -> None:
-        if step == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(directory, step=step, **rest)
-
-    monkeypatch.setattr(train_verb, "write_state", full)
-    with pytest.raises(RunFailure, match=r"checkpoint of step 4 could not be written.*Safe on disk: .*step-2"):
-        train_run(recipe, tmp_path / "run")
-    monkeypatch.undo()
-    assert [each.name for each in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
-    train_run(recipe, tmp_path / "run", resume=True)
-    assert_same_run(tmp_path / "run", whole)
-
-
 @pytest.mark.parametrize("kind", ["lora", "full", "none"])
 def test_other_arms_run_evaluate_and_export(root: Path, tmp_path: Path, kind: str) -> None:
     changes: dict[str, Any] = {"adapter__kind": kind}
@@ -238,13 +187,7 @@ def test_full_fine_tuning_resumes_bit_for_bit(root: Path, tmp_path: Path, monkey
     changes |= {"model__dtype": "bfloat16", "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     recipe = tiny_run.recipe(root, **changes)
     train_run(recipe, tmp_path / "whole")
-    after_step = loop._after_step
-
-    def interrupt(model: Any, done: int, settings: Any, hooks: Any, stop: Any) -> None:
-        stop.requested = done == 2
-        after_step(model, done, settings, hooks, stop)
-
-    monkeypatch.setattr(loop, "_after_step", interrupt)
+    stop_after(monkeypatch, 2)
     with pytest.raises(Interrupted):
         train_run(recipe, tmp_path / "run")
     monkeypatch.undo()
@@ -276,25 +219,6 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
         for path in (whole / "eval/step-6.json", tmp_path / "run/eval/step-0.json")
     )
     assert after == before
-
-
-def test_out_of_memory_keeps_the_state_and_the_next_try_may_use_smaller_micro_batches(
-    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = loop.batch_loss, {"n": 0}
-
-    def hungry(*args: Any) -> Any:
-        calls["n"] += 1
-        if calls["n"] == 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(*args)
-
-    monkeypatch.setattr(loop, "batch_loss", hungry)
-    with pytest.raises(RunFailure, match=r"step 4: cannot be computed: CUDA out of memory.*micro_batch.*step-3"):
-        train_run(tiny_run.recipe(root), tmp_path / "run")
-    monkeypatch.undo()
-    train_run(tiny_run.recipe(root, train__micro_batch_tokens=512), tmp_path / "run", resume=True)
-    assert timeless(tmp_path / "run")[3]["loss"] == pytest.approx(timeless(whole)[3]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("setting, chunk", [("auto", None), (3, 3)])

@@ -12,11 +12,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qdora.errors import Interrupted, UserError
-from qdora.train import loop
 from qdora.verbs.evaluate import evaluate_target
 from qdora.verbs.plan import plan_run
 from qdora.verbs.train import train_run
 from tests import tiny_run
+from tests.run_files import stop_after
 
 
 def recipe(root: Path, **changes: Any) -> Any:
@@ -28,13 +28,7 @@ def recipe(root: Path, **changes: Any) -> Any:
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_run(recipe(tmp_path), tmp_path / "whole")
-    after_step = loop._after_step
-
-    def interrupt(model: Any, done: int, settings: Any, hooks: Any, stop: Any) -> None:
-        stop.requested = done == 3
-        after_step(model, done, settings, hooks, stop)
-
-    monkeypatch.setattr(loop, "_after_step", interrupt)
+    stop_after(monkeypatch, 3)
     with pytest.raises(Interrupted):
         train_run(recipe(tmp_path), tmp_path / "run")
     monkeypatch.undo()

@@ -3,7 +3,7 @@
 adapter/                  the adapter in PEFT's format, usable by itself (full fine-tuning: parameters.safetensors)
 optimizer.safetensors     optimizer states and the low bits of bf16 parameters
 random.safetensors        state of torch's generators, of every process
-state.json                step, data position, versions
+state.json                step, data position, what the run has found out about itself (policies)
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from qdora.errors import UserError
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.random_state import random_state, set_random_state
 
-FORMAT = 1
+FORMAT = 2
 PARAMETERS_FILE = "parameters.safetensors"
 
 logger = logging.getLogger("qdora")
@@ -36,6 +37,7 @@ def write_state(
     optimizer: AdapterOptimizer,
     loader_state: Mapping[str, Any],
     random: Sequence[Mapping[str, str]],
+    policies: Mapping[str, Any],
 ) -> None:
     """Write everything but the parameters themselves into an existing directory.
 
@@ -43,11 +45,12 @@ def write_state(
         directory: Where to.
         step: Steps done.
         optimizer, loader_state: Equal in all processes.
-        random: `random_state` of every process, in the order of ranks.
+        random: `random_text` of every process, in the order of ranks.
+        policies: JSON values by name: what the run has found out and a resumed one goes on with.
     """
     _save(optimizer.state_tensors(), directory / "optimizer.safetensors")
     _save(_random_tensors(random), directory / "random.safetensors")
-    state = {"format": FORMAT, "step": step, "loader": dict(loader_state)}
+    state = {"format": FORMAT, "step": step, "loader": dict(loader_state), "policies": dict(policies)}
     (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
 
 
@@ -82,13 +85,13 @@ def read_state(
     load_loader: Callable[[dict[str, Any]], None],
     processes: Processes,
     seed: int,
-) -> int:
+) -> tuple[int, dict[str, Any]]:
     """Take back `write_state`; the parameters must be in place already.
 
     A process that the checkpoint does not know (there are more now) starts its random numbers anew, from `seed`.
 
     Returns:
-        The number of steps done.
+        The number of steps done, and the policies.
     Raises:
         UserError: If the checkpoint belongs to another run or format.
     """
@@ -108,22 +111,18 @@ def read_state(
             logger.warning(
                 "The checkpoint is of %d processes, this is %d: the same data, another dropout.", before, processes.size
             )
-        cpu, cuda = (_numbered(kind, processes.rank) for kind in ("cpu", "cuda"))
-        if cpu in names:
-            torch.set_rng_state(file.get_tensor(cpu))
-        else:
-            torch.manual_seed(seed_of(seed, processes.rank, step))
-        if torch.cuda.is_available() and cuda in names:
-            torch.cuda.set_rng_state(file.get_tensor(cuda))
-    return step
+        places = {kind: _numbered(kind, processes.rank) for kind in ("cpu", "cuda")}
+        mine = {kind: file.get_tensor(name) for kind, name in places.items() if name in names}
+    if mine:
+        set_random_state(mine)
+    else:
+        torch.manual_seed(seed_of(seed, processes.rank, step))
+    return step, dict(state["policies"])
 
 
-def random_state() -> dict[str, str]:
-    """The state of this process's generators, cpu and cuda, in hexadecimal: JSON, for the process that writes it."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {kind: state.numpy().tobytes().hex() for kind, state in states.items()}
+def random_text() -> dict[str, str]:
+    """The state of this process's generators in hexadecimal: JSON, for the process that writes it."""
+    return {kind: state.numpy().tobytes().hex() for kind, state in random_state().items()}
 
 
 def _random_tensors(random: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:

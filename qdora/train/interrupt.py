@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from qdora.train.distributed import Processes
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+# A launcher passes on what the terminal has already sent to the whole group: so soon, it is the same request.
+SAME_REQUEST_SECONDS = 1.0
+
+_SAID = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
 
 
 class StopRequest:
@@ -26,13 +33,22 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and SIGHUP set the request; a second SIGINT interrupts at once, as Python does by default."""
-    request = StopRequest(processes)
+    """SIGINT, SIGTERM and SIGHUP set the request; a second one, a second or more later, raises KeyboardInterrupt.
 
-    def ask(number: int, _frame: FrameType | None) -> None:
-        if request.requested and number == signal.SIGINT:
+    What is being written then is taken back: a checkpoint appears whole or not at all.
+    """
+    request = StopRequest(processes)
+    asked_at = 0.0
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked_at
+        now = time.monotonic()
+        if not request.requested:
+            request.requested, asked_at = True, now
+            with suppress(OSError):
+                os.write(2, _SAID)  # not by a logger, in whose lock or buffer the signal may have come
+        elif now - asked_at >= SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        request.requested = True
 
     before = {number: signal.signal(number, ask) for number in _SIGNALS}
     try:

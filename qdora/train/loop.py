@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdora.data.loader import Step, StepLoader
 from qdora.errors import Interrupted, RunFailure
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
+from qdora.train.backoff import OutOfMemory, Shortage, back_off, cannot_cut, shortage_of, worst
 from qdora.train.distributed import Processes
 from qdora.train.interrupt import StopRequest
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import StepReport, TrainingProgress, memory_bytes
+from qdora.train.random_state import random_state, set_random_state
 from qdora.train.schedule import ScheduleName, learning_rate
+
+logger = logging.getLogger("qdora")
 
 Metrics = dict[str, Any]
 
@@ -86,20 +91,20 @@ def fit(
     """Train from `start_step` to `settings.num_steps`.
 
     The loss of a step is the summed NLL of all its micro-batches, in all processes, over the labelled tokens of all of
-    them. Every process calls every hook, for the same step.
+    them. Every process calls every hook, for the same step. Where memory runs out, the step is computed again in
+    smaller micro-batches, and so are those after it.
 
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
-        RunFailure: If a step cannot be computed (out of memory) or its loss or gradient is not finite; a checkpoint of
-            the state before that step has been written.
+        RunFailure: If a step cannot be computed (one example alone is too much for the memory) or its loss or gradient
+            is not finite; a checkpoint of the state before that step has been written.
     """
     processes = processes or Processes()
     model.train()
     seconds: deque[float] = deque(maxlen=20)
     for step in range(start_step, settings.num_steps):
         began = time.perf_counter()
-        before, random_before = loader.state_dict(), torch.get_rng_state()
-        batch = loader.next_step()
+        before = loader.state_dict(), random_state()
         lr = learning_rate(
             step,
             settings.num_steps,
@@ -108,35 +113,82 @@ def fit(
             warmup=settings.warmup,
             end=settings.lr_end,
         )
-        fault = None
-        try:
-            metrics = _gradient_of_step(model, batch, device, settings.loss_chunk)
-        except RuntimeError as error:
-            fault = _cannot_compute(error)
-            metrics = {"loss": math.nan}
-        metrics, fault = _over_processes(metrics, fault, processes)
-        if fault is None:
-            processes.sum_gradients_(list(optimizer.parameters.values()))
-        gradient_norm = float(optimizer.gradient_norm())
-        if fault is None and not (math.isfinite(metrics["loss"]) and math.isfinite(gradient_norm)):
-            fault = _not_finite(metrics["loss"], gradient_norm)
+        batch, metrics, fault = _gradient_that_fits(model, optimizer, loader, settings, hooks, device, step, processes)
         if fault is not None:
-            optimizer.zero_grad()
-            loader.load_state_dict(before)
-            torch.set_rng_state(random_before)
+            _go_back(optimizer, loader, before)
             raise _failed_step(step, fault, batch, hooks)
+        gradient_norm = metrics["gradient_norm"]
         if settings.clip is not None and gradient_norm > settings.clip:
             optimizer.scale_gradients_(settings.clip / gradient_norm)
         optimizer.step(lr)
         optimizer.zero_grad()
         done = step + 1
         seconds.append(time.perf_counter() - began)
-        metrics = {"step": done, "lr": lr, "gradient_norm": gradient_norm, **metrics}
+        metrics = {"step": done, "lr": lr, **metrics}
         metrics["time"] = {"step_seconds": seconds[-1], "peak_memory_bytes": max(processes.gather(memory_bytes()))}
         if done % settings.log_every == 0 or done == settings.num_steps:
             hooks.write_metrics(metrics)
         progress.step(_report(metrics, settings.num_steps, seconds))
         _after_step(model, done, settings, hooks, stop)
+
+
+def _gradient_that_fits(
+    model: nn.Module,
+    optimizer: AdapterOptimizer,
+    loader: StepLoader,
+    settings: FitSettings,
+    hooks: Hooks,
+    device: torch.device,
+    step: int,
+    processes: Processes,
+) -> tuple[Step, Metrics, str | None]:
+    """Take the next step's examples and sum up their gradient, in smaller micro-batches where memory runs out.
+
+    Returns:
+        The examples, the step's numbers, and why its gradient must not be applied (None where it may).
+    """
+    before = loader.state_dict(), random_state()
+    while True:
+        batch = loader.next_step()
+        metrics: Metrics = {"loss": math.nan}
+        fault = shortage = None
+        try:
+            metrics = _gradient_of_step(model, batch, device, settings.loss_chunk)
+        except OutOfMemory as error:
+            shortage = asdict(error.shortage)
+        except RuntimeError as error:
+            fault = _cannot_compute(error)
+        short = worst(Shortage(**each) if each else None for each in processes.gather(shortage))
+        if short is None:
+            return batch, *_summed(metrics, fault, optimizer, processes)
+        _go_back(optimizer, loader, before)
+        backoff = back_off(loader, short)
+        if backoff is None:
+            return batch, {}, cannot_cut(short)
+        hooks.write_metrics({"step": step + 1, "out_of_memory": asdict(backoff)})
+        logger.warning(_BACKED_OFF, step + 1, backoff.tokens_before, backoff.tokens_after, backoff.reason)
+
+
+_BACKED_OFF = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, steps stay as they are. (%s)"
+
+
+def _go_back(optimizer: AdapterOptimizer, loader: StepLoader, before: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
+    """To where the step had not begun: no gradients, and the loader's and the generators' state `before`."""
+    optimizer.zero_grad()
+    loader.load_state_dict(before[0])
+    set_random_state(before[1])
+
+
+def _summed(
+    metrics: Metrics, fault: str | None, optimizer: AdapterOptimizer, processes: Processes
+) -> tuple[Metrics, str | None]:
+    """Numbers and gradients of a step summed over the processes; the numbers with the norm, and a fault if any."""
+    metrics, fault = _over_processes(metrics, fault, processes)
+    if fault is not None:
+        return metrics, fault
+    processes.sum_gradients_(list(optimizer.parameters.values()))
+    gradient_norm = float(optimizer.gradient_norm())
+    return {"gradient_norm": gradient_norm, **metrics}, _not_finite(metrics["loss"], gradient_norm)
 
 
 def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device, loss_chunk: int | None = None) -> Metrics:
@@ -146,10 +198,11 @@ def _gradient_of_step(model: nn.Module, batch: Step, device: torch.device, loss_
     nll = torch.zeros(len(names), dtype=torch.float32, device=device)
     tokens = torch.zeros(len(names), dtype=torch.int64)
     for micro in batch.micro_batches:
-        input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
-        loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk, micro.packing)
-        (loss.nll_sum / batch.num_label_tokens).backward()  # type: ignore[no-untyped-call]
-        nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
+        with shortage_of(micro):
+            input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
+            loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk, micro.packing)
+            (loss.nll_sum / batch.num_label_tokens).backward()  # type: ignore[no-untyped-call]
+            nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
     sums = nll.double().tolist()
     tasks = {
@@ -202,11 +255,12 @@ def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks
 
 def _cannot_compute(error: RuntimeError) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    advice = "Lower train.micro_batch_tokens" if isinstance(error, torch.OutOfMemoryError) else "Mend the cause"
-    return f"cannot be computed: {reason} The update was not applied. {advice}, then go on with --resume."
+    return f"cannot be computed: {reason} The update was not applied. Mend the cause, then go on with --resume."
 
 
-def _not_finite(loss: float, gradient_norm: float) -> str:
+def _not_finite(loss: float, gradient_norm: float) -> str | None:
+    if math.isfinite(loss) and math.isfinite(gradient_norm):
+        return None
     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {gradient_norm}"
     return (
         f"{what} is not finite; the update was not applied. "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qdora.data.batching import IGNORED, Packing
 from qdora.ops.loss import token_nll
 from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
+from qdora.train.random_state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _chunked(
     if form is None:
         return None
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    random = None if known else _random_state(rows.device)
+    random = None if known else random_state()
     with tapped(head, rows, columns, probing=not known) as tap:
         logits = model(**inputs).logits
     if not known and len(targets):
@@ -105,7 +106,7 @@ def _chunked(
         if form is None:
             _warn(model, len(targets), logits)
             assert random is not None
-            _restore_random_state(random, rows.device)  # as if the model had run once: a resumed run draws the same
+            set_random_state(random)  # as if the model had run once: a resumed run draws the same
             return None
     return head_nll(head, tap.hidden, targets, form, chunk)
 
@@ -134,14 +135,3 @@ def _warn(model: nn.Module, num_tokens: int, logits: Tensor) -> None:
         num_tokens * logits.shape[-1] * _PLAIN_BYTES / 2**30,
         num_tokens,
     )
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _restore_random_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qdora.atomic_files import atomic_write_text
 from qdora.config import Recipe
-from qdora.data.loader import Step, StepLoader
+from qdora.data.loader import StepLoader
 from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
-from qdora.errors import UserError
+from qdora.errors import Interrupted, UserError
 from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
@@ -28,18 +26,11 @@ from qdora.model.inject import adapter_parameters
 from qdora.recipe_file import missing_files, resolved_yaml
 from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
-from qdora.train.checkpoint import (
-    PARAMETERS_FILE,
-    copy_parameters,
-    random_state,
-    read_state,
-    write_parameters,
-    write_state,
-)
+from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_loss_per_task
 from qdora.train.interrupt import stop_on_signal
-from qdora.train.loop import FitSettings, Hooks, Metrics, fit
+from qdora.train.loop import FitSettings, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
@@ -54,12 +45,12 @@ from qdora.verbs.assemble import (
     put_adapters,
     read_data,
     tokenized_mix,
-    write_adapter,
 )
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
+from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
-from qdora.verbs.trackers import flat_numbers, is_installed
+from qdora.verbs.trackers import is_installed
 
 logger = logging.getLogger("qdora")
 
@@ -114,7 +105,12 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
         job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps, processes)
         start = job.restore(checkpoint.path) if checkpoint is not None else 0
         processes.first(lambda: run.truncate_metrics(start))
-        return job.go(start)
+        try:
+            return job.go(start)
+        except KeyboardInterrupt:
+            newest = run.newest_checkpoint()
+            step, path = (0, None) if newest is None else (newest.step, newest.path)
+            raise Interrupted(step, path, saved=False) from None
 
 
 def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
@@ -147,7 +143,6 @@ class _Job:
         self.loader, self.console, self.num_steps = loader, console, num_steps
         self.processes = processes
         self.validation = {name: validation[name] for name in recipe.eval.tasks or validation}
-        self.trackers: Accelerator | None = None
         self.evaluations: dict[str, EvaluationResult] = {}
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
@@ -164,6 +159,7 @@ class _Job:
             )
             processes.share_first_(list(self.optimizer.parameters.values()))
             logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
+        self.writer = RunWriter(recipe, run, model, self.optimizer, loader, processes)
 
     def restore(self, checkpoint: Path) -> int:
         """Take back a checkpoint whose adapter is already in the model; returns its step."""
@@ -171,13 +167,14 @@ class _Job:
         if self.recipe.adapter.kind == "full":
             stored = load_file(checkpoint / PARAMETERS_FILE)
             copy_parameters(stored, self.optimizer.parameters, checkpoint)
-        step = read_state(
+        step, policies = read_state(
             checkpoint,
             optimizer=self.optimizer,
             load_loader=self.loader.load_state_dict,
             processes=self.processes,
             seed=self.recipe.train.seed,
         )
+        self.writer.take_policies(policies)
         logger.info("Going on from %s.", checkpoint)
         first = self.run.evaluation_file(0)
         if first.is_file():
@@ -196,7 +193,7 @@ class _Job:
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
                 logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)
         if self.optimizer is not None:
-            self.processes.first(self._save_final)
+            self.writer.save_final()
         if settings.at_end and self.validation and self.num_steps > 0:
             self._evaluate(self.num_steps, "adapter")
         return self.processes.first(self._conclude) or {}
@@ -211,7 +208,6 @@ class _Job:
 
     def _fit(self, optimizer: AdapterOptimizer, start: int) -> None:
         train, chunk = self.recipe.train, self.recipe.memory.loss_chunk
-        self._start_trackers()
         settings = FitSettings(
             num_steps=self.num_steps,
             lr=train.lr,
@@ -225,15 +221,15 @@ class _Job:
             loss_chunk=None if chunk == "auto" else chunk,
         )
         hooks = Hooks(
-            write_metrics=self._write_metrics,
-            save=self._save_checkpoint,
+            write_metrics=self.writer.write_metrics,
+            save=self.writer.save_checkpoint,
             evaluate=self._evaluate if self.validation else None,
-            keep_batch=self._keep_batch,
+            keep_batch=self.writer.keep_batch,
         )
         with (
             stop_on_signal(self.processes) as stop,
             TrainingProgress(self.num_steps, start=start, console=self.console) as progress,
-            self._trackers_ended(),
+            self.writer.trackers(),
         ):
             fit(
                 self.model,
@@ -247,70 +243,6 @@ class _Job:
                 start_step=start,
                 processes=self.processes,
             )
-
-    def _start_trackers(self) -> None:
-        if self.recipe.trackers and self.processes.is_first:
-            # Only its trackers are used; nothing of its environment may reach the arithmetic.
-            self.trackers = Accelerator(
-                cpu=self.model.device.type == "cpu",
-                mixed_precision="no",
-                log_with=list(self.recipe.trackers),
-                project_dir=str(self.run.path),
-            )
-            self.trackers.init_trackers("qdora")
-
-    @contextmanager
-    def _trackers_ended(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            if self.trackers is not None:
-                for tracker in self.trackers.trackers:  # end_training would take the process group away
-                    tracker.finish()
-
-    def _write_metrics(self, metrics: Metrics) -> None:
-        self.processes.first(lambda: self._append_metrics(metrics))
-
-    def _append_metrics(self, metrics: Metrics) -> None:
-        self.run.append_metrics(metrics)
-        if self.trackers is not None:
-            self.trackers.log(flat_numbers(metrics), step=metrics["step"])
-
-    def _save_checkpoint(self, step: int) -> Path:
-        assert self.optimizer is not None
-        self.processes.require_equal(self.optimizer.parameters)
-        random = self.processes.gather(random_state())
-        self.processes.first(lambda: self._write_checkpoint(step, random))
-        return self.run.checkpoint_path(step)
-
-    def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
-        assert self.optimizer is not None
-        loader_state = self.loader.state_dict()
-        with self.run.checkpoint_directory(step) as directory:
-            self._write_trained(directory, directory / "adapter")
-            write_state(directory, step=step, optimizer=self.optimizer, loader_state=loader_state, random=random)
-        self.run.prune_checkpoints(self.recipe.train.keep_checkpoints)
-
-    def _save_final(self) -> None:
-        with self.run.adapter_directory() as directory:
-            self._write_trained(directory, directory)
-
-    def _write_trained(self, directory: Path, adapter: Path) -> None:
-        if self.recipe.adapter.kind == "full":
-            assert self.optimizer is not None
-            write_parameters(directory / PARAMETERS_FILE, self.optimizer.parameters)
-            return
-        write_adapter(self.model, self.recipe, adapter)
-
-    def _keep_batch(self, batch: Step) -> Path:
-        examples = [
-            {"id": name, "input_ids": ids.tolist(), "labels": labels.tolist()}
-            for micro in batch.micro_batches
-            for name, ids, labels in micro.examples()
-        ]
-        every = [example for share in self.processes.gather(examples) for example in share]
-        self.processes.first(lambda: self.run.write_json("failed-batch.json", {"examples": every}))
-        return self.run.inside("failed-batch.json")
 
     def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
         return self.processes.first(lambda: self._evaluate_alone(step, label)) or {}

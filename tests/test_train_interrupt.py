@@ -1,0 +1,178 @@
+"""Signals and full disks in whole runs: what is finished stays, what is half written goes, a resume is exact."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdora.cli import explain
+from qdora.errors import Interrupted, RunFailure
+from qdora.record import RunDirectory
+from qdora.train import interrupt, loop
+from qdora.verbs import run_writer
+from qdora.verbs.train import train_run
+from tests import tiny_run
+from tests.run_files import assert_same_run, timeless
+
+STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Path:
+    """A run that nothing disturbed."""
+    train_run(tiny_run.recipe(root), root / "whole")
+    return root / "whole"
+
+
+def in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Do something in the middle of a step: its batch is computed, its update is not made."""
+    real, calls = loop.batch_loss, {"n": 0}
+
+    def acting(*args: Any) -> Any:
+        result = real(*args)
+        calls["n"] += 1  # the tiny run has one micro-batch a step
+        if calls["n"] == step:
+            action()
+        return result
+
+    monkeypatch.setattr(loop, "batch_loss", acting)
+
+
+def send(*numbers: int) -> Callable[[], None]:
+    return lambda: [os.kill(os.getpid(), number) for number in numbers] and None
+
+
+def in_save(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Do something in the middle of writing the checkpoint of `step`: the adapter is there, the rest is not."""
+    real = run_writer.write_state
+
+    def acting(directory: Path, **state: Any) -> None:
+        if state["step"] == step:
+            action()
+        real(directory, **state)
+
+    monkeypatch.setattr(run_writer, "write_state", acting)
+
+
+@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+def test_a_signal_finishes_the_step_saves_and_gives_130(
+    root: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    before = [signal.getsignal(each) for each in STOPPING]
+    in_step(monkeypatch, 3, send(number, signal.SIGTERM))  # a launcher passes it on at once: still one request
+    with pytest.raises(Interrupted, match=r"stopped after step 3; saved to .*step-3") as raised:
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+    assert explain(raised.value)[1] == 130
+    assert "A second signal stops at once" in capfd.readouterr().err
+    assert [signal.getsignal(each) for each in STOPPING] == before
+    assert [line["step"] for line in timeless(tmp_path / "run")] == [1, 2, 3]
+    monkeypatch.undo()
+    train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("saving", [False, True], ids=["in a step", "in a checkpoint"])
+def test_a_second_signal_stops_at_once_and_harms_nothing(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: bool
+) -> None:
+    monkeypatch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
+    if saving:
+        in_step(monkeypatch, 4, send(signal.SIGTERM))
+        in_save(monkeypatch, 4, send(signal.SIGTERM))
+    else:
+        in_step(monkeypatch, 4, send(signal.SIGINT, signal.SIGINT))
+    with pytest.raises(Interrupted, match=r"stopped at once\. Safe on disk: .*step-2 \(step 2\)") as raised:
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+    assert explain(raised.value)[1] == 130
+    assert os.listdir(tmp_path / "run/checkpoints") == ["step-2"]
+    monkeypatch.undo()
+    train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_stopped_at_once_before_the_first_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
+    in_step(monkeypatch, 1, send(signal.SIGINT, signal.SIGINT))
+    with pytest.raises(Interrupted, match="no checkpoint was written yet"):
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_names_the_last_checkpoint_and_loses_nothing(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_save(monkeypatch, 4, full)
+    with pytest.raises(RunFailure, match=r"checkpoint of step 4 could not be written.*Safe on disk: .*step-2"):
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+    assert os.listdir(tmp_path / "run/checkpoints") == ["step-2"]
+    monkeypatch.undo()
+    train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_older_checkpoints_make_room_on_a_full_disk(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for two checkpoints where three are asked for: the run goes on with those that fit."""
+    folder = tmp_path / "run/checkpoints"
+
+    def too_small() -> None:
+        if len([each for each in folder.iterdir() if each.name.startswith("step-")]) == 2:
+            full()
+
+    in_save(monkeypatch, 6, too_small)
+    train_run(tiny_run.recipe(root, train__keep_checkpoints=3), tmp_path / "run")
+    assert sorted(os.listdir(folder)) == ["step-4", "step-6"]
+    assert "The disk is full: 1 older checkpoints were removed" in (tmp_path / "run/log.txt").read_text()
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_full_disk_for_metrics_takes_the_older_checkpoints_and_then_stops(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RunDirectory.append_metrics
+
+    def small(run: RunDirectory, values: Any) -> None:
+        if values["step"] == 5:
+            with run._disk_failures("metrics.jsonl"):
+                full()
+        real(run, values)
+
+    monkeypatch.setattr(RunDirectory, "append_metrics", small)
+    with pytest.raises(
+        RunFailure, match=r"metrics.jsonl could not be written: the disk is full.*Safe on disk: .*step-4"
+    ):
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+    assert os.listdir(tmp_path / "run/checkpoints") == ["step-4"]
+
+
+def test_resume_says_which_checkpoint_it_skips(root: Path, whole: Path, tmp_path: Path) -> None:
+    train_run(tiny_run.recipe(root), tmp_path / "run")
+    file = tmp_path / "run/checkpoints/step-6/optimizer.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "Skipped a damaged checkpoint, step-6: optimizer.safetensors has " in log
+    assert "Going on from" in log
+    assert_same_run(tmp_path / "run", whole)
