@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 # Tokens of the probed example, of those before it in two rows, and of one behind it. Rows whose borders differ: a model
 # that reads the positions of the first row only is found, too.
 _PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
-# How far two ways to compute the same may be apart, in units of the rounding that was measured (SmolLM2-135M in bf16: 3
-# of them): by the root mean square, which varies less than the largest of many differences. The same shapes with
+# How far two ways to compute the same may be apart, in units of the rounding that was measured (SmolLM2-135M in bf16:
+# 1.5): by the root mean square, which varies less than the largest of many differences. The same shapes with
 # other neighbours give the same bits, but perhaps for mixtures of experts; they get one unit.
 _SPREAD = 8.0
 
