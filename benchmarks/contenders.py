@@ -15,6 +15,7 @@ import peft
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoModelForCausalLM
 
 from qdora.model.inject import frozen_layers, inject, replace_module
@@ -212,27 +213,51 @@ def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
 
 
 def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = None, *, copy: bool = True) -> Any:
-    """bitsandbytes' layer on a copy of the packed bytes, or on the bytes themselves, computing in `dtype`."""
+    """bitsandbytes' layer on a copy of the packed bytes, or on the bytes themselves, computing in `dtype`.
+
+    On fake tensors, too: bytes of a step that is not run.
+    """
     rows, columns = packed.shape
-    new = bnb.nn.Linear4bit(
-        columns, rows, bias=bias is not None, compute_dtype=dtype, quant_type=packed.kind, device="meta"
-    )
+    with unset_fake_temporarily():
+        new = bnb.nn.Linear4bit(
+            columns, rows, bias=bias is not None, compute_dtype=dtype, quant_type=packed.kind, device="meta"
+        )
     state = quant_state(packed, dtype)
-    new.weight = bnb.nn.Params4bit(
-        (packed.packed.clone() if copy else packed.packed).view(-1, 1),
-        requires_grad=False,
-        quant_state=state,
-        blocksize=packed.block_size,
-        compress_statistics=packed.nested is not None,
-        quant_type=packed.kind,
-        bnb_quantized=True,
-        module=new,
-    )
+    codes = (packed.packed.clone() if copy else packed.packed).view(-1, 1)
+    if isinstance(codes, FakeTensor):
+        new._parameters["weight"] = _fake_params4bit(codes, state)
+    else:
+        new.weight = bnb.nn.Params4bit(
+            codes,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=packed.block_size,
+            compress_statistics=packed.nested is not None,
+            quant_type=packed.kind,
+            bnb_quantized=True,
+            module=new,
+        )
     new.quant_state = state
     new.support_avx512bf16_for_cpu = False
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return new
+
+
+class Params4bit(FakeTensor):
+    """Under the name by which PEFT knows bitsandbytes' parameter, whose own class refuses fake data."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """PEFT copies a layer before it reads its norm. The scales stay: copied fakes would belong to another mode."""
+        memo[id(self.quant_state)] = self.quant_state
+        return _fake_params4bit(self.detach().clone(), self.quant_state)
+
+
+def _fake_params4bit(codes: Any, state: Any) -> Any:
+    codes.__class__ = Params4bit
+    codes._is_param, codes.quant_state, codes.bnb_quantized = True, state, True
+    codes.quant_type, codes.compress_statistics = state.quant_type, state.state2 is not None
+    return codes
 
 
 def plain(base: Any, dtype: torch.dtype, attention: str = "sdpa") -> Any:

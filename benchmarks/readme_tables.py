@@ -132,6 +132,91 @@ def load_memory() -> str:
     return markdown(list(columns), [row])
 
 
+MIB, GIB = 2**20, 2**30
+CONTENDERS = {
+    "own_lora": "qdora LoRA",
+    "own_dora": "qdora DoRA",
+    "own_lora_dropout": "qdora LoRA, dropout",
+    "own_dora_dropout": "qdora DoRA, dropout",
+    "peft_lora": "PEFT LoRA",
+    "peft_dora": "PEFT DoRA",
+    "peft_dora_addmm": "PEFT DoRA, norm by one addmm",
+    "peft_lora_bf16_adam": "PEFT LoRA, AdamW in bf16",
+    "peft_dora_bf16_adam": "PEFT DoRA, AdamW in bf16",
+    "peft_lora_defaults": "PEFT LoRA, float32, dropout",
+    "peft_dora_defaults": "PEFT DoRA, float32, dropout",
+    "peft_lora_prepared": "PEFT LoRA, float32, dropout, head float32",
+    "peft_dora_prepared": "PEFT DoRA, float32, dropout, head float32",
+}
+
+
+def layer_memory() -> str:
+    """What each layer holds after forward, and its workspace in the first call and in later ones."""
+    document = read("layer_memory")
+    small, large = document["layer"], document["large_layer"]
+    header = ["MiB", "held", "held without its output", "workspace forward", "backward", *_large_header(large)]
+    rows = []
+    for name, found in small["ranks"]["16"].items():
+        first, later = found["first"], found["later"]
+        row = [CONTENDERS[name], *(f"{later[what] / MIB:.1f}" for what in ("held_bytes", "saved_bytes"))]
+        row += [f"{max(call[what] for call in (first, later)) / MIB:.0f}" for what in _TRANSIENTS]
+        for each in large["ranks"].values():
+            calls = [call[what] for call in each.get(name, {}).values() for what in _TRANSIENTS]
+            row.append(f"{max(calls) / MIB:.0f}" if calls else "–")
+        rows.append(row)
+    note = (
+        f"\nAll {document['num_tokens']:,} tokens; the first columns {small['in_features']} → "
+        f"{small['out_features']} at rank 16.\n"
+    )
+    return markdown(header, rows) + note
+
+
+_TRANSIENTS = ("forward_transient_bytes", "backward_transient_bytes")
+
+
+def _large_header(large: dict[str, Any]) -> list[str]:
+    shape = f"{large['in_features']} → {large['out_features']}"
+    return [f"{shape}, r {rank}" for rank in large["ranks"]]
+
+
+def step_memory() -> str:
+    """Peaks of whole steps, with the distance from weights and unavoidable activations."""
+    document = read("step_memory")
+    cases = document["cases"]
+    rows = [["weights and unavoidable activations", *(_gib(case["floor"]["total_bytes"]) for case in cases.values())]]
+    for name in next(iter(cases.values()))["arms"]:
+        arms = [case["arms"][name] for case in cases.values()]
+        rows.append([CONTENDERS[name], *(f"{_gib(a['peak_bytes'])} (+{_gib(a['above_floor_bytes'])})" for a in arms)])
+    return markdown(["GiB at the peak (above the first line)", *cases], rows)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"
+
+
+def chunked_loss() -> str:
+    """Bytes and gradients of the chunked and the plain loss, and the ratio of their times."""
+    document = read("chunked_loss")
+    fake, real, gradients = document["bytes"]["fake"], document["bytes"]["real"], document["gradients"]
+    header = ["loss", *(f"peak, hidden {each['hidden']}" for each in (fake, real)), "gradient off, bf16", "float32"]
+    rows = [
+        [
+            name,
+            *(f"{each['peak_bytes'][name] / MIB:,.0f} MiB" for each in (fake, real)),
+            f"{gradients[f'{name}, bfloat16']:.1e}",
+            f"{gradients[f'{name}, float32']:.1e}" if f"{name}, float32" in gradients else "reference",
+        ]
+        for name in ("plain", "chunked")
+    ]
+    time = document["time"]["chunked / plain"]
+    note = (
+        f"\n{document['num_tokens']:,} tokens, vocabulary {document['vocabulary']:,}, {document['chunk']} tokens a "
+        f"chunk. Time of chunked over plain, hidden {document['time']['hidden']}: {time['median']:.2f} (quartiles "
+        f"{time['lower']:.2f} to {time['upper']:.2f}).\n"
+    )
+    return markdown(header, rows) + note
+
+
 def packing() -> str:
     """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
     document = read("packing")
@@ -230,6 +315,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "load_memory": load_memory,
     "packing": packing,
     "layer_time": layer_time,
+    "layer_memory": layer_memory,
+    "step_memory": step_memory,
+    "chunked_loss": chunked_loss,
     "failed": failed,
 }
 

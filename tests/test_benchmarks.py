@@ -43,6 +43,24 @@ def test_loss_curve(tmp_path: Path) -> None:
     assert passes["accumulation_bfloat16"]
 
 
+def test_layer_memory(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "layer_memory.py")
+    tokens, out, rank = 64, 192, 16
+    later = {name: found["later"] for name, found in result["layer"]["ranks"]["16"].items()}
+    assert len(later) == 9
+    # What a layer of ours holds by the design: its output and x A^T, for DoRA the same output.
+    assert later["own_lora"]["held_bytes"] == later["own_dora"]["held_bytes"] == tokens * (out + rank) * 2
+    assert later["own_lora"]["saved_bytes"] == tokens * rank * 2
+    assert later["own_dora"]["saved_bytes"] == tokens * (out + rank) * 2
+    # Norm, gain and 1 / m are made in the first call and stay.
+    first = result["layer"]["ranks"]["16"]["own_dora"]["first"]
+    assert first["held_bytes"] - later["own_dora"]["held_bytes"] == first["kept_by_layer_bytes"] == 12 * out
+    # In bf16 x's gradient; in float32 those of A, B and m.
+    assert later["own_dora"]["gradient_bytes"] == 2 * tokens * 128 + 4 * (rank * (128 + out) + out)
+    assert later["peft_dora"]["saved_bytes"] > later["own_dora"]["saved_bytes"]
+    assert {*result["large_layer"]["ranks"]} == {"16", "64", "256", "512"}
+
+
 def test_layer_time(tmp_path: Path) -> None:
     result = smoke(tmp_path, "layer_time.py")
     assert [(case["rank"], case["allocator"]) for case in result["cases"]] == [
@@ -71,3 +89,22 @@ def test_packing(tmp_path: Path) -> None:
     assert all(len(each) == 2 and min(each) > 0 for each in result["time"]["seconds"].values())
     shares = result["time"]["padding_share"]
     assert shares["packed"] < shares["grouped"] <= shares["arrival"]
+
+
+def test_kill_resume(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "kill_resume.py")
+    (killed,) = result["kills"]
+    assert killed["killed"]
+    assert result["full_disk"] == {"said": True, "identical": True}
+    assert result["num_identical"] == result["num_cases"] == 3
+    assert result["all_said"]
+
+
+def test_mixing(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "mixing.py")
+    assert len(result["mixes"]) == 5
+    assert all(sum(mix["draws"].values()) == 500 for mix in result["mixes"].values())
+    assert [(each["kind"], each["num_rows"]) for each in result["streams"]] == [
+        (kind, rows) for kind in ("parquet", "jsonl") for rows in (2_000, 20_000)
+    ]
+    assert result["passes"]["resume exact from every point"]

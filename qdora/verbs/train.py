@@ -28,7 +28,7 @@ from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
-from qdora.train.figures import draw_loss_per_task
+from qdora.train.figures import draw_figures
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import FitSettings, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
@@ -187,7 +187,11 @@ class _Job:
         if start == 0 and settings.at_start and self.validation:
             self._evaluate(0, "base")
         if self.optimizer is not None and start < self.num_steps:
-            self._fit(self.optimizer, start)
+            try:
+                self._fit(self.optimizer, start)
+            finally:  # also of a run that is interrupted or fails
+                if self.processes.is_first:
+                    draw_figures(self.run.metrics(), self.run.inside("figures"))
             for part in self.loader.streams:
                 seen = part.position
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
@@ -200,7 +204,6 @@ class _Job:
 
     def _conclude(self) -> dict[str, Any]:
         self._write_card()
-        draw_loss_per_task(self.run.metrics(), self.run.inside("figures", "loss_per_task.svg"))
         if self.evaluations:
             self.console.print(compare_table(self.evaluations))
         self.console.print(f"run: {self.run.path}", highlight=False, soft_wrap=True)
