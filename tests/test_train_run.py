@@ -213,6 +213,12 @@ def test_export_equals_the_running_model_and_evaluates_alike(whole: Path, tmp_pa
     same_tensors(tmp_path / "adapter/adapter_model.safetensors", whole / "adapter/adapter_model.safetensors")
 
 
+def test_no_task_to_evaluate_means_no_evaluation(root: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(root, train__steps=1, eval__tasks=[], eval__limit=...)
+    assert train_run(recipe, tmp_path / "run")["evaluations"] == {}
+    assert not (tmp_path / "run/eval").exists()
+
+
 def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha")}
     recipe = tiny_run.recipe(root, **changes, adapter__resume_from=str(whole / "adapter"), train__steps=1)

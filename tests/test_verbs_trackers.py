@@ -138,6 +138,9 @@ def test_one_that_does_not_start_stops_the_run_and_the_others_are_closed(
     assert len(str(caught.value).splitlines()) == 1
     assert made["one"].finished == 1
     assert made["one"].lines == []
+    (tmp_path / "run/tensorboard").mkdir()  # as one that has started before would leave
+    train_run(recipe(root, "one", eval__tasks=[], eval__limit=...), tmp_path / "run")
+    assert [step for step, _ in made["one"].lines] == [1, 2]
 
 
 def test_the_trackers_of_accelerate_get_project_run_and_directory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -142,7 +143,7 @@ class _Job:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.loader, self.console, self.num_steps = loader, console, num_steps
         self.processes = processes
-        self.validation = {name: validation[name] for name in recipe.eval.tasks or validation}
+        self.validation = {name: validation[name] for name in _evaluated(recipe, validation)}
         self.evaluations: dict[str, EvaluationResult] = {}
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
@@ -299,13 +300,18 @@ def _lr_ratios(recipe: Recipe) -> dict[str, float]:
     return {part: ratio for part, ratio in given.items() if ratio is not None}
 
 
+def _evaluated(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
+    """Names of the sources that are evaluated: those asked for, perhaps none, or all that can be."""
+    return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
+
+
 def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any]) -> None:
     """What can be known to fail before anything is written or loaded."""
     faults = []
     if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
         faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
     if recipe.eval.method == "generate":
-        asked = recipe.eval.tasks or validation
+        asked = _evaluated(recipe, validation)
         faults += generation_faults({name: validation[name] for name in asked if name in validation})
     known = ", ".join(validation) or "none"
     faults += [
