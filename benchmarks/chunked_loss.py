@@ -57,17 +57,23 @@ def main() -> None:
     result = {} if args.smoke or not args.out.is_file() else json.loads(args.out.read_text())
     result |= facts("OMP_NUM_THREADS=2 python benchmarks/chunked_loss.py")
     result |= {"vocabulary": vocabulary, "num_tokens": num_tokens, "chunk": auto_chunk(vocabulary, 2)}
-    if "bytes" in parts:
-        with FakeTensorMode():
-            large = bytes_of_both(inputs(num_tokens, sizes[0], vocabulary))
-        real = bytes_of_both(inputs(num_tokens, sizes[1], vocabulary))
-        result["bytes"] = {"fake": {"hidden": sizes[0], **large}, "real": {"hidden": sizes[1], **real}}
-    if "gradients" in parts:
-        result["gradients"] = {"hidden": sizes[1], **gradients(inputs(num_tokens, sizes[1], vocabulary))}
-    if "time" in parts:
-        given = inputs(num_tokens, sizes[1], vocabulary)
-        result["time"] = {"hidden": sizes[1], **times(given, 2 if args.smoke else args.repeats)}
+    for part in parts:
+        result[part] = part_result(part, num_tokens, sizes, vocabulary, 2 if args.smoke else args.repeats)
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write(args.out, result)
+
+
+def part_result(part: str, num_tokens: int, sizes: tuple[int, int], vocabulary: int, repeats: int) -> dict[str, Any]:
+    """What a part of the result file holds."""
+    given = inputs(num_tokens, sizes[1], vocabulary)
+    if part == "gradients":
+        return {"hidden": sizes[1], **gradients(given)}
+    if part == "time":
+        return {"hidden": sizes[1], **times(given, repeats)}
+    real = bytes_of_both(given)
+    with FakeTensorMode():
+        large = bytes_of_both(inputs(num_tokens, sizes[0], vocabulary))
+    return {"fake": {"hidden": sizes[0], **large}, "real": {"hidden": sizes[1], **real}}
 
 
 def inputs(num_tokens: int, hidden: int, vocabulary: int) -> Inputs:

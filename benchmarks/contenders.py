@@ -212,7 +212,7 @@ def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
     )
 
 
-def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = None, *, clone: bool = True) -> Any:
+def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = None, *, copy: bool = True) -> Any:
     """bitsandbytes' layer on a copy of the packed bytes, or on the bytes themselves, computing in `dtype`.
 
     On fake tensors, too: bytes of a step that is not run.
@@ -223,7 +223,7 @@ def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = N
             columns, rows, bias=bias is not None, compute_dtype=dtype, quant_type=packed.kind, device="meta"
         )
     state = quant_state(packed, dtype)
-    codes = (packed.packed.clone() if clone else packed.packed).view(-1, 1)
+    codes = (packed.packed.clone() if copy else packed.packed).view(-1, 1)
     if isinstance(codes, FakeTensor):
         new._parameters["weight"] = _fake_params4bit(codes, state)
     else:

@@ -115,6 +115,9 @@ def load_memory() -> str:
     return markdown(list(columns), [row])
 
 
+MIB, GIB = 2**20, 2**30
+
+
 def packing() -> str:
     """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
     document = read("packing")
@@ -211,11 +214,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "magnitudes": magnitudes,
     "peft_interop": peft_interop,
     "load_memory": load_memory,
+    "packing": packing,
+    "layer_time": layer_time,
     "layer_memory": layer_memory,
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,
-    "packing": packing,
-    "layer_time": layer_time,
     "failed": failed,
 }
 

@@ -100,7 +100,7 @@ def root(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     # On the handler: a run lowers the level of its logger, so that log.txt has everything.
     logging.getLogger().handlers[0].setLevel(logging.WARNING if quiet else logging.INFO)
-    for noisy in ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec"):
+    for noisy in ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -142,6 +142,12 @@ def evaluate(
     method: Annotated[
         str | None, typer.Option(help="loglikelihood, or generate: also let it answer. The run's if left out.")
     ] = None,
+    harness: Annotated[
+        list[str] | None, typer.Option(help="Task, group or pattern of lm-evaluation-harness; repeatable.")
+    ] = None,
+    harness_include: Annotated[
+        Path | None, typer.Option(help="Folder of further harness tasks in YAML; they may run code.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Score a run, a merged directory or a bare model: accuracy, answer NLL, perplexity."""
@@ -159,6 +165,8 @@ def evaluate(
         like=like,
         quant=quant,
         method=method,
+        harness=harness or [],
+        harness_include=harness_include,
     )
     _emit(result, json_)
 

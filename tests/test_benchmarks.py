@@ -135,3 +135,22 @@ def test_chunked_loss(tmp_path: Path) -> None:
     assert gradients["chunked, float32"] < 1e-5
     assert gradients["chunked, bfloat16"] < 2 * gradients["plain, bfloat16"]
     assert result["time"]["chunked / plain"]["median"] > 0
+
+
+def test_kill_resume(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "kill_resume.py")
+    (killed,) = result["kills"]
+    assert killed["killed"]
+    assert result["full_disk"] == {"said": True, "identical": True}
+    assert result["num_identical"] == result["num_cases"] == 3
+    assert result["all_said"]
+
+
+def test_mixing(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "mixing.py")
+    assert len(result["mixes"]) == 5
+    assert all(sum(mix["draws"].values()) == 500 for mix in result["mixes"].values())
+    assert [(each["kind"], each["num_rows"]) for each in result["streams"]] == [
+        (kind, rows) for kind in ("parquet", "jsonl") for rows in (2_000, 20_000)
+    ]
+    assert result["passes"]["resume exact from every point"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from qdora import record
 from qdora.config import Recipe
 from qdora.data.share import share_of
 from qdora.data.tokenize import TokenizedExample
@@ -29,6 +32,7 @@ from qdora.verbs import run_writer
 from qdora.verbs.train import train_run
 from tests import launched, tiny_run
 
+PACKED = {"train__batch": 9, "data__packing": True}
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
@@ -75,7 +79,7 @@ def assert_close_runs(one: Path, two: Path, names: tuple[str, ...] = (ADAPTER,))
             torch.testing.assert_close(second[key], first[key], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [{"train__batch": 5}, {"train__batch": ..., "train__tokens_per_step": 90}])
+@pytest.mark.parametrize("size", [{"train__batch": 5}, {"train__batch": ..., "train__tokens_per_step": 90}, PACKED])
 def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, size: dict[str, Any]) -> None:
     """Steps of an odd number of examples, so that the two never have the same number of labels."""
     settings = exact(root, **size, eval__tasks=["sums"], eval__limit=2)
@@ -89,8 +93,9 @@ def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, size: dic
     assert json.loads((tmp_path / "two/environment.json").read_text())["num_processes"] == 2
 
 
-def test_a_process_without_an_example_takes_part(root: Path, tmp_path: Path) -> None:
-    settings = exact(root, train__batch=1, train__steps=3)
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_process_without_an_example_takes_part(root: Path, tmp_path: Path, packing: bool) -> None:
+    settings = exact(root, train__batch=1, train__steps=3, data__packing=packing)
     train_run(settings, tmp_path / "one")
     assert launched.run(2, train, settings, tmp_path / "two") == ["", ""]
     assert_close_runs(tmp_path / "one", tmp_path / "two")
@@ -346,3 +351,23 @@ def test_launchers_run_the_command_line(root: Path, tmp_path: Path, launcher: li
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_steps"] == 6
     assert_close_runs(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> None:
+    """The launcher passes the signal on to both processes."""
+    file, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(resolved_yaml(recipe(root, train__steps=5000, train__checkpoint_every=...)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "qdora.cli"]
+    process = subprocess.Popen([*command, "train", str(file), "-d", str(run)], stderr=subprocess.PIPE, text=True)
+    metrics, began = run / "metrics.jsonl", time.monotonic()
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 0):
+        assert time.monotonic() - began < 200
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert errors.count("Go on with --resume") == 1
+    newest = record.open_run(run).newest_checkpoint()
+    assert newest is not None
+    assert newest.step == len(lines(run))

@@ -127,7 +127,7 @@ def _fill(layer: Any, path: str, weights: Weights, engine: str) -> None:
     assert {name.rpartition(".")[2] for name in linear} == set(TARGETS), sorted(linear)
     for name, module in linear.items():
         packed = weights.packed(f"{path}.{name}", (module.out_features, module.in_features))
-        new = FrozenLinear(packed) if engine == "own" else linear4bit(packed, torch.bfloat16, clone=False)
+        new = FrozenLinear(packed) if engine == "own" else linear4bit(packed, torch.bfloat16, copy=False)
         replace_module(layer, name, new)
     for name, parameter in list(layer.named_parameters()):
         if name.endswith("norm.weight"):

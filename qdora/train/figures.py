@@ -1,13 +1,24 @@
-"""Pictures of a run, drawn from its metrics: loss per task over steps."""
+"""Pictures of a run, drawn from its metrics: loss per task, learning rate, gradient norm, memory, tokens/s."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qdora.atomic_files import atomic_write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+logger = logging.getLogger("qdora")
+
+Lines = Sequence[Mapping[str, Any]]
 
 
 def smooth(values: NDArray[np.float64], weights: NDArray[np.float64], half_life: float) -> NDArray[np.float64]:
@@ -30,38 +41,84 @@ def smooth(values: NDArray[np.float64], weights: NDArray[np.float64], half_life:
     return means
 
 
-def draw_loss_per_task(metrics: Iterable[Mapping[str, Any]], path: Path) -> Path | None:
-    """Training loss (nats per answer token) of every task over steps, as SVG.
+def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
+    """Draw every figure over optimizer steps, as SVG; one that cannot be drawn is logged and never raises.
 
     Args:
-        metrics: Lines of metrics.jsonl.
-        path: Where the SVG goes.
+        metrics: Lines of metrics.jsonl; those that are no training steps are left out.
+        directory: Where loss_per_task, learning_rate, gradient_norm, memory and tokens_per_second go; made if needed.
     Returns:
-        The path, or None where no step was trained.
+        The files that were drawn; none where no step was trained.
     """
     steps = [line for line in metrics if "tasks" in line]
-    if not steps:
-        return None
+    drawn = []
+    for name, plot in _PLOTS.items() if steps else ():
+        path = directory / f"{name}.svg"
+        try:
+            _draw(steps, plot, path)
+        except Exception as error:  # the run is worth more than its pictures: fonts, a full disk, a strange metric
+            logger.warning("figures/%s was not drawn: %s: %s", path.name, type(error).__name__, error)
+        else:
+            drawn.append(path)
+    return drawn
+
+
+def _draw(steps: Lines, plot: Callable[[Axes, Lines, NDArray[np.float64]], None], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams["svg.hashsalt"] = "qdora"  # the same run draws the same bytes
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    numbers = np.array([line["step"] for line in steps], dtype=float)
-    names = sorted({name for line in steps for name in line["tasks"]})
-    for name in names:
+    with mpl.rc_context({"svg.hashsalt": "qdora"}):  # the same run draws the same bytes
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        plot(axes, steps, np.array([line["step"] for line in steps], dtype=float))
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, svg.getvalue())
+
+
+def _loss_per_task(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
+    half_life = max(1.0, len(steps) / 20)
+    for name in sorted({name for line in steps for name in line["tasks"]}):
         nll = np.array([line["tasks"].get(name, {}).get("nll_sum", 0.0) for line in steps])
         tokens = np.array([line["tasks"].get(name, {}).get("num_tokens", 0) for line in steps], dtype=float)
-        axes.plot(numbers, smooth(nll, tokens, half_life=max(1.0, len(steps) / 20)), label=name, linewidth=1.4)
+        axes.plot(numbers, smooth(nll, tokens, half_life), label=name, linewidth=1.4)
     overall = np.array([line["loss"] * line["num_label_tokens"] for line in steps])
     tokens = np.array([line["num_label_tokens"] for line in steps], dtype=float)
-    smoothed = smooth(overall, tokens, half_life=max(1.0, len(steps) / 20))
-    axes.plot(numbers, smoothed, label="all", color="black", linewidth=2)
-    axes.set_xlabel("optimizer step")
+    axes.plot(numbers, smooth(overall, tokens, half_life), label="all", color="black", linewidth=2)
     axes.set_ylabel("training loss, nats per answer token")
-    axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    return path
+
+
+def _learning_rate(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
+    axes.plot(numbers, [line["lr"] for line in steps], gid="values")
+    axes.set_ylabel("learning rate")
+
+
+def _gradient_norm(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
+    axes.plot(numbers, [line["gradient_norm"] for line in steps], gid="values")
+    axes.set_ylabel("gradient norm before clipping")
+    axes.set_yscale("symlog", linthresh=1e-3)  # spikes are decades above the rest; zero is possible
+
+
+def _memory(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
+    axes.plot(numbers, [line["time"]["peak_memory_bytes"] / 2**30 for line in steps], gid="values")
+    axes.set_ylabel("peak memory so far, GiB")
+    axes.set_ylim(bottom=0)
+
+
+def _tokens_per_second(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
+    axes.plot(numbers, [line["num_tokens"] / line["time"]["step_seconds"] for line in steps], gid="values")
+    axes.set_ylabel("tokens per second, padding not counted")
+    axes.set_ylim(bottom=0)
+
+
+_PLOTS: dict[str, Callable[[Axes, Lines, NDArray[np.float64]], None]] = {
+    "loss_per_task": _loss_per_task,
+    "learning_rate": _learning_rate,
+    "gradient_norm": _gradient_norm,
+    "memory": _memory,
+    "tokens_per_second": _tokens_per_second,
+}

@@ -16,6 +16,7 @@ from qdora.data_config import COMMONSENSE_TASKS, TASKS
 from qdora.errors import UserError, nearest
 from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
+from qdora.evaluation.harness import HarnessTasks, evaluate_harness, find_harness_tasks, harness_table
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.load import load_model
@@ -53,6 +54,8 @@ def evaluate_target(
     like: Path | None = None,
     quant: str | None = None,
     method: str | None = None,
+    harness: Sequence[str] = (),
+    harness_include: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run (its adapter on its base), a model directory, a Hub id or builtin.
@@ -60,7 +63,7 @@ def evaluate_target(
     Args:
         target: What to evaluate.
         tasks: Names from the run's mix, or built-in tasks; None takes the run's mix.
-        limit: Most examples of a task; None takes the run's eval.limit, or all.
+        limit: Most examples of a task; None takes the run's eval.limit, or all (of the harness's tasks: all).
         split: validation, test or train.
         data: Folder of <task>/<split> files for the eight commonsense tasks; None takes the Hub.
         texts: Text files whose perplexity is measured.
@@ -68,9 +71,12 @@ def evaluate_target(
         quant: Of a model that is no run: hold its linear layers in nf4, fp4 or int8; None keeps them dense.
         like: A run whose data and limit are used; its own results stand beside in the table.
         method: loglikelihood, or generate: beside it the model answers in its own words; None takes the run's.
+        harness: Tasks of lm-evaluation-harness; with them, as with texts, the run's mix is left out unless asked for.
+        harness_include: Folder of further tasks for it.
         console: Where the table is shown; standard error by default.
     Returns:
-        JSON values: the evaluation, those that stand beside it, the generated answers, and the perplexity.
+        JSON values: the evaluation, those that stand beside it, the generated answers, the perplexity, and what
+        `evaluate_harness` gives.
     """
     console = console or default_console()
     keep_freed_memory()
@@ -81,26 +87,33 @@ def evaluate_target(
         raise UserError(f"--like: {target} is a run and has data of its own, allowed: only for a model that is no run.")
     if step is not None and base_only:
         raise UserError("--step and --base exclude each other: the base has no steps.")
+    if harness_include is not None and not harness:
+        raise UserError("--harness-include: holds tasks for --harness, got none.")
+    found = find_harness_tasks(harness, harness_include) if harness else None
+    others_only = not tasks and (bool(texts) or found is not None)
+    has_run = run_path is not None
+    _check_data_options(target, tasks, limit, split, data, texts, method, has_run=has_run, has_harness=bool(harness))
     method = method or ("loglikelihood" if recipe is None else recipe.eval.method)
-    _check_data_options(target, tasks, limit, split, data, texts, method, has_run=run_path is not None)
-    known = {} if recipe is None or not (tasks or not texts) else run_examples(recipe, split)
+    known = {} if recipe is None or others_only else run_examples(recipe, split)
     by_name = method == "generate"
-    chosen = _chosen(known, tasks, split, data, by_name) if tasks or not texts else {}
+    chosen = {} if others_only else _chosen(known, tasks, split, data, by_name)
     faults = generation_faults(chosen) if by_name else ()
     if faults:
         raise UserError(*faults)
-    limit = limit if limit is not None or recipe is None else recipe.eval.limit
+    own_limit = limit if limit is not None or recipe is None else recipe.eval.limit
     loaded = _load(target, is_run=is_run, step=step, base_only=base_only, quant=quant)
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
     if chosen:
         beside = stored_results(open_run(like)) if like is not None and split == "validation" else {}
-        document |= _scored(loaded, chosen, beside, limit, split, console)
+        document |= _scored(loaded, chosen, beside, own_limit, split, console)
     if chosen and by_name:
-        document["generation"] = _generated(loaded, chosen, limit, split, console)
+        document["generation"] = _generated(loaded, chosen, own_limit, split, console)
     if texts:
         scored = text_perplexity(loaded.model, loaded.tokenizer, read_texts(texts))
         document["perplexity"] = asdict(scored)
         console.print(f"perplexity {scored.perplexity:.3f} over {scored.num_tokens:,} tokens", highlight=False)
+    if found is not None:
+        document["harness"] = _harness(loaded, found, limit, console)
     return document
 
 
@@ -111,19 +124,21 @@ def _check_data_options(
     split: str,
     data: Path | None,
     texts: Sequence[Path],
-    method: str,
+    method: str | None,
     *,
     has_run: bool,
+    has_harness: bool,
 ) -> None:
     """Options of `evaluate_target` that contradict each other or would do nothing; `has_run`: a run gives the data."""
-    for name, given, allowed in (("--split", split, SPLITS), ("--method", method, METHODS)):
+    for name, given, allowed in (("--split", split, SPLITS), ("--method", method or METHODS[0], METHODS)):
         if given not in allowed:
             raise UserError(f"{name}: {given!r}, allowed: {', '.join(allowed)}.{nearest(given, allowed)}")
-    if texts and not tasks and not has_run:
-        if limit is not None:
+    if (texts or has_harness) and not tasks:
+        if limit is not None and not has_harness:
             raise UserError("--limit: counts examples of tasks, got only --text.")
-        if method == "generate":
-            raise UserError("--method: generate answers the examples of tasks, got only --text.")
+        if method is not None:
+            got, does = "--harness" if has_harness else "--text", "answers" if method == "generate" else "scores"
+            raise UserError(f"--method: {method} {does} the examples of tasks, got only {got}.")
     if data is not None and not data.is_dir():
         raise UserError(f"--data: {data} is no directory, allowed: a folder of <task>/<split> files.")
     if data is not None and not any(task in COMMONSENSE_TASKS for task in tasks or ()):
@@ -133,9 +148,10 @@ def _check_data_options(
     for file in texts:
         if not file.is_file():
             raise UserError(f"--text: {file} is no file.")
-    if not has_run and not tasks and not texts:
+    if not has_run and not tasks and not texts and not has_harness:
         raise UserError(
-            f"eval: {target} is no run (no recipe.yaml there); say what to evaluate: --tasks, --text or --like RUN."
+            f"eval: {target} is no run (no recipe.yaml there); say what to evaluate: --tasks, --text, --harness or "
+            "--like RUN."
         )
 
 
@@ -169,6 +185,15 @@ def _generated(
     if loaded.run is not None:
         loaded.run.write_json(f"eval/{loaded.label}-{split}-generated.json", result.to_dict(per_example=True))
     return result.to_dict()
+
+
+def _harness(loaded: _Target, tasks: HarnessTasks, limit: int | None, console: Console) -> dict[str, Any]:
+    """Tasks of lm-evaluation-harness: shown, and kept in the run."""
+    result = evaluate_harness(loaded.model, loaded.tokenizer, tasks, limit=limit)
+    console.print(harness_table(result))
+    if loaded.run is not None:
+        loaded.run.write_json(f"eval/{loaded.label}-harness.json", result | {"limit": limit})
+    return result
 
 
 def _load(target: str, *, is_run: bool, step: int | None, base_only: bool, quant: str | None) -> _Target:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from qdora.config import Recipe
 from qdora.data.loader import Step, StepLoader
 from qdora.errors import DiskFull
+from qdora.recipe_file import settings
 from qdora.record import RunDirectory
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, write_parameters, write_state
 from qdora.train.distributed import Processes
 from qdora.train.loop import Metrics
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.verbs.assemble import write_adapter
-from qdora.verbs.trackers import flat_numbers
+from qdora.verbs.trackers import tracking
 
 logger = logging.getLogger("qdora")
 
@@ -47,26 +47,16 @@ class RunWriter:
         self.recipe, self.run, self.model = recipe, run, model
         self.optimizer, self.loader, self.processes = optimizer, loader, processes
         self._asked_micro_batch_tokens = loader.micro_batch_tokens
-        self._trackers: Accelerator | None = None
+        self._tell_trackers: Callable[[Metrics], None] | None = None
 
     @contextmanager
     def trackers(self) -> Iterator[None]:
-        """The recipe's trackers, open in the block."""
-        if self.recipe.trackers and self.processes.is_first:
-            # Only its trackers are used; nothing of its environment may reach the arithmetic.
-            self._trackers = Accelerator(
-                cpu=self.model.device.type == "cpu",
-                mixed_precision="no",
-                log_with=list(self.recipe.trackers),
-                project_dir=str(self.run.path),
-            )
-            self._trackers.init_trackers("qdora")
-        try:
+        """The recipe's trackers, open in the block. Raises as `tracking`."""
+        names, on_cpu = self.recipe.trackers, self.model.device.type == "cpu"
+        with ExitStack() as stack:
+            opened = tracking(names, self.run.path, settings(self.recipe), cpu=on_cpu)
+            self._tell_trackers = self.processes.first(lambda: stack.enter_context(opened))
             yield
-        finally:
-            if self._trackers is not None:
-                for tracker in self._trackers.trackers:  # end_training would take the process group away
-                    tracker.finish()
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Add a line to metrics.jsonl and tell the trackers. Raises as `RunDirectory.append_metrics`."""
@@ -111,8 +101,8 @@ class RunWriter:
 
     def _append_metrics(self, metrics: Metrics) -> None:
         self._with_room(lambda: self.run.append_metrics(metrics))
-        if self._trackers is not None:
-            self._trackers.log(flat_numbers(metrics), step=metrics["step"])
+        if self._tell_trackers is not None:
+            self._tell_trackers(metrics)
 
     def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
         self._with_room(lambda: self._fill_checkpoint(step, random))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
-from qdora.train.figures import draw_loss_per_task
+from qdora.train.figures import draw_figures
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import FitSettings, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
@@ -142,7 +143,7 @@ class _Job:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.loader, self.console, self.num_steps = loader, console, num_steps
         self.processes = processes
-        self.validation = {name: validation[name] for name in recipe.eval.tasks or validation}
+        self.validation = {name: validation[name] for name in _evaluated(recipe, validation)}
         self.evaluations: dict[str, EvaluationResult] = {}
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
@@ -187,7 +188,11 @@ class _Job:
         if start == 0 and settings.at_start and self.validation:
             self._evaluate(0, "base")
         if self.optimizer is not None and start < self.num_steps:
-            self._fit(self.optimizer, start)
+            try:
+                self._fit(self.optimizer, start)
+            finally:  # also of a run that is interrupted or fails
+                if self.processes.is_first:
+                    draw_figures(self.run.metrics(), self.run.inside("figures"))
             for part in self.loader.streams:
                 seen = part.position
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
@@ -200,7 +205,6 @@ class _Job:
 
     def _conclude(self) -> dict[str, Any]:
         self._write_card()
-        draw_loss_per_task(self.run.metrics(), self.run.inside("figures", "loss_per_task.svg"))
         if self.evaluations:
             self.console.print(compare_table(self.evaluations))
         self.console.print(f"run: {self.run.path}", highlight=False, soft_wrap=True)
@@ -296,13 +300,18 @@ def _lr_ratios(recipe: Recipe) -> dict[str, float]:
     return {part: ratio for part, ratio in given.items() if ratio is not None}
 
 
+def _evaluated(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
+    """Names of the sources that are evaluated: those asked for, perhaps none, or all that can be."""
+    return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
+
+
 def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any]) -> None:
     """What can be known to fail before anything is written or loaded."""
     faults = []
     if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
         faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
     if recipe.eval.method == "generate":
-        asked = recipe.eval.tasks or validation
+        asked = _evaluated(recipe, validation)
         faults += generation_faults({name: validation[name] for name in asked if name in validation})
     known = ", ".join(validation) or "none"
     faults += [

@@ -1,0 +1,86 @@
+"""Figures of a run: what they show, read back from the SVG, and that none of them can end a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qdora.train.figures import draw_figures
+
+GRADIENT_NORMS = [0.5, 3.0, 1.0, 40.0]
+RATES = [1e-4, 3e-4, 2e-4, 0.0]
+SECONDS = [2.0, 0.5, 1.0, 4.0]
+GIBS = [1, 2, 5, 6]
+
+
+def lines() -> list[dict[str, Any]]:
+    """Four steps of 100 tokens and an evaluation between them."""
+    found: list[dict[str, Any]] = [
+        {
+            "step": index + 1,
+            "lr": RATES[index],
+            "gradient_norm": GRADIENT_NORMS[index],
+            "loss": 2.0 - index / 4,
+            "num_tokens": 100,
+            "num_label_tokens": 10,
+            "tasks": {"sums": {"nll_sum": 12.0 - index, "num_tokens": 10}},
+            "time": {"step_seconds": SECONDS[index], "peak_memory_bytes": GIBS[index] * 2**30},
+        }
+        for index in range(4)
+    ]
+    return [*found[:2], {"step": 2, "eval": {"sums": {"accuracy": 1.0}}}, *found[2:]]
+
+
+def points(svg: Path) -> NDArray[np.float64]:
+    """(points, 2) of the line of a figure, in the coordinates of the picture, where y goes down."""
+    path = re.search(r'<g id="values">\s*<path d="([^"]*)"', svg.read_text())
+    assert path is not None
+    return np.array(re.findall(r"[ML] (\S+) (\S+)", path[1]), dtype=float)
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("learning_rate", RATES),
+        ("memory", GIBS),
+        ("tokens_per_second", [50.0, 200.0, 100.0, 25.0]),
+        ("gradient_norm", list(np.log(GRADIENT_NORMS))),
+    ],
+)
+def test_a_line_goes_through_the_values_of_the_steps(name: str, values: list[float], tmp_path: Path) -> None:
+    draw_figures(lines(), tmp_path)
+    drawn = points(tmp_path / f"{name}.svg")
+    assert drawn.shape == (4, 2)
+    for found, expected in ((drawn[:, 0], [1.0, 2.0, 3.0, 4.0]), (-drawn[:, 1], values)):
+        scale, _ = np.polyfit(expected, found, 1)
+        assert scale > 0
+        assert np.corrcoef(found, expected)[0, 1] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_the_same_run_draws_the_same_bytes_and_no_step_draws_nothing(tmp_path: Path) -> None:
+    first, second = draw_figures(lines(), tmp_path / "a"), draw_figures(lines(), tmp_path / "b")
+    assert len(first) == 5
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert draw_figures([{"step": 0, "eval": {}}], tmp_path / "c") == []
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_figure_that_cannot_be_drawn_is_said_and_the_others_are_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strange = lines()
+    del strange[1]["time"]
+    assert [path.stem for path in draw_figures(strange, tmp_path)] == [
+        "loss_per_task",
+        "learning_rate",
+        "gradient_norm",
+    ]
+    assert "figures/memory.svg was not drawn: KeyError: 'time'" in caplog.text
+    (tmp_path / "file").write_text("")
+    assert draw_figures(lines(), tmp_path / "file") == []
+    assert (tmp_path / "file").read_text() == ""

@@ -1,0 +1,203 @@
+"""Trackers are told every number of a run, once, and cannot end it; tensorboard truly writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.tracking import GeneralTracker
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qdora.errors import UserError
+from qdora.verbs import trackers as module
+from qdora.verbs import train as train_verb
+from qdora.verbs.trackers import flat_numbers, flat_settings, is_installed, tracking
+from qdora.verbs.train import train_run
+from tests import launched, tiny_run
+
+TOKEN = "hf_" + "a1B2" * 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trackers")
+
+
+def recipe(root: Path, *names: str, **changes: Any) -> Any:
+    return tiny_run.recipe(root, train__steps=2, **changes).model_copy(update={"trackers": names})
+
+
+class Told(GeneralTracker):
+    """A tracker that remembers, and fails where it is asked to."""
+
+    name, requires_logging_directory, tracker = "told", False, None
+
+    def __init__(self, fail: str = "") -> None:
+        super().__init__()
+        self.fail, self.lines, self.settings, self.finished = fail, [], {}, 0
+
+    def _maybe_fail(self, where: str) -> None:
+        if self.fail == where:
+            raise KeyError(f"no {where} with {TOKEN}\nsecond line")
+
+    def start(self) -> None:
+        self._maybe_fail("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.settings = values
+
+    def log(self, values: dict[str, Any], step: int | None, **_rest: Any) -> None:
+        self._maybe_fail("log")
+        self.lines.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+        self._maybe_fail("finish")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Told]:
+    found = {"one": Told(), "bad": Told("log"), "broken": Told("start"), "last": Told("finish")}
+    monkeypatch.setattr(module, "_MAKE", {name: lambda run, name=name: found[name] for name in found})
+    monkeypatch.setattr(train_verb, "is_installed", lambda name: True)
+    return found
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_that_is_not_installed_is_refused_with_the_command(root: Path, tmp_path: Path) -> None:
+    missing = next(name for name in ("trackio", "mlflow", "wandb") if not is_installed(name))
+    with pytest.raises(UserError, match=rf"trackers: {missing} is not installed.*pip install 'qdora\[{missing}\]'"):
+        train_run(recipe(root, missing), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_has_every_number(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train_run(recipe(root, "tensorboard", eval__every=1), tmp_path / "run")
+    assert_board(tmp_path / "run")
+    (settings,) = (tmp_path / "run/tensorboard").rglob("hparams.yml")
+    assert "train.lr: 0.001\n" in settings.read_text()
+
+
+def assert_board(run: Path) -> None:
+    """The event file has the numbers of metrics.jsonl, each at its step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (run / "tensorboard").glob("events.out.tfevents.*")
+    board = EventAccumulator(str(events))
+    board.Reload()
+    expected: dict[str, dict[int, float]] = {}
+    for line in lines_of(run):
+        for name, value in flat_numbers(line).items():
+            expected.setdefault(name, {})[line["step"]] = value
+    del expected["step"]
+    assert {"loss", "lr", "gradient_norm", "time/step_seconds"} <= expected.keys()
+    assert set(board.Tags()["scalars"]) == expected.keys()
+    for name, values in expected.items():
+        assert {event.step: event.value for event in board.Scalars(name)} == pytest.approx(values, rel=1e-6), name
+
+
+def train_with_tensorboard(rank: int, settings: Any, directory: Path) -> None:
+    train_run(settings, directory)
+
+
+def test_of_two_processes_the_first_tells_the_tracker(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    settings = recipe(root, "tensorboard", eval__tasks=[], eval__limit=...)
+    assert launched.run(2, train_with_tensorboard, settings, tmp_path / "run") == ["", ""]
+    assert_board(tmp_path / "run")
+
+
+def test_a_tracker_that_fails_is_told_no_more_and_the_others_go_on(
+    root: Path, tmp_path: Path, made: dict[str, Told]
+) -> None:
+    train_run(recipe(root, "bad", "one", "last", eval__tasks=[], eval__limit=...), tmp_path / "run")
+    assert [step for step, _ in made["one"].lines] == [1, 2]
+    assert made["one"].lines == made["last"].lines
+    assert made["one"].lines[0][1]["loss"] == lines_of(tmp_path / "run")[0]["loss"]
+    assert (made["bad"].finished, made["one"].finished, made["last"].finished) == (0, 1, 1)
+    log = (tmp_path / "run/log.txt").read_text()
+    assert log.count("trackers: bad failed and is told no more: KeyError: 'no log with hf_***") == 1
+    assert log.count("trackers: last failed") == 1
+    assert TOKEN not in log
+
+
+def test_one_that_does_not_start_stops_the_run_and_the_others_are_closed(
+    root: Path, tmp_path: Path, made: dict[str, Told]
+) -> None:
+    with pytest.raises(UserError, match=r"broken did not start: KeyError: 'no start with hf_\*\*\*") as caught:
+        train_run(recipe(root, "one", "broken", eval__tasks=[], eval__limit=...), tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    assert made["one"].finished == 1
+    assert made["one"].lines == []
+    (tmp_path / "run/tensorboard").mkdir()  # as one that has started before would leave
+    train_run(recipe(root, "one", eval__tasks=[], eval__limit=...), tmp_path / "run")
+    assert [step for step, _ in made["one"].lines] == [1, 2]
+
+
+def test_the_trackers_of_accelerate_get_project_run_and_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that are not installed here: what they are started with."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def stand_in(name: str) -> types.SimpleNamespace:
+        config = types.SimpleNamespace(update=lambda *_args, **_options: None)
+        logged = types.SimpleNamespace(log=lambda *_args, **_options: None, finish=lambda: None)
+        init = lambda **options: (calls.append((name, options)), logged)[1]  # noqa: E731
+        return types.SimpleNamespace(init=init, config=config)
+
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, stand_in(name))
+    with tracking(["wandb", "trackio"], tmp_path / "mine", {}, cpu=True) as tell:
+        tell({"step": 1, "loss": 2.0})
+    assert calls == [
+        ("wandb", {"project": "qdora", "name": "mine", "dir": str(tmp_path / "mine")}),
+        ("trackio", {"project": "qdora", "name": "mine"}),
+    ]
+
+
+NUMBERS = st.floats(allow_nan=False) | st.integers(-(2**40), 2**40)
+NESTED = st.recursive(
+    NUMBERS | st.booleans() | st.text() | st.none() | st.lists(NUMBERS),
+    lambda inner: st.dictionaries(st.text("abc", min_size=1), inner, max_size=4),
+)
+
+
+@given(values=st.dictionaries(st.text("abc", min_size=1), NESTED, max_size=5))
+def test_every_number_and_nothing_else_is_flattened(values: dict[str, Any]) -> None:
+    def leaves(node: Any) -> list[Any]:
+        return [leaf for child in node.values() for leaf in leaves(child)] if isinstance(node, dict) else [node]
+
+    numbers = [leaf for leaf in leaves(values) if isinstance(leaf, int | float) and not isinstance(leaf, bool)]
+    flat = flat_numbers(values)
+    assert sorted(flat.values()) == sorted(map(float, numbers))
+    for path, value in flat.items():
+        node: Any = values
+        for key in path.split("/"):
+            node = node[key]
+        assert node == value
+
+
+def test_settings_are_flat_and_hold_no_token() -> None:
+    values = {
+        "model": {"source": f"https://x/?t={TOKEN}", "revision": None},
+        "train": {"lr": 1e-3, "betas": [0.9, 0.99], "steps": 4, "log": True},
+        "data": {"mix": [{"task": TOKEN}]},
+    }
+    assert flat_settings(values) == {
+        "model.source": "https://x/?t=hf_***",
+        "train.lr": 1e-3,
+        "train.betas": "[0.9, 0.99]",
+        "train.steps": 4,
+        "train.log": True,
+        "data.mix": '[{"task": "hf_***"}]',
+    }
