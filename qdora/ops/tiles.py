@@ -27,7 +27,7 @@ _CPU_TILE_BYTES = 16 << 20
 _GPU_TILE_BYTES = 64 << 20
 
 # A weight that is cut on a CPU is cut into tiles of about this size: what was just dequantised is then still in the
-# cache when it is multiplied with. A 4096 x 4096 layer takes 3 to 5 % longer with tiles of 16 MiB.
+# cache when it is multiplied with. Tiles of 16 MiB take longer (benchmarks/results/tried.json).
 _CPU_CUT_BYTES = 8 << 20
 
 # Rows (or columns) of a tile on a CPU. oneDNN's bf16 product of 1,024 tokens reaches 2.2 TFLOP/s with 1,024 outputs and

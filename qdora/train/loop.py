@@ -104,7 +104,6 @@ def fit(
     seconds: deque[float] = deque(maxlen=20)
     for step in range(start_step, settings.num_steps):
         began = time.perf_counter()
-        before = loader.state_dict(), random_state()
         lr = learning_rate(
             step,
             settings.num_steps,
@@ -115,7 +114,6 @@ def fit(
         )
         batch, metrics, fault = _gradient_that_fits(model, optimizer, loader, settings, hooks, device, step, processes)
         if fault is not None:
-            _go_back(optimizer, loader, before)
             raise _failed_step(step, fault, batch, hooks)
         gradient_norm = metrics["gradient_norm"]
         if settings.clip is not None and gradient_norm > settings.clip:
@@ -145,7 +143,8 @@ def _gradient_that_fits(
     """Take the next step's examples and sum up their gradient, in smaller micro-batches where memory runs out.
 
     Returns:
-        The examples, the step's numbers, and why its gradient must not be applied (None where it may).
+        The examples, the step's numbers, and why its gradient must not be applied: then all is as if the step had not
+        begun. None where it may.
     """
     before = loader.state_dict(), random_state()
     while True:
@@ -160,7 +159,10 @@ def _gradient_that_fits(
             fault = _cannot_compute(error)
         short = worst(Shortage(**each) if each else None for each in processes.gather(shortage))
         if short is None:
-            return batch, *_summed(metrics, fault, optimizer, processes)
+            metrics, fault = _summed(metrics, fault, optimizer, processes)
+            if fault is not None:
+                _go_back(optimizer, loader, before)
+            return batch, metrics, fault
         _go_back(optimizer, loader, before)
         backoff = back_off(loader, short)
         if backoff is None:
