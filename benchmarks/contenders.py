@@ -86,20 +86,11 @@ class AddmmNormDora(DoraLinearLayer):
         return (gain - 1) * base_result + gain * lora_B(lora_A(x)) * scaling
 
 
-def layer(
-    contender: Contender,
-    out_features: int,
-    in_features: int,
-    rank: int,
-    *,
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-) -> nn.Module:
-    """`layer_on` a random weight, in NF4 with double quantisation. Bases of one seed and shape are the same."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).to(device, torch.bfloat16)
-    dense = contender.engine == "dense"
-    return layer_on(weight if dense else quantize(weight, "nf4", 64, double_quant=True), contender, rank, seed=seed)
+def random_base(in_features: int, out_features: int) -> PackedWeight:
+    """Weights N(0, 0.02^2) in NF4, blocks of 64, scales quantised too; the same for one shape."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
+    return quantize(weight, "nf4", 64, double_quant=True)
 
 
 def layer_on(base: Weight, contender: Contender, rank: int, *, seed: int = 0) -> nn.Module:

@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from byte_tokenizer import byte_tokenizer
 from measure import RESULTS, facts, write
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.atomic_files import is_leftover
 from qdora.recipe_file import recipe_from
@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepare(root)
-        seconds = undisturbed(root)
+        seconds = finished(root, root / "whole")  # what all others are compared with
         shares = [generator.random() for _ in range(num_kills)]
         kills = [killed(root, index, share, seconds) for index, share in enumerate(shares)]
         full = full_disk(root)
@@ -92,15 +92,10 @@ def main() -> None:
 def prepare(root: Path) -> None:
     """Model, tokenizer (a token per byte) and data."""
     torch.manual_seed(0)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<end>", *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+    tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(root / "model")
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -147,26 +142,16 @@ def started(action: Callable[[], None], said: Path) -> int:
         os._exit(status)
 
 
-def finished(root: Path, run: Path) -> None:
-    """Train to the end.
+def finished(root: Path, run: Path) -> float:
+    """Train to the end; the CPU seconds that it took.
 
     Raises:
         RuntimeError: If it fails, with what it said.
     """
     said = root / f"{run.name}.txt"
-    child = started(lambda: train(root, run), said)
-    _, status = os.waitpid(child, 0)
+    _, status, usage = os.wait4(started(lambda: train(root, run), said), 0)
     if status != 0:
         raise RuntimeError(f"{run.name}: status {status}\n{said.read_text()[-4000:]}")
-
-
-def undisturbed(root: Path) -> float:
-    """CPU seconds of the run that all others are compared with."""
-    said = root / "whole.txt"
-    child = started(lambda: train(root, root / "whole"), said)
-    _, status, usage = os.wait4(child, 0)
-    if status != 0:
-        raise RuntimeError(f"status {status}\n{said.read_text()[-4000:]}")
     return usage.ru_utime + usage.ru_stime
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from layer_time import random_base, step
+from contenders import random_base
+from layer_time import step
 from measure import RESULTS, facts, in_turns, ratio, spread, write
 
 from qdora.train.allocator import keep_freed_memory

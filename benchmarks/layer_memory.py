@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, layer_on
+from contenders import CONTENDERS, layer_on, random_base
 from measure import RESULTS, facts, write
 from torch import Tensor, nn
 
 from qdora.memory.tracker import LiveBytes
-from qdora.ops.packed import PackedWeight, quantize
+from qdora.ops.packed import PackedWeight
 
 MIB = 2**20
 NAMES = (
@@ -95,13 +95,6 @@ def shape_result(
         "output_bytes": num_tokens * out_features * 2,
         "ranks": ranks,
     }
-
-
-def random_base(in_features: int, out_features: int) -> PackedWeight:
-    """N(0, 0.02^2) in NF4 with double quantisation."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.empty(out_features, in_features, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
-    return quantize(weight, "nf4", 64, double_quant=True)
 
 
 def bytes_of(name: str, base: PackedWeight, rank: int, num_tokens: int) -> dict[str, dict[str, int]]:

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, layer_on
+from contenders import CONTENDERS, layer_on, random_base
 from measure import RESULTS, commit, facts, fresh, in_turns, ratio, spread, write
 from torch import nn
 
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.ops.packed import PackedWeight, quantize
+from qdora.ops.packed import PackedWeight
 from qdora.train.allocator import keep_freed_memory
 
 NEW_NORM = "_new_norm"
@@ -117,13 +117,6 @@ def keep(out: Path, cases: Sequence[dict[str, Any]]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     result = facts("python benchmarks/layer_time.py") | {"cases": ordered, "bars": bars(ordered)}
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def random_base(in_features: int, out_features: int) -> PackedWeight:
-    """Weights N(0, 0.02^2) in NF4, blocks of 64, scales quantised too."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
-    return quantize(weight, "nf4", 64, double_quant=True)
 
 
 def case(base: PackedWeight, rank: int, num_tokens: int, smoke: bool) -> dict[str, Any]:

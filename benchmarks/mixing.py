@@ -24,9 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from byte_tokenizer import byte_tokenizer
 from measure import RESULTS, facts, fresh, peak_rss_bytes, write
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Source, make_mix
@@ -157,15 +156,6 @@ def stream(source: Path, name: str = "stream", number: int = 0) -> ExampleStream
     """A stream with one token for each byte."""
     settings = StreamSettings(name, number=number)
     return ExampleStream(local_shards(source, "train"), settings, byte_tokenizer())
-
-
-def byte_tokenizer() -> Any:
-    """Byte-level BPE without merges."""
-    letters = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
 
 
 def write_rows(folder: Path, kind: str, num_rows: int, group_rows: int = GROUP_ROWS) -> int:

@@ -115,9 +115,6 @@ def load_memory() -> str:
     return markdown(list(columns), [row])
 
 
-MIB, GIB = 2**20, 2**30
-
-
 def packing() -> str:
     """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
     document = read("packing")

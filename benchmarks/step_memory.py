@@ -20,8 +20,8 @@ is counted, when the optimizer's states exist.
 The floor of a mode: all weights and what `frozen` holds after its forward pass. With checkpointing that is the inputs
 of the blocks; without, what the model's own operations save.
 
-As on a GPU but for: the tiles and loss slices of a CPU (16 MiB in place of 64, 4 in place of 32), an attention kernel
-that saves the same tensors, no context, workspaces or fragmentation. Within one operation nothing is seen:
+As on a GPU but for: the tiles and loss slices of a CPU (8 to 16 MiB in place of 64, 4 in place of 32), an attention
+kernel that saves the same tensors, no context, workspaces or fragmentation. Within one operation nothing is seen:
 bitsandbytes' product with a packed weight dequantises inside its kernel on a CPU. Under the counter autograd sums two
 gradients of one tensor into a third: up to one block input (16 MiB) more, for everyone.
 """

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from contenders import random_base
 from measure import in_turns, ratio
 from torch import nn
 
@@ -128,8 +129,7 @@ def bernoulli_mask() -> dict[str, str]:
 
 def large_tiles() -> dict[str, str]:
     """A layer whose weight is read in two tiles against four."""
-    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    base = quantize(weight, "nf4", 64, double_quant=True)
+    base = random_base(4096, 4096)
     x = torch.randn(256, 4096, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
 
     def step(cut_bytes: int) -> None:
