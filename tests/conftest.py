@@ -1,14 +1,32 @@
-"""What all tests share: one thread, no network."""
+"""What all tests share: one thread, no network, a folder for tiny runs."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 
 # Tiny tensors: a second thread only waits for the first, and on a busy machine it waits long.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a module's runs keep their model and data."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Path:
+    """A run of the tiny recipe that nothing disturbed."""
+    from qdora.verbs.train import train_run  # most tests do not need it
+    from tests import tiny_run
+
+    train_run(tiny_run.recipe(root), root / "whole")
+    return root / "whole"

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: two runs compared file by file, and a run stopped after a given step."""
+"""What tests of whole runs share: two runs compared, one stopped after a given step, one whose gradients go bad."""
 
 from __future__ import annotations
 
@@ -47,3 +47,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         after_step(model, done, settings, hooks, stop)
 
     monkeypatch.setattr(loop, "_after_step", interrupt)
+
+
+def make_gradients_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every micro-batch's gradient is NaN, its reported losses are not; `monkeypatch.undo` takes it back."""
+    real = loop.batch_loss
+
+    def poisoned(*args: Any) -> Any:
+        result = real(*args)
+        return type(result)(result.nll_sum * float("nan"), result.example_nll, result.example_tokens)
+
+    monkeypatch.setattr(loop, "batch_loss", poisoned)

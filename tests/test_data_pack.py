@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=40)
 PAD = 0
 
 
-def examples_of(lengths: list[int], seed: int = 0) -> list[TokenizedExample]:
+def examples_of(lengths: Sequence[int], seed: int = 0) -> list[TokenizedExample]:
     """Random ids (never PAD), labels anywhere but on the first token; tasks a and b in turn."""
     rng = np.random.default_rng(seed)
     found = []

@@ -36,11 +36,6 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tiny")
-
-
 def recipe(root: Path, **changes: Any) -> Any:
     return tiny_run.recipe(root, train__batch=8, eval__tasks=[], eval__limit=..., **changes)
 

@@ -36,11 +36,6 @@ PACKED = {"train__batch": 9, "data__packing": True}
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("launched")
-
-
 def recipe(root: Path, **changes: Any) -> Recipe:
     """No evaluations; with dropout, as tiny_run's."""
     return tiny_run.recipe(root, **({"eval__tasks": [], "eval__limit": ...} | changes))

@@ -16,11 +16,6 @@ from tests import tiny_run
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="module")
 def run(root: Path) -> Path:
     """Evaluated by generation on the source whose choices are single letters."""
     recipe = tiny_run.recipe(root, eval__method="generate", eval__tasks=["letters"], eval__every=4)

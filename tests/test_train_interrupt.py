@@ -23,18 +23,6 @@ from tests.run_files import assert_same_run, timeless
 STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="module")
-def whole(root: Path) -> Path:
-    """A run that nothing disturbed."""
-    train_run(tiny_run.recipe(root), root / "whole")
-    return root / "whole"
-
-
 def in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Do something in the middle of a step: its batch is computed, its update is not made."""
     real, calls = loop.batch_loss, {"n": 0}

@@ -8,24 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qdora.errors import Interrupted, UserError
 from qdora.train import loop, packed_attention
 from qdora.verbs import train as train_verb
 from qdora.verbs.train import train_run
 from tests import tiny_run
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("packed")
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in found]
+from tests.run_files import assert_same_run, make_gradients_nan, stop_after, timeless
 
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -51,7 +40,7 @@ def test_a_packed_run_has_the_losses_of_an_unpacked_one(
     train_run(tiny_run.recipe(root, **plain, data__packing=True), tmp_path / "packed")
     assert {packing.example_index.shape[0] > 1 for packing in seen} == {layout == "rows"}
     assert any((packing.position_ids == 0).sum(dim=1).max() > 1 for packing in seen)
-    for one, other in zip(lines(tmp_path / "plain"), lines(tmp_path / "packed"), strict=True):
+    for one, other in zip(timeless(tmp_path / "plain"), timeless(tmp_path / "packed"), strict=True):
         assert one["num_tokens"] == other["num_tokens"]
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert other["tasks"].keys() == one["tasks"].keys()
@@ -66,36 +55,19 @@ def test_a_packed_run_that_was_stopped_goes_on_bit_for_bit(
 ) -> None:
     recipe = tiny_run.recipe(root, data__packing=True, train__batch=12)  # with dropout
     train_run(recipe, tmp_path / "whole")
-    after_step = loop._after_step
-
-    def interrupt(model: Any, done: int, settings: Any, hooks: Any, stop: Any) -> None:
-        stop.requested = done == 3
-        after_step(model, done, settings, hooks, stop)
-
-    monkeypatch.setattr(loop, "_after_step", interrupt)
+    stop_after(monkeypatch, 3)
     with pytest.raises(Interrupted):
         train_run(recipe, tmp_path / "run")
     monkeypatch.undo()
     torch.manual_seed(999)
     train_run(recipe, tmp_path / "run", resume=True)
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
-    for file in ("adapter_model.safetensors", "../checkpoints/step-6/optimizer.safetensors"):
-        one, other = (load_file(tmp_path / run / "adapter" / file) for run in ("run", "whole"))
-        assert one.keys() == other.keys()
-        assert len(one) > 0
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_batch_that_is_kept_lists_its_examples_one_by_one(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.batch_loss
-
-    def poisoned(*args: Any) -> Any:
-        result = real(*args)
-        return type(result)(result.nll_sum * float("nan"), result.example_nll, result.example_tokens)
-
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    make_gradients_nan(monkeypatch)
     with pytest.raises(RuntimeError, match="is not finite"):
         train_run(tiny_run.recipe(root, data__packing=True, train__batch=12), tmp_path)
     kept = json.loads((tmp_path / "failed-batch.json").read_text())["examples"]
@@ -124,4 +96,4 @@ def test_a_model_that_leaks_is_refused_before_the_first_step(
     monkeypatch.setattr(train_verb, "load_base", leaking)
     with pytest.raises(UserError, match=r"^data\.packing: llama .* does not keep packed examples apart"):
         train_run(tiny_run.recipe(root, data__packing=True), tmp_path)
-    assert not (tmp_path / "metrics.jsonl").exists() or not lines(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists() or not timeless(tmp_path)

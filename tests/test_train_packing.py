@@ -36,6 +36,7 @@ from qdora.train import loop, packed_attention
 from qdora.train.micro_batch import batch_loss
 from qdora.train.packed_attention import packed_layout
 from tests import reference, tiny
+from tests.test_data_pack import examples_of
 
 LENGTHS = (17, 12, 9, 9, 8, 5, 3, 1, 6, 2)
 SIZES: dict[str, Any] = {
@@ -77,17 +78,6 @@ def eager() -> nn.Module:
 MODELS = {"llama": tiny.llama, "eager": eager, "gemma2": gemma2, "mistral": mistral, "gpt2": gpt2}
 
 
-def examples_of(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[TokenizedExample]:
-    rng = np.random.default_rng(seed)
-    found = []
-    for number, length in enumerate(lengths):
-        mask = rng.random(length) < 0.7
-        mask[0] = False
-        ids = rng.integers(1, 97, length).astype(np.int32)
-        found.append(TokenizedExample("ab"[number % 2], str(number), ids, mask))
-    return found
-
-
 def nll_alone(model: nn.Module, example: TokenizedExample) -> float:
     """Of the example as a batch of one, from the model's own logits."""
     ids = torch.from_numpy(example.input_ids).long()[None]
@@ -104,7 +94,7 @@ def loss_of(model: nn.Module, micro: MicroBatch) -> Any:
 @pytest.mark.parametrize("layout", ["rows", "single"])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_packed_losses_are_those_of_each_example_alone(make: Any, layout: Any) -> None:
-    model, examples = make(), examples_of()
+    model, examples = make(), examples_of(LENGTHS)
     batches = micro_batches(examples, Batching(75, 0, layout, 25), ["a", "b"])
     assert max(len(micro.input_ids) for micro in batches) == (3 if layout == "rows" else 1)
     seen = {}
@@ -130,7 +120,7 @@ def test_a_packed_step_has_the_gradient_and_the_task_sums_of_the_unpacked_one(ch
         if checkpointing:
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        examples = examples_of()
+        examples = examples_of(LENGTHS)
         batches = micro_batches(examples, Batching(75, 0, layout, 25), ["a", "b"])  # type: ignore[arg-type]
         labels = sum(int(each.loss_mask.sum()) for each in examples)
         metrics = loop._gradient_of_step(model, Step(batches, labels, sum(LENGTHS), 10, 10), torch.device("cpu"))
@@ -148,7 +138,9 @@ def test_a_packed_step_has_the_gradient_and_the_task_sums_of_the_unpacked_one(ch
 
 
 def test_packed_rows_without_a_label_have_a_zero_sum() -> None:
-    bare = [TokenizedExample("a", each.id, each.input_ids, np.zeros_like(each.loss_mask)) for each in examples_of()]
+    bare = [
+        TokenizedExample("a", each.id, each.input_ids, np.zeros_like(each.loss_mask)) for each in examples_of(LENGTHS)
+    ]
     (micro,) = micro_batches(bare[:3], Batching(75, 0, "rows", 75), ["a"])
     loss = loss_of(tiny.llama(), micro)
     assert float(loss.nll_sum.detach()) == 0

@@ -24,21 +24,9 @@ from qdora.verbs.evaluate import evaluate_target
 from qdora.verbs.export import export_run
 from qdora.verbs.train import train_run
 from tests import tiny_run
-from tests.run_files import assert_same_run, same_tensors, stop_after, timeless
+from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless
 
 FIGURES = {"loss_per_task", "learning_rate", "gradient_norm", "memory", "tokens_per_second"}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="module")
-def whole(root: Path) -> Path:
-    """A run that nothing disturbed."""
-    train_run(tiny_run.recipe(root), root / "whole")
-    return root / "whole"
 
 
 def start_magnitudes(root: Path) -> dict[str, torch.Tensor]:
@@ -252,13 +240,7 @@ def test_the_recipe_says_how_many_tokens_have_logits_at_once(
 def test_after_a_nan_the_learning_rate_may_be_lowered(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.batch_loss
-
-    def poisoned(*args: Any) -> Any:
-        result = real(*args)
-        return type(result)(result.nll_sum * float("nan"), result.example_nll, result.example_tokens)
-
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    make_gradients_nan(monkeypatch)
     with pytest.raises(RunFailure, match=r"step 1: gradient norm nan is not finite"):
         train_run(tiny_run.recipe(root), tmp_path / "run")
     monkeypatch.undo()

@@ -23,11 +23,6 @@ from tests import launched, tiny_run
 TOKEN = "hf_" + "a1B2" * 8
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("trackers")
-
-
 def recipe(root: Path, *names: str, **changes: Any) -> Any:
     return tiny_run.recipe(root, train__steps=2, **changes).model_copy(update={"trackers": names})
 
