@@ -112,6 +112,7 @@ def train(
     set_: Set = None,
     run_dir: RunDir = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start although the plan is over memory.budget.")] = False,
     json_: Json = False,
 ) -> None:
     """Train an adapter: load the base in 4 bits, train on the mix, evaluate, save."""
@@ -121,7 +122,7 @@ def train(
     directory = run_dir or Path("runs") / Path(recipe).stem
     from qdora.verbs.train import train_run
 
-    result = train_run(loaded, directory, resume=resume)
+    result = train_run(loaded, directory, resume=resume, force=force)
     if result:  # empty in all processes of a launch but the first
         _emit(result, json_)
 
@@ -192,15 +193,22 @@ def export(
 def plan(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
     set_: Set = None,
+    budget: Annotated[str | None, typer.Option(help="What there is, such as 40GiB; the recipe's if left out.")] = None,
+    device: Annotated[str, typer.Option(help="Where the run is to be: cuda or cpu. This machine need not have it.")] = (
+        "cuda"
+    ),
+    figure: Annotated[Path | None, typer.Option(help="Draw the plan to this SVG.")] = None,
     json_: Json = False,
 ) -> None:
-    """Show what a run would see of every source, without loading the model."""
+    """Say what a run would need, by component, and see of every source, without loading the model."""
     from qdora.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device: got {device!r}, allowed: cuda, cpu.")
     from qdora.verbs.plan import plan_run
 
-    _emit(plan_run(loaded, recipe), json_)
+    _emit(plan_run(loaded, recipe, budget=budget, device_kind=device, figure=figure), json_)  # type: ignore[arg-type]
 
 
 @app.command()
@@ -249,12 +257,23 @@ def schema() -> None:
 
 @app.command()
 @verb
-def doctor(json_: Json = False) -> None:
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure for a minute what `qdora plan` predicts times with.")
+    ] = False,
+    json_: Json = False,
+) -> None:
     """Say what this machine has and what is missing."""
     from qdora.doctor import report, report_text
 
     found = report()
-    _emit(found, json_, plain=report_text(found))
+    text = report_text(found)
+    if measure:
+        from qdora.verbs.measure_rates import measure_rates, rates_text
+
+        found["rates"] = measure_rates()
+        text += rates_text(found["rates"])
+    _emit(found, json_, plain=text)
 
 
 def _headline(text: str) -> str:

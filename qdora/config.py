@@ -24,6 +24,7 @@ from qdora.section import (
     Positive,
     Section,
     Share,
+    Size,
     Targets,
     Text,
     Whole,
@@ -125,6 +126,10 @@ class AdapterConfig(Section):
 class MemoryConfig(Section):
     """What is traded for memory."""
 
+    budget: Size | None = None
+    """What a run may need, such as 40GiB: planned before anything is loaded, and a run over it does not start. auto:
+    what the device has free, and micro-batches, checkpointing and loss_chunk are changed so that the run fits. null: no
+    plan."""
     checkpointing: Flag = True
     """Recompute each block's activations in the backward pass instead of keeping them: about a third more time."""
     loss_chunk: AutoTokens = "auto"

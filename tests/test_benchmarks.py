@@ -154,3 +154,17 @@ def test_mixing(tmp_path: Path) -> None:
         (kind, rows) for kind in ("parquet", "jsonl") for rows in (2_000, 20_000)
     ]
     assert result["passes"]["resume exact from every point"]
+
+
+def test_plan_accuracy(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "plan_accuracy.py")
+    assert len(result["cases"]) == 2
+    for case in result["cases"].values():
+        assert abs(case["tensor_ratio"] - 1) < 0.05
+        assert case["process_bytes"] < case["measured_rss_bytes"]
+
+
+def test_plan_shapes(tmp_path: Path) -> None:
+    (shape,) = smoke(tmp_path, "plan_shapes.py")["shapes"].values()
+    assert shape["fits"]
+    assert sum(shape["components"].values()) == shape["peak_bytes"]

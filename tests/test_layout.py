@@ -35,6 +35,7 @@ COMMON = {
     "recipe_file",
     "record",
     "section",
+    "sizes",
     "train_config",
 }
 

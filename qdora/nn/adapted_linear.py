@@ -22,6 +22,7 @@ from qdora.ops.dora import (
     row_norm,
     squared_row_norm,
 )
+from qdora.ops.planning import is_planning
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
@@ -204,7 +205,9 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     if not found:
         return 0
     device = found[0][3].cancelled.device
-    flags = torch.stack([norm.cancelled.any().to(device) for *_, norm in found]).tolist()
+    flags = [False] * len(found)
+    if not is_planning():
+        flags = torch.stack([norm.cancelled.any().to(device) for *_, norm in found]).tolist()
     for (layer, magnitude, dtype, norm), has_cancelled in zip(found, flags, strict=True):
         if has_cancelled:
             measure_cancelled_(norm, layer.base.stored_weight, *layer._factors_of_products(dtype), dtype=dtype)

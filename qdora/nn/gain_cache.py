@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.ops.dora import Gain, gain
+from qdora.ops.planning import is_planning
 
 
 @dataclass
@@ -70,8 +71,9 @@ class GainCache:
         # run float32 sums in 16 bits.
         no_autocast = torch.autocast(lora_A.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
-            # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept.
-            if any(isinstance(p, FakeTensor) or p.is_inference() for p in parameters):
+            # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept, but
+            # in a plan, where all are fake and what is kept counts.
+            if any((isinstance(p, FakeTensor) and not is_planning()) or p.is_inference() for p in parameters):
                 return gain(magnitude, row_norm())
             states = _states(parameters)
             entry = self._entry
@@ -93,7 +95,12 @@ class GainCache:
 
 
 def _states(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((p.data_ptr(), p._version) for p in parameters)
+    return tuple((_address(p), p._version) for p in parameters)
+
+
+def _address(tensor: Tensor) -> int:
+    # A fake tensor has no data to point at; its storage is as much its own.
+    return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 def _same(entry: _Entry, parameters: tuple[Tensor, ...], states: tuple[tuple[int, int], ...], count: int) -> bool:

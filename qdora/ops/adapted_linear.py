@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from qdora.ops.column_dot import column_dot
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
+from qdora.ops.planning import device_kind
 from qdora.ops.split_float import split_float32
 from qdora.ops.tiles import Weight, column_tiles, row_tiles
 
@@ -135,7 +136,7 @@ def _row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
 
 def _scaled_B(lora_B: Tensor, row_factor: float | Tensor, dtype: torch.dtype) -> Tensor:
     """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
-    entries = _ENTRIES_PER_SLICE if lora_B.device.type == "cpu" else _GPU_ENTRIES_PER_SLICE
+    entries = _ENTRIES_PER_SLICE if device_kind(lora_B.device) == "cpu" else _GPU_ENTRIES_PER_SLICE
     if lora_B.numel() <= entries:
         return _times(rounded(lora_B, dtype), row_factor, dtype)
     scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)

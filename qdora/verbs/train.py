@@ -49,15 +49,17 @@ from qdora.verbs.assemble import (
 )
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
+from qdora.verbs.plan_budget import apply_micro_batch_, within_budget
 from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
+from qdora.verbs.show_plan import keep_plan, show_plan
 from qdora.verbs.trackers import is_installed
 
 logger = logging.getLogger("qdora")
 
 
 def train_run(
-    recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None
+    recipe: Recipe, directory: Path, *, resume: bool = False, force: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
     """Run a recipe to its end; started by torchrun or `accelerate launch`, data-parallel over their processes.
 
@@ -65,6 +67,7 @@ def train_run(
         recipe: What to do.
         directory: The run directory; new, or with `resume` an earlier run of the same recipe.
         resume: Go on from the newest whole checkpoint (from the start where there is none).
+        force: Start although the plan is over memory.budget.
         console: Where progress is shown; standard error by default.
     Returns:
         JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
@@ -74,15 +77,18 @@ def train_run(
     with processes_of_launch() as processes:
         if not processes.is_first:
             console = Console(quiet=True)
-        return _train(recipe, directory, resume, console or default_console(), processes)
+        return _train(recipe, directory, resume, force, console or default_console(), processes)
 
 
-def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, processes: Processes) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, directory: Path, resume: bool, force: bool, console: Console, processes: Processes
+) -> dict[str, Any]:
     keep_freed_memory()
     faults = missing_files(recipe, str(directory))
     if faults:
         raise UserError(*faults)
-    source, tokenizer = find_model(recipe)
+    # Without a plan the weights are fetched first, so that a model that is not there fails before the data is read.
+    source, tokenizer = find_model(recipe, weights=recipe.memory.budget is None)
     train, validation = read_data(recipe.data)
     mix = tokenized_mix(recipe, tokenizer, train)
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
@@ -90,12 +96,20 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
     _check_beforehand(recipe, compute, validation)
+    given = recipe
+    recipe, memory = within_budget(recipe, compute, make_loader(recipe, mix, tokenizer), num_steps, force=force)
+    if memory is not None:
+        source, _ = find_model(recipe)
+        apply_micro_batch_(loader, recipe)
     open_ = resume_run if resume else create_run
-    processes.first(lambda: open_(directory, resolved_yaml(recipe), _environment(processes)))
+    processes.first(lambda: open_(directory, resolved_yaml(given), _environment(processes)))
     run = RunDirectory(directory)
     with log_to(run) if processes.is_first else nullcontext():
         show_mix(console, plan)
         processes.first(lambda: keep_mix(run, plan))
+        if memory is not None:
+            show_plan(console, memory)
+            processes.first(lambda: keep_plan(run, memory))
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = _newest_checkpoint(run, processes) if resume else None
         with bar(console, "loading the base") as progress:
