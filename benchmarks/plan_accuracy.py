@@ -185,24 +185,22 @@ def recipe_of(directory: Path, changes: dict[str, Any], *, tiny: bool) -> Any:
     return recipe_from(document)
 
 
-def loader_of(recipe: Any) -> tuple[Any, Any, Any]:
-    """The source, a loader, and the number of steps."""
-    from qdora.verbs.assemble import find_model, make_loader, num_steps_of, read_data, tokenized_mix
+def data_of(recipe: Any) -> tuple[Any, Any, Any]:
+    """The model's source, the tokenised data and the tokenizer."""
+    from qdora.verbs.assemble import find_model, read_data, tokenized_mix
 
     source, tokenizer = find_model(recipe)
     train, _ = read_data(recipe.data)
-    loader = make_loader(recipe, tokenized_mix(recipe, tokenizer, train), tokenizer)
-    return source, loader, num_steps_of(recipe, loader)
+    return source, tokenized_mix(recipe, tokenizer, train), tokenizer
 
 
 def plan_of(recipe: Any) -> dict[str, Any]:
     """As `qdora plan --device cpu` makes it."""
     from qdora.verbs.plan_memory import plan
-    from qdora.verbs.plan_workload import largest_shapes
+    from qdora.verbs.plan_workload import workload_of_data
 
-    _, loader, num_steps = loader_of(recipe)
-    shapes, count = largest_shapes(loader, num_steps)
-    return plan(recipe, device_kind="cpu", shapes=shapes, num_micro_batches=count).to_dict()
+    _, mix, tokenizer = data_of(recipe)
+    return plan(recipe, device_kind="cpu", workload=workload_of_data(recipe, mix, tokenizer)).to_dict()
 
 
 def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
@@ -220,10 +218,11 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
     from qdora.train.optimizer import AdapterOptimizer
     from qdora.train.packed_attention import packed_layout
     from qdora.train.progress import TrainingProgress
-    from qdora.verbs.assemble import Compute, load_base, put_adapters
+    from qdora.verbs.assemble import Compute, load_base, make_loader, put_adapters
 
     keep_freed_memory()
-    source, loader, num_steps = loader_of(recipe)
+    source, mix, tokenizer = data_of(recipe)
+    loader = make_loader(recipe, mix, tokenizer)
     process = peak_rss_bytes()
     found: dict[str, Any] = {"process_bytes": process}
     with LiveBytes() if counting else nullcontext() as live:
@@ -241,10 +240,10 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
             model,
             optimizer,
             loader,
-            FitSettings(num_steps, 1e-4, "constant", 0, loss_chunk=None if chunk == "auto" else chunk),
+            FitSettings(NUM_STEPS, 1e-4, "constant", 0, loss_chunk=None if chunk == "auto" else chunk),
             Hooks(write_metrics=lambda _metrics: None, save=lambda _step: Path()),
             device=torch.device("cpu"),
-            progress=TrainingProgress(num_steps),
+            progress=TrainingProgress(NUM_STEPS),
             stop=StopRequest(),
         )
         if live is not None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tables.memory import chunked_loss, layer_memory, step_memory
-from tables.plan import plan_accuracy, plan_shapes
 from tables.table import markdown, percent, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,8 +216,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer_memory": layer_memory,
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,
-    "plan_shapes": plan_shapes,
-    "plan_accuracy": plan_accuracy,
     "failed": failed,
 }
 

@@ -13,7 +13,7 @@ from qdora.memory.plan import MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, drawn_out, find_pattern
 from qdora.recipe_file import recipe_from
 from qdora.verbs.plan_memory import measured, plan
-from qdora.verbs.plan_workload import assumed_shape
+from qdora.verbs.plan_workload import assumed_workload
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -53,7 +53,7 @@ def a_config(**changes: Any) -> PreTrainedConfig:
 )
 def test_a_shortened_model_is_drawn_out_to_the_whole(changes: dict[str, Any]) -> None:
     recipe = a_recipe(**changes)
-    shape, count = assumed_shape(recipe)
+    (shape,), count = assumed_workload(recipe)
     drawn, whole = (
         measured(recipe, a_config(), shape, count, device_kind="cuda", whole=each) for each in (False, True)
     )
@@ -140,7 +140,7 @@ def test_biases_and_other_models_are_planned() -> None:
 
 
 def test_assumed_micro_batches() -> None:
-    shape, count = assumed_shape(a_recipe())
+    (shape,), count = assumed_workload(a_recipe())
     assert (shape, count) == (MicroBatchShape(2, 64, 126, masked=True), 2)
-    shape, count = assumed_shape(a_recipe(train__micro_batch_tokens=64))
+    (shape,), count = assumed_workload(a_recipe(train__micro_batch_tokens=64))
     assert (shape, count) == (MicroBatchShape(1, 64, 63, masked=False), 4)

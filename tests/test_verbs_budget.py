@@ -18,6 +18,7 @@ from qdora.verbs import assemble, plan_budget, show_plan
 from qdora.verbs.assemble import Compute
 from qdora.verbs.measure_rates import measure_rates, rates_text
 from qdora.verbs.plan import plan_run
+from qdora.verbs.plan_workload import workload_of_data
 from qdora.verbs.train import train_run
 from tests import tiny_run
 
@@ -47,7 +48,7 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         _, tokenizer = assemble.find_model(recipe)
         train, _ = assemble.read_data(recipe.data)
         mix = assemble.tokenized_mix(recipe, tokenizer, train)
-        return plan_budget.within_budget(recipe, compute, assemble.make_loader(recipe, mix, tokenizer), 1)
+        return plan_budget.within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer))
 
     changed, plan = within(10 * 2**30)
     assert changed == recipe

@@ -11,12 +11,12 @@ from rich.console import Console
 from qdora.config import Recipe
 from qdora.data.mix_plan import MixPlan, plan_mix
 from qdora.errors import UserError
-from qdora.memory.plan import DeviceKind, MicroBatchShape
+from qdora.memory.plan import DeviceKind
 from qdora.recipe_file import missing_files
 from qdora.sizes import parse_size
 from qdora.verbs.assemble import find_model, make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.verbs.plan_memory import plan
-from qdora.verbs.plan_workload import largest_shapes
+from qdora.verbs.plan_workload import Workload, assumed_workload, workload_of_data
 from qdora.verbs.show import default_console, show_mix
 from qdora.verbs.show_plan import draw_plan, show_plan
 
@@ -55,31 +55,25 @@ def plan_run(
         limit = None if budget is None else parse_size(budget)
     except ValueError as error:
         raise UserError(f"--budget: {error}") from None
-    mix, shapes, count, assumed = _workload(recipe)
+    mix, workload, assumed = _workload(recipe)
     if mix is not None:
         show_mix(console, mix)
-    found = replace(
-        plan(recipe, limit, device_kind=device_kind, shapes=shapes, num_micro_batches=count), assumptions=assumed
-    )
+    found = replace(plan(recipe, limit, device_kind=device_kind, workload=workload), assumptions=assumed)
     show_plan(console, found)
     if figure is not None:
         draw_plan(found, figure)
     return {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}
 
 
-def _workload(recipe: Recipe) -> tuple[MixPlan | None, list[MicroBatchShape], int | None, list[str]]:
-    """The mix, the largest micro-batches and how many a step has; where the data cannot be read, what is assumed."""
+def _workload(recipe: Recipe) -> tuple[MixPlan | None, Workload, list[str]]:
+    """The mix and the micro-batches of the data; where it cannot be read, what is assumed."""
+    full = "every micro-batch is full of rows of data.max_length, all of their tokens labelled"
     try:
         _, tokenizer = find_model(recipe, weights=False)
         train, _ = read_data(recipe.data)
     except UserError as error:
-        full = "every micro-batch is full of rows of data.max_length, all of their tokens labelled"
-        return None, [], None, [f"{full}, since the data cannot be read: {error.faults[0]}"]
+        return None, assumed_workload, [f"{full}, since the data cannot be read: {error.faults[0]}"]
     mix = tokenized_mix(recipe, tokenizer, train)
     loader = make_loader(recipe, mix, tokenizer)
-    num_steps = num_steps_of(recipe, loader)
-    found = plan_mix(mix, loader, num_steps)
-    if loader.streams:
-        return found, [], None, ["every micro-batch is full of rows of data.max_length, since the data is streamed"]
-    shapes, count = largest_shapes(loader, num_steps)
-    return found, shapes, count, []
+    found = plan_mix(mix, loader, num_steps_of(recipe, loader))
+    return found, workload_of_data(recipe, mix, tokenizer), [f"{full}: the data is streamed"] if loader.streams else []

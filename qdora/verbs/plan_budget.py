@@ -14,22 +14,21 @@ from qdora.memory.plan import Plan
 from qdora.sizes import parse_size
 from qdora.verbs.assemble import Compute, micro_batch_tokens
 from qdora.verbs.plan_memory import planned
-from qdora.verbs.plan_workload import largest_shapes
+from qdora.verbs.plan_workload import Workload
 from qdora.verbs.show_plan import over_budget
 
 logger = logging.getLogger("qdora")
 
 
 def within_budget(
-    recipe: Recipe, compute: Compute, loader: StepLoader, num_steps: int, *, force: bool = False
+    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False
 ) -> tuple[Recipe, Plan | None]:
     """The recipe as it may be run, and its plan; both as they were and None without a budget.
 
     Args:
         recipe: The run.
         compute: Where it is to run.
-        loader: A loader of its own, at its start; its position moves.
-        num_steps: Of the run.
+        workload: Its micro-batches.
         force: Only warn where the plan is over the budget.
     Returns:
         With budget auto, the recipe with the changes that it needs to fit.
@@ -40,9 +39,7 @@ def within_budget(
     if asked is None:
         return recipe, None
     budget = free_bytes(compute.device) if asked == "auto" else parse_size(asked)
-    shapes, count = ([], None) if loader.streams else largest_shapes(loader, num_steps)
-    kind = "cuda" if compute.device.type == "cuda" else "cpu"
-    changed, plan = planned(recipe, budget, None, kind, shapes, count)  # type: ignore[arg-type]
+    changed, plan = planned(recipe, budget, None, "cuda" if compute.device.type == "cuda" else "cpu", workload)
     if plan.fits:
         return recipe, plan
     if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from qdora.config import Recipe
+from qdora.doctor import cpu_has_bfloat16
 from qdora.memory.plan import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, block_list, drawn_out, find_pattern, signature
 from qdora.memory.plan_model import empty_model, fill_, set_unmasked_, shortened
@@ -30,7 +31,7 @@ from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.plan_step import StepRecorder, pageable_bytes, update_bytes
 from qdora.verbs.assemble import DTYPES, put_adapters, recompute_activations
 from qdora.verbs.plan_changes import with_changes
-from qdora.verbs.plan_workload import assumed_shape
+from qdora.verbs.plan_workload import Workload, assumed_workload
 
 _Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -41,8 +42,7 @@ def plan(
     *,
     config: PreTrainedConfig | None = None,
     device_kind: DeviceKind = "cuda",
-    shapes: Sequence[MicroBatchShape] = (),
-    num_micro_batches: int | None = None,
+    workload: Workload = assumed_workload,
 ) -> Plan:
     """What a run needs, by component, and if that is more than the budget, what to change.
 
@@ -51,16 +51,15 @@ def plan(
         budget: Bytes, or a size such as "40GiB"; None: the recipe's own `memory.budget`, if that is a size.
         config: Of the model; read from `model.source` (on the Hub its config.json alone) if left out.
         device_kind: Where it is to run; this machine need not have it.
-        shapes: Micro-batches, of which the one that needs the most counts. Left out: rows of data.max_length, every
-            token labelled.
-        num_micro_batches: Of a step, for given shapes.
+        workload: The micro-batches of a recipe, of which the one that needs the most counts. Left out: rows of
+            data.max_length, every token labelled.
     Raises:
         UserError: A model or settings that a run would refuse, too.
     """
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
     limit = parse_size(budget) if isinstance(budget, str) else budget
-    return planned(recipe, limit, config, device_kind, shapes, num_micro_batches)[1]
+    return planned(recipe, limit, config, device_kind, workload)[1]
 
 
 def planned(
@@ -68,8 +67,7 @@ def planned(
     budget: int | None,
     config: PreTrainedConfig | None,
     device_kind: DeviceKind,
-    shapes: Sequence[MicroBatchShape],
-    num_micro_batches: int | None,
+    workload: Workload,
 ) -> tuple[Recipe, Plan]:
     """`plan`, and the recipe with the changes that leave its numbers alone, as far as they were needed to fit."""
     source = local_source(recipe.model.source)
@@ -80,15 +78,13 @@ def planned(
     given = config
 
     def plan_of(changed: Recipe) -> Plan:
-        assumed, count = assumed_shape(changed)
-        tried, steps = ([assumed], count) if changed is not recipe or not shapes else (shapes, num_micro_batches or 1)
-        plans = [_Measurement(changed, given, source, device_kind, shape, steps).plan() for shape in tried]
-        most = max(plans, key=lambda each: each.peak_bytes)
-        return replace(most, budget_bytes=budget)
+        shapes, count = workload(changed)
+        plans = [_Measurement(changed, given, source, device_kind, shape, count).plan() for shape in shapes]
+        return replace(max(plans, key=lambda each: each.peak_bytes), budget_bytes=budget)
 
     def seconds_of(changed: Recipe) -> float:
-        shape, count = assumed_shape(changed)
-        return _Measurement(changed, given, source, device_kind, shape, count).seconds(first.num_trainable)
+        shapes, count = workload(changed)
+        return _Measurement(changed, given, source, device_kind, shapes[0], count).seconds(first.num_trainable)
 
     first = plan_of(recipe)
     return (recipe, first) if first.fits is not False else with_changes(recipe, first, plan_of, seconds_of)
@@ -122,7 +118,9 @@ class _Measurement:
         self.device_kind: DeviceKind = device_kind
         self.shape, self.num_micro_batches = shape, num_micro_batches
         asked = recipe.model.dtype
-        self.dtype = DTYPES["bfloat16" if asked == "auto" else asked]
+        if asked == "auto":
+            asked = "bfloat16" if device_kind == "cuda" or cpu_has_bfloat16() else "float32"
+        self.dtype = DTYPES[asked]
 
     def plan(self, *, whole: bool = False) -> Plan:
         """Of the model; `whole` measures all of its blocks, and draws out no shortened one."""

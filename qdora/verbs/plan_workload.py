@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from qdora.config import Recipe
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.data.loader import StepLoader
+from qdora.data.mix import Mix
 from qdora.memory.plan import MicroBatchShape
-from qdora.verbs.assemble import micro_batch_tokens
+from qdora.verbs.assemble import make_loader, micro_batch_tokens, num_steps_of
 
 _MOST_STEPS = 200
 """Steps whose micro-batches are looked at."""
 
 
-def assumed_shape(recipe: Recipe) -> tuple[MicroBatchShape, int]:
+Workload = Callable[[Recipe], tuple[list[MicroBatchShape], int]]
+"""A recipe -> its largest micro-batches, at least one, and how many a step has."""
+
+
+def assumed_workload(recipe: Recipe) -> tuple[list[MicroBatchShape], int]:
     """A micro-batch of rows as long as they may be, every token of them labelled; and how many of them a step has."""
     longest = recipe.data.max_length
     step_rows = recipe.train.batch or max(1, -(-(recipe.train.tokens_per_step or 1) // longest))
     rows = min(max(1, micro_batch_tokens(recipe) // longest), step_rows)
     packed = recipe.data.packing
     shape = MicroBatchShape(rows, longest, rows * (longest - 1), masked=packed or rows > 1, packed=packed)
-    return shape, max(1, -(-step_rows // rows))
+    return [shape], max(1, -(-step_rows // rows))
+
+
+def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
+    """The micro-batches that tokenised data makes of a recipe; full ones where it is streamed.
+
+    The mix belongs to `recipe.data`. For a recipe with other data (shorter examples) full ones are assumed, too.
+    """
+
+    def workload(changed: Recipe) -> tuple[list[MicroBatchShape], int]:
+        loader = make_loader(changed, mix, tokenizer)
+        if changed.data != recipe.data or loader.streams:
+            return assumed_workload(changed)
+        return largest_shapes(loader, num_steps_of(changed, loader))
+
+    return workload
 
 
 def largest_shapes(loader: StepLoader, num_steps: int) -> tuple[list[MicroBatchShape], int]:

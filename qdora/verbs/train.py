@@ -50,6 +50,7 @@ from qdora.verbs.assemble import (
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
 from qdora.verbs.plan_budget import apply_micro_batch_, within_budget
+from qdora.verbs.plan_workload import workload_of_data
 from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
 from qdora.verbs.show_plan import keep_plan, show_plan
@@ -97,7 +98,7 @@ def _train(
     compute = choose_compute(recipe.model.dtype)
     _check_beforehand(recipe, compute, validation)
     given = recipe
-    recipe, memory = within_budget(recipe, compute, make_loader(recipe, mix, tokenizer), num_steps, force=force)
+    recipe, memory = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
     if memory is not None:
         source, _ = find_model(recipe)
         apply_micro_batch_(loader, recipe)
