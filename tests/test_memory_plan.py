@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from qdora.config import Recipe
 from qdora.memory import plan as parts
 from qdora.memory.plan import MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, drawn_out, find_pattern
+from qdora.model.adapter_file import save_adapter
+from qdora.model.inject import inject
 from qdora.recipe_file import recipe_from
 from qdora.verbs.plan_memory import measured, plan
 from qdora.verbs.plan_workload import assumed_workload
@@ -34,7 +38,10 @@ def a_recipe(**changes: Any) -> Recipe:
     }
     for name, value in changes.items():
         section, _, key = name.partition("__")
-        document.setdefault(section, {})[key] = value
+        if key:
+            document.setdefault(section, {})[key] = value
+        else:
+            document[section] = value
     return recipe_from(document)
 
 
@@ -144,3 +151,15 @@ def test_assumed_micro_batches() -> None:
     assert (shape, count) == (MicroBatchShape(2, 64, 126, masked=True), 2)
     (shape,), count = assumed_workload(a_recipe(train__micro_batch_tokens=64))
     assert (shape, count) == (MicroBatchShape(1, 64, 63, masked=False), 4)
+
+
+def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(a_config())
+    inject(model, rank=4, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 8})
+    save_adapter(model, tmp_path / "adapter", base_name_or_path="x", revision=None, base_quant={"quant": "none"})
+    recipe = a_recipe(adapter={"kind": "dora", "resume_from": str(tmp_path / "adapter")})
+    (shape,), count = assumed_workload(recipe)
+    drawn, whole = (measured(recipe, a_config(), shape, count, device_kind="cpu", whole=each) for each in (False, True))
+    assert drawn.num_trainable == whole.num_trainable == 12 * (4 * 128 + 64 + 8 * (64 + 128) + 128)
+    assert drawn.components == whole.components

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from qdora.memory.tracker import LiveBytes
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import replace_module
 from qdora.model.load import Quantization, float32_names, is_wide, layers_to_quantize, skeleton, tie
+from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import empty_packed
@@ -106,3 +108,27 @@ def _mask_of_window(*args: Any, local_size: int | None = None, **kwargs: Any) ->
         return None
     mask: Tensor | None = sdpa_mask(*args, local_size=local_size, **kwargs)
     return mask
+
+
+def ranks_of_adapter(
+    layout: AdapterLayout, model: PreTrainedModel, blocks: str | None, kept: Sequence[int] | None
+) -> dict[str, int]:
+    """Path in a shortened model -> rank of the adapter that the layer has in the whole one, where it has one.
+
+    Args:
+        layout: Of an adapter that is there already.
+        model: Shortened to the blocks `kept`, or whole.
+        blocks: Path of its list of blocks.
+        kept: Their numbers in the whole model, or None for all.
+    """
+    head = model.get_output_embeddings()
+    ranks = {}
+    for name, module in model.named_modules():
+        original = name
+        if blocks is not None and kept is not None and name.startswith(f"{blocks}."):
+            index, dot, rest = name.removeprefix(f"{blocks}.").partition(".")
+            original = f"{blocks}.{kept[int(index)]}{dot}{rest}"
+        is_linear = isinstance(module, nn.Linear | FrozenLinear)
+        if is_linear and layout.selects(original, is_linear=True, is_head=module is head):
+            ranks[name] = layout.rank_of(original)
+    return ranks

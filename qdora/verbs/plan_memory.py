@@ -19,10 +19,11 @@ from qdora.config import Recipe
 from qdora.doctor import cpu_has_bfloat16
 from qdora.memory.plan import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, block_list, drawn_out, find_pattern, signature
-from qdora.memory.plan_model import empty_model, fill_, set_unmasked_, shortened
+from qdora.memory.plan_model import empty_model, fill_, ranks_of_adapter, set_unmasked_, shortened
 from qdora.memory.plan_time import Work, known_rates, step_seconds
 from qdora.memory.tracker import LiveBytes
-from qdora.model.inject import adapter_parameters
+from qdora.model.adapter_file import describe_adapter
+from qdora.model.inject import adapter_parameters, inject
 from qdora.model.load import Quantization, load_config
 from qdora.model.source import ModelSource, resolve
 from qdora.ops.planning import planned_on
@@ -121,6 +122,8 @@ class _Measurement:
         if asked == "auto":
             asked = "bfloat16" if device_kind == "cuda" or cpu_has_bfloat16() else "float32"
         self.dtype = DTYPES[asked]
+        before = recipe.adapter.resume_from
+        self.adapter = None if before is None else describe_adapter(Path(before)).layout
 
     def plan(self, *, whole: bool = False) -> Plan:
         """Of the model; `whole` measures all of its blocks, and draws out no shortened one."""
@@ -129,7 +132,13 @@ class _Measurement:
         found = block_list(skeleton)
         pattern = None
         if found is not None and not whole:
-            pattern = find_pattern([signature(each, _attention_kind(skeleton, i)) for i, each in enumerate(found[1])])
+            ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter, skeleton, None, None)
+            pattern = find_pattern(
+                [
+                    signature(each, (_attention_kind(skeleton, index), _ranks_in(ranks, f"{found[0]}.{index}.")))
+                    for index, each in enumerate(found[1])
+                ]
+            )
         num_blocks = 0 if found is None else len(found[1])
         weights = sum(each.numel() for each in skeleton.parameters())
         del skeleton
@@ -197,7 +206,7 @@ class _Measurement:
             if recipe.memory.checkpointing:
                 recompute_activations(model)
             with live.label(ADAPTERS):
-                put_adapters(model, recipe)
+                self._put_adapters(model, kept)
             live.reset_peak()
             parameters = adapter_parameters(model)
             if not parameters:
@@ -215,6 +224,28 @@ class _Measurement:
             )
         shapes = {path: (tuple(each.shape), each.dtype) for path, each in parameters.items()}
         return recorder.moments, shapes
+
+    def _put_adapters(self, model: Any, kept: list[int] | None) -> None:
+        """As a run does, without reading the values of an adapter that it goes on from."""
+        if self.adapter is None:
+            put_adapters(model, self.recipe)
+            return
+        found = block_list(model)
+        ranks = ranks_of_adapter(self.adapter, model, None if found is None else found[0], kept)
+        settings = self.recipe.adapter
+        inject(
+            model,
+            kind=self.adapter.kind,
+            rank=1,
+            dropout=settings.dropout,
+            targets=list(ranks),
+            rank_pattern=ranks,
+            dtype=DTYPES[settings.dtype],
+        )
+
+
+def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:
+    return tuple((name.removeprefix(block), rank) for name, rank in ranks.items() if name.startswith(block))
 
 
 def _repeated(shapes: _Shapes, path: str, pattern: Pattern) -> _Shapes:
