@@ -288,7 +288,7 @@ def _inner_optimizer(
         with _disable_current_modes() if is_planning() else nullcontext():
             made = kind(masters, **options, weight_decay=0.0)
         if is_planning():
-            made.name2qmap = {key: torch.empty(256) for key in made.name2qmap}
+            made.name2qmap = {key: torch.empty(256) for key in made.name2qmap}  # type: ignore[attr-defined]
     return made
 
 

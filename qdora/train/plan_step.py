@@ -47,7 +47,9 @@ class StepRecorder:
         self._now: tuple[str, int | None] = ("forward", None)
         self._recording = False
         for parameter in self.parameters.values():
-            parameter.register_post_accumulate_grad_hook(lambda each: live.register(each.grad, GRADIENTS))
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda each: live.register(each.grad, GRADIENTS)
+            )
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(self._entering(index), with_kwargs=True)
 
@@ -95,7 +97,7 @@ class StepRecorder:
         with self._part("loss", None, LOSS):
             loss = head_nll(head, tap.hidden, targets, proposed_form(self.model.config), chunk).sum() / len(targets)
         with self._part("backward", len(self.blocks) - 1 if self.blocks else None, BACKWARD):
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             del loss, tap
 
     @contextmanager
@@ -121,7 +123,7 @@ class StepRecorder:
             self._note()
             self._now = "forward", index
             if hidden.requires_grad and index > 0:
-                hidden.register_hook(lambda _gradient: leave())
+                hidden.register_hook(lambda _gradient: leave())  # type: ignore[no-untyped-call]
 
         def leave() -> None:
             self._note()

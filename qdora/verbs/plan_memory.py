@@ -34,7 +34,8 @@ from qdora.verbs.assemble import DTYPES, put_adapters, recompute_activations
 from qdora.verbs.plan_changes import with_changes
 from qdora.verbs.plan_workload import Workload, assumed_workload
 
-_Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+_Shape = tuple[tuple[int, ...], torch.dtype]
+_Shapes = dict[str, _Shape]
 
 
 def plan(
@@ -143,7 +144,7 @@ class _Measurement:
         weights = sum(each.numel() for each in skeleton.parameters())
         del skeleton
         with _quiet(), planned_on(self.device_kind), torch.random.fork_rng(devices=[]):
-            if pattern is None:
+            if pattern is None or found is None:
                 moments, shapes = self._moments(None)
             else:
                 short, few = self._moments(pattern.kept(4))
@@ -250,7 +251,9 @@ def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:
 
 def _repeated(shapes: _Shapes, path: str, pattern: Pattern) -> _Shapes:
     """Parameters of the whole model, in its order, from those of one with 4 repetitions."""
-    before, repeated, after = [], [], []
+    before: list[tuple[str, _Shape]] = []
+    repeated: list[tuple[str, _Shape]] = []
+    after: list[tuple[str, _Shape]] = []
     first = pattern.insertion - pattern.period
     for name, shape in shapes.items():
         number = name.removeprefix(f"{path}.").partition(".")[0]

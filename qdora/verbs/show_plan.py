@@ -83,11 +83,12 @@ def draw_plan(plan: Plan, path: Path) -> None:
         figure = Figure(figsize=(8, 0.6 + 0.34 * (len(found) + 1)), layout="constrained")
         axes = figure.add_subplot()
         start = 0.0
-        for name, num_bytes in found.items():
+        for row, (name, num_bytes) in enumerate(found.items()):
             size = num_bytes / GIB
-            axes.barh(name, size, left=start, color="0.6" if name in (CONTEXT, SLACK) else "C0")
-            axes.text(start + size, name, f" {size_text(num_bytes)}", va="center", fontsize=8)
+            axes.barh(row, size, left=start, color="0.6" if name in (CONTEXT, SLACK) else "C0")
+            axes.text(start + size, row, f" {size_text(num_bytes)}", va="center", fontsize=8)
             start += size
+        axes.set_yticks(range(len(found)), list(found))
         if plan.budget_bytes is not None:
             axes.axvline(plan.budget_bytes / GIB, color="C3", linestyle="--", linewidth=1)
         axes.set_xlim(0, 1.15 * max(start, (plan.budget_bytes or 0) / GIB))
