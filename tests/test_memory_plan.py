@@ -140,6 +140,12 @@ def test_more_than_one_micro_batch_has_gradients_beside_the_activations() -> Non
     assert backward[0].get(parts.GRADIENTS, 0) < backward[1][parts.GRADIENTS]
 
 
+def test_a_tied_head_is_the_embedding() -> None:
+    config = a_config(num_hidden_layers=2, tie_word_embeddings=True)
+    tied, untied = (plan(a_recipe(), config=each) for each in (config, a_config(num_hidden_layers=2)))
+    assert untied.components[parts.DENSE] - tied.components[parts.DENSE] == 2 * 512 * 64
+
+
 def test_biases_and_other_models_are_planned() -> None:
     config = Qwen2Config(**SIZES, num_hidden_layers=2)
     found = plan(a_recipe(), config=config)

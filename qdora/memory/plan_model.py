@@ -17,7 +17,7 @@ from qdora.memory.plan_blocks import block_list, keep_blocks_
 from qdora.memory.tracker import LiveBytes
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import replace_module
-from qdora.model.load import Quantization, float32_names, is_wide, layers_to_quantize, skeleton, tie
+from qdora.model.load import Quantization, float32_names, is_wide, layers_to_quantize, skeleton
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
@@ -73,7 +73,8 @@ def fill_(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, live
             made = empty(name, parameter)
         setattr(module, leaf, nn.Parameter(made, requires_grad=False))
     for target, origin in tied.items():
-        tie(model, target, origin)
+        module, leaf = model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]
+        setattr(module, leaf, model.get_parameter(origin))
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and not isinstance(module, FrozenLinear):

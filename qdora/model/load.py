@@ -252,7 +252,7 @@ def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.devic
 def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
     """Tie, move the buffers, freeze; afterwards nothing may be left on the meta device."""
     for target, origin in tied_weights(model).items():
-        tie(model, target, origin)
+        _tie(model, target, origin)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
@@ -270,7 +270,7 @@ def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) ->
         torch.cuda.empty_cache()
 
 
-def tie(model: PreTrainedModel, target: str, origin: str) -> None:
+def _tie(model: PreTrainedModel, target: str, origin: str) -> None:
     """Make two names one parameter, whichever of them was stored."""
     first, second = (model.get_submodule(name.rpartition(".")[0]) for name in (target, origin))
     target_leaf, origin_leaf = target.rpartition(".")[2], origin.rpartition(".")[2]

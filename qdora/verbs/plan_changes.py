@@ -10,7 +10,7 @@ from qdora.memory.plan import Change, Plan
 from qdora.recipe_file import override
 from qdora.verbs.assemble import micro_batch_tokens
 
-# A change that saves less than this share is not worth a line.
+# A change that saves less than this share of the tensors is not worth a line.
 _LEAST_SAVING = 0.002
 
 
@@ -43,7 +43,7 @@ def with_changes(
                 return fitting, replace(first, changes=tuple(found))
             candidate = override(changed, each.settings)
             plan = plan_of(candidate)
-            if plan.peak_bytes >= now.peak_bytes * (1 - _LEAST_SAVING):
+            if plan.tensor_bytes >= now.tensor_bytes * (1 - _LEAST_SAVING):
                 continue
             changed, now = candidate, plan
             found.append(Change(", ".join(each.settings), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
