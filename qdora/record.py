@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,9 +209,12 @@ class RunDirectory:
             raise RunFailure(f"{self.checkpoints}: no whole checkpoint ({'; '.join(damaged)}).")
         return None
 
-    def prune_checkpoints(self, keep: int) -> int:
-        """Remove all but the newest `keep` checkpoints; damaged ones are not counted, and go.
+    def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
+        """Remove all but the newest `keep` checkpoints and those that they need; damaged ones are not counted, and go.
 
+        Args:
+            keep: At least 1.
+            needs: The step of another checkpoint that a run which goes on from this one may come back to, or None.
         Returns:
             Number of checkpoints removed.
         Raises:
@@ -221,8 +224,10 @@ class RunDirectory:
             raise ValueError(f"keep must be at least 1, got {keep}")
         found = self._by_step()
         whole = [checkpoint for checkpoint in found if checkpoint_fault(checkpoint.path, sums=False) is None]
+        needed = {needs(checkpoint.path) for checkpoint in whole[:keep]}
+        kept = [checkpoint for index, checkpoint in enumerate(whole) if index < keep or checkpoint.step in needed]
         # With nothing whole, the damaged ones are all there is to look at
-        removed = [checkpoint for checkpoint in found if checkpoint not in whole[:keep]] if whole else []
+        removed = [checkpoint for checkpoint in found if checkpoint not in kept] if whole else []
         for checkpoint in removed:
             self._remove(checkpoint)
         return len(removed)

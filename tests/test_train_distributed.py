@@ -100,9 +100,9 @@ def stopped(rank: int, settings: Recipe, directory: Path, stop_at: int) -> None:
     """The second process alone is asked to stop."""
     after_step = loop._after_step
 
-    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> None:
+    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> bool:
         stop.requested = rank == 1 and done == stop_at
-        after_step(model, done, fit_settings, hooks, stop)
+        return bool(after_step(model, done, fit_settings, hooks, stop))
 
     loop._after_step = ask
     with pytest.raises(Interrupted, match=f"after step {stop_at}; saved to .*step-{stop_at}"):
@@ -145,9 +145,9 @@ def test_a_run_goes_on_with_another_number_of_processes(root: Path, tmp_path: Pa
 def stop_alone(settings: Recipe, directory: Path, stop_at: int, resume: bool = False) -> None:
     after_step = loop._after_step
 
-    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> None:
+    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> bool:
         stop.requested = done == stop_at
-        after_step(model, done, fit_settings, hooks, stop)
+        return bool(after_step(model, done, fit_settings, hooks, stop))
 
     loop._after_step = ask
     try:

@@ -93,3 +93,17 @@ def chunked_loss() -> str:
         f"{time['lower']:.2f} to {time['upper']:.2f}).\n"
     )
     return markdown(header, rows) + note
+
+
+def load_memory() -> str:
+    """Bytes of the checkpoint, of the packed model, of the largest tensor, and the peak."""
+    document = read("load_memory")
+    columns = {
+        "checkpoint": "checkpoint_bytes",
+        "packed model": "packed_model_bytes",
+        "largest tensor": "largest_tensor_bytes",
+        "peak over an empty process": "used_bytes",
+        "allowed": "allowed_bytes",
+    }
+    row = [f"{document[name] / 2**30:.3f} GiB" for name in columns.values()]
+    return markdown(list(columns), [row])

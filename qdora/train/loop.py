@@ -59,19 +59,34 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation on the way came to; the decisions are the same in all processes.
+
+    Attributes:
+        line: Of the metrics, without the step; counts in the first process.
+        save: Whether the state is worth a checkpoint.
+        stop: Whether the run is over.
+    """
+
+    line: Metrics
+    save: bool = False
+    stop: bool = False
+
+
+@dataclass(frozen=True)
 class Hooks:
     """What the loop calls and does not know: where metrics go, how checkpoints are written, what an evaluation is.
 
     Attributes:
         write_metrics: Takes one finished step's (or evaluation's) numbers.
         save: Writes a checkpoint of the state after `step` steps and returns its directory.
-        evaluate: Returns metrics of the model after `step` steps.
+        evaluate: Measures the model after `step` steps.
         keep_batch: Writes the step whose loss was not finite and returns the file.
     """
 
     write_metrics: Callable[[Metrics], None]
     save: Callable[[int], Path]
-    evaluate: Callable[[int], Metrics] | None = None
+    evaluate: Callable[[int], Evaluated] | None = None
     keep_batch: Callable[[Step], Path] | None = None
 
 
@@ -87,13 +102,15 @@ def fit(
     stop: StopRequest,
     start_step: int = 0,
     processes: Processes | None = None,
-) -> None:
-    """Train from `start_step` to `settings.num_steps`.
+) -> int:
+    """Train from `start_step` to `settings.num_steps`, or until an evaluation says that it is enough.
 
     The loss of a step is the summed NLL of all its micro-batches, in all processes, over the labelled tokens of all of
     them. Every process calls every hook, for the same step. Where memory runs out, the step is computed again in
     smaller micro-batches, and so are those after it.
 
+    Returns:
+        Steps done; a checkpoint of that state has been written.
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
         RunFailure: If a step cannot be computed (one example alone is too much for the memory) or its loss or gradient
@@ -127,7 +144,9 @@ def fit(
         if done % settings.log_every == 0 or done == settings.num_steps:
             hooks.write_metrics(metrics)
         progress.step(_report(metrics, settings.num_steps, seconds))
-        _after_step(model, done, settings, hooks, stop)
+        if _after_step(model, done, settings, hooks, stop):
+            return done
+    return max(start_step, settings.num_steps)
 
 
 def _gradient_that_fits(
@@ -237,22 +256,25 @@ def _over_processes(metrics: Metrics, fault: str | None, processes: Processes) -
     return metrics | {"loss": sum(theirs["loss"] for theirs in told), "tasks": tasks}, None
 
 
-def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks, stop: StopRequest) -> None:
-    """Evaluate and save where it is due. Saved last, so that an evaluation's line belongs to the checkpoint; one that
-    fails is saved for, too."""
+def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks, stop: StopRequest) -> bool:
+    """Evaluate and save where it is due; returns whether the run is over before its last step. Saved last, so that an
+    evaluation's line belongs to the checkpoint; one that fails is saved for, too."""
     last = done == settings.num_steps
+    found = Evaluated({})
     if hooks.evaluate is not None and settings.evaluate_every and (done % settings.evaluate_every == 0) and not last:
         try:
-            hooks.write_metrics({"step": done, "eval": hooks.evaluate(done)})
+            found = hooks.evaluate(done)
+            hooks.write_metrics({"step": done, **found.line})
         except (RuntimeError, OSError):
             hooks.save(done)
             raise
         model.train()
     due = last or (settings.checkpoint_every is not None and done % settings.checkpoint_every == 0)
     stopping = stop.agreed()
-    saved = hooks.save(done) if due or stopping else None
-    if stopping and saved is not None and not last:
+    saved = hooks.save(done) if due or stopping or found.save or found.stop else None
+    if stopping and saved is not None and not last and not found.stop:
         raise Interrupted(done, saved)
+    return found.stop
 
 
 def _cannot_compute(error: RuntimeError) -> str:

@@ -9,6 +9,7 @@ from qdora.environment import package_versions
 from qdora.model.card import CardFacts, Form, model_card
 from qdora.record import RunDirectory
 from qdora.verbs.evaluate import stored_results
+from qdora.verbs.selection import adapter_in_words
 
 
 def run_card(
@@ -39,7 +40,7 @@ def run_card(
                 "adapter": adapter.kind + sizes,
                 "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
                 "learning rate": recipe.train.lr,
-                "state": state,
+                "state": adapter_in_words(run) if state == "final" else state,
             },
             data=[source.label for source in recipe.data.mix],
             metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],

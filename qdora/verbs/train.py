@@ -31,7 +31,7 @@ from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_figures
 from qdora.train.interrupt import stop_on_signal
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
@@ -50,6 +50,7 @@ from qdora.verbs.assemble import (
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
 from qdora.verbs.run_writer import RunWriter
+from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_faults, selection_value
 from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
 from qdora.verbs.trackers import is_installed
 
@@ -89,7 +90,7 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
     num_steps = num_steps_of(recipe, loader)
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
-    _check_beforehand(recipe, compute, validation)
+    _check_beforehand(recipe, compute, validation, num_steps)
     open_ = resume_run if resume else create_run
     processes.first(lambda: open_(directory, resolved_yaml(recipe), _environment(processes)))
     run = RunDirectory(directory)
@@ -160,7 +161,9 @@ class _Job:
             )
             processes.share_first_(list(self.optimizer.parameters.values()))
             logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
-        self.writer = RunWriter(recipe, run, model, self.optimizer, loader, processes)
+        self.best = best_so_far(recipe, list(self.validation)) if self.optimizer is not None else None
+        self.num_done = 0
+        self.writer = RunWriter(recipe, run, model, self.optimizer, loader, processes, self.best)
 
     def restore(self, checkpoint: Path) -> int:
         """Take back a checkpoint whose adapter is already in the model; returns its step."""
@@ -185,11 +188,12 @@ class _Job:
     def go(self, start: int) -> dict[str, Any]:
         """Train from step `start`, evaluate, save; returns the summary."""
         settings = self.recipe.eval
+        self.num_done = start
         if start == 0 and settings.at_start and self.validation:
             self._evaluate(0, "base")
-        if self.optimizer is not None and start < self.num_steps:
+        if self.optimizer is not None and start < self.num_steps and not self._is_over():
             try:
-                self._fit(self.optimizer, start)
+                self.num_done = self._fit(self.optimizer, start)
             finally:  # also of a run that is interrupted or fails
                 if self.processes.is_first:
                     draw_figures(self.run.metrics(), self.run.inside("figures"))
@@ -197,20 +201,37 @@ class _Job:
                 seen = part.position
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
                 logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)
-        if self.optimizer is not None:
-            self.writer.save_final()
-        if settings.at_end and self.validation and self.num_steps > 0:
-            self._evaluate(self.num_steps, "adapter")
+        if self.optimizer is not None and self.best is None:
+            self.writer.save_final(self.num_done, self.num_steps)
+        if settings.at_end and self.validation and self.num_steps > 0 and not self._is_over():
+            self._measure(self.num_steps)
+        if self.best is not None:  # the last evaluation had a say, too
+            self._say_best()
+            self.writer.save_final(self.num_done, self.num_steps)
         return self.processes.first(self._conclude) or {}
+
+    def _is_over(self) -> bool:
+        """Whether the evaluations said, before the last step, that it is enough."""
+        return self.best is not None and self.best.is_over and self.num_done < self.num_steps
+
+    def _say_best(self) -> None:
+        assert self.best is not None
+        if self._is_over():
+            text = "Stopped early after step %d of %d: %d evaluations in a row brought nothing better."
+            logger.info(text, self.num_done, self.num_steps, self.best.num_since)
+        if self.best.step is not None:
+            logger.info("adapter/ is %s.", best_in_words(self.best.state_dict()))
 
     def _conclude(self) -> dict[str, Any]:
         self._write_card()
+        if self.best is not None and self.best.step is not None:
+            self.evaluations["adapter"] = read_result(self.run.evaluation_file(self.best.step))
         if self.evaluations:
             self.console.print(compare_table(self.evaluations))
         self.console.print(f"run: {self.run.path}", highlight=False, soft_wrap=True)
         return self._summary()
 
-    def _fit(self, optimizer: AdapterOptimizer, start: int) -> None:
+    def _fit(self, optimizer: AdapterOptimizer, start: int) -> int:
         train, chunk = self.recipe.train, self.recipe.memory.loss_chunk
         settings = FitSettings(
             num_steps=self.num_steps,
@@ -227,7 +248,7 @@ class _Job:
         hooks = Hooks(
             write_metrics=self.writer.write_metrics,
             save=self.writer.save_checkpoint,
-            evaluate=self._evaluate if self.validation else None,
+            evaluate=self._measure if self.validation else None,
             keep_batch=self.writer.keep_batch,
         )
         with (
@@ -235,7 +256,7 @@ class _Job:
             TrainingProgress(self.num_steps, start=start, console=self.console) as progress,
             self.writer.trackers(),
         ):
-            fit(
+            return fit(
                 self.model,
                 optimizer,
                 self.loader,
@@ -247,6 +268,16 @@ class _Job:
                 start_step=start,
                 processes=self.processes,
             )
+
+    def _measure(self, step: int) -> Evaluated:
+        """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
+        metrics = self._evaluate(step)
+        if self.best is None:
+            return Evaluated({"eval": metrics})
+        value = selection_value(self.recipe, self.evaluations["adapter"]) if self.processes.is_first else None
+        better = self.best.judge(step, self.processes.gather(value)[0])
+        state = {key: found for key, found in self.best.state_dict().items() if key != "question"}
+        return Evaluated({"eval": metrics, "best": state}, save=better, stop=self.best.is_over)
 
     def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
         return self.processes.first(lambda: self._evaluate_alone(step, label)) or {}
@@ -284,7 +315,9 @@ class _Job:
         losses = [line["loss"] for line in self.run.metrics() if "loss" in line]
         return {
             "run": str(self.run.path),
-            "num_steps": self.num_steps,
+            "num_steps": self.num_done,
+            "stopped_early": self._is_over(),
+            "best": adapter_record(self.run),
             "final_loss": losses[-1] if losses else None,
             **self.counts,
             "evaluations": {label: result.to_dict() for label, result in self.evaluations.items()},
@@ -305,7 +338,7 @@ def _evaluated(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
     return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
 
 
-def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any]) -> None:
+def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any], num_steps: int) -> None:
     """What can be known to fail before anything is written or loaded."""
     faults = []
     if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
@@ -313,6 +346,10 @@ def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, An
     if recipe.eval.method == "generate":
         asked = _evaluated(recipe, validation)
         faults += generation_faults({name: validation[name] for name in asked if name in validation})
+    evaluated = {name: validation[name] for name in _evaluated(recipe, validation) if name in validation}
+    if recipe.eval.method == "generate":
+        faults += generation_faults(evaluated)
+    faults += selection_faults(recipe, evaluated, num_steps)
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."

@@ -1,0 +1,69 @@
+"""Tables of what is timed: one layer, a whole step, packing."""
+
+from __future__ import annotations
+
+from tables.table import markdown, percent, read
+
+
+def layer_time() -> str:
+    """Ratios of one layer's time; medians over rounds, and the share of what was asked that is so."""
+    document = read("layer_time")
+    columns = {
+        "QDoRA / QLoRA": "own_dora / own_lora",
+        "norm computed": "own_dora_new_norm / own_lora",
+        "dropout / none": "own_dora_dropout / own_dora",
+        "QDoRA / PEFT QLoRA": "own_dora / peft_lora",
+        "QDoRA / frozen": "own_dora / frozen",
+        "PEFT QDoRA / its QLoRA": "peft_dora / peft_lora",
+        "norm by addmm": "peft_dora_addmm / peft_lora",
+        "its defaults": "peft_dora_defaults / peft_lora",
+    }
+    rows = []
+    for case in document["cases"]:
+        label = f"{case['in_features']} → {case['out_features']}, r {case['rank']}, {case['tokens']:,}"
+        label += "" if case["allocator"] == "tuned" else ", default allocator"
+        rows.append([label, *(f"{case['ratios'][name]['median']:.3f}" for name in columns.values())])
+    bars = document["bars"]
+    asked = {
+        "QDoRA at most 1.03 times QLoRA": "own_dora / own_lora",
+        "at most PEFT's QLoRA (1.03 times at 256 tokens)": "own_dora / peft_lora",
+        "dropout at most 1.05 times none": "own_dora_dropout / own_dora",
+    }
+    counts = []
+    for what, name in asked.items():
+        found = [bar for bar in bars if bar["ratio"] == name]
+        worst = max(found, key=lambda bar: bar["median"] / bar["limit"])
+        counts.append(
+            f"{what}: {sum(bar['within'] for bar in found)} of {len(found)} cases, "
+            f"at worst {worst['median']:.3f} ({worst['case'].split(',')[0]})"
+        )
+    return markdown(["layer, rank, tokens", *columns], rows) + f"\n{'; '.join(counts)}.\n"
+
+
+def packing() -> str:
+    """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
+    document = read("packing")
+    labels = {
+        "arrival": "padded, in order of arrival",
+        "grouped": "padded, grouped by length",
+        "packed": "packed",
+        "packed_to_max_length": f"packed, rows always {document['max_length']} long",
+    }
+    found = document["time"]
+    rows = []
+    for way, label in labels.items():
+        speed = found["tokens_per_second"][way]
+        times = found["ratios"].get(f"{way} / packed")
+        row = [label, percent(found["padding_share"][way]), f"{found['micro_batches_per_step'][way]:.1f}"]
+        row.append(f"{speed['median']:.0f} ({speed['lower']:.0f}–{speed['upper']:.0f})")
+        rows.append([*row, f"{times['median']:.2f} ({times['lower']:.2f}–{times['upper']:.2f})" if times else "1"])
+    losses = document["losses"]
+    note = (
+        f"\n{found['num_steps']} steps of {document['step_tokens']:,} tokens in turns, median and quartiles. Largest "
+        f"difference of an example's NLL from that of the example alone, float32, {losses['num_examples']} examples: "
+        f"packed {losses['packed']['max_difference']:.1e} nats (relative "
+        f"{losses['packed']['max_relative_difference']:.1e}), grouped by length "
+        f"{losses['grouped']['max_difference']:.1e} ({losses['grouped']['max_relative_difference']:.1e}).\n"
+    )
+    header = ["micro-batches", "padding %", "a step", "real tokens/s", "time, packed = 1"]
+    return markdown(header, rows) + note

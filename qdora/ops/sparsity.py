@@ -1,0 +1,155 @@
+"""Which weights stay: sparsity patterns, exact counts, and masks as bits.
+
+A pattern cuts the scores of a weight into comparison groups. In each group the same number of entries is pruned, those
+of the lowest score; of equal scores the one that comes first in the group is pruned first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qdora.errors import nearest
+
+PatternKind = Literal["unstructured", "n:m", "rows", "columns"]
+Group = Literal["tensor", "row"]
+
+PATTERNS = ("unstructured", "2:4", "4:8", "rows", "columns")
+"""Patterns by name; any other n:m, such as 1:4, is taken, too."""
+
+_N_OF_M = re.compile(r"(\d{1,3}):(\d{1,3})")
+_BIT = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a pruned weight looks like.
+
+    Attributes:
+        kind: "unstructured" (any weights), "n:m" (`keep` of every `of` neighbours in a row), "rows" or "columns"
+            (whole outputs or inputs).
+        sparsity: Share of zeros, in [0, 1).
+        keep, of: n and m of "n:m"; 0 for the other kinds.
+    """
+
+    kind: PatternKind
+    sparsity: float
+    keep: int = 0
+    of: int = 0
+
+
+def pattern_from(name: str, sparsity: float | None = None) -> Pattern:
+    """A pattern by name: "unstructured", "rows", "columns" with a sparsity, or "n:m" (n of m kept), which implies it.
+
+    Raises:
+        ValueError: An unknown name, a sparsity that is missing, out of range, or given beside n:m.
+    """
+    found = _N_OF_M.fullmatch(name)
+    if found:
+        keep, of = int(found[1]), int(found[2])
+        if not 1 <= keep < of:
+            raise ValueError(f"pattern '{name}': n of m weights are kept, allowed: 1 <= n < m.")
+        if sparsity is not None:
+            raise ValueError(f"pattern '{name}' has a sparsity of its own, got {sparsity}, allowed: leave it out.")
+        return Pattern("n:m", 1 - keep / of, keep, of)
+    if name not in ("unstructured", "rows", "columns"):
+        raise ValueError(f"unknown pattern '{name}'; allowed: {', '.join(PATTERNS)}.{nearest(name, PATTERNS)}")
+    if sparsity is None or not 0 <= sparsity < 1:
+        raise ValueError(f"pattern '{name}' needs a sparsity, got {sparsity}, allowed: at least 0 and below 1.")
+    return Pattern(name, sparsity)  # type: ignore[arg-type]
+
+
+def num_pruned(sparsity: float, size: int) -> int:
+    """Entries of a group of `size` that are pruned: sparsity * size, rounded to the nearest whole number."""
+    return round(sparsity * size)
+
+
+def check_shape(pattern: Pattern, shape: tuple[int, int], name: str = "weight") -> None:
+    """Raise ValueError where a weight (out, in) cannot have the pattern."""
+    if pattern.kind == "n:m" and shape[1] % pattern.of:
+        raise ValueError(
+            f"{name}: pattern {pattern.keep}:{pattern.of} needs in_features divisible by {pattern.of}, got {shape[1]}."
+        )
+
+
+@torch.no_grad()
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """The `count` lowest entries of each group; of equal ones the first.
+
+    Args:
+        scores: (groups, size), float32 or float64, finite.
+        count: 0 to size.
+    Returns:
+        (groups, size) bool with exactly `count` True in every row.
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    chosen = scores <= threshold
+    surplus = chosen.sum(dim=1) - count
+    tied_groups = surplus.nonzero().squeeze(1)
+    if len(tied_groups):
+        some, limit = scores[tied_groups], threshold[tied_groups]
+        below, tied = some < limit, some == limit
+        wanted = count - below.sum(dim=1, keepdim=True)
+        chosen[tied_groups] = below | (tied & (tied.cumsum(dim=1) <= wanted))
+    return chosen
+
+
+@torch.no_grad()
+def keep_mask(scores: Tensor, pattern: Pattern, group: Group = "row") -> Tensor:
+    """The mask of the given pattern that keeps the highest scores.
+
+    Args:
+        scores: Cost of removing each weight, (out, in), finite, not negative. The cost of a row or column is the sum
+            over its weights.
+        pattern: Its counts are exact: per group round(sparsity * size) are pruned, and m - n of every m.
+        group: What "unstructured" compares: the whole tensor, or each row.
+    Returns:
+        (out, in) bool, True = keep.
+    Raises:
+        ValueError: If in_features is no multiple of m.
+    """
+    rows, columns = scores.shape
+    check_shape(pattern, (rows, columns))
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if pattern.kind == "n:m":
+        groups = scores.reshape(-1, pattern.of)
+        return ~lowest(groups, pattern.of - pattern.keep).view(rows, columns)
+    if pattern.kind == "rows":
+        pruned = lowest(scores.sum(dim=1)[None], num_pruned(pattern.sparsity, rows))
+        return (~pruned).T.expand(rows, columns).contiguous()
+    if pattern.kind == "columns":
+        pruned = lowest(scores.sum(dim=0)[None], num_pruned(pattern.sparsity, columns))
+        return (~pruned).expand(rows, columns).contiguous()
+    groups = scores if group == "row" else scores.reshape(1, -1)
+    return ~lowest(groups, num_pruned(pattern.sparsity, groups.shape[1])).view(rows, columns)
+
+
+@torch.no_grad()
+def mask_bits(mask: Tensor) -> Tensor:
+    """A mask as bits, row by row, the first of eight in the lowest bit: (ceil(out * in / 8),) uint8."""
+    flat = torch.nn.functional.pad(mask.reshape(-1), (0, -mask.numel() % 8))
+    bit = torch.tensor(_BIT, dtype=torch.uint8, device=mask.device)
+    return (flat.view(-1, 8).to(torch.uint8) * bit).sum(dim=1, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def mask_from_bits(bits: Tensor, shape: tuple[int, int], rows: slice | None = None) -> Tensor:
+    """The inverse of `mask_bits`, or only some of its rows: (rows, in) bool.
+
+    Raises:
+        ValueError: If the number of bytes does not fit the shape.
+    """
+    numel = shape[0] * shape[1]
+    if bits.dtype != torch.uint8 or bits.shape != (-(-numel // 8),):
+        raise ValueError(f"a mask of {shape} takes ({-(-numel // 8)},) uint8, got {tuple(bits.shape)} {bits.dtype}.")
+    first, last = (0, shape[0]) if rows is None else (rows.start, rows.stop)
+    start, stop = first * shape[1], last * shape[1]
+    bit = torch.tensor(_BIT, dtype=torch.uint8, device=bits.device)
+    flat = (bits[start // 8 : -(-stop // 8), None] & bit).ne(0).view(-1)
+    return flat[start % 8 : start % 8 + stop - start].view(last - first, shape[1])
