@@ -1,7 +1,7 @@
 """Time and memory of the whole training step of SmolLM2-135M: QDoRA against QLoRA, qdora's against PEFT's.
 
     OMP_NUM_THREADS=2 python benchmarks/step_time.py DATA --out benchmarks/results/step_time.json
-        [--part time|peaks] [--checkpointing on|off] [--rounds 10] [--seconds 240] [--smoke]
+        [--part time|peaks] [--checkpointing on|off] [--names own_lora ...] [--rounds 10] [--seconds 240] [--smoke]
 
 DATA holds <task>/<split>.parquet. NF4 in blocks of 64, rank 16 on all linear layers, bf16, real steps of the eight
 tasks with their real lengths. qdora trains through its own loop (micro-batches, chunked loss). PEFT stands on
@@ -90,7 +90,7 @@ def main() -> None:
             given = ["--smoke"] if args.smoke else [str(args.data), "--batch", str(args.batch)]
             result.setdefault("peaks", {})[mode] = {
                 name: fresh(__file__, *given, "--worker", name, "--checkpointing", mode)
-                for name in (NAMES[:1] if args.smoke else NAMES)
+                for name in (NAMES[:1] if args.smoke else args.names)
             }
     write(args.out, result if args.smoke else {**result, "passes": verdict(result)})
 
@@ -102,6 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS / "step_time.json")
     parser.add_argument("--part", choices=("time", "peaks"))
     parser.add_argument("--checkpointing", choices=("on", "off"))
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, help="fewer contenders: more rounds")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=240.0, help="no round begins later, loading included")
     parser.add_argument("--batch", type=int, default=32)
@@ -169,7 +170,7 @@ def peer_step(model: Any, optimizer: torch.optim.Optimizer, trainable: list[Any]
 def add_rounds(found: dict[str, Any], mode: str, args: argparse.Namespace) -> None:
     """Rounds of all contenders on steps that follow those already measured."""
     began = time.perf_counter()
-    names = list(NAMES)
+    names = [name for name in NAMES if name in args.names]
     seconds = found.setdefault("seconds", {name: [] for name in names})
     tokens, padded = found.setdefault("tokens", []), found.setdefault("padded_tokens", [])
     num_done, rounds = len(tokens), 2 if args.smoke else args.rounds
@@ -187,7 +188,11 @@ def add_rounds(found: dict[str, Any], mode: str, args: argparse.Namespace) -> No
     found["tokens_per_second"] = {
         name: spread([count / taken for count, taken in zip(tokens, seconds[name], strict=True)]) for name in names
     }
-    found["ratios"] = {f"{first} / {second}": ratio(seconds[first], seconds[second]) for first, second in RATIOS}
+    found["ratios"] = {
+        f"{first} / {second}": ratio(seconds[first], seconds[second])
+        for first, second in RATIOS
+        if first in names and second in names
+    }
 
 
 def peak(name: str, args: argparse.Namespace) -> dict[str, int]:
@@ -211,7 +216,8 @@ def verdict(result: dict[str, Any]) -> dict[str, bool]:
     for mode, found in result.get("time", {}).items():
         medians = {name: each["median"] for name, each in found["ratios"].items()}
         passes[f"time as QLoRA, checkpointing {mode}"] = medians["own_dora / own_lora"] <= 1.05
-        passes[f"faster than PEFT QLoRA, checkpointing {mode}"] = medians["own_dora / peft_lora"] < 1.0
+        if "own_dora / peft_lora" in medians:
+            passes[f"faster than PEFT QLoRA, checkpointing {mode}"] = medians["own_dora / peft_lora"] < 1.0
     for mode, found in result.get("peaks", {}).items():
         own, lora, peer = (found[name]["peak_bytes"] for name in ("own_dora", "own_lora", "peft_lora"))
         passes[f"memory as QLoRA, checkpointing {mode}"] = own <= 1.05 * lora
