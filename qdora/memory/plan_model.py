@@ -17,7 +17,7 @@ from qdora.memory.plan_blocks import block_list, keep_blocks_
 from qdora.memory.tracker import LiveBytes
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import replace_module
-from qdora.model.load import Quantization, float32_names, is_wide, layers_to_quantize, skeleton
+from qdora.model.load import Quantization, wide_names, is_wide, layers_to_quantize, skeleton
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
@@ -50,7 +50,7 @@ def fill_(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, live
     whole = wanted.kind == "none"
     linear = {f"{name}.weight" for name, each in model.named_modules() if type(each) is nn.Linear} if whole else set()
     head: Any = model.get_output_embeddings()
-    wide = float32_names(model, dtype)
+    wide = wide_names(model, dtype)
 
     def empty(name: str, like: Tensor) -> Tensor:
         kept = torch.float32 if is_wide(name, wide) else dtype
