@@ -3,8 +3,8 @@
     python benchmarks/plan_accuracy.py [--out benchmarks/results/plan_accuracy.json] [--smoke]
 
 Random models of 25 to 190 million weights, made from a config and written as a checkpoint; their data is random text.
-Every run is planned from the recipe, the config and the tokenised data, then run twice in processes of its own, four
-steps each: once with `LiveBytes` active from before the load on, once without it, for the largest resident set
+Every run is planned from the recipe, the config and the tokenised data, then run twice, three steps each: once with
+`LiveBytes` active from before the load on, and once without it in a process of its own, for the largest resident set
 (VmHWM). Planned resident set: the plan's tensors and its constant for a process (`CONTEXT_BYTES["cpu"]`), which every
 run here also measures, before it loads its model.
 
@@ -24,8 +24,9 @@ from typing import Any
 
 from measure import RESULTS, facts, fresh, peak_rss_bytes, write
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-NUM_STEPS = 4
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+NUM_STEPS = 3
+BARS = {"tensor": 0.03, "rss": 0.10}
 _SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8192}
 _MIDDLE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 16384}
 _DEEP = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24, "vocab_size": 8192}
@@ -73,38 +74,43 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "plan_accuracy.json")
     parser.add_argument("--smoke", action="store_true", help="tiny models: shows that it runs")
     parser.add_argument("--only", help="the case of this name alone")
-    parser.add_argument("--case", nargs=3, metavar=("HOW", "NAME", "DIRECTORY"), help=argparse.SUPPRESS)
+    parser.add_argument("--resident", nargs=2, metavar=("NAME", "DIRECTORY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
-        how, name, directory = args.case
-        print(json.dumps(run_case({**CASES, **SMOKE}[name], Path(directory), how)))
+    if args.resident:
+        name, directory = args.resident
+        print(json.dumps(run_of(recipe_of(Path(directory), {**CASES, **SMOKE}[name]), counting=False)))
         return
-    cases = SMOKE if args.smoke else CASES
-    found = {name: case_result(name) for name in cases if args.only in (None, name)}
-    worst = {
-        what: max((abs(each[f"{what}_ratio"] - 1) for each in found.values()), default=0.0)
-        for what in ("tensor", "rss")
+    cases: dict[str, dict[str, Any]] = {}
+    for name in SMOKE if args.smoke else CASES:
+        if args.only in (None, name):
+            cases[name] = case_result(name)
+            write(args.out, result_of(cases))
+
+
+def result_of(cases: dict[str, Any]) -> dict[str, Any]:
+    """The file: the cases so far, and how far off the worst of them is."""
+    worst = {what: max(abs(each[f"{what}_ratio"] - 1) for each in cases.values()) for what in ("tensor", "rss")}
+    return {
+        **facts("python benchmarks/plan_accuracy.py"),
+        "num_steps": NUM_STEPS,
+        "cases": cases,
+        "largest_error": worst,
+        "bars": BARS,
+        "passes": {what: worst[what] <= bar for what, bar in BARS.items()},
     }
-    write(
-        args.out,
-        {
-            **facts("python benchmarks/plan_accuracy.py"),
-            "num_steps": NUM_STEPS,
-            "cases": found,
-            "largest_error": worst,
-            "bars": {"tensor": 0.03, "rss": 0.10},
-            "passes": {"tensor": worst["tensor"] <= 0.03, "rss": worst["rss"] <= 0.10},
-        },
-    )
 
 
 def case_result(name: str) -> dict[str, Any]:
     """Planned and measured bytes of one case."""
-    with tempfile.TemporaryDirectory() as directory:
-        fresh(__file__, "--case", "write", name, directory, variables=ONE_THREAD)
-        planned, counted, plain = (
-            fresh(__file__, "--case", how, name, directory, variables=ONE_THREAD) for how in ("plan", "count", "rss")
-        )
+    case = {**CASES, **SMOKE}[name]
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        write_model(directory / "model", case[1], SIZES[case[0]])
+        write_data(directory / "data.jsonl", num_rows=64, longest=48 if case[0] == "tiny" else 240)
+        recipe = recipe_of(directory, case)
+        planned = plan_of(recipe)
+        counted = run_of(recipe, counting=True)
+        plain = fresh(__file__, "--resident", name, folder, variables=ONE_THREAD)
     measured = counted["peak_bytes"]
     result = {
         "micro_batch": planned["micro_batch"],
@@ -120,17 +126,6 @@ def case_result(name: str) -> dict[str, Any]:
     }
     print(f"{name}: tensors {result['tensor_ratio']:.4f}, rss {result['rss_ratio']:.3f}", file=sys.stderr)
     return result
-
-
-def run_case(case: tuple[str, str, dict[str, Any]], directory: Path, how: str) -> dict[str, Any]:
-    """Write the model and its data, plan the run, count it, or take its resident set."""
-    size, kind, changes = case
-    if how == "write":
-        write_model(directory / "model", kind, SIZES[size])
-        write_data(directory / "data.jsonl", num_rows=64, longest=48 if size == "tiny" else 240)
-        return {}
-    recipe = recipe_of(directory, changes, tiny=size == "tiny")
-    return plan_of(recipe) if how == "plan" else run_of(recipe, counting=how == "count")
 
 
 def write_model(directory: Path, kind: str, sizes: dict[str, int]) -> None:
@@ -161,11 +156,12 @@ def write_data(file: Path, num_rows: int, longest: int) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def recipe_of(directory: Path, changes: dict[str, Any], *, tiny: bool) -> Any:
+def recipe_of(directory: Path, case: tuple[str, str, dict[str, Any]]) -> Any:
     """DoRA of rank 16 on every linear layer of an NF4 base in bf16, 8-bit AdamW, 1,024 tokens a micro-batch."""
     from qdora.recipe_file import recipe_from
 
-    longest = 64 if tiny else 256
+    size, _, changes = case
+    longest = 64 if size == "tiny" else 256
     document: dict[str, dict[str, Any]] = {
         "model": {"source": str(directory / "model"), "dtype": "bfloat16"},
         "adapter": {},
@@ -173,7 +169,7 @@ def recipe_of(directory: Path, changes: dict[str, Any], *, tiny: bool) -> Any:
         "data": {"mix": [{"source": str(directory / "data.jsonl")}], "max_length": longest},
         "train": {
             "steps": NUM_STEPS,
-            "batch": 16,
+            "batch": 8,
             "micro_batch_tokens": 4 * longest,
             "checkpoint_every": None,
         },
