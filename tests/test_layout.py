@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli"},
     {"verbs"},
+    {"study"},
     {"train", "evaluation"},
     {"memory"},
     {"model", "doctor"},
