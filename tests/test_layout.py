@@ -18,7 +18,7 @@ LAYERS = [
     {"cli"},
     {"verbs"},
     {"study"},
-    {"train", "evaluation"},
+    {"train", "evaluation", "analysis"},
     {"memory"},
     {"model", "doctor"},
     {"nn", "data"},
