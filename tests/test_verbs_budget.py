@@ -24,9 +24,8 @@ from tests import tiny_run
 
 
 def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_run.recipe(
-        tmp_path, memory__budget="100MiB", train__steps=1, eval__at_start=False, eval__at_end=False
-    )
+    no_evaluation = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    recipe = tiny_run.recipe(tmp_path, memory__budget="100MiB", train__steps=1, **no_evaluation)
     with monkeypatch.context() as patched:
         patched.setattr(assemble, "load_model", None)  # nothing may call it
         with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run is planned to need 7\d\d"):
