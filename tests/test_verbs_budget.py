@@ -65,8 +65,9 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         within(plan.peak_bytes // 2)
 
 
-def test_a_plan_is_shown_and_drawn(tmp_path: Path) -> None:
-    recipe = tiny_run.recipe(tmp_path, train__steps=2)
+def test_a_plan_is_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # this machine's own rates, if it has any
+    recipe = tiny_run.recipe(tmp_path, train__steps=2, train__batch=24)
     shown = io.StringIO()
     console = Console(file=shown, width=130)
     found = plan_run(recipe, "r.yaml", budget="1GiB", figure=tmp_path / "p.svg", console=console)["memory"]
