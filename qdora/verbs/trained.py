@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.config import Recipe
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters
-from qdora.recipe_file import load_recipe
+from qdora.recipe_file import load_recipe, override
 from qdora.record import RunDirectory, open_run
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 from qdora.verbs.assemble import choose_compute, find_model, load_base, put_adapters
@@ -29,18 +29,21 @@ class TrainedRun:
     """Which state was loaded: "final", "step-120" or "base"."""
 
 
-def load_run(path: Path, *, step: int | None = None, base_only: bool = False) -> TrainedRun:
+def load_run(path: Path, *, step: int | None = None, base_only: bool = False, dtype: str | None = None) -> TrainedRun:
     """Load the base and the adapter of a run.
 
     Args:
         path: Run directory.
         step: Load this checkpoint; None takes the finished adapter, or the newest checkpoint of an unfinished run.
         base_only: Leave the adapter out.
+        dtype: Compute in this dtype in place of the recipe's; with any attention that takes it.
     Raises:
         UserError: No run, no such checkpoint, nothing trained yet.
     """
     run = open_run(path)
     recipe = load_recipe(run.recipe_file)
+    if dtype is not None:
+        recipe = override(recipe, [f"model.dtype={dtype}", "model.attention=auto"])
     trained, state = _trained_state(run, recipe, step)
     source, tokenizer = find_model(recipe)
     model = load_base(recipe, source, choose_compute(recipe.model.dtype))
