@@ -162,5 +162,5 @@ def test_the_command_prints_one_document(whole: Path) -> None:
 
 
 def test_the_loaded_run_is_float32(whole: Path) -> None:
-    model: Any = load_run(whole, dtype="float32").model
+    model: Any = load_run(whole, widened=True).model
     assert model.get_input_embeddings().weight.dtype == torch.float32

@@ -126,7 +126,7 @@ def rank_run(
         raise UserError(f"{path}: its ranks come from adapter.resume_from, allowed: a run that made its own adapter.")
     if asked.norm is not None and recipe.adapter.kind == "lora":
         raise UserError("--norm: LoRA has no norm, allowed: leave it out.")
-    trained = load_run(path, step=step, dtype="float32")
+    trained = load_run(path, step=step, widened=True)
     adapted = adapted_layers(trained.model)
     chosen = _chosen(adapted, asked.layers)
     ranks_now = {name: layer.rank for name, layer in adapted.items()}
