@@ -1,0 +1,71 @@
+"""Tables of runs as a whole: killed and resumed, mixed, waiting for data."""
+
+from __future__ import annotations
+
+from tables.table import markdown, percent, read
+
+
+def kill_resume() -> str:
+    """Cases, how many ended bit for bit as the undisturbed run, and whether what happened was said."""
+    document = read("kill_resume")
+    kills, cuts, full = document["kills"], document["truncated"], document["full_disk"]
+    steps = sorted({kill["newest_step"] for kill in kills})
+    rows = [
+        [
+            f"SIGKILL at a random moment, newest checkpoint then {steps[0]} to {steps[-1]} of {document['num_steps']}",
+            f"{sum(kill['identical'] for kill in kills)} of {len(kills)}",
+            "–",
+        ],
+        ["disk full in the middle of a checkpoint", f"{int(full['identical'])} of 1", "yes" if full["said"] else "no"],
+        [
+            "a file of the newest checkpoint cut short",
+            f"{sum(cut['identical'] for cut in cuts)} of {len(cuts)}",
+            "yes" if all(cut["said"] for cut in cuts) else "no",
+        ],
+    ]
+    return markdown(["what happened, then --resume", "bit for bit the same", "named in log or error"], rows)
+
+
+def mixing() -> str:
+    """Differences of the shares from the asked ones, and resumes; the memory of streams below."""
+    document = read("mixing")
+    rows = [
+        [
+            name,
+            f"{mix['max_difference']:.3%}",
+            f"{mix['max_relative_difference']:.2%}",
+            f"{mix['resumed_exactly']} of {mix['num_points']}",
+        ]
+        for name, mix in document["mixes"].items()
+    ]
+    streams = [
+        f"{each['kind']}, {each['num_rows']:,} rows: {(each['peak_bytes'] - each['empty_bytes']) / 2**20:.0f} MiB, "
+        f"resumed exactly from {each['resumed_exactly']} of {each['num_points']} points"
+        for each in document["streams"]
+    ]
+    note = (
+        f"\nShares after {document['num_draws']:,} draws from sources as large as the eight commonsense tasks. Memory "
+        f"that a stream adds to an empty process over {document['streams'][0]['num_draws']:,} draws: "
+        f"{'; '.join(streams)}.\n"
+    )
+    return markdown(["strategy", "share off by at most", "relative to the share", "resumed exactly"], rows) + note
+
+
+def data_loading() -> str:
+    """Parts of the time to the first step, and the share of a step that the loader takes."""
+    document = read("data_loading")
+    ways = document["ways"]
+    names = list(ways["grouped"]["seconds_to_first_step"])
+    rows = [[name, *(f"{way['seconds_to_first_step'][name]:.1f}" for way in ways.values())] for name in names]
+    rows.append(["together", *(f"{way['total_seconds_to_first_step']:.1f}" for way in ways.values())])
+    shares = [
+        f"{name} {percent(way['share_lost']['median'])} % (quartiles {percent(way['share_lost']['lower'])} to "
+        f"{percent(way['share_lost']['upper'])})"
+        for name, way in ways.items()
+    ]
+    note = (
+        f"\nShare of the later steps in which the model waits for its data, {document['num_steps'] - 1} steps of "
+        f"{document['step_tokens']:,} tokens: {', '.join(shares)}. In memory "
+        f"{ways['grouped']['num_examples']:,} examples.\n"
+    )
+    return markdown(["seconds to the first step", *ways], rows) + note
