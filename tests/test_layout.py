@@ -17,7 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli"},
     {"verbs"},
-    {"train", "evaluation"},
+    {"study"},
+    {"train", "evaluation", "analysis"},
     {"memory"},
     {"model", "doctor"},
     {"nn", "data"},

@@ -25,6 +25,7 @@ from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
+from qdora.model.size import model_size
 from qdora.recipe_file import missing_files, resolved_yaml
 from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
@@ -351,6 +352,7 @@ class _Job:
             "best": adapter_record(self.run),
             "final_loss": losses[-1] if losses else None,
             **self.counts,
+            "size": asdict(model_size(self.model)),
             "evaluations": {label: result.to_dict() for label, result in self.evaluations.items()},
         }
 
