@@ -38,7 +38,7 @@ def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(run: Path) -> 
         assert len(generated["per_example"]) == counts["num_examples"]
         assert generated["settings"]["max_new_tokens"] == 32
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (evaluated,) = [line["eval"]["letters"] for line in lines if "eval" in line]
+    _, evaluated, _ = [line["eval"]["letters"] for line in lines if "eval" in line]
     counts = read(run / "eval/step-4-generated.json")["tasks"]["letters"]
     assert evaluated["generated"] == {key: value for key, value in counts.items() if key != "unparsable"}
     assert evaluated["nll_per_token"] > 0

@@ -20,6 +20,7 @@ from qdora.data.loader import StepLoader
 from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
 from qdora.errors import Interrupted, UserError
+from qdora.evaluation.against_base import worse_than_base
 from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
@@ -123,7 +124,8 @@ def _train(
             loader.packed = packed_layout(model)
         job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps, processes)
         start = job.restore(checkpoint.path) if checkpoint is not None else 0
-        processes.first(lambda: run.truncate_metrics(start))
+        again = job.evaluates_again(start)
+        processes.first(lambda: run.truncate_metrics(start, evaluates_again=again))
         try:
             return job.go(start)
         except KeyboardInterrupt:
@@ -208,16 +210,21 @@ class _Job:
 
     def go(self, start: int) -> dict[str, Any]:
         """Train from step `start`, evaluate, save; returns the summary."""
-        settings = self.recipe.eval
         self.num_done = start
-        if start == 0 and settings.at_start and self.validation:
-            self._evaluate(0, "base")
-        if self.optimizer is not None and start < self.num_steps and not self._is_over():
+        with self.writer.trackers():
             try:
-                self.num_done = self._fit(self.optimizer, start)
+                self._train_and_evaluate(start)
             finally:  # also of a run that is interrupted or fails
                 if self.processes.is_first:
                     draw_figures(self.run.metrics(), self.run.inside("figures"))
+        return self.processes.first(self._conclude) or {}
+
+    def _train_and_evaluate(self, start: int) -> None:
+        settings = self.recipe.eval
+        if start == 0 and settings.at_start and self.validation:
+            self.writer.write_metrics({"step": 0, **self._evaluate(0, "base")})
+        if self.optimizer is not None and start < self.num_steps and not self._is_over():
+            self.num_done = self._fit(self.optimizer, start)
             for part in self.loader.streams:
                 seen = part.position
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
@@ -225,11 +232,15 @@ class _Job:
         if self.optimizer is not None and self.best is None:
             self.writer.save_final(self.num_done, self.num_steps)
         if settings.at_end and self.validation and self.num_steps > 0 and not self._is_over():
-            self._measure(self.num_steps)
+            self.writer.write_metrics({"step": self.num_steps, **self._measure(self.num_steps).line})
         if self.best is not None:  # the last evaluation had a say, too
             self._say_best()
             self.writer.save_final(self.num_done, self.num_steps)
-        return self.processes.first(self._conclude) or {}
+
+    def evaluates_again(self, step: int) -> bool:
+        """Whether a run that goes on after `step` steps evaluates that state, though it may have been before."""
+        asked = self.recipe.eval
+        return (step == 0 and asked.at_start) or (step == self.num_steps and asked.at_end)
 
     def _is_over(self) -> bool:
         """Whether the evaluations said, before the last step, that it is enough."""
@@ -275,7 +286,6 @@ class _Job:
         with (
             stop_on_signal(self.processes) as stop,
             TrainingProgress(self.num_steps, start=start, console=self.console) as progress,
-            self.writer.trackers(),
         ):
             return fit(
                 self.model,
@@ -293,15 +303,16 @@ class _Job:
 
     def _measure(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
-        metrics = self._evaluate(step)
+        line = self._evaluate(step)
         if self.best is None:
-            return Evaluated({"eval": metrics})
+            return Evaluated(line)
         value = selection_value(self.recipe, self.evaluations["adapter"]) if self.processes.is_first else None
         better = self.best.judge(step, self.processes.gather(value)[0])
         state = {key: found for key, found in self.best.state_dict().items() if key != "question"}
-        return Evaluated({"eval": metrics, "best": state}, save=better, stop=self.best.is_over)
+        return Evaluated({**line, "best": state}, save=better, stop=self.best.is_over)
 
     def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
+        """The metrics of an evaluation; empty in all processes but the first."""
         return self.processes.first(lambda: self._evaluate_alone(step, label)) or {}
 
     def _evaluate_alone(self, step: int, label: str) -> dict[str, Any]:
@@ -320,7 +331,15 @@ class _Job:
         if self.recipe.eval.method == "generate":
             for task, numbers in self._generate(step).items():
                 metrics[task]["generated"] = numbers
-        return metrics
+        return {"eval": metrics, "average": asdict(result.average)} | self._against_base(step, result)
+
+    def _against_base(self, step: int, result: EvaluationResult) -> dict[str, Any]:
+        """The tasks that are worse than before training while the average is better, for the metrics; warns of them."""
+        base = self.evaluations.get("base")
+        worse = [] if step == 0 or base is None else worse_than_base(base, result)
+        for each in worse:
+            logger.warning("Step %d: %s.", step, each.in_words())
+        return {"worse_than_base": [asdict(each) for each in worse]} if worse else {}
 
     def _generate(self, step: int) -> dict[str, Any]:
         """Let the model answer, keep the answers beside the log-likelihoods; the counts per task."""
