@@ -189,12 +189,13 @@ def export(
     requantize: Annotated[bool, typer.Option("--requantize", help="Quantise the merge to 4 bits again.")] = False,
     shard_size: Annotated[str | None, typer.Option(help="Of a weights file, as in 2GB; 5GiB if left out.")] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
+    audit: Annotated[bool, typer.Option(help="Compare all forms of the model and say which one to ship.")] = True,
     json_: Json = False,
 ) -> None:
     """Write the model in a form to deploy, reload it plainly and compare it with the running one."""
     from qdora.verbs.export import ExportOptions, export_run
 
-    options = ExportOptions(format_, dtype, base, requantize, shard_size, step)
+    options = ExportOptions(format_, dtype, base, requantize, shard_size, step, audit)
     _emit(export_run(run, out, options), json_)
 
 
