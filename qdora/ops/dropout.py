@@ -24,7 +24,7 @@ _GPU_ELEMENTS_PER_SLICE = 1 << 24
 
 def draw_seed() -> int:
     """A seed from torch's default CPU generator, which a checkpoint's recompute restores."""
-    return 0 if is_planning() else int(torch.randint(2**62, (), dtype=torch.int64))
+    return 0 if is_planning() else int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
 
 
 def tokens_per_slice(in_features: int, device_type: str) -> int:
@@ -50,7 +50,7 @@ def dropped_slices(
     if dropout == 0.0:
         yield slice(0, num_tokens), None
         return
-    counts = torch.Generator().manual_seed(seed)
+    counts = torch.Generator("cpu").manual_seed(seed)
     draws = counts if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
     per_element = -math.log1p(-dropout)
     step = tokens_per_slice(in_features, device_kind(device))
@@ -59,7 +59,7 @@ def dropped_slices(
         size = (stop - start) * in_features
         number = round(per_element * size)
         if not is_planning():
-            expected = torch.tensor(per_element * size, dtype=torch.float64)
+            expected = torch.tensor(per_element * size, dtype=torch.float64, device="cpu")
             number = int(torch.poisson(expected, generator=counts))
         # Two positions from each 64 random bits: floor(u * size / 2^32), off from uniform by size / 2^32.
         bits = torch.empty((number + 1) // 2, dtype=torch.int64, device=device)

@@ -116,7 +116,7 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
 def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
     """Dense tiles of whole columns of diag(row_factor) W, in order; see `row_tiles`.
 
-    A weight whose blocks cross rows comes as one tile: no block size up to 128 does that to any common model.
+    A weight whose blocks cross rows comes as one tile: blocks of 64 do that to no common model.
 
     Yields:
         (columns, tile (out, columns)).
