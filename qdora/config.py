@@ -17,6 +17,7 @@ from pydantic import Field
 
 from qdora.data_config import DataConfig, is_path
 from qdora.errors import nearest
+from qdora.prune_config import PruneConfig
 from qdora.section import (
     AutoTokens,
     Fault,
@@ -77,13 +78,15 @@ class BaseWeightsConfig(Section):
     double_quant: Flag = True
     """Store the scales of nf4 and fp4 in 8 bits (saves 0.37 bit a weight). QLoRA, arXiv 2305.14314, sec. 3."""
     skip: tuple[Text, ...] = ("lm_head",)
-    """Linear layers that stay in 16 bits, by the last parts of their name."""
+    """Linear layers that stay in 16 bits and whole, by the last parts of their name."""
+    prune: PruneConfig | None = None
+    """Weights that are removed. None: a base without zeros of ours."""
 
     def unused(self) -> dict[str, str]:
         found = {}
         if self.quant not in ("nf4", "fp4"):
             found = dict.fromkeys(("block_size", "double_quant"), f"base.quant {self.quant} has no blocks")
-        if self.quant == "none":
+        if self.quant == "none" and self.prune is None:
             found["skip"] = "base.quant none quantises no layer"
         return found
 
@@ -157,6 +160,7 @@ class Recipe(Section):
                 "adapter.kind",
                 f"full trains 16-bit weights, got base.quant {self.base.quant}, allowed: base.quant none.",
             )
+        yield from self._prune_faults()
         if self.adapter.kind == "none" and self.train.steps != 0:
             yield "train.steps", f"nothing to train with adapter.kind none, got {self.train.steps}, allowed: 0."
         kind = self.adapter.kind
@@ -176,3 +180,18 @@ class Recipe(Section):
                 yield f"eval.tasks[{index}]", what
         if len(set(self.trackers)) != len(self.trackers):
             yield "trackers", f"named twice, got {list(self.trackers)}, allowed: each at most once."
+
+    def _prune_faults(self) -> Iterator[Fault]:
+        prune = self.base.prune
+        if prune is None:
+            return
+        if self.adapter.kind == "full":
+            what = "full training would fill the zeros again, got base.prune"
+            yield "adapter.kind", f"{what}, allowed: dora, lora, none, or no base.prune."
+        if prune.order == "quantize_first" and self.base.quant == "none":
+            what = "base.quant none quantises nothing, got quantize_first"
+            yield "base.prune.order", f"{what}, allowed: prune_first."
+        streams = any(source.stream for source in self.data.mix)
+        if prune.method != "magnitude" and prune.calibration.text == "mix" and streams:
+            what = "a stream has no random places, got mix with data.mix[].stream"
+            yield "base.prune.calibration.text", f"{what}, allowed: a text file."

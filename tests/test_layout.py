@@ -31,6 +31,7 @@ COMMON = {
     "data_config",
     "environment",
     "errors",
+    "prune_config",
     "recipe_faults",
     "recipe_file",
     "record",

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -35,6 +35,7 @@ from qdora.model.inject import HEAD, matches, replace_module
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import PackedWeight, quantize
+from qdora.ops.tiles import Weight
 
 log = logging.getLogger("qdora")
 
@@ -55,6 +56,22 @@ class Quantization:
     skip: tuple[str, ...]
 
 
+class Placer(Protocol):
+    """Reads the stored tensors of a model and puts them in; `place_all`, unless the base is compressed otherwise."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        stored: Mapping[str, Stored],
+        layers: set[str],
+        wanted: Quantization,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Args as of `place_all`; `layers` are all linear layers that are not skipped, also of a dense base."""
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -66,6 +83,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    placer: Placer | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM with frozen weights, every linear layer but the skipped ones quantised.
 
@@ -83,6 +101,7 @@ def load_model(
         compute_dtype: Of everything that is not quantised.
         attention: "auto" takes flash_attention_2 on CUDA where it is installed, else transformers' choice.
         progress: Called after each tensor with (tensors done, tensors in all).
+        placer: How the tensors get into the model, where they are not only to be quantised (model/compress.py).
     Returns:
         The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
     Raises:
@@ -97,12 +116,12 @@ def load_model(
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, torch.device(device))
     stored = stored_tensors(source, model)
-    layers = layers_to_quantize(model, wanted)
+    layers = set() if quant == "none" and placer is None else layers_to_quantize(model, wanted)
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
     if packed or kind is not None:
         check_stored_packed(packed, kind, wanted, layers)
         layers = set()
-    place_all(model, stored, layers, wanted, torch.device(device), compute_dtype, progress)
+    (placer or place_all)(model, stored, layers, wanted, torch.device(device), compute_dtype, progress)
     finish(model, source, torch.device(device))
     return model
 
@@ -164,20 +183,18 @@ def stored_tensors(source: ModelSource, model: PreTrainedModel) -> dict[str, Sto
 
 
 def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]:
-    """Paths of the linear layers that are to be quantised.
+    """Paths of the linear layers that are to be quantised, or pruned.
 
     Raises:
         UserError: A skip pattern that matches nothing, a tied head that is not skipped, GPT-2's transposed layers.
     """
-    if wanted.kind == "none":
-        return set()
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)
     transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     faults = []
     if transposed:
         faults.append(
-            f"base.quant: {wanted.kind!r}, but {model.config.model_type} keeps its weights transposed (Conv1D, e.g. "
+            f"base: {model.config.model_type} keeps its weights transposed (Conv1D, e.g. "
             f"{transposed[0]}), which is not supported; allowed: base.quant: none with adapter.kind: full or none, or "
             "a model with ordinary linear layers (Llama, Qwen, Gemma, Mistral, Phi, ...)."
         )
@@ -219,10 +236,10 @@ def place_all(
     for done, (name, value) in enumerate(iterate_tensors(stored), start=1):
         layer, _, leaf = name.rpartition(".")
         if isinstance(value, PackedWeight):
-            _place_frozen(model, layer, value.to(device))
+            place_frozen(model, layer, value.to(device))
         elif leaf == "weight" and layer in layers:
             packed = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-            _place_frozen(model, layer, packed)
+            place_frozen(model, layer, packed)
             del packed
         else:
             dtype = torch.float32 if _is_wide(name, wide) else compute_dtype
@@ -233,9 +250,10 @@ def place_all(
             progress(done, len(stored))
 
 
-def _place_frozen(model: nn.Module, layer: str, packed: PackedWeight) -> None:
+def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> None:
+    """Put a frozen layer in the place of a linear one, whose bias it takes over, read or not."""
     bias = model.get_submodule(layer).bias
-    replace_module(model, layer, FrozenLinear(packed, bias if isinstance(bias, Tensor) else None))
+    replace_module(model, layer, FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits))
 
 
 def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -249,14 +267,19 @@ def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.devic
     setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
 
 
-def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
-    """Tie, move the buffers, freeze; afterwards nothing may be left on the meta device."""
+def settle(model: PreTrainedModel, device: torch.device) -> None:
+    """Tie what is tied, and move the buffers; to be called again when more is read."""
     for target, origin in tied_weights(model).items():
         _tie(model, target, origin)
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
+            if buffer is not None and not buffer.is_meta and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
+
+
+def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
+    """Settle and freeze; afterwards nothing may be left on the meta device."""
+    settle(model, device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]

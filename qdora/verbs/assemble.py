@@ -23,7 +23,7 @@ from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.load import load_model
+from qdora.model.load import Placer, load_model
 from qdora.model.source import ModelSource, resolve
 from qdora.model.tokenizer import load_tokenizer
 
@@ -62,9 +62,19 @@ def find_model(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase]:
 
 
 def load_base(
-    recipe: Recipe, source: ModelSource, compute: Compute, progress: Callable[[int, int], None] | None = None
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    placer: Placer | None = None,
 ) -> PreTrainedModel:
-    """The frozen base of the recipe; for full fine-tuning every parameter is trainable. Raises as `load_model`."""
+    """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
+
+    `placer` is what prunes it (`verbs.pruned_base`), given exactly where the recipe has base.prune. Raises as
+    `load_model`.
+    """
+    assert (recipe.base.prune is None) == (placer is None), "a pruned base is loaded by verbs.pruned_base"
     model = load_model(
         source,
         quant=recipe.base.quant,
@@ -75,6 +85,7 @@ def load_base(
         compute_dtype=compute.dtype,
         attention=recipe.model.attention,
         progress=progress,
+        placer=placer,
     )
     if recipe.adapter.kind == "full":
         for parameter in model.parameters():
@@ -125,6 +136,8 @@ def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> No
     quant: dict[str, Any] = {"quant": base.quant}
     if base.quant in ("nf4", "fp4"):
         quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
+    if base.prune is not None:
+        quant["prune"] = base.prune.model_dump(mode="json", exclude=set(base.prune.unused()))
     save_adapter(
         model,
         directory,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.atomic_files import atomic_write_text
@@ -24,6 +25,8 @@ from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
+from qdora.model.load import load_config
+from qdora.model.source import ModelSource
 from qdora.recipe_file import missing_files, resolved_yaml
 from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
@@ -49,6 +52,7 @@ from qdora.verbs.assemble import (
 )
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
+from qdora.verbs.pruned_base import FOLDER, calibration_tokens, compress_base, load_pruned_base
 from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
 from qdora.verbs.trackers import is_installed
@@ -89,6 +93,7 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
     num_steps = num_steps_of(recipe, loader)
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
+    calibration = None if recipe.base.prune is None else calibration_tokens(recipe, tokenizer, mix, load_config(source))
     _check_beforehand(recipe, compute, validation)
     open_ = resume_run if resume else create_run
     processes.first(lambda: open_(directory, resolved_yaml(recipe), _environment(processes)))
@@ -98,8 +103,7 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
         processes.first(lambda: keep_mix(run, plan))
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = _newest_checkpoint(run, processes) if resume else None
-        with bar(console, "loading the base") as progress:
-            model = load_base(recipe, source, compute, progress)
+        model = _base(recipe, source, compute, run, resume, processes, console, calibration)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
         if recipe.data.packing:
             loader.packed = packed_layout(model)
@@ -112,6 +116,32 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
             newest = run.newest_checkpoint()
             step, path = (0, None) if newest is None else (newest.step, newest.path)
             raise Interrupted(step, path, saved=False) from None
+
+
+def _base(
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    run: RunDirectory,
+    resume: bool,
+    processes: Processes,
+    console: Console,
+    calibration: Tensor | None,
+) -> PreTrainedModel:
+    """The frozen base; a pruned one is compressed by the first process, and read from its files by all."""
+    if recipe.base.prune is None:
+        with bar(console, "loading the base") as progress:
+            return load_base(recipe, source, compute, progress)
+    directory = run.inside(FOLDER)
+
+    def compress() -> None:
+        if not (resume and directory.is_dir()):
+            with bar(console, "pruning the base") as progress:
+                compress_base(recipe, source, compute, calibration, directory, progress)
+
+    processes.first(compress)
+    with bar(console, "loading the pruned base") as progress:
+        return load_pruned_base(recipe, source, compute, directory, progress)
 
 
 def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:

@@ -15,6 +15,7 @@ from qdora.recipe_file import load_recipe
 from qdora.record import RunDirectory, open_run
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 from qdora.verbs.assemble import choose_compute, find_model, load_base, put_adapters
+from qdora.verbs.pruned_base import FOLDER, load_pruned_base
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ def load_run(path: Path, *, step: int | None = None, base_only: bool = False) ->
     recipe = load_recipe(run.recipe_file)
     trained, state = _trained_state(run, recipe, step)
     source, tokenizer = find_model(recipe)
-    model = load_base(recipe, source, choose_compute(recipe.model.dtype))
+    compute = choose_compute(recipe.model.dtype)
+    if recipe.base.prune is None:
+        model = load_base(recipe, source, compute)
+    else:
+        model = load_pruned_base(recipe, source, compute, run.inside(FOLDER))
     if base_only or recipe.adapter.kind == "none":
         state = "base"
     elif recipe.adapter.kind == "full":
