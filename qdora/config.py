@@ -94,8 +94,9 @@ class BaseWeightsConfig(Section):
 class AdapterConfig(Section):
     """What is trained on top of the base."""
 
-    kind: Literal["dora", "lora", "none", "full"] = "dora"
-    """dora and lora are one layer, with and without magnitude; none: the bare base; full: all of a 16-bit base."""
+    kind: Literal["dora", "lora", "magnitude", "none", "full"] = "dora"
+    """dora and lora are one layer, with and without magnitude; magnitude trains that alone; none: the bare base; full:
+    all of a 16-bit base."""
     rank: Whole = 16
     """Rows of lora_A. At most min(in, out) of every target."""
     alpha: Positive = 32.0
@@ -112,6 +113,8 @@ class AdapterConfig(Section):
     """Other ranks for some layers: name, or last parts of a name -> rank."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of lora_A and lora_B. Magnitudes are always float32: in bfloat16 they would never move."""
+    mask: Literal["ignore", "keep"] = "ignore"
+    """On a pruned base: keep its zeros by masking B A, which takes more time, or fill them: then the merge is dense."""
     resume_from: Text | None = None
     """Directory of an adapter to go on from; its rank, alpha, targets and layout are kept."""
 
@@ -119,8 +122,11 @@ class AdapterConfig(Section):
         if self.kind in ("none", "full"):
             names = [name for name in type(self).model_fields if name != "kind"]
             return dict.fromkeys(names, f"adapter.kind {self.kind} has no adapter")
+        if self.kind == "magnitude":
+            names = [name for name in type(self).model_fields if name not in ("kind", "targets")]
+            return dict.fromkeys(names, "adapter.kind magnitude has no lora_A and lora_B that train")
         if self.resume_from is not None:
-            names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern"]
+            names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern", "mask"]
             return dict.fromkeys(names, "it comes from the adapter in adapter.resume_from")
         return {}
 
@@ -164,7 +170,8 @@ class Recipe(Section):
         if self.adapter.kind == "none" and self.train.steps != 0:
             yield "train.steps", f"nothing to train with adapter.kind none, got {self.train.steps}, allowed: 0."
         kind = self.adapter.kind
-        parts = {"dora": (), "lora": ("lr_ratio_magnitude",)}.get(kind, ("lr_ratio_B", "lr_ratio_magnitude"))
+        none = ("lr_ratio_B", "lr_ratio_magnitude")
+        parts = {"dora": (), "lora": none[1:], "magnitude": none[:1]}.get(kind, none)
         yield from ignored_faults(self.train, dict.fromkeys(parts, f"adapter.kind {kind} has none"), prefix="train.")
         if self.train.epochs is not None and any(source.stream for source in self.data.mix):
             what = "a stream has no known end to count steps to"
@@ -184,6 +191,9 @@ class Recipe(Section):
     def _prune_faults(self) -> Iterator[Fault]:
         prune = self.base.prune
         if prune is None:
+            if self.adapter.mask == "keep":
+                what = "keeps the zeros of a pruned base, and base.prune is not set, got keep"
+                yield "adapter.mask", f"{what}, allowed: ignore, or a base.prune."
             return
         if self.adapter.kind == "full":
             what = "full training would fill the zeros again, got base.prune"

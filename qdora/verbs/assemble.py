@@ -107,6 +107,16 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
     if settings.kind == "none" or settings.kind == "full":
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
+    if settings.kind == "magnitude":
+        # DoRA whose B stays 0, so any reader of DoRA adapters reads it.
+        if directory is None:
+            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=_targets(recipe))
+        else:
+            layers = load_adapter(model, directory)
+        for layer in layers.values():
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
+        return
     if directory is None:
         inject(
             model,
@@ -115,10 +125,11 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             alpha=settings.alpha,
             rank_stabilized=settings.rank_stabilized,
             dropout=settings.dropout,
-            targets=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+            targets=_targets(recipe),
             rank_pattern=settings.rank_pattern,
             init=settings.init,
             dtype=_DTYPES[settings.dtype],
+            masked=settings.mask == "keep",
             generator=torch.Generator().manual_seed(recipe.train.seed),
         )
         return
@@ -128,6 +139,11 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
         raise UserError(f"adapter.kind: {settings.kind!r}, but {directory} holds {', '.join(sorted(kinds))}.")
     for layer in layers.values():
         layer.dropout = settings.dropout
+
+
+def _targets(recipe: Recipe) -> str | list[str]:
+    targets = recipe.adapter.targets
+    return targets if isinstance(targets, str) else list(targets)
 
 
 def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:

@@ -12,6 +12,7 @@ from qdora.atomic_files import atomic_write_json
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError, nearest
 from qdora.model.export import DTYPES, export_merged
+from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.verify import verify_merged
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import run_examples, write_adapter
@@ -73,10 +74,25 @@ def export_run(
         )
     console.print("comparing the merged model with the running one", highlight=False)
     check = verify_merged(trained.model, out, trained.tokenizer, texts=texts)
-    document = {"format": "merged", "run": str(run), "state": trained.state, **result.to_dict(), "verification": check}
+    zeros = _zeros(trained)
+    document = {
+        "format": "merged",
+        **zeros,
+        "run": str(run),
+        "state": trained.state,
+        **result.to_dict(),
+        "verification": check,
+    }
     atomic_write_json(out / "export.json", document)
     card = run_card(trained.run, trained.recipe, trained.state, check, merged=True)
     (out / "README.md").write_text(card, encoding="utf-8")
+    if zeros and zeros["zeros"]["kept"] < zeros["zeros"]["pruned"]:
+        console.print(
+            f"the merge is dense: {zeros['zeros']['kept']:,} of {zeros['zeros']['pruned']:,} pruned weights are still "
+            "zero; adapter.mask: keep keeps them all",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(_verdict(check), markup=False, highlight=False, soft_wrap=True)
     if not check["passed"]:
         raise RunFailure(
@@ -104,10 +120,28 @@ def _text(example: Example) -> str:
     return example.prompt + example.answer
 
 
+def _zeros(trained: TrainedRun) -> dict[str, Any]:
+    """How many weights of the base were pruned, and how many of these are still zero in the merged model."""
+    pruned = kept = 0
+    adapted = adapted_layers(trained.model)
+    for path, frozen in frozen_layers(trained.model).items():
+        keep = frozen.keep_mask()
+        if keep is not None:
+            owner = adapted.get(path.removesuffix(".base"))
+            weight = frozen.dequantized() if owner is None else owner.merged_weight()
+            pruned += int((~keep).sum())
+            kept += int((weight[~keep] == 0).sum())
+    if pruned == 0:
+        return {}
+    return {"zeros": {"pruned": pruned, "kept": kept}}
+
+
 def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
     recipe = trained.recipe
-    if recipe.adapter.kind not in ("lora", "dora"):
+    if recipe.adapter.kind not in ("lora", "dora", "magnitude"):
         raise UserError(f"--format peft: the run has no adapter (adapter.kind {recipe.adapter.kind}).")
+    if any(layer.masked for layer in adapted_layers(trained.model).values()):
+        raise UserError("--format peft: adapter.mask keep: PEFT cannot mask B A, allowed: --format merged.")
     write_adapter(trained.model, recipe, out)
     return {"format": "peft", "run": str(trained.run.path), "state": trained.state, "directory": str(out)}
 
