@@ -71,12 +71,13 @@ class ModelConfig(Section):
 class BaseWeightsConfig(Section):
     """How the frozen weights of the base are stored."""
 
-    quant: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """Code of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3."""
-    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights per absmax scale of nf4 and fp4. 64: QLoRA, arXiv 2305.14314, sec. 3."""
+    quant: Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "none"] = "nf4"
+    """Code of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3. nf3 and nf2 are for
+    experiments: simulated, that is, held in 4 bits."""
+    block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights per absmax scale, of all codes but int8. 64: QLoRA, arXiv 2305.14314, sec. 3."""
     double_quant: Flag = True
-    """Store the scales of nf4 and fp4 in 8 bits (saves 0.37 bit a weight). QLoRA, arXiv 2305.14314, sec. 3."""
+    """Store these scales in 8 bits (saves 0.37 bit a weight). QLoRA, arXiv 2305.14314, sec. 3."""
     skip: tuple[Text, ...] = ("lm_head",)
     """Linear layers that stay in 16 bits and whole, by the last parts of their name."""
     prune: PruneConfig | None = None
@@ -84,7 +85,7 @@ class BaseWeightsConfig(Section):
 
     def unused(self) -> dict[str, str]:
         found = {}
-        if self.quant not in ("nf4", "fp4"):
+        if self.quant in ("int8", "none"):
             found = dict.fromkeys(("block_size", "double_quant"), f"base.quant {self.quant} has no blocks")
         if self.quant == "none" and self.prune is None:
             found["skip"] = "base.quant none quantises no layer"

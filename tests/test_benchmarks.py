@@ -154,3 +154,17 @@ def test_mixing(tmp_path: Path) -> None:
         (kind, rows) for kind in ("parquet", "jsonl") for rows in (2_000, 20_000)
     ]
     assert result["passes"]["resume exact from every point"]
+
+
+def test_pruning(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "pruning.py")
+    cases = {(case["method"], case["pattern"]): case for case in result["cases"]}
+    assert len(cases) == 16
+    assert len({case["num_tokens"] for case in cases.values()}) == 1
+    for (method, pattern), case in cases.items():
+        wanted = 0.0 if method == "dense" else 0.5 if pattern == "2:4" else int(pattern) / 100
+        assert abs(case["sparsity"] - wanted) < 0.01
+        assert case["perplexity"] > 1
+    # What is there is not computed again.
+    again = smoke(tmp_path, "pruning.py")
+    assert again["cases"] == result["cases"]

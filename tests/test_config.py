@@ -151,9 +151,9 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
         ("adapter", "targets", [1], "all-linear, or a list of layer names"),
         ("base", "double_quant", 1, "true or false"),
         ("base", "double_quant", "yes", "true or false"),
-        ("base", "block_size", 65, "64, 128, 256, 512, 1024, 2048 or 4096"),
-        ("base", "quant", "nf3", "nf4, fp4, int8, none. Did you mean 'nf4'?"),
-        ("base", "quant", ["nf4"], "nf4, fp4, int8, none."),
+        ("base", "block_size", 65, "16, 32, 64, 128, 256, 512, 1024, 2048 or 4096"),
+        ("base", "quant", "nf5", "nf4, fp4, int8, int4, nf3, nf2, none. Did you mean 'nf4'?"),
+        ("base", "quant", ["nf4"], "nf4, fp4, int8, int4, nf3, nf2, none."),
         ("train", "lr", math.inf, "a finite number above 0"),
         ("train", "lr", "fast", "a finite number above 0"),
         ("train", "lr", -1e-4, "a finite number above 0"),
@@ -205,7 +205,7 @@ eval: 3
 lr: 1e-4
 trackers: [wandbb]
 """
-    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, dtype, resume_from"
+    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, dtype, mask, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
     keys = (

@@ -265,6 +265,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
         base__quant=quant,
         train__lr=1e-2,
         eval__tasks=[],
+        eval__limit=...,
         train__checkpoint_every=...,
         **adapter,
     )
@@ -295,7 +296,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
 
 def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Path) -> None:
     prune = {"method": "magnitude", "pattern": "2:4"}
-    recipe = tiny_run.recipe(tmp_path, base__prune=prune, train__steps=2, eval__tasks=[])
+    recipe = tiny_run.recipe(tmp_path, base__prune=prune, train__steps=2, eval__tasks=[], eval__limit=...)
     train_run(recipe, tmp_path / "run")
     result = export_run(tmp_path / "run", tmp_path / "merged", dtype="float32")
     assert result["zeros"]["kept"] < 0.01 * result["zeros"]["pruned"]
@@ -303,7 +304,9 @@ def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Pat
 
 def test_masked_adapters_are_not_exported_for_peft(tmp_path: Path) -> None:
     prune = {"method": "magnitude", "pattern": "2:4"}
-    recipe = tiny_run.recipe(tmp_path, base__prune=prune, adapter__mask="keep", train__steps=1, eval__tasks=[])
+    recipe = tiny_run.recipe(
+        tmp_path, base__prune=prune, adapter__mask="keep", train__steps=1, eval__tasks=[], eval__limit=...
+    )
     train_run(recipe, tmp_path / "run")
     with pytest.raises(UserError, match="PEFT cannot mask B A"):
         export_run(tmp_path / "run", tmp_path / "peft", format_="peft")

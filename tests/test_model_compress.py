@@ -128,15 +128,18 @@ def test_every_rule_on_a_whole_model(tmp_path: Path, method: str, pattern: str) 
 def test_sparsegpt_disturbs_the_outputs_least(tmp_path: Path) -> None:
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama"])
     dense = checkpoints.load(tmp_path)
+    many = torch.randint(1, 97, (40, 24), generator=torch.Generator().manual_seed(4))
     losses = {}
     for method in ("magnitude", "wanda", "sparsegpt"):
-        model, _ = compressed(tmp_path, PruneSettings(method, HALF))
+        compression = Compression(PruneSettings(method, HALF), None if method == "magnitude" else many)
+        model = checkpoints.load(tmp_path, placer=compression)
         first = "model.layers.0.self_attn.q_proj"
         with torch.no_grad():
-            x = dense.model.layers[0].input_layernorm(dense.model.embed_tokens(IDS)).view(-1, 64)
+            x = dense.model.layers[0].input_layernorm(dense.model.embed_tokens(many)).view(-1, 64)
             change = dense.get_submodule(first).weight - model.get_submodule(first).dequantized()
             losses[method] = float((x @ change.T).square().sum())
-    assert losses["sparsegpt"] < losses["wanda"] < losses["magnitude"]
+    # Random inputs have columns of about the same size, so Wanda and magnitude are about the same here.
+    assert losses["sparsegpt"] < 0.9 * min(losses["wanda"], losses["magnitude"])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])

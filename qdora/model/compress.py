@@ -53,12 +53,14 @@ class CompressedLayer:
         num_weights, num_pruned: Counts; the pruned ones are those the mask names.
         num_zeros: All zeros of the result: a quantised weight can be 0 without having been pruned.
         relative_error: ||W' - W|| / ||W||, Frobenius, of the dense weight and the result.
+        num_packed_bytes: Of the result in its format, zeros stored like all else (`PackedWeight.num_packed_bytes`).
     """
 
     num_weights: int
     num_pruned: int
     num_zeros: int
     relative_error: float
+    num_packed_bytes: int
 
     @property
     def sparsity(self) -> float:
@@ -319,4 +321,5 @@ def _report(value: Tensor, weight: Weight, mask: Tensor) -> CompressedLayer:
         num_pruned=int((~mask).sum()),
         num_zeros=int((dense == 0).sum()),
         relative_error=float((dense - original).norm()) / norm if norm else 0.0,
+        num_packed_bytes=weight.nbytes if isinstance(weight, Tensor) else weight.num_packed_bytes,
     )

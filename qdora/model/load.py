@@ -34,13 +34,13 @@ from qdora.model.gguf import check_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, matches, replace_module
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import PackedWeight, quantize
+from qdora.ops.codebooks import CODE_BITS, SIMULATED
+from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, quantize
 from qdora.ops.tiles import Weight
 
 log = logging.getLogger("qdora")
 
-QUANT_KINDS = ("nf4", "fp4", "int8", "none")
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+QUANT_KINDS = (*KINDS, "none")
 ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEFAULT_SKIP = (HEAD,)
@@ -48,7 +48,7 @@ DEFAULT_SKIP = (HEAD,)
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the linear layers are to be held: `kind` is nf4, fp4, int8, or none for dense in the compute dtype."""
+    """How the linear layers are to be held: `kind` is one of `QUANT_KINDS`, none for dense in the compute dtype."""
 
     kind: str
     block_size: int
@@ -92,9 +92,9 @@ def load_model(
 
     Args:
         source: From `resolve`.
-        quant: "nf4", "fp4", "int8", or "none" for a dense model; a checkpoint that is quantised already is taken as it
-            is and must be of this kind.
-        block_size, double_quant: For nf4 and fp4, see `qdora.ops.packed.quantize`.
+        quant: One of `QUANT_KINDS`, "none" for a dense model; a checkpoint that is quantised already is taken as it is
+            and must be of this kind.
+        block_size, double_quant: For all but int8 and none, see `qdora.ops.packed.quantize`.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head whatever the model calls it.
         device: Where the weights go; quantised there.
@@ -109,6 +109,8 @@ def load_model(
     """
     wanted = Quantization(quant, block_size, double_quant, tuple(skip))
     _check_settings(wanted, compute_dtype, attention)
+    if quant in SIMULATED:
+        log.info("%s is simulated: its codes of %d bits are held in 4.", quant, CODE_BITS[quant])
     config = load_config(source)
     kind = stored_kind(getattr(config, "quantization_config", None))
     if kind is not None:
@@ -346,7 +348,7 @@ def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention:
         faults.append(
             f"base.quant: {wanted.kind!r}, allowed: {', '.join(QUANT_KINDS)}.{nearest(wanted.kind, QUANT_KINDS)}"
         )
-    if wanted.kind in ("nf4", "fp4") and wanted.block_size not in BLOCK_SIZES:
+    if wanted.kind in CODE_BITS and wanted.block_size not in BLOCK_SIZES:
         faults.append(f"base.block_size: {wanted.block_size}, allowed: {', '.join(map(str, BLOCK_SIZES))}.")
     if attention not in ATTENTION_KINDS:
         faults.append(

@@ -150,7 +150,7 @@ def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> No
     """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`."""
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
-    if base.quant in ("nf4", "fp4"):
+    if base.quant not in ("int8", "none"):
         quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
     if base.prune is not None:
         quant["prune"] = base.prune.model_dump(mode="json", exclude=set(base.prune.unused()))
