@@ -126,11 +126,11 @@ class FixedSteps:
         self.position = state["position"]
 
 
-def smoke_model(dtype: torch.dtype = torch.bfloat16) -> Any:
+def smoke_model(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = 128) -> Any:
     """A random Llama of two small blocks in NF4, in place of the builtin model."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

@@ -30,7 +30,7 @@ from qdora.section import (
     Whole,
     ignored_faults,
 )
-from qdora.train_config import EvalConfig, TrainConfig
+from qdora.train_config import MACRO, EvalConfig, TrainConfig
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -186,6 +186,7 @@ class Recipe(Section):
             if task not in names:
                 what = f"not in the mix, got {task!r}, allowed: {', '.join(names)}.{nearest(task, names)}"
                 yield f"eval.tasks[{index}]", what
+        yield from self._best_faults(names)
         if len(set(self.trackers)) != len(self.trackers):
             yield "trackers", f"named twice, got {list(self.trackers)}, allowed: each at most once."
 
@@ -206,3 +207,15 @@ class Recipe(Section):
         if prune.method != "magnitude" and prune.calibration.text == "mix" and streams:
             what = "a stream has no random places, got mix with data.mix[].stream"
             yield "base.prune.calibration.text", f"{what}, allowed: a text file."
+
+    def _best_faults(self, names: list[str]) -> Iterator[Fault]:
+        by, tasks = self.eval.best_by, list(self.eval.tasks or names)
+        if by is None:
+            return
+        if by == MACRO and MACRO in tasks:
+            what = f"is the average and the name of a source, got {by!r}, allowed: another name for that source."
+            yield "eval.best_by", what
+        elif by not in (MACRO, *tasks):
+            allowed = (MACRO, *tasks)
+            what = f"not evaluated, got {by!r}, allowed: {', '.join(allowed)}.{nearest(by, allowed)}"
+            yield "eval.best_by", what

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +39,8 @@ _STEP = re.compile(r"step-(\d+)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FULL = "the disk is full"
 
-# What a resumed run may change. Most of it reaches no number of the training. Learning rate and clipping do: they are
-# the way on after a step that was not finite, as the size of a micro-batch is after one that did not fit.
+# What a resumed run may change. Most of it reaches no number of the training. Learning rate, clipping and what is done
+# about bad steps do: they are the way on after one, as the size of a micro-batch is after one that did not fit.
 MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
@@ -48,6 +48,9 @@ MAY_CHANGE = (
     "train.micro_batch_tokens",
     "train.lr",
     "train.clip",
+    "train.on_bad_step",
+    "train.max_skips",
+    "train.spike",
     "eval",
     "memory",
     "trackers",
@@ -182,13 +185,13 @@ class RunDirectory:
             write_complete(path, step)
 
     @contextmanager
-    def adapter_directory(self) -> Iterator[Path]:
-        """An empty directory that becomes adapter/ when the block ends; an older adapter stays until then.
+    def result_directory(self, *parts: str) -> Iterator[Path]:
+        """An empty directory that gets its name below the run when the block ends; an older one stays until then.
 
         Raises:
             RunFailure: The disk is full or cannot be written; names the newest whole checkpoint.
         """
-        with self._disk_failures("the adapter"), atomic_directory(self.adapter) as path:
+        with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
             yield path
 
     def newest_checkpoint(self) -> Checkpoint | None:
@@ -209,9 +212,12 @@ class RunDirectory:
             raise RunFailure(f"{self.checkpoints}: no whole checkpoint ({'; '.join(damaged)}).")
         return None
 
-    def prune_checkpoints(self, keep: int) -> int:
-        """Remove all but the newest `keep` checkpoints; damaged ones are not counted, and go.
+    def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
+        """Remove all but the newest `keep` checkpoints and those that they need; damaged ones are not counted, and go.
 
+        Args:
+            keep: At least 1.
+            needs: The step of another checkpoint that a run which goes on from this one may come back to, or None.
         Returns:
             Number of checkpoints removed.
         Raises:
@@ -221,8 +227,10 @@ class RunDirectory:
             raise ValueError(f"keep must be at least 1, got {keep}")
         found = self._by_step()
         whole = [checkpoint for checkpoint in found if checkpoint_fault(checkpoint.path, sums=False) is None]
+        needed = {needs(checkpoint.path) for checkpoint in whole[:keep]}
+        kept = [checkpoint for index, checkpoint in enumerate(whole) if index < keep or checkpoint.step in needed]
         # With nothing whole, the damaged ones are all there is to look at
-        removed = [checkpoint for checkpoint in found if checkpoint not in whole[:keep]] if whole else []
+        removed = [checkpoint for checkpoint in found if checkpoint not in kept] if whole else []
         for checkpoint in removed:
             self._remove(checkpoint)
         return len(removed)
@@ -272,15 +280,8 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Before the first result; the last two are trackers'
-        early = {
-            run.recipe_file.name,
-            run.log_file.name,
-            "environment.json",
-            "mix.json",
-            "base",
-            "tensorboard",
-            "wandb",
-        }
+        own_files = {run.recipe_file.name, run.log_file.name, "environment.json", "mix.json"}
+        early = own_files | {"base", "tensorboard", "wandb"}
         own = early if run.recipe_file.exists() else set()
         others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
         if others:

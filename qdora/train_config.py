@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from qdora.section import (
     AutoTokens,
     Beta,
+    Factor,
     Fault,
     Flag,
     NotNegative,
@@ -20,6 +21,9 @@ from qdora.section import (
     WholeOrZero,
     allowed,
 )
+
+MACRO = "macro"
+"""eval.best_by: the average in which every task counts once."""
 
 
 class TrainConfig(Section):
@@ -58,6 +62,14 @@ class TrainConfig(Section):
     """Adam's epsilon. Adam, arXiv 1412.6980, sec. 2."""
     clip: Positive | None = 1.0
     """Largest norm of the whole gradient; null: no clipping."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite, or whose loss is a spike, is never applied; its examples are kept in
+    bad-steps/. stop: the run ends before it. skip: the run goes on with the next step."""
+    max_skips: Whole = 5
+    """Steps that may be skipped in a row; at the next bad one the run stops."""
+    spike: Factor | None = None
+    """A loss above so many times the median loss of the last 32 applied steps (8 at the least) is a spike. None: none
+    is."""
     seed: Seed = 0
     """Seed of lora_A's start and of dropout."""
     log_every: Whole = 1
@@ -65,10 +77,11 @@ class TrainConfig(Section):
     checkpoint_every: Whole | None = 100
     """Steps between checkpoints; null: only at the end, on an interrupt and on a failed step."""
     keep_checkpoints: Whole = 2
-    """Checkpoints that stay on disk; older ones are removed."""
+    """Checkpoints that stay on disk; older ones are removed, but for the best one (eval.best_by)."""
 
     def unused(self) -> dict[str, str]:
         found = {"eps": f"train.optimizer {self.optimizer} has none"} if "lion" in self.optimizer else {}
+        found |= {"max_skips": "train.on_bad_step stop skips none"} if self.on_bad_step == "stop" else {}
         return found | ({"lr_end": "train.schedule constant does not fall"} if self.schedule == "constant" else {})
 
     def faults(self) -> Iterator[Fault]:
@@ -106,12 +119,25 @@ class EvalConfig(Section):
     """Evaluate before the first step: the quantised base."""
     at_end: Flag = True
     """Evaluate after the last step."""
+    best_by: Text | None = None
+    """What the best of the evaluated steps is chosen by: macro (average over the tasks) or the name of one task. Its
+    checkpoint is kept, and adapter/ is that one. None: adapter/ is the last step's."""
+    best_metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
+    """The metric that best_by compares. nll_per_token: lowest is best; the accuracies, of choices only: highest."""
+    patience: Whole | None = None
+    """Evaluations in a row without a better one after which the run stops early. None: it never does."""
 
     def unused(self) -> dict[str, str]:
+        best = ("best_by", "best_metric", "patience")
         if self.tasks == ():
-            return dict.fromkeys(("limit", "method", "every", "at_start", "at_end"), "eval.tasks is empty")
+            names = ("limit", "method", "every", "at_start", "at_end", *best)
+            return dict.fromkeys(names, "eval.tasks is empty")
+        found = {}
+        if self.best_by is None:
+            found = dict.fromkeys(best[1:], "eval.best_by is not set")
+        elif self.every is None:
+            found = dict.fromkeys(best, "eval.every is not set: there is one evaluation after training, or none")
         if self.every is None and not self.at_start and not self.at_end:
-            return dict.fromkeys(
-                ("tasks", "limit", "method"), "nothing is evaluated: every, at_start and at_end are off"
-            )
-        return {}
+            reason = "nothing is evaluated: every, at_start and at_end are off"
+            found |= dict.fromkeys(("tasks", "limit", "method"), reason)
+        return found

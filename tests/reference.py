@@ -181,3 +181,38 @@ def head_nll(
             by_logit = math.exp(logits[v] - peak) / total - (1.0 if v == labels[t] else 0.0)
             gradient[t] += by_logit * slopes[v] * weight[v]
     return nll, gradient
+
+
+def paired(
+    tasks: list[tuple[list[list[float]], list[list[float]], list[float]]],
+) -> tuple[float, float, float]:
+    """Macro average of first - second per unit of weight, its standard error and degrees of freedom, sum by sum.
+
+    Each task is (first[seed][example], second[seed][example], weight[example]). The variance over examples is that of a
+    ratio estimate (Cochran 1977, eq. 6.13), that over seeds the one of the seeds' macro averages; degrees of freedom by
+    Satterthwaite.
+    """
+    num_seeds = len(tasks[0][0])
+    of_seed = [0.0] * num_seeds
+    parts = []
+    for first, second, weight in tasks:
+        count, total = len(weight), sum(weight)
+        ratio = 0.0
+        for s in range(num_seeds):
+            summed = sum(first[s][e] - second[s][e] for e in range(count))
+            of_seed[s] += summed / total / len(tasks)
+            ratio += summed / total / num_seeds
+        residuals = []
+        for e in range(count):
+            mean = sum(first[s][e] - second[s][e] for s in range(num_seeds)) / num_seeds
+            residuals.append((mean - ratio * weight[e]) * count / total)
+        middle = sum(residuals) / count
+        variance = sum((each - middle) ** 2 for each in residuals) / (count - 1) / count
+        parts.append((variance / len(tasks) ** 2, count - 1))
+    value = sum(of_seed) / num_seeds
+    if num_seeds > 1:
+        spread = sum((each - value) ** 2 for each in of_seed) / (num_seeds - 1)
+        parts.append((spread / num_seeds, num_seeds - 1))
+    variance = sum(part for part, _ in parts)
+    degrees = variance**2 / sum(part**2 / free for part, free in parts) if variance else math.inf
+    return value, math.sqrt(variance), degrees

@@ -42,9 +42,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask the next runs to stop while they compute `step`, as a signal does; `monkeypatch.undo` takes it back."""
     after_step = loop._after_step
 
-    def interrupt(model: Any, done: int, settings: Any, hooks: Any, stop: Any) -> None:
+    def interrupt(model: Any, done: int, settings: Any, hooks: Any, stop: Any) -> bool:
         stop.requested = done == step
-        after_step(model, done, settings, hooks, stop)
+        return bool(after_step(model, done, settings, hooks, stop))
 
     monkeypatch.setattr(loop, "_after_step", interrupt)
 

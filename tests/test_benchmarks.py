@@ -168,3 +168,32 @@ def test_pruning(tmp_path: Path) -> None:
     # What is there is not computed again.
     again = smoke(tmp_path, "pruning.py")
     assert again["cases"] == result["cases"]
+
+
+def test_combined_vs_solo(tmp_path: Path) -> None:
+    options = ("--steps", "2", "--per-task", "1", "--limit", "3", "--seeds", "0,1")
+    result = smoke(tmp_path, "combined_vs_solo.py", *options, "--arms", "combined,solo,without", "--kinds", "dora")
+    found = result["kinds"]["dora"]
+    assert found["seeds"] == found["left_out_seeds"] == ["0", "1"]
+    tasks = ["demo/facts", "demo/odd", "demo/cause"]
+    assert (
+        list(found["combined - solo"]["nll"])
+        == list(found["combined - without"]["demo/odd"]["acc"])
+        == [*tasks, "average"]
+    )
+    scores = found["scores"]
+    assert list(scores) == ["combined", "solo", "base"]
+    for task in (*tasks, "average"):
+        each = found["combined - solo"]["nll"][task]
+        assert abs(each["value"] - (scores["combined"][task]["nll"] - scores["solo"][task]["nll"])) < 1e-9
+        assert each["lower"] <= each["value"] <= each["upper"]
+    # Same examples, so same tokens; same steps.
+    costs = found["cells"]
+    solo = [costs[f"solo {task}"]["num_tokens"] for task in tasks]
+    assert [sum(each) for each in zip(*solo, strict=True)] == costs["combined"]["num_tokens"]
+    assert {tuple(each["num_steps"]) for each in costs.values()} == {(2, 2)}
+    # A second call runs nothing again, and what was made with other settings is not mixed in.
+    cells = (tmp_path / "result_cells.json").read_text()
+    again = smoke(tmp_path, "combined_vs_solo.py", *options, "--seconds", "0")
+    assert again["kinds"] == result["kinds"]
+    assert (tmp_path / "result_cells.json").read_text() == cells

@@ -223,7 +223,8 @@ trackers: [wandbb]
             "r.yaml: data.mix[1]: what to read, got both of task and source, allowed: exactly one of task, source.",
             f"r.yaml: data.mix[2]: not a section, got 3, allowed: {keys}.",
             "r.yaml: train.steps: contradiction, got both of steps and epochs, allowed: exactly one of them.",
-            "r.yaml: eval: not a section, got 3, allowed: tasks, limit, method, every, at_start, at_end.",
+            "r.yaml: eval: not a section, got 3, allowed: tasks, limit, method, every, at_start, at_end, "
+            "best_by, best_metric, patience.",
             "r.yaml: lr: unknown key, allowed: model, base, adapter, data, train, eval, memory, trackers."
             " Did you mean 'train.lr'?",
             "r.yaml: trackers[0]: not valid, got 'wandbb', allowed: tensorboard, trackio, wandb, mlflow."
@@ -434,6 +435,10 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
         (
             section("eval", tasks=["fcts"]) | {"data": {"mix": [{"task": "demo/howto", "name": "facts"}]}},
             "eval.tasks[0]: not in the mix, got 'fcts', allowed: facts. Did you mean 'facts'?",
+        ),
+        (
+            section("eval", every=5, best_by="macro") | {"data": {"mix": [{"task": "demo/howto", "name": "macro"}]}},
+            "eval.best_by: is the average and the name of a source, got 'macro', allowed: another name for that source",
         ),
         (section("model", source="o/m", trust_remote_code=True), "model.trust_remote_code: runs code from the Hub"),
         (
@@ -788,13 +793,19 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         seed=st.integers(0, 2**63 - 1),
         checkpoint_every=whole | st.none(),
     )
+    chosen = {"every": st.just(7), "best_by": st.just("macro") | st.just(labels[0]), "patience": whole}
+    best = st.fixed_dictionaries(
+        chosen, optional={"best_metric": st.sampled_from(["nll_per_token", "acc", "acc_norm"])}
+    )
     return {
         "model": {"source": draw(st.just("builtin") | st.just("org/name")), **draw(some(tokenizer=st.just("org/tok")))},
         "base": {"quant": quant, **draw(block), **draw(skip), **prune},
         "adapter": {"kind": kind, **(draw(adapter) if kind != "full" else {})},
         "data": data,
         "train": {**length, **size, **draw(train), **course, **(draw(rates) if kind != "full" else {})},
-        **draw(some(eval=some(tasks=st.just([labels[0]]), limit=whole, every=whole), trackers=st.just(["wandb"]))),
+        **draw(
+            some(eval=some(tasks=st.just([labels[0]]), limit=whole, every=whole) | best, trackers=st.just(["wandb"]))
+        ),
         **draw(some(memory=some(checkpointing=st.booleans(), loss_chunk=st.just("auto") | whole))),
     }
 

@@ -193,6 +193,8 @@ def test_without_pruned_weights_it_is_the_plain_layer() -> None:
 def test_the_norm_follows_the_parameters() -> None:
     layer = layer_of("2:4").eval()
     x = tokens()
+    _, norm = reference.masked_weight(**numbers(layer))
+    np.testing.assert_allclose(layer.merged_gain().numpy(), layer.magnitude.detach().numpy() / norm, rtol=1e-12)
     with torch.no_grad():
         before = layer(x)
         layer.lora_B += 0.3
@@ -310,3 +312,5 @@ def test_masked_adapters_are_not_exported_for_peft(tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "run")
     with pytest.raises(UserError, match="PEFT cannot mask B A"):
         export_run(tmp_path / "run", tmp_path / "peft", format_="peft")
+    with pytest.raises(UserError, match="plain LoRA cannot mask B A"):
+        export_run(tmp_path / "run", tmp_path / "folded", format_="nf4-lora")

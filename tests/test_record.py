@@ -444,6 +444,14 @@ def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDir
     assert tree(run.checkpoints / "step-2")["a.bin"] == b"new"
 
 
+def test_prune_keeps_what_the_newest_ones_need(run: RunDirectory) -> None:
+    for step in (1, 2, 3, 10, 20):
+        save(run, step)
+    needs = {"step-20": 2, "step-10": 1, "step-2": 3}
+    run.prune_checkpoints(1, lambda path: needs.get(path.name))
+    assert sorted(os.listdir(run.checkpoints)) == ["step-2", "step-20"]
+
+
 def test_prune_keeps_the_newest_whole_ones(run: RunDirectory) -> None:
     for step in (1, 2, 10, 20):
         save(run, step)
@@ -475,10 +483,10 @@ def test_resume_clears_leftovers_and_restores_what_was_being_replaced(run: RunDi
 
 def test_adapter_is_replaced_whole(run: RunDirectory) -> None:
     for content in ("one", "two"):
-        with run.adapter_directory() as path:
+        with run.result_directory("adapter") as path:
             (path / "adapter.txt").write_text(content)
             assert run.adapter.exists() is (content == "two")
-    with pytest.raises(RunFailure, match="the adapter could not be written"), run.adapter_directory() as path:
+    with pytest.raises(RunFailure, match="adapter/ could not be written"), run.result_directory("adapter") as path:
         full_disk()
     assert tree(run.adapter) == {"adapter.txt": b"two"}
 

@@ -100,9 +100,9 @@ def stopped(rank: int, settings: Recipe, directory: Path, stop_at: int) -> None:
     """The second process alone is asked to stop."""
     after_step = loop._after_step
 
-    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> None:
+    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> bool:
         stop.requested = rank == 1 and done == stop_at
-        after_step(model, done, fit_settings, hooks, stop)
+        return bool(after_step(model, done, fit_settings, hooks, stop))
 
     loop._after_step = ask
     with pytest.raises(Interrupted, match=f"after step {stop_at}; saved to .*step-{stop_at}"):
@@ -145,9 +145,9 @@ def test_a_run_goes_on_with_another_number_of_processes(root: Path, tmp_path: Pa
 def stop_alone(settings: Recipe, directory: Path, stop_at: int, resume: bool = False) -> None:
     after_step = loop._after_step
 
-    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> None:
+    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> bool:
         stop.requested = done == stop_at
-        after_step(model, done, fit_settings, hooks, stop)
+        return bool(after_step(model, done, fit_settings, hooks, stop))
 
     loop._after_step = ask
     try:
@@ -178,7 +178,7 @@ def broken(rank: int, settings: Recipe, directory: Path) -> None:
 def test_where_one_cannot_compute_both_stop_with_the_state_and_the_whole_batch(root: Path, tmp_path: Path) -> None:
     settings = recipe(root)
     assert launched.run(2, broken, settings, tmp_path) == ["", ""]
-    kept = json.loads((tmp_path / "failed-batch.json").read_text())
+    kept = json.loads((tmp_path / "bad-steps/step-3/batch.json").read_text())
     assert len(kept["examples"]) == 4
     assert launched.run(2, train, settings, tmp_path, True) == ["", ""]
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]

@@ -76,7 +76,7 @@ def test_resumed_on_the_same_base(root: Path, run: Path, tmp_path: Path, monkeyp
     def never(*_: Any) -> None:
         raise AssertionError("compressed again")
 
-    monkeypatch.setattr("qdora.verbs.train.compress_base", never)
+    monkeypatch.setattr(pruned_base, "compress_base", never)
     train_run(recipe(root), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", run, step=3)
 

@@ -17,6 +17,7 @@ from qdora.ops.dora import (
     FactoredNorm,
     Gain,
     factored_norm,
+    gain_of_sum,
     measure_cancelled_,
     merged_weight,
     row_norm,
@@ -181,6 +182,15 @@ class AdaptedLinear(nn.Module):
         weight = self.base.dequantized(wide)
         keep = self.base.keep_mask() if self.masked else None
         return merged_weight(weight, self.lora_A, self.lora_B, self.scaling, self.magnitude, keep).to(dtype)
+
+    def merged_gain(self) -> Tensor | None:
+        """The gain of `merged_weight`, (out,) float32 (float64 for a float64 base); None for LoRA."""
+        if self.magnitude is None:
+            return None
+        weight = self.base.dequantized(self.base.wide_dtype)
+        keep = self.base.keep_mask() if self.masked else None
+        adapted = merged_weight(weight, self.lora_A, self.lora_B, self.scaling, keep_mask=keep)
+        return gain_of_sum(adapted, self.magnitude)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         magnitude, squared = self.magnitude, self.base_squared

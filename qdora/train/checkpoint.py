@@ -120,6 +120,11 @@ def read_state(
     return step, dict(state["policies"])
 
 
+def read_policies(directory: Path) -> dict[str, Any]:
+    """The policies of a whole checkpoint, without anything else of it."""
+    return dict(json.loads((directory / "state.json").read_text())["policies"])
+
+
 def random_text() -> dict[str, str]:
     """The state of this process's generators in hexadecimal: JSON, for the process that writes it."""
     return {kind: state.numpy().tobytes().hex() for kind, state in random_state().items()}

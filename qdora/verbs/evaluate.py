@@ -26,6 +26,7 @@ from qdora.recipe_file import load_recipe
 from qdora.record import RunDirectory, open_run
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import choose_compute, run_examples, task_examples
+from qdora.verbs.selection import adapter_step
 from qdora.verbs.show import default_console, suite_bar
 from qdora.verbs.trained import load_run
 
@@ -225,11 +226,11 @@ def _chosen(
 
 
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
-    """What a run kept of its validation: "base" before the first step, "adapter" after `step` (None: the last).
+    """What a run kept of its validation: "base" before the first step, "adapter" after `step` (None: that of adapter/).
 
     Where the two cover other tasks or numbers of examples, only "adapter" is given: they could not be compared.
     """
-    step = run.last_step() if step is None else step
+    step = adapter_step(run) if step is None else step
     found = {
         label: read_result(run.evaluation_file(number))
         for label, number in (("base", 0), ("adapter", step))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +25,10 @@ from qdora.model.compressed_file import StoredCompression, save_compressed
 from qdora.model.source import ModelSource
 from qdora.ops.sparsity import pattern_from
 from qdora.prune_config import CalibrationConfig, PruneConfig
+from qdora.record import RunDirectory
+from qdora.train.distributed import Processes
 from qdora.verbs.assemble import Compute, load_base
+from qdora.verbs.show import bar
 
 logger = logging.getLogger("qdora")
 
@@ -72,6 +76,32 @@ def load_pruned_base(
 ) -> PreTrainedModel:
     """The base as `compress_base` wrote it. Raises as `load_model` and `StoredCompression`."""
     return load_base(recipe, source, compute, progress, placer=StoredCompression(directory))
+
+
+def base_of_run(
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    run: RunDirectory,
+    resume: bool,
+    processes: Processes,
+    console: Console,
+    calibration: Tensor | None,
+) -> PreTrainedModel:
+    """The frozen base; a pruned one is compressed by the first process, and read from its files by all."""
+    if recipe.base.prune is None:
+        with bar(console, "loading the base") as progress:
+            return load_base(recipe, source, compute, progress)
+    directory = run.inside(FOLDER)
+
+    def compress() -> None:
+        if not (resume and directory.is_dir()):
+            with bar(console, "pruning the base") as progress:
+                compress_base(recipe, source, compute, calibration, directory, progress)
+
+    processes.first(compress)
+    with bar(console, "loading the pruned base") as progress:
+        return load_pruned_base(recipe, source, compute, directory, progress)
 
 
 def prune_settings(prune: PruneConfig) -> PruneSettings:

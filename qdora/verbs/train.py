@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.atomic_files import atomic_write_text
@@ -26,15 +25,15 @@ from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
 from qdora.model.load import load_config
-from qdora.model.source import ModelSource
 from qdora.recipe_file import missing_files, resolved_yaml
 from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
+from qdora.train.bad_steps import BadSteps
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_figures
 from qdora.train.interrupt import stop_on_signal
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
@@ -43,7 +42,6 @@ from qdora.verbs.assemble import (
     choose_compute,
     describe_adapters,
     find_model,
-    load_base,
     make_loader,
     num_steps_of,
     put_adapters,
@@ -52,9 +50,10 @@ from qdora.verbs.assemble import (
 )
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
-from qdora.verbs.pruned_base import FOLDER, calibration_tokens, compress_base, load_pruned_base
+from qdora.verbs.pruned_base import base_of_run, calibration_tokens
 from qdora.verbs.run_writer import RunWriter
-from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
+from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_faults, selection_value
+from qdora.verbs.show import default_console, keep_mix, log_to, show_mix, suite_bar
 from qdora.verbs.trackers import is_installed
 
 logger = logging.getLogger("qdora")
@@ -93,8 +92,8 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
     num_steps = num_steps_of(recipe, loader)
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
+    _check_beforehand(recipe, compute, validation, num_steps)
     calibration = None if recipe.base.prune is None else calibration_tokens(recipe, tokenizer, mix, load_config(source))
-    _check_beforehand(recipe, compute, validation)
     open_ = resume_run if resume else create_run
     processes.first(lambda: open_(directory, resolved_yaml(recipe), _environment(processes)))
     run = RunDirectory(directory)
@@ -103,7 +102,7 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
         processes.first(lambda: keep_mix(run, plan))
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = _newest_checkpoint(run, processes) if resume else None
-        model = _base(recipe, source, compute, run, resume, processes, console, calibration)
+        model = base_of_run(recipe, source, compute, run, resume, processes, console, calibration)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
         if recipe.data.packing:
             loader.packed = packed_layout(model)
@@ -116,32 +115,6 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
             newest = run.newest_checkpoint()
             step, path = (0, None) if newest is None else (newest.step, newest.path)
             raise Interrupted(step, path, saved=False) from None
-
-
-def _base(
-    recipe: Recipe,
-    source: ModelSource,
-    compute: Compute,
-    run: RunDirectory,
-    resume: bool,
-    processes: Processes,
-    console: Console,
-    calibration: Tensor | None,
-) -> PreTrainedModel:
-    """The frozen base; a pruned one is compressed by the first process, and read from its files by all."""
-    if recipe.base.prune is None:
-        with bar(console, "loading the base") as progress:
-            return load_base(recipe, source, compute, progress)
-    directory = run.inside(FOLDER)
-
-    def compress() -> None:
-        if not (resume and directory.is_dir()):
-            with bar(console, "pruning the base") as progress:
-                compress_base(recipe, source, compute, calibration, directory, progress)
-
-    processes.first(compress)
-    with bar(console, "loading the pruned base") as progress:
-        return load_pruned_base(recipe, source, compute, directory, progress)
 
 
 def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
@@ -190,7 +163,13 @@ class _Job:
             )
             processes.share_first_(list(self.optimizer.parameters.values()))
             logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
-        self.writer = RunWriter(recipe, run, model, self.optimizer, loader, processes)
+        self.best = best_so_far(recipe, list(self.validation)) if self.optimizer is not None else None
+        self.num_done = 0
+        asked = recipe.train
+        self.bad_steps = BadSteps(asked.on_bad_step, max_skips=asked.max_skips, spike=asked.spike)
+        self.writer = RunWriter(
+            recipe, run, model, tokenizer, self.optimizer, loader, processes, self.bad_steps, self.best
+        )
 
     def restore(self, checkpoint: Path) -> int:
         """Take back a checkpoint whose adapter is already in the model; returns its step."""
@@ -215,11 +194,12 @@ class _Job:
     def go(self, start: int) -> dict[str, Any]:
         """Train from step `start`, evaluate, save; returns the summary."""
         settings = self.recipe.eval
+        self.num_done = start
         if start == 0 and settings.at_start and self.validation:
             self._evaluate(0, "base")
-        if self.optimizer is not None and start < self.num_steps:
+        if self.optimizer is not None and start < self.num_steps and not self._is_over():
             try:
-                self._fit(self.optimizer, start)
+                self.num_done = self._fit(self.optimizer, start)
             finally:  # also of a run that is interrupted or fails
                 if self.processes.is_first:
                     draw_figures(self.run.metrics(), self.run.inside("figures"))
@@ -227,20 +207,37 @@ class _Job:
                 seen = part.position
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
                 logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)
-        if self.optimizer is not None:
-            self.writer.save_final()
-        if settings.at_end and self.validation and self.num_steps > 0:
-            self._evaluate(self.num_steps, "adapter")
+        if self.optimizer is not None and self.best is None:
+            self.writer.save_final(self.num_done, self.num_steps)
+        if settings.at_end and self.validation and self.num_steps > 0 and not self._is_over():
+            self._measure(self.num_steps)
+        if self.best is not None:  # the last evaluation had a say, too
+            self._say_best()
+            self.writer.save_final(self.num_done, self.num_steps)
         return self.processes.first(self._conclude) or {}
+
+    def _is_over(self) -> bool:
+        """Whether the evaluations said, before the last step, that it is enough."""
+        return self.best is not None and self.best.is_over and self.num_done < self.num_steps
+
+    def _say_best(self) -> None:
+        assert self.best is not None
+        if self._is_over():
+            text = "Stopped early after step %d of %d: %d evaluations in a row brought nothing better."
+            logger.info(text, self.num_done, self.num_steps, self.best.num_since)
+        if self.best.step is not None:
+            logger.info("adapter/ is %s.", best_in_words(self.best.state_dict()))
 
     def _conclude(self) -> dict[str, Any]:
         self._write_card()
+        if self.best is not None and self.best.step is not None:
+            self.evaluations["adapter"] = read_result(self.run.evaluation_file(self.best.step))
         if self.evaluations:
             self.console.print(compare_table(self.evaluations))
         self.console.print(f"run: {self.run.path}", highlight=False, soft_wrap=True)
         return self._summary()
 
-    def _fit(self, optimizer: AdapterOptimizer, start: int) -> None:
+    def _fit(self, optimizer: AdapterOptimizer, start: int) -> int:
         train, chunk = self.recipe.train, self.recipe.memory.loss_chunk
         settings = FitSettings(
             num_steps=self.num_steps,
@@ -257,7 +254,7 @@ class _Job:
         hooks = Hooks(
             write_metrics=self.writer.write_metrics,
             save=self.writer.save_checkpoint,
-            evaluate=self._evaluate if self.validation else None,
+            evaluate=self._measure if self.validation else None,
             keep_batch=self.writer.keep_batch,
         )
         with (
@@ -265,7 +262,7 @@ class _Job:
             TrainingProgress(self.num_steps, start=start, console=self.console) as progress,
             self.writer.trackers(),
         ):
-            fit(
+            return fit(
                 self.model,
                 optimizer,
                 self.loader,
@@ -276,7 +273,18 @@ class _Job:
                 stop=stop,
                 start_step=start,
                 processes=self.processes,
+                bad_steps=self.bad_steps,
             )
+
+    def _measure(self, step: int) -> Evaluated:
+        """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
+        metrics = self._evaluate(step)
+        if self.best is None:
+            return Evaluated({"eval": metrics})
+        value = selection_value(self.recipe, self.evaluations["adapter"]) if self.processes.is_first else None
+        better = self.best.judge(step, self.processes.gather(value)[0])
+        state = {key: found for key, found in self.best.state_dict().items() if key != "question"}
+        return Evaluated({"eval": metrics, "best": state}, save=better, stop=self.best.is_over)
 
     def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
         return self.processes.first(lambda: self._evaluate_alone(step, label)) or {}
@@ -314,7 +322,10 @@ class _Job:
         losses = [line["loss"] for line in self.run.metrics() if "loss" in line]
         return {
             "run": str(self.run.path),
-            "num_steps": self.num_steps,
+            "num_steps": self.num_done,
+            "stopped_early": self._is_over(),
+            "num_skipped": self.bad_steps.num_skipped,
+            "best": adapter_record(self.run),
             "final_loss": losses[-1] if losses else None,
             **self.counts,
             "evaluations": {label: result.to_dict() for label, result in self.evaluations.items()},
@@ -335,7 +346,7 @@ def _evaluated(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
     return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
 
 
-def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any]) -> None:
+def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any], num_steps: int) -> None:
     """What can be known to fail before anything is written or loaded."""
     faults = []
     if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
@@ -343,6 +354,10 @@ def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, An
     if recipe.eval.method == "generate":
         asked = _evaluated(recipe, validation)
         faults += generation_faults({name: validation[name] for name in asked if name in validation})
+    evaluated = {name: validation[name] for name in _evaluated(recipe, validation) if name in validation}
+    if recipe.eval.method == "generate":
+        faults += generation_faults(evaluated)
+    faults += selection_faults(recipe, evaluated, num_steps)
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."

@@ -1,0 +1,94 @@
+"""Is one way of training better than another? Differences over the same examples and seeds, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Scores of two arms on one task.
+
+    Attributes:
+        first, second: (seeds, examples) float64: of the same examples, and of runs that share a seed row by row.
+        weights: (examples,) above 0: answer tokens for summed NLLs, so that the mean is one per token; ones for
+            accuracies.
+    """
+
+    first: Array
+    second: Array
+    weights: Array
+
+    def __post_init__(self) -> None:
+        assert self.first.shape == self.second.shape, (self.first.shape, self.second.shape)
+        assert self.weights.shape == self.first.shape[1:], (self.weights.shape, self.first.shape)
+        assert self.weights.min() > 0, "weights"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of first - second, in the units of the scores (per unit of weight), with its uncertainty.
+
+    Attributes:
+        value: Each task counts once.
+        stderr: Standard error over examples and seeds; nan where one of them is a single one.
+        lower, upper: Ends of the confidence interval; nan with `stderr`.
+        num_seeds: 1: the interval covers the choice of examples alone.
+    """
+
+    value: float
+    stderr: float
+    lower: float
+    upper: float
+    num_seeds: int
+
+
+def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Difference:
+    """The macro average over tasks of R_t = sum_se (first - second) / (seeds sum_e weight), and its interval.
+
+    Seeds and examples are drawn independently of each other, so both add to the variance:
+
+        var = 1/T^2 sum_t s^2_e(mean_s d_se - R_t w_e) / (n_t mean(w)^2) + s^2_s(macro average of seed s) / S
+
+    The first is Cochran's ratio estimate (Sampling Techniques, 1977, eq. 6.13) over examples, the second the variance
+    between the seeds' averages. What belongs to a pair of seed and example is in both, so the interval is rather too
+    wide than too narrow. The interval is t with Satterthwaite's degrees of freedom (Biometrics Bulletin 2 (1946), 110),
+    which are few where the seeds decide and the examples do not. With one seed its part is left out.
+
+    Args:
+        tasks: At least one, with the same seeds in the same order.
+        confidence: Of the interval.
+    """
+    num_seeds = len(tasks[0].first)
+    assert all(len(task.first) == num_seeds for task in tasks), [task.first.shape for task in tasks]
+    value = 0.0
+    by_seed = np.zeros(num_seeds)
+    parts: list[tuple[float, int]] = []  # (variance, degrees of freedom)
+    for task in tasks:
+        difference = task.first - task.second
+        num_examples, mean_weight = len(task.weights), float(task.weights.mean())
+        ratios = difference.sum(axis=1) / task.weights.sum()
+        by_seed += ratios / len(tasks)
+        value += float(ratios.mean()) / len(tasks)
+        residual = (difference.mean(axis=0) - ratios.mean() * task.weights) / mean_weight
+        variance = float(residual.var(ddof=1)) / num_examples if num_examples > 1 else math.nan
+        parts.append((variance / len(tasks) ** 2, num_examples - 1))
+    if num_seeds > 1:
+        parts.append((float(by_seed.var(ddof=1)) / num_seeds, num_seeds - 1))
+    variance = sum(part for part, _ in parts)
+    stderr = math.sqrt(variance)
+    if math.isnan(stderr):
+        return Difference(value, math.nan, math.nan, math.nan, num_seeds)
+    half = 0.0
+    if variance > 0:
+        degrees = variance**2 / sum(part**2 / free for part, free in parts)
+        half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * stderr
+    return Difference(value, stderr, value - half, value + half, num_seeds)

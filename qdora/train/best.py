@@ -1,0 +1,55 @@
+"""Which evaluated step of a run is the best one so far, and when enough evaluations brought nothing better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+class BestSoFar:
+    """The best value among a run's evaluations. A value has to be strictly better than all before it.
+
+    Args:
+        question: JSON values: what the values are (metric, tasks, examples). Values of another question cannot be
+            compared with these.
+        higher: Whether more is better.
+        patience: Evaluations in a row without a better value after which the run is over; None: it never is.
+    """
+
+    def __init__(self, question: Mapping[str, Any], *, higher: bool, patience: int | None) -> None:
+        assert patience is None or patience > 0, patience
+        self.question, self.higher, self.patience = dict(question), higher, patience
+        self.step: int | None = None
+        self.value: float | None = None
+        self.num_since = 0
+
+    def judge(self, step: int, value: float) -> bool:
+        """Take the value after `step` steps, a finite number; returns whether it is the best so far."""
+        assert math.isfinite(value), value
+        better = self.value is None or (value > self.value if self.higher else value < self.value)
+        if better:
+            self.step, self.value, self.num_since = step, value, 0
+        else:
+            self.num_since += 1
+        return better
+
+    @property
+    def is_over(self) -> bool:
+        """Whether so many evaluations as `patience` says have brought nothing better."""
+        return self.patience is not None and self.num_since >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; JSON values."""
+        return {"question": self.question, "step": self.step, "value": self.value, "num_since": self.num_since}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; its question must be this one's."""
+        assert state["question"] == self.question, (state["question"], self.question)
+        self.step, self.value, self.num_since = state["step"], state["value"], state["num_since"]
+
+
+def best_step_in(policies: Mapping[str, Any]) -> int | None:
+    """The best step that a checkpoint's policies name, or None."""
+    found: int | None = policies.get("best", {}).get("step")
+    return found

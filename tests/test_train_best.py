@@ -1,0 +1,228 @@
+"""The best step of a run: kept, taken for adapter/, the same after a kill; and the end of a run that gets no better."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from qdora.config import Recipe
+from qdora.errors import Interrupted, UserError
+from qdora.train.best import BestSoFar
+from qdora.verbs import run_writer
+from qdora.verbs.evaluate import evaluate_target
+from qdora.verbs.export import export_run
+from qdora.verbs.train import train_run
+from tests import launched, tiny_run
+from tests.run_files import assert_same_run, same_tensors, stop_after, timeless
+
+ADAPTER = "adapter/adapter_model.safetensors"
+# A rate at which the loss falls, turns and rises again within a few steps
+DIVERGING: dict[str, Any] = {"train__lr": 0.03, "train__schedule": "constant", "train__warmup": 0}
+STEPS, PATIENCE = 12, 3
+
+
+def recipe(root: Path, **changes: Any) -> Recipe:
+    """An evaluation after every step, and checkpoints that do not fall together with the best of them."""
+    best = {"eval__every": 1, "eval__best_by": "macro", "eval__patience": PATIENCE}
+    more = {"train__steps": STEPS, "train__checkpoint_every": 5, "train__keep_checkpoints": 1}
+    return tiny_run.recipe(root, **(DIVERGING | best | more | changes))
+
+
+def values(run: Path, task: str | None = None, metric: str = "nll_per_token") -> dict[int, float]:
+    """Step -> the metric of its evaluation file, without the base's."""
+    found = {}
+    for file in (run / "eval").glob("step-*.json"):
+        document = json.loads(file.read_text())
+        found[int(file.stem.removeprefix("step-"))] = (document["tasks"][task] if task else document["average"])[metric]
+    return {step: value for step, value in sorted(found.items()) if step > 0}
+
+
+def steps_on_disk(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def stopped_run(root: Path) -> Path:
+    """A run that got worse and stopped early; nothing disturbed it."""
+    summary = train_run(recipe(root), root / "stopped", console=Console(quiet=True))
+    (root / "summary.json").write_text(json.dumps(summary))
+    return root / "stopped"
+
+
+def test_the_best_step_is_kept_and_the_run_stops_when_nothing_better_comes(root: Path, stopped_run: Path) -> None:
+    found = values(stopped_run)
+    best = min(found, key=lambda step: found[step])
+    last = best + PATIENCE
+    assert best > 1, "nothing improved: the run shows nothing"
+    assert list(found) == list(range(1, last + 1)), "the run went on, or stopped too soon"
+    assert last < STEPS
+    assert steps_on_disk(stopped_run) == [best, last]
+    same_tensors(stopped_run / ADAPTER, stopped_run / f"checkpoints/step-{best}" / ADAPTER)
+    summary = json.loads((root / "summary.json").read_text())
+    assert (summary["stopped_early"], summary["num_steps"]) == (True, last)
+    assert (summary["best"]["step"], summary["best"]["value"]) == (best, found[best])
+    assert summary["evaluations"]["adapter"]["average"]["nll_per_token"] == found[best]
+    lines = [line for line in timeless(stopped_run) if "best" in line]
+    assert [line["best"]["num_since"] for line in lines][-PATIENCE:] == [1, 2, 3]
+    assert all(line["best"]["value"] == min(list(found.values())[: line["step"]]) for line in lines)
+    said = f"step {best}, the best by macro nll_per_token ({found[best]:.4g})"
+    log = (stopped_run / "log.txt").read_text()
+    assert f"Stopped early after step {last} of {STEPS}: {PATIENCE} evaluations in a row brought nothing better." in log
+    assert f"adapter/ is {said}." in log
+    assert f"{said} of {last} steps, stopped early" in (stopped_run / "README.md").read_text()
+
+
+def test_eval_and_export_take_the_best_step(stopped_run: Path, tmp_path: Path) -> None:
+    found = values(stopped_run)
+    document = evaluate_target(str(stopped_run), console=Console(quiet=True))
+    assert document["evaluation"]["average"]["nll_per_token"] == min(found.values())
+    export_run(stopped_run, tmp_path / "peft", format_="peft", console=Console(quiet=True))
+    same_tensors(tmp_path / "peft/adapter_model.safetensors", stopped_run / ADAPTER)
+
+
+def killed_in_checkpoint(settings: Recipe, run: Path, step: int) -> None:
+    """SIGKILL while the checkpoint of a step is being written."""
+    real = run_writer.write_state
+
+    def killing(directory: Path, **state: Any) -> None:
+        real(directory, **state)
+        if state["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run_writer.write_state = killing
+    train_run(settings, run, resume=run.exists(), console=Console(quiet=True))
+
+
+def test_killed_at_any_checkpoint_and_resumed_makes_the_same_decisions(
+    root: Path, stopped_run: Path, tmp_path: Path
+) -> None:
+    """At one that is the best so far, at one that is due, and at the one that ends the run."""
+    found = values(stopped_run)
+    best = min(found, key=lambda step: found[step])
+    settings, run = recipe(root), tmp_path / "run"
+    for step in (2, best, best + PATIENCE):
+        child = multiprocessing.get_context("fork").Process(target=killed_in_checkpoint, args=(settings, run, step))
+        child.start()
+        child.join(240)
+        assert child.exitcode == -signal.SIGKILL
+        assert step not in steps_on_disk(run)
+    train_run(settings, run, resume=True, console=Console(quiet=True))
+    assert_same_run(run, stopped_run, step=best + PATIENCE)
+    assert (run / "adapter/best.json").read_bytes() == (stopped_run / "adapter/best.json").read_bytes()
+    assert steps_on_disk(run) == steps_on_disk(stopped_run)
+
+
+def test_a_finished_run_stays_finished_and_goes_on_with_more_patience(
+    root: Path, stopped_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train_run(recipe(root), run, console=Console(quiet=True))
+    again = train_run(recipe(root), run, resume=True, console=Console(quiet=True))
+    assert again["stopped_early"]
+    assert_same_run(run, stopped_run, step=again["num_steps"])
+    more = train_run(recipe(root, eval__patience=STEPS), run, resume=True, console=Console(quiet=True))
+    assert (more["num_steps"], more["stopped_early"]) == (STEPS, False)
+    assert more["best"]["value"] == min(values(run).values())
+
+
+def test_the_last_step_has_a_say_and_a_best_one_that_is_gone_is_said(root: Path, tmp_path: Path) -> None:
+    """At a low rate every evaluation is better than the one before, the one after training too."""
+    settings = recipe(root, train__lr=1e-3, train__steps=3, eval__best_by="letters", eval__every=2, eval__patience=...)
+    run = tmp_path / "run"
+    summary = train_run(settings, run, console=Console(quiet=True))
+    found = values(run, "letters")
+    assert list(found) == [2, 3]
+    assert found[3] < found[2]
+    assert (summary["best"]["step"], summary["stopped_early"]) == (3, False)
+    assert summary["best"]["question"]["tasks"] == ["letters"]
+    same_tensors(run / ADAPTER, run / f"checkpoints/step-3/{ADAPTER}")
+    (run / "checkpoints/step-2" / ADAPTER).write_bytes(b"")
+    summary = train_run(settings, run, resume=True, console=Console(quiet=True))
+    assert summary["best"]["step"] == 3
+    assert "The best checkpoint, step-2, is not whole" in (run / "log.txt").read_text()
+
+
+def test_another_question_is_asked_anew(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe(root, train__lr=1e-3, train__steps=4, eval__every=1, eval__patience=...)
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        train_run(settings, tmp_path / "run", console=Console(quiet=True))
+    monkeypatch.undo()
+    changed = recipe(root, train__lr=1e-3, train__steps=4, eval__every=1, eval__patience=..., eval__best_metric="acc")
+    summary = train_run(changed, tmp_path / "run", resume=True, console=Console(quiet=True))
+    assert "The best step was chosen in another way before" in (tmp_path / "run/log.txt").read_text()
+    found = {step: value for step, value in values(tmp_path / "run", metric="acc").items() if step > 2}
+    assert summary["best"]["value"] == max(found.values())
+    assert summary["best"]["step"] == max(found, key=lambda step: found[step])
+
+
+def in_two(rank: int, settings: Recipe, directory: Path) -> None:
+    summary = train_run(settings, directory, console=Console(quiet=True))
+    assert rank == 1 or summary["stopped_early"]
+
+
+def test_two_processes_decide_alike(root: Path, tmp_path: Path) -> None:
+    settings = recipe(root, adapter__dropout=0.0)
+    assert launched.run(2, in_two, settings, tmp_path / "two") == ["", ""]
+    found = values(tmp_path / "two")
+    best = min(found, key=lambda step: found[step])
+    assert steps_on_disk(tmp_path / "two") == [best, best + PATIENCE]
+    assert json.loads((tmp_path / "two/adapter/best.json").read_text())["step"] == best
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({"eval__best_by": "lettres"}, "eval.best_by: not evaluated, got 'lettres'.*Did you mean 'letters'"),
+        ({"eval__best_by": "sums", "eval__tasks": ["letters"]}, "eval.best_by: not evaluated, got 'sums'"),
+        ({"eval__best_by": ...}, "eval.patience: would be ignored because eval.best_by is not set"),
+        ({"eval__every": ...}, "eval.patience: would be ignored because eval.every is not set"),
+        ({"eval__best_metric": "accuracy"}, "eval.best_metric: not valid, got 'accuracy', allowed: nll_per_token, acc"),
+        ({"eval__patience": 0}, "eval.patience: not valid, got 0, allowed: a whole number, 1 or more"),
+    ],
+)
+def test_what_would_choose_nothing_is_a_fault(root: Path, changes: dict[str, Any], fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        recipe(root, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({"eval__best_by": "sums", "eval__best_metric": "acc"}, "eval.best_metric: acc needs choices, sums has none"),
+        ({"eval__every": STEPS}, "eval.every: evaluated only at the end, .*got 12 in a run of 12 steps"),
+    ],
+)
+def test_what_only_the_data_show_is_said_before_anything_is_written(
+    root: Path, tmp_path: Path, changes: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(UserError, match=fault):
+        train_run(recipe(root, **changes), tmp_path / "run", console=Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.booleans(), st.integers(1, 5), st.integers(0, 30))
+def test_the_judge_is_a_running_best_and_its_state_can_be_gone_on_with(
+    series: list[float], higher: bool, patience: int, cut: int
+) -> None:
+    judge = BestSoFar({"by": "macro"}, higher=higher, patience=patience)
+    sign = 1 if higher else -1
+    for index, value in enumerate(series):
+        if index == cut:
+            again = BestSoFar({"by": "macro"}, higher=higher, patience=patience)
+            again.load_state_dict(json.loads(json.dumps(judge.state_dict())))
+            judge = again
+        seen = [sign * each for each in series[: index + 1]]
+        first_best = seen.index(max(seen))
+        assert judge.judge(index, value) == (first_best == index)
+        assert (judge.step, judge.num_since) == (first_best, index - first_best)
+        assert judge.is_over == (index - first_best >= patience)
