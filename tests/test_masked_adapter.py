@@ -20,7 +20,7 @@ from qdora.ops import masked_linear as ops
 from qdora.ops.packed import quantize
 from qdora.ops.prune import prune_weight
 from qdora.ops.sparsity import mask_bits, mask_from_bits, pattern_from
-from qdora.verbs.export import export_run
+from qdora.verbs.export import ExportOptions, export_run
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 from tests import reference_prune as reference
@@ -272,7 +272,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
         **adapter,
     )
     train_run(recipe, tmp_path / "run")
-    result = export_run(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
     assert result["verification"]["passed"]
     assert result["zeros"] == {"pruned": result["zeros"]["pruned"], "kept": result["zeros"]["pruned"]}
     zeros = merged_zeros(tmp_path / "merged")
@@ -300,7 +300,7 @@ def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Pat
     prune = {"method": "magnitude", "pattern": "2:4"}
     recipe = tiny_run.recipe(tmp_path, base__prune=prune, train__steps=2, eval__tasks=[], eval__limit=...)
     train_run(recipe, tmp_path / "run")
-    result = export_run(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
     assert result["zeros"]["kept"] < 0.01 * result["zeros"]["pruned"]
 
 
@@ -311,6 +311,6 @@ def test_masked_adapters_are_not_exported_for_peft(tmp_path: Path) -> None:
     )
     train_run(recipe, tmp_path / "run")
     with pytest.raises(UserError, match="PEFT cannot mask B A"):
-        export_run(tmp_path / "run", tmp_path / "peft", format_="peft")
+        export_run(tmp_path / "run", tmp_path / "peft", ExportOptions("peft"))
     with pytest.raises(UserError, match="plain LoRA cannot mask B A"):
-        export_run(tmp_path / "run", tmp_path / "folded", format_="nf4-lora")
+        export_run(tmp_path / "run", tmp_path / "folded", ExportOptions("nf4-lora"))

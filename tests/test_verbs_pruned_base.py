@@ -15,7 +15,7 @@ from qdora.model.inject import adapted_layers
 from qdora.prune_config import CalibrationConfig
 from qdora.verbs import pruned_base
 from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import export_run
+from qdora.verbs.export import ExportOptions, export_run
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 from tests import tiny_run
@@ -64,7 +64,7 @@ def test_evaluation_and_export_take_the_base_that_was_trained_on(run: Path, tmp_
     evaluated = evaluate_target(str(run), split="validation")
     at_end = json.loads((run / "eval/step-3.json").read_text())
     assert evaluated["evaluation"]["tasks"]["sums"]["nll_per_token"] == at_end["tasks"]["sums"]["nll_per_token"]
-    assert export_run(run, tmp_path / "merged", dtype="float32")["verification"]["passed"]
+    assert export_run(run, tmp_path / "merged", ExportOptions(dtype="float32"))["verification"]["passed"]
 
 
 def test_resumed_on_the_same_base(root: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
