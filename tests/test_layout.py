@@ -32,6 +32,7 @@ COMMON = {
     "data_config",
     "environment",
     "errors",
+    "prune_config",
     "recipe_faults",
     "recipe_file",
     "record",

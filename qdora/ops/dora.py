@@ -193,7 +193,12 @@ def gain(magnitude: Tensor, norm: Tensor) -> Gain:
 
 @torch.no_grad()
 def merged_weight(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+    keep_mask: Tensor | None = None,
 ) -> Tensor:
     """The one dense weight that equals base and adapter: g * (W + s B A), or W + s B A for LoRA.
 
@@ -205,11 +210,16 @@ def merged_weight(
         lora_B: (out, rank).
         scaling: s = alpha / rank.
         magnitude: m, (out,), or None for LoRA.
+        keep_mask: (out, in) bool; B A counts only where it is True. None: everywhere.
     Returns:
         (out, in) in weight's dtype, a new tensor.
     """
     dtype = weight.dtype
-    merged = torch.addmm(weight, lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
+    if keep_mask is None:
+        merged = torch.addmm(weight, lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
+    else:
+        masked = (lora_B.to(dtype) @ lora_A.to(dtype)).masked_fill_(~keep_mask, 0)
+        merged = torch.add(weight, masked, alpha=scaling)
     if magnitude is None:
         return merged
     return merged.mul_(gain_of_sum(merged, magnitude).unsqueeze(1))

@@ -23,7 +23,7 @@ from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.load import load_model
+from qdora.model.load import Placer, load_model
 from qdora.model.source import ModelSource, resolve
 from qdora.model.tokenizer import load_tokenizer
 
@@ -66,9 +66,19 @@ def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, Pr
 
 
 def load_base(
-    recipe: Recipe, source: ModelSource, compute: Compute, progress: Callable[[int, int], None] | None = None
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    placer: Placer | None = None,
 ) -> PreTrainedModel:
-    """The frozen base of the recipe; for full fine-tuning every parameter is trainable. Raises as `load_model`."""
+    """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
+
+    `placer` is what prunes it (`verbs.pruned_base`), given exactly where the recipe has base.prune. Raises as
+    `load_model`.
+    """
+    assert (recipe.base.prune is None) == (placer is None), "a pruned base is loaded by verbs.pruned_base"
     model = load_model(
         source,
         quant=recipe.base.quant,
@@ -79,6 +89,7 @@ def load_base(
         compute_dtype=compute.dtype,
         attention=recipe.model.attention,
         progress=progress,
+        placer=placer,
     )
     if recipe.adapter.kind == "full":
         for parameter in model.parameters():
@@ -100,6 +111,16 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
     if settings.kind == "none" or settings.kind == "full":
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
+    if settings.kind == "magnitude":
+        # DoRA whose B stays 0, so any reader of DoRA adapters reads it.
+        if directory is None:
+            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=_targets(recipe))
+        else:
+            layers = load_adapter(model, directory)
+        for layer in layers.values():
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
+        return
     if directory is None:
         inject(
             model,
@@ -108,10 +129,11 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             alpha=settings.alpha,
             rank_stabilized=settings.rank_stabilized,
             dropout=settings.dropout,
-            targets=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+            targets=_targets(recipe),
             rank_pattern=settings.rank_pattern,
             init=settings.init,
             dtype=DTYPES[settings.dtype],
+            masked=settings.mask == "keep",
             generator=torch.Generator().manual_seed(recipe.train.seed),
         )
         return
@@ -123,12 +145,19 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
         layer.dropout = settings.dropout
 
 
+def _targets(recipe: Recipe) -> str | list[str]:
+    targets = recipe.adapter.targets
+    return targets if isinstance(targets, str) else list(targets)
+
+
 def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
     """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`."""
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
-    if base.quant in ("nf4", "fp4"):
+    if base.quant not in ("int8", "none"):
         quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
+    if base.prune is not None:
+        quant["prune"] = base.prune.model_dump(mode="json", exclude=set(base.prune.unused()))
     save_adapter(
         model,
         directory,

@@ -20,6 +20,7 @@ from qdora.model.export import export_merged
 from qdora.model.export_directory import DTYPES, MAX_SHARD_BYTES
 from qdora.model.export_nf4_lora import export_nf4_lora
 from qdora.model.export_streamed import BASES, StreamedMerge, check_merge, export_streamed, open_merge
+from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import Quantization
 from qdora.model.verify import verify_merged
 from qdora.model.verify_nf4_lora import verify_nf4_lora
@@ -112,7 +113,10 @@ def export_run(
     export = _export_merged if options.format_ == "merged" else _export_nf4_lora
     trained, result, check = export(run, out, options, console)
     form: Form = "nf4-lora" if options.format_ == "nf4-lora" else _form_of_merge(options)
+    zeros = _zeros(trained) if form == "merged" else None
     document = {"format": options.format_, "run": str(run), "state": trained.state, **result, "verification": check}
+    if zeros is not None:
+        document["zeros"] = zeros
     if options.audit and check["passed"] and trained.recipe.adapter.kind in ("lora", "dora"):
         if form == "original":
             del trained
@@ -121,6 +125,13 @@ def export_run(
     atomic_write_json(out / "export.json", document)
     card = run_card(trained.run, trained.recipe, trained.state, check, form=form)
     (out / "README.md").write_text(card, encoding="utf-8")
+    if zeros is not None and zeros["kept"] < zeros["pruned"]:
+        console.print(
+            f"the merge is dense: {zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero; "
+            "adapter.mask: keep keeps them all",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(_verdict(check), markup=False, highlight=False, soft_wrap=True)
     if not check["passed"]:
         raise RunFailure(
@@ -169,9 +180,10 @@ def _export_merged(
     where, state = trained_state(opened, recipe, options.step)
     form = _form_of_merge(options)
     card = {"README.md": run_card(opened, recipe, state, form=form)}
-    if recipe.adapter.kind == "full":
+    if recipe.adapter.kind == "full" or recipe.base.prune is not None:
         if options.base is not None or options.requantize:
-            raise UserError("--base, --requantize: adapter.kind full has no adapter to merge; leave them out.")
+            why = "adapter.kind full has no adapter to merge" if recipe.base.prune is None else "the base is pruned"
+            raise UserError(f"--base, --requantize: {why}; leave them out.")
         trained = load_run(run, step=options.step)
         with bar(console, "writing") as progress:
             result = export_merged(
@@ -294,10 +306,26 @@ def _text(example: Example) -> str:
     return example.prompt + example.answer
 
 
+def _zeros(trained: TrainedRun) -> dict[str, int] | None:
+    """How many weights of the base were pruned, and how many of these are zero after the merge; None: none were."""
+    pruned = kept = 0
+    adapted = adapted_layers(trained.model)
+    for path, frozen in frozen_layers(trained.model).items():
+        keep = frozen.keep_mask()
+        if keep is not None:
+            owner = adapted.get(path.removesuffix(".base"))
+            weight = frozen.dequantized() if owner is None else owner.merged_weight()
+            pruned += int((~keep).sum())
+            kept += int((weight[~keep] == 0).sum())
+    return {"pruned": pruned, "kept": kept} if pruned else None
+
+
 def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
     recipe = trained.recipe
-    if recipe.adapter.kind not in ("lora", "dora"):
+    if recipe.adapter.kind not in ("lora", "dora", "magnitude"):
         raise UserError(f"--format peft: the run has no adapter (adapter.kind {recipe.adapter.kind}).")
+    if any(layer.masked for layer in adapted_layers(trained.model).values()):
+        raise UserError("--format peft: adapter.mask keep: PEFT cannot mask B A, allowed: --format merged.")
     write_adapter(trained.model, recipe, out)
     return {"format": "peft", "run": str(trained.run.path), "state": trained.state, "directory": str(out)}
 

@@ -25,6 +25,7 @@ from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
+from qdora.model.load import load_config
 from qdora.model.size import model_size
 from qdora.recipe_file import missing_files, resolved_yaml
 from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
@@ -43,7 +44,6 @@ from qdora.verbs.assemble import (
     choose_compute,
     describe_adapters,
     find_model,
-    load_base,
     make_loader,
     num_steps_of,
     put_adapters,
@@ -54,9 +54,10 @@ from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
 from qdora.verbs.plan_budget import apply_micro_batch_, within_budget
 from qdora.verbs.plan_workload import workload_of_data
+from qdora.verbs.pruned_base import base_of_run, calibration_tokens
 from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_faults, selection_value
-from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
+from qdora.verbs.show import default_console, keep_mix, log_to, show_mix, suite_bar
 from qdora.verbs.show_plan import keep_plan, show_plan
 from qdora.verbs.trackers import is_installed
 
@@ -106,6 +107,7 @@ def _train(
     if memory is not None:
         source, _ = find_model(recipe)
         apply_micro_batch_(loader, recipe)
+    calibration = None if recipe.base.prune is None else calibration_tokens(recipe, tokenizer, mix, load_config(source))
     open_ = resume_run if resume else create_run
     processes.first(lambda: open_(directory, resolved_yaml(given), _environment(processes)))
     run = RunDirectory(directory)
@@ -117,8 +119,7 @@ def _train(
             processes.first(lambda: keep_plan(run, memory))
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = _newest_checkpoint(run, processes) if resume else None
-        with bar(console, "loading the base") as progress:
-            model = load_base(recipe, source, compute, progress)
+        model = base_of_run(recipe, source, compute, run, resume, processes, console, calibration)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
         if recipe.data.packing:
             loader.packed = packed_layout(model)
