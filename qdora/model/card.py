@@ -37,6 +37,8 @@ class CardFacts:
     """Row of the table -> one number a column."""
     verification: Mapping[str, Any] | None = None
     """From `verify_merged`."""
+    interference: str = ""
+    """What the tasks do to each other, in words."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -64,6 +66,8 @@ def model_card(facts: CardFacts) -> str:
         parts.append("## Data\n\n" + "\n".join(f"- {_plain(name)}" for name in facts.data))
     if facts.metrics:
         parts.append("## Results\n\n" + _metrics(facts))
+    if facts.interference:
+        parts.append("## Interference\n\n" + facts.interference)
     if facts.verification is not None:
         parts.append("## Verification of the merge\n\n" + _verification(facts.verification))
     if facts.versions:

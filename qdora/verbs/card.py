@@ -9,6 +9,7 @@ from qdora.environment import package_versions
 from qdora.model.card import CardFacts, model_card
 from qdora.record import RunDirectory
 from qdora.verbs.evaluate import stored_results
+from qdora.verbs.interference import interference_in_words
 from qdora.verbs.selection import adapter_in_words
 
 
@@ -46,6 +47,7 @@ def run_card(
             metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],
             metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
             verification=check,
+            interference=interference_in_words(run),
             versions={name: version for name, version in versions.items() if version},
         )
     )

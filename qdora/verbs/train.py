@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +49,7 @@ from qdora.verbs.assemble import (
 )
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
+from qdora.verbs.interference import interference_faults, probe_examples, probe_hook, write_interference
 from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_faults, selection_value
 from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
@@ -145,6 +146,9 @@ class _Job:
         self.loader, self.console, self.num_steps = loader, console, num_steps
         self.processes = processes
         self.validation = {name: validation[name] for name in _evaluated(recipe, validation)}
+        self.probed = {}
+        if recipe.interference.every is not None:
+            self.probed = probe_examples(recipe, tokenizer, validation)
         self.evaluations: dict[str, EvaluationResult] = {}
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
@@ -197,6 +201,7 @@ class _Job:
             finally:  # also of a run that is interrupted or fails
                 if self.processes.is_first:
                     draw_figures(self.run.metrics(), self.run.inside("figures"))
+                    write_interference(self.run)
             for part in self.loader.streams:
                 seen = part.position
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
@@ -242,6 +247,7 @@ class _Job:
             clip=train.clip,
             checkpoint_every=train.checkpoint_every,
             evaluate_every=self.recipe.eval.every,
+            probe_every=self.recipe.interference.every,
             log_every=train.log_every,
             loss_chunk=None if chunk == "auto" else chunk,
         )
@@ -250,6 +256,7 @@ class _Job:
             save=self.writer.save_checkpoint,
             evaluate=self._measure if self.validation else None,
             keep_batch=self.writer.keep_batch,
+            probe=self._probe(),
         )
         with (
             stop_on_signal(self.processes) as stop,
@@ -268,6 +275,12 @@ class _Job:
                 start_step=start,
                 processes=self.processes,
             )
+
+    def _probe(self) -> Callable[[int], None] | None:
+        if not self.probed or self.optimizer is None:
+            return None
+        parameters, write = self.optimizer.parameters, self.writer.write_metrics
+        return probe_hook(self.recipe, self.model, parameters, self.loader, self.probed, write, self.processes)
 
     def _measure(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
@@ -350,6 +363,7 @@ def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, An
     if recipe.eval.method == "generate":
         faults += generation_faults(evaluated)
     faults += selection_faults(recipe, evaluated, num_steps)
+    faults += interference_faults(recipe, validation)
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."
