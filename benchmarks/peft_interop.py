@@ -44,9 +44,9 @@ from qdora.environment import cpu_name, package_versions
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import inject
 from qdora.model.load import load_model
+from qdora.model.logit_comparison import float32_arithmetic
 from qdora.model.source import resolve
 from qdora.model.tokenizer import load_tokenizer
-from qdora.model.verify import float32_arithmetic
 
 TEXTS = (
     "The lighthouse keeper climbed the stairs every evening to light the lamp. One day he found a letter on the step.",

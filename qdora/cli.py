@@ -176,12 +176,16 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Argument(help="Directory to make.")],
-    format_: Annotated[str, typer.Option("--format", help="merged: one dense model; peft: the adapter.")] = "merged",
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32, for --format merged.")] = "float16",
+    format_: Annotated[
+        str, typer.Option("--format", help="merged: one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter.")
+    ] = "merged",
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32; float16 (merged), the run's own (nf4-lora).")
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
     json_: Json = False,
 ) -> None:
-    """Write the merged model, reload it plainly and compare it with the running one."""
+    """Write the model in a form to deploy, reload it plainly and compare it with the running one."""
     from qdora.verbs.export import export_run
 
     _emit(export_run(run, out, format_=format_, dtype=dtype, step=step), json_)

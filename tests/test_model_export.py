@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-import qdora.model.export as export_module
+import qdora.model.export_directory as export_module
 from qdora.errors import RunFailure, UserError
 from qdora.model.card import CardFacts, model_card
 from qdora.model.export import export_merged
 from qdora.model.inject import adapted_layers, inject
+from qdora.model.logit_comparison import Difference, float32_arithmetic
 from qdora.model.safetensors_writer import TensorSpec
-from qdora.model.verify import Difference, float32_arithmetic, verify_merged
+from qdora.model.verify import verify_merged
 from tests import tiny_adapted, tiny_tokenizer
 
 KINDS = ["lora", "dora"]
@@ -186,16 +187,16 @@ def test_stacked_experts_keep_names_that_transformers_reads(tmp_path: Path) -> N
 def test_only_one_merged_tensor_is_alive_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    cast = export_module._Caster.cast
+    cast = export_module.Caster.cast
 
-    def watched(self: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def watched(self: Any, spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
         nonlocal most
-        out = cast(self, name, tensor)
+        out = cast(self, spec, tensor)
         alive.append(weakref.ref(out))
         most = max(most, sum(ref() is not None for ref in alive))
         return out
 
-    monkeypatch.setattr(export_module._Caster, "cast", watched)
+    monkeypatch.setattr(export_module.Caster, "cast", watched)
     export_merged(tiny_adapted.adapted(), None, tmp_path / "out")
     assert len(alive) > 14
     assert most == 1
@@ -319,7 +320,7 @@ def test_a_right_merge_passes(tmp_path: Path, architecture: str, dtype: torch.dt
         assert found["reference_vs_running"]["max_logit_difference"] == 0.0
     else:
         assert found["reference_vs_running"]["max_logit_difference"] > 0.0
-    assert found["merged_vs_reference"]["argmax_agreement"] > 0.9
+    assert found["exported_vs_reference"]["argmax_agreement"] > 0.9
 
 
 def test_a_model_larger_than_memory_is_compared_from_the_disk(
@@ -352,7 +353,7 @@ def test_the_differences_of_the_verdict(tmp_path: Path, running: Any) -> None:
         "kl_mean": kl.mean(),
         "argmax_agreement": (first.argmax(axis=1) == second.argmax(axis=1)).mean(),
     }
-    assert found["merged_vs_running"] == pytest.approx(expected, rel=1e-4)
+    assert found["exported_vs_running"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_kl_by_hand() -> None:
@@ -396,7 +397,7 @@ def test_a_wrong_tensor_outside_the_adapters_fails_by_the_logits(tmp_path: Path,
     export_merged(running, None, tmp_path / "out")
     damage(tmp_path / "out", name, lambda tensor: tensor * 1.1)
     found = verify(running, tmp_path / "out")
-    assert found["faults"][0].startswith("mean_logit_difference between merged and reference is")
+    assert found["faults"][0].startswith("mean_logit_difference between exported and reference is")
     assert found["weights"]["max_error"] <= 1.0
 
 
@@ -517,7 +518,7 @@ def test_the_card() -> None:
                 "kl_mean": 1.6e-6,
                 "argmax_agreement": 1.0,
             }
-            for key in ("merged_vs_reference", "merged_vs_running", "reference_vs_running")
+            for key in ("exported_vs_reference", "exported_vs_running", "reference_vs_running")
         },
     }
     text = model_card(

@@ -191,7 +191,7 @@ def test_export_equals_the_running_model_and_evaluates_alike(whole: Path, tmp_pa
     exported = export_run(whole, tmp_path / "merged", dtype="float32")
     check = exported["verification"]
     assert check["passed"]
-    assert check["merged_vs_running"]["max_logit_difference"] < 1e-4
+    assert check["exported_vs_running"]["max_logit_difference"] < 1e-4
     assert json.loads((tmp_path / "merged/export.json").read_text()) == json.loads(json.dumps(exported))
     merged = evaluate_target(str(tmp_path / "merged"), like=whole)["evaluation"]["average"]
     run = evaluate_target(str(whole))["evaluation"]["average"]

@@ -21,7 +21,7 @@ def quickstart() -> str:
         ]
         rows.append([task, str(found[0]["num_examples"]), percent(found[0]["chance"]), *numbers])
     check = document["export"]["verification"]
-    exact, running = check["merged_vs_reference"], check["merged_vs_running"]
+    exact, running = check["exported_vs_reference"], check["exported_vs_running"]
     note = (
         f"\nThe merged fp16 model against the adapter in float32 arithmetic, on {check['num_positions']:,} held-out "
         f"tokens: largest logit difference {exact['max_logit_difference']:.2g}, mean KL {exact['kl_mean']:.1g} nats, "

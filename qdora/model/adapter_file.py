@@ -58,10 +58,10 @@ def adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
     """File name of each tensor -> the parameter, magnitudes first (wider dtypes first keeps the file aligned)."""
     magnitudes, factors = {}, {}
     for path, layer in layers.items():
-        factors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach()
-        factors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach()
+        a_name, b_name, m_name = _names(path)
+        factors[a_name], factors[b_name] = layer.lora_A.detach(), layer.lora_B.detach()
         if layer.magnitude is not None:
-            magnitudes[f"{_PREFIX}{path}.lora_magnitude_vector"] = layer.magnitude.detach().float()
+            magnitudes[m_name] = layer.magnitude.detach().float()
     ordered = sorted({**magnitudes, **factors}.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     return dict(ordered)
 
@@ -181,7 +181,7 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     Args:
         model: The base, quantised or not, without adapters.
         directory: Holds adapter_config.json and adapter_model.safetensors.
-        dtype: Storage of lora_A and lora_B; None keeps the file's. Magnitudes are float32 in any case.
+        dtype: Storage of lora_A and lora_B; None keeps the file's (the wider of the two). Magnitudes are float32.
     Returns:
         Path -> layer, in model order.
     Raises:
@@ -213,7 +213,7 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
             alpha=layout.alpha_of(path),
             rank_stabilized=layout.rank_stabilized,
             dropout=layout.dropout,
-            dtype=a.dtype if dtype is None else dtype,
+            dtype=torch.promote_types(a.dtype, b.dtype) if dtype is None else dtype,
             generator=torch.Generator().manual_seed(0),  # the start is overwritten; leave the caller's generator alone
         )
         with torch.no_grad():
@@ -227,9 +227,13 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     return adapted
 
 
+def factor_names(path: str) -> tuple[str, str]:
+    """Names in the file of a layer's lora_A and lora_B."""
+    return f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
+
+
 def _names(path: str) -> tuple[str, str, str]:
-    start = f"{_PREFIX}{path}."
-    return f"{start}lora_A.weight", f"{start}lora_B.weight", f"{start}lora_magnitude_vector"
+    return *factor_names(path), f"{_PREFIX}{path}.lora_magnitude_vector"
 
 
 def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict[str, nn.Module], list[str]]:

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 import qdora
 
-_MERGED = (
-    "Base and adapter are merged into one dense weight per layer: the quantised base was dequantised and the adapter "
-    "applied in float32, and the result rounded once."
-)
-_RUN = "This directory is the run: `adapter/` is what was trained, in PEFT's format, on the quantised base."
+Form = Literal["run", "merged", "nf4-lora"]
+
+_CONTENTS: dict[Form, str] = {
+    "run": "This directory is the run: `adapter/` is what was trained, in PEFT's format, on the quantised base.",
+    "merged": (
+        "Base and adapter are merged into one dense weight per layer: the quantised base was dequantised and the "
+        "adapter applied in float32, and the result rounded once."
+    ),
+    "nf4-lora": (
+        "The base is a bitsandbytes 4-bit checkpoint into whose block scales the gain of DoRA is multiplied; "
+        "`adapter/` is the plain LoRA that belongs on it. Together they are the trained model without a further "
+        "rounding to 4 bits. The block scales are not double quantised, and must not be: that rounds each of them to "
+        "8 bits. The base without the adapter is not the model that training started from.\n\n"
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), f"{directory}/adapter")\n'
+        "```"
+    ),
+}
+_CHECKED: dict[Form, str] = {"run": "", "merged": "merged", "nf4-lora": "4-bit base and LoRA"}
 
 
 @dataclass(frozen=True)
@@ -24,8 +40,8 @@ class CardFacts:
     base_name: str
     base_revision: str | None = None
     title: str = "Merged model"
-    merged: bool = True
-    """Whether the directory holds the merged model, or a run with its adapter."""
+    form: Form = "merged"
+    """What the directory holds."""
     licence: str | None = None
     """Hub licence id of the base ("apache-2.0"); the data's licences are the reader's to check."""
     method: Mapping[str, Any] = field(default_factory=dict)
@@ -36,7 +52,7 @@ class CardFacts:
     metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     """Row of the table -> one number a column."""
     verification: Mapping[str, Any] | None = None
-    """From `verify_merged`."""
+    """From the verification of the export."""
     interference: str = ""
     """What the tasks do to each other, in words."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -57,8 +73,7 @@ def model_card(facts: CardFacts) -> str:
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---", f"# {facts.title}"]
     revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
     parts.append(
-        f"Fine-tuned from `{facts.base_name}`{revision} with qdora "
-        f"{qdora.__version__}. " + (_MERGED if facts.merged else _RUN)
+        f"Fine-tuned from `{facts.base_name}`{revision} with qdora {qdora.__version__}. " + _CONTENTS[facts.form]
     )
     if facts.method:
         parts.append("## Training\n\n" + _table(("setting", "value"), [(k, str(v)) for k, v in facts.method.items()]))
@@ -69,7 +84,7 @@ def model_card(facts: CardFacts) -> str:
     if facts.interference:
         parts.append("## Interference\n\n" + facts.interference)
     if facts.verification is not None:
-        parts.append("## Verification of the merge\n\n" + _verification(facts.verification))
+        parts.append("## Verification\n\n" + _verification(facts.verification, _CHECKED[facts.form]))
     if facts.versions:
         parts.append("## Versions\n\n" + ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in facts.versions.items()))
     licence = f"The base is licensed as `{facts.licence}`." if facts.licence else "The licence of the base applies."
@@ -85,7 +100,7 @@ def _metrics(facts: CardFacts) -> str:
     return _table(("", *facts.metric_names), rows)
 
 
-def _verification(verification: Mapping[str, Any]) -> str:
+def _verification(verification: Mapping[str, Any], name: str) -> str:
     rows = [
         (
             label,
@@ -96,8 +111,8 @@ def _verification(verification: Mapping[str, Any]) -> str:
             f"{100 * verification[key]['argmax_agreement']:.2f} %",
         )
         for key, label in (
-            ("merged_vs_reference", "merged, adapter in float32"),
-            ("merged_vs_running", f"merged, adapter in {verification['running_dtype']}"),
+            ("exported_vs_reference", f"{name}, adapter in float32"),
+            ("exported_vs_running", f"{name}, adapter in {verification['running_dtype']}"),
             ("reference_vs_running", f"adapter in float32, adapter in {verification['running_dtype']}"),
         )
     ]

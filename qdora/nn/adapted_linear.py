@@ -17,6 +17,7 @@ from qdora.ops.dora import (
     FactoredNorm,
     Gain,
     factored_norm,
+    gain_of_sum,
     measure_cancelled_,
     merged_weight,
     row_norm,
@@ -164,6 +165,13 @@ class AdaptedLinear(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = self.base.dequantized(wide)
         return merged_weight(weight, self.lora_A, self.lora_B, self.scaling, self.magnitude).to(dtype)
+
+    def merged_gain(self) -> Tensor | None:
+        """The gain of `merged_weight`, (out,) float32 (float64 for a float64 base); None for LoRA."""
+        if self.magnitude is None:
+            return None
+        weight = self.base.dequantized(self.base.wide_dtype)
+        return gain_of_sum(merged_weight(weight, self.lora_A, self.lora_B, self.scaling), self.magnitude)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         magnitude, squared = self.magnitude, self.base_squared

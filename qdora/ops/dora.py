@@ -211,6 +211,20 @@ def merged_weight(
     merged = torch.addmm(weight, lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
     if magnitude is None:
         return merged
-    norm = squared_row_norm(merged).sqrt()
-    # Not `gain`: here nothing is read back from the result, and a row with m = 0 is to be exactly zero.
-    return merged.mul_((magnitude.to(dtype) / norm).masked_fill_(norm == 0, 0.0).unsqueeze(1))
+    return merged.mul_(gain_of_sum(merged, magnitude).unsqueeze(1))
+
+
+@torch.no_grad()
+def gain_of_sum(total: Tensor, magnitude: Tensor) -> Tensor:
+    """g = m / ||total||_row, with the norm taken from the dense sum W + s B A itself; 0 where the row is zero.
+
+    Not `gain`: nothing is read back from the result, and a row with m = 0 is to be exactly zero.
+
+    Args:
+        total: W + s B A, (out, in), float32 or float64.
+        magnitude: m, (out,).
+    Returns:
+        (out,) in total's dtype.
+    """
+    norm = squared_row_norm(total).sqrt()
+    return (magnitude.to(total.dtype) / norm).masked_fill_(norm == 0, 0.0)

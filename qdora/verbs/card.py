@@ -6,7 +6,7 @@ from typing import Any
 
 from qdora.config import Recipe
 from qdora.environment import package_versions
-from qdora.model.card import CardFacts, model_card
+from qdora.model.card import CardFacts, Form, model_card
 from qdora.record import RunDirectory
 from qdora.verbs.evaluate import stored_results
 from qdora.verbs.interference import interference_in_words
@@ -14,16 +14,16 @@ from qdora.verbs.selection import adapter_in_words
 
 
 def run_card(
-    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, *, merged: bool = False
+    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, *, form: Form = "run"
 ) -> str:
-    """README.md of a run or of its merged model.
+    """README.md of a run or of an export.
 
     Args:
         run: For the name and the kept evaluations.
         recipe: Of the run.
         state: "final" or "step-N": which evaluation stands for the adapter.
-        merged: For the merged model and not for the run itself.
-        check: What `verify_merged` returned, for a merged model.
+        form: What the directory holds: the run, or one of the export formats.
+        check: What the verification of an export returned.
     """
     adapter, base = recipe.adapter, recipe.base
     versions = package_versions(("torch", "transformers"))
@@ -36,7 +36,7 @@ def run_card(
             base_name=recipe.model.source,
             base_revision=recipe.model.revision,
             title=run.path.resolve().name,
-            merged=merged,
+            form=form,
             method={
                 "adapter": adapter.kind + sizes,
                 "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
