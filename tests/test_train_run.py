@@ -143,9 +143,9 @@ def test_nan_loss_stops_with_the_state_before_it_and_the_batch(
         return result
 
     monkeypatch.setattr(loop, "batch_loss", poisoned)
-    with pytest.raises(RunFailure, match=r"step 4: loss nan is not finite.*Safe on disk: .*step-3, .*failed-batch"):
+    with pytest.raises(RunFailure, match=r"step 4: loss nan is not finite.*Safe on disk: .*step-3, .*bad-steps/step-4"):
         train_run(recipe, tmp_path / "run")
-    kept = json.loads((tmp_path / "run/failed-batch.json").read_text())
+    kept = json.loads((tmp_path / "run/bad-steps/step-4/batch.json").read_text())
     assert len(kept["examples"]) == 4
     monkeypatch.undo()
     train_run(recipe, tmp_path / "run", resume=True)
