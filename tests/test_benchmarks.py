@@ -29,6 +29,8 @@ def test_step_time(tmp_path: Path) -> None:
     assert len(seconds) == 7
     assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
     assert result["time"]["on"]["ratios"]["own_dora / own_lora"]["median"] > 0
+    (pair,) = result["pairs"]["on"].values()
+    assert set(pair["seconds"]) == {"own_lora", "own_dora"}
     (peak,) = result["peaks"]["on"].values()
     assert peak["peak_bytes"] == peak["loaded_bytes"] + peak["added_bytes"]
 
