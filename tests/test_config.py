@@ -243,7 +243,8 @@ def test_missing_sections_say_what_they_hold() -> None:
     assert [line.split(": missing")[0] for line in lines] == ["r.yaml: data", "r.yaml: train"]
     assert "a section of mix, strategy, temperature" in lines[0]
     assert faults([1]) == [
-        "r.yaml: not a section, got [1], allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
+        "r.yaml: not a section, got [1], "
+        "allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
     ]
 
 
