@@ -84,23 +84,15 @@ class Hooks:
         write_metrics: Takes one finished step's (or evaluation's) numbers.
         save: Writes a checkpoint of the state after `step` steps and returns its directory.
         evaluate: Measures the model after `step` steps.
-<<<<<<< HEAD
-        keep_batch: Writes the step whose loss was not finite and returns the file.
-        probe: Measures the interference after `step` steps and writes it; training goes on as if it had not.
-=======
         keep_batch: Writes the examples of a step that was not applied and returns where.
->>>>>>> main
+        probe: Measures the interference after `step` steps and writes it; training goes on as if it had not.
     """
 
     write_metrics: Callable[[Metrics], None]
     save: Callable[[int], Path]
     evaluate: Callable[[int], Evaluated] | None = None
-<<<<<<< HEAD
-    keep_batch: Callable[[Step], Path] | None = None
-    probe: Callable[[int], None] | None = None
-=======
     keep_batch: Callable[[BadStep], Path] | None = None
->>>>>>> main
+    probe: Callable[[int], None] | None = None
 
 
 def fit(
