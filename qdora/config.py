@@ -31,7 +31,7 @@ from qdora.section import (
     Whole,
     ignored_faults,
 )
-from qdora.train_config import MACRO, EvalConfig, TrainConfig
+from qdora.train_config import MACRO, EvalConfig, InterferenceConfig, TrainConfig
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -161,6 +161,8 @@ class Recipe(Section):
     """Optimizer, schedule and what is saved on the way."""
     eval: EvalConfig = EvalConfig()
     """Evaluation inside a training run."""
+    interference: InterferenceConfig = InterferenceConfig()
+    """Which data sets pull the adapter in different directions."""
     memory: MemoryConfig = MemoryConfig()
     """What is traded for memory."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
@@ -179,6 +181,9 @@ class Recipe(Section):
         none = ("lr_ratio_B", "lr_ratio_magnitude")
         parts = {"dora": (), "lora": none[1:], "magnitude": none[:1]}.get(kind, none)
         yield from ignored_faults(self.train, dict.fromkeys(parts, f"adapter.kind {kind} has none"), prefix="train.")
+        if kind in ("none", "full"):
+            reason = {"every": f"adapter.kind {kind} has no adapter"}
+            yield from ignored_faults(self.interference, reason, prefix="interference.")
         if self.train.epochs is not None and any(source.stream for source in self.data.mix):
             what = "a stream has no known end to count steps to"
             yield "train.epochs", f"{what}, got {self.train.epochs:g}, allowed: train.steps instead."

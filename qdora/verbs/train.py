@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +52,7 @@ from qdora.verbs.assemble import (
 )
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
+from qdora.verbs.interference import interference_faults, probe_examples, probe_hook, write_interference
 from qdora.verbs.plan_budget import apply_micro_batch_, within_budget
 from qdora.verbs.plan_workload import workload_of_data
 from qdora.verbs.pruned_base import base_of_run, calibration_tokens
@@ -165,6 +166,9 @@ class _Job:
         self.loader, self.console, self.num_steps = loader, console, num_steps
         self.processes = processes
         self.validation = {name: validation[name] for name in _evaluated(recipe, validation)}
+        self.probed = {}
+        if recipe.interference.every is not None:
+            self.probed = probe_examples(recipe, tokenizer, validation)
         self.evaluations: dict[str, EvaluationResult] = {}
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
@@ -218,6 +222,7 @@ class _Job:
             finally:  # also of a run that is interrupted or fails
                 if self.processes.is_first:
                     draw_figures(self.run.metrics(), self.run.inside("figures"))
+                    write_interference(self.run)
         return self.processes.first(self._conclude) or {}
 
     def _train_and_evaluate(self, start: int) -> None:
@@ -275,6 +280,7 @@ class _Job:
             clip=train.clip,
             checkpoint_every=train.checkpoint_every,
             evaluate_every=self.recipe.eval.every,
+            probe_every=self.recipe.interference.every,
             log_every=train.log_every,
             loss_chunk=None if chunk == "auto" else chunk,
         )
@@ -283,6 +289,7 @@ class _Job:
             save=self.writer.save_checkpoint,
             evaluate=self._measure if self.validation else None,
             keep_batch=self.writer.keep_batch,
+            probe=self._probe(),
         )
         with (
             stop_on_signal(self.processes) as stop,
@@ -301,6 +308,12 @@ class _Job:
                 processes=self.processes,
                 bad_steps=self.bad_steps,
             )
+
+    def _probe(self) -> Callable[[int], None] | None:
+        if not self.probed or self.optimizer is None:
+            return None
+        parameters, write = self.optimizer.parameters, self.writer.write_metrics
+        return probe_hook(self.recipe, self.model, parameters, self.loader, self.probed, write, self.processes)
 
     def _measure(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
@@ -399,6 +412,7 @@ def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, An
     if recipe.eval.method == "generate":
         faults += generation_faults(evaluated)
     faults += selection_faults(recipe, evaluated, num_steps)
+    faults += interference_faults(recipe, validation)
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."
