@@ -28,6 +28,7 @@ COMMON = {
     "access_tokens",
     "atomic_files",
     "checkpoint_files",
+    "command",
     "config",
     "data_config",
     "environment",
