@@ -100,7 +100,7 @@ class AdaptedLinear(nn.Module):
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
         self._gain_cache = GainCache()
-        self.register_load_state_dict_post_hook(_base_loaded)
+        self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
 
     @property
     def in_features(self) -> int:
