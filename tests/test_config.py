@@ -807,7 +807,15 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         **draw(
             some(eval=some(tasks=st.just([labels[0]]), limit=whole, every=whole) | best, trackers=st.just(["wandb"]))
         ),
-        **draw(some(memory=some(checkpointing=st.booleans(), loss_chunk=st.just("auto") | whole))),
+        **draw(
+            some(
+                memory=some(
+                    budget=st.sampled_from(["auto", "40GiB", "500 MB"]),
+                    checkpointing=st.booleans(),
+                    loss_chunk=st.just("auto") | whole,
+                )
+            )
+        ),
     }
 
 
