@@ -71,7 +71,7 @@ def test_a_batch_that_is_kept_lists_its_examples_one_by_one(
     with pytest.raises(RuntimeError, match="is not finite"):
         train_run(tiny_run.recipe(root, data__packing=True, train__batch=12), tmp_path)
     kept = json.loads((tmp_path / "bad-steps/step-1/batch.json").read_text())["examples"]
-    assert len({each["id"] for each in kept}) == 12
+    assert len({(each["task"], each["id"]) for each in kept}) == 12
     for each in kept:
         labelled = [token for token, label in zip(each["input_ids"], each["labels"], strict=True) if label != -100]
         assert labelled == [label for label in each["labels"] if label != -100]
