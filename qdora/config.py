@@ -17,6 +17,7 @@ from pydantic import Field
 
 from qdora.data_config import DataConfig, is_path
 from qdora.errors import nearest
+from qdora.prune_config import PruneConfig
 from qdora.section import (
     AutoTokens,
     Fault,
@@ -24,12 +25,13 @@ from qdora.section import (
     Positive,
     Section,
     Share,
+    Size,
     Targets,
     Text,
     Whole,
     ignored_faults,
 )
-from qdora.train_config import MACRO, EvalConfig, TrainConfig
+from qdora.train_config import MACRO, EvalConfig, InterferenceConfig, TrainConfig
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -70,20 +72,23 @@ class ModelConfig(Section):
 class BaseWeightsConfig(Section):
     """How the frozen weights of the base are stored."""
 
-    quant: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """Code of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3."""
-    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights per absmax scale of nf4 and fp4. 64: QLoRA, arXiv 2305.14314, sec. 3."""
+    quant: Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "none"] = "nf4"
+    """Code of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3. nf3 and nf2 are for
+    experiments: simulated, that is, held in 4 bits."""
+    block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights per absmax scale, of all codes but int8. 64: QLoRA, arXiv 2305.14314, sec. 3."""
     double_quant: Flag = True
-    """Store the scales of nf4 and fp4 in 8 bits (saves 0.37 bit a weight). QLoRA, arXiv 2305.14314, sec. 3."""
+    """Store these scales in 8 bits (saves 0.37 bit a weight). QLoRA, arXiv 2305.14314, sec. 3."""
     skip: tuple[Text, ...] = ("lm_head",)
-    """Linear layers that stay in 16 bits, by the last parts of their name."""
+    """Linear layers that stay in 16 bits and whole, by the last parts of their name."""
+    prune: PruneConfig | None = None
+    """Weights that are removed. None: a base without zeros of ours."""
 
     def unused(self) -> dict[str, str]:
         found = {}
-        if self.quant not in ("nf4", "fp4"):
+        if self.quant in ("int8", "none"):
             found = dict.fromkeys(("block_size", "double_quant"), f"base.quant {self.quant} has no blocks")
-        if self.quant == "none":
+        if self.quant == "none" and self.prune is None:
             found["skip"] = "base.quant none quantises no layer"
         return found
 
@@ -91,8 +96,9 @@ class BaseWeightsConfig(Section):
 class AdapterConfig(Section):
     """What is trained on top of the base."""
 
-    kind: Literal["dora", "lora", "none", "full"] = "dora"
-    """dora and lora are one layer, with and without magnitude; none: the bare base; full: all of a 16-bit base."""
+    kind: Literal["dora", "lora", "magnitude", "none", "full"] = "dora"
+    """dora and lora are one layer, with and without magnitude; magnitude trains that alone; none: the bare base; full:
+    all of a 16-bit base."""
     rank: Whole = 16
     """Rows of lora_A. At most min(in, out) of every target."""
     alpha: Positive = 32.0
@@ -109,6 +115,8 @@ class AdapterConfig(Section):
     """Other ranks for some layers: name, or last parts of a name -> rank."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of lora_A and lora_B. Magnitudes are always float32: in bfloat16 they would never move."""
+    mask: Literal["ignore", "keep"] = "ignore"
+    """On a pruned base: keep its zeros by masking B A, which takes more time, or fill them: then the merge is dense."""
     resume_from: Text | None = None
     """Directory of an adapter to go on from; its rank, alpha, targets and layout are kept."""
 
@@ -116,8 +124,11 @@ class AdapterConfig(Section):
         if self.kind in ("none", "full"):
             names = [name for name in type(self).model_fields if name != "kind"]
             return dict.fromkeys(names, f"adapter.kind {self.kind} has no adapter")
+        if self.kind == "magnitude":
+            names = [name for name in type(self).model_fields if name not in ("kind", "targets")]
+            return dict.fromkeys(names, "adapter.kind magnitude has no lora_A and lora_B that train")
         if self.resume_from is not None:
-            names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern"]
+            names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern", "mask"]
             return dict.fromkeys(names, "it comes from the adapter in adapter.resume_from")
         return {}
 
@@ -125,6 +136,10 @@ class AdapterConfig(Section):
 class MemoryConfig(Section):
     """What is traded for memory."""
 
+    budget: Size | None = None
+    """What a run may need, such as 40GiB: planned before anything is loaded, and a run over it does not start. auto:
+    what the device has free, and micro-batches, checkpointing and loss_chunk are changed so that the run fits. null: no
+    plan."""
     checkpointing: Flag = True
     """Recompute each block's activations in the backward pass instead of keeping them: about a third more time."""
     loss_chunk: AutoTokens = "auto"
@@ -146,6 +161,8 @@ class Recipe(Section):
     """Optimizer, schedule and what is saved on the way."""
     eval: EvalConfig = EvalConfig()
     """Evaluation inside a training run."""
+    interference: InterferenceConfig = InterferenceConfig()
+    """Which data sets pull the adapter in different directions."""
     memory: MemoryConfig = MemoryConfig()
     """What is traded for memory."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
@@ -157,11 +174,16 @@ class Recipe(Section):
                 "adapter.kind",
                 f"full trains 16-bit weights, got base.quant {self.base.quant}, allowed: base.quant none.",
             )
+        yield from self._prune_faults()
         if self.adapter.kind == "none" and self.train.steps != 0:
             yield "train.steps", f"nothing to train with adapter.kind none, got {self.train.steps}, allowed: 0."
         kind = self.adapter.kind
-        parts = {"dora": (), "lora": ("lr_ratio_magnitude",)}.get(kind, ("lr_ratio_B", "lr_ratio_magnitude"))
+        none = ("lr_ratio_B", "lr_ratio_magnitude")
+        parts = {"dora": (), "lora": none[1:], "magnitude": none[:1]}.get(kind, none)
         yield from ignored_faults(self.train, dict.fromkeys(parts, f"adapter.kind {kind} has none"), prefix="train.")
+        if kind in ("none", "full"):
+            reason = {"every": f"adapter.kind {kind} has no adapter"}
+            yield from ignored_faults(self.interference, reason, prefix="interference.")
         if self.train.epochs is not None and any(source.stream for source in self.data.mix):
             what = "a stream has no known end to count steps to"
             yield "train.epochs", f"{what}, got {self.train.epochs:g}, allowed: train.steps instead."
@@ -177,6 +199,24 @@ class Recipe(Section):
         yield from self._best_faults(names)
         if len(set(self.trackers)) != len(self.trackers):
             yield "trackers", f"named twice, got {list(self.trackers)}, allowed: each at most once."
+
+    def _prune_faults(self) -> Iterator[Fault]:
+        prune = self.base.prune
+        if prune is None:
+            if self.adapter.mask == "keep":
+                what = "keeps the zeros of a pruned base, and base.prune is not set, got keep"
+                yield "adapter.mask", f"{what}, allowed: ignore, or a base.prune."
+            return
+        if self.adapter.kind == "full":
+            what = "full training would fill the zeros again, got base.prune"
+            yield "adapter.kind", f"{what}, allowed: dora, lora, none, or no base.prune."
+        if prune.order == "quantize_first" and self.base.quant == "none":
+            what = "base.quant none quantises nothing, got quantize_first"
+            yield "base.prune.order", f"{what}, allowed: prune_first."
+        streams = any(source.stream for source in self.data.mix)
+        if prune.method != "magnitude" and prune.calibration.text == "mix" and streams:
+            what = "a stream has no random places, got mix with data.mix[].stream"
+            yield "base.prune.calibration.text", f"{what}, allowed: a text file."
 
     def _best_faults(self, names: list[str]) -> Iterator[Fault]:
         by, tasks = self.eval.best_by, list(self.eval.tasks or names)

@@ -126,6 +126,8 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
     """One line for every path of a recipe that does not exist; the checks of the recipe itself never read the disk."""
     named = [("model.source", recipe.model.source), ("model.tokenizer", recipe.model.tokenizer)]
     named.append(("adapter.resume_from", recipe.adapter.resume_from))
+    if recipe.base.prune is not None and recipe.base.prune.calibration.text != "mix":
+        named.append(("base.prune.calibration.text", recipe.base.prune.calibration.text))
     for index, source in enumerate(recipe.data.mix):
         named += [(f"data.mix[{index}].{key}", getattr(source, key)) for key in ("source", "path")]
         if source.validation is not None and is_path(source.validation):
@@ -228,6 +230,9 @@ def _make_absolute_(data: Any, folder: Path | None) -> None:
     _make_key_absolute_(data.get("model"), "source", folder)
     _make_key_absolute_(data.get("model"), "tokenizer", folder)
     _make_key_absolute_(data.get("adapter"), "resume_from", folder, always=True)
+    calibration = _inner(_inner(data.get("base"), "prune"), "calibration")
+    if _inner(calibration, "text") != "mix":
+        _make_key_absolute_(calibration, "text", folder, always=True)
     section = data.get("data")
     mix = section.get("mix") if isinstance(section, dict) else None
     for source in mix if isinstance(mix, list) else ():
@@ -236,6 +241,10 @@ def _make_absolute_(data: Any, folder: Path | None) -> None:
         validation = source.get("validation") if isinstance(source, dict) else None
         if isinstance(validation, str) and (validation.startswith((".", "~")) or has_file_ending(validation)):
             _make_key_absolute_(source, "validation", folder, always=True)  # else it names a split
+
+
+def _inner(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, dict) else None
 
 
 def _make_key_absolute_(section: Any, key: str, folder: Path, *, always: bool = False) -> None:

@@ -287,7 +287,8 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Before the first result; the last two are trackers'
-        early = {run.recipe_file.name, run.log_file.name, "environment.json", "mix.json", "tensorboard", "wandb"}
+        own_files = {run.recipe_file.name, run.log_file.name, "environment.json", "mix.json"}
+        early = own_files | {"base", "tensorboard", "wandb"}
         own = early if run.recipe_file.exists() else set()
         others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
         if others:

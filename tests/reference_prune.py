@@ -92,3 +92,59 @@ def layer_loss(weight, pruned, inputs):
         difference = weight @ x - pruned @ x
         total += float(difference @ difference)
     return total
+
+
+def masked_weight(weight, keep, lora_a, lora_b, scaling, magnitude=None):
+    """g_i (w_ij + s M_ij sum_k b_ik a_kj), and the row norms; g = 0 in a zero row, 1 without a magnitude."""
+    rows, columns = weight.shape
+    merged, norms = weight.astype(np.float64).copy(), np.zeros(rows)
+    for i in range(rows):
+        for j in range(columns):
+            if keep[i, j]:
+                merged[i, j] += scaling * sum(lora_b[i, k] * lora_a[k, j] for k in range(lora_a.shape[0]))
+        norms[i] = np.sqrt((merged[i] ** 2).sum())
+        if magnitude is not None:
+            merged[i] *= magnitude[i] / norms[i] if norms[i] > 0 else 0.0
+    return merged, norms
+
+
+def masked_forward(x, weight, keep, lora_a, lora_b, scaling, magnitude=None, bias=None, drop=None, norm=None):
+    """Token by token; `drop` is what dropout multiplies the adapter's input with, `norm` overrides the row norm."""
+    rows, columns = weight.shape
+    own = masked_weight(weight, keep, lora_a, lora_b, scaling)[1] if norm is None else norm
+    out = np.zeros((len(x), rows))
+    for t in range(len(x)):
+        low = x[t] if drop is None else drop[t] * x[t]
+        for i in range(rows):
+            value = float(weight[i] @ x[t])
+            for j in range(columns):
+                if keep[i, j]:
+                    value += scaling * float(lora_b[i] @ lora_a[:, j]) * low[j]
+            if magnitude is not None:
+                value *= magnitude[i] / own[i] if own[i] > 0 else 0.0
+            out[t, i] = value + (0.0 if bias is None else bias[i])
+    return out
+
+
+def masked_gradients(x, dy, weight, keep, lora_a, lora_b, scaling, magnitude=None, drop=None):
+    """Of sum(y dy) with the row norm held fixed, entry by entry: dx, dA, dB, dm."""
+    ones = np.ones_like(x) if drop is None else drop
+    norm = masked_weight(weight, keep, lora_a, lora_b, scaling)[1]
+    rows, columns = weight.shape
+    gain = np.ones(rows)
+    if magnitude is not None:
+        gain = np.array([magnitude[i] / norm[i] if norm[i] > 0 else 0.0 for i in range(rows)])
+    dx, da, db, dm = np.zeros_like(x), np.zeros_like(lora_a), np.zeros_like(lora_b), np.zeros(rows)
+    for t in range(len(x)):
+        for i in range(rows):
+            value = 0.0
+            for j in range(columns):
+                low = ones[t, j] * x[t, j]
+                update = scaling * float(lora_b[i] @ lora_a[:, j]) if keep[i, j] else 0.0
+                value += weight[i, j] * x[t, j] + update * low
+                dx[t, j] += gain[i] * dy[t, i] * (weight[i, j] + update * ones[t, j])
+                if keep[i, j]:
+                    da[:, j] += gain[i] * dy[t, i] * scaling * lora_b[i] * low
+                    db[i] += gain[i] * dy[t, i] * scaling * lora_a[:, j] * low
+            dm[i] += dy[t, i] * value / norm[i] if norm[i] > 0 else 0.0
+    return dx, da, db, dm

@@ -158,6 +158,20 @@ def test_mixing(tmp_path: Path) -> None:
     assert result["passes"]["resume exact from every point"]
 
 
+def test_pruning(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "pruning.py")
+    cases = {(case["method"], case["pattern"]): case for case in result["cases"]}
+    assert len(cases) == 16
+    assert len({case["num_tokens"] for case in cases.values()}) == 1
+    for (method, pattern), case in cases.items():
+        wanted = 0.0 if method == "dense" else 0.5 if pattern == "2:4" else int(pattern) / 100
+        assert abs(case["sparsity"] - wanted) < 0.01
+        assert case["perplexity"] > 1
+    # What is there is not computed again.
+    again = smoke(tmp_path, "pruning.py")
+    assert again["cases"] == result["cases"]
+
+
 def test_combined_vs_solo(tmp_path: Path) -> None:
     options = ("--steps", "2", "--per-task", "1", "--limit", "3", "--seeds", "0,1")
     result = smoke(tmp_path, "combined_vs_solo.py", *options, "--arms", "combined,solo,without", "--kinds", "dora")

@@ -151,9 +151,9 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
         ("adapter", "targets", [1], "all-linear, or a list of layer names"),
         ("base", "double_quant", 1, "true or false"),
         ("base", "double_quant", "yes", "true or false"),
-        ("base", "block_size", 65, "64, 128, 256, 512, 1024, 2048 or 4096"),
-        ("base", "quant", "nf3", "nf4, fp4, int8, none. Did you mean 'nf4'?"),
-        ("base", "quant", ["nf4"], "nf4, fp4, int8, none."),
+        ("base", "block_size", 65, "16, 32, 64, 128, 256, 512, 1024, 2048 or 4096"),
+        ("base", "quant", "nf5", "nf4, fp4, int8, int4, nf3, nf2, none. Did you mean 'nf4'?"),
+        ("base", "quant", ["nf4"], "nf4, fp4, int8, int4, nf3, nf2, none."),
         ("train", "lr", math.inf, "a finite number above 0"),
         ("train", "lr", "fast", "a finite number above 0"),
         ("train", "lr", -1e-4, "a finite number above 0"),
@@ -205,7 +205,7 @@ eval: 3
 lr: 1e-4
 trackers: [wandbb]
 """
-    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, dtype, resume_from"
+    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, dtype, mask, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
     keys = (
@@ -225,7 +225,7 @@ trackers: [wandbb]
             "r.yaml: train.steps: contradiction, got both of steps and epochs, allowed: exactly one of them.",
             "r.yaml: eval: not a section, got 3, allowed: tasks, limit, method, every, at_start, at_end, "
             "best_by, best_metric, patience.",
-            "r.yaml: lr: unknown key, allowed: model, base, adapter, data, train, eval, memory, trackers."
+            "r.yaml: lr: unknown key, allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
             " Did you mean 'train.lr'?",
             "r.yaml: trackers[0]: not valid, got 'wandbb', allowed: tensorboard, trackio, wandb, mlflow."
             " Did you mean 'wandb'?",
@@ -243,7 +243,8 @@ def test_missing_sections_say_what_they_hold() -> None:
     assert [line.split(": missing")[0] for line in lines] == ["r.yaml: data", "r.yaml: train"]
     assert "a section of mix, strategy, temperature" in lines[0]
     assert faults([1]) == [
-        "r.yaml: not a section, got [1], allowed: model, base, adapter, data, train, eval, memory, trackers."
+        "r.yaml: not a section, got [1], "
+        "allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
     ]
 
 
@@ -633,6 +634,64 @@ def test_access_tokens_are_refused_everywhere_and_never_repeated() -> None:
     assert TOKEN not in str(raised.value)
 
 
+# --- pruning
+
+
+@pytest.mark.parametrize(
+    "prune, message",
+    [
+        ({"pattern": "3:3"}, "base.prune.pattern: keeps n of m weights, got '3:3', allowed: n below m."),
+        ({"pattern": "unstructered"}, "allowed: unstructured, 2:4, 4:8, rows, columns, or another n:m. Did you mean"),
+        ({"method": "wanda"}, "base.prune.sparsity: missing, allowed: a share of zeros below 1"),
+        ({"pattern": "2:4", "sparsity": 0.5}, "base.prune.sparsity: would be ignored because base.prune.pattern 2:4"),
+        ({"sparsity": 1.0}, "base.prune.sparsity: not valid, got 1.0, allowed: a number, at least 0 and below 1"),
+        ({"sparsity": 0.5, "damping": 0.1}, "base.prune.damping: would be ignored because base.prune.method wanda"),
+        ({"pattern": "2:4", "group": "row"}, "base.prune.group: would be ignored because base.prune.pattern 2:4"),
+        (
+            {"method": "sparsegpt", "sparsity": 0.5, "order": "quantize_first"},
+            "base.prune.order: sparsegpt changes the weights that stay",
+        ),
+        (
+            {"method": "magnitude", "sparsity": 0.5, "calibration": {"length": 8}},
+            "base.prune.calibration: would be ignored because base.prune.method magnitude",
+        ),
+    ],
+)
+def test_pruning_that_means_nothing(prune: dict[str, Any], message: str) -> None:
+    (line,) = faults(section("base", prune=prune))
+    assert message in line
+
+
+def test_pruning_and_the_other_sections() -> None:
+    half = {"method": "wanda", "sparsity": 0.5}
+    (line,) = faults(minimal(base={"quant": "none", "prune": half}, adapter={"kind": "full"}))
+    assert line.startswith("r.yaml: adapter.kind: full training would fill the zeros again")
+    (line,) = faults(minimal(base={"quant": "none", "prune": {**half, "order": "quantize_first"}}))
+    assert line.startswith("r.yaml: base.prune.order: base.quant none quantises nothing")
+    (line,) = faults({**STREAMED, "base": {"prune": half}})
+    assert line.startswith("r.yaml: base.prune.calibration.text: a stream has no random places")
+    assert faults(minimal(base={"quant": "none", "skip": ["lm_head", "o_proj"], "prune": half})) == []
+
+
+def test_n_of_m_needs_no_quotes() -> None:
+    for text in ("2:4", "4:8", "1:12", "'2:4'"):
+        recipe = recipe_from(read_yaml(f"base: {{prune: {{pattern: {text}}}}}", "r") | minimal())
+        assert recipe.base.prune is not None
+        assert recipe.base.prune.pattern == text.strip("'")
+        assert recipe_from(read_yaml(resolved_yaml(recipe), "again")) == recipe
+
+
+def test_a_calibration_file_is_looked_for_beside_the_recipe(tmp_path: Path) -> None:
+    prune = {"sparsity": 0.5, "calibration": {"text": "some/text.txt"}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(section("base", prune=prune)))
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert recipe.base.prune is not None
+    assert recipe.base.prune.calibration.text == str(tmp_path / "some/text.txt")
+    assert missing_files(recipe, "r.yaml") == [
+        f"r.yaml: base.prune.calibration.text: no such file or directory, got {tmp_path}/some/text.txt."
+    ]
+
+
 # --- schema and start-up
 
 
@@ -669,14 +728,37 @@ def some(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @st.composite
+def prunes(draw: st.DrawFn, quant: str) -> dict[str, Any]:
+    """base.prune, or nothing."""
+    method = draw(st.sampled_from([None, "magnitude", "wanda", "sparsegpt"]))
+    if method is None:
+        return {}
+    pattern = draw(st.sampled_from(["unstructured", "2:4", "1:8", "rows", "columns"]))
+    groups = some(group=st.sampled_from(["auto", "tensor", "row"])) if pattern == "unstructured" else some()
+    text = some(text=st.just("mix") | names_.map("/{}".format), sequences=whole, length=whole, seed=whole)
+    orders = ["prune_first", *(["quantize_first"] if quant != "none" and method != "sparsegpt" else [])]
+    return {
+        "prune": {
+            "method": method,
+            "pattern": pattern,
+            **({} if ":" in pattern else {"sparsity": draw(share)}),
+            **(draw(some(damping=positive)) if method == "sparsegpt" else draw(groups)),
+            **(draw(some(calibration=text)) if method != "magnitude" else {}),
+            **draw(some(order=st.sampled_from(orders))),
+        }
+    }
+
+
+@st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
     """Recipes that are right, with any subset of the fields set."""
     quant = draw(st.sampled_from(["nf4", "fp4", "int8", "none"]))
     block = (
         some(block_size=st.sampled_from([64, 4096]), double_quant=st.booleans()) if quant in ("nf4", "fp4") else some()
     )
-    skip = some(skip=st.lists(names_, max_size=3)) if quant != "none" else some()
-    kind = draw(st.sampled_from(["dora", "lora", *(["full"] if quant == "none" else [])]))
+    prune = draw(prunes(quant))
+    skip = some(skip=st.lists(names_, max_size=3)) if quant != "none" or prune else some()
+    kind = draw(st.sampled_from(["dora", "lora", *(["full"] if quant == "none" and not prune else [])]))
     adapter = some(
         rank=whole,
         alpha=positive,
@@ -718,7 +800,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     )
     return {
         "model": {"source": draw(st.just("builtin") | st.just("org/name")), **draw(some(tokenizer=st.just("org/tok")))},
-        "base": {"quant": quant, **draw(block), **draw(skip)},
+        "base": {"quant": quant, **draw(block), **draw(skip), **prune},
         "adapter": {"kind": kind, **(draw(adapter) if kind != "full" else {})},
         "data": data,
         "train": {**length, **size, **draw(train), **course, **(draw(rates) if kind != "full" else {})},

@@ -28,14 +28,17 @@ COMMON = {
     "access_tokens",
     "atomic_files",
     "checkpoint_files",
+    "command",
     "config",
     "data_config",
     "environment",
     "errors",
+    "prune_config",
     "recipe_faults",
     "recipe_file",
     "record",
     "section",
+    "sizes",
     "train_config",
 }
 

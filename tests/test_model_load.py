@@ -160,9 +160,9 @@ def test_stacked_experts_are_refused_clearly(tmp_path: Path) -> None:
 def test_settings_are_gathered(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, CONFIGS["llama"])
     with pytest.raises(UserError) as caught:
-        load(directory, quant="nf3", attention="flash", compute_dtype=torch.int8)
+        load(directory, quant="nf5", attention="flash", compute_dtype=torch.int8)
     assert [fault.split(":")[0] for fault in caught.value.faults] == ["base.quant", "model.attention", "model.dtype"]
-    with pytest.raises(UserError, match=r"base\.block_size: 100, allowed: 64"):
+    with pytest.raises(UserError, match=r"base\.block_size: 100, allowed: 16"):
         load(directory, quant="fp4", block_size=100)
 
 

@@ -65,8 +65,8 @@ def test_grid_look_up_equals_a_search_at_and_around_every_bound(kind):
 
 
 def test_unknown_code_book():
-    with pytest.raises(ValueError, match="allowed: nf4, fp4"):
-        codebooks.code_values("nf3")
+    with pytest.raises(ValueError, match="allowed: nf4, fp4, int4, nf3, nf2"):
+        codebooks.code_values("nf5")
 
 
 # ------------------------------------------------------------------------------------------------ plain loops
@@ -270,8 +270,8 @@ def test_float64_is_rounded_to_float32_first():
         ((torch.zeros(3), "nf4"), r"expected a float matrix \(out, in\), got \(3,\)"),
         ((torch.zeros(3, 3, dtype=torch.int32), "nf4"), "torch.int32"),
         ((torch.zeros(0, 3), "nf4"), "no entries"),
-        ((torch.zeros(3, 3), "nf5"), "unknown kind 'nf5'; allowed: nf4, fp4, int8. Did you mean 'nf4'"),
-        ((torch.zeros(3, 3), "nf4", 48), "block size 48 is not one of 32, 64"),
+        ((torch.zeros(3, 3), "nf5"), "unknown kind 'nf5'; allowed: nf4, fp4, int8, int4, nf3, nf2. Did you mean 'nf4'"),
+        ((torch.zeros(3, 3), "nf4", 48), "block size 48 is not one of 16, 32, 64"),
         ((torch.zeros(3, 3), "nf4", 64, True, "cuda"), "unknown backend 'cuda'"),
         ((torch.zeros(3, 3), "int8", 64, True, "bnb"), "bitsandbytes does not quantise"),
     ],

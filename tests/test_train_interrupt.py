@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qdora.cli import explain
+from qdora.command import explain
 from qdora.errors import Interrupted, RunFailure
 from qdora.record import RunDirectory
 from qdora.train import interrupt, loop

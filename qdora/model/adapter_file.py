@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qdora import __version__
 from qdora.atomic_files import atomic_directory, json_text
 from qdora.errors import UserError
-from qdora.model.inject import adapted_layers, as_frozen, replace_module
+from qdora.model.inject import adapted_layers, as_frozen, check_masks, replace_module
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
 from qdora.model.safetensors_writer import TensorSpec, write_safetensors
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -37,7 +37,7 @@ _PREFIX = "base_model.model."
 _NAMES_SHOWN = 5
 _MAGNITUDE_NOTE = (
     "y = g (x W^T + s (x A^T) B^T) + bias, g = m / ||W + s B A|| per row, W the base dequantised as `base.quant` says; "
-    "lora_magnitude_vector is m in float32."
+    "lora_magnitude_vector is m in float32. For peft_type QDORA_MASKED_LORA B A counts only where W was not pruned."
 )
 
 
@@ -204,6 +204,7 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
             rank_stabilized=layout.rank_stabilized,
             dropout=layout.dropout,
             dtype=torch.promote_types(found.lora_A.dtype, found.lora_B.dtype) if dtype is None else dtype,
+            masked=layout.masked,
             generator=torch.Generator().manual_seed(0),  # the start is overwritten; leave the caller's generator alone
         )
         with torch.no_grad():
@@ -244,6 +245,8 @@ def read_adapter(model: nn.Module, directory: Path) -> tuple[AdapterLayout, dict
     tensors, tensor_faults = _read_tensors(directory / WEIGHTS_FILE, expected)
     if faults or tensor_faults:
         raise UserError(*faults, *tensor_faults)
+    if layout.masked:
+        check_masks(linear, str(directory / CONFIG_FILE))
     found = {}
     for path in linear:
         a_name, b_name, m_name = _names(path)

@@ -206,10 +206,12 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
     layers = adapted_layers(model)
     if not layers:
         raise UserError("--format nf4-lora: the run has no LoRA or DoRA adapter; use --format merged.")
+    if any(layer.masked for layer in layers.values()):
+        raise UserError("--format nf4-lora: adapter.mask keep: plain LoRA cannot mask B A; use --format merged.")
     frozen = frozen_layers(model)
     kinds = {layer.kind for layer in frozen.values()} - {"dense"}
     if not kinds & set(FOUR_BIT_KINDS):
-        held = "int8" if "int8" in kinds else "full precision"
+        held = ", ".join(sorted(kinds)) or "full precision"
         why = " (its products round the activations to 8 bits, too)" if held == "int8" else ""
         raise UserError(
             f"--format nf4-lora: the base is in {held}{why}, allowed: a base in nf4 or fp4; use --format merged."

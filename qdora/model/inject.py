@@ -30,13 +30,14 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None,
     init: Init = "kaiming",
     dtype: torch.dtype = torch.bfloat16,
+    masked: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, AdaptedLinear]:
     """Replace linear layers of `model` by adapted ones, in place; everything else is frozen.
 
     Args:
         model: Any transformers causal LM whose linear maps are nn.Linear or FrozenLinear.
-        kind, rank, alpha, rank_stabilized, dropout, init, dtype, generator: As in AdaptedLinear.
+        kind, rank, alpha, rank_stabilized, dropout, init, dtype, masked, generator: As in AdaptedLinear.
         targets: "all-linear", or names: the last part of a module's path ("q_proj"), or a pattern over the whole path
             ("model.layers.3.*.q_proj").
         skip: Names or patterns left out of "all-linear"; "lm_head" is the output head under any name.
@@ -53,6 +54,8 @@ def inject(
     heads = [name for name, module in linear.items() if module is head]
     chosen = _chosen(linear, targets, [*skip, *heads])
     ranks = _ranks(chosen, rank, rank_pattern or {})
+    if masked:
+        check_masks(chosen, "adapter.mask")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     adapted: dict[str, AdaptedLinear] = {}
@@ -66,12 +69,34 @@ def inject(
             dropout=dropout,
             init=init,
             dtype=dtype,
+            masked=masked,
             generator=generator,
         )
         layer.train(model.training)
         replace_module(model, name, layer)
         adapted[name] = layer
+    _keep_base_out_of_broadcasts(model)
     return adapted
+
+
+def _keep_base_out_of_broadcasts(model: nn.Module) -> None:
+    """The base is the same in every process: DistributedDataParallel need not send it before each forward pass."""
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear | AdaptedLinear)
+    }
+    names = {f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)}
+    # What torch's own helper for it sets, which would search a list for each of the buffers.
+    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+
+
+def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:
+    """Raise UserError where a layer that is to keep its zeros was not pruned."""
+    whole = [name for name, layer in chosen.items() if getattr(layer, "keep_bits", None) is None]
+    if whole:
+        raise UserError(
+            f"{where}: keep, but {len(whole)} adapted layers were not pruned (e.g. {whole[0]}), allowed: targets among "
+            "the pruned layers."
+        )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -34,12 +34,13 @@ from qdora.model.gguf import check_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, matches, replace_module
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import PackedWeight, quantize
+from qdora.ops.codebooks import CODE_BITS, SIMULATED
+from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, quantize
+from qdora.ops.tiles import Weight
 
 log = logging.getLogger("qdora")
 
-QUANT_KINDS = ("nf4", "fp4", "int8", "none")
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+QUANT_KINDS = (*KINDS, "none")
 ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEFAULT_SKIP = (HEAD,)
@@ -47,12 +48,28 @@ DEFAULT_SKIP = (HEAD,)
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the linear layers are to be held: `kind` is nf4, fp4, int8, or none for dense in the compute dtype."""
+    """How the linear layers are to be held: `kind` is one of `QUANT_KINDS`, none for dense in the compute dtype."""
 
     kind: str
     block_size: int
     double_quant: bool
     skip: tuple[str, ...]
+
+
+class Placer(Protocol):
+    """Reads the stored tensors of a model and puts them in; `place_all`, unless the base is compressed otherwise."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        stored: Mapping[str, Stored],
+        layers: set[str],
+        wanted: Quantization,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Args as of `place_all`; `layers` are all linear layers that are not skipped, also of a dense base."""
 
 
 def load_model(
@@ -66,6 +83,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    placer: Placer | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM with frozen weights, every linear layer but the skipped ones quantised.
 
@@ -74,15 +92,16 @@ def load_model(
 
     Args:
         source: From `resolve`.
-        quant: "nf4", "fp4", "int8", or "none" for a dense model; a checkpoint that is quantised already is taken as it
-            is and must be of this kind.
-        block_size, double_quant: For nf4 and fp4, see `qdora.ops.packed.quantize`.
+        quant: One of `QUANT_KINDS`, "none" for a dense model; a checkpoint that is quantised already is taken as it is
+            and must be of this kind.
+        block_size, double_quant: For all but int8 and none, see `qdora.ops.packed.quantize`.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head whatever the model calls it.
         device: Where the weights go; quantised there.
         compute_dtype: Of everything that is not quantised.
         attention: "auto" takes flash_attention_2 on CUDA where it is installed, else transformers' choice.
         progress: Called after each tensor with (tensors done, tensors in all).
+        placer: How the tensors get into the model, where they are not only to be quantised (model/compress.py).
     Returns:
         The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
     Raises:
@@ -90,6 +109,8 @@ def load_model(
     """
     wanted = Quantization(quant, block_size, double_quant, tuple(skip))
     _check_settings(wanted, compute_dtype, attention)
+    if quant in SIMULATED:
+        log.info("%s is simulated: its codes of %d bits are held in 4.", quant, CODE_BITS[quant])
     config = load_config(source)
     kind = stored_kind(getattr(config, "quantization_config", None))
     if kind is not None:
@@ -97,12 +118,12 @@ def load_model(
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, torch.device(device))
     stored = stored_tensors(source, model)
-    layers = layers_to_quantize(model, wanted)
+    layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
     if packed or kind is not None:
         check_stored_packed(packed, kind, wanted, layers)
         layers = set()
-    place_all(model, stored, layers, wanted, torch.device(device), compute_dtype, progress)
+    (placer or place_all)(model, stored, layers, wanted, torch.device(device), compute_dtype, progress)
     finish(model, source, torch.device(device))
     return model
 
@@ -164,20 +185,23 @@ def stored_tensors(source: ModelSource, model: PreTrainedModel) -> dict[str, Sto
 
 
 def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]:
-    """Paths of the linear layers that are to be quantised.
+    """Paths of the linear layers that are to be quantised; none for a dense base. Raises as `chosen_layers`."""
+    return set() if wanted.kind == "none" else chosen_layers(model, wanted)
+
+
+def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
+    """Paths of all linear layers that are not skipped.
 
     Raises:
         UserError: A skip pattern that matches nothing, a tied head that is not skipped, GPT-2's transposed layers.
     """
-    if wanted.kind == "none":
-        return set()
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)
     transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     faults = []
     if transposed:
         faults.append(
-            f"base.quant: {wanted.kind!r}, but {model.config.model_type} keeps its weights transposed (Conv1D, e.g. "
+            f"base: {model.config.model_type} keeps its weights transposed (Conv1D, e.g. "
             f"{transposed[0]}), which is not supported; allowed: base.quant: none with adapter.kind: full or none, or "
             "a model with ordinary linear layers (Llama, Qwen, Gemma, Mistral, Phi, ...)."
         )
@@ -219,10 +243,10 @@ def place_all(
     for done, (name, value) in enumerate(iterate_tensors(stored), start=1):
         layer, _, leaf = name.rpartition(".")
         if isinstance(value, PackedWeight):
-            _place_frozen(model, layer, value.to(device))
+            place_frozen(model, layer, value.to(device))
         elif leaf == "weight" and layer in layers:
             packed = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-            _place_frozen(model, layer, packed)
+            place_frozen(model, layer, packed)
             del packed
         else:
             dtype = torch.float32 if is_wide(name, wide) else compute_dtype
@@ -233,9 +257,10 @@ def place_all(
             progress(done, len(stored))
 
 
-def _place_frozen(model: nn.Module, layer: str, packed: PackedWeight) -> None:
+def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> None:
+    """Put a frozen layer in the place of a linear one, whose bias it takes over, read or not."""
     bias = model.get_submodule(layer).bias
-    replace_module(model, layer, FrozenLinear(packed, bias if isinstance(bias, Tensor) else None))
+    replace_module(model, layer, FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits))
 
 
 def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -249,14 +274,19 @@ def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.devic
     setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
 
 
-def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
-    """Tie, move the buffers, freeze; afterwards nothing may be left on the meta device."""
+def settle(model: PreTrainedModel, device: torch.device) -> None:
+    """Tie what is tied, and move the buffers; to be called again when more is read."""
     for target, origin in tied_weights(model).items():
         _tie(model, target, origin)
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
+            if buffer is not None and not buffer.is_meta and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
+
+
+def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
+    """Settle and freeze; afterwards nothing may be left on the meta device."""
+    settle(model, device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
@@ -323,7 +353,7 @@ def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention:
         faults.append(
             f"base.quant: {wanted.kind!r}, allowed: {', '.join(QUANT_KINDS)}.{nearest(wanted.kind, QUANT_KINDS)}"
         )
-    if wanted.kind in ("nf4", "fp4") and wanted.block_size not in BLOCK_SIZES:
+    if wanted.kind in CODE_BITS and wanted.block_size not in BLOCK_SIZES:
         faults.append(f"base.block_size: {wanted.block_size}, allowed: {', '.join(map(str, BLOCK_SIZES))}.")
     if attention not in ATTENTION_KINDS:
         faults.append(

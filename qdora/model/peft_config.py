@@ -16,6 +16,8 @@ from qdora.errors import UserError, nearest
 from qdora.nn.adapted_linear import AdaptedLinear, Kind
 
 ALL_LINEAR = "all-linear"
+MASKED = "QDORA_MASKED_LORA"
+"""peft_type of an adapter that keeps the zeros of its base: PEFT, which would compute something else, refuses it."""
 
 # Settings that leave the trained function as it is: who wrote the file, how training started, run-time options.
 _WITHOUT_EFFECT = {
@@ -89,6 +91,8 @@ class AdapterLayout:
     layers_pattern: tuple[str, ...] = ()
     base_name_or_path: str | None = None
     revision: str | None = None
+    masked: bool = False
+    """B A keeps the zeros of a pruned base, which PEFT cannot."""
 
     def rank_of(self, path: str) -> int:
         """Rank of the layer at `path`."""
@@ -168,6 +172,7 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern),
         base_name_or_path=config.get("base_model_name_or_path"),
         revision=config.get("revision"),
+        masked=config["peft_type"] == MASKED,
     )
 
 
@@ -177,7 +182,7 @@ def _is_empty(value: Any) -> bool:
 
 def _feature_faults(config: Mapping[str, Any]) -> list[str]:
     faults = []
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", MASKED):
         faults.append(f"peft_type: is {config.get('peft_type')!r}, allowed: 'LORA' (with or without use_dora).")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         faults.append(f"task_type: is {config['task_type']!r}, allowed: 'CAUSAL_LM' or null.")
@@ -278,7 +283,7 @@ def _is_regex(pattern: str) -> bool:
 def adapter_config(
     layers: Mapping[str, AdaptedLinear], all_paths: Collection[str], *, base_name_or_path: str, revision: str | None
 ) -> dict[str, Any]:
-    """The `adapter_config.json` that makes PEFT build exactly these layers.
+    """The `adapter_config.json` that makes PEFT build exactly these layers, or refuse masked ones.
 
     `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path.
 
@@ -293,6 +298,7 @@ def adapter_config(
     first = next(iter(layers.values()))
     for name, shared in (
         ("kind", {layer.kind for layer in layers.values()}),
+        ("masked", {layer.masked for layer in layers.values()}),
         ("dropout", {layer.dropout for layer in layers.values()}),
         ("rank_stabilized", {layer.rank_stabilized for layer in layers.values()}),
     ):
@@ -302,7 +308,7 @@ def adapter_config(
     alphas = {path: _plain(layer.alpha) for path, layer in layers.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
-        "peft_type": "LORA",
+        "peft_type": MASKED if first.masked else "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name_or_path,
         "revision": revision,

@@ -100,7 +100,9 @@ def compare_weights(
             continue
         step = max(1, layer.out_features // _ROWS)
         base = layer.base.dequantized(layer.base.wide_dtype)[::step].double()
-        expected = base + layer.scaling * (layer.lora_B[::step].double() @ layer.lora_A.double())
+        update = layer.lora_B[::step].double() @ layer.lora_A.double()
+        keep = layer.base.keep_mask() if layer.masked else None
+        expected = base + layer.scaling * (update if keep is None else update * keep[::step])
         if layer.magnitude is not None:
             norm = expected.square().sum(dim=1).sqrt()
             gain = torch.where(norm > 0, layer.magnitude[::step].double() / norm, 0.0)

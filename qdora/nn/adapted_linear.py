@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.gain_cache import GainCache
+from qdora.nn.gain_cache import GainCache, NormSettings
 from qdora.ops.adapted_linear import adapted_linear, product_dtype, rounded
 from qdora.ops.dora import (
     FactoredNorm,
@@ -23,6 +23,8 @@ from qdora.ops.dora import (
     row_norm,
     squared_row_norm,
 )
+from qdora.ops.masked_linear import masked_linear, masked_row_norm
+from qdora.ops.planning import is_planning
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
@@ -30,6 +32,9 @@ Init = Literal["kaiming", "gaussian"]
 
 class AdaptedLinear(nn.Module):
     """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, with g = m / ||W + s B A||_row for DoRA and g = 1 for LoRA.
+
+    With `masked` the base's keep mask is laid over B A, in forward, norm and merge, so that the merged weight has every
+    zero of the pruned base (`ops.masked_linear`).
 
     B starts at zero and m at ||W||_row of the dequantised base, so the fresh layer is exactly the base.
     Source: DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
@@ -45,6 +50,7 @@ class AdaptedLinear(nn.Module):
         dropout: On the adapter's input while training, in [0, 1).
         init: lora_A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5) or N(0, 0.01^2).
         dtype: Storage of lora_A and lora_B.
+        masked: Keep the zeros of the base, which must be a pruned one.
         generator: Source of the initial values (CPU generator; values do not depend on the device).
     """
 
@@ -61,9 +67,12 @@ class AdaptedLinear(nn.Module):
         dropout: float = 0.0,
         init: Init = "kaiming",
         dtype: torch.dtype = torch.bfloat16,
+        masked: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if masked and base.keep_bits is None:
+            raise ValueError("a masked adapter needs a base that was pruned here; this one has no mask.")
         limit = min(base.in_features, base.out_features)
         if not 1 <= rank <= limit:
             raise ValueError(
@@ -73,6 +82,7 @@ class AdaptedLinear(nn.Module):
         self.kind: Kind = kind
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
         self.dropout = dropout
+        self.masked = masked
         device = base.stored_weight.device
         first = torch.empty(rank, base.in_features, dtype=torch.float32)
         if init == "gaussian":
@@ -90,6 +100,7 @@ class AdaptedLinear(nn.Module):
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
         self._gain_cache = GainCache()
+        self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
 
     @property
     def in_features(self) -> int:
@@ -108,17 +119,17 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
-        return adapted_linear(
-            x,
-            self.base.stored_weight,
-            self.base.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            magnitude=self.magnitude,
-            gain=self.gain(product_dtype(x)),
-            dropout=self.dropout if self.training else 0.0,
-        )
+        factors = (self.base.bias, self.lora_A, self.lora_B, self.scaling)
+        gain = self.gain(product_dtype(x))
+        dropout = self.dropout if self.training else 0.0
+        weight, bits = self.base.stored_weight, self._mask_bits
+        if bits is not None:
+            return masked_linear(x, weight, bits, *factors, magnitude=self.magnitude, gain=gain, dropout=dropout)
+        return adapted_linear(x, weight, *factors, magnitude=self.magnitude, gain=gain, dropout=dropout)
+
+    @property
+    def _mask_bits(self) -> Tensor | None:
+        return self.base.keep_bits if self.masked else None
 
     def gain(self, dtype: torch.dtype) -> Gain | None:
         """g = m / ||W + s B A||_row with W A^T computed in `dtype`, detached; None for LoRA.
@@ -127,27 +138,35 @@ class AdaptedLinear(nn.Module):
         """
         if self.magnitude is None:
             return None
+        settings = NormSettings(dtype, self.scaling)
         return self._gain_cache.get(
-            self.lora_A, self.lora_B, self.magnitude, dtype, lambda: self._row_norm_of_products(dtype)
+            self.lora_A, self.lora_B, self.magnitude, settings, lambda: self._row_norm_of_products(dtype)
         )
 
     def _row_norm_of_products(self, dtype: torch.dtype) -> Tensor:
         """The row norm of the numbers that the products take."""
         factors = self._factors_of_products(dtype)
+        bits = self._mask_bits
+        if bits is not None:
+            return masked_row_norm(self.base.stored_weight, bits, *factors, dtype=dtype)
         return row_norm(self.base.stored_weight, *factors, base_squared=self.base_squared, dtype=dtype)
 
     def _factors_of_products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         return rounded(self.lora_A.detach(), dtype), rounded(self.lora_B.detach(), dtype), self.scaling
 
     def row_norm(self) -> Tensor:
-        """||W + s B A|| of each row, (out,) float32 (float64 for a float64 base)."""
+        """||W + s B A|| of each row, B A masked where it is, (out,) float32 (float64 for a float64 base)."""
+        bits, wide = self._mask_bits, self.base.wide_dtype
+        if bits is not None:
+            weight = self.base.stored_weight
+            return masked_row_norm(weight, bits, self.lora_A, self.lora_B, self.scaling, dtype=wide)
         return row_norm(
             self.base.stored_weight,
             self.lora_A,
             self.lora_B,
             self.scaling,
             base_squared=self.base_squared,
-            dtype=self.base.wide_dtype,
+            dtype=wide,
         )
 
     def parameters_changed(self) -> None:
@@ -164,14 +183,17 @@ class AdaptedLinear(nn.Module):
         """The dense weight (out, in) that equals this layer: merged in float32, cast once. The bias is unchanged."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = self.base.dequantized(wide)
-        return merged_weight(weight, self.lora_A, self.lora_B, self.scaling, self.magnitude).to(dtype)
+        keep = self.base.keep_mask() if self.masked else None
+        return merged_weight(weight, self.lora_A, self.lora_B, self.scaling, self.magnitude, keep).to(dtype)
 
     def merged_gain(self) -> Tensor | None:
         """The gain of `merged_weight`, (out,) float32 (float64 for a float64 base); None for LoRA."""
         if self.magnitude is None:
             return None
         weight = self.base.dequantized(self.base.wide_dtype)
-        return gain_of_sum(merged_weight(weight, self.lora_A, self.lora_B, self.scaling), self.magnitude)
+        keep = self.base.keep_mask() if self.masked else None
+        adapted = merged_weight(weight, self.lora_A, self.lora_B, self.scaling, keep_mask=keep)
+        return gain_of_sum(adapted, self.magnitude)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         magnitude, squared = self.magnitude, self.base_squared
@@ -188,23 +210,32 @@ class AdaptedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return f"{self.kind}, rank={self.rank}, scaling={self.scaling:.6g}, dropout={self.dropout}"
+        mask = ", masked" if self.masked else ""
+        return f"{self.kind}, rank={self.rank}, scaling={self.scaling:.6g}, dropout={self.dropout}{mask}"
+
+
+def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
+    """After `load_state_dict`, which may have brought another base: what follows from it is computed anew."""
+    layer.parameters_changed()
+    if layer.base_squared is not None:
+        layer.base_squared = squared_row_norm(layer.base.stored_weight)
 
 
 def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     """Compute the gains that the coming forward pass will ask for: a GPU's host then waits once, not once a layer.
 
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU costs its queue of work. Here
-    one question serves all layers. Layers that have not run yet, whose parameters have not changed, or that are LoRA
-    are left alone; what is not prepared is computed in the forward pass.
+    one question serves all layers. Layers that have not run yet, whose parameters have not changed, that are LoRA or
+    masked are left alone; what is not prepared is computed in the forward pass.
 
     Returns:
         How many norms were computed.
     """
     found: list[tuple[AdaptedLinear, Tensor, torch.dtype, FactoredNorm]] = []
     for layer in layers:
-        dtype = layer._gain_cache.wanted(layer.lora_A, layer.lora_B)
-        if layer.magnitude is not None and dtype is not None:
+        dtype = layer._gain_cache.wanted(layer.lora_A, layer.lora_B, layer.scaling)
+        # A masked layer's norm asks nothing, so it is computed where it is needed.
+        if layer.magnitude is not None and dtype is not None and not layer.masked:
             with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
                 factors = layer._factors_of_products(dtype)
                 norm = factored_norm(layer.base.stored_weight, *factors, base_squared=layer.base_squared, dtype=dtype)
@@ -212,11 +243,14 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     if not found:
         return 0
     device = found[0][3].cancelled.device
-    flags = torch.stack([norm.cancelled.any().to(device) for *_, norm in found]).tolist()
+    flags = [False] * len(found)
+    if not is_planning():
+        flags = torch.stack([norm.cancelled.any().to(device) for *_, norm in found]).tolist()
     for (layer, magnitude, dtype, norm), has_cancelled in zip(found, flags, strict=True):
         if has_cancelled:
             measure_cancelled_(norm, layer.base.stored_weight, *layer._factors_of_products(dtype), dtype=dtype)
-        layer._gain_cache.get(layer.lora_A, layer.lora_B, magnitude, dtype, functools.partial(_given, norm.norm))
+        settings = NormSettings(dtype, layer.scaling)
+        layer._gain_cache.get(layer.lora_A, layer.lora_B, magnitude, settings, functools.partial(_given, norm.norm))
     return len(found)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qdora.ops.adapted_linear import frozen_linear
 from qdora.ops.packed import PackedWeight, from_tensors
+from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, dense_weight
 
 # Block scales keep their own dtype when a model is cast: `model.to(torch.bfloat16)` would round every one of them.
@@ -24,9 +25,13 @@ class FrozenLinear(nn.Module):
     Args:
         weight: (out, in), packed or dense.
         bias: (out,) or None.
+        keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (it is 0 where that is False), or
+            None where it was not.
     """
 
-    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+    keep_bits: Tensor | None
+
+    def __init__(self, weight: Weight, bias: Tensor | None = None, keep_bits: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.block_size = 0
@@ -42,6 +47,13 @@ class FrozenLinear(nn.Module):
             self.register_buffer("weight", weight.detach())
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("keep_bits", keep_bits)
+
+    def keep_mask(self, rows: slice | None = None) -> Tensor | None:
+        """The mask by which the weight was pruned, True = kept: (out, in) bool, or some rows of it; None without."""
+        if self.keep_bits is None:
+            return None
+        return mask_from_bits(self.keep_bits, (self.out_features, self.in_features), rows)
 
     @property
     def packed_weight(self) -> PackedWeight | None:
@@ -80,6 +92,7 @@ class FrozenLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
         kept = {name: self._buffers[name] for name in _SCALES if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._packed = None  # it would keep the tensors that have been moved away
         for name, before in kept.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:

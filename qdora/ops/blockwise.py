@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qdora.errors import UserError
 from qdora.ops import codebooks
+from qdora.ops.planning import device_kind
 
 # Weights handled at a time, which bounds the workspace to about 20 bytes a weight of the chunk. Multiples of every
 # block size, and even, so that no byte is shared between two chunks. On a CPU a chunk stays in the cache (8 times as
@@ -28,12 +29,12 @@ _SMALLEST_SCALE = 1e-38
 
 
 def _chunk(device: torch.device) -> int:
-    return _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+    return _CPU_CHUNK if device_kind(device) == "cpu" else _GPU_CHUNK
 
 
 @torch.no_grad()
 def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """Round each weight to the nearest of 16 values, scaled by the largest magnitude of its block.
+    """Round each weight to the nearest value of a table, scaled by the largest magnitude of its block.
 
     absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
 
@@ -42,7 +43,7 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
 
     Args:
         weight: Any shape and float dtype; rounded to float32 first.
-        kind: "nf4" or "fp4".
+        kind: One of `codebooks.CODE_BITS`.
         block_size: Weights per block, a power of two up to 4096.
         name: What the weight is called in an error.
     Returns:
@@ -155,7 +156,7 @@ def dequantize_4bit(
     Args:
         packed: (ceil(out * in / 2),) uint8.
         absmax: (blocks,) float32.
-        kind: "nf4" or "fp4".
+        kind: One of `codebooks.CODE_BITS`.
         block_size: Weights per block scale, a divisor of 4096.
         shape: (out, in).
         dtype: Any float dtype.

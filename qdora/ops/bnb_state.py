@@ -121,9 +121,13 @@ def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> d
     """The inverse of `from_bnb_state`, to be stored under the layer's prefix.
 
     Args:
-        packed: Any packed weight; large tensors share its memory.
+        packed: nf4, fp4 or int8; large tensors share its memory.
         dtype: What bitsandbytes dequantises to where it is not told otherwise.
+    Raises:
+        ValueError: A kind that bitsandbytes does not have.
     """
+    if packed.kind not in ("nf4", "fp4", "int8"):
+        raise ValueError(f"bitsandbytes has no {packed.kind}; allowed: nf4, fp4, int8.")
     if packed.kind == "int8":
         return {
             "weight": packed.packed,

@@ -1,10 +1,16 @@
-"""The value tables of the low-bit formats: NF4, FP4 and the 8-bit dynamic map of double quantisation."""
+"""The value tables of the low-bit formats: NF4, FP4, the research formats NF3, NF2 and INT4, and the dynamic map.
+
+NF3 and NF2 are simulated: their codes are held in 4 bits, so that one container and one decoder serve all of them. What
+they would take is `code_bits` a weight.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 NESTED_BLOCK_SIZE = 256
@@ -34,12 +40,18 @@ _NF4 = (
 # variant of FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as in bitsandbytes' table.
 _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
+CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
+"""Kinds whose weights are codes of a table -> bits that a code takes where it is packed tightly."""
+
+SIMULATED = ("nf3", "nf2")
+"""Kinds that are held in more bits than they would need."""
+
 # Cells per unit of the grid that finds a code with one comparison. The closest two bounds are FP4's 0 and 0.0026.
 _CELLS_PER_UNIT = 1024
 
 
 class DecisionTable(NamedTuple):
-    """Finds the nearest of 16 values in [-1, 1] with two look-ups and one comparison.
+    """Finds the nearest of up to 16 values in [-1, 1] with two look-ups and one comparison.
 
     [-1, 1] is cut into cells with at most one decision bound each. The rank of x among the ascending values is
     `rank[cell(x)]` plus 1 where x lies above `bound[cell(x)]`: exact, since `cell` never decreases, and 8 times as fast
@@ -48,7 +60,7 @@ class DecisionTable(NamedTuple):
     Attributes:
         rank: Bounds in lower cells, (cells,) uint8.
         bound: The bound in the cell, or 2 where there is none, (cells,) float32.
-        code: The code of each rank, (16,) uint8.
+        code: The code of each rank, (values,) uint8.
     """
 
     rank: Tensor
@@ -60,17 +72,43 @@ class DecisionTable(NamedTuple):
 
 
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
-    """The value of each 4-bit code, indexed by the code: (16,) float32 in [-1, 1].
+    """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1], 15 of int4; 0 is among them.
 
     Raises:
-        ValueError: If `kind` is not "nf4" or "fp4".
+        ValueError: If `kind` is not in `CODE_BITS`.
     """
     if kind == "nf4":
         return torch.tensor(_NF4, dtype=torch.float32, device=device)
+    if kind in SIMULATED:
+        return torch.tensor(normal_quantiles(CODE_BITS[kind]), dtype=torch.float32, device=device)
+    if kind == "int4":
+        return torch.arange(-7, 8, dtype=torch.float32, device=device) / 7.0
     if kind == "fp4":
         positive = torch.tensor(_FP4_TIMES_12, dtype=torch.float32, device=device) / 12.0
         return torch.cat([positive, 0.0 - positive])
-    raise ValueError(f"no code book for kind '{kind}'; allowed: nf4, fp4.")
+    raise ValueError(f"no code book for kind '{kind}'; allowed: {', '.join(CODE_BITS)}.")
+
+
+@functools.cache
+def normal_quantiles(bits: int) -> tuple[float, ...]:
+    """The NormalFloat values of a width: quantiles of N(0, 1) scaled to [-1, 1], ascending, with an exact 0.
+
+    2^(bits - 1) positive values, one fewer negative, and 0. The outermost quantile is 1 - d with d halfway between
+    1 / 2^(bits + 1) and 1 / (2^(bits + 1) - 2); from there the probabilities run evenly to 1/2, where 0 stands.
+
+    Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E, whose NF4 this gives to seven digits.
+    """
+    half = 2 ** (bits - 1)
+    outermost = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
+
+    def side(count: int) -> list[float]:
+        step = (outermost - 0.5) / count
+        return [float(ndtri(outermost - index * step)) for index in range(count)]
+
+    positive, negative = side(half), side(half - 1)
+    largest = positive[0]
+    values = [-value / largest for value in negative] + [0.0] + [value / largest for value in reversed(positive)]
+    return tuple(values)
 
 
 def code_pairs(kind: str, device: torch.device | str = "cpu") -> Tensor:
@@ -78,7 +116,9 @@ def code_pairs(kind: str, device: torch.device | str = "cpu") -> Tensor:
 
     One 8-byte element a byte, since gathering 64-bit scalars is 4 times as fast as gathering rows of two float32.
     """
-    values = code_values(kind, device)
+    known = code_values(kind, device)
+    # Codes that no weight has, of tables below 16 values, decode to 0.
+    values = torch.cat([known, known.new_zeros(16 - len(known))])
     pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
     return pairs.view(torch.int64).view(256)
 
@@ -89,7 +129,7 @@ def cell(unit: Tensor) -> Tensor:
 
 
 def decision_bounds(kind: str) -> tuple[Tensor, Tensor]:
-    """The 15 midpoints between neighbouring values, ascending, (15,) float32, and the code of each rank, (16,) uint8.
+    """Midpoints between neighbouring values, ascending, (values - 1,) float32, and each rank's code, (values,) uint8.
 
     A value equal to a midpoint takes the lower rank. FP4's two zeros stay apart: up to and including 0 the code is 0,
     above it 8.

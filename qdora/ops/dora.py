@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qdora.ops.planning import device_kind
 from qdora.ops.tiles import Weight, row_tiles, spans
 
 # Below this share of ||w||^2 the factored sum has cancelled: with W A^T from a bf16 product a row that is left with 0.1
@@ -43,7 +44,7 @@ def squared_row_norm(weight: Weight) -> Tensor:
     parts = []
     for _, tile in row_tiles(weight, wide):
         # A dense weight comes whole; its squares must not be a second one.
-        runs = spans(tile.shape[0], tile.shape[1], tile.itemsize, tile.device.type)
+        runs = spans(tile.shape[0], tile.shape[1], tile.itemsize, device_kind(tile.device))
         parts += [tile[rows].square().sum(dim=1) for rows in runs]
     return torch.cat(parts)
 
@@ -192,7 +193,12 @@ def gain(magnitude: Tensor, norm: Tensor) -> Gain:
 
 @torch.no_grad()
 def merged_weight(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+    keep_mask: Tensor | None = None,
 ) -> Tensor:
     """The one dense weight that equals base and adapter: g * (W + s B A), or W + s B A for LoRA.
 
@@ -204,11 +210,16 @@ def merged_weight(
         lora_B: (out, rank).
         scaling: s = alpha / rank.
         magnitude: m, (out,), or None for LoRA.
+        keep_mask: (out, in) bool; B A counts only where it is True. None: everywhere.
     Returns:
         (out, in) in weight's dtype, a new tensor.
     """
     dtype = weight.dtype
-    merged = torch.addmm(weight, lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
+    if keep_mask is None:
+        merged = torch.addmm(weight, lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
+    else:
+        masked = (lora_B.to(dtype) @ lora_A.to(dtype)).masked_fill_(~keep_mask, 0)
+        merged = torch.add(weight, masked, alpha=scaling)
     if magnitude is None:
         return merged
     return merged.mul_(gain_of_sum(merged, magnitude).unsqueeze(1))

@@ -1,4 +1,4 @@
-"""A frozen weight in 4 or 8 bits: the container, and the functions that make and read it.
+"""A frozen weight in 2 to 8 bits: the container, and the functions that make and read it.
 
 The plain-torch code of `blockwise` and `int8` is the definition. bitsandbytes' kernels are used where they are faster
 and give the same bits; `choose_backend` says where, and why not elsewhere.
@@ -16,11 +16,12 @@ from torch import Tensor
 from qdora.errors import nearest
 from qdora.ops import blockwise, bnb_kernels, codebooks, int8
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
+from qdora.ops.planning import device_kind
 
-Kind = Literal["nf4", "fp4", "int8"]
+Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2"]
 Backend = Literal["auto", "torch", "bnb"]
 KINDS: tuple[str, ...] = get_args(Kind)
-BLOCK_SIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class PackedWeight:
     """A weight (out, in) in a low-bit format. Nothing writes into it after it is made.
 
     Attributes:
-        kind: "nf4", "fp4" or "int8".
+        kind: "nf4", "fp4", "int8", or a research format: "int4", "nf3", "nf2" (see `codebooks`).
         shape: (out, in) of the dense weight.
         block_size: Weights per block scale, counted along the flattened rows; `in` for int8.
-        packed: nf4, fp4: (ceil(out * in / 2),) uint8, first of two weights in the high nibble. int8: (out, in) int8.
+        packed: (ceil(out * in / 2),) uint8, first of two weights in the high nibble. int8: (out, in) int8.
         absmax: Block scales, (blocks,) float32, or (blocks,) uint8 where `nested` decodes them; int8: (out,) float32.
         nested: Set where the block scales are double quantised.
     """
@@ -78,6 +79,14 @@ class PackedWeight:
     def bits_per_weight(self) -> float:
         """Stored bits per weight, scales and the nested code book included."""
         return 8 * self.num_bytes / (self.shape[0] * self.shape[1])
+
+    @property
+    def num_packed_bytes(self) -> int:
+        """Bytes where the codes are packed as tightly as their format allows; `num_bytes` but for simulated formats."""
+        if self.kind not in codebooks.SIMULATED:
+            return self.num_bytes
+        codes = -(-self.shape[0] * self.shape[1] * codebooks.CODE_BITS[self.kind] // 8)
+        return self.num_bytes - self.packed.numel() + codes
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedWeight:
         """The same weight on `device`; itself where it is there already. Dtypes never change."""
@@ -105,7 +114,7 @@ def _layout(
         raise ValueError(f"cannot pack a weight of shape ({rows}, {columns}): it has no entries.")
     if kind == "int8":
         if nested:
-            raise ValueError("int8 scales are not double quantised; only nf4 and fp4 ones are.")
+            raise ValueError("int8 scales are not double quantised; only those of blocks are.")
         return {"packed": (shape, torch.int8), "absmax": ((rows,), torch.float32)}
     if kind not in KINDS:
         raise ValueError(f"unknown kind '{kind}'; allowed: {', '.join(KINDS)}.{nearest(kind, KINDS)}")
@@ -175,11 +184,16 @@ def choose_backend(
     error. It is right where a row is a whole number of blocks, which is asked for here on any CPU. From block size 2048
     on, and for odd rows, it falls back to slow code of its own.
     """
-    if kind == "int8" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if kind not in ("nf4", "fp4") or dtype not in (torch.float32, torch.bfloat16, torch.float16) or block_size < 32:
         return "torch"
-    if device.type == "cpu" and (in_features % block_size or block_size >= 2048):
+    if device_kind(device) == "cpu" and (in_features % block_size or block_size >= 2048):
         return "torch"
-    return "bnb" if bnb_kernels.is_available(device.type) else "torch"
+    return "bnb" if _has_kernels(device) else "torch"
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether bitsandbytes runs on a device; a plan for a GPU takes it for granted there."""
+    return device_kind(device) != device.type or bnb_kernels.is_available(device.type)
 
 
 def _resolve(backend: str, chosen: Literal["torch", "bnb"], what: str) -> Literal["torch", "bnb"]:
@@ -210,9 +224,9 @@ def quantize(
 
     Args:
         weight: (out, in), any float dtype; rounded to float32 first.
-        kind: "nf4", "fp4" or "int8".
+        kind: One of `KINDS`.
         block_size: One of `BLOCK_SIZES`; not used by int8, which has one scale a row.
-        double_quant: Store the block scales of nf4 and fp4 in 8 bits; not used by int8.
+        double_quant: Store the block scales in 8 bits; not used by int8.
         backend: "auto", "torch", or "bnb" for bitsandbytes' own kernels (nf4, fp4).
         name: What the weight is called in an error.
     Raises:
@@ -223,7 +237,7 @@ def quantize(
     shape = (weight.shape[0], weight.shape[1])
     _layout(kind, shape, block_size, double_quant and kind != "int8")
     wide = weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    can_bnb = backend == "bnb" and kind != "int8" and not wide and bnb_kernels.is_available(weight.device.type)
+    can_bnb = backend == "bnb" and kind in ("nf4", "fp4") and not wide and bnb_kernels.is_available(weight.device.type)
     backend = _resolve(backend, "bnb" if can_bnb else "torch", f"quantise {weight.dtype} to {kind}")
     if kind == "int8":
         return PackedWeight("int8", shape, shape[1], *int8.quantize_rows(weight, name=name))
@@ -281,6 +295,6 @@ def block_scales(packed: PackedWeight, backend: str = "auto") -> Tensor:
     nested = packed.nested
     if nested is None:
         return packed.absmax
-    backend = _resolve(backend, "bnb" if bnb_kernels.is_available(packed.device.type) else "torch", "decode scales")
+    backend = _resolve(backend, "bnb" if _has_kernels(packed.device) else "torch", "decode scales")
     decode = bnb_kernels.dequantize_scales if backend == "bnb" else blockwise.dequantize_scales
     return decode(packed.absmax, nested.absmax, nested.code, nested.offset, nested.block_size)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qdora.errors import UserError, nearest
-from qdora.ops import sparsegpt
+from qdora.ops import codebooks, sparsegpt
+from qdora.ops.packed import PackedWeight, from_tensors
 from qdora.ops.sparsity import Group, Pattern, check_shape, keep_mask
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -78,11 +79,15 @@ def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
 
     Args:
         weight: (out, in).
-        column_squares: ||x_j||^2 over the calibration tokens, (in,).
+        column_squares: ||x_j||^2 over the calibration tokens, (in,). All 0 (an expert that no token came to): every
+            column counts the same.
     """
     scores = magnitude_scores(weight)
+    largest = column_squares.max()
+    if largest == 0:
+        return scores
     # Divided by the largest, which changes no order: sums over many tokens would leave float32's range.
-    return scores.mul_(column_squares.to(scores.dtype) / column_squares.max().clamp(min=torch.finfo(scores.dtype).tiny))
+    return scores.mul_(column_squares.to(scores.dtype) / largest)
 
 
 @torch.no_grad()
@@ -135,6 +140,26 @@ def prune_weight(
     scores = magnitude_scores(weight) if statistics is None else wanda_scores(weight, statistics.column_squares)
     keep = keep_mask(scores, pattern, group or ("tensor" if method == "magnitude" else "row"))
     return Pruned(weight.masked_fill(~keep, 0), keep)
+
+
+@torch.no_grad()
+def zero_packed(packed: PackedWeight, keep_mask: Tensor) -> PackedWeight:
+    """A quantised weight with the pruned entries set to the code of 0; scales and all other codes stay.
+
+    Args:
+        packed: (out, in).
+        keep_mask: (out, in) bool.
+    """
+    tensors = packed.tensors()
+    codes = packed.packed
+    if packed.kind == "int8":
+        tensors["packed"] = codes.masked_fill(~keep_mask, 0)
+    else:
+        zero = int((codebooks.code_values(packed.kind) == 0).nonzero()[0])
+        keep = torch.nn.functional.pad(keep_mask.reshape(-1), (0, keep_mask.numel() % 2), value=True)
+        high = torch.where(keep[0::2], codes & 0xF0, zero << 4)
+        tensors["packed"] = high | torch.where(keep[1::2], codes & 0x0F, zero)
+    return from_tensors(packed.kind, packed.shape, packed.block_size, tensors)
 
 
 @torch.no_grad()

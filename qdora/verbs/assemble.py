@@ -23,13 +23,13 @@ from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.load import load_model
+from qdora.model.load import Placer, load_model
 from qdora.model.source import ModelSource, resolve
 from qdora.model.tokenizer import load_tokenizer
 
 logger = logging.getLogger("qdora")
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 AUTO_MICRO_BATCH_TOKENS = 2048
 """train.micro_batch_tokens: auto, unless a longer example needs more."""
@@ -47,24 +47,38 @@ def choose_compute(dtype: str) -> Compute:
     """The GPU where there is one; `auto` takes bfloat16 where the device multiplies in it, else float32. Logged."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
-        return Compute(device, _DTYPES[dtype])
+        return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
     chosen = torch.bfloat16 if native else torch.float32
     logger.info("Computing on %s in %s.", device.type, str(chosen).removeprefix("torch."))
     return Compute(device, chosen)
 
 
-def find_model(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """Resolve the source and load the tokenizer: cheap, and done before anything large is read."""
-    source = resolve(recipe.model.source, recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
-    named = recipe.model.tokenizer
+def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """Resolve the source and load the tokenizer: done before anything large is read.
+
+    Without `weights` those of a model on the Hub are not fetched.
+    """
+    model = recipe.model
+    source = resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
+    named = model.tokenizer
     return source, load_tokenizer(source if named is None else resolve(named, weights=False))
 
 
 def load_base(
-    recipe: Recipe, source: ModelSource, compute: Compute, progress: Callable[[int, int], None] | None = None
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    placer: Placer | None = None,
 ) -> PreTrainedModel:
-    """The frozen base of the recipe; for full fine-tuning every parameter is trainable. Raises as `load_model`."""
+    """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
+
+    `placer` is what prunes it (`verbs.pruned_base`), given exactly where the recipe has base.prune. Raises as
+    `load_model`.
+    """
+    assert (recipe.base.prune is None) == (placer is None), "a pruned base is loaded by verbs.pruned_base"
     model = load_model(
         source,
         quant=recipe.base.quant,
@@ -75,16 +89,17 @@ def load_base(
         compute_dtype=compute.dtype,
         attention=recipe.model.attention,
         progress=progress,
+        placer=placer,
     )
     if recipe.adapter.kind == "full":
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     if recipe.memory.checkpointing:
-        _recompute_activations(model)
+        recompute_activations(model)
     return model
 
 
-def _recompute_activations(model: PreTrainedModel) -> None:
+def recompute_activations(model: PreTrainedModel) -> None:
     # transformers 5.2x renamed it; the old name warns there, the new one is missing in earlier releases.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -96,6 +111,16 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
     if settings.kind == "none" or settings.kind == "full":
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
+    if settings.kind == "magnitude":
+        # DoRA whose B stays 0, so any reader of DoRA adapters reads it.
+        if directory is None:
+            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=_targets(recipe))
+        else:
+            layers = load_adapter(model, directory)
+        for layer in layers.values():
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
+        return
     if directory is None:
         inject(
             model,
@@ -104,14 +129,15 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             alpha=settings.alpha,
             rank_stabilized=settings.rank_stabilized,
             dropout=settings.dropout,
-            targets=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+            targets=_targets(recipe),
             rank_pattern=settings.rank_pattern,
             init=settings.init,
-            dtype=_DTYPES[settings.dtype],
+            dtype=DTYPES[settings.dtype],
+            masked=settings.mask == "keep",
             generator=torch.Generator().manual_seed(recipe.train.seed),
         )
         return
-    layers = load_adapter(model, directory, dtype=_DTYPES[settings.dtype])
+    layers = load_adapter(model, directory, dtype=DTYPES[settings.dtype])
     kinds = {layer.kind for layer in layers.values()}
     if kinds != {settings.kind}:
         raise UserError(f"adapter.kind: {settings.kind!r}, but {directory} holds {', '.join(sorted(kinds))}.")
@@ -119,12 +145,19 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
         layer.dropout = settings.dropout
 
 
+def _targets(recipe: Recipe) -> str | list[str]:
+    targets = recipe.adapter.targets
+    return targets if isinstance(targets, str) else list(targets)
+
+
 def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
     """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`."""
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
-    if base.quant in ("nf4", "fp4"):
+    if base.quant not in ("int8", "none"):
         quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
+    if base.prune is not None:
+        quant["prune"] = base.prune.model_dump(mode="json", exclude=set(base.prune.unused()))
     save_adapter(
         model,
         directory,
@@ -226,20 +259,24 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_pro
 
     With data.packing it packs in "rows", until the loaded model shows what its attention takes.
     """
-    asked = recipe.train.micro_batch_tokens
-    micro = max(recipe.data.max_length, AUTO_MICRO_BATCH_TOKENS) if asked == "auto" else asked
     return StepLoader(
         mix.sets,
         mix.order,
         tokens_per_step=recipe.train.tokens_per_step,
         batch=recipe.train.batch,
-        micro_batch_tokens=micro,
+        micro_batch_tokens=micro_batch_tokens(recipe),
         pad_id=tokenizer.pad_token_id,
         packed="rows" if recipe.data.packing else None,
         row_tokens=recipe.data.max_length if recipe.data.packing else None,
         rank=rank,
         num_processes=num_processes,
     )
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Most tokens of a micro-batch, padding counted."""
+    asked = recipe.train.micro_batch_tokens
+    return max(recipe.data.max_length, AUTO_MICRO_BATCH_TOKENS) if asked == "auto" else asked
 
 
 def num_steps_of(recipe: Recipe, loader: StepLoader) -> int:

@@ -10,6 +10,7 @@ from qdora.evaluation.against_base import worse_than_base
 from qdora.model.card import CardFacts, Form, model_card
 from qdora.record import RunDirectory
 from qdora.verbs.evaluate import stored_results
+from qdora.verbs.interference import interference_in_words
 from qdora.verbs.selection import adapter_in_words
 
 
@@ -49,6 +50,7 @@ def run_card(
             metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
             notes=[f"{each.in_words()}." for each in worse],
             verification=check,
+            interference=interference_in_words(run),
             versions={name: version for name, version in versions.items() if version},
         )
     )

@@ -17,6 +17,7 @@ from qdora.recipe_file import load_recipe, override
 from qdora.record import RunDirectory, open_run
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 from qdora.verbs.assemble import Compute, choose_compute, find_model, load_base, put_adapters
+from qdora.verbs.pruned_base import FOLDER, load_pruned_base
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ def load_run(
         recipe = recipe.model_copy(update={"base": dense})
         dtype = load_config(source).dtype
         compute = Compute(compute.device, dtype if isinstance(dtype, torch.dtype) else torch.float32)
-    model = load_base(recipe, source, compute)
+    if recipe.base.prune is None:
+        model = load_base(recipe, source, compute)
+    else:
+        model = load_pruned_base(recipe, source, compute, run.inside(FOLDER))
     if base_only or recipe.adapter.kind == "none":
         state = "base"
     elif recipe.adapter.kind == "full":

@@ -1,0 +1,151 @@
+"""Perplexity of SmolLM2-135M on real text, pruned by magnitude, Wanda and SparseGPT at several sparsities.
+
+    python benchmarks/pruning.py DATA [--out benchmarks/results/pruning.json] [--quant none]
+
+DATA holds <task>/<split>.parquet in the schema of docs in the README ("Your own data"). Inputs are measured on training
+examples, perplexity on validation examples, each written out with its right answer; nothing is chosen by a score. Every
+case is written when it is done, and one that the file has already is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from byte_tokenizer import byte_tokenizer
+from measure import RESULTS, facts, write
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qdora.data.encode import encode_batch, special_prefix
+from qdora.evaluation.perplexity import text_perplexity
+from qdora.model.compress import Compression, PruneSettings
+from qdora.model.load import load_model
+from qdora.model.source import ModelSource, resolve
+from qdora.model.tokenizer import load_tokenizer
+from qdora.ops.sparsity import pattern_from
+from qdora.prune_config import CalibrationConfig
+from qdora.verbs.assemble import task_examples
+from qdora.verbs.pruned_base import pieces
+
+TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
+METHODS = ("magnitude", "wanda", "sparsegpt")
+PATTERNS = ("30", "50", "60", "70", "2:4")
+
+
+def text_of(data: Path, split: str, per_task: int) -> str:
+    """Examples of all tasks in turn, each with its right answer, so that any piece of the text has several tasks."""
+    tasks = [task_examples(task, split=split, data=data)[:per_task] for task in TASKS]
+    rounds = zip(*tasks, strict=False)
+    return "\n\n".join(f"{example.prompt}{example.answer}" for each in rounds for example in each)
+
+
+def small_model(directory: Path) -> ModelSource:
+    """A random Llama of two blocks, for --smoke."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return resolve(str(directory))
+
+
+def measured(
+    source: ModelSource, tokenizer: Any, quant: str, method: str | None, pattern: str, calibration: Tensor, text: str
+) -> dict[str, Any]:
+    """One case: load, prune, score."""
+    began = time.perf_counter()
+    compression = None
+    if method is not None:
+        wanted = pattern_from(pattern) if ":" in pattern else pattern_from("unstructured", int(pattern) / 100)
+        compression = Compression(PruneSettings(method, wanted), None if method == "magnitude" else calibration)
+    model = load_model(source, quant=quant, placer=compression)
+    loaded = time.perf_counter()
+    found = text_perplexity(model, tokenizer, [text])
+    layers = {} if compression is None else compression.layers
+    weights = sum(layer.num_weights for layer in layers.values())
+    return {
+        "method": method or "dense",
+        "pattern": pattern if method else "",
+        "sparsity": sum(layer.num_pruned for layer in layers.values()) / weights if weights else 0.0,
+        "load_seconds": loaded - began,
+        "score_seconds": time.perf_counter() - loaded,
+        **found.to_dict(),
+    }
+
+
+def main() -> None:
+    """Measure what the result file does not have yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--out", type=Path, default=RESULTS / "pruning.json")
+    parser.add_argument("--quant", default="none")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--examples", type=int, default=80, help="validation examples of each task")
+    parser.add_argument("--smoke", action="store_true", help="a random model and text of bytes")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        if args.smoke:
+            source, tokenizer, size = (
+                small_model(Path(directory)),
+                byte_tokenizer(),
+                CalibrationConfig(sequences=4, length=32),
+            )
+            train = text = "Whatever is written here, byte by byte. " * 40
+            examples = 0
+        else:
+            if args.data is None:
+                parser.error("DATA is missing")
+            source = resolve("builtin")
+            tokenizer = load_tokenizer(source)
+            size = CalibrationConfig(sequences=args.sequences, length=args.length)
+            train, text = (
+                text_of(args.data.resolve(), split, count)
+                for split, count in (("train", 400), ("validation", args.examples))
+            )
+            examples = args.examples
+        (ids,) = encode_batch(tokenizer, [train])
+        calibration = pieces(ids, special_prefix(tokenizer), size)
+        command = f"python benchmarks/pruning.py DATA --quant {args.quant} --sequences {size.sequences}"
+        settings = {"quant": args.quant, "calibration": size.model_dump(), "examples_per_task": examples}
+        result = {**facts(f"{command} --length {size.length} --examples {examples}"), **settings, "cases": []}
+        if args.out.is_file():
+            before = json.loads(args.out.read_text())
+            if all(before.get(key) == value for key, value in settings.items()):
+                result["cases"] = before["cases"]
+        done = {(case["method"], case["pattern"]) for case in result["cases"]}
+        wanted = [(None, ""), *((method, pattern) for pattern in PATTERNS for method in METHODS)]
+        for method, pattern in wanted:
+            if (method or "dense", pattern) in done:
+                continue
+            case = measured(source, tokenizer, args.quant, method, pattern, calibration, text)
+            result["cases"].append(case)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+        result["ordered"] = _ordered(result["cases"])
+        write(args.out, result)
+
+
+def _ordered(cases: list[dict[str, Any]]) -> dict[str, bool]:
+    """Per pattern, whether SparseGPT <= Wanda <= magnitude."""
+    found = {}
+    for pattern in PATTERNS:
+        by = {case["method"]: case["perplexity"] for case in cases if case["pattern"] == pattern}
+        found[pattern] = by["sparsegpt"] <= by["wanda"] <= by["magnitude"]
+    return found
+
+
+if __name__ == "__main__":
+    main()

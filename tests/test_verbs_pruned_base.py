@@ -1,0 +1,115 @@
+"""Runs on a pruned base: compressed once, recorded, and the same one in training, evaluation, export and resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qdora.errors import Interrupted, UserError
+from qdora.model.inject import adapted_layers
+from qdora.prune_config import CalibrationConfig
+from qdora.verbs import pruned_base
+from qdora.verbs.evaluate import evaluate_target
+from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.train import train_run
+from qdora.verbs.trained import load_run
+from tests import tiny_run
+from tests.run_files import assert_same_run, stop_after
+
+PRUNE = {"method": "wanda", "pattern": "2:4", "calibration": {"sequences": 4, "length": 48}}
+
+
+def recipe(root: Path, prune: dict[str, Any] = PRUNE, **changes: Any) -> Any:
+    return tiny_run.recipe(root, base__prune=prune, train__steps=3, **changes)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pruned")
+
+
+@pytest.fixture(scope="module")
+def run(root: Path) -> Path:
+    train_run(recipe(root), root / "run")
+    return root / "run"
+
+
+def test_the_run_records_the_sparsity_of_every_layer(run: Path) -> None:
+    record = json.loads((run / "base/compressed.json").read_text())
+    assert record["sparsity"] == 0.5
+    assert record["settings"]["prune"]["pattern"] == "2:4"
+    assert len(record["layers"]) == 14
+    for name, layer in record["layers"].items():
+        assert layer["sparsity"] == 0.5, name
+        assert layer["kind"] == "nf4"
+        assert 0.1 < layer["relative_error"] < 1
+    adapter = json.loads((run / "adapter/qdora.json").read_text())
+    assert adapter["base"]["quant"]["prune"]["method"] == "wanda"
+    assert "2:4" in (run / "log.txt").read_text() or "50.00 %" in (run / "log.txt").read_text()
+
+
+def test_evaluation_and_export_take_the_base_that_was_trained_on(run: Path, tmp_path: Path) -> None:
+    trained = load_run(run)
+    stored = load_file(run / "base/model.safetensors")
+    for path, layer in adapted_layers(trained.model).items():
+        packed = layer.base.packed_weight
+        assert packed is not None
+        assert torch.equal(packed.packed, stored[f"{path}.packed"])
+        assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
+    evaluated = evaluate_target(str(run), split="validation")
+    at_end = json.loads((run / "eval/step-3.json").read_text())
+    assert evaluated["evaluation"]["tasks"]["sums"]["nll_per_token"] == at_end["tasks"]["sums"]["nll_per_token"]
+    assert export_run(run, tmp_path / "merged", ExportOptions(dtype="float32"))["verification"]["passed"]
+
+
+def test_resumed_on_the_same_base(root: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        train_run(recipe(root), tmp_path / "run")
+    monkeypatch.undo()
+
+    def never(*_: Any) -> None:
+        raise AssertionError("compressed again")
+
+    monkeypatch.setattr(pruned_base, "compress_base", never)
+    train_run(recipe(root), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", run, step=3)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_other_rules_and_a_dense_base(root: Path, tmp_path: Path, method: str) -> None:
+    prune: dict[str, Any] = {"method": method, "sparsity": 0.6}
+    if method != "magnitude":
+        text = tmp_path / "text.txt"
+        text.write_text("a sum of numbers and letters. " * 60)
+        prune["calibration"] = {"sequences": 3, "length": 32, "text": str(text)}
+    result = train_run(recipe(root, prune, base__quant="none"), tmp_path / "run")
+    assert result["num_layers"] == 14
+    record = json.loads((tmp_path / "run/base/compressed.json").read_text())
+    assert record["sparsity"] == pytest.approx(0.6, abs=0.001)
+    for layer in adapted_layers(load_run(tmp_path / "run").model).values():
+        assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
+
+
+def test_pieces_of_text() -> None:
+    settings = CalibrationConfig(sequences=50, length=5, seed=1)
+    found = pruned_base.pieces(list(range(10, 30)), [1], settings)
+    assert found.shape == (50, 5)
+    assert bool((found[:, 0] == 1).all())
+    assert bool((found[:, 1:].diff(dim=1) == 1).all())
+    assert found[:, 1].min() == 10
+    assert found[:, 4].max() == 29
+    assert torch.equal(found, pruned_base.pieces(list(range(10, 30)), [1], settings))
+    with pytest.raises(UserError, match="5 tokens, but the text has 3"):
+        pruned_base.pieces([1, 2, 3], [1], settings)
+
+
+def test_pieces_longer_than_the_context_are_refused(root: Path, tmp_path: Path) -> None:
+    long = {**PRUNE, "calibration": {"sequences": 1, "length": 4096}}
+    with pytest.raises(UserError, match=r"base\.prune\.calibration\.length: 4096 tokens, allowed: at most 128"):
+        train_run(recipe(root, long), tmp_path / "run")
