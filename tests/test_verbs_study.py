@@ -126,7 +126,7 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_checkpoint(
         calls.append(options["resume"])
         with monkeypatch.context() as patch:
             if len(calls) == 1:
-                patch.setattr("qdora.verbs.train.evaluate", broken)
+                patch.setattr("qdora.verbs.validation.evaluate", broken)
             return real(recipe, directory, **options)
 
     monkeypatch.setattr(study_cell, "train_run", cut)
