@@ -72,7 +72,9 @@ def test_a_winner_is_called_where_there_is_one_and_nowhere_else(report: Report) 
     for quant in ("none", "int8", "fp4"):
         assert compared(report, quant)["winner"] == "", quant
         assert compared(report, quant)["reason"]
-    assert report.verdict[0].startswith("Of 12 comparisons the data show a winner in")
+    first = "Of 4 comparisons the data show a winner in 1: dora in 1 (NLL, nats per token)."
+    assert report.verdict[0] == f"{first} In the other 3 they show no winner."
+    assert "(share of answers that are right)" in report.verdict[1]
     (sentence,) = [
         text for text in report.verdict if text.startswith("base.quant nf4: dora beats lora") and "NLL" in text
     ]
@@ -217,7 +219,7 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
     assert Path(document["page"]).is_file()
-    assert document["verdict"][0].startswith("Of 12 comparisons")
+    assert document["verdict"][0].startswith("Of 4 comparisons")
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
     assert "no study (no study.json there)" in found.output

@@ -47,7 +47,8 @@ def _curves(rows: Rows, x: str, arm_axis: str) -> str:
     panels = {value: part for value, part in sorted(groups.items()) if len({round(r[x], 4) for r in part}) > 1}
     panels = panels or {float("nan"): rows}
     names = list(dict.fromkeys(row[arm_axis] for row in rows))
-    figure = _figure(3.6 * len(panels) + 0.6, 2.9 * len(measures) + 0.6)
+    width = 3.6 * len(panels) if len(panels) > 1 else 5.8
+    figure = _figure(width + 0.6, 2.9 * len(measures) + 0.6)
     grid = figure.subplots(len(measures), len(panels), squeeze=False, sharex=True, sharey="row")
     for line, measure in zip(grid, measures, strict=True):
         line[0].set_ylabel(_NAMES[measure])

@@ -19,7 +19,8 @@ _NOTES = {
     "arms": (
         "Arms",
         "Every arm with the value tuned for it; bands and intervals over examples and seeds. repair: share of what "
-        "compressing lost that the arm made good. pareto: nothing is as good in fewer bytes.",
+        "compressing lost that the arm made good. pareto: nothing is as good in fewer bytes. Bands hold how hard the "
+        "examples are, which all arms share: what separates two arms is in the comparisons.",
         True,
     ),
     "comparisons": (

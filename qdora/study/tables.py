@@ -153,9 +153,6 @@ def _facts(cells: Rows, pairs: Rows, compare: CompareConfig, part: Part, referen
         "cells open": status.count("open"),
         "cells without result": len(cells) - status.count("done"),
         "failed attempts": sum(row["num_failures"] for row in cells),
-        "comparisons": len(pairs),
-        "comparisons with a winner": sum(bool(row["winner"]) for row in pairs),
-        "comparisons without a winner": sum(not row["winner"] for row in pairs),
         "confidence %": 100 * CONFIDENCE,
         "alpha": compare.alpha,
         "least seeds": compare.min_seeds,
@@ -168,8 +165,11 @@ def _facts(cells: Rows, pairs: Rows, compare: CompareConfig, part: Part, referen
         if part == "compare"
         else "the validation examples",
     }
-    won = [row["winner"] for row in pairs if row["winner"]]
-    facts |= {f"comparisons won by {name}": won.count(name) for name in sorted(set(won))}
+    for measure in dict.fromkeys(row["measure"] for row in pairs):
+        winners = [row["winner"] for row in pairs if row["measure"] == measure]
+        facts |= {f"comparisons of {measure}": len(winners), f"without a winner in {measure}": winners.count("")}
+        facts[f"with a winner in {measure}"] = len(winners) - winners.count("")
+        facts |= {f"{name} wins in {measure}": winners.count(name) for name in sorted({*winners} - {""})}
     return [
         {"fact": name, "value": None, "text": value}
         if isinstance(value, str)

@@ -17,7 +17,7 @@ def verdict(
     compare: CompareConfig,
     label: str,
 ) -> list[str]:
-    """One paragraph over all, one sentence for each comparison.
+    """One sentence over all comparisons of each measure, the study's own first, and one for each comparison.
 
     Args:
         pairs: Rows of `compare.comparisons`.
@@ -25,7 +25,10 @@ def verdict(
         axes: What is named of each comparison beside the arms.
         label: Of the metric.
     """
-    sentences = [_overall(pairs, label)]
+    sentences = [_overall([row for row in pairs if row["measure"] == compare.metric], label)]
+    for measure in dict.fromkeys(row["measure"] for row in pairs if row["measure"] != compare.metric):
+        part = [row for row in pairs if row["measure"] == measure]
+        sentences.append(_overall(part, f"{_OF_SHARES} that are {measure}"))
     lacking = [row for row in cells if row["status"] != "done"]
     if lacking:
         failed = sum(row["status"] == "failed" for row in lacking)
