@@ -177,15 +177,20 @@ def _resampled_means(tasks: Sequence[TaskScores], number: int, generator: np.ran
     """Chunks of (resamples, series) macro averages over drawn examples and seeds."""
     num_series, num_seeds, _ = tasks[0].scores.shape
     for count in _chunks(number, max(len(task.weights) for task in tasks)):
-        seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), count)  # (count, seeds)
+        seeds = _drawn(count, num_seeds, generator)
         total = np.zeros((count, num_series))
         for task in tasks:
-            num_examples = len(task.weights)
-            drawn = generator.multinomial(num_examples, np.full(num_examples, 1 / num_examples), count).astype(float)
-            flat = task.scores.reshape(num_series * num_seeds, num_examples)
+            drawn = _drawn(count, len(task.weights), generator)
+            flat = task.scores.reshape(num_series * num_seeds, len(task.weights))
             sums = (drawn @ flat.T).reshape(count, num_series, num_seeds)
             total += (sums * seeds[:, None, :]).sum(axis=2) / (num_seeds * (drawn @ task.weights))[:, None]
         yield total / len(tasks)
+
+
+def _drawn(count: int, size: int, generator: np.random.Generator) -> Array:
+    """(count, size) how often each of `size` was drawn, with replacement, in each of `count` samples of that size."""
+    places = generator.integers(0, size, (count, size)) + size * np.arange(count)[:, None]
+    return np.bincount(places.ravel(), minlength=count * size).reshape(count, size).astype(np.float64)
 
 
 def _acceleration(tasks: Sequence[TaskScores], statistic: Statistic) -> float:
