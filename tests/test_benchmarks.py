@@ -185,3 +185,12 @@ def test_combined_vs_solo(tmp_path: Path) -> None:
     again = smoke(tmp_path, "combined_vs_solo.py", *options, "--seconds", "0")
     assert again["kinds"] == result["kinds"]
     assert (tmp_path / "result_cells.json").read_text() == cells
+
+
+def test_curvature(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "curvature.py")
+    assert [layer["norm"] for layer in result["layers"]] == ["attached"] * 3 + ["held"] * 3
+    for layer in result["layers"]:
+        assert len(layer["eigenvalues"]) == len(layer["residuals"]) == 4
+        assert layer["num_matvecs"] > 4 + 10
+        assert max(layer["residuals"]) < 0.01 * abs(layer["eigenvalues"][0])

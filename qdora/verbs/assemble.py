@@ -106,6 +106,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             dropout=settings.dropout,
             targets=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
             rank_pattern=settings.rank_pattern,
+            same_scaling=settings.same_scaling,
             init=settings.init,
             dtype=_DTYPES[settings.dtype],
             generator=torch.Generator().manual_seed(recipe.train.seed),
