@@ -205,9 +205,7 @@ eval: 3
 lr: 1e-4
 trackers: [wandbb]
 """
-    ranks = (
-        "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, same_scaling, dtype, mask, resume_from"
-    )
+    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, same_scaling, dtype, mask, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
     keys = (
