@@ -285,7 +285,7 @@ def report(
     """Write what a study shows: one HTML page, Markdown, CSV and Parquet."""
     from qdora.verbs.report import report_run
 
-    _emit(report_run(directory, out), json_)
+    emit(report_run(directory, out), json_)
 
 
 @app.command()
