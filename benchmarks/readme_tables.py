@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
-from tables.runs import mixing
+from tables.runs import kill_resume, mixing
 from tables.table import markdown, read
 from tables.times import layer_time, packing
 from tables.training import magnitudes, peft_interop, quickstart, real_data
@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "load_memory": load_memory,
     "packing": packing,
     "mixing": mixing,
+    "kill_resume": kill_resume,
     "layer_time": layer_time,
     "layer_memory": layer_memory,
     "step_memory": step_memory,

@@ -1,8 +1,29 @@
-"""Tables of what a run draws and keeps."""
+"""Tables of runs as a whole: killed and resumed, and mixed."""
 
 from __future__ import annotations
 
 from tables.table import markdown, read
+
+
+def kill_resume() -> str:
+    """Cases, how many ended bit for bit as the undisturbed run, and whether what happened was said."""
+    document = read("kill_resume")
+    kills, cuts, full = document["kills"], document["truncated"], document["full_disk"]
+    on_the_way = sum(kill["newest_step"] < document["num_steps"] for kill in kills)
+    rows = [
+        [
+            f"SIGKILL at a random moment ({on_the_way} of them before the last checkpoint)",
+            f"{sum(kill['identical'] for kill in kills)} of {len(kills)}",
+            "–",
+        ],
+        ["disk full in the middle of a checkpoint", f"{int(full['identical'])} of 1", "yes" if full["said"] else "no"],
+        [
+            "a file of the newest checkpoint cut short",
+            f"{sum(cut['identical'] for cut in cuts)} of {len(cuts)}",
+            "yes" if all(cut["said"] for cut in cuts) else "no",
+        ],
+    ]
+    return markdown(["what happened, then --resume", "bit for bit the same", "named in log or error"], rows)
 
 
 def mixing() -> str:
