@@ -23,6 +23,7 @@ from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, 
 from qdora.train.distributed import Processes
 from qdora.train.loop import Metrics
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.task_weights import TaskWeights
 from qdora.verbs.assemble import write_adapter
 from qdora.verbs.selection import BEST_FILE
 from qdora.verbs.trackers import tracking
@@ -39,6 +40,7 @@ class RunWriter:
         loader: Its position, and the size of its micro-batches, belong to a checkpoint.
         processes: That train the run.
         best: Judge of the evaluations, where the best step is kept; its state belongs to a checkpoint.
+        task_weights: Of the loss; by progress, they belong to a checkpoint.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class RunWriter:
         loader: StepLoader,
         processes: Processes,
         best: BestSoFar | None = None,
+        task_weights: TaskWeights | None = None,
     ) -> None:
         self.recipe, self.run, self.model, self.best = recipe, run, model, best
+        self.task_weights = task_weights
         self.optimizer, self.loader, self.processes = optimizer, loader, processes
         self._asked_micro_batch_tokens = loader.micro_batch_tokens
         self._tell_trackers: Callable[[Metrics], None] | None = None
@@ -108,6 +112,8 @@ class RunWriter:
         micro = policies["micro_batch_tokens"]
         if micro["asked"] == self._asked_micro_batch_tokens:
             self.loader.micro_batch_tokens = micro["used"]
+        if self.task_weights is not None and "task_weights" in policies:
+            self.task_weights.load_state_dict(policies["task_weights"])
         if self.best is not None:
             known = policies.get("best")
             fault = self.processes.gather(self.processes.first(lambda: self._best_fault(known)))[0]
@@ -128,7 +134,10 @@ class RunWriter:
 
     def _policies(self) -> dict[str, Any]:
         micro = {"asked": self._asked_micro_batch_tokens, "used": self.loader.micro_batch_tokens}
-        return {"micro_batch_tokens": micro} | ({} if self.best is None else {"best": self.best.state_dict()})
+        found = {"best": self.best, "task_weights": self.task_weights}
+        return {"micro_batch_tokens": micro} | {
+            name: each.state_dict() for name, each in found.items() if each is not None
+        }
 
     def _append_metrics(self, metrics: Metrics) -> None:
         self._with_room(lambda: self.run.append_metrics(metrics))

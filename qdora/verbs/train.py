@@ -32,6 +32,7 @@ from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_figures
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
+from qdora.train.objective import Objective
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
@@ -50,6 +51,7 @@ from qdora.verbs.assemble import (
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
 from qdora.verbs.interference import interference_faults, probe_examples, probe_hook, write_interference
+from qdora.verbs.objective import make_objective, objective_faults, weigh_by_progress
 from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_faults, selection_value
 from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
@@ -92,6 +94,9 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
     _check_beforehand(recipe, compute, validation, num_steps)
+    faults = objective_faults(recipe, loader, _evaluated(recipe, validation))
+    if faults:
+        raise UserError(*faults)
     open_ = resume_run if resume else create_run
     processes.first(lambda: open_(directory, resolved_yaml(recipe), _environment(processes)))
     run = RunDirectory(directory)
@@ -167,7 +172,11 @@ class _Job:
             logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
         self.best = best_so_far(recipe, list(self.validation)) if self.optimizer is not None else None
         self.num_done = 0
-        self.writer = RunWriter(recipe, run, model, self.optimizer, loader, processes, self.best)
+        self.objective = Objective()
+        if self.optimizer is not None:
+            self.objective = make_objective(recipe, loader, self.optimizer.parameters)
+        weights = self.objective.weights
+        self.writer = RunWriter(recipe, run, model, self.optimizer, loader, processes, self.best, weights)
 
     def restore(self, checkpoint: Path) -> int:
         """Take back a checkpoint whose adapter is already in the model; returns its step."""
@@ -194,7 +203,7 @@ class _Job:
         settings = self.recipe.eval
         self.num_done = start
         if start == 0 and settings.at_start and self.validation:
-            self._evaluate(0, "base")
+            weigh_by_progress(self.objective, self._evaluate(0, "base"), self.processes)
         if self.optimizer is not None and start < self.num_steps and not self._is_over():
             try:
                 self.num_done = self._fit(self.optimizer, start)
@@ -250,6 +259,7 @@ class _Job:
             probe_every=self.recipe.interference.every,
             log_every=train.log_every,
             loss_chunk=None if chunk == "auto" else chunk,
+            objective=self.objective,
         )
         hooks = Hooks(
             write_metrics=self.writer.write_metrics,
@@ -285,12 +295,13 @@ class _Job:
     def _measure(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
         metrics = self._evaluate(step)
+        line = {"eval": metrics, **weigh_by_progress(self.objective, metrics, self.processes)}
         if self.best is None:
-            return Evaluated({"eval": metrics})
+            return Evaluated(line)
         value = selection_value(self.recipe, self.evaluations["adapter"]) if self.processes.is_first else None
         better = self.best.judge(step, self.processes.gather(value)[0])
         state = {key: found for key, found in self.best.state_dict().items() if key != "question"}
-        return Evaluated({"eval": metrics, "best": state}, save=better, stop=self.best.is_over)
+        return Evaluated({**line, "best": state}, save=better, stop=self.best.is_over)
 
     def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
         return self.processes.first(lambda: self._evaluate_alone(step, label)) or {}
