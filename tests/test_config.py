@@ -209,8 +209,8 @@ trackers: [wandbb]
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
     keys = (
-        "task, source, path, format, split, validation, weight, loss_weight, limit, max_epochs, stream, size, shuffle_window, "
-        "name, revision"
+        "task, source, path, format, split, validation, weight, loss_weight, limit, max_epochs, stream, size, "
+        "shuffle_window, name, revision"
     )
     source = recipe_schema("ModelConfig")["properties"]["source"]["description"]
     assert sorted(faults(read_yaml(text, "r.yaml"))) == sorted(
@@ -243,7 +243,8 @@ def test_missing_sections_say_what_they_hold() -> None:
     assert [line.split(": missing")[0] for line in lines] == ["r.yaml: data", "r.yaml: train"]
     assert "a section of mix, strategy, temperature" in lines[0]
     assert faults([1]) == [
-        "r.yaml: not a section, got [1], allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
+        "r.yaml: not a section, got [1], "
+        "allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
     ]
 
 
