@@ -1,15 +1,15 @@
 """Time and memory of the whole training step of SmolLM2-135M: QDoRA against QLoRA, qdora's against PEFT's.
 
     OMP_NUM_THREADS=2 python benchmarks/step_time.py DATA --out benchmarks/results/step_time.json
-        [--part time|peaks] [--checkpointing on|off] [--rounds 10] [--seconds 240] [--smoke]
+        [--part time|peaks|pairs] [--checkpointing on|off] [--batch 32] [--rounds 10] [--seconds 240] [--smoke]
 
 DATA holds <task>/<split>.parquet. NF4 in blocks of 64, rank 16 on all linear layers, bf16, real steps of the eight
 tasks with their real lengths. qdora trains through its own loop (micro-batches, chunked loss). PEFT stands on
 bitsandbytes' Linear4bit with the same packed bytes and trains as its users do: the step's examples padded to one
 batch, `model(...).loss`. `peft_lora_same_loop` is PEFT's model in qdora's loop: what of the difference is the layer's.
 All have torch's fused AdamW, clipping, and the allocator that qdora sets. Time: step by step in turns on the same
-examples; a call adds rounds to those that --out holds. Peaks: the resident set while training, each in a process of its
-own.
+examples; a call adds rounds to those that --out holds. Pairs: own QDoRA and own QLoRA alone, many rounds, at any
+--batch. Peaks: the resident set while training, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -80,11 +80,16 @@ def main() -> None:
     # Smoke results are not added to anything.
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() and not args.smoke else {}
     result |= facts(f"python benchmarks/step_time.py DATA --batch {args.batch}")
-    result |= {"rank": RANK, "batch": args.batch}
+    result |= {"rank": RANK} | ({"batch": args.batch} if args.part != "pairs" else {})
     if args.part in (None, "time"):
         keep_freed_memory()
         for mode in modes:
-            add_rounds(result.setdefault("time", {}).setdefault(mode, {}), mode, args)
+            add_rounds(result.setdefault("time", {}).setdefault(mode, {}), NAMES, mode, args)
+    if args.part in (None, "pairs"):
+        keep_freed_memory()
+        for mode in modes:
+            pairs = result.setdefault("pairs", {}).setdefault(mode, {})
+            add_rounds(pairs.setdefault(str(args.batch), {}), NAMES[:2], mode, args)
     if args.part in (None, "peaks"):
         for mode in modes:
             given = ["--smoke"] if args.smoke else [str(args.data), "--batch", str(args.batch)]
@@ -100,7 +105,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--out", type=Path, default=RESULTS / "step_time.json")
-    parser.add_argument("--part", choices=("time", "peaks"))
+    parser.add_argument("--part", choices=("time", "peaks", "pairs"))
     parser.add_argument("--checkpointing", choices=("on", "off"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=240.0, help="no round begins later, loading included")
@@ -166,10 +171,9 @@ def peer_step(model: Any, optimizer: torch.optim.Optimizer, trainable: list[Any]
     optimizer.zero_grad()
 
 
-def add_rounds(found: dict[str, Any], mode: str, args: argparse.Namespace) -> None:
-    """Rounds of all contenders on steps that follow those already measured."""
+def add_rounds(found: dict[str, Any], names: tuple[str, ...], mode: str, args: argparse.Namespace) -> None:
+    """Rounds of the named contenders on steps that follow those already measured."""
     began = time.perf_counter()
-    names = list(NAMES)
     seconds = found.setdefault("seconds", {name: [] for name in names})
     tokens, padded = found.setdefault("tokens", []), found.setdefault("padded_tokens", [])
     num_done, rounds = len(tokens), 2 if args.smoke else args.rounds
@@ -187,7 +191,11 @@ def add_rounds(found: dict[str, Any], mode: str, args: argparse.Namespace) -> No
     found["tokens_per_second"] = {
         name: spread([count / taken for count, taken in zip(tokens, seconds[name], strict=True)]) for name in names
     }
-    found["ratios"] = {f"{first} / {second}": ratio(seconds[first], seconds[second]) for first, second in RATIOS}
+    found["ratios"] = {
+        f"{first} / {second}": ratio(seconds[first], seconds[second])
+        for first, second in RATIOS
+        if first in names and second in names
+    }
 
 
 def peak(name: str, args: argparse.Namespace) -> dict[str, int]:
@@ -210,8 +218,11 @@ def verdict(result: dict[str, Any]) -> dict[str, bool]:
     passes = {}
     for mode, found in result.get("time", {}).items():
         medians = {name: each["median"] for name, each in found["ratios"].items()}
-        passes[f"time as QLoRA, checkpointing {mode}"] = medians["own_dora / own_lora"] <= 1.05
         passes[f"faster than PEFT QLoRA, checkpointing {mode}"] = medians["own_dora / peft_lora"] < 1.0
+    for mode, batches in result.get("pairs", {}).items():
+        for batch, found in batches.items():
+            median = found["ratios"]["own_dora / own_lora"]["median"]
+            passes[f"time as QLoRA, checkpointing {mode}, {batch} examples a step"] = median <= 1.05
     for mode, found in result.get("peaks", {}).items():
         own, lora, peer = (found[name]["peak_bytes"] for name in ("own_dora", "own_lora", "peft_lora"))
         passes[f"memory as QLoRA, checkpointing {mode}"] = own <= 1.05 * lora

@@ -17,6 +17,7 @@ from typing import Any
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
+_KEY_FILE = ".resume-key"
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
@@ -64,10 +65,15 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[Path]:
     """A directory to fill; it gets the name `path` when the block ends, and is removed when the block raises.
 
     An older directory of that name is replaced; it goes only once the new one is whole.
+
+    Args:
+        path: The final name.
+        resume_key: What the content follows from. With a key an interrupt (Ctrl-C, a kill) leaves what was written, and
+            the next call with the same key yields it again; with another key, or none, it is removed first.
 
     Raises:
         OSError: From writing, flushing or renaming; `path` is as it was before.
@@ -75,10 +81,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}{PARTIAL}")
     old = path.with_name(f".{path.name}{REPLACED}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    key_file = aside / _KEY_FILE
     try:
-        remove_directory(aside)
-        aside.mkdir()
+        if resume_key is None or not key_file.is_file() or key_file.read_text(encoding="utf-8") != resume_key:
+            remove_directory(aside)
+            aside.mkdir()
+        if resume_key is not None:
+            atomic_write_text(key_file, resume_key)
         yield aside
+        key_file.unlink(missing_ok=True)
         for folder, _, files in os.walk(aside, topdown=False):
             for file in files:
                 sync(Path(folder, file))
@@ -87,9 +98,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             remove_directory(old)
             os.rename(path, old)
         os.rename(aside, path)
-    except BaseException:
-        with suppress(OSError):
-            remove_directory(aside)
+    except BaseException as error:
+        if resume_key is None or isinstance(error, Exception):
+            with suppress(OSError):
+                remove_directory(aside)
         if old.exists() and not path.exists():
             os.rename(old, path)
         raise

@@ -182,13 +182,19 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16 or float32; float16 (merged), the run's own (nf4-lora).")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Merge on the dequantized base, which was trained, or on the original weights.")
+    ] = None,
+    requantize: Annotated[bool, typer.Option("--requantize", help="Quantise the merge to 4 bits again.")] = False,
+    shard_size: Annotated[str | None, typer.Option(help="Of a weights file, as in 2GB; 5GiB if left out.")] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
     json_: Json = False,
 ) -> None:
     """Write the model in a form to deploy, reload it plainly and compare it with the running one."""
-    from qdora.verbs.export import export_run
+    from qdora.verbs.export import ExportOptions, export_run
 
-    _emit(export_run(run, out, format_=format_, dtype=dtype, step=step), json_)
+    options = ExportOptions(format_, dtype, base, requantize, shard_size, step)
+    _emit(export_run(run, out, options), json_)
 
 
 @app.command()

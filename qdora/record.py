@@ -39,8 +39,8 @@ _STEP = re.compile(r"step-(\d+)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FULL = "the disk is full"
 
-# What a resumed run may change. Most of it reaches no number of the training. Learning rate and clipping do: they are
-# the way on after a step that was not finite, as the size of a micro-batch is after one that did not fit.
+# What a resumed run may change. Most of it reaches no number of the training. Learning rate, clipping and what is done
+# about bad steps do: they are the way on after one, as the size of a micro-batch is after one that did not fit.
 MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
@@ -48,6 +48,9 @@ MAY_CHANGE = (
     "train.micro_batch_tokens",
     "train.lr",
     "train.clip",
+    "train.on_bad_step",
+    "train.max_skips",
+    "train.spike",
     "eval",
     "memory",
     "trackers",
@@ -182,13 +185,13 @@ class RunDirectory:
             write_complete(path, step)
 
     @contextmanager
-    def adapter_directory(self) -> Iterator[Path]:
-        """An empty directory that becomes adapter/ when the block ends; an older adapter stays until then.
+    def result_directory(self, *parts: str) -> Iterator[Path]:
+        """An empty directory that gets its name below the run when the block ends; an older one stays until then.
 
         Raises:
             RunFailure: The disk is full or cannot be written; names the newest whole checkpoint.
         """
-        with self._disk_failures("the adapter"), atomic_directory(self.adapter) as path:
+        with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
             yield path
 
     def newest_checkpoint(self) -> Checkpoint | None:

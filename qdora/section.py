@@ -49,6 +49,9 @@ Positive = Annotated[
 NotNegative = Annotated[
     float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number, 0 or more")
 ]
+Factor = Annotated[
+    float, Field(gt=1, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number above 1")
+]
 Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_as_number), allowed("a number, at least 0 and below 1")]
 Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_as_number)]
 Warmup = Annotated[

@@ -10,6 +10,7 @@ from pydantic import Field, Strict
 from qdora.section import (
     AutoTokens,
     Beta,
+    Factor,
     Fault,
     Flag,
     NotNegative,
@@ -63,6 +64,14 @@ class TrainConfig(Section):
     """Adam's epsilon. Adam, arXiv 1412.6980, sec. 2."""
     clip: Positive | None = 1.0
     """Largest norm of the whole gradient; null: no clipping."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite, or whose loss is a spike, is never applied; its examples are kept in
+    bad-steps/. stop: the run ends before it. skip: the run goes on with the next step."""
+    max_skips: Whole = 5
+    """Steps that may be skipped in a row; at the next bad one the run stops."""
+    spike: Factor | None = None
+    """A loss above so many times the median loss of the last 32 applied steps (8 at the least) is a spike. None: none
+    is."""
     seed: Seed = 0
     """Seed of lora_A's start and of dropout."""
     log_every: Whole = 1
@@ -74,6 +83,7 @@ class TrainConfig(Section):
 
     def unused(self) -> dict[str, str]:
         found = {"eps": f"train.optimizer {self.optimizer} has none"} if "lion" in self.optimizer else {}
+        found |= {"max_skips": "train.on_bad_step stop skips none"} if self.on_bad_step == "stop" else {}
         return found | ({"lr_end": "train.schedule constant does not fall"} if self.schedule == "constant" else {})
 
     def faults(self) -> Iterator[Fault]:

@@ -29,6 +29,8 @@ def test_step_time(tmp_path: Path) -> None:
     assert len(seconds) == 7
     assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
     assert result["time"]["on"]["ratios"]["own_dora / own_lora"]["median"] > 0
+    (pair,) = result["pairs"]["on"].values()
+    assert set(pair["seconds"]) == {"own_lora", "own_dora"}
     (peak,) = result["peaks"]["on"].values()
     assert peak["peak_bytes"] == peak["loaded_bytes"] + peak["added_bytes"]
 
@@ -158,7 +160,9 @@ def test_mixing(tmp_path: Path) -> None:
 
 def test_combined_vs_solo(tmp_path: Path) -> None:
     options = ("--steps", "2", "--per-task", "1", "--limit", "3", "--seeds", "0,1")
-    result = smoke(tmp_path, "combined_vs_solo.py", *options, "--arms", "combined,solo,without", "--kinds", "dora")
+    result = smoke(
+        tmp_path, "combined_vs_solo.py", *options, "--arms", "combined,solo,without,pcgrad", "--kinds", "dora"
+    )
     found = result["kinds"]["dora"]
     assert found["seeds"] == found["left_out_seeds"] == ["0", "1"]
     tasks = ["demo/facts", "demo/odd", "demo/cause"]
@@ -173,6 +177,7 @@ def test_combined_vs_solo(tmp_path: Path) -> None:
         each = found["combined - solo"]["nll"][task]
         assert abs(each["value"] - (scores["combined"][task]["nll"] - scores["solo"][task]["nll"])) < 1e-9
         assert each["lower"] <= each["value"] <= each["upper"]
+    assert list(found["combined - remedy"]["pcgrad"]["nll"]) == [*tasks, "average"]
     # Same examples, so same tokens; same steps.
     costs = found["cells"]
     solo = [costs[f"solo {task}"]["num_tokens"] for task in tasks]

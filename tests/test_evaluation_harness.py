@@ -18,7 +18,7 @@ from qdora.errors import UserError
 from qdora.evaluation import harness as module
 from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks, harness_table
 from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import export_run
+from qdora.verbs.export import ExportOptions, export_run
 from qdora.verbs.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
@@ -186,7 +186,7 @@ def test_a_local_task_runs_offline_on_a_run_its_merged_model_and_the_base(run: P
     task = adapted["harness"]["tasks"]["own_letters"]
     assert (task["num_examples"], task["num_fewshot"]) == (23, 0)
     assert json.loads((run / "eval/final-harness.json").read_text())["tasks"]["own_letters"] == task
-    export_run(run, tmp_path / "merged", dtype="float32")
+    export_run(run, tmp_path / "merged", ExportOptions(dtype="float32"))
     merged = evaluate_target(str(tmp_path / "merged"), **options)["harness"]["tasks"]["own_letters"]
     assert merged["metrics"]["acc"] == pytest.approx(task["metrics"]["acc"], abs=1.5 / 23)  # a near tie may turn
     assert set(task["metrics"]) == {"acc", "acc_stderr"}

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli"},
     {"verbs"},
-    {"train", "evaluation"},
+    {"train", "evaluation", "analysis"},
     {"memory"},
     {"model", "doctor"},
     {"nn", "data"},

@@ -483,10 +483,10 @@ def test_resume_clears_leftovers_and_restores_what_was_being_replaced(run: RunDi
 
 def test_adapter_is_replaced_whole(run: RunDirectory) -> None:
     for content in ("one", "two"):
-        with run.adapter_directory() as path:
+        with run.result_directory("adapter") as path:
             (path / "adapter.txt").write_text(content)
             assert run.adapter.exists() is (content == "two")
-    with pytest.raises(RunFailure, match="the adapter could not be written"), run.adapter_directory() as path:
+    with pytest.raises(RunFailure, match="adapter/ could not be written"), run.result_directory("adapter") as path:
         full_disk()
     assert tree(run.adapter) == {"adapter.txt": b"two"}
 

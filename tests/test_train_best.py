@@ -19,7 +19,7 @@ from qdora.errors import Interrupted, UserError
 from qdora.train.best import BestSoFar
 from qdora.verbs import run_writer
 from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import export_run
+from qdora.verbs.export import ExportOptions, export_run
 from qdora.verbs.train import train_run
 from tests import launched, tiny_run
 from tests.run_files import assert_same_run, same_tensors, stop_after, timeless
@@ -85,7 +85,7 @@ def test_eval_and_export_take_the_best_step(stopped_run: Path, tmp_path: Path) -
     found = values(stopped_run)
     document = evaluate_target(str(stopped_run), console=Console(quiet=True))
     assert document["evaluation"]["average"]["nll_per_token"] == min(found.values())
-    export_run(stopped_run, tmp_path / "peft", format_="peft", console=Console(quiet=True))
+    export_run(stopped_run, tmp_path / "peft", ExportOptions(format_="peft"), console=Console(quiet=True))
     same_tensors(tmp_path / "peft/adapter_model.safetensors", stopped_run / ADAPTER)
 
 

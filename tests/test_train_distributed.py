@@ -178,7 +178,7 @@ def broken(rank: int, settings: Recipe, directory: Path) -> None:
 def test_where_one_cannot_compute_both_stop_with_the_state_and_the_whole_batch(root: Path, tmp_path: Path) -> None:
     settings = recipe(root)
     assert launched.run(2, broken, settings, tmp_path) == ["", ""]
-    kept = json.loads((tmp_path / "failed-batch.json").read_text())
+    kept = json.loads((tmp_path / "bad-steps/step-3/batch.json").read_text())
     assert len(kept["examples"]) == 4
     assert launched.run(2, train, settings, tmp_path, True) == ["", ""]
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]

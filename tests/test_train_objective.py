@@ -146,7 +146,7 @@ def test_weights_multiply_the_tokens_of_a_task() -> None:
     weights = TaskWeights({"one": 2.0, "two": 0.25, "three": 1.0})
     total = sum(weights.weights[name] * count for name, count in step.task_label_tokens.items())
     own = gradients_of_tasks(model, examples, total)
-    metrics = _gradient_of_step(model, step, torch.device("cpu"), None, Objective(weights))
+    metrics, _ = _gradient_of_step(model, step, torch.device("cpu"), None, Objective(weights))
     expected = sum(weights.weights[name] * own[name] for name in NAMES)
     assert reference.relative_error(flat_gradient(model).numpy(), expected) < 1e-5
     told = sum(task["nll_sum"] for task in metrics["tasks"].values()) / step.num_label_tokens

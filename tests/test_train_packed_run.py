@@ -70,7 +70,7 @@ def test_a_batch_that_is_kept_lists_its_examples_one_by_one(
     make_gradients_nan(monkeypatch)
     with pytest.raises(RuntimeError, match="is not finite"):
         train_run(tiny_run.recipe(root, data__packing=True, train__batch=12), tmp_path)
-    kept = json.loads((tmp_path / "failed-batch.json").read_text())["examples"]
+    kept = json.loads((tmp_path / "bad-steps/step-1/batch.json").read_text())["examples"]
     assert len({each["id"] for each in kept}) == 12
     for each in kept:
         labelled = [token for token, label in zip(each["input_ids"], each["labels"], strict=True) if label != -100]

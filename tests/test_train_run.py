@@ -21,7 +21,7 @@ from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.recipe_file import resolved_yaml
 from qdora.train import loop
 from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import export_run
+from qdora.verbs.export import ExportOptions, export_run
 from qdora.verbs.train import train_run
 from tests import tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless
@@ -143,9 +143,9 @@ def test_nan_loss_stops_with_the_state_before_it_and_the_batch(
         return result
 
     monkeypatch.setattr(loop, "batch_loss", poisoned)
-    with pytest.raises(RunFailure, match=r"step 4: loss nan is not finite.*Safe on disk: .*step-3, .*failed-batch"):
+    with pytest.raises(RunFailure, match=r"step 4: loss nan is not finite.*Safe on disk: .*step-3, .*bad-steps/step-4"):
         train_run(recipe, tmp_path / "run")
-    kept = json.loads((tmp_path / "run/failed-batch.json").read_text())
+    kept = json.loads((tmp_path / "run/bad-steps/step-4/batch.json").read_text())
     assert len(kept["examples"]) == 4
     monkeypatch.undo()
     train_run(recipe, tmp_path / "run", resume=True)
@@ -164,7 +164,7 @@ def test_other_arms_run_evaluate_and_export(root: Path, tmp_path: Path, kind: st
     train_run(tiny_run.recipe(root, **changes), tmp_path / "run")
     document = evaluate_target(str(tmp_path / "run"))
     assert document["label"] == {"lora": "final", "full": "final", "none": "base"}[kind]
-    exported = export_run(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    exported = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
     assert exported["verification"]["passed"]
     assert exported["num_merged_layers"] == (14 if kind == "lora" else 0)
     if kind == "full":
@@ -188,7 +188,7 @@ def test_full_fine_tuning_resumes_bit_for_bit(root: Path, tmp_path: Path, monkey
 
 
 def test_export_equals_the_running_model_and_evaluates_alike(whole: Path, tmp_path: Path) -> None:
-    exported = export_run(whole, tmp_path / "merged", dtype="float32")
+    exported = export_run(whole, tmp_path / "merged", ExportOptions(dtype="float32"))
     check = exported["verification"]
     assert check["passed"]
     assert check["exported_vs_running"]["max_logit_difference"] < 1e-4
@@ -196,7 +196,7 @@ def test_export_equals_the_running_model_and_evaluates_alike(whole: Path, tmp_pa
     merged = evaluate_target(str(tmp_path / "merged"), like=whole)["evaluation"]["average"]
     run = evaluate_target(str(whole))["evaluation"]["average"]
     assert merged["nll_per_token"] == pytest.approx(run["nll_per_token"], rel=0.05)
-    adapter = export_run(whole, tmp_path / "adapter", format_="peft")
+    adapter = export_run(whole, tmp_path / "adapter", ExportOptions(format_="peft"))
     assert adapter["format"] == "peft"
     same_tensors(tmp_path / "adapter/adapter_model.safetensors", whole / "adapter/adapter_model.safetensors")
 
@@ -297,7 +297,7 @@ def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path,
     run = tmp_path / "run"
     train_run(tiny_run.recipe(root, train__steps=4, eval__every=2), run)
     assert evaluate_target(str(run), step=2)["label"] == "step-2"
-    exported = export_run(run, tmp_path / "out", step=2, dtype="float32")
+    exported = export_run(run, tmp_path / "out", ExportOptions(dtype="float32", step=2))
     assert exported["state"] == "step-2"
     card = (tmp_path / "out/README.md").read_text()
     numbers = json.loads((run / "eval/step-2.json").read_text())["tasks"]["sums"]["nll_per_token"]
@@ -308,7 +308,7 @@ def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path,
 def test_export_works_when_the_data_is_gone(tmp_path: Path) -> None:
     train_run(tiny_run.recipe(tmp_path, train__steps=1), tmp_path / "run")
     (tmp_path / "data/sums.jsonl").unlink()
-    assert export_run(tmp_path / "run", tmp_path / "out", dtype="float32")["verification"]["passed"]
+    assert export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="float32"))["verification"]["passed"]
     with pytest.raises(UserError, match="is not empty"):
         export_run(tmp_path / "run", tmp_path / "out")
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.errors import UserError
-from qdora.verbs.export import export_run
+from qdora.verbs.export import ExportOptions, export_run, parse_size
 from qdora.verbs.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_nf4_lora(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    exported = export_run(run, out, format_="nf4-lora")
+    exported = export_run(run, out, ExportOptions(format_="nf4-lora"))
     check = exported["verification"]
     assert check["passed"], check["faults"]
     assert check["exported_vs_reference"]["max_logit_difference"] < 1e-5
@@ -44,7 +44,51 @@ def test_nf4_lora(run: Path, tmp_path: Path) -> None:
 
 def test_options_without_effect_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dtype: has no effect on --format peft"):
-        export_run(run, tmp_path / "out", format_="peft", dtype="float16")
+        export_run(run, tmp_path / "out", ExportOptions(format_="peft", dtype="float16"))
     with pytest.raises(UserError, match=r"allowed: merged, peft, nf4-lora\. Did you mean 'nf4-lora'\?"):
-        export_run(run, tmp_path / "out", format_="nf4lora")
+        export_run(run, tmp_path / "out", ExportOptions(format_="nf4lora"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, row",
+    [
+        (ExportOptions(dtype="bfloat16", shard_size="30KB"), "| merged, adapter in float32 |"),
+        (ExportOptions(dtype="float32", base="original"), "| merged on the original weights, adapter in float32 |"),
+        (ExportOptions(requantize=True), "| merged and quantised again, adapter in float32 |"),
+    ],
+)
+def test_the_merges(run: Path, tmp_path: Path, options: ExportOptions, row: str) -> None:
+    out = tmp_path / "out"
+    exported = export_run(run, out, options)
+    check = exported["verification"]
+    assert check["passed"], check["faults"]
+    assert row in (out / "README.md").read_text()
+    assert (len(exported["files"]) > 3) == (options.shard_size is not None)
+    assert (exported["base"], exported["requantized"]) == (options.base or "dequantized", options.requantize)
+    difference = check["exported_vs_reference"]["mean_logit_difference"]
+    if options.requantize:
+        assert difference > 1e-3
+        assert "quantization_config" in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("text, size", [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("500 MB", 5 * 10**8)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "2", "GB", "-1GB", "0GB", "2TB", "2gb"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UserError, match="allowed: a number and one of KB, MB, GB, KiB, MiB, GiB"):
+        parse_size(text)
+
+
+def test_bases_and_requantisation_are_of_the_merge_alone(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        export_run(run, tmp_path / "out", ExportOptions(format_="nf4-lora", base="original", requantize=True))
+    assert raised.value.faults[:2] == (
+        "--base: has no effect on --format nf4-lora.",
+        "--requantize: has no effect on --format nf4-lora.",
+    )
+    with pytest.raises(UserError, match=r"--base: 'orignal', allowed: dequantized, original\. Did you mean 'original'"):
+        export_run(run, tmp_path / "out", ExportOptions(base="orignal"))

@@ -191,6 +191,50 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     """
     if adapted_layers(model):
         raise ValueError("the model carries adapters already; load_adapter needs the bare base.")
+    layout, stored = read_adapter(model, directory)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    adapted = {}
+    for path, found in stored.items():
+        layer = AdaptedLinear(
+            as_frozen(model.get_submodule(path)),
+            kind=layout.kind,
+            rank=layout.rank_of(path),
+            alpha=layout.alpha_of(path),
+            rank_stabilized=layout.rank_stabilized,
+            dropout=layout.dropout,
+            dtype=torch.promote_types(found.lora_A.dtype, found.lora_B.dtype) if dtype is None else dtype,
+            generator=torch.Generator().manual_seed(0),  # the start is overwritten; leave the caller's generator alone
+        )
+        with torch.no_grad():
+            layer.lora_A.copy_(found.lora_A)
+            layer.lora_B.copy_(found.lora_B)
+            if layer.magnitude is not None and found.magnitude is not None:
+                layer.magnitude.copy_(found.magnitude)
+        layer.train(model.training)
+        replace_module(model, path, layer)
+        adapted[path] = layer
+    return adapted
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLayer:
+    """The tensors of one layer in an adapter file, on the CPU; `scaling` is s, `magnitude` None for LoRA."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None
+    scaling: float
+
+
+def read_adapter(model: nn.Module, directory: Path) -> tuple[AdapterLayout, dict[str, StoredLayer]]:
+    """The adapter of `directory` as it fits on `model`, of which only names and shapes are read (it may be on "meta").
+
+    Returns:
+        Its settings; path -> tensors in model order.
+    Raises:
+        UserError: As of `load_adapter`.
+    """
     described = describe_adapter(directory)
     layout = described.layout
     linear, faults = _selected(model, layout, str(directory / CONFIG_FILE))
@@ -200,31 +244,17 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     tensors, tensor_faults = _read_tensors(directory / WEIGHTS_FILE, expected)
     if faults or tensor_faults:
         raise UserError(*faults, *tensor_faults)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    adapted = {}
-    for path, module in linear.items():
+    found = {}
+    for path in linear:
         a_name, b_name, m_name = _names(path)
-        a, b = tensors[a_name], tensors[b_name]
-        layer = AdaptedLinear(
-            as_frozen(module),
-            kind=layout.kind,
-            rank=layout.rank_of(path),
-            alpha=layout.alpha_of(path),
-            rank_stabilized=layout.rank_stabilized,
-            dropout=layout.dropout,
-            dtype=torch.promote_types(a.dtype, b.dtype) if dtype is None else dtype,
-            generator=torch.Generator().manual_seed(0),  # the start is overwritten; leave the caller's generator alone
-        )
-        with torch.no_grad():
-            layer.lora_A.copy_(a)
-            layer.lora_B.copy_(b)
-            if layer.magnitude is not None:
-                layer.magnitude.copy_(tensors[m_name])
-        layer.train(model.training)
-        replace_module(model, path, layer)
-        adapted[path] = layer
-    return adapted
+        scaling = _scaling(layout, path)
+        found[path] = StoredLayer(tensors[a_name], tensors[b_name], tensors.get(m_name), scaling)
+    return layout, found
+
+
+def _scaling(layout: AdapterLayout, path: str) -> float:
+    rank = layout.rank_of(path)
+    return layout.alpha_of(path) / (math.sqrt(rank) if layout.rank_stabilized else rank)
 
 
 def factor_names(path: str) -> tuple[str, str]:
@@ -289,8 +319,7 @@ def _scaling_faults(described: AdapterDescription, linear: Mapping[str, nn.Modul
     faults = []
     layout = described.layout
     for path in linear if described.scalings is not None else ():
-        rank = layout.rank_of(path)
-        scaling = layout.alpha_of(path) / (math.sqrt(rank) if layout.rank_stabilized else rank)
+        scaling = _scaling(layout, path)
         recorded = (described.scalings or {}).get(path)
         if recorded is None or not math.isclose(recorded, scaling, rel_tol=1e-12):
             faults.append(f"{path} ({recorded} recorded, {scaling} by {CONFIG_FILE})")

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
 
 from qdora.errors import UserError
 from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
@@ -40,6 +43,26 @@ def stored_kind(settings: object) -> str | None:
             "Name the model it was made from."
         )
     return "int8" if table.get("load_in_8bit") else str(table.get("bnb_4bit_quant_type", "fp4"))
+
+
+def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
+    """What makes transformers build bitsandbytes layers for all linear layers but the `dense` ones.
+
+    Args:
+        kind: "nf4" or "fp4".
+        double_quant: Whether the block scales are double quantised.
+        dtype: In which bitsandbytes computes.
+        dense: Paths of the linear layers that are not quantised.
+    """
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(dense),
+    )
+    found: dict[str, Any] = settings.to_dict()
+    return found
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:

@@ -10,13 +10,21 @@ import yaml
 
 import qdora
 
-Form = Literal["run", "merged", "nf4-lora"]
+Form = Literal["run", "merged", "original", "requantized", "nf4-lora"]
 
 _CONTENTS: dict[Form, str] = {
     "run": "This directory is the run: `adapter/` is what was trained, in PEFT's format, on the quantised base.",
     "merged": (
         "Base and adapter are merged into one dense weight per layer: the quantised base was dequantised and the "
         "adapter applied in float32, and the result rounded once."
+    ),
+    "original": (
+        "The adapter is merged on the original weights of the base, with the norm of DoRA taken anew there; it was "
+        "trained on the quantised base, so this is a relative of the trained model and not that model."
+    ),
+    "requantized": (
+        "Base and adapter are merged in float32 and quantised again to 4 bits, as a bitsandbytes checkpoint: a second "
+        "rounding on top of the one that the adapter was trained on."
     ),
     "nf4-lora": (
         "The base is a bitsandbytes 4-bit checkpoint into whose block scales the gain of DoRA is multiplied; "
@@ -30,7 +38,13 @@ _CONTENTS: dict[Form, str] = {
         "```"
     ),
 }
-_CHECKED: dict[Form, str] = {"run": "", "merged": "merged", "nf4-lora": "4-bit base and LoRA"}
+_CHECKED: dict[Form, str] = {
+    "run": "",
+    "merged": "merged",
+    "original": "merged on the original weights",
+    "requantized": "merged and quantised again",
+    "nf4-lora": "4-bit base and LoRA",
+}
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.atomic_files import json_text
+from qdora.atomic_files import PARTIAL, atomic_write_json, json_text
 from qdora.errors import RunFailure, UserError
 from qdora.model.export_plan import Planned
 from qdora.model.safetensors_writer import TensorSpec, plan_shards, shard_index, write_safetensors
 
 INDEX_FILE = "model.safetensors.index.json"
+DONE_FILE = ".done.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_SHARD_BYTES = 5 * 2**30
 _SLICE = 1 << 24  # elements cast at a time: bounds the float32 copy of an embedding to 64 MiB
@@ -66,15 +69,21 @@ def check_space(out_dir: Path, planned: Sequence[Planned]) -> None:
 
 
 def write_weights(
-    partial: Path, planned: Sequence[Planned], max_shard_bytes: int, progress: Progress | None = None
+    partial: Path,
+    planned: Sequence[Planned],
+    max_shard_bytes: int,
+    progress: Progress | None = None,
+    *,
+    resumable: bool = False,
 ) -> WrittenWeights:
     """Write the shards and their index; one tensor of the output is in memory at a time.
 
     Args:
-        partial: Directory that is being filled.
+        partial: Directory that is being filled. Where `resumable`, shards that `DONE_FILE` in it names are kept.
         planned: The tensors.
         max_shard_bytes: Size of a file; a single larger tensor gets a file of its own.
         progress: Called after each tensor with (bytes done, bytes in all).
+        resumable: Note each whole shard in `DONE_FILE`.
     Raises:
         UserError: A weight outside the range of its dtype (named, with the largest value).
         RunFailure: A weight that is NaN or infinite.
@@ -84,27 +93,65 @@ def write_weights(
     total = sum(item.spec.num_bytes for item in planned)
     makers = {item.spec.name: item.make for item in planned}
     caster = Caster()
+    whole = _whole_shards(partial) if resumable else {}
     done = 0
 
-    def values(specs: list[TensorSpec]) -> Iterator[Tensor]:
+    def count(spec: TensorSpec) -> None:
         nonlocal done
+        done += spec.num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    def values(specs: Sequence[TensorSpec]) -> Iterator[Iterator[Tensor]]:
         for spec in specs:
-            tensor = caster.cast(spec, makers[spec.name]())
-            yield tensor
-            # Dropped before the next is made, or two would be in memory.
-            del tensor
-            done += spec.num_bytes
-            if progress is not None:
-                progress(done, total)
+            yield caster.parts(spec, makers[spec.name]())
+            count(spec)
 
     for file, specs in shards.items():
-        write_safetensors(partial / file, specs, values(specs))
+        names = {spec.name for spec in specs}
+        if file in whole:
+            caster.add(whole[file])
+            for spec in specs:
+                count(spec)
+            continue
+        caster.begin_shard()
+        # In the order of the plan, in which tensors that are made together stand together.
+        order = [item.spec for item in planned if item.spec.name in names]
+        aside = partial / f".{file}{PARTIAL}"
+        aside.unlink(missing_ok=True)
+        write_safetensors(aside, specs, values(order), order=order)
+        os.replace(aside, partial / file)
+        whole[file] = caster.shard
+        if resumable:
+            atomic_write_json(partial / DONE_FILE, {name: asdict(found) for name, found in whole.items()})
     caster.raise_faults()
     if len(shards) > 1:
         (partial / INDEX_FILE).write_text(json_text(shard_index(shards), indent=2) + "\n", encoding="utf-8")
+    (partial / DONE_FILE).unlink(missing_ok=True)
+    found = caster.total
     return WrittenWeights(
-        tuple(shards), len(planned), total, caster.max_abs, caster.max_abs_tensor, caster.num_underflowed
+        tuple(shards), len(planned), total, found.max_abs, found.max_abs_tensor, found.num_underflowed
     )
+
+
+def _whole_shards(partial: Path) -> dict[str, Seen]:
+    """The shards that an interrupted export finished, and what was seen in them."""
+    file = partial / DONE_FILE
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {name: Seen(**seen) for name, seen in found.items() if (partial / name).is_file()}
+
+
+@dataclass
+class Seen:
+    """What was seen in the values of a shard."""
+
+    max_abs: float = 0.0
+    max_abs_tensor: str = ""
+    num_underflowed: int = 0
+    too_large: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
 
 
 class Caster:
@@ -114,45 +161,61 @@ class Caster:
     """
 
     def __init__(self) -> None:
-        self.max_abs = 0.0
-        self.max_abs_tensor = ""
-        self.num_underflowed = 0
-        self.too_large: list[str] = []
-        self.not_finite: list[str] = []
+        self.total = Seen()
+        self.shard = Seen()
 
-    def cast(self, spec: TensorSpec, tensor: Tensor) -> Tensor:
-        """`tensor` in the dtype of `spec` on the CPU; integer tensors as they are."""
+    def begin_shard(self) -> None:
+        """From here on values belong to a new shard."""
+        self.shard = Seen()
+
+    def parts(self, spec: TensorSpec, tensor: Tensor) -> Iterator[Tensor]:
+        """The flat parts of `tensor`, in the dtype of `spec`, on the CPU; an integer tensor in one, as it is."""
         if not tensor.is_floating_point():
-            return tensor.cpu()
+            yield tensor.cpu().reshape(-1)
+            return
         flat = tensor.detach().reshape(-1)
-        out = torch.empty(flat.shape, dtype=spec.dtype)
-        largest, num_bad = 0.0, 0
+        largest, num_bad, num_underflowed = 0.0, 0, 0
         for start in range(0, flat.numel(), _SLICE):
             part = flat[start : start + _SLICE]
             finite = torch.isfinite(part)
             num_bad += part.numel() - int(finite.sum())
             largest = max(largest, float(torch.where(finite, part, 0).abs().max()))
             cast = part.to(spec.dtype)
-            self.num_underflowed += int(((cast == 0) & (part != 0)).sum())
-            out[start : start + _SLICE] = cast
-        if largest > self.max_abs:
-            self.max_abs, self.max_abs_tensor = largest, spec.name
+            num_underflowed += int(((cast == 0) & (part != 0)).sum())
+            del part, finite
+            yield cast.cpu()
+            del cast
+        seen = Seen(largest, spec.name, num_underflowed)
         limit = torch.finfo(spec.dtype).max
         if num_bad:
-            self.not_finite.append(f"{spec.name}: {num_bad} of {flat.numel()} values are NaN or infinite.")
+            seen.not_finite.append(f"{spec.name}: {num_bad} of {flat.numel()} values are NaN or infinite.")
         elif largest > limit:
-            self.too_large.append(
+            seen.too_large.append(
                 f"{spec.name}: largest |w| is {largest:.6g}, allowed in {str(spec.dtype).removeprefix('torch.')}: at "
                 f"most {limit:.6g}. Export in bfloat16 or float32."
             )
-        return out.reshape(tensor.shape)
+        _add(self.shard, seen)
+        _add(self.total, seen)
+
+    def add(self, seen: Seen) -> None:
+        """Count a shard that was written before."""
+        _add(self.total, seen)
 
     def raise_faults(self) -> None:
         """Raise what was remembered; NaN first, which no other dtype would cure."""
-        if self.not_finite:
-            raise RunFailure("The merged model is broken, nothing was written. " + " ".join(_few(self.not_finite)))
-        if self.too_large:
-            raise UserError(*_few(self.too_large))
+        if self.total.not_finite:
+            faults = " ".join(_few(self.total.not_finite))
+            raise RunFailure(f"The merged model is broken, nothing was written. {faults}")
+        if self.total.too_large:
+            raise UserError(*_few(self.total.too_large))
+
+
+def _add(total: Seen, seen: Seen) -> None:
+    if seen.max_abs > total.max_abs:
+        total.max_abs, total.max_abs_tensor = seen.max_abs, seen.max_abs_tensor
+    total.num_underflowed += seen.num_underflowed
+    total.too_large += seen.too_large
+    total.not_finite += seen.not_finite
 
 
 def _few(faults: list[str]) -> list[str]:

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.atomic_files import atomic_directory, json_text
 from qdora.errors import RunFailure, UserError
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_names
+from qdora.model.bnb_checkpoint import quantization_config
 from qdora.model.checkpoint import shorten
 from qdora.model.export_directory import (
     MAX_SHARD_BYTES,
@@ -167,7 +168,7 @@ def export_nf4_lora(
     folding = _Folding(dtype)
     planned, config = plan_export(model, dtype, folding.weight_sources)
     kind, block_size = _stored_form(model)
-    config.quantization_config = _quantization_config(model, kind, dtype)
+    config.quantization_config = quantization_config(kind, double_quant=False, dtype=dtype, dense=_dense_layers(model))
     check_space(out_dir, planned)
     try:
         with atomic_directory(out_dir) as partial:
@@ -236,26 +237,17 @@ def _stored_form(model: nn.Module) -> tuple[str, int]:
     return first.kind, first.block_size
 
 
-def _quantization_config(model: nn.Module, kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What makes transformers build bitsandbytes layers for the packed weights, and only for these."""
+def _dense_layers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers that stay dense."""
     packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.packed_weight}
     inside = tuple(f"{path}." for path in adapted_layers(model))
-    dense = [
+    return [
         path
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | FrozenLinear | AdaptedLinear)
         and path not in packed
         and not path.startswith(inside)
     ]
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=False,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=dense,
-    )
-    found: dict[str, Any] = settings.to_dict()
-    return found
 
 
 def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str) -> int:

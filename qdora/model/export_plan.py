@@ -61,8 +61,20 @@ def plan_export(
         dtype: Of all float tensors whose source does not fix one.
         weights: The tensors of an adapted or frozen layer; one dense `weight` if left out.
     """
+    return plan_sources(model, dict(_sources(model, weights or dense_weight_sources)), dtype)
+
+
+def plan_sources(
+    model: PreTrainedModel, sources: Mapping[str, Source], dtype: torch.dtype
+) -> tuple[list[Planned], PreTrainedConfig]:
+    """As `plan_export`, for tensors that need not be in the model.
+
+    Args:
+        model: For names and config; may be on "meta".
+        sources: Name in the model -> tensor, in the output's order.
+        dtype: Of all float tensors whose source does not fix one.
+    """
     config = _plain_config(model, dtype)
-    sources = dict(_sources(model, weights or dense_weight_sources))
     redundant = set()
     for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         first, second = sources.get(target), sources.get(origin)

@@ -200,9 +200,9 @@ def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]
     if faults:
         raise UserError(*faults)
     # What a model keeps in float32 beside float16 is too sensitive for 4 bits as well.
-    wide = _float32_names(model, torch.float16)
+    wide = wide_names(model, torch.float16)
     _report_experts(model)
-    return {name for name in linear.keys() - skipped if not _is_wide(f"{name}.weight", wide)}
+    return {name for name in linear.keys() - skipped if not is_wide(f"{name}.weight", wide)}
 
 
 def place_all(
@@ -215,7 +215,7 @@ def place_all(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Read every stored tensor and put it into the model, those of `layers` quantised."""
-    wide = _float32_names(model, compute_dtype)
+    wide = wide_names(model, compute_dtype)
     for done, (name, value) in enumerate(iterate_tensors(stored), start=1):
         layer, _, leaf = name.rpartition(".")
         if isinstance(value, PackedWeight):
@@ -225,7 +225,7 @@ def place_all(
             _place_frozen(model, layer, packed)
             del packed
         else:
-            dtype = torch.float32 if _is_wide(name, wide) else compute_dtype
+            dtype = torch.float32 if is_wide(name, wide) else compute_dtype
             place_dense(model.get_submodule(layer), leaf, value, device, dtype)
         # Dropped before the next read, or two tensors of the checkpoint would be in memory.
         del value
@@ -336,7 +336,7 @@ def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention:
         raise UserError(*faults)
 
 
-def _float32_names(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+def wide_names(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
     """Parts of parameter names that the model wants in float32 when the rest is in `dtype`, as transformers does it."""
     names: set[str] = set()
     if dtype in (torch.float16, torch.bfloat16):
@@ -346,7 +346,8 @@ def _float32_names(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
     return sorted(names)
 
 
-def _is_wide(name: str, wide: Sequence[str]) -> bool:
+def is_wide(name: str, wide: Sequence[str]) -> bool:
+    """Whether a parameter is one of `wide_names`."""
     return any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in wide)
 
 

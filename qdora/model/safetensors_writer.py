@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -75,42 +76,71 @@ def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
 
 
 def write_safetensors(
-    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[Tensor | Iterator[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    order: Sequence[TensorSpec] | None = None,
 ) -> int:
     """Write a file whose tensors are made while it is written; synced to disk on return.
 
     Args:
         path: File to create; must not exist.
         specs: What the tensors will be, in file order.
-        tensors: The tensors in the same order; each is dropped before the next is asked for.
+        tensors: The tensors, each whole or as its flat parts in order; each is dropped before the next is asked for.
         metadata: Strings for the header; by default {"format": "pt"}, which transformers asks for.
+        order: In which the tensors come; by default as in `specs`. The file does not depend on it.
     Returns:
         Bytes written.
     Raises:
         ValueError: A tensor that is not what its spec says, too few, or too many.
         OSError: The disk is full.
     """
+    order = specs if order is None else order
     remaining = iter(tensors)
     with path.open("xb") as file:
-        file.write(header(specs, {"format": "pt"} if metadata is None else metadata))
+        end = file.write(header(specs, {"format": "pt"} if metadata is None else metadata))
+        starts = {}
         for spec in specs:
+            starts[spec.name] = end
+            end += spec.num_bytes
+        assert {spec.name for spec in order} == starts.keys()
+        for spec in order:
+            file.seek(starts[spec.name])
             tensor = next(remaining, None)
             if tensor is None:
                 raise ValueError(f"no tensor for '{spec.name}'.")
-            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                raise ValueError(
-                    f"tensor '{spec.name}' is {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"announced as {spec.dtype} {spec.shape}."
-                )
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            if flat.numel():
-                file.write(flat.view(torch.uint8).numpy().data)
-            del tensor, flat
+            if isinstance(tensor, Tensor):
+                _check(spec, tensor)
+                tensor = iter([tensor])
+            _write_parts(file, spec, tensor)
+            del tensor
         if next(remaining, None) is not None:
             raise ValueError(f"more tensors than the {len(specs)} announced.")
         file.flush()
         os.fsync(file.fileno())
-        return file.tell()
+        return end
+
+
+def _check(spec: TensorSpec, tensor: Tensor) -> None:
+    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+        raise ValueError(
+            f"tensor '{spec.name}' is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec.dtype} {spec.shape}."
+        )
+
+
+def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> None:
+    written = 0
+    for part in parts:
+        if part.dtype != spec.dtype:
+            raise ValueError(f"a part of tensor '{spec.name}' is {part.dtype}, announced as {spec.dtype}.")
+        flat = part.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            written += file.write(flat.view(torch.uint8).numpy().data)
+        del part, flat
+    if written != spec.num_bytes:
+        raise ValueError(f"the parts of tensor '{spec.name}' have {written} bytes, announced are {spec.num_bytes}.")
 
 
 def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int, stem: str = "model") -> dict[str, list[TensorSpec]]:

@@ -84,18 +84,7 @@ def load_with_peft(directory: Path, model: PreTrainedModel, device: torch.device
         device: Where to.
     """
     peft = importlib.import_module("peft")
-    base, faults = load_plainly(directory, model, device_map={"": device})
-    for parameter in base.parameters():
-        # transformers keeps the file's dtype beside quantised weights, whatever it is asked for.
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    for module in base.modules():
-        if type(module).__name__ == "Linear4bit":
-            weight: Any = module.weight
-            # The checkpoint names the dtype of deployment; the comparison is of float32 with float32.
-            module.compute_dtype = weight.quant_state.dtype = torch.float32
-            # On some CPUs bitsandbytes repacks the weight for a bf16 kernel at the first forward otherwise.
-            module.support_avx512bf16_for_cpu = False
+    base, faults = load_with_bnb(directory, model, device)
     exported = peft.PeftModel.from_pretrained(base, str(directory / ADAPTER_DIRECTORY))
     stored = load_file(directory / ADAPTER_DIRECTORY / WEIGHTS_FILE)
     held = peft.get_peft_model_state_dict(exported)
@@ -103,6 +92,23 @@ def load_with_peft(directory: Path, model: PreTrainedModel, device: torch.device
         differing = sorted(held.keys() ^ stored.keys())
         faults.append(f"PEFT has other tensors than the adapter file: {', '.join(differing[:5])} ({len(differing)})")
     return exported.eval(), faults
+
+
+def load_with_bnb(directory: Path, model: PreTrainedModel, device: torch.device) -> tuple[PreTrainedModel, list[str]]:
+    """A bitsandbytes checkpoint as a stranger loads it, computing in float32, and what did not find its place."""
+    base, faults = load_plainly(directory, model, device_map={"": device})
+    for parameter in base.parameters():
+        # transformers keeps the file's dtype beside quantised weights, whatever it is asked for.
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in base.modules():
+        if type(module).__name__ == "Linear4bit":
+            layer: Any = module
+            # The checkpoint names the dtype of deployment; the comparison is of float32 with float32.
+            layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
+            # On some CPUs bitsandbytes repacks the weight for a bf16 kernel at the first forward otherwise.
+            layer.support_avx512bf16_for_cpu = False
+    return base, faults
 
 
 def load_with_qdora(directory: Path, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

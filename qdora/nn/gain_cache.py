@@ -66,6 +66,10 @@ class GainCache:
             Detached tensors, not to be written to.
         """
         parameters = (lora_A, lora_B, magnitude)
+        entry = self._entry
+        # The usual case, asked in every forward of every layer: before anything that costs time.
+        if entry is not None and entry.dtype == dtype and _same(entry, parameters):
+            return entry.gain
         # Not under inference mode, whose tensors cannot be saved for a later backward, nor under autocast, which would
         # run float32 sums in 16 bits.
         no_autocast = torch.autocast(lora_A.device.type, enabled=False)
@@ -73,21 +77,15 @@ class GainCache:
             # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept.
             if any(isinstance(p, FakeTensor) or p.is_inference() for p in parameters):
                 return gain(magnitude, row_norm())
-            states = _states(parameters)
-            entry = self._entry
-            if entry is None or entry.dtype != dtype or not _same(entry, parameters, states, 2):
-                norm = row_norm()
-            elif _same(entry, parameters, states, 3):
-                return entry.gain
-            else:
-                norm = entry.norm
-            self._entry = _Entry(parameters, states, dtype, norm, gain(magnitude, norm))
+            known = entry is not None and entry.dtype == dtype and _same(entry, parameters[:2])
+            norm = entry.norm if entry is not None and known else row_norm()
+            self._entry = _Entry(parameters, _states(parameters), dtype, norm, gain(magnitude, norm))
             self._dtype = dtype
             return self._entry.gain
 
     def wanted(self, lora_A: Tensor, lora_B: Tensor) -> torch.dtype | None:
         """The dtype of the norm that the next `get` will compute if it asks as the last one did; None if none."""
-        if self._entry is not None and _same(self._entry, (lora_A, lora_B), _states((lora_A, lora_B)), 2):
+        if self._entry is not None and _same(self._entry, (lora_A, lora_B)):
             return None
         return self._dtype
 
@@ -96,10 +94,11 @@ def _states(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((p.data_ptr(), p._version) for p in parameters)
 
 
-def _same(entry: _Entry, parameters: tuple[Tensor, ...], states: tuple[tuple[int, int], ...], count: int) -> bool:
-    """Whether the first `count` parameters are those of the entry, unchanged."""
-    held = all(old is new for old, new in zip(entry.parameters[:count], parameters[:count], strict=True))
-    return held and entry.states[:count] == states[:count]
+def _same(entry: _Entry, parameters: tuple[Tensor, ...]) -> bool:
+    """Whether `parameters` are the entry's first ones, unchanged."""
+    # Identity first: a tensor that an entry holds has an address and a version, another one need not have them.
+    held = all(old is new for old, new in zip(entry.parameters, parameters, strict=False))
+    return held and entry.states[: len(parameters)] == _states(parameters)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from qdora.errors import Interrupted, RunFailure
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.train.backoff import OutOfMemory, Shortage, back_off, cannot_cut, shortage_of, worst
+from qdora.train.bad_steps import BadStep, BadSteps
 from qdora.train.distributed import Processes
 from qdora.train.interrupt import StopRequest
 from qdora.train.micro_batch import batch_loss
@@ -86,14 +87,14 @@ class Hooks:
         write_metrics: Takes one finished step's (or evaluation's) numbers.
         save: Writes a checkpoint of the state after `step` steps and returns its directory.
         evaluate: Measures the model after `step` steps.
-        keep_batch: Writes the step whose loss was not finite and returns the file.
+        keep_batch: Writes the examples of a step that was not applied and returns where.
         probe: Measures the interference after `step` steps and writes it; training goes on as if it had not.
     """
 
     write_metrics: Callable[[Metrics], None]
     save: Callable[[int], Path]
     evaluate: Callable[[int], Evaluated] | None = None
-    keep_batch: Callable[[Step], Path] | None = None
+    keep_batch: Callable[[BadStep], Path] | None = None
     probe: Callable[[int], None] | None = None
 
 
@@ -109,21 +110,23 @@ def fit(
     stop: StopRequest,
     start_step: int = 0,
     processes: Processes | None = None,
+    bad_steps: BadSteps | None = None,
 ) -> int:
     """Train from `start_step` to `settings.num_steps`, or until an evaluation says that it is enough.
 
     The loss of a step is the summed NLL of all its micro-batches, in all processes, over the labelled tokens of all of
     them. Every process calls every hook, for the same step. Where memory runs out, the step is computed again in
-    smaller micro-batches, and so are those after it.
+    smaller micro-batches, and so are those after it. A step that `bad_steps` finds fault with (None: one that is not
+    finite) is not applied; where it is skipped, it still counts as a step.
 
     Returns:
         Steps done; a checkpoint of that state has been written.
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
-        RunFailure: If a step cannot be computed (one example alone is too much for the memory) or its loss or gradient
-            is not finite; a checkpoint of the state before that step has been written.
+        RunFailure: If a step cannot be computed (one example alone is too much for the memory), or is bad and not
+            skipped; a checkpoint of the state before that step has been written.
     """
-    processes = processes or Processes()
+    processes, bad_steps = processes or Processes(), bad_steps or BadSteps()
     model.train()
     seconds: deque[float] = deque(maxlen=20)
     for step in range(start_step, settings.num_steps):
@@ -136,24 +139,54 @@ def fit(
             warmup=settings.warmup,
             end=settings.lr_end,
         )
-        batch, metrics, fault = _gradient_that_fits(model, optimizer, loader, settings, hooks, device, step, processes)
-        if fault is not None:
-            raise _failed_step(step, fault, batch, hooks)
-        gradient_norm = metrics["gradient_norm"]
-        if settings.clip is not None and gradient_norm > settings.clip:
-            optimizer.scale_gradients_(settings.clip / gradient_norm)
-        optimizer.step(lr)
+        before = loader.state_dict(), random_state()
+        found = _gradient_that_fits(model, optimizer, loader, settings, hooks, device, step, processes)
+        done, metrics = step + 1, {"step": step + 1, "lr": lr, **found.metrics}
+        reason = found.fault or bad_steps.fault(metrics["loss"], metrics["gradient_norm"])
+        if reason is None:
+            if settings.clip is not None and metrics["gradient_norm"] > settings.clip:
+                optimizer.scale_gradients_(settings.clip / metrics["gradient_norm"])
+            optimizer.step(lr)
+            bad_steps.applied(metrics["loss"])
+        elif found.fault is not None or not bad_steps.skip():
+            _go_back(optimizer, loader, before)
+            raise _failed_step(found, reason, step, hooks, bad_steps)
         optimizer.zero_grad()
-        done = step + 1
         seconds.append(time.perf_counter() - began)
-        metrics = {"step": done, "lr": lr, **metrics}
         metrics["time"] = {"step_seconds": seconds[-1], "peak_memory_bytes": max(processes.gather(memory_bytes()))}
-        if done % settings.log_every == 0 or done == settings.num_steps:
+        if reason is not None:
+            _skipped(found, reason, done, hooks)
+        elif done % settings.log_every == 0 or done == settings.num_steps:
             hooks.write_metrics(metrics)
         progress.step(_report(metrics, settings.num_steps, seconds))
         if _after_step(model, done, settings, hooks, stop):
             return done
     return max(start_step, settings.num_steps)
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A step's gradient, in the parameters' `grad`, unless it could not be computed.
+
+    Attributes:
+        batch: The examples.
+        metrics: The step's numbers.
+        fault: Why it could not be computed, or None.
+        example_nll: (examples,) of each of this process's micro-batches; on the device, so that nobody waits for it.
+    """
+
+    batch: Step
+    metrics: Metrics
+    fault: str | None
+    example_nll: list[Tensor]
+
+    def bad_step(self, number: int, reason: str) -> BadStep:
+        """The same as a step that is not applied."""
+        known = [value for part in self.example_nll for value in part.tolist()]
+        num_mine = sum(len(micro.example_ids) for micro in self.batch.micro_batches)
+        nll = known if len(known) == num_mine else [math.nan] * num_mine
+        norm = self.metrics.get("gradient_norm", math.nan)
+        return BadStep(number, reason, self.batch, self.metrics["loss"], norm, nll)
 
 
 def _gradient_that_fits(
@@ -165,20 +198,16 @@ def _gradient_that_fits(
     device: torch.device,
     step: int,
     processes: Processes,
-) -> tuple[Step, Metrics, str | None]:
-    """Take the next step's examples and sum up their gradient, in smaller micro-batches where memory runs out.
-
-    Returns:
-        The examples, the step's numbers, and why its gradient must not be applied: then all is as if the step had not
-        begun. None where it may.
-    """
+) -> _Computed:
+    """Take the next step's examples and sum up their gradient, in smaller micro-batches where memory runs out."""
     before = loader.state_dict(), random_state()
     while True:
         batch = loader.next_step()
         metrics: Metrics = {"loss": math.nan}
+        example_nll: list[Tensor] = []
         fault = shortage = None
         try:
-            metrics = _gradient_of_step(model, batch, device, settings.loss_chunk, settings.objective)
+            metrics, example_nll = _gradient_of_step(model, batch, device, settings.loss_chunk, settings.objective)
         except OutOfMemory as error:
             shortage = asdict(error.shortage)
         except RuntimeError as error:
@@ -186,13 +215,11 @@ def _gradient_that_fits(
         short = worst(Shortage(**each) if each else None for each in processes.gather(shortage))
         if short is None:
             metrics, fault = _summed(metrics, fault, optimizer, processes, settings.objective, step)
-            if fault is not None:
-                _go_back(optimizer, loader, before)
-            return batch, metrics, fault
+            return _Computed(batch, metrics, fault, example_nll)
         _go_back(optimizer, loader, before)
         backoff = back_off(loader, short)
         if backoff is None:
-            return batch, {}, cannot_cut(short)
+            return _Computed(batch, metrics, cannot_cut(short), example_nll)
         hooks.write_metrics({"step": step + 1, "out_of_memory": asdict(backoff)})
         logger.warning(_BACKED_OFF, step + 1, backoff.tokens_before, backoff.tokens_after, backoff.reason)
 
@@ -223,8 +250,7 @@ def _summed(
         processes.sum_gradients_(list(optimizer.parameters.values()))
     else:
         metrics = metrics | {"pcgrad": objective.gradients.combine_(step, processes)}
-    gradient_norm = float(optimizer.gradient_norm())
-    return {"gradient_norm": gradient_norm, **metrics}, _not_finite(metrics["loss"], gradient_norm)
+    return {"gradient_norm": float(optimizer.gradient_norm()), **metrics}, None
 
 
 def _gradient_of_step(
@@ -233,10 +259,12 @@ def _gradient_of_step(
     device: torch.device,
     loss_chunk: int | None = None,
     objective: Objective | None = None,
-) -> Metrics:
-    """Accumulate the gradient of the step's loss into the parameters; its numbers, with the NLL per task.
+) -> tuple[Metrics, list[Tensor]]:
+    """Accumulate the gradient of the step's loss into the parameters.
 
-    The loss that is told is the NLL per labelled token, whatever the objective.
+    Returns:
+        The step's numbers, with the NLL per task and, whatever the objective, per labelled token; and the NLL of each
+        example, (examples,) of each micro-batch.
     """
     objective = objective or Objective()
     objective.begin()
@@ -244,6 +272,7 @@ def _gradient_of_step(
     prepare_gains(adapted_layers(model).values())
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     nll = torch.zeros(len(names), dtype=torch.float32, device=device)
+    example_nll = []
     tokens = torch.zeros(len(names), dtype=torch.int64)
     for number, micro in enumerate(batch.micro_batches):
         with shortage_of(micro):
@@ -253,6 +282,7 @@ def _gradient_of_step(
             (loss.nll_sum / total).backward()  # type: ignore[no-untyped-call]
             objective.after(batch.micro_batches, number)
             nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
+        example_nll.append(loss.example_nll)
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
     sums = nll.double().tolist()
     tasks = {
@@ -260,13 +290,14 @@ def _gradient_of_step(
         for name, each, count in zip(names, sums, tokens.tolist(), strict=True)
         if count
     }
-    return {
+    metrics = {
         "loss": sum(sums) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
         "num_label_tokens": batch.num_label_tokens,
         "num_examples": batch.num_examples,
         "tasks": tasks,
     }
+    return metrics, example_nll
 
 
 def _over_processes(metrics: Metrics, fault: str | None, processes: Processes) -> tuple[Metrics, str | None]:
@@ -313,22 +344,23 @@ def _cannot_compute(error: RuntimeError) -> str:
     return f"cannot be computed: {reason} The update was not applied. Mend the cause, then go on with --resume."
 
 
-def _not_finite(loss: float, gradient_norm: float) -> str | None:
-    if math.isfinite(loss) and math.isfinite(gradient_norm):
-        return None
-    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {gradient_norm}"
-    return (
-        f"{what} is not finite; the update was not applied. "
-        "Look at the kept batch or lower train.lr or train.clip, then go on with --resume."
-    )
+def _skipped(found: _Computed, reason: str, number: int, hooks: Hooks) -> None:
+    """Say that a step was not applied, and keep its examples."""
+    bad = found.bad_step(number, reason)
+    kept = None if hooks.keep_batch is None else hooks.keep_batch(bad)
+    numbers = {"reason": reason, "loss": bad.loss, "gradient_norm": bad.gradient_norm}
+    hooks.write_metrics({"step": number, "skipped": {**numbers, "num_examples": bad.batch.num_examples}})
+    logger.warning("Step %d is skipped: %s.%s", number, reason, "" if kept is None else f" Its examples: {kept}")
 
 
-def _failed_step(step: int, fault: str, batch: Step, hooks: Hooks) -> RunFailure:
+def _failed_step(found: _Computed, reason: str, step: int, hooks: Hooks, bad_steps: BadSteps) -> RunFailure:
     """Keep the state before the step and the batch that broke it; the parameters have not been touched."""
     safe: list[Path | str] = [hooks.save(step)]
     if hooks.keep_batch is not None:
-        safe.append(hooks.keep_batch(batch))
-    return RunFailure(f"step {step + 1}: {fault}", safe=safe)
+        safe.append(hooks.keep_batch(found.bad_step(step + 1, reason)))
+    if found.fault is None:
+        reason += f"; the update was not applied. {bad_steps.way_on}, then go on with --resume."
+    return RunFailure(f"step {step + 1}: {reason}", safe=safe)
 
 
 def _report(metrics: Metrics, num_steps: int, seconds: deque[float]) -> StepReport:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,44 +13,83 @@ from rich.console import Console
 from qdora.atomic_files import atomic_write_json
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError, nearest
+from qdora.model.card import Form
 from qdora.model.export import export_merged
-from qdora.model.export_directory import DTYPES
+from qdora.model.export_directory import DTYPES, MAX_SHARD_BYTES
 from qdora.model.export_nf4_lora import export_nf4_lora
+from qdora.model.export_streamed import BASES, StreamedMerge, check_merge, export_streamed
+from qdora.model.load import Quantization
 from qdora.model.verify import verify_merged
 from qdora.model.verify_nf4_lora import verify_nf4_lora
+from qdora.model.verify_requantized import verify_requantized
+from qdora.recipe_file import load_recipe
+from qdora.record import open_run
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.assemble import run_examples, write_adapter
+from qdora.verbs.assemble import choose_compute, find_model, run_examples, write_adapter
 from qdora.verbs.card import run_card
 from qdora.verbs.show import bar, default_console
-from qdora.verbs.trained import TrainedRun, load_run
+from qdora.verbs.trained import TrainedRun, load_run, trained_state
 
 logger = logging.getLogger("qdora")
 
 Format = Literal["merged", "peft", "nf4-lora"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 _NUM_TEXTS = 24
-"""Held-out texts on which the merged model is compared: about 2,000 tokens, enough for a maximum to mean something."""
+"""Held-out texts on which the exported model is compared: about 2,000 tokens, enough for a maximum to mean
+something."""
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `qdora export` is asked for.
+
+    Attributes:
+        format_: "merged" (one dense model for plain transformers), "nf4-lora" (a 4-bit base with the gain in its block
+            scales, and plain LoRA) or "peft" (the adapter as it was trained).
+        dtype: Of the weights that are not quantised: float16, bfloat16 or float32. None: float16 for "merged", the
+            run's own for "nf4-lora".
+        base: Of "merged": "dequantized" (what was trained) or "original" (the 16-bit source). None: dequantized.
+        requantize: Of "merged": write it in 4 bits again, as the base was.
+        shard_size: Of a weights file ("5GB"). None: 5 GiB.
+        step: Checkpoint; None takes the finished adapter.
+    """
+
+    format_: str = "merged"
+    dtype: str | None = None
+    base: str | None = None
+    requantize: bool = False
+    shard_size: str | None = None
+    step: int | None = None
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of a weights file. Raises UserError for what is no size."""
+        return MAX_SHARD_BYTES if self.shard_size is None else parse_size(self.shard_size)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500MB or 2GiB.
+
+    Raises:
+        UserError: Something else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text)
+    size = round(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UserError(f"--shard-size: {text!r}, allowed: a number and one of {', '.join(_UNITS)}, as in 2GB.")
+    return size
 
 
 def export_run(
-    run: Path,
-    out: Path,
-    *,
-    format_: str = "merged",
-    dtype: str | None = None,
-    step: int | None = None,
-    console: Console | None = None,
+    run: Path, out: Path, options: ExportOptions = ExportOptions(), *, console: Console | None = None
 ) -> dict[str, Any]:
     """Write a run's model to `out` and check it.
 
     Args:
         run: Run directory.
         out: New or empty directory.
-        format_: "merged" (one dense model for plain transformers), "nf4-lora" (a 4-bit base with the gain in its block
-            scales, and plain LoRA) or "peft" (the adapter as it was trained).
-        dtype: Of the weights that are not quantised: float16, bfloat16 or float32. None: float16 for "merged", the
-            run's own for "nf4-lora".
-        step: Checkpoint; None takes the finished adapter.
+        options: In which form.
         console: Where progress and the check are shown; standard error by default.
     Returns:
         What stands in `out`/export.json.
@@ -58,23 +99,15 @@ def export_run(
     """
     console = console or default_console()
     keep_freed_memory()
-    if format_ not in FORMATS:
-        raise UserError(f"--format: {format_!r}, allowed: {', '.join(FORMATS)}.{nearest(format_, FORMATS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype: {dtype!r}, allowed: {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    if dtype is not None and format_ == "peft":
-        raise UserError("--dtype: has no effect on --format peft, whose tensors are written as they were trained.")
+    _check(options)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
-    trained = load_run(run, step=step)
-    if format_ == "peft":
-        return _export_adapter(trained, out)
-    # Before anything is written, so that data which cannot be read is known of.
-    texts = held_out_texts(trained)
-    form: Literal["merged", "nf4-lora"] = "merged" if format_ == "merged" else "nf4-lora"
-    export = _export_merged if form == "merged" else _export_nf4_lora
-    result, check = export(trained, out, dtype, texts, console)
-    document = {"format": form, "run": str(run), "state": trained.state, **result, "verification": check}
+    if options.format_ == "peft":
+        return _export_adapter(load_run(run, step=options.step), out)
+    export = _export_merged if options.format_ == "merged" else _export_nf4_lora
+    trained, result, check = export(run, out, options, console)
+    form: Form = "nf4-lora" if options.format_ == "nf4-lora" else _form_of_merge(options)
+    document = {"format": options.format_, "run": str(run), "state": trained.state, **result, "verification": check}
     atomic_write_json(out / "export.json", document)
     card = run_card(trained.run, trained.recipe, trained.state, check, form=form)
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -88,33 +121,102 @@ def export_run(
     return document
 
 
-_Written = tuple[dict[str, Any], dict[str, Any]]
-"""What was written, and its verification."""
-
-
-def _export_merged(trained: TrainedRun, out: Path, dtype: str | None, texts: list[str], console: Console) -> _Written:
-    card = run_card(trained.run, trained.recipe, trained.state, form="merged")
-    with bar(console, "merging") as progress:
-        result = export_merged(
-            trained.model,
-            trained.tokenizer,
-            out,
-            dtype=DTYPES[dtype or "float16"],
-            progress=progress,
-            extra_files={"README.md": card},
+def _check(options: ExportOptions) -> None:
+    """Raise UserError for options that are unknown, or that the format has no use for: all of them."""
+    faults = []
+    if options.format_ not in FORMATS:
+        raise UserError(
+            f"--format: {options.format_!r}, allowed: {', '.join(FORMATS)}.{nearest(options.format_, FORMATS)}"
         )
+    if options.dtype is not None and options.dtype not in DTYPES:
+        faults.append(f"--dtype: {options.dtype!r}, allowed: {', '.join(DTYPES)}.{nearest(options.dtype, DTYPES)}")
+    if options.base is not None and options.base not in BASES:
+        faults.append(f"--base: {options.base!r}, allowed: {', '.join(BASES)}.{nearest(options.base, BASES)}")
+    given = {"--base": options.base is not None, "--requantize": options.requantize}
+    if options.format_ == "peft":
+        given |= {"--dtype": options.dtype is not None, "--shard-size": options.shard_size is not None}
+    if options.format_ != "merged":
+        faults += [f"{name}: has no effect on --format {options.format_}." for name, is_set in given.items() if is_set]
+    if options.requantize and options.base == "original":
+        faults.append("--requantize: with --base original neither the base nor the rounding is the one of the run.")
+    if faults:
+        raise UserError(*faults)
+    _ = options.shard_bytes
+
+
+def _form_of_merge(options: ExportOptions) -> Form:
+    if options.requantize:
+        return "requantized"
+    return "original" if options.base == "original" else "merged"
+
+
+def _export_merged(
+    run: Path, out: Path, options: ExportOptions, console: Console
+) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
+    opened = open_run(run)
+    recipe = load_recipe(opened.recipe_file)
+    dtype = DTYPES[options.dtype or "float16"]
+    where, state = trained_state(opened, recipe, options.step)
+    form = _form_of_merge(options)
+    card = {"README.md": run_card(opened, recipe, state, form=form)}
+    if recipe.adapter.kind == "full":
+        if options.base is not None or options.requantize:
+            raise UserError("--base, --requantize: adapter.kind full has no adapter to merge; leave them out.")
+        trained = load_run(run, step=options.step)
+        with bar(console, "writing") as progress:
+            result = export_merged(
+                trained.model,
+                trained.tokenizer,
+                out,
+                dtype=dtype,
+                max_shard_bytes=options.shard_bytes,
+                progress=progress,
+                extra_files=card,
+            )
+    else:
+        source, tokenizer = find_model(recipe)
+        adapter = None
+        if recipe.adapter.kind != "none":
+            adapter = where if where == opened.adapter else where / "adapter"
+        held = recipe.base
+        merge = StreamedMerge(
+            source,
+            adapter,
+            Quantization(held.quant, held.block_size, held.double_quant, tuple(held.skip)),
+            choose_compute(recipe.model.dtype).dtype,
+            base="original" if options.base == "original" else "dequantized",
+            requantize=options.requantize,
+        )
+        check_merge(merge)
+        with bar(console, "merging") as progress:
+            result = export_streamed(
+                merge,
+                tokenizer,
+                out,
+                dtype=dtype,
+                max_shard_bytes=options.shard_bytes,
+                progress=progress,
+                extra_files=card,
+            )
+        trained = load_run(run, step=options.step, original=form == "original")
     console.print("comparing the merged model with the running one", highlight=False)
-    return result.to_dict(), verify_merged(trained.model, out, trained.tokenizer, texts=texts)
+    verify = verify_requantized if form == "requantized" else verify_merged
+    check = verify(trained.model, out, trained.tokenizer, texts=held_out_texts(trained))
+    return trained, result.to_dict() | {"base": options.base or "dequantized", "requantized": options.requantize}, check
 
 
-def _export_nf4_lora(trained: TrainedRun, out: Path, dtype: str | None, texts: list[str], console: Console) -> _Written:
+def _export_nf4_lora(
+    run: Path, out: Path, options: ExportOptions, console: Console
+) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
+    trained = load_run(run, step=options.step)
     card = run_card(trained.run, trained.recipe, trained.state, form="nf4-lora")
     with bar(console, "folding") as progress:
         result = export_nf4_lora(
             trained.model,
             trained.tokenizer,
             out,
-            dtype=None if dtype is None else DTYPES[dtype],
+            dtype=None if options.dtype is None else DTYPES[options.dtype],
+            max_shard_bytes=options.shard_bytes,
             progress=progress,
             extra_files={"README.md": card},
         )
@@ -127,7 +229,8 @@ def _export_nf4_lora(trained: TrainedRun, out: Path, dtype: str | None, texts: l
             highlight=False,
         )
     console.print("comparing the exported model with the running one", highlight=False)
-    return result.to_dict(), verify_nf4_lora(trained.model, out, trained.tokenizer, texts=texts)
+    check = verify_nf4_lora(trained.model, out, trained.tokenizer, texts=held_out_texts(trained))
+    return trained, result.to_dict(), check
 
 
 def held_out_texts(trained: TrainedRun) -> list[str]:

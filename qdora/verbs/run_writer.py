@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from qdora.atomic_files import json_bytes
 from qdora.checkpoint_files import checkpoint_fault
 from qdora.config import Recipe
-from qdora.data.loader import Step, StepLoader
+from qdora.data.loader import StepLoader
 from qdora.errors import DiskFull, RunFailure
 from qdora.recipe_file import settings
 from qdora.record import RunDirectory
+from qdora.train.bad_steps import BadStep, BadSteps
 from qdora.train.best import BestSoFar, best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
 from qdora.train.distributed import Processes
@@ -25,6 +26,7 @@ from qdora.train.loop import Metrics
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.task_weights import TaskWeights
 from qdora.verbs.assemble import write_adapter
+from qdora.verbs.bad_batch import bad_examples, write_bad_batch
 from qdora.verbs.selection import BEST_FILE
 from qdora.verbs.trackers import tracking
 
@@ -35,12 +37,13 @@ class RunWriter:
     """Writes for all processes of a run from the first of them; every method is called by all.
 
     Args:
-        recipe, run, model: Of the run.
+        recipe, run, model, tokenizer: Of the run.
         optimizer: None where nothing is trained.
         loader: Its position, and the size of its micro-batches, belong to a checkpoint.
         processes: That train the run.
-        best: Judge of the evaluations, where the best step is kept; its state belongs to a checkpoint.
-        task_weights: Of the loss; by progress, they belong to a checkpoint.
+        bad_steps: Judge of the steps; its state belongs to a checkpoint.
+        best: Judge of the evaluations, where the best step is kept; so does its.
+        task_weights: Of the loss; so do they.
     """
 
     def __init__(
@@ -48,14 +51,16 @@ class RunWriter:
         recipe: Recipe,
         run: RunDirectory,
         model: PreTrainedModel,
+        tokenizer: Any,
         optimizer: AdapterOptimizer | None,
         loader: StepLoader,
         processes: Processes,
+        bad_steps: BadSteps,
         best: BestSoFar | None = None,
         task_weights: TaskWeights | None = None,
     ) -> None:
-        self.recipe, self.run, self.model, self.best = recipe, run, model, best
-        self.task_weights = task_weights
+        self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
+        self.bad_steps, self.best, self.task_weights = bad_steps, best, task_weights
         self.optimizer, self.loader, self.processes = optimizer, loader, processes
         self._asked_micro_batch_tokens = loader.micro_batch_tokens
         self._tell_trackers: Callable[[Metrics], None] | None = None
@@ -96,22 +101,19 @@ class RunWriter:
         """
         self.processes.first(lambda: self._with_room(lambda: self._write_final(num_done, num_steps)))
 
-    def keep_batch(self, batch: Step) -> Path:
-        """Write the examples of a step, of all processes; returns the file."""
-        examples = [
-            {"id": name, "input_ids": ids.tolist(), "labels": labels.tolist()}
-            for micro in batch.micro_batches
-            for name, ids, labels in micro.examples()
-        ]
-        every = [example for share in self.processes.gather(examples) for example in share]
-        self.processes.first(lambda: self.run.write_json("failed-batch.json", {"examples": every}))
-        return self.run.inside("failed-batch.json")
+    def keep_batch(self, bad: BadStep) -> Path:
+        """Write the examples of a step that was not applied, of all processes; returns the directory."""
+        every = [example for share in self.processes.gather(bad_examples(bad)) for example in share]
+        self.processes.first(lambda: self._with_room(lambda: self._write_bad(bad, every)))
+        return self.run.inside(*_bad_step(bad))
 
     def take_policies(self, policies: dict[str, Any]) -> None:
         """Go on with what a checkpoint's run had found out. A size that the recipe asks for anew counts."""
         micro = policies["micro_batch_tokens"]
         if micro["asked"] == self._asked_micro_batch_tokens:
             self.loader.micro_batch_tokens = micro["used"]
+        if "bad_steps" in policies:
+            self.bad_steps.load_state_dict(policies["bad_steps"])
         if self.task_weights is not None and "task_weights" in policies:
             self.task_weights.load_state_dict(policies["task_weights"])
         if self.best is not None:
@@ -134,15 +136,18 @@ class RunWriter:
 
     def _policies(self) -> dict[str, Any]:
         micro = {"asked": self._asked_micro_batch_tokens, "used": self.loader.micro_batch_tokens}
-        found = {"best": self.best, "task_weights": self.task_weights}
-        return {"micro_batch_tokens": micro} | {
-            name: each.state_dict() for name, each in found.items() if each is not None
-        }
+        judges = {"bad_steps": self.bad_steps, "best": self.best, "task_weights": self.task_weights}
+        states = {name: each.state_dict() for name, each in judges.items() if each is not None}
+        return {"micro_batch_tokens": micro} | states
 
     def _append_metrics(self, metrics: Metrics) -> None:
         self._with_room(lambda: self.run.append_metrics(metrics))
         if self._tell_trackers is not None:
             self._tell_trackers(metrics)
+
+    def _write_bad(self, bad: BadStep, examples: list[dict[str, Any]]) -> None:
+        with self.run.result_directory(*_bad_step(bad)) as directory:
+            write_bad_batch(directory, bad, examples, self.tokenizer)
 
     def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
         self._with_room(lambda: self._fill_checkpoint(step, random))
@@ -174,7 +179,7 @@ class RunWriter:
 
     def _write_final(self, num_done: int, num_steps: int) -> None:
         if self.best is None or self.best.step is None:
-            with self.run.adapter_directory() as directory:
+            with self.run.result_directory("adapter") as directory:
                 self._write_trained(directory, directory)
             return
         best = self.run.checkpoint_path(self.best.step)
@@ -182,7 +187,7 @@ class RunWriter:
         if fault is not None:
             raise RunFailure(f"{best}: the best checkpoint is not whole any more: {fault}.")
         files = [best / PARAMETERS_FILE] if self.recipe.adapter.kind == "full" else sorted((best / "adapter").iterdir())
-        with self.run.adapter_directory() as directory:
+        with self.run.result_directory("adapter") as directory:
             for file in files:
                 shutil.copyfile(file, directory / file.name)
             record = {**self.best.state_dict(), "num_done": num_done, "num_steps": num_steps}
@@ -194,6 +199,10 @@ class RunWriter:
             write_parameters(directory / PARAMETERS_FILE, self.optimizer.parameters)
             return
         write_adapter(self.model, self.recipe, adapter)
+
+
+def _bad_step(bad: BadStep) -> tuple[str, str]:
+    return "bad-steps", f"step-{bad.step}"
 
 
 def _best_step(checkpoint: Path) -> int | None:

@@ -27,6 +27,7 @@ from qdora.model.inject import adapter_parameters
 from qdora.recipe_file import missing_files, resolved_yaml
 from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
+from qdora.train.bad_steps import BadSteps
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_figures
@@ -175,8 +176,11 @@ class _Job:
         self.objective = Objective()
         if self.optimizer is not None:
             self.objective = make_objective(recipe, loader, self.optimizer.parameters)
-        weights = self.objective.weights
-        self.writer = RunWriter(recipe, run, model, self.optimizer, loader, processes, self.best, weights)
+        asked, weights = recipe.train, self.objective.weights
+        self.bad_steps = BadSteps(asked.on_bad_step, max_skips=asked.max_skips, spike=asked.spike)
+        self.writer = RunWriter(
+            recipe, run, model, tokenizer, self.optimizer, loader, processes, self.bad_steps, self.best, weights
+        )
 
     def restore(self, checkpoint: Path) -> int:
         """Take back a checkpoint whose adapter is already in the model; returns its step."""
@@ -284,6 +288,7 @@ class _Job:
                 stop=stop,
                 start_step=start,
                 processes=self.processes,
+                bad_steps=self.bad_steps,
             )
 
     def _probe(self) -> Callable[[int], None] | None:
@@ -341,6 +346,7 @@ class _Job:
             "run": str(self.run.path),
             "num_steps": self.num_done,
             "stopped_early": self._is_over(),
+            "num_skipped": self.bad_steps.num_skipped,
             "best": adapter_record(self.run),
             "final_loss": losses[-1] if losses else None,
             **self.counts,

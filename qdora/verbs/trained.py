@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.config import Recipe
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters
+from qdora.model.load import load_config
 from qdora.recipe_file import load_recipe
 from qdora.record import RunDirectory, open_run
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
-from qdora.verbs.assemble import choose_compute, find_model, load_base, put_adapters
+from qdora.verbs.assemble import Compute, choose_compute, find_model, load_base, put_adapters
 
 
 @dataclass(frozen=True)
@@ -29,21 +31,28 @@ class TrainedRun:
     """Which state was loaded: "final", "step-120" or "base"."""
 
 
-def load_run(path: Path, *, step: int | None = None, base_only: bool = False) -> TrainedRun:
+def load_run(path: Path, *, step: int | None = None, base_only: bool = False, original: bool = False) -> TrainedRun:
     """Load the base and the adapter of a run.
 
     Args:
         path: Run directory.
         step: Load this checkpoint; None takes the finished adapter, or the newest checkpoint of an unfinished run.
         base_only: Leave the adapter out.
+        original: Put the adapter on the source's own weights, dense in the dtype that its config names.
     Raises:
         UserError: No run, no such checkpoint, nothing trained yet.
     """
     run = open_run(path)
     recipe = load_recipe(run.recipe_file)
-    trained, state = _trained_state(run, recipe, step)
+    trained, state = trained_state(run, recipe, step)
     source, tokenizer = find_model(recipe)
-    model = load_base(recipe, source, choose_compute(recipe.model.dtype))
+    compute = choose_compute(recipe.model.dtype)
+    if original:
+        dense = recipe.base.model_copy(update={"quant": "none"})
+        recipe = recipe.model_copy(update={"base": dense})
+        dtype = load_config(source).dtype
+        compute = Compute(compute.device, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    model = load_base(recipe, source, compute)
     if base_only or recipe.adapter.kind == "none":
         state = "base"
     elif recipe.adapter.kind == "full":
@@ -53,8 +62,8 @@ def load_run(path: Path, *, step: int | None = None, base_only: bool = False) ->
     return TrainedRun(run, recipe, model.eval(), tokenizer, state)
 
 
-def _trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[Path, str]:
-    """Directory with the trained parameters, and its name."""
+def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[Path, str]:
+    """Directory with the trained parameters, and its name; raises as `load_run`."""
     if recipe.adapter.kind == "none":
         return run.path, "base"
     if step is not None:

@@ -1,0 +1,159 @@
+"""A model whose adapters run by the plain formula: differentiable any number of times, in float32, dropout off.
+
+    y = g * (x W^T + s (x A^T) B^T) + bias,        g = m / ||W + s B A||_row
+
+The training layer keeps the norm constant in its backward pass (DoRA, arXiv 2402.09353, sec. 4.3), so autograd through
+it sees the curvature of another function than the loss. Here the caller says which one is meant:
+
+    attached    n(A, B) is part of the graph: the derivatives are those of the loss.
+    held        n is the number that it is now: the derivatives are those of the surrogate that training follows.
+
+At the point itself both give the same loss, and the layer's. LoRA has no norm: `none`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.linear_map import linear_map
+
+Norm = Literal["attached", "held", "none"]
+NORMS: tuple[Norm, ...] = ("attached", "held")
+PARTS = ("lora_A", "lora_B", "magnitude")
+FACTORS = PARTS[:2]
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """The numbers of an adapted layer while it runs plainly.
+
+    Attributes:
+        values: Part ("lora_A", ...) -> its value in the dtype of the analysis; those chosen are leaves of a graph.
+        row_norm: ||W + s B A||_row of the present values, (out,), or None for LoRA.
+        attached: The norm is computed anew in every forward pass, as a part of the graph.
+    """
+
+    values: dict[str, Tensor]
+    row_norm: Tensor | None
+    attached: bool
+
+
+@contextmanager
+def plain_model(
+    model: nn.Module, layers: Collection[str], *, norm: Norm, parts: Collection[str] = FACTORS
+) -> Iterator[dict[str, Tensor]]:
+    """Run `model` by the plain formula inside the block; afterwards it is as before.
+
+    Inside: eval mode, attention by SDPA's MATH kernel or in plain torch (the other kernels cannot be differentiated
+    twice), adapters in float32 (float64 on a float64 base).
+
+    Args:
+        model: A causal LM with adapters, its activations in float32 or float64.
+        layers: Paths of the adapted layers whose parameters are to be differentiated.
+        norm: What the derivatives see of the norm, in the layers above; elsewhere it does not move. "none" for LoRA.
+        parts: Which parameters of them.
+    Yields:
+        "<layer>.<part>" -> leaf, in model order.
+    Raises:
+        ValueError: A layer that is not there, a norm that does not fit the kind, a model in 16 bits.
+    """
+    adapted = adapted_layers(model)
+    _check(model, adapted, layers, norm, parts)
+    leaves: dict[str, Tensor] = {}
+    patched: list[nn.Module] = []
+    was_training = [module for module in model.modules() if module.training]
+    config = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    model.eval()
+    try:
+        if attention not in (None, "eager", "sdpa"):
+            model.set_attn_implementation("eager")  # type: ignore[operator]
+        for frozen in frozen_layers(model).values():
+            vars(frozen)["forward"] = partial(_frozen_forward, frozen)
+            patched.append(frozen)
+        for name, layer in adapted.items():
+            plain = _plain_layer(layer, name in layers and norm == "attached")
+            if name in layers:
+                leaves |= {f"{name}.{part}": plain.values[part].requires_grad_(True) for part in parts}
+            vars(layer)["forward"] = partial(plain_forward, layer, plain)
+            patched.append(layer)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield leaves
+    finally:
+        for module in patched:
+            vars(module).pop("forward", None)
+        for module in was_training:
+            module.training = True
+        if attention not in (None, "eager", "sdpa"):
+            model.set_attn_implementation(attention)  # type: ignore[operator]
+
+
+def plain_forward(layer: AdaptedLinear, plain: PlainLayer, x: Tensor) -> Tensor:
+    """(..., in) -> (..., out), the formula above written out."""
+    a, b = plain.values["lora_A"], plain.values["lora_B"]
+    weight = layer.base.stored_weight
+    out = linear_map(x, weight) + (x @ a.T) @ b.T * layer.scaling
+    if plain.row_norm is not None:
+        norm = attached_norm(layer, a, b) if plain.attached else plain.row_norm
+        dead = plain.row_norm == 0
+        gain = plain.values["magnitude"] / norm.masked_fill(dead, 1.0)
+        out = out * gain.masked_fill(dead, 0.0)
+    return out if layer.base.bias is None else out + layer.base.bias.to(out.dtype)
+
+
+def attached_norm(layer: AdaptedLinear, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """||W + s B A|| of each row with its graph, (out,); a row of zeros has no derivative and comes out as 1.
+
+    ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T, summed in float64: a derivative of it divides by n^3,
+    so a row that has cancelled would lose its digits three times over.
+    """
+    assert layer.base_squared is not None
+    wide = torch.float64
+    products = linear_map(lora_A, layer.base.stored_weight).T.to(wide)  # (out, rank)
+    a, b, s = lora_A.to(wide), lora_B.to(wide), layer.scaling
+    squared = layer.base_squared.to(wide) + ((2.0 * products + b @ (a @ a.T) * s) * b).sum(dim=1) * s
+    # A sum of rounding noise is a zero row, too
+    return squared.masked_fill(squared <= 0, 1.0).sqrt().to(lora_A.dtype)
+
+
+def _plain_layer(layer: AdaptedLinear, attached: bool) -> PlainLayer:
+    dtype = layer.base.wide_dtype
+    values = {name: getattr(layer, name) for name in PARTS if getattr(layer, name) is not None}
+    copies = {name: value.detach().to(dtype, copy=True) for name, value in values.items()}
+    return PlainLayer(copies, None if layer.magnitude is None else layer.row_norm(), attached)
+
+
+def _frozen_forward(layer: FrozenLinear, x: Tensor) -> Tensor:
+    out = linear_map(x, layer.stored_weight)
+    return out if layer.bias is None else out + layer.bias.to(out.dtype)
+
+
+def _check(
+    model: nn.Module, adapted: dict[str, AdaptedLinear], layers: Collection[str], norm: Norm, parts: Collection[str]
+) -> None:
+    missing = [name for name in layers if name not in adapted]
+    if missing or not layers:
+        raise ValueError(f"no adapted layers {missing}; allowed: one or more of {', '.join(adapted) or 'none'}.")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise ValueError(f"no parameters {unknown}; allowed: one or more of {', '.join(PARTS)}.")
+    kinds = {adapted[name].kind for name in layers}
+    if "magnitude" in parts and "lora" in kinds:
+        raise ValueError(f"no parameter 'magnitude' in LoRA layers; allowed: {', '.join(FACTORS)}.")
+    allowed = NORMS if "dora" in kinds else ("none",)
+    if norm not in allowed:
+        raise ValueError(f"norm {norm!r} for {', '.join(sorted(kinds))} layers; allowed: {', '.join(allowed)}.")
+    narrow = {each.dtype for each in model.parameters() if each.ndim > 1 and not each.requires_grad}
+    if narrow - {torch.float32, torch.float64}:
+        raise ValueError(f"a model in {', '.join(map(str, narrow))}; allowed: float32 or float64, see `load_run`.")

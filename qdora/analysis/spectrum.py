@@ -1,0 +1,133 @@
+"""Eigenvalues of a symmetric operator from its products: the largest ones, and the density of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+from qdora.errors import RunFailure
+
+Array = NDArray[np.float64]
+Product = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """The eigenvalues of largest magnitude.
+
+    Attributes:
+        values: (k,), by falling magnitude; both signs.
+        vectors: (size, k), columns of length 1.
+        residuals: (k,) ||M v - lambda v||: each value is at most that far from an eigenvalue.
+    """
+
+    values: Array
+    vectors: Array
+    residuals: Array
+
+
+@dataclass(frozen=True)
+class Density:
+    """The spectral density as a sum of points, the mean over random starts.
+
+    Attributes:
+        nodes: (points,) Ritz values.
+        weights: (points,) shares of the spectrum, sum 1.
+        size: Rows of the matrix.
+        num_probes: Random starts.
+    """
+
+    nodes: Array
+    weights: Array
+    size: int
+    num_probes: int
+
+    def total(self, function: Callable[[Array], Array]) -> float:
+        """Estimate of the sum of function(lambda) over all eigenvalues."""
+        return float(self.size * (self.weights * function(self.nodes)).sum())
+
+
+def top_eigenpairs(
+    product: Product, size: int, k: int, *, seed: int = 0, tolerance: float = 1e-4, max_restarts: int = 30
+) -> Eigenpairs:
+    """The k eigenpairs of largest magnitude of a symmetric matrix, by implicitly restarted Lanczos (ARPACK).
+
+    Args:
+        product: (size,) float64 -> the matrix times it.
+        size: Rows, at least 2.
+        k: 1 to size - 1.
+        seed: Of the start vector: the same seed spends the same products.
+        tolerance: Relative accuracy of the values; 0 is machine precision.
+        max_restarts: Most restarts before it gives up.
+    Raises:
+        ValueError: If k does not lie in its range.
+        RunFailure: Without convergence; the message says how many pairs had converged.
+    """
+    if not 1 <= k < size:
+        raise ValueError(f"{k} eigenvalues of a matrix of {size} rows; allowed: 1 to {size - 1}.")
+    operator: LinearOperator[np.float64] = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    start = np.random.default_rng(seed).standard_normal(size)
+    try:
+        values, vectors = eigsh(operator, k=k, which="LM", v0=start, tol=tolerance, maxiter=max_restarts)
+    except ArpackNoConvergence as error:
+        raise RunFailure(
+            f"eigsh: {len(error.eigenvalues)} of {k} eigenvalues converged in {max_restarts} restarts; "
+            "ask for fewer of them, or for a larger tolerance."
+        ) from None
+    order = np.argsort(-np.abs(values), kind="stable")
+    values, vectors = values[order], vectors[:, order]
+    residuals = [np.linalg.norm(product(vectors[:, i]) - values[i] * vectors[:, i]) for i in range(k)]
+    return Eigenpairs(values, vectors, np.array(residuals))
+
+
+def spectral_density(product: Product, size: int, *, num_steps: int, num_probes: int, seed: int = 0) -> Density:
+    """Stochastic Lanczos quadrature: from each random start, the Ritz values weighted by the start's share of them.
+
+    With full reorthogonalisation, so no Ritz value comes twice. Exact where `num_steps` reaches the number of distinct
+    eigenvalues, but for the random start.
+
+    Source: Golub & Welsch, Math. Comp. 23, 1969; Ghorbani et al., arXiv 1901.10159, sec. 2.
+
+    Args:
+        product, size: As of `top_eigenpairs`.
+        num_steps: Products for each start; at most size are taken.
+        num_probes: Starts, entries +1 or -1: the mean of v^T M v is then the trace.
+        seed: Of the starts.
+    """
+    generator = np.random.default_rng(seed)
+    nodes, weights = [], []
+    for _ in range(num_probes):
+        start = generator.choice([-1.0, 1.0], size=size) / np.sqrt(size)
+        diagonal, off_diagonal = _lanczos(product, start, min(num_steps, size))
+        tridiagonal = np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
+        values, vectors = np.linalg.eigh(tridiagonal)
+        nodes.append(values)
+        weights.append(vectors[0] ** 2 / num_probes)
+    return Density(np.concatenate(nodes), np.concatenate(weights), size, num_probes)
+
+
+def _lanczos(product: Product, start: Array, num_steps: int) -> tuple[Array, Array]:
+    """Diagonal and off-diagonal of the tridiagonal matrix; shorter where the start's space is used up."""
+    basis = [start]
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    scale = 0.0
+    while True:
+        image = product(basis[-1])
+        diagonal.append(float(basis[-1] @ image))
+        scale = max(scale, float(np.linalg.norm(image)))
+        if len(diagonal) == num_steps:
+            break
+        known = np.stack(basis)
+        for _ in range(2):  # once is not enough in floating point
+            image = image - known.T @ (known @ image)
+        length = float(np.linalg.norm(image))
+        if length <= 1e-10 * scale:
+            break
+        off_diagonal.append(length)
+        basis.append(image / length)
+    return np.array(diagonal), np.array(off_diagonal)

@@ -1,0 +1,64 @@
+"""The frozen linear map, differentiable any number of times.
+
+Training needs one derivative, and `ops/adapted_linear.py` gives it at the least cost. A curvature product needs the
+derivative of a derivative: here the backward pass of x W^T is the map y W, whose backward pass is x W^T again. Both
+read the base tile by tile, so a graph over a graph keeps no dequantised weight either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdora.ops.tiles import Weight, column_tiles, row_tiles
+
+
+def linear_map(x: Tensor, weight: Weight) -> Tensor:
+    """x W^T with a frozen W.
+
+    Args:
+        x: (..., in), a float dtype; the product runs in it, and so does every derivative.
+        weight: Frozen W, (out, in), dense or packed.
+    Returns:
+        (..., out) in x's dtype, differentiable any number of times with respect to x.
+    """
+    out: Tensor = _Map.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call]
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+class _Map(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
+        ctx.weight = weight
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        for rows, tile in row_tiles(weight, x.dtype):
+            torch.mm(x, tile.T, out=out[:, rows])
+            del tile
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        transposed: Tensor = _Transposed.apply(grads[0], ctx.weight)  # type: ignore[no-untyped-call]
+        return transposed, None
+
+
+class _Transposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Weight) -> Tensor:
+        ctx.weight = weight
+        out = y.new_empty(y.shape[0], weight.shape[1])
+        for columns, tile in column_tiles(weight, y.dtype):
+            torch.mm(y, tile, out=out[:, columns])
+            del tile
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        back: Tensor = _Map.apply(grads[0], ctx.weight)  # type: ignore[no-untyped-call]
+        return back, None

@@ -1,0 +1,61 @@
+"""Eigenvalues and densities of matrices whose spectrum is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qdora.analysis.spectrum import spectral_density, top_eigenpairs
+from qdora.errors import RunFailure
+
+VALUES = np.array([9.0, -7.0, 5.0, 3.0, -1.0, *np.linspace(0.001, 0.5, 55)])
+
+
+def matrix() -> np.ndarray[Any, np.dtype[np.float64]]:
+    rotation, _ = np.linalg.qr(np.random.default_rng(3).standard_normal((60, 60)))
+    return (rotation * VALUES) @ rotation.T
+
+
+def test_largest_magnitudes_of_both_signs() -> None:
+    known = matrix()
+    found = top_eigenpairs(lambda v: known @ v, 60, 5, tolerance=0.0)
+    np.testing.assert_allclose(found.values, [9.0, -7.0, 5.0, 3.0, -1.0], rtol=1e-10)
+    np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(5), atol=1e-10)
+    assert found.residuals.max() < 1e-9
+    again = top_eigenpairs(lambda v: known @ v, 60, 5, tolerance=0.0)
+    assert np.array_equal(again.vectors, found.vectors)
+
+
+def test_eigenvalues_refuse_and_fail_in_words() -> None:
+    known = matrix()
+    with pytest.raises(ValueError, match="allowed: 1 to 59"):
+        top_eigenpairs(lambda v: known @ v, 60, 60)
+    with pytest.raises(RunFailure, match="of 20 eigenvalues converged in 1 restarts"):
+        top_eigenpairs(lambda v: known @ v, 60, 20, tolerance=0.0, max_restarts=1)
+
+
+def test_density_with_all_steps_is_the_spectrum() -> None:
+    known = matrix()
+    density = spectral_density(lambda v: known @ v, 60, num_steps=60, num_probes=2)
+    assert density.weights.sum() == pytest.approx(1.0, abs=1e-12)
+    np.testing.assert_allclose(np.sort(density.nodes[:60]), np.sort(VALUES), atol=1e-8)
+
+
+def test_density_gives_traces() -> None:
+    known = matrix()
+    few = spectral_density(lambda v: known @ v, 60, num_steps=10, num_probes=100, seed=1)
+    # Entries of +-1: v^T M v has the variance 2 (||M||_F^2 - ||diag M||^2).
+    off_diagonal = known - np.diag(np.diag(known))
+    deviation = np.sqrt(2.0 / 100) * np.linalg.norm(off_diagonal)
+    assert abs(few.total(lambda x: x) - VALUES.sum()) < 5 * deviation
+    probes = np.random.default_rng(1).choice([-1.0, 1.0], size=(100, 60))
+    assert few.total(lambda x: x) == pytest.approx(np.einsum("pi,ij,pj->p", probes, known, probes).mean(), rel=1e-8)
+    assert few.total(np.abs) > few.total(lambda x: x)
+
+
+def test_density_stops_where_the_space_is_used_up() -> None:
+    density = spectral_density(lambda v: 2.0 * v, 30, num_steps=20, num_probes=1)
+    np.testing.assert_allclose(density.nodes, [2.0])
+    np.testing.assert_allclose(density.weights, [1.0])

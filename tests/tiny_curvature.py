@@ -1,0 +1,131 @@
+"""Models, batches and dense matrices for tests of the curvature: plain torch autograd on merged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qdora.data.batching import MicroBatch
+from qdora.model.inject import adapted_layers, inject, replace_module
+from tests import tiny_adapted
+
+LAYERS = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj")
+
+
+def base(architecture: str) -> Any:
+    """A model that computes in float64 throughout: transformers' eager attention and its RMSNorm go by float32."""
+    model = tiny_adapted.base(architecture, dtype=torch.float64)
+    if architecture != "gemma2":  # it has eager attention only
+        model.set_attn_implementation("sdpa")
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            shift = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=1e-6, dtype=torch.float64)
+            norm.weight = torch.nn.Parameter(module.weight.detach() + shift, requires_grad=False)
+            replace_module(model, name, norm)
+    return model.requires_grad_(False)
+
+
+def adapted(architecture: str = "llama", *, kind: str = "dora", moved: bool = True, rank: int = 2) -> Any:
+    """A float64 model with adapters on `LAYERS`, off their start unless told otherwise."""
+    model = base(architecture)
+    generator = torch.Generator().manual_seed(1)
+    layers = inject(
+        model, kind=kind, rank=rank, alpha=3.0, targets=list(LAYERS), dtype=torch.float64, generator=generator
+    )
+    if moved:
+        tiny_adapted.move(layers)
+    return model
+
+
+def batches() -> list[MicroBatch]:
+    """Two micro-batches, the second with padding; prompts without labels."""
+    ids = [torch.tensor([[1, 17, 300, 5, 44, 260]]), torch.tensor([[9, 120, 3, 30, 7], [8, 2, 91, 0, 0]])]
+    masks = [torch.ones_like(ids[0]), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])]
+    made = []
+    for number, (rows, mask) in enumerate(zip(ids, masks, strict=True)):
+        labels = rows.masked_fill(mask == 0, -100)
+        labels[:, :2] = -100
+        names = [f"{number}-{row}" for row in range(len(rows))]
+        made.append(MicroBatch(rows, mask, labels, torch.zeros(len(rows), dtype=torch.int64), ["task"], names))
+    return made
+
+
+def dense(
+    architecture: str, model: Any, layers: tuple[str, ...], parts: tuple[str, ...], *, curvature: str, held: bool
+) -> NDArray[np.float64]:
+    """The whole matrix, from `torch.autograd.functional` and the definition; parameters end to end, layer by layer."""
+    logits_of, start = merged_logits(architecture, model, layers, parts, held=held)
+    found = [(logits_of(batch), targets(batch)) for batch in batches()]
+    num_tokens = sum(len(labels) for _, labels in found)
+
+    def loss(flat: Tensor) -> Tensor:
+        nll = [torch.log_softmax(logits(flat), -1).gather(1, labels[:, None]) for logits, labels in found]
+        return -torch.cat(nll).sum() / num_tokens
+
+    if curvature == "hessian":
+        return torch.autograd.functional.hessian(loss, start).numpy()  # type: ignore[no-any-return,union-attr]
+    total = torch.zeros(len(start), len(start), dtype=torch.float64)
+    for logits, _ in found:
+        jacobian = torch.func.jacfwd(logits)(start)  # (tokens, vocabulary, size)
+        p = torch.softmax(logits(start), -1)
+        inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        total += torch.einsum("tvi,tvw,twj->ij", jacobian, inner, jacobian)
+    return (total / num_tokens).numpy()  # type: ignore[no-any-return]
+
+
+def targets(batch: MicroBatch) -> Tensor:
+    """The labelled tokens, row by row."""
+    return torch.stack([label for row in batch.labels[:, 1:] for label in row if label != -100])
+
+
+def merged_logits(
+    architecture: str, model: Any, layers: tuple[str, ...], parts: tuple[str, ...], *, held: bool
+) -> tuple[Callable[[MicroBatch], Callable[[Tensor], Tensor]], Tensor]:
+    """For a batch the function from the flat parameters to the logits of its labelled tokens; and the present values.
+
+    The function runs a model without adapters on weights that are merged here, entry by entry of the definition.
+    """
+    plain = base(architecture)
+    adapters = adapted_layers(model)
+    values = {
+        name: {part: value.detach() for part, value in layer.named_parameters(recurse=False)}
+        for name, layer in adapters.items()
+    }
+    start = torch.cat([values[name][part].reshape(-1) for name in layers for part in parts])
+
+    def weights(flat: Tensor) -> dict[str, Tensor]:
+        here, result = 0, {}
+        for name, layer in adapters.items():
+            mine = dict(values[name])
+            for part in parts if name in layers else ():
+                size = mine[part].numel()
+                mine[part] = flat[here : here + size].view_as(mine[part])
+                here += size
+            base = plain.get_submodule(name).weight.detach()
+            weight = base + layer.alpha / layer.rank * mine["lora_B"] @ mine["lora_A"]
+            if "magnitude" in mine:
+                norm = weight.square().sum(1).sqrt()
+                weight = weight * (mine["magnitude"] / (norm.detach() if held else norm))[:, None]
+            result[f"{name}.weight"] = weight
+        return result
+
+    def logits_of(batch: MicroBatch) -> Callable[[Tensor], Tensor]:
+        wanted = batch.labels[:, 1:] != -100
+
+        def run(flat: Tensor) -> Tensor:
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+            with sdpa_kernel(SDPBackend.MATH):
+                logits: Tensor = functional_call(plain, weights(flat), kwargs=inputs).logits[:, :-1]
+            return logits[wanted]
+
+        return run
+
+    return logits_of, start
