@@ -199,6 +199,86 @@ def export(
 
 @app.command()
 @verb
+def generate(
+    target: Annotated[str, typer.Argument(help="A run directory, a model directory, a Hub id, or builtin.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model is given; - reads standard input.")],
+    system: Annotated[str | None, typer.Option(help="System message, where there is a chat template.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: the model goes on from the prompt.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens up to this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Of a run, the base without the adapter.")] = False,
+    quant: Annotated[str | None, typer.Option(help="Of a dense model: nf4, fp4 or int8.")] = None,
+    json_: Json = False,
+) -> None:
+    """Stream what a run, an export or a bare model says to a prompt."""
+    from qdora.verbs.generate import Sampling, generate_from
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
+    result = generate_from(
+        target,
+        sys.stdin.read() if prompt == "-" else prompt,
+        sampling,
+        system=system,
+        raw=raw,
+        step=step,
+        base_only=base,
+        quant=quant,
+        write=None if json_ else write,
+    )
+    _emit(result, json_)
+
+
+@app.command()
+@verb
+def rank(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    method: Annotated[str, typer.Option(help="curvature, svd (of the update) or gradient.")] = "curvature",
+    budget: Annotated[
+        str | None, typer.Option(help="Parameters of the factors, or a share of the run's own: 50%.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="In place of a budget: each layer keeps this share of its energy, 0 to 1.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Largest rank; twice the run's if left out.")] = None,
+    curvature: Annotated[str | None, typer.Option(help="hessian (if left out) or gauss_newton.")] = None,
+    norm: Annotated[str | None, typer.Option(help="Of DoRA: attached (the loss; if left out) or held.")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Only these layers: name or pattern; repeatable. Others keep their rank.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Training examples that are looked at.")] = None,
+    micro_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at once: bounds the memory.")] = None,
+    over_all: Annotated[bool, typer.Option("--over-all", help="Also the curvature of all layers together.")] = False,
+    step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
+    json_: Json = False,
+) -> None:
+    """Choose a rank for each layer of a run, and write a recipe with these ranks into it."""
+    from qdora.verbs.rank import RankSettings, rank_run
+
+    asked = RankSettings(
+        method=method,
+        budget=budget,
+        threshold=threshold,
+        max_rank=max_rank,
+        curvature=curvature,
+        norm=norm,
+        layers=layers or (),
+        examples=examples,
+        micro_batch_tokens=micro_batch_tokens,
+        over_all=over_all,
+    )
+    _emit(rank_run(run, asked, step=step), json_)
+
+
+@app.command()
+@verb
 def plan(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
     set_: Set = None,
@@ -211,6 +291,36 @@ def plan(
     from qdora.verbs.plan import plan_run
 
     _emit(plan_run(loaded, recipe), json_)
+
+
+@app.command()
+@verb
+def study(
+    study: Annotated[Path, typer.Argument(help="A YAML file: a recipe, axes, and what is compared.")],
+    directory: Annotated[
+        Path | None, typer.Option("--dir", "-d", help="Where it is written; runs/studies/<name> if left out.")
+    ] = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only part I of N of the cells.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try cells again that were given up.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell, say what would run.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Start so many processes, and end.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Of --jobs: slurm (default) or local.")] = None,
+    job_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of --jobs: what submitit takes, as timeout_min=600.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Run a grid of recipes, each cell once, by any number of processes; started again it goes on."""
+    from qdora.verbs.study import study_run, submit_study
+
+    if jobs is not None:
+        if shard is not None or dry_run or retry_failed:
+            raise UserError("--jobs: starts processes that share all cells, allowed: without --shard and --dry-run.")
+        _emit(submit_study(study, directory, jobs, cluster or "slurm", job_option or []), json_)
+        return
+    if cluster is not None or job_option:
+        raise UserError("--cluster, --job-option: belong to --jobs, allowed: with it.")
+    _emit(study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run), json_)
 
 
 @app.command()

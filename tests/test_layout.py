@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli"},
     {"verbs"},
+    {"study"},
     {"train", "evaluation", "analysis"},
     {"memory"},
     {"model", "doctor"},

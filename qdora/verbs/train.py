@@ -24,6 +24,7 @@ from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
+from qdora.model.size import model_size
 from qdora.recipe_file import missing_files, resolved_yaml
 from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
@@ -314,7 +315,12 @@ class _Job:
     def _evaluate_alone(self, step: int, label: str) -> dict[str, Any]:
         with suite_bar(self.console, f"evaluating, step {step}") as progress:
             result = evaluate(
-                self.model, self.tokenizer, self.validation, limit=self.recipe.eval.limit, progress=progress
+                self.model,
+                self.tokenizer,
+                self.validation,
+                limit=self.recipe.eval.limit,
+                per_example=True,
+                progress=progress,
             )
         self.evaluations[label] = result
         self.run.write_json(f"eval/{self.run.evaluation_file(step).name}", result.to_dict(per_example=True))
@@ -350,6 +356,7 @@ class _Job:
             "best": adapter_record(self.run),
             "final_loss": losses[-1] if losses else None,
             **self.counts,
+            "size": asdict(model_size(self.model)),
             "evaluations": {label: result.to_dict() for label, result in self.evaluations.items()},
         }
 
