@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,6 @@ from qdora.data.loader import StepLoader
 from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
 from qdora.errors import Interrupted, UserError
-from qdora.evaluation.answers import generation_faults
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
@@ -39,7 +38,6 @@ from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
-    Compute,
     choose_compute,
     describe_adapters,
     find_model,
@@ -50,14 +48,14 @@ from qdora.verbs.assemble import (
     read_data,
     tokenized_mix,
 )
+from qdora.verbs.beforehand import check_beforehand, evaluated_sources
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
-from qdora.verbs.interference import interference_faults, probe_examples, probe_hook, write_interference
-from qdora.verbs.objective import make_objective, objective_faults, weigh_by_progress
+from qdora.verbs.interference import probe_examples, probe_hook, write_interference
+from qdora.verbs.objective import make_objective, weigh_by_progress
 from qdora.verbs.run_writer import RunWriter
-from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_faults, selection_value
+from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_value
 from qdora.verbs.show import bar, default_console, keep_mix, log_to, show_mix, suite_bar
-from qdora.verbs.trackers import is_installed
 
 logger = logging.getLogger("qdora")
 
@@ -95,10 +93,7 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
     num_steps = num_steps_of(recipe, loader)
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
-    _check_beforehand(recipe, compute, validation, num_steps)
-    faults = objective_faults(recipe, loader, _evaluated(recipe, validation))
-    if faults:
-        raise UserError(*faults)
+    check_beforehand(recipe, compute, validation, num_steps, loader)
     open_ = resume_run if resume else create_run
     processes.first(lambda: open_(directory, resolved_yaml(recipe), _environment(processes)))
     run = RunDirectory(directory)
@@ -152,7 +147,7 @@ class _Job:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.loader, self.console, self.num_steps = loader, console, num_steps
         self.processes = processes
-        self.validation = {name: validation[name] for name in _evaluated(recipe, validation)}
+        self.validation = {name: validation[name] for name in evaluated_sources(recipe, validation)}
         self.probed = {}
         if recipe.interference.every is not None:
             self.probed = probe_examples(recipe, tokenizer, validation)
@@ -368,36 +363,3 @@ def _lr_ratios(recipe: Recipe) -> dict[str, float]:
     """Last part of a parameter's path -> its learning rate in units of train.lr, where the recipe sets one."""
     given = {"lora_B": recipe.train.lr_ratio_B, "magnitude": recipe.train.lr_ratio_magnitude}
     return {part: ratio for part, ratio in given.items() if ratio is not None}
-
-
-def _evaluated(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
-    """Names of the sources that are evaluated: those asked for, perhaps none, or all that can be."""
-    return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
-
-
-def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any], num_steps: int) -> None:
-    """What can be known to fail before anything is written or loaded."""
-    faults = []
-    if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
-        faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
-    if recipe.eval.method == "generate":
-        asked = _evaluated(recipe, validation)
-        faults += generation_faults({name: validation[name] for name in asked if name in validation})
-    evaluated = {name: validation[name] for name in _evaluated(recipe, validation) if name in validation}
-    if recipe.eval.method == "generate":
-        faults += generation_faults(evaluated)
-    faults += selection_faults(recipe, evaluated, num_steps)
-    faults += interference_faults(recipe, validation)
-    known = ", ".join(validation) or "none"
-    faults += [
-        f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."
-        for name in recipe.eval.tasks or ()
-        if name not in validation
-    ]
-    faults += [
-        f"trackers: {name} is not installed. Run: pip install 'qdora[{name}]'"
-        for name in recipe.trackers
-        if not is_installed(name)
-    ]
-    if faults:
-        raise UserError(*faults)
