@@ -2,7 +2,7 @@
 
     python benchmarks/kill_resume.py [--kills 20] [--seed 0] [--out benchmarks/results/kill_resume.json] [--smoke]
 
-A random Llama of two blocks in NF4 with DoRA and dropout, twelve steps on a mix of two sources, a checkpoint after each
+A random Llama of two blocks in NF4 with DoRA and dropout, 36 steps on a mix of two sources, a checkpoint after each
 step. Every run is a process of its own, and is compared with one that nothing disturbed: adapter/ byte for byte, and
 metrics.jsonl without its times.
 
@@ -43,7 +43,7 @@ from qdora.record import RunDirectory
 from qdora.verbs import run_writer
 from qdora.verbs.train import train_run
 
-STEPS, FULL_AT = 12, 7
+STEPS, FULL_AT = 36, 7
 FILES = (
     "adapter/adapter_model.safetensors",
     "optimizer.safetensors",

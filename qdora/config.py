@@ -25,12 +25,13 @@ from qdora.section import (
     Positive,
     Section,
     Share,
+    Size,
     Targets,
     Text,
     Whole,
     ignored_faults,
 )
-from qdora.train_config import MACRO, EvalConfig, TrainConfig
+from qdora.train_config import MACRO, EvalConfig, InterferenceConfig, TrainConfig
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -136,6 +137,10 @@ class AdapterConfig(Section):
 class MemoryConfig(Section):
     """What is traded for memory."""
 
+    budget: Size | None = None
+    """What a run may need, such as 40GiB: planned before anything is loaded, and a run over it does not start. auto:
+    what the device has free, and micro-batches, checkpointing and loss_chunk are changed so that the run fits. null: no
+    plan."""
     checkpointing: Flag = True
     """Recompute each block's activations in the backward pass instead of keeping them: about a third more time."""
     loss_chunk: AutoTokens = "auto"
@@ -157,6 +162,8 @@ class Recipe(Section):
     """Optimizer, schedule and what is saved on the way."""
     eval: EvalConfig = EvalConfig()
     """Evaluation inside a training run."""
+    interference: InterferenceConfig = InterferenceConfig()
+    """Which data sets pull the adapter in different directions."""
     memory: MemoryConfig = MemoryConfig()
     """What is traded for memory."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
@@ -178,6 +185,9 @@ class Recipe(Section):
         none = ("lr_ratio_B", "lr_ratio_magnitude")
         parts = {"dora": (), "lora": none[1:], "magnitude": none[:1]}.get(kind, none)
         yield from ignored_faults(self.train, dict.fromkeys(parts, f"adapter.kind {kind} has none"), prefix="train.")
+        if kind in ("none", "full"):
+            reason = {"every": f"adapter.kind {kind} has no adapter"}
+            yield from ignored_faults(self.interference, reason, prefix="interference.")
         if self.train.epochs is not None and any(source.stream for source in self.data.mix):
             what = "a stream has no known end to count steps to"
             yield "train.epochs", f"{what}, got {self.train.epochs:g}, allowed: train.steps instead."

@@ -39,17 +39,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def fault_lines(error: ValidationError) -> list[tuple[str, str]]:
-    """(path, 'path: what is wrong, ...') for everything that pydantic found."""
-    return [line for detail in error.errors(include_url=False) for line in _lines(detail)]
+def fault_lines(error: ValidationError, root: type[Section] = Recipe) -> list[tuple[str, str]]:
+    """(path, 'path: what is wrong, ...') for everything that pydantic found in a document of type `root`."""
+    return [line for detail in error.errors(include_url=False) for line in _lines(detail, root)]
 
 
-def unknown_key(section: type[Section], key: str) -> str:
+def unknown_key(section: type[Section], key: str, root: type[Section] = Recipe) -> str:
     """'unknown key, allowed: ...' with the nearest key of this section, or the section where the key belongs."""
     names = list(section.model_fields)
     close = nearest(key, names)
     if not close:
-        homes = [f"{name}.{key}" for name, field in Recipe.model_fields.items() if key in _keys(field.annotation)]
+        homes = [f"{name}.{key}" for name, field in root.model_fields.items() if key in _keys(field.annotation)]
         close = f" Did you mean '{homes[0]}'?" if homes else ""
     return masked(f"unknown key, allowed: {', '.join(names)}.{close}")
 
@@ -73,9 +73,9 @@ def _keys(annotation: Any) -> list[str]:
     return list(annotation.model_fields) if is_section(annotation) else []
 
 
-def _section_at(steps: Sequence[int | str]) -> type[Section]:
+def _section_at(steps: Sequence[int | str], root: type[Section]) -> type[Section]:
     """The section that a path of keys leads to."""
-    found: Any = Recipe
+    found: Any = root
     for step in steps:
         inner = get_args(found)[0] if isinstance(step, int) else found.model_fields[step].annotation
         found = container(inner)
@@ -84,7 +84,7 @@ def _section_at(steps: Sequence[int | str]) -> type[Section]:
     return section
 
 
-def _lines(detail: ErrorDetails) -> Iterator[tuple[str, str]]:
+def _lines(detail: ErrorDetails, root: type[Section]) -> Iterator[tuple[str, str]]:
     steps, kind, context = detail["loc"], detail["type"], detail.get("ctx", {})
     if steps[-1:] == ("[key]",):  # pydantic's mark for a name, not a value, of a table
         steps = steps[:-1]
@@ -95,9 +95,9 @@ def _lines(detail: ErrorDetails) -> Iterator[tuple[str, str]]:
             yield inner, f"{inner}: {masked(what)}"
         return
     if kind == "extra_forbidden":
-        text = unknown_key(_section_at(steps[:-1]), str(steps[-1]))
+        text = unknown_key(_section_at(steps[:-1], root), str(steps[-1]), root)
     elif kind == "missing":
-        text = f"missing, allowed: {_wanted(steps)}"
+        text = f"missing, allowed: {_wanted(steps, root)}"
     elif kind == "allowed":
         text = f"not valid, {got}, allowed: {context['allowed']}.{masked(context['nearest'])}"
     elif kind == "literal_error":
@@ -105,7 +105,7 @@ def _lines(detail: ErrorDetails) -> Iterator[tuple[str, str]]:
         close = nearest(detail["input"], names) if isinstance(detail["input"], str) else ""
         text = f"not valid, {got}, allowed: {', '.join(names) or context['expected']}.{close}"
     elif kind == "model_type":
-        text = f"not a section, {got}, allowed: {', '.join(_section_at(steps).model_fields)}."
+        text = f"not a section, {got}, allowed: {', '.join(_section_at(steps, root).model_fields)}."
     elif kind in _PLAIN_TYPES:
         text = f"not valid, {got}, allowed: {_PLAIN_TYPES[kind]}."
     else:
@@ -113,8 +113,8 @@ def _lines(detail: ErrorDetails) -> Iterator[tuple[str, str]]:
     yield path, f"{path}: {text}" if path else text
 
 
-def _wanted(steps: Sequence[int | str]) -> str:
+def _wanted(steps: Sequence[int | str], root: type[Section]) -> str:
     """What belongs at a path where nothing is."""
-    field = _section_at(steps[:-1]).model_fields[str(steps[-1])]
+    field = _section_at(steps[:-1], root).model_fields[str(steps[-1])]
     keys = _keys(field.annotation)
     return f"a section of {', '.join(keys)}." if keys else str(field.description)

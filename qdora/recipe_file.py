@@ -38,10 +38,20 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises:
         UserError: All faults, one line each.
     """
+    data, where = recipe_document(name_or_path)
+    return recipe_from(apply_overrides(data, overrides), where, overrides)
+
+
+def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
+    """A recipe as it is written, unchecked but with absolute paths, and its name in messages.
+
+    Raises:
+        UserError: There is no such recipe, or it is not YAML.
+    """
     text, where, folder = _find(str(name_or_path))
     data = read_yaml(text, where)
     _make_absolute_(data, folder)
-    return recipe_from(apply_overrides(data, overrides), where, overrides)
+    return data, where
 
 
 def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:

@@ -141,16 +141,23 @@ class RunDirectory:
         """All lines of metrics.jsonl, in order, without one that a kill has cut off."""
         return [values for _, values in _metrics_lines(self.metrics_file)]
 
-    def truncate_metrics(self, after_step: int) -> int:
+    def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> int:
         """Drop lines of steps beyond `after_step` and lines that a kill has cut off; the rest stays byte for byte.
 
+        Args:
+            evaluates_again: Whether the run evaluates the state after `after_step` again; that line goes, too.
         Returns:
             Number of dropped lines.
         """
         if not self.metrics_file.exists():
             return 0
         content = self.metrics_file.read_bytes()
-        kept = [line for line, values in _metrics_lines(self.metrics_file) if values["step"] <= after_step]
+        dropped_at = after_step if evaluates_again else None
+        kept = [
+            line
+            for line, values in _metrics_lines(self.metrics_file)
+            if values["step"] <= after_step and not ("eval" in values and values["step"] == dropped_at)
+        ]
         wanted = b"".join(line + b"\n" for line in kept)
         if wanted != content:
             with self._disk_failures(self.metrics_file.name):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from qdora.errors import nearest
+from qdora.sizes import parse_size
 
 
 def allowed(text: str, *names: str) -> WrapValidator:
@@ -61,6 +63,17 @@ Warmup = Annotated[
 ]
 AutoTokens = Annotated[
     Literal["auto"] | Annotated[int, Strict(), Field(ge=1)], allowed("auto, or a whole number of tokens", "auto")
+]
+
+
+def _size(value: str) -> str:
+    parse_size(value)
+    return value
+
+
+Size = Annotated[
+    Literal["auto"] | Annotated[str, AfterValidator(_size)],
+    allowed("auto, or a size such as 40GiB or 500 MB", "auto"),
 ]
 Flag = Annotated[bool, Strict(), allowed("true or false")]
 Text = Annotated[

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from pydantic import Field, Strict
+
 from qdora.section import (
     AutoTokens,
     Beta,
@@ -141,3 +143,16 @@ class EvalConfig(Section):
             reason = "nothing is evaluated: every, at_start and at_end are off"
             found |= dict.fromkeys(("tasks", "limit", "method"), reason)
         return found
+
+
+class InterferenceConfig(Section):
+    """Which data sets pull the adapter in different directions, measured while training."""
+
+    every: Whole | None = None
+    """Optimizer steps between measurements of the cosines between the tasks' gradients. None: none. Training itself
+    stays the same, bit for bit."""
+    examples: Annotated[int, Strict(), Field(ge=2), allowed("a whole number, 2 or more")] = 16
+    """Validation examples of each task that gradients are measured on; with fewer, cosines are noisier and cheaper."""
+
+    def unused(self) -> dict[str, str]:
+        return {"examples": "interference.every is not set"} if self.every is None else {}

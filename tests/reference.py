@@ -216,3 +216,10 @@ def paired(
     variance = sum(part for part, _ in parts)
     degrees = variance**2 / sum(part**2 / free for part, free in parts) if variance else math.inf
     return value, math.sqrt(variance), degrees
+
+
+def cosine(first: Array, second: Array) -> float:
+    """<a, b> / |a| |b|."""
+    product = sum(float(a) * float(b) for a, b in zip(first, second, strict=True))
+    lengths = [math.sqrt(sum(float(a) ** 2 for a in each)) for each in (first, second)]
+    return product / (lengths[0] * lengths[1])

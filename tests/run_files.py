@@ -19,6 +19,11 @@ def timeless(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
+def trained(run: Path) -> list[dict[str, Any]]:
+    """The lines of the training steps among these."""
+    return [line for line in timeless(run) if "loss" in line]
+
+
 def same_tensors(first: Path, second: Path) -> None:
     """Two safetensors files hold the same tensors, bit for bit."""
     one, two = load_file(first), load_file(second)

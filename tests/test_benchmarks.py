@@ -199,3 +199,14 @@ def test_combined_vs_solo(tmp_path: Path) -> None:
     again = smoke(tmp_path, "combined_vs_solo.py", *options, "--seconds", "0")
     assert again["kinds"] == result["kinds"]
     assert (tmp_path / "result_cells.json").read_text() == cells
+
+
+def test_data_loading(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "data_loading.py")
+    assert list(result["ways"]) == ["grouped", "packed", "streamed"]
+    for way in result["ways"].values():
+        parts = way["seconds_to_first_step"]
+        assert list(parts) == ["imports", "tokenizer", "data", "tokenise", "load base", "adapters", "first step"]
+        assert sum(parts.values()) == way["total_seconds_to_first_step"]
+        assert len(way["step_seconds"]) == len(way["loader_seconds"]) == 2
+        assert all(0 < wait < step for wait, step in zip(way["loader_seconds"], way["step_seconds"], strict=True))

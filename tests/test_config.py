@@ -225,7 +225,7 @@ trackers: [wandbb]
             "r.yaml: train.steps: contradiction, got both of steps and epochs, allowed: exactly one of them.",
             "r.yaml: eval: not a section, got 3, allowed: tasks, limit, method, every, at_start, at_end, "
             "best_by, best_metric, patience.",
-            "r.yaml: lr: unknown key, allowed: model, base, adapter, data, train, eval, memory, trackers."
+            "r.yaml: lr: unknown key, allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
             " Did you mean 'train.lr'?",
             "r.yaml: trackers[0]: not valid, got 'wandbb', allowed: tensorboard, trackio, wandb, mlflow."
             " Did you mean 'wandb'?",
@@ -243,7 +243,8 @@ def test_missing_sections_say_what_they_hold() -> None:
     assert [line.split(": missing")[0] for line in lines] == ["r.yaml: data", "r.yaml: train"]
     assert "a section of mix, strategy, temperature" in lines[0]
     assert faults([1]) == [
-        "r.yaml: not a section, got [1], allowed: model, base, adapter, data, train, eval, memory, trackers."
+        "r.yaml: not a section, got [1], "
+        "allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
     ]
 
 

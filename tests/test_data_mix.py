@@ -26,18 +26,18 @@ def pairs(order, start, stop):
 @settings(max_examples=50, deadline=None)
 @given(sizes=SIZES, seed=SEEDS, epoch=st.integers(0, 1000))
 def test_every_example_once_an_epoch(sizes, seed, epoch):
-    order = MixOrder(sizes, None, seed)
+    order = MixOrder(sizes, sizes, seed)
     total = sum(sizes)
     drawn = pairs(order, epoch * total, (epoch + 1) * total)
     assert sorted(drawn) == [(source, index) for source, size in enumerate(sizes) for index in range(size)]
 
 
 def test_epochs_and_seeds_have_their_own_shuffles():
-    order = MixOrder([300, 200], None, 0)
+    order = MixOrder([300, 200], [3, 2], 0)
     first = pairs(order, 0, 500)
     assert first != pairs(order, 500, 1000)
-    assert first != pairs(MixOrder([300, 200], None, 1), 0, 500)
-    assert first == pairs(MixOrder([300, 200], None, 0), 0, 500)
+    assert first != pairs(MixOrder([300, 200], [3, 2], 1), 0, 500)
+    assert first == pairs(MixOrder([300, 200], [3, 2], 0), 0, 500)
     assert first != sorted(first)
 
 
@@ -90,7 +90,7 @@ def test_no_example_is_repeated_before_all_of_its_source_have_been(sizes, weight
     num=st.integers(1, 300),
 )
 def test_any_position_gives_what_the_uninterrupted_order_gives(sizes, weighted, seed, start, num):
-    shares = mix_shares(sizes, "weights", weights=list(range(1, len(sizes) + 1))) if weighted else None
+    shares = mix_shares(sizes, "weights", weights=list(range(1, len(sizes) + 1))) if weighted else sizes
     uninterrupted = pairs(MixOrder(sizes, shares, seed), 0, start + num)[start:]
     fresh = MixOrder(sizes, shares, seed)
     assert pairs(fresh, start, start + num) == uninterrupted
@@ -108,7 +108,7 @@ def test_sources_of_one_size_have_their_own_shuffles():
 @settings(max_examples=30, deadline=None)
 @given(sizes=SIZES, seed=SEEDS, num=st.integers(0, 500))
 def test_counts_of_exact_epochs(sizes, seed, num):
-    order = MixOrder(sizes, None, seed)
+    order = MixOrder(sizes, sizes, seed)
     expected = [0] * len(sizes)
     for source, _ in pairs(order, 0, num) if num else []:
         expected[source] += 1

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli"},
     {"verbs"},
+    {"study"},
     {"train", "evaluation", "analysis"},
     {"memory"},
     {"model", "doctor"},
@@ -27,6 +28,7 @@ COMMON = {
     "access_tokens",
     "atomic_files",
     "checkpoint_files",
+    "command",
     "config",
     "data_config",
     "environment",
@@ -36,6 +38,7 @@ COMMON = {
     "recipe_file",
     "record",
     "section",
+    "sizes",
     "train_config",
 }
 

@@ -70,6 +70,31 @@ def load_state(layer: AdaptedLinear) -> None:
     layer.load_state_dict(layer.state_dict() | state)
 
 
+def load_another_base(layer: AdaptedLinear) -> None:
+    """The base is in the state, what follows from it is not."""
+    other = dora(layer.lora_A.dtype, seed=1)
+    other.base.get_buffer("weight").mul_(3.0)
+    layer.load_state_dict(other.state_dict())
+
+
+def load_into_an_empty_layer(layer: AdaptedLinear) -> None:
+    state = {name: value.clone() * 1.5 for name, value in layer.state_dict().items()}
+    layer.to("meta").to_empty(device="cpu")
+    layer.load_state_dict(state)
+
+
+def assign_another_base(layer: AdaptedLinear) -> None:
+    layer.load_state_dict({name: value * 1.5 for name, value in layer.state_dict().items()}, assign=True)
+
+
+def another_alpha(layer: AdaptedLinear) -> None:
+    layer.alpha *= 4.0
+
+
+def stabilized(layer: AdaptedLinear) -> None:
+    layer.rank_stabilized = True
+
+
 def new_rank(layer: AdaptedLinear) -> None:
     """As after pruning rank components: other parameters under the old names."""
     layer.lora_A = torch.nn.Parameter(layer.lora_A.detach()[:2] * 1.3)
@@ -77,7 +102,7 @@ def new_rank(layer: AdaptedLinear) -> None:
     layer.rank, layer.alpha = 2, layer.alpha / 3 * 2
 
 
-def same_shape_at_the_same_address(layer: AdaptedLinear) -> None:
+def another_tensor_of_the_same_shape(layer: AdaptedLinear) -> None:
     values = layer.lora_B.detach() * -2
     del layer.lora_B
     layer.lora_B = torch.nn.Parameter(values)
@@ -134,8 +159,13 @@ CHANGES = [
     in_place,
     only_the_magnitude,
     load_state,
+    load_another_base,
+    load_into_an_empty_layer,
+    assign_another_base,
+    another_alpha,
+    stabilized,
     new_rank,
-    same_shape_at_the_same_address,
+    another_tensor_of_the_same_shape,
     data_assigned,
     data_written_and_mode_changed,
     data_written_and_cleared,

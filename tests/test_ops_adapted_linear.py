@@ -259,6 +259,49 @@ def test_zero_rows_and_zero_magnitudes_give_zero_and_no_nan() -> None:
     assert torch.equal(gain(torch.zeros(1), torch.zeros(1)).value, torch.zeros(1))
 
 
+def test_a_live_row_of_magnitude_zero_has_its_gradient_in_bf16_too() -> None:
+    """What stands in for a magnitude of 0 must not be lost in the products' dtype, nor in the row factor of lora_B."""
+    layer = tiny.adapted_linear(out=6, in_=64, rank=2, dtype=torch.bfloat16)
+    tiny.move_all_parameters_(layer)
+    assert layer.magnitude is not None
+    with torch.no_grad():
+        layer.magnitude[3] = 0
+    x, dy = torch.randn(8, 64).bfloat16(), torch.randn(8, 6).bfloat16()
+    y = layer(x)
+    y.backward(dy)
+    grads = reference.gradients(to_numpy(x), to_numpy(dy), **arrays(layer))
+    assert float(y[:, 3].abs().max()) < 1e-25
+    np.testing.assert_allclose(float(layer.magnitude.grad[3]), grads.magnitude[3], rtol=3e-2)  # type: ignore[index]
+
+
+def test_an_input_in_any_layout_with_dropout() -> None:
+    layer = tiny.adapted_linear(out=24, in_=40, dropout=0.3)
+    tiny.move_all_parameters_(layer)
+    values = torch.randn(1, 40, 7, dtype=torch.float64)
+    found = []
+    for x in (values.transpose(1, 2), values.transpose(1, 2).contiguous()):
+        leaf = x.detach().requires_grad_()
+        torch.manual_seed(5)
+        y = layer(leaf)
+        y.sum().backward()
+        found.append((y.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_a_frozen_magnitude_keeps_no_output() -> None:
+    layer = tiny.adapted_linear(out=24, in_=8)
+    assert layer.magnitude is not None
+    sizes: dict[bool, list[int]] = {}
+    for trains in (True, False):
+        layer.magnitude.requires_grad_(trains)
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y = layer(torch.randn(5, 8, dtype=torch.float64))
+        sizes[trains] = [t.numel() for t in kept if t.shape == y.shape]
+    assert sizes == {True: [5 * 24], False: []}
+
+
 def test_step_zero_is_exactly_the_base() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         layer = tiny.adapted_linear(out=32, in_=64, dtype=dtype, quant="nf4", bias=True)

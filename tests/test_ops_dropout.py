@@ -54,6 +54,17 @@ def test_positions_are_inside_for_every_size_and_none_are_drawn_without_dropout(
     assert [positions for _, positions in dropped_slices(4, 4, 0.0, 1, CPU)] == [None]
 
 
+def test_another_default_device_changes_nothing():
+    torch.manual_seed(3)
+    seed = draw_seed()
+    (_, expected) = next(dropped_slices(4, 8, 0.5, seed, torch.device("cpu")))
+    with torch.device("meta"):
+        torch.manual_seed(3)
+        assert draw_seed() == seed
+        (_, found) = next(dropped_slices(4, 8, 0.5, seed, torch.device("cpu")))
+    assert torch.equal(found, expected)
+
+
 def test_a_seed_comes_from_the_generator_that_a_checkpoint_restores():
     torch.manual_seed(5)
     state = torch.get_rng_state()

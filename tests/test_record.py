@@ -444,6 +444,22 @@ def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDir
     assert tree(run.checkpoints / "step-2")["a.bin"] == b"new"
 
 
+def test_an_evaluation_that_is_made_again_leaves_its_line(run: RunDirectory) -> None:
+    lines: list[dict[str, Any]] = [
+        {"step": 0, "eval": {}},
+        {"step": 1},
+        {"step": 2},
+        {"step": 2, "eval": {}},
+        {"step": 3},
+    ]
+    for line in lines:
+        run.append_metrics(line)
+    assert run.truncate_metrics(2) == 1
+    assert run.metrics() == lines[:4]
+    assert run.truncate_metrics(2, evaluates_again=True) == 1
+    assert run.metrics() == lines[:3]
+
+
 def test_prune_keeps_what_the_newest_ones_need(run: RunDirectory) -> None:
     for step in (1, 2, 3, 10, 20):
         save(run, step)

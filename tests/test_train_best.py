@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qdora.config import Recipe
 from qdora.errors import Interrupted, UserError
 from qdora.train.best import BestSoFar
 from qdora.verbs import run_writer
+from qdora.verbs import train as train_verb
 from qdora.verbs.evaluate import evaluate_target
 from qdora.verbs.export import ExportOptions, export_run
 from qdora.verbs.train import train_run
@@ -226,3 +228,37 @@ def test_the_judge_is_a_running_best_and_its_state_can_be_gone_on_with(
         assert judge.judge(index, value) == (first_best == index)
         assert (judge.step, judge.num_since) == (first_best, index - first_best)
         assert judge.is_over == (index - first_best >= patience)
+
+
+def test_a_task_that_got_worse_than_the_base_is_said_everywhere(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One task's answers are made worse by 1 nat each after training, the other's better by 2."""
+    real = train_verb.evaluate
+
+    def shifted(model: Any, *args: Any, **options: Any) -> Any:
+        found = real(model, *args, **options)
+        if not any(bool(p.any()) for name, p in model.named_parameters() if name.endswith("lora_B")):
+            return found
+        for record in found.per_example:
+            record["nll"] += {"sums": 1.0, "letters": -2.0}[record["task"]] * record["num_answer_tokens"]
+        tasks = {
+            task: replace(each, nll_per_token=each.nll_per_token + {"sums": 1.0, "letters": -2.0}[task])
+            for task, each in found.tasks.items()
+        }
+        average = replace(found.average, nll_per_token=sum(each.nll_per_token for each in tasks.values()) / 2)
+        return replace(found, tasks=tasks, average=average)
+
+    monkeypatch.setattr(train_verb, "evaluate", shifted)
+    settings = tiny_run.recipe(root, train__steps=4, train__lr=1e-6, eval__every=2)
+    train_run(settings, tmp_path, console=Console(quiet=True))
+    lines = [line for line in timeless(tmp_path) if "eval" in line]
+    assert [(line["step"], "worse_than_base" in line) for line in lines] == [(0, False), (2, True), (4, True)]
+    (found,) = lines[-1]["worse_than_base"]
+    assert (found["task"], found["metric"]) == ("sums", "nll_per_token")
+    assert found["now"] == lines[-1]["eval"]["sums"]["nll_per_token"] == pytest.approx(found["base"] + 1, abs=1e-3)
+    said = f"sums is worse than the untrained base: NLL per token {found['now']:.4g} against {found['base']:.4g}"
+    log = (tmp_path / "log.txt").read_text()
+    assert f"Step 2: {said}" in log
+    assert f"Step 4: {said}" in log
+    assert f"**{said}" in (tmp_path / "README.md").read_text()

@@ -33,12 +33,20 @@ def lines() -> list[dict[str, Any]]:
         }
         for index in range(4)
     ]
-    return [*found[:2], {"step": 2, "eval": {"sums": {"accuracy": 1.0}}}, *found[2:]]
+    base, middle, end = (
+        {
+            "step": step,
+            "eval": {"sums": {"nll_per_token": nll, "acc": None}, "letters": {"nll_per_token": 2 * nll, "acc": acc}},
+            "average": {"nll_per_token": 1.5 * nll, "acc": acc},
+        }
+        for step, nll, acc in ((0, 4.0, 0.25), (2, 1.0, 0.75), (4, 2.0, 0.5))
+    )
+    return [base, *found[:2], middle, *found[2:], end]
 
 
-def points(svg: Path) -> NDArray[np.float64]:
+def points(svg: Path, name: str = "values") -> NDArray[np.float64]:
     """(points, 2) of the line of a figure, in the coordinates of the picture, where y goes down."""
-    path = re.search(r'<g id="values">\s*<path d="([^"]*)"', svg.read_text())
+    path = re.search(rf'<g id="{name}">\s*<path d="([^"]*)"', svg.read_text())
     assert path is not None
     return np.array(re.findall(r"[ML] (\S+) (\S+)", path[1]), dtype=float)
 
@@ -62,9 +70,36 @@ def test_a_line_goes_through_the_values_of_the_steps(name: str, values: list[flo
         assert np.corrcoef(found, expected)[0, 1] == pytest.approx(1.0, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "figure, line, values",
+    [
+        ("validation_nll", "values sums", [4.0, 1.0, 2.0]),
+        ("validation_nll", "values letters", [8.0, 2.0, 4.0]),
+        ("validation_nll", "values average", [6.0, 1.5, 3.0]),
+        ("validation_accuracy", "values letters", [0.25, 0.75, 0.5]),
+    ],
+)
+def test_validation_starts_at_the_base_and_goes_through_every_evaluation(
+    figure: str, line: str, values: list[float], tmp_path: Path
+) -> None:
+    draw_figures(lines(), tmp_path)
+    drawn = points(tmp_path / f"{figure}.svg", line)
+    assert np.corrcoef(drawn[:, 0], [0, 2, 4])[0, 1] == pytest.approx(1.0, abs=1e-9)
+    assert np.corrcoef(-drawn[:, 1], values)[0, 1] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_without_choices_or_evaluations_there_is_no_such_figure(tmp_path: Path) -> None:
+    plain = lines()
+    for line in plain:
+        line.get("eval", {}).pop("letters", None)
+    assert "validation_accuracy" not in {path.stem for path in draw_figures(plain, tmp_path)}
+    steps = [line for line in lines() if "eval" not in line]
+    assert len(draw_figures(steps, tmp_path)) == 5
+
+
 def test_the_same_run_draws_the_same_bytes_and_no_step_draws_nothing(tmp_path: Path) -> None:
     first, second = draw_figures(lines(), tmp_path / "a"), draw_figures(lines(), tmp_path / "b")
-    assert len(first) == 5
+    assert len(first) == 7
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert draw_figures([{"step": 0, "eval": {}}], tmp_path / "c") == []
     assert not (tmp_path / "c").exists()
@@ -79,6 +114,8 @@ def test_a_figure_that_cannot_be_drawn_is_said_and_the_others_are_drawn(
         "loss_per_task",
         "learning_rate",
         "gradient_norm",
+        "validation_nll",
+        "validation_accuracy",
     ]
     assert "figures/memory.svg was not drawn: KeyError: 'time'" in caplog.text
     (tmp_path / "file").write_text("")

@@ -38,7 +38,7 @@ def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(run: Path) -> 
         assert len(generated["per_example"]) == counts["num_examples"]
         assert generated["settings"]["max_new_tokens"] == 32
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (evaluated,) = [line["eval"]["letters"] for line in lines if "eval" in line]
+    _, evaluated, _ = [line["eval"]["letters"] for line in lines if "eval" in line]
     counts = read(run / "eval/step-4-generated.json")["tasks"]["letters"]
     assert evaluated["generated"] == {key: value for key, value in counts.items() if key != "unparsable"}
     assert evaluated["nll_per_token"] > 0
@@ -61,7 +61,7 @@ def test_sources_that_cannot_be_generated_are_refused_before_anything_is_loaded(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("qdora.verbs.train.load_base", load)
-    monkeypatch.setattr("qdora.verbs.evaluate.load_run", load)
+    monkeypatch.setattr("qdora.verbs.evaluate.load_target", load)
     recipe = tiny_run.recipe(root, eval__method="generate")
     with pytest.raises(UserError, match="got task 'sums', whose example 29 has no choices"):
         train_run(recipe, tmp_path / "run")

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from qdora.cli import explain
+from qdora.command import explain
 from qdora.errors import Interrupted, RunFailure
 from qdora.record import RunDirectory
 from qdora.train import interrupt, loop
 from qdora.verbs import run_writer
 from qdora.verbs.train import train_run
 from tests import tiny_run
-from tests.run_files import assert_same_run, timeless
+from tests.run_files import assert_same_run, trained
 
 STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -69,7 +69,7 @@ def test_a_signal_finishes_the_step_saves_and_gives_130(
     assert explain(raised.value)[1] == 130
     assert "A second signal stops at once" in capfd.readouterr().err
     assert [signal.getsignal(each) for each in STOPPING] == before
-    assert [line["step"] for line in timeless(tmp_path / "run")] == [1, 2, 3]
+    assert [line["step"] for line in trained(tmp_path / "run")] == [1, 2, 3]
     monkeypatch.undo()
     train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", whole)

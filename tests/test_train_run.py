@@ -24,9 +24,10 @@ from qdora.verbs.evaluate import evaluate_target
 from qdora.verbs.export import ExportOptions, export_run
 from qdora.verbs.train import train_run
 from tests import tiny_run
-from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless
+from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless, trained
 
-FIGURES = {"loss_per_task", "learning_rate", "gradient_norm", "memory", "tokens_per_second"}
+FIGURES = {"loss_per_task", "learning_rate", "gradient_norm", "memory", "tokens_per_second", "validation_nll"}
+FIGURES |= {"validation_accuracy"}
 
 
 def start_magnitudes(root: Path) -> dict[str, torch.Tensor]:
@@ -48,9 +49,12 @@ def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
         assert (whole / name).is_file(), name
     assert {each.stem for each in (whole / "figures").iterdir()} == FIGURES
     assert sorted(each.name for each in (whole / "checkpoints").iterdir()) == ["step-4", "step-6"]
-    lines = timeless(whole)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    for line in lines:
+    assert [(line["step"], "eval" in line) for line in timeless(whole)] == [
+        (0, True),
+        *((step, False) for step in range(1, 7)),
+        (6, True),
+    ]
+    for line in trained(whole):
         assert set(line["tasks"]) <= {"sums", "letters"}
         total = sum(task["nll_sum"] for task in line["tasks"].values())
         assert line["loss"] == pytest.approx(total / line["num_label_tokens"], rel=1e-9)
@@ -234,7 +238,7 @@ def test_the_recipe_says_how_many_tokens_have_logits_at_once(
     )
     assert chunks
     assert set(chunks) == {chunk}
-    assert timeless(tmp_path)[0]["loss"] == pytest.approx(timeless(whole)[0]["loss"], rel=1e-6)
+    assert timeless(tmp_path)[0]["loss"] == pytest.approx(trained(whole)[0]["loss"], rel=1e-6)
 
 
 def test_after_a_nan_the_learning_rate_may_be_lowered(
@@ -259,7 +263,7 @@ def test_a_terminal_shows_a_bar_while_it_trains_and_evaluates(root: Path, tmp_pa
     recipe = tiny_run.recipe(root, train__steps=2, eval__every=1)
     train_run(recipe, tmp_path / "run", console=console)
     assert "step 2/2" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert [line["step"] for line in timeless(tmp_path / "run")] == [1, 1, 2]
+    assert [line["step"] for line in timeless(tmp_path / "run")] == [0, 1, 1, 2, 2]
 
 
 def test_splits_that_a_source_does_not_have_are_refused(whole: Path, root: Path) -> None:
@@ -329,7 +333,7 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qdora.cli", "train", str(file), "-d", str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 0):
+    while process.poll() is None and not (metrics.exists() and trained(tmp_path / "run")):
         pass
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
@@ -338,7 +342,7 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     assert "Traceback" not in errors
     newest = record.open_run(tmp_path / "run").newest_checkpoint()
     assert newest is not None
-    assert newest.step == len(metrics.read_text().splitlines())
+    assert newest.step == len(trained(tmp_path / "run"))
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

@@ -17,6 +17,7 @@ from qdora.verbs import assemble
 from qdora.verbs.plan import plan_run
 from qdora.verbs.train import train_run
 from tests import tiny_run
+from tests.run_files import trained
 
 
 def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +29,7 @@ def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["mix"] == json.loads((tmp_path / "run/mix.json").read_text())
     assert [part["num_draws"] for part in found["mix"]["sources"]] == [24, 24]
     assert [part["num_examples"] for part in found["mix"]["sources"]] == [28, 22]  # without those held out
-    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = trained(tmp_path / "run")
     assert sum(line["num_tokens"] for line in steps) == sum(part["num_tokens_seen"] for part in found["mix"]["sources"])
     for text in ("12 steps, 48 examples", "sums", "letters", "50.0%", "1.09"):
         assert text in shown.getvalue()
@@ -48,7 +49,7 @@ def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
     seven = tiny_run.recipe(tmp_path, train__steps=7, data__mix=mix, eval__at_start=False)
     train_run(seven, tmp_path / "run")
-    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = trained(tmp_path / "run")
     assert [line["num_examples"] for line in steps] == [4, 4, 4, 4, 4, 4, 1]
 
 

@@ -36,6 +36,8 @@ class SameStep:
     """A loader that gives one and the same step: a single sequence of random tokens, all of them labelled."""
 
     step: Step
+    # Read and halved by the loop where memory runs out; one sequence cannot be cut.
+    micro_batch_tokens: int = 1
 
     def next_step(self) -> Step:
         """The step."""

@@ -215,7 +215,7 @@ class StepLoader:
         if self._fingerprint is None:
             # The first draws stand for the shuffling itself, which numpy may change between versions
             first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
-            shares = "exact epochs" if self.order.shares is None else (self.order.shares.tolist(), self.order.caps)
+            shares = self.order.shares.tolist(), self.order.caps
             size = f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples"
             self._fingerprint = {
                 "data": _hash_sets(self.tokenised),

@@ -21,7 +21,7 @@ Draws = tuple[NDArray[np.int64], NDArray[np.int64]]
 """(sources, indices): the source of each draw, and the example's index inside that source; (draws,) int64 each."""
 
 _BLOCK = 4096
-"""Weighted draws that are worked out together, up to one more or less for each source."""
+"""Draws that are worked out together, up to one more or less for each source."""
 
 
 def mix_shares(
@@ -72,19 +72,19 @@ def most_draws(size: int, max_epochs: float | None) -> int | None:
 class MixOrder:
     """An order of (source, index) pairs, a pure function of sizes, shares, caps, seed and position.
 
-    Without shares, draws e N .. (e+1) N - 1 are a shuffle of all N examples, a new one for each epoch e.
+    The j-th draw of source s is due at time (j + 1/2) / share_s, and draws are made in the order of their times. After
+    n draws a source has had n share_s of them up to 1/2 + share_s (number of sources) / 2, at any n, where random draws
+    are off by sqrt(n): every optimizer step has nearly the asked shares. Inside a source the draws run through a
+    shuffle of its examples, then through a new one, so that none is repeated before all have been seen. With shares in
+    proportion to the sizes, all sources come to the end of a shuffle after the same draw: an epoch has each of all N
+    examples once.
 
-    With shares, the j-th draw of source s is due at time (j + 1/2) / share_s, and draws are made in the order of their
-    times. After n draws a source has had n share_s of them up to 1/2 + share_s (number of sources) / 2, at any n, where
-    random draws are off by sqrt(n): every optimizer step has nearly the asked shares. A source with a cap has no
-    draw after its last one, so that from then on the others share among themselves what is drawn, in their old
-    proportions; where all have a cap, the order ends. Any position is reached in closed form. Inside a source the draws
-    run through a shuffle of its examples, then through a new one, so that none is repeated before all have been seen.
+    A source with a cap has no draw after its last one, so that from then on the others share among themselves what is
+    drawn, in their old proportions; where all have a cap, the order ends. Any position is reached in closed form.
 
     Args:
         sizes: Examples of each source, each above 0. None: a stream, whose index is the number of the draw from it.
-        shares: (sources,) from `mix_shares`; None for exact epochs over all examples, of sources with sizes and without
-            caps.
+        shares: (sources,) from `mix_shares`.
         seed: Of all shuffles.
         caps: Most draws of each source, each above 0; None, as a whole or for one source, without an end.
     """
@@ -92,7 +92,7 @@ class MixOrder:
     def __init__(
         self,
         sizes: Sequence[int | None],
-        shares: Sequence[float] | NDArray[np.float64] | None,
+        shares: Sequence[float] | NDArray[np.float64],
         seed: int,
         caps: Sequence[int | None] | None = None,
     ) -> None:
@@ -101,20 +101,13 @@ class MixOrder:
         self.sizes = tuple(sizes)
         self.seed = seed
         self.caps = tuple(caps) if caps is not None else (None,) * len(sizes)
-        self.shares: NDArray[np.float64] | None = None
-        if shares is None:
-            assert None not in self.sizes, sizes
-            assert self.caps == (None,) * len(sizes), caps
-            self._starts = np.concatenate([[0], np.cumsum([size or 0 for size in sizes])]).astype(np.int64)
-        else:
-            given = np.asarray(shares, dtype=np.float64)
-            assert len(given) == len(sizes) == len(self.caps), (sizes, shares, caps)
-            assert given.min() > 0, shares
-            self.shares = given / given.sum()
-            self._clock = _Clock(self.shares, self.caps)
-        # Per object, so that the shuffles go with it. At the border of two epochs both are in use.
-        num_streams = 1 if shares is None else len(sizes)
-        self._shuffle = lru_cache(maxsize=2 * num_streams)(self._new_shuffle)
+        given = np.asarray(shares, dtype=np.float64)
+        assert len(given) == len(sizes) == len(self.caps), (sizes, shares, caps)
+        assert given.min() > 0, shares
+        self.shares: NDArray[np.float64] = given / given.sum()
+        self._clock = _Clock(self.shares, self.caps)
+        # Per object, so that the shuffles go with it. At the border of two cycles both are in use.
+        self._shuffle = lru_cache(maxsize=2 * len(sizes))(self._new_shuffle)
         self._block = lru_cache(maxsize=2)(self._new_block)
 
     @property
@@ -124,7 +117,7 @@ class MixOrder:
 
     @property
     def epoch_length(self) -> int:
-        """Draws of an epoch: as many as there are examples (with shares, not exactly each of them once)."""
+        """Draws of an epoch: as many as there are examples; each of them once, where the shares are as the sizes."""
         assert None not in self.sizes, "a stream has no known number of examples"
         return sum(size for size in self.sizes if size is not None)
 
@@ -159,9 +152,7 @@ class MixOrder:
         return counts
 
     def _counts_before(self, block: int) -> NDArray[np.int64]:
-        """Draws of each source before a block: an epoch without shares, a span of time with them."""
-        if self.shares is None:
-            return np.array(self.sizes, dtype=np.int64) * block
+        """Draws of each source before a block, which is a span of time."""
         return self._clock.counts(block * _BLOCK)
 
     def _first(self, block: int) -> int:
@@ -170,7 +161,7 @@ class MixOrder:
 
     def _block_of(self, position: int) -> int:
         assert 0 <= position < (self.length or position + 1), (position, self.length)
-        block = position // (self.epoch_length if self.shares is None else _BLOCK)
+        block = position // _BLOCK
         while self._first(block) > position:
             block -= 1
         while self._first(block + 1) <= position:
@@ -178,10 +169,6 @@ class MixOrder:
         return block
 
     def _new_block(self, block: int) -> Draws:
-        if self.shares is None:
-            flat = self._shuffle(0, block, self.epoch_length)
-            sources = np.searchsorted(self._starts, flat, side="right") - 1
-            return sources, flat - self._starts[sources]
         before = self._counts_before(block)
         numbers = self._counts_before(block + 1) - before
         sources = np.repeat(np.arange(len(self.sizes)), numbers)
@@ -193,14 +180,14 @@ class MixOrder:
             cycles, places = np.divmod(turns[sources == source], size)
             found = np.empty_like(places)
             for cycle in np.unique(cycles).tolist():
-                found[cycles == cycle] = self._shuffle(source + 1, cycle, size)[places[cycles == cycle]]
+                found[cycles == cycle] = self._shuffle(source, cycle, size)[places[cycles == cycle]]
             indices[sources == source] = found
         due = np.lexsort((sources, (turns + 0.5) / self.shares[sources]))
         return sources[due], indices[due]
 
-    def _new_shuffle(self, stream: int, cycle: int, size: int) -> NDArray[np.int64]:
-        """Shuffle of range(size); stream 0 is the whole, s + 1 is source s."""
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, 1, stream, cycle])))
+    def _new_shuffle(self, source: int, cycle: int, size: int) -> NDArray[np.int64]:
+        """Shuffle of range(size), for pass `cycle` over a source."""
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, 1, source + 1, cycle])))
         return generator.permutation(size)
 
 
@@ -259,10 +246,8 @@ def make_mix(
         raise UserError(*faults)
     shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)
     caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
-    streamed = [isinstance(part, ExampleStream) for part in sets]
-    exact = strategy == "proportional" and all(cap is None for cap in caps) and not any(streamed)
-    drawn_from = [None if stream else size for stream, size in zip(streamed, sizes, strict=True)]
-    return Mix(tuple(sets), shares, MixOrder(drawn_from, None if exact else shares, seed, caps))
+    drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]
+    return Mix(tuple(sets), shares, MixOrder(drawn_from, shares, seed, caps))
 
 
 def _known_size(part: Source) -> int | None:

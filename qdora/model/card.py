@@ -65,8 +65,12 @@ class CardFacts:
     """Columns of the table: "base", "adapter", "merged"."""
     metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     """Row of the table -> one number a column."""
+    notes: Sequence[str] = ()
+    """Sentences that a reader of the table has to know, below it."""
     verification: Mapping[str, Any] | None = None
     """From the verification of the export."""
+    interference: str = ""
+    """What the tasks do to each other, in words."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -92,7 +96,9 @@ def model_card(facts: CardFacts) -> str:
     if facts.data:
         parts.append("## Data\n\n" + "\n".join(f"- {_plain(name)}" for name in facts.data))
     if facts.metrics:
-        parts.append("## Results\n\n" + _metrics(facts))
+        parts.append("\n\n".join(["## Results", _metrics(facts), *(f"**{_plain(note)}**" for note in facts.notes)]))
+    if facts.interference:
+        parts.append("## Interference\n\n" + facts.interference)
     if facts.verification is not None:
         parts.append("## Verification\n\n" + _verification(facts.verification, _CHECKED[facts.form]))
     if facts.versions:

@@ -104,7 +104,7 @@ def export_streamed(
     """
     start = time.perf_counter()
     check_target(out_dir, dtype, max_shard_bytes)
-    opened = _open(merge)
+    opened = open_merge(merge)
     planned, config = plan_sources(opened.model, opened.sources(), dtype)
     if merge.requantize:
         dense = [path for path in opened.linear if path not in opened.packed_paths]
@@ -164,7 +164,7 @@ def check_merge(merge: StreamedMerge) -> None:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class OpenedMerge:
     """A skeleton, where its tensors are stored, and what happens to each."""
 
     merge: StreamedMerge
@@ -186,7 +186,7 @@ class _Opened:
         sources: dict[str, Source] = {}
         for name, tensor in self.model.state_dict().items():
             path = name.rpartition(".")[0]
-            item = self._item(name)
+            item = self.item(name)
             if item is None:
                 if not tensor.is_meta:
                     sources[name] = held(tensor)
@@ -200,14 +200,14 @@ class _Opened:
 
     def num_parameters(self) -> int:
         """Of the output, dense."""
-        items = [self._item(name) or tensor for name, tensor in self.model.state_dict().items()]
+        items = [self.item(name) or tensor for name, tensor in self.model.state_dict().items()]
         return sum(torch.Size(item.shape).numel() for item in items if not isinstance(item, Tensor) or not item.is_meta)
 
     def _is_changed(self, name: str) -> bool:
         path, _, leaf = name.rpartition(".")
         return leaf == "weight" and (path in self.adapter or path in self.packed_paths)
 
-    def _item(self, name: str) -> Stored | None:
+    def item(self, name: str) -> Stored | None:
         """Where a tensor is stored; None for a copy that stays tied, and for what no checkpoint holds."""
         if name in self.stored or not self._is_changed(name):
             return self.stored.get(name)
@@ -304,7 +304,8 @@ def _meta(item: Stored) -> Tensor:
     return torch.empty(item.shape, dtype=torch.float32, device="meta")
 
 
-def _open(merge: StreamedMerge) -> _Opened:
+def open_merge(merge: StreamedMerge) -> OpenedMerge:
+    """The headers of all files, and the adapter; no weight of the base is read. Raises as `export_streamed`."""
     check_merge(merge)
     config = load_config(merge.source)
     kind = stored_kind(getattr(config, "quantization_config", None))
@@ -322,7 +323,7 @@ def _open(merge: StreamedMerge) -> _Opened:
     if not merge.source.is_gguf and (merge.source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(merge.source.path))
     model.config._name_or_path = merge.source.name
-    return _Opened(merge, model, stored, adapter, linear, layers, wide_names(model, merge.compute_dtype))
+    return OpenedMerge(merge, model, stored, adapter, linear, layers, wide_names(model, merge.compute_dtype))
 
 
 def _resume_key(merge: StreamedMerge, settings: Sequence[object]) -> str:

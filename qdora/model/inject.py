@@ -75,7 +75,18 @@ def inject(
         layer.train(model.training)
         replace_module(model, name, layer)
         adapted[name] = layer
+    _keep_base_out_of_broadcasts(model)
     return adapted
+
+
+def _keep_base_out_of_broadcasts(model: nn.Module) -> None:
+    """The base is the same in every process: DistributedDataParallel need not send it before each forward pass."""
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear | AdaptedLinear)
+    }
+    names = {f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)}
+    # What torch's own helper for it sets, which would search a list for each of the buffers.
+    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
 
 
 def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.gain_cache import GainCache
+from qdora.nn.gain_cache import GainCache, NormSettings
 from qdora.ops.adapted_linear import adapted_linear, product_dtype, rounded
 from qdora.ops.dora import (
     FactoredNorm,
@@ -24,6 +24,7 @@ from qdora.ops.dora import (
     squared_row_norm,
 )
 from qdora.ops.masked_linear import masked_linear, masked_row_norm
+from qdora.ops.planning import is_planning
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
@@ -99,6 +100,7 @@ class AdaptedLinear(nn.Module):
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
         self._gain_cache = GainCache()
+        self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
 
     @property
     def in_features(self) -> int:
@@ -136,8 +138,9 @@ class AdaptedLinear(nn.Module):
         """
         if self.magnitude is None:
             return None
+        settings = NormSettings(dtype, self.scaling)
         return self._gain_cache.get(
-            self.lora_A, self.lora_B, self.magnitude, dtype, lambda: self._row_norm_of_products(dtype)
+            self.lora_A, self.lora_B, self.magnitude, settings, lambda: self._row_norm_of_products(dtype)
         )
 
     def _row_norm_of_products(self, dtype: torch.dtype) -> Tensor:
@@ -211,6 +214,13 @@ class AdaptedLinear(nn.Module):
         return f"{self.kind}, rank={self.rank}, scaling={self.scaling:.6g}, dropout={self.dropout}{mask}"
 
 
+def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
+    """After `load_state_dict`, which may have brought another base: what follows from it is computed anew."""
+    layer.parameters_changed()
+    if layer.base_squared is not None:
+        layer.base_squared = squared_row_norm(layer.base.stored_weight)
+
+
 def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     """Compute the gains that the coming forward pass will ask for: a GPU's host then waits once, not once a layer.
 
@@ -223,7 +233,7 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     """
     found: list[tuple[AdaptedLinear, Tensor, torch.dtype, FactoredNorm]] = []
     for layer in layers:
-        dtype = layer._gain_cache.wanted(layer.lora_A, layer.lora_B)
+        dtype = layer._gain_cache.wanted(layer.lora_A, layer.lora_B, layer.scaling)
         # A masked layer's norm asks nothing, so it is computed where it is needed.
         if layer.magnitude is not None and dtype is not None and not layer.masked:
             with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
@@ -233,11 +243,14 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     if not found:
         return 0
     device = found[0][3].cancelled.device
-    flags = torch.stack([norm.cancelled.any().to(device) for *_, norm in found]).tolist()
+    flags = [False] * len(found)
+    if not is_planning():
+        flags = torch.stack([norm.cancelled.any().to(device) for *_, norm in found]).tolist()
     for (layer, magnitude, dtype, norm), has_cancelled in zip(found, flags, strict=True):
         if has_cancelled:
             measure_cancelled_(norm, layer.base.stored_weight, *layer._factors_of_products(dtype), dtype=dtype)
-        layer._gain_cache.get(layer.lora_A, layer.lora_B, magnitude, dtype, functools.partial(_given, norm.norm))
+        settings = NormSettings(dtype, layer.scaling)
+        layer._gain_cache.get(layer.lora_A, layer.lora_B, magnitude, settings, functools.partial(_given, norm.norm))
     return len(found)
 
 

@@ -92,6 +92,7 @@ class FrozenLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
         kept = {name: self._buffers[name] for name in _SCALES if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._packed = None  # it would keep the tensors that have been moved away
         for name, before in kept.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:

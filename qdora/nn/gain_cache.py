@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.ops.dora import Gain, gain
+from qdora.ops.planning import is_planning
+
+
+class NormSettings(NamedTuple):
+    """What the norm depends on beside tensors: the dtype of W A^T, and s."""
+
+    dtype: torch.dtype
+    scaling: float
 
 
 @dataclass
@@ -25,7 +33,7 @@ class _Entry:
 
     parameters: tuple[Tensor, ...]
     states: tuple[tuple[int, int], ...]
-    dtype: torch.dtype
+    settings: NormSettings
     norm: Tensor
     gain: Gain
 
@@ -43,7 +51,7 @@ class GainCache:
     def __init__(self) -> None:
         _watch_optimizers()
         self._entry: _Entry | None = None
-        self._dtype: torch.dtype | None = None
+        self._settings: NormSettings | None = None
 
     def __reduce__(self) -> tuple[type[GainCache], tuple[()]]:
         """A copy starts empty: its tensors count their versions anew and could meet an old count by chance."""
@@ -54,13 +62,18 @@ class GainCache:
         self._entry = None
 
     def get(
-        self, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, dtype: torch.dtype, row_norm: Callable[[], Tensor]
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        settings: NormSettings,
+        row_norm: Callable[[], Tensor],
     ) -> Gain:
         """The gain of the present state.
 
         Args:
             lora_A, lora_B, magnitude: The layer's parameters.
-            dtype: In which W A^T is computed; another one makes another entry.
+            settings: Others make another entry.
             row_norm: Computes ||W + s B A||_row, (out,).
         Returns:
             Detached tensors, not to be written to.
@@ -68,30 +81,37 @@ class GainCache:
         parameters = (lora_A, lora_B, magnitude)
         entry = self._entry
         # The usual case, asked in every forward of every layer: before anything that costs time.
-        if entry is not None and entry.dtype == dtype and _same(entry, parameters):
+        if entry is not None and entry.settings == settings and _same(entry, parameters):
             return entry.gain
         # Not under inference mode, whose tensors cannot be saved for a later backward, nor under autocast, which would
         # run float32 sums in 16 bits.
         no_autocast = torch.autocast(lora_A.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
-            # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept.
-            if any(isinstance(p, FakeTensor) or p.is_inference() for p in parameters):
+            # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept, but
+            # in a plan, where all are fake and what is kept counts.
+            if any((isinstance(p, FakeTensor) and not is_planning()) or p.is_inference() for p in parameters):
                 return gain(magnitude, row_norm())
-            known = entry is not None and entry.dtype == dtype and _same(entry, parameters[:2])
+            known = entry is not None and entry.settings == settings and _same(entry, parameters[:2])
             norm = entry.norm if entry is not None and known else row_norm()
-            self._entry = _Entry(parameters, _states(parameters), dtype, norm, gain(magnitude, norm))
-            self._dtype = dtype
+            self._entry = _Entry(parameters, _states(parameters), settings, norm, gain(magnitude, norm))
+            self._settings = settings
             return self._entry.gain
 
-    def wanted(self, lora_A: Tensor, lora_B: Tensor) -> torch.dtype | None:
+    def wanted(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> torch.dtype | None:
         """The dtype of the norm that the next `get` will compute if it asks as the last one did; None if none."""
-        if self._entry is not None and _same(self._entry, (lora_A, lora_B)):
+        entry = self._entry
+        if entry is not None and entry.settings.scaling == scaling and _same(entry, (lora_A, lora_B)):
             return None
-        return self._dtype
+        return None if self._settings is None else self._settings.dtype
 
 
 def _states(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((p.data_ptr(), p._version) for p in parameters)
+    return tuple((_address(p), p._version) for p in parameters)
+
+
+def _address(tensor: Tensor) -> int:
+    # A fake tensor has no data to point at; its storage is as much its own.
+    return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 def _same(entry: _Entry, parameters: tuple[Tensor, ...]) -> bool:

@@ -4,7 +4,8 @@
 
 DoRA is LoRA on a rescaled base: the gain is multiplied into the block scales of W and into B, so no pass over the
 outputs and no rounding is added. Forward and backward read the base tile by tile and keep no dequantised weight. Saved
-per call: x, the low-rank activations (tokens, rank), and for DoRA the output, from which the gradient of m is read.
+per call: x, the low-rank activations (tokens, rank), and for DoRA the output, from which the gradient of m is read. It
+is the tensor that is returned: a model that writes into it (OLMo's clip_qkv) gets torch's error in the backward pass.
 
 Gradients, for dy of the output:
 
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from qdora.ops.column_dot import column_dot
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
+from qdora.ops.planning import device_kind
 from qdora.ops.split_float import split_float32
 from qdora.ops.tiles import Weight, column_tiles, row_tiles
 
@@ -135,7 +137,7 @@ def _row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
 
 def _scaled_B(lora_B: Tensor, row_factor: float | Tensor, dtype: torch.dtype) -> Tensor:
     """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
-    entries = _ENTRIES_PER_SLICE if lora_B.device.type == "cpu" else _GPU_ENTRIES_PER_SLICE
+    entries = _ENTRIES_PER_SLICE if device_kind(lora_B.device) == "cpu" else _GPU_ENTRIES_PER_SLICE
     if lora_B.numel() <= entries:
         return _times(rounded(lora_B, dtype), row_factor, dtype)
     scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
@@ -181,14 +183,15 @@ class _AdaptedLinear(torch.autograd.Function):
                 out[:, rows].addmm_(x, tile.T)
                 del tile
         # The magnitude itself is not read again, but a change of it before the backward pass is an error.
-        ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, None if gain is None else out)
+        read_again = out if magnitude is not None and magnitude.requires_grad else None
+        ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, read_again)
         ctx.weight = weight
         ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
         if bias is None:
             return out
-        # For DoRA a new tensor: the gradient of the magnitude needs the output without its bias. Taking the bias off
-        # again would leave its rounding in its place (Qwen's key biases are hundreds of times the rest).
-        return out.add_(bias.to(dtype)) if gain is None else out + bias.to(dtype)
+        # A new tensor where the output is read again: the gradient of the magnitude needs it without its bias. Taking
+        # the bias off again would leave its rounding in its place (Qwen's key biases are hundreds of times the rest).
+        return out.add_(bias.to(dtype)) if read_again is None else out + bias.to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -226,6 +229,10 @@ class _AdaptedLinear(torch.autograd.Function):
         return dx, None if da is None else _wide(da), db, dm, None, None, None, None, None, None, None
 
 
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _wide(gradient: Tensor) -> Tensor:
     """float32 or wider, in which gradients accumulate."""
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -237,7 +244,7 @@ def _low_rank_input(x: Tensor, a: Tensor, dropout: float, seed: int) -> Tensor:
         return x @ a.T
     low = x.new_empty(x.shape[0], a.shape[0])
     for tokens, positions in dropped_slices(x.shape[0], x.shape[1], dropout, seed, x.device):
-        torch.mm(zeroed_(x[tokens].clone(), positions), a.T, out=low[tokens])
+        torch.mm(zeroed_(_copy(x[tokens]), positions), a.T, out=low[tokens])
     return low
 
 
@@ -252,5 +259,5 @@ def _dropped_input_gradients(
             torch.mm(d_low[tokens], a, out=dx[tokens])
             zeroed_(dx[tokens], positions)
         if da is not None:
-            da += d_low[tokens].T @ zeroed_(x[tokens].clone(), positions)
+            da += d_low[tokens].T @ zeroed_(_copy(x[tokens]), positions)
     return dx, da

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qdora.errors import UserError
 from qdora.ops import codebooks
+from qdora.ops.planning import device_kind
 
 # Weights handled at a time, which bounds the workspace to about 20 bytes a weight of the chunk. Multiples of every
 # block size, and even, so that no byte is shared between two chunks. On a CPU a chunk stays in the cache (8 times as
@@ -28,7 +29,7 @@ _SMALLEST_SCALE = 1e-38
 
 
 def _chunk(device: torch.device) -> int:
-    return _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+    return _CPU_CHUNK if device_kind(device) == "cpu" else _GPU_CHUNK
 
 
 @torch.no_grad()

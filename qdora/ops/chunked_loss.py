@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdora.ops.planning import device_kind
 from qdora.ops.tiles import Weight, dense_weight
 
 CHUNK_BYTES = 2**27
@@ -121,7 +122,7 @@ def _nll_and_gradient_(z: Tensor, labels: Tensor, scale: float, softcap: float |
     """NLL of raw logits z (tokens, vocabulary), (tokens,) float32; z becomes d nll / d z where it is wanted."""
     wide = torch.promote_types(z.dtype, torch.float32)
     nll = z.new_empty(len(z), dtype=wide)
-    limit = _CPU_SLICE_LOGITS if z.device.type == "cpu" else _SLICE_LOGITS
+    limit = _CPU_SLICE_LOGITS if device_kind(z.device) == "cpu" else _SLICE_LOGITS
     num_rows = max(limit // z.shape[1], 1)
     for start in range(0, len(z), num_rows):
         rows = slice(start, start + num_rows)

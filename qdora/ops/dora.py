@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qdora.ops.planning import device_kind
 from qdora.ops.tiles import Weight, row_tiles, spans
 
 # Below this share of ||w||^2 the factored sum has cancelled: with W A^T from a bf16 product a row that is left with 0.1
@@ -43,7 +44,7 @@ def squared_row_norm(weight: Weight) -> Tensor:
     parts = []
     for _, tile in row_tiles(weight, wide):
         # A dense weight comes whole; its squares must not be a second one.
-        runs = spans(tile.shape[0], tile.shape[1], tile.itemsize, tile.device.type)
+        runs = spans(tile.shape[0], tile.shape[1], tile.itemsize, device_kind(tile.device))
         parts += [tile[rows].square().sum(dim=1) for rows in runs]
     return torch.cat(parts)
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qdora.ops.planning import device_kind, is_planning
+
 # Elements handled at a time: bounds the workspace, and on a CPU the writes at random positions stay in the cache. A GPU
 # wants few launches, of which a slice takes nine: with 2^20 elements those of 4,096 tokens of 14336 would be 500.
 _ELEMENTS_PER_SLICE = 1 << 20
@@ -22,7 +24,7 @@ _GPU_ELEMENTS_PER_SLICE = 1 << 24
 
 def draw_seed() -> int:
     """A seed from torch's default CPU generator, which a checkpoint's recompute restores."""
-    return int(torch.randint(2**62, (), dtype=torch.int64))
+    return 0 if is_planning() else int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
 
 
 def tokens_per_slice(in_features: int, device_type: str) -> int:
@@ -48,15 +50,17 @@ def dropped_slices(
     if dropout == 0.0:
         yield slice(0, num_tokens), None
         return
-    counts = torch.Generator().manual_seed(seed)
+    counts = torch.Generator("cpu").manual_seed(seed)
     draws = counts if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
     per_element = -math.log1p(-dropout)
-    step = tokens_per_slice(in_features, device.type)
+    step = tokens_per_slice(in_features, device_kind(device))
     for start in range(0, num_tokens, step):
         stop = min(start + step, num_tokens)
         size = (stop - start) * in_features
-        expected = torch.tensor(per_element * size, dtype=torch.float64)
-        number = int(torch.poisson(expected, generator=counts))
+        number = round(per_element * size)
+        if not is_planning():
+            expected = torch.tensor(per_element * size, dtype=torch.float64, device="cpu")
+            number = int(torch.poisson(expected, generator=counts))
         # Two positions from each 64 random bits: floor(u * size / 2^32), off from uniform by size / 2^32.
         bits = torch.empty((number + 1) // 2, dtype=torch.int64, device=device)
         bits.random_(-(2**63), None, generator=draws)

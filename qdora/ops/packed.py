@@ -16,6 +16,7 @@ from torch import Tensor
 from qdora.errors import nearest
 from qdora.ops import blockwise, bnb_kernels, codebooks, int8
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
+from qdora.ops.planning import device_kind
 
 Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2"]
 Backend = Literal["auto", "torch", "bnb"]
@@ -185,9 +186,14 @@ def choose_backend(
     """
     if kind not in ("nf4", "fp4") or dtype not in (torch.float32, torch.bfloat16, torch.float16) or block_size < 32:
         return "torch"
-    if device.type == "cpu" and (in_features % block_size or block_size >= 2048):
+    if device_kind(device) == "cpu" and (in_features % block_size or block_size >= 2048):
         return "torch"
-    return "bnb" if bnb_kernels.is_available(device.type) else "torch"
+    return "bnb" if _has_kernels(device) else "torch"
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether bitsandbytes runs on a device; a plan for a GPU takes it for granted there."""
+    return device_kind(device) != device.type or bnb_kernels.is_available(device.type)
 
 
 def _resolve(backend: str, chosen: Literal["torch", "bnb"], what: str) -> Literal["torch", "bnb"]:
@@ -289,6 +295,6 @@ def block_scales(packed: PackedWeight, backend: str = "auto") -> Tensor:
     nested = packed.nested
     if nested is None:
         return packed.absmax
-    backend = _resolve(backend, "bnb" if bnb_kernels.is_available(packed.device.type) else "torch", "decode scales")
+    backend = _resolve(backend, "bnb" if _has_kernels(packed.device) else "torch", "decode scales")
     decode = bnb_kernels.dequantize_scales if backend == "bnb" else blockwise.dequantize_scales
     return decode(packed.absmax, nested.absmax, nested.code, nested.offset, nested.block_size)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qdora.ops import blockwise, bnb_kernels, int8
 from qdora.ops.packed import PackedWeight, block_scales, choose_backend, dequantize
+from qdora.ops.planning import device_kind
 
 Weight = PackedWeight | Tensor
 """A frozen weight (out, in), packed or dense."""
@@ -98,14 +99,14 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
         if row_factor is None and weight.dtype == dtype:
             yield slice(0, weight.shape[0]), weight  # costs nothing, so it needs no budget
             return
-        for rows in spans(weight.shape[0], weight.shape[1], dtype.itemsize, weight.device.type):
+        for rows in spans(weight.shape[0], weight.shape[1], dtype.itemsize, device_kind(weight.device)):
             yield rows, _scaled_rows(weight[rows], None if row_factor is None else row_factor[rows], dtype)
         return
     out_features, in_features = weight.shape
     aligned = in_features % weight.block_size == 0
     scales = _row_scales(weight, row_factor) if aligned else block_scales(weight)
     align = 1 if aligned else weight.block_size // math.gcd(in_features, weight.block_size)
-    for rows in spans(out_features, in_features, dtype.itemsize, weight.device.type, align):
+    for rows in spans(out_features, in_features, dtype.itemsize, device_kind(weight.device), align):
         if aligned:
             yield rows, _decode(weight, _codes(weight)[rows], scales[rows], dtype)
         else:
@@ -115,7 +116,7 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
 def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
     """Dense tiles of whole columns of diag(row_factor) W, in order; see `row_tiles`.
 
-    A weight whose blocks cross rows comes as one tile: no block size up to 128 does that to any common model.
+    A weight whose blocks cross rows comes as one tile: blocks of 64 do that to no common model.
 
     Yields:
         (columns, tile (out, columns)).
@@ -128,13 +129,13 @@ def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None =
         if row_factor is None and weight.dtype == dtype:
             yield slice(0, in_features), weight
             return
-        for columns in spans(in_features, out_features, dtype.itemsize, weight.device.type):
+        for columns in spans(in_features, out_features, dtype.itemsize, device_kind(weight.device)):
             yield columns, _scaled_rows(weight[:, columns], row_factor, dtype)
         return
     scales, codes = _row_scales(weight, row_factor), _codes(weight)
     block = 1 if weight.kind == "int8" else weight.block_size
     per_byte = 1 if weight.kind == "int8" else 2
-    for columns in spans(in_features, out_features, dtype.itemsize, weight.device.type, block):
+    for columns in spans(in_features, out_features, dtype.itemsize, device_kind(weight.device), block):
         some = codes[:, columns.start // per_byte : columns.stop // per_byte]
         blocks = scales if weight.kind == "int8" else scales[:, columns.start // block : columns.stop // block]
         yield columns, _decode(weight, some, blocks, dtype)

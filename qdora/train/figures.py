@@ -1,4 +1,5 @@
-"""Pictures of a run, drawn from its metrics: loss per task, learning rate, gradient norm, memory, tokens/s."""
+"""Pictures of a run, drawn from its metrics: loss, validation NLL and accuracy per task, learning rate, gradient norm,
+memory, tokens/s."""
 
 from __future__ import annotations
 
@@ -45,17 +46,25 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
     """Draw every figure over optimizer steps, as SVG; one that cannot be drawn is logged and never raises.
 
     Args:
-        metrics: Lines of metrics.jsonl; those that are no training steps are left out.
-        directory: Where loss_per_task, learning_rate, gradient_norm, memory and tokens_per_second go; made if needed.
+        metrics: Lines of metrics.jsonl: of training steps, and of evaluations, of which the figures named validation_*
+            are drawn; the rest is left out.
+        directory: Where loss_per_task, learning_rate, gradient_norm, memory, tokens_per_second, validation_nll and
+            (where there are choices) validation_accuracy go; made if needed.
     Returns:
         The files that were drawn; none where no step was trained.
     """
     steps = [line for line in metrics if "tasks" in line]
+    evaluations = [line for line in metrics if "eval" in line]
+    with_choices = any(task["acc"] is not None for line in evaluations for task in line["eval"].values())
+    found = {name: (plot, steps) for name, plot in _PLOTS.items()}
+    found |= {name: (plot, evaluations) for name, plot in _VALIDATION_PLOTS.items() if evaluations}
+    if not with_choices:
+        found.pop("validation_accuracy", None)
     drawn = []
-    for name, plot in _PLOTS.items() if steps else ():
+    for name, (plot, lines) in found.items() if steps else ():
         path = directory / f"{name}.svg"
         try:
-            _draw(steps, plot, path)
+            _draw(lines, plot, path)
         except Exception as error:  # the run is worth more than its pictures: fonts, a full disk, a strange metric
             logger.warning("figures/%s was not drawn: %s: %s", path.name, type(error).__name__, error)
         else:
@@ -63,14 +72,14 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
     return drawn
 
 
-def _draw(steps: Lines, plot: Callable[[Axes, Lines, NDArray[np.float64]], None], path: Path) -> None:
+def _draw(lines: Lines, plot: Callable[[Axes, Lines, NDArray[np.float64]], None], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": "qdora"}):  # the same run draws the same bytes
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        plot(axes, steps, np.array([line["step"] for line in steps], dtype=float))
+        plot(axes, lines, np.array([line["step"] for line in lines], dtype=float))
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         svg = io.StringIO()
@@ -115,6 +124,38 @@ def _tokens_per_second(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -
     axes.set_ylim(bottom=0)
 
 
+def _validation(axes: Axes, evaluations: Lines, metric: str) -> None:
+    """A line per task and one of their average, with the value of the untrained base as a level."""
+    names = list(dict.fromkeys(name for line in evaluations for name in line["eval"]))
+    curves = [
+        (name, [(line["step"], line["eval"].get(name, {}).get(metric)) for line in evaluations]) for name in names
+    ]
+    curves.append(("average", [(line["step"], line["average"][metric]) for line in evaluations]))
+    for name, points in curves:
+        known = [(step, value) for step, value in points if value is not None]
+        if not known:
+            continue
+        style = {"color": "black", "linewidth": 2.0} if name == "average" else {"linewidth": 1.4}
+        (line,) = axes.plot(*zip(*known, strict=True), marker=".", label=name, gid=f"values {name}", **style)
+        if known[0][0] == 0:
+            axes.axhline(known[0][1], color=line.get_color(), linestyle=":", linewidth=0.8)
+    axes.legend(fontsize="small", ncols=2)
+
+
+def _validation_nll(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64]) -> None:
+    _validation(axes, evaluations, "nll_per_token")
+    axes.set_ylabel("validation NLL, nats per answer token (dotted: base)")
+
+
+def _validation_accuracy(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64]) -> None:
+    _validation(axes, evaluations, "acc")
+    axes.set_ylabel("validation accuracy (dotted: base)")
+
+
+_VALIDATION_PLOTS: dict[str, Callable[[Axes, Lines, NDArray[np.float64]], None]] = {
+    "validation_nll": _validation_nll,
+    "validation_accuracy": _validation_accuracy,
+}
 _PLOTS: dict[str, Callable[[Axes, Lines, NDArray[np.float64]], None]] = {
     "loss_per_task": _loss_per_task,
     "learning_rate": _learning_rate,

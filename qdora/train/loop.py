@@ -43,6 +43,7 @@ class FitSettings:
         clip: Largest gradient norm, or None.
         checkpoint_every: Steps between checkpoints, or None for only the last.
         evaluate_every: Steps between evaluations, or None.
+        probe_every: Steps between measurements of the interference, or None.
         log_every: Steps between lines of metrics; the last step always has one.
         loss_chunk: Labelled tokens whose logits exist at once, or None for as many as make 128 MiB.
     """
@@ -55,6 +56,7 @@ class FitSettings:
     clip: float | None = 1.0
     checkpoint_every: int | None = None
     evaluate_every: int | None = None
+    probe_every: int | None = None
     log_every: int = 1
     loss_chunk: int | None = None
 
@@ -83,12 +85,14 @@ class Hooks:
         save: Writes a checkpoint of the state after `step` steps and returns its directory.
         evaluate: Measures the model after `step` steps.
         keep_batch: Writes the examples of a step that was not applied and returns where.
+        probe: Measures the interference after `step` steps and writes it; training goes on as if it had not.
     """
 
     write_metrics: Callable[[Metrics], None]
     save: Callable[[int], Path]
     evaluate: Callable[[int], Evaluated] | None = None
     keep_batch: Callable[[BadStep], Path] | None = None
+    probe: Callable[[int], None] | None = None
 
 
 def fit(
@@ -292,18 +296,20 @@ def _over_processes(metrics: Metrics, fault: str | None, processes: Processes) -
 
 
 def _after_step(model: nn.Module, done: int, settings: FitSettings, hooks: Hooks, stop: StopRequest) -> bool:
-    """Evaluate and save where it is due; returns whether the run is over before its last step. Saved last, so that an
-    evaluation's line belongs to the checkpoint; one that fails is saved for, too."""
+    """Probe, evaluate and save where it is due; returns whether the run is over before its last step. Saved last, so
+    that an evaluation's line belongs to the checkpoint; one that fails is saved for, too."""
     last = done == settings.num_steps
     found = Evaluated({})
-    if hooks.evaluate is not None and settings.evaluate_every and (done % settings.evaluate_every == 0) and not last:
-        try:
+    try:
+        if hooks.probe is not None and settings.probe_every and done % settings.probe_every == 0:
+            hooks.probe(done)
+        if hooks.evaluate is not None and settings.evaluate_every and done % settings.evaluate_every == 0 and not last:
             found = hooks.evaluate(done)
             hooks.write_metrics({"step": done, **found.line})
-        except (RuntimeError, OSError):
-            hooks.save(done)
-            raise
-        model.train()
+            model.train()
+    except (RuntimeError, OSError):
+        hooks.save(done)
+        raise
     due = last or (settings.checkpoint_every is not None and done % settings.checkpoint_every == 0)
     stopping = stop.agreed()
     saved = hooks.save(done) if due or stopping or found.save or found.stop else None

@@ -8,14 +8,18 @@ bf16. Gradients arrive and accumulate in float32 (`Tensor.grad_dtype`).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from qdora.ops.planning import is_planning
 from qdora.ops.split_float import join_float32, split_float32
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
@@ -94,7 +98,7 @@ class AdapterOptimizer:
         for keys, is_matrix, ratio in _grouped(self.parameters, lr_ratios or {}):
             inner = _inner_optimizer(name, [self._masters[key] for key in keys], is_matrix, options)
             self._groups.append(_Group(keys, inner, ratio, weight_decay if is_matrix else 0.0))
-        if name.startswith("paged") and not any(_can_page(p) for p in self.parameters.values()):
+        if name.startswith("paged") and not is_planning() and not any(_can_page(p) for p in self.parameters.values()):
             logger.warning("%s: no CUDA here, so its states are not paged; the arithmetic is the same.", name)
 
     @torch.no_grad()
@@ -230,16 +234,30 @@ def _grouped(
     unknown = [part for part in lr_ratios if part not in parts]
     if unknown:
         raise ValueError(f"lr_ratios: {', '.join(unknown)} names no parameter; allowed: {', '.join(sorted(parts))}.")
-    groups: list[tuple[list[str], bool, float]] = []
+    shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
+    ratios = {key: lr_ratios.get(key.rpartition(".")[2], 1.0) for key in parameters}
+    return [(keys, is_matrix, ratios[keys[0]]) for keys, is_matrix in groups_of(shapes, ratios)]
+
+
+def groups_of(
+    shapes: Mapping[str, tuple[int, ...]], ratios: Mapping[str, float] | None = None
+) -> list[tuple[list[str], bool]]:
+    """(keys, whether they are matrices) of parameters that are updated together.
+
+    Args:
+        shapes: Key -> shape.
+        ratios: Key -> rate in units of lr; other rates make other groups.
+    """
+    groups: list[tuple[list[str], bool]] = []
     newest: dict[tuple[bool, float], list[str]] = {}
     sizes: dict[tuple[bool, float], int] = {}
-    for key, parameter in parameters.items():
-        kind = (parameter.ndim >= 2, lr_ratios.get(key.rpartition(".")[2], 1.0))
-        if kind not in newest or sizes[kind] + parameter.numel() > _GROUP_ELEMENTS:
+    for key, shape in shapes.items():
+        kind, size = (len(shape) >= 2, (ratios or {}).get(key, 1.0)), math.prod(shape)
+        if kind not in newest or sizes[kind] + size > _GROUP_ELEMENTS:
             newest[kind], sizes[kind] = [], 0
-            groups.append((newest[kind], *kind))
+            groups.append((newest[kind], kind[0]))
         newest[kind].append(key)
-        sizes[kind] += parameter.numel()
+        sizes[kind] += size
     return groups
 
 
@@ -265,7 +283,12 @@ def _inner_optimizer(
             "paged_adamw_32bit": (bnb.optim.PagedAdamW32bit, bnb.optim.AdamW32bit),
             "paged_lion_8bit": (bnb.optim.PagedLion8bit, bnb.optim.Lion8bit),
         }[name]
-        made = (paged if _can_page(masters[0]) else plain)(masters, **options, weight_decay=0.0)
+        kind = paged if _can_page(masters[0]) else plain
+        # The code books of 8-bit states are computed from values; a plan then counts tensors of their size.
+        with _disable_current_modes() if is_planning() else nullcontext():
+            made = kind(masters, **options, weight_decay=0.0)
+        if is_planning():
+            made.name2qmap = {key: torch.empty(256) for key in made.name2qmap}  # type: ignore[attr-defined]
     return made
 
 

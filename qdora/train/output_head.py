@@ -149,6 +149,11 @@ def _proposals(config: Any) -> list[LogitForm]:
     return [LogitForm(scale, softcap) for scale, softcap in itertools.product(scales, softcaps)]
 
 
+def proposed_form(config: Any) -> LogitForm:
+    """What a model's config says that it does to its logits."""
+    return _proposals(config)[0]
+
+
 def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, chunk: int | None) -> Tensor:
     """NLL of each token from its last hidden state, the logits made a chunk at a time.
 

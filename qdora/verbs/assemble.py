@@ -30,7 +30,7 @@ from qdora.model.tokenizer import load_tokenizer
 
 logger = logging.getLogger("qdora")
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 AUTO_MICRO_BATCH_TOKENS = 2048
 """train.micro_batch_tokens: auto, unless a longer example needs more."""
@@ -48,17 +48,21 @@ def choose_compute(dtype: str) -> Compute:
     """The GPU where there is one; `auto` takes bfloat16 where the device multiplies in it, else float32. Logged."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
-        return Compute(device, _DTYPES[dtype])
+        return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
     chosen = torch.bfloat16 if native else torch.float32
     logger.info("Computing on %s in %s.", device.type, str(chosen).removeprefix("torch."))
     return Compute(device, chosen)
 
 
-def find_model(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """Resolve the source and load the tokenizer: cheap, and done before anything large is read."""
-    source = resolve(recipe.model.source, recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
-    named = recipe.model.tokenizer
+def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """Resolve the source and load the tokenizer: done before anything large is read.
+
+    Without `weights` those of a model on the Hub are not fetched.
+    """
+    model = recipe.model
+    source = resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
+    named = model.tokenizer
     return source, load_tokenizer(source if named is None else resolve(named, weights=False))
 
 
@@ -92,11 +96,11 @@ def load_base(
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     if recipe.memory.checkpointing:
-        _recompute_activations(model)
+        recompute_activations(model)
     return model
 
 
-def _recompute_activations(model: PreTrainedModel) -> None:
+def recompute_activations(model: PreTrainedModel) -> None:
     # transformers 5.2x renamed it; the old name warns there, the new one is missing in earlier releases.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -129,12 +133,12 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             targets=_targets(recipe),
             rank_pattern=settings.rank_pattern,
             init="gaussian" if settings.init == "gaussian" else "kaiming",  # loftq: replaced by `start_adapters`
-            dtype=_DTYPES[settings.dtype],
+            dtype=DTYPES[settings.dtype],
             masked=settings.mask == "keep",
             generator=torch.Generator().manual_seed(recipe.train.seed),
         )
         return
-    layers = load_adapter(model, directory, dtype=_DTYPES[settings.dtype])
+    layers = load_adapter(model, directory, dtype=DTYPES[settings.dtype])
     kinds = {layer.kind for layer in layers.values()}
     if kinds != {settings.kind}:
         raise UserError(f"adapter.kind: {settings.kind!r}, but {directory} holds {', '.join(sorted(kinds))}.")
@@ -263,20 +267,24 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_pro
 
     With data.packing it packs in "rows", until the loaded model shows what its attention takes.
     """
-    asked = recipe.train.micro_batch_tokens
-    micro = max(recipe.data.max_length, AUTO_MICRO_BATCH_TOKENS) if asked == "auto" else asked
     return StepLoader(
         mix.sets,
         mix.order,
         tokens_per_step=recipe.train.tokens_per_step,
         batch=recipe.train.batch,
-        micro_batch_tokens=micro,
+        micro_batch_tokens=micro_batch_tokens(recipe),
         pad_id=tokenizer.pad_token_id,
         packed="rows" if recipe.data.packing else None,
         row_tokens=recipe.data.max_length if recipe.data.packing else None,
         rank=rank,
         num_processes=num_processes,
     )
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Most tokens of a micro-batch, padding counted."""
+    asked = recipe.train.micro_batch_tokens
+    return max(recipe.data.max_length, AUTO_MICRO_BATCH_TOKENS) if asked == "auto" else asked
 
 
 def num_steps_of(recipe: Recipe, loader: StepLoader) -> int:

@@ -6,9 +6,11 @@ from typing import Any
 
 from qdora.config import Recipe
 from qdora.environment import package_versions
+from qdora.evaluation.against_base import worse_than_base
 from qdora.model.card import CardFacts, Form, model_card
 from qdora.record import RunDirectory
 from qdora.verbs.evaluate import stored_results
+from qdora.verbs.interference import interference_in_words
 from qdora.verbs.selection import adapter_in_words
 
 
@@ -29,6 +31,7 @@ def run_card(
     step = int(state.removeprefix("step-")) if state.startswith("step-") else None
     results = stored_results(run, step)
     tasks = list(results["adapter"].tasks) if "adapter" in results else []
+    worse = worse_than_base(results["base"], results["adapter"]) if len(results) == 2 else []
     sizes = f", rank {adapter.rank}, alpha {adapter.alpha:g}" if adapter.kind in ("lora", "dora") else ""
     return model_card(
         CardFacts(
@@ -45,7 +48,9 @@ def run_card(
             data=[source.label for source in recipe.data.mix],
             metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],
             metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
+            notes=[f"{each.in_words()}." for each in worse],
             verification=check,
+            interference=interference_in_words(run),
             versions={name: version for name, version in versions.items() if version},
         )
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.data.example import Example
 from qdora.data_config import COMMONSENSE_TASKS, TASKS
@@ -19,27 +18,16 @@ from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.harness import HarnessTasks, evaluate_harness, find_harness_tasks, harness_table
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
-from qdora.model.load import load_model
-from qdora.model.source import resolve
-from qdora.model.tokenizer import load_tokenizer
 from qdora.recipe_file import load_recipe
 from qdora.record import RunDirectory, open_run
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.assemble import choose_compute, run_examples, task_examples
+from qdora.verbs.assemble import run_examples, task_examples
 from qdora.verbs.selection import adapter_step
 from qdora.verbs.show import default_console, suite_bar
-from qdora.verbs.trained import load_run
+from qdora.verbs.target import Target, is_run, load_target
 
 SPLITS = ("validation", "test", "train")
 METHODS = ("loglikelihood", "generate")
-
-
-@dataclass(frozen=True)
-class _Target:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    label: str
-    run: RunDirectory | None
 
 
 def evaluate_target(
@@ -81,10 +69,9 @@ def evaluate_target(
     """
     console = console or default_console()
     keep_freed_memory()
-    is_run = (Path(target) / "recipe.yaml").is_file()
-    run_path = Path(target) if is_run else like
+    run_path = Path(target) if is_run(target) else like
     recipe = None if run_path is None else load_recipe(open_run(run_path).recipe_file)
-    if is_run and like is not None:
+    if is_run(target) and like is not None:
         raise UserError(f"--like: {target} is a run and has data of its own, allowed: only for a model that is no run.")
     if step is not None and base_only:
         raise UserError("--step and --base exclude each other: the base has no steps.")
@@ -102,7 +89,7 @@ def evaluate_target(
     if faults:
         raise UserError(*faults)
     own_limit = limit if limit is not None or recipe is None else recipe.eval.limit
-    loaded = _load(target, is_run=is_run, step=step, base_only=base_only, quant=quant)
+    loaded = load_target(target, step=step, base_only=base_only, quant=quant, verb="eval")
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
     if chosen:
         beside = stored_results(open_run(like)) if like is not None and split == "validation" else {}
@@ -157,7 +144,7 @@ def _check_data_options(
 
 
 def _scored(
-    loaded: _Target,
+    loaded: Target,
     examples: dict[str, list[Example]],
     beside: dict[str, EvaluationResult],
     limit: int | None,
@@ -177,7 +164,7 @@ def _scored(
 
 
 def _generated(
-    loaded: _Target, examples: dict[str, list[Example]], limit: int | None, split: str, console: Console
+    loaded: Target, examples: dict[str, list[Example]], limit: int | None, split: str, console: Console
 ) -> dict[str, Any]:
     """Generated answers: shown, and kept in the run beside the log-likelihoods."""
     with suite_bar(console, f"answers of {loaded.label}") as progress:
@@ -188,28 +175,13 @@ def _generated(
     return result.to_dict()
 
 
-def _harness(loaded: _Target, tasks: HarnessTasks, limit: int | None, console: Console) -> dict[str, Any]:
+def _harness(loaded: Target, tasks: HarnessTasks, limit: int | None, console: Console) -> dict[str, Any]:
     """Tasks of lm-evaluation-harness: shown, and kept in the run."""
     result = evaluate_harness(loaded.model, loaded.tokenizer, tasks, limit=limit)
     console.print(harness_table(result))
     if loaded.run is not None:
         loaded.run.write_json(f"eval/{loaded.label}-harness.json", result | {"limit": limit})
     return result
-
-
-def _load(target: str, *, is_run: bool, step: int | None, base_only: bool, quant: str | None) -> _Target:
-    if is_run:
-        if quant is not None:
-            raise UserError(f"--quant: a run has a base of its own, got {quant!r} for {target}.")
-        trained = load_run(Path(target), step=step, base_only=base_only)
-        return _Target(trained.model, trained.tokenizer, trained.state, trained.run)
-    if step is not None or base_only:
-        raise UserError(f"eval: --step and --base belong to a run, got {target}.")
-    source = resolve(target)
-    compute = choose_compute("auto")
-    tokenizer = load_tokenizer(source)
-    model = load_model(source, quant=quant or "none", device=compute.device, compute_dtype=compute.dtype)
-    return _Target(model, tokenizer, Path(target).name, None)
 
 
 def _chosen(

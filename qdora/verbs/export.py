@@ -9,24 +9,27 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from qdora.atomic_files import atomic_write_json
+from qdora.atomic_files import atomic_write_json, atomic_write_text
+from qdora.config import Recipe
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError, nearest
 from qdora.model.card import Form
 from qdora.model.export import export_merged
 from qdora.model.export_directory import DTYPES, MAX_SHARD_BYTES
 from qdora.model.export_nf4_lora import export_nf4_lora
-from qdora.model.export_streamed import BASES, StreamedMerge, check_merge, export_streamed
+from qdora.model.export_streamed import BASES, StreamedMerge, check_merge, export_streamed, open_merge
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import Quantization
 from qdora.model.verify import verify_merged
 from qdora.model.verify_nf4_lora import verify_nf4_lora
 from qdora.model.verify_requantized import verify_requantized
 from qdora.recipe_file import load_recipe
-from qdora.record import open_run
+from qdora.record import RunDirectory, open_run
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import choose_compute, find_model, run_examples, write_adapter
+from qdora.verbs.audit import audit, audit_page
 from qdora.verbs.card import run_card
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run, trained_state
@@ -54,6 +57,7 @@ class ExportOptions:
         requantize: Of "merged": write it in 4 bits again, as the base was.
         shard_size: Of a weights file ("5GB"). None: 5 GiB.
         step: Checkpoint; None takes the finished adapter.
+        audit: Compare all forms of the model, and say which one to ship.
     """
 
     format_: str = "merged"
@@ -62,6 +66,7 @@ class ExportOptions:
     requantize: bool = False
     shard_size: str | None = None
     step: int | None = None
+    audit: bool = True
 
     @property
     def shard_bytes(self) -> int:
@@ -112,6 +117,13 @@ def export_run(
     document = {"format": options.format_, "run": str(run), "state": trained.state, **result, "verification": check}
     if zeros is not None:
         document["zeros"] = zeros
+    # The other forms merge on a base read anew from the source, which is not the pruned one.
+    whole = trained.recipe.base.prune is None
+    if options.audit and check["passed"] and whole and trained.recipe.adapter.kind in ("lora", "dora"):
+        if form == "original":
+            del trained
+            trained = load_run(run, step=options.step)
+        document["audit"] = _audit(trained, out, options, console)
     atomic_write_json(out / "export.json", document)
     card = run_card(trained.run, trained.recipe, trained.state, check, form=form)
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -186,19 +198,7 @@ def _export_merged(
                 extra_files=card,
             )
     else:
-        source, tokenizer = find_model(recipe)
-        adapter = None
-        if recipe.adapter.kind != "none":
-            adapter = where if where == opened.adapter else where / "adapter"
-        held = recipe.base
-        merge = StreamedMerge(
-            source,
-            adapter,
-            Quantization(held.quant, held.block_size, held.double_quant, tuple(held.skip)),
-            choose_compute(recipe.model.dtype).dtype,
-            base="original" if options.base == "original" else "dequantized",
-            requantize=options.requantize,
-        )
+        merge, tokenizer = merge_of(opened, recipe, where, options)
         check_merge(merge)
         with bar(console, "merging") as progress:
             result = export_streamed(
@@ -213,8 +213,49 @@ def _export_merged(
         trained = load_run(run, step=options.step, original=form == "original")
     console.print("comparing the merged model with the running one", highlight=False)
     verify = verify_requantized if form == "requantized" else verify_merged
-    check = verify(trained.model, out, trained.tokenizer, texts=held_out_texts(trained))
+    check = verify(trained.model, out, trained.tokenizer, texts=texts_of(held_out(trained.recipe)))
     return trained, result.to_dict() | {"base": options.base or "dequantized", "requantized": options.requantize}, check
+
+
+def merge_of(
+    run: RunDirectory, recipe: Recipe, trained: Path, options: ExportOptions
+) -> tuple[StreamedMerge, PreTrainedTokenizerBase]:
+    """The merge of a run's adapter (`trained`: from `trained_state`) that is asked for, and the run's tokenizer."""
+    source, tokenizer = find_model(recipe)
+    adapter = None
+    if recipe.adapter.kind != "none":
+        adapter = trained if trained == run.adapter else trained / "adapter"
+    held = recipe.base
+    merge = StreamedMerge(
+        source,
+        adapter,
+        Quantization(held.quant, held.block_size, held.double_quant, tuple(held.skip)),
+        choose_compute(recipe.model.dtype).dtype,
+        base="original" if options.base == "original" else "dequantized",
+        requantize=options.requantize,
+    )
+    return merge, tokenizer
+
+
+def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
+    """Compare all forms, say which one to ship, and leave a page in the run."""
+    where, _ = trained_state(trained.run, trained.recipe, options.step)
+    merge, _ = merge_of(trained.run, trained.recipe, where, ExportOptions())
+    examples = held_out(trained.recipe)
+    found = audit(
+        trained.model,
+        trained.tokenizer,
+        open_merge(merge),
+        texts=texts_of(examples),
+        examples=examples,
+        dtype=DTYPES[options.dtype or "float16"],
+        console=console,
+    )
+    trained.run.write_json(f"exports/{out.name}.json", found)
+    page = audit_page(out.name, found)
+    atomic_write_text(trained.run.inside("exports", f"{out.name}.md"), page)
+    console.print(found["verdict"], markup=False, highlight=False, soft_wrap=True)
+    return found
 
 
 def _export_nf4_lora(
@@ -241,17 +282,21 @@ def _export_nf4_lora(
             highlight=False,
         )
     console.print("comparing the exported model with the running one", highlight=False)
-    check = verify_nf4_lora(trained.model, out, trained.tokenizer, texts=held_out_texts(trained))
+    check = verify_nf4_lora(trained.model, out, trained.tokenizer, texts=texts_of(held_out(trained.recipe)))
     return trained, result.to_dict(), check
 
 
-def held_out_texts(trained: TrainedRun) -> list[str]:
-    """Validation examples of the run with their answers, spread over its tasks; a fixed sentence where it has none."""
+def held_out(recipe: Recipe) -> dict[str, list[Example]]:
+    """The validation examples of a run by task; empty, with a warning, where its data cannot be read."""
     try:
-        by_task = run_examples(trained.recipe, "validation")
+        return run_examples(recipe, "validation")
     except UserError as error:
         logger.warning("The run's data cannot be read (%s); the check uses a fixed sentence.", error.faults[0])
-        by_task = {}
+        return {}
+
+
+def texts_of(by_task: dict[str, list[Example]]) -> list[str]:
+    """Examples with their answers, spread over the tasks; a fixed sentence where there are none."""
     picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
     texts = [text for text in (_text(example) for example in picked[:_NUM_TEXTS]) if text]
     return texts or ["The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,11 +20,12 @@ from qdora.data.loader import StepLoader
 from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
 from qdora.errors import Interrupted, UserError
-from qdora.evaluation.answers import generation_faults
+from qdora.evaluation.against_base import worse_than_base
 from qdora.evaluation.generation import evaluate_generated, generation_table
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.model.inject import adapter_parameters
 from qdora.model.load import load_config
+from qdora.model.size import model_size
 from qdora.recipe_file import missing_files, resolved_yaml
 from qdora.record import Checkpoint, RunDirectory, create_run, resume_run
 from qdora.train.allocator import keep_freed_memory
@@ -38,7 +39,6 @@ from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
-    Compute,
     choose_compute,
     describe_adapters,
     find_model,
@@ -49,19 +49,23 @@ from qdora.verbs.assemble import (
     start_adapters,
     tokenized_mix,
 )
+from qdora.verbs.beforehand import check_beforehand, evaluated_sources
 from qdora.verbs.card import run_card
 from qdora.verbs.evaluate import read_result
+from qdora.verbs.interference import probe_examples, probe_hook, write_interference
+from qdora.verbs.plan_budget import apply_micro_batch_, within_budget
+from qdora.verbs.plan_workload import workload_of_data
 from qdora.verbs.pruned_base import base_of_run, calibration_tokens
 from qdora.verbs.run_writer import RunWriter
-from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_faults, selection_value
+from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_value
 from qdora.verbs.show import default_console, keep_mix, log_to, show_mix, suite_bar
-from qdora.verbs.trackers import is_installed
+from qdora.verbs.show_plan import keep_plan, show_plan
 
 logger = logging.getLogger("qdora")
 
 
 def train_run(
-    recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None
+    recipe: Recipe, directory: Path, *, resume: bool = False, force: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
     """Run a recipe to its end; started by torchrun or `accelerate launch`, data-parallel over their processes.
 
@@ -69,6 +73,7 @@ def train_run(
         recipe: What to do.
         directory: The run directory; new, or with `resume` an earlier run of the same recipe.
         resume: Go on from the newest whole checkpoint (from the start where there is none).
+        force: Start although the plan is over memory.budget.
         console: Where progress is shown; standard error by default.
     Returns:
         JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
@@ -78,29 +83,40 @@ def train_run(
     with processes_of_launch() as processes:
         if not processes.is_first:
             console = Console(quiet=True)
-        return _train(recipe, directory, resume, console or default_console(), processes)
+        return _train(recipe, directory, resume, force, console or default_console(), processes)
 
 
-def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, processes: Processes) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, directory: Path, resume: bool, force: bool, console: Console, processes: Processes
+) -> dict[str, Any]:
     keep_freed_memory()
     faults = missing_files(recipe, str(directory))
     if faults:
         raise UserError(*faults)
-    source, tokenizer = find_model(recipe)
+    # Without a plan the weights are fetched first, so that a model that is not there fails before the data is read.
+    source, tokenizer = find_model(recipe, weights=recipe.memory.budget is None)
     train, validation = read_data(recipe.data)
     mix = tokenized_mix(recipe, tokenizer, train)
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
-    _check_beforehand(recipe, compute, validation, num_steps)
+    check_beforehand(recipe, compute, validation, num_steps)
+    given = recipe
+    recipe, memory = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
+    if memory is not None:
+        source, _ = find_model(recipe)
+        apply_micro_batch_(loader, recipe)
     calibration = None if recipe.base.prune is None else calibration_tokens(recipe, tokenizer, mix, load_config(source))
     open_ = resume_run if resume else create_run
-    processes.first(lambda: open_(directory, resolved_yaml(recipe), _environment(processes)))
+    processes.first(lambda: open_(directory, resolved_yaml(given), _environment(processes)))
     run = RunDirectory(directory)
     with log_to(run) if processes.is_first else nullcontext():
         show_mix(console, plan)
         processes.first(lambda: keep_mix(run, plan))
+        if memory is not None:
+            show_plan(console, memory)
+            processes.first(lambda: keep_plan(run, memory))
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = _newest_checkpoint(run, processes) if resume else None
         model = base_of_run(recipe, source, compute, run, resume, processes, console, calibration)
@@ -111,7 +127,8 @@ def _train(recipe: Recipe, directory: Path, resume: bool, console: Console, proc
             loader.packed = packed_layout(model)
         job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps, processes)
         start = job.restore(checkpoint.path) if checkpoint is not None else 0
-        processes.first(lambda: run.truncate_metrics(start))
+        again = job.evaluates_again(start)
+        processes.first(lambda: run.truncate_metrics(start, evaluates_again=again))
         try:
             return job.go(start)
         except KeyboardInterrupt:
@@ -149,7 +166,10 @@ class _Job:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.loader, self.console, self.num_steps = loader, console, num_steps
         self.processes = processes
-        self.validation = {name: validation[name] for name in _evaluated(recipe, validation)}
+        self.validation = {name: validation[name] for name in evaluated_sources(recipe, validation)}
+        self.probed = {}
+        if recipe.interference.every is not None:
+            self.probed = probe_examples(recipe, tokenizer, validation)
         self.evaluations: dict[str, EvaluationResult] = {}
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
@@ -196,16 +216,22 @@ class _Job:
 
     def go(self, start: int) -> dict[str, Any]:
         """Train from step `start`, evaluate, save; returns the summary."""
-        settings = self.recipe.eval
         self.num_done = start
-        if start == 0 and settings.at_start and self.validation:
-            self._evaluate(0, "base")
-        if self.optimizer is not None and start < self.num_steps and not self._is_over():
+        with self.writer.trackers():
             try:
-                self.num_done = self._fit(self.optimizer, start)
+                self._train_and_evaluate(start)
             finally:  # also of a run that is interrupted or fails
                 if self.processes.is_first:
                     draw_figures(self.run.metrics(), self.run.inside("figures"))
+                    write_interference(self.run)
+        return self.processes.first(self._conclude) or {}
+
+    def _train_and_evaluate(self, start: int) -> None:
+        settings = self.recipe.eval
+        if start == 0 and settings.at_start and self.validation:
+            self.writer.write_metrics({"step": 0, **self._evaluate(0, "base")})
+        if self.optimizer is not None and start < self.num_steps and not self._is_over():
+            self.num_done = self._fit(self.optimizer, start)
             for part in self.loader.streams:
                 seen = part.position
                 counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
@@ -213,11 +239,15 @@ class _Job:
         if self.optimizer is not None and self.best is None:
             self.writer.save_final(self.num_done, self.num_steps)
         if settings.at_end and self.validation and self.num_steps > 0 and not self._is_over():
-            self._measure(self.num_steps)
+            self.writer.write_metrics({"step": self.num_steps, **self._measure(self.num_steps).line})
         if self.best is not None:  # the last evaluation had a say, too
             self._say_best()
             self.writer.save_final(self.num_done, self.num_steps)
-        return self.processes.first(self._conclude) or {}
+
+    def evaluates_again(self, step: int) -> bool:
+        """Whether a run that goes on after `step` steps evaluates that state, though it may have been before."""
+        asked = self.recipe.eval
+        return (step == 0 and asked.at_start) or (step == self.num_steps and asked.at_end)
 
     def _is_over(self) -> bool:
         """Whether the evaluations said, before the last step, that it is enough."""
@@ -251,6 +281,7 @@ class _Job:
             clip=train.clip,
             checkpoint_every=train.checkpoint_every,
             evaluate_every=self.recipe.eval.every,
+            probe_every=self.recipe.interference.every,
             log_every=train.log_every,
             loss_chunk=None if chunk == "auto" else chunk,
         )
@@ -259,11 +290,11 @@ class _Job:
             save=self.writer.save_checkpoint,
             evaluate=self._measure if self.validation else None,
             keep_batch=self.writer.keep_batch,
+            probe=self._probe(),
         )
         with (
             stop_on_signal(self.processes) as stop,
             TrainingProgress(self.num_steps, start=start, console=self.console) as progress,
-            self.writer.trackers(),
         ):
             return fit(
                 self.model,
@@ -279,23 +310,35 @@ class _Job:
                 bad_steps=self.bad_steps,
             )
 
+    def _probe(self) -> Callable[[int], None] | None:
+        if not self.probed or self.optimizer is None:
+            return None
+        parameters, write = self.optimizer.parameters, self.writer.write_metrics
+        return probe_hook(self.recipe, self.model, parameters, self.loader, self.probed, write, self.processes)
+
     def _measure(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
-        metrics = self._evaluate(step)
+        line = self._evaluate(step)
         if self.best is None:
-            return Evaluated({"eval": metrics})
+            return Evaluated(line)
         value = selection_value(self.recipe, self.evaluations["adapter"]) if self.processes.is_first else None
         better = self.best.judge(step, self.processes.gather(value)[0])
         state = {key: found for key, found in self.best.state_dict().items() if key != "question"}
-        return Evaluated({"eval": metrics, "best": state}, save=better, stop=self.best.is_over)
+        return Evaluated({**line, "best": state}, save=better, stop=self.best.is_over)
 
     def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
+        """The metrics of an evaluation; empty in all processes but the first."""
         return self.processes.first(lambda: self._evaluate_alone(step, label)) or {}
 
     def _evaluate_alone(self, step: int, label: str) -> dict[str, Any]:
         with suite_bar(self.console, f"evaluating, step {step}") as progress:
             result = evaluate(
-                self.model, self.tokenizer, self.validation, limit=self.recipe.eval.limit, progress=progress
+                self.model,
+                self.tokenizer,
+                self.validation,
+                limit=self.recipe.eval.limit,
+                per_example=True,
+                progress=progress,
             )
         self.evaluations[label] = result
         self.run.write_json(f"eval/{self.run.evaluation_file(step).name}", result.to_dict(per_example=True))
@@ -303,7 +346,15 @@ class _Job:
         if self.recipe.eval.method == "generate":
             for task, numbers in self._generate(step).items():
                 metrics[task]["generated"] = numbers
-        return metrics
+        return {"eval": metrics, "average": asdict(result.average)} | self._against_base(step, result)
+
+    def _against_base(self, step: int, result: EvaluationResult) -> dict[str, Any]:
+        """The tasks that are worse than before training while the average is better, for the metrics; warns of them."""
+        base = self.evaluations.get("base")
+        worse = [] if step == 0 or base is None else worse_than_base(base, result)
+        for each in worse:
+            logger.warning("Step %d: %s.", step, each.in_words())
+        return {"worse_than_base": [asdict(each) for each in worse]} if worse else {}
 
     def _generate(self, step: int) -> dict[str, Any]:
         """Let the model answer, keep the answers beside the log-likelihoods; the counts per task."""
@@ -331,6 +382,7 @@ class _Job:
             "best": adapter_record(self.run),
             "final_loss": losses[-1] if losses else None,
             **self.counts,
+            "size": asdict(model_size(self.model)),
             "evaluations": {label: result.to_dict() for label, result in self.evaluations.items()},
         }
 
@@ -342,35 +394,3 @@ def _lr_ratios(recipe: Recipe) -> dict[str, float]:
     """Last part of a parameter's path -> its learning rate in units of train.lr, where the recipe sets one."""
     given = {"lora_B": recipe.train.lr_ratio_B, "magnitude": recipe.train.lr_ratio_magnitude}
     return {part: ratio for part, ratio in given.items() if ratio is not None}
-
-
-def _evaluated(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
-    """Names of the sources that are evaluated: those asked for, perhaps none, or all that can be."""
-    return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
-
-
-def _check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any], num_steps: int) -> None:
-    """What can be known to fail before anything is written or loaded."""
-    faults = []
-    if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
-        faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
-    if recipe.eval.method == "generate":
-        asked = _evaluated(recipe, validation)
-        faults += generation_faults({name: validation[name] for name in asked if name in validation})
-    evaluated = {name: validation[name] for name in _evaluated(recipe, validation) if name in validation}
-    if recipe.eval.method == "generate":
-        faults += generation_faults(evaluated)
-    faults += selection_faults(recipe, evaluated, num_steps)
-    known = ", ".join(validation) or "none"
-    faults += [
-        f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."
-        for name in recipe.eval.tasks or ()
-        if name not in validation
-    ]
-    faults += [
-        f"trackers: {name} is not installed. Run: pip install 'qdora[{name}]'"
-        for name in recipe.trackers
-        if not is_installed(name)
-    ]
-    if faults:
-        raise UserError(*faults)

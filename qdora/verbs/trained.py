@@ -13,7 +13,7 @@ from qdora.config import Recipe
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters
 from qdora.model.load import load_config
-from qdora.recipe_file import load_recipe
+from qdora.recipe_file import load_recipe, override
 from qdora.record import RunDirectory, open_run
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 from qdora.verbs.assemble import Compute, choose_compute, find_model, load_base, put_adapters
@@ -32,7 +32,9 @@ class TrainedRun:
     """Which state was loaded: "final", "step-120" or "base"."""
 
 
-def load_run(path: Path, *, step: int | None = None, base_only: bool = False, original: bool = False) -> TrainedRun:
+def load_run(
+    path: Path, *, step: int | None = None, base_only: bool = False, original: bool = False, widened: bool = False
+) -> TrainedRun:
     """Load the base and the adapter of a run.
 
     Args:
@@ -40,11 +42,14 @@ def load_run(path: Path, *, step: int | None = None, base_only: bool = False, or
         step: Load this checkpoint; None takes the finished adapter, or the newest checkpoint of an unfinished run.
         base_only: Leave the adapter out.
         original: Put the adapter on the source's own weights, dense in the dtype that its config names.
+        widened: Compute in float32 whatever the recipe says, with an attention that takes it.
     Raises:
         UserError: No run, no such checkpoint, nothing trained yet.
     """
     run = open_run(path)
     recipe = load_recipe(run.recipe_file)
+    if widened:
+        recipe = override(recipe, ["model.dtype=float32", "model.attention=auto"])
     trained, state = trained_state(run, recipe, step)
     source, tokenizer = find_model(recipe)
     compute = choose_compute(recipe.model.dtype)

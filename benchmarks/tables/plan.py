@@ -1,0 +1,45 @@
+"""Tables of memory plans: of large models, and against real runs."""
+
+from __future__ import annotations
+
+from tables.table import markdown, read
+
+GIB, MIB = 2**30, 2**20
+
+
+def plan_shapes() -> str:
+    """Components of the plans of large shapes, their totals, and whether they fit."""
+    document = read("plan_shapes")
+    shapes = document["shapes"]
+    names = list(dict.fromkeys(name for each in shapes.values() for name in each["components"]))
+    rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in shapes.values())] for name in names]
+    rows.append(["**in all**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in shapes.values())])
+    rows.append([f"fits in {document['budget']}", *("yes" if each["fits"] else "no" for each in shapes.values())])
+    rows.append(["seconds to plan", *(f"{each['seconds']:.0f}" for each in shapes.values())])
+    peaks = "; ".join(f"{name}: {each['peak_in']}" for name, each in shapes.items())
+    return markdown(["GiB at the peak", *shapes], rows) + f"\nMoment of the peak: {peaks}.\n"
+
+
+def plan_accuracy() -> str:
+    """Planned and measured bytes of each run, and their ratios."""
+    document = read("plan_accuracy")
+    rows = [
+        [
+            name,
+            f"{each['micro_batch']['rows']} × {each['micro_batch']['length']}",
+            f"{each['planned_tensor_bytes'] / MIB:,.1f}",
+            f"{each['measured_tensor_bytes'] / MIB:,.1f}",
+            f"{each['tensor_ratio']:.4f}",
+            f"{each['planned_rss_bytes'] / MIB:,.0f}",
+            f"{each['measured_rss_bytes'] / MIB:,.0f}",
+            f"{each['rss_ratio']:.3f}",
+        ]
+        for name, each in document["cases"].items()
+    ]
+    header = ["run", "micro-batch", "tensors planned, MiB", "counted", "ratio", "resident planned", "measured", "ratio"]
+    worst, bars = document["largest_error"], document["bars"]
+    note = (
+        f"\nLargest error: tensors {worst['tensor']:.2%} (asked: {bars['tensor']:.0%}), resident {worst['rss']:.1%} "
+        f"(asked: {bars['rss']:.0%}).\n"
+    )
+    return markdown(header, rows) + note

@@ -1,0 +1,135 @@
+"""From what each further rank component is worth to a rank per layer, under one budget of parameters.
+
+A component of a layer is worth the next-largest energy of its spectrum (an eigenvalue's size, a squared singular value)
+and costs in + out parameters. Filling layers from the top is water-filling: at the optimum every layer stands at the
+same level of energy per parameter, up to whole components. Here the whole components are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdora.errors import UserError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """What the components of a layer are worth.
+
+    Attributes:
+        energies: (most,) of the first, second, ... component; never rising, never negative. Its length is the largest
+            rank that the layer may get.
+        total: Energy of the whole spectrum, known components or not; at least as large as the known part, but for an
+            estimate's error.
+        cost: Parameters of a component, in + out.
+    """
+
+    energies: Array
+    total: float
+    cost: int
+
+    def __post_init__(self) -> None:
+        rising = len(self.energies) > 1 and bool((np.diff(self.energies) > 0).any())
+        if not len(self.energies) or rising or self.energies[-1] < 0 or not np.isfinite(self.energies).all():
+            raise ValueError("energies; allowed: one or more finite numbers of at least 0 that never rise.")
+
+
+def effective_rank(spectrum: LayerSpectrum, threshold: float) -> int | None:
+    """The fewest components that hold `threshold` (0 to 1) of the total energy; None where the known ones do not.
+
+    A spectrum without energy needs 1.
+    """
+    reached = np.cumsum(spectrum.energies) >= threshold * spectrum.total * (1.0 - 1e-12)
+    return int(reached.argmax()) + 1 if reached.any() else None
+
+
+def allocate(spectra: Mapping[str, LayerSpectrum], budget: int, *, least: int = 1) -> dict[str, int]:
+    """The ranks of largest summed energy whose parameters fit into the budget.
+
+    Exact. Layers of one cost share one list of components, from the most valuable down; how many each list gives is
+    found by branch and bound, the bound being the same problem with the last component cut to fit.
+
+    Args:
+        spectra: Layer -> what its components are worth.
+        budget: Parameters of all components together.
+        least: Rank that every layer gets first; at most its largest.
+    Returns:
+        Layer -> rank, in the order given. Components without energy are left out beyond `least`.
+    Raises:
+        UserError: The budget does not reach for `least` everywhere.
+    """
+    ranks = {name: min(least, len(spectrum.energies)) for name, spectrum in spectra.items()}
+    needed = sum(rank * spectra[name].cost for name, rank in ranks.items())
+    if needed > budget:
+        raise UserError(
+            f"--budget: {budget:,} parameters are too few for rank {least} everywhere, allowed: at least {needed:,}."
+        )
+    pools = _pools(spectra, ranks)
+    counts = _best_counts([energies for _, energies, _ in pools], [cost for cost, _, _ in pools], budget - needed)
+    for count, (_, _, owners) in zip(counts, pools, strict=True):
+        for name in owners[:count]:
+            ranks[name] += 1
+    return ranks
+
+
+def _pools(
+    spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int]
+) -> list[tuple[int, Array, list[str]]]:  # (cost, energies, owner of each)
+    found = []
+    for cost in sorted({spectrum.cost for spectrum in spectra.values()}, reverse=True):
+        components = [
+            (-float(energy), place, position, name)
+            for place, (name, spectrum) in enumerate(spectra.items())
+            if spectrum.cost == cost
+            for position, energy in enumerate(spectrum.energies[ranks[name] :])
+            if energy > 0
+        ]
+        components.sort()  # a layer's own stay in their order: they never rise
+        energies = np.array([-each[0] for each in components])
+        found.append((cost, energies, [each[3] for each in components]))
+    return found
+
+
+def _best_counts(pools: Sequence[Array], costs: Sequence[int], budget: int) -> list[int]:
+    """How many of each pool's first components to take: the largest sum that fits."""
+    values = [np.concatenate([[0.0], np.cumsum(energies)]) for energies in pools]
+    bounds = [_bound(pools[start:], costs[start:]) for start in range(len(pools))]
+    # Below this, sums in another order could differ
+    rounding = 1e-12 * sum(float(each[-1]) for each in values)
+    best: list[int] = []
+    best_value = -np.inf
+
+    def search(taken: list[int], room: int, value: float) -> None:
+        nonlocal best, best_value
+        depth = len(taken)
+        if depth == len(pools):
+            if value > best_value:
+                best, best_value = taken, value
+            return
+        most = min(room // costs[depth], len(pools[depth]))
+        reachable = value + values[depth][: most + 1]
+        if depth + 1 < len(pools):
+            cost, energy = bounds[depth + 1]
+            reachable = reachable + np.interp(room - costs[depth] * np.arange(most + 1), cost, energy)
+        for count in np.argsort(-reachable, kind="stable"):
+            if reachable[count] <= best_value + rounding:
+                break
+            search([*taken, int(count)], room - costs[depth] * int(count), value + float(values[depth][count]))
+
+    search([], budget, 0.0)
+    return best
+
+
+def _bound(pools: Sequence[Array], costs: Sequence[int]) -> tuple[Array, Array]:
+    """(parameters, energy) of the best components by energy per parameter, from none to all: a concave line above
+    everything that whole components reach."""
+    cost = np.concatenate([np.full(len(energies), float(cost)) for energies, cost in zip(pools, costs, strict=True)])
+    energy = np.concatenate(list(pools))
+    order = np.argsort(-energy / cost, kind="stable")
+    return np.concatenate([[0.0], np.cumsum(cost[order])]), np.concatenate([[0.0], np.cumsum(energy[order])])

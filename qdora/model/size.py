@@ -1,0 +1,60 @@
+"""Bytes of a model with its adapter, as files would hold them: packed weights as packed, everything else in 16 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
+
+_DENSE_BYTES = 2  # a number, in whichever dtype this machine computes
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of a model.
+
+    Attributes:
+        num_linear_weights: Of the linear layers but the output head: those that are quantised and pruned.
+        num_linear_bytes: Of these, scales included.
+        num_base_bytes: Of the whole base.
+        num_adapter_bytes: Of lora_A, lora_B (as stored) and the magnitudes.
+    """
+
+    num_linear_weights: int
+    num_linear_bytes: int
+    num_base_bytes: int
+    num_adapter_bytes: int
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Count the bytes of a causal LM, with or without adapters; tied weights count once."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    seen: set[int] = set()
+    weights = linear = other = adapter = 0
+    for module in model.modules():
+        is_linear = isinstance(module, FrozenLinear) or type(module) is nn.Linear
+        if is_linear and module is not head:
+            assert isinstance(module, (FrozenLinear, nn.Linear))
+            packed = module.packed_weight if isinstance(module, FrozenLinear) else None
+            count = module.out_features * module.in_features
+            weights += count
+            linear += _DENSE_BYTES * count if packed is None else packed.num_bytes
+            other += 0 if module.bias is None else _DENSE_BYTES * module.bias.numel()
+        elif isinstance(module, AdaptedLinear):
+            adapter += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        else:
+            other += sum(_DENSE_BYTES * each.numel() for each in _own(module, seen))
+    return ModelSize(weights, linear, linear + other, adapter)
+
+
+def _own(module: nn.Module, seen: set[int]) -> list[Tensor]:
+    """Tensors of the module itself that a file would hold and that no other module has shown yet."""
+    kept = [b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set]
+    found = [tensor for tensor in (*module._parameters.values(), *kept) if isinstance(tensor, torch.Tensor)]
+    new = [tensor for tensor in found if id(tensor) not in seen]
+    seen.update(map(id, new))
+    return new

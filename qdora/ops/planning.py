@@ -1,0 +1,35 @@
+"""What a plan pretends while it runs the real code on fake tensors: the device that they stand for.
+
+Fake tensors of a GPU need a GPU build of torch, so a plan's tensors say "cpu" wherever they will live. Code whose tiles
+or kernels differ between devices asks here, and a plan for a GPU then takes a GPU's tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_PLANNED: ContextVar[str | None] = ContextVar("planned_device_type", default=None)
+
+
+@contextmanager
+def planned_on(device_type: str) -> Iterator[None]:
+    """While active, tensors are taken for fake ones that stand for tensors of this device type ("cpu" or "cuda")."""
+    token = _PLANNED.set(device_type)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def is_planning() -> bool:
+    """Whether tensors have no values to be read: numbers that depend on them are taken at what is expected."""
+    return _PLANNED.get() is not None
+
+
+def device_kind(device: torch.device) -> str:
+    """The type of the device that a tensor lives on, or stands for."""
+    return _PLANNED.get() or device.type

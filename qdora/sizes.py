@@ -1,0 +1,30 @@
+"""Sizes as people write them: 40GiB, 500 MB, 2.5e9."""
+
+from __future__ import annotations
+
+import re
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as '40GiB', '40 GB' or '512MiB'.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in UNITS or not 0 < float(match[1]) < 1e18:
+        raise ValueError(f"not a size, got {text!r}, allowed: a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB.")
+    return round(float(match[1]) * UNITS[unit])
+
+
+def size_text(num_bytes: int) -> str:
+    """12.3 GiB, 45 MiB, 3 KiB."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"

@@ -1,0 +1,1 @@
+"""Studies: a grid of recipes, each run once, compared with intervals, and reported."""

@@ -1,0 +1,288 @@
+"""Which data sets pull the adapter in different directions: cosines between the gradients of tasks, with their noise.
+
+A gradient is that of a task's mean NLL per answer token, by all adapter parameters, on a few examples that stay the
+same. How far chance alone moves a cosine is seen from two halves of these examples.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qdora.data.batching import IGNORED, MicroBatch
+from qdora.model.inject import adapted_layers
+from qdora.nn.adapted_linear import prepare_gains
+from qdora.train.micro_batch import batch_loss
+from qdora.train.random_state import random_state, set_random_state
+
+Array = NDArray[np.float64]
+
+ALL = "all"
+"""The group of all adapter parameters."""
+MIN_EXAMPLES = 2
+"""Of a task: one for each half."""
+CERTAIN = 2.0
+"""Noises below 0 from which on two tasks are said to be in conflict."""
+
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The examples that gradients are measured on: task -> the micro-batches of each of its two halves."""
+
+    halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]]
+
+    def num_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        """Host memory that a measurement takes: two gradients for each task, in bf16."""
+        return 2 * len(self.halves) * 2 * sum(parameter.numel() for parameter in parameters.values())
+
+
+def measure(
+    model: nn.Module,
+    probe: Probe,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    device: torch.device,
+    loss_chunk: int | None = None,
+) -> dict[str, Any]:
+    """Cosines between the tasks' gradients, over all adapter parameters, for A, B and m each, and block by block.
+
+    Nothing that training goes on with is touched: dropout is off meanwhile, the generators are put back, and so are
+    gradients that are there already. Two gradients a task are held on the host (`Probe.num_bytes`): rounded to bf16,
+    which moves a cosine by less than 1e-3.
+
+    Args:
+        model: Its mode stays: activations are recomputed as in training.
+        probe: At least two tasks.
+        parameters: Path -> adapter parameter.
+        device: Of the model.
+        loss_chunk: As for the loop.
+    Returns:
+        JSON values: `tasks`, `seconds`, `bytes`, `norms` (of each task's gradient), `cosines` (see `Agreement`: of all
+        parameters), `groups` (A, B, magnitude -> cosines) and `blocks` (number of a block -> cosines).
+    """
+    began = time.perf_counter()
+    names = list(probe.halves)
+    random = random_state()
+    before = {key: parameter.grad for key, parameter in parameters.items()}
+    gradients: list[dict[str, Tensor]] = []
+    tokens: list[int] = []
+    try:
+        torch.manual_seed(0)  # where a model drops out by itself: the same each time
+        with _without_dropout(model):
+            prepare_gains(adapted_layers(model).values())
+            for name in names:
+                for half in probe.halves[name]:
+                    found, count = _gradient(model, half, parameters, device, loss_chunk)
+                    gradients.append(found)
+                    tokens.append(count)
+    finally:
+        for key, parameter in parameters.items():
+            parameter.grad = before[key]
+        set_random_state(random)
+    grams = gram_matrices(gradients, list(parameters))
+    share = np.array(tokens, dtype=np.float64).reshape(len(names), 2)
+    whole = agreement(grams.pop(ALL), share)
+    parts = {name: agreement(gram, share).to_dict()["cosines"] for name, gram in grams.items()}
+    return {
+        "tasks": names,
+        "num_examples": {name: [_num_examples(half) for half in probe.halves[name]] for name in names},
+        "num_label_tokens": dict(zip(names, share.sum(axis=1).astype(int).tolist(), strict=True)),
+        **whole.to_dict(),
+        "groups": {name: cosines for name, cosines in parts.items() if not name.isdigit()},
+        "blocks": {name: cosines for name, cosines in parts.items() if name.isdigit()},
+        "bytes": probe.num_bytes(parameters),
+        "seconds": time.perf_counter() - began,
+        **_in_short(names, whole),
+    }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the gradients of tasks lie to each other.
+
+    Attributes:
+        cosines: (tasks, tasks).
+        noise: (tasks, tasks): standard error of each cosine from the choice of examples; nan on the diagonal.
+        own_cosines: (tasks,): between the two halves of one task. Near 1 the examples of a task agree; near 0 there are
+            too few of them, and cosines to other tasks are drawn towards 0.
+        norms: (tasks,).
+    """
+
+    cosines: Array
+    noise: Array
+    own_cosines: Array
+    norms: Array
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: nested lists, None for nan."""
+        return {name: _plain(getattr(self, name)) for name in ("cosines", "noise", "own_cosines", "norms")}
+
+
+def agreement(gram: Array, num_tokens: Array) -> Agreement:
+    """Cosines, and their noise, from the inner products of half gradients.
+
+    With h1, h2 the gradients of a task's halves (means over n1 and n2 tokens) and w = n1 / (n1 + n2), the task's
+    gradient is g = w h1 + (1 - w) h2, and e = sqrt(w (1 - w)) (h1 - h2) is a draw of its error: E |e|^2 is its
+    variance. The error of cos(g_i, g_j) by task i is, to first order, <e, g_j / |g_j| - cos g_i / |g_i|> / |g_i|; its
+    size is taken over all other tasks j, since one draw says little. Both tasks' errors add up in squares.
+
+    Args:
+        gram: (2 tasks, 2 tasks), inner products of the halves: both of the first task, both of the second, ...
+        num_tokens: (tasks, 2), answer tokens of each half.
+    """
+    num_tasks = len(num_tokens)
+    weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
+    mean, error = np.zeros((num_tasks, 2 * num_tasks)), np.zeros((num_tasks, 2 * num_tasks))
+    for task in range(num_tasks):
+        mean[task, 2 * task : 2 * task + 2] = weights[task]
+        error[task, 2 * task : 2 * task + 2] = np.array([1.0, -1.0]) * np.sqrt(weights[task].prod())
+    products = mean @ gram @ mean.T
+    norms = np.sqrt(np.maximum(products.diagonal(), 0.0))
+    scale = np.outer(norms, norms)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines = products / scale
+        along = error @ gram @ mean.T / scale  # (tasks, tasks): row i, the draw of task i's error along each g_j
+        errors = along - cosines * along.diagonal()[:, None]
+        halves = gram.diagonal().reshape(num_tasks, 2)
+        own = np.array([gram[2 * task, 2 * task + 1] for task in range(num_tasks)]) / np.sqrt(halves.prod(axis=1))
+    np.fill_diagonal(errors, 0.0)
+    squares = (errors**2).sum(axis=1) / max(num_tasks - 1, 1)
+    noise = np.sqrt(squares[:, None] + squares[None, :])
+    np.fill_diagonal(noise, np.nan)
+    return Agreement(cosines, noise, own, norms)
+
+
+def gram_matrices(gradients: Sequence[Mapping[str, Tensor]], keys: Sequence[str]) -> dict[str, Array]:
+    """Group -> (gradients, gradients) inner products in float64: of `ALL` parameters, of each kind (the last part of a
+    path) and of each block (the first number in a path, where there is one).
+
+    Args:
+        gradients: Path -> gradient, on the host; a path that is missing counts as zeros.
+        keys: Paths of all parameters.
+    """
+    grams: dict[str, Array] = {}
+    for key in keys:
+        rows = [each.get(key) for each in gradients]
+        shape = next((row.shape for row in rows if row is not None), None)
+        if shape is None:
+            continue
+        stacked = torch.stack([torch.zeros(shape, dtype=torch.float32) if row is None else row.float() for row in rows])
+        flat = stacked.flatten(1).double()
+        product = (flat @ flat.T).numpy()
+        block = _BLOCK.search(key)
+        for group in (ALL, key.rpartition(".")[2], *([block[1]] if block else [])):
+            grams[group] = grams.get(group, np.zeros_like(product)) + product
+    return grams
+
+
+def conflicts(report: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
+    """(task, task, cosine, noise) of every pair whose cosine is below 0 by more than `CERTAIN` noises, worst first."""
+    names = report["tasks"]
+    found = [
+        (names[i], names[j], report["cosines"][i][j], report["noise"][i][j])
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+        if report["cosines"][i][j] is not None
+    ]
+    return sorted((each for each in found if each[2] < -CERTAIN * each[3]), key=lambda each: each[2])
+
+
+def _gradient(
+    model: nn.Module,
+    batches: Sequence[MicroBatch],
+    parameters: Mapping[str, nn.Parameter],
+    device: torch.device,
+    loss_chunk: int | None,
+) -> tuple[dict[str, Tensor], int]:
+    """Gradient of the mean NLL per answer token, in bf16 on the host, and the number of these tokens."""
+    num_tokens = sum(int((micro.labels != IGNORED).sum()) for micro in batches)
+    for parameter in parameters.values():
+        parameter.grad = None
+    for micro in batches:
+        input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
+        loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk, micro.packing)
+        (loss.nll_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
+    found = {key: p.grad.to("cpu", torch.bfloat16) for key, p in parameters.items() if p.grad is not None}
+    return found, num_tokens
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout off and the model otherwise in its mode: checkpointing needs training mode, and a change of an adapted
+    layer's mode would forget its norm."""
+    layers = list(adapted_layers(model).values())
+    shares = [layer.dropout for layer in layers]
+    others = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
+    try:
+        for layer in layers:
+            layer.dropout = 0.0
+        for module in others:
+            module.eval()
+        yield
+    finally:
+        for layer, share in zip(layers, shares, strict=True):
+            layer.dropout = share
+        for module in others:
+            module.train()
+
+
+def _in_short(names: Sequence[str], found: Agreement) -> dict[str, Any]:
+    """What a chart can show: mean and lowest cosine of two tasks, and the number of conflicts."""
+    pairs = found.cosines[np.triu_indices(len(names), 1)]
+    report = {"tasks": names, **found.to_dict()}
+    return {
+        "mean_cosine": _plain(np.array([pairs.mean()]))[0],
+        "lowest_cosine": _plain(np.array([pairs.min()]))[0],
+        "num_conflicts": len(conflicts(report)),
+    }
+
+
+def _num_examples(batches: Sequence[MicroBatch]) -> int:
+    return sum(len(micro.example_ids) for micro in batches)
+
+
+def _plain(values: Array) -> Any:
+    """Nested lists with six digits, None for nan."""
+    if values.ndim > 1:
+        return [_plain(row) for row in values]
+    return [None if np.isnan(value) else float(f"{value:.6g}") for value in values]
+
+
+def in_words(report: Mapping[str, Any], step: int) -> str:
+    """A paragraph for people: which tasks are in conflict, which agree most, where there is too little to tell.
+
+    Args:
+        report: From `measure`.
+        step: Optimizer steps before it.
+    """
+    names = report["tasks"]
+    found = [f"{first} and {second} ({cosine:.2f} ± {noise:.2f})" for first, second, cosine, noise in conflicts(report)]
+    pairs = [
+        (report["cosines"][i][j], f"{names[i]} and {names[j]}")
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+        if report["cosines"][i][j] is not None
+    ]
+    said = f"Cosines between the tasks' gradients on validation examples after step {step}, ± their noise. "
+    said += f"In conflict: {', '.join(found)}." if found else "No two tasks are in conflict beyond noise."
+    if pairs:
+        said += " Most alike: {1} ({0:.2f}).".format(*max(pairs))
+    unclear = [name for name, own in zip(names, report["own_cosines"], strict=True) if own is None or own < _CLEAR]
+    if unclear:
+        said += f" Too few examples to tell much: {', '.join(unclear)} (half a probe says little of the other half)."
+    return said
+
+
+_CLEAR = 0.3
+"""Cosine between the halves of a probe below which its cosines to other tasks are mostly noise."""

@@ -1,0 +1,46 @@
+"""What can be known to fail before a run writes or loads anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qdora.config import Recipe
+from qdora.errors import UserError
+from qdora.evaluation.answers import generation_faults
+from qdora.verbs.assemble import Compute
+from qdora.verbs.interference import interference_faults
+from qdora.verbs.selection import selection_faults
+from qdora.verbs.trackers import is_installed
+
+
+def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
+    """Names of the sources that are evaluated: those asked for, perhaps none, or all that can be."""
+    return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
+
+
+def check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any], num_steps: int) -> None:
+    """What can be known to fail before anything is written or loaded."""
+    faults = []
+    if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
+        faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
+    evaluated = {name: validation[name] for name in evaluated_sources(recipe, validation) if name in validation}
+    if recipe.eval.method == "generate":
+        faults += generation_faults(evaluated)
+    faults += selection_faults(recipe, evaluated, num_steps)
+    faults += interference_faults(recipe, validation)
+    known = ", ".join(validation) or "none"
+    faults += [
+        f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."
+        for name in recipe.eval.tasks or ()
+        if name not in validation
+    ]
+    faults += [
+        f"trackers: {name} is not installed. Run: pip install 'qdora[{name}]'"
+        for name in recipe.trackers
+        if not is_installed(name)
+    ]
+    if faults:
+        raise UserError(*faults)

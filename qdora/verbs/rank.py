@@ -1,0 +1,313 @@
+"""qdora rank: a rank for each layer of a run, from curvature, from the trained update or from the gradient."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from qdora.analysis.allocate import LayerSpectrum, allocate, effective_rank
+from qdora.analysis.curvature import CURVATURES, Curvature
+from qdora.analysis.curvature_cache import CurvatureSettings, curvature_spectrum, fingerprint
+from qdora.analysis.plain import NORMS, Norm
+from qdora.analysis.rank_figures import draw_rank_map, draw_spectra
+from qdora.analysis.rivals import gradient_spectra, update_spectrum
+from qdora.atomic_files import atomic_write_text
+from qdora.config import Recipe
+from qdora.data.batching import MicroBatch
+from qdora.data.loader import StepLoader
+from qdora.errors import UserError, nearest
+from qdora.model.inject import adapted_layers, matches
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.recipe_file import load_recipe, recipe_from, resolved_yaml, settings
+from qdora.record import open_run
+from qdora.train.allocator import keep_freed_memory
+from qdora.verbs.assemble import read_data, tokenized_mix
+from qdora.verbs.show import bar, default_console
+from qdora.verbs.trained import TrainedRun, load_run
+
+logger = logging.getLogger("qdora")
+
+METHODS = ("curvature", "svd", "gradient")
+THRESHOLD = 0.9
+NUM_EXAMPLES = 16
+MICRO_BATCH_TOKENS = 512
+"""Of a graph over a graph nothing is recomputed: about 8 MiB a token of a 135M model."""
+
+_MEASURES = {"svd": "squared singular value of the update", "gradient": "squared singular value of the gradient"}
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What `qdora rank` was asked for; None where an option was left out.
+
+    Attributes:
+        method: curvature, svd or gradient.
+        budget: Parameters of the low-rank factors of the chosen layers, or a share of the run's own ("50%"); the
+            run's own if left out.
+        threshold: In place of a budget, each layer gets the fewest components that hold this share of its energy.
+        max_rank: Largest rank of a layer; twice the largest of the run, and with svd that of the layer.
+        curvature, norm: Which matrix; hessian, and attached for DoRA.
+        layers: Names or patterns; all adapted layers if left out. Those left out keep their rank.
+        examples: Of the run's training mix, from its start.
+        micro_batch_tokens: Most tokens of a micro-batch, padding counted; all memory beyond the model's is one of them.
+        over_all: Also the spectrum of all chosen layers together.
+    """
+
+    method: str = "curvature"
+    budget: str | None = None
+    threshold: float | None = None
+    max_rank: int | None = None
+    curvature: str | None = None
+    norm: str | None = None
+    layers: Sequence[str] = ()
+    examples: int | None = None
+    micro_batch_tokens: int | None = None
+    over_all: bool = False
+
+    def check(self) -> None:
+        """Raises UserError with every fault that shows without the run."""
+        faults = []
+        if self.method not in METHODS:
+            faults.append(f"--method: {self.method!r}, allowed: {', '.join(METHODS)}.{nearest(self.method, METHODS)}")
+        for option, value, allowed in (("--curvature", self.curvature, CURVATURES), ("--norm", self.norm, NORMS)):
+            if value is not None and value not in allowed:
+                faults.append(f"{option}: {value!r}, allowed: {', '.join(allowed)}.{nearest(value, allowed)}")
+            if value is not None and self.method != "curvature":
+                faults.append(f"{option}: has no effect with --method {self.method}, allowed: --method curvature.")
+        if self.over_all and self.method != "curvature":
+            faults.append(f"--over-all: has no effect with --method {self.method}, allowed: --method curvature.")
+        for option, number in (("--examples", self.examples), ("--micro-batch-tokens", self.micro_batch_tokens)):
+            if number is not None and self.method == "svd":
+                faults.append(f"{option}: --method svd reads no data, allowed: --method curvature or gradient.")
+        if self.budget is not None and self.threshold is not None:
+            faults.append("--threshold: given with --budget, allowed: one of them.")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            faults.append(f"--threshold: {self.threshold:g}, allowed: above 0, at most 1.")
+        if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
+            faults.append(
+                "--budget: an update of the run's ranks says nothing of larger ones, so all ranks would stay; "
+                "allowed: less than 100%, such as 50%, or --threshold."
+            )
+        if faults:
+            raise UserError(*faults)
+
+
+def rank_run(
+    path: Path, asked: RankSettings, *, step: int | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Measure each layer's spectrum, choose the ranks, write them as a recipe.
+
+    Everything is computed in float32 on the dequantised base, whatever the run computed in. Nothing of the run itself
+    changes; results go to <run>/rank/, and what curvature has computed is kept there, layer by layer, for a next call.
+
+    Args:
+        path: Run directory with an adapter.
+        asked: What to do.
+        step: Checkpoint of the run; None takes the finished adapter.
+        console: Where progress and ranks are shown; standard error by default.
+    Returns:
+        JSON values, as in <run>/rank/<method>.json.
+    Raises:
+        UserError: Wrong arguments, or a run without adapters.
+    """
+    asked.check()
+    console = console or default_console()
+    keep_freed_memory()
+    recipe = load_recipe(open_run(path).recipe_file)
+    if recipe.adapter.kind not in ("dora", "lora"):
+        raise UserError(f"{path}: adapter.kind {recipe.adapter.kind} has no ranks, allowed: a run of dora or lora.")
+    if recipe.adapter.resume_from is not None:
+        raise UserError(f"{path}: its ranks come from adapter.resume_from, allowed: a run that made its own adapter.")
+    if asked.norm is not None and recipe.adapter.kind == "lora":
+        raise UserError("--norm: LoRA has no norm, allowed: leave it out.")
+    trained = load_run(path, step=step, widened=True)
+    adapted = adapted_layers(trained.model)
+    chosen = _chosen(adapted, asked.layers)
+    ranks_now = {name: layer.rank for name, layer in adapted.items()}
+    budget = _budget(asked, chosen)
+    most = asked.max_rank or 2 * max(ranks_now.values())
+    spectra, details = _spectra(trained, asked, chosen, most, console)
+    threshold = asked.threshold or THRESHOLD
+    effective = {name: effective_rank(spectrum, threshold) for name, spectrum in spectra.items()}
+    if asked.threshold is None:
+        ranks = allocate(spectra, budget)
+    else:
+        ranks = {name: rank or len(spectra[name].energies) for name, rank in effective.items()}
+    document = {
+        "run": str(path),
+        "state": trained.state,
+        "method": asked.method,
+        **details.pop("", {}),
+        "budget": budget if asked.threshold is None else None,
+        "threshold": threshold,
+        "num_parameters": sum(rank * spectra[name].cost for name, rank in ranks.items()),
+        "num_parameters_of_run": sum(ranks_now[name] * spectra[name].cost for name in ranks),
+        "layers": {
+            name: {
+                "rank": ranks[name],
+                "rank_of_run": ranks_now[name],
+                "effective_rank": effective[name],
+                "parameters_per_rank": spectrum.cost,
+                "total_energy": spectrum.total,
+                "energies": spectrum.energies.tolist(),
+                **details.get(name, {}),
+            }
+            for name, spectrum in spectra.items()
+        },
+    }
+    document |= _write(trained, asked, recipe, {**ranks_now, **ranks}, spectra)
+    trained.run.write_json(f"rank/{asked.method}.json", document)
+    _show(console, document)
+    return document
+
+
+def _chosen(adapted: Mapping[str, AdaptedLinear], patterns: Sequence[str]) -> dict[str, AdaptedLinear]:
+    last_parts = sorted({name.rpartition(".")[2] for name in adapted})
+    faults = [
+        f"--layers: {pattern!r} is no adapted layer, allowed: {', '.join(last_parts)}, a path or a pattern."
+        f"{nearest(pattern, last_parts)}"
+        for pattern in patterns
+        if not any(matches(name, pattern) for name in adapted)
+    ]
+    if faults:
+        raise UserError(*faults)
+    return {n: layer for n, layer in adapted.items() if not patterns or any(matches(n, each) for each in patterns)}
+
+
+def _budget(asked: RankSettings, chosen: Mapping[str, AdaptedLinear]) -> int:
+    own = sum(layer.rank * (layer.in_features + layer.out_features) for layer in chosen.values())
+    text = asked.budget or "100%"
+    try:
+        budget = int(own * float(text[:-1]) / 100) if text.endswith("%") else int(text)
+    except ValueError:
+        budget = 0
+    if budget < 1:
+        raise UserError(f"--budget: {text!r}, allowed: parameters ({own:,} are the run's own) or a share such as 50%.")
+    return budget
+
+
+def _spectra(
+    trained: TrainedRun, asked: RankSettings, chosen: Mapping[str, AdaptedLinear], most: int, console: Console
+) -> tuple[dict[str, LayerSpectrum], dict[str, dict[str, Any]]]:
+    """The spectrum of each layer, and what else is said of it; under "" what is said of all."""
+    if asked.method == "svd":
+        found = {name: update_spectrum(layer) for name, layer in chosen.items()}
+        return {name: _first(each, most) for name, each in found.items()}, {}
+    batches, about = training_batches(
+        trained, asked.examples or NUM_EXAMPLES, asked.micro_batch_tokens or MICRO_BATCH_TOKENS
+    )
+    limits = {name: min(most, layer.in_features, layer.out_features) for name, layer in chosen.items()}
+    if asked.method == "gradient":
+        with bar(console, "gradients") as progress:
+            found = gradient_spectra(trained.model, list(chosen), batches, most, progress=progress)
+        return {name: _first(each, limits[name]) for name, each in found.items()}, {
+            "": {**about, "norm": _held(chosen)}
+        }
+    kind = next(iter(chosen.values())).kind
+    norm = cast(Norm, asked.norm or "attached") if kind == "dora" else "none"
+    settings = CurvatureSettings(cast(Curvature, asked.curvature or "hessian"), norm, num_eigenvalues=most)
+    scopes = {name: [name] for name in chosen} | ({"": list(chosen)} if asked.over_all else {})
+    state = fingerprint(trained.model, batches)
+    cache = trained.run.inside("rank", "cache")
+    spectra: dict[str, LayerSpectrum] = {}
+    details: dict[str, dict[str, Any]] = {"": {**about, "curvature": settings.curvature, "norm": settings.norm}}
+    with bar(console, f"{settings.curvature}, norm {settings.norm}") as progress:
+        for number, (scope, names) in enumerate(scopes.items()):
+            progress(number, len(scopes))
+            result = curvature_spectrum(trained.model, names, batches, settings, cache=cache, state=state)
+            logger.info(
+                "%s: largest eigenvalue %.4g, %d products, %.1f s.",
+                scope or "all layers",
+                result.top.values[0],
+                result.num_matvecs,
+                result.seconds,
+            )
+            if not scope:
+                details[""]["over_all"] = result.to_dict()
+                continue
+            layer = chosen[scope]
+            spectra[scope] = result.of_layer(layer.in_features + layer.out_features, limits[scope])
+            details[scope] = result.to_dict()
+    return spectra, details
+
+
+def training_batches(
+    trained: TrainedRun, num_examples: int, micro_batch_tokens: int
+) -> tuple[list[MicroBatch], dict[str, Any]]:
+    """The first examples of the run's training mix in micro-batches, and how many tokens they are."""
+    recipe = trained.recipe
+    train, _ = read_data(recipe.data)
+    mix = tokenized_mix(recipe, trained.tokenizer, train)
+    loader = StepLoader(
+        mix.sets,
+        mix.order,
+        tokens_per_step=None,
+        batch=num_examples,
+        micro_batch_tokens=micro_batch_tokens,
+        pad_id=cast(int, trained.tokenizer.pad_token_id),
+    )
+    taken = loader.next_step()
+    about = {
+        "num_examples": taken.num_examples,
+        "num_tokens": taken.num_tokens,
+        "num_label_tokens": taken.num_label_tokens,
+        "num_micro_batches": len(taken.micro_batches),
+    }
+    return taken.micro_batches, about
+
+
+def _first(spectrum: LayerSpectrum, most: int) -> LayerSpectrum:
+    return LayerSpectrum(spectrum.energies[:most], spectrum.total, spectrum.cost)
+
+
+def _held(chosen: Mapping[str, AdaptedLinear]) -> str:
+    """A gradient is what training follows: the norm held."""
+    return "held" if next(iter(chosen.values())).kind == "dora" else "none"
+
+
+def _write(
+    trained: TrainedRun,
+    asked: RankSettings,
+    recipe: Recipe,
+    ranks: Mapping[str, int],
+    spectra: Mapping[str, LayerSpectrum],
+) -> dict[str, Any]:
+    """The run's recipe with the new ranks, as a file to train; the fragment; the figures."""
+    pattern = {name: rank for name, rank in ranks.items() if rank != recipe.adapter.rank}
+    plain = settings(recipe)
+    plain["adapter"]["rank_pattern"] = pattern
+    folder = trained.run.inside("rank")
+    folder.mkdir(exist_ok=True)
+    out = folder / f"{asked.method}.yaml"
+    atomic_write_text(out, resolved_yaml(recipe_from(plain)))
+    figures = {kind: folder / f"{asked.method}-{kind}.svg" for kind in ("spectra", "ranks")}
+    chosen = {name: ranks[name] for name in spectra}
+    measure = _MEASURES.get(asked.method, "size of the eigenvalue")
+    draw_spectra(spectra, chosen, figures["spectra"], measure=measure)
+    draw_rank_map(ranks, figures["ranks"])
+    return {
+        "fragment": {"adapter": {"rank": recipe.adapter.rank, "rank_pattern": pattern}},
+        "recipe": str(out),
+        "figures": [str(each) for each in figures.values()],
+    }
+
+
+def _show(console: Console, document: Mapping[str, Any]) -> None:
+    title = f"{document['method']}: {document['num_parameters']:,} parameters in the factors, the run has "
+    table = Table(title=f"{title}{document['num_parameters_of_run']:,}", title_justify="left")
+    for name in ("layer", "rank", "in the run", f"for {document['threshold']:.0%} of the energy"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for name, layer in document["layers"].items():
+        effective = layer["effective_rank"]
+        reached = f"over {len(layer['energies'])}" if effective is None else str(effective)
+        table.add_row(name, str(layer["rank"]), str(layer["rank_of_run"]), reached)
+    console.print(table)
+    console.print(
+        f"to train with these ranks: qdora train {document['recipe']}", markup=False, highlight=False, soft_wrap=True
+    )

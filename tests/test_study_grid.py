@@ -1,0 +1,192 @@
+"""A study file and its cells: every combination once, named by what it runs, and faults in one line each."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qdora.errors import UserError
+from qdora.recipe_file import override, recipe_from, settings
+from qdora.study.config import label_of, load_study, study_from
+from qdora.study.grid import Cell, expand, key_of
+from tests import study_worker
+
+ADAPTERS = {
+    "none": {"adapter.kind": "none", "train.steps": 0},
+    "lora": {"adapter.kind": "lora"},
+    "dora": {"adapter.kind": "dora", "adapter.rank": 8},
+}
+
+
+def study(tmp_path: Path, **changes: Any) -> list[Cell]:
+    document = {
+        "recipe": str(write_recipe(tmp_path)),
+        "product": {
+            "base.quant": ["none", "nf4"],
+            "adapter": ADAPTERS,
+            "train.lr": ["1e-4", 3e-4],
+            "train.seed": [0, 1, 2],
+        },
+    }
+    return expand(study_from(document | changes))
+
+
+def write_recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(study_worker.DOCUMENT))
+    return path
+
+
+def labels(cells: list[Cell], *axes: str) -> set[tuple[str | None, ...]]:
+    return {tuple(cell.labels.get(axis) for axis in axes) for cell in cells}
+
+
+def test_every_combination_is_a_cell_and_what_is_not_trained_is_one(tmp_path: Path) -> None:
+    cells = study(tmp_path)
+    trained = [cell for cell in cells if cell.is_trained]
+    expected = set(itertools.product(("none", "nf4"), ("lora", "dora"), ("0.0001", "0.0003"), ("0", "1", "2")))
+    assert labels(trained, "base.quant", "adapter", "train.lr", "train.seed") == expected
+    assert len(trained) == len(expected)
+    bases = [cell for cell in cells if not cell.is_trained]
+    # one for each base, whatever the learning rate and the seed would have been; the uncompressed one is among them
+    assert labels(bases, "base.quant", "adapter") == {("none", "none"), ("nf4", "none")}
+    assert len(bases) == 2
+    assert cells[:2] == bases
+
+
+def test_a_cell_runs_what_its_labels_say_and_names_its_bases(tmp_path: Path) -> None:
+    by_key = {cell.key: cell for cell in study(tmp_path)}
+    for cell in by_key.values():
+        assert cell.recipe.base.quant == cell.labels["base.quant"]
+        assert cell.key == key_of(cell.recipe)
+        if cell.is_trained:
+            assert f"{cell.recipe.train.lr:g}" == cell.labels["train.lr"]
+            assert cell.recipe.adapter.rank == (8 if cell.labels["adapter"] == "dora" else 16)
+            assert not cell.recipe.eval.at_start  # the base has a cell of its own
+        base, dense = by_key[cell.base_key or ""], by_key[cell.dense_key or ""]
+        assert (base.recipe.adapter.kind, base.recipe.base) == ("none", cell.recipe.base)
+        assert dense.recipe.base.quant == "none"
+
+
+def test_bases_are_added_where_the_grid_has_none(tmp_path: Path) -> None:
+    product = {"base.quant": ["nf4", "int8"], "adapter": {"dora": {}}}
+    cells = study(tmp_path, product=product)
+    assert sorted(cell.recipe.base.quant for cell in cells if not cell.is_trained) == ["int8", "nf4", "none"]
+    assert len(study(tmp_path, product=product, bases=False)) == 2
+
+
+def test_exclude_leaves_out_and_include_adds(tmp_path: Path) -> None:
+    product = {"base.quant": ["none", "nf4"], "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {}}}
+    cells = study(tmp_path, product=product, bases=False, exclude=[{"base.quant": "none", "adapter": ["dora"]}])
+    assert labels(cells, "base.quant", "adapter") == {("none", "lora"), ("nf4", "lora"), ("nf4", "dora")}
+    include = [{"base.quant": ["fp4", "int8"], "adapter": "dora"}, {"base.quant": "none", "adapter": "lora"}]
+    cells = study(tmp_path, product=product, bases=False, exclude=[{"adapter": "lora"}], include=include)
+    assert labels(cells, "base.quant", "adapter") == {
+        ("none", "dora"),
+        ("nf4", "dora"),
+        ("fp4", "dora"),
+        ("int8", "dora"),
+        ("none", "lora"),
+    }
+    with pytest.raises(UserError, match="exclude leaves no cell"):
+        study(tmp_path, product=product, exclude=[{"adapter": ["lora", "dora"]}])
+
+
+def test_settings_hold_for_all_cells(tmp_path: Path) -> None:
+    cells = study(tmp_path, settings={"train.steps": 7, "eval.limit": 3}, product={"adapter": {"dora": {}}})
+    assert [cell.recipe.train.steps for cell in cells] == [0, 0, 7]
+    assert {cell.recipe.eval.limit for cell in cells} == {3}
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from(["1e-4", "1.0e-4", "0.0001"]))
+def test_the_key_is_of_what_is_run_and_not_of_how_it_is_written(shuffle: random.Random, lr: str) -> None:
+    plain = settings(override(study_worker.recipe(), [f"train.lr={lr}"]))
+    items = list(plain.items())
+    shuffle.shuffle(items)
+    assert key_of(recipe_from(dict(items))) == key_of(study_worker.recipe(lr=1e-4))
+    assert key_of(study_worker.recipe(lr=2e-4)) != key_of(study_worker.recipe(lr=1e-4))
+
+
+@pytest.mark.parametrize(
+    "value, label", [(1e-4, "0.0001"), ("1e-4", "0.0001"), ("nf4", "nf4"), ("inf", "inf"), (3, "3")]
+)
+def test_a_label_is_how_the_value_is_read(value: Any, label: str) -> None:
+    assert label_of(value) == label
+    assert label_of([1, 2]) == "[1, 2]"
+    assert label_of(None) == "null"
+    assert label_of(True) == "true"
+
+
+FAULTS = [
+    ({"prodct": {}}, "prodct: unknown key", "Did you mean 'product'?"),
+    ({"product": {"adapter": {"dora": {}}, "train.lr": 3}}, "product.train.lr", "got 3, allowed: a list of values"),
+    ({"product": {"adapter": {"dora": {}}, "train.lr": []}}, "product.train.lr", "allowed: a list of values"),
+    (
+        {"product": {"adaptr": {"dora": {}}}},
+        "compare.arm: no axis of the product, got 'adapter'",
+        "Did you mean 'adaptr'?",
+    ),
+    ({"exclude": [{"base.qant": "nf4"}]}, "exclude[0].base.qant: no axis", "Did you mean 'base.quant'?"),
+    ({"exclude": [{"base.quant": "nf5"}]}, "exclude[0].base.quant: no value of that axis, got 'nf5'", "'nf4'?"),
+    ({"include": [{"adapter": "dorra"}]}, "include[0].adapter: no value of that axis, got 'dorra'", "'dora'?"),
+    ({"include": [{}]}, "include[0]: names no axis", "allowed: axis: value"),
+    ({"compare": {"reference": "lor"}}, "compare.reference: no value of adapter, got 'lor'", "Did you mean 'lora'?"),
+    ({"compare": {"choose": ["train.rl"]}}, "compare.choose: no axis of the product", "Did you mean 'train.lr'?"),
+    ({"compare": {"seed": "train.lr"}}, "compare: one axis cannot be two of", "'train.lr'"),
+    ({"compare": {"metric": "loss"}}, "compare.metric: not valid, got 'loss'", "allowed: nll_per_token"),
+    ({"retries": -1}, "retries: not valid, got -1", "0 or more"),
+]
+
+
+@pytest.mark.parametrize("changes, where, what", FAULTS)
+def test_a_fault_is_one_line_with_its_place(tmp_path: Path, changes: dict[str, Any], where: str, what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        study(tmp_path, **changes)
+    (line,) = caught.value.faults
+    assert line.startswith(f"study: {where}")
+    assert what in line
+
+
+def test_a_cell_whose_recipe_is_wrong_is_named(tmp_path: Path) -> None:
+    product = {"base.quant": ["nf4", "nf5"], "adapter": {"dora": {"adapter.rnk": 3}, "lora": {"adapter.kind": "lora"}}}
+    with pytest.raises(UserError) as caught:
+        study(tmp_path, product=product)
+    text = str(caught.value)
+    assert "(base.quant=nf5, adapter=lora): -s: base.quant: not valid, got 'nf5'" in text
+    assert "(base.quant=nf4, adapter=dora; and 1 more): -s adapter.rnk=3: unknown key" in text
+    assert "Did you mean 'rank'?" in text
+    with pytest.raises(UserError, match=r"eval\.tasks: a study compares evaluations"):
+        study(tmp_path, settings={"eval.tasks": []})
+
+
+def test_a_study_file_finds_the_recipe_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_recipe(tmp_path)
+    file = tmp_path / "study.yaml"
+    file.write_text("recipe: recipe.yaml\nproduct:\n  adapter:\n    dora: {}\n")
+    monkeypatch.chdir("/")
+    assert len(expand(load_study(file))) == 3
+    file.write_text("recipe: demo\nrecipe: demo\n")
+    with pytest.raises(UserError, match="line 2: key 'recipe' is given twice"):
+        load_study(file)
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
+        load_study(tmp_path / "none.yaml")
+
+
+@pytest.mark.slow
+def test_a_thousand_cells_are_checked_in_seconds(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    product = {
+        "adapter": {"dora": {}},
+        "train.lr": [index * 1e-6 for index in range(1, 101)],
+        "train.seed": [*range(10)],
+    }
+    assert len(study(tmp_path, product=product)) == 1002
+    assert time.perf_counter() - began < 30

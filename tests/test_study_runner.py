@@ -1,0 +1,268 @@
+"""Cells of a study: each is done once whatever happens to the processes, and nothing that fails is dropped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdora.errors import Interrupted
+from qdora.study import claims
+from qdora.study.claims import Claims
+from qdora.study.grid import Cell
+from qdora.study.runner import once, run_cells, shard_of, tally
+from qdora.study.store import MAX_DEATHS, StudyDirectory
+from tests import study_worker
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(directory: Path, number: int, seconds: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.study_worker", str(directory), str(number), str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def started(directory: Path) -> list[str]:
+    """Keys of the cells in the order in which their work began."""
+    file = directory / "started"
+    return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def values(store: StudyDirectory, number: int) -> list[Any]:
+    return [(store.result(cell.key) or {}).get("value") for cell in study_worker.cells(number)]
+
+
+def wait_for(condition: Any, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_two_processes_do_every_cell_once_between_them(tmp_path: Path) -> None:
+    pair = [start(tmp_path, 60, 0.02) for _ in range(2)]
+    assert [process.wait(timeout=240) for process in pair] == [0, 0]
+    assert sorted(started(tmp_path)) == [cell.key for cell in study_worker.cells(60)]
+    assert values(StudyDirectory(tmp_path), 60) == [index**2 for index in range(60)]
+    assert not list((tmp_path / "claims").glob("*.json"))
+
+
+def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path: Path) -> None:
+    process = start(tmp_path, 6, 0.3)
+    wait_for(lambda: len(started(tmp_path)) == 3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    store = StudyDirectory(tmp_path)
+    assert store.num_done({cell.key for cell in study_worker.cells(6)}) == 2
+    assert start(tmp_path, 6, 0.0).wait(timeout=240) == 0
+    assert values(store, 6) == [index**2 for index in range(6)]
+    began = started(tmp_path)
+    assert sorted(set(began)) == [cell.key for cell in study_worker.cells(6)]
+    assert [key for key in set(began) if began.count(key) > 1] == [f"{2:016x}"]  # the one that was killed
+    (died,) = store.failures(f"{2:016x}")
+    assert died["kind"] == "died"
+    assert str(process.pid) in died["reason"]
+
+
+def test_results_are_not_computed_again(tmp_path: Path) -> None:
+    cells = study_worker.cells(3)
+    run_cells(cells[:2], StudyDirectory(tmp_path), lambda cell, path: {"value": 1})
+    calls = []
+    done = run_cells(cells, StudyDirectory(tmp_path), lambda cell, path: calls.append(cell.key) or {"value": 2})
+    assert calls == [cells[2].key]
+    assert (done.num_cells, done.num_done, done.num_elsewhere, done.failed) == (3, 3, 0, {})
+
+
+def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def work(cell: Cell, path: Path) -> dict[str, Any]:
+        calls.append(cell.key)
+        if cell.key.endswith("0") or (cell.key.endswith("1") and calls.count(cell.key) == 1):
+            raise RuntimeError(f"no memory for {cell.key}\nand more")
+        return {}
+
+    events: list[tuple[str, str]] = []
+    cells, store = study_worker.cells(3), StudyDirectory(tmp_path, retries=2)
+    found = run_cells(cells, store, work, lambda cell, event, seconds: events.append((cell.key, event)))
+    zero, one, two = (cell.key for cell in cells)
+    assert calls == [zero, one, two, zero, one, zero]
+    first = [(zero, "failed"), (one, "failed"), (two, "done")]
+    assert events == [*first, (zero, "failed"), (one, "done"), (zero, "failed")]
+    assert found.failed == {zero: f"RuntimeError: no memory for {zero}"}
+    assert found.num_done == 2
+    assert [attempt["reason"] for attempt in store.failures(one)] == [f"RuntimeError: no memory for {one}"]
+    assert any("no memory" in line for line in store.failures(zero)[0]["traceback"])
+    assert run_cells(cells, store, work).failed.keys() == {zero}
+    assert len(calls) == 6  # given up, and not dropped: the tally names it
+    assert store.forget_failures([zero, one, two]) == 1
+    assert run_cells(cells, store, lambda cell, path: {}).num_done == 3
+
+
+def test_an_interrupt_gives_the_claim_back_and_is_no_failure(tmp_path: Path) -> None:
+    store = StudyDirectory(tmp_path)
+
+    def work(cell: Cell, path: Path) -> dict[str, Any]:
+        raise Interrupted(3, None)
+
+    with pytest.raises(Interrupted):
+        run_cells(study_worker.cells(2), store, work)
+    assert not list((tmp_path / "claims").glob("*.json"))
+    assert store.failures(study_worker.cells(1)[0].key) == []
+    assert tally(study_worker.cells(2), store).num_elsewhere == 2
+
+
+def test_a_cell_that_takes_its_process_down_is_given_up_in_the_end(tmp_path: Path) -> None:
+    store, key = StudyDirectory(tmp_path), study_worker.cells(1)[0].key
+    for number in range(MAX_DEATHS + 1):
+        assert not store.is_given_up(key), number
+        store.add_failure(key, {"kind": "died", "reason": "killed"})
+    assert store.is_given_up(key)
+
+
+def test_a_claim_is_held_by_one(tmp_path: Path) -> None:
+    first, second = Claims(tmp_path), Claims(tmp_path)
+    claim = first.take("key")
+    assert claim is not None
+    assert claim.is_mine()
+    assert second.take("key") is None
+    claim.release()
+    again = second.take("key")
+    assert again is not None
+    assert again.left_by is None
+    claim.release()  # of another now: stays
+    assert again.is_mine()
+
+
+@pytest.mark.parametrize("age, stale", [(0.0, False), (99.0, False), (101.0, True)])
+def test_another_machines_claim_is_taken_over_after_a_long_silence(tmp_path: Path, age: float, stale: bool) -> None:
+    mine, path = Claims(tmp_path, stale_seconds=100.0), tmp_path / "key.json"
+    path.write_text(json.dumps({"token": "t", "pid": os.getpid(), "host": "elsewhere", "started": "1", "time": 0.0}))
+    os.utime(path, (time.time() - age, time.time() - age))
+    claim = mine.take("key")
+    assert (claim is not None) == stale
+    assert claim is None or (claim.left_by or {})["host"] == "elsewhere"
+
+
+def test_a_number_that_another_process_got_is_not_the_claims_process(tmp_path: Path) -> None:
+    mine, path = Claims(tmp_path), tmp_path / "key.json"
+    owner = {"token": "t", "pid": os.getpid(), "host": mine.host, "time": 0.0}
+    path.write_text(json.dumps(owner | {"started": mine.started}))
+    assert mine.take("key") is None
+    path.write_text(json.dumps(owner | {"started": "1"}))
+    assert mine.take("key") is not None
+
+
+def test_an_empty_claim_is_someone_writing_and_later_a_dead_one(tmp_path: Path) -> None:
+    path = tmp_path / "key.json"
+    path.touch()
+    assert Claims(tmp_path).take("key") is None
+    os.utime(path, (time.time() - 60, time.time() - 60))
+    assert Claims(tmp_path).take("key") is not None
+
+
+def test_of_many_that_find_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
+    for round_ in range(20):
+        path = tmp_path / f"{round_}.json"
+        path.write_text(json.dumps({"token": "t", "pid": 2**22 + 1, "host": Claims(tmp_path).host, "time": 0.0}))
+        got: list[Any] = []
+        barrier = threading.Barrier(8)
+
+        def take(name: str = str(round_), barrier: threading.Barrier = barrier, got: list[Any] = got) -> None:
+            mine = Claims(tmp_path)
+            barrier.wait()
+            got.append(mine.take(name))
+
+        threads = [threading.Thread(target=take) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(claim is not None for claim in got) == 1
+
+
+def test_a_renewed_claim_does_not_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Claims(tmp_path, stale_seconds=0.2)
+    claim = mine.take("key")
+    assert claim is not None
+    os.utime(claim.path, (0, 0))
+    with mine.renewed(claim):
+        wait_for(lambda: claim.path.stat().st_mtime > 1)
+    assert claims._read(claim.path) is not None
+
+
+def test_a_result_whose_claim_was_taken_over_is_not_kept(tmp_path: Path) -> None:
+    store, cell = StudyDirectory(tmp_path), study_worker.cells(1)[0]
+    calls = []
+
+    def work(cell: Cell, path: Path) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) == 1:  # another machine took this process for dead
+            (tmp_path / "claims" / f"{cell.key}.json").write_text(json.dumps({"token": "other", "host": "x", "pid": 1}))
+        return {"value": len(calls)}
+
+    run_cells([cell], store, work)
+    assert not store.is_done(cell.key)
+    assert store.failures(cell.key) == []  # the other one's cell now
+
+
+def test_what_cells_share_is_made_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def make(directory: Path) -> None:
+        calls.append(1)
+        time.sleep(0.2)
+        (directory / "weights").write_text("w")
+
+    found: list[Path] = []
+    stores = [StudyDirectory(tmp_path) for _ in range(3)]
+    threads = [threading.Thread(target=lambda s=s: found.append(once(s, "base", "abc", make))) for s in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [1]
+    assert {(path / "weights").read_text() for path in found} == {"w"}
+    with pytest.raises(ZeroDivisionError):
+        once(stores[0], "base", "other", lambda path: print(1 / 0))
+    assert once(stores[0], "base", "other", make).is_dir()
+
+
+def test_shards_share_the_cells_out() -> None:
+    cells = study_worker.cells(7)
+    parts = [shard_of(cells, index, 3) for index in (1, 2, 3)]
+    assert sorted(cell.key for part in parts for cell in part) == [cell.key for cell in cells]
+    assert [len(part) for part in parts] == [3, 2, 2]
+    with pytest.raises(ValueError, match="4/3"):
+        shard_of(cells, 4, 3)
+
+
+def test_jobs_of_submitit_share_a_study(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    from qdora.study.slurm import submit_jobs
+
+    command = [sys.executable, "-m", "tests.study_worker", str(tmp_path / "study"), "8", "0.05"]
+    (tmp_path / "study").mkdir()
+    jobs = submit_jobs(
+        ["env", f"PYTHONPATH={ROOT}", *command], tmp_path / "study", 2, cluster="local", parameters={"timeout_min": 5}
+    )
+    for job in jobs:
+        job.result()
+    assert sorted(started(tmp_path / "study")) == [cell.key for cell in study_worker.cells(8)]
+
+
+@pytest.mark.slow
+def test_a_thousand_trivial_cells_take_under_a_minute(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    process = start(tmp_path, 1000, 0.0)
+    assert process.wait(timeout=300) == 0
+    assert time.perf_counter() - began < 60
+    assert values(StudyDirectory(tmp_path), 1000) == [index**2 for index in range(1000)]

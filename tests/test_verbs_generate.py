@@ -1,0 +1,132 @@
+"""qdora generate: the same tokens as a plain loop, streamed; chat template, sampling, every kind of target."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qdora.errors import UserError
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.verbs.evaluate import evaluate_target
+from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.generate import Sampling, generate_from, prompt_ids
+from qdora.verbs.target import load_target
+from qdora.verbs.train import train_run
+from tests import tiny_adapted, tiny_run, tiny_tokenizer
+
+SHORT = Sampling(max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("generate")
+    torch.manual_seed(0)
+    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 400}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(root / "model")
+    tiny_tokenizer.make().save_pretrained(root / "model")
+    train_run(tiny_run.recipe(root, train__steps=2, train__lr=0.002), root / "run")
+    return root / "run"
+
+
+@torch.no_grad()
+def plain_loop(run: Path, ids: list[int], num: int) -> list[int]:
+    """The most likely token again and again, the whole text anew each time."""
+    loaded = load_target(str(run), verb="test")
+    ids = list(ids)
+    start = len(ids)
+    while len(ids) - start < num:
+        ids.append(int(loaded.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == loaded.tokenizer.eos_token_id:
+            break
+    return ids[start:]
+
+
+def test_the_most_likely_tokens_are_streamed(run: Path) -> None:
+    stream = io.StringIO()
+    found = generate_from(str(run), "3 + 4 =", SHORT, raw=True, write=stream.write)
+    tokenizer = load_target(str(run), verb="test").tokenizer
+    expected = plain_loop(run, tokenizer("3 + 4 =")["input_ids"], 12)
+    assert found["num_new_tokens"] == len(expected) == 12
+    assert found["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert stream.getvalue().strip() == found["text"].strip()
+    assert found["label"] == "final"
+    assert found["num_prompt_tokens"] == len(tokenizer("3 + 4 =")["input_ids"])
+
+
+def test_the_chat_template_is_used_where_there_is_one(run: Path) -> None:
+    tokenizer: Any = tiny_tokenizer.make()
+    text = tokenizer.decode(prompt_ids(tokenizer, "a question", "be kind", raw=False))
+    for part in ("be kind", "a question", "assistant"):
+        assert part in text
+    assert text.index("be kind") < text.index("a question") < text.index("assistant")
+    raw = tokenizer("a question")["input_ids"]
+    assert prompt_ids(tokenizer, "a question", None, raw=True) == raw
+    tokenizer.chat_template = None
+    assert prompt_ids(tokenizer, "a question", None, raw=False) == raw
+    with pytest.raises(UserError, match="no chat template"):
+        prompt_ids(tokenizer, "a question", "be kind", raw=False)
+
+
+def test_draws_follow_the_seed(run: Path) -> None:
+    def text(**settings: Any) -> str:
+        sampling = Sampling(max_new_tokens=12, temperature=1.0, **settings)
+        return str(generate_from(str(run), "3 + 4 =", sampling, raw=True)["text"])
+
+    state = torch.random.get_rng_state()
+    first = text(seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert text(seed=1) == first
+    assert text(seed=2) != first
+    greedy = generate_from(str(run), "3 + 4 =", SHORT, raw=True)["text"]
+    assert text(seed=1, top_k=1) == greedy
+    assert text(seed=1, top_p=1e-6) == greedy
+
+
+def test_the_norm_is_computed_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = AdaptedLinear._row_norm_of_products
+
+    def counting(self: AdaptedLinear, dtype: torch.dtype) -> torch.Tensor:
+        calls.append(self)
+        return real(self, dtype)
+
+    monkeypatch.setattr(AdaptedLinear, "_row_norm_of_products", counting)
+    found = generate_from(str(run), "3 + 4 =", SHORT, raw=True)
+    assert found["num_new_tokens"] > 1
+    assert len(calls) == len(set(map(id, calls))) == 14
+
+
+@pytest.mark.parametrize("options", [ExportOptions(dtype="float32"), ExportOptions(format_="nf4-lora")])
+def test_an_export_says_what_the_run_says(run: Path, tmp_path: Path, options: ExportOptions) -> None:
+    export_run(run, tmp_path / "out", options)
+    expected = generate_from(str(run), "Which letter follows c?", SHORT)
+    found = generate_from(str(tmp_path / "out"), "Which letter follows c?", SHORT)
+    assert found["text"] == expected["text"]
+    assert found["label"] == "out"
+    evaluated = evaluate_target(str(tmp_path / "out"), like=run)["evaluation"]["average"]
+    of_run = evaluate_target(str(run))["evaluation"]["average"]
+    assert evaluated["nll_per_token"] == pytest.approx(of_run["nll_per_token"], rel=0.02)
+
+
+def test_settings_that_cannot_be_used_are_refused_before_loading() -> None:
+    with pytest.raises(UserError) as raised:
+        generate_from(
+            "nowhere", "", Sampling(temperature=-1, top_p=0.0, top_k=0, max_new_tokens=0), raw=True, system="x"
+        )
+    assert [fault.split(":")[0] for fault in raised.value.faults] == [
+        "--temperature",
+        "--top-p",
+        "--top-k",
+        "--max-new-tokens",
+        "--prompt",
+        "--system",
+    ]
+    with pytest.raises(UserError, match="--top-k: has no effect at temperature 0"):
+        generate_from("nowhere", "x", Sampling(top_k=3))
+    with pytest.raises(UserError, match="nowhere"):
+        generate_from("./nowhere", "x")

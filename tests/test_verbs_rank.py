@@ -1,0 +1,166 @@
+"""qdora rank: spectra of a run's layers against matrices formed in the test, and recipes that train."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from qdora.analysis.rivals import gradient_spectra, update_spectrum
+from qdora.cli import app
+from qdora.errors import UserError
+from qdora.model.inject import adapted_layers
+from qdora.recipe_file import load_recipe
+from qdora.verbs.rank import RankSettings, rank_run
+from qdora.verbs.train import train_run
+from qdora.verbs.trained import load_run
+from tests import tiny_curvature, tiny_run
+from tests.tiny_curvature import LAYERS
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=130)
+
+
+def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
+    patterns = ("model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj")
+    asked = RankSettings(layers=patterns, max_rank=6, examples=2, over_all=True)
+    document = rank_run(whole, asked, console=quiet())
+    assert json.loads((whole / "rank/curvature.json").read_text())["layers"] == document["layers"]
+    assert (document["curvature"], document["norm"], document["num_examples"]) == ("hessian", "attached", 2)
+    assert len(document["layers"]) == 2
+    for layer in document["layers"].values():
+        assert (layer["curvature"], layer["norm"], layer["rank_of_run"]) == ("hessian", "attached", 4)
+        assert layer["energies"] == np.abs(layer["eigenvalues"]).tolist()
+        assert max(layer["residuals"]) < 1e-2 * layer["energies"][0]
+        assert layer["num_matvecs"] > 6 + 40  # the residuals and the density
+        assert layer["total_energy"] >= sum(layer["energies"])
+    assert document["over_all"]["size"] == sum(
+        4 * layer["parameters_per_rank"] for layer in document["layers"].values()
+    )
+    ranks = {name: layer["rank"] for name, layer in document["layers"].items()}
+    used = sum(rank * document["layers"][name]["parameters_per_rank"] for name, rank in ranks.items())
+    assert used == document["num_parameters"] <= document["budget"] == document["num_parameters_of_run"]
+    recipe = load_recipe(document["recipe"])
+    assert recipe.adapter.rank_pattern == document["fragment"]["adapter"]["rank_pattern"]
+    assert recipe.model.dtype == load_recipe(whole / "recipe.yaml").model.dtype
+    train_run(recipe, root / "reranked", console=quiet())
+    layers = adapted_layers(load_run(root / "reranked").model)
+    assert {name: layer.rank for name, layer in layers.items()} == dict.fromkeys(layers, 4) | ranks
+    for figure in document["figures"]:
+        assert Path(figure).read_text().startswith("<?xml")
+    map_ = Path(document["figures"][1]).read_text()
+    assert "mlp.down_proj" in map_
+
+
+def test_what_was_computed_is_not_computed_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = RankSettings(layers=["model.layers.0.mlp.up_proj"], max_rank=3, examples=2, norm="held")
+    first = rank_run(whole, asked, console=quiet())
+    from qdora.analysis import curvature_cache
+
+    monkeypatch.setattr(curvature_cache, "top_eigenpairs", None)  # nothing may call it
+    again = rank_run(whole, asked, console=quiet())
+    assert again["layers"] == first["layers"]
+    with pytest.raises(TypeError):  # other examples, another curvature
+        rank_run(whole, RankSettings(layers=asked.layers, max_rank=3, examples=3, norm="held"), console=quiet())
+
+
+def test_the_update_and_the_gradient_are_those_of_the_formed_matrices() -> None:
+    model = tiny_curvature.adapted()
+    layers = adapted_layers(model)
+    batches = tiny_curvature.batches()
+    found = gradient_spectra(model, list(LAYERS), batches, 5)
+    weights = {}
+    for name, layer in layers.items():
+        base = layer.base.dequantized(torch.float64)
+        product = (layer.alpha / layer.rank) * layer.lora_B.detach() @ layer.lora_A.detach()
+        assert layer.magnitude is not None
+        gain = layer.magnitude.detach() / (base + product).square().sum(1).sqrt()
+        expected = torch.linalg.svdvals(gain[:, None] * product).square().numpy()[: layer.rank]
+        np.testing.assert_allclose(update_spectrum(layer).energies, expected, rtol=1e-9)
+        weights[name] = (base + product, gain)
+    plain = tiny_curvature.base("llama")
+    total = torch.zeros((), dtype=torch.float64)
+    moved = {name: weight.clone().requires_grad_(True) for name, (weight, _) in weights.items()}
+    patched = {f"{name}.weight": weights[name][1][:, None] * moved[name] for name in moved}
+    count = 0
+    for batch in batches:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        logits = torch.func.functional_call(plain, patched, kwargs=inputs).logits[:, :-1]
+        total = total + torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"
+        )
+        count += int((batch.labels[:, 1:] != -100).sum())
+    gradients = torch.autograd.grad(total / count, list(moved.values()))
+    for name, gradient in zip(moved, gradients, strict=True):
+        values = torch.linalg.svdvals(gradient).square().numpy()
+        np.testing.assert_allclose(found[name].energies, values[:5], rtol=1e-6, atol=1e-12 * values[0])
+        assert found[name].total == pytest.approx(values.sum(), rel=1e-6)
+        assert found[name].cost == sum(gradient.shape)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        RankSettings(method="svd", budget="50%"),
+        RankSettings(method="svd", threshold=0.5),
+        RankSettings(method="gradient", max_rank=9, examples=4),
+    ],
+    ids=["svd", "threshold", "gradient"],
+)
+def test_rivals_keep_to_what_was_asked(whole: Path, asked: RankSettings) -> None:
+    document = rank_run(whole, asked, console=quiet())
+    assert load_recipe(document["recipe"]).adapter.rank_pattern == document["fragment"]["adapter"]["rank_pattern"]
+    ranks = [layer["rank"] for layer in document["layers"].values()]
+    if asked.threshold is not None:
+        assert ranks == [layer["effective_rank"] for layer in document["layers"].values()]
+        return
+    own = document["num_parameters_of_run"]
+    assert document["num_parameters"] <= document["budget"] == (own // 2 if asked.method == "svd" else own)
+    assert document["num_parameters"] > 0.97 * document["budget"]
+    assert min(ranks) >= 1
+    assert max(ranks) <= (4 if asked.method == "svd" else 9)
+
+
+def test_faults(whole: Path, root: Path) -> None:
+    for asked, message in [
+        (RankSettings(method="curvatur"), r"--method: 'curvatur', allowed: curvature, svd, gradient\. .*curvature"),
+        (RankSettings(curvature="fisher"), "--curvature: 'fisher', allowed: hessian, gauss_newton"),
+        (RankSettings(norm="none"), "--norm: 'none', allowed: attached, held"),
+        (RankSettings(method="svd", budget="50%", norm="held"), "--norm: has no effect with --method svd"),
+        (RankSettings(method="svd", budget="50%", examples=3), "--examples: --method svd reads no data"),
+        (RankSettings(method="gradient", over_all=True), "--over-all: has no effect"),
+        (RankSettings(method="svd"), "allowed: less than 100%"),
+        (RankSettings(budget="50%", threshold=0.5), "--threshold: given with --budget"),
+        (RankSettings(threshold=1.5), "--threshold: 1.5, allowed: above 0, at most 1"),
+        (RankSettings(budget="half"), "--budget: 'half', allowed: parameters"),
+        (RankSettings(method="svd", budget="1"), "too few for rank 1 everywhere"),
+        (RankSettings(layers=["q_prj"]), r"--layers: 'q_prj' is no adapted layer, allowed: .*q_proj"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            rank_run(whole, asked, console=quiet())
+    train_run(tiny_run.recipe(root, adapter__kind="lora", train__steps=1), root / "lora", console=quiet())
+    with pytest.raises(UserError, match="--norm: LoRA has no norm"):
+        rank_run(root / "lora", RankSettings(norm="held"), console=quiet())
+    found = rank_run(root / "lora", RankSettings(layers=["k_proj"], max_rank=2, examples=2), console=quiet())
+    assert {layer["norm"] for layer in found["layers"].values()} == {"none"}
+
+
+def test_the_command_prints_one_document(whole: Path) -> None:
+    done = CliRunner().invoke(app, ["rank", str(whole), "--method", "svd", "--budget", "60%", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["method"] == "svd"
+    wrong = CliRunner().invoke(app, ["rank", str(whole), "--method", "svd"])
+    assert wrong.exit_code == 2
+
+
+def test_the_loaded_run_is_float32(whole: Path) -> None:
+    model: Any = load_run(whole, widened=True).model
+    assert model.get_input_embeddings().weight.dtype == torch.float32
