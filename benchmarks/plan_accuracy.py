@@ -63,7 +63,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "wide, float32": ("wide", "llama", {"model.dtype": "float32", "train.micro_batch_tokens": 512}),
 }
 SMOKE = {
-    "tiny": ("tiny", "llama", {}),
     "tiny, packed, all activations": ("tiny", "llama", {"data.packing": True, "memory.checkpointing": False}),
 }
 

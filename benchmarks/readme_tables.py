@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
-from tables.pruning import pruning
 from tables.table import markdown, read
 from tables.times import layer_time, packing
 from tables.training import magnitudes, peft_interop, quickstart, real_data
@@ -36,7 +35,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "peft_interop": peft_interop,
     "load_memory": load_memory,
     "packing": packing,
-    "pruning": pruning,
     "layer_time": layer_time,
     "layer_memory": layer_memory,
     "step_memory": step_memory,

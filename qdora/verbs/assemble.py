@@ -132,6 +132,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             dropout=settings.dropout,
             targets=_targets(recipe),
             rank_pattern=settings.rank_pattern,
+            same_scaling=settings.same_scaling,
             init="gaussian" if settings.init == "gaussian" else "kaiming",  # loftq: replaced by `start_adapters`
             dtype=DTYPES[settings.dtype],
             masked=settings.mask == "keep",
