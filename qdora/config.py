@@ -109,8 +109,9 @@ class AdapterConfig(Section):
     """Share of the adapter's inputs that is zeroed while training (the base always sees all of them)."""
     targets: Targets = "all-linear"
     """Linear layers that get an adapter: all of them but the head, or names such as q_proj."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Start of lora_A: Kaiming-uniform as in LoRA, or N(0, 0.01). lora_B starts at 0 either way."""
+    init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
+    """Start of lora_A: Kaiming-uniform as in LoRA, or N(0, 0.01), with lora_B at 0. loftq: both from the error of the
+    base, nearest to what quantisation and pruning took. LoftQ, arXiv 2310.08659, with one step."""
     rank_pattern: dict[Text, Whole] = Field(default_factory=dict)
     """Other ranks for some layers: name, or last parts of a name -> rank."""
     same_scaling: Flag = False
@@ -177,6 +178,9 @@ class Recipe(Section):
                 f"full trains 16-bit weights, got base.quant {self.base.quant}, allowed: base.quant none.",
             )
         yield from self._prune_faults()
+        if self.adapter.init == "loftq" and self.base.quant == "none" and self.base.prune is None:
+            what = "starts from the error of the base, and this one has none, got loftq"
+            yield "adapter.init", f"{what}, allowed: kaiming, gaussian, or a base.quant or base.prune."
         if self.adapter.kind == "none" and self.train.steps != 0:
             yield "train.steps", f"nothing to train with adapter.kind none, got {self.train.steps}, allowed: 0."
         kind = self.adapter.kind

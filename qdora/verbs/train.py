@@ -45,6 +45,7 @@ from qdora.verbs.assemble import (
     num_steps_of,
     put_adapters,
     read_data,
+    start_adapters,
     tokenized_mix,
 )
 from qdora.verbs.beforehand import check_beforehand, evaluated_sources
@@ -120,6 +121,8 @@ def _train(
         checkpoint = _newest_checkpoint(run, processes) if resume else None
         model = base_of_run(recipe, source, compute, run, resume, processes, console, calibration)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
+        if checkpoint is None:
+            start_adapters(model, recipe, source)
         if recipe.data.packing:
             loader.packed = packed_layout(model)
         job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps, processes)
