@@ -12,43 +12,53 @@ from numpy.typing import NDArray
 from qdora.evaluation.paired import Paired, paired_difference
 
 Cells = Mapping[str, dict[str, Any]]
+Arms = Mapping[str, Mapping[str, dict[str, Any]]]
+"""Name of an arm -> seed -> cell."""
 METRICS = ("nll", "acc")
+REMEDIES: dict[str, dict[str, Any]] = {"pcgrad": {"gradients": "pcgrad"}}
+"""Arm -> the recipe's section `interference`, of runs that are the combined one otherwise."""
 
 
 def summary(cells: Cells, tasks: Sequence[str]) -> dict[str, Any]:
-    """Per kind: scores of base, combined and solo, their differences, and what each left-out task did to the others.
+    """Per kind: scores of base, combined and solo, their differences, and what remedies and left-out tasks change.
 
-    Only seeds count that have all cells of a comparison.
+    Of a grid that is not finished the tasks count that have a solo run, and the seeds that have all of these.
     """
-    found: dict[str, Any] = {}
-    for kind in dict.fromkeys(key.split(":")[0] for key in cells if not key.startswith("none")):
-        arms = _arms(cells, kind)
-        result: dict[str, Any] = {"cells": {name: _costs(by_seed) for name, by_seed in arms.items()}}
-        solo = {task: arms.get(f"solo {task}", {}) for task in tasks}
-        combined = arms.get("combined", {})
-        seeds = _shared([combined, *solo.values()])
+    kinds = dict.fromkeys(key.split(":")[0] for key in cells if not key.startswith("none"))
+    return {"kinds": {kind: _of_kind(_arms(cells, kind), cells.get("none:0:base:0"), tasks) for kind in kinds}}
+
+
+def _of_kind(arms: Arms, base: dict[str, Any] | None, tasks: Sequence[str]) -> dict[str, Any]:
+    result: dict[str, Any] = {"cells": {name: _costs(by_seed) for name, by_seed in arms.items()}}
+    combined = arms.get("combined", {})
+    solo = {task: arms[f"solo {task}"] for task in tasks if f"solo {task}" in arms}
+    seeds = _shared([combined, *solo.values()]) if solo else []
+    if seeds:
+        first = {task: [combined[seed] for seed in seeds] for task in solo}
+        second = {task: [solo[task][seed] for seed in seeds] for task in solo}
+        result |= {"seeds": seeds, "combined - solo": differences(first, second)}
+        result["scores"] = {"combined": _means(first), "solo": _means(second)}
+        if base is not None:
+            result["scores"]["base"] = _means({task: [base] for task in solo})
+    for remedy in REMEDIES:
+        seeds = _shared([combined, arms.get(remedy, {})])
         if seeds:
-            first = {task: [combined[seed] for seed in seeds] for task in tasks}
-            second = {task: [solo[task][seed] for seed in seeds] for task in tasks}
-            result["seeds"] = seeds
-            result["combined - solo"] = differences(first, second)
-            result["scores"] = {"combined": _means(first), "solo": _means(second)}
-            base = cells.get("none:0:base:0")
-            if base is not None:
-                result["scores"]["base"] = _means({task: [base] for task in tasks})
-        left_out = {task: arms.get(f"without {task}", {}) for task in tasks}
-        seeds = _shared([combined, *left_out.values()])
-        if seeds:
-            result["left_out_seeds"] = seeds
-            result["combined - without"] = {
-                task: differences(
-                    {each: [combined[seed] for seed in seeds] for each in tasks},
-                    {each: [without[seed] for seed in seeds] for each in tasks},
-                )
-                for task, without in left_out.items()
-            }
-        found[kind] = result
-    return {"kinds": found}
+            found = _against(combined, arms[remedy], seeds, tasks)
+            result.setdefault("combined - remedy", {})[remedy] = {"seeds": seeds, **found}
+    left_out = {task: arms.get(f"without {task}", {}) for task in tasks}
+    seeds = _shared([combined, *left_out.values()])
+    if seeds:
+        found = {task: _against(combined, without, seeds, tasks) for task, without in left_out.items()}
+        result |= {"left_out_seeds": seeds, "combined - without": found}
+    return result
+
+
+def _against(
+    first: Mapping[str, Any], second: Mapping[str, Any], seeds: Sequence[str], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """`differences` of two arms that are scored on all tasks."""
+    one, other = ({task: [arm[seed] for seed in seeds] for task in tasks} for arm in (first, second))
+    return differences(one, other)
 
 
 def differences(first: Mapping[str, list[Any]], second: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -62,17 +72,19 @@ def differences(first: Mapping[str, list[Any]], second: Mapping[str, list[Any]])
 
 
 def best_rates(cells: Cells) -> dict[str, Any]:
-    """Way -> learning rate -> macro NLL of the sweep, and the best."""
+    """Way -> learning rate -> macro NLL of the sweep over the tasks that all rates have, and the best."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for key, cell in cells.items():
         _, _, name, rate = key.split(":")
         for task, scores in cell["scores"].items():
             nll = sum(scores["nll"]) / sum(scores["tokens"])
             found.setdefault(name.partition(" ")[0], {}).setdefault(rate, {})[task] = nll
-    macro = {
-        way: {rate: sum(nlls.values()) / len(nlls) for rate, nlls in rates.items()} for way, rates in found.items()
-    }
-    return {way: {"nll": rates, "best": min(rates, key=rates.__getitem__)} for way, rates in macro.items()}
+    result = {}
+    for way, rates in found.items():
+        tasks = sorted(set.intersection(*(set(nlls) for nlls in rates.values())))
+        macro = {rate: sum(nlls[task] for task in tasks) / len(tasks) for rate, nlls in rates.items()}
+        result[way] = {"tasks": tasks, "nll": macro, "best": min(macro, key=macro.__getitem__)}
+    return result
 
 
 def _arms(cells: Cells, kind: str) -> dict[str, dict[str, dict[str, Any]]]:

@@ -13,16 +13,19 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from byte_tokenizer import byte_tokenizer
 from measure import RESULTS, facts, write
+from mixed_data import recipe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.data.encode import encode_batch, special_prefix
+from qdora.data.example import Example
 from qdora.evaluation.perplexity import text_perplexity
 from qdora.model.compress import Compression, PruneSettings
 from qdora.model.load import load_model
@@ -30,17 +33,25 @@ from qdora.model.source import ModelSource, resolve
 from qdora.model.tokenizer import load_tokenizer
 from qdora.ops.sparsity import pattern_from
 from qdora.prune_config import CalibrationConfig
-from qdora.verbs.assemble import task_examples
+from qdora.verbs.assemble import read_data
 from qdora.verbs.pruned_base import pieces
 
-TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
+WINDOW = 256
 METHODS = ("magnitude", "wanda", "sparsegpt")
 PATTERNS = ("30", "50", "60", "70", "2:4")
 
 
-def text_of(data: Path, split: str, per_task: int) -> str:
-    """Examples of all tasks in turn, each with its right answer, so that any piece of the text has several tasks."""
-    tasks = [task_examples(task, split=split, data=data)[:per_task] for task in TASKS]
+def texts_of(data: Path, per_task: int) -> tuple[str, str]:
+    """Training and held-out text: examples of all tasks in turn, so that any piece of it has several tasks.
+
+    Where a task has no validation split, some of its training examples are held out, as in `qdora train`.
+    """
+    train, validation = read_data(recipe(data, batch=1, checkpointing=False).data)
+    held_out = [examples[:per_task] for examples in validation.values()]
+    return _in_turn(train), _in_turn(held_out)
+
+
+def _in_turn(tasks: Sequence[Sequence[Example]]) -> str:
     rounds = zip(*tasks, strict=False)
     return "\n\n".join(f"{example.prompt}{example.answer}" for each in rounds for example in each)
 
@@ -72,7 +83,7 @@ def measured(
         compression = Compression(PruneSettings(method, wanted), None if method == "magnitude" else calibration)
     model = load_model(source, quant=quant, placer=compression)
     loaded = time.perf_counter()
-    found = text_perplexity(model, tokenizer, [text])
+    found = text_perplexity(model, tokenizer, [text], window=WINDOW, stride=WINDOW)
     layers = {} if compression is None else compression.layers
     weights = sum(layer.num_weights for layer in layers.values())
     return {
@@ -92,8 +103,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "pruning.json")
     parser.add_argument("--quant", default="none")
     parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--examples", type=int, default=80, help="validation examples of each task")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--examples", type=int, default=20, help="validation examples of each task")
     parser.add_argument("--smoke", action="store_true", help="a random model and text of bytes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -111,10 +122,7 @@ def main() -> None:
             source = resolve("builtin")
             tokenizer = load_tokenizer(source)
             size = CalibrationConfig(sequences=args.sequences, length=args.length)
-            train, text = (
-                text_of(args.data.resolve(), split, count)
-                for split, count in (("train", 400), ("validation", args.examples))
-            )
+            train, text = texts_of(args.data.resolve(), args.examples)
             examples = args.examples
         (ids,) = encode_batch(tokenizer, [train])
         calibration = pieces(ids, special_prefix(tokenizer), size)

@@ -133,12 +133,14 @@ def export(
     shard_size: Annotated[str | None, typer.Option(help="Of a weights file, as in 2GB; 5GiB if left out.")] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
     audit: Annotated[bool, typer.Option(help="Compare all forms of the model and say which one to ship.")] = True,
+    push: Annotated[str | None, typer.Option(help="Upload it to this repository of the Hub, private if new.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository of --push public.")] = False,
     json_: Json = False,
 ) -> None:
     """Write the model in a form to deploy, reload it plainly and compare it with the running one."""
     from qdora.verbs.export import ExportOptions, export_run
 
-    options = ExportOptions(format_, dtype, base, requantize, shard_size, step, audit)
+    options = ExportOptions(format_, dtype, base, requantize, shard_size, step, audit, push, public)
     emit(export_run(run, out, options), json_)
 
 

@@ -109,8 +109,9 @@ class AdapterConfig(Section):
     """Share of the adapter's inputs that is zeroed while training (the base always sees all of them)."""
     targets: Targets = "all-linear"
     """Linear layers that get an adapter: all of them but the head, or names such as q_proj."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Start of lora_A: Kaiming-uniform as in LoRA, or N(0, 0.01). lora_B starts at 0 either way."""
+    init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
+    """Start of lora_A: Kaiming-uniform as in LoRA, or N(0, 0.01), with lora_B at 0. loftq: both from the error of the
+    base, nearest to what quantisation and pruning took. LoftQ, arXiv 2310.08659, with one step."""
     rank_pattern: dict[Text, Whole] = Field(default_factory=dict)
     """Other ranks for some layers: name, or last parts of a name -> rank."""
     same_scaling: Flag = False
@@ -177,6 +178,9 @@ class Recipe(Section):
                 f"full trains 16-bit weights, got base.quant {self.base.quant}, allowed: base.quant none.",
             )
         yield from self._prune_faults()
+        if self.adapter.init == "loftq" and self.base.quant == "none" and self.base.prune is None:
+            what = "starts from the error of the base, and this one has none, got loftq"
+            yield "adapter.init", f"{what}, allowed: kaiming, gaussian, or a base.quant or base.prune."
         if self.adapter.kind == "none" and self.train.steps != 0:
             yield "train.steps", f"nothing to train with adapter.kind none, got {self.train.steps}, allowed: 0."
         kind = self.adapter.kind
@@ -184,8 +188,9 @@ class Recipe(Section):
         parts = {"dora": (), "lora": none[1:], "magnitude": none[:1]}.get(kind, none)
         yield from ignored_faults(self.train, dict.fromkeys(parts, f"adapter.kind {kind} has none"), prefix="train.")
         if kind in ("none", "full"):
-            reason = {"every": f"adapter.kind {kind} has no adapter"}
+            reason = dict.fromkeys(("every", "gradients"), f"adapter.kind {kind} has no adapter")
             yield from ignored_faults(self.interference, reason, prefix="interference.")
+        yield from self._loss_weight_faults()
         if self.train.epochs is not None and any(source.stream for source in self.data.mix):
             what = "a stream has no known end to count steps to"
             yield "train.epochs", f"{what}, got {self.train.epochs:g}, allowed: train.steps instead."
@@ -219,6 +224,22 @@ class Recipe(Section):
         if prune.method != "magnitude" and prune.calibration.text == "mix" and streams:
             what = "a stream has no random places, got mix with data.mix[].stream"
             yield "base.prune.calibration.text", f"{what}, allowed: a text file."
+
+    def _loss_weight_faults(self) -> Iterator[Fault]:
+        progress = self.interference.loss_weights == "progress"
+        why = "there is no other source" if len(self.data.mix) == 1 else ""
+        why = "adapter.kind none trains nothing" if self.adapter.kind == "none" else why
+        if progress and why:
+            yield from ignored_faults(self.interference, {"loss_weights": why}, prefix="interference.")
+        elif progress and self.eval.every is None:
+            yield (
+                "interference.loss_weights",
+                "goes by the evaluations while training, got progress and no eval.every, allowed: null, or set it.",
+            )
+        why = "interference.loss_weights is progress" if progress and not why else why
+        if why:
+            for index, source in enumerate(self.data.mix):
+                yield from ignored_faults(source, {"loss_weight": why}, prefix=f"data.mix[{index}].")
 
     def _best_faults(self, names: list[str]) -> Iterator[Fault]:
         by, tasks = self.eval.best_by, list(self.eval.tasks or names)

@@ -69,6 +69,8 @@ class SourceConfig(Section):
     """Split, or file, to validate on. None: the validation split, or the end of the train split where there is none."""
     weight: Positive | None = None
     """For data.strategy weights: share of this source in the examples that are seen, relative to the others."""
+    loss_weight: Positive | None = None
+    """What a token of this source counts in the loss, relative to those of others. None: 1."""
     limit: Whole | None = None
     """Use at most so many training examples, drawn with data.seed. None: all."""
     max_epochs: Positive | None = None

@@ -223,3 +223,16 @@ def cosine(first: Array, second: Array) -> float:
     product = sum(float(a) * float(b) for a, b in zip(first, second, strict=True))
     lengths = [math.sqrt(sum(float(a) ** 2 for a in each)) for each in (first, second)]
     return product / (lengths[0] * lengths[1])
+
+
+def pcgrad(gradients: list[Array], orders: list[list[int]]) -> Array:
+    """arXiv 2001.06782, algorithm 1, on the vectors: each projected off those it is in conflict with, then summed."""
+    total = np.zeros_like(gradients[0])
+    for gradient, order in zip(gradients, orders, strict=True):
+        own = gradient.copy()
+        for other in order:
+            product = float(own @ gradients[other])
+            if product < 0:
+                own = own - product / float(gradients[other] @ gradients[other]) * gradients[other]
+        total += own
+    return total

@@ -210,8 +210,8 @@ trackers: [wandbb]
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
     keys = (
-        "task, source, path, format, split, validation, weight, limit, max_epochs, stream, size, shuffle_window, "
-        "name, revision"
+        "task, source, path, format, split, validation, weight, loss_weight, limit, max_epochs, stream, size, "
+        "shuffle_window, name, revision"
     )
     source = recipe_schema("ModelConfig")["properties"]["source"]["description"]
     assert sorted(faults(read_yaml(text, "r.yaml"))) == sorted(

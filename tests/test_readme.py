@@ -52,6 +52,18 @@ def test_every_script_named_exists_and_can_be_run() -> None:
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
+def test_the_pruned_base_shown_checks() -> None:
+    (block,) = (block for block in blocks("yaml") if "prune:" in block)
+    rest = {
+        "model": {"source": "builtin"},
+        "data": {"mix": [{"task": "demo/howto"}]},
+        "train": {"steps": 1, "batch": 1},
+    }
+    recipe = recipe_from({**rest, **yaml.safe_load(block)})
+    assert recipe.base.prune is not None
+    assert (recipe.base.prune.pattern, recipe.adapter.mask) == ("2:4", "keep")
+
+
 def test_every_recipe_shown_checks() -> None:
     shown = [block for block in blocks("yaml") if "model:" in block]
     assert len(shown) == 1

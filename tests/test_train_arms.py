@@ -108,3 +108,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     (alone, *_) = solo_recipes(combined(tmp_path), [1, 1, 1]).values()
     with pytest.raises(UserError, match=r"data\.mix: nothing is left without a"):
         leave_one_out_recipes(alone, [1])
+
+
+def test_remedies_go_with_the_other_tasks(tmp_path: Path) -> None:
+    plain = settings(combined(tmp_path))
+    plain["data"]["mix"][1]["loss_weight"] = 2.0
+    plain["interference"] = {"every": 5, "gradients": "pcgrad"}
+    recipe = recipe_from(plain)
+    solo, without = solo_recipes(recipe, [1, 1, 1]), leave_one_out_recipes(recipe, [1, 1, 1])
+    assert all(part.data.mix[0].loss_weight is None for part in solo.values())
+    assert all(part.interference.gradients is None for part in solo.values())
+    assert without["a"].data.mix[0].loss_weight == 2.0
+    assert without["a"].interference == recipe.interference

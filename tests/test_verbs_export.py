@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.errors import UserError
-from qdora.verbs.export import ExportOptions, export_run, parse_size
+from qdora.model.inject import adapted_layers
+from qdora.verbs.export import ExportOptions, check_servable, export_run, parse_size
 from qdora.verbs.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
@@ -92,3 +93,15 @@ def test_bases_and_requantisation_are_of_the_merge_alone(run: Path, tmp_path: Pa
     )
     with pytest.raises(UserError, match=r"--base: 'orignal', allowed: dequantized, original\. Did you mean 'original'"):
         export_run(run, tmp_path / "out", ExportOptions(base="orignal"))
+
+
+def test_zero_rows_are_refused_for_peft_which_would_compute_nan() -> None:
+    model = tiny_adapted.adapted()
+    check_servable(model)
+    layer = adapted_layers(model)["model.layers.1.mlp.up_proj"]
+    layer.base.stored_weight[3] = 0.0  # type: ignore[index]
+    with torch.no_grad():
+        layer.lora_B[3] = 0.0
+    layer.base_squared[3] = 0.0  # type: ignore[index]
+    with pytest.raises(UserError, match=r"up_proj: 1 of 48 rows .* use --format merged or --format nf4-lora"):
+        check_servable(model)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Step:
         num_tokens: Real tokens of the whole step, padding not counted.
         num_examples: Of the whole step.
         position_after: Draws of the order that are used up after this step.
+        task_label_tokens: Labels of the whole step, by task.
     """
 
     micro_batches: list[MicroBatch]
@@ -37,6 +38,7 @@ class Step:
     num_tokens: int
     num_examples: int
     position_after: int
+    task_label_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 class StepLoader:
@@ -55,6 +57,7 @@ class StepLoader:
         row_tokens: Most tokens of a packed row, for the layout "rows".
         position: Draws already used.
         rank, num_processes: Of several processes, which one this is. All draw the same steps; each pads its share.
+        by_task: Micro-batches have examples of one task each, one task after the other. As free to change.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class StepLoader:
         position: int = 0,
         rank: int = 0,
         num_processes: int = 1,
+        by_task: bool = False,
     ) -> None:
         assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         assert (tokens_per_step or batch or 0) > 0, (tokens_per_step, batch)
@@ -88,7 +92,7 @@ class StepLoader:
         self.packed = packed
         self.row_tokens = row_tokens
         self.position = position
-        self.rank, self.num_processes = rank, num_processes
+        self.rank, self.num_processes, self.by_task = rank, num_processes, by_task
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
         # None for a stream; the lengths of its examples are not known beforehand
         self._lengths = [
@@ -113,13 +117,23 @@ class StepLoader:
             num_tokens += len(examples[-1])
         self.position += len(examples)
         mine = share_of(examples, self.rank, self.num_processes)
+        labels: dict[str, int] = {}
+        for example in examples:
+            labels[example.task] = labels.get(example.task, 0) + int(example.loss_mask.sum())
         return Step(
-            micro_batches=micro_batches(mine, self.batching, self.task_names),
-            num_label_tokens=sum(int(example.loss_mask.sum()) for example in examples),
+            micro_batches=self._micro_batches(mine),
+            num_label_tokens=sum(labels.values()),
             num_tokens=num_tokens,
             num_examples=len(examples),
             position_after=self.position,
+            task_label_tokens=labels,
         )
+
+    def _micro_batches(self, examples: list[TokenizedExample]) -> list[MicroBatch]:
+        if not self.by_task:
+            return micro_batches(examples, self.batching, self.task_names)
+        parts = ([example for example in examples if example.task == name] for name in self.task_names)
+        return [micro for part in parts if part for micro in micro_batches(part, self.batching, self.task_names)]
 
     def _example(self, source: int, index: int) -> TokenizedExample:
         part = self.tokenised[source]

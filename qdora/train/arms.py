@@ -8,6 +8,7 @@ from typing import Any
 from qdora.config import Recipe
 from qdora.errors import UserError
 from qdora.recipe_file import recipe_from, settings
+from qdora.train_config import InterferenceConfig
 
 # Shares and products of them are floats: 16 * 0.3 is 4.8 and 30 * 0.1 is 3.0000000000000004.
 _ROUNDING = 1e-6
@@ -85,6 +86,10 @@ def _sizes(recipe: Recipe, shares: Sequence[float]) -> list[int]:
 def _part(recipe: Recipe, numbers: Sequence[int], size: int) -> Recipe:
     """The recipe with only the sources `numbers`, and steps of `size` examples or tokens."""
     mix = tuple(recipe.data.mix[number] for number in numbers)
+    interference = recipe.interference
+    if len(mix) == 1:  # nothing to weigh against, and nothing to be in conflict with
+        mix = (mix[0].model_copy(update={"loss_weight": None}),)
+        interference = InterferenceConfig()
     kept = {source.label for source in mix}
     train: dict[str, Any] = {"batch" if recipe.train.batch is not None else "tokens_per_step": size}
     micro = recipe.train.micro_batch_tokens
@@ -97,6 +102,7 @@ def _part(recipe: Recipe, numbers: Sequence[int], size: int) -> Recipe:
             "data": recipe.data.model_copy(update={"mix": mix}),
             "train": recipe.train.model_copy(update=train),
             "eval": recipe.eval.model_copy(update=evaluation),
+            "interference": interference,
         }
     )
     return recipe_from(settings(part))  # checked anew, without the settings that mean nothing in it

@@ -173,17 +173,24 @@ def gram_matrices(gradients: Sequence[Mapping[str, Tensor]], keys: Sequence[str]
     """
     grams: dict[str, Array] = {}
     for key in keys:
-        rows = [each.get(key) for each in gradients]
-        shape = next((row.shape for row in rows if row is not None), None)
-        if shape is None:
-            continue
-        stacked = torch.stack([torch.zeros(shape, dtype=torch.float32) if row is None else row.float() for row in rows])
-        flat = stacked.flatten(1).double()
-        product = (flat @ flat.T).numpy()
+        product = inner_products([each.get(key) for each in gradients]).cpu().numpy()
         block = _BLOCK.search(key)
         for group in (ALL, key.rpartition(".")[2], *([block[1]] if block else [])):
             grams[group] = grams.get(group, np.zeros_like(product)) + product
     return grams
+
+
+def inner_products(rows: Sequence[Tensor | None]) -> Tensor:
+    """(rows, rows) float64, on their device; None counts as zeros."""
+    known = [number for number, row in enumerate(rows) if row is not None]
+    flat = [row.flatten() for row in rows if row is not None]
+    if not flat:
+        return torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    stacked = torch.stack(flat).double()
+    products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=stacked.device)
+    places = torch.tensor(known, device=stacked.device)
+    products[places[:, None], places] = stacked @ stacked.T
+    return products
 
 
 def conflicts(report: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:

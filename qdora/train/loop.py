@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qdora.train.bad_steps import BadStep, BadSteps
 from qdora.train.distributed import Processes
 from qdora.train.interrupt import StopRequest
 from qdora.train.micro_batch import batch_loss
+from qdora.train.objective import Objective
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import StepReport, TrainingProgress, memory_bytes
 from qdora.train.random_state import random_state, set_random_state
@@ -46,6 +47,7 @@ class FitSettings:
         probe_every: Steps between measurements of the interference, or None.
         log_every: Steps between lines of metrics; the last step always has one.
         loss_chunk: Labelled tokens whose logits exist at once, or None for as many as make 128 MiB.
+        objective: What the gradient of a step is of.
     """
 
     num_steps: int
@@ -59,6 +61,7 @@ class FitSettings:
     probe_every: int | None = None
     log_every: int = 1
     loss_chunk: int | None = None
+    objective: Objective = field(default_factory=Objective)
 
 
 @dataclass(frozen=True)
@@ -204,14 +207,14 @@ def _gradient_that_fits(
         example_nll: list[Tensor] = []
         fault = shortage = None
         try:
-            metrics, example_nll = _gradient_of_step(model, batch, device, settings.loss_chunk)
+            metrics, example_nll = _gradient_of_step(model, batch, device, settings.loss_chunk, settings.objective)
         except OutOfMemory as error:
             shortage = asdict(error.shortage)
         except RuntimeError as error:
             fault = _cannot_compute(error)
         short = worst(Shortage(**each) if each else None for each in processes.gather(shortage))
         if short is None:
-            metrics, fault = _summed(metrics, fault, optimizer, processes)
+            metrics, fault = _summed(metrics, fault, optimizer, processes, settings.objective, step)
             return _Computed(batch, metrics, fault, example_nll)
         _go_back(optimizer, loader, before)
         backoff = back_off(loader, short)
@@ -232,41 +235,59 @@ def _go_back(optimizer: AdapterOptimizer, loader: StepLoader, before: tuple[dict
 
 
 def _summed(
-    metrics: Metrics, fault: str | None, optimizer: AdapterOptimizer, processes: Processes
+    metrics: Metrics,
+    fault: str | None,
+    optimizer: AdapterOptimizer,
+    processes: Processes,
+    objective: Objective,
+    step: int,
 ) -> tuple[Metrics, str | None]:
     """Numbers and gradients of a step summed over the processes; the numbers with the norm, and a fault if any."""
     metrics, fault = _over_processes(metrics, fault, processes)
     if fault is not None:
         return metrics, fault
-    processes.sum_gradients_(list(optimizer.parameters.values()))
+    if objective.gradients is None:
+        processes.sum_gradients_(list(optimizer.parameters.values()))
+    else:
+        metrics = metrics | {"pcgrad": objective.gradients.combine_(step, processes)}
     return {"gradient_norm": float(optimizer.gradient_norm()), **metrics}, None
 
 
 def _gradient_of_step(
-    model: nn.Module, batch: Step, device: torch.device, loss_chunk: int | None = None
+    model: nn.Module,
+    batch: Step,
+    device: torch.device,
+    loss_chunk: int | None = None,
+    objective: Objective | None = None,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of the step's loss into the parameters.
 
     Returns:
-        The step's numbers, with the NLL per task; and the NLL of each example, (examples,) of each micro-batch.
+        The step's numbers, with the NLL per task and, whatever the objective, per labelled token; and the NLL of each
+        example, (examples,) of each micro-batch.
     """
+    objective = objective or Objective()
+    objective.begin()
+    total = objective.total(batch)
     prepare_gains(adapted_layers(model).values())
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     nll = torch.zeros(len(names), dtype=torch.float32, device=device)
     example_nll = []
     tokens = torch.zeros(len(names), dtype=torch.int64)
-    for micro in batch.micro_batches:
+    for number, micro in enumerate(batch.micro_batches):
         with shortage_of(micro):
             input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
-            loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk, micro.packing)
-            (loss.nll_sum / batch.num_label_tokens).backward()  # type: ignore[no-untyped-call]
+            weights = objective.example_weights(micro)
+            loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk, micro.packing, weights)
+            (loss.nll_sum / total).backward()  # type: ignore[no-untyped-call]
+            objective.after(batch.micro_batches, number)
             nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
         example_nll.append(loss.example_nll)
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
     sums = nll.double().tolist()
     tasks = {
-        name: {"nll_sum": total, "num_tokens": count}
-        for name, total, count in zip(names, sums, tokens.tolist(), strict=True)
+        name: {"nll_sum": each, "num_tokens": count}
+        for name, each, count in zip(names, sums, tokens.tolist(), strict=True)
         if count
     }
     metrics = {

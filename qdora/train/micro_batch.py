@@ -29,7 +29,7 @@ class BatchLoss:
     """Losses of a micro-batch.
 
     Attributes:
-        nll_sum: Scalar float32, nats summed over the labelled tokens; differentiable.
+        nll_sum: Scalar float32, nats summed over the labelled tokens, weighted if asked; differentiable.
         example_nll: (examples,) float32, the same sum per example; detached.
         example_tokens: (examples,) int64, labelled tokens per example, on the labels' device.
     """
@@ -46,6 +46,7 @@ def batch_loss(
     labels: Tensor,
     chunk: int | None = None,
     packing: Packing | None = None,
+    weights: Tensor | None = None,
 ) -> BatchLoss:
     """Run the model and sum the NLL of labels[:, 1:] given the tokens before them.
 
@@ -64,6 +65,7 @@ def batch_loss(
         chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
         packing: Which tokens are whose in rows of several examples; None: a row is an example. The model must have
             passed `packed_attention.packed_layout`.
+        weights: (examples,) what each example's tokens count in `nll_sum`; None: 1.
     Returns:
         BatchLoss; a batch without a labelled token gives a zero sum.
     """
@@ -85,7 +87,8 @@ def batch_loss(
         nll = _plain(model, inputs, rows, columns, targets)
     zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
     example_nll = zeros.index_add(0, owner.to(nll.device), nll.detach())
-    return BatchLoss(nll.sum(), example_nll, torch.bincount(owner, minlength=num_examples))
+    nll_sum = nll.sum() if weights is None else (nll * weights.to(nll.device)[owner.to(nll.device)]).sum()
+    return BatchLoss(nll_sum, example_nll, torch.bincount(owner, minlength=num_examples))
 
 
 def _chunked(

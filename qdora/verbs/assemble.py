@@ -22,6 +22,7 @@ from qdora.data_config import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.error_init import start_from_error_
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Placer, load_model
 from qdora.model.source import ModelSource, resolve
@@ -132,7 +133,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             targets=_targets(recipe),
             rank_pattern=settings.rank_pattern,
             same_scaling=settings.same_scaling,
-            init=settings.init,
+            init="gaussian" if settings.init == "gaussian" else "kaiming",  # loftq: replaced by `start_adapters`
             dtype=DTYPES[settings.dtype],
             masked=settings.mask == "keep",
             generator=torch.Generator().manual_seed(recipe.train.seed),
@@ -144,6 +145,13 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
         raise UserError(f"adapter.kind: {settings.kind!r}, but {directory} holds {', '.join(sorted(kinds))}.")
     for layer in layers.values():
         layer.dropout = settings.dropout
+
+
+def start_adapters(model: PreTrainedModel, recipe: Recipe, source: ModelSource) -> None:
+    """Give fresh adapters a start that is read from the source, where the recipe asks for one."""
+    settings = recipe.adapter
+    if settings.kind in ("lora", "dora") and settings.init == "loftq" and settings.resume_from is None:
+        start_from_error_(model, source)
 
 
 def _targets(recipe: Recipe) -> str | list[str]:

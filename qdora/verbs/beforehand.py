@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from qdora.config import Recipe
+from qdora.data.loader import StepLoader
 from qdora.errors import UserError
 from qdora.evaluation.answers import generation_faults
 from qdora.verbs.assemble import Compute
 from qdora.verbs.interference import interference_faults
+from qdora.verbs.objective import objective_faults
 from qdora.verbs.selection import selection_faults
 from qdora.verbs.trackers import is_installed
 
@@ -21,16 +23,30 @@ def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[st
     return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
 
 
-def check_beforehand(recipe: Recipe, compute: Compute, validation: dict[str, Any], num_steps: int) -> None:
-    """What can be known to fail before anything is written or loaded."""
+def check_beforehand(
+    recipe: Recipe, compute: Compute, validation: dict[str, Any], num_steps: int, loader: StepLoader
+) -> None:
+    """Check a recipe against the machine and its data.
+
+    Args:
+        recipe: Of the run.
+        compute: Where it will run.
+        validation: Name of a source -> its validation examples.
+        num_steps: Of the run.
+        loader: Of its training data.
+    Raises:
+        UserError: All faults at once.
+    """
     faults = []
     if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
         faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
-    evaluated = {name: validation[name] for name in evaluated_sources(recipe, validation) if name in validation}
+    asked = evaluated_sources(recipe, validation)
+    evaluated = {name: validation[name] for name in asked if name in validation}
     if recipe.eval.method == "generate":
         faults += generation_faults(evaluated)
     faults += selection_faults(recipe, evaluated, num_steps)
     faults += interference_faults(recipe, validation)
+    faults += objective_faults(recipe, loader, list(evaluated))
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.atomic_files import atomic_write_json, atomic_write_text
 from qdora.config import Recipe
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError, nearest
 from qdora.model.card import Form
+from qdora.model.checkpoint import shorten
 from qdora.model.export import export_merged
 from qdora.model.export_directory import DTYPES, MAX_SHARD_BYTES
 from qdora.model.export_nf4_lora import export_nf4_lora
 from qdora.model.export_streamed import BASES, StreamedMerge, check_merge, export_streamed, open_merge
+from qdora.model.hub_push import check_repository, push
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import Quantization
 from qdora.model.verify import verify_merged
@@ -58,6 +60,8 @@ class ExportOptions:
         shard_size: Of a weights file ("5GB"). None: 5 GiB.
         step: Checkpoint; None takes the finished adapter.
         audit: Compare all forms of the model, and say which one to ship.
+        push: Name of the Hub repository that the export is uploaded to once it has passed; None uploads nothing.
+        public: Make that repository public.
     """
 
     format_: str = "merged"
@@ -67,6 +71,8 @@ class ExportOptions:
     shard_size: str | None = None
     step: int | None = None
     audit: bool = True
+    push: str | None = None
+    public: bool = False
 
     @property
     def shard_bytes(self) -> int:
@@ -109,7 +115,7 @@ def export_run(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
     if options.format_ == "peft":
-        return _export_adapter(load_run(run, step=options.step), out)
+        return _pushed(_export_adapter(load_run(run, step=options.step), out), out, options, console)
     export = _export_merged if options.format_ == "merged" else _export_nf4_lora
     trained, result, check = export(run, out, options, console)
     form: Form = "nf4-lora" if options.format_ == "nf4-lora" else _form_of_merge(options)
@@ -141,7 +147,15 @@ def export_run(
             safe=[run, out],
         )
     console.print(f"exported model: {out}", markup=False, highlight=False, soft_wrap=True)
-    return document
+    return _pushed(document, out, options, console)
+
+
+def _pushed(document: dict[str, Any], out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
+    if options.push is None:
+        return document
+    address = push(out, options.push, private=not options.public)
+    console.print(f"uploaded: {address}", markup=False, highlight=False, soft_wrap=True)
+    return document | {"pushed": address}
 
 
 def _check(options: ExportOptions) -> None:
@@ -162,9 +176,13 @@ def _check(options: ExportOptions) -> None:
         faults += [f"{name}: has no effect on --format {options.format_}." for name, is_set in given.items() if is_set]
     if options.requantize and options.base == "original":
         faults.append("--requantize: with --base original neither the base nor the rounding is the one of the run.")
+    if options.public and options.push is None:
+        faults.append("--public: has no effect without --push.")
     if faults:
         raise UserError(*faults)
     _ = options.shard_bytes
+    if options.push is not None:
+        check_repository(options.push)
 
 
 def _form_of_merge(options: ExportOptions) -> Form:
@@ -322,12 +340,31 @@ def _zeros(trained: TrainedRun) -> dict[str, int] | None:
     return {"pruned": pruned, "kept": kept} if pruned else None
 
 
+def check_servable(model: PreTrainedModel) -> None:
+    """Refuse a DoRA adapter for which PEFT computes NaN: it divides by the norm of each row, and some are 0.
+
+    Raises:
+        UserError: Naming the layers, and the formats to use instead.
+    """
+    faults = []
+    for path, layer in adapted_layers(model).items():
+        num_zero = 0 if layer.magnitude is None else int((layer.row_norm() == 0).sum())
+        if num_zero:
+            faults.append(
+                f"--format peft: {path}: {num_zero} of {layer.out_features} rows of W + s B A are zero, and PEFT's "
+                "DoRA gives NaN there; use --format merged or --format nf4-lora, which write zero rows."
+            )
+    if faults:
+        raise UserError(*shorten(faults))
+
+
 def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
     recipe = trained.recipe
     if recipe.adapter.kind not in ("lora", "dora", "magnitude"):
         raise UserError(f"--format peft: the run has no adapter (adapter.kind {recipe.adapter.kind}).")
     if any(layer.masked for layer in adapted_layers(trained.model).values()):
         raise UserError("--format peft: adapter.mask keep: PEFT cannot mask B A, allowed: --format merged.")
+    check_servable(trained.model)
     write_adapter(trained.model, recipe, out)
     return {"format": "peft", "run": str(trained.run.path), "state": trained.state, "directory": str(out)}
 

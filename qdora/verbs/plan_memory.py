@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from qdora.config import Recipe
 from qdora.doctor import cpu_has_bfloat16
+from qdora.errors import UserError
 from qdora.memory.plan import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, block_list, drawn_out, find_pattern, signature
 from qdora.memory.plan_model import empty_model, fill_, ranks_of_adapter, set_unmasked_, shortened
@@ -72,6 +73,9 @@ def planned(
     workload: Workload,
 ) -> tuple[Recipe, Plan]:
     """`plan`, and the recipe with the changes that leave its numbers alone, as far as they were needed to fit."""
+    if recipe.base.prune is not None:
+        # Masks in memory and masked products are not in the count.
+        raise UserError("base.prune: the memory of a pruned base is not predicted, allowed: no plan, no memory.budget.")
     source = local_source(recipe.model.source)
     if config is None:
         named = recipe.model

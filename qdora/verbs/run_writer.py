@@ -24,6 +24,7 @@ from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, 
 from qdora.train.distributed import Processes
 from qdora.train.loop import Metrics
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.task_weights import TaskWeights
 from qdora.verbs.assemble import write_adapter
 from qdora.verbs.bad_batch import bad_examples, write_bad_batch
 from qdora.verbs.selection import BEST_FILE
@@ -42,6 +43,7 @@ class RunWriter:
         processes: That train the run.
         bad_steps: Judge of the steps; its state belongs to a checkpoint.
         best: Judge of the evaluations, where the best step is kept; so does its.
+        task_weights: Of the loss; so do they.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class RunWriter:
         processes: Processes,
         bad_steps: BadSteps,
         best: BestSoFar | None = None,
+        task_weights: TaskWeights | None = None,
     ) -> None:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
-        self.bad_steps, self.best = bad_steps, best
+        self.bad_steps, self.best, self.task_weights = bad_steps, best, task_weights
         self.optimizer, self.loader, self.processes = optimizer, loader, processes
         self._asked_micro_batch_tokens = loader.micro_batch_tokens
         self._tell_trackers: Callable[[Metrics], None] | None = None
@@ -111,6 +114,8 @@ class RunWriter:
             self.loader.micro_batch_tokens = micro["used"]
         if "bad_steps" in policies:
             self.bad_steps.load_state_dict(policies["bad_steps"])
+        if self.task_weights is not None and "task_weights" in policies:
+            self.task_weights.load_state_dict(policies["task_weights"])
         if self.best is not None:
             known = policies.get("best")
             fault = self.processes.gather(self.processes.first(lambda: self._best_fault(known)))[0]
@@ -131,8 +136,9 @@ class RunWriter:
 
     def _policies(self) -> dict[str, Any]:
         micro = {"asked": self._asked_micro_batch_tokens, "used": self.loader.micro_batch_tokens}
-        found = {"micro_batch_tokens": micro, "bad_steps": self.bad_steps.state_dict()}
-        return found | ({} if self.best is None else {"best": self.best.state_dict()})
+        judges = {"bad_steps": self.bad_steps, "best": self.best, "task_weights": self.task_weights}
+        states = {name: each.state_dict() for name, each in judges.items() if each is not None}
+        return {"micro_batch_tokens": micro} | states
 
     def _append_metrics(self, metrics: Metrics) -> None:
         self._with_room(lambda: self.run.append_metrics(metrics))

@@ -33,6 +33,7 @@ from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_figures
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
+from qdora.train.objective import Objective
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
@@ -44,11 +45,13 @@ from qdora.verbs.assemble import (
     num_steps_of,
     put_adapters,
     read_data,
+    start_adapters,
     tokenized_mix,
 )
 from qdora.verbs.beforehand import check_beforehand, evaluated_sources
 from qdora.verbs.card import run_card
 from qdora.verbs.interference import probe_examples, probe_hook, write_interference
+from qdora.verbs.objective import make_objective, weigh_by_progress
 from qdora.verbs.plan_budget import apply_micro_batch_, within_budget
 from qdora.verbs.plan_workload import workload_of_data
 from qdora.verbs.pruned_base import base_of_run, calibration_tokens
@@ -98,7 +101,7 @@ def _train(
     num_steps = num_steps_of(recipe, loader)
     plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
-    check_beforehand(recipe, compute, validation, num_steps)
+    check_beforehand(recipe, compute, validation, num_steps, loader)
     given = recipe
     recipe, memory = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
     if memory is not None:
@@ -118,6 +121,8 @@ def _train(
         checkpoint = _newest_checkpoint(run, processes) if resume else None
         model = base_of_run(recipe, source, compute, run, resume, processes, console, calibration)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
+        if checkpoint is None:
+            start_adapters(model, recipe, source)
         if recipe.data.packing:
             loader.packed = packed_layout(model)
         job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps, processes)
@@ -183,10 +188,13 @@ class _Job:
             logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
         self.best = best_so_far(recipe, list(evaluated)) if self.optimizer is not None else None
         self.num_done = 0
-        asked = recipe.train
+        self.objective = Objective()
+        if self.optimizer is not None:
+            self.objective = make_objective(recipe, loader, self.optimizer.parameters)
+        asked, weights = recipe.train, self.objective.weights
         self.bad_steps = BadSteps(asked.on_bad_step, max_skips=asked.max_skips, spike=asked.spike)
         self.writer = RunWriter(
-            recipe, run, model, tokenizer, self.optimizer, loader, processes, self.bad_steps, self.best
+            recipe, run, model, tokenizer, self.optimizer, loader, processes, self.bad_steps, self.best, weights
         )
 
     def restore(self, checkpoint: Path) -> int:
@@ -222,8 +230,9 @@ class _Job:
     def _train_and_evaluate(self, start: int) -> None:
         settings = self.recipe.eval
         if start == 0 and settings.at_start and self.validation.examples:
-            base = self.processes.first(lambda: self.validation.measure(0, "base"))
-            self.writer.write_metrics({"step": 0, **(base or {})})
+            base = self.processes.first(lambda: self.validation.measure(0, "base")) or {}
+            weights = weigh_by_progress(self.objective, base.get("eval", {}), self.processes)
+            self.writer.write_metrics({"step": 0, **base, **weights})
         if self.optimizer is not None and start < self.num_steps and not self._is_over():
             self.num_done = self._fit(self.optimizer, start)
             for part in self.loader.streams:
@@ -278,6 +287,7 @@ class _Job:
             probe_every=self.recipe.interference.every,
             log_every=train.log_every,
             loss_chunk=None if chunk == "auto" else chunk,
+            objective=self.objective,
         )
         hooks = Hooks(
             write_metrics=self.writer.write_metrics,
@@ -313,6 +323,7 @@ class _Job:
     def _measure(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
         line = self.processes.first(lambda: self.validation.measure(step)) or {}
+        line |= weigh_by_progress(self.objective, line.get("eval", {}), self.processes)
         if self.best is None:
             return Evaluated(line)
         found = self.validation.results["adapter"] if self.processes.is_first else None

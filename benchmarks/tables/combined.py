@@ -1,0 +1,57 @@
+"""Table of one combined adapter against one for each data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables.table import markdown, read
+
+KINDS = {"lora": "QLoRA", "dora": "QDoRA"}
+
+
+def combined_vs_solo() -> str:
+    """NLL of base, solo and combined adapters, and the differences with their intervals."""
+    document = read("combined_vs_solo")
+    found = {kind: each for kind, each in document["kinds"].items() if "combined - solo" in each}
+    header = ["task"]
+    for kind in found:
+        name = KINDS[kind]
+        header += [f"{name} base", "solo", "combined", "combined − solo", "accuracy %"]
+    tasks = list(next(iter(found.values()))["combined - solo"]["nll"])
+    rows = []
+    for task in tasks:
+        row = [task]
+        for each in found.values():
+            row += [f"{each['scores'][arm][task]['nll']:.3f}" for arm in ("base", "solo", "combined")]
+            row += [_interval(each["combined - solo"]["nll"][task], 1.0, 3)]
+            row += [_interval(each["combined - solo"]["acc"][task], 100.0, 1)]
+        rows.append(row)
+    return markdown(header, rows) + f"\n{' '.join(_said(kind, each) for kind, each in found.items())}\n"
+
+
+def _interval(each: dict[str, Any], scale: float, digits: int) -> str:
+    value, lower, upper = (scale * each[name] for name in ("value", "lower", "upper"))
+    return f"{value:+.{digits}f} ({lower:+.{digits}f} to {upper:+.{digits}f})"
+
+
+def _said(kind: str, each: dict[str, Any]) -> str:
+    """What the intervals allow to say, in a sentence."""
+    differences = {task: found for task, found in each["combined - solo"]["nll"].items() if task != "average"}
+    better = [task for task, found in differences.items() if found["upper"] < 0]
+    worse = [task for task, found in differences.items() if found["lower"] > 0]
+    average = each["combined - solo"]["nll"]["average"]
+    verdict = "is not told apart from the solo ones"
+    if average["upper"] < 0:
+        verdict = "is better than the solo ones"
+    elif average["lower"] > 0:
+        verdict = "is worse than the solo ones"
+    costs = each["cells"]["combined"]
+    text = (
+        f"{KINDS[kind]}, seeds {', '.join(each['seeds'])}: by the average over tasks the combined adapter {verdict} "
+        f"({_interval(average, 1.0, 3)} nats per answer token); better on {', '.join(better) or 'no task'}, worse on "
+        f"{', '.join(worse) or 'no task'}. {costs['num_steps'][0]} steps, {costs['num_examples'][0]} examples, "
+        f"{costs['num_tokens'][0]:,} tokens in the combined run of the first seed and in its solo runs together."
+    )
+    for remedy, found in each.get("combined - remedy", {}).items():
+        text += f" Combined without − with {remedy}: {_interval(found['nll']['average'], 1.0, 3)}."
+    return text
