@@ -18,6 +18,8 @@ from qdora.cli import app
 from qdora.errors import RunFailure, UserError
 from qdora.model.inject import inject
 from qdora.model.size import model_size
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import quantize
 from qdora.recipe_file import settings
 from qdora.study.store import StudyDirectory, read_index
 from qdora.study.tables import read_report
@@ -103,6 +105,14 @@ def test_bytes_against_a_count_by_hand() -> None:
     size = model_size(model)
     assert size.num_adapter_bytes == 2 * (2 * 6 + 8 * 2) + 4 * 8
     assert size.num_base_bytes == 2 * (60 + 48 + 8 + 12)
+
+
+def test_a_simulated_format_counts_the_bits_of_its_codes() -> None:
+    model = nn.ModuleDict(
+        {"q_proj": FrozenLinear(quantize(torch.randn(64, 64), "nf2", block_size=64, double_quant=False))}
+    )
+    # 2 bits a code and a float32 scale for every 64 weights, though the codes are held in 4 bits
+    assert model_size(model).num_linear_bytes == 64 * 64 * 2 // 8 + 64 * 4
 
 
 def test_a_finished_study_does_nothing_more(done: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

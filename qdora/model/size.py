@@ -19,7 +19,7 @@ class ModelSize:
 
     Attributes:
         num_linear_weights: Of the linear layers but the output head: those that are quantised and pruned.
-        num_linear_bytes: Of these, scales included.
+        num_linear_bytes: Of these, scales included; of a simulated format, as tightly as its codes can be packed.
         num_base_bytes: Of the whole base.
         num_adapter_bytes: Of lora_A, lora_B (as stored) and the magnitudes.
     """
@@ -42,7 +42,7 @@ def model_size(model: nn.Module) -> ModelSize:
             packed = module.packed_weight if isinstance(module, FrozenLinear) else None
             count = module.out_features * module.in_features
             weights += count
-            linear += _DENSE_BYTES * count if packed is None else packed.num_bytes
+            linear += _DENSE_BYTES * count if packed is None else packed.num_packed_bytes
             other += 0 if module.bias is None else _DENSE_BYTES * module.bias.numel()
         elif isinstance(module, AdaptedLinear):
             adapter += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
