@@ -15,7 +15,7 @@ def plan_shapes() -> str:
     rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in shapes.values())] for name in names]
     rows.append(["**in all**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in shapes.values())])
     rows.append([f"fits in {document['budget']}", *("yes" if each["fits"] else "no" for each in shapes.values())])
-    rows.append(["seconds to plan", *(f"{each['seconds']:.0f}" for each in shapes.values())])
+    rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in shapes.values())])
     peaks = "; ".join(f"{name}: {each['peak_in']}" for name, each in shapes.items())
     return markdown(["GiB at the peak", *shapes], rows) + f"\nMoment of the peak: {peaks}.\n"
 
