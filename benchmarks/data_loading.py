@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -197,4 +196,4 @@ class TimedLoader:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

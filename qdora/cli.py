@@ -277,6 +277,19 @@ def study(
 
 @app.command()
 @verb
+def report(
+    directory: Annotated[Path, typer.Argument(help="The directory of a study, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Where the files go; report/ inside it if left out.")] = None,
+    json_: Json = False,
+) -> None:
+    """Write what a study shows: one HTML page, Markdown, CSV and Parquet."""
+    from qdora.verbs.report import report_run
+
+    emit(report_run(directory, out), json_)
+
+
+@app.command()
+@verb
 def validate(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
     set_: Set = None,

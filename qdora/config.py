@@ -113,6 +113,8 @@ class AdapterConfig(Section):
     """Start of lora_A: Kaiming-uniform as in LoRA, or N(0, 0.01). lora_B starts at 0 either way."""
     rank_pattern: dict[Text, Whole] = Field(default_factory=dict)
     """Other ranks for some layers: name, or last parts of a name -> rank."""
+    same_scaling: Flag = False
+    """Layers of another rank get an alpha of their own, so that alpha / rank is the same in all of them."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of lora_A and lora_B. Magnitudes are always float32: in bfloat16 they would never move."""
     mask: Literal["ignore", "keep"] = "ignore"
@@ -128,9 +130,9 @@ class AdapterConfig(Section):
             names = [name for name in type(self).model_fields if name not in ("kind", "targets")]
             return dict.fromkeys(names, "adapter.kind magnitude has no lora_A and lora_B that train")
         if self.resume_from is not None:
-            names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern", "mask"]
+            names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern", "same_scaling", "mask"]
             return dict.fromkeys(names, "it comes from the adapter in adapter.resume_from")
-        return {}
+        return {} if self.rank_pattern else {"same_scaling": "adapter.rank_pattern is empty"}
 
 
 class MemoryConfig(Section):

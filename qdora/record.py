@@ -5,7 +5,6 @@ recipe.yaml  environment.json  mix.json  metrics.jsonl  log.txt  checkpoints/ste
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -31,13 +30,12 @@ from qdora.atomic_files import (
     remove_leftovers,
 )
 from qdora.checkpoint_files import checkpoint_fault, write_complete
+from qdora.disk_errors import DISK_FULL, disk_reason
 from qdora.errors import DiskFull, RunFailure, UserError
 
 logger = logging.getLogger("qdora")
 
 _STEP = re.compile(r"step-(\d+)")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_FULL = "the disk is full"
 
 # What a resumed run may change. Most of it reaches no number of the training. Learning rate, clipping and what is done
 # about bad steps do: they are the way on after one, as the size of a micro-batch is after one that did not fit.
@@ -263,11 +261,11 @@ class RunDirectory:
         try:
             yield
         except BaseException as error:
-            reason = _disk_reason(error)
+            reason = disk_reason(error)
             if reason is None:
                 raise
             whole = [each.path for each in self._by_step() if checkpoint_fault(each.path) is None]
-            kind = DiskFull if reason == _DISK_FULL else RunFailure
+            kind = DiskFull if reason == DISK_FULL else RunFailure
             raise kind(f"{self.path}: {what} could not be written: {reason}.", safe=whole[:1]) from error
 
 
@@ -375,17 +373,6 @@ def _append(path: Path, content: bytes) -> None:
         with suppress(OSError):
             os.truncate(path, size)
         raise
-
-
-def _disk_reason(error: BaseException) -> str | None:
-    """Why a write failed, or None for an error of another kind.
-
-    Libraries written in Rust or C++ report a full disk by an error class of their own with the system's text.
-    """
-    if isinstance(error, OSError):
-        return _DISK_FULL if error.errno in _FULL else masked(str(error))
-    full = any(os.strerror(number) in str(error) for number in _FULL)
-    return _DISK_FULL if isinstance(error, Exception) and full else None
 
 
 def _may_change(key: str) -> bool:

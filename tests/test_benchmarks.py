@@ -210,3 +210,12 @@ def test_data_loading(tmp_path: Path) -> None:
         assert sum(parts.values()) == way["total_seconds_to_first_step"]
         assert len(way["step_seconds"]) == len(way["loader_seconds"]) == 2
         assert all(0 < wait < step for wait, step in zip(way["loader_seconds"], way["step_seconds"], strict=True))
+
+
+def test_curvature(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "curvature.py")
+    assert [layer["norm"] for layer in result["layers"]] == ["attached"] * 3 + ["held"] * 3
+    for layer in result["layers"]:
+        assert len(layer["eigenvalues"]) == len(layer["residuals"]) == 4
+        assert layer["num_matvecs"] > 4 + 10
+        assert max(layer["residuals"]) < 0.01 * abs(layer["eigenvalues"][0])

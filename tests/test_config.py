@@ -205,7 +205,7 @@ eval: 3
 lr: 1e-4
 trackers: [wandbb]
 """
-    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, dtype, mask, resume_from"
+    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, same_scaling, dtype, mask, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
     keys = (
@@ -318,6 +318,9 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         ("adapter", {"resume_from": "/a", "rank": 16}, "rank"),
         ("adapter", {"resume_from": "/a", "alpha": 1}, "alpha"),
         ("adapter", {"resume_from": "/a", "targets": "all-linear"}, "targets"),
+        ("adapter", {"resume_from": "/a", "same_scaling": True}, "same_scaling"),
+        ("adapter", {"same_scaling": True}, "same_scaling"),
+        ("adapter", {"same_scaling": False, "rank_pattern": {}}, "same_scaling"),
         ("model", {"source": "builtin", "revision": "main"}, "revision"),
         ("model", {"source": "/models/x", "revision": "main"}, "revision"),
         ("model", {"source": "model.gguf", "revision": "main"}, "revision"),
@@ -362,6 +365,7 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
                 ("targets", "all-linear"),
                 ("init", "kaiming"),
                 ("rank_pattern", {}),
+                ("same_scaling", True),
                 ("dtype", "float32"),
                 ("resume_from", "/a"),
             )
@@ -767,6 +771,9 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         targets=st.just("all-linear") | st.lists(names_, min_size=1, max_size=3),
         rank_pattern=st.dictionaries(names_, whole, max_size=3),
     )
+    if draw(st.booleans()):
+        pattern = st.dictionaries(names_, whole, min_size=1, max_size=3)
+        adapter = st.fixed_dictionaries({"rank_pattern": pattern, "same_scaling": st.booleans()})
     strategy = draw(st.sampled_from(["proportional", "equal", "temperature", "weights"]))
     labels = draw(st.lists(names_, min_size=1, max_size=3, unique=True))
     tasks = st.sampled_from(TASKS).map(lambda task: {"task": task})

@@ -31,6 +31,7 @@ COMMON = {
     "command",
     "config",
     "data_config",
+    "disk_errors",
     "environment",
     "errors",
     "prune_config",

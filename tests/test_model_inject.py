@@ -98,6 +98,15 @@ def test_a_moved_base_leaves_nothing_where_it_was() -> None:
     assert held() is None
 
 
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_the_same_scaling_at_every_rank(stabilized: bool) -> None:
+    pattern = {"q_proj": 3, "*.mlp.*": 1}
+    settings = {"rank": 4, "alpha": 8.0, "rank_pattern": pattern, "rank_stabilized": stabilized}
+    layers = inject(tiny.llama(), same_scaling=True, **settings)
+    assert {layer.rank for layer in layers.values()} == {1, 3, 4}
+    assert [layer.scaling for layer in layers.values()] == pytest.approx([4.0 if stabilized else 2.0] * len(layers))
+
+
 def test_inits() -> None:
     gaussian = inject(tiny.llama(hidden_size=64, intermediate_size=96), rank=16, init="gaussian", dtype=torch.float32)
     values = torch.cat([layer.lora_A.detach().flatten() for layer in gaussian.values()])

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qdora.nn import adapted_linear as module
 from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
+from qdora.nn.gain_cache import NormSettings
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny
 from tests.test_ops_adapted_linear import arrays, to_numpy
@@ -91,10 +92,6 @@ def another_alpha(layer: AdaptedLinear) -> None:
     layer.alpha *= 4.0
 
 
-def stabilized(layer: AdaptedLinear) -> None:
-    layer.rank_stabilized = True
-
-
 def new_rank(layer: AdaptedLinear) -> None:
     """As after pruning rank components: other parameters under the old names."""
     layer.lora_A = torch.nn.Parameter(layer.lora_A.detach()[:2] * 1.3)
@@ -163,7 +160,6 @@ CHANGES = [
     load_into_an_empty_layer,
     assign_another_base,
     another_alpha,
-    stabilized,
     new_rank,
     another_tensor_of_the_same_shape,
     data_assigned,
@@ -252,7 +248,7 @@ def test_fake_tensors_leave_nothing_behind():
     with FakeTensorMode() as mode:
         fakes = {name: mode.from_tensor(getattr(layer, name)) for name in ("lora_A", "lora_B", "magnitude")}
         norm = mode.from_tensor(torch.ones(24))
-        gain = layer._gain_cache.get(**fakes, dtype=torch.float32, row_norm=lambda: norm)
+        gain = layer._gain_cache.get(**fakes, settings=NormSettings(torch.float32, 1.0), row_norm=lambda: norm)
         assert isinstance(gain.value, FakeTensor)
     assert layer._gain_cache._entry is None
     assert_fresh(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qdora.errors import UserError
@@ -106,6 +108,7 @@ def test_settings_hold_for_all_cells(tmp_path: Path) -> None:
     assert {cell.recipe.eval.limit for cell in cells} == {3}
 
 
+@hypothesis_settings(deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from(["1e-4", "1.0e-4", "0.0001"]))
 def test_the_key_is_of_what_is_run_and_not_of_how_it_is_written(shuffle: random.Random, lr: str) -> None:
     plain = settings(override(study_worker.recipe(), [f"train.lr={lr}"]))
@@ -190,3 +193,11 @@ def test_a_thousand_cells_are_checked_in_seconds(tmp_path: Path) -> None:
     }
     assert len(study(tmp_path, product=product)) == 1002
     assert time.perf_counter() - began < 30
+
+
+def test_the_study_in_the_readme_checks() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "product:" in block]
+    cells = expand(study_from(yaml.safe_load(block)))
+    assert sum(cell.is_trained for cell in cells) == 2 * 2 * 3 * 3
+    assert len(cells) == 2 * 2 * 3 * 3 + 2

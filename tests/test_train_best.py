@@ -18,8 +18,7 @@ from rich.console import Console
 from qdora.config import Recipe
 from qdora.errors import Interrupted, UserError
 from qdora.train.best import BestSoFar
-from qdora.verbs import run_writer
-from qdora.verbs import train as train_verb
+from qdora.verbs import run_writer, validation
 from qdora.verbs.evaluate import evaluate_target
 from qdora.verbs.export import ExportOptions, export_run
 from qdora.verbs.train import train_run
@@ -234,7 +233,7 @@ def test_a_task_that_got_worse_than_the_base_is_said_everywhere(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One task's answers are made worse by 1 nat each after training, the other's better by 2."""
-    real = train_verb.evaluate
+    real = validation.evaluate
 
     def shifted(model: Any, *args: Any, **options: Any) -> Any:
         found = real(model, *args, **options)
@@ -249,7 +248,7 @@ def test_a_task_that_got_worse_than_the_base_is_said_everywhere(
         average = replace(found.average, nll_per_token=sum(each.nll_per_token for each in tasks.values()) / 2)
         return replace(found, tasks=tasks, average=average)
 
-    monkeypatch.setattr(train_verb, "evaluate", shifted)
+    monkeypatch.setattr(validation, "evaluate", shifted)
     settings = tiny_run.recipe(root, train__steps=4, train__lr=1e-6, eval__every=2)
     train_run(settings, tmp_path, console=Console(quiet=True))
     lines = [line for line in timeless(tmp_path) if "eval" in line]

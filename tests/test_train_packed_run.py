@@ -11,7 +11,7 @@ import torch
 
 from qdora.errors import Interrupted, UserError
 from qdora.train import loop, packed_attention
-from qdora.verbs import train as train_verb
+from qdora.verbs import pruned_base
 from qdora.verbs.train import train_run
 from tests import tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, stop_after, timeless
@@ -71,7 +71,7 @@ def test_a_batch_that_is_kept_lists_its_examples_one_by_one(
     with pytest.raises(RuntimeError, match="is not finite"):
         train_run(tiny_run.recipe(root, data__packing=True, train__batch=12), tmp_path)
     kept = json.loads((tmp_path / "bad-steps/step-1/batch.json").read_text())["examples"]
-    assert len({each["id"] for each in kept}) == 12
+    assert len({(each["task"], each["id"]) for each in kept}) == 12
     for each in kept:
         labelled = [token for token, label in zip(each["input_ids"], each["labels"], strict=True) if label != -100]
         assert labelled == [label for label in each["labels"] if label != -100]
@@ -81,7 +81,7 @@ def test_a_batch_that_is_kept_lists_its_examples_one_by_one(
 def test_a_model_that_leaks_is_refused_before_the_first_step(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = train_verb.load_base
+    load = pruned_base.load_base
 
     def leaking(*args: Any) -> Any:
         model = load(*args)
@@ -93,7 +93,7 @@ def test_a_model_that_leaks_is_refused_before_the_first_step(
         model.forward = forward
         return model
 
-    monkeypatch.setattr(train_verb, "load_base", leaking)
+    monkeypatch.setattr(pruned_base, "load_base", leaking)
     with pytest.raises(UserError, match=r"^data\.packing: llama .* does not keep packed examples apart"):
         train_run(tiny_run.recipe(root, data__packing=True), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists() or not timeless(tmp_path)

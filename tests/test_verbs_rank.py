@@ -54,6 +54,7 @@ def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     train_run(recipe, root / "reranked", console=quiet())
     layers = adapted_layers(load_run(root / "reranked").model)
     assert {name: layer.rank for name, layer in layers.items()} == dict.fromkeys(layers, 4) | ranks
+    assert {layer.scaling for layer in layers.values()} == {2.0}
     for figure in document["figures"]:
         assert Path(figure).read_text().startswith("<?xml")
     map_ = Path(document["figures"][1]).read_text()

@@ -20,6 +20,7 @@ from qdora.model.inject import inject
 from qdora.model.size import model_size
 from qdora.recipe_file import settings
 from qdora.study.store import StudyDirectory, read_index
+from qdora.study.tables import read_report
 from qdora.verbs import study as study_verb
 from qdora.verbs.study import in_words, study_run
 from tests import tiny_run
@@ -121,21 +122,20 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_checkpoint(
         raise RuntimeError("cut")
 
     def cut(recipe: Any, directory: Path, **options: Any) -> Any:
-        if recipe.adapter.kind != "dora":
-            return real(recipe, directory, **options)
         calls.append(options["resume"])
         with monkeypatch.context() as patch:
             if len(calls) == 1:
-                patch.setattr("qdora.verbs.train.evaluate", broken)
+                patch.setattr("qdora.verbs.validation.evaluate", broken)
             return real(recipe, directory, **options)
 
     monkeypatch.setattr(study_cell, "train_run", cut)
     output = io.StringIO()
-    study_run(write_study(root), tmp_path, console=Console(file=output, width=200))
+    product = {"base.quant": ["nf4"], "adapter": {"dora": {"adapter.kind": "dora"}}, "train.seed": [0]}
+    study_run(write_study(root, product=product, bases=False), tmp_path, console=Console(file=output, width=200))
     assert calls == [False, True]
     assert "failed: dora nf4 0" in output.getvalue()
     ours, whole = StudyDirectory(tmp_path), StudyDirectory(done)
-    for cell in read_index(done)["cells"]:
+    for cell in read_index(tmp_path)["cells"]:
         found = [list((store.cell(cell["key"]) / "eval").glob("step-*.json")) for store in (ours, whole)]
         files = [json.loads(file.read_text()) for (file,) in found]
         assert files[0]["per_example"] == files[1]["per_example"]
@@ -184,3 +184,27 @@ def test_jobs_are_started_with_the_same_study(root: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize("seconds, text", [(5, "5 s"), (99, "99 s"), (200, "3 min"), (7500, "2 h 05 min")])
 def test_times_in_words(seconds: float, text: str) -> None:
     assert in_words(seconds) == text
+
+
+def test_arms_can_be_compared_on_the_test_split(root: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"compare": {"split": "test", "num_resamples": 100}, "bases": False}
+    with pytest.raises(UserError, match=r"compare\.split: sums has no test split"):
+        study_run(write_study(root, **options), tmp_path)
+    options["settings"] = {"data.mix": [{"task": "demo/facts"}], "eval.limit": 3, "data.max_length": 256}
+    found = study_run(write_study(root, **options), tmp_path, console=Console(file=io.StringIO()))
+    assert found["num_done"] == 2
+    report = read_report(tmp_path)
+    (row,) = report.tables["comparisons"]
+    assert (row["num_examples"], row["winner"]) == (3, "")
+    for cell in read_index(tmp_path)["cells"]:
+        assert (tmp_path / "cells" / cell["key"] / "eval/final-test.json").is_file()
+
+
+def test_a_real_study_is_reported(done: Path) -> None:
+    report = read_report(done)
+    assert len(report.tables["arms"]) == 4
+    assert {row["repair_reason"] for row in report.tables["arms"]} <= {"not trained", "", NOTHING_LOST}
+    assert report.verdict[0].startswith("No winner. In none of 1 comparisons")
+
+
+NOTHING_LOST = "compressing lost nothing that the data show"

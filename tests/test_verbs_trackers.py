@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdora.errors import UserError
+from qdora.verbs import beforehand
 from qdora.verbs import trackers as module
-from qdora.verbs import train as train_verb
 from qdora.verbs.trackers import flat_numbers, flat_settings, is_installed, tracking
 from qdora.verbs.train import train_run
 from tests import launched, tiny_run
@@ -59,7 +59,7 @@ class Told(GeneralTracker):
 def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Told]:
     found = {"one": Told(), "bad": Told("log"), "broken": Told("start"), "last": Told("finish")}
     monkeypatch.setattr(module, "_MAKE", {name: lambda run, name=name: found[name] for name in found})
-    monkeypatch.setattr(train_verb, "is_installed", lambda name: True)
+    monkeypatch.setattr(beforehand, "is_installed", lambda name: True)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -28,6 +29,7 @@ def inject(
     targets: str | Sequence[str] = ALL_LINEAR,
     skip: Sequence[str] = (HEAD,),
     rank_pattern: Mapping[str, int] | None = None,
+    same_scaling: bool = False,
     init: Init = "kaiming",
     dtype: torch.dtype = torch.bfloat16,
     masked: bool = False,
@@ -42,6 +44,7 @@ def inject(
             ("model.layers.3.*.q_proj").
         skip: Names or patterns left out of "all-linear"; "lm_head" is the output head under any name.
         rank_pattern: Name or pattern -> rank, in place of `rank`; the longest matching key wins.
+        same_scaling: A layer of another rank gets the alpha with which its scaling is that of a layer of `rank`.
     Returns:
         Path -> layer, in model order.
     Raises:
@@ -60,11 +63,12 @@ def inject(
         parameter.requires_grad_(False)
     adapted: dict[str, AdaptedLinear] = {}
     for name, module in chosen.items():
+        share = ranks[name] / rank if same_scaling else 1.0
         layer = AdaptedLinear(
             as_frozen(module),
             kind=kind,
             rank=ranks[name],
-            alpha=alpha,
+            alpha=alpha * (math.sqrt(share) if rank_stabilized else share),
             rank_stabilized=rank_stabilized,
             dropout=dropout,
             init=init,

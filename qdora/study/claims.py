@@ -109,8 +109,9 @@ class Claims:
         return (_read(path) or {}).get("token") == token
 
     def _is_stale(self, path: Path, owner: dict[str, Any] | None) -> bool:
+        now = self._now()
         try:
-            age = self._now() - path.stat().st_mtime
+            age = now - path.stat().st_mtime
         except FileNotFoundError:
             return True  # given back meanwhile
         if owner is None:
@@ -121,7 +122,7 @@ class Claims:
 
     def _now(self) -> float:
         """The file system's time."""
-        clock = self.directory / f".clock-{self.host}-{os.getpid()}"
+        clock = self.directory / f".clock-{self.host}-{os.getpid()}-{threading.get_ident()}"
         clock.touch()
         now = clock.stat().st_mtime
         clock.unlink(missing_ok=True)

@@ -55,6 +55,7 @@ def expand(study: Study) -> list[Cell]:
     start, where = recipe_document(study.recipe)
     cells: dict[str, Cell] = {}
     bases: dict[str, Cell] = {}
+    uncompressed: dict[str, Cell] = {}  # without labels, unless the grid has it
     faults: dict[str, list[str]] = {}
     known: dict[str, Cell] = {}
     for labels, changes in _combinations(study):
@@ -78,12 +79,12 @@ def expand(study: Study) -> list[Cell]:
             if study.bases:
                 bases.setdefault(base.key, Cell(base.key, surroundings, base.recipe, False, base.key, dense.key))
         if study.bases:
-            bases.setdefault(dense.key, Cell(dense.key, {}, dense.recipe, False, dense.key, dense.key))
+            uncompressed[dense.key] = Cell(dense.key, {}, dense.recipe, False, dense.key, dense.key)
     if faults:
         raise UserError(*(f"{where} ({_first(named)}): {fault}" for fault, named in faults.items()))
     if not cells and not bases:
         raise UserError(f"{where}: exclude leaves no cell, allowed: at least one.")
-    return [*bases.values(), *cells.values()]
+    return [*(uncompressed | bases).values(), *cells.values()]
 
 
 def key_of(recipe: Recipe) -> str:

@@ -82,7 +82,7 @@ class StudyDirectory:
 
     def write_index(self, study: Study, cells: Sequence[Cell]) -> None:
         """What the report reads: the study as it was given, and its cells."""
-        plain = study.model_dump(mode="json")
+        plain = study.model_dump(mode="json", exclude_unset=True)
         atomic_write_json(self.path / "study.json", {"study": plain, "cells": [cell.record() for cell in cells]})
 
     def _result(self, key: str) -> Path:

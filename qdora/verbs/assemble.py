@@ -131,6 +131,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             dropout=settings.dropout,
             targets=_targets(recipe),
             rank_pattern=settings.rank_pattern,
+            same_scaling=settings.same_scaling,
             init=settings.init,
             dtype=DTYPES[settings.dtype],
             masked=settings.mask == "keep",

@@ -117,7 +117,9 @@ def export_run(
     document = {"format": options.format_, "run": str(run), "state": trained.state, **result, "verification": check}
     if zeros is not None:
         document["zeros"] = zeros
-    if options.audit and check["passed"] and trained.recipe.adapter.kind in ("lora", "dora"):
+    if options.audit and trained.recipe.base.prune is not None:
+        logger.info("No audit: its forms start from the source's weights, which are not those of a pruned base.")
+    elif options.audit and check["passed"] and trained.recipe.adapter.kind in ("lora", "dora"):
         if form == "original":
             del trained
             trained = load_run(run, step=options.step)

@@ -281,7 +281,10 @@ def _write(
     """The run's recipe with the new ranks, as a file to train; the fragment; the figures."""
     pattern = {name: rank for name, rank in ranks.items() if rank != recipe.adapter.rank}
     plain = settings(recipe)
-    plain["adapter"]["rank_pattern"] = pattern
+    fragment: dict[str, Any] = {"rank": recipe.adapter.rank, "rank_pattern": pattern}
+    if pattern:  # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
+        fragment["same_scaling"] = True
+    plain["adapter"] = {k: v for k, v in plain["adapter"].items() if k != "same_scaling"} | fragment
     folder = trained.run.inside("rank")
     folder.mkdir(exist_ok=True)
     out = folder / f"{asked.method}.yaml"
@@ -292,7 +295,7 @@ def _write(
     draw_spectra(spectra, chosen, figures["spectra"], measure=measure)
     draw_rank_map(ranks, figures["ranks"])
     return {
-        "fragment": {"adapter": {"rank": recipe.adapter.rank, "rank_pattern": pattern}},
+        "fragment": {"adapter": fragment},
         "recipe": str(out),
         "figures": [str(each) for each in figures.values()],
     }

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from qdora.data.sources import has_split
 from qdora.errors import RunFailure, UserError
 from qdora.recipe_file import missing_files, read_yaml
 from qdora.study.config import Study, load_study
@@ -21,6 +22,7 @@ from qdora.study.grid import Cell, expand
 from qdora.study.runner import Event, Report, Tally, run_cells, shard_of
 from qdora.study.slurm import submit_jobs
 from qdora.study.store import StudyDirectory
+from qdora.verbs.assemble import source_spec
 from qdora.verbs.show import default_console
 
 _SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
@@ -134,6 +136,14 @@ def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, list[Cell
     study = load_study(file)
     cells = expand(study)
     faults = [fault for cell in cells for fault in missing_files(cell.recipe, str(file))]
+    if study.compare.split == "test":
+        what = "has no test split, allowed: halves, or sources with one."
+        faults += [
+            f"{file}: compare.split: {source.label} {what}"
+            for cell in cells
+            for source in cell.recipe.data.mix
+            if not has_split(source_spec(source, cell.recipe.data), "test")
+        ]
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return study, (directory or Path("runs") / "studies" / file.stem).absolute(), cells

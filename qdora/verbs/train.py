@@ -20,9 +20,7 @@ from qdora.data.loader import StepLoader
 from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
 from qdora.errors import Interrupted, UserError
-from qdora.evaluation.against_base import worse_than_base
-from qdora.evaluation.generation import evaluate_generated, generation_table
-from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
+from qdora.evaluation.suite import compare_table
 from qdora.model.inject import adapter_parameters
 from qdora.model.load import load_config
 from qdora.model.size import model_size
@@ -50,15 +48,15 @@ from qdora.verbs.assemble import (
 )
 from qdora.verbs.beforehand import check_beforehand, evaluated_sources
 from qdora.verbs.card import run_card
-from qdora.verbs.evaluate import read_result
 from qdora.verbs.interference import probe_examples, probe_hook, write_interference
 from qdora.verbs.plan_budget import apply_micro_batch_, within_budget
 from qdora.verbs.plan_workload import workload_of_data
 from qdora.verbs.pruned_base import base_of_run, calibration_tokens
 from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_value
-from qdora.verbs.show import default_console, keep_mix, log_to, show_mix, suite_bar
+from qdora.verbs.show import default_console, keep_mix, log_to, show_mix
 from qdora.verbs.show_plan import keep_plan, show_plan
+from qdora.verbs.validation import RunValidation
 
 logger = logging.getLogger("qdora")
 
@@ -163,11 +161,11 @@ class _Job:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.loader, self.console, self.num_steps = loader, console, num_steps
         self.processes = processes
-        self.validation = {name: validation[name] for name in evaluated_sources(recipe, validation)}
+        evaluated = {name: validation[name] for name in evaluated_sources(recipe, validation)}
+        self.validation = RunValidation(recipe, run, model, tokenizer, evaluated, console)
         self.probed = {}
         if recipe.interference.every is not None:
             self.probed = probe_examples(recipe, tokenizer, validation)
-        self.evaluations: dict[str, EvaluationResult] = {}
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
         if recipe.adapter.kind != "none":
@@ -183,7 +181,7 @@ class _Job:
             )
             processes.share_first_(list(self.optimizer.parameters.values()))
             logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
-        self.best = best_so_far(recipe, list(self.validation)) if self.optimizer is not None else None
+        self.best = best_so_far(recipe, list(evaluated)) if self.optimizer is not None else None
         self.num_done = 0
         asked = recipe.train
         self.bad_steps = BadSteps(asked.on_bad_step, max_skips=asked.max_skips, spike=asked.spike)
@@ -206,9 +204,7 @@ class _Job:
         )
         self.writer.take_policies(policies)
         logger.info("Going on from %s.", checkpoint)
-        first = self.run.evaluation_file(0)
-        if first.is_file():
-            self.evaluations["base"] = read_result(first)
+        self.validation.take_back("base", 0)
         return step
 
     def go(self, start: int) -> dict[str, Any]:
@@ -225,8 +221,9 @@ class _Job:
 
     def _train_and_evaluate(self, start: int) -> None:
         settings = self.recipe.eval
-        if start == 0 and settings.at_start and self.validation:
-            self.writer.write_metrics({"step": 0, **self._evaluate(0, "base")})
+        if start == 0 and settings.at_start and self.validation.examples:
+            base = self.processes.first(lambda: self.validation.measure(0, "base"))
+            self.writer.write_metrics({"step": 0, **(base or {})})
         if self.optimizer is not None and start < self.num_steps and not self._is_over():
             self.num_done = self._fit(self.optimizer, start)
             for part in self.loader.streams:
@@ -235,7 +232,7 @@ class _Job:
                 logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)
         if self.optimizer is not None and self.best is None:
             self.writer.save_final(self.num_done, self.num_steps)
-        if settings.at_end and self.validation and self.num_steps > 0 and not self._is_over():
+        if settings.at_end and self.validation.examples and self.num_steps > 0 and not self._is_over():
             self.writer.write_metrics({"step": self.num_steps, **self._measure(self.num_steps).line})
         if self.best is not None:  # the last evaluation had a say, too
             self._say_best()
@@ -261,9 +258,9 @@ class _Job:
     def _conclude(self) -> dict[str, Any]:
         self._write_card()
         if self.best is not None and self.best.step is not None:
-            self.evaluations["adapter"] = read_result(self.run.evaluation_file(self.best.step))
-        if self.evaluations:
-            self.console.print(compare_table(self.evaluations))
+            self.validation.take_back("adapter", self.best.step)
+        if self.validation.results:
+            self.console.print(compare_table(self.validation.results))
         self.console.print(f"run: {self.run.path}", highlight=False, soft_wrap=True)
         return self._summary()
 
@@ -285,7 +282,7 @@ class _Job:
         hooks = Hooks(
             write_metrics=self.writer.write_metrics,
             save=self.writer.save_checkpoint,
-            evaluate=self._measure if self.validation else None,
+            evaluate=self._measure if self.validation.examples else None,
             keep_batch=self.writer.keep_batch,
             probe=self._probe(),
         )
@@ -315,56 +312,14 @@ class _Job:
 
     def _measure(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
-        line = self._evaluate(step)
+        line = self.processes.first(lambda: self.validation.measure(step)) or {}
         if self.best is None:
             return Evaluated(line)
-        value = selection_value(self.recipe, self.evaluations["adapter"]) if self.processes.is_first else None
+        found = self.validation.results["adapter"] if self.processes.is_first else None
+        value = None if found is None else selection_value(self.recipe, found)
         better = self.best.judge(step, self.processes.gather(value)[0])
-        state = {key: found for key, found in self.best.state_dict().items() if key != "question"}
+        state = {key: each for key, each in self.best.state_dict().items() if key != "question"}
         return Evaluated({**line, "best": state}, save=better, stop=self.best.is_over)
-
-    def _evaluate(self, step: int, label: str = "adapter") -> dict[str, Any]:
-        """The metrics of an evaluation; empty in all processes but the first."""
-        return self.processes.first(lambda: self._evaluate_alone(step, label)) or {}
-
-    def _evaluate_alone(self, step: int, label: str) -> dict[str, Any]:
-        with suite_bar(self.console, f"evaluating, step {step}") as progress:
-            result = evaluate(
-                self.model,
-                self.tokenizer,
-                self.validation,
-                limit=self.recipe.eval.limit,
-                per_example=True,
-                progress=progress,
-            )
-        self.evaluations[label] = result
-        self.run.write_json(f"eval/{self.run.evaluation_file(step).name}", result.to_dict(per_example=True))
-        metrics = {task: asdict(numbers) for task, numbers in result.tasks.items()}
-        if self.recipe.eval.method == "generate":
-            for task, numbers in self._generate(step).items():
-                metrics[task]["generated"] = numbers
-        return {"eval": metrics, "average": asdict(result.average)} | self._against_base(step, result)
-
-    def _against_base(self, step: int, result: EvaluationResult) -> dict[str, Any]:
-        """The tasks that are worse than before training while the average is better, for the metrics; warns of them."""
-        base = self.evaluations.get("base")
-        worse = [] if step == 0 or base is None else worse_than_base(base, result)
-        for each in worse:
-            logger.warning("Step %d: %s.", step, each.in_words())
-        return {"worse_than_base": [asdict(each) for each in worse]} if worse else {}
-
-    def _generate(self, step: int) -> dict[str, Any]:
-        """Let the model answer, keep the answers beside the log-likelihoods; the counts per task."""
-        with suite_bar(self.console, f"answers, step {step}") as progress:
-            result = evaluate_generated(
-                self.model, self.tokenizer, self.validation, limit=self.recipe.eval.limit, progress=progress
-            )
-        self.run.write_json(f"eval/step-{step}-generated.json", result.to_dict(per_example=True))
-        self.console.print(generation_table({f"step {step}": result}))
-        numbers = result.to_dict()["tasks"]
-        return {
-            task: {key: value for key, value in each.items() if key != "unparsable"} for task, each in numbers.items()
-        }
 
     def _write_card(self) -> None:
         atomic_write_text(self.run.inside("README.md"), run_card(self.run, self.recipe, "final"))
@@ -380,7 +335,7 @@ class _Job:
             "final_loss": losses[-1] if losses else None,
             **self.counts,
             "size": asdict(model_size(self.model)),
-            "evaluations": {label: result.to_dict() for label, result in self.evaluations.items()},
+            "evaluations": {label: result.to_dict() for label, result in self.validation.results.items()},
         }
 
 

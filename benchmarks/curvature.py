@@ -1,0 +1,108 @@
+"""The largest curvatures of single layers of SmolLM2-135M on real data: values, residuals, products, seconds.
+
+    python benchmarks/curvature.py DATA --out benchmarks/results/curvature.json
+
+DATA holds <task>/<split>.parquet. A DoRA of rank 16 in NF4 is trained for a few steps on the combined tasks, so that B
+is off its start. Then, for each layer, in float32 on the dequantised base and on one micro-batch of training examples:
+the eigenvalues of largest magnitude of the Hessian with the norm attached, with held for the last block beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from byte_tokenizer import byte_tokenizer
+from measure import RESULTS, facts, peak_rss_bytes, write
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qdora.analysis.curvature_cache import CurvatureSettings, curvature_spectrum
+from qdora.data_config import COMMONSENSE_TASKS
+from qdora.recipe_file import recipe_from
+from qdora.train.allocator import keep_freed_memory
+from qdora.verbs.rank import training_batches
+from qdora.verbs.train import train_run
+from qdora.verbs.trained import load_run
+
+KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+
+
+def recipe(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    """The run whose curvature is measured."""
+    tasks = ("demo/facts", "demo/odd") if args.smoke else COMMONSENSE_TASKS
+    places = {} if args.smoke else {task: {"path": str(args.data.resolve() / task)} for task in tasks}
+    return {
+        "model": {"source": model, "dtype": "float32"},
+        "adapter": {"kind": "dora", "rank": 16, "alpha": 32.0},
+        "data": {
+            "mix": [{"task": task, "limit": 64, **places.get(task, {})} for task in tasks],
+            "strategy": "equal",
+            "max_length": 128,
+            "too_long": "truncate",
+        },
+        "train": {"steps": args.steps, "batch": 8, "lr": 1e-3, "optimizer": "adamw"},
+        "eval": {"at_start": False, "at_end": False},
+        "memory": {"checkpointing": False},
+    }
+
+
+def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Each layer's spectrum, with the norm attached, and held in the last of the blocks."""
+    trained = load_run(run, widened=True)
+    batches, about = training_batches(trained, args.examples, 8192)
+    found = []
+    blocks = [int(each) for each in args.blocks.split(",")]
+    for block in blocks:
+        for norm in ("attached", "held") if block == blocks[-1] else ("attached",):
+            settings = CurvatureSettings(
+                "hessian", norm, num_eigenvalues=args.top, lanczos_steps=args.lanczos_steps, num_probes=1
+            )
+            for kind in KINDS:
+                name = f"model.layers.{block}.{kind}"
+                result = curvature_spectrum(trained.model, [name], batches, settings).to_dict()
+                found.append({"layer": name, **result})
+                print(f"{name} {norm}: {result['num_matvecs']} products, {result['seconds']:.1f} s", flush=True)
+    return {**about, "layers": found}
+
+
+def write_small_model(directory: Path) -> str:
+    """A random Llama of two blocks, in place of the builtin model."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def main() -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
+    parser.add_argument("--out", type=Path, default=RESULTS / "curvature.json")
+    parser.add_argument("--steps", type=int, default=8, help="of training before")
+    parser.add_argument("--examples", type=int, default=4, help="the curvature is taken on")
+    parser.add_argument("--blocks", default="20,25,29")
+    parser.add_argument("--top", type=int, default=20)
+    parser.add_argument("--lanczos-steps", type=int, default=10)
+    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
+    args = parser.parse_args()
+    if not args.smoke and args.data is None:
+        parser.error("DATA is missing")
+    keep_freed_memory()
+    if args.smoke:
+        args.steps, args.blocks, args.top = 2, "1", 4
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_small_model(Path(folder) / "model") if args.smoke else "builtin"
+        run = Path(folder) / "run"
+        train_run(recipe_from(recipe(args, model)), run)
+        measured = measure(run, args)
+    command = f"python benchmarks/curvature.py DATA --steps {args.steps} --examples {args.examples}"
+    command += f" --blocks {args.blocks} --top {args.top} --lanczos-steps {args.lanczos_steps}"
+    write(args.out, facts(command) | measured | {"peak_memory_bytes": peak_rss_bytes()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The report of a made-up study: it finds the truth, claims no more, and shows no number that its data have not."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from qdora.cli import app
+from qdora.errors import UserError
+from qdora.study.grid import Cell
+from qdora.study.page import write_report
+from qdora.study.scores import half
+from qdora.study.tables import Report, read_report
+from qdora.verbs.report import report_run
+from tests import fake_study
+
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_study.make(tmp_path_factory.mktemp("study"), generated=True)
+
+
+@pytest.fixture(scope="module")
+def report(made: Path) -> Report:
+    return read_report(made)
+
+
+def rows(report: Report, table: str, **labels: Any) -> list[dict[str, Any]]:
+    return [row for row in report.tables[table] if all(row.get(key) == value for key, value in labels.items())]
+
+
+def compared(report: Report, quant: str, measure: str = "nll_per_token") -> dict[str, Any]:
+    (row,) = rows(report, "comparisons", **{"base.quant": quant, "measure": measure})
+    return row
+
+
+def test_the_best_rate_of_each_arm_is_chosen_on_other_examples(report: Report) -> None:
+    trained = rows(report, "arms", is_trained=True)
+    assert len(trained) == 8
+    for row in trained:
+        assert row["train.lr"] == "0.0002"
+        assert not row["at_edge"]
+        assert row["num_examples"] == 60 + 40  # one half of each task
+        assert row["num_seeds"] == 4
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 100])
+def test_halves_are_disjoint_and_cover_everything(number: int) -> None:
+    examples = [f"{index}#1" for index in range(number)]
+    chosen, compared_ = half(examples, "choose"), half(examples, "compare")
+    assert sorted(chosen + compared_) == sorted(examples)
+    assert len(compared_) - len(chosen) in (0, 1)
+    assert half([*examples, "more#1"][:number], "choose") == chosen
+
+
+def test_a_winner_is_called_where_there_is_one_and_nowhere_else(report: Report) -> None:
+    row = compared(report, "nf4")
+    assert row["winner"] == "dora"
+    assert row["lower"] < 0.05 < row["upper"]
+    assert row["lower"] > 0
+    for quant in ("none", "int8", "fp4"):
+        assert compared(report, quant)["winner"] == "", quant
+        assert compared(report, quant)["reason"]
+    first = "Of 4 comparisons the data show a winner in 1: dora in 1 (NLL, nats per token)."
+    assert report.verdict[0] == f"{first} In the other 3 they show no winner."
+    assert "(share of answers that are right)" in report.verdict[1]
+    (sentence,) = [
+        text for text in report.verdict if text.startswith("base.quant nf4: dora beats lora") and "NLL" in text
+    ]
+    assert f"improvement {row['improvement']:.4f}" in sentence
+
+
+def test_repair_is_of_what_compressing_lost(report: Report) -> None:
+    for quant, lost in fake_study.LOST.items():
+        for arm in ("lora", "dora"):
+            (row,) = rows(report, "arms", **{"base.quant": quant, "adapter": arm})
+            if quant == "none":
+                assert math.isnan(row["repair"])
+                assert row["repair_reason"] == "the base is not compressed"
+                continue
+            gain = 0.3 + 0.5 * lost + (0.05 if (quant, arm) == ("nf4", "dora") else 0)
+            if quant != "int8":  # 0.01 against noise of that size
+                assert row["repair"] == pytest.approx(gain / lost, rel=0.1)
+                assert row["repair_lower"] < row["repair"] < row["repair_upper"]
+
+
+def test_nothing_is_repaired_where_nothing_was_lost(tmp_path: Path) -> None:
+    made = fake_study.make(tmp_path, nll=lambda cell: 2.0)
+    (row,) = rows(read_report(made), "arms", **{"base.quant": "nf4", "adapter": "dora"})
+    assert row["repair_reason"] == "compressing lost nothing that the data show"
+
+
+def test_an_answer_without_format_is_not_a_wrong_one(report: Report) -> None:
+    (lora,) = rows(report, "arms", **{"base.quant": "nf4", "adapter": "lora"})
+    (dora,) = rows(report, "arms", **{"base.quant": "nf4", "adapter": "dora"})
+    assert lora["unparsable"] == pytest.approx(0.5, abs=0.15)
+    assert dora["unparsable"] == 0
+    assert lora["right"] == dora["right"] == pytest.approx(0.25, abs=0.1)  # what is right is right in both
+    assert compared(report, "nf4", "unparsable")["winner"] == "dora"
+    assert compared(report, "nf4", "right")["winner"] == ""
+
+
+def test_pareto_arms_are_those_that_nothing_beats(report: Report) -> None:
+    points = [(row["total_mib"], row["nll_per_token"], row["pareto"]) for row in report.tables["arms"]]
+    for mib, nll, best in points:
+        beaten = any(m <= mib and n <= nll and (m, n) != (mib, nll) for m, n, _ in points)
+        assert best == (not beaten)
+    assert 0 < sum(best for *_, best in points) < len(points)
+
+
+REFUSALS = [
+    ({"product": {**fake_study.DOCUMENT["product"], "train.seed": [0, 1]}}, "2 of at least 3 seeds"),
+    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [2e-4]}}, "no value was tuned"),
+    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [1e-4, 2e-4]}}, "is at the end of those tried"),
+    ({"exclude": [{"adapter": "lora", "train.seed": [0, 1]}]}, "2 of at least 3 seeds"),
+]
+
+
+@pytest.mark.parametrize("changes, reason", REFUSALS)
+def test_no_winner_where_the_data_cannot_show_one(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    row = compared(read_report(fake_study.make(tmp_path, **changes)), "nf4")
+    assert row["winner"] == ""
+    assert reason in row["reason"]
+
+
+def test_no_winner_where_the_seeds_disagree(tmp_path: Path) -> None:
+    def nll(cell: Cell) -> float:
+        if not cell.is_trained or cell.recipe.adapter.kind == "lora":
+            return fake_study.truth(cell)
+        return fake_study.truth(cell) + (0.2 if cell.recipe.train.seed == 3 else -0.2)
+
+    row = compared(read_report(fake_study.make(tmp_path, nll=nll)), "nf4")
+    assert row["p_holm"] < 0.05  # of these seeds the examples are sure
+    assert row["winner"] == ""
+    assert "3 of 4 seeds are better" in row["reason"]
+    assert "holds zero" in row["reason"]
+
+
+def test_failed_cells_are_named_and_call_no_winner(tmp_path: Path) -> None:
+    made = fake_study.make(tmp_path, fail="0.0004")
+    report = read_report(made)
+    failed = rows(report, "cells", status="failed")
+    assert len(failed) == 32
+    assert {row["reason"] for row in failed} == {"RuntimeError: out of memory"}
+    assert "32 of 100 cells have no result, 32 of them because they failed" in report.verdict[1]
+    assert all(row["winner"] == "" for row in report.tables["comparisons"])
+    assert "8 cells have no result yet" in compared(report, "nf4")["reason"]  # four seeds of each of the two arms
+
+
+def numbers_of(text: str) -> set[str]:
+    return set(NUMBER.findall(text))
+
+
+def test_every_number_of_the_page_is_in_the_data_beside_it(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path, "a study")
+    known: list[float] = []
+    texts = "a study"
+    frames = [pd.read_csv(file, dtype={"train.lr": str}) for file in sorted(tmp_path.glob("*.csv"))]
+    assert len(frames) == 5
+    for frame in frames:
+        for column in frame:
+            if frame[column].dtype == object or str(frame[column].dtype) in ("str", "string"):
+                texts += " " + " ".join(map(str, frame[column].dropna()))
+            known += pd.to_numeric(frame[column], errors="coerce").dropna().astype(float).tolist()
+    in_texts = numbers_of(texts)
+    page = (tmp_path / "index.html").read_text()
+    body = re.sub(r"<svg.*?</svg>|<style.*?</style>|<head>.*?</head>", " ", page, flags=re.DOTALL)
+    body = html.unescape(re.sub(r"<[^>]*>", " ", body))
+    markdown = (tmp_path / "report.md").read_text()
+    for text in (body, markdown):
+        found = numbers_of(text)
+        assert len(found) > 100
+        for token in found - in_texts:
+            digits = len(token.partition(".")[2])
+            assert any(f"{value:.{digits}f}" == token for value in known), token
+
+
+def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> None:
+    files = write_report(report, tmp_path, "a <study> & more")
+    page = files[0].read_text()
+    assert "<title>a &lt;study&gt; &amp; more</title>" in page
+    assert 'name="viewport"' in page
+    assert page.count("<svg") == 3
+    assert "<script" not in page
+    assert "<text" not in page  # letters are paths: no fonts
+    assert not re.search(r"(?:src|href)=[\"'](?!#)|@import|url\((?!#)", page)
+    ids = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_csv_and_parquet_hold_the_same(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path, "study")
+    for name, expected in report.tables.items():
+        csv, parquet = pd.read_csv(tmp_path / f"{name}.csv"), pd.read_parquet(tmp_path / f"{name}.parquet")
+        assert len(csv) == len(parquet) == len(expected)
+        assert list(csv.columns) == list(parquet.columns)
+        for column in parquet.select_dtypes("number"):
+            pd.testing.assert_series_equal(csv[column], parquet[column], check_dtype=False, rtol=1e-12)
+
+
+def test_the_same_study_gives_the_same_files(made: Path, tmp_path: Path) -> None:
+    first, second = (write_report(read_report(made), tmp_path / name, "study") for name in "ab")
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
+
+
+def test_the_command(made: Path, tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["report", str(made), "--out", str(tmp_path / "out"), "--json"])
+    assert found.exit_code == 0, found.output
+    document = json.loads(found.stdout)
+    assert Path(document["page"]).is_file()
+    assert document["verdict"][0].startswith("Of 4 comparisons")
+    found = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert found.exit_code == 2
+    assert "no study (no study.json there)" in found.output
+
+
+def test_a_study_without_results_has_no_report(tmp_path: Path) -> None:
+    made = fake_study.make(tmp_path)
+    for file in (made / "results").glob("*.json"):
+        file.unlink()
+    with pytest.raises(UserError, match="no cell is finished yet"):
+        report_run(made, console=Console(quiet=True))
