@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
+from tables.plan import plan_accuracy, plan_shapes
 from tables.runs import kill_resume, mixing
 from tables.table import markdown, read
 from tables.times import layer_time, packing
@@ -42,6 +43,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer_memory": layer_memory,
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,
+    "plan_shapes": plan_shapes,
+    "plan_accuracy": plan_accuracy,
     "failed": failed,
 }
 

@@ -15,7 +15,7 @@ def plan_shapes() -> str:
     rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in shapes.values())] for name in names]
     rows.append(["**in all**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in shapes.values())])
     rows.append([f"fits in {document['budget']}", *("yes" if each["fits"] else "no" for each in shapes.values())])
-    rows.append(["seconds to plan", *(f"{each['seconds']:.0f}" for each in shapes.values())])
+    rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in shapes.values())])
     peaks = "; ".join(f"{name}: {each['peak_in']}" for name, each in shapes.items())
     return markdown(["GiB at the peak", *shapes], rows) + f"\nMoment of the peak: {peaks}.\n"
 
@@ -31,15 +31,18 @@ def plan_accuracy() -> str:
             f"{each['measured_tensor_bytes'] / MIB:,.1f}",
             f"{each['tensor_ratio']:.4f}",
             f"{each['planned_rss_bytes'] / MIB:,.0f}",
-            f"{each['measured_rss_bytes'] / MIB:,.0f}",
-            f"{each['rss_ratio']:.3f}",
+            f"{each['measured_rss_bytes'] / MIB:,.0f}" if "rss_ratio" in each else "–",
+            f"{each['rss_ratio']:.3f}" if "rss_ratio" in each else "–",
         ]
         for name, each in document["cases"].items()
     ]
     header = ["run", "micro-batch", "tensors planned, MiB", "counted", "ratio", "resident planned", "measured", "ratio"]
-    worst, bars = document["largest_error"], document["bars"]
-    note = (
-        f"\nLargest error: tensors {worst['tensor']:.2%} (asked: {bars['tensor']:.0%}), resident {worst['rss']:.1%} "
-        f"(asked: {bars['rss']:.0%}).\n"
-    )
+    worst, bars, counts = document["largest_error"], document["bars"], document["num_measured"]
+    said = {"tensor": "tensors", "rss": "resident"}
+    parts = [
+        f"{text} {worst[what]:.2%} in {counts[what]} runs (asked: {bars[what]:.0%})"
+        for what, text in said.items()
+        if counts[what]
+    ]
+    note = f"\nLargest error: {'; '.join(parts)}.\n"
     return markdown(header, rows) + note

@@ -51,7 +51,7 @@ COMPONENTS = {
 }
 """Components in the order in which they are shown -> what they hold."""
 
-CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 650 * MIB}
+CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
 """cuda: context, kernels and library workspaces of one process, a round number that is to be measured; cpu: the
 interpreter with torch, transformers and bitsandbytes imported, see benchmarks/results/plan_accuracy.json."""
 
