@@ -185,3 +185,34 @@ def test_combined_vs_solo(tmp_path: Path) -> None:
     again = smoke(tmp_path, "combined_vs_solo.py", *options, "--seconds", "0")
     assert again["kinds"] == result["kinds"]
     assert (tmp_path / "result_cells.json").read_text() == cells
+
+
+def test_export_exactness(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "export_exactness.py")
+    forms = result["forms"]["float32"]
+    assert set(forms) == {
+        "reference",
+        "base",
+        "merged",
+        "nf4-lora",
+        "requantised",
+        "PEFT running",
+        "PEFT merged",
+    }
+    for name in ("merged", "nf4-lora", "PEFT running"):
+        assert forms[name]["max_logit_difference"] < 1e-4 < forms["requantised"]["max_logit_difference"]
+    assert result["forms"]["bfloat16"].keys() == forms.keys()
+
+
+def test_decode_speed(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "decode_speed.py")
+    assert set(result["tokens_per_second"]) == {"base", "lora", "dora", "merged"}
+    assert result["dora / lora"]["median"] > 0
+
+
+def test_merge_streamed(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "merge_streamed.py", "--layers", "2")
+    assert result["resumed_is_byte_identical"]
+    assert result["interrupted_left"] == [".again.partial"]
+    assert result["num_files"] > 2
+    assert result["num_bytes"] == result["checkpoint_bytes"]
