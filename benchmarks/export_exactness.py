@@ -77,7 +77,7 @@ def recipe(data: Path, steps: int) -> dict[str, Any]:
         "adapter": {"kind": "dora", "rank": 16, "alpha": 32.0},
         "data": {"mix": [{"task": task, "path": str(data / task)} for task in TASKS], "max_length": 256},
         "train": {"steps": steps, "batch": 8, "lr": 5e-4, "optimizer": "adamw", "checkpoint_every": steps},
-        "eval": {"limit": 16, "at_start": False, "at_end": False},
+        "eval": {"at_start": False, "at_end": False},
     }
 
 
@@ -98,7 +98,7 @@ def smoke_recipe(folder: Path) -> dict[str, Any]:
         "adapter": {"kind": "dora", "rank": 4, "alpha": 8.0},
         "data": {"mix": [{"source": str(folder / "sums.jsonl")}], "max_length": 64},
         "train": {"steps": 3, "batch": 4, "lr": 1e-2, "optimizer": "adamw", "checkpoint_every": 3},
-        "eval": {"limit": 4, "at_start": False, "at_end": False},
+        "eval": {"at_start": False, "at_end": False},
     }
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -187,6 +189,7 @@ def test_combined_vs_solo(tmp_path: Path) -> None:
     assert (tmp_path / "result_cells.json").read_text() == cells
 
 
+@pytest.mark.slow
 def test_export_exactness(tmp_path: Path) -> None:
     result = smoke(tmp_path, "export_exactness.py")
     forms = result["forms"]["float32"]
@@ -210,6 +213,7 @@ def test_decode_speed(tmp_path: Path) -> None:
     assert result["dora / lora"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_merge_streamed(tmp_path: Path) -> None:
     result = smoke(tmp_path, "merge_streamed.py", "--layers", "2")
     assert result["resumed_is_byte_identical"]
