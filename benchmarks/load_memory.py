@@ -16,6 +16,7 @@ import json
 import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from measure import fresh, peak_rss_bytes
 
@@ -35,14 +36,14 @@ SHAPE = {
 }
 
 
-def write_checkpoint(directory: Path, num_layers: int) -> tuple[int, int, int]:
+def write_checkpoint(directory: Path, num_layers: int, shape: dict[str, Any] = SHAPE) -> tuple[int, int, int]:
     """Random bf16 weights in shards, a tensor at a time; returns (bytes, bytes of the largest tensor, shards)."""
     import torch
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(**SHAPE, num_hidden_layers=num_layers, dtype="bfloat16")
+    config = LlamaConfig(**shape, num_hidden_layers=num_layers, dtype="bfloat16")
     config.save_pretrained(directory)
     with init_empty_weights():
         shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}

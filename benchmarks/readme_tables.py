@@ -17,7 +17,7 @@ from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_shapes
 from tables.runs import kill_resume, mixing
 from tables.table import markdown, read
-from tables.times import layer_time, packing
+from tables.times import layer_time, packing, step_time
 from tables.training import magnitudes, peft_interop, quickstart, real_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixing": mixing,
     "kill_resume": kill_resume,
     "layer_time": layer_time,
+    "step_time": step_time,
     "layer_memory": layer_memory,
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -222,3 +224,36 @@ def test_curvature(tmp_path: Path) -> None:
         assert len(layer["eigenvalues"]) == len(layer["residuals"]) == 4
         assert layer["num_matvecs"] > 4 + 10
         assert max(layer["residuals"]) < 0.01 * abs(layer["eigenvalues"][0])
+
+
+@pytest.mark.slow
+def test_export_exactness(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "export_exactness.py")
+    forms = result["forms"]["float32"]
+    assert set(forms) == {
+        "reference",
+        "base",
+        "merged",
+        "nf4-lora",
+        "requantised",
+        "PEFT running",
+        "PEFT merged",
+    }
+    for name in ("merged", "nf4-lora", "PEFT running"):
+        assert forms[name]["max_logit_difference"] < 1e-4 < forms["requantised"]["max_logit_difference"]
+    assert result["forms"]["bfloat16"].keys() == forms.keys()
+
+
+def test_decode_speed(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "decode_speed.py")
+    assert set(result["tokens_per_second"]) == {"base", "lora", "dora", "merged"}
+    assert result["dora / lora"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_merge_streamed(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "merge_streamed.py", "--layers", "2")
+    assert result["resumed_is_byte_identical"]
+    assert result["interrupted_left"] == [".again.partial"]
+    assert result["num_files"] > 2
+    assert result["num_bytes"] == result["checkpoint_bytes"]

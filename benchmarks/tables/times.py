@@ -81,32 +81,30 @@ _STEP_ARMS = {
 
 
 def step_time() -> str:
-    """Tokens a second, time relative to own QDoRA, and resident peaks, with and without checkpointing."""
+    """Tokens a second and time of own QDoRA relative to each contender's, by checkpointing; the two own ones in pairs."""
     document = read("step_time")
     modes = document["time"]
     header = ["", *(f"{what}, checkpointing {mode}" for mode in modes for what in _STEP_COLUMNS)]
     rows = []
     for name, label in _STEP_ARMS.items():
         row = [label]
-        for mode, found in modes.items():
+        for found in modes.values():
             times = found["ratios"].get(f"own_dora / {name}")
-            peak = document["peaks"][mode][name]["peak_bytes"]
             row.append(f"{found['tokens_per_second'][name]['median']:.0f}")
             row.append(_quartiles(times) if times else "1")
-            row.append(f"{peak / 2**20:,.0f}")
         rows.append(row)
-    pairs = ", ".join(
-        f"checkpointing {mode}, {batch} examples ({sum(found['tokens']) / len(found['tokens']):,.0f} tokens) a step "
+    pairs = "; ".join(
+        f"checkpointing {mode}, {batch} examples ({sum(found['tokens']) / len(found['tokens']):,.0f} tokens) a step: "
         f"{_quartiles(found['ratios']['own_dora / own_lora'])} in {len(found['tokens'])} rounds"
         for mode, batches in document["pairs"].items()
         for batch, found in batches.items()
     )
-    rounds = ", ".join(f"{len(found['tokens'])} with checkpointing {mode}" for mode, found in modes.items())
-    note = f"\n{document['batch']} examples a step; rounds: {rounds}. QDoRA / QLoRA, these two alone: {pairs}.\n"
+    rounds = ", ".join(f"{len(found['tokens'])} rounds with checkpointing {mode}" for mode, found in modes.items())
+    note = f"\n{document['batch']} examples a step; {rounds}. QDoRA's time / QLoRA's, these two alone: {pairs}.\n"
     return markdown(header, rows) + note
 
 
-_STEP_COLUMNS = ("tokens/s", "QDoRA's time / its", "peak RSS, MiB")
+_STEP_COLUMNS = ("tokens/s", "QDoRA's time / its")
 
 
 def _quartiles(ratio: dict[str, float]) -> str:

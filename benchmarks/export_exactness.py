@@ -1,0 +1,201 @@
+"""Every export of one trained adapter against an independent float32 reference, beside PEFT's merge of the same file.
+
+    python benchmarks/export_exactness.py DATA [--steps 60] [--out benchmarks/results/export_exactness.json]
+
+SmolLM2-135M-Instruct (`builtin`) in NF4, block size 64, double quantisation; DoRA r16 trained on PIQA and ARC-Easy in
+DATA (<task>/<split>.parquet). With --smoke: a random model and made-up data.
+
+Reference: plain transformers in float32 with weights merged by numpy in float64 from the adapter file and bitsandbytes'
+own dequantisation. Every form is loaded by stock transformers, bitsandbytes and PEFT and computed in float32 and in
+bfloat16 on the same validation text: differences of logits, KL, NLL per token. Floor: float32 sums in another order,
+and in bfloat16 the rounding of the reference itself, computed in bfloat16.
+
+    merged           `qdora export`, in the dtype that it is computed in
+    nf4-lora         `qdora export --format nf4-lora`
+    requantised      `qdora export --requantize`: what merging and quantising again costs
+    PEFT running     PEFT's DoRA on Linear4bit
+    PEFT merged      its merge_and_unload on Linear4bit, which quantises again
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from contenders import on_linear4bit
+from measure import facts, write
+from peft_interop import bnb_weights, dense, merged_by_numpy, with_peft
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qdora.model.logit_comparison import Difference
+from qdora.recipe_file import recipe_from
+from qdora.verbs.export import ExportOptions, export_run, held_out, texts_of
+from qdora.verbs.train import train_run
+from qdora.verbs.trained import load_run
+
+TASKS = ("piqa", "arc_e")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main() -> None:
+    """Train, export, compare, write the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "export_exactness.json")
+    settings = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        document = smoke_recipe(folder) if settings.smoke else recipe(settings.data.resolve(), settings.steps)
+        summary = train_run(recipe_from(document), folder / "run")
+        result = {
+            **facts(f"python benchmarks/export_exactness.py {'--smoke' if settings.smoke else 'DATA'}"),
+            "model": document["model"]["source"] if settings.smoke is False else "random",
+            "steps": document["train"]["steps"],
+            "final_loss": summary["final_loss"],
+            **compare(folder),
+        }
+    write(settings.out, result)
+
+
+def recipe(data: Path, steps: int) -> dict[str, Any]:
+    """A short run on real data."""
+    return {
+        "model": {"source": "builtin"},
+        "adapter": {"kind": "dora", "rank": 16, "alpha": 32.0},
+        "data": {"mix": [{"task": task, "path": str(data / task)} for task in TASKS], "max_length": 256},
+        "train": {"steps": steps, "batch": 8, "lr": 5e-4, "optimizer": "adamw", "checkpoint_every": steps},
+        "eval": {"at_start": False, "at_end": False},
+    }
+
+
+def smoke_recipe(folder: Path) -> dict[str, Any]:
+    """A random model, a byte tokenizer and sums."""
+    from byte_tokenizer import byte_tokenizer
+    from transformers import LlamaConfig
+
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**shape, **heads)).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(6) for b in range(5)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": {"source": str(folder / "model")},
+        "adapter": {"kind": "dora", "rank": 4, "alpha": 8.0},
+        "data": {"mix": [{"source": str(folder / "sums.jsonl")}], "max_length": 64},
+        "train": {"steps": 3, "batch": 4, "lr": 1e-2, "optimizer": "adamw", "checkpoint_every": 3},
+        "eval": {"at_start": False, "at_end": False},
+    }
+
+
+@torch.no_grad()
+def compare(folder: Path) -> dict[str, Any]:
+    """All forms against the reference, in both dtypes."""
+    run, quiet = folder / "run", Console(quiet=True)
+    trained = load_run(run)
+    base = load_run(run, base_only=True).model
+    texts = texts_of(held_out(trained.recipe))
+    ids = [trained.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
+    tokens = [each for each in ids if each.shape[1] > 1]
+    weights = bnb_weights(base)
+    merged = merged_by_numpy(weights, run / "adapter")
+    reference = logits(dense(base, merged), tokens)
+    spread = torch.cat([each.std(dim=-1) for each in reference]).mean()
+    forms: dict[str, Any] = {}
+    for name, dtype in DTYPES.items():
+        export_run(run, folder / f"merged-{name}", ExportOptions(dtype=name, audit=False), console=quiet)
+        plain = {"reference": lambda: dense(base, merged), "base": lambda: dense(base, weights)}
+        loaders = {
+            **{form: lambda make=make, dtype=dtype: make().to(dtype) for form, make in plain.items()},
+            "merged": lambda name=name, dtype=dtype: AutoModelForCausalLM.from_pretrained(
+                folder / f"merged-{name}", dtype=dtype
+            ),
+            "nf4-lora": lambda name=name: with_lora(folder / f"nf4-lora-{name}", run, name, quiet),
+            "requantised": lambda name=name: requantised(folder / f"requantised-{name}", run, name, quiet),
+            "PEFT running": lambda dtype=dtype: with_peft(on_linear4bit(base, dtype).eval(), run / "adapter"),
+            "PEFT merged": lambda dtype=dtype: peft_merged(base, run / "adapter", dtype),
+        }
+        forms[name] = {}
+        for form, load in loaders.items():
+            found = logits(load(), tokens)
+            forms[name][form] = against(found, reference, tokens)
+            gc.collect()
+    return {
+        "num_texts": len(tokens),
+        "num_positions": sum(each.shape[1] for each in tokens),
+        "logit_spread": float(spread),
+        "reference_nll_per_token": nll(reference, tokens),
+        "forms": forms,
+    }
+
+
+def with_lora(directory: Path, run: Path, dtype: str, quiet: Console) -> Any:
+    """The nf4-lora export through transformers, bitsandbytes and PEFT."""
+    export_run(run, directory, ExportOptions(format_="nf4-lora", dtype=dtype, audit=False), console=quiet)
+    return peft.PeftModel.from_pretrained(on_bnb(directory), str(directory / "adapter")).eval()
+
+
+def requantised(directory: Path, run: Path, dtype: str, quiet: Console) -> Any:
+    """The merge in 4 bits again."""
+    export_run(run, directory, ExportOptions(requantize=True, dtype=dtype, audit=False), console=quiet)
+    return on_bnb(directory)
+
+
+def on_bnb(directory: Path) -> Any:
+    """A bitsandbytes checkpoint as transformers loads it, its bytes never repacked."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def peft_merged(base: Any, adapter: Path, dtype: torch.dtype) -> Any:
+    """PEFT's own merge on 4-bit layers."""
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(on_linear4bit(base, dtype)), str(adapter))
+    model = adapted.merge_and_unload()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def logits(model: Any, tokens: list[Tensor]) -> list[Tensor]:
+    """Of each text, (positions, vocabulary) float32."""
+    model.eval()
+    return [model(input_ids=ids, use_cache=False).logits[0].float() for ids in tokens]
+
+
+def nll(found: list[Tensor], tokens: list[Tensor]) -> float:
+    """Per token of all texts, nats; the first token of a text has none."""
+    total = sum(
+        float(torch.nn.functional.cross_entropy(each[:-1].double(), ids[0, 1:], reduction="sum"))
+        for each, ids in zip(found, tokens, strict=True)
+    )
+    return total / sum(ids.shape[1] - 1 for ids in tokens)
+
+
+def against(found: list[Tensor], reference: list[Tensor], tokens: list[Tensor]) -> dict[str, float]:
+    """Differences from the reference, and the NLL."""
+    difference = Difference()
+    for expected, other in zip(reference, found, strict=True):
+        difference.add(expected, other)
+    return {**difference.to_dict(), "nll_per_token": nll(found, tokens)}
+
+
+if __name__ == "__main__":
+    main()
