@@ -81,7 +81,7 @@ _STEP_ARMS = {
 
 
 def step_time() -> str:
-    """Tokens a second and time of own QDoRA relative to each contender's, by checkpointing; the two own ones in pairs."""
+    """Tokens a second and time of own QDoRA relative to each contender, by checkpointing; the two own ones in pairs."""
     document = read("step_time")
     modes = document["time"]
     header = ["", *(f"{what}, checkpointing {mode}" for mode in modes for what in _STEP_COLUMNS)]

@@ -173,6 +173,8 @@ def gram_matrices(gradients: Sequence[Mapping[str, Tensor]], keys: Sequence[str]
     """
     grams: dict[str, Array] = {}
     for key in keys:
+        if all(key not in each for each in gradients):
+            continue  # a group of parameters that nobody moves has no row in the report
         product = inner_products([each.get(key) for each in gradients]).cpu().numpy()
         block = _BLOCK.search(key)
         for group in (ALL, key.rpartition(".")[2], *([block[1]] if block else [])):
