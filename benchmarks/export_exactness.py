@@ -75,7 +75,11 @@ def recipe(data: Path, steps: int) -> dict[str, Any]:
     return {
         "model": {"source": "builtin"},
         "adapter": {"kind": "dora", "rank": 16, "alpha": 32.0},
-        "data": {"mix": [{"task": task, "path": str(data / task)} for task in TASKS], "max_length": 256},
+        "data": {
+            "mix": [{"task": task, "path": str(data / task)} for task in TASKS],
+            "max_length": 256,
+            "too_long": "drop",
+        },
         "train": {"steps": steps, "batch": 8, "lr": 5e-4, "optimizer": "adamw", "checkpoint_every": steps},
         "eval": {"at_start": False, "at_end": False},
     }
