@@ -191,6 +191,33 @@ def test_without_pruned_weights_it_is_the_plain_layer() -> None:
     torch.testing.assert_close(masked, layer(tokens()), rtol=1e-12, atol=1e-12)
 
 
+def test_an_input_in_any_layout_with_dropout() -> None:
+    layer = layer_of(dropout=0.3)
+    values = torch.randn(1, 24, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = []
+    for x in (values.transpose(1, 2), values.transpose(1, 2).contiguous()):
+        leaf = x.detach().requires_grad_()
+        torch.manual_seed(5)
+        y = layer(leaf)
+        y.sum().backward()
+        found.append((y.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_a_frozen_magnitude_keeps_no_output() -> None:
+    layer = layer_of()
+    assert layer.magnitude is not None
+    sizes: dict[bool, list[int]] = {}
+    for trains in (True, False):
+        layer.magnitude.requires_grad_(trains)
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y = layer(tokens(5))
+        sizes[trains] = [t.numel() for t in kept if t.shape == y.shape]
+    assert sizes == {True: [5 * 13], False: []}
+
+
 def test_the_norm_follows_the_parameters() -> None:
     layer = layer_of("2:4").eval()
     x = tokens()

@@ -11,6 +11,7 @@ import torch.distributed
 from torch import nn
 
 from qdora.errors import UserError
+from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
@@ -73,10 +74,15 @@ def test_the_longest_matching_rank_wins_and_stabilised_scaling_divides_by_the_ro
     assert layers["model.layers.0.self_attn.v_proj"].scaling == 8.0 / 2.0
 
 
-def test_data_parallel_training_does_not_send_the_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["injected", "loaded"])
+def test_data_parallel_training_does_not_send_the_base(how: str, tmp_path: Path) -> None:
     """DistributedDataParallel broadcasts buffers before each forward pass: the packed base is not among them."""
     model = tiny.llama()
     inject(model, rank=2)
+    if how == "loaded":
+        save_adapter(model, tmp_path / "adapter", base_name_or_path="base", revision=None, base_quant={})
+        model = tiny.llama()
+        load_adapter(model, tmp_path / "adapter")
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
     )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qdora import __version__
 from qdora.atomic_files import atomic_directory, json_text
 from qdora.errors import UserError
-from qdora.model.inject import adapted_layers, as_frozen, check_masks, replace_module
+from qdora.model.inject import adapted_layers, as_frozen, check_masks, put_layers
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
 from qdora.model.safetensors_writer import TensorSpec, write_safetensors
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -192,8 +192,6 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     if adapted_layers(model):
         raise ValueError("the model carries adapters already; load_adapter needs the bare base.")
     layout, stored = read_adapter(model, directory)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     adapted = {}
     for path, found in stored.items():
         layer = AdaptedLinear(
@@ -212,9 +210,8 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
             layer.lora_B.copy_(found.lora_B)
             if layer.magnitude is not None and found.magnitude is not None:
                 layer.magnitude.copy_(found.magnitude)
-        layer.train(model.training)
-        replace_module(model, path, layer)
         adapted[path] = layer
+    put_layers(model, adapted)
     return adapted
 
 

@@ -59,8 +59,6 @@ def inject(
     ranks = _ranks(chosen, rank, rank_pattern or {})
     if masked:
         check_masks(chosen, "adapter.mask")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     adapted: dict[str, AdaptedLinear] = {}
     for name, module in chosen.items():
         share = ranks[name] / rank if same_scaling else 1.0
@@ -76,11 +74,19 @@ def inject(
             masked=masked,
             generator=generator,
         )
+        adapted[name] = layer
+    put_layers(model, adapted)
+    return adapted
+
+
+def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
+    """Put adapted layers at their paths, in the model's mode, and freeze everything else."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
-        adapted[name] = layer
     _keep_base_out_of_broadcasts(model)
-    return adapted
 
 
 def _keep_base_out_of_broadcasts(model: nn.Module) -> None:

@@ -73,8 +73,7 @@ def verify_merged(
         del merged
     if not weights["max_error"] <= 1.0:
         faults.append(f"{weights['worst_layer']}: its merged weight is {weights['max_error']:.3g} roundings off")
-    if tokenizer is not None:
-        faults += tokenizer_faults(tokenizer, merged_dir, texts or [tokenizer.decode(ids) for ids in sequences])
+    faults += tokenizer_faults(tokenizer, merged_dir, texts, sequences)
     return verdict(total, faults, stored, model.dtype) | {"num_texts": len(sequences), "weights": weights}
 
 
@@ -189,10 +188,18 @@ def stored_dtype(merged_dir: Path) -> torch.dtype:
     return dtype
 
 
-def tokenizer_faults(tokenizer: PreTrainedTokenizerBase, merged_dir: Path, texts: Sequence[str]) -> list[str]:
-    """Ways in which the tokenizer of the directory differs from the run's."""
+def tokenizer_faults(
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: Path,
+    texts: Sequence[str] | None,
+    sequences: Sequence[Sequence[int]],
+) -> list[str]:
+    """Ways in which the tokenizer of the directory differs from the run's (None: it has none) on what was compared."""
+    if tokenizer is None:
+        return []
+    texts = texts or [tokenizer.decode(ids) for ids in sequences]
     try:
-        reloaded = AutoTokenizer.from_pretrained(str(merged_dir), local_files_only=True)
+        reloaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:
         return [f"the tokenizer does not reload: {error}"]
     if any(reloaded(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts):

@@ -69,8 +69,7 @@ def verify_nf4_lora(
     weights = compare_weights(model, exported_weights(directory, model), torch.float32)
     if not weights["max_error"] <= 1.0:
         faults.append(f"{weights['worst_layer']}: its exported weight is {weights['max_error']:.3g} roundings off")
-    if tokenizer is not None:
-        faults += tokenizer_faults(tokenizer, directory, texts or [tokenizer.decode(ids) for ids in sequences])
+    faults += tokenizer_faults(tokenizer, directory, texts, sequences)
     found = verdict(total, faults, torch.float32, model.dtype)
     return found | {"num_texts": len(sequences), "weights": weights, "loaded_by": loaded_by}
 

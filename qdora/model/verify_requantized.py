@@ -38,6 +38,5 @@ def verify_requantized(
     device = next(model.parameters()).device
     exported, faults = load_with_bnb(directory, model, device)
     total = compare_logits(model, exported, sequences, device)
-    if tokenizer is not None:
-        faults += tokenizer_faults(tokenizer, directory, texts or [tokenizer.decode(ids) for ids in sequences])
+    faults += tokenizer_faults(tokenizer, directory, texts, sequences)
     return verdict(total, faults, torch.float32, model.dtype, lossy=True) | {"num_texts": len(sequences)}

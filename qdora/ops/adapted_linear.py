@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from qdora.ops.column_dot import column_dot
 from qdora.ops.dora import Gain
-from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
+from qdora.ops.dropout import draw_seed, dropped_slices, zeroed, zeroed_
+from qdora.ops.linear_map import product, transposed_product
 from qdora.ops.planning import device_kind
 from qdora.ops.split_float import split_float32
 from qdora.ops.tiles import Weight, column_tiles, row_tiles
@@ -53,10 +54,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        for rows, tile in row_tiles(weight, x.dtype):
-            torch.mm(x, tile.T, out=out[:, rows])
-            del tile
+        out = product(x, weight)
         return out if bias is None else out.add_(bias.to(out.dtype))
 
     @staticmethod
@@ -64,12 +62,7 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        (dy,) = grads
-        dx = dy.new_empty(dy.shape[0], ctx.weight.shape[1])
-        for columns, tile in column_tiles(ctx.weight, dy.dtype):
-            torch.mm(dy, tile, out=dx[:, columns])
-            del tile
-        return dx, None, None
+        return transposed_product(grads[0], ctx.weight), None, None
 
 
 def adapted_linear(
@@ -130,30 +123,46 @@ def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return factor.to(dtype)
 
 
-def _row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
+def row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
     """s g: what a row of B is multiplied by; (out, 1), or a number for LoRA."""
     return scaling if gain is None else (gain * scaling).unsqueeze(1)
 
 
-def _scaled_B(lora_B: Tensor, row_factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_B(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
     """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
     entries = _ENTRIES_PER_SLICE if device_kind(lora_B.device) == "cpu" else _GPU_ENTRIES_PER_SLICE
     if lora_B.numel() <= entries:
-        return _times(rounded(lora_B, dtype), row_factor, dtype)
+        return _times(rounded(lora_B, dtype), factor, dtype)
     scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
     step = max(1, entries // lora_B.shape[1])
     for start in range(0, lora_B.shape[0], step):
         rows = slice(start, start + step)
-        factor = row_factor if isinstance(row_factor, float) else row_factor[rows]
-        scaled[rows] = _times(rounded(lora_B[rows], dtype), factor, dtype)
+        some = factor if isinstance(factor, float) else factor[rows]
+        scaled[rows] = _times(rounded(lora_B[rows], dtype), some, dtype)
     return scaled
 
 
-def _times(values: Tensor, row_factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(row_factor, float):
-        return (values * row_factor).to(dtype)
+def output_to_keep(out: Tensor, magnitude: Tensor | None) -> Tensor | None:
+    """The output where the gradient of m will be read from it; None for LoRA and for a frozen magnitude."""
+    return out if magnitude is not None and magnitude.requires_grad else None
+
+
+def with_bias(out: Tensor, bias: Tensor | None, *, is_kept: bool) -> Tensor:
+    """The output and its bias: in place, unless `out` is kept.
+
+    The gradient of the magnitude needs the output without its bias. Taking the bias off again would leave its rounding
+    in its place (Qwen's key biases are hundreds of times the rest).
+    """
+    if bias is None:
+        return out
+    return out + bias.to(out.dtype) if is_kept else out.add_(bias.to(out.dtype))
+
+
+def _times(values: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(factor, float):
+        return (values * factor).to(dtype)
     # Widened first: torch multiplies tensors of two dtypes entry by entry, at half the speed.
-    return (values.to(row_factor.dtype) * row_factor).to(dtype)
+    return (values.to(factor.dtype) * factor).to(dtype)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -178,20 +187,16 @@ class _AdaptedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             low = _low_rank_input(x, rounded(lora_A, dtype), dropout, seed)
             # The small term first: the sum is then rounded once, when the base's product is added to it.
-            out = low @ _scaled_B(lora_B, _row_factor(gain, scaling), dtype).T
+            out = low @ scaled_B(lora_B, row_factor(gain, scaling), dtype).T
             for rows, tile in row_tiles(weight, dtype, gain):
                 out[:, rows].addmm_(x, tile.T)
                 del tile
         # The magnitude itself is not read again, but a change of it before the backward pass is an error.
-        read_again = out if magnitude is not None and magnitude.requires_grad else None
+        read_again = output_to_keep(out, magnitude)
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, read_again)
         ctx.weight = weight
         ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
-        if bias is None:
-            return out
-        # A new tensor where the output is read again: the gradient of the magnitude needs it without its bias. Taking
-        # the bias off again would leave its rounding in its place (Qwen's key biases are hundreds of times the rest).
-        return out.add_(bias.to(dtype)) if read_again is None else out + bias.to(dtype)
+        return with_bias(out, bias, is_kept=read_again is not None)
 
     @staticmethod
     @once_differentiable
@@ -208,9 +213,9 @@ class _AdaptedLinear(torch.autograd.Function):
             # Nobody else holds what a checkpoint has recomputed, so `out` and `x` go as soon as they have been read:
             # in a 7B model's down projection, where a step has its peak, 59 MiB.
             del out
-            row_factor = _row_factor(gain, ctx.scaling)
+            factor = row_factor(gain, ctx.scaling)
             if need_x or need_a:
-                d_low = dy @ _scaled_B(lora_B, row_factor, dtype)  # (tokens, rank)
+                d_low = dy @ scaled_B(lora_B, factor, dtype)  # (tokens, rank)
                 a = rounded(lora_A, dtype)
                 if ctx.dropout > 0.0:
                     dx, da = _dropped_input_gradients(ctx, x, d_low, a, need_x, need_a)
@@ -225,12 +230,8 @@ class _AdaptedLinear(torch.autograd.Function):
                     del tile
             if need_b:
                 # The narrow factor first: a quarter faster on a CPU than (dy^T low).
-                db = _wide(low.T @ dy).T * row_factor
+                db = _wide(low.T @ dy).T * factor
         return dx, None if da is None else _wide(da), db, dm, None, None, None, None, None, None, None
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _wide(gradient: Tensor) -> Tensor:
@@ -244,7 +245,7 @@ def _low_rank_input(x: Tensor, a: Tensor, dropout: float, seed: int) -> Tensor:
         return x @ a.T
     low = x.new_empty(x.shape[0], a.shape[0])
     for tokens, positions in dropped_slices(x.shape[0], x.shape[1], dropout, seed, x.device):
-        torch.mm(zeroed_(_copy(x[tokens]), positions), a.T, out=low[tokens])
+        torch.mm(zeroed(x[tokens], positions), a.T, out=low[tokens])
     return low
 
 
@@ -259,5 +260,5 @@ def _dropped_input_gradients(
             torch.mm(d_low[tokens], a, out=dx[tokens])
             zeroed_(dx[tokens], positions)
         if da is not None:
-            da += d_low[tokens].T @ zeroed_(_copy(x[tokens]), positions)
+            da += d_low[tokens].T @ zeroed(x[tokens], positions)
     return dx, da

@@ -68,6 +68,11 @@ def dropped_slices(
         yield slice(start, stop), halves.mul_(size).bitwise_right_shift_(32)
 
 
+def zeroed(values: Tensor, positions: Tensor | None) -> Tensor:
+    """A copy of a (tokens, features) tensor in any layout, zero at flattened positions."""
+    return zeroed_(values.clone(memory_format=torch.contiguous_format), positions)
+
+
 def zeroed_(values: Tensor, positions: Tensor | None) -> Tensor:
     """Zero a contiguous (tokens, features) tensor at flattened positions, in place."""
     if positions is not None:

@@ -28,15 +28,29 @@ def linear_map(x: Tensor, weight: Weight) -> Tensor:
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
+def product(x: Tensor, weight: Weight) -> Tensor:
+    """x W^T in x's dtype: (tokens, in) -> (tokens, out), without a graph."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for rows, tile in row_tiles(weight, x.dtype):
+        torch.mm(x, tile.T, out=out[:, rows])
+        del tile
+    return out
+
+
+def transposed_product(y: Tensor, weight: Weight) -> Tensor:
+    """y W in y's dtype: (tokens, out) -> (tokens, in), without a graph."""
+    out = y.new_empty(y.shape[0], weight.shape[1])
+    for columns, tile in column_tiles(weight, y.dtype):
+        torch.mm(y, tile, out=out[:, columns])
+        del tile
+    return out
+
+
 class _Map(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        for rows, tile in row_tiles(weight, x.dtype):
-            torch.mm(x, tile.T, out=out[:, rows])
-            del tile
-        return out
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
@@ -50,11 +64,7 @@ class _Transposed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
-        out = y.new_empty(y.shape[0], weight.shape[1])
-        for columns, tile in column_tiles(weight, y.dtype):
-            torch.mm(y, tile, out=out[:, columns])
-            del tile
-        return out
+        return transposed_product(y, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:

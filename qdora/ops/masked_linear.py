@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qdora.ops.adapted_linear import product_dtype, rounded
+from qdora.ops.adapted_linear import output_to_keep, product_dtype, rounded, row_factor, scaled_B, with_bias
 from qdora.ops.column_dot import column_dot
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
@@ -126,12 +126,11 @@ class _MaskedLinear(torch.autograd.Function):
                 out[:, rows].addmm_(x, tile.T)
                 del tile
         # The magnitude itself is not read again, but a change of it before the backward pass is an error.
-        ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, None if gain is None else out)
+        read_again = output_to_keep(out, magnitude)
+        ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, read_again)
         ctx.weight, ctx.keep_bits = weight, keep_bits
         ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
-        if bias is None:
-            return out
-        return out.add_(bias.to(dtype)) if gain is None else out + bias.to(dtype)
+        return with_bias(out, bias, is_kept=read_again is not None)
 
     @staticmethod
     @once_differentiable
@@ -164,7 +163,7 @@ def _factor_gradients(
     shape = (ctx.weight.shape[0], ctx.weight.shape[1])
     for rows in _row_blocks(ctx.weight):
         masked = (dy[:, rows].T @ dropped).to(wide).mul_(mask_from_bits(ctx.keep_bits, shape, rows))
-        factor = ctx.scaling if gain is None else (gain[rows] * ctx.scaling).to(wide).unsqueeze(1)
+        factor = row_factor(None if gain is None else gain[rows], ctx.scaling)
         b = rounded(lora_B[rows], dy.dtype).to(wide)
         da.addmm_((b * factor).T, masked)
         db[rows] = (masked @ a.T) * factor
@@ -202,9 +201,8 @@ def _delta(
     dtype: torch.dtype,
 ) -> Tensor:
     """s g M o (B A) of some rows: (rows, in) in `dtype`, from the factors as the products round them."""
-    b = rounded(lora_B[rows], dtype)
-    factor = scaling if gain is None else (gain[rows] * scaling).unsqueeze(1)
-    delta = (b * factor).to(dtype) @ rounded(lora_A, dtype)
+    factor = row_factor(None if gain is None else gain[rows], scaling)
+    delta = scaled_B(lora_B[rows], factor, dtype) @ rounded(lora_A, dtype)
     return delta.mul_(mask_from_bits(keep_bits, (weight.shape[0], weight.shape[1]), rows))
 
 
@@ -212,7 +210,7 @@ def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
     """drop(x) without the factor 1 / (1 - p); x itself without dropout."""
     if dropout == 0.0:
         return x
-    dropped = x.clone()
+    dropped = x.clone(memory_format=torch.contiguous_format)
     for tokens, positions in dropped_slices(x.shape[0], x.shape[1], dropout, seed, x.device):
         zeroed_(dropped[tokens], positions)
     return dropped

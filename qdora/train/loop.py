@@ -32,6 +32,8 @@ from qdora.train.schedule import ScheduleName, learning_rate
 logger = logging.getLogger("qdora")
 
 Metrics = dict[str, Any]
+_Before = tuple[dict[str, Any], dict[str, Tensor]]
+"""The loader's and the random generators' state."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def fit(
             end=settings.lr_end,
         )
         before = loader.state_dict(), random_state()
-        found = _gradient_that_fits(model, optimizer, loader, settings, hooks, device, step, processes)
+        found = _gradient_that_fits(model, optimizer, loader, settings, hooks, device, step, processes, before)
         done, metrics = step + 1, {"step": step + 1, "lr": lr, **found.metrics}
         reason = found.fault or bad_steps.fault(metrics["loss"], metrics["gradient_norm"])
         if reason is None:
@@ -198,9 +200,10 @@ def _gradient_that_fits(
     device: torch.device,
     step: int,
     processes: Processes,
+    before: _Before,
 ) -> _Computed:
-    """Take the next step's examples and sum up their gradient, in smaller micro-batches where memory runs out."""
-    before = loader.state_dict(), random_state()
+    """Take the next step's examples and sum up their gradient, in smaller micro-batches where memory runs out: then
+    again from `before`, the state in which the step began."""
     while True:
         batch = loader.next_step()
         metrics: Metrics = {"loss": math.nan}
@@ -227,7 +230,7 @@ def _gradient_that_fits(
 _BACKED_OFF = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, steps stay as they are. (%s)"
 
 
-def _go_back(optimizer: AdapterOptimizer, loader: StepLoader, before: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
+def _go_back(optimizer: AdapterOptimizer, loader: StepLoader, before: _Before) -> None:
     """To where the step had not begun: no gradients, and the loader's and the generators' state `before`."""
     optimizer.zero_grad()
     loader.load_state_dict(before[0])
