@@ -34,7 +34,7 @@ from typing import Any
 from byte_tokenizer import byte_tokenizer
 from combined_summary import REMEDIES, best_rates, summary
 from measure import RESULTS, facts, write
-from mixed_data import TASKS, smoke_model
+from mixed_data import TASKS, fitted, smoke_model
 from rich.console import Console
 
 from qdora.atomic_files import atomic_write_text
@@ -45,10 +45,8 @@ from qdora.model.inject import adapter_parameters
 from qdora.recipe_file import recipe_from, settings
 from qdora.train.allocator import keep_freed_memory
 from qdora.train.arms import leave_one_out_recipes, solo_recipes
-from qdora.train.interrupt import StopRequest
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import FitSettings
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
     choose_compute,
     find_model,
@@ -213,7 +211,7 @@ class Grid:
         """Train the recipe on the examples of its sources; how many it saw, and its losses."""
         put_adapters(model, recipe)
         loader = make_loader(recipe, tokenized_mix(recipe, self.tokenizer, examples), self.tokenizer)
-        train, lines = recipe.train, []
+        train = recipe.train
         assert train.steps is not None
         parameters = adapter_parameters(model)
         fit_settings = FitSettings(
@@ -224,16 +222,8 @@ class Grid:
             clip=train.clip,
             objective=make_objective(recipe, loader, parameters),
         )
-        fit(
-            model,
-            AdapterOptimizer(parameters, name=train.optimizer, lr=train.lr),
-            loader,
-            fit_settings,
-            Hooks(write_metrics=lines.append, save=lambda step: Path()),
-            device=model.device,
-            progress=TrainingProgress(train.steps, console=Console(quiet=True)),
-            stop=StopRequest(),
-        )
+        optimizer = AdapterOptimizer(parameters, name=train.optimizer, lr=train.lr)
+        lines = fitted(model, optimizer, loader, fit_settings, console=Console(quiet=True))
         totals = {
             name: sum(line[name] for line in lines) for name in ("num_tokens", "num_label_tokens", "num_examples")
         }

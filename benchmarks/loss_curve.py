@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from measure import RESULTS, facts, write
 from mixed_data import (
     FixedSteps,
     base_model,
+    fitted,
     in_one_batch,
     one_by_one,
     real_steps,
@@ -50,11 +50,9 @@ from qdora.data.loader import Step
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.train.allocator import keep_freed_memory
-from qdora.train.interrupt import StopRequest
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import FitSettings
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.progress import TrainingProgress
 
 RANK, LR = 16, 5e-4
 SEEDS = (0, 1, 2)
@@ -164,19 +162,8 @@ def curve(arm: str, seed: int, steps: list[Step], bases: dict[torch.dtype, Any],
 
 def train(model: Any, optimizer: AdapterOptimizer, steps: list[Step]) -> list[dict[str, Any]]:
     """qdora's loop over the given steps; its lines of metrics."""
-    lines: list[dict[str, Any]] = []
-    with TrainingProgress(len(steps)) as progress:
-        fit(
-            model,
-            optimizer,
-            FixedSteps(steps),  # type: ignore[arg-type]
-            FitSettings(num_steps=len(steps), lr=LR, schedule="linear", warmup=10),
-            Hooks(write_metrics=lines.append, save=lambda step: Path(tempfile.gettempdir())),
-            device=torch.device("cpu"),
-            progress=progress,
-            stop=StopRequest(),
-        )
-    return lines
+    settings = FitSettings(num_steps=len(steps), lr=LR, schedule="linear", warmup=10)
+    return fitted(model, optimizer, FixedSteps(steps), settings)
 
 
 def compared(curves: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,21 +16,19 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from mixed_data import fitted
 
 from qdora.environment import environment
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.recipe_file import recipe_from
 from qdora.train.allocator import keep_freed_memory
-from qdora.train.interrupt import StopRequest
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import FitSettings
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import (
     choose_compute,
     find_model,
@@ -109,18 +107,8 @@ def run_arm(compute: str, arm: str, data: Path, steps: int, batch: int) -> dict[
     start = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     parameters = adapter_parameters(model)
     optimizer: Any = PlainBf16AdamW(parameters) if arm == "plain bf16" else AdapterOptimizer(parameters)
-    lines: list[dict[str, Any]] = []
-    with TrainingProgress(steps) as progress:
-        fit(
-            model,
-            optimizer,
-            loader,
-            FitSettings(num_steps=steps, lr=1e-4, schedule="linear", warmup=10),
-            Hooks(write_metrics=lines.append, save=lambda step: Path(tempfile.gettempdir())),
-            device=torch.device("cpu"),
-            progress=progress,
-            stop=StopRequest(),
-        )
+    settings = FitSettings(num_steps=steps, lr=1e-4, schedule="linear", warmup=10)
+    lines = fitted(model, optimizer, loader, settings)
     moved = {}
     for leaf in ("magnitude", "lora_A", "lora_B"):
         names = [name for name in start if name.endswith(leaf)]

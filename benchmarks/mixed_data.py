@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -19,6 +21,9 @@ from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.recipe_file import recipe_from
+from qdora.train.interrupt import StopRequest
+from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.progress import TrainingProgress
 from qdora.verbs.assemble import choose_compute, find_model, load_base, make_loader, read_data, tokenized_mix
 
 TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
@@ -124,6 +129,30 @@ class FixedSteps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Back to a position."""
         self.position = state["position"]
+
+
+def fitted(
+    model: Any, optimizer: Any, loader: Any, settings: FitSettings, *, console: Console | None = None
+) -> list[dict[str, Any]]:
+    """qdora's training loop without a run directory; its lines of metrics.
+
+    Args:
+        loader: A `StepLoader`, or what takes its place (`FixedSteps`).
+        console: Where progress is shown; standard error by default.
+    """
+    lines: list[dict[str, Any]] = []
+    with TrainingProgress(settings.num_steps, console=console) as progress:
+        fit(
+            model,
+            optimizer,
+            loader,
+            settings,
+            Hooks(write_metrics=lines.append, save=lambda _step: Path(tempfile.gettempdir())),
+            device=next(model.parameters()).device,
+            progress=progress,
+            stop=StopRequest(),
+        )
+    return lines
 
 
 def smoke_model(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = 128) -> Any:

@@ -19,7 +19,6 @@ import ctypes
 import functools
 import gc
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from measure import RESULTS, facts, fresh, in_turns, peak_rss_bytes, ratio, spre
 from mixed_data import (
     FixedSteps,
     base_model,
+    fitted,
     in_one_batch,
     real_steps,
     recipe,
@@ -43,10 +43,8 @@ from rich.console import Console
 from qdora.data.loader import Step
 from qdora.model.inject import adapter_parameters
 from qdora.train.allocator import keep_freed_memory
-from qdora.train.interrupt import StopRequest
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import FitSettings
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.progress import TrainingProgress
 
 RANK, LR, CLIP = 16, 1e-4, 1.0
 SAME_LOOP = "_same_loop"
@@ -149,16 +147,8 @@ def trainer(name: str, model: Any) -> Callable[[Step], None]:
 
 def own_step(model: Any, optimizer: AdapterOptimizer, step: Step) -> None:
     """A run of one step of `qdora train`."""
-    fit(
-        model,
-        optimizer,
-        FixedSteps([step]),  # type: ignore[arg-type]
-        FitSettings(num_steps=1, lr=LR, schedule="constant", warmup=0, clip=CLIP),
-        Hooks(write_metrics=lambda metrics: None, save=lambda done: Path(tempfile.gettempdir())),
-        device=torch.device("cpu"),
-        progress=TrainingProgress(1, console=Console(quiet=True)),
-        stop=StopRequest(),
-    )
+    settings = FitSettings(num_steps=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
+    fitted(model, optimizer, FixedSteps([step]), settings, console=Console(quiet=True))
 
 
 def peer_step(model: Any, optimizer: torch.optim.Optimizer, trainable: list[Any], step: Step) -> None:

@@ -4,28 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables.table import markdown, read
+from tables.table import CONTENDERS, markdown, read
 
 MIB, GIB = 2**20, 2**30
-CONTENDERS = {
-    "own_lora": "qdora LoRA",
-    "own_dora": "qdora DoRA",
-    "own_lora_dropout": "qdora LoRA, dropout",
-    "own_dora_dropout": "qdora DoRA, dropout",
-    "peft_lora": "PEFT LoRA",
-    "peft_dora": "PEFT DoRA",
-    "peft_dora_addmm": "PEFT DoRA, norm by one addmm",
-    "own_lora_8bit": "qdora LoRA, 8-bit AdamW",
-    "own_dora_8bit": "qdora DoRA, 8-bit AdamW",
-    "peft_lora_8bit": "PEFT LoRA, 8-bit AdamW",
-    "peft_dora_8bit": "PEFT DoRA, 8-bit AdamW",
-    "peft_lora_bf16_adam": "PEFT LoRA, AdamW in bf16",
-    "peft_dora_bf16_adam": "PEFT DoRA, AdamW in bf16",
-    "peft_lora_defaults": "PEFT LoRA, float32, dropout",
-    "peft_dora_defaults": "PEFT DoRA, float32, dropout",
-    "peft_lora_prepared": "PEFT LoRA, float32, dropout, head float32",
-    "peft_dora_prepared": "PEFT DoRA, float32, dropout, head float32",
-}
 
 
 def layer_memory() -> str:

@@ -9,6 +9,28 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
+CONTENDERS = {
+    "own_lora": "qdora LoRA",
+    "own_dora": "qdora DoRA",
+    "own_lora_dropout": "qdora LoRA, dropout",
+    "own_dora_dropout": "qdora DoRA, dropout",
+    "peft_lora": "PEFT LoRA",
+    "peft_dora": "PEFT DoRA",
+    "peft_dora_addmm": "PEFT DoRA, norm by one addmm",
+    "own_lora_8bit": "qdora LoRA, 8-bit AdamW",
+    "own_dora_8bit": "qdora DoRA, 8-bit AdamW",
+    "peft_lora_8bit": "PEFT LoRA, 8-bit AdamW",
+    "peft_dora_8bit": "PEFT DoRA, 8-bit AdamW",
+    "peft_lora_bf16_adam": "PEFT LoRA, AdamW in bf16",
+    "peft_dora_bf16_adam": "PEFT DoRA, AdamW in bf16",
+    "peft_lora_defaults": "PEFT LoRA, float32, dropout",
+    "peft_dora_defaults": "PEFT DoRA, float32, dropout",
+    "peft_lora_prepared": "PEFT LoRA, float32, dropout, head float32",
+    "peft_dora_prepared": "PEFT DoRA, float32, dropout, head float32",
+    "peft_lora_same_loop": "PEFT LoRA in qdora's loop",
+}
+"""What the arms of the benchmarks against PEFT are called in the tables."""
+
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table, all columns but the first to the right."""

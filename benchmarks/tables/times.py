@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import markdown, percent, read
+from tables.table import CONTENDERS, markdown, percent, read
 
 
 def layer_time() -> str:
@@ -69,25 +69,15 @@ def packing() -> str:
     return markdown(header, rows) + note
 
 
-_STEP_ARMS = {
-    "own_dora": "qdora DoRA",
-    "own_lora": "qdora LoRA",
-    "peft_lora": "PEFT LoRA",
-    "peft_dora": "PEFT DoRA",
-    "peft_lora_defaults": "PEFT LoRA, float32, dropout",
-    "peft_dora_defaults": "PEFT DoRA, float32, dropout",
-    "peft_lora_same_loop": "PEFT LoRA in qdora's loop",
-}
-
-
 def step_time() -> str:
     """Tokens a second and time of own QDoRA relative to each contender, by checkpointing; the two own ones in pairs."""
     document = read("step_time")
     modes = document["time"]
     header = ["", *(f"{what}, checkpointing {mode}" for mode in modes for what in _STEP_COLUMNS)]
     rows = []
-    for name, label in _STEP_ARMS.items():
-        row = [label]
+    names = next(iter(modes.values()))["tokens_per_second"]
+    for name in ("own_dora", *(name for name in names if name != "own_dora")):
+        row = [CONTENDERS[name]]
         for found in modes.values():
             times = found["ratios"].get(f"own_dora / {name}")
             row.append(f"{found['tokens_per_second'][name]['median']:.0f}")
