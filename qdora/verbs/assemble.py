@@ -55,14 +55,15 @@ def choose_compute(dtype: str) -> Compute:
     return Compute(device, chosen)
 
 
-def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """Resolve the source and load the tokenizer: done before anything large is read.
-
-    Without `weights` those of a model on the Hub are not fetched.
-    """
+def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
+    """Where the recipe's model is. Without `weights` those of a model on the Hub are not fetched."""
     model = recipe.model
-    source = resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
-    named = model.tokenizer
+    return resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
+
+
+def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """`find_source`, and the tokenizer: done before anything large is read."""
+    source, named = find_source(recipe, weights=weights), recipe.model.tokenizer
     return source, load_tokenizer(source if named is None else resolve(named, weights=False))
 
 

@@ -41,6 +41,7 @@ from qdora.verbs.assemble import (
     choose_compute,
     describe_adapters,
     find_model,
+    find_source,
     make_loader,
     num_steps_of,
     put_adapters,
@@ -105,7 +106,7 @@ def _train(
     given = recipe
     recipe, memory = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
     if memory is not None:
-        source, _ = find_model(recipe)
+        source = find_source(recipe)
         apply_micro_batch_(loader, recipe)
     calibration = None if recipe.base.prune is None else calibration_tokens(recipe, tokenizer, mix, load_config(source))
     open_ = resume_run if resume else create_run
