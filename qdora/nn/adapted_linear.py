@@ -154,7 +154,8 @@ class AdaptedLinear(nn.Module):
         Args:
             keep: (rank,) bool, True for those that stay, at least one.
         """
-        assert keep.shape == (self.rank,) and bool(keep.any()), "a layer keeps one component or more"
+        assert keep.shape == (self.rank,), "one answer for each component"
+        assert bool(keep.any()), "a layer keeps one component or more"
         keep = keep.to(self.lora_A.device)
         share = int(keep.sum()) / self.rank
         self.rank = int(keep.sum())
