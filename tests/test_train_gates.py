@@ -132,7 +132,7 @@ def step(model: Any, gates: Gates, optimizer: AdapterOptimizer, number: int) -> 
 @pytest.mark.parametrize("name", ["adamw", "paged_adamw_8bit", "paged_adamw_32bit", "lion", "paged_lion_8bit"])
 def test_removal_keeps_the_loss_and_the_states_of_what_stays(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, gates, optimizer = pieces(name)
-    remove = Gates._remove_dead
+    remove = Gates.remove_dead
     seen: dict[str, Any] = {}
 
     def spy(self: Gates, given: AdapterOptimizer) -> None:
@@ -142,7 +142,7 @@ def test_removal_keeps_the_loss_and_the_states_of_what_stays(name: Any, monkeypa
         seen["states"] = {key: tensor.clone() for key, tensor in given.state_tensors().items()}
         remove(self, given)
 
-    monkeypatch.setattr(Gates, "_remove_dead", spy)
+    monkeypatch.setattr(Gates, "remove_dead", spy)
     for number in range(3):
         step(model, gates, optimizer, number)
     assert gates.mean_rank == 3

@@ -132,7 +132,7 @@ class Gates:
             self.is_over = step + 1 >= self.num_warmup + self.num_anneal
         self.settle()
         if self.is_over != was_over or (step + 1) % self.settings.shrink_every == 0:
-            self._remove_dead(optimizer)
+            self.remove_dead(optimizer)
         return {"gates": {"mean_rank": self.mean_rank, "num_parameters": self.num_parameters}}
 
     def settle(self) -> None:
@@ -142,6 +142,20 @@ class Gates:
             gate.grad = None
             gate.requires_grad_(not self.is_over)
         self._write(self._value if self.settings.mode == "l1" else gate_value(self._value))
+
+    def remove_dead(self, optimizer: AdapterOptimizer) -> None:
+        """Take dead components out of layers, optimizer and vectors; the function stays, to rounding."""
+        if bool(self._alive.all()):
+            return
+        for (path, layer), keep in zip(self.layers.items(), torch.split(self._alive, self._ranks()), strict=True):
+            if not bool(keep.all()):
+                layer.keep_components_(keep)
+                for name, dim in (("lora_A", 0), ("lora_B", 1)):
+                    optimizer.cut_(f"{path}.{name}", keep.nonzero().squeeze(1).to(layer.lora_A.device), dim)
+        for name in _VECTORS:
+            setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
+        self._alive = self._alive[self._alive]
+        logger.info("Adapters shrunk to %s parameters, mean rank %.2f.", f"{self.num_parameters:,}", self.mean_rank)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values that a checkpoint keeps beside the tensors; the same in all processes."""
@@ -234,20 +248,6 @@ class Gates:
 
     def _allowed(self, step: int) -> float:
         return allowed_cost(step, self.full, self.target, self.num_warmup, self.num_anneal)
-
-    def _remove_dead(self, optimizer: AdapterOptimizer) -> None:
-        """Take dead components out of layers, optimizer and vectors; the function stays, to rounding."""
-        if bool(self._alive.all()):
-            return
-        for (path, layer), keep in zip(self.layers.items(), torch.split(self._alive, self._ranks()), strict=True):
-            if not bool(keep.all()):
-                layer.keep_components_(keep)
-                for name, dim in (("lora_A", 0), ("lora_B", 1)):
-                    optimizer.cut_(f"{path}.{name}", keep.nonzero().squeeze(1).to(layer.lora_A.device), dim)
-        for name in _VECTORS:
-            setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
-        self._alive = self._alive[self._alive]
-        logger.info("Adapters shrunk to %s parameters, mean rank %.2f.", f"{self.num_parameters:,}", self.mean_rank)
 
     @torch.no_grad()
     def _write(self, values: Tensor) -> None:
