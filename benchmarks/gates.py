@@ -1,7 +1,7 @@
 """Gates on SmolLM2-135M: whether the budget is reached, whether anything jumps when components go, and what it saves.
 
     OMP_NUM_THREADS=2 python benchmarks/gates.py DATA --out benchmarks/results/gates.json
-        [--part budget|cost] [--steps 40] [--rounds 12] [--smoke]
+        [--part budget|cost] [--steps 24] [--rounds 12] [--smoke]
 
 DATA holds <task>/<split>.parquet. NF4 in blocks of 64, QDoRA of rank 16 on all linear layers, real steps of the eight
 tasks. Budget: a run for each mode and target, in float32; kept are the budget reached and the loss of a fixed batch
@@ -35,7 +35,9 @@ from qdora.train.loop import FitSettings
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
 
-RANK, ALPHA, LR, BATCH = 16, 32.0, 5e-4, 8
+RANK, ALPHA, LR = 16, 32.0, 5e-4
+# Examples of a step: few where only the course of the gates is looked at.
+BATCHES = {"budget": 2, "cost": 8}
 MODES = ("l1", "hard_concrete")
 TARGETS: dict[str, dict[str, float]] = {
     "mean rank 4": {"mean_rank": 4.0},
@@ -75,7 +77,7 @@ def main() -> None:
     args = arguments()
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() and not args.smoke else {}
     result |= facts("python benchmarks/gates.py DATA")
-    result |= {"rank": RANK, "batch": BATCH, "steps": args.steps}
+    result |= {"rank": RANK, "batch": BATCHES, "steps": args.steps}
     keep_freed_memory()
     if args.part in (None, "budget"):
         found = result.setdefault("budget", {})
@@ -97,7 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--out", type=Path, default=RESULTS / "gates.json")
     parser.add_argument("--part", choices=("budget", "cost"))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--smoke", action="store_true", help="a random model and few steps: shows that it runs")
     args = parser.parse_args()
@@ -110,18 +112,18 @@ def arguments() -> argparse.Namespace:
 
 def model_of(dtype: torch.dtype, args: argparse.Namespace, ranks: Mapping[str, int] | None = None) -> Any:
     """QDoRA of rank 16, or of the given ranks with the same scaling, in training mode."""
-    settings = None if args.smoke else recipe(args.data.resolve(), batch=BATCH, checkpointing=False)
+    settings = None if args.smoke else recipe(args.data.resolve(), batch=1, checkpointing=False)
     base = smoke_model(dtype) if settings is None else base_model(settings, dtype)
     start = torch.Generator().manual_seed(0)
     inject(base, rank=RANK, alpha=ALPHA, rank_pattern=ranks or {}, same_scaling=True, generator=start)
     return base.train()
 
 
-def steps_of(num_steps: int, args: argparse.Namespace) -> list[Step]:
+def steps_of(part: str, num_steps: int, args: argparse.Namespace) -> list[Step]:
     """The first steps of a run."""
     if args.smoke:
         return smoke_steps(num_steps)
-    return real_steps(recipe(args.data.resolve(), batch=BATCH, checkpointing=False), num_steps)
+    return real_steps(recipe(args.data.resolve(), batch=BATCHES[part], checkpointing=False), num_steps)
 
 
 @torch.no_grad()
@@ -139,7 +141,7 @@ def budget_run(mode: str, target: Mapping[str, float], args: argparse.Namespace)
     model = model_of(torch.float32, args)
     full = sum(layer.rank * (layer.in_features + layer.out_features) for layer in adapted_layers(model).values())
     asked: dict[str, Any] = dict(target) if "share" not in target else {"parameters": int(target["share"] * full)}
-    steps = steps_of(args.steps + 1, args)
+    steps = steps_of("budget", args.steps + 1, args)
     settings = GateConfig(mode=mode, **asked, warmup=0.15, anneal=0.6, shrink_every=4)
     gates = WatchedGates(model, settings, args.steps, steps[-1])
     gates.check_budget()
@@ -166,7 +168,7 @@ def budget_run(mode: str, target: Mapping[str, float], args: argparse.Namespace)
 
 def cost(ranks: Mapping[str, int], args: argparse.Namespace) -> dict[str, Any]:
     """Bytes and time of a step at full rank with gates, shrunk, and without gates."""
-    steps = steps_of(args.rounds + 2, args)
+    steps = steps_of("cost", args.rounds + 2, args)
     trainers, found = {}, {}
     for name, pattern, gated in (("gated", None, True), ("shrunk", ranks, True), ("ungated", None, False)):
         model = model_of(torch.bfloat16, args, pattern)

@@ -163,6 +163,16 @@ class Gates:
         numbers = {"num_updates": self.num_updates, "full": self.full, "target": self.target}
         return {**numbers, "is_over": self.is_over, "died": died}
 
+    def record(self) -> dict[str, Any]:
+        """JSON values for the adapter's own record: layer -> after which step each component went, and its cost."""
+        return {
+            path: {
+                "parameters_per_rank": layer.in_features + layer.out_features,
+                "removed_after": list(self.died[path]),
+            }
+            for path, layer in self.layers.items()
+        }
+
     def save(self, directory: Path) -> None:
         """Write gates.safetensors: the vectors, and lora_B before its gate, since adapter/ holds it behind."""
         tensors = {name: getattr(self, f"_{name}") for name in _VECTORS}

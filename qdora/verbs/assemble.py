@@ -160,7 +160,7 @@ def _targets(recipe: Recipe) -> str | list[str]:
     return targets if isinstance(targets, str) else list(targets)
 
 
-def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
+def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path, extra: dict[str, Any] | None = None) -> None:
     """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`."""
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
@@ -174,6 +174,7 @@ def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> No
         base_name_or_path=recipe.model.source,
         revision=recipe.model.revision,
         base_quant=quant,
+        extra=extra,
     )
 
 

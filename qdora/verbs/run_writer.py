@@ -205,9 +205,11 @@ class RunWriter:
             assert self.optimizer is not None
             write_parameters(directory / PARAMETERS_FILE, self.optimizer.parameters)
             return
-        if self.gates is not None:  # a step that failed leaves them as they were drawn
-            self.gates.settle()
-        write_adapter(self.model, self.recipe, adapter)
+        extra = None
+        if self.gates is not None:
+            self.gates.settle()  # a step that failed leaves them as they were drawn
+            extra = {"gates": self.gates.record()}
+        write_adapter(self.model, self.recipe, adapter, extra)
 
 
 def _bad_step(bad: BadStep) -> tuple[str, str]:
