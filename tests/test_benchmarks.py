@@ -250,6 +250,19 @@ def test_decode_speed(tmp_path: Path) -> None:
     assert result["dora / lora"]["median"] > 0
 
 
+def test_gates(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "gates.py")
+    assert {mode: len(runs) for mode, runs in result["budget"].items()} == {"l1": 3, "hard_concrete": 3}
+    assert result["passes"]["budget within 2 %"]
+    assert result["passes"]["no jump of the loss"]
+    assert result["passes"]["less held"]
+    assert result["passes"]["less at the peak"]
+    held = {name: result["cost"][name]["held_bytes"] for name in ("gated", "shrunk", "ungated")}
+    assert held["shrunk"] < 0.3 * held["gated"]
+    # Gates themselves: 4 bytes each
+    assert held["gated"] - held["ungated"] == 4 * 16 * 14
+
+
 @pytest.mark.slow
 def test_merge_streamed(tmp_path: Path) -> None:
     result = smoke(tmp_path, "merge_streamed.py", "--layers", "2")
