@@ -14,6 +14,7 @@ step in turns on the same examples.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 from collections.abc import Mapping
@@ -105,25 +106,32 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.data is None and not args.smoke:
         parser.error("DATA is missing")
+    args.data = None if args.smoke else args.data.resolve()
     if args.smoke:
         args.steps, args.rounds = 8, 2
     return args
 
 
-def model_of(dtype: torch.dtype, args: argparse.Namespace, ranks: Mapping[str, int] | None = None) -> Any:
+def model_of(dtype: torch.dtype, data: Path | None, ranks: Mapping[str, int] | None = None) -> Any:
     """QDoRA of rank 16, or of the given ranks with the same scaling, in training mode."""
-    settings = None if args.smoke else recipe(args.data.resolve(), batch=1, checkpointing=False)
-    base = smoke_model(dtype) if settings is None else base_model(settings, dtype)
+    base = copy.deepcopy(base_of(dtype, data))
     start = torch.Generator().manual_seed(0)
     inject(base, rank=RANK, alpha=ALPHA, rank_pattern=ranks or {}, same_scaling=True, generator=start)
     return base.train()
 
 
-def steps_of(part: str, num_steps: int, args: argparse.Namespace) -> list[Step]:
-    """The first steps of a run."""
-    if args.smoke:
+@functools.cache
+def base_of(dtype: torch.dtype, data: Path | None) -> Any:
+    """The base, loaded once; None: a random one."""
+    return smoke_model(dtype) if data is None else base_model(recipe(data, batch=1, checkpointing=False), dtype)
+
+
+@functools.cache
+def steps_of(part: str, num_steps: int, data: Path | None) -> list[Step]:
+    """The first steps of a run; None: random ones."""
+    if data is None:
         return smoke_steps(num_steps)
-    return real_steps(recipe(args.data.resolve(), batch=BATCHES[part], checkpointing=False), num_steps)
+    return real_steps(recipe(data, batch=BATCHES[part], checkpointing=False), num_steps)
 
 
 @torch.no_grad()
@@ -138,10 +146,10 @@ def loss_of(model: Any, step: Step) -> float:
 
 def budget_run(mode: str, target: Mapping[str, float], args: argparse.Namespace) -> dict[str, Any]:
     """One run to a target: what was reached, and what each removal did to the loss."""
-    model = model_of(torch.float32, args)
+    model = model_of(torch.float32, args.data)
     full = sum(layer.rank * (layer.in_features + layer.out_features) for layer in adapted_layers(model).values())
     asked: dict[str, Any] = dict(target) if "share" not in target else {"parameters": int(target["share"] * full)}
-    steps = steps_of("budget", args.steps + 1, args)
+    steps = steps_of("budget", args.steps + 1, args.data)
     settings = GateConfig(mode=mode, **asked, warmup=0.15, anneal=0.6, shrink_every=4)
     gates = WatchedGates(model, settings, args.steps, steps[-1])
     gates.check_budget()
@@ -168,10 +176,10 @@ def budget_run(mode: str, target: Mapping[str, float], args: argparse.Namespace)
 
 def cost(ranks: Mapping[str, int], args: argparse.Namespace) -> dict[str, Any]:
     """Bytes and time of a step at full rank with gates, shrunk, and without gates."""
-    steps = steps_of("cost", args.rounds + 2, args)
+    steps = steps_of("cost", args.rounds + 2, args.data)
     trainers, found = {}, {}
     for name, pattern, gated in (("gated", None, True), ("shrunk", ranks, True), ("ungated", None, False)):
-        model = model_of(torch.bfloat16, args, pattern)
+        model = model_of(torch.bfloat16, args.data, pattern)
         optimizer = AdapterOptimizer(adapter_parameters(model), lr=LR)
         for layer in adapted_layers(model).values() if gated else ():
             layer.add_gate()
