@@ -205,7 +205,7 @@ eval: 3
 lr: 1e-4
 trackers: [wandbb]
 """
-    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, same_scaling"
+    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, same_scaling, gates"
     ranks += ", dtype, mask, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"

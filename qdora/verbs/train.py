@@ -142,7 +142,7 @@ def _train(
         if recipe.data.packing:
             loader.packed = packed_layout(model)
         job = _Job(recipe, run, model, tokenizer, loader, validation, console, num_steps, processes)
-        start = job.restore(checkpoint.path) if checkpoint is not None else job.start_anew()
+        start = job.restore(checkpoint.path) if checkpoint is not None else 0
         again = job.evaluates_again(start)
         processes.first(lambda: run.truncate_metrics(start, evaluates_again=again))
         try:
@@ -226,12 +226,6 @@ class _Job:
             self.gates,
         )
 
-    def start_anew(self) -> int:
-        """Check what can be checked on fresh adapters only; returns step 0."""
-        if self.gates is not None:
-            self.gates.check_budget()
-        return 0
-
     def restore(self, checkpoint: Path) -> int:
         """Take back a checkpoint whose adapter is already in the model; returns its step."""
         assert self.optimizer is not None
@@ -255,6 +249,8 @@ class _Job:
     def go(self, start: int) -> dict[str, Any]:
         """Train from step `start`, evaluate, save; returns the summary."""
         self.num_done = start
+        if self.gates is not None and start == 0:
+            self.gates.check_budget()
         with self.writer.trackers():
             try:
                 self._train_and_evaluate(start)
@@ -333,7 +329,9 @@ class _Job:
             keep_batch=self.writer.keep_batch,
             probe=self._probe(),
             begin_step=None if self.gates is None else self.gates.begin,
-            end_step=None if self.gates is None else partial(self._gates_end, self.gates, optimizer),
+            end_step=None
+            if self.gates is None
+            else partial(self.gates.end, optimizer=optimizer, processes=self.processes),
         )
         with (
             stop_on_signal(self.processes) as stop,
@@ -352,9 +350,6 @@ class _Job:
                 processes=self.processes,
                 bad_steps=self.bad_steps,
             )
-
-    def _gates_end(self, gates: Gates, optimizer: AdapterOptimizer, step: int, applied: bool) -> dict[str, Any]:
-        return gates.end(step, applied, optimizer, self.processes)
 
     def _probe(self) -> Callable[[int], None] | None:
         if not self.probed or self.optimizer is None:
