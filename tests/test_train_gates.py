@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from qdora.errors import Interrupted, UserError
 from qdora.gate_config import GateConfig
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
 from qdora.train.optimizer import AdapterOptimizer
@@ -180,7 +183,7 @@ def test_8_bit_states_are_cut_to_within_their_quantisation() -> None:
     from qdora.train.optimizer_formats import MOMENTS, widened_state
 
     key = "layer.lora_A"
-    parameter = torch.nn.Parameter(torch.randn(12, 1000, generator=torch.Generator().manual_seed(0)))
+    parameter = nn.Parameter(torch.randn(12, 1000, generator=torch.Generator().manual_seed(0)))
     optimizer = AdapterOptimizer({key: parameter}, name="paged_adamw_8bit")
     for seed in range(3):
         parameter.grad = torch.randn(12, 1000, generator=torch.Generator().manual_seed(seed))
@@ -198,7 +201,7 @@ def test_8_bit_states_are_cut_to_within_their_quantisation() -> None:
         wanted = before[name][kept]
         assert after[name].shape == (5, 1000)
         assert float((after[name] - wanted).abs().max()) <= 0.02 * float(wanted.abs().max())
-    fresh = AdapterOptimizer({key: torch.nn.Parameter(parameter.detach().clone())}, name="paged_adamw_8bit")
+    fresh = AdapterOptimizer({key: nn.Parameter(parameter.detach().clone())}, name="paged_adamw_8bit")
     fresh.load_state_tensors(optimizer.state_tensors())  # as a resumed run does
     kept = torch.tensor([1, 2])  # below 4,096 elements: 32 bits, from 8
     parameter.data = parameter.data[kept]
@@ -274,3 +277,46 @@ def test_full_budget_faults() -> None:
             gates.check_budget()
     with pytest.raises(UserError, match=r"adapter\.gates\.anneal: the budget is not reached, got 1 \+ 20 steps"):
         pieces(anneal=20)
+
+
+PLANTED = [1, 2, 3, 6]
+
+
+def planted_run(mode: str, seed: int) -> tuple[list[int], float]:
+    """Four layers learn updates of these ranks from rank 8 each, with a budget of as many components: ranks, loss."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, targets = {}, {}
+    for number, rank in enumerate(PLANTED):
+        weight = torch.randn(24, 32, generator=generator) * 0.2
+        update = torch.randn(24, rank, generator=generator) @ torch.randn(rank, 32, generator=generator) * 0.08
+        name = str(number)
+        options: dict[str, Any] = {"rank": 8, "alpha": 8.0, "dtype": torch.float32, "generator": generator}
+        layers[name], targets[name] = AdaptedLinear(FrozenLinear(weight), kind="lora", **options), weight + update
+    settings = GateConfig(mode=mode, mean_rank=sum(PLANTED) / 4, warmup=0.3, anneal=0.5)
+    gates = Gates(layers, settings, num_steps=300, seed=seed)
+    optimizer = AdapterOptimizer(adapter_parameters(nn.ModuleDict(layers)))
+    for number in range(300):
+        gates.begin(number)
+        x = torch.randn(64, 32, generator=generator)
+        losses = [(layer(x) - x @ targets[name].T).square().mean() for name, layer in layers.items()]
+        total = float(sum(each.item() for each in losses))
+        for each in losses:
+            each.backward()
+        del losses, each
+        optimizer.step(1e-2)
+        optimizer.zero_grad()
+        gates.end(number, True, optimizer, Processes())
+    return [layer.rank for layer in layers.values()], total
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_l1_finds_planted_ranks_exactly(seed: int) -> None:
+    ranks, loss = planted_run("l1", seed)
+    assert ranks == PLANTED
+    assert loss < 1e-4
+
+
+def test_hard_concrete_comes_nearer_to_planted_ranks_than_one_rank_everywhere() -> None:
+    found = [planted_run("hard_concrete", seed)[0] for seed in (0, 1)]
+    away = [sum(abs(rank - wanted) for rank, wanted in zip(ranks, PLANTED, strict=True)) for ranks in found]
+    assert max(away) < sum(abs(3 - wanted) for wanted in PLANTED)
