@@ -211,7 +211,9 @@ class Gates:
 
     def _update(self, step: int) -> None:
         """Adam, then the budget."""
-        gradient = torch.cat([_gradient(gate) for gate in self.parameters])
+        # One transfer from a GPU, not one a layer
+        parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
+        gradient = torch.cat(parts).double().cpu()
         if self.settings.mode == "hard_concrete":
             if not self._is_annealing(step):
                 return
@@ -261,9 +263,10 @@ class Gates:
 
     @torch.no_grad()
     def _write(self, values: Tensor) -> None:
-        living = torch.where(self._alive, values, 0.0)
-        for gate, part in zip(self.parameters, torch.split(living, self._ranks()), strict=True):
-            gate.copy_(part)  # raises the version, by which a cached norm is known to be old
+        gates: list[Tensor] = [*self.parameters]
+        living = torch.where(self._alive, values, 0.0).to(gates[0])
+        # In place: raises the versions, by which cached norms are known to be old
+        torch._foreach_copy_(gates, torch.split(living, self._ranks()))
 
     def _target(self) -> float:
         if self.settings.parameters is not None:
@@ -302,9 +305,3 @@ class Gates:
         """Index of each component in a vector over all that there were at the start."""
         offsets = list(itertools.accumulate((len(each) for each in self.died.values()), initial=0))
         return self._origin + torch.tensor(offsets[:-1])[self._layer_numbers()]
-
-
-def _gradient(gate: nn.Parameter) -> Tensor:
-    if gate.grad is None:
-        return torch.zeros(gate.shape, dtype=torch.float64)
-    return gate.grad.detach().double().cpu()
