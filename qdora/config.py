@@ -244,6 +244,9 @@ class Recipe(Section):
 
     def _gate_faults(self) -> Iterator[Fault]:
         gates, steps = self.adapter.gates, self.train.steps
+        if gates is not None and self.eval.best_by is not None:
+            what = f"the best step may be one before the budget is reached, got {self.eval.best_by!r}"
+            yield "eval.best_by", f"{what} with adapter.gates, allowed: null."
         if gates is not None and steps is not None:
             fault = gates.length_fault(steps)
             if fault is not None:

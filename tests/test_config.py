@@ -719,6 +719,11 @@ def test_gates_that_mean_nothing(adapter: dict[str, Any], message: str) -> None:
     assert message in line
 
 
+def test_gates_and_the_best_step() -> None:
+    (line,) = faults(minimal(adapter={"gates": {"mean_rank": 2}}, eval={"every": 5, "best_by": "macro"}))
+    assert "eval.best_by: the best step may be one before the budget is reached, got 'macro' with adapter.gates" in line
+
+
 def test_phases_of_gates_in_steps_and_shares() -> None:
     recipe = recipe_from(minimal(adapter={"gates": {"mean_rank": 2, "warmup": 7, "anneal": 0.25}}))
     assert recipe.adapter.gates is not None

@@ -108,7 +108,7 @@ class Gates:
         for gate in self.parameters:
             gate.grad = None
         if self.settings.mode == "hard_concrete" and self._is_annealing(step):
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) ^ _STREAM)
+            generator = torch.Generator().manual_seed(((self.seed + _STREAM) * 1_000_003 + step) % 2**63)
             noise = torch.rand(self._count_at_start(), generator=generator, dtype=torch.float64)
             # By the component's number at the start, so that a removal changes no other one's draws
             self._noise = noise[self._place_at_start()].clamp(1e-6, 1 - 1e-6)
