@@ -17,6 +17,7 @@ from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
 from qdora.recipe_file import load_recipe
 from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.plan import plan_run
 from qdora.verbs.plan_memory import plan
 from qdora.verbs.rank import RankSettings, rank_run
 from qdora.verbs.train import train_run
@@ -117,3 +118,5 @@ def test_a_plan_counts_the_gates(root: Path) -> None:
     gated, plain = (plan(each) for each in (asked, without))
     assert gated.num_trainable == plain.num_trainable
     assert 0 < gated.tensor_bytes - plain.tensor_bytes < 0.05 * plain.tensor_bytes
+    said = plan_run(asked, "r.yaml", console=quiet())["memory"]["assumptions"]
+    assert any(line.startswith("all components, as before adapter.gates removes any; with rank 2 in") for line in said)
