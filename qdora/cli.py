@@ -121,8 +121,12 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Argument(help="Directory to make.")],
     format_: Annotated[
-        str, typer.Option("--format", help="merged: one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter.")
-    ] = "merged",
+        str | None,
+        typer.Option(
+            "--format",
+            help="merged (if left out): one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16 or float32; float16 (merged), the run's own (nf4-lora).")
     ] = None,
@@ -135,12 +139,21 @@ def export(
     audit: Annotated[bool, typer.Option(help="Compare all forms of the model and say which one to ship.")] = True,
     push: Annotated[str | None, typer.Option(help="Upload it to this repository of the Hub, private if new.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make the repository of --push public.")] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="What is to run it: transformers, vllm, sglang, tensorrt-llm, llama.cpp or ollama. Chooses the "
+            "format, or refuses one that it does not load.",
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Write the model in a form to deploy, reload it plainly and compare it with the running one."""
-    from qdora.verbs.export import ExportOptions, export_run
+    from qdora.verbs.export import export_run
+    from qdora.verbs.export_options import ExportOptions
 
-    options = ExportOptions(format_, dtype, base, requantize, shard_size, step, audit, push, public)
+    options = ExportOptions(format_, dtype, base, requantize, shard_size, step, audit, push, public, target)
     emit(export_run(run, out, options), json_)
 
 

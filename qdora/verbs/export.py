@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,14 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.atomic_files import atomic_write_json, atomic_write_text
 from qdora.config import Recipe
 from qdora.data.example import Example
-from qdora.errors import RunFailure, UserError, nearest
-from qdora.model.card import Form
+from qdora.errors import RunFailure, UserError
 from qdora.model.checkpoint import shorten
 from qdora.model.export import export_merged
-from qdora.model.export_directory import DTYPES, MAX_SHARD_BYTES
+from qdora.model.export_directory import DTYPES
 from qdora.model.export_nf4_lora import export_nf4_lora
-from qdora.model.export_streamed import BASES, StreamedMerge, check_merge, export_streamed, open_merge
-from qdora.model.hub_push import check_repository, push
+from qdora.model.export_streamed import StreamedMerge, check_merge, export_streamed, open_merge
+from qdora.model.hub_push import push
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import Quantization
 from qdora.model.verify import verify_merged
@@ -32,65 +29,17 @@ from qdora.record import RunDirectory, open_run
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import choose_compute, find_model, run_examples, write_adapter
 from qdora.verbs.audit import audit, audit_page
-from qdora.verbs.card import run_card
+from qdora.verbs.card import card_files, run_card
+from qdora.verbs.export_options import ExportOptions, check_options
+from qdora.verbs.export_targets import check_target
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run, trained_state
 
 logger = logging.getLogger("qdora")
 
-Format = Literal["merged", "peft", "nf4-lora"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 _NUM_TEXTS = 24
 """Held-out texts on which the exported model is compared: about 2,000 tokens, enough for a maximum to mean
 something."""
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `qdora export` is asked for.
-
-    Attributes:
-        format_: "merged" (one dense model for plain transformers), "nf4-lora" (a 4-bit base with the gain in its block
-            scales, and plain LoRA) or "peft" (the adapter as it was trained).
-        dtype: Of the weights that are not quantised: float16, bfloat16 or float32. None: float16 for "merged", the
-            run's own for "nf4-lora".
-        base: Of "merged": "dequantized" (what was trained) or "original" (the 16-bit source). None: dequantized.
-        requantize: Of "merged": write it in 4 bits again, as the base was.
-        shard_size: Of a weights file ("5GB"). None: 5 GiB.
-        step: Checkpoint; None takes the finished adapter.
-        audit: Compare all forms of the model, and say which one to ship.
-        push: Name of the Hub repository that the export is uploaded to once it has passed; None uploads nothing.
-        public: Make that repository public.
-    """
-
-    format_: str = "merged"
-    dtype: str | None = None
-    base: str | None = None
-    requantize: bool = False
-    shard_size: str | None = None
-    step: int | None = None
-    audit: bool = True
-    push: str | None = None
-    public: bool = False
-
-    @property
-    def shard_bytes(self) -> int:
-        """Of a weights file. Raises UserError for what is no size."""
-        return MAX_SHARD_BYTES if self.shard_size is None else parse_size(self.shard_size)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500MB or 2GiB.
-
-    Raises:
-        UserError: Something else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text)
-    size = round(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise UserError(f"--shard-size: {text!r}, allowed: a number and one of {', '.join(_UNITS)}, as in 2GB.")
-    return size
 
 
 def export_run(
@@ -111,16 +60,20 @@ def export_run(
     """
     console = console or default_console()
     keep_freed_memory()
-    _check(options)
+    check_options(options)
+    if options.target is not None:
+        check_target(options.target, _form(options), load_recipe(open_run(run).recipe_file))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
-    if options.format_ == "peft":
+    if options.format == "peft":
         return _pushed(_export_adapter(load_run(run, step=options.step), out), out, options, console)
-    export = _export_merged if options.format_ == "merged" else _export_nf4_lora
+    export = _export_merged if options.format == "merged" else _export_nf4_lora
     trained, result, check = export(run, out, options, console)
-    form: Form = "nf4-lora" if options.format_ == "nf4-lora" else _form_of_merge(options)
+    form = options.form
     zeros = _zeros(trained) if form == "merged" else None
-    document = {"format": options.format_, "run": str(run), "state": trained.state, **result, "verification": check}
+    # Names without their paths: the file leaves this machine.
+    named = {"format": options.format, "run": run.resolve().name, "state": trained.state}
+    document = {**named, **result, "directory": out.resolve().name, "verification": check}
     if zeros is not None:
         document["zeros"] = zeros
     if options.audit and trained.recipe.base.prune is not None:
@@ -150,45 +103,16 @@ def export_run(
     return _pushed(document, out, options, console)
 
 
+def _form(options: ExportOptions) -> str:
+    return "peft" if options.format == "peft" else options.form
+
+
 def _pushed(document: dict[str, Any], out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
     if options.push is None:
         return document
     address = push(out, options.push, private=not options.public)
     console.print(f"uploaded: {address}", markup=False, highlight=False, soft_wrap=True)
     return document | {"pushed": address}
-
-
-def _check(options: ExportOptions) -> None:
-    """Raise UserError for options that are unknown, or that the format has no use for: all of them."""
-    faults = []
-    if options.format_ not in FORMATS:
-        raise UserError(
-            f"--format: {options.format_!r}, allowed: {', '.join(FORMATS)}.{nearest(options.format_, FORMATS)}"
-        )
-    if options.dtype is not None and options.dtype not in DTYPES:
-        faults.append(f"--dtype: {options.dtype!r}, allowed: {', '.join(DTYPES)}.{nearest(options.dtype, DTYPES)}")
-    if options.base is not None and options.base not in BASES:
-        faults.append(f"--base: {options.base!r}, allowed: {', '.join(BASES)}.{nearest(options.base, BASES)}")
-    given = {"--base": options.base is not None, "--requantize": options.requantize}
-    if options.format_ == "peft":
-        given |= {"--dtype": options.dtype is not None, "--shard-size": options.shard_size is not None}
-    if options.format_ != "merged":
-        faults += [f"{name}: has no effect on --format {options.format_}." for name, is_set in given.items() if is_set]
-    if options.requantize and options.base == "original":
-        faults.append("--requantize: with --base original neither the base nor the rounding is the one of the run.")
-    if options.public and options.push is None:
-        faults.append("--public: has no effect without --push.")
-    if faults:
-        raise UserError(*faults)
-    _ = options.shard_bytes
-    if options.push is not None:
-        check_repository(options.push)
-
-
-def _form_of_merge(options: ExportOptions) -> Form:
-    if options.requantize:
-        return "requantized"
-    return "original" if options.base == "original" else "merged"
 
 
 def _export_merged(
@@ -198,8 +122,8 @@ def _export_merged(
     recipe = load_recipe(opened.recipe_file)
     dtype = DTYPES[options.dtype or "float16"]
     where, state = trained_state(opened, recipe, options.step)
-    form = _form_of_merge(options)
-    card = {"README.md": run_card(opened, recipe, state, form=form)}
+    form = options.form
+    card = card_files(opened, recipe, state, form=form)
     if recipe.adapter.kind == "full" or recipe.base.prune is not None:
         if options.base is not None or options.requantize:
             why = "adapter.kind full has no adapter to merge" if recipe.base.prune is None else "the base is pruned"
@@ -280,7 +204,7 @@ def _export_nf4_lora(
     run: Path, out: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
     trained = load_run(run, step=options.step)
-    card = run_card(trained.run, trained.recipe, trained.state, form="nf4-lora")
+    published = options.push if options.push is not None and "/" in options.push else None
     with bar(console, "folding") as progress:
         result = export_nf4_lora(
             trained.model,
@@ -289,7 +213,8 @@ def _export_nf4_lora(
             dtype=None if options.dtype is None else DTYPES[options.dtype],
             max_shard_bytes=options.shard_bytes,
             progress=progress,
-            extra_files={"README.md": card},
+            extra_files=card_files(trained.run, trained.recipe, trained.state, form="nf4-lora"),
+            published_as=published,
         )
     lost = result.scale_error_if_double_quantised
     if lost:
@@ -365,8 +290,8 @@ def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
     if any(layer.masked for layer in adapted_layers(trained.model).values()):
         raise UserError("--format peft: adapter.mask keep: PEFT cannot mask B A, allowed: --format merged.")
     check_servable(trained.model)
-    write_adapter(trained.model, recipe, out)
-    return {"format": "peft", "run": str(trained.run.path), "state": trained.state, "directory": str(out)}
+    write_adapter(trained.model, recipe, out, shipped=True)
+    return {"format": "peft", "run": trained.run.path.resolve().name, "state": trained.state, "directory": out.name}
 
 
 def _verdict(check: dict[str, Any]) -> str:
