@@ -298,9 +298,14 @@ def _verdict(check: dict[str, Any]) -> str:
     """The check in words: the export against the adapter in float32, and how far bf16 arithmetic alone is from that."""
     exact, running = check["exported_vs_reference"], check["exported_vs_running"]
     word = "passed" if check["passed"] else "FAILED"
+    explained = (
+        f" (of this, {check['ill_conditioned']} position(s) at which the running model itself is off by more)"
+        if check["ill_conditioned"]
+        else ""
+    )
     return (
         f"{word} on {check['num_positions']:,} tokens: exported against the adapter in float32, largest logit "
-        f"difference {exact['max_logit_difference']:.3g}, mean KL {exact['kl_mean']:.2g} nats, same next token "
-        f"{exact['argmax_agreement']:.2%}; against the adapter as it runs ({check['running_dtype']}), "
+        f"difference {exact['max_logit_difference']:.3g}{explained}, mean KL {exact['kl_mean']:.2g} nats, same next "
+        f"token {exact['argmax_agreement']:.2%}; against the adapter as it runs ({check['running_dtype']}), "
         f"{running['max_logit_difference']:.3g}, {running['kl_mean']:.2g}, {running['argmax_agreement']:.2%}"
     )
