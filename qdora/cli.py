@@ -124,7 +124,8 @@ def export(
         str | None,
         typer.Option(
             "--format",
-            help="merged (if left out): one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter.",
+            help="merged (if left out): one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; gguf: a "
+            "file for llama.cpp.",
         ),
     ] = None,
     dtype: Annotated[
@@ -147,13 +148,20 @@ def export(
             "format, or refuses one that it does not load.",
         ),
     ] = None,
+    gguf_type: Annotated[
+        str | None, typer.Option(help="Of --format gguf: f32, f16 (if left out), bf16, q8_0, q4_0 or q4_k_m.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="Of --format gguf: llama.cpp's folder; else QDORA_LLAMA_CPP, else PATH.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Write the model in a form to deploy, reload it plainly and compare it with the running one."""
     from qdora.verbs.export import export_run
     from qdora.verbs.export_options import ExportOptions
 
-    options = ExportOptions(format_, dtype, base, requantize, shard_size, step, audit, push, public, target)
+    merge = (dtype, base, requantize, shard_size)
+    options = ExportOptions(format_, *merge, step, audit, push, public, target, gguf_type, llama_cpp)
     emit(export_run(run, out, options), json_)
 
 

@@ -20,7 +20,9 @@ def test_no_server_loads_dora(tmp_path: Path, name: str) -> None:
         check_target(name, "peft", tiny_run.recipe(tmp_path))
     assert len(raised.value.faults) == 1
     assert "--format peft" not in str(raised.value)
-    assert f"use --format {ExportOptions(target=name).format}" in str(raised.value)
+    best = ExportOptions(target=name)
+    check_options(best)
+    assert f"use --format {best.format}" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", TARGETS)

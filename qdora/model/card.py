@@ -11,7 +11,7 @@ import yaml
 import qdora
 from qdora.model.licence import Licence
 
-Form = Literal["run", "merged", "original", "requantized", "nf4-lora"]
+Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf"]
 
 _CONTENTS: dict[Form, str] = {
     "run": "This directory is the run: `adapter/` is what was trained, in PEFT's format, on the quantised base.",
@@ -26,6 +26,14 @@ _CONTENTS: dict[Form, str] = {
     "requantized": (
         "Base and adapter are merged in float32 and quantised again to 4 bits, as a bitsandbytes checkpoint: a second "
         "rounding on top of the one that the adapter was trained on."
+    ),
+    "gguf": (
+        "Base and adapter are merged into one dense weight per layer in float32, and written by llama.cpp's own "
+        "converter. Every tensor was compared with the merge.\n\n"
+        "```bash\n"
+        "llama-server -m model-*.gguf\n"
+        'echo "FROM ./$(ls model-*.gguf)" > Modelfile && ollama create my-model -f Modelfile\n'
+        "```"
     ),
     "nf4-lora": (
         "The base is a bitsandbytes 4-bit checkpoint into whose block scales the gain of DoRA is multiplied; "
@@ -45,6 +53,7 @@ _CHECKED: dict[Form, str] = {
     "original": "merged on the original weights",
     "requantized": "merged and quantised again",
     "nf4-lora": "4-bit base and LoRA",
+    "gguf": "GGUF",
 }
 
 
@@ -85,7 +94,8 @@ def model_card(facts: CardFacts) -> str:
     Raises:
         ValueError: A row of metrics with another number of values than there are columns.
     """
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["qdora"]}
+    library = "gguf" if facts.form == "gguf" else "transformers"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["qdora"]}
     if not facts.base_name.startswith((".", "/")) and "/" in facts.base_name:
         front["base_model"] = facts.base_name
         front["base_model_relation"] = "finetune"

@@ -7,39 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from qdora.atomic_files import atomic_write_json, atomic_write_text
-from qdora.config import Recipe
-from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
 from qdora.model.checkpoint import shorten
-from qdora.model.export import export_merged
 from qdora.model.export_directory import DTYPES
 from qdora.model.export_nf4_lora import export_nf4_lora
-from qdora.model.export_streamed import StreamedMerge, check_merge, export_streamed, open_merge
+from qdora.model.export_streamed import open_merge
 from qdora.model.hub_push import push
 from qdora.model.inject import adapted_layers, frozen_layers
-from qdora.model.load import Quantization
 from qdora.model.verify import verify_merged
 from qdora.model.verify_nf4_lora import verify_nf4_lora
 from qdora.model.verify_requantized import verify_requantized
 from qdora.recipe_file import load_recipe
-from qdora.record import RunDirectory, open_run
+from qdora.record import open_run
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.assemble import choose_compute, find_model, run_examples, write_adapter
+from qdora.verbs.assemble import write_adapter
 from qdora.verbs.audit import audit, audit_page
 from qdora.verbs.card import card_files, run_card
+from qdora.verbs.export_gguf import export_gguf
+from qdora.verbs.export_merge import merge_of, write_merge
 from qdora.verbs.export_options import ExportOptions, check_options
 from qdora.verbs.export_targets import check_target
+from qdora.verbs.held_out import held_out, texts_of
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run, trained_state
 
 logger = logging.getLogger("qdora")
-
-_NUM_TEXTS = 24
-"""Held-out texts on which the exported model is compared: about 2,000 tokens, enough for a maximum to mean
-something."""
 
 
 def export_run(
@@ -67,8 +62,8 @@ def export_run(
         raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
     if options.format == "peft":
         return _pushed(_export_adapter(load_run(run, step=options.step), out), out, options, console)
-    export = _export_merged if options.format == "merged" else _export_nf4_lora
-    trained, result, check = export(run, out, options, console)
+    writers = {"merged": _export_merged, "nf4-lora": _export_nf4_lora, "gguf": export_gguf}
+    trained, result, check = writers[options.format](run, out, options, console)
     form = options.form
     zeros = _zeros(trained) if form == "merged" else None
     # Names without their paths: the file leaves this machine.
@@ -79,7 +74,7 @@ def export_run(
     if options.audit and trained.recipe.base.prune is not None:
         logger.info("No audit: its forms start from the source's weights, which are not those of a pruned base.")
     elif options.audit and check["passed"] and trained.recipe.adapter.kind in ("lora", "dora"):
-        if form == "original":
+        if options.base == "original":
             del trained
             trained = load_run(run, step=options.step)
         document["audit"] = _audit(trained, out, options, console)
@@ -118,65 +113,13 @@ def _pushed(document: dict[str, Any], out: Path, options: ExportOptions, console
 def _export_merged(
     run: Path, out: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
-    opened = open_run(run)
-    recipe = load_recipe(opened.recipe_file)
-    dtype = DTYPES[options.dtype or "float16"]
-    where, state = trained_state(opened, recipe, options.step)
-    form = options.form
-    card = card_files(opened, recipe, state, form=form)
-    if recipe.adapter.kind == "full" or recipe.base.prune is not None:
-        if options.base is not None or options.requantize:
-            why = "adapter.kind full has no adapter to merge" if recipe.base.prune is None else "the base is pruned"
-            raise UserError(f"--base, --requantize: {why}; leave them out.")
-        trained = load_run(run, step=options.step)
-        with bar(console, "writing") as progress:
-            result = export_merged(
-                trained.model,
-                trained.tokenizer,
-                out,
-                dtype=dtype,
-                max_shard_bytes=options.shard_bytes,
-                progress=progress,
-                extra_files=card,
-            )
-    else:
-        merge, tokenizer = merge_of(opened, recipe, where, options)
-        check_merge(merge)
-        with bar(console, "merging") as progress:
-            result = export_streamed(
-                merge,
-                tokenizer,
-                out,
-                dtype=dtype,
-                max_shard_bytes=options.shard_bytes,
-                progress=progress,
-                extra_files=card,
-            )
-        trained = load_run(run, step=options.step, original=form == "original")
+    written = write_merge(run, out, options, DTYPES[options.dtype or "float16"], console, with_card=True)
+    trained = written.load()
     console.print("comparing the merged model with the running one", highlight=False)
-    verify = verify_requantized if form == "requantized" else verify_merged
+    verify = verify_requantized if options.form == "requantized" else verify_merged
     check = verify(trained.model, out, trained.tokenizer, texts=texts_of(held_out(trained.recipe)))
-    return trained, result.to_dict() | {"base": options.base or "dequantized", "requantized": options.requantize}, check
-
-
-def merge_of(
-    run: RunDirectory, recipe: Recipe, trained: Path, options: ExportOptions
-) -> tuple[StreamedMerge, PreTrainedTokenizerBase]:
-    """The merge of a run's adapter (`trained`: from `trained_state`) that is asked for, and the run's tokenizer."""
-    source, tokenizer = find_model(recipe)
-    adapter = None
-    if recipe.adapter.kind != "none":
-        adapter = trained if trained == run.adapter else trained / "adapter"
-    held = recipe.base
-    merge = StreamedMerge(
-        source,
-        adapter,
-        Quantization(held.quant, held.block_size, held.double_quant, tuple(held.skip)),
-        choose_compute(recipe.model.dtype).dtype,
-        base="original" if options.base == "original" else "dequantized",
-        requantize=options.requantize,
-    )
-    return merge, tokenizer
+    more = {"base": options.base or "dequantized", "requantized": options.requantize}
+    return trained, written.result.to_dict() | more, check
 
 
 def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
@@ -227,28 +170,6 @@ def _export_nf4_lora(
     console.print("comparing the exported model with the running one", highlight=False)
     check = verify_nf4_lora(trained.model, out, trained.tokenizer, texts=texts_of(held_out(trained.recipe)))
     return trained, result.to_dict(), check
-
-
-def held_out(recipe: Recipe) -> dict[str, list[Example]]:
-    """The validation examples of a run by task; empty, with a warning, where its data cannot be read."""
-    try:
-        return run_examples(recipe, "validation")
-    except UserError as error:
-        logger.warning("The run's data cannot be read (%s); the check uses a fixed sentence.", error.faults[0])
-        return {}
-
-
-def texts_of(by_task: dict[str, list[Example]]) -> list[str]:
-    """Examples with their answers, spread over the tasks; a fixed sentence where there are none."""
-    picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
-    texts = [text for text in (_text(example) for example in picked[:_NUM_TEXTS]) if text]
-    return texts or ["The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."]
-
-
-def _text(example: Example) -> str:
-    if example.messages:
-        return "\n".join(content for _, content in example.messages)
-    return example.prompt + example.answer
 
 
 def _zeros(trained: TrainedRun) -> dict[str, int] | None:

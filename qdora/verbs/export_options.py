@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from qdora.errors import UserError, nearest
@@ -11,10 +12,12 @@ from qdora.model.card import Form
 from qdora.model.export_directory import DTYPES, MAX_SHARD_BYTES
 from qdora.model.export_streamed import BASES
 from qdora.model.hub_push import check_repository
+from qdora.model.llama_cpp import GgufType
 from qdora.verbs.export_targets import TARGETS, check_target_name
 
-Format = Literal["merged", "peft", "nf4-lora"]
+Format = Literal["merged", "peft", "nf4-lora", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -24,17 +27,20 @@ class ExportOptions:
 
     Attributes:
         format_: "merged" (one dense model for plain transformers), "nf4-lora" (a 4-bit base with the gain in its block
-            scales, and plain LoRA) or "peft" (the adapter as it was trained). None: the best that `target` loads, or
-            "merged".
+            scales, and plain LoRA), "gguf" (the merge as one file for llama.cpp) or "peft" (the adapter as it was
+            trained). None: the best that `target` loads, or "merged".
         dtype: Of the weights that are not quantised: float16, bfloat16 or float32. None: float16 for "merged", the
             run's own for "nf4-lora".
-        base: Of "merged": "dequantized" (what was trained) or "original" (the 16-bit source). None: dequantized.
+        base: Of "merged" and "gguf": "dequantized" (what was trained) or "original" (the 16-bit source). None:
+            dequantized.
         requantize: Of "merged": write it in 4 bits again, as the base was.
         shard_size: Of a weights file ("5GB"). None: 5 GiB.
         step: Checkpoint; None takes the finished adapter.
         audit: Compare all forms of the model, and say which one to ship.
         push: Name of the Hub repository that the export is uploaded to once it has passed; None uploads nothing.
         public: Make that repository public.
+        gguf: Of "gguf": the type of its matrices, one of GGUF_TYPES. None: f16.
+        llama_cpp: Of "gguf": llama.cpp's folder, or its converter. None: found by `find_llama_cpp`.
         target: The program that is to run it, one of TARGETS: what it cannot load is refused. None: no matter which.
     """
 
@@ -48,6 +54,8 @@ class ExportOptions:
     push: str | None = None
     public: bool = False
     target: str | None = None
+    gguf: str | None = None
+    llama_cpp: Path | None = None
 
     @property
     def format(self) -> str:
@@ -61,9 +69,16 @@ class ExportOptions:
         """What will stand in the directory; not of "peft"."""
         if self.format == "nf4-lora":
             return "nf4-lora"
+        if self.format == "gguf":
+            return "gguf"
         if self.requantize:
             return "requantized"
         return "original" if self.base == "original" else "merged"
+
+    @property
+    def gguf_type(self) -> GgufType:
+        """The type of a GGUF file's matrices, once `check_options` has seen it."""
+        return next(type_ for type_ in GGUF_TYPES if type_ == (self.gguf or "f16"))
 
     @property
     def shard_bytes(self) -> int:
@@ -97,11 +112,14 @@ def check_options(options: ExportOptions) -> None:
         faults.append(f"--dtype: {options.dtype!r}, allowed: {', '.join(DTYPES)}.{nearest(options.dtype, DTYPES)}")
     if options.base is not None and options.base not in BASES:
         faults.append(f"--base: {options.base!r}, allowed: {', '.join(BASES)}.{nearest(options.base, BASES)}")
-    given = {"--base": options.base is not None, "--requantize": options.requantize}
-    if options.format == "peft":
-        given |= {"--dtype": options.dtype is not None, "--shard-size": options.shard_size is not None}
-    if options.format != "merged":
-        faults += [f"{name}: has no effect on --format {options.format}." for name, is_set in given.items() if is_set]
+    if options.gguf is not None and options.gguf not in GGUF_TYPES:
+        allowed = f"allowed: {', '.join(GGUF_TYPES)}.{nearest(options.gguf, GGUF_TYPES)}"
+        faults.append(f"--gguf-type: {options.gguf!r}, {allowed}")
+    faults += [
+        f"{name}: has no effect on --format {options.format}."
+        for name, (is_set, formats) in _formats_of(options).items()
+        if is_set and options.format not in formats
+    ]
     if options.requantize and options.base == "original":
         faults.append("--requantize: with --base original neither the base nor the rounding is the one of the run.")
     if options.public and options.push is None:
@@ -111,3 +129,15 @@ def check_options(options: ExportOptions) -> None:
     _ = options.shard_bytes
     if options.push is not None:
         check_repository(options.push)
+
+
+def _formats_of(options: ExportOptions) -> dict[str, tuple[bool, tuple[Format, ...]]]:
+    """Option -> whether it is given, and the formats that it has an effect on."""
+    return {
+        "--base": (options.base is not None, ("merged", "gguf")),
+        "--requantize": (options.requantize, ("merged",)),
+        "--dtype": (options.dtype is not None, ("merged", "nf4-lora")),
+        "--shard-size": (options.shard_size is not None, ("merged", "nf4-lora")),
+        "--gguf-type": (options.gguf is not None, ("gguf",)),
+        "--llama-cpp": (options.llama_cpp is not None, ("gguf",)),
+    }
