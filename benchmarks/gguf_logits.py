@@ -5,8 +5,8 @@
 SmolLM2-135M-Instruct (`builtin`) in NF4; DoRA r16 trained on PIQA and ARC-Easy in DATA (<task>/<split>.parquet). Each
 type is written by `qdora export --format gguf`, with llama.cpp's converter and quantiser, and run by llama-cpp-python
 with its key-value cache in float32. Reference: the adapter in float32 arithmetic. Floor: the reference's own figures in
-bfloat16, and for each type transformers' model with the file's values, which rounds no activation; llama.cpp rounds the
-activations of a product to float16, or for quantised types to 8 bits. With --smoke: two steps on a demo task, f16 alone.
+bfloat16, and for each type transformers' model with the file's values, which rounds no activation; llama.cpp rounds
+those of a product to float16, or for quantised types to 8 bits. With --smoke: two steps on a demo task, f16 alone.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def test_the_licence_of_the_base_goes_with_the_model(run: Path, tmp_path: Path) 
 def test_options_without_effect_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dtype: has no effect on --format peft"):
         export_run(run, tmp_path / "out", ExportOptions(format_="peft", dtype="float16"))
-    with pytest.raises(UserError, match=r"allowed: merged, peft, nf4-lora\. Did you mean 'nf4-lora'\?"):
+    with pytest.raises(UserError, match=r"allowed: merged, peft, nf4-lora, gguf\. Did you mean 'nf4-lora'\?"):
         export_run(run, tmp_path / "out", ExportOptions(format_="nf4lora"))
     assert not (tmp_path / "out").exists()
 
