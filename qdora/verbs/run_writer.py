@@ -209,7 +209,7 @@ class RunWriter:
         if self.gates is not None:
             self.gates.settle()  # a step that failed leaves them as they were drawn
             extra = {"gates": self.gates.record()}
-        write_adapter(self.model, self.recipe, adapter, extra)
+        write_adapter(self.model, self.recipe, adapter, extra=extra)
 
 
 def _bad_step(bad: BadStep) -> tuple[str, str]:
