@@ -7,8 +7,8 @@ DATA holds <task>/<split>.parquet. NF4 in blocks of 64, QDoRA of rank 16 on all 
 tasks. Budget: a run for each mode and target, in float32; kept are the budget reached and the loss of a fixed batch
 just before and after each removal of components. A call goes on where the file ends. Cost: the bytes that adapters,
 their gradients and the optimizer hold, the live bytes of a step at its peak, and its time, in bf16: a gated model at
-full rank, one with the ranks that the L1 run of the smallest budget ended with, and an ungated one of rank 16, step by
-step in turns on the same examples.
+full rank, one with the ranks that the L1 run of the smallest budget ended with, whose gates are folded into lora_B, and
+an ungated one of rank 16, step by step in turns on the same examples.
 """
 
 from __future__ import annotations
@@ -178,13 +178,11 @@ def cost(ranks: Mapping[str, int], args: argparse.Namespace) -> dict[str, Any]:
     """Bytes and time of a step at full rank with gates, shrunk, and without gates."""
     steps = steps_of("cost", args.rounds + 2, args.data)
     trainers, found = {}, {}
-    for name, pattern, gated in (("gated", None, True), ("shrunk", ranks, True), ("ungated", None, False)):
+    for name, pattern in (("gated", None), ("shrunk", ranks), ("ungated", None)):
         model = model_of(torch.bfloat16, args.data, pattern)
         optimizer = AdapterOptimizer(adapter_parameters(model), lr=LR)
-        for layer in adapted_layers(model).values() if gated else ():
+        for layer in adapted_layers(model).values() if name == "gated" else ():
             layer.add_gate()
-            assert layer.gate is not None
-            layer.gate.requires_grad_(name == "gated")  # after the anneal they are frozen
         trainers[name] = functools.partial(one_step, model, optimizer)
         found[name] = {"num_parameters": sum(p.numel() for p in optimizer.parameters.values())}
         trainers[name](steps[0])

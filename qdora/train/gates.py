@@ -89,7 +89,7 @@ class Gates:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The layers' gates, in order."""
+        """The layers' gates, in order; none once the budget is reached."""
         return [layer.gate for layer in self.layers.values() if layer.gate is not None]
 
     @property
@@ -125,22 +125,23 @@ class Gates:
         Returns:
             For the step's line of metrics.
         """
-        was_over = self.is_over
-        if applied and not was_over:
-            processes.sum_gradients_(self.parameters)
-            self._update(step)
-            self.is_over = step + 1 >= self.num_warmup + self.num_anneal
-        self.settle()
-        if self.is_over != was_over or (step + 1) % self.settings.shrink_every == 0:
-            self.remove_dead(optimizer)
+        if not self.is_over:
+            if applied:
+                processes.sum_gradients_(self.parameters)
+                self._update(step)
+            self.settle()
+            reached = applied and step + 1 >= self.num_warmup + self.num_anneal
+            if reached or (step + 1) % self.settings.shrink_every == 0:
+                self.remove_dead(optimizer)
+            if reached:
+                self._fold(optimizer)
         return {"gates": {"mean_rank": self.mean_rank, "num_parameters": self.num_parameters}}
 
     def settle(self) -> None:
-        """Give every gate its deterministic value: exactly 0 where it is dead. Once the budget is reached, it stays."""
+        """Give every gate its deterministic value: exactly 0 where it is dead."""
         self._noise = None
         for gate in self.parameters:
             gate.grad = None
-            gate.requires_grad_(not self.is_over)
         self._write(self._value if self.settings.mode == "l1" else gate_value(self._value))
 
     def remove_dead(self, optimizer: AdapterOptimizer) -> None:
@@ -156,6 +157,16 @@ class Gates:
             setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
         self._alive = self._alive[self._alive]
         logger.info("Adapters shrunk to %s parameters, mean rank %.2f.", f"{self.num_parameters:,}", self.mean_rank)
+
+    @torch.no_grad()
+    def _fold(self, optimizer: AdapterOptimizer) -> None:
+        """The budget is reached: multiply lora_B by what is left of the gates and go on without them."""
+        for path, layer in self.layers.items():
+            assert layer.gate is not None
+            optimizer.fold_(f"{path}.lora_B", layer.gate.detach())
+            layer.gate = None
+            layer.parameters_changed()
+        self.is_over = True
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values that a checkpoint keeps beside the tensors; the same in all processes."""
@@ -176,7 +187,7 @@ class Gates:
     def save(self, directory: Path) -> None:
         """Write gates.safetensors: the vectors, and lora_B before its gate, since adapter/ holds it behind."""
         tensors = {name: getattr(self, f"_{name}") for name in _VECTORS}
-        tensors |= {f"lora_B/{path}": layer.lora_B.detach().cpu() for path, layer in self.layers.items()}
+        tensors |= {name: factor.detach().cpu() for name, factor in self._raw_factors().items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / GATES_FILE)
 
     @torch.no_grad()
@@ -189,22 +200,29 @@ class Gates:
         Raises:
             UserError: Tensors that do not fit the adapter.
         """
+        self.num_updates, self.full, self.target = state["num_updates"], state["full"], state["target"]
+        self.is_over = state["is_over"]
+        for layer in self.layers.values() if self.is_over else ():
+            layer.gate = None
+            layer.parameters_changed()
         tensors = load_file(directory / GATES_FILE)
-        wanted = {name: getattr(self, f"_{name}") for name in _VECTORS}
-        wanted |= {f"lora_B/{path}": layer.lora_B for path, layer in self.layers.items()}
+        factors = self._raw_factors()
+        wanted = {**{name: getattr(self, f"_{name}") for name in _VECTORS}, **factors}
         wrong = [n for n, t in wanted.items() if n not in tensors or tensors[n].shape != t.shape]
         if wrong or len(tensors) != len(wanted):
             raise UserError(f"{directory / GATES_FILE}: does not fit the adapter beside it ({', '.join(wrong[:3])}).")
         for name in _VECTORS:
             setattr(self, f"_{name}", tensors[name])
-        for path, layer in self.layers.items():
-            layer.lora_B.copy_(tensors[f"lora_B/{path}"])
-        self.num_updates, self.full, self.target = state["num_updates"], state["full"], state["target"]
-        self.is_over = state["is_over"]
+        for name, factor in factors.items():
+            factor.copy_(tensors[name])
         self.died = {path: list(each) for path, each in state["died"].items()}
         numbers = zip(self._paths(), self._origin.tolist(), strict=True)
         self._alive = torch.tensor([self.died[path][number] is None for path, number in numbers])
         self.settle()
+
+    def _raw_factors(self) -> dict[str, nn.Parameter]:
+        """lora_B of the layers that have a gate."""
+        return {f"lora_B/{path}": layer.lora_B for path, layer in self.layers.items() if layer.gate is not None}
 
     def _is_annealing(self, step: int) -> bool:
         return step >= self.num_warmup and not self.is_over
@@ -264,6 +282,8 @@ class Gates:
     @torch.no_grad()
     def _write(self, values: Tensor) -> None:
         gates: list[Tensor] = [*self.parameters]
+        if not gates:  # the budget is reached
+            return
         living = torch.where(self._alive, values, 0.0).to(gates[0])
         # In place: raises the versions, by which cached norms are known to be old
         torch._foreach_copy_(gates, torch.split(living, self._ranks()))

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qdora.ops.planning import is_planning
 from qdora.ops.split_float import join_float32, split_float32
-from qdora.train.optimizer_formats import MOMENTS, fill_state_, widened_state
+from qdora.train.optimizer_formats import FIRST_MOMENTS, MOMENTS, fill_state_, widened_state
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
@@ -168,6 +168,29 @@ class AdapterOptimizer:
             cut = {name: each.index_select(dim, kept) if name in MOMENTS else each for name, each in wide.items()}
             fill_state_(_fresh_state(group.inner, master, index), cut)
             self._release(key)
+
+    @torch.no_grad()
+    def fold_(self, key: str, factor: Tensor) -> None:
+        """Put a parameter, as it is read, times `factor` in its place; averages become those of the new gradient, which
+        is the old one divided by the factor.
+
+        Args:
+            key: Of the parameter.
+            factor: Broadcast over it, nowhere 0.
+        """
+        group = next(group for group in self._groups if key in group.keys)
+        parameter, master = self.parameters[key], self._masters[key]
+        product = parameter.detach().float() * factor
+        if key in self._residuals:
+            high, low = split_float32(product)
+            parameter.copy_(high)
+            self._residuals[key].copy_(low)
+        else:
+            parameter.copy_(product)
+        state = group.inner.state.get(master, {})
+        powers = {name: 1 if name in FIRST_MOMENTS else 2 for name in MOMENTS}
+        wide = widened_state(state)
+        fill_state_(state, {n: each / factor ** powers[n] if n in powers else each for n, each in wide.items()})
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resume needs beside the parameters: 'residual/<path>' and 'state/<path>/<name>'."""

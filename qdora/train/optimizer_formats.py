@@ -12,6 +12,8 @@ from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 """Of a parameter's shape: torch's names, and bitsandbytes'."""
+FIRST_MOMENTS = ("exp_avg", "state1")
+"""Averages of the gradient; the others are of its square."""
 _BLOCK = 256
 
 
