@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tables.table import markdown, read
 
 _MODES = {"l1": "L1", "hard_concrete": "hard-concrete"}
@@ -25,20 +27,22 @@ def gates() -> str:
     if "cost" not in document:
         return table
     cost = document["cost"]
-    ratios = cost["ratios"]
-
-    def against(other: str) -> str:
-        found = ratios[f"shrunk / {other}"]
-        return f"{found['median']:.3f} (quartiles {found['lower']:.3f} to {found['upper']:.3f})"
-
-    def mib(name: str, key: str) -> str:
-        return f"{cost[name][key] / 2**20:.1f} MiB"
-
-    overhead = {key: f"{ratios['gated / ungated'][key] - 1:+.1%}" for key in ("median", "lower", "upper")}
-    held, peak = (f"{mib('gated', key)} → {mib('shrunk', key)}" for key in ("held_bytes", "step_peak_bytes"))
-    return (
-        f"{table}\nFrom rank {document['rank']} with gates to mean rank 4: adapters and optimizer {held}, live at the "
-        f"peak of a step beside the base {peak}; time of a step {against('gated')} of the gated one, "
-        f"{against('ungated')} of one without gates at full rank. Gates at full rank cost {overhead['median']} "
-        f"(quartiles {overhead['lower']} to {overhead['upper']}).\n"
+    held, peak = (
+        f"{cost['ungated'][key] / 2**20:.1f} → {cost['shrunk'][key] / 2**20:.1f} MiB"
+        for key in ("held_bytes", "step_peak_bytes")
     )
+    times = {
+        name: " and ".join(_share(found["ratios"][pair]) for pair in ("shrunk / ungated", "gated / ungated"))
+        for name, found in cost["times"].items()
+    }
+    start, end = document["ranks"]["cost"], cost["run"]["reached"]
+    return (
+        f"{table}\nFrom rank {start} to mean rank {end:g}: adapters and optimizer {held}, live at the peak of a step "
+        f"beside the base {peak}. Time of a step, shrunk and with gates at full rank, without gates = 1: "
+        f"{times['one length']} where all steps have one length, {times['new lengths']} where each has a new one (a CPU "
+        "compiles a bf16 kernel for each pair of rank and length).\n"
+    )
+
+
+def _share(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['lower']:.2f} to {found['upper']:.2f})"
