@@ -1,6 +1,6 @@
 """Does choosing a rank for each layer help? Five ways to choose, at equal trainable parameters.
 
-    python benchmarks/rank_methods.py DATA [--dir runs/studies/ranks] [--methods uniform,l1,svd,...] [--processes 2]
+    python benchmarks/rank_methods.py DATA [--dir runs/studies/ranks] [--methods uniform,l1,svd,...]
 
 DATA holds <task>/<split>.parquet in the schema of the README ("Your own data"). QDoRA on SmolLM2-135M in NF4, the
 commonsense tasks in equal shares. A scout of rank 16 is trained with a seed of its own; `qdora rank` finds, from its
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,6 @@ import yaml
 from curvature import write_small_model
 from measure import RESULTS, facts
 from mixed_data import TASKS
-from study import keep, run
 
 from qdora.atomic_files import atomic_write_json, atomic_write_text
 from qdora.recipe_file import load_recipe, override
@@ -35,6 +35,7 @@ from qdora.study.store import StudyDirectory
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.rank import RankSettings, rank_run
 from qdora.verbs.report import report_run
+from qdora.verbs.study import study_run
 from qdora.verbs.train import train_run
 
 RANK = 8
@@ -59,7 +60,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--limit", type=int, default=48, help="validation examples of each task")
-    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a random model and three steps: shows that it runs")
     args = parser.parse_args()
     if not args.smoke and args.data is None:
@@ -76,7 +76,7 @@ def main() -> None:
     for chosen in (False, True):
         document = grid(common, methods) | ({"include": others(args.dir)} if chosen else {})
         atomic_write_text(file, yaml.safe_dump(document, sort_keys=False))
-        run(file, args.dir, args.processes)
+        study_run(file, args.dir)
     report_run(args.dir)
     keep(args.dir, args.out, head | {"costs_in_seconds": costs})
 
@@ -166,6 +166,20 @@ def others(directory: Path) -> list[dict[str, Any]]:
         for arm in chosen
         if arm.is_trained
     ]
+
+
+def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
+    """The report and the grid, without the paths of this machine."""
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.copytree(directory / "report", out)
+    document = yaml.safe_load((directory / "grid.yaml").read_text(encoding="utf-8"))
+    for source in document["settings"]["data.mix"]:
+        if "path" in source:
+            source["path"] = f"DATA/{source['task']}"
+    atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
+    atomic_write_json(out / "run.json", head)
+    print(json.dumps(head))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from qdora.errors import UserError
 from qdora.model.llama_cpp import find_llama_cpp
@@ -292,3 +294,26 @@ def test_merge_streamed(tmp_path: Path) -> None:
     assert result["interrupted_left"] == [".again.partial"]
     assert result["num_files"] > 2
     assert result["num_bytes"] == result["checkpoint_bytes"]
+
+
+@pytest.mark.slow
+def test_rank_methods(tmp_path: Path) -> None:
+    options = ("--dir", str(tmp_path / "study"), "--methods", "uniform,l1,svd,gradient,curvature")
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "benchmarks/rank_methods.py"), "--smoke", "--out", str(out), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    costs = json.loads((out / "run.json").read_text())["costs_in_seconds"]
+    assert set(costs) == {"scout", "svd", "gradient", "curvature", "sizes"}
+    # 5 ways: 3 rates with a seed, and 2 more seeds; without training: the bases
+    trained = list((tmp_path / "study/results").glob("*.json"))
+    assert len(trained) >= 25
+    sizes = set()
+    for adapter in (tmp_path / "study").rglob("adapter/adapter_model.safetensors"):
+        with safe_open(adapter, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        if "scout" not in adapter.parts:
+            sizes.add(sum(math.prod(shape) for name, shape in shapes.items() if "magnitude" not in name))
+    assert sizes
+    assert min(sizes) >= 0.95 * max(sizes), "equal trainable parameters"

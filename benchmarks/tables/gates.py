@@ -39,8 +39,8 @@ def gates() -> str:
     return (
         f"{table}\nFrom rank {start} to mean rank {end:g}: adapters and optimizer {held}, live at the peak of a step "
         f"beside the base {peak}. Time of a step, shrunk and with gates at full rank, without gates = 1: "
-        f"{times['one length']} where all steps have one length, {times['new lengths']} where each has a new one (a CPU "
-        "compiles a bf16 kernel for each pair of rank and length).\n"
+        f"{times['one length']} where all steps have one length, {times['new lengths']} where each has a new one "
+        "(a CPU compiles a bf16 kernel for each pair of rank and length).\n"
     )
 
 
