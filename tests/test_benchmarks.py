@@ -53,6 +53,43 @@ def test_loss_curve(tmp_path: Path) -> None:
     assert passes["accumulation_bfloat16"]
 
 
+def test_gates(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "gates.py")
+    assert {mode: len(runs) for mode, runs in result["budget"].items()} == {"l1": 3, "hard_concrete": 3}
+    assert result["passes"]["budget within 2 %"]
+    assert result["passes"]["no jump of the loss"]
+    assert result["passes"]["less held"]
+    assert result["passes"]["less at the peak"]
+    held = {name: result["cost"][name]["held_bytes"] for name in ("gated", "shrunk", "ungated")}
+    assert held["shrunk"] < 0.6 * held["gated"]
+    assert set(result["cost"]["times"]) == {"one length", "new lengths"}
+    # Gates themselves: 4 bytes each
+    assert held["gated"] - held["ungated"] == 4 * 16 * 14
+
+
+@pytest.mark.slow
+def test_rank_methods(tmp_path: Path) -> None:
+    options = ("--dir", str(tmp_path / "study"), "--methods", "uniform,l1,svd,gradient,curvature")
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "benchmarks/rank_methods.py"), "--smoke", "--out", str(out), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    costs = json.loads((out / "run.json").read_text())["costs_in_seconds"]
+    assert set(costs) == {"scout", "svd", "gradient", "curvature", "sizes"}
+    # 5 ways: 3 rates with a seed, and 2 more seeds; without training: the bases
+    trained = list((tmp_path / "study/results").glob("*.json"))
+    assert len(trained) >= 25
+    sizes = set()
+    for adapter in (tmp_path / "study").rglob("adapter/adapter_model.safetensors"):
+        with safe_open(adapter, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        if "scout" not in adapter.parts:
+            sizes.add(sum(math.prod(shape) for name, shape in shapes.items() if "magnitude" not in name))
+    assert sizes
+    assert min(sizes) >= 0.95 * max(sizes), "equal trainable parameters"
+
+
 def test_layer_memory(tmp_path: Path) -> None:
     result = smoke(tmp_path, "layer_memory.py")
     tokens, out, rank = 64, 192, 16
@@ -256,20 +293,6 @@ def test_decode_speed(tmp_path: Path) -> None:
     assert result["dora / lora"]["median"] > 0
 
 
-def test_gates(tmp_path: Path) -> None:
-    result = smoke(tmp_path, "gates.py")
-    assert {mode: len(runs) for mode, runs in result["budget"].items()} == {"l1": 3, "hard_concrete": 3}
-    assert result["passes"]["budget within 2 %"]
-    assert result["passes"]["no jump of the loss"]
-    assert result["passes"]["less held"]
-    assert result["passes"]["less at the peak"]
-    held = {name: result["cost"][name]["held_bytes"] for name in ("gated", "shrunk", "ungated")}
-    assert held["shrunk"] < 0.6 * held["gated"]
-    assert set(result["cost"]["times"]) == {"one length", "new lengths"}
-    # Gates themselves: 4 bytes each
-    assert held["gated"] - held["ungated"] == 4 * 16 * 14
-
-
 @pytest.mark.slow
 def test_gguf_logits(tmp_path: Path) -> None:
     """The real converter, and llama.cpp itself, where they are installed."""
@@ -294,26 +317,3 @@ def test_merge_streamed(tmp_path: Path) -> None:
     assert result["interrupted_left"] == [".again.partial"]
     assert result["num_files"] > 2
     assert result["num_bytes"] == result["checkpoint_bytes"]
-
-
-@pytest.mark.slow
-def test_rank_methods(tmp_path: Path) -> None:
-    options = ("--dir", str(tmp_path / "study"), "--methods", "uniform,l1,svd,gradient,curvature")
-    out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "benchmarks/rank_methods.py"), "--smoke", "--out", str(out), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
-    assert run.returncode == 0, run.stderr[-3000:]
-    costs = json.loads((out / "run.json").read_text())["costs_in_seconds"]
-    assert set(costs) == {"scout", "svd", "gradient", "curvature", "sizes"}
-    # 5 ways: 3 rates with a seed, and 2 more seeds; without training: the bases
-    trained = list((tmp_path / "study/results").glob("*.json"))
-    assert len(trained) >= 25
-    sizes = set()
-    for adapter in (tmp_path / "study").rglob("adapter/adapter_model.safetensors"):
-        with safe_open(adapter, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        if "scout" not in adapter.parts:
-            sizes.add(sum(math.prod(shape) for name, shape in shapes.items() if "magnitude" not in name))
-    assert sizes
-    assert min(sizes) >= 0.95 * max(sizes), "equal trainable parameters"
