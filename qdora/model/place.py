@@ -15,10 +15,12 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.tiles import Weight
 
 
-def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> None:
+def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> FrozenLinear:
     """Put a frozen layer in the place of a linear one, whose bias it takes over, read or not."""
     bias = model.get_submodule(layer).bias
-    replace_module(model, layer, FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits))
+    frozen = FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits)
+    replace_module(model, layer, frozen)
+    return frozen
 
 
 def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
