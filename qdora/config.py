@@ -87,9 +87,9 @@ class BaseWeightsConfig(Section):
     """Directory in which the packed base is kept: written at the first start, read by later ones in place of the 16-bit
     weights. auto: qdora/bases in the user's cache directory (XDG_CACHE_HOME). null: none is kept, but with residency
     disk, which takes auto."""
-    residency: Literal["device", "disk"] = "device"
-    """Where the frozen blocks live. disk, for machines without a GPU: they are mapped from the packed base on disk and
-    read when they are computed with, never in memory all at once."""
+    residency: Literal["device", "host", "disk"] = "device"
+    """Where the frozen blocks live. host, for a GPU: in pinned memory of the host, copied to the GPU while others
+    compute. disk, for machines without one: mapped from the packed base on disk, read when they are computed with."""
     streamed_blocks: Whole | None = None
     """How many of the blocks live there, spread evenly among those on the device. null: all."""
 

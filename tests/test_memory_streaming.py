@@ -64,7 +64,7 @@ def order(num_blocks: int, *, backward: bool) -> list[int]:
 @pytest.mark.parametrize("num_slots", [2, 3, 4])
 @pytest.mark.parametrize("backward", [True, False])
 def test_what_comes_next_has_been_started_before_it_is_used(num_slots: int, backward: bool) -> None:
-    num_blocks = 7
+    num_blocks = 12  # a multiple of the slots, or the first block of the next pass has to wait for the last of this one
     engine = Slots(num_slots)
     ring = Ring(num_blocks, engine, num_slots)
     ring.use(0, turns_back=backward)
@@ -74,6 +74,7 @@ def test_what_comes_next_has_been_started_before_it_is_used(num_slots: int, back
     # Around a turn the slots hold what comes next already.
     per_pass = num_blocks - num_slots if backward else num_blocks
     assert ring.num_loads <= (6 if backward else 3) * per_pass + 2 * num_slots
+    assert all(ring.slot_of(block) == block % num_slots for block in range(num_blocks))
 
 
 def test_two_slots_are_the_least() -> None:

@@ -59,7 +59,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     """Of a step of three micro-batches, and under "logits" what the model says in evaluation."""
     torch.manual_seed(3)
     model.train()
-    prepare_gains(adapted_layers(model).values())
+    prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
     for ids in IDS:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     found = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}

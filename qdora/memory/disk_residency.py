@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
-from qdora.memory.plan_blocks import block_list
-from qdora.memory.streaming import Ring, interleaved
+from qdora.memory.streaming import Ring
+from qdora.memory.turns import Turns
 from qdora.model.base_cache import BaseCache
 from qdora.model.checkpoint import Stored, iterate_tensors
 from qdora.model.load import Quantization
@@ -89,11 +89,12 @@ class DiskResidency:
             if progress is not None:
                 progress(done, len(stored))
         self.ring = Ring(len(turns), _Pages(blocks, others))
+        turns.follow(self.ring)
 
     def use(self, layer: FrozenLinear) -> None:
         """See `FrozenLinear.residency`."""
         assert self.ring is not None
-        self.ring.use(self._turn_of[layer], turns_back=torch.is_grad_enabled())
+        self.ring.use(self._turn_of[layer], turns_back=False)
 
 
 class _Pages:
@@ -118,36 +119,3 @@ class _Pages:
 def _drop(base: StoredBase, name: str) -> None:
     for part in base.parts(name):
         part.file.drop(part.name)
-
-
-class Turns:
-    """Which blocks of a model take turns, spread evenly among the others.
-
-    Args:
-        model: Any causal LM.
-        num_streamed: How many; None for all.
-    Raises:
-        UserError: A model without a list of blocks, more blocks than it has.
-    """
-
-    def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:
-        found = block_list(model)
-        if found is None:
-            raise UserError(
-                f"base.residency: {model.config.model_type} has no list of blocks that can be checkpointed, allowed: "
-                "device."
-            )
-        self._path, blocks = found
-        count = len(blocks) if num_streamed is None else num_streamed
-        if count > len(blocks):
-            raise UserError(f"base.streamed_blocks: {count}, allowed: at most {len(blocks)}, the blocks of the model.")
-        self._turns = {block: turn for turn, block in enumerate(interleaved(len(blocks), count))}
-
-    def __len__(self) -> int:
-        return len(self._turns)
-
-    def of(self, name: str) -> int | None:
-        """The turn of the block that a weight or layer is in; None where that stays, or outside of the blocks."""
-        index = name.removeprefix(f"{self._path}.").partition(".")[0]
-        inside = name.startswith(f"{self._path}.") and index.isdecimal()
-        return self._turns.get(int(index)) if inside else None

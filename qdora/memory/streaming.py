@@ -7,7 +7,7 @@ use and those that come next; how bytes get there is the business of a copy engi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 
@@ -31,7 +31,10 @@ class CopyEngine(Protocol):
 
 
 class Ring:
-    """Slots in which the blocks of a model take turns.
+    """Slots in which the blocks of a model take turns, each in the same one every time.
+
+    A checkpoint keeps the graph of the first forward pass, and with it where each weight was then: the backward pass
+    reads there, so that is where the recomputation must find the block again.
 
     Args:
         num_blocks: How many take turns, counted from 0 in the order of the forward pass.
@@ -61,30 +64,34 @@ class Ring:
         Returns:
             Its slot.
         """
+        slot = self.slot_of(block)
         if block == self._current:
-            return self._slots.index(block)
+            return slot
         if self._current is not None:
             if abs(block - self._current) == 1:
                 self._step = block - self._current
-            self.engine.release(self._slots.index(self._current))
+            self.engine.release(self.slot_of(self._current))
         self._current = block
-        coming = [block, *self._coming(block, turns_back)]
-        slot = self._bring(block, coming)
+        self._bring(block)
         self.engine.wait(block, slot)
-        for index, each in enumerate(coming[1:], start=1):
-            self._bring(each, coming[: index + 1])
+        taken = {slot}
+        for each in self._coming(block, turns_back):
+            if self.slot_of(each) not in taken:
+                self._bring(each)
+                taken.add(self.slot_of(each))
         return slot
 
-    def _bring(self, block: int, kept: Sequence[int]) -> int:
-        """The slot that holds a block, or will; those of the blocks `kept` are left alone."""
-        if block in self._slots:
-            return self._slots.index(block)
-        free = [slot for slot, held in enumerate(self._slots) if held is None]
-        slot = free[0] if free else next(s for s, held in enumerate(self._slots) if held not in kept)
-        previous, self._slots[slot] = self._slots[slot], block
-        self.engine.start(block, slot, previous)
-        self.num_loads += 1
-        return slot
+    def slot_of(self, block: int) -> int:
+        """Where a block is whenever it is in one."""
+        return block % len(self._slots)
+
+    def _bring(self, block: int) -> None:
+        slot = self.slot_of(block)
+        previous = self._slots[slot]
+        if previous != block:
+            self._slots[slot] = block
+            self.engine.start(block, slot, previous)
+            self.num_loads += 1
 
     def _coming(self, block: int, turns_back: bool) -> Iterator[int]:
         """The blocks after this one, as many as there are other slots."""

@@ -39,8 +39,9 @@ def settle(model: PreTrainedModel, device: torch.device) -> None:
     for target, origin in tied_weights(model).items():
         _tie(model, target, origin)
     for module in model.modules():
+        away = module.away if isinstance(module, FrozenLinear) else ()
         for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta and buffer.device != device:
+            if name not in away and buffer is not None and not buffer.is_meta and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
 
 

@@ -225,8 +225,8 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     """Compute the gains that the coming forward pass will ask for: a GPU's host then waits once, not once a layer.
 
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU costs its queue of work. Here
-    one question serves all layers. Layers that have not run yet, whose parameters have not changed, that are LoRA,
-    masked or not resident are left alone; what is not prepared is computed in the forward pass.
+    one question serves all layers. Layers that have not run yet, whose parameters have not changed, that are LoRA or
+    masked are left alone; what is not prepared is computed in the forward pass.
 
     Returns:
         How many norms were computed.
@@ -234,10 +234,8 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     found: list[tuple[AdaptedLinear, Tensor, torch.dtype, FactoredNorm]] = []
     for layer in layers:
         dtype = layer._gain_cache.wanted(layer.lora_A, layer.lora_B, layer.scaling)
-        # A masked layer's norm asks nothing, so it is computed where it is needed. A weight that comes and goes is not
-        # brought twice.
-        prepared = not layer.masked and layer.base.residency is None
-        if layer.magnitude is not None and dtype is not None and prepared:
+        # A masked layer's norm asks nothing, so it is computed where it is needed.
+        if layer.magnitude is not None and dtype is not None and not layer.masked:
             with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
                 factors = layer._factors_of_products(dtype)
                 norm = factored_norm(layer.base.stored_weight, *factors, base_squared=layer.base_squared, dtype=dtype)

@@ -81,6 +81,11 @@ class FrozenLinear(nn.Module):
         return self._packed
 
     @property
+    def away(self) -> tuple[str, ...]:
+        """Names of the buffers that `residency` puts where they are; nobody else moves them."""
+        return () if self.residency is None else self._names
+
+    @property
     def stored_weight(self) -> Weight:
         """The weight as it is held: packed or dense, sharing memory with this layer."""
         packed = self.packed_weight
@@ -104,8 +109,10 @@ class FrozenLinear(nn.Module):
         return frozen_linear(x, self.stored_weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
+        away = {name: self._buffers.pop(name) for name in self.away}
         kept = {name: self._buffers[name] for name in _SCALES if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers.update(away)
         self._packed = None  # it would keep the tensors that have been moved away
         for name, before in kept.items():
             after = self._buffers[name]

@@ -22,6 +22,7 @@ from qdora.data_config import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
 from qdora.memory.disk_residency import DiskResidency
+from qdora.memory.host_residency import HostResidency
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.base_cache import BaseCache, default_cache
 from qdora.model.error_init import start_from_error_
@@ -84,9 +85,8 @@ def load_base(
     """
     assert (recipe.base.prune is None) == (placer is None), "a pruned base is loaded by verbs.pruned_base"
     base, cache = recipe.base, base_cache(recipe, compute, progress)
-    if base.residency == "disk" and base.quant != "none":
-        assert cache is not None
-        placer = DiskResidency(cache, base.streamed_blocks)
+    if base.residency != "device" and base.quant != "none":
+        placer = _away(recipe, compute, cache)
     model = load_model(
         source,
         quant=base.quant,
@@ -106,6 +106,19 @@ def load_base(
     if recipe.memory.checkpointing:
         recompute_activations(model)
     return model
+
+
+def _away(recipe: Recipe, compute: Compute, cache: BaseCache | None) -> Placer:
+    """What keeps the blocks of the base where the recipe says. Raises UserError where this machine cannot."""
+    base, here = recipe.base, compute.device.type
+    if base.residency == "host":
+        if here != "cuda":
+            raise UserError(
+                "base.residency: host is for a GPU, and this machine has none that can be used, allowed: device, disk."
+            )
+        return HostResidency(base.streamed_blocks)
+    assert cache is not None
+    return DiskResidency(cache, base.streamed_blocks)
 
 
 def base_cache(
