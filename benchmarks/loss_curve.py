@@ -12,6 +12,8 @@ steps of the eight tasks; the data are the same for all, a seed is another start
     lora             no magnitude: how far apart curves are that are not meant to be equal (first seed)
 
 Then gradient accumulation on the whole model with checkpointing: eight examples in one batch, and one by one.
+
+A finished curve stands in the result file at once: stopped, the same command goes on after it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,12 +118,6 @@ def main() -> None:
     num_steps = 3 if args.smoke else args.steps
     steps = smoke_steps(num_steps) if args.smoke else real_steps(settings(args), num_steps)
     bases = {dtype: load(dtype, args) for dtype in (torch.bfloat16, torch.float32)}
-    curves = [
-        {"arm": arm, "seed": seed, "losses": curve(arm, seed, steps, bases, args.blocks)}
-        for arm, seeds in ARMS.items()
-        for seed in seeds
-    ]
-    accumulated_steps = accumulation(steps[:3], bases)
     result = {
         **head,
         "num_steps": num_steps,
@@ -129,11 +126,26 @@ def main() -> None:
         "learning_rate": LR,
         "rank": RANK,
         "num_blocks": args.blocks,
-        "curves": curves,
-        "gaps": compared(curves),
-        "accumulation": accumulated_steps,
     }
+    curves = finished_curves(args.out, result)
+    done = {(each["arm"], each["seed"]) for each in curves}
+    for arm, seeds in ARMS.items():
+        for seed in seeds:
+            if (arm, seed) not in done:
+                curves.append({"arm": arm, "seed": seed, "losses": curve(arm, seed, steps, bases, args.blocks)})
+                write(args.out, result | {"curves": curves})
+    accumulated_steps = accumulation(steps[:3], bases)
+    result |= {"curves": curves, "gaps": compared(curves), "accumulation": accumulated_steps}
     write(args.out, {**result, "passes": {**verdict(result["gaps"]), **accumulation_verdict(accumulated_steps)}})
+
+
+def finished_curves(out: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """The curves that an unfinished result of the same settings and versions has already."""
+    if not out.is_file():
+        return []
+    before = json.loads(out.read_text(encoding="utf-8"))
+    same = all(before.get(name) == value for name, value in head.items() if name != "commit")
+    return before["curves"] if same and "gaps" not in before else []
 
 
 def settings(args: argparse.Namespace) -> Recipe:

@@ -114,3 +114,45 @@ def test_pieces_longer_than_the_context_are_refused(root: Path, tmp_path: Path) 
     long = {**PRUNE, "calibration": {"sequences": 1, "length": 4096}}
     with pytest.raises(UserError, match=r"base\.prune\.calibration\.length: 4096 tokens, allowed: at most 128"):
         train_run(recipe(root, long), tmp_path / "run")
+
+
+def test_runs_that_share_a_base_compress_it_once(root: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    compress = pruned_base.compress_base
+    monkeypatch.setattr(pruned_base, "compress_base", lambda *given: (made.append(given[4].name), compress(*given)))
+
+    def shared(key: str, make: Any) -> Path:
+        path = root / "shared" / key
+        if not path.is_dir():
+            path.mkdir(parents=True)
+            make(path)
+        return path
+
+    arms = {
+        "dora": recipe(root),
+        "lora": recipe(root, adapter__kind="lora"),
+        "denser": recipe(root, {**PRUNE, "pattern": "6:8"}),
+        "other text": recipe(root, {**PRUNE, "calibration": {"sequences": 4, "length": 40}}),
+    }
+    for name, each in arms.items():
+        train_run(each, root / name, shared_bases=shared)
+    assert made == ["base"] * 3
+    files = {name: root / name / "base/model.safetensors" for name in arms}
+    assert files["dora"].samefile(files["lora"])
+    assert not files["dora"].samefile(files["denser"])
+    assert not files["dora"].samefile(files["other text"])
+    alone = run / "base/model.safetensors"
+    assert files["dora"].read_bytes() == alone.read_bytes()
+    assert_same_run(root / "dora", run, step=3)
+    load_run(root / "lora")  # it is whole by itself
+
+
+def test_without_links_the_files_are_copied(root: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(pruned_base.os, "link", refuse)
+    train_run(recipe(root), root / "copied", shared_bases=lambda _key, _make: run)
+    copied = root / "copied/base/model.safetensors"
+    assert copied.read_bytes() == (run / "base/model.safetensors").read_bytes()
+    assert not copied.samefile(run / "base/model.safetensors")

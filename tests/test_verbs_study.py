@@ -218,3 +218,16 @@ def test_a_real_study_is_reported(done: Path) -> None:
 
 
 NOTHING_LOST = "compressing lost nothing that the data show"
+
+
+def test_cells_share_their_pruned_base(root: Path) -> None:
+    prune = {"base.prune.method": "magnitude", "base.prune.sparsity": 0.5}
+    base = {"half": {"base.quant": "nf4", **prune}}
+    adapter = {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}}
+    file = write_study(root, product={"base": base, "adapter": adapter, "train.seed": [0]})
+    study_run(file, root / "pruned", console=Console(file=io.StringIO()))
+    made = list((root / "pruned/shared/bases").glob("*/base/model.safetensors"))
+    assert len(made) == 1
+    cells = list((root / "pruned/cells").glob("*/base/model.safetensors"))
+    assert len(cells) == 3  # both adapters, and the base by itself
+    assert all(cell.samefile(made[0]) for cell in cells)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.atomic_files import atomic_directory
 from qdora.config import Recipe
 from qdora.data.encode import encode_batch, special_prefix
 from qdora.data.mix import Mix
@@ -34,6 +39,9 @@ logger = logging.getLogger("qdora")
 
 FOLDER = "base"
 """Folder of a run directory that holds its compressed base."""
+
+SharedBases = Callable[[str, Callable[[Path], None]], Path]
+"""Of several runs: (key, what fills an empty directory) -> that directory, made by the first run that asks."""
 
 
 def compress_base(
@@ -87,21 +95,58 @@ def base_of_run(
     processes: Processes,
     console: Console,
     calibration: Tensor | None,
+    shared: SharedBases | None = None,
 ) -> PreTrainedModel:
-    """The frozen base; a pruned one is compressed by the first process, and read from its files by all."""
+    """The frozen base; a pruned one is compressed by the first process, and read from its files by all.
+
+    With `shared` it is compressed once for all runs with the same key; each run has the files in its own directory.
+    """
     if recipe.base.prune is None:
         with bar(console, "loading the base") as progress:
             return load_base(recipe, source, compute, progress)
     directory = run.inside(FOLDER)
 
     def compress() -> None:
-        if not (resume and directory.is_dir()):
-            with bar(console, "pruning the base") as progress:
+        if resume and directory.is_dir():
+            return
+        with bar(console, "pruning the base") as progress:
+            if shared is None:
                 compress_base(recipe, source, compute, calibration, directory, progress)
+                return
+            key = compression_key(recipe, source, compute, calibration)
+
+            def make(path: Path) -> None:
+                compress_base(recipe, source, compute, calibration, path / FOLDER, progress)
+
+            made = shared(key, make) / FOLDER
+        with atomic_directory(directory) as unfinished:
+            shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=_link_or_copy)
 
     processes.first(compress)
     with bar(console, "loading the pruned base") as progress:
         return load_pruned_base(recipe, source, compute, directory, progress)
+
+
+def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:
+    """What a compressed base follows from, as 16 hex digits: the model, base.*, the dtype, the calibration tokens."""
+    file = source.path.resolve()
+    facts = {
+        "source": [str(file), source.revision, source.path.stat().st_mtime_ns if source.is_gguf else None],
+        "base": recipe.base.model_dump(mode="json"),
+        "dtype": str(compute.dtype),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    if calibration is not None:
+        digest.update(repr(tuple(calibration.shape)).encode() + calibration.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """The files are only ever replaced, never written to: a second name costs no room."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def prune_settings(prune: PruneConfig) -> PruneSettings:

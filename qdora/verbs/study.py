@@ -71,7 +71,7 @@ def study_run(
     from qdora.verbs.study_cell import cell_work
 
     with cells_bar(console, mine, store) as report, _quiet_runs():
-        found = run_cells(mine, store, cell_work(study.compare.split), report)
+        found = run_cells(mine, store, cell_work(study.compare.split, store), report)
     return _concluded(found, mine, directory, console)
 
 

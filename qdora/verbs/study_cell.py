@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,25 @@ from rich.console import Console
 
 from qdora.record import RunDirectory
 from qdora.study.grid import Cell
-from qdora.study.runner import Work
+from qdora.study.runner import Work, once
+from qdora.study.store import StudyDirectory
 from qdora.verbs.evaluate import evaluate_target
+from qdora.verbs.pruned_base import SharedBases
 from qdora.verbs.selection import adapter_step
 from qdora.verbs.train import train_run
 
 _COMPRESSED = "base/compressed.json"
 
 
-def cell_work(split: str) -> Work:
-    """The work of a cell; with split "test" its adapter is also evaluated on the test examples."""
+def cell_work(split: str, store: StudyDirectory) -> Work:
+    """The work of a cell; with split "test" its adapter is also evaluated on the test examples.
+
+    Pruned bases are made once in the study's directory and shared by all cells that start from the same one.
+    """
 
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         try:
-            return _run(cell, directory, split)
+            return _run(cell, directory, split, partial(once, store, "bases"))
         finally:  # the next cell loads a model of its own
             gc.collect()
             if torch.cuda.is_available():
@@ -34,11 +40,11 @@ def cell_work(split: str) -> Work:
     return work
 
 
-def _run(cell: Cell, directory: Path, split: str) -> dict[str, Any]:
+def _run(cell: Cell, directory: Path, split: str, shared_bases: SharedBases) -> dict[str, Any]:
     quiet = Console(quiet=True)
     run = RunDirectory(directory)
     resume = run.recipe_file.is_file() and run.has_begun
-    summary = train_run(cell.recipe, directory, resume=resume, console=quiet)
+    summary = train_run(cell.recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
     files = {"validation": run.evaluation_file(step)}
     if split == "test":

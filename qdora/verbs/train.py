@@ -55,7 +55,7 @@ from qdora.verbs.interference import probe_examples, probe_hook, write_interfere
 from qdora.verbs.objective import make_objective, weigh_by_progress
 from qdora.verbs.plan_budget import apply_micro_batch_, within_budget
 from qdora.verbs.plan_workload import workload_of_data
-from qdora.verbs.pruned_base import base_of_run, calibration_tokens
+from qdora.verbs.pruned_base import SharedBases, base_of_run, calibration_tokens
 from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_value
 from qdora.verbs.show import default_console, keep_mix, log_to, show_mix
@@ -66,7 +66,13 @@ logger = logging.getLogger("qdora")
 
 
 def train_run(
-    recipe: Recipe, directory: Path, *, resume: bool = False, force: bool = False, console: Console | None = None
+    recipe: Recipe,
+    directory: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    console: Console | None = None,
+    shared_bases: SharedBases | None = None,
 ) -> dict[str, Any]:
     """Run a recipe to its end; started by torchrun or `accelerate launch`, data-parallel over their processes.
 
@@ -76,6 +82,7 @@ def train_run(
         resume: Go on from the newest whole checkpoint (from the start where there is none).
         force: Start although the plan is over memory.budget.
         console: Where progress is shown; standard error by default.
+        shared_bases: Where several runs keep the pruned bases that they have in common.
     Returns:
         JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
     Raises:
@@ -84,11 +91,17 @@ def train_run(
     with processes_of_launch() as processes:
         if not processes.is_first:
             console = Console(quiet=True)
-        return _train(recipe, directory, resume, force, console or default_console(), processes)
+        return _train(recipe, directory, resume, force, console or default_console(), processes, shared_bases)
 
 
 def _train(
-    recipe: Recipe, directory: Path, resume: bool, force: bool, console: Console, processes: Processes
+    recipe: Recipe,
+    directory: Path,
+    resume: bool,
+    force: bool,
+    console: Console,
+    processes: Processes,
+    shared_bases: SharedBases | None,
 ) -> dict[str, Any]:
     keep_freed_memory()
     faults = missing_files(recipe, str(directory))
@@ -120,7 +133,7 @@ def _train(
             processes.first(lambda: keep_plan(run, memory))
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = _newest_checkpoint(run, processes) if resume else None
-        model = base_of_run(recipe, source, compute, run, resume, processes, console, calibration)
+        model = base_of_run(recipe, source, compute, run, resume, processes, console, calibration, shared_bases)
         put_adapters(model, recipe, None if checkpoint is None else checkpoint.path / "adapter")
         if checkpoint is None:
             start_adapters(model, recipe, source)
