@@ -35,6 +35,7 @@ from qdora.train.figures import draw_figures
 from qdora.train.gates import Gates
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
+from qdora.train.moved import MovedCheck
 from qdora.train.objective import Objective
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
@@ -332,6 +333,7 @@ class _Job:
             end_step=None
             if self.gates is None
             else partial(self.gates.end, optimizer=optimizer, processes=self.processes),
+            updated=None if self.recipe.base.residency == "device" else MovedCheck(optimizer).updated,
         )
         with (
             stop_on_signal(self.processes) as stop,
