@@ -93,7 +93,11 @@ def test_an_export_that_is_pushed_names_itself_as_the_base(
 
 
 def test_the_adapter_alone(run: Path, tmp_path: Path) -> None:
-    export_run(run, tmp_path / "out", ExportOptions(format_="peft"))
+    exported = export_run(run, tmp_path / "out", ExportOptions(format_="peft"))
+    assert exported["audit"]["forms"]["merged"]["logits"]["kl_mean"] < 1e-5
+    assert json.loads((tmp_path / "out/export.json").read_text()) == json.loads(json.dumps(exported))
+    assert "\nlibrary_name: peft\n" in (tmp_path / "out/README.md").read_text()
+    assert (run / "exports/out.md").is_file()
     nothing_local(tmp_path / "out", tmp_path, run)
 
 
