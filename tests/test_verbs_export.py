@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -123,6 +124,8 @@ def test_the_licence_of_the_base_goes_with_the_model(run: Path, tmp_path: Path) 
     assert "\nlicense: mit\n" in card
     assert "Its own texts are beside this card: `LICENSE`." in card
     assert "Fine-tuned from `model` with" in card
+    assert "| steps | 3, 12 examples |" in card
+    assert re.search(r"^- sums \(\d examples, \d\d\.\d% of all\)$", card, re.MULTILINE)
     nothing_local(tmp_path / "out", tmp_path, run)
 
 
