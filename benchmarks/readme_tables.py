@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_shapes
-from tables.runs import kill_resume, mixing
+from tables.runs import kill_resume, mixing, out_of_memory
 from tables.study import study
 from tables.table import markdown, read
 from tables.times import layer_time, packing, step_time
@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing": packing,
     "mixing": mixing,
     "kill_resume": kill_resume,
+    "out_of_memory": out_of_memory,
     "layer_time": layer_time,
     "step_time": step_time,
     "loss_curve": loss_curve,

@@ -290,3 +290,12 @@ def test_study(tmp_path: Path) -> None:
     assert float(trained["nf4, 2:4", "lora"]["sparsity"]) == 0.5
     results = list((tmp_path / "study/results").glob("*.json"))
     assert len(results) == 5 * (3 + 2) + 3  # three rates, two more seeds; both bases and the uncompressed one
+
+
+def test_out_of_memory(tmp_path: Path) -> None:
+    runs = smoke(tmp_path, "out_of_memory.py")["runs"]
+    assert set(runs) == {"float32", "bfloat16"}
+    for run in runs.values():
+        assert run["same_tokens"]
+        assert run["backoffs"][0]["tokens_after"] <= 400 < run["backoffs"][0]["tokens_before"]
+        assert run["largest_relative_difference"] < 1e-4
