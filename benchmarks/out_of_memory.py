@@ -3,7 +3,7 @@
     python benchmarks/out_of_memory.py DATA [--out benchmarks/results/out_of_memory.json] [--smoke]
 
 DATA holds <task>/<split>.parquet. QDoRA on SmolLM2-135M in NF4 without dropout, the eight tasks in equal shares. Each
-run is done twice: with memory enough, and with an allocator that fails in the backward pass of every micro-batch of more
+run is done twice: with memory enough, and with an allocator that fails in the backward pass of each micro-batch of more
 tokens than `--room`. The losses of the same steps are compared: in float32 they differ by the order of sums, in bf16 by
 its rounding.
 """
