@@ -83,6 +83,9 @@ class BaseWeightsConfig(Section):
     """Linear layers that stay in 16 bits and whole, by the last parts of their name."""
     prune: PruneConfig | None = None
     """Weights that are removed. None: a base without zeros of ours."""
+    cache: Text | None = None
+    """Directory in which the packed base is kept: written at the first start, read by later ones in place of the 16-bit
+    weights. auto: qdora/bases in the user's cache directory (XDG_CACHE_HOME). null: none is kept."""
 
     def unused(self) -> dict[str, str]:
         found = {}
@@ -90,6 +93,10 @@ class BaseWeightsConfig(Section):
             found = dict.fromkeys(("block_size", "double_quant"), f"base.quant {self.quant} has no blocks")
         if self.quant == "none" and self.prune is None:
             found["skip"] = "base.quant none quantises no layer"
+        if self.quant == "none":
+            found["cache"] = "base.quant none packs nothing"
+        elif self.prune is not None:
+            found["cache"] = "a pruned base is kept in the run directory"
         return found
 
 

@@ -236,3 +236,22 @@ def pcgrad(gradients: list[Array], orders: list[list[int]]) -> Array:
                 own = own - product / float(gradients[other] @ gradients[other]) * gradients[other]
         total += own
     return total
+
+
+def gated(lora_b: Array, gate: Array) -> Array:
+    """B diag(gate), entry by entry."""
+    out = np.zeros_like(lora_b)
+    for i in range(lora_b.shape[0]):
+        for k in range(lora_b.shape[1]):
+            out[i, k] = lora_b[i, k] * gate[k]
+    return out
+
+
+def gate_gradients(d_gated: Array, lora_b: Array, gate: Array) -> tuple[Array, Array]:
+    """Of B and of the gate, from the gradient of B diag(gate)."""
+    d_b, d_gate = np.zeros_like(lora_b), np.zeros_like(gate)
+    for i in range(lora_b.shape[0]):
+        for k in range(lora_b.shape[1]):
+            d_b[i, k] = d_gated[i, k] * gate[k]
+            d_gate[k] += d_gated[i, k] * lora_b[i, k]
+    return d_b, d_gate

@@ -248,7 +248,8 @@ def test_fake_tensors_leave_nothing_behind():
     with FakeTensorMode() as mode:
         fakes = {name: mode.from_tensor(getattr(layer, name)) for name in ("lora_A", "lora_B", "magnitude")}
         norm = mode.from_tensor(torch.ones(24))
-        gain = layer._gain_cache.get(**fakes, settings=NormSettings(torch.float32, 1.0), row_norm=lambda: norm)
+        factors = (fakes["lora_A"], fakes["lora_B"])
+        gain = layer._gain_cache.get(factors, fakes["magnitude"], NormSettings(torch.float32, 1.0), lambda: norm)
         assert isinstance(gain.value, FakeTensor)
     assert layer._gain_cache._entry is None
     assert_fresh(layer)

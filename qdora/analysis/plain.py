@@ -129,8 +129,8 @@ def attached_norm(layer: AdaptedLinear, lora_A: Tensor, lora_B: Tensor) -> Tenso
 
 def _plain_layer(layer: AdaptedLinear, attached: bool) -> PlainLayer:
     dtype = layer.base.wide_dtype
-    values = {name: getattr(layer, name) for name in PARTS if getattr(layer, name) is not None}
-    copies = {name: value.detach().to(dtype, copy=True) for name, value in values.items()}
+    values = {"lora_A": layer.lora_A, "lora_B": layer.stored_B(), "magnitude": layer.magnitude}
+    copies = {name: value.detach().to(dtype, copy=True) for name, value in values.items() if value is not None}
     return PlainLayer(copies, None if layer.magnitude is None else layer.row_norm(), attached)
 
 

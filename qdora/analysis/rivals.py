@@ -30,7 +30,7 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     The product is not formed: they are those of the small matrix between the factors' orthogonal bases.
     """
     wide = torch.float64
-    b = layer.lora_B.to(wide) * layer.scaling
+    b = layer.stored_B().to(wide) * layer.scaling
     if layer.magnitude is not None:
         norm = layer.row_norm().to(wide)
         b = b * (layer.magnitude.to(wide) / norm).masked_fill(norm == 0, 0.0).unsqueeze(1)

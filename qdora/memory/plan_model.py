@@ -17,8 +17,9 @@ from qdora.memory.plan_blocks import block_list, keep_blocks_
 from qdora.memory.tracker import LiveBytes
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import replace_module
-from qdora.model.load import Quantization, is_wide, layers_to_quantize, skeleton, wide_names
+from qdora.model.load import Quantization, layers_to_quantize, skeleton
 from qdora.model.peft_config import AdapterLayout
+from qdora.model.place import is_wide, wide_names
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import empty_packed

@@ -59,7 +59,7 @@ def adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
     magnitudes, factors = {}, {}
     for path, layer in layers.items():
         a_name, b_name, m_name = _names(path)
-        factors[a_name], factors[b_name] = layer.lora_A.detach(), layer.lora_B.detach()
+        factors[a_name], factors[b_name] = layer.lora_A.detach(), layer.stored_B()
         if layer.magnitude is not None:
             magnitudes[m_name] = layer.magnitude.detach().float()
     ordered = sorted({**magnitudes, **factors}.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))

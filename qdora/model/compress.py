@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.model.checkpoint import Stored, StoredPacked
-from qdora.model.load import Quantization, place_all, place_dense, place_frozen, settle
+from qdora.model.load import Quantization, place_all
+from qdora.model.place import place_dense, place_frozen, settle
 from qdora.ops.packed import dequantize, quantize
 from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores, zero_packed
 from qdora.ops.sparsegpt import DAMPING

@@ -24,7 +24,8 @@ from qdora.errors import UserError
 from qdora.model.checkpoint import Stored, open_safetensors
 from qdora.model.compress import CompressedLayer
 from qdora.model.export_directory import INDEX_FILE
-from qdora.model.load import Quantization, place_all, place_frozen
+from qdora.model.load import Quantization, place_all
+from qdora.model.place import place_frozen
 from qdora.model.safetensors_writer import TensorSpec, plan_shards, shard_index, write_safetensors
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import from_tensors

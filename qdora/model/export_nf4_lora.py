@@ -262,7 +262,7 @@ def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str)
         name_a, name_b = factor_names(path)
         gain = folding.gain(layer)
         tensors[name_a] = layer.lora_A.detach()
-        tensors[name_b] = layer.lora_B.detach() if gain is None else layer.lora_B.detach().float() * gain.unsqueeze(1)
+        tensors[name_b] = layer.stored_B() if gain is None else layer.stored_B().float() * gain.unsqueeze(1)
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()]
     directory.mkdir()

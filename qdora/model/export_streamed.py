@@ -40,13 +40,12 @@ from qdora.model.export_plan import Source, held, plan_sources
 from qdora.model.load import (
     Quantization,
     check_stored_packed,
-    is_wide,
     layers_to_quantize,
     load_config,
     skeleton,
     stored_tensors,
-    wide_names,
 )
+from qdora.model.place import is_wide, wide_names
 from qdora.model.source import ModelSource
 from qdora.ops.bnb_state import to_bnb_state
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE

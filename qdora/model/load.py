@@ -6,14 +6,13 @@ Host memory holds the model as it will be used, and one tensor of the checkpoint
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available
@@ -31,12 +30,11 @@ from qdora.model.checkpoint import (
     tied_weights,
 )
 from qdora.model.gguf import check_gguf, open_gguf, settle_head
-from qdora.model.inject import HEAD, matches, replace_module
+from qdora.model.inject import HEAD, matches
+from qdora.model.place import is_wide, place_dense, place_frozen, settle, wide_names
 from qdora.model.source import ModelSource
-from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.codebooks import CODE_BITS, SIMULATED
 from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, quantize
-from qdora.ops.tiles import Weight
 
 log = logging.getLogger("qdora")
 
@@ -72,6 +70,10 @@ class Placer(Protocol):
         """Args as of `place_all`; `layers` are all linear layers that are not skipped, also of a dense base."""
 
 
+Reader = Callable[[ModelSource, PreTrainedModel], dict[str, Stored]]
+"""Source and skeleton -> model name -> stored tensor, as `stored_tensors`."""
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -83,6 +85,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    reader: Reader | None = None,
     placer: Placer | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM with frozen weights, every linear layer but the skipped ones quantised.
@@ -101,6 +104,7 @@ def load_model(
         compute_dtype: Of everything that is not quantised.
         attention: "auto" takes flash_attention_2 on CUDA where it is installed, else transformers' choice.
         progress: Called after each tensor with (tensors done, tensors in all).
+        reader: Finds the weights, where not in the source itself (model/base_cache.py).
         placer: How the tensors get into the model, where they are not only to be quantised (model/compress.py).
     Returns:
         The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
@@ -117,7 +121,7 @@ def load_model(
         # What is loaded here is no transformers quantisation: with the entry the model would refuse to be saved.
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, torch.device(device))
-    stored = stored_tensors(source, model)
+    stored = (reader or stored_tensors)(source, model)
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
     if packed or kind is not None:
@@ -257,33 +261,6 @@ def place_all(
             progress(done, len(stored))
 
 
-def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> None:
-    """Put a frozen layer in the place of a linear one, whose bias it takes over, read or not."""
-    bias = model.get_submodule(layer).bias
-    replace_module(model, layer, FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits))
-
-
-def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    old = getattr(module, leaf)
-    if leaf in module._buffers and not isinstance(module, FrozenLinear):
-        dtype = old.dtype
-    elif not value.is_floating_point():
-        dtype = value.dtype
-    # copy: the value may be a view of the file.
-    placed = value.to(device=device, dtype=dtype, copy=True)
-    setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
-
-
-def settle(model: PreTrainedModel, device: torch.device) -> None:
-    """Tie what is tied, and move the buffers; to be called again when more is read."""
-    for target, origin in tied_weights(model).items():
-        _tie(model, target, origin)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta and buffer.device != device:
-                module._buffers[name] = buffer.to(device)
-
-
 def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
     """Settle and freeze; afterwards nothing may be left on the meta device."""
     settle(model, device)
@@ -298,16 +275,6 @@ def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) ->
     if device.type == "cuda":
         # The allocator keeps the freed 16-bit tensors; training's first allocations differ in size from them.
         torch.cuda.empty_cache()
-
-
-def _tie(model: PreTrainedModel, target: str, origin: str) -> None:
-    """Make two names one parameter, whichever of them was stored."""
-    first, second = (model.get_submodule(name.rpartition(".")[0]) for name in (target, origin))
-    target_leaf, origin_leaf = target.rpartition(".")[2], origin.rpartition(".")[2]
-    if getattr(second, origin_leaf).is_meta:
-        setattr(second, origin_leaf, getattr(first, target_leaf))
-    else:
-        setattr(first, target_leaf, getattr(second, origin_leaf))
 
 
 def check_stored_packed(
@@ -364,21 +331,6 @@ def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention:
         faults.append(f"model.dtype: {compute_dtype}, allowed: bfloat16, float16, float32, float64.")
     if faults:
         raise UserError(*faults)
-
-
-def wide_names(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """Parts of parameter names that the model wants in float32 when the rest is in `dtype`, as transformers does it."""
-    names: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        names |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return sorted(names)
-
-
-def is_wide(name: str, wide: Sequence[str]) -> bool:
-    """Whether a parameter is one of `wide_names`."""
-    return any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in wide)
 
 
 def _report_experts(model: PreTrainedModel) -> None:

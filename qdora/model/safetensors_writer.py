@@ -31,6 +31,14 @@ _DTYPE_NAMES = {
 }
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name in a header. Raises ValueError for one that is never written here."""
+    found = next((dtype for dtype, each in _DTYPE_NAMES.items() if each == name), None)
+    if found is None:
+        raise ValueError(f"dtype '{name}', allowed: {', '.join(_DTYPE_NAMES.values())}.")
+    return found
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, dtype and shape of a tensor that is still to be written."""

@@ -114,7 +114,7 @@ def variants(model: PreTrainedModel, opened: OpenedMerge, dtype: torch.dtype) ->
             return None
         weight = weight.to(_device(layer))
         if isinstance(layer, AdaptedLinear):
-            weight = merged_weight(weight, layer.lora_A, layer.lora_B, layer.scaling, layer.magnitude)
+            weight = merged_weight(weight, layer.lora_A, layer.gated_B(), layer.scaling, layer.magnitude)
         return _rounded(weight, dtype)
 
     def requantized(path: str, layer: Layer) -> Tensor | None:
@@ -165,7 +165,7 @@ def _nf4_lora(path: str, layer: Layer) -> Tensor | None:
         return None
     packed = layer.base.packed_weight
     gain = layer.merged_gain()
-    lora_b = layer.lora_B.detach().float()
+    lora_b = layer.stored_B().float()
     if packed is None:
         base = layer.base.dequantized(torch.float32)
         base = base if gain is None else base * gain.unsqueeze(1)

@@ -99,7 +99,7 @@ def compare_weights(
             continue
         step = max(1, layer.out_features // _ROWS)
         base = layer.base.dequantized(layer.base.wide_dtype)[::step].double()
-        update = layer.lora_B[::step].double() @ layer.lora_A.double()
+        update = layer.gated_B()[::step].double() @ layer.lora_A.double()
         keep = layer.base.keep_mask() if layer.masked else None
         expected = base + layer.scaling * (update if keep is None else update * keep[::step])
         if layer.magnitude is not None:

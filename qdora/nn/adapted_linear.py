@@ -23,6 +23,7 @@ from qdora.ops.dora import (
     row_norm,
     squared_row_norm,
 )
+from qdora.ops.gate import fold_gate
 from qdora.ops.masked_linear import masked_linear, masked_row_norm
 from qdora.ops.planning import is_planning
 
@@ -38,6 +39,8 @@ class AdaptedLinear(nn.Module):
 
     B starts at zero and m at ||W||_row of the dequantised base, so the fresh layer is exactly the base.
     Source: DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
+
+    With a `gate` (`add_gate`) B diag(gate) stands wherever the formulas say B (`ops.gate`); it starts at 1.
 
     `magnitude` is float32 whatever the adapter's storage: bf16 has a spacing of 2^-8..2^-7 near 1, so an Adam step of
     1e-4 would be rounded away every time and the layer would silently train as LoRA.
@@ -93,6 +96,7 @@ class AdaptedLinear(nn.Module):
         self.lora_A = nn.Parameter(first.to(device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
         self.magnitude: nn.Parameter | None = None
+        self.gate: nn.Parameter | None = None
         squared = None
         if kind == "dora":
             squared = squared_row_norm(base.stored_weight)
@@ -119,13 +123,48 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
-        factors = (self.base.bias, self.lora_A, self.lora_B, self.scaling)
+        factors = (self.base.bias, self.lora_A, self.gated_B(), self.scaling)
         gain = self.gain(product_dtype(x))
         dropout = self.dropout if self.training else 0.0
         weight, bits = self.base.stored_weight, self._mask_bits
         if bits is not None:
             return masked_linear(x, weight, bits, *factors, magnitude=self.magnitude, gain=gain, dropout=dropout)
         return adapted_linear(x, weight, *factors, magnitude=self.magnitude, gain=gain, dropout=dropout)
+
+    def add_gate(self) -> None:
+        """Give every rank component a trainable factor, float32 (float64 for float64 factors), at 1."""
+        wide = torch.promote_types(self.lora_B.dtype, torch.float32)
+        self.gate = nn.Parameter(torch.ones(self.rank, dtype=wide, device=self.lora_B.device))
+
+    def gated_B(self) -> Tensor:
+        """B diag(gate), (out, rank), differentiable: what B is to everything outside this layer's training."""
+        return self.lora_B if self.gate is None else fold_gate(self.lora_B, self.gate)
+
+    def stored_B(self) -> Tensor:
+        """The same as a file holds it: detached, in B's dtype, which loses nothing of it."""
+        return self.gated_B().detach().to(self.lora_B.dtype)
+
+    @torch.no_grad()
+    def keep_components_(self, keep: Tensor) -> None:
+        """Remove rank components from A, B and gate, in the same parameter objects; the scaling stays as it is.
+
+        The layer computes the same, to rounding, where the removed ones have a gate of 0. For use between steps: torch
+        raises an error in a later backward pass if the graph of an earlier forward pass is still alive.
+
+        Args:
+            keep: (rank,) bool, True for those that stay, at least one.
+        """
+        assert keep.shape == (self.rank,), "one answer for each component"
+        assert bool(keep.any()), "a layer keeps one component or more"
+        keep = keep.to(self.lora_A.device)
+        share = int(keep.sum()) / self.rank
+        self.rank = int(keep.sum())
+        self.alpha *= math.sqrt(share) if self.rank_stabilized else share
+        self.lora_A.data = self.lora_A.data[keep]
+        self.lora_B.data = self.lora_B.data[:, keep].contiguous()
+        if self.gate is not None:
+            self.gate.data = self.gate.data[keep]
+        self.parameters_changed()
 
     @property
     def _mask_bits(self) -> Tensor | None:
@@ -140,8 +179,12 @@ class AdaptedLinear(nn.Module):
             return None
         settings = NormSettings(dtype, self.scaling)
         return self._gain_cache.get(
-            self.lora_A, self.lora_B, self.magnitude, settings, lambda: self._row_norm_of_products(dtype)
+            self._factors(), self.magnitude, settings, lambda: self._row_norm_of_products(dtype)
         )
+
+    def _factors(self) -> tuple[Tensor, ...]:
+        """The parameters that the row norm depends on."""
+        return (self.lora_A, self.lora_B) if self.gate is None else (self.lora_A, self.lora_B, self.gate)
 
     def _row_norm_of_products(self, dtype: torch.dtype) -> Tensor:
         """The row norm of the numbers that the products take."""
@@ -152,18 +195,18 @@ class AdaptedLinear(nn.Module):
         return row_norm(self.base.stored_weight, *factors, base_squared=self.base_squared, dtype=dtype)
 
     def _factors_of_products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-        return rounded(self.lora_A.detach(), dtype), rounded(self.lora_B.detach(), dtype), self.scaling
+        return rounded(self.lora_A.detach(), dtype), rounded(self.gated_B().detach(), dtype), self.scaling
 
     def row_norm(self) -> Tensor:
         """||W + s B A|| of each row, B A masked where it is, (out,) float32 (float64 for a float64 base)."""
         bits, wide = self._mask_bits, self.base.wide_dtype
         if bits is not None:
             weight = self.base.stored_weight
-            return masked_row_norm(weight, bits, self.lora_A, self.lora_B, self.scaling, dtype=wide)
+            return masked_row_norm(weight, bits, self.lora_A, self.gated_B(), self.scaling, dtype=wide)
         return row_norm(
             self.base.stored_weight,
             self.lora_A,
-            self.lora_B,
+            self.gated_B(),
             self.scaling,
             base_squared=self.base_squared,
             dtype=wide,
@@ -184,7 +227,7 @@ class AdaptedLinear(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = self.base.dequantized(wide)
         keep = self.base.keep_mask() if self.masked else None
-        return merged_weight(weight, self.lora_A, self.lora_B, self.scaling, self.magnitude, keep).to(dtype)
+        return merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, self.magnitude, keep).to(dtype)
 
     def merged_gain(self) -> Tensor | None:
         """The gain of `merged_weight`, (out,) float32 (float64 for a float64 base); None for LoRA."""
@@ -192,15 +235,18 @@ class AdaptedLinear(nn.Module):
             return None
         weight = self.base.dequantized(self.base.wide_dtype)
         keep = self.base.keep_mask() if self.masked else None
-        adapted = merged_weight(weight, self.lora_A, self.lora_B, self.scaling, keep_mask=keep)
+        adapted = merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, keep_mask=keep)
         return gain_of_sum(adapted, self.magnitude)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         magnitude, squared = self.magnitude, self.base_squared
         values = None if magnitude is None else magnitude.data
+        gates = None if self.gate is None else self.gate.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.parameters_changed()
-        # A cast of the model to 16 bits must not reach m and ||W||^2 (see the class); a move of device must.
+        # A cast of the model to 16 bits must not reach gates, m and ||W||^2 (see the class); a move of device must.
+        if self.gate is not None and gates is not None and self.gate.dtype.itemsize < gates.dtype.itemsize:
+            self.gate.data = gates.to(self.gate.device)
         if magnitude is not None and values is not None and self.magnitude is not None and squared is not None:
             if self.magnitude.dtype.itemsize < values.dtype.itemsize:
                 self.magnitude.data = values.to(self.magnitude.device)
@@ -210,7 +256,7 @@ class AdaptedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        mask = ", masked" if self.masked else ""
+        mask = (", masked" if self.masked else "") + (", gated" if self.gate is not None else "")
         return f"{self.kind}, rank={self.rank}, scaling={self.scaling:.6g}, dropout={self.dropout}{mask}"
 
 
@@ -233,7 +279,7 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     """
     found: list[tuple[AdaptedLinear, Tensor, torch.dtype, FactoredNorm]] = []
     for layer in layers:
-        dtype = layer._gain_cache.wanted(layer.lora_A, layer.lora_B, layer.scaling)
+        dtype = layer._gain_cache.wanted(layer._factors(), layer.scaling)
         # A masked layer's norm asks nothing, so it is computed where it is needed.
         if layer.magnitude is not None and dtype is not None and not layer.masked:
             with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
@@ -250,7 +296,7 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
         if has_cancelled:
             measure_cancelled_(norm, layer.base.stored_weight, *layer._factors_of_products(dtype), dtype=dtype)
         settings = NormSettings(dtype, layer.scaling)
-        layer._gain_cache.get(layer.lora_A, layer.lora_B, magnitude, settings, functools.partial(_given, norm.norm))
+        layer._gain_cache.get(layer._factors(), magnitude, settings, functools.partial(_given, norm.norm))
     return len(found)
 
 

@@ -1,7 +1,7 @@
 """The row norm and gain of a DoRA layer, computed once for each state of its parameters.
 
-A, B and m change once per optimizer step. The micro-batches of a step and the recompute of a checkpoint share one norm;
-in evaluation one serves until the parameters change.
+A, B, gates and m change once per optimizer step. The micro-batches of a step and the recompute of a checkpoint share
+one norm; in evaluation one serves until the parameters change.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class _Entry:
 
 
 class GainCache:
-    """Remembers the norm and gain for the tensors lora_A, lora_B, magnitude as they are.
+    """Remembers the norm and gain for lora_A, lora_B (and a gate), magnitude as they are.
 
-    A state is known by the identity and address of the three tensors and by torch's version counters, which every
+    A state is known by the identity and address of these tensors and by torch's version counters, which every
     in-place change raises: a step of an optimizer, `load_state_dict`, `copy_`. bitsandbytes' kernels and writes through
     `.data` raise none; so after the step of any `torch.optim.Optimizer`, bitsandbytes' included, the counters of its
     parameters are raised here. Whoever writes through `.data` outside an optimizer calls `clear` (a layer's
@@ -63,8 +63,7 @@ class GainCache:
 
     def get(
         self,
-        lora_A: Tensor,
-        lora_B: Tensor,
+        factors: tuple[Tensor, ...],
         magnitude: Tensor,
         settings: NormSettings,
         row_norm: Callable[[], Tensor],
@@ -72,35 +71,36 @@ class GainCache:
         """The gain of the present state.
 
         Args:
-            lora_A, lora_B, magnitude: The layer's parameters.
+            factors: The parameters of the norm: lora_A, lora_B and a gate where there is one.
+            magnitude: m.
             settings: Others make another entry.
             row_norm: Computes ||W + s B A||_row, (out,).
         Returns:
             Detached tensors, not to be written to.
         """
-        parameters = (lora_A, lora_B, magnitude)
+        parameters = (*factors, magnitude)
         entry = self._entry
         # The usual case, asked in every forward of every layer: before anything that costs time.
         if entry is not None and entry.settings == settings and _same(entry, parameters):
             return entry.gain
         # Not under inference mode, whose tensors cannot be saved for a later backward, nor under autocast, which would
         # run float32 sums in 16 bits.
-        no_autocast = torch.autocast(lora_A.device.type, enabled=False)
+        no_autocast = torch.autocast(magnitude.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
             # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept, but
             # in a plan, where all are fake and what is kept counts.
             if any((isinstance(p, FakeTensor) and not is_planning()) or p.is_inference() for p in parameters):
                 return gain(magnitude, row_norm())
-            known = entry is not None and entry.settings == settings and _same(entry, parameters[:2])
+            known = entry is not None and entry.settings == settings and _same(entry, factors)
             norm = entry.norm if entry is not None and known else row_norm()
             self._entry = _Entry(parameters, _states(parameters), settings, norm, gain(magnitude, norm))
             self._settings = settings
             return self._entry.gain
 
-    def wanted(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> torch.dtype | None:
+    def wanted(self, factors: tuple[Tensor, ...], scaling: float) -> torch.dtype | None:
         """The dtype of the norm that the next `get` will compute if it asks as the last one did; None if none."""
         entry = self._entry
-        if entry is not None and entry.settings.scaling == scaling and _same(entry, (lora_A, lora_B)):
+        if entry is not None and entry.settings.scaling == scaling and _same(entry, factors):
             return None
         return None if self._settings is None else self._settings.dtype
 
@@ -117,7 +117,8 @@ def _address(tensor: Tensor) -> int:
 def _same(entry: _Entry, parameters: tuple[Tensor, ...]) -> bool:
     """Whether `parameters` are the entry's first ones, unchanged."""
     # Identity first: a tensor that an entry holds has an address and a version, another one need not have them.
-    held = all(old is new for old, new in zip(entry.parameters, parameters, strict=False))
+    first = len(parameters) >= len(entry.parameters) - 1  # all of the norm's, at the least
+    held = first and all(old is new for old, new in zip(entry.parameters, parameters, strict=False))
     return held and entry.states[: len(parameters)] == _states(parameters)
 
 

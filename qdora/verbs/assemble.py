@@ -22,9 +22,10 @@ from qdora.data_config import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.base_cache import BaseCache, default_cache
 from qdora.model.error_init import start_from_error_
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.load import Placer, load_model
+from qdora.model.load import Placer, Quantization, load_model
 from qdora.model.source import ModelSource, resolve
 from qdora.model.tokenizer import load_tokenizer
 
@@ -81,16 +82,18 @@ def load_base(
     `load_model`.
     """
     assert (recipe.base.prune is None) == (placer is None), "a pruned base is loaded by verbs.pruned_base"
+    base = recipe.base
     model = load_model(
         source,
-        quant=recipe.base.quant,
-        block_size=recipe.base.block_size,
-        double_quant=recipe.base.double_quant,
-        skip=recipe.base.skip,
+        quant=base.quant,
+        block_size=base.block_size,
+        double_quant=base.double_quant,
+        skip=base.skip,
         device=compute.device,
         compute_dtype=compute.dtype,
         attention=recipe.model.attention,
         progress=progress,
+        reader=base_cache(recipe, compute, progress),
         placer=placer,
     )
     if recipe.adapter.kind == "full":
@@ -99,6 +102,18 @@ def load_base(
     if recipe.memory.checkpointing:
         recompute_activations(model)
     return model
+
+
+def base_cache(
+    recipe: Recipe, compute: Compute, progress: Callable[[int, int], None] | None = None
+) -> BaseCache | None:
+    """What reads the packed base from where the recipe keeps it; None where it keeps none."""
+    base = recipe.base
+    if base.cache is None or base.quant == "none":
+        return None
+    root = default_cache() if base.cache == "auto" else Path(base.cache).expanduser()
+    wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
+    return BaseCache(root, wanted, compute.device, progress=progress)
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -1,0 +1,259 @@
+"""The packed base on disk (model/stored_base.py): quantised once, tensor by tensor, and read from there ever after.
+
+Its directory is named for a key, which is made of the settings, of the names and shapes of the model, and of its files:
+their names, sizes, times and samples of their bytes. Weights that are not quantised are kept in the dtype of the
+checkpoint, so the compute dtype is not part of the key.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qdora.atomic_files import atomic_directory, json_text
+from qdora.disk_errors import DISK_FULL, disk_reason
+from qdora.errors import UserError
+from qdora.model.checkpoint import Stored, StoredPacked, match_to_model, shard_files
+from qdora.model.load import Quantization, check_stored_packed, layers_to_quantize, stored_tensors
+from qdora.model.safetensors_writer import TensorSpec, write_safetensors
+from qdora.model.source import ModelSource
+from qdora.model.stored_base import FORMAT, RECORD_FILE, StoredBase
+from qdora.ops.packed import PackedWeight, empty_packed, quantize
+
+log = logging.getLogger("qdora")
+
+# Held in memory until it is written: little beside a block of a large model, and few files.
+_FILE_BYTES = 256 << 20
+_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
+
+
+def default_cache() -> Path:
+    """Where packed bases are kept unless a recipe says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdora" / "bases"
+
+
+class BaseCache:
+    """A `Reader` of `load_model` that quantises a source into a directory once and reads it from there.
+
+    Args:
+        root: Directory of all packed bases; made where it is missing.
+        wanted: How the linear layers are to be held, not "none".
+        device: Where weights are quantised.
+        mapped: Weights are left in the files and read where they are used.
+        progress: Called with (tensors done, tensors in all) while a base is written.
+    Attributes:
+        base: The one that was read last.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        wanted: Quantization,
+        device: torch.device,
+        *,
+        mapped: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.root, self.wanted, self.device, self.mapped, self.progress = root, wanted, device, mapped, progress
+        self.base: StoredBase | None = None
+
+    def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
+        """Model name -> weight.
+
+        Raises:
+            UserError: A source that does not fit, a full disk, the base of another model in this one's place.
+        """
+        key = cache_key(source, model, self.wanted)
+        directory = self.root / key[:20]
+        with _locked(self.root, directory.name):
+            base = self._opened(directory, key)
+            if base is None:
+                self._write(directory, key, source, model)
+                base = StoredBase(directory)
+            else:
+                log.info("Reading the packed base from %s.", directory)
+        self.base = base
+        return match_to_model(base.stored(mapped=self.mapped), model)
+
+    def _opened(self, directory: Path, key: str) -> StoredBase | None:
+        if not directory.exists():
+            return None
+        try:
+            base = StoredBase(directory)
+        except UserError as error:
+            log.warning("%s It is made anew.", error)
+            return None
+        if base.record.key != key:
+            raise UserError(
+                f"{directory}: holds the packed base of {base.record.source!r} with {base.record.settings}, not the "
+                "one that belongs here. Delete the directory, or set another base.cache."
+            )
+        return base
+
+    def _write(self, directory: Path, key: str, source: ModelSource, model: PreTrainedModel) -> None:
+        stored = stored_tensors(source, model)
+        layers = layers_to_quantize(model, self.wanted)
+        packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
+        if packed:
+            check_stored_packed(packed, None, self.wanted, layers)
+        log.info("Writing the packed base to %s, for later starts.", directory)
+        write_base(
+            directory,
+            stored,
+            set() if packed else layers,
+            self.wanted,
+            key=key,
+            source=source.name,
+            device=self.device,
+            progress=self.progress,
+        )
+
+
+def cache_key(source: ModelSource, model: PreTrainedModel, wanted: Quantization) -> str:
+    """What a packed base follows from, as 64 hex digits. Only samples of the weights are read."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    files = [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]
+    found = [_fingerprint(file) for file in files]
+    content = {"format": FORMAT, "quantization": asdict(wanted), "model": shapes, "files": found}
+    return hashlib.sha256(json_text(content).encode()).hexdigest()
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    """Name, size, time and samples: all of the bytes of a 70B model would take minutes to read."""
+    facts = file.stat()
+    digest = hashlib.sha256()
+    step = max(1, facts.st_size // _SAMPLES)
+    with file.open("rb") as stream:
+        for start in range(0, facts.st_size, max(step, _SAMPLE_BYTES)):
+            stream.seek(start)
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return {"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns, "samples": digest.hexdigest()}
+
+
+def write_base(
+    directory: Path,
+    stored: Mapping[str, Stored],
+    layers: set[str],
+    wanted: Quantization,
+    *,
+    key: str,
+    source: str,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Quantise a checkpoint into a directory, which appears whole or not at all.
+
+    Memory holds one tensor of the checkpoint, and the packed weights of a file of 256 MiB.
+
+    Args:
+        directory: Where to.
+        stored: Model name -> weight.
+        layers: Paths of the linear layers that are quantised.
+        wanted: How.
+        key, source: For the record.
+        device: Where they are quantised.
+        progress: Called after each tensor with (tensors done, tensors in all).
+    Raises:
+        UserError: The disk has too little room, or cannot be written to.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(directory.parent, stored, layers, wanted)
+        with atomic_directory(directory) as partial:
+            record = _write_files(partial, stored, layers, wanted, device, progress)
+            known = {"format": FORMAT, "key": key, "source": source, "settings": asdict(wanted)}
+            (partial / RECORD_FILE).write_text(json_text({**known, **record}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"base.cache: {directory}: cannot be written: {disk_reason(error)}.") from error
+
+
+def _write_files(
+    directory: Path,
+    stored: Mapping[str, Stored],
+    layers: set[str],
+    wanted: Quantization,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Write the files; returns `files` and `weights` of the record."""
+    files: dict[str, int] = {}
+    weights: dict[str, dict[str, Any]] = {}
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if held:
+            specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()]
+            specs.sort(key=lambda spec: -spec.dtype.itemsize)  # every tensor is then aligned
+            file = f"{len(files):05d}.safetensors"
+            files[file] = write_safetensors(directory / file, specs, (held[spec.name] for spec in specs))
+            held.clear()
+
+    for done, (name, item) in enumerate(stored.items(), start=1):
+        path, _, leaf = name.rpartition(".")
+        value = item.read()
+        if isinstance(value, Tensor) and leaf == "weight" and path in layers:
+            value = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+        facts: dict[str, Any] = {"shape": list(item.shape)}
+        if isinstance(value, PackedWeight):
+            nested = value.nested is not None
+            facts |= {"kind": value.kind, "block_size": value.block_size, "double_quant": nested}
+            parts = {f"{path}.{part}": tensor for part, tensor in value.tensors().items()}
+        else:
+            parts = {name: value.clone()}  # what is read may be a view of the checkpoint's file
+        if sum(map(_num_bytes, [*held.values(), *parts.values()])) > _FILE_BYTES:
+            flush()
+        weights[name] = {"file": f"{len(files):05d}.safetensors", **facts}
+        held.update(parts)
+        del value, parts
+        if progress is not None:
+            progress(done, len(stored))
+    flush()
+    return {"files": files, "weights": weights}
+
+
+def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wanted: Quantization) -> None:
+    """Raise UserError where the disk has less room than the packed weights and 16 bits for the others take."""
+    needed = 0
+    for name, item in stored.items():
+        if name.removesuffix(".weight") in layers and name.endswith(".weight"):
+            shape = (item.shape[0], item.shape[1])
+            needed += empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta").num_bytes
+        else:
+            needed += torch.Size(item.shape).numel() * (1 if isinstance(item, StoredPacked) else 2)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"base.cache: {folder}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
+            f"{needed / 2**30:.1f} GiB; allowed: a directory on another disk, or null where the base is not on disk."
+        )
+
+
+@contextmanager
+def _locked(root: Path, name: str) -> Iterator[None]:
+    """One process at a time: of several that start together one writes, and the others read what it wrote."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"base.cache: {root}: cannot be written: {disk_reason(error)}.") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
