@@ -39,7 +39,9 @@ from transformers import AutoModelForCausalLM
 
 from qdora.model.logit_comparison import Difference
 from qdora.recipe_file import recipe_from
-from qdora.verbs.export import ExportOptions, export_run, held_out, texts_of
+from qdora.verbs.export import export_run
+from qdora.verbs.export_options import ExportOptions
+from qdora.verbs.held_out import held_out, texts_of
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 

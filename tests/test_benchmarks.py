@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from qdora.errors import UserError
+from qdora.model.llama_cpp import find_llama_cpp
+from qdora.model.source import builtin_file
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -249,6 +253,23 @@ def test_decode_speed(tmp_path: Path) -> None:
     result = smoke(tmp_path, "decode_speed.py")
     assert set(result["tokens_per_second"]) == {"base", "lora", "dora", "merged"}
     assert result["dora / lora"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_gguf_logits(tmp_path: Path) -> None:
+    """The real converter, and llama.cpp itself, where they are installed."""
+    pytest.importorskip("llama_cpp")
+    try:
+        find_llama_cpp(None, "f16")
+        builtin_file()
+    except UserError as error:
+        pytest.skip(str(error))
+    result = smoke(tmp_path, "gguf_logits.py")
+    form = result["forms"]["f16"]
+    assert form["tensors"]["dense_error"] == 0
+    assert form["same_tokens"]
+    assert form["llama.cpp"]["mean_logit_difference"] < 0.01 * result["logit_spread"]
+    assert form["llama.cpp"]["kl_mean"] < 1e-4
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from qdora.errors import UserError
 from qdora.evaluation import harness as module
 from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks, harness_table
 from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.export import export_run
+from qdora.verbs.export_options import ExportOptions
 from qdora.verbs.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 

@@ -20,7 +20,8 @@ from qdora.ops import masked_linear as ops
 from qdora.ops.packed import quantize
 from qdora.ops.prune import prune_weight
 from qdora.ops.sparsity import mask_bits, mask_from_bits, pattern_from
-from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.export import export_run
+from qdora.verbs.export_options import ExportOptions
 from qdora.verbs.plan_memory import plan
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run

@@ -21,6 +21,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.model.card import CardFacts, model_card
 from qdora.model.export import export_merged
 from qdora.model.inject import adapted_layers, inject
+from qdora.model.licence import Licence
 from qdora.model.logit_comparison import Difference, float32_arithmetic
 from qdora.model.safetensors_writer import TensorSpec
 from qdora.model.verify import verify_merged
@@ -528,7 +529,9 @@ def test_the_card() -> None:
             base_name="org/base",
             base_revision="abc",
             title="A title",
-            licence="apache-2.0",
+            licence=Licence("apache-2.0"),
+            licence_files=["LICENSE"],
+            data_ids=["org/data"],
             method={"adapter": "dora | rank 16"},
             data=["boolq", "piqa\n# injected"],
             metric_names=("base", "merged"),
@@ -537,13 +540,15 @@ def test_the_card() -> None:
         )
     )
     assert text.startswith(
-        "---\nbase_model: org/base\nbase_model_relation: finetune\nlibrary_name: transformers\nlicense: apache-2.0\n"
+        "---\nbase_model: org/base\nbase_model_relation: finetune\ndatasets:\n- org/data\nlibrary_name: transformers\n"
+        "license: apache-2.0\npipeline_tag"
     )
     assert "| adapter | dora \\| rank 16 |" in text
     assert "- piqa # injected\n" in text
     assert "| boolq | 0.25 |  |" in text
     assert "passed on 85 tokens." in text
     assert "| merged, adapter in float32 | 0.0362 | 0.0045 | 1.6e-06 | 100.00 % |" in text
+    assert "licensed as `apache-2.0`, which applies to this model, too. Its own texts are beside this card: `LI" in text
     assert "base_model" not in model_card(CardFacts(base_name="/data/private/model")).split("---")[1]
     with pytest.raises(ValueError, match="'boolq': 1 values for 2 columns"):
         model_card(CardFacts(base_name="b", metric_names=("a", "b"), metrics={"boolq": (1.0,)}))

@@ -20,7 +20,8 @@ from qdora.errors import Interrupted, UserError
 from qdora.train.best import BestSoFar
 from qdora.verbs import run_writer, validation
 from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.export import export_run
+from qdora.verbs.export_options import ExportOptions
 from qdora.verbs.train import train_run
 from tests import launched, tiny_run
 from tests.run_files import assert_same_run, same_tensors, stop_after, timeless

@@ -21,7 +21,8 @@ from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.recipe_file import resolved_yaml
 from qdora.train import loop
 from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.export import export_run
+from qdora.verbs.export_options import ExportOptions
 from qdora.verbs.train import train_run
 from tests import tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless, trained

@@ -19,7 +19,9 @@ from qdora.model.source import resolve
 from qdora.model.variants import computing, layer_errors, variants
 from qdora.record import open_run
 from qdora.verbs.audit import DESCRIPTIONS, audit_page, verdict
-from qdora.verbs.export import ExportOptions, export_run, merge_of
+from qdora.verbs.export import export_run
+from qdora.verbs.export_merge import merge_of
+from qdora.verbs.export_options import ExportOptions
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer

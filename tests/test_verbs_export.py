@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
-from qdora.verbs.export import ExportOptions, check_servable, export_run, parse_size
+from qdora.verbs import export as export_module
+from qdora.verbs.export import check_servable, export_run
+from qdora.verbs.export_options import ExportOptions, parse_size
+from qdora.verbs.target import load_target
 from qdora.verbs.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
@@ -35,18 +40,92 @@ def test_nf4_lora(run: Path, tmp_path: Path) -> None:
     assert check["passed"], check["faults"]
     assert check["exported_vs_reference"]["max_logit_difference"] < 1e-5
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(exported))
+    assert exported["directory"] == "out"
     assert exported["dtype"] == "float32"
     assert exported["scale_error_if_double_quantised"]["mean"] > 1e-4
     card = (out / "README.md").read_text()
     assert "PeftModel.from_pretrained" in card
     assert "| 4-bit base and LoRA, adapter in float32 |" in card
-    assert (out / "adapter/adapter_config.json").is_file()
+    assert json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    nothing_local(out, tmp_path, run)
+
+
+def nothing_local(directory: Path, *places: Path) -> None:
+    """No text file of an export tells where it was made."""
+    texts = [path for path in directory.rglob("*") if path.suffix in (".json", ".md", ".jinja")]
+    assert len(texts) > 1
+    for path in texts:
+        for place in (*places, *(place.parent for place in places)):
+            assert str(place) not in path.read_text(), path
+
+
+def test_a_moved_nf4_lora_directory_is_the_same_model(run: Path, tmp_path: Path) -> None:
+    export_run(run, tmp_path / "out", ExportOptions(format_="nf4-lora", audit=False))
+    before = with_adapter(tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").rename(tmp_path / "elsewhere/model")
+    after = with_adapter(tmp_path / "elsewhere/model")
+    assert torch.equal(before, after)
+    target = load_target(str(tmp_path / "elsewhere/model"), verb="eval")
+    assert adapted_layers(target.model)
+
+
+def with_adapter(directory: Path) -> Tensor:
+    """Logits of base and adapter as the card says to load them."""
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    for module in base.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    model = peft.PeftModel.from_pretrained(base, str(directory / "adapter")).eval()
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=torch.arange(5, 25).unsqueeze(0)).logits
+    return logits
+
+
+def test_an_export_that_is_pushed_names_itself_as_the_base(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "push", lambda directory, name, private: f"https://hub/{name}")
+    options = ExportOptions(format_="nf4-lora", audit=False, push="me/mine")
+    assert export_run(run, tmp_path / "out", options)["pushed"] == "https://hub/me/mine"
+    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/mine"
+
+
+def test_the_adapter_alone(run: Path, tmp_path: Path) -> None:
+    export_run(run, tmp_path / "out", ExportOptions(format_="peft"))
+    nothing_local(tmp_path / "out", tmp_path, run)
+
+
+def test_a_server_that_cannot_load_dora(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--for vllm: vLLM does not load DoRA adapters; use --format merged"):
+        export_run(run, tmp_path / "out", ExportOptions(format_="peft", target="vllm"))
+    assert not (tmp_path / "out").exists()
+    exported = export_run(run, tmp_path / "out", ExportOptions(target="vllm", audit=False))
+    assert exported["format"] == "merged"
+
+
+def test_the_licence_of_the_base_goes_with_the_model(run: Path, tmp_path: Path) -> None:
+    model = run.parent / "model"
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    (model / "LICENSE").write_text("Permission is hereby granted")
+    try:
+        export_run(run, tmp_path / "out", ExportOptions(audit=False))
+    finally:
+        (model / "README.md").unlink()
+        (model / "LICENSE").unlink()
+    assert (tmp_path / "out/LICENSE").read_text() == "Permission is hereby granted"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "\nlicense: mit\n" in card
+    assert "Its own texts are beside this card: `LICENSE`." in card
+    assert "Fine-tuned from `model` with" in card
+    nothing_local(tmp_path / "out", tmp_path, run)
 
 
 def test_options_without_effect_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dtype: has no effect on --format peft"):
         export_run(run, tmp_path / "out", ExportOptions(format_="peft", dtype="float16"))
-    with pytest.raises(UserError, match=r"allowed: merged, peft, nf4-lora\. Did you mean 'nf4-lora'\?"):
+    with pytest.raises(UserError, match=r"allowed: merged, peft, nf4-lora, gguf\. Did you mean 'nf4-lora'\?"):
         export_run(run, tmp_path / "out", ExportOptions(format_="nf4lora"))
     assert not (tmp_path / "out").exists()
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qdora.errors import UserError
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.export import export_run
+from qdora.verbs.export_options import ExportOptions
 from qdora.verbs.generate import Sampling, generate_from, prompt_ids
 from qdora.verbs.target import load_target
 from qdora.verbs.train import train_run

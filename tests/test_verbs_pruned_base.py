@@ -15,7 +15,8 @@ from qdora.model.inject import adapted_layers
 from qdora.prune_config import CalibrationConfig
 from qdora.verbs import pruned_base
 from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.export import export_run
+from qdora.verbs.export_options import ExportOptions
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 from tests import tiny_run

@@ -70,7 +70,7 @@ def save_adapter(
     model: nn.Module,
     directory: Path,
     *,
-    base_name_or_path: str,
+    base_name_or_path: str | None,
     revision: str | None,
     base_quant: dict[str, Any],
     extra: dict[str, Any] | None = None,
@@ -83,7 +83,7 @@ def save_adapter(
     Args:
         model: Carries adapted layers.
         directory: Where to.
-        base_name_or_path: Hub id or path of the base, as PEFT's users would load it.
+        base_name_or_path: Hub id or path of the base, as PEFT's users would load it; None where others cannot.
         revision: Commit of the base on the Hub, or None.
         base_quant: How the base was quantised ({"quant": "nf4", "block_size": 64, ...}).
         extra: Further facts for qdora.json (step, data, metrics), JSON values only.

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import yaml
 
 import qdora
+from qdora.model.licence import Licence
 
-Form = Literal["run", "merged", "original", "requantized", "nf4-lora"]
+Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf"]
 
 _CONTENTS: dict[Form, str] = {
     "run": "This directory is the run: `adapter/` is what was trained, in PEFT's format, on the quantised base.",
@@ -25,6 +26,14 @@ _CONTENTS: dict[Form, str] = {
     "requantized": (
         "Base and adapter are merged in float32 and quantised again to 4 bits, as a bitsandbytes checkpoint: a second "
         "rounding on top of the one that the adapter was trained on."
+    ),
+    "gguf": (
+        "Base and adapter are merged into one dense weight per layer in float32, and written by llama.cpp's own "
+        "converter. Every tensor was compared with the merge.\n\n"
+        "```bash\n"
+        "llama-server -m model-*.gguf\n"
+        'echo "FROM ./$(ls model-*.gguf)" > Modelfile && ollama create my-model -f Modelfile\n'
+        "```"
     ),
     "nf4-lora": (
         "The base is a bitsandbytes 4-bit checkpoint into whose block scales the gain of DoRA is multiplied; "
@@ -44,6 +53,7 @@ _CHECKED: dict[Form, str] = {
     "original": "merged on the original weights",
     "requantized": "merged and quantised again",
     "nf4-lora": "4-bit base and LoRA",
+    "gguf": "GGUF",
 }
 
 
@@ -56,11 +66,15 @@ class CardFacts:
     title: str = "Merged model"
     form: Form = "merged"
     """What the directory holds."""
-    licence: str | None = None
-    """Hub licence id of the base ("apache-2.0"); the data's licences are the reader's to check."""
+    licence: Licence | None = None
+    """Of the base; the data's licences are the reader's to check."""
+    licence_files: Sequence[str] = ()
+    """Names of the base's licence texts that lie beside the card."""
     method: Mapping[str, Any] = field(default_factory=dict)
     """Setting -> value: adapter kind, rank, alpha, base quantisation, steps, learning rate."""
     data: Sequence[str] = ()
+    data_ids: Sequence[str] = ()
+    """Those of the data sets that are on the Hub."""
     metric_names: Sequence[str] = ()
     """Columns of the table: "base", "adapter", "merged"."""
     metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
@@ -80,12 +94,16 @@ def model_card(facts: CardFacts) -> str:
     Raises:
         ValueError: A row of metrics with another number of values than there are columns.
     """
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["qdora"]}
+    library = "gguf" if facts.form == "gguf" else "transformers"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["qdora"]}
     if not facts.base_name.startswith((".", "/")) and "/" in facts.base_name:
         front["base_model"] = facts.base_name
         front["base_model_relation"] = "finetune"
-    if facts.licence:
-        front["license"] = facts.licence
+    if facts.data_ids:
+        front["datasets"] = sorted(set(facts.data_ids))
+    if facts.licence is not None:
+        front["license"] = facts.licence.id
+        front |= {key: value for key, value in _licence_details(facts.licence).items() if value is not None}
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---", f"# {facts.title}"]
     revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
     parts.append(
@@ -103,9 +121,25 @@ def model_card(facts: CardFacts) -> str:
         parts.append("## Verification\n\n" + _verification(facts.verification, _CHECKED[facts.form]))
     if facts.versions:
         parts.append("## Versions\n\n" + ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in facts.versions.items()))
-    licence = f"The base is licensed as `{facts.licence}`." if facts.licence else "The licence of the base applies."
-    parts.append(f"## Licence\n\n{licence} Data sets carry licences of their own.")
+    parts.append("## Licence\n\n" + _licence(facts))
     return "\n\n".join(parts) + "\n"
+
+
+def _licence_details(licence: Licence) -> dict[str, str | None]:
+    return {"license_name": licence.name, "license_link": licence.link}
+
+
+def _licence(facts: CardFacts) -> str:
+    licence = facts.licence
+    if licence is None:
+        text = "The licence of the base applies to this model, too; its files do not name it."
+    else:
+        named = f"`{licence.name or licence.id}`"
+        text = f"The base is licensed as {f'[{named}]({licence.link})' if licence.link else named}"
+        text += ", which applies to this model, too."
+    if facts.licence_files:
+        text += f" Its own texts are beside this card: {', '.join(f'`{name}`' for name in facts.licence_files)}."
+    return text + " The data sets carry licences of their own."
 
 
 def _metrics(facts: CardFacts) -> str:

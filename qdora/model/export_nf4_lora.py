@@ -141,6 +141,7 @@ def export_nf4_lora(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     extra_files: dict[str, str] | None = None,
+    published_as: str | None = None,
 ) -> Nf4LoraResult:
     """Write a bitsandbytes checkpoint of the scaled base, and under `adapter/` the LoRA that belongs on it.
 
@@ -156,6 +157,8 @@ def export_nf4_lora(
         max_shard_bytes: Size of a file.
         progress: Called after each tensor with (bytes done, bytes in all).
         extra_files: Name -> text of further files (a model card).
+        published_as: Hub id that `out_dir` will have, for the adapter's file; None names no base there. A path would
+            be wrong as soon as the directory is moved.
     Raises:
         UserError: A model that this format cannot hold without loss, with the reason and the format to use instead.
         RunFailure: A value that is NaN or infinite, or a disk that is full; nothing is left at `out_dir`.
@@ -174,12 +177,12 @@ def export_nf4_lora(
         with atomic_directory(out_dir) as partial:
             written = write_weights(partial, planned, max_shard_bytes, progress)
             write_rest(partial, model, config, tokenizer, extra_files or {})
-            num_adapter_bytes = _write_lora(partial / ADAPTER_DIRECTORY, model, folding, str(out_dir))
+            num_adapter_bytes = _write_lora(partial / ADAPTER_DIRECTORY, model, folding, published_as)
     except OSError as error:
         raise RunFailure(f"{out_dir}: cannot be written: {error}. Nothing is left there.") from error
     return Nf4LoraResult(
         directory=str(out_dir),
-        adapter=str(out_dir / ADAPTER_DIRECTORY),
+        adapter=ADAPTER_DIRECTORY,
         kind=kind,
         block_size=block_size,
         dtype=str(dtype).removeprefix("torch."),
@@ -252,7 +255,7 @@ def _dense_layers(model: nn.Module) -> list[str]:
     ]
 
 
-def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str) -> int:
+def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str | None) -> int:
     """The adapter without its gain; returns the bytes of its tensors."""
     layers = adapted_layers(model)
     paths = [path for path, _ in model.named_modules()]

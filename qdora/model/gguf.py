@@ -85,8 +85,8 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
         UserError: An architecture or a tensor that has no counterpart in transformers.
     """
     header = read_header(path)
-    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
-    names = _model_names(header, model, processor)
+    processor = layout_processor(header, model)
+    names = model_names(header, model, processor)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored: dict[str, StoredTensor] = {}
     faults = []
@@ -111,8 +111,17 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
     return stored
 
 
-def _model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
-    """Name in the file -> name in the model."""
+def layout_processor(header: GgufHeader, model: PreTrainedModel) -> TensorProcessor:
+    """What puts the tensors of an architecture into transformers' layout."""
+    return TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
+
+
+def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
+    """Name in the file -> name in the model.
+
+    Raises:
+        UserError: The package gguf does not know the architecture.
+    """
     import gguf
 
     architecture = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None)

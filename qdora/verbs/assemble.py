@@ -26,7 +26,7 @@ from qdora.model.base_cache import BaseCache, default_cache
 from qdora.model.error_init import start_from_error_
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Placer, Quantization, load_model
-from qdora.model.source import ModelSource, resolve
+from qdora.model.source import ModelSource, public_name, resolve
 from qdora.model.tokenizer import load_tokenizer
 
 logger = logging.getLogger("qdora")
@@ -175,8 +175,11 @@ def _targets(recipe: Recipe) -> str | list[str]:
     return targets if isinstance(targets, str) else list(targets)
 
 
-def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
-    """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`."""
+def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path, *, shipped: bool = False) -> None:
+    """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`.
+
+    `shipped`: It leaves this machine, so that a base that only this machine has is not named.
+    """
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
     if base.quant not in ("int8", "none"):
@@ -186,7 +189,7 @@ def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path) -> No
     save_adapter(
         model,
         directory,
-        base_name_or_path=recipe.model.source,
+        base_name_or_path=public_name(recipe.model.source) if shipped else recipe.model.source,
         revision=recipe.model.revision,
         base_quant=quant,
     )

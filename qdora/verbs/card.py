@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from qdora.config import Recipe
+from qdora.data.hub import HUB_TASKS
+from qdora.data_config import SourceConfig, is_path
 from qdora.environment import package_versions
+from qdora.errors import UserError
 from qdora.evaluation.against_base import worse_than_base
 from qdora.model.card import CardFacts, Form, model_card
+from qdora.model.licence import licence_files, licence_of
+from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, ModelSource, public_name
 from qdora.record import RunDirectory
+from qdora.verbs.assemble import find_source
 from qdora.verbs.evaluate import stored_results
 from qdora.verbs.interference import interference_in_words
 from qdora.verbs.selection import adapter_in_words
@@ -28,6 +35,8 @@ def run_card(
     """
     adapter, base = recipe.adapter, recipe.base
     versions = package_versions(("torch", "transformers"))
+    source = _source(recipe)
+    ids = [_data_id(each) for each in recipe.data.mix]
     step = int(state.removeprefix("step-")) if state.startswith("step-") else None
     results = stored_results(run, step)
     tasks = list(results["adapter"].tasks) if "adapter" in results else []
@@ -35,17 +44,20 @@ def run_card(
     sizes = f", rank {adapter.rank}, alpha {adapter.alpha:g}" if adapter.kind in ("lora", "dora") else ""
     return model_card(
         CardFacts(
-            base_name=recipe.model.source,
+            base_name=base_name(recipe),
             base_revision=recipe.model.revision,
             title=run.path.resolve().name,
             form=form,
+            licence=None if source is None else licence_of(source),
+            licence_files=() if source is None or form == "run" else list(licence_files(source)),
             method={
                 "adapter": adapter.kind + sizes,
                 "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
                 "learning rate": recipe.train.lr,
                 "state": adapter_in_words(run) if state == "final" else state,
             },
-            data=[source.label for source in recipe.data.mix],
+            data=[_data(each, id_) for each, id_ in zip(recipe.data.mix, ids, strict=True)],
+            data_ids=[id_ for id_ in ids if id_ is not None],
             metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],
             metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
             notes=[f"{each.in_words()}." for each in worse],
@@ -54,3 +66,37 @@ def run_card(
             versions={name: version for name, version in versions.items() if version},
         )
     )
+
+
+def card_files(
+    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, *, form: Form
+) -> dict[str, str]:
+    """Name -> text of the card of an export and of the licence files of its base."""
+    source = _source(recipe)
+    files = {} if source is None else licence_files(source)
+    return files | {"README.md": run_card(run, recipe, state, check, form=form)}
+
+
+def base_name(recipe: Recipe) -> str:
+    """The base as strangers know it: its Hub id, or the last part of its path here."""
+    source = recipe.model.source
+    if source == BUILTIN:
+        return BUILTIN_HUB_ID
+    return public_name(source) or Path(source).name
+
+
+def _source(recipe: Recipe) -> ModelSource | None:
+    try:
+        return find_source(recipe, weights=False)
+    except UserError:  # moved, or not to be reached: the card says less
+        return None
+
+
+def _data_id(source: SourceConfig) -> str | None:
+    if source.task in HUB_TASKS:
+        return HUB_TASKS[source.task].id
+    return None if source.source is None or is_path(source.source) else source.source
+
+
+def _data(source: SourceConfig, id_: str | None) -> str:
+    return source.label if id_ is None else f"{source.label}: [{id_}](https://huggingface.co/datasets/{id_})"

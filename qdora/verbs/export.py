@@ -3,94 +3,38 @@
 from __future__ import annotations
 
 import logging
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from qdora.atomic_files import atomic_write_json, atomic_write_text
-from qdora.config import Recipe
-from qdora.data.example import Example
-from qdora.errors import RunFailure, UserError, nearest
-from qdora.model.card import Form
+from qdora.errors import RunFailure, UserError
 from qdora.model.checkpoint import shorten
-from qdora.model.export import export_merged
-from qdora.model.export_directory import DTYPES, MAX_SHARD_BYTES
+from qdora.model.export_directory import DTYPES
 from qdora.model.export_nf4_lora import export_nf4_lora
-from qdora.model.export_streamed import BASES, StreamedMerge, check_merge, export_streamed, open_merge
-from qdora.model.hub_push import check_repository, push
+from qdora.model.export_streamed import open_merge
+from qdora.model.hub_push import push
 from qdora.model.inject import adapted_layers, frozen_layers
-from qdora.model.load import Quantization
 from qdora.model.verify import verify_merged
 from qdora.model.verify_nf4_lora import verify_nf4_lora
 from qdora.model.verify_requantized import verify_requantized
 from qdora.recipe_file import load_recipe
-from qdora.record import RunDirectory, open_run
+from qdora.record import open_run
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.assemble import choose_compute, find_model, run_examples, write_adapter
+from qdora.verbs.assemble import write_adapter
 from qdora.verbs.audit import audit, audit_page
-from qdora.verbs.card import run_card
+from qdora.verbs.card import card_files, run_card
+from qdora.verbs.export_gguf import export_gguf
+from qdora.verbs.export_merge import merge_of, write_merge
+from qdora.verbs.export_options import ExportOptions, check_options
+from qdora.verbs.export_targets import check_target
+from qdora.verbs.held_out import held_out, texts_of
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run, trained_state
 
 logger = logging.getLogger("qdora")
-
-Format = Literal["merged", "peft", "nf4-lora"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-_NUM_TEXTS = 24
-"""Held-out texts on which the exported model is compared: about 2,000 tokens, enough for a maximum to mean
-something."""
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `qdora export` is asked for.
-
-    Attributes:
-        format_: "merged" (one dense model for plain transformers), "nf4-lora" (a 4-bit base with the gain in its block
-            scales, and plain LoRA) or "peft" (the adapter as it was trained).
-        dtype: Of the weights that are not quantised: float16, bfloat16 or float32. None: float16 for "merged", the
-            run's own for "nf4-lora".
-        base: Of "merged": "dequantized" (what was trained) or "original" (the 16-bit source). None: dequantized.
-        requantize: Of "merged": write it in 4 bits again, as the base was.
-        shard_size: Of a weights file ("5GB"). None: 5 GiB.
-        step: Checkpoint; None takes the finished adapter.
-        audit: Compare all forms of the model, and say which one to ship.
-        push: Name of the Hub repository that the export is uploaded to once it has passed; None uploads nothing.
-        public: Make that repository public.
-    """
-
-    format_: str = "merged"
-    dtype: str | None = None
-    base: str | None = None
-    requantize: bool = False
-    shard_size: str | None = None
-    step: int | None = None
-    audit: bool = True
-    push: str | None = None
-    public: bool = False
-
-    @property
-    def shard_bytes(self) -> int:
-        """Of a weights file. Raises UserError for what is no size."""
-        return MAX_SHARD_BYTES if self.shard_size is None else parse_size(self.shard_size)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500MB or 2GiB.
-
-    Raises:
-        UserError: Something else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text)
-    size = round(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise UserError(f"--shard-size: {text!r}, allowed: a number and one of {', '.join(_UNITS)}, as in 2GB.")
-    return size
 
 
 def export_run(
@@ -111,22 +55,26 @@ def export_run(
     """
     console = console or default_console()
     keep_freed_memory()
-    _check(options)
+    check_options(options)
+    if options.target is not None:
+        check_target(options.target, _form(options), load_recipe(open_run(run).recipe_file))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
-    if options.format_ == "peft":
+    if options.format == "peft":
         return _pushed(_export_adapter(load_run(run, step=options.step), out), out, options, console)
-    export = _export_merged if options.format_ == "merged" else _export_nf4_lora
-    trained, result, check = export(run, out, options, console)
-    form: Form = "nf4-lora" if options.format_ == "nf4-lora" else _form_of_merge(options)
+    writers = {"merged": _export_merged, "nf4-lora": _export_nf4_lora, "gguf": export_gguf}
+    trained, result, check = writers[options.format](run, out, options, console)
+    form = options.form
     zeros = _zeros(trained) if form == "merged" else None
-    document = {"format": options.format_, "run": str(run), "state": trained.state, **result, "verification": check}
+    # Names without their paths: the file leaves this machine.
+    named = {"format": options.format, "run": run.resolve().name, "state": trained.state}
+    document = {**named, **result, "directory": out.resolve().name, "verification": check}
     if zeros is not None:
         document["zeros"] = zeros
     if options.audit and trained.recipe.base.prune is not None:
         logger.info("No audit: its forms start from the source's weights, which are not those of a pruned base.")
     elif options.audit and check["passed"] and trained.recipe.adapter.kind in ("lora", "dora"):
-        if form == "original":
+        if options.base == "original":
             del trained
             trained = load_run(run, step=options.step)
         document["audit"] = _audit(trained, out, options, console)
@@ -150,6 +98,10 @@ def export_run(
     return _pushed(document, out, options, console)
 
 
+def _form(options: ExportOptions) -> str:
+    return "peft" if options.format == "peft" else options.form
+
+
 def _pushed(document: dict[str, Any], out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
     if options.push is None:
         return document
@@ -158,101 +110,16 @@ def _pushed(document: dict[str, Any], out: Path, options: ExportOptions, console
     return document | {"pushed": address}
 
 
-def _check(options: ExportOptions) -> None:
-    """Raise UserError for options that are unknown, or that the format has no use for: all of them."""
-    faults = []
-    if options.format_ not in FORMATS:
-        raise UserError(
-            f"--format: {options.format_!r}, allowed: {', '.join(FORMATS)}.{nearest(options.format_, FORMATS)}"
-        )
-    if options.dtype is not None and options.dtype not in DTYPES:
-        faults.append(f"--dtype: {options.dtype!r}, allowed: {', '.join(DTYPES)}.{nearest(options.dtype, DTYPES)}")
-    if options.base is not None and options.base not in BASES:
-        faults.append(f"--base: {options.base!r}, allowed: {', '.join(BASES)}.{nearest(options.base, BASES)}")
-    given = {"--base": options.base is not None, "--requantize": options.requantize}
-    if options.format_ == "peft":
-        given |= {"--dtype": options.dtype is not None, "--shard-size": options.shard_size is not None}
-    if options.format_ != "merged":
-        faults += [f"{name}: has no effect on --format {options.format_}." for name, is_set in given.items() if is_set]
-    if options.requantize and options.base == "original":
-        faults.append("--requantize: with --base original neither the base nor the rounding is the one of the run.")
-    if options.public and options.push is None:
-        faults.append("--public: has no effect without --push.")
-    if faults:
-        raise UserError(*faults)
-    _ = options.shard_bytes
-    if options.push is not None:
-        check_repository(options.push)
-
-
-def _form_of_merge(options: ExportOptions) -> Form:
-    if options.requantize:
-        return "requantized"
-    return "original" if options.base == "original" else "merged"
-
-
 def _export_merged(
     run: Path, out: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
-    opened = open_run(run)
-    recipe = load_recipe(opened.recipe_file)
-    dtype = DTYPES[options.dtype or "float16"]
-    where, state = trained_state(opened, recipe, options.step)
-    form = _form_of_merge(options)
-    card = {"README.md": run_card(opened, recipe, state, form=form)}
-    if recipe.adapter.kind == "full" or recipe.base.prune is not None:
-        if options.base is not None or options.requantize:
-            why = "adapter.kind full has no adapter to merge" if recipe.base.prune is None else "the base is pruned"
-            raise UserError(f"--base, --requantize: {why}; leave them out.")
-        trained = load_run(run, step=options.step)
-        with bar(console, "writing") as progress:
-            result = export_merged(
-                trained.model,
-                trained.tokenizer,
-                out,
-                dtype=dtype,
-                max_shard_bytes=options.shard_bytes,
-                progress=progress,
-                extra_files=card,
-            )
-    else:
-        merge, tokenizer = merge_of(opened, recipe, where, options)
-        check_merge(merge)
-        with bar(console, "merging") as progress:
-            result = export_streamed(
-                merge,
-                tokenizer,
-                out,
-                dtype=dtype,
-                max_shard_bytes=options.shard_bytes,
-                progress=progress,
-                extra_files=card,
-            )
-        trained = load_run(run, step=options.step, original=form == "original")
+    written = write_merge(run, out, options, DTYPES[options.dtype or "float16"], console, with_card=True)
+    trained = written.load()
     console.print("comparing the merged model with the running one", highlight=False)
-    verify = verify_requantized if form == "requantized" else verify_merged
+    verify = verify_requantized if options.form == "requantized" else verify_merged
     check = verify(trained.model, out, trained.tokenizer, texts=texts_of(held_out(trained.recipe)))
-    return trained, result.to_dict() | {"base": options.base or "dequantized", "requantized": options.requantize}, check
-
-
-def merge_of(
-    run: RunDirectory, recipe: Recipe, trained: Path, options: ExportOptions
-) -> tuple[StreamedMerge, PreTrainedTokenizerBase]:
-    """The merge of a run's adapter (`trained`: from `trained_state`) that is asked for, and the run's tokenizer."""
-    source, tokenizer = find_model(recipe)
-    adapter = None
-    if recipe.adapter.kind != "none":
-        adapter = trained if trained == run.adapter else trained / "adapter"
-    held = recipe.base
-    merge = StreamedMerge(
-        source,
-        adapter,
-        Quantization(held.quant, held.block_size, held.double_quant, tuple(held.skip)),
-        choose_compute(recipe.model.dtype).dtype,
-        base="original" if options.base == "original" else "dequantized",
-        requantize=options.requantize,
-    )
-    return merge, tokenizer
+    more = {"base": options.base or "dequantized", "requantized": options.requantize}
+    return trained, written.result.to_dict() | more, check
 
 
 def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
@@ -280,7 +147,7 @@ def _export_nf4_lora(
     run: Path, out: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
     trained = load_run(run, step=options.step)
-    card = run_card(trained.run, trained.recipe, trained.state, form="nf4-lora")
+    published = options.push if options.push is not None and "/" in options.push else None
     with bar(console, "folding") as progress:
         result = export_nf4_lora(
             trained.model,
@@ -289,7 +156,8 @@ def _export_nf4_lora(
             dtype=None if options.dtype is None else DTYPES[options.dtype],
             max_shard_bytes=options.shard_bytes,
             progress=progress,
-            extra_files={"README.md": card},
+            extra_files=card_files(trained.run, trained.recipe, trained.state, form="nf4-lora"),
+            published_as=published,
         )
     lost = result.scale_error_if_double_quantised
     if lost:
@@ -302,28 +170,6 @@ def _export_nf4_lora(
     console.print("comparing the exported model with the running one", highlight=False)
     check = verify_nf4_lora(trained.model, out, trained.tokenizer, texts=texts_of(held_out(trained.recipe)))
     return trained, result.to_dict(), check
-
-
-def held_out(recipe: Recipe) -> dict[str, list[Example]]:
-    """The validation examples of a run by task; empty, with a warning, where its data cannot be read."""
-    try:
-        return run_examples(recipe, "validation")
-    except UserError as error:
-        logger.warning("The run's data cannot be read (%s); the check uses a fixed sentence.", error.faults[0])
-        return {}
-
-
-def texts_of(by_task: dict[str, list[Example]]) -> list[str]:
-    """Examples with their answers, spread over the tasks; a fixed sentence where there are none."""
-    picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
-    texts = [text for text in (_text(example) for example in picked[:_NUM_TEXTS]) if text]
-    return texts or ["The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."]
-
-
-def _text(example: Example) -> str:
-    if example.messages:
-        return "\n".join(content for _, content in example.messages)
-    return example.prompt + example.answer
 
 
 def _zeros(trained: TrainedRun) -> dict[str, int] | None:
@@ -365,8 +211,8 @@ def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
     if any(layer.masked for layer in adapted_layers(trained.model).values()):
         raise UserError("--format peft: adapter.mask keep: PEFT cannot mask B A, allowed: --format merged.")
     check_servable(trained.model)
-    write_adapter(trained.model, recipe, out)
-    return {"format": "peft", "run": str(trained.run.path), "state": trained.state, "directory": str(out)}
+    write_adapter(trained.model, recipe, out, shipped=True)
+    return {"format": "peft", "run": trained.run.path.resolve().name, "state": trained.state, "directory": out.name}
 
 
 def _verdict(check: dict[str, Any]) -> str:
