@@ -15,11 +15,10 @@ from pathlib import Path
 
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_shapes
-from tables.runs import kill_resume, mixing, out_of_memory
-from tables.study import study
+from tables.runs import kill_resume, mixing
 from tables.table import markdown, read
 from tables.times import layer_time, packing, step_time
-from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data
+from tables.training import magnitudes, peft_interop, quickstart, real_data
 
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,14 +39,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing": packing,
     "mixing": mixing,
     "kill_resume": kill_resume,
-    "out_of_memory": out_of_memory,
     "layer_time": layer_time,
     "step_time": step_time,
-    "loss_curve": loss_curve,
     "layer_memory": layer_memory,
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,
-    "study": study,
     "plan_shapes": plan_shapes,
     "plan_accuracy": plan_accuracy,
     "failed": failed,
