@@ -46,7 +46,7 @@ GATES = ("l1", "hard_concrete")
 SCOUTED = {
     "svd": RankSettings(method="svd", budget="50%"),
     "gradient": RankSettings(method="gradient", budget="50%", examples=32),
-    "curvature": RankSettings(method="curvature", budget="50%", examples=4, max_rank=24),
+    "curvature": RankSettings(method="curvature", budget="50%", examples=16, eigenvalues=0),
 }
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--dir", type=Path, default=Path("runs/studies/ranks"))
     parser.add_argument("--out", type=Path, default=RESULTS / "rank_methods")
-    parser.add_argument("--methods", default="uniform,l1,hard_concrete,svd,gradient")
+    parser.add_argument("--methods", default="uniform,l1,hard_concrete,svd,gradient,curvature")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--limit", type=int, default=48, help="validation examples of each task")

@@ -25,8 +25,12 @@ def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[
     pattern = {name: rank for name, rank in ranks.items() if rank != recipe.adapter.rank}
     plain = settings(recipe)
     fragment: dict[str, Any] = {"rank": recipe.adapter.rank, "rank_pattern": pattern}
-    if pattern:  # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
+    if pattern and not recipe.adapter.rank_pattern:
+        # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
         fragment["same_scaling"] = True
+    elif pattern:
+        # Another value would also change alpha / rank of the layers that were left out
+        fragment["same_scaling"] = recipe.adapter.same_scaling
     kept = {key: value for key, value in plain["adapter"].items() if key not in ("same_scaling", "gates")}
     plain["adapter"] = kept | fragment
     folder = run.inside("rank")
