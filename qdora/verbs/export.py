@@ -71,9 +71,7 @@ def export_run(
     document = {**named, **result, "directory": out.resolve().name, "verification": check}
     if zeros is not None:
         document["zeros"] = zeros
-    if options.audit and trained.recipe.base.prune is not None:
-        logger.info("No audit: its forms start from the source's weights, which are not those of a pruned base.")
-    elif options.audit and check["passed"] and trained.recipe.adapter.kind in ("lora", "dora"):
+    if options.audit and check["passed"] and trained.recipe.adapter.kind in ("lora", "dora"):
         if options.base == "original":
             del trained
             trained = load_run(run, step=options.step)
@@ -124,13 +122,16 @@ def _export_merged(
 
 def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
     """Compare all forms, say which one to ship, and leave a page in the run."""
-    where, _ = trained_state(trained.run, trained.recipe, options.step)
-    merge, _ = merge_of(trained.run, trained.recipe, where, ExportOptions())
+    opened = None
+    if trained.recipe.base.prune is None:
+        where, _ = trained_state(trained.run, trained.recipe, options.step)
+        merge, _ = merge_of(trained.run, trained.recipe, where, ExportOptions())
+        opened = open_merge(merge)
     examples = held_out(trained.recipe)
     found = audit(
         trained.model,
         trained.tokenizer,
-        open_merge(merge),
+        opened,
         texts=texts_of(examples),
         examples=examples,
         dtype=DTYPES[options.dtype or "float16"],
