@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
-from tables.plan import plan_accuracy, plan_recipes, plan_shapes
+from tables.plan import plan_accuracy, plan_shapes
 from tables.runs import kill_resume, mixing
 from tables.streaming import stream_schedule
 from tables.table import markdown, read
@@ -46,7 +46,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,
     "plan_shapes": plan_shapes,
-    "plan_recipes": plan_recipes,
     "plan_accuracy": plan_accuracy,
     "stream_schedule": stream_schedule,
     "failed": failed,
