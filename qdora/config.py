@@ -85,7 +85,13 @@ class BaseWeightsConfig(Section):
     """Weights that are removed. None: a base without zeros of ours."""
     cache: Text | None = None
     """Directory in which the packed base is kept: written at the first start, read by later ones in place of the 16-bit
-    weights. auto: qdora/bases in the user's cache directory (XDG_CACHE_HOME). null: none is kept."""
+    weights. auto: qdora/bases in the user's cache directory (XDG_CACHE_HOME). null: none is kept, but with residency
+    disk, which takes auto."""
+    residency: Literal["device", "host", "disk"] = "device"
+    """Where the frozen blocks live. host, for a GPU: in pinned memory of the host, copied to the GPU while others
+    compute. disk, for machines without one: mapped from the packed base on disk, read when they are computed with."""
+    streamed_blocks: Whole | None = None
+    """How many of the blocks live there, spread evenly among those on the device. null: all."""
 
     def unused(self) -> dict[str, str]:
         found = {}
@@ -97,7 +103,17 @@ class BaseWeightsConfig(Section):
             found["cache"] = "base.quant none packs nothing"
         elif self.prune is not None:
             found["cache"] = "a pruned base is kept in the run directory"
+        if self.residency == "device":
+            found["streamed_blocks"] = "base.residency is device"
         return found
+
+    def faults(self) -> Iterator[Fault]:
+        if self.residency == "device":
+            return
+        if self.quant == "none":
+            yield "residency", f"needs packed weights, got {self.residency} with quant none, allowed: device."
+        if self.prune is not None:
+            yield "residency", f"a pruned base stays on the device, got {self.residency}, allowed: device."
 
 
 class AdapterConfig(Section):
@@ -185,6 +201,9 @@ class Recipe(Section):
                 f"full trains 16-bit weights, got base.quant {self.base.quant}, allowed: base.quant none.",
             )
         yield from self._prune_faults()
+        if self.base.residency != "device" and not self.memory.checkpointing:
+            what = "blocks that come and go are computed again in the backward pass, got false with base.residency"
+            yield "memory.checkpointing", f"{what} {self.base.residency}, allowed: true."
         if self.adapter.init == "loftq" and self.base.quant == "none" and self.base.prune is None:
             what = "starts from the error of the base, and this one has none, got loftq"
             yield "adapter.init", f"{what}, allowed: kaiming, gaussian, or a base.quant or base.prune."

@@ -91,6 +91,7 @@ class Hooks:
         evaluate: Measures the model after `step` steps.
         keep_batch: Writes the examples of a step that was not applied and returns where.
         probe: Measures the interference after `step` steps and writes it; training goes on as if it had not.
+        updated: Told the learning rate of every update, after it.
     """
 
     write_metrics: Callable[[Metrics], None]
@@ -98,6 +99,7 @@ class Hooks:
     evaluate: Callable[[int], Evaluated] | None = None
     keep_batch: Callable[[BadStep], Path] | None = None
     probe: Callable[[int], None] | None = None
+    updated: Callable[[float], None] | None = None
 
 
 def fit(
@@ -149,6 +151,8 @@ def fit(
             if settings.clip is not None and metrics["gradient_norm"] > settings.clip:
                 optimizer.scale_gradients_(settings.clip / metrics["gradient_norm"])
             optimizer.step(lr)
+            if hooks.updated is not None:
+                hooks.updated(lr)
             bad_steps.applied(metrics["loss"])
         elif found.fault is not None or not bad_steps.skip():
             _go_back(optimizer, loader, before)
@@ -272,7 +276,8 @@ def _gradient_of_step(
     objective = objective or Objective()
     objective.begin()
     total = objective.total(batch)
-    prepare_gains(adapted_layers(model).values())
+    # A block that comes and goes is not brought for its norms alone.
+    prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     nll = torch.zeros(len(names), dtype=torch.float32, device=device)
     example_nll = []

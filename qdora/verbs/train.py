@@ -33,6 +33,7 @@ from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_figures
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
+from qdora.train.moved import MovedCheck
 from qdora.train.objective import Objective
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
@@ -309,6 +310,7 @@ class _Job:
             evaluate=self._measure if self.validation.examples else None,
             keep_batch=self.writer.keep_batch,
             probe=self._probe(),
+            updated=None if self.recipe.base.residency == "device" else MovedCheck(optimizer).updated,
         )
         with (
             stop_on_signal(self.processes) as stop,
