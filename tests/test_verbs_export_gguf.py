@@ -125,6 +125,19 @@ def test_a_wrong_file_is_refused(
     assert not json.loads((tmp_path / "out/export.json").read_text())["verification"]["passed"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("disk"), KeyboardInterrupt()])
+def test_a_file_that_could_not_be_compared_is_not_left(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fails(*args: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("qdora.verbs.export_gguf.verify_gguf", fails)
+    with pytest.raises(RunFailure if isinstance(error, OSError) else type(error)):
+        export_run(run, tmp_path / "out", asked())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_converter_that_refuses_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_FAULT", "crash")
     with pytest.raises(RunFailure, match="converter ended with code 1: NotImplementedError: BPE pre-tokenizer was not"):
