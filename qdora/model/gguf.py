@@ -30,7 +30,7 @@ _ROTARY_FACTORS = "rope_freqs.weight"
 # Gemma 2 and 3 in 27B scale their attention by another width than the head's. No GGUF file says so: llama.cpp knows it
 # from the number of layers, transformers does not.
 _SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
-# Architectures whose tensors llama.cpp's converter changes as it does those of another one, which alone transformers reads.
+# Architectures whose tensors llama.cpp's converter changes as it does those of another, which transformers reads.
 _LAID_OUT_AS = {
     "arcee": "llama",
     "gemma": "gemma2",
