@@ -287,7 +287,7 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         # Before the first result; the last two are trackers'
         own_files = {run.recipe_file.name, run.log_file.name, "environment.json", "mix.json"}
         early = own_files | {"base", "tensorboard", "wandb"}
-        own = early if run.recipe_file.exists() else set()
+        own = early if run.recipe_file.exists() else {"environment.json"}  # written first: a kill can leave it alone
         others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
         if others:
             raise UserError(f"{path}: not empty and not a run, got {others[0]}, allowed: a new or empty --run-dir.")

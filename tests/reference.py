@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Array = NDArray[np.float64]
 
@@ -186,11 +187,11 @@ def head_nll(
 def paired(
     tasks: list[tuple[list[list[float]], list[list[float]], list[float]]],
 ) -> tuple[float, float, float]:
-    """Macro average of first - second per unit of weight, its standard error and degrees of freedom, sum by sum.
+    """Macro average of first - second per unit of weight, its standard error and half the 95 % interval, sum by sum.
 
     Each task is (first[seed][example], second[seed][example], weight[example]). The variance over examples is that of a
-    ratio estimate (Cochran 1977, eq. 6.13), that over seeds the one of the seeds' macro averages; degrees of freedom by
-    Satterthwaite.
+    ratio estimate (Cochran 1977, eq. 6.13), that over seeds the one of the seeds' macro averages; the quantile
+    is that of t for each part, weighted by the variances (Cochran and Cox).
     """
     num_seeds = len(tasks[0][0])
     of_seed = [0.0] * num_seeds
@@ -214,8 +215,8 @@ def paired(
         spread = sum((each - value) ** 2 for each in of_seed) / (num_seeds - 1)
         parts.append((spread / num_seeds, num_seeds - 1))
     variance = sum(part for part, _ in parts)
-    degrees = variance**2 / sum(part**2 / free for part, free in parts) if variance else math.inf
-    return value, math.sqrt(variance), degrees
+    quantile = sum(part * float(stats.t(free).ppf(0.975)) for part, free in parts) / variance
+    return value, math.sqrt(variance), quantile * math.sqrt(variance)
 
 
 def cosine(first: Array, second: Array) -> float:

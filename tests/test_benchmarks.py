@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -292,3 +293,44 @@ def test_merge_streamed(tmp_path: Path) -> None:
     assert result["interrupted_left"] == [".again.partial"]
     assert result["num_files"] > 2
     assert result["num_bytes"] == result["checkpoint_bytes"]
+
+
+@pytest.mark.slow
+def test_study(tmp_path: Path) -> None:
+    options = (
+        "--dir",
+        str(tmp_path / "study"),
+        "--bases",
+        "nf4,nf4+2:4",
+        "--steps",
+        "2",
+        "--batch",
+        "4",
+        "--limit",
+        "2",
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "benchmarks/study.py"), "--smoke", "--out", str(out), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for _ in range(2):  # the second time all cells are there
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+        assert run.returncode == 0, run.stderr[-3000:]
+    with (out / "arms.csv").open(newline="") as file:
+        arms = list(csv.DictReader(file))
+    trained = {(row["base"], row["adapter"]): row for row in arms if row["is_trained"] == "True"}
+    assert set(trained) == {(base, kind) for base in ("nf4", "nf4, 2:4") for kind in ("lora", "dora")} | {
+        ("nf4, 2:4", "dora, masked")
+    }
+    assert all(row["num_seeds"] == "3" and row["num_missing"] == "0" for row in trained.values())
+    assert float(trained["nf4, 2:4", "lora"]["sparsity"]) == 0.5
+    results = list((tmp_path / "study/results").glob("*.json"))
+    assert len(results) == 5 * (3 + 2) + 3  # three rates, two more seeds; both bases and the uncompressed one
+
+
+def test_out_of_memory(tmp_path: Path) -> None:
+    runs = smoke(tmp_path, "out_of_memory.py")["runs"]
+    assert set(runs) == {"float32", "bfloat16"}
+    for run in runs.values():
+        assert run["same_tokens"]
+        assert run["backoffs"][0]["tokens_after"] <= 400 < run["backoffs"][0]["tokens_before"]
+        assert run["largest_relative_difference"] < 1e-4

@@ -76,6 +76,14 @@ def test_a_run_without_a_result_can_be_started_again_with_another_recipe(run: Ru
         create_run(run.path, RECIPE, ENVIRONMENT)
 
 
+def test_a_kill_between_the_first_two_files_is_gone_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "environment.json").write_text("{}")
+    create_run(path, "train: {}\n", {"python": "3"})
+    assert (path / "recipe.yaml").read_text() == "train: {}\n"
+
+
 def test_create_refuses_a_run_other_files_and_a_file(run: RunDirectory, tmp_path: Path) -> None:
     run.append_metrics({"step": 1})
     before = tree(tmp_path)

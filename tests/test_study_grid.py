@@ -119,7 +119,8 @@ def test_the_key_is_of_what_is_run_and_not_of_how_it_is_written(shuffle: random.
 
 
 @pytest.mark.parametrize(
-    "value, label", [(1e-4, "0.0001"), ("1e-4", "0.0001"), ("nf4", "nf4"), ("inf", "inf"), (3, "3")]
+    "value, label",
+    [(1e-4, "0.0001"), ("1e-4", "0.0001"), ("nf4", "nf4"), ("inf", "inf"), (3, "3"), (0.12345678, "0.12345678")],
 )
 def test_a_label_is_how_the_value_is_read(value: Any, label: str) -> None:
     assert label_of(value) == label
@@ -145,6 +146,7 @@ FAULTS = [
     ({"compare": {"choose": ["train.rl"]}}, "compare.choose: no axis of the product", "Did you mean 'train.lr'?"),
     ({"compare": {"seed": "train.lr"}}, "compare: one axis cannot be two of", "'train.lr'"),
     ({"compare": {"metric": "loss"}}, "compare.metric: not valid, got 'loss'", "allowed: nll_per_token"),
+    ({"product": {"adapter": {"dora": {}}, "sparsity": {"half": {}}}}, "product.sparsity: is a column", "another name"),
     ({"retries": -1}, "retries: not valid, got -1", "0 or more"),
 ]
 
@@ -168,6 +170,44 @@ def test_a_cell_whose_recipe_is_wrong_is_named(tmp_path: Path) -> None:
     assert "Did you mean 'rank'?" in text
     with pytest.raises(UserError, match=r"eval\.tasks: a study compares evaluations"):
         study(tmp_path, settings={"eval.tasks": []})
+
+
+@pytest.mark.parametrize(
+    "settings, where",
+    [
+        ({"eval.best_by": "macro"}, "eval.best_by: goes by all validation examples"),
+        ({"interference.loss_weights": "progress"}, "interference.loss_weights: goes by all validation examples"),
+    ],
+)
+def test_what_goes_by_all_validation_examples_is_not_compared_on_half(
+    tmp_path: Path, settings: dict[str, Any], where: str
+) -> None:
+    product = {"adapter": {"lora": {"adapter.kind": "lora"}}, "train.seed": [0]}
+    settings = settings | {"eval.every": 1, "data.mix": [{"source": "a.jsonl"}, {"source": "b.jsonl"}]}
+    with pytest.raises(UserError) as caught:
+        study(tmp_path, product=product, settings=settings)
+    (fault,) = caught.value.faults
+    assert where in fault
+    cells = study(tmp_path, product=product, settings=settings, compare={"split": "test"})
+    assert sum(cell.is_trained for cell in cells) == 1
+
+
+def test_seeds_and_tuned_settings_that_change_the_base_are_refused(tmp_path: Path) -> None:
+    product = {
+        "adapter": {"lora": {"adapter.kind": "lora", "base.quant": "nf4"}},
+        "base.block_size": [32, 64],
+        "train.seed": [0],
+    }
+    assert sum(cell.is_trained for cell in study(tmp_path, product=product, compare={"choose": []})) == 2
+    with pytest.raises(UserError, match=r"one of train.seed, base.block_size changes the base"):
+        study(tmp_path, product=product, compare={"choose": ["base.block_size"]})
+
+
+def test_a_weight_in_the_loss_is_left_out_where_nothing_is_trained(tmp_path: Path) -> None:
+    mix = [{"source": "a.jsonl", "loss_weight": 2.0}, {"source": "b.jsonl"}]
+    product = {"adapter": {"lora": {"adapter.kind": "lora"}}, "train.seed": [0]}
+    cells = study(tmp_path, product=product, settings={"data.mix": mix})
+    assert {(cell.is_trained, cell.recipe.data.mix[0].loss_weight) for cell in cells} == {(True, 2.0), (False, None)}
 
 
 def test_a_study_file_finds_the_recipe_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
+from qdora.model.compress import CompressedLayer
+from qdora.study.config import COLUMNS
 from qdora.study.grid import Cell
 from qdora.study.page import write_report
 from qdora.study.scores import half
@@ -141,7 +144,8 @@ def test_no_winner_where_the_seeds_disagree(tmp_path: Path) -> None:
         return fake_study.truth(cell) + (0.2 if cell.recipe.train.seed == 3 else -0.2)
 
     row = compared(read_report(fake_study.make(tmp_path, nll=nll)), "nf4")
-    assert row["p_holm"] < 0.05  # of these seeds the examples are sure
+    assert row["p_examples"] < 0.05  # of these seeds the examples are sure
+    assert row["p_holm"] > 0.05
     assert row["winner"] == ""
     assert "3 of 4 seeds are better" in row["reason"]
     assert "holds zero" in row["reason"]
@@ -223,6 +227,15 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
     assert "no study (no study.json there)" in found.output
+
+
+def test_no_column_can_be_an_axis_too(report: Report) -> None:
+    """Every column that is not an axis is refused as the name of one."""
+    axes = set(fake_study.DOCUMENT["product"])
+    columns = {column for table in report.tables.values() for row in table for column in row}
+    assert columns - axes - {"prompt", "output"} <= COLUMNS
+    layer = {field.name for field in fields(CompressedLayer)} | {"sparsity"}
+    assert layer <= COLUMNS
 
 
 def test_a_study_without_results_has_no_report(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_real_study_is_reported(done: Path) -> None:
     report = read_report(done)
     assert len(report.tables["arms"]) == 4
     assert {row["repair_reason"] for row in report.tables["arms"]} <= {"not trained", "", NOTHING_LOST}
-    assert report.verdict[0].startswith("No winner. In none of 1 comparisons")
+    assert report.verdict[0].startswith("No winner is called in any of 1 comparisons")
 
 
 NOTHING_LOST = "compressing lost nothing that the data show"

@@ -1,4 +1,4 @@
-"""Tables of runs as a whole: killed and resumed, and mixed."""
+"""Tables of runs as a whole: killed and resumed, out of memory, and mixed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,24 @@ def kill_resume() -> str:
         ],
     ]
     return markdown(["what happened, then --resume", "bit for bit the same", "named in log or error"], rows)
+
+
+def out_of_memory() -> str:
+    """How much the losses of a run change whose allocator failed."""
+    document = read("out_of_memory")
+    rows = []
+    for dtype, run in document["runs"].items():
+        sizes = [run["backoffs"][0]["tokens_before"], *(each["tokens_after"] for each in run["backoffs"])]
+        rows.append(
+            [
+                dtype,
+                " → ".join(f"{size:,}" for size in sizes),
+                "yes" if run["same_tokens"] else "no",
+                f"{run['largest_relative_difference']:.1e}",
+            ]
+        )
+    header = ["compute", "tokens of a micro-batch", "same tokens in each step", "loss differs at most by (relative)"]
+    return markdown(header, rows) + f"\n{document['num_steps']} steps of SmolLM2-135M on the eight tasks.\n"
 
 
 def mixing() -> str:

@@ -105,3 +105,36 @@ def peft_interop() -> str:
         label = f"{case['adapter']}, {case['direction'].replace('->', '→')}"
         rows.append([label, *(f"{each['max']:.1e}" for each in largest), *(f"{each['mean']:.3f}" for each in means)])
     return markdown(header, rows)
+
+
+def loss_curve() -> str:
+    """Distances of loss curves, and what accumulation changes."""
+    document = read("loss_curve")
+    labels = {
+        "fast – plain": "fast, plain formula",
+        "plain, recut – plain": "plain, plain with other micro-batches",
+        "seeds of plain": "plain, another seed",
+        "seeds of fast": "fast, another seed",
+        "plain, float32 – plain": "plain in float32, plain",
+        "plain, float32 – fast": "plain in float32, fast",
+        "lora – plain": "LoRA, plain",
+    }
+    rows = []
+    for name, label in labels.items():
+        gaps = document["gaps"][name]
+        mean = sum(gap["mean_nats"] for gap in gaps) / len(gaps)
+        tail = sum(abs(gap["tail_nats"]) for gap in gaps) / len(gaps)
+        largest = max(gap["largest_nats"] for gap in gaps)
+        rows.append([label, str(len(gaps)), *(f"{each:.4f}" for each in (mean, largest, tail))])
+    found = {dtype: document["accumulation"][dtype] for dtype in ("float32", "bfloat16")}
+    differences = ", ".join(f"{each['gradient_difference']:.1e} in {dtype}" for dtype, each in found.items())
+    norms = sorted({count for each in found.values() for count in each["norms_per_layer_and_step"]})
+    note = (
+        f"\n{document['num_steps']} steps, {document['num_blocks']} blocks. Eight examples one by one against one "
+        f"batch of eight, whole model with checkpointing: relative difference of the gradient {differences} (bfloat16 "
+        f"from float32 {found['bfloat16']['gradient_to_float32']:.1e}); norms computed per layer and step: "
+        f"{', '.join(f'{count:g}' for count in norms)}.\n"
+    )
+    return (
+        markdown(["curves", "pairs", "mean gap, nats", "largest gap", "gap of the last 100 steps' means"], rows) + note
+    )

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 Array = NDArray[np.float64]
+
+_LEAST_P = 1e-15  # beyond it the quantiles of t lose their digits
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Difference:
         value: Each task counts once.
         stderr: Standard error over examples and seeds; nan where one of them is a single one.
         lower, upper: Ends of the confidence interval; nan with `stderr`.
+        p: Two-sided p-value: the level at which the interval ends at 0, no less than 1e-15; nan with `stderr`.
         num_seeds: 1: the interval covers the choice of examples alone.
     """
 
@@ -48,6 +51,7 @@ class Difference:
     stderr: float
     lower: float
     upper: float
+    p: float
     num_seeds: int
 
 
@@ -60,8 +64,10 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Diff
 
     The first is Cochran's ratio estimate (Sampling Techniques, 1977, eq. 6.13) over examples, the second the variance
     between the seeds' averages. What belongs to a pair of seed and example is in both, so the interval is rather too
-    wide than too narrow. The interval is t with Satterthwaite's degrees of freedom (Biometrics Bulletin 2 (1946), 110),
-    which are few where the seeds decide and the examples do not. With one seed its part is left out.
+    wide than too narrow. Its quantile is the mean of the t quantiles of all parts, each of its own degrees of freedom,
+    weighted by their variances (Cochran and Cox, Experimental Designs, 1957, sec. 4.14): with three seeds that of
+    Student's t with 2 where the seeds decide. (Satterthwaite's pooled degrees of freedom, themselves estimated from so
+    few seeds, are too many: 9 % instead of 5 % of such intervals miss the truth.) With one seed its part is left out.
 
     Args:
         tasks: At least one, with the same seeds in the same order.
@@ -86,9 +92,25 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Diff
     variance = sum(part for part, _ in parts)
     stderr = math.sqrt(variance)
     if math.isnan(stderr):
-        return Difference(value, math.nan, math.nan, math.nan, num_seeds)
-    half = 0.0
-    if variance > 0:
-        degrees = variance**2 / sum(part**2 / free for part, free in parts)
-        half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * stderr
-    return Difference(value, stderr, value - half, value + half, num_seeds)
+        return Difference(value, math.nan, math.nan, math.nan, math.nan, num_seeds)
+    if variance == 0:
+        return Difference(value, 0.0, value, value, _LEAST_P if value else 1.0, num_seeds)
+    half = _quantile(parts, 1 - confidence) * stderr
+    return Difference(value, stderr, value - half, value + half, _p_value(parts, abs(value) / stderr), num_seeds)
+
+
+def _quantile(parts: Sequence[tuple[float, int]], level: float) -> float:
+    """Of the two-sided level; parts are (variance, degrees of freedom)."""
+    quantiles = sum(variance * float(stats.t.isf(level / 2, free)) for variance, free in parts)
+    return quantiles / sum(variance for variance, _ in parts)
+
+
+def _p_value(parts: Sequence[tuple[float, int]], ratio: float) -> float:
+    """The level whose quantile is `ratio`."""
+
+    def over(log_level: float) -> float:
+        return _quantile(parts, math.exp(log_level)) - ratio
+
+    if over(math.log(_LEAST_P)) <= 0:
+        return _LEAST_P
+    return 1.0 if ratio == 0 else math.exp(float(optimize.brentq(over, math.log(_LEAST_P), 0.0, xtol=1e-12)))

@@ -21,7 +21,6 @@ from qdora.model.export_streamed import OpenedMerge
 from qdora.model.inject import adapted_layers, frozen_layers, replace_module
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.dora import merged_weight
 from qdora.ops.packed import block_scales, dequantize, quantize
 
 Layer = AdaptedLinear | FrozenLinear
@@ -114,7 +113,7 @@ def variants(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dt
             return None
         weight = weight.to(_device(layer))
         if isinstance(layer, AdaptedLinear):
-            weight = merged_weight(weight, layer.lora_A, layer.gated_B(), layer.scaling, layer.magnitude)
+            weight = layer.merged_weight(base=weight)
         return _rounded(weight, dtype)
 
     def requantized(path: str, layer: Layer) -> Tensor | None:

@@ -53,7 +53,9 @@ def comparisons(
             row = _row(arm, other, compare, results, measure, part)
             if row is not None:
                 rows.append(row)
-    for row, adjusted in zip(rows, holm([row["p_examples"] for row in rows]), strict=True):
+    # Of both, the chance of examples with the seeds as they are, and that of examples and seeds, the larger one counts
+    larger = [row["p_examples"] if math.isnan(row["p_t"]) else max(row["p_examples"], row["p_t"]) for row in rows]
+    for row, adjusted in zip(rows, holm(larger), strict=True):
         row["p_holm"] = adjusted
         reasons = _against_a_winner(row, compare)
         row["reason"] = "; ".join(reasons)
@@ -126,6 +128,7 @@ def _row(
         "upper": interval.upper,
         "lower_t": wide.lower,
         "upper_t": wide.upper,
+        "p_t": wide.p,
         "p_examples": permutation_p(tasks, generator=np.random.default_rng(0), **options),
         "p_seeds": seed_permutation_p(tasks),
         "num_seeds": len(shared),

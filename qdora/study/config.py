@@ -35,6 +35,20 @@ Axis = Annotated[
 ]
 Choice = dict[Text, Any]
 
+_COLUMNS = """
+is_trained at_edge num_seeds num_missing num_examples bits_per_weight sparsity total_mib adapter_mib
+nll_per_token nll_per_token_lower nll_per_token_upper acc acc_lower acc_upper acc_norm acc_norm_lower acc_norm_upper
+right right_lower right_upper unparsable unparsable_lower unparsable_upper
+repair repair_lower repair_upper repair_reason pareto
+cell status num_failures reason seconds num_steps num_trainable final_loss
+arm reference measure improvement lower upper lower_t upper_t p_t p_examples p_seeds p_holm winner
+num_seeds_better num_seeds_worse is_swept
+layer kind format shape block_size num_weights num_pruned num_zeros relative_error num_packed_bytes
+fact value text
+"""
+COLUMNS = frozenset(_COLUMNS.split())
+"""Columns of the report's tables; an axis of that name would be one of them twice."""
+
 
 class CompareConfig(Section):
     """Which cells are compared with which, and what it takes to call a difference."""
@@ -81,6 +95,8 @@ class Study(Section):
 
     def faults(self) -> Iterator[Fault]:
         axes = list(self.product)
+        for name in sorted(COLUMNS.intersection(axes)):
+            yield f"product.{name}", f"is a column of the report, got {name!r}, allowed: another name for the axis."
         for field in ("include", "exclude"):
             for index, entry in enumerate(getattr(self, field)):
                 yield from self._entry_faults(f"{field}[{index}]", entry, may_be_new=field == "include")
@@ -165,7 +181,7 @@ def label_of(value: Any) -> str:
     """A value as the report shows it; 1e-4, 1.0e-4 and 0.0001 are one label."""
     if isinstance(value, str):
         try:
-            return value if value.isidentifier() else f"{float(value):g}"  # nan and inf are names
+            return value if value.isidentifier() else f"{float(value):.12g}"  # nan and inf are names
         except ValueError:
             return value
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)

@@ -58,9 +58,10 @@ def expand(study: Study) -> list[Cell]:
     uncompressed: dict[str, Cell] = {}  # without labels, unless the grid has it
     faults: dict[str, list[str]] = {}
     known: dict[str, Cell] = {}
+    base_of: dict[tuple[tuple[str, str], ...], str] = {}  # arm and surroundings -> key of its one base
     for labels, changes in _combinations(study):
         try:
-            recipe = _recipe(start, study.settings | changes)
+            recipe = _recipe(start, study.settings | changes, study.compare.split)
         except UserError as error:
             for fault in error.faults:
                 named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
@@ -70,6 +71,12 @@ def expand(study: Study) -> list[Cell]:
         dense = _base(recipe, dense=True, known=known)
         tuned = (study.compare.seed, *study.compare.choose)
         surroundings = {axis: label for axis, label in labels.items() if axis not in tuned}
+        if base_of.setdefault(tuple(surroundings.items()), base.key) != base.key:
+            varied = ", ".join(axis for axis in tuned if axis in labels)
+            fault = f"compare: one of {varied} changes the base or its evaluation, allowed: only settings of training."
+            named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
+            faults.setdefault(fault, []).append(named)
+            continue
         if recipe.adapter.kind == "none":
             bases[base.key] = Cell(base.key, surroundings, base.recipe, False, base.key, dense.key)
         else:
@@ -123,17 +130,34 @@ def _matches(labels: dict[str, str], entry: dict[str, Any]) -> bool:
     return all(labels[name] in map(label_of, as_list(value)) for name, value in entry.items())
 
 
-def _recipe(start: dict[str, Any], changes: dict[str, Any]) -> Recipe:
+def _recipe(start: dict[str, Any], changes: dict[str, Any], split: str) -> Recipe:
     overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     recipe = recipe_from(apply_overrides(start, overrides), "recipe", overrides)
     if recipe.eval.tasks == ():
         raise UserError("eval.tasks: a study compares evaluations, got [], allowed: at least one task.")
+    if split == "halves":
+        faults = [
+            f"{key}: goes by all validation examples, half of which compare the arms, got {value}, allowed: "
+            "compare.split: test, or the recipe without it."
+            for key, value in (
+                ("eval.best_by", recipe.eval.best_by),
+                ("interference.loss_weights", recipe.interference.loss_weights),
+            )
+            if value is not None
+        ]
+        if faults:
+            raise UserError(*faults)
     return recipe
 
 
 def _without_start(recipe: Recipe) -> Recipe:
     """A trained cell does not evaluate its base: one cell does that for all."""
     return recipe_from(apply_overrides(settings(recipe), ["eval.at_start=false", "eval.at_end=true"]))
+
+
+def _without_weight(source: dict[str, Any]) -> dict[str, Any]:
+    """A weight in the loss means nothing to a base that is only evaluated."""
+    return {name: value for name, value in source.items() if name != "loss_weight"}
 
 
 def _base(recipe: Recipe, *, dense: bool, known: dict[str, Cell]) -> Cell:
@@ -143,7 +167,7 @@ def _base(recipe: Recipe, *, dense: bool, known: dict[str, Cell]) -> Cell:
         "model": whole["model"],
         "base": {"quant": "none"} if dense else whole["base"],
         "adapter": {"kind": "none"},
-        "data": whole["data"],
+        "data": whole["data"] | {"mix": [_without_weight(source) for source in whole["data"]["mix"]]},
         "train": {"steps": 0, "batch": 1},
         "eval": {name: value for name, value in whole["eval"].items() if name in _EVALUATION},
     }

@@ -25,10 +25,10 @@ def verdict(
         axes: What is named of each comparison beside the arms.
         label: Of the metric.
     """
-    sentences = [_overall([row for row in pairs if row["measure"] == compare.metric], label)]
+    sentences = [_overall([row for row in pairs if row["measure"] == compare.metric], label, compare.alpha)]
     for measure in dict.fromkeys(row["measure"] for row in pairs if row["measure"] != compare.metric):
         part = [row for row in pairs if row["measure"] == measure]
-        sentences.append(_overall(part, f"{_OF_SHARES} that are {measure}"))
+        sentences.append(_overall(part, f"{_OF_SHARES} that are {measure}", compare.alpha))
     lacking = [row for row in cells if row["status"] != "done"]
     if lacking:
         failed = sum(row["status"] == "failed" for row in lacking)
@@ -39,12 +39,16 @@ def verdict(
     return sentences + [_sentence(row, axes, compare, label) for row in pairs]
 
 
-def _overall(pairs: Sequence[Mapping[str, Any]], label: str) -> str:
+def _overall(pairs: Sequence[Mapping[str, Any]], label: str, alpha: float) -> str:
     if not pairs:
         return "There is nothing to compare: no surrounding has two trained arms with results of the same seeds."
     won = [row for row in pairs if row["winner"]]
     if not won:
-        return f"No winner. In none of {len(pairs)} comparisons do the data show a difference ({label})."
+        unclear = sum(row["p_holm"] >= alpha for row in pairs)
+        return (
+            f"No winner is called in any of {len(pairs)} comparisons ({label}); in {unclear} of them the data show no "
+            "difference after Holm's correction."
+        )
     by_name: dict[str, int] = {}
     for row in won:
         by_name[row["winner"]] = by_name.get(row["winner"], 0) + 1
