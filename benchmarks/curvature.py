@@ -1,10 +1,11 @@
 """The largest curvatures of single layers of SmolLM2-135M on real data: values, residuals, products, seconds.
 
-    python benchmarks/curvature.py DATA --out benchmarks/results/curvature.json
+    python benchmarks/curvature.py DATA --out benchmarks/results/curvature.json --work DIR
 
 DATA holds <task>/<split>.parquet. A DoRA of rank 16 in NF4 is trained for a few steps on the combined tasks, so that B
 is off its start. Then, for each layer, in float32 on the dequantised base and on one micro-batch of training examples:
 the eigenvalues of largest magnitude of the Hessian with the norm attached, with held for the last block beside it.
+What is done lies in --work, layer by layer: a second call goes on from there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from byte_tokenizer import byte_tokenizer
 from measure import RESULTS, facts, peak_rss_bytes, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qdora.analysis.curvature_cache import CurvatureSettings, curvature_spectrum
+from qdora.analysis.curvature_cache import CurvatureSettings, curvature_spectrum, fingerprint
 from qdora.data_config import COMMONSENSE_TASKS
 from qdora.recipe_file import recipe_from
 from qdora.train.allocator import keep_freed_memory
@@ -54,6 +55,7 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     batches, about = training_batches(trained, args.examples, 8192)
     found = []
     blocks = [int(each) for each in args.blocks.split(",")]
+    state = fingerprint(trained.model, batches)
     for block in blocks:
         for norm in ("attached", "held") if block == blocks[-1] else ("attached",):
             settings = CurvatureSettings(
@@ -61,7 +63,9 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
             )
             for kind in KINDS:
                 name = f"model.layers.{block}.{kind}"
-                result = curvature_spectrum(trained.model, [name], batches, settings).to_dict()
+                result = curvature_spectrum(
+                    trained.model, [name], batches, settings, cache=run.parent / "cache", state=state
+                ).to_dict()
                 found.append({"layer": name, **result})
                 print(f"{name} {norm}: {result['num_matvecs']} products, {result['seconds']:.1f} s", flush=True)
     return {**about, "layers": found}
@@ -87,6 +91,7 @@ def main() -> None:
     parser.add_argument("--blocks", default="20,25,29")
     parser.add_argument("--top", type=int, default=20)
     parser.add_argument("--lanczos-steps", type=int, default=10)
+    parser.add_argument("--work", type=Path, help="the run and the layers that are done; a passing folder if left out")
     parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
     args = parser.parse_args()
     if not args.smoke and args.data is None:
@@ -95,9 +100,11 @@ def main() -> None:
     if args.smoke:
         args.steps, args.blocks, args.top = 2, "1", 4
     with tempfile.TemporaryDirectory() as folder:
-        model = write_small_model(Path(folder) / "model") if args.smoke else "builtin"
-        run = Path(folder) / "run"
-        train_run(recipe_from(recipe(args, model)), run)
+        work = args.work or Path(folder)
+        model = write_small_model(work / "model") if args.smoke else "builtin"
+        run = work / "run"
+        if not (run / "adapter").is_dir():
+            train_run(recipe_from(recipe(args, model)), run)
         measured = measure(run, args)
     command = f"python benchmarks/curvature.py DATA --steps {args.steps} --examples {args.examples}"
     command += f" --blocks {args.blocks} --top {args.top} --lanczos-steps {args.lanczos_steps}"

@@ -1,9 +1,9 @@
 """Every export of one trained adapter against an independent float32 reference, beside PEFT's merge of the same file.
 
-    python benchmarks/export_exactness.py DATA [--steps 60] [--out benchmarks/results/export_exactness.json]
+    python benchmarks/export_exactness.py DATA [--steps 60] [--run RUN] [--out benchmarks/results/export_exactness.json]
 
 SmolLM2-135M-Instruct (`builtin`) in NF4, block size 64, double quantisation; DoRA r16 trained on PIQA and ARC-Easy in
-DATA (<task>/<split>.parquet). With --smoke: a random model and made-up data.
+DATA (<task>/<split>.parquet), or before, by the same recipe, in RUN. With --smoke: a random model and made-up data.
 
 Reference: plain transformers in float32 with weights merged by numpy in float64 from the adapter file and bitsandbytes'
 own dequantisation. Every form is loaded by stock transformers, bitsandbytes and PEFT and computed in float32 and in
@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qdora.model.logit_comparison import Difference
-from qdora.recipe_file import recipe_from
+from qdora.recipe_file import load_recipe, recipe_from
 from qdora.verbs.export import export_run
 from qdora.verbs.export_options import ExportOptions
 from qdora.verbs.held_out import held_out, texts_of
@@ -54,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--run", type=Path, help="A run of this recipe; one is made if left out.")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "export_exactness.json")
     settings = parser.parse_args()
@@ -61,15 +62,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         document = smoke_recipe(folder) if settings.smoke else recipe(settings.data.resolve(), settings.steps)
-        summary = train_run(recipe_from(document), folder / "run")
+        run = trained(document, settings.run, folder)
         result = {
             **facts(f"python benchmarks/export_exactness.py {'--smoke' if settings.smoke else 'DATA'}"),
             "model": document["model"]["source"] if settings.smoke is False else "random",
             "steps": document["train"]["steps"],
-            "final_loss": summary["final_loss"],
-            **compare(folder),
+            **compare(run, folder),
         }
     write(settings.out, result)
+
+
+def trained(document: dict[str, Any], run: Path | None, folder: Path) -> Path:
+    """A run of the recipe: the given one, which must be of it, or a new one in `folder`."""
+    if run is None:
+        train_run(recipe_from(document), folder / "run")
+        return folder / "run"
+    if load_recipe(run / "recipe.yaml") != recipe_from(document):
+        raise SystemExit(f"{run} is a run of another recipe")
+    return run
 
 
 def recipe(data: Path, steps: int) -> dict[str, Any]:
@@ -109,13 +119,13 @@ def smoke_recipe(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare(folder: Path) -> dict[str, Any]:
-    """All forms against the reference, in both dtypes."""
-    run, quiet = folder / "run", Console(quiet=True)
-    trained = load_run(run)
-    base = load_run(run, base_only=True).model
-    texts = texts_of(held_out(trained.recipe))
-    ids = [trained.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
+def compare(run: Path, folder: Path) -> dict[str, Any]:
+    """All forms against the reference, in both dtypes; exports are written to `folder`."""
+    quiet = Console(quiet=True)
+    loaded = load_run(run, base_only=True)
+    base = loaded.model
+    texts = texts_of(held_out(loaded.recipe))
+    ids = [loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
     tokens = [each for each in ids if each.shape[1] > 1]
     weights = bnb_weights(base)
     merged = merged_by_numpy(weights, run / "adapter")

@@ -1,12 +1,13 @@
 """GGUF exports of one trained adapter in llama.cpp, against transformers.
 
-    python benchmarks/gguf_logits.py DATA [--steps 60] [--llama-cpp DIR] [--out benchmarks/results/gguf_logits.json]
+    python benchmarks/gguf_logits.py DATA [--steps 60] [--run RUN] [--llama-cpp DIR] [--out results/gguf_logits.json]
 
-SmolLM2-135M-Instruct (`builtin`) in NF4; DoRA r16 trained on PIQA and ARC-Easy in DATA (<task>/<split>.parquet). Each
-type is written by `qdora export --format gguf`, with llama.cpp's converter and quantiser, and run by llama-cpp-python
-with its key-value cache in float32. Reference: the adapter in float32 arithmetic. Floor: the reference's own figures in
-bfloat16, and for each type transformers' model with the file's values, which rounds no activation; llama.cpp rounds
-those of a product to float16, or for quantised types to 8 bits. With --smoke: two steps on a demo task, f16 alone.
+SmolLM2-135M-Instruct (`builtin`) in NF4; DoRA r16 trained on PIQA and ARC-Easy in DATA (<task>/<split>.parquet), or
+before, by the same recipe, in RUN. Each type is written by what `qdora export --format gguf` uses, llama.cpp's own
+converter and quantiser, and run by llama-cpp-python with its key-value cache in float32. Reference: the adapter in
+float32 arithmetic. Floor: the reference's own figures in bfloat16, and for each type transformers' model with the
+file's values, which rounds no activation; llama.cpp rounds those of a product to float16, or for quantised types to 8
+bits. With --smoke: two steps on a demo task, f16 alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import llama_cpp
 import torch
-from export_exactness import against, logits, nll, recipe
+from export_exactness import against, logits, nll, recipe, trained
 from gguf import GGUFReader
 from measure import facts, write
 from rich.console import Console
@@ -28,16 +29,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qdora.environment import package_versions
+from qdora.model.llama_cpp import GgufType, find_llama_cpp, write_gguf
 from qdora.model.logit_comparison import float32_arithmetic
 from qdora.model.verify_gguf import check_tensors
-from qdora.recipe_file import recipe_from
-from qdora.verbs.export import export_run
+from qdora.verbs.export_merge import write_merge
 from qdora.verbs.export_options import ExportOptions
 from qdora.verbs.held_out import held_out, texts_of
-from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m", "q4_0")
+# Type of the file -> dtype of the merge that it is made from, as `qdora export` has it.
+TYPES: dict[GgufType, torch.dtype] = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "q8_0": torch.float16,
+    "q4_k_m": torch.float16,
+    "q4_0": torch.float16,
+}
 _FLOAT32 = 0  # GGML_TYPE_F32
 
 
@@ -46,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--run", type=Path, help="A run of this recipe; one is made if left out.")
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's folder, for its converter.")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gguf_logits.json")
@@ -54,15 +63,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         document = smoke_recipe() if settings.smoke else recipe(settings.data.resolve(), settings.steps)
-        summary = train_run(recipe_from(document), folder / "run")
-        types = ("f16",) if settings.smoke else TYPES
+        run = trained(document, settings.run, folder)
+        types = {"f16": TYPES["f16"]} if settings.smoke else TYPES
         result = {
             **facts(f"python benchmarks/gguf_logits.py {'--smoke' if settings.smoke else 'DATA'}"),
             "llama_cpp": package_versions(("llama-cpp-python", "gguf")),
             "model": "builtin",
             "steps": document["train"]["steps"],
-            "final_loss": summary["final_loss"],
-            **compare(folder, types, settings.llama_cpp),
+            **compare(run, folder, types, settings.llama_cpp),
         }
     write(settings.out, result)
 
@@ -79,44 +87,45 @@ def smoke_recipe() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare(folder: Path, types: tuple[str, ...], place: Path | None) -> dict[str, Any]:
+def compare(run: Path, folder: Path, types: dict[GgufType, torch.dtype], place: Path | None) -> dict[str, Any]:
     """Every type in llama.cpp, and transformers with the same values, against the adapter in float32."""
-    trained = load_run(folder / "run")
-    texts = texts_of(held_out(trained.recipe))
-    ids = [trained.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
+    loaded = load_run(run)
+    texts = texts_of(held_out(loaded.recipe))
+    ids = [loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
     tokens = [each for each in ids if each.shape[1] > 1]
-    with float32_arithmetic(trained.model):
-        reference = logits(trained.model, tokens)
-    running = against(logits(trained.model, tokens), reference, tokens)
-    export_run(folder / "run", folder / "merged", ExportOptions(dtype="float32", audit=False), console=QUIET)
+    with float32_arithmetic(loaded.model):
+        reference = logits(loaded.model, tokens)
+    running = against(logits(loaded.model, tokens), reference, tokens)
     forms = {}
-    for type_ in types:
-        options = ExportOptions(format_="gguf", gguf=type_, llama_cpp=place, audit=False)
-        exported = export_run(folder / "run", folder / type_, options, console=QUIET)
-        file = folder / type_ / f"model-{type_}.gguf"
+    for type_, dtype in types.items():
+        merged = folder / str(dtype)
+        if not merged.exists():
+            write_merge(run, merged, ExportOptions(), dtype, Console(quiet=True), with_card=False)
+        file = folder / f"model-{type_}.gguf"
+        write_gguf(find_llama_cpp(place, type_), merged, file, type_)
+        plain_model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+        tensors = check_tensors(GGUFReader(str(file)), file, merged, into=plain_model)
+        plain = logits(plain_model, tokens)
         found, same_tokens = in_llama_cpp(file, texts, tokens)
-        plain = logits(with_values(file, folder / "merged"), tokens)
         forms[type_] = {
             "num_bytes": file.stat().st_size,
-            "tensors": exported["verification"]["tensors"],
+            "tensors": {**tensors.to_dict(), "faults": tensors.faults},
             "same_tokens": same_tokens,
             "llama.cpp": against(found, reference, tokens),
             "transformers": against(plain, reference, tokens),
             "between": against(found, plain, tokens),
         }
-        del plain, found
+        file.unlink()
+        del plain, found, plain_model
         gc.collect()
     return {
         "num_texts": len(tokens),
         "num_positions": sum(each.shape[1] for each in tokens),
         "logit_spread": float(torch.cat([each.std(dim=-1) for each in reference]).mean()),
         "reference_nll_per_token": nll(reference, tokens),
-        "running": {"dtype": str(trained.model.dtype).removeprefix("torch."), **running},
+        "running": {"dtype": str(loaded.model.dtype).removeprefix("torch."), **running},
         "forms": forms,
     }
-
-
-QUIET = Console(quiet=True)
 
 
 def in_llama_cpp(file: Path, texts: list[str], tokens: list[Tensor]) -> tuple[list[Tensor], bool]:
@@ -132,13 +141,6 @@ def in_llama_cpp(file: Path, texts: list[str], tokens: list[Tensor]) -> tuple[li
     own = [model.tokenize(text.encode(), add_bos=False, special=True)[:256] for text in texts]
     model.close()
     return found, [each for each in own if len(each) > 1] == [ids[0].tolist() for ids in tokens]
-
-
-def with_values(file: Path, merged: Path) -> Any:
-    """transformers' model in float32 with the values of the file."""
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    check_tensors(GGUFReader(str(file)), file, merged, into=model)
-    return model
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_shapes
 from tables.runs import kill_resume, mixing
+from tables.streaming import stream_schedule
 from tables.table import markdown, read
 from tables.times import layer_time, packing, step_time
 from tables.training import magnitudes, peft_interop, quickstart, real_data
@@ -46,6 +48,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "chunked_loss": chunked_loss,
     "plan_shapes": plan_shapes,
     "plan_accuracy": plan_accuracy,
+    "gates": gates,
+    "stream_schedule": stream_schedule,
     "failed": failed,
 }
 

@@ -208,7 +208,7 @@ def generate(
 @verb
 def rank(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    method: Annotated[str, typer.Option(help="curvature, svd (of the update) or gradient.")] = "curvature",
+    method: Annotated[str, typer.Option(help="curvature, svd (of the update), gradient, or gates.")] = "curvature",
     budget: Annotated[
         str | None, typer.Option(help="Parameters of the factors, or a share of the run's own: 50%.")
     ] = None,
@@ -216,7 +216,12 @@ def rank(
         float | None, typer.Option(help="In place of a budget: each layer keeps this share of its energy, 0 to 1.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Largest rank; twice the run's if left out.")] = None,
-    curvature: Annotated[str | None, typer.Option(help="hessian (if left out) or gauss_newton.")] = None,
+    eigenvalues: Annotated[
+        int | None, typer.Option(min=0, help="Of the curvature, beside the ranks: 20 if left out, 0 for none.")
+    ] = None,
+    curvature: Annotated[
+        str | None, typer.Option(help="Whose eigenvalues: hessian (if left out) or gauss_newton.")
+    ] = None,
     norm: Annotated[str | None, typer.Option(help="Of DoRA: attached (the loss; if left out) or held.")] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="Only these layers: name or pattern; repeatable. Others keep their rank.")
@@ -235,6 +240,7 @@ def rank(
         budget=budget,
         threshold=threshold,
         max_rank=max_rank,
+        eigenvalues=eigenvalues,
         curvature=curvature,
         norm=norm,
         layers=layers or (),

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from qdora.data_config import DataConfig, is_path
 from qdora.errors import nearest
+from qdora.gate_config import GateConfig
 from qdora.prune_config import PruneConfig
 from qdora.section import (
     AutoTokens,
@@ -85,7 +86,13 @@ class BaseWeightsConfig(Section):
     """Weights that are removed. None: a base without zeros of ours."""
     cache: Text | None = None
     """Directory in which the packed base is kept: written at the first start, read by later ones in place of the 16-bit
-    weights. auto: qdora/bases in the user's cache directory (XDG_CACHE_HOME). null: none is kept."""
+    weights. auto: qdora/bases in the user's cache directory (XDG_CACHE_HOME). null: none is kept, but with residency
+    disk, which takes auto."""
+    residency: Literal["device", "host", "disk"] = "device"
+    """Where the frozen blocks live. host, for a GPU: in pinned memory of the host, copied to the GPU while others
+    compute. disk, for machines without one: mapped from the packed base on disk, read when they are computed with."""
+    streamed_blocks: Whole | None = None
+    """How many of the blocks live there, spread evenly among those on the device. null: all."""
 
     def unused(self) -> dict[str, str]:
         found = {}
@@ -97,7 +104,17 @@ class BaseWeightsConfig(Section):
             found["cache"] = "base.quant none packs nothing"
         elif self.prune is not None:
             found["cache"] = "a pruned base is kept in the run directory"
+        if self.residency == "device":
+            found["streamed_blocks"] = "base.residency is device"
         return found
+
+    def faults(self) -> Iterator[Fault]:
+        if self.residency == "device":
+            return
+        if self.quant == "none":
+            yield "residency", f"needs packed weights, got {self.residency} with quant none, allowed: device."
+        if self.prune is not None:
+            yield "residency", f"a pruned base stays on the device, got {self.residency}, allowed: device."
 
 
 class AdapterConfig(Section):
@@ -123,6 +140,8 @@ class AdapterConfig(Section):
     """Other ranks for some layers: name, or last parts of a name -> rank."""
     same_scaling: Flag = False
     """Layers of another rank get an alpha of their own, so that alpha / rank is the same in all of them."""
+    gates: GateConfig | None = None
+    """Gates that find superfluous components, which are then removed while training. None: ranks stay."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of lora_A and lora_B. Magnitudes are always float32: in bfloat16 they would never move."""
     mask: Literal["ignore", "keep"] = "ignore"
@@ -141,6 +160,12 @@ class AdapterConfig(Section):
             names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern", "same_scaling", "mask"]
             return dict.fromkeys(names, "it comes from the adapter in adapter.resume_from")
         return {} if self.rank_pattern else {"same_scaling": "adapter.rank_pattern is empty"}
+
+    def faults(self) -> Iterator[Fault]:
+        asked = None if self.gates is None else self.gates.mean_rank
+        if asked is not None and self.resume_from is None and asked >= max([self.rank, *self.rank_pattern.values()]):
+            what = f"no component would be removed, got {asked:g} with ranks of at most that"
+            yield "gates.mean_rank", f"{what}, allowed: less than adapter.rank."
 
 
 class MemoryConfig(Section):
@@ -185,6 +210,9 @@ class Recipe(Section):
                 f"full trains 16-bit weights, got base.quant {self.base.quant}, allowed: base.quant none.",
             )
         yield from self._prune_faults()
+        if self.base.residency != "device" and not self.memory.checkpointing:
+            what = "blocks that come and go are computed again in the backward pass, got false with base.residency"
+            yield "memory.checkpointing", f"{what} {self.base.residency}, allowed: true."
         if self.adapter.init == "loftq" and self.base.quant == "none" and self.base.prune is None:
             what = "starts from the error of the base, and this one has none, got loftq"
             yield "adapter.init", f"{what}, allowed: kaiming, gaussian, or a base.quant or base.prune."
@@ -197,6 +225,7 @@ class Recipe(Section):
         if kind in ("none", "full"):
             reason = dict.fromkeys(("every", "gradients"), f"adapter.kind {kind} has no adapter")
             yield from ignored_faults(self.interference, reason, prefix="interference.")
+        yield from self._gate_faults()
         yield from self._loss_weight_faults()
         if self.train.epochs is not None and any(source.stream for source in self.data.mix):
             what = "a stream has no known end to count steps to"
@@ -231,6 +260,16 @@ class Recipe(Section):
         if prune.method != "magnitude" and prune.calibration.text == "mix" and streams:
             what = "a stream has no random places, got mix with data.mix[].stream"
             yield "base.prune.calibration.text", f"{what}, allowed: a text file."
+
+    def _gate_faults(self) -> Iterator[Fault]:
+        gates, steps = self.adapter.gates, self.train.steps
+        if gates is not None and self.eval.best_by is not None:
+            what = f"the best step may be one before the budget is reached, got {self.eval.best_by!r}"
+            yield "eval.best_by", f"{what} with adapter.gates, allowed: null."
+        if gates is not None and steps is not None:
+            fault = gates.length_fault(steps)
+            if fault is not None:
+                yield "adapter.gates.anneal", fault
 
     def _loss_weight_faults(self) -> Iterator[Fault]:
         progress = self.interference.loss_weights == "progress"

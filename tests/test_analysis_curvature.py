@@ -31,6 +31,15 @@ def in_numpy(operator: CurvatureOperator) -> Callable[[Any], Any]:
     return lambda vector: operator.product(torch.from_numpy(vector)).numpy()
 
 
+@pytest.mark.parametrize("kind, norm, parts", CASES)
+def test_masked_products_are_those_of_the_dense_matrix(kind: str, norm: Any, parts: tuple[str, ...]) -> None:
+    model = tiny_curvature.adapted(kind=kind, masked=True)
+    expected = tiny_curvature.dense("llama", model, LAYERS, parts, curvature="hessian", held=norm == "held")
+    with curvature_of(model, LAYERS, tiny_curvature.batches(), curvature="hessian", norm=norm, parts=parts) as operator:
+        vector = torch.randn(operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        np.testing.assert_allclose(operator.product(vector), expected @ vector.numpy(), rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("kind, norm, parts", CASES)
 def test_products_and_eigenvalues_are_those_of_the_dense_matrix(

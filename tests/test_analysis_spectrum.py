@@ -32,8 +32,9 @@ def test_eigenvalues_refuse_and_fail_in_words() -> None:
     known = matrix()
     with pytest.raises(ValueError, match="allowed: 1 to 59"):
         top_eigenpairs(lambda v: known @ v, 60, 60)
-    with pytest.raises(RunFailure, match="of 20 eigenvalues converged in 1 restarts"):
-        top_eigenpairs(lambda v: known @ v, 60, 20, tolerance=0.0, max_restarts=1)
+    dense = 1.0 + 1e-6 * np.linspace(0.0, 1.0, 400)
+    with pytest.raises(RunFailure, match="none of 3 eigenvalues converged in 1 restarts"):
+        top_eigenpairs(lambda v: dense * v, 400, 3, tolerance=0.0, max_restarts=1)
 
 
 def test_density_with_all_steps_is_the_spectrum() -> None:
@@ -59,3 +60,30 @@ def test_density_stops_where_the_space_is_used_up() -> None:
     density = spectral_density(lambda v: 2.0 * v, 30, num_steps=20, num_probes=1)
     np.testing.assert_allclose(density.nodes, [2.0])
     np.testing.assert_allclose(density.weights, [1.0])
+
+
+@pytest.mark.parametrize("multiplicity", [1, 4, 32])
+@pytest.mark.parametrize("tolerance", [1e-3, 0.0])
+def test_copies_of_an_eigenvalue_are_all_found(multiplicity: int, tolerance: float) -> None:
+    """Both signs, each value several times, above a bulk: as the Hessian of adapters that have hardly been trained."""
+    generator = np.random.default_rng(0)
+    values = np.concatenate([np.repeat([1.0, 0.7, 0.5], multiplicity), -np.repeat([1.0, 0.7, 0.5], multiplicity)])
+    values = np.concatenate([values, 0.05 * generator.standard_normal(300 - len(values))])
+    rotation, _ = np.linalg.qr(generator.standard_normal((300, 300)))
+    known = (rotation * values) @ rotation.T
+    found = top_eigenpairs(lambda v: known @ v, 300, 20, tolerance=tolerance)
+    expected = np.sort(np.abs(values))[::-1][:20]
+    np.testing.assert_allclose(np.abs(found.values), expected, rtol=max(tolerance, 1e-10))
+    np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(20), atol=1e-10)
+    assert found.num_rounds > 1
+    assert found.next_magnitude <= expected[-1] * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 30])
+def test_a_matrix_without_more_eigenvalues_than_were_asked_for(rank: int) -> None:
+    basis, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((40, rank)))
+    known = basis @ basis.T
+    found = top_eigenpairs(lambda v: known @ v, 40, 10, tolerance=1e-3)
+    np.testing.assert_allclose(found.values[: min(rank, 10)], 1.0, rtol=1e-10)
+    np.testing.assert_allclose(found.values[rank:], 0.0, atol=1e-10)
+    assert found.next_magnitude == pytest.approx(1.0 if rank > 10 else 0.0, abs=1e-10)

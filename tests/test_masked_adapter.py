@@ -301,8 +301,11 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
         **adapter,
     )
     train_run(recipe, tmp_path / "run")
-    result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
+    options = ExportOptions(dtype="float32", audit=(kind, pattern) == ("dora", "2:4"))
+    result = export_run(tmp_path / "run", tmp_path / "merged", options)
     assert result["verification"]["passed"]
+    if "audit" in result:
+        check_audit(result["audit"], quant)
     assert result["zeros"] == {"pruned": result["zeros"]["pruned"], "kept": result["zeros"]["pruned"]}
     zeros = merged_zeros(tmp_path / "merged")
     trained = load_run(tmp_path / "run")
@@ -325,13 +328,27 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
             assert int((~found).view(-1, 4).sum(1).max()) <= 2
 
 
+def check_audit(audit: dict[str, Any], quant: str) -> None:
+    """The merge is the model; there is no source to merge on, and no plain LoRA that masks."""
+    forms = audit["forms"]
+    assert forms["merged"]["logits"]["kl_mean"] < 1e-8
+    assert forms["base"]["logits"]["kl_mean"] > 1e-6
+    assert forms["original"]["why_not"] == "the base is pruned, and the source's own weights are not"
+    assert "plain LoRA cannot mask B A" in forms["nf4-lora"]["why_not"]
+    assert ("logits" in forms["requantized"]) == (quant == "nf4")
+    assert audit["layers"] == []
+    assert "Ship `--format merged` (16 bits): it is the model that was trained" in audit["verdict"]
+
+
 def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Path) -> None:
     prune = {"method": "magnitude", "pattern": "2:4"}
     recipe = tiny_run.recipe(tmp_path, base__prune=prune, train__steps=2, eval__tasks=[], eval__limit=...)
     train_run(recipe, tmp_path / "run")
     result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
     assert result["zeros"]["kept"] < 0.01 * result["zeros"]["pruned"]
-    assert "audit" not in result
+    forms = result["audit"]["forms"]
+    assert forms["merged"]["logits"]["kl_mean"] < 1e-8
+    assert "why_not" in forms["original"]
     with pytest.raises(UserError, match="the base is pruned; leave them out"):
         export_run(tmp_path / "run", tmp_path / "again", ExportOptions(requantize=True))
     with pytest.raises(UserError, match="the memory of a pruned base is not predicted"):

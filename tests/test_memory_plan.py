@@ -170,3 +170,62 @@ def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path) -> None:
     drawn, whole = (measured(recipe, a_config(), shape, count, device_kind="cpu", whole=each) for each in (False, True))
     assert drawn.num_trainable == whole.num_trainable == 10 * (4 * 128 + 64 + 8 * (64 + 128) + 128)
     assert drawn.components == whole.components
+
+
+def block_bytes(config: PreTrainedConfig) -> tuple[int, int]:
+    """Packed bytes of a block of NF4 with double quantisation: codes, and all else, by hand."""
+    hidden, inner, kv = config.hidden_size, config.intermediate_size, config.hidden_size // 2
+    weights = [hidden * hidden, kv * hidden, kv * hidden, hidden * hidden, *(3 * [inner * hidden])]
+    scales = [each // 64 for each in weights]
+    nested = sum(each + 4 * -(-each // 256) + 4 * 256 + 4 for each in scales)
+    return sum(weights) // 2, nested
+
+
+@pytest.mark.parametrize("count", [3, 7, None])
+def test_streamed_blocks_are_in_the_slots_alone(count: int | None) -> None:
+    config = a_config()
+    whole = plan(a_recipe(), config=config)
+    streamed = plan(a_recipe(base__residency="host", base__streamed_blocks=count), config=config)
+    codes, scales = block_bytes(config)
+    assert whole.block_bytes >= codes + scales
+    assert whole.block_bytes < codes + scales + 5 * 7 * 256  # aligned
+    assert whole.host_bytes == 0
+    num_streamed = count or 10
+    assert whole.components[parts.BASE] - streamed.components.get(parts.BASE, 0) == num_streamed * codes
+    assert whole.components[parts.SCALES] - streamed.components.get(parts.SCALES, 0) == num_streamed * scales
+    assert streamed.components[parts.STREAMING] == 2 * whole.block_bytes
+    # torch rounds pinned memory up to a power of two.
+    assert num_streamed * whole.block_bytes <= streamed.host_bytes < 2 * num_streamed * whole.block_bytes
+    for name in set(whole.components) - {parts.BASE, parts.SCALES, parts.SLACK}:
+        assert streamed.components[name] == whole.components[name]
+
+
+def test_streaming_is_proposed_where_nothing_else_is_enough() -> None:
+    config = a_config(num_hidden_layers=40, intermediate_size=512)
+    recipe = a_recipe(train__micro_batch_tokens=64, train__batch=1, memory__loss_chunk=64)
+    first = plan(recipe, config=config)
+    budget = first.peak_bytes - 12 * first.block_bytes
+    found = plan(recipe, budget, config=config)
+    assert found.fits is False
+    (change,) = [each for each in found.changes if "residency" in each.setting]
+    assert change.neutral
+    assert change.peak_bytes <= budget
+    number = int(change.setting.rpartition("=")[2])
+    assert change.setting == f"base.residency=host, base.streamed_blocks={number}"
+    # One block less would not be enough.
+    assert (
+        plan(
+            a_recipe(
+                train__micro_batch_tokens=64,
+                train__batch=1,
+                memory__loss_chunk=64,
+                base__residency="host",
+                base__streamed_blocks=number - 1,
+            ),
+            config=config,
+        ).peak_bytes
+        > budget
+    )
+    # On a CPU the blocks stay on disk.
+    on_cpu = plan(recipe, first.peak_bytes - 12 * first.block_bytes, config=config, device_kind="cpu")
+    assert all("residency=host" not in each.setting for each in on_cpu.changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,33 @@ def test_a_form_in_memory_is_the_form_in_the_files(
     tolerance = 5e-3 if name in ("merged", "original") else 2e-5  # fp16 also rounds the embeddings of the files
     assert (found - expected).abs().max() < tolerance
     assert torch.equal(tiny_adapted.logits(model, IDS), before)
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+def test_the_original_form_has_the_layers_own_formula(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """With the gate in B, and the mask over B A."""
+    from qdora.model import variants as module
+    from tests import test_masked_adapter
+
+    layer = test_masked_adapter.layer_of(kind=kind, dtype=torch.float32)
+    layer.add_gate()
+    assert layer.gate is not None
+    layer.gate.data = torch.tensor([0.5, 0.0, 2.0])
+    source = torch.randn(13, 24, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(module, "source_weight", lambda *_: source)
+    model: Any = torch.nn.ModuleDict({"layer": layer})
+    merge = SimpleNamespace(quant=SimpleNamespace(kind="nf4"))
+    given: Any = SimpleNamespace(merge=merge, stored={}, quantized={"layer"})
+    form = next(each for each in variants(model, given, torch.float32) if each.name == "original")
+    assert form.weight is not None
+    found = form.weight("layer", layer)
+    keep = layer.base.keep_mask()
+    assert keep is not None
+    product = (layer.lora_B.detach() * layer.gate.detach()).double() @ layer.lora_A.detach().double()
+    expected = source.double() + layer.alpha / layer.rank * product * keep
+    if layer.magnitude is not None:
+        expected *= (layer.magnitude.detach().double() / expected.square().sum(1).sqrt())[:, None]
+    torch.testing.assert_close(found, expected.float())
 
 
 def test_layer_errors_are_ratios_of_norms(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -93,7 +94,11 @@ def test_an_export_that_is_pushed_names_itself_as_the_base(
 
 
 def test_the_adapter_alone(run: Path, tmp_path: Path) -> None:
-    export_run(run, tmp_path / "out", ExportOptions(format_="peft"))
+    exported = export_run(run, tmp_path / "out", ExportOptions(format_="peft"))
+    assert exported["audit"]["forms"]["merged"]["logits"]["kl_mean"] < 1e-5
+    assert json.loads((tmp_path / "out/export.json").read_text()) == json.loads(json.dumps(exported))
+    assert "\nlibrary_name: peft\n" in (tmp_path / "out/README.md").read_text()
+    assert (run / "exports/out.md").is_file()
     nothing_local(tmp_path / "out", tmp_path, run)
 
 
@@ -119,6 +124,8 @@ def test_the_licence_of_the_base_goes_with_the_model(run: Path, tmp_path: Path) 
     assert "\nlicense: mit\n" in card
     assert "Its own texts are beside this card: `LICENSE`." in card
     assert "Fine-tuned from `model` with" in card
+    assert "| steps | 3, 12 examples |" in card
+    assert re.search(r"^- sums \(\d examples, \d\d\.\d% of all\)$", card, re.MULTILINE)
     nothing_local(tmp_path / "out", tmp_path, run)
 
 

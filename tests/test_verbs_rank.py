@@ -31,25 +31,31 @@ def quiet() -> Console:
 
 def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     patterns = ("model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj")
-    asked = RankSettings(layers=patterns, max_rank=6, examples=2, over_all=True)
+    asked = RankSettings(layers=patterns, budget="60%", max_rank=6, examples=2, over_all=True)
     document = rank_run(whole, asked, console=quiet())
     assert json.loads((whole / "rank/curvature.json").read_text())["layers"] == document["layers"]
-    assert (document["curvature"], document["norm"], document["num_examples"]) == ("hessian", "attached", 2)
+    assert (document["norm"], document["num_examples"]) == ("attached", 2)
     assert len(document["layers"]) == 2
     for layer in document["layers"].values():
-        assert (layer["curvature"], layer["norm"], layer["rank_of_run"]) == ("hessian", "attached", 4)
-        assert layer["energies"] == np.abs(layer["eigenvalues"]).tolist()
-        assert max(layer["residuals"]) < 1e-2 * layer["energies"][0]
-        assert layer["num_matvecs"] > 6 + 40  # the residuals and the density
+        spectrum, found = layer["spectrum"], layer["components"]
+        assert (spectrum["curvature"], spectrum["norm"], layer["rank_of_run"]) == ("hessian", "attached", 4)
+        assert len(spectrum["eigenvalues"]) == 20
+        assert max(spectrum["residuals"]) < 1e-2 * abs(spectrum["eigenvalues"][0])
+        assert spectrum["num_matvecs"] > 20 + 40  # the residuals and the density
+        assert "2 x rank" in spectrum["multiplicity"]
+        assert layer["energies"] == sorted(found["worths"], reverse=True)[:6]
+        assert found["num_matvecs"] == len(found["worths"]) == 4 + 6
         assert layer["total_energy"] >= sum(layer["energies"])
     assert document["over_all"]["size"] == sum(
         4 * layer["parameters_per_rank"] for layer in document["layers"].values()
     )
     ranks = {name: layer["rank"] for name, layer in document["layers"].items()}
     used = sum(rank * document["layers"][name]["parameters_per_rank"] for name, rank in ranks.items())
-    assert used == document["num_parameters"] <= document["budget"] == document["num_parameters_of_run"]
+    assert used == document["num_parameters"] <= document["budget"]
+    assert document["budget"] == document["num_parameters_of_run"] * 6 // 10
     recipe = load_recipe(document["recipe"])
     assert recipe.adapter.rank_pattern == document["fragment"]["adapter"]["rank_pattern"]
+    assert recipe.adapter.same_scaling
     assert recipe.model.dtype == load_recipe(whole / "recipe.yaml").model.dtype
     train_run(recipe, root / "reranked", console=quiet())
     layers = adapted_layers(load_run(root / "reranked").model)
@@ -64,17 +70,19 @@ def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
 def test_what_was_computed_is_not_computed_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = RankSettings(layers=["model.layers.0.mlp.up_proj"], max_rank=3, examples=2, norm="held")
     first = rank_run(whole, asked, console=quiet())
-    from qdora.analysis import curvature_cache
+    from qdora.analysis import components, curvature_cache
 
     monkeypatch.setattr(curvature_cache, "top_eigenpairs", None)  # nothing may call it
+    monkeypatch.setattr(components, "components", None)
     again = rank_run(whole, asked, console=quiet())
     assert again["layers"] == first["layers"]
     with pytest.raises(TypeError):  # other examples, another curvature
         rank_run(whole, RankSettings(layers=asked.layers, max_rank=3, examples=3, norm="held"), console=quiet())
 
 
-def test_the_update_and_the_gradient_are_those_of_the_formed_matrices() -> None:
-    model = tiny_curvature.adapted()
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_update_and_the_gradient_are_those_of_the_formed_matrices(masked: bool) -> None:
+    model = tiny_curvature.adapted(masked=masked)
     layers = adapted_layers(model)
     batches = tiny_curvature.batches()
     found = gradient_spectra(model, list(LAYERS), batches, 5)
@@ -82,14 +90,20 @@ def test_the_update_and_the_gradient_are_those_of_the_formed_matrices() -> None:
     for name, layer in layers.items():
         base = layer.base.dequantized(torch.float64)
         product = (layer.alpha / layer.rank) * layer.lora_B.detach() @ layer.lora_A.detach()
+        keep = tiny_curvature.keep_mask(product.shape) if masked else torch.ones(product.shape, dtype=torch.bool)
+        product = product * keep
         assert layer.magnitude is not None
         gain = layer.magnitude.detach() / (base + product).square().sum(1).sqrt()
         expected = torch.linalg.svdvals(gain[:, None] * product).square().numpy()[: layer.rank]
-        np.testing.assert_allclose(update_spectrum(layer).energies, expected, rtol=1e-9)
-        weights[name] = (base + product, gain)
+        if masked:
+            with pytest.raises(ValueError, match="allowed: one without a mask"):
+                update_spectrum(layer)
+        else:
+            np.testing.assert_allclose(update_spectrum(layer).energies, expected, rtol=1e-9)
+        weights[name] = (base + product, gain, keep)
     plain = tiny_curvature.base("llama")
     total = torch.zeros((), dtype=torch.float64)
-    moved = {name: weight.clone().requires_grad_(True) for name, (weight, _) in weights.items()}
+    moved = {name: weight.clone().requires_grad_(True) for name, (weight, *_) in weights.items()}
     patched = {f"{name}.weight": weights[name][1][:, None] * moved[name] for name in moved}
     count = 0
     for batch in batches:
@@ -101,7 +115,7 @@ def test_the_update_and_the_gradient_are_those_of_the_formed_matrices() -> None:
         count += int((batch.labels[:, 1:] != -100).sum())
     gradients = torch.autograd.grad(total / count, list(moved.values()))
     for name, gradient in zip(moved, gradients, strict=True):
-        values = torch.linalg.svdvals(gradient).square().numpy()
+        values = torch.linalg.svdvals(gradient * weights[name][2]).square().numpy()
         np.testing.assert_allclose(found[name].energies, values[:5], rtol=1e-6, atol=1e-12 * values[0])
         assert found[name].total == pytest.approx(values.sum(), rel=1e-6)
         assert found[name].cost == sum(gradient.shape)
@@ -132,13 +146,25 @@ def test_rivals_keep_to_what_was_asked(whole: Path, asked: RankSettings) -> None
 
 def test_faults(whole: Path, root: Path) -> None:
     for asked, message in [
-        (RankSettings(method="curvatur"), r"--method: 'curvatur', allowed: curvature, svd, gradient\. .*curvature"),
+        (
+            RankSettings(method="curvatur"),
+            r"--method: 'curvatur', allowed: curvature, svd, gradient, gates\. .*curvature",
+        ),
         (RankSettings(curvature="fisher"), "--curvature: 'fisher', allowed: hessian, gauss_newton"),
         (RankSettings(norm="none"), "--norm: 'none', allowed: attached, held"),
         (RankSettings(method="svd", budget="50%", norm="held"), "--norm: has no effect with --method svd"),
         (RankSettings(method="svd", budget="50%", examples=3), "--examples: --method svd reads no data"),
         (RankSettings(method="gradient", over_all=True), "--over-all: has no effect"),
+        (RankSettings(method="gradient", eigenvalues=4), "--eigenvalues: has no effect with --method gradient"),
+        (RankSettings(eigenvalues=0, curvature="hessian"), "--curvature: has no effect with --eigenvalues 0"),
+        (RankSettings(eigenvalues=0, over_all=True), "--over-all: has no effect with --eigenvalues 0"),
         (RankSettings(method="svd"), "allowed: less than 100%"),
+        (
+            RankSettings(method="gates", budget="50%"),
+            "--budget: has no effect with --method gates, whose ranks the run",
+        ),
+        (RankSettings(method="gates", norm="held"), "--norm: has no effect with --method gates"),
+        (RankSettings(method="gates"), "has no gates, allowed with --method gates: a run with adapter.gates"),
         (RankSettings(budget="50%", threshold=0.5), "--threshold: given with --budget"),
         (RankSettings(threshold=1.5), "--threshold: 1.5, allowed: above 0, at most 1"),
         (RankSettings(budget="half"), "--budget: 'half', allowed: parameters"),
@@ -151,7 +177,39 @@ def test_faults(whole: Path, root: Path) -> None:
     with pytest.raises(UserError, match="--norm: LoRA has no norm"):
         rank_run(root / "lora", RankSettings(norm="held"), console=quiet())
     found = rank_run(root / "lora", RankSettings(layers=["k_proj"], max_rank=2, examples=2), console=quiet())
-    assert {layer["norm"] for layer in found["layers"].values()} == {"none"}
+    asked = RankSettings(layers=["v_proj"], max_rank=2, examples=2, eigenvalues=0)
+    short = rank_run(root / "lora", asked, console=quiet())
+    assert {layer["spectrum"]["norm"] for layer in found["layers"].values()} == {"none"}
+    assert all("spectrum" not in layer for layer in short["layers"].values())
+
+
+def test_layers_left_out_keep_their_scaling(root: Path) -> None:
+    """Those of a rank_pattern without same_scaling have alpha / their own rank."""
+    run = root / "patterned"
+    recipe = tiny_run.recipe(root, adapter__rank_pattern={"k_proj": 2}, train__steps=1)
+    train_run(recipe, run, console=quiet())
+    before = {name: (layer.rank, layer.alpha) for name, layer in adapted_layers(load_run(run).model).items()}
+    asked = RankSettings(method="gradient", layers=["v_proj", "down_proj"], max_rank=9, examples=2)
+    document = rank_run(run, asked, console=quiet())
+    assert any(layer["rank"] != layer["rank_of_run"] for layer in document["layers"].values())
+    train_run(load_recipe(document["recipe"]), root / "patterned-again", console=quiet())
+    after = adapted_layers(load_run(root / "patterned-again").model)
+    left_out = set(before) - set(document["layers"])
+    assert len(left_out) == 10
+    assert {name: (after[name].rank, after[name].alpha) for name in left_out} == {n: before[n] for n in left_out}
+
+
+def test_a_masked_run(root: Path) -> None:
+    prune = {"method": "magnitude", "pattern": "unstructured", "sparsity": 0.5}
+    run = root / "masked"
+    train_run(tiny_run.recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=quiet())
+    with pytest.raises(UserError, match=r"--method svd: under adapter\.mask keep"):
+        rank_run(run, RankSettings(method="svd", budget="50%"), console=quiet())
+    for method, eigenvalues in (("gradient", None), ("curvature", 0)):
+        asked = RankSettings(method=method, layers=["k_proj"], max_rank=4, examples=2, eigenvalues=eigenvalues)
+        document = rank_run(run, asked, console=quiet())
+        assert load_recipe(document["recipe"]).adapter.mask == "keep"
+        assert all(layer["energies"][0] > 0 for layer in document["layers"].values())
 
 
 def test_the_command_prints_one_document(whole: Path) -> None:

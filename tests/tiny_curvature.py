@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject, replace_module
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.sparsity import mask_bits
 from tests import tiny_adapted
 
 LAYERS = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj")
@@ -33,12 +35,29 @@ def base(architecture: str) -> Any:
     return model.requires_grad_(False)
 
 
-def adapted(architecture: str = "llama", *, kind: str = "dora", moved: bool = True, rank: int = 2) -> Any:
-    """A float64 model with adapters on `LAYERS`, off their start unless told otherwise."""
+def keep_mask(shape: torch.Size) -> Tensor:
+    """A third of the weights is pruned; True = keep."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(7)) > 1 / 3
+
+
+def adapted(
+    architecture: str = "llama", *, kind: Any = "dora", moved: bool = True, rank: int = 2, masked: bool = False
+) -> Any:
+    """A float64 model with adapters on `LAYERS`, off their start unless told otherwise; pruned there if masked."""
     model = base(architecture)
-    generator = torch.Generator().manual_seed(1)
+    for name in LAYERS if masked else ():
+        weight = model.get_submodule(name).weight.detach()
+        keep = keep_mask(weight.shape)
+        replace_module(model, name, FrozenLinear(weight * keep, None, mask_bits(keep)))
     layers = inject(
-        model, kind=kind, rank=rank, alpha=3.0, targets=list(LAYERS), dtype=torch.float64, generator=generator
+        model,
+        kind=kind,
+        rank=rank,
+        alpha=3.0,
+        targets=list(LAYERS),
+        dtype=torch.float64,
+        masked=masked,
+        generator=torch.Generator().manual_seed(1),
     )
     if moved:
         tiny_adapted.move(layers)
@@ -86,6 +105,17 @@ def targets(batch: MicroBatch) -> Tensor:
     return torch.stack([label for row in batch.labels[:, 1:] for label in row if label != -100])
 
 
+def merged(base: Tensor, update: Tensor, magnitude: Tensor | None, *, held: bool, masked: bool) -> Tensor:
+    """m (W + D) / ||W + D||_row, with W and D zero off the mask; differentiable by D and m."""
+    weight = base + update
+    if masked:
+        weight = weight * keep_mask(weight.shape)
+    if magnitude is None:
+        return weight
+    norm = weight.square().sum(1).sqrt()
+    return weight * (magnitude / (norm.detach() if held else norm))[:, None]
+
+
 def merged_logits(
     architecture: str, model: Any, layers: tuple[str, ...], parts: tuple[str, ...], *, held: bool
 ) -> tuple[Callable[[MicroBatch], Callable[[Tensor], Tensor]], Tensor]:
@@ -109,12 +139,9 @@ def merged_logits(
                 size = mine[part].numel()
                 mine[part] = flat[here : here + size].view_as(mine[part])
                 here += size
+            update = layer.alpha / layer.rank * mine["lora_B"] @ mine["lora_A"]
             base = plain.get_submodule(name).weight.detach()
-            weight = base + layer.alpha / layer.rank * mine["lora_B"] @ mine["lora_A"]
-            if "magnitude" in mine:
-                norm = weight.square().sum(1).sqrt()
-                weight = weight * (mine["magnitude"] / (norm.detach() if held else norm))[:, None]
-            result[f"{name}.weight"] = weight
+            result[f"{name}.weight"] = merged(base, update, mine.get("magnitude"), held=held, masked=layer.masked)
         return result
 
     def logits_of(batch: MicroBatch) -> Callable[[Tensor], Tensor]:

@@ -87,6 +87,18 @@ class CurvatureOperator:
         self.num_matvecs += 1
         return (total / max(self._num_tokens, 1)).to(device=vector.device, dtype=vector.dtype)
 
+    def gradient(self) -> Tensor:
+        """dL/dw at the point itself: (size,) in `dtype`, on the leaves' device."""
+        leaves = list(self.leaves.values())
+        total = torch.zeros(self.size, dtype=self.dtype, device=leaves[0].device)
+        num_tokens = 0
+        for batch in self._batches:
+            logits, targets = batch()
+            parts = torch.autograd.grad(token_nll(logits, targets).sum(), leaves, materialize_grads=True)
+            total += torch.cat([each.reshape(-1) for each in parts])
+            num_tokens += len(targets)
+        return total / max(num_tokens, 1)
+
     def _graph(self, batch: Logits) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Logits, the vector that stands for the gradient by them, and the gradient by the leaves with its graph."""
         logits, targets = batch()

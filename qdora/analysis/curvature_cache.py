@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 from torch import nn
 
-from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import Curvature, curvature_of
 from qdora.analysis.plain import FACTORS, Norm
 from qdora.analysis.spectrum import Density, Eigenpairs, spectral_density, top_eigenpairs
@@ -25,6 +24,14 @@ from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapter_parameters
 
 Array = NDArray[np.float64]
+
+MULTIPLICITY = (
+    "Eigenvalues of the factors' directions, not of rank components: near B = 0 each singular value of the gradient "
+    "comes about 2 x rank times. Copies are listed one by one; searches were repeated until none was above the last "
+    "value listed (next_magnitude)."
+)
+_FORMAT = 2
+"""Of what the cache holds; one of before is not read."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class CurvatureSettings:
 class CurvatureSpectrum:
     """Eigenpairs and density of a set of layers, and what they cost.
 
+    Eigenvectors are directions of all factors at once, not rank components: at B = 0, but for the block of B alone,
+    each singular value s sigma of the gradient by the weight is 2 x rank eigenvalues, half of them negative. What a
+    component is worth: components.py.
+
     Attributes:
         size: Rows of the matrix.
         num_matvecs, seconds: Spent when it was computed, also where it came from the cache.
@@ -65,11 +76,6 @@ class CurvatureSpectrum:
     num_matvecs: int
     seconds: float
 
-    def of_layer(self, cost: int, most: int) -> LayerSpectrum:
-        """|lambda| as what components are worth; the total by the density: of a Gauss-Newton matrix its trace."""
-        energies = np.abs(self.top.values)[:most]
-        return LayerSpectrum(energies, max(self.density.total(np.abs), float(energies.sum())), cost)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the vectors."""
         return {
@@ -79,6 +85,9 @@ class CurvatureSpectrum:
             "size": self.size,
             "eigenvalues": self.top.values.tolist(),
             "residuals": self.top.residuals.tolist(),
+            "num_rounds": self.top.num_rounds,
+            "next_magnitude": self.top.next_magnitude,
+            "multiplicity": MULTIPLICITY,
             "trace": self.density.total(lambda values: values),
             "absolute_trace": self.density.total(np.abs),
             "num_matvecs": self.num_matvecs,
@@ -142,7 +151,7 @@ def fingerprint(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
 
 
 def _key(layers: Sequence[str], settings: CurvatureSettings, state: str) -> str:
-    what = json.dumps([list(layers), asdict(settings), state])
+    what = json.dumps([_FORMAT, list(layers), asdict(settings), state])
     return hashlib.sha256(what.encode()).hexdigest()[:32]
 
 
@@ -158,6 +167,7 @@ def _write(cache: Path, key: str, layers: Sequence[str], found: CurvatureSpectru
     atomic_write_bytes(cache / f"{key}.safetensors", save(tensors))
     # Last: without it the tensors do not count
     document = {"layers": list(layers), "settings": asdict(found.settings), "size": found.size}
+    document |= {"num_rounds": found.top.num_rounds, "next_magnitude": found.top.next_magnitude}
     document |= {"num_matvecs": found.num_matvecs, "seconds": found.seconds}
     atomic_write_json(cache / f"{key}.json", document)
 
@@ -168,7 +178,13 @@ def _read(cache: Path, key: str, settings: CurvatureSettings) -> CurvatureSpectr
     document = json.loads((cache / f"{key}.json").read_bytes())
     tensors = load_file(cache / f"{key}.safetensors")
     vectors = tensors["eigenvectors"].T.astype(np.float64)
-    top = Eigenpairs(tensors["eigenvalues"], vectors, tensors["residuals"])
+    top = Eigenpairs(
+        tensors["eigenvalues"],
+        vectors,
+        tensors["residuals"],
+        int(document["num_rounds"]),
+        float(document["next_magnitude"]),
+    )
     density = Density(tensors["density_nodes"], tensors["density_weights"], int(document["size"]), settings.num_probes)
     return CurvatureSpectrum(
         settings, top, density, int(document["size"]), int(document["num_matvecs"]), float(document["seconds"])

@@ -2,6 +2,9 @@
 
     y = g * (x W^T + s (x A^T) B^T) + bias,        g = m / ||W + s B A||_row
 
+A masked adapter (`adapter.mask: keep`) has M o (B A) in place of B A, in the norm, too. `update` differentiates by the
+whole matrix s B A instead of its factors.
+
 The training layer keeps the norm constant in its backward pass (DoRA, arXiv 2402.09353, sec. 4.3), so autograd through
 it sees the curvature of another function than the loss. Here the caller says which one is meant:
 
@@ -32,6 +35,8 @@ Norm = Literal["attached", "held", "none"]
 NORMS: tuple[Norm, ...] = ("attached", "held")
 PARTS = ("lora_A", "lora_B", "magnitude")
 FACTORS = PARTS[:2]
+UPDATE = ("update",)
+"""In place of the factors: s B A as one dense matrix, (out, in), before the mask."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,22 @@ class PlainLayer:
         values: Part ("lora_A", ...) -> its value in the dtype of the analysis; those chosen are leaves of a graph.
         row_norm: ||W + s B A||_row of the present values, (out,), or None for LoRA.
         attached: The norm is computed anew in every forward pass, as a part of the graph.
+        keep_mask: M, (out, in) bool, of a masked adapter.
     """
 
     values: dict[str, Tensor]
     row_norm: Tensor | None
     attached: bool
+    keep_mask: Tensor | None = None
+
+    def dense_update(self, scaling: float) -> Tensor | None:
+        """M o (s B A), (out, in) with its graph, where it has to be formed: for a mask, or by the whole matrix."""
+        update = self.values.get("update")
+        if update is None:
+            if self.keep_mask is None:
+                return None
+            update = self.values["lora_B"] @ self.values["lora_A"] * scaling
+        return update if self.keep_mask is None else update.masked_fill(~self.keep_mask, 0.0)
 
 
 @contextmanager
@@ -62,7 +78,7 @@ def plain_model(
         model: A causal LM with adapters, its activations in float32 or float64.
         layers: Paths of the adapted layers whose parameters are to be differentiated.
         norm: What the derivatives see of the norm, in the layers above; elsewhere it does not move. "none" for LoRA.
-        parts: Which parameters of them.
+        parts: Which parameters of them, or `UPDATE`.
     Yields:
         "<layer>.<part>" -> leaf, in model order.
     Raises:
@@ -83,7 +99,7 @@ def plain_model(
             vars(frozen)["forward"] = partial(_frozen_forward, frozen)
             patched.append(frozen)
         for name, layer in adapted.items():
-            plain = _plain_layer(layer, name in layers and norm == "attached")
+            plain = _plain_layer(layer, name in layers and norm == "attached", name in layers and "update" in parts)
             if name in layers:
                 leaves |= {f"{name}.{part}": plain.values[part].requires_grad_(True) for part in parts}
             vars(layer)["forward"] = partial(plain_forward, layer, plain)
@@ -103,9 +119,12 @@ def plain_forward(layer: AdaptedLinear, plain: PlainLayer, x: Tensor) -> Tensor:
     """(..., in) -> (..., out), the formula above written out."""
     a, b = plain.values["lora_A"], plain.values["lora_B"]
     weight = layer.base.stored_weight
-    out = linear_map(x, weight) + (x @ a.T) @ b.T * layer.scaling
+    update = plain.dense_update(layer.scaling)
+    out = linear_map(x, weight) + ((x @ a.T) @ b.T * layer.scaling if update is None else x @ update.T)
     if plain.row_norm is not None:
-        norm = attached_norm(layer, a, b) if plain.attached else plain.row_norm
+        norm = plain.row_norm
+        if plain.attached:
+            norm = attached_norm(layer, a, b) if update is None else _dense_norm(layer, update)
         dead = plain.row_norm == 0
         gain = plain.values["magnitude"] / norm.masked_fill(dead, 1.0)
         out = out * gain.masked_fill(dead, 0.0)
@@ -127,11 +146,21 @@ def attached_norm(layer: AdaptedLinear, lora_A: Tensor, lora_B: Tensor) -> Tenso
     return squared.masked_fill(squared <= 0, 1.0).sqrt().to(lora_A.dtype)
 
 
-def _plain_layer(layer: AdaptedLinear, attached: bool) -> PlainLayer:
+def _dense_norm(layer: AdaptedLinear, update: Tensor) -> Tensor:
+    """As `attached_norm`, of W + update as it stands: here nothing cancels after the squares."""
+    total = layer.base.dequantized(torch.float64) + update.to(torch.float64)
+    squared = total.square().sum(dim=1)
+    return squared.masked_fill(squared <= 0, 1.0).sqrt().to(update.dtype)
+
+
+def _plain_layer(layer: AdaptedLinear, attached: bool, whole: bool) -> PlainLayer:
     dtype = layer.base.wide_dtype
     values = {"lora_A": layer.lora_A, "lora_B": layer.stored_B(), "magnitude": layer.magnitude}
     copies = {name: value.detach().to(dtype, copy=True) for name, value in values.items() if value is not None}
-    return PlainLayer(copies, None if layer.magnitude is None else layer.row_norm(), attached)
+    if whole:
+        copies["update"] = copies["lora_B"] @ copies["lora_A"] * layer.scaling
+    keep_mask = layer.base.keep_mask() if layer.masked else None
+    return PlainLayer(copies, None if layer.magnitude is None else layer.row_norm(), attached, keep_mask)
 
 
 def _frozen_forward(layer: FrozenLinear, x: Tensor) -> Tensor:
@@ -146,8 +175,8 @@ def _check(
     if missing or not layers:
         raise ValueError(f"no adapted layers {missing}; allowed: one or more of {', '.join(adapted) or 'none'}.")
     unknown = [part for part in parts if part not in PARTS]
-    if unknown or not parts:
-        raise ValueError(f"no parameters {unknown}; allowed: one or more of {', '.join(PARTS)}.")
+    if (unknown or not parts) and tuple(parts) != UPDATE:
+        raise ValueError(f"no parameters {unknown}; allowed: one or more of {', '.join(PARTS)}, or update alone.")
     kinds = {adapted[name].kind for name in layers}
     if "magnitude" in parts and "lora" in kinds:
         raise ValueError(f"no parameter 'magnitude' in LoRA layers; allowed: {', '.join(FACTORS)}.")

@@ -28,7 +28,13 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
 
     The product is not formed: they are those of the small matrix between the factors' orthogonal bases.
+
+    Raises:
+        ValueError: A masked layer: what is left of B A under a mask is not of B A's rank, so its singular values are
+            not those of rank components.
     """
+    if layer.masked:
+        raise ValueError("the update of a masked adapter; allowed: one without a mask.")
     wide = torch.float64
     b = layer.stored_B().to(wide) * layer.scaling
     if layer.magnitude is not None:
@@ -47,8 +53,9 @@ def gradient_spectra(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, LayerSpectrum]:
-    """Squared singular values of dL/d(W + s B A) of each layer, L the mean NLL of the labelled tokens, norm held.
+    """Squared singular values of dL/d(s B A) of each layer, L the mean NLL of the labelled tokens, norm held.
 
+    Of a masked adapter it is zero where the mask is: there B A counts for nothing.
     At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
 
     Args:
@@ -89,7 +96,7 @@ def _groups(adapted: dict[str, AdaptedLinear], layers: Sequence[str]) -> Iterato
 
 
 def _gradients(model: nn.Module, layers: dict[str, AdaptedLinear], batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
-    """dL/dV of the adapted weight of each layer, y = g * (x V^T) + bias: (out, in), float32 or wider."""
+    """dL/d(s B A) of each layer, y = g * (x (W + M o s B A)^T) + bias: (out, in), float32 or wider."""
     sums: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -120,6 +127,9 @@ def _gradients(model: nn.Module, layers: dict[str, AdaptedLinear], batches: Iter
         gain = layer.gain(sums[name].dtype)
         scale = 1.0 / max(num_tokens, 1)
         sums[name] *= scale if gain is None else gain.value.unsqueeze(1) * scale
+        keep_mask = layer.base.keep_mask() if layer.masked else None
+        if keep_mask is not None:
+            sums[name].masked_fill_(~keep_mask, 0.0)
     return sums
 
 

@@ -17,17 +17,22 @@ Product = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """The eigenvalues of largest magnitude.
+    """The eigenvalues of largest magnitude; one that comes several times stands here several times.
 
     Attributes:
         values: (k,), by falling magnitude; both signs.
         vectors: (size, k), columns of length 1.
-        residuals: (k,) ||M v - lambda v||: each value is at most that far from an eigenvalue.
+        residuals: (k,) ||M v - lambda v||: each value is at most that far from an eigenvalue. A small residual does not
+            say that none is missing; that is what `next_magnitude` is for.
+        num_rounds: Searches from a new start, each across all that was found before.
+        next_magnitude: The largest that the last search found, across all others: not above the k-th of `values`.
     """
 
     values: Array
     vectors: Array
     residuals: Array
+    num_rounds: int
+    next_magnitude: float
 
 
 @dataclass(frozen=True)
@@ -54,34 +59,85 @@ class Density:
 def top_eigenpairs(
     product: Product, size: int, k: int, *, seed: int = 0, tolerance: float = 1e-4, max_restarts: int = 30
 ) -> Eigenpairs:
-    """The k eigenpairs of largest magnitude of a symmetric matrix, by implicitly restarted Lanczos (ARPACK).
+    """The k eigenpairs of largest magnitude of a symmetric matrix, by implicitly restarted Lanczos (ARPACK), repeated.
+
+    In exact arithmetic Lanczos from one start sees one copy of an eigenvalue, however often it comes, and stops with
+    small residuals all the same. So it is repeated across what was found, (1 - Q Q^T) M (1 - Q Q^T), from new random
+    starts, until a search finds nothing larger than the k-th: a start that has no share in what is left has
+    probability 0. Rayleigh-Ritz over all that was found gives the pairs.
+
+    Source: Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13.
 
     Args:
         product: (size,) float64 -> the matrix times it.
         size: Rows, at least 2.
         k: 1 to size - 1.
-        seed: Of the start vector: the same seed spends the same products.
+        seed: Of the start vectors: the same seed spends the same products.
         tolerance: Relative accuracy of the values; 0 is machine precision.
-        max_restarts: Most restarts before it gives up.
+        max_restarts: Most restarts of a search before it gives up.
     Raises:
         ValueError: If k does not lie in its range.
-        RunFailure: Without convergence; the message says how many pairs had converged.
+        RunFailure: A search in which no pair converged.
     """
     if not 1 <= k < size:
         raise ValueError(f"{k} eigenvalues of a matrix of {size} rows; allowed: 1 to {size - 1}.")
+    generator = np.random.default_rng(seed)
+    found = np.zeros((size, 0))
+    magnitudes = np.zeros(0)
+    num_rounds, wanted, next_magnitude = 0, k, 0.0
+
+    def across(vector: Array) -> Array:
+        vector = _across(found, vector)
+        return _across(found, product(vector))
+
+    while found.shape[1] < size - 1:
+        start = _across(found, generator.standard_normal(size))
+        if num_rounds and np.linalg.norm(across(start)) <= 1e-12 * magnitudes[0] * np.linalg.norm(start):
+            next_magnitude = 0.0
+            break
+        wanted = min(wanted, size - 1 - found.shape[1])
+        values, vectors = _eigsh(across, size, wanted, start, tolerance, max_restarts)
+        num_rounds += 1
+        next_magnitude = float(np.abs(values).max())
+        nothing_larger = len(magnitudes) >= k and next_magnitude <= magnitudes[k - 1] * (1.0 + max(tolerance, 1e-12))
+        complete = nothing_larger and len(values) == wanted
+        found = np.linalg.qr(np.concatenate([found, vectors], axis=1))[0]
+        magnitudes = np.sort(np.concatenate([magnitudes, np.abs(values)]))[::-1]
+        if complete:
+            break
+        wanted = max(1, k // 4)
+    images = np.stack([product(column) for column in found.T], axis=1)
+    small = found.T @ images
+    values, rotation = np.linalg.eigh((small + small.T) / 2)
+    order = np.argsort(-np.abs(values), kind="stable")[:k]
+    values, rotation = values[order], rotation[:, order]
+    vectors = found @ rotation
+    residuals = np.linalg.norm(images @ rotation - vectors * values, axis=0)
+    return Eigenpairs(values, vectors, residuals, num_rounds, next_magnitude)
+
+
+def _eigsh(
+    product: Product, size: int, k: int, start: Array, tolerance: float, max_restarts: int
+) -> tuple[Array, Array]:
+    """One search: k pairs, or at least one of them, where copies or a dense bulk keep the others from converging."""
     operator: LinearOperator[np.float64] = LinearOperator((size, size), matvec=product, dtype=np.float64)
-    start = np.random.default_rng(seed).standard_normal(size)
     try:
         values, vectors = eigsh(operator, k=k, which="LM", v0=start, tol=tolerance, maxiter=max_restarts)
     except ArpackNoConvergence as error:
-        raise RunFailure(
-            f"eigsh: {len(error.eigenvalues)} of {k} eigenvalues converged in {max_restarts} restarts; "
-            "ask for fewer of them, or for a larger tolerance."
-        ) from None
-    order = np.argsort(-np.abs(values), kind="stable")
-    values, vectors = values[order], vectors[:, order]
-    residuals = [np.linalg.norm(product(vectors[:, i]) - values[i] * vectors[:, i]) for i in range(k)]
-    return Eigenpairs(values, vectors, np.array(residuals))
+        if not len(error.eigenvalues):
+            raise RunFailure(
+                f"eigsh: none of {k} eigenvalues converged in {max_restarts} restarts; "
+                "ask for fewer of them, or for a larger tolerance."
+            ) from None
+        return np.real(error.eigenvalues), np.real(error.eigenvectors)  # of a symmetric matrix they are real
+    return values, vectors
+
+
+def _across(found: Array, vector: Array) -> Array:
+    """The part of a vector that is orthogonal to the columns of `found`."""
+    for _ in range(2):  # once is not enough in floating point
+        vector = vector - found @ (found.T @ vector)
+    return vector
 
 
 def spectral_density(product: Product, size: int, *, num_steps: int, num_probes: int, seed: int = 0) -> Density:

@@ -11,7 +11,7 @@ import yaml
 import qdora
 from qdora.model.licence import Licence
 
-Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf"]
+Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf", "peft"]
 
 _CONTENTS: dict[Form, str] = {
     "run": "This directory is the run: `adapter/` is what was trained, in PEFT's format, on the quantised base.",
@@ -26,6 +26,10 @@ _CONTENTS: dict[Form, str] = {
     "requantized": (
         "Base and adapter are merged in float32 and quantised again to 4 bits, as a bitsandbytes checkpoint: a second "
         "rounding on top of the one that the adapter was trained on."
+    ),
+    "peft": (
+        "This is the adapter alone, in PEFT's format, as it was trained. It belongs on the base quantised as the table "
+        "says, by bitsandbytes: on other weights it is another model. `qdora.json` has the exact scale of every layer."
     ),
     "gguf": (
         "Base and adapter are merged into one dense weight per layer in float32, and written by llama.cpp's own "
@@ -54,6 +58,7 @@ _CHECKED: dict[Form, str] = {
     "requantized": "merged and quantised again",
     "nf4-lora": "4-bit base and LoRA",
     "gguf": "GGUF",
+    "peft": "",
 }
 
 
@@ -94,11 +99,11 @@ def model_card(facts: CardFacts) -> str:
     Raises:
         ValueError: A row of metrics with another number of values than there are columns.
     """
-    library = "gguf" if facts.form == "gguf" else "transformers"
+    library = facts.form if facts.form in ("gguf", "peft") else "transformers"
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["qdora"]}
     if not facts.base_name.startswith((".", "/")) and "/" in facts.base_name:
         front["base_model"] = facts.base_name
-        front["base_model_relation"] = "finetune"
+        front["base_model_relation"] = "adapter" if facts.form == "peft" else "finetune"
     if facts.data_ids:
         front["datasets"] = sorted(set(facts.data_ids))
     if facts.licence is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ INDEX_FILE = "model.safetensors.index.json"
 DONE_FILE = ".done.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_SHARD_BYTES = 5 * 2**30
-_SLICE = 1 << 24  # elements cast at a time: bounds the float32 copy of an embedding to 64 MiB
+_SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are looked at, cast and written
 _FAULTS_SHOWN = 8
 
 Progress = Callable[[int, int], None]
@@ -177,12 +178,13 @@ class Caster:
         largest, num_bad, num_underflowed = 0.0, 0, 0
         for start in range(0, flat.numel(), _SLICE):
             part = flat[start : start + _SLICE]
-            finite = torch.isfinite(part)
-            num_bad += part.numel() - int(finite.sum())
-            largest = max(largest, float(torch.where(finite, part, 0).abs().max()))
+            bad, part_largest = _extent(part)
+            num_bad += bad
+            largest = max(largest, part_largest)
             cast = part.to(spec.dtype)
-            num_underflowed += int(((cast == 0) & (part != 0)).sum())
-            del part, finite
+            if cast.dtype != part.dtype:
+                num_underflowed += int(part.count_nonzero()) - int(cast.count_nonzero())
+            del part
             yield cast.cpu()
             del cast
         seen = Seen(largest, spec.name, num_underflowed)
@@ -208,6 +210,15 @@ class Caster:
             raise RunFailure(f"The merged model is broken, nothing was written. {faults}")
         if self.total.too_large:
             raise UserError(*_few(self.total.too_large))
+
+
+def _extent(part: Tensor) -> tuple[int, float]:
+    """How many values are NaN or infinite, and the largest |value| of the others."""
+    low, high = (float(end) for end in part.aminmax())  # NaN where one is: one pass, without a mask
+    if math.isfinite(low) and math.isfinite(high):
+        return 0, max(-low, high)
+    finite = part.isfinite()
+    return part.numel() - int(finite.sum()), float(torch.where(finite, part, 0).abs().max())
 
 
 def _add(total: Seen, seen: Seen) -> None:

@@ -15,10 +15,12 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.tiles import Weight
 
 
-def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> None:
+def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> FrozenLinear:
     """Put a frozen layer in the place of a linear one, whose bias it takes over, read or not."""
     bias = model.get_submodule(layer).bias
-    replace_module(model, layer, FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits))
+    frozen = FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits)
+    replace_module(model, layer, frozen)
+    return frozen
 
 
 def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -37,8 +39,9 @@ def settle(model: PreTrainedModel, device: torch.device) -> None:
     for target, origin in tied_weights(model).items():
         _tie(model, target, origin)
     for module in model.modules():
+        away = module.away if isinstance(module, FrozenLinear) else ()
         for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta and buffer.device != device:
+            if name not in away and buffer is not None and not buffer.is_meta and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
 
 

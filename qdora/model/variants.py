@@ -21,7 +21,6 @@ from qdora.model.export_streamed import OpenedMerge
 from qdora.model.inject import adapted_layers, frozen_layers, replace_module
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.dora import merged_weight
 from qdora.ops.packed import block_scales, dequantize, quantize
 
 Layer = AdaptedLinear | FrozenLinear
@@ -96,12 +95,12 @@ def _outer_layers(model: nn.Module) -> dict[str, Layer]:
     return {**adapted, **{path: layer for path, layer in frozen_layers(model).items() if path not in bases}}
 
 
-def variants(model: PreTrainedModel, opened: OpenedMerge, dtype: torch.dtype) -> list[Variant]:
+def variants(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> list[Variant]:
     """Every form of a LoRA or DoRA model.
 
     Args:
         model: The running model.
-        opened: Its base and adapter on disk.
+        opened: Its base and adapter on disk; None for a pruned base, which the source's weights are not.
         dtype: To which the merged weights are rounded.
     """
 
@@ -109,12 +108,12 @@ def variants(model: PreTrainedModel, opened: OpenedMerge, dtype: torch.dtype) ->
         return _rounded(layer.merged_weight(), dtype) if isinstance(layer, AdaptedLinear) else None
 
     def original(path: str, layer: Layer) -> Tensor | None:
-        weight = source_weight(opened, path)
+        weight = None if opened is None else source_weight(opened, path)
         if weight is None:
             return None
         weight = weight.to(_device(layer))
         if isinstance(layer, AdaptedLinear):
-            weight = merged_weight(weight, layer.lora_A, layer.gated_B(), layer.scaling, layer.magnitude)
+            weight = layer.merged_weight(base=weight)
         return _rounded(weight, dtype)
 
     def requantized(path: str, layer: Layer) -> Tensor | None:
@@ -131,16 +130,17 @@ def variants(model: PreTrainedModel, opened: OpenedMerge, dtype: torch.dtype) ->
         why_not = ""
     except UserError as error:
         why_not = error.faults[0]
-    has_source = opened.merge.quant.kind != "none" and not any(
-        isinstance(item, StoredPacked) for item in opened.stored.values()
-    )
-    four_bits = opened.merge.quant.kind in FOUR_BIT_KINDS
+    if opened is None:
+        no_source = "the base is pruned, and the source's own weights are not"
+    elif opened.merge.quant.kind == "none" or any(isinstance(item, StoredPacked) for item in opened.stored.values()):
+        no_source = "the source has no other weights than those that were trained on"
+    else:
+        no_source = ""
+    four_bits = any(layer.kind in FOUR_BIT_KINDS for layer in frozen_layers(model).values())
     return [
         Variant("base", _base),
         Variant("merged", merged),
-        Variant("original", original, "")
-        if has_source
-        else Variant("original", None, "the source has no other weights than those that were trained on"),
+        Variant("original", None, no_source) if no_source else Variant("original", original),
         Variant("requantized", requantized) if four_bits else Variant("requantized", None, "the base is not in 4 bits"),
         Variant("nf4-lora", None, why_not) if why_not else Variant("nf4-lora", _nf4_lora),
     ]

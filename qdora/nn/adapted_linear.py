@@ -222,10 +222,15 @@ class AdaptedLinear(nn.Module):
         super().train(mode)
         return self
 
-    def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight (out, in) that equals this layer: merged in float32, cast once. The bias is unchanged."""
+    def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
+        """The dense weight (out, in) that equals this layer: merged in float32, cast once. The bias is unchanged.
+
+        Args:
+            dtype: Of the result; float64 also merges in it.
+            base: Merge on this weight, (out, in), in place of the layer's own; the norm is taken there, too.
+        """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weight = self.base.dequantized(wide)
+        weight = self.base.dequantized(wide) if base is None else base.to(wide)
         keep = self.base.keep_mask() if self.masked else None
         return merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, self.magnitude, keep).to(dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,14 @@ from qdora.ops.tiles import Weight, dense_weight
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 
 
+class Residency(Protocol):
+    """Where the weights of some layers are while nobody computes with them."""
+
+    def use(self, layer: FrozenLinear) -> None:
+        """To be called before a layer's packed tensors are read: when it returns, they are where they are read, and
+        stay there until a layer of another block is used."""
+
+
 class FrozenLinear(nn.Module):
     """y = x W^T + bias, W and bias frozen.
 
@@ -27,6 +36,8 @@ class FrozenLinear(nn.Module):
         bias: (out,) or None.
         keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (it is 0 where that is False), or
             None where it was not.
+    Attributes:
+        residency: What brings the packed weight when it is to be read; None where it is always there.
     """
 
     keep_bits: Tensor | None
@@ -35,6 +46,7 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.block_size = 0
+        self.residency: Residency | None = None
         self._packed: PackedWeight | None = None
         if isinstance(weight, PackedWeight):
             self.kind: str = weight.kind
@@ -60,11 +72,18 @@ class FrozenLinear(nn.Module):
         """The packed form, sharing memory with this layer, or None for a dense base."""
         if self.kind == "dense":
             return None
+        if self.residency is not None:
+            self.residency.use(self)
         tensors = {name: self.get_buffer(name) for name in self._names}
         # Kept, since checking the tensors anew at every forward costs as much as a kernel.
         if self._packed is None or any(tensors[n] is not t for n, t in self._packed.tensors().items()):
             self._packed = from_tensors(self.kind, (self.out_features, self.in_features), self.block_size, tensors)
         return self._packed
+
+    @property
+    def away(self) -> tuple[str, ...]:
+        """Names of the buffers that `residency` puts where they are; nobody else moves them."""
+        return () if self.residency is None else self._names
 
     @property
     def stored_weight(self) -> Weight:
@@ -90,8 +109,10 @@ class FrozenLinear(nn.Module):
         return frozen_linear(x, self.stored_weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
+        away = {name: self._buffers.pop(name) for name in self.away}
         kept = {name: self._buffers[name] for name in _SCALES if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers.update(away)
         self._packed = None  # it would keep the tensors that have been moved away
         for name, before in kept.items():
             after = self._buffers[name]

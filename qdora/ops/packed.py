@@ -95,6 +95,11 @@ class PackedWeight:
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()}
         return from_tensors(self.kind, self.shape, self.block_size, moved)
 
+    def clone(self) -> PackedWeight:
+        """The same weight in memory of its own."""
+        copies = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        return from_tensors(self.kind, self.shape, self.block_size, copies)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name: packed, absmax and, where nested, nested_absmax, nested_code, nested_offset."""
         named = {"packed": self.packed, "absmax": self.absmax}

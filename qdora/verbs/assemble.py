@@ -21,6 +21,8 @@ from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.data_config import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
+from qdora.memory.disk_residency import DiskResidency
+from qdora.memory.host_residency import HostResidency
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.base_cache import BaseCache, default_cache
 from qdora.model.error_init import start_from_error_
@@ -82,7 +84,9 @@ def load_base(
     `load_model`.
     """
     assert (recipe.base.prune is None) == (placer is None), "a pruned base is loaded by verbs.pruned_base"
-    base = recipe.base
+    base, cache = recipe.base, base_cache(recipe, compute, progress)
+    if base.residency != "device" and base.quant != "none":
+        placer = _away(recipe, compute, cache)
     model = load_model(
         source,
         quant=base.quant,
@@ -93,7 +97,7 @@ def load_base(
         compute_dtype=compute.dtype,
         attention=recipe.model.attention,
         progress=progress,
-        reader=base_cache(recipe, compute, progress),
+        reader=cache,
         placer=placer,
     )
     if recipe.adapter.kind == "full":
@@ -104,16 +108,30 @@ def load_base(
     return model
 
 
+def _away(recipe: Recipe, compute: Compute, cache: BaseCache | None) -> Placer:
+    """What keeps the blocks of the base where the recipe says. Raises UserError where this machine cannot."""
+    base, here = recipe.base, compute.device.type
+    if base.residency == "host":
+        if here != "cuda":
+            raise UserError(
+                "base.residency: host is for a GPU, and this machine has none that can be used, allowed: device, disk."
+            )
+        return HostResidency(base.streamed_blocks)
+    assert cache is not None
+    return DiskResidency(cache, base.streamed_blocks)
+
+
 def base_cache(
     recipe: Recipe, compute: Compute, progress: Callable[[int, int], None] | None = None
 ) -> BaseCache | None:
     """What reads the packed base from where the recipe keeps it; None where it keeps none."""
     base = recipe.base
-    if base.cache is None or base.quant == "none":
+    on_disk = base.residency == "disk"
+    if base.quant == "none" or (base.cache is None and not on_disk):
         return None
-    root = default_cache() if base.cache == "auto" else Path(base.cache).expanduser()
+    root = default_cache() if base.cache in (None, "auto") else Path(base.cache).expanduser()
     wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
-    return BaseCache(root, wanted, compute.device, progress=progress)
+    return BaseCache(root, wanted, compute.device, mapped=on_disk, progress=progress)
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -175,10 +193,17 @@ def _targets(recipe: Recipe) -> str | list[str]:
     return targets if isinstance(targets, str) else list(targets)
 
 
-def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path, *, shipped: bool = False) -> None:
+def write_adapter(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    directory: Path,
+    *,
+    shipped: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> None:
     """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`.
 
-    `shipped`: It leaves this machine, so that a base that only this machine has is not named.
+    `shipped`: It leaves this machine, so that a base that only this machine has is not named. `extra`: For its record.
     """
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
@@ -192,6 +217,7 @@ def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path, *, sh
         base_name_or_path=public_name(recipe.model.source) if shipped else recipe.model.source,
         revision=recipe.model.revision,
         base_quant=quant,
+        extra=extra,
     )
 
 

@@ -43,7 +43,7 @@ _SAME_KL = 1e-4
 def audit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    opened: OpenedMerge,
+    opened: OpenedMerge | None,
     *,
     texts: Sequence[str],
     examples: Mapping[str, Sequence[Example]],
@@ -56,7 +56,7 @@ def audit(
     Args:
         model: The running model with its adapter.
         tokenizer: Its tokenizer.
-        opened: Its base and adapter on disk.
+        opened: Its base and adapter on disk; None for a pruned base: the source's own weights are another model's.
         texts: Held-out text for the logits.
         examples: Held-out examples by task for the NLL; may be empty.
         dtype: To which merged weights are rounded.
@@ -102,7 +102,7 @@ def audit(
         forms[name]["nll_difference"] = _paired(result, results[ADAPTER])
     layers = [
         {"path": e.path, "quantization_error": e.quantization_error, "update": e.update, "ratio": e.ratio}
-        for e in layer_errors(model, opened)
+        for e in ([] if opened is None else layer_errors(model, opened))
     ]
     ordered = {name: forms[name] for name in DESCRIPTIONS}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qdora.model.card import CardFacts, Form, model_card
 from qdora.model.licence import licence_files, licence_of
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, ModelSource, public_name
 from qdora.record import RunDirectory
+from qdora.sizes import size_text
 from qdora.verbs.assemble import find_source
 from qdora.verbs.evaluate import stored_results
 from qdora.verbs.interference import interference_in_words
@@ -37,6 +39,7 @@ def run_card(
     versions = package_versions(("torch", "transformers"))
     source = _source(recipe)
     ids = [_data_id(each) for each in recipe.data.mix]
+    seen = _seen(run)
     step = int(state.removeprefix("step-")) if state.startswith("step-") else None
     results = stored_results(run, step)
     tasks = list(results["adapter"].tasks) if "adapter" in results else []
@@ -45,7 +48,7 @@ def run_card(
     return model_card(
         CardFacts(
             base_name=base_name(recipe),
-            base_revision=recipe.model.revision,
+            base_revision=recipe.model.revision if source is None else source.revision,
             title=run.path.resolve().name,
             form=form,
             licence=None if source is None else licence_of(source),
@@ -55,8 +58,9 @@ def run_card(
                 "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
                 "learning rate": recipe.train.lr,
                 "state": adapter_in_words(run) if state == "final" else state,
+                **_planned(run),
             },
-            data=[_data(each, id_) for each, id_ in zip(recipe.data.mix, ids, strict=True)],
+            data=[_data(each, id_) + seen.get(each.label, "") for each, id_ in zip(recipe.data.mix, ids, strict=True)],
             data_ids=[id_ for id_ in ids if id_ is not None],
             metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],
             metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
@@ -100,3 +104,28 @@ def _data_id(source: SourceConfig) -> str | None:
 
 def _data(source: SourceConfig, id_: str | None) -> str:
     return source.label if id_ is None else f"{source.label}: [{id_}](https://huggingface.co/datasets/{id_})"
+
+
+def _planned(run: RunDirectory) -> dict[str, str]:
+    """Of the run's plans: its steps, and its peak of memory where it was planned."""
+    mix, plan = _read(run, "mix.json"), _read(run, "plan.json")
+    found = {"steps": f"{mix['num_steps']:,}, {mix['num_draws']:,} examples"} if mix else {}
+    if plan:
+        found["planned peak"] = f"{size_text(plan['peak_bytes'])} on {plan['device']}"
+    return found
+
+
+def _seen(run: RunDirectory) -> dict[str, str]:
+    """Source -> how much of it the run has seen."""
+    return {
+        each["name"]: f" ({each['num_draws']:,} examples, {each['share_seen']:.1%} of all)"
+        for each in (_read(run, "mix.json") or {}).get("sources", ())
+    }
+
+
+def _read(run: RunDirectory, name: str) -> dict[str, Any] | None:
+    file = run.inside(name)
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found

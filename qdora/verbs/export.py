@@ -57,23 +57,27 @@ def export_run(
     keep_freed_memory()
     check_options(options)
     if options.target is not None:
-        check_target(options.target, _form(options), load_recipe(open_run(run).recipe_file))
+        check_target(options.target, options.form, load_recipe(open_run(run).recipe_file))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
-    if options.format == "peft":
-        return _pushed(_export_adapter(load_run(run, step=options.step), out), out, options, console)
-    writers = {"merged": _export_merged, "nf4-lora": _export_nf4_lora, "gguf": export_gguf}
+    writers = {
+        "merged": _export_merged,
+        "nf4-lora": _export_nf4_lora,
+        "gguf": export_gguf,
+        "peft": _export_adapter,
+    }
     trained, result, check = writers[options.format](run, out, options, console)
     form = options.form
     zeros = _zeros(trained) if form == "merged" else None
     # Names without their paths: the file leaves this machine.
     named = {"format": options.format, "run": run.resolve().name, "state": trained.state}
-    document = {**named, **result, "directory": out.resolve().name, "verification": check}
+    document = {**named, **result, "directory": out.resolve().name}
+    if check is not None:
+        document["verification"] = check
     if zeros is not None:
         document["zeros"] = zeros
-    if options.audit and trained.recipe.base.prune is not None:
-        logger.info("No audit: its forms start from the source's weights, which are not those of a pruned base.")
-    elif options.audit and check["passed"] and trained.recipe.adapter.kind in ("lora", "dora"):
+    passed = check is None or check["passed"]
+    if options.audit and passed and trained.recipe.adapter.kind in ("lora", "dora"):
         if options.base == "original":
             del trained
             trained = load_run(run, step=options.step)
@@ -88,18 +92,15 @@ def export_run(
             highlight=False,
             soft_wrap=True,
         )
-    console.print(_verdict(check), markup=False, highlight=False, soft_wrap=True)
-    if not check["passed"]:
+    if check is not None:
+        console.print(_verdict(check), markup=False, highlight=False, soft_wrap=True)
+    if check is not None and not passed:
         raise RunFailure(
             f"{out}: the exported model is not the one that was trained: {'; '.join(check['faults'])}.",
             safe=[run, out],
         )
     console.print(f"exported model: {out}", markup=False, highlight=False, soft_wrap=True)
     return _pushed(document, out, options, console)
-
-
-def _form(options: ExportOptions) -> str:
-    return "peft" if options.format == "peft" else options.form
 
 
 def _pushed(document: dict[str, Any], out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
@@ -124,13 +125,16 @@ def _export_merged(
 
 def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
     """Compare all forms, say which one to ship, and leave a page in the run."""
-    where, _ = trained_state(trained.run, trained.recipe, options.step)
-    merge, _ = merge_of(trained.run, trained.recipe, where, ExportOptions())
+    opened = None
+    if trained.recipe.base.prune is None:
+        where, _ = trained_state(trained.run, trained.recipe, options.step)
+        merge, _ = merge_of(trained.run, trained.recipe, where, ExportOptions())
+        opened = open_merge(merge)
     examples = held_out(trained.recipe)
     found = audit(
         trained.model,
         trained.tokenizer,
-        open_merge(merge),
+        opened,
         texts=texts_of(examples),
         examples=examples,
         dtype=DTYPES[options.dtype or "float16"],
@@ -204,7 +208,11 @@ def check_servable(model: PreTrainedModel) -> None:
         raise UserError(*shorten(faults))
 
 
-def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
+def _export_adapter(
+    run: Path, out: Path, options: ExportOptions, console: Console
+) -> tuple[TrainedRun, dict[str, Any], None]:
+    """The adapter with the bytes that were trained: there is nothing to compare."""
+    trained = load_run(run, step=options.step)
     recipe = trained.recipe
     if recipe.adapter.kind not in ("lora", "dora", "magnitude"):
         raise UserError(f"--format peft: the run has no adapter (adapter.kind {recipe.adapter.kind}).")
@@ -212,7 +220,9 @@ def _export_adapter(trained: TrainedRun, out: Path) -> dict[str, Any]:
         raise UserError("--format peft: adapter.mask keep: PEFT cannot mask B A, allowed: --format merged.")
     check_servable(trained.model)
     write_adapter(trained.model, recipe, out, shipped=True)
-    return {"format": "peft", "run": trained.run.path.resolve().name, "state": trained.state, "directory": out.name}
+    for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
+        (out / name).write_text(text, encoding="utf-8")
+    return trained, {}, None
 
 
 def _verdict(check: dict[str, Any]) -> str:

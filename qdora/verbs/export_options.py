@@ -66,11 +66,10 @@ class ExportOptions:
 
     @property
     def form(self) -> Form:
-        """What will stand in the directory; not of "peft"."""
-        if self.format == "nf4-lora":
-            return "nf4-lora"
-        if self.format == "gguf":
-            return "gguf"
+        """What will stand in the directory."""
+        forms: dict[str, Form] = {"nf4-lora": "nf4-lora", "gguf": "gguf", "peft": "peft"}
+        if self.format in forms:
+            return forms[self.format]
         if self.requantize:
             return "requantized"
         return "original" if self.base == "original" else "merged"

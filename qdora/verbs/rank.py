@@ -1,4 +1,4 @@
-"""qdora rank: a rank for each layer of a run, from curvature, from the trained update or from the gradient."""
+"""qdora rank: a rank for each layer of a run, from curvature, from the trained update, the gradient or gates."""
 
 from __future__ import annotations
 
@@ -12,34 +12,41 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.analysis.allocate import LayerSpectrum, allocate, effective_rank
+from qdora.analysis.components import layer_components
 from qdora.analysis.curvature import CURVATURES, Curvature
 from qdora.analysis.curvature_cache import CurvatureSettings, curvature_spectrum, fingerprint
 from qdora.analysis.plain import NORMS, Norm
 from qdora.analysis.rank_figures import draw_rank_map, draw_spectra
 from qdora.analysis.rivals import gradient_spectra, update_spectrum
-from qdora.atomic_files import atomic_write_text
 from qdora.config import Recipe
 from qdora.data.batching import MicroBatch
 from qdora.data.loader import StepLoader
 from qdora.errors import UserError, nearest
 from qdora.model.inject import adapted_layers, matches
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.recipe_file import load_recipe, recipe_from, resolved_yaml, settings
+from qdora.recipe_file import load_recipe
 from qdora.record import open_run
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import read_data, tokenized_mix
+from qdora.verbs.gate_ranks import ranks_of_gates
+from qdora.verbs.rank_recipe import write_recipe
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run
 
 logger = logging.getLogger("qdora")
 
-METHODS = ("curvature", "svd", "gradient")
+METHODS = ("curvature", "svd", "gradient", "gates")
 THRESHOLD = 0.9
 NUM_EXAMPLES = 16
+NUM_EIGENVALUES = 20
 MICRO_BATCH_TOKENS = 512
 """Of a graph over a graph nothing is recomputed: about 8 MiB a token of a 135M model."""
 
-_MEASURES = {"svd": "squared singular value of the update", "gradient": "squared singular value of the gradient"}
+_MEASURES = {
+    "curvature": "worth in nats",
+    "svd": "squared singular value of the update",
+    "gradient": "squared singular value of the gradient",
+}
 
 
 @dataclass(frozen=True)
@@ -47,22 +54,26 @@ class RankSettings:
     """What `qdora rank` was asked for; None where an option was left out.
 
     Attributes:
-        method: curvature, svd or gradient.
+        method: curvature, svd, gradient or gates; the last has been chosen while training, so no other option counts.
         budget: Parameters of the low-rank factors of the chosen layers, or a share of the run's own ("50%"); the
             run's own if left out.
         threshold: In place of a budget, each layer gets the fewest components that hold this share of its energy.
         max_rank: Largest rank of a layer; twice the largest of the run, and with svd that of the layer.
-        curvature, norm: Which matrix; hessian, and attached for DoRA.
+        eigenvalues: How many of the curvature by A and B are written beside the ranks, which do not depend on them; 20.
+            0 leaves them and their cost out.
+        curvature: Of which matrix they are; hessian.
+        norm: Of DoRA, attached or held, in worths and eigenvalues; attached.
         layers: Names or patterns; all adapted layers if left out. Those left out keep their rank.
         examples: Of the run's training mix, from its start.
         micro_batch_tokens: Most tokens of a micro-batch, padding counted; all memory beyond the model's is one of them.
-        over_all: Also the spectrum of all chosen layers together.
+        over_all: Also the eigenvalues of all chosen layers together.
     """
 
     method: str = "curvature"
     budget: str | None = None
     threshold: float | None = None
     max_rank: int | None = None
+    eigenvalues: int | None = None
     curvature: str | None = None
     norm: str | None = None
     layers: Sequence[str] = ()
@@ -80,12 +91,22 @@ class RankSettings:
                 faults.append(f"{option}: {value!r}, allowed: {', '.join(allowed)}.{nearest(value, allowed)}")
             if value is not None and self.method != "curvature":
                 faults.append(f"{option}: has no effect with --method {self.method}, allowed: --method curvature.")
-        if self.over_all and self.method != "curvature":
-            faults.append(f"--over-all: has no effect with --method {self.method}, allowed: --method curvature.")
+        for option, given in (("--over-all", self.over_all), ("--eigenvalues", self.eigenvalues is not None)):
+            if given and self.method != "curvature":
+                faults.append(f"{option}: has no effect with --method {self.method}, allowed: --method curvature.")
+        for option, given in (("--over-all", self.over_all), ("--curvature", self.curvature is not None)):
+            if given and self.eigenvalues == 0:
+                faults.append(f"{option}: has no effect with --eigenvalues 0, allowed: 1 or more.")
         for option, number in (("--examples", self.examples), ("--micro-batch-tokens", self.micro_batch_tokens)):
             if number is not None and self.method == "svd":
                 faults.append(f"{option}: --method svd reads no data, allowed: --method curvature or gradient.")
-        if self.budget is not None and self.threshold is not None:
+        if self.method == "gates":
+            options: dict[str, Any] = {"--budget": self.budget, "--threshold": self.threshold}
+            options |= {"--max-rank": self.max_rank, "--layers": self.layers or None, "--examples": self.examples}
+            options |= {"--micro-batch-tokens": self.micro_batch_tokens}
+            chosen = "has no effect with --method gates, whose ranks the run has chosen, allowed: leave it out."
+            faults += [f"{option}: {chosen}" for option, value in options.items() if value is not None]
+        elif self.budget is not None and self.threshold is not None:
             faults.append("--threshold: given with --budget, allowed: one of them.")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             faults.append(f"--threshold: {self.threshold:g}, allowed: above 0, at most 1.")
@@ -122,10 +143,17 @@ def rank_run(
     recipe = load_recipe(open_run(path).recipe_file)
     if recipe.adapter.kind not in ("dora", "lora"):
         raise UserError(f"{path}: adapter.kind {recipe.adapter.kind} has no ranks, allowed: a run of dora or lora.")
+    if asked.method == "gates":
+        return ranks_of_gates(open_run(path), recipe, step, console)
     if recipe.adapter.resume_from is not None:
         raise UserError(f"{path}: its ranks come from adapter.resume_from, allowed: a run that made its own adapter.")
     if asked.norm is not None and recipe.adapter.kind == "lora":
         raise UserError("--norm: LoRA has no norm, allowed: leave it out.")
+    if recipe.adapter.mask == "keep" and asked.method == "svd":
+        raise UserError(
+            f"{path}: --method svd: under adapter.mask keep the update is not of the rank of B A, so its singular "
+            "values say nothing of ranks, allowed: --method curvature or gradient."
+        )
     trained = load_run(path, step=step, widened=True)
     adapted = adapted_layers(trained.model)
     chosen = _chosen(adapted, asked.layers)
@@ -211,29 +239,50 @@ def _spectra(
         }
     kind = next(iter(chosen.values())).kind
     norm = cast(Norm, asked.norm or "attached") if kind == "dora" else "none"
-    settings = CurvatureSettings(cast(Curvature, asked.curvature or "hessian"), norm, num_eigenvalues=most)
-    scopes = {name: [name] for name in chosen} | ({"": list(chosen)} if asked.over_all else {})
+    return _curvature(trained, asked, chosen, batches, limits, norm, about, console)
+
+
+def _curvature(
+    trained: TrainedRun,
+    asked: RankSettings,
+    chosen: Mapping[str, AdaptedLinear],
+    batches: list[MicroBatch],
+    limits: Mapping[str, int],
+    norm: Norm,
+    about: Mapping[str, Any],
+    console: Console,
+) -> tuple[dict[str, LayerSpectrum], dict[str, dict[str, Any]]]:
+    """The worths of each layer's components, and beside them the eigenvalues of the curvature by A and B."""
+    num = NUM_EIGENVALUES if asked.eigenvalues is None else asked.eigenvalues
+    settings = CurvatureSettings(cast(Curvature, asked.curvature or "hessian"), norm, num_eigenvalues=num)
     state = fingerprint(trained.model, batches)
     cache = trained.run.inside("rank", "cache")
     spectra: dict[str, LayerSpectrum] = {}
-    details: dict[str, dict[str, Any]] = {"": {**about, "curvature": settings.curvature, "norm": settings.norm}}
-    with bar(console, f"{settings.curvature}, norm {settings.norm}") as progress:
-        for number, (scope, names) in enumerate(scopes.items()):
-            progress(number, len(scopes))
-            result = curvature_spectrum(trained.model, names, batches, settings, cache=cache, state=state)
-            logger.info(
-                "%s: largest eigenvalue %.4g, %d products, %.1f s.",
-                scope or "all layers",
-                result.top.values[0],
-                result.num_matvecs,
-                result.seconds,
+    details: dict[str, dict[str, Any]] = {"": {**about, "norm": norm}}
+
+    def eigenvalues(scope: str, names: list[str]) -> dict[str, Any]:
+        result = curvature_spectrum(trained.model, names, batches, settings, cache=cache, state=state)
+        largest = result.top.values[0]
+        logger.info(
+            "%s: largest eigenvalue %.4g, %d products, %.1f s.", scope, largest, result.num_matvecs, result.seconds
+        )
+        return result.to_dict()
+
+    with bar(console, f"components, norm {norm}") as progress:
+        for number, (name, layer) in enumerate(chosen.items()):
+            progress(number, len(chosen))
+            found = layer_components(
+                trained.model, name, batches, norm=norm, num_new=limits[name], cache=cache, state=state
             )
-            if not scope:
-                details[""]["over_all"] = result.to_dict()
-                continue
-            layer = chosen[scope]
-            spectra[scope] = result.of_layer(layer.in_features + layer.out_features, limits[scope])
-            details[scope] = result.to_dict()
+            spectra[name] = found.spectrum(limits[name], layer.in_features + layer.out_features)
+            details[name] = {"components": found.to_dict()}
+    if num:
+        with bar(console, f"{settings.curvature}, norm {norm}") as progress:
+            for number, name in enumerate(chosen):
+                progress(number, len(chosen))
+                details[name]["spectrum"] = eigenvalues(name, [name])
+            if asked.over_all:
+                details[""]["over_all"] = eigenvalues("all layers", list(chosen))
     return spectra, details
 
 
@@ -279,26 +328,13 @@ def _write(
     spectra: Mapping[str, LayerSpectrum],
 ) -> dict[str, Any]:
     """The run's recipe with the new ranks, as a file to train; the fragment; the figures."""
-    pattern = {name: rank for name, rank in ranks.items() if rank != recipe.adapter.rank}
-    plain = settings(recipe)
-    fragment: dict[str, Any] = {"rank": recipe.adapter.rank, "rank_pattern": pattern}
-    if pattern:  # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
-        fragment["same_scaling"] = True
-    plain["adapter"] = {k: v for k, v in plain["adapter"].items() if k != "same_scaling"} | fragment
+    written = write_recipe(trained.run, recipe, asked.method, ranks)
     folder = trained.run.inside("rank")
-    folder.mkdir(exist_ok=True)
-    out = folder / f"{asked.method}.yaml"
-    atomic_write_text(out, resolved_yaml(recipe_from(plain)))
     figures = {kind: folder / f"{asked.method}-{kind}.svg" for kind in ("spectra", "ranks")}
     chosen = {name: ranks[name] for name in spectra}
-    measure = _MEASURES.get(asked.method, "size of the eigenvalue")
-    draw_spectra(spectra, chosen, figures["spectra"], measure=measure)
+    draw_spectra(spectra, chosen, figures["spectra"], measure=_MEASURES[asked.method])
     draw_rank_map(ranks, figures["ranks"])
-    return {
-        "fragment": {"adapter": fragment},
-        "recipe": str(out),
-        "figures": [str(each) for each in figures.values()],
-    }
+    return {**written, "figures": [str(each) for each in figures.values()]}
 
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:

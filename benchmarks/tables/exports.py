@@ -1,0 +1,114 @@
+"""Tables of what leaves a run: how exact each export is, in llama.cpp too, how fast it decodes, what merging takes."""
+
+from __future__ import annotations
+
+from tables.table import markdown, read
+
+_FORMS = {
+    "reference": "the reference itself",
+    "base": "base, no adapter",
+    "merged": "`--format merged`",
+    "nf4-lora": "`--format nf4-lora`",
+    "requantised": "`--requantize` (merged, then NF4 again)",
+    "PEFT running": "PEFT's DoRA on Linear4bit",
+    "PEFT merged": "PEFT's `merge_and_unload`",
+}
+
+
+def export_exactness() -> str:
+    """Logits and NLL of every form against an independent float32 merge, in both dtypes."""
+    document = read("export_exactness")
+    dtypes = document["forms"]
+    columns = ("largest difference", "mean", "mean KL", "same argmax", "NLL")
+    header = ["form", *(f"{dtype}: {column}" for dtype in dtypes for column in columns)]
+    rows = []
+    for form, label in _FORMS.items():
+        row = [label]
+        for dtype in dtypes:
+            found = dtypes[dtype][form]
+            row += [f"{found[key]:.1e}" for key in ("max_logit_difference", "mean_logit_difference", "kl_mean")]
+            row += [f"{100 * found['argmax_agreement']:.1f}%", f"{found['nll_per_token']:.4f}"]
+        rows.append(row)
+    note = (
+        f"\nSmolLM2-135M, {document['steps']} steps on PIQA and ARC-Easy; {document['num_positions']:,} tokens of "
+        f"held-out text, whose logits spread by {document['logit_spread']:.1f}; the reference's NLL is "
+        f"{document['reference_nll_per_token']:.4f}.\n"
+    )
+    return markdown(header, rows) + note
+
+
+def gguf_logits() -> str:
+    """Every GGUF type in llama.cpp, against the adapter in float32 and against transformers with the same values."""
+    document = read("gguf_logits")
+    header = ["file", "MB", "off the merge by", "mean KL in llama.cpp", "same argmax", "NLL"]
+    header += ["mean KL, transformers", "mean difference between the two"]
+    rows = []
+    for type_, found in document["forms"].items():
+        here, there = found["llama.cpp"], found["transformers"]
+        rows.append(
+            [
+                type_,
+                f"{found['num_bytes'] / 1e6:.0f}",
+                _distance(found["tensors"]),
+                f"{here['kl_mean']:.1e}",
+                f"{100 * here['argmax_agreement']:.1f}%",
+                f"{here['nll_per_token']:.4f}",
+                f"{there['kl_mean']:.1e}",
+                f"{found['between']['mean_logit_difference']:.1e}",
+            ]
+        )
+    running = document["running"]
+    same = "the same tokens" if all(each["same_tokens"] for each in document["forms"].values()) else "other tokens"
+    note = (
+        f"\n{document['num_positions']:,} tokens, logits that spread by {document['logit_spread']:.1f}; the NLL of the "
+        f"adapter in float32 is {document['reference_nll_per_token']:.4f}. As it runs, in {running['dtype']}, its mean "
+        f"KL from that is {running['kl_mean']:.1e}. llama.cpp's own tokenizer gives {same}.\n"
+    )
+    return markdown(header, rows) + note
+
+
+def _distance(tensors: dict[str, float]) -> str:
+    if tensors["lossy_error"]:
+        return f"{100 * tensors['lossy_error']:.1f}% of a tensor's norm"
+    if tensors["q8_0_error"]:
+        return f"{tensors['q8_0_error']:.2f} of half a step"
+    return f"{tensors['dense_error']:g}"
+
+
+def decode_speed() -> str:
+    """Tokens a second at batch 1, and the ratios of the same round."""
+    document = read("decode_speed")
+    names = {"base": "NF4 base", "lora": "LoRA on it", "dora": "DoRA on it", "merged": "merged, 16 bits"}
+    rates = document["tokens_per_second"]
+    row = [f"{rates[kind]['median']:.1f} ({rates[kind]['lower']:.1f}–{rates[kind]['upper']:.1f})" for kind in names]
+    share = document["dora / lora"]
+    note = (
+        f"\n{document['new_tokens']} new tokens behind {document['prompt_tokens']}, median and quartiles. DoRA / LoRA "
+        f"of the same round: {share['median']:.3f} ({share['lower']:.3f}–{share['upper']:.3f}), asked: at least "
+        f"{document['asked']}.\n"
+    )
+    return markdown(["tokens/s at batch 1", *names.values()], [["SmolLM2-135M", *row]]) + note
+
+
+def merge_streamed() -> str:
+    """Peak memory and speed of a streamed merge, and what an interrupt leaves."""
+    document = read("merge_streamed")
+    header = [
+        "checkpoint",
+        "largest tensor",
+        "peak of the process",
+        "asked",
+        "merge",
+        "plain copy",
+        "after an interrupt",
+    ]
+    row = [
+        f"{document['checkpoint_bytes'] / 1e9:.2f} GB",
+        f"{document['largest_tensor_bytes'] / 1e9:.2f} GB",
+        f"{document['peak_bytes'] / 1e9:.2f} GB",
+        f"{document['asked_bytes'] / 1e9:.1f} GB",
+        f"{document['gigabytes_per_second']:.3f} GB/s",
+        f"{document['copy_gigabytes_per_second']:.2f} GB/s",
+        "the same bytes" if document["resumed_is_byte_identical"] else "OTHER BYTES",
+    ]
+    return markdown(header, [row])

@@ -1,0 +1,121 @@
+"""Frozen blocks that stay on disk: mapped into memory, read when they are computed with, and given back after it.
+
+For machines without a GPU, whose memory is smaller than the packed base. The tensors of a layer are views of the files
+at any time, so nothing can read a wrong weight; what comes and goes are the pages behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qdora.errors import UserError
+from qdora.memory.streaming import Ring
+from qdora.memory.turns import Turns
+from qdora.model.base_cache import BaseCache
+from qdora.model.checkpoint import Stored, iterate_tensors
+from qdora.model.load import Quantization
+from qdora.model.place import is_wide, place_dense, place_frozen, wide_names
+from qdora.model.stored_base import Part, StoredBase
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import PackedWeight
+
+# Smaller ones are copied: a page of their own each would save nothing.
+_LEAST_MAPPED_BYTES = 1 << 20
+
+
+class DiskResidency:
+    """A `Placer` that leaves the packed blocks, the embeddings and the head in the files of a packed base.
+
+    Args:
+        cache: The `Reader` of the same load, with `mapped`.
+        num_streamed: How many blocks stay on disk, spread evenly among the others; None for all.
+    """
+
+    def __init__(self, cache: BaseCache, num_streamed: int | None = None) -> None:
+        assert cache.mapped, "the weights have to be left in the files"
+        self.cache, self.num_streamed = cache, num_streamed
+        self.ring: Ring | None = None
+        self._turn_of: dict[FrozenLinear, int] = {}
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        stored: Mapping[str, Stored],
+        layers: set[str],
+        wanted: Quantization,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Put the weights in.
+
+        Args:
+            As of `load.place_all`.
+        Raises:
+            UserError: Another device than the CPU, a model without a list of blocks, more blocks than it has.
+        """
+        if device.type != "cpu":
+            raise UserError("base.residency: disk is for machines without a GPU, allowed: device, host.")
+        base = self.cache.base
+        assert base is not None, "the weights are read before they are placed"
+        turns = Turns(model, self.num_streamed)
+        blocks: list[list[Part]] = [[] for _ in range(len(turns))]
+        others: list[Part] = []
+        wide = wide_names(model, compute_dtype)
+        for done, (name, value) in enumerate(iterate_tensors(stored), start=1):
+            path, _, leaf = name.rpartition(".")
+            turn = turns.of(name)
+            if isinstance(value, PackedWeight) and turn is not None:
+                layer = place_frozen(model, path, value)
+                layer.residency = self
+                self._turn_of[layer] = turn
+                blocks[turn] += base.parts(name)
+            elif isinstance(value, PackedWeight):
+                place_frozen(model, path, value.clone())
+                _drop(base, name)
+            else:
+                dtype = torch.float32 if is_wide(name, wide) else compute_dtype
+                if value.dtype == dtype and value.nbytes >= _LEAST_MAPPED_BYTES:
+                    setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+                    others += base.parts(name)
+                else:
+                    place_dense(model.get_submodule(path), leaf, value, device, dtype)
+                    _drop(base, name)
+            del value
+            if progress is not None:
+                progress(done, len(stored))
+        self.ring = Ring(len(turns), _Pages(blocks, others))
+        turns.follow(self.ring)
+
+    def use(self, layer: FrozenLinear) -> None:
+        """See `FrozenLinear.residency`."""
+        assert self.ring is not None
+        self.ring.use(self._turn_of[layer], turns_back=False)
+
+
+class _Pages:
+    """A copy engine without copies: it asks the system for the pages of a block, and gives those of another back."""
+
+    def __init__(self, blocks: Sequence[Sequence[Part]], others: Sequence[Part]) -> None:
+        self.blocks, self.others = blocks, others
+
+    def start(self, block: int, slot: int, previous: int | None) -> None:
+        for part in [*(() if previous is None else self.blocks[previous]), *self.others]:
+            part.file.drop(part.name)
+        for part in self.blocks[block]:
+            part.file.fetch(part.name)
+
+    def wait(self, block: int, slot: int) -> None:
+        """Touching a page waits for it."""
+
+    def release(self, slot: int) -> None:
+        """What was computed has been computed."""
+
+
+def _drop(base: StoredBase, name: str) -> None:
+    for part in base.parts(name):
+        part.file.drop(part.name)

@@ -1,0 +1,269 @@
+"""Frozen blocks that stay in the host's memory: copied into slots on the device while other blocks compute there.
+
+Every block lies in one piece of pinned memory, so a block is one copy. A layer's tensors are views of the slot that its
+block is in, or of the host's piece while it is in none. Nothing is ever copied back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qdora.doctor import available_memory_bytes
+from qdora.errors import RunFailure, UserError
+from qdora.memory.streaming import Ring
+from qdora.memory.turns import Turns
+from qdora.model.checkpoint import Stored, StoredPacked, iterate_tensors
+from qdora.model.load import Quantization
+from qdora.model.place import is_wide, place_dense, place_frozen, wide_names
+from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import PackedWeight, empty_packed, from_tensors, quantize
+
+_ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's
+
+
+class Copies(Protocol):
+    """Copies pieces of host memory to the device, beside what the device computes."""
+
+    def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
+        """Copy once what was issued before the slot's last `release` has run."""
+
+    def wait(self, slot: int) -> None:
+        """Let what is computed from now on see the slot's last copy."""
+
+    def release(self, slot: int) -> None:
+        """Say that nothing that is issued later reads the slot's present content."""
+
+
+class CudaCopies:
+    """Copies on a stream of their own, ordered with the computation by events alone: the host never waits.
+
+    Args:
+        device: Where to.
+        slots: The targets.
+    """
+
+    def __init__(self, device: torch.device, slots: Sequence[Tensor]) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copied, self._released = (
+            [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        for slot, target in enumerate(slots):
+            # The allocator may have taken the memory from tensors that queued kernels still read, and must not give it
+            # on while a copy is under way.
+            self.release(slot)
+            target.record_stream(self.stream)
+
+    def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
+        """See `Copies`."""
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self._released[slot])
+            target.copy_(source, non_blocking=True)
+            self._copied[slot].record(self.stream)
+
+    def wait(self, slot: int) -> None:
+        """See `Copies`."""
+        torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
+
+    def release(self, slot: int) -> None:
+        """See `Copies`."""
+        self._released[slot].record(torch.cuda.current_stream(self.device))
+
+
+@dataclass
+class Piece:
+    """A block in one piece of memory: where in it each tensor of each layer lies."""
+
+    layout: dict[str, list[tuple[str, int, tuple[int, ...], torch.dtype]]] = field(default_factory=dict)
+    num_bytes: int = 0
+    host: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    layers: dict[str, FrozenLinear] = field(default_factory=dict)
+
+    def add(self, path: str, weight: PackedWeight) -> None:
+        """Make room for a layer."""
+        entries = []
+        for name, tensor in weight.tensors().items():
+            entries.append((name, self.num_bytes, tuple(tensor.shape), tensor.dtype))
+            size = tensor.numel() * tensor.element_size()
+            self.num_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.layout[path] = entries
+
+    def tensors(self, memory: Tensor, path: str) -> dict[str, Tensor]:
+        """The tensors of a layer as views of `memory`, (at least num_bytes,) uint8."""
+        found = {}
+        for name, start, shape, dtype in self.layout[path]:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            found[name] = memory[start : start + size].view(dtype).view(shape)
+        return found
+
+
+class HostResidency:
+    """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
+
+    Training needs `memory.checkpointing`: what a backward pass reads must be in the slot then, and only the
+    recomputation brings it back.
+
+    Args:
+        num_streamed: How many blocks take turns, spread evenly among those on the device; None for all.
+        num_slots: Blocks that are on the device at a time.
+        copies: Makes the copies from the device and the slots; by default `CudaCopies`.
+    """
+
+    def __init__(
+        self,
+        num_streamed: int | None = None,
+        *,
+        num_slots: int = 2,
+        copies: Callable[[torch.device, Sequence[Tensor]], Copies] = CudaCopies,
+    ) -> None:
+        self.num_streamed, self.num_slots = num_streamed, num_slots
+        self.ring: Ring | None = None
+        self._make_copies = copies
+        self._turn_of: dict[FrozenLinear, int] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        stored: Mapping[str, Stored],
+        layers: set[str],
+        wanted: Quantization,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Put the weights in; the device never holds more of the blocks than it will when they are used.
+
+        Args:
+            As of `load.place_all`.
+        Raises:
+            UserError: A model without a list of blocks, more blocks than it has, too little host memory.
+        """
+        turns = Turns(model, self.num_streamed)
+        pieces = _pieces(stored, layers, wanted, turns)
+        _pin(pieces, device)
+        wide = wide_names(model, compute_dtype)
+        for done, (name, read) in enumerate(iterate_tensors(stored), start=1):
+            path, _, leaf = name.rpartition(".")
+            value, turn = read, turns.of(name)
+            if isinstance(value, Tensor) and leaf == "weight" and path in layers:
+                value = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            if isinstance(value, PackedWeight) and turn is not None:
+                piece = pieces[turn]
+                held = piece.tensors(piece.host, path)
+                for part, tensor in value.tensors().items():
+                    held[part].copy_(tensor)
+                layer = place_frozen(model, path, from_tensors(value.kind, value.shape, value.block_size, held))
+                layer.residency = self
+                piece.layers[path] = layer
+                self._turn_of[layer] = turn
+            elif isinstance(value, PackedWeight):
+                place_frozen(model, path, value.to(device))
+            else:
+                dtype = torch.float32 if is_wide(name, wide) else compute_dtype
+                place_dense(model.get_submodule(path), leaf, value, device, dtype)
+            del value, read
+            if progress is not None:
+                progress(done, len(stored))
+        most = max((piece.num_bytes for piece in pieces), default=0)
+        slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(self.num_slots)]
+        self.ring = Ring(len(pieces), _Moved(pieces, slots, self._make_copies(device, slots)), self.num_slots)
+        turns.follow(self.ring)
+        for block in turns.blocks:
+            block.register_forward_pre_hook(_before_block)
+
+    def use(self, layer: FrozenLinear) -> None:
+        """See `FrozenLinear.residency`."""
+        assert self.ring is not None
+        self.ring.use(self._turn_of[layer], turns_back=False)
+
+
+class _Moved:
+    """The copy engine of a ring: a block's layers read from its slot, until the slot is another block's."""
+
+    def __init__(self, pieces: Sequence[Piece], slots: Sequence[Tensor], copies: Copies) -> None:
+        self.pieces, self.slots, self.copies = pieces, slots, copies
+
+    def start(self, block: int, slot: int, previous: int | None) -> None:
+        if previous is not None:
+            self._read_from(self.pieces[previous], self.pieces[previous].host)
+        piece = self.pieces[block]
+        self.copies.begin(piece.host, self.slots[slot][: piece.num_bytes], slot)
+        self._read_from(piece, self.slots[slot])
+
+    def wait(self, block: int, slot: int) -> None:
+        self.copies.wait(slot)
+
+    def release(self, slot: int) -> None:
+        self.copies.release(slot)
+
+    def _read_from(self, piece: Piece, memory: Tensor) -> None:
+        """Let the layers of a block read a slot, or the host's memory."""
+        # Outside of inference mode, whose tensors a training step could not use.
+        with torch.inference_mode(False):
+            for path, layer in piece.layers.items():
+                layer._buffers.update(piece.tensors(memory, path))
+
+
+def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization, turns: Turns) -> list[Piece]:
+    """Where everything will lie, before anything is read."""
+    pieces = [Piece() for _ in range(len(turns))]
+    for name, item in stored.items():
+        path, _, leaf = name.rpartition(".")
+        turn = turns.of(name)
+        if turn is None or leaf != "weight":
+            continue
+        if isinstance(item, StoredPacked):
+            form = (item.kind, (item.shape[0], item.shape[1]), item.block_size, item.double_quant)
+        elif path in layers:
+            form = (wanted.kind, (item.shape[0], item.shape[1]), wanted.block_size, wanted.double_quant)
+        else:
+            continue
+        pieces[turn].add(path, empty_packed(*form, device="meta"))
+    return pieces
+
+
+def _pin(pieces: Iterable[Piece], device: torch.device) -> None:
+    """Give every block its piece of host memory.
+
+    Raises:
+        UserError: There is too little of it.
+    """
+    pieces = list(pieces)
+    pinned = device.type == "cuda"
+    needed, free = sum(map(pinned_bytes, (piece.num_bytes for piece in pieces))), available_memory_bytes()
+    short = f"base.residency: host: {len(pieces)} blocks need {needed / 2**30:.1f} GiB of pinned host memory, "
+    way = "; allowed: fewer base.streamed_blocks, or more memory."
+    if free is not None and free < needed:
+        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free{way}")
+    for piece in pieces:
+        try:
+            piece.host = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{short}and the system does not give them ({reason}){way}") from error
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What torch takes from the system for a pinned tensor: its allocator rounds up to a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
+def _before_block(block: nn.Module, _args: Any) -> None:
+    """Compute the block's norms with one wait of the host, and refuse a backward pass that could read another block."""
+    layers = [module for module in block.modules() if isinstance(module, AdaptedLinear)]
+    recomputed = block.training and getattr(block, "gradient_checkpointing", False)
+    if torch.is_grad_enabled() and not recomputed and any(p.requires_grad for p in block.parameters()):
+        raise RunFailure(
+            "base.residency: host: gradients without checkpointing would be those of another block's weights; train "
+            "with memory.checkpointing, or compute without gradients."
+        )
+    prepare_gains(layers)

@@ -1,0 +1,152 @@
+"""Blocks in host memory: copied into slots just in time, as late and as destructively as a real copy could be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qdora.errors import RunFailure, UserError
+from qdora.memory import host_residency
+from qdora.memory.host_residency import HostResidency, pinned_bytes
+from qdora.model.base_cache import BaseCache
+from qdora.model.inject import frozen_layers
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from tests import tiny_streamed
+
+
+class LateCopies:
+    """Destroys a slot when its copy may begin, and copies only when it is waited for."""
+
+    def __init__(self, device: torch.device, slots: Sequence[Tensor]) -> None:
+        self.num_copies = 0
+        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._in_use = [False] * len(slots)
+        for slot in slots:
+            slot.fill_(0xAA)
+
+    def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
+        assert not self._in_use[slot]
+        target.fill_(0xAA)
+        self._pending[slot] = (source, target)
+
+    def wait(self, slot: int) -> None:
+        self._in_use[slot] = True
+        if slot in self._pending:
+            source, target = self._pending.pop(slot)
+            target.copy_(source)
+            self.num_copies += 1
+
+    def release(self, slot: int) -> None:
+        self._in_use[slot] = False
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_streamed.write_source(tmp_path_factory.mktemp("source"))
+
+
+def on_host(source: Path, num_streamed: int | None = None, **settings: Any) -> tuple[PreTrainedModel, HostResidency]:
+    residency = HostResidency(num_streamed, copies=LateCopies, **settings)
+    model = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32, placer=residency)
+    return model, residency
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+@pytest.mark.parametrize(("num_streamed", "num_slots"), [(None, 2), (None, 3), (1, 2), (2, 2), (3, 4)])
+def test_gradients_and_logits_are_those_of_a_resident_base(
+    source: Path, kind: str, num_streamed: int | None, num_slots: int
+) -> None:
+    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source), kind))
+    model, _ = on_host(source, num_streamed, num_slots=num_slots)
+    assert sum(layer.residency is not None for layer in frozen_layers(model).values()) == 7 * (num_streamed or 5)
+    tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind)), expected)
+
+
+def test_several_steps_and_evaluations_in_between(source: Path) -> None:
+    models = [tiny_streamed.adapt(tiny_streamed.resident(source)), tiny_streamed.adapt(on_host(source)[0])]
+    for _ in range(2):
+        resident, streamed = (tiny_streamed.gradients(model) for model in models)
+        tiny_streamed.assert_equal(streamed, resident)
+        for model in models:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.1 * parameter.grad
+                        parameter.grad = None
+            with torch.inference_mode():
+                model(input_ids=tiny_streamed.IDS[1])
+    said = [model.generate(tiny_streamed.IDS[0], max_new_tokens=6, do_sample=False) for model in models]
+    assert torch.equal(*said)
+
+
+def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path) -> None:
+    expected = frozen_layers(tiny_streamed.resident(source))
+    found = frozen_layers(on_host(source)[0])
+    assert len(found) == len(expected) == 35
+    for name in reversed(expected):
+        assert torch.equal(found[name].dequantized(), expected[name].dequantized()), name
+
+
+def test_from_a_cached_base(source: Path, tmp_path: Path) -> None:
+    expected = frozen_layers(tiny_streamed.resident(source))
+    for _ in range(2):
+        model = load_model(
+            resolve(str(source)),
+            quant="nf4",
+            compute_dtype=torch.float32,
+            reader=BaseCache(tmp_path, tiny_streamed.WANTED, tiny_streamed.CPU),
+            placer=HostResidency(2, copies=LateCopies),
+        )
+        for name, layer in frozen_layers(model).items():
+            assert torch.equal(layer.dequantized(), expected[name].dequantized()), name
+
+
+def test_casting_the_model_leaves_what_comes_and_goes(source: Path) -> None:
+    model, _ = on_host(source)
+    before = {name: layer.dequantized() for name, layer in frozen_layers(model).items()}
+    model.to(torch.bfloat16)
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    for name, layer in frozen_layers(model).items():
+        assert torch.equal(layer.dequantized(), before[name]), name
+
+
+def test_gradients_without_checkpointing_are_refused(source: Path) -> None:
+    model, _ = on_host(source)
+    tiny_streamed.adapt(model)
+    model.eval()
+    with pytest.raises(RunFailure, match="gradients without checkpointing"):
+        model(input_ids=tiny_streamed.IDS[0])
+    with torch.no_grad():
+        model(input_ids=tiny_streamed.IDS[0])
+
+
+def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_residency, "available_memory_bytes", lambda: 1000)
+    with pytest.raises(
+        UserError, match=r"base\.residency: host: 5 blocks need 0\.0 GiB .* 0\.0 GiB are free"
+    ) as caught:
+        on_host(source)
+    assert len(caught.value.faults) == 1
+    monkeypatch.setattr(host_residency, "available_memory_bytes", lambda: None)
+    real = torch.empty
+
+    def refused(*args: Any, **kwargs: Any) -> Tensor:
+        if "pin_memory" in kwargs:
+            raise RuntimeError("CUDA error: out of memory\nmore lines")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(host_residency.torch, "empty", refused)
+    with pytest.raises(UserError, match=r"the system does not give them \(CUDA error: out of memory\); allowed: fewer"):
+        on_host(source)
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(0, 0), (1, 1), (4096, 4096), (4097, 8192), (440_000_000, 2**29)])
+def test_pinned_memory_is_counted_as_torch_takes_it(asked: int, taken: int) -> None:
+    assert pinned_bytes(asked) == taken

@@ -1,0 +1,150 @@
+"""Blocks that take turns: never a wrong one in a slot, and copies hidden as far as arithmetic allows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qdora.memory.simulated_copies import SimulatedCopies, simulated_step
+from qdora.memory.streaming import Ring, interleaved
+
+
+class Slots:
+    """An engine that knows what lies where, and who may still read it."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.held: list[int | None] = [None] * num_slots
+        self.reading: int | None = None
+        self.started: list[int] = []
+
+    def start(self, block: int, slot: int, previous: int | None) -> None:
+        assert slot != self.reading
+        assert self.held[slot] == previous
+        assert block not in self.held
+        self.held[slot] = block
+        self.started.append(block)
+
+    def wait(self, block: int, slot: int) -> None:
+        assert self.held[slot] == block
+        assert self.reading is None
+        self.reading = slot
+
+    def release(self, slot: int) -> None:
+        assert self.reading == slot
+        self.reading = None
+
+
+@given(
+    num_blocks=st.integers(1, 9),
+    num_slots=st.integers(2, 5),
+    uses=st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=40),
+)
+def test_the_block_in_use_is_in_its_slot_whatever_the_order(
+    num_blocks: int, num_slots: int, uses: list[tuple[int, bool]]
+) -> None:
+    engine = Slots(num_slots)
+    ring = Ring(num_blocks, engine, num_slots)
+    for block, turns_back in uses:
+        slot = ring.use(block % num_blocks, turns_back=turns_back)
+        assert engine.held[slot] == block % num_blocks
+        assert engine.reading == slot
+    assert ring.num_loads == len(engine.started)
+    assert set(engine.started) <= set(range(num_blocks))
+
+
+def order(num_blocks: int, *, backward: bool) -> list[int]:
+    forward = list(range(num_blocks))
+    return forward + forward[::-1] if backward else forward
+
+
+@pytest.mark.parametrize("num_slots", [2, 3, 4])
+@pytest.mark.parametrize("backward", [True, False])
+def test_what_comes_next_has_been_started_before_it_is_used(num_slots: int, backward: bool) -> None:
+    num_blocks = 12  # a multiple of the slots, or the first block of the next pass has to wait for the last of this one
+    engine = Slots(num_slots)
+    ring = Ring(num_blocks, engine, num_slots)
+    ring.use(0, turns_back=backward)
+    for block in 3 * order(num_blocks, backward=backward):
+        assert block in engine.held
+        ring.use(block, turns_back=backward)
+    # Around a turn the slots hold what comes next already.
+    per_pass = num_blocks - num_slots if backward else num_blocks
+    assert ring.num_loads <= (6 if backward else 3) * per_pass + 2 * num_slots
+    assert all(ring.slot_of(block) == block % num_slots for block in range(num_blocks))
+
+
+def test_two_slots_are_the_least() -> None:
+    with pytest.raises(ValueError, match="num_slots is 1, allowed: 2 or more"):
+        Ring(3, Slots(1), 1)
+
+
+@given(num_blocks=st.integers(1, 200), share=st.floats(0, 1))
+def test_interleaved_blocks_are_spread_evenly(num_blocks: int, share: float) -> None:
+    count = round(share * num_blocks)
+    chosen = interleaved(num_blocks, count)
+    assert len(chosen) == len(set(chosen)) == count
+    assert chosen == sorted(chosen)
+    assert all(0 <= each < num_blocks for each in chosen)
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    if count:
+        # As much room before the first as behind the last, to a block.
+        assert abs(chosen[0] - (num_blocks - 1 - chosen[-1])) <= 1 or num_blocks % count
+
+
+def test_more_blocks_than_there_are() -> None:
+    with pytest.raises(ValueError, match="5 of 4 blocks"):
+        interleaved(4, 5)
+
+
+# In units of the forward pass of a block. Backward is the recomputation and the gradient of the inputs: twice that.
+FORWARD, BACKWARD, NUM_BLOCKS = 1.0, 2.0, 80
+
+
+def slowdown(streamed: Sequence[int], copy: float) -> float:
+    step = simulated_step(NUM_BLOCKS, streamed, copy, FORWARD, BACKWARD)
+    return step.seconds / (NUM_BLOCKS * (FORWARD + BACKWARD))
+
+
+@pytest.mark.parametrize("copy", [0.1, 0.5, 0.9, 1.0])
+def test_above_the_break_even_every_copy_is_hidden(copy: float) -> None:
+    # A copy takes as long as a forward pass exactly at T* tokens, and less above.
+    step = simulated_step(NUM_BLOCKS, range(NUM_BLOCKS), copy, FORWARD, BACKWARD)
+    assert step.waiting_seconds == 0
+    assert step.seconds == pytest.approx(NUM_BLOCKS * (FORWARD + BACKWARD))
+    assert step.copying_seconds > 0
+
+
+@pytest.mark.parametrize("copy", [1.1, 1.5, 2.0, 3.0, 5.0, 10.0])
+def test_below_it_the_slowdown_is_the_bound(copy: float) -> None:
+    # Neither the channel nor the computation can be faster than the slower of the two in each pass.
+    bound = (max(copy, FORWARD) + max(copy, BACKWARD)) / (FORWARD + BACKWARD)
+    assert slowdown(range(NUM_BLOCKS), copy) == pytest.approx(bound, rel=0.05)
+
+
+@pytest.mark.parametrize(("num_streamed", "copy"), [(10, 3.0), (10, 6.0), (20, 3.0), (40, 2.0)])
+def test_interleaved_blocks_hide_what_packed_ones_cannot(num_streamed: int, copy: float) -> None:
+    assert slowdown(interleaved(NUM_BLOCKS, num_streamed), copy) < 1.01
+    packed = slowdown(range(NUM_BLOCKS - num_streamed, NUM_BLOCKS), copy)
+    passes = max(copy, FORWARD) + max(copy, BACKWARD) - FORWARD - BACKWARD
+    # Two copies of the streamed run are spared where the passes turn, and one starts early.
+    lower, upper = ((num_streamed - spared) * passes / (NUM_BLOCKS * 3) for spared in (3, 0))
+    assert 1 + lower <= packed <= 1 + upper
+    assert packed > 1.02
+
+
+def test_the_clock_of_the_simulation() -> None:
+    """Two copies of 5 s, the first waited for, the second beside 3 s of computation."""
+    engine = SimulatedCopies(5.0)
+    ring = Ring(2, engine)
+    ring.use(0, turns_back=True)
+    assert engine.seconds == 5.0
+    engine.compute(3.0)
+    ring.use(1, turns_back=True)
+    assert engine.seconds == 10.0
+    assert engine.waiting_seconds == 7.0
+    assert engine.copying_seconds == 10.0

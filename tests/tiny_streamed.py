@@ -1,0 +1,78 @@
+"""A small Llama of several blocks on disk, loaded in memory or mapped, with adapters that are off their start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from qdora.memory.disk_residency import DiskResidency
+from qdora.model.base_cache import BaseCache
+from qdora.model.inject import adapted_layers, adapter_parameters, inject
+from qdora.model.load import Quantization, load_model
+from qdora.model.source import resolve
+from qdora.nn.adapted_linear import prepare_gains
+from qdora.verbs.assemble import recompute_activations
+from tests import tiny
+from tests.checkpoints import SMALL, checkpoint
+
+NUM_BLOCKS = 5
+CPU = torch.device("cpu")
+WANTED = Quantization("nf4", 64, True, ("lm_head",))
+IDS = torch.randint(0, 97, (3, 2, 12), generator=torch.Generator().manual_seed(5))
+"""Three micro-batches of two rows."""
+
+
+def write_source(directory: Path, **sizes: Any) -> Path:
+    """A checkpoint of `NUM_BLOCKS` blocks with a head of its own."""
+    settings = SMALL | {"num_hidden_layers": NUM_BLOCKS, "tie_word_embeddings": False} | sizes
+    return checkpoint(directory, LlamaConfig(**settings), shard="1GB")
+
+
+def resident(source: Path) -> PreTrainedModel:
+    """All in memory."""
+    return load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32)
+
+
+def on_disk(source: Path, cache: Path, num_streamed: int | None = None) -> tuple[PreTrainedModel, DiskResidency]:
+    """Mapped."""
+    residency = DiskResidency(BaseCache(cache, WANTED, CPU, mapped=True), num_streamed)
+    model = load_model(
+        resolve(str(source)), quant="nf4", compute_dtype=torch.float32, reader=residency.cache, placer=residency
+    )
+    return model, residency
+
+
+def adapt(model: PreTrainedModel, kind: Any = "dora") -> PreTrainedModel:
+    """Put adapters on, move them off their start, and let blocks be computed again in the backward pass."""
+    generator = torch.Generator().manual_seed(1)
+    inject(model, kind=kind, rank=4, dropout=0.1, dtype=torch.float32, generator=generator)
+    tiny.move_all_parameters_(model, scale=0.02)
+    recompute_activations(model)
+    return model
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Of a step of three micro-batches, and under "logits" what the model says in evaluation."""
+    torch.manual_seed(3)
+    model.train()
+    prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
+    for ids in IDS:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    found = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=IDS[0]).logits
+    assert all(gradient is not None for gradient in found.values())
+    return {**found, "logits": logits}  # type: ignore[dict-item]
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert found.keys() == expected.keys()
+    assert len(found) > 1
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
