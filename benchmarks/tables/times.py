@@ -70,7 +70,7 @@ def packing() -> str:
 
 
 def step_time() -> str:
-    """Tokens a second, own QDoRA's time relative to each contender and peaks by checkpointing; the two own ones in pairs."""
+    """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
     document = read("step_time")
     modes, peaks = document["time"], document["peaks"]
     header = ["", *(f"{what}, checkpointing {mode}" for mode in modes for what in _STEP_COLUMNS)]
