@@ -72,7 +72,7 @@ def packing() -> str:
 def step_time() -> str:
     """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
     document = read("step_time")
-    modes, peaks = document["time"], document["peaks"]
+    modes, peaks = document["time"], document.get("peaks", {})
     header = ["", *(f"{what}, checkpointing {mode}" for mode in modes for what in _STEP_COLUMNS)]
     header += [f"peak GiB, checkpointing {mode}" for mode in peaks]
     rows = []
