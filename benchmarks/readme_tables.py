@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tables.exports import merge_streamed
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_shapes
@@ -38,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "magnitudes": magnitudes,
     "peft_interop": peft_interop,
     "load_memory": load_memory,
+    "merge_streamed": merge_streamed,
     "packing": packing,
     "mixing": mixing,
     "kill_resume": kill_resume,

@@ -85,6 +85,17 @@ def test_eight_bits_are_within_half_a_step(run: Path, tmp_path: Path) -> None:
     assert check["exported_vs_reference"]["kl_mean"] > 0
 
 
+def test_a_model_too_large_for_its_logits_is_compared_all_the_same(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("qdora.model.verify_gguf.fits_in_float32", lambda *_: False)
+    check = export_run(run, tmp_path / "out", asked("q8_0"))["verification"]
+    assert check["passed"], check["faults"]
+    assert check["tensors"]["q8_0_error"] > 0.8
+    assert check["exported_vs_reference"]["kl_mean"] < 1e-6
+    assert "those before the file's own rounding" in caplog.text
+
+
 def test_four_bits_take_the_quantiser(run: Path, tmp_path: Path, with_quantizer: Path) -> None:
     options = ExportOptions(format_="gguf", gguf="q4_0", audit=False)
     check = export_run(run, tmp_path / "out", options)["verification"]

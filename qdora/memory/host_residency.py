@@ -115,6 +115,9 @@ class HostResidency:
         num_streamed: How many blocks take turns, spread evenly among those on the device; None for all.
         num_slots: Blocks that are on the device at a time.
         copies: Makes the copies from the device and the slots; by default `CudaCopies`.
+    Attributes:
+        ring: Of the loaded model.
+        sample: The first block's piece and the first slot, (bytes,) uint8 each, for measurements.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class HostResidency:
     ) -> None:
         self.num_streamed, self.num_slots = num_streamed, num_slots
         self.ring: Ring | None = None
+        self.sample: tuple[Tensor, Tensor] | None = None
         self._make_copies = copies
         self._turn_of: dict[FrozenLinear, int] = {}
 
@@ -176,6 +180,7 @@ class HostResidency:
         most = max((piece.num_bytes for piece in pieces), default=0)
         slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(self.num_slots)]
         self.ring = Ring(len(pieces), _Moved(pieces, slots, self._make_copies(device, slots)), self.num_slots)
+        self.sample = pieces[0].host, slots[0]
         turns.follow(self.ring)
         for block in turns.blocks:
             block.register_forward_pre_hook(_before_block)

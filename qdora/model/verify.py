@@ -168,15 +168,23 @@ def load_plainly(directory: Path, model: PreTrainedModel, **options: Any) -> tup
 
 def _placement(merged_dir: Path, device: torch.device, scratch: Path) -> dict[str, Any]:
     """How to load a model that may not fit: wholly on `device` where it does, else spread down to the disk."""
-    num_bytes = sum(file.stat().st_size for file in shard_files(merged_dir))
-    num_bytes = num_bytes // stored_dtype(merged_dir).itemsize * torch.float32.itemsize
-    room = get_max_memory()
-    here = "cpu" if device.type == "cpu" else device.index or 0
-    if num_bytes * _WORKSPACE <= room.get(here, 0):
+    num_bytes, room = _needed(merged_dir), get_max_memory()
+    if fits_in_float32(merged_dir, device):
         return {}
     log.info("The merged model needs %.1f GiB in float32: spread over device, host and disk.", num_bytes / 2**30)
     limits = {place: int(size / _WORKSPACE) for place, size in room.items() if device.type != "cpu" or place == "cpu"}
     return {"device_map": "auto", "max_memory": limits, "offload_folder": str(scratch)}
+
+
+def fits_in_float32(directory: Path, device: torch.device) -> bool:
+    """Whether a dense checkpoint has room on `device` in float32, with its activations and logits."""
+    here = "cpu" if device.type == "cpu" else device.index or 0
+    return bool(_needed(directory) * _WORKSPACE <= get_max_memory().get(here, 0))
+
+
+def _needed(directory: Path) -> int:
+    num_bytes = sum(file.stat().st_size for file in shard_files(directory))
+    return num_bytes // stored_dtype(directory).itemsize * torch.float32.itemsize
 
 
 def stored_dtype(merged_dir: Path) -> torch.dtype:

@@ -6,6 +6,7 @@ are undone by transformers' readers, which share no code with llama.cpp's conver
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,9 @@ from qdora.model.gguf_header import read_header
 from qdora.model.load import load_config, skeleton
 from qdora.model.logit_comparison import compare_logits, larger, token_sequences, verdict
 from qdora.model.source import ModelSource
-from qdora.model.verify import load_plainly, verify_merged
+from qdora.model.verify import fits_in_float32, load_plainly, verify_merged
+
+log = logging.getLogger("qdora")
 
 Values = np.ndarray[Any, np.dtype[Any]]
 _DENSE = ("F32", "F16", "BF16")
@@ -85,7 +88,8 @@ def verify_gguf(
 
     Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, and its
     vocabulary, end token and chat template are the tokenizer's. For a lossy file the logits are those of transformers'
-    model with the file's values, and have no tolerance: the figures say how far they are.
+    model with the file's values, and have no tolerance: the figures say how far they are. Where that model has no room
+    in float32, they are the checkpoint's, and a warning says so.
 
     Args:
         model: The running model with its adapters.
@@ -103,11 +107,15 @@ def verify_gguf(
 
     check = verify_merged(model, merged, tokenizer, texts=texts)
     reader = gguf.GGUFReader(str(file))
-    target = load_plainly(merged, model)[0] if lossy else None
+    device = next(model.parameters()).device
+    target = None
+    if lossy and fits_in_float32(merged, device):
+        target = load_plainly(merged, model)[0]
+    elif lossy:
+        log.warning("The model has no room here in float32: its logits are those before the file's own rounding.")
     tensors = check_tensors(reader, file, merged, into=target)
     faults = [*check["faults"], *shorten(tensors.faults), *vocabulary_faults(reader, tokenizer)]
     if target is not None:
-        device = next(model.parameters()).device
         sequences = token_sequences(tokenizer, texts, None, max_tokens=2048, max_length=512)
         total = compare_logits(model, target.to(device), sequences, device)
         check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)

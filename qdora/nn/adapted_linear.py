@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.gain_cache import GainCache, NormSettings
-from qdora.ops.adapted_linear import adapted_linear, product_dtype, rounded
+from qdora.nn.gain_cache import GainCache, NormSettings, ProductCache, Products
+from qdora.ops.adapted_linear import (
+    adapted_linear,
+    adapted_product,
+    factors_of_products,
+    is_plain,
+    product_dtype,
+    rounded,
+)
 from qdora.ops.dora import (
     FactoredNorm,
     Gain,
@@ -103,7 +110,7 @@ class AdaptedLinear(nn.Module):
             self.magnitude = nn.Parameter(squared.sqrt())
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
-        self._gain_cache = GainCache()
+        self._gain_cache, self._product_cache = GainCache(), ProductCache()
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
 
     @property
@@ -123,13 +130,25 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
+        weight, bits = self.base.stored_weight, self._mask_bits
+        if not self.training and bits is None and is_plain(x):
+            return adapted_product(x, weight, self.base.bias, *self._products(x.dtype))
         factors = (self.base.bias, self.lora_A, self.gated_B(), self.scaling)
         gain = self.gain(product_dtype(x))
         dropout = self.dropout if self.training else 0.0
-        weight, bits = self.base.stored_weight, self._mask_bits
         if bits is not None:
             return masked_linear(x, weight, bits, *factors, magnitude=self.magnitude, gain=gain, dropout=dropout)
         return adapted_linear(x, weight, *factors, magnitude=self.magnitude, gain=gain, dropout=dropout)
+
+    def _products(self, dtype: torch.dtype) -> Products:
+        """What the products of evaluation take, made once for each state of the parameters."""
+        parameters = self._factors() if self.magnitude is None else (*self._factors(), self.magnitude)
+        return self._product_cache.get(parameters, NormSettings(dtype, self.scaling), lambda: self._made(dtype))
+
+    def _made(self, dtype: torch.dtype) -> Products:
+        gain = self.gain(dtype)
+        value = None if gain is None else gain.value
+        return Products(*factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype), value)
 
     def add_gate(self) -> None:
         """Give every rank component a trainable factor, float32 (float64 for float64 factors), at 1."""
@@ -215,6 +234,7 @@ class AdaptedLinear(nn.Module):
     def parameters_changed(self) -> None:
         """To be called after a write through `.data` outside an optimizer, which torch cannot see (see `GainCache`)."""
         self._gain_cache.clear()
+        self._product_cache.clear()
 
     def train(self, mode: bool = True) -> AdaptedLinear:
         """As in `nn.Module`; also forgets the norm."""

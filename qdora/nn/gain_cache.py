@@ -1,4 +1,5 @@
-"""The row norm and gain of a DoRA layer, computed once for each state of its parameters.
+"""What follows from the parameters of a layer, computed once for each state of them: row norm and gain of DoRA, and in
+evaluation the factors as the products take them.
 
 A, B, gates and m change once per optimizer step. The micro-batches of a step and the recompute of a checkpoint share
 one norm; in evaluation one serves until the parameters change.
@@ -28,14 +29,35 @@ class NormSettings(NamedTuple):
 
 
 @dataclass
-class _Entry:
-    """Values of one state; `parameters` are held, so that no other tensor can take their identity."""
+class _State:
+    """`parameters` as they were; they are held, so that no other tensor can take their identity."""
 
     parameters: tuple[Tensor, ...]
     states: tuple[tuple[int, int], ...]
     settings: NormSettings
+
+
+@dataclass
+class _Entry(_State):
+    """Values of one state."""
+
     norm: Tensor
     gain: Gain
+
+
+class Products(NamedTuple):
+    """A (rank, in) and diag(s g) B (out, rank) in the dtype of the products, and g, (out,); None for LoRA."""
+
+    a: Tensor
+    scaled_b: Tensor
+    gain: Tensor | None
+
+
+@dataclass
+class _Products(_State):
+    """What evaluation multiplies with in one state."""
+
+    products: Products
 
 
 class GainCache:
@@ -89,7 +111,7 @@ class GainCache:
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
             # Fake tensors have no addresses and no values, those of inference mode count no versions: never kept, but
             # in a plan, where all are fake and what is kept counts.
-            if any((isinstance(p, FakeTensor) and not is_planning()) or p.is_inference() for p in parameters):
+            if not _can_be_kept(parameters):
                 return gain(magnitude, row_norm())
             known = entry is not None and entry.settings == settings and _same(entry, factors)
             norm = entry.norm if entry is not None and known else row_norm()
@@ -105,6 +127,41 @@ class GainCache:
         return None if self._settings is None else self._settings.dtype
 
 
+class ProductCache:
+    """Remembers what evaluation multiplies with, for lora_A, lora_B, a gate and the magnitude as they are.
+
+    One token's pass through a layer is so short that making it anew for each of them shows. A state is known as in
+    `GainCache`.
+    """
+
+    def __init__(self) -> None:
+        _watch_optimizers()
+        self._entry: _Products | None = None
+
+    def __reduce__(self) -> tuple[type[ProductCache], tuple[()]]:
+        """As of `GainCache`."""
+        return ProductCache, ()
+
+    def clear(self) -> None:
+        """Forget; the next call makes it anew."""
+        self._entry = None
+
+    def get(self, parameters: tuple[Tensor, ...], settings: NormSettings, make: Callable[[], Products]) -> Products:
+        """The products of the present state, not to be written to; `make` makes them."""
+        entry = self._entry
+        if entry is not None and entry.settings == settings and _same(entry, parameters):
+            return entry.products
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+            if _can_be_kept(parameters):
+                self._entry = _Products(parameters, _states(parameters), settings, made)
+        return made
+
+
+def _can_be_kept(parameters: tuple[Tensor, ...]) -> bool:
+    return not any((isinstance(p, FakeTensor) and not is_planning()) or p.is_inference() for p in parameters)
+
+
 def _states(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((_address(p), p._version) for p in parameters)
 
@@ -114,7 +171,7 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
-def _same(entry: _Entry, parameters: tuple[Tensor, ...]) -> bool:
+def _same(entry: _State, parameters: tuple[Tensor, ...]) -> bool:
     """Whether `parameters` are the entry's first ones, unchanged."""
     # Identity first: a tensor that an entry holds has an address and a version, another one need not have them.
     first = len(parameters) >= len(entry.parameters) - 1  # all of the norm's, at the least

@@ -44,10 +44,18 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     Returns:
         (..., out) in x's dtype. Differentiable with respect to x only.
     """
+    if is_plain(x):
+        out = with_bias(product(x.reshape(-1, x.shape[-1]), weight), bias, is_kept=False)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
     x = x.to(product_dtype(x))
     flat = x.reshape(-1, x.shape[-1])
-    out: Tensor = _FrozenLinear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    mapped: Tensor = _FrozenLinear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
+    return mapped.reshape(*x.shape[:-1], mapped.shape[-1])
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether products of `x` run in its own dtype and without a graph, for which a token's time would pay, too."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -104,6 +112,37 @@ def adapted_linear(
         flat, lora_A, lora_B, magnitude, *(gain or (None, None)), weight, bias, scaling, dropout, seed
     )
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def adapted_product(
+    x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, scaled_b: Tensor, gain: Tensor | None
+) -> Tensor:
+    """What `adapted_linear` gives without dropout, bit for bit, with its factors made before and no graph.
+
+    Args:
+        x: (..., in), for which `is_plain` holds.
+        weight, bias: As of `adapted_linear`.
+        a, scaled_b: From `factors_of_products` for x's dtype.
+        gain: g, (out,), or None for LoRA.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    out = (flat @ a.T) @ scaled_b.T
+    _add_base_(out, flat, weight, gain)
+    return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
+
+
+def factors_of_products(
+    lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and diag(s g) B (out, rank) in the dtype of the products."""
+    return rounded(lora_A, dtype), scaled_B(lora_B, row_factor(gain, scaling), dtype)
+
+
+def _add_base_(out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None) -> None:
+    """x (g W)^T onto out, (tokens, out)."""
+    for rows, tile in row_tiles(weight, x.dtype, gain):
+        out[:, rows].addmm_(x, tile.T)
+        del tile
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -185,12 +224,12 @@ class _AdaptedLinear(torch.autograd.Function):
         # What dropout leaves is scaled up by 1 / (1 - p): in s, where it costs nothing.
         scaling = scaling / (1.0 - dropout)
         with torch.autocast(x.device.type, enabled=False):
-            low = _low_rank_input(x, rounded(lora_A, dtype), dropout, seed)
+            a, scaled_b = factors_of_products(lora_A, lora_B, gain, scaling, dtype)
+            low = _low_rank_input(x, a, dropout, seed)
             # The small term first: the sum is then rounded once, when the base's product is added to it.
-            out = low @ scaled_B(lora_B, row_factor(gain, scaling), dtype).T
-            for rows, tile in row_tiles(weight, dtype, gain):
-                out[:, rows].addmm_(x, tile.T)
-                del tile
+            out = low @ scaled_b.T
+            del a, scaled_b
+            _add_base_(out, x, weight, gain)
         # The magnitude itself is not read again, but a change of it before the backward pass is an error.
         read_again = output_to_keep(out, magnitude)
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, read_again)

@@ -151,7 +151,7 @@ def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
     scales = block_scales(weight).view(weight.shape[0], -1)
     if row_factor is None:
         return scales
-    factor = row_factor.to(scales.dtype).unsqueeze(1)
+    factor = (row_factor if row_factor.dtype == scales.dtype else row_factor.to(scales.dtype)).unsqueeze(1)
     # Scales behind double quantisation have just been decoded into memory of their own.
     return scales * factor if weight.nested is None else scales.mul_(factor)
 

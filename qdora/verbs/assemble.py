@@ -21,6 +21,7 @@ from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.data_config import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
+from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
 from qdora.memory.host_residency import HostResidency
 from qdora.model.adapter_file import load_adapter, save_adapter
@@ -34,6 +35,8 @@ from qdora.model.tokenizer import load_tokenizer
 logger = logging.getLogger("qdora")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+NO_GPU = "base.residency: host is for a GPU, and this machine has none that can be used, allowed: device, disk."
 
 AUTO_MICRO_BATCH_TOKENS = 2048
 """train.micro_batch_tokens: auto, unless a longer example needs more."""
@@ -105,6 +108,8 @@ def load_base(
             parameter.requires_grad_(True)
     if recipe.memory.checkpointing:
         recompute_activations(model)
+        if recipe.memory.offload_activations and compute.device.type == "cuda":
+            ActivationOffload(model)
     return model
 
 
@@ -113,9 +118,7 @@ def _away(recipe: Recipe, compute: Compute, cache: BaseCache | None) -> Placer:
     base, here = recipe.base, compute.device.type
     if base.residency == "host":
         if here != "cuda":
-            raise UserError(
-                "base.residency: host is for a GPU, and this machine has none that can be used, allowed: device, disk."
-            )
+            raise UserError(NO_GPU)
         return HostResidency(base.streamed_blocks)
     assert cache is not None
     return DiskResidency(cache, base.streamed_blocks)

@@ -1,0 +1,103 @@
+"""Evaluation without a graph: the bits of the graph's forward pass, factors made once for each state, never stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qdora.nn import adapted_linear as module
+from qdora.nn.adapted_linear import AdaptedLinear
+from tests import reference, tiny
+from tests.test_nn_gain_cache import CHANGES, X, in_place, load_another_base, only_the_magnitude
+from tests.test_ops_adapted_linear import arrays, to_numpy
+
+
+def moved(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> AdaptedLinear:
+    layer = tiny.adapted_linear(kind=kind, dtype=dtype, **options).eval()
+    tiny.move_all_parameters_(layer)
+    return layer
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry each time that factors are made for evaluation."""
+    calls: list[int] = []
+    make = module.factors_of_products
+
+    def counting(*args: Any) -> Any:
+        calls.append(1)
+        return make(*args)
+
+    monkeypatch.setattr(module, "factors_of_products", counting)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"quant": "nf4", "in_": 64}, {"dropout": 0.5}])
+def test_bits_are_those_of_the_graph(kind: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    if "quant" in options and dtype == torch.float64:
+        pytest.skip("packed bases are not of float64")
+    layer = moved(kind, dtype, **options)
+    layer.add_gate()
+    with torch.no_grad():
+        layer.gate.mul_(torch.tensor([0.5, -1.25, 2.0]))  # type: ignore[union-attr]
+    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = layer(x).detach()
+    for context in (torch.no_grad, torch.inference_mode):
+        for _ in range(2):
+            with context():
+                assert torch.equal(layer(x), expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cast = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cast, layer(x).detach())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_after_every_kind_of_change_the_factors_are_the_new_ones(
+    change: Callable[[AdaptedLinear], None], kind: str
+) -> None:
+    if kind == "lora" and change in (only_the_magnitude, load_another_base):
+        pytest.skip("it writes a magnitude, which LoRA has not")
+    layer = moved(kind)
+    with torch.no_grad():
+        before = to_numpy(layer(X))
+    change(layer)
+    with torch.no_grad():
+        found = to_numpy(layer(X))
+    assert reference.relative_error(found, reference.forward(to_numpy(X), **arrays(layer))) < 1e-6
+    assert np.abs(found - before).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_factors_are_made_once_and_only_for_evaluation(kind: str, made: list[int]) -> None:
+    layer = moved(kind)
+    for _ in range(3):
+        with torch.no_grad():
+            layer(X)
+        with torch.inference_mode():
+            layer(X[:1])
+    assert len(made) == 1
+    layer(X).sum().backward()
+    with torch.no_grad():
+        layer(X)
+    assert len(made) == 1
+    with torch.no_grad():
+        layer(X.double())
+        layer(X.double())
+    assert len(made) == 2
+    in_place(layer)
+    with torch.no_grad():
+        layer(X)
+    assert len(made) == 3
+    layer.train()
+    assert layer._product_cache._entry is None
+    with torch.no_grad():
+        layer(X)
+    assert len(made) == 3
