@@ -26,7 +26,7 @@ from typing import Any
 from measure import RESULTS, facts, fresh, peak_rss_bytes, spread, write
 
 BAR_BYTES = 2_500_000_000
-NUM_STEPS, NUM_TOKENS, RANK = 3, 256, 16
+NUM_STEPS, NUM_TOKENS, RANK = 2, 128, 16
 LLAMA_3_8B: dict[str, Any] = {
     "vocab_size": 128_256,
     "hidden_size": 4096,
@@ -46,6 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "disk_residency.json")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape: shows that it runs")
+    parser.add_argument(
+        "--disk-alone", action="store_true", help="leave out the run in memory: 10 GB, and the time of one"
+    )
     parser.add_argument("--train", nargs=3, metavar=("FOLDER", "RESIDENCY", "GROUP"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train is not None:
@@ -57,8 +60,11 @@ def main() -> None:
         arms = {
             residency: fresh(__file__, "--train", name, residency, held)
             for residency, held in (("nothing", ""), ("disk", group), ("device", ""))
+            if residency != "device" or not args.disk_alone
         }
-    disk, device = arms["disk"], arms["device"]
+    passes = {"below the bar": arms["disk"]["peak_bytes"] < BAR_BYTES}
+    if "device" in arms:
+        passes["losses are the same"] = arms["disk"]["losses"] == arms["device"]["losses"]
     result = {
         **facts("python benchmarks/disk_residency.py"),
         "shape": shape,
@@ -68,10 +74,7 @@ def main() -> None:
         "bar_bytes": BAR_BYTES,
         "held_by_control_group": bool(group),
         "arms": arms,
-        "passes": {
-            "below the bar": disk["peak_bytes"] < BAR_BYTES,
-            "losses are the same": disk["losses"] == device["losses"],
-        },
+        "passes": passes,
     }
     write(args.out, result)
 

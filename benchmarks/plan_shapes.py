@@ -88,6 +88,11 @@ def keep(out: Path, shapes: dict[str, Any]) -> None:
     out.write_text(json.dumps(result_of(shapes), indent=2) + "\n", encoding="utf-8")
 
 
+def llama(sizes: dict[str, Any]) -> LlamaConfig:
+    """A config of one of `SHAPES`."""
+    return LlamaConfig(**_LLAMA_3, **sizes)
+
+
 def shape_result(name: str, sizes: dict[str, Any], with_changes: bool) -> dict[str, Any]:
     """The plan of a shape, and how long it took."""
     recipe = recipe_from(
@@ -97,7 +102,7 @@ def shape_result(name: str, sizes: dict[str, Any], with_changes: bool) -> dict[s
             "train": {"steps": 1, "tokens_per_step": NUM_TOKENS},
         }
     )
-    config = LlamaConfig(**_LLAMA_3, **sizes)
+    config = llama(sizes)
     began, began_cpu = time.perf_counter(), time.process_time()
     first = plan(recipe, config=config)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu

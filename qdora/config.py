@@ -164,8 +164,8 @@ class MemoryConfig(Section):
 
     budget: Size | None = None
     """What a run may need, such as 40GiB: planned before anything is loaded, and a run over it does not start. auto:
-    what the device has free, and micro-batches, checkpointing and loss_chunk are changed so that the run fits. null: no
-    plan."""
+    what the device has free, and micro-batches, checkpointing, loss_chunk and base.residency are changed so that the
+    run fits. null: no plan."""
     checkpointing: Flag = True
     """Recompute each block's activations in the backward pass instead of keeping them: about a third more time."""
     loss_chunk: AutoTokens = "auto"

@@ -19,3 +19,12 @@ def test_plan_shapes(tmp_path: Path) -> None:
     (shape,) = smoke(tmp_path, "plan_shapes.py")["shapes"].values()
     assert shape["fits"]
     assert sum(shape["components"].values()) == shape["peak_bytes"]
+
+
+def test_plan_recipes(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "plan_recipes.py")
+    assert list(result["plans"]) == ["llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb"]
+    assert all(result["passes"].values())
+    for each in result["plans"].values():
+        assert each["components"]["streaming slots"] == 2 * each["block_bytes"]
+        assert each["host_bytes"] > 0

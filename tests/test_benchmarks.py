@@ -175,7 +175,7 @@ def test_stream_schedule(tmp_path: Path) -> None:
 def test_disk_residency(tmp_path: Path) -> None:
     result = smoke(tmp_path, "disk_residency.py")
     assert result["passes"] == {"below the bar": True, "losses are the same": True}
-    assert len(result["arms"]["disk"]["losses"]) == 3
+    assert len(result["arms"]["disk"]["losses"]) == 2
     assert result["arms"]["nothing"]["peak_bytes"] < result["arms"]["disk"]["peak_bytes"]
 
 

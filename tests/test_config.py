@@ -70,7 +70,8 @@ def section(name: str, **values: Any) -> dict[str, Any]:
 def test_every_shipped_recipe_is_read_and_its_resolved_form_is_the_same_recipe() -> None:
     names = recipe_names()
     sized = ["chat-8b-40gb", *(f"commonsense-{size}-40gb" for size in ("13b", "7b", "8b"))]
-    assert names == [*sized, "own-data", "paper-dora-llama", "quickstart", "tiny"]
+    large = ["llama-70b-40gb", "llama-8b-8gb"]
+    assert names == [*sized, *large, "own-data", "paper-dora-llama", "quickstart", "qwen-32b-24gb", "tiny"]
     for name in names:
         recipe = load_recipe(name)
         again = recipe_from(read_yaml(resolved_yaml(recipe), name), name)

@@ -76,3 +76,4 @@ def test_host_needs_a_gpu(root: Path, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(root, base__residency="host")
     with pytest.raises(UserError, match=r"base\.residency: host is for a GPU"):
         train_run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

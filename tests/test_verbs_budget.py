@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,13 +112,17 @@ def test_measured_rates_take_the_place_of_the_stated_ones(tmp_path: Path, monkey
 
 def test_time_of_a_step_by_hand() -> None:
     work = plan_time.Work(1000, 500, 10, 0, quantised=True, checkpointing=True)
-    rates = plan_time.Rates("x", flops=1e3, bytes=1e6)
+    rates = plan_time.Rates("x", flops=1e3, bytes=1e6, copied=1e3)
     shape = MicroBatchShape(2, 5, 8, masked=False)
     # Three passes over the base, four over the adapters; the head twice forward and backward.
     flops = 10 * 2 * (3 * 1000 + 4 * 10) + 4 * 500 * 8
     num_bytes = 3 * 4.6 * 1000
     expected = 3 * (flops / 1e3 + num_bytes / 1e6) + 300 / 1e6
     assert plan_time.step_seconds(work, shape, 3, rates) == pytest.approx(expected, rel=1e-12)
+    # All blocks come and go, and copying takes the time: 50 in each pass, less the two that are there already.
+    away = replace(work, num_blocks=50, num_streamed=50, block_bytes=10**6)
+    streamed = 3 * (48 * 2 * 1e6 / 1e3)
+    assert plan_time.step_seconds(away, shape, 3, rates) == pytest.approx(streamed, rel=0.03)
 
 
 @pytest.mark.parametrize(

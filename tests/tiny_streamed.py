@@ -60,12 +60,12 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     torch.manual_seed(3)
     model.train()
     prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
-    for ids in IDS:
+    for ids in IDS.to(model.device):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     found = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=IDS[0]).logits
+        logits = model(input_ids=IDS[0].to(model.device)).logits
     assert all(gradient is not None for gradient in found.values())
     return {**found, "logits": logits}  # type: ignore[dict-item]
 

@@ -18,6 +18,8 @@ import torch
 
 CARD_40GB_BYTES = int(38.9 * 2**30)
 """What torch may allocate on a 40 GB card: the A100 40GB shows 39.4 GiB, of which a CUDA context takes about 0.5."""
+CARD_8GB_BYTES = int(7.2 * 2**30)
+"""The same of an 8 GB card."""
 
 
 @dataclass(frozen=True)

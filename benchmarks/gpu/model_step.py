@@ -136,10 +136,11 @@ def alone(part: Part, plan: Plan, device: torch.device, name: str) -> None:
     part.put("held_bytes", on.held_bytes(device))
     for tokens in plan.step_tokens:
         step = fitting_step(model, optimizer, tokens, device)
-        part.attempt(f"{tokens} tokens", lambda s=step, t=tokens: _peak_and_time(s, t, plan.num_steps, device))
+        part.attempt(f"{tokens} tokens", lambda s=step, t=tokens: peak_and_time(s, t, plan.num_steps, device))
 
 
-def _peak_and_time(step: Any, num_tokens: int, number: int, device: torch.device) -> dict[str, Any]:
+def peak_and_time(step: Any, num_tokens: int, number: int, device: torch.device) -> dict[str, Any]:
+    """Peak, time and losses of a step that `fitting_step` has made."""
     on.reset_peak(device)
     losses = step(2)  # the second one has the optimizer's states from the start
     seconds = on.timed(device, lambda: step(number)).seconds / number
@@ -184,7 +185,7 @@ def _fitting_layers(
         number = len(model.model.layers)
         try:
             step = fitting_step(model, optimizer, num_tokens, device)
-            found = _peak_and_time(step, num_tokens, 1, device)
+            found = peak_and_time(step, num_tokens, 1, device)
             return {"num_layers": number, "failed_with_layers": failed_with, **found}
         except (RuntimeError, RunFailure) as error:
             if not on.is_out_of_memory(error) or number <= _LEAST_LAYERS or part.time_left() < 0:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gpu import plan as plans
+from gpu.device import CARD_8GB_BYTES, CARD_40GB_BYTES
 from gpu.part import Part
 
 
@@ -58,6 +59,12 @@ SECTIONS: dict[str, Section] = {
     "profile": Section("kernel_profile:run", 60),
     "layer_time_2": Section("layer_cost:time_shape", 120, {"index": 1}),
     "step_large": Section("model_step:large", 240, variables=_EXPANDABLE),
+    "step_streamed_8gb": Section(
+        "streamed_step:run", 120, {"size": "middle", "limit": CARD_8GB_BYTES, "num_streamed": 8}, _EXPANDABLE
+    ),
+    "step_streamed_40gb": Section(
+        "streamed_step:run", 240, {"size": "large", "limit": CARD_40GB_BYTES, "num_streamed": 20}, _EXPANDABLE
+    ),
     "layer_time_3": Section("layer_cost:time_shape", 60, {"index": 2}),
     "optimizer": Section("optimizer_step:run", 60),
     "variants": Section("variants:run", 90),

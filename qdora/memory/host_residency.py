@@ -79,8 +79,8 @@ class CudaCopies:
 
 
 @dataclass
-class _Piece:
-    """A block in one piece: where in it each tensor of each layer lies."""
+class Piece:
+    """A block in one piece of memory: where in it each tensor of each layer lies."""
 
     layout: dict[str, list[tuple[str, int, tuple[int, ...], torch.dtype]]] = field(default_factory=dict)
     num_bytes: int = 0
@@ -115,6 +115,9 @@ class HostResidency:
         num_streamed: How many blocks take turns, spread evenly among those on the device; None for all.
         num_slots: Blocks that are on the device at a time.
         copies: Makes the copies from the device and the slots; by default `CudaCopies`.
+    Attributes:
+        ring: Of the loaded model.
+        sample: The first block's piece and the first slot, (bytes,) uint8 each, for measurements.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class HostResidency:
     ) -> None:
         self.num_streamed, self.num_slots = num_streamed, num_slots
         self.ring: Ring | None = None
+        self.sample: tuple[Tensor, Tensor] | None = None
         self._make_copies = copies
         self._turn_of: dict[FrozenLinear, int] = {}
 
@@ -176,6 +180,7 @@ class HostResidency:
         most = max((piece.num_bytes for piece in pieces), default=0)
         slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(self.num_slots)]
         self.ring = Ring(len(pieces), _Moved(pieces, slots, self._make_copies(device, slots)), self.num_slots)
+        self.sample = pieces[0].host, slots[0]
         turns.follow(self.ring)
         for block in turns.blocks:
             block.register_forward_pre_hook(_before_block)
@@ -189,7 +194,7 @@ class HostResidency:
 class _Moved:
     """The copy engine of a ring: a block's layers read from its slot, until the slot is another block's."""
 
-    def __init__(self, pieces: Sequence[_Piece], slots: Sequence[Tensor], copies: Copies) -> None:
+    def __init__(self, pieces: Sequence[Piece], slots: Sequence[Tensor], copies: Copies) -> None:
         self.pieces, self.slots, self.copies = pieces, slots, copies
 
     def start(self, block: int, slot: int, previous: int | None) -> None:
@@ -205,7 +210,7 @@ class _Moved:
     def release(self, slot: int) -> None:
         self.copies.release(slot)
 
-    def _read_from(self, piece: _Piece, memory: Tensor) -> None:
+    def _read_from(self, piece: Piece, memory: Tensor) -> None:
         """Let the layers of a block read a slot, or the host's memory."""
         # Outside of inference mode, whose tensors a training step could not use.
         with torch.inference_mode(False):
@@ -213,9 +218,9 @@ class _Moved:
                 layer._buffers.update(piece.tensors(memory, path))
 
 
-def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization, turns: Turns) -> list[_Piece]:
+def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization, turns: Turns) -> list[Piece]:
     """Where everything will lie, before anything is read."""
-    pieces = [_Piece() for _ in range(len(turns))]
+    pieces = [Piece() for _ in range(len(turns))]
     for name, item in stored.items():
         path, _, leaf = name.rpartition(".")
         turn = turns.of(name)
@@ -231,7 +236,7 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
     return pieces
 
 
-def _pin(pieces: Iterable[_Piece], device: torch.device) -> None:
+def _pin(pieces: Iterable[Piece], device: torch.device) -> None:
     """Give every block its piece of host memory.
 
     Raises:

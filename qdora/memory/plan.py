@@ -44,7 +44,7 @@ COMPONENTS = {
     TILE: "the part of a frozen weight that is dense at the moment",
     LOSS: "one chunk of logits, and the gradient of the hidden states",
     UPDATE: "parameters of a group in float32 while they are updated",
-    STREAMING: "places that blocks are copied into",
+    STREAMING: "places of the blocks that come and go",
     CONTEXT: "what the process has before the first tensor: a constant",
     SLACK: "rounding and fragmentation of the allocator: a constant share",
     OTHER: "ids, masks, positions",
@@ -139,6 +139,8 @@ class Plan:
         num_micro_batches: Of a step; more than one has gradients beside the activations.
         assumptions: What could not be known, one sentence each.
         pageable_bytes: Of the optimizer's state, what the driver can move to the host between updates.
+        host_bytes: Of pinned host memory, for the blocks that live there.
+        block_bytes: Of the largest block's packed weights; 0 where it has none that could come and go.
         num_blocks, num_trainable, num_weights: Of the model.
         step_seconds: Predicted time of an optimizer step.
         rates: What it was predicted with.
@@ -152,6 +154,8 @@ class Plan:
     num_micro_batches: int
     assumptions: Sequence[str] = ()
     pageable_bytes: int = 0
+    host_bytes: int = 0
+    block_bytes: int = 0
     num_blocks: int = 0
     num_trainable: int = 0
     num_weights: int = 0
@@ -205,6 +209,8 @@ class Plan:
             "budget_bytes": self.budget_bytes,
             "fits": self.fits,
             "pageable_bytes": self.pageable_bytes,
+            "host_bytes": self.host_bytes,
+            "block_bytes": self.block_bytes,
             "micro_batch": {**vars(self.shape), "num_tokens": self.shape.num_tokens},
             "num_micro_batches": self.num_micro_batches,
             "num_blocks": self.num_blocks,

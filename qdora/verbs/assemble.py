@@ -35,6 +35,8 @@ logger = logging.getLogger("qdora")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+NO_GPU = "base.residency: host is for a GPU, and this machine has none that can be used, allowed: device, disk."
+
 AUTO_MICRO_BATCH_TOKENS = 2048
 """train.micro_batch_tokens: auto, unless a longer example needs more."""
 
@@ -113,9 +115,7 @@ def _away(recipe: Recipe, compute: Compute, cache: BaseCache | None) -> Placer:
     base, here = recipe.base, compute.device.type
     if base.residency == "host":
         if here != "cuda":
-            raise UserError(
-                "base.residency: host is for a GPU, and this machine has none that can be used, allowed: device, disk."
-            )
+            raise UserError(NO_GPU)
         return HostResidency(base.streamed_blocks)
     assert cache is not None
     return DiskResidency(cache, base.streamed_blocks)

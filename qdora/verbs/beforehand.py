@@ -11,7 +11,7 @@ from qdora.config import Recipe
 from qdora.data.loader import StepLoader
 from qdora.errors import UserError
 from qdora.evaluation.answers import generation_faults
-from qdora.verbs.assemble import Compute
+from qdora.verbs.assemble import NO_GPU, Compute
 from qdora.verbs.interference import interference_faults
 from qdora.verbs.objective import objective_faults
 from qdora.verbs.selection import selection_faults
@@ -40,6 +40,10 @@ def check_beforehand(
     faults = []
     if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
         faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
+    if recipe.base.residency == "host" and compute.device.type != "cuda":
+        faults.append(NO_GPU)
+    if recipe.base.residency == "disk" and compute.device.type != "cpu":
+        faults.append("base.residency: disk is for machines without a GPU, allowed: device, host.")
     asked = evaluated_sources(recipe, validation)
     evaluated = {name: validation[name] for name in asked if name in validation}
     if recipe.eval.method == "generate":

@@ -12,11 +12,12 @@ import torch
 
 from qdora.atomic_files import atomic_write_json
 from qdora.environment import cpu_name
-from qdora.memory.plan_time import BYTES_PER_DEQUANTISED, Rates, rates_file
+from qdora.memory.plan_time import BYTES_PER_DEQUANTISED, STATED, Rates, rates_file
 from qdora.ops.packed import dequantize, quantize
 
 # (tokens, in, out) of the product; a layer of a 7B model on a GPU, and one that takes a CPU a fraction of a second.
 _SHAPES = {"cuda": (2048, 4096, 11008), "cpu": (256, 2048, 5632)}
+_COPIED_BYTES = 256 << 20
 _WARM_UP_SECONDS, _SECONDS = 2.0, 8.0
 
 
@@ -24,7 +25,7 @@ def measure_rates(*, seconds: float = _SECONDS) -> dict[str, dict[str, Any]]:
     """Measure the CPU and, where there is one, the GPU; keep the result in the user's cache for later plans.
 
     FLOPs: a product of bf16 matrices of a layer's shape. Bytes: dequantising an NF4 weight, which is what moves most of
-    a step's bytes. The median over `seconds` of each counts.
+    a step's bytes. On a GPU also what comes from pinned host memory. The median over `seconds` of each counts.
 
     Returns:
         Device type -> `Rates.to_dict`.
@@ -51,7 +52,12 @@ def _measure(kind: str, seconds: float) -> Rates:
     decoding = _seconds_of(lambda: dequantize(packed, torch.bfloat16), device, seconds)
     name = torch.cuda.get_device_name() if kind == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     flops = 2.0 * tokens * in_features * out_features / product
-    return Rates(name, flops, weight.numel() * BYTES_PER_DEQUANTISED / decoding, measured=True)
+    copied = STATED["cpu"].copied  # of the disk, which is not measured
+    if kind == "cuda":
+        source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty_like(source, device=device)
+        copied = _COPIED_BYTES / _seconds_of(lambda: target.copy_(source, non_blocking=True), device, seconds)
+    return Rates(name, flops, weight.numel() * BYTES_PER_DEQUANTISED / decoding, copied, measured=True)
 
 
 def _seconds_of(action: Callable[[], object], device: torch.device, seconds: float) -> float:

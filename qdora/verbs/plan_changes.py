@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qdora.config import Recipe
-from qdora.memory.plan import Change, Plan
+from qdora.memory.plan import SLACK_SHARE, Change, Plan
+from qdora.memory.plan_streaming import NUM_SLOTS
 from qdora.recipe_file import override
 from qdora.verbs.assemble import micro_batch_tokens
 
@@ -49,7 +51,41 @@ def with_changes(
             found.append(Change(", ".join(each.settings), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
             if neutral:
                 fitting = changed
+        if neutral and not now.fits:
+            changed, now, settings = _with_streaming(changed, now, plan_of)
+            if settings:
+                fitting = changed
+                found.append(Change(", ".join(settings), now.peak_bytes, now.step_seconds or 0.0, neutral))
     return fitting, replace(first, changes=tuple(found))
+
+
+def _with_streaming(
+    recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]
+) -> tuple[Recipe, Plan, tuple[str, ...]]:
+    """The recipe with as many blocks off the device as it takes, its plan, and the overrides that do it."""
+    overrides: tuple[str, ...] = ()
+    while not plan.fits and (more := _streaming(recipe, plan)):
+        # Again where the rounding of sizes has left a little too much.
+        overrides, recipe = more, override(recipe, more)
+        plan = plan_of(recipe)
+    return recipe, plan, overrides
+
+
+def _streaming(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
+    """Overrides that keep as many blocks off the device as it takes to fit, or all; none where that is no gain."""
+    residency = "host" if plan.device_kind == "cuda" else "disk"
+    if not plan.block_bytes or recipe.base.residency not in ("device", residency):
+        return ()
+    least = plan.block_bytes * (1 + SLACK_SHARE[plan.device_kind])
+    excess = plan.peak_bytes - (plan.budget_bytes or 0)
+    before, slots = (recipe.base.streamed_blocks or plan.num_blocks), 0
+    if recipe.base.residency == "device":
+        before, slots = 0, NUM_SLOTS
+    count = min(before + slots + math.ceil(excess / least), plan.num_blocks)
+    if count <= max(before, slots):
+        return ()
+    checkpointing = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
+    return (*checkpointing, f"base.residency={residency}", f"base.streamed_blocks={count}")
 
 
 def _candidates(recipe: Recipe) -> list[_Candidate]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.config import Recipe
 from qdora.doctor import cpu_has_bfloat16
@@ -21,6 +21,7 @@ from qdora.errors import UserError
 from qdora.memory.plan import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, block_list, drawn_out, find_pattern, signature
 from qdora.memory.plan_model import empty_model, fill_, ranks_of_adapter, set_unmasked_, shortened
+from qdora.memory.plan_streaming import StreamedBlocks, streamed_blocks, with_streamed
 from qdora.memory.plan_time import Work, known_rates, step_seconds
 from qdora.memory.tracker import LiveBytes
 from qdora.model.adapter_file import describe_adapter
@@ -145,6 +146,7 @@ class _Measurement:
                 ]
             )
         num_blocks = 0 if found is None else len(found[1])
+        streamed, block_bytes = self._streamed(skeleton), self._block_bytes(skeleton)
         weights = sum(each.numel() for each in skeleton.parameters())
         del skeleton
         with _quiet(), planned_on(self.device_kind), torch.random.fork_rng(devices=[]):
@@ -162,12 +164,16 @@ class _Measurement:
         if shapes:
             moments[-1] = Moment("update", None, {**moments[-1].by_component, UPDATE: workspace})
         num_trainable = sum(torch.Size(size).numel() for size, _ in shapes.values())
+        if streamed is not None:
+            moments = with_streamed(moments, streamed)
         return Plan(
             self.device_kind,
             moments,
             self.shape,
             self.num_micro_batches,
             pageable_bytes=pageable_bytes(shapes, self.recipe.train.optimizer) if self.device_kind == "cuda" else 0,
+            host_bytes=0 if streamed is None else streamed.host_bytes,
+            block_bytes=block_bytes,
             num_blocks=num_blocks,
             num_trainable=num_trainable,
             num_weights=weights,
@@ -175,11 +181,28 @@ class _Measurement:
             rates=known_rates(self.device_kind).to_dict(),
         )
 
+    def _streamed(self, skeleton: PreTrainedModel) -> StreamedBlocks | None:
+        base = self.recipe.base
+        if base.residency == "device":
+            return None
+        return streamed_blocks(skeleton, self._wanted, base.residency, base.streamed_blocks)
+
+    def _block_bytes(self, skeleton: PreTrainedModel) -> int:
+        """Of the largest block that could come and go."""
+        if self.recipe.base.quant == "none" or block_list(skeleton) is None:
+            return 0
+        return streamed_blocks(skeleton, self._wanted, "disk", None).block_bytes
+
+    @property
+    def _wanted(self) -> Quantization:
+        base = self.recipe.base
+        return Quantization(base.quant, base.block_size, base.double_quant, base.skip)
+
     def seconds(self, num_trainable: int) -> float:
         """Predicted time of a step with so many trainable parameters."""
         with _quiet():
             skeleton: Any = empty_model(self.config, self.source, self.dtype, self.recipe.model.attention)
-        found = block_list(skeleton)
+        found, streamed = block_list(skeleton), self._streamed(skeleton)
         blocks = skeleton if found is None else found[1]
         linear = sum(each.weight.numel() for each in blocks.modules() if isinstance(each, nn.Linear))
         config = skeleton.config.get_text_config()
@@ -193,6 +216,9 @@ class _Measurement:
             quantised=self.recipe.base.quant != "none",
             checkpointing=self.recipe.memory.checkpointing,
             full=self.recipe.adapter.kind == "full",
+            num_blocks=0 if found is None else len(found[1]),
+            num_streamed=0 if streamed is None else streamed.num_streamed,
+            block_bytes=0 if streamed is None else streamed.block_bytes,
         )
         return step_seconds(work, self.shape, self.num_micro_batches, known_rates(self.device_kind))
 
@@ -202,8 +228,7 @@ class _Measurement:
         gc.collect()
         model = shortened(self.config, self.source, self.dtype, recipe.model.attention, kept)
         with FakeTensorMode(), LiveBytes() as live:
-            base = recipe.base
-            fill_(model, Quantization(base.quant, base.block_size, base.double_quant, base.skip), self.dtype, live)
+            fill_(model, self._wanted, self.dtype, live)
             if not self.shape.masked:
                 set_unmasked_(model)
             if recipe.adapter.kind == "full":

@@ -1,0 +1,54 @@
+"""Blocks in host memory on CUDA: the gradients of a resident base, with less of it on the device. Run with -m gpu."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from qdora.memory.host_residency import HostResidency
+from qdora.model.load import Placer, load_model
+from qdora.model.source import resolve
+from tests import tiny_streamed
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+DEVICE = torch.device("cuda", 0)
+SIZES = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128, "num_hidden_layers": 9}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_streamed.write_source(tmp_path_factory.mktemp("source"), **SIZES)
+
+
+def loaded(source: Path, placer: Placer | None) -> PreTrainedModel:
+    model = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32, device=DEVICE, placer=placer)
+    return tiny_streamed.adapt(model)
+
+
+@pytest.mark.parametrize(("num_streamed", "num_slots"), [(None, 2), (4, 2), (None, 3)])
+def test_gradients_and_logits_are_those_of_a_resident_base(
+    source: Path, num_streamed: int | None, num_slots: int
+) -> None:
+    expected = tiny_streamed.gradients(loaded(source, None))
+    model = loaded(source, HostResidency(num_streamed, num_slots=num_slots))
+    for _ in range(3):
+        tiny_streamed.assert_equal(tiny_streamed.gradients(model), expected)
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+def test_the_device_holds_the_slots_alone(source: Path) -> None:
+    held = []
+    for placer in (None, HostResidency()):
+        gc.collect()
+        before = torch.cuda.memory_allocated(DEVICE)
+        model = loaded(source, placer)
+        held.append(torch.cuda.memory_allocated(DEVICE) - before)
+        block = sum(t.nbytes for n, t in model.named_buffers() if n.startswith("model.layers.0.") and "base" in n)
+        del model
+    # Nine blocks against two.
+    assert held[0] - held[1] > 6 * block
