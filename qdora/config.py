@@ -168,8 +168,14 @@ class MemoryConfig(Section):
     run fits. null: no plan."""
     checkpointing: Flag = True
     """Recompute each block's activations in the backward pass instead of keeping them: about a third more time."""
+    offload_activations: Flag = False
+    """On a GPU: what checkpointing keeps of each block lies in pinned host memory between the passes, copied while
+    others compute."""
     loss_chunk: AutoTokens = "auto"
     """Labelled tokens whose logits exist at once. auto: as many as make 128 MiB of logits, at least 16."""
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.checkpointing else {"offload_activations": "memory.checkpointing is false"}
 
 
 class Recipe(Section):

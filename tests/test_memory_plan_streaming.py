@@ -14,7 +14,7 @@ from qdora.errors import UserError
 from qdora.memory import plan as parts
 from qdora.memory.plan import MicroBatchShape, Moment, Plan
 from qdora.memory.plan_model import empty_model
-from qdora.memory.plan_streaming import StreamedBlocks, streamed_blocks, with_streamed
+from qdora.memory.plan_streaming import StreamedBlocks, streamed_blocks, with_offloaded, with_streamed
 from qdora.model.load import Quantization
 from qdora.recipe_file import recipe_from
 from qdora.verbs.plan_changes import with_changes
@@ -88,6 +88,15 @@ def test_a_plan_has_the_streamed_blocks_in_their_slots_alone() -> None:
     assert whole.step_seconds is not None
     assert streamed.step_seconds is not None
     assert streamed.step_seconds >= whole.step_seconds
+
+
+def test_checkpoints_on_the_host_leave_three_on_the_device() -> None:
+    each = 3000
+    keeps = [Moment("forward", block, {parts.CHECKPOINTS: (block + 1) * each, parts.BASE: 7}) for block in range(5)]
+    found, host = with_offloaded([*keeps, Moment("update", None, {parts.BASE: 7})], 5)
+    assert [moment.by_component.get(parts.CHECKPOINTS, 0) for moment in found] == [3000, 6000, 9000, 9000, 9000, 0]
+    assert all(moment.by_component[parts.BASE] == 7 for moment in found)
+    assert host == 4 * 4096
 
 
 def streaming(residency: str, count: int) -> Recipe:

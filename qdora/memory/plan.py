@@ -139,7 +139,7 @@ class Plan:
         num_micro_batches: Of a step; more than one has gradients beside the activations.
         assumptions: What could not be known, one sentence each.
         pageable_bytes: Of the optimizer's state, what the driver can move to the host between updates.
-        host_bytes: Of pinned host memory, for the blocks that live there.
+        host_bytes: Of pinned host memory, for the blocks and checkpoints that are there.
         block_bytes: Of the largest block's packed weights; 0 where it has none that could come and go.
         num_blocks, num_trainable, num_weights: Of the model.
         step_seconds: Predicted time of an optimizer step.

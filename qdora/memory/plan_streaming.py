@@ -9,7 +9,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from qdora.memory.host_residency import Piece, pinned_bytes
-from qdora.memory.plan import BASE, SCALES, STREAMING, Moment
+from qdora.memory.plan import BASE, CHECKPOINTS, SCALES, STREAMING, Moment
 from qdora.memory.turns import Turns
 from qdora.model.load import Quantization, layers_to_quantize
 from qdora.ops.packed import empty_packed
@@ -81,3 +81,18 @@ def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[M
         sizes[STREAMING] = streamed.slot_bytes
         found.append(Moment(moment.phase, moment.block, {name: size for name, size in sizes.items() if size}))
     return found
+
+
+def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Moment], int]:
+    """The moments of a step whose checkpoints are on the host, and the pinned memory that takes.
+
+    On the device are the input of the block in its backward pass, the one that is fetched meanwhile, and the last one.
+    """
+    largest = max((moment.by_component.get(CHECKPOINTS, 0) for moment in moments), default=0)
+    each = largest // max(num_blocks, 1)
+    found = []
+    for moment in moments:
+        sizes = dict(moment.by_component)
+        sizes[CHECKPOINTS] = min(sizes.get(CHECKPOINTS, 0), 3 * each)
+        found.append(Moment(moment.phase, moment.block, {name: size for name, size in sizes.items() if size}))
+    return found, pinned_bytes(each) * max(num_blocks - 1, 0)

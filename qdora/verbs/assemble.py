@@ -21,6 +21,7 @@ from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.data_config import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
+from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
 from qdora.memory.host_residency import HostResidency
 from qdora.model.adapter_file import load_adapter, save_adapter
@@ -107,6 +108,8 @@ def load_base(
             parameter.requires_grad_(True)
     if recipe.memory.checkpointing:
         recompute_activations(model)
+        if recipe.memory.offload_activations and compute.device.type == "cuda":
+            ActivationOffload(model)
     return model
 
 

@@ -44,6 +44,8 @@ def check_beforehand(
         faults.append(NO_GPU)
     if recipe.base.residency == "disk" and compute.device.type != "cpu":
         faults.append("base.residency: disk is for machines without a GPU, allowed: device, host.")
+    if recipe.memory.offload_activations and compute.device.type != "cuda":
+        faults.append("memory.offload_activations: is for a GPU, got true, allowed here: false.")
     asked = evaluated_sources(recipe, validation)
     evaluated = {name: validation[name] for name in asked if name in validation}
     if recipe.eval.method == "generate":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qdora.config import Recipe
-from qdora.memory.plan import SLACK_SHARE, Change, Plan
+from qdora.memory.plan import SLACK_SHARE, Change, DeviceKind, Plan
 from qdora.memory.plan_streaming import NUM_SLOTS
 from qdora.recipe_file import override
 from qdora.verbs.assemble import micro_batch_tokens
@@ -39,7 +39,7 @@ def with_changes(
     changed, now = recipe, first
     fitting = recipe
     for neutral in (True, False):
-        options = [each for each in _candidates(recipe) if each.neutral is neutral]
+        options = [each for each in _candidates(recipe, first.device_kind) if each.neutral is neutral]
         for each in sorted(options, key=lambda option: seconds_of(override(recipe, option.settings))):
             if now.fits:
                 return fitting, replace(first, changes=tuple(found))
@@ -88,7 +88,7 @@ def _streaming(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
     return (*checkpointing, f"base.residency={residency}", f"base.streamed_blocks={count}")
 
 
-def _candidates(recipe: Recipe) -> list[_Candidate]:
+def _candidates(recipe: Recipe, device_kind: DeviceKind) -> list[_Candidate]:
     """Overrides that may need less, each valid by itself."""
     found = []
 
@@ -105,6 +105,9 @@ def _candidates(recipe: Recipe) -> list[_Candidate]:
         offer("memory.loss_chunk=64", neutral=True)
     if not recipe.memory.checkpointing:
         offer("memory.checkpointing=true", neutral=True)
+    if device_kind == "cuda" and not recipe.memory.offload_activations:
+        before = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
+        offer(*before, "memory.offload_activations=true", neutral=True)
     trains_adapter = recipe.adapter.kind in ("lora", "dora")
     if recipe.train.optimizer in ("adamw", "paged_adamw_32bit"):
         offer("train.optimizer=paged_adamw_8bit", neutral=False)

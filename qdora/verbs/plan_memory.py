@@ -21,7 +21,7 @@ from qdora.errors import UserError
 from qdora.memory.plan import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, block_list, drawn_out, find_pattern, signature
 from qdora.memory.plan_model import empty_model, fill_, ranks_of_adapter, set_unmasked_, shortened
-from qdora.memory.plan_streaming import StreamedBlocks, streamed_blocks, with_streamed
+from qdora.memory.plan_streaming import StreamedBlocks, streamed_blocks, with_offloaded, with_streamed
 from qdora.memory.plan_time import Work, known_rates, step_seconds
 from qdora.memory.tracker import LiveBytes
 from qdora.model.adapter_file import describe_adapter
@@ -166,13 +166,17 @@ class _Measurement:
         num_trainable = sum(torch.Size(size).numel() for size, _ in shapes.values())
         if streamed is not None:
             moments = with_streamed(moments, streamed)
+        host_bytes = 0 if streamed is None else streamed.host_bytes
+        if self.recipe.memory.offload_activations:
+            moments, kept = with_offloaded(moments, num_blocks)
+            host_bytes += kept
         return Plan(
             self.device_kind,
             moments,
             self.shape,
             self.num_micro_batches,
             pageable_bytes=pageable_bytes(shapes, self.recipe.train.optimizer) if self.device_kind == "cuda" else 0,
-            host_bytes=0 if streamed is None else streamed.host_bytes,
+            host_bytes=host_bytes,
             block_bytes=block_bytes,
             num_blocks=num_blocks,
             num_trainable=num_trainable,

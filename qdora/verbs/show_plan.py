@@ -48,7 +48,7 @@ def plan_lines(plan: Plan) -> list[str]:
             f"Of the optimizer's states {size_text(plan.pageable_bytes)} can move to the host between updates."
         )
     if plan.host_bytes:
-        lines.append(f"In pinned host memory: {size_text(plan.host_bytes)} of blocks.")
+        lines.append(f"In pinned host memory: {size_text(plan.host_bytes)}.")
     lines += [f"Assumed: {text}" for text in plan.assumptions]
     if plan.fits is False:
         lines.append("To fit, cheapest first:" if plan.changes else "Nothing that is known here makes it smaller.")

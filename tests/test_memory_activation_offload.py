@@ -1,0 +1,109 @@
+"""Checkpoints in the host's memory: the same gradients, copied as late as they may be, brought back in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qdora.errors import RunFailure
+from qdora.memory import activation_offload
+from qdora.memory.activation_offload import ActivationOffload
+from qdora.memory.host_residency import HostResidency
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from tests import tiny_streamed
+from tests.test_memory_host_residency import LateCopies
+
+
+class LateHost:
+    """Copies out only when the tensor is asked back, and destroys what is fetched until it is taken."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, int]] = []
+        self.num_sent = 0
+
+    def __call__(self, tensor: Tensor) -> Any:
+        self.num_sent += 1
+        return LateTensor(self, self.num_sent - 1, tensor)
+
+
+class LateTensor:
+    def __init__(self, host: LateHost, number: int, tensor: Tensor) -> None:
+        self.host, self.number, self.source = host, number, tensor
+        self.back: Tensor | None = None
+        host.log.append(("out", number))
+
+    def fetch(self) -> None:
+        if self.back is None:
+            self.back = torch.full_like(self.source, float("nan"))
+            self.host.log.append(("fetch", self.number))
+
+    def take(self) -> Tensor:
+        self.fetch()
+        assert self.back is not None
+        self.back.copy_(self.source)
+        self.host.log.append(("take", self.number))
+        return self.back
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_streamed.write_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation_offload, "_LEAST_BYTES", 16)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_gradients_are_the_same(source: Path, streamed: bool) -> None:
+    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source)))
+    placer = HostResidency(copies=LateCopies) if streamed else None
+    model = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32, placer=placer)
+    host = LateHost()
+    offload = ActivationOffload(tiny_streamed.adapt(model), host)
+    tiny_streamed.assert_equal(tiny_streamed.gradients(model), expected)
+    # Three micro-batches, every block but the last; nothing in the evaluation.
+    assert offload.num_sent == host.num_sent == 3 * (tiny_streamed.NUM_BLOCKS - 1)
+
+
+def test_each_input_is_fetched_while_the_block_behind_it_computes(source: Path) -> None:
+    host = LateHost()
+    model = tiny_streamed.adapt(tiny_streamed.resident(source))
+    ActivationOffload(model, host)
+    model.train()
+    ids = tiny_streamed.IDS[0]
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    last = tiny_streamed.NUM_BLOCKS - 2
+    expected: list[tuple[str, int]] = [("out", number) for number in range(last + 1)]
+    expected.append(("fetch", last))
+    for number in range(last, -1, -1):
+        expected.append(("take", number))
+        if number > 0:
+            expected.append(("fetch", number - 1))
+    assert host.log == expected
+
+
+def test_a_step_that_was_broken_off_leaves_nothing_behind(source: Path) -> None:
+    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source)))
+    model = tiny_streamed.adapt(tiny_streamed.resident(source))
+    ActivationOffload(model, LateHost())
+    model.train()
+    model(input_ids=tiny_streamed.IDS[1])  # no backward pass
+    tiny_streamed.assert_equal(tiny_streamed.gradients(model), expected)
+
+
+def test_a_second_backward_pass_is_refused(source: Path) -> None:
+    model = tiny_streamed.adapt(tiny_streamed.resident(source))
+    ActivationOffload(model, LateHost())
+    model.train()
+    ids = tiny_streamed.IDS[0]
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RunFailure, match="a second backward pass"):
+        loss.backward()
