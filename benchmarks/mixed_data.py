@@ -21,6 +21,8 @@ from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.recipe_file import recipe_from
+from qdora.train.distributed import Processes
+from qdora.train.gates import Gates
 from qdora.train.interrupt import StopRequest
 from qdora.train.loop import FitSettings, Hooks, fit
 from qdora.train.progress import TrainingProgress
@@ -132,13 +134,20 @@ class FixedSteps:
 
 
 def fitted(
-    model: Any, optimizer: Any, loader: Any, settings: FitSettings, *, console: Console | None = None
+    model: Any,
+    optimizer: Any,
+    loader: Any,
+    settings: FitSettings,
+    *,
+    console: Console | None = None,
+    gates: Gates | None = None,
 ) -> list[dict[str, Any]]:
     """qdora's training loop without a run directory; its lines of metrics.
 
     Args:
         loader: A `StepLoader`, or what takes its place (`FixedSteps`).
         console: Where progress is shown; standard error by default.
+        gates: Of the model's adapters.
     """
     lines: list[dict[str, Any]] = []
     with TrainingProgress(settings.num_steps, console=console) as progress:
@@ -147,7 +156,12 @@ def fitted(
             optimizer,
             loader,
             settings,
-            Hooks(write_metrics=lines.append, save=lambda _step: Path(tempfile.gettempdir())),
+            Hooks(
+                write_metrics=lines.append,
+                save=lambda _step: Path(tempfile.gettempdir()),
+                begin_step=None if gates is None else gates.begin,
+                end_step=None if gates is None else lambda step, done: gates.end(step, done, optimizer, Processes()),
+            ),
             device=next(model.parameters()).device,
             progress=progress,
             stop=StopRequest(),

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_shapes
 from tables.runs import kill_resume, mixing
@@ -47,6 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "chunked_loss": chunked_loss,
     "plan_shapes": plan_shapes,
     "plan_accuracy": plan_accuracy,
+    "gates": gates,
     "stream_schedule": stream_schedule,
     "failed": failed,
 }

@@ -208,7 +208,7 @@ def generate(
 @verb
 def rank(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    method: Annotated[str, typer.Option(help="curvature, svd (of the update) or gradient.")] = "curvature",
+    method: Annotated[str, typer.Option(help="curvature, svd (of the update), gradient, or gates.")] = "curvature",
     budget: Annotated[
         str | None, typer.Option(help="Parameters of the factors, or a share of the run's own: 50%.")
     ] = None,

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from qdora.data_config import DataConfig, is_path
 from qdora.errors import nearest
+from qdora.gate_config import GateConfig
 from qdora.prune_config import PruneConfig
 from qdora.section import (
     AutoTokens,
@@ -139,6 +140,8 @@ class AdapterConfig(Section):
     """Other ranks for some layers: name, or last parts of a name -> rank."""
     same_scaling: Flag = False
     """Layers of another rank get an alpha of their own, so that alpha / rank is the same in all of them."""
+    gates: GateConfig | None = None
+    """Gates that find superfluous components, which are then removed while training. None: ranks stay."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of lora_A and lora_B. Magnitudes are always float32: in bfloat16 they would never move."""
     mask: Literal["ignore", "keep"] = "ignore"
@@ -157,6 +160,12 @@ class AdapterConfig(Section):
             names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern", "same_scaling", "mask"]
             return dict.fromkeys(names, "it comes from the adapter in adapter.resume_from")
         return {} if self.rank_pattern else {"same_scaling": "adapter.rank_pattern is empty"}
+
+    def faults(self) -> Iterator[Fault]:
+        asked = None if self.gates is None else self.gates.mean_rank
+        if asked is not None and self.resume_from is None and asked >= max([self.rank, *self.rank_pattern.values()]):
+            what = f"no component would be removed, got {asked:g} with ranks of at most that"
+            yield "gates.mean_rank", f"{what}, allowed: less than adapter.rank."
 
 
 class MemoryConfig(Section):
@@ -222,6 +231,7 @@ class Recipe(Section):
         if kind in ("none", "full"):
             reason = dict.fromkeys(("every", "gradients"), f"adapter.kind {kind} has no adapter")
             yield from ignored_faults(self.interference, reason, prefix="interference.")
+        yield from self._gate_faults()
         yield from self._loss_weight_faults()
         if self.train.epochs is not None and any(source.stream for source in self.data.mix):
             what = "a stream has no known end to count steps to"
@@ -256,6 +266,16 @@ class Recipe(Section):
         if prune.method != "magnitude" and prune.calibration.text == "mix" and streams:
             what = "a stream has no random places, got mix with data.mix[].stream"
             yield "base.prune.calibration.text", f"{what}, allowed: a text file."
+
+    def _gate_faults(self) -> Iterator[Fault]:
+        gates, steps = self.adapter.gates, self.train.steps
+        if gates is not None and self.eval.best_by is not None:
+            what = f"the best step may be one before the budget is reached, got {self.eval.best_by!r}"
+            yield "eval.best_by", f"{what} with adapter.gates, allowed: null."
+        if gates is not None and steps is not None:
+            fault = gates.length_fault(steps)
+            if fault is not None:
+                yield "adapter.gates.anneal", fault
 
     def _loss_weight_faults(self) -> Iterator[Fault]:
         progress = self.interference.loss_weights == "progress"

@@ -51,6 +51,9 @@ Positive = Annotated[
 NotNegative = Annotated[
     float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number, 0 or more")
 ]
+OneOrMore = Annotated[
+    float, Field(ge=1, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number, 1 or more")
+]
 Factor = Annotated[
     float, Field(gt=1, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number above 1")
 ]

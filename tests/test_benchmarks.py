@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from qdora.errors import UserError
 from qdora.model.llama_cpp import find_llama_cpp
@@ -50,6 +52,43 @@ def test_loss_curve(tmp_path: Path) -> None:
     assert passes["one_norm_per_step"]
     assert passes["accumulation_float32"]
     assert passes["accumulation_bfloat16"]
+
+
+def test_gates(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "gates.py")
+    assert {mode: len(runs) for mode, runs in result["budget"].items()} == {"l1": 3, "hard_concrete": 3}
+    assert result["passes"]["budget within 2 %"]
+    assert result["passes"]["no jump of the loss"]
+    assert result["passes"]["less held"]
+    assert result["passes"]["less at the peak"]
+    held = {name: result["cost"][name]["held_bytes"] for name in ("gated", "shrunk", "ungated")}
+    assert held["shrunk"] < 0.6 * held["gated"]
+    assert set(result["cost"]["times"]) == {"one length", "new lengths"}
+    # Gates themselves: 4 bytes each
+    assert held["gated"] - held["ungated"] == 4 * 16 * 14
+
+
+@pytest.mark.slow
+def test_rank_methods(tmp_path: Path) -> None:
+    options = ("--dir", str(tmp_path / "study"), "--methods", "uniform,l1,svd,gradient,curvature")
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "benchmarks/rank_methods.py"), "--smoke", "--out", str(out), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    costs = json.loads((out / "run.json").read_text())["costs_in_seconds"]
+    assert set(costs) == {"scout", "svd", "gradient", "curvature", "sizes"}
+    # 5 ways: 3 rates with a seed, and 2 more seeds; without training: the bases
+    trained = list((tmp_path / "study/results").glob("*.json"))
+    assert len(trained) >= 25
+    sizes = set()
+    for adapter in (tmp_path / "study").rglob("adapter/adapter_model.safetensors"):
+        with safe_open(adapter, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        if "scout" not in adapter.parts:
+            sizes.add(sum(math.prod(shape) for name, shape in shapes.items() if "magnitude" not in name))
+    assert sizes
+    assert min(sizes) >= 0.95 * max(sizes), "equal trainable parameters"
 
 
 def test_layer_memory(tmp_path: Path) -> None:

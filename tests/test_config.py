@@ -206,7 +206,7 @@ eval: 3
 lr: 1e-4
 trackers: [wandbb]
 """
-    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, same_scaling"
+    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, same_scaling, gates"
     ranks += ", dtype, mask, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
@@ -699,6 +699,38 @@ def test_a_calibration_file_is_looked_for_beside_the_recipe(tmp_path: Path) -> N
 
 
 # --- schema and start-up
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"gates": {}}, "adapter.gates.mean_rank: contradiction, got neither of mean_rank and parameters"),
+        ({"gates": {"mean_rank": 2, "parameters": 9}}, "adapter.gates.mean_rank: contradiction, got both of"),
+        ({"gates": {"mean_rank": 0.5}}, "adapter.gates.mean_rank: not valid, got 0.5, allowed: a finite number, 1 or"),
+        ({"gates": {"mean_rank": 16}}, "adapter.gates.mean_rank: no component would be removed, got 16 with ranks"),
+        ({"gates": {"mean_rank": 2, "anneal": 0}}, "adapter.gates.anneal: the budget cannot fall at once, got 0"),
+        ({"gates": {"mean_rank": 2, "warmup": 0.6}}, "adapter.gates.anneal: longer than the run together with warmup"),
+        ({"gates": {"mean_rank": 2, "warmup": 600}}, "adapter.gates.anneal: the budget is not reached, got 600 + "),
+        ({"gates": {"mean_rank": 2, "mode": "l0"}}, "adapter.gates.mode: not valid, got 'l0', allowed: l1, hard_"),
+        ({"gates": {"mean_rank": 2}, "kind": "magnitude"}, "adapter.gates: would be ignored because adapter.kind mag"),
+    ],
+)
+def test_gates_that_mean_nothing(adapter: dict[str, Any], message: str) -> None:
+    (line,) = faults(minimal(adapter=adapter))
+    assert message in line
+
+
+def test_gates_and_the_best_step() -> None:
+    (line,) = faults(minimal(adapter={"gates": {"mean_rank": 2}}, eval={"every": 5, "best_by": "macro"}))
+    assert "eval.best_by: the best step may be one before the budget is reached, got 'macro' with adapter.gates" in line
+
+
+def test_phases_of_gates_in_steps_and_shares() -> None:
+    recipe = recipe_from(minimal(adapter={"gates": {"mean_rank": 2, "warmup": 7, "anneal": 0.25}}))
+    assert recipe.adapter.gates is not None
+    assert recipe.adapter.gates.phases(200) == (7, 50)
+    assert recipe.adapter.gates.length_fault(12) is None
+    assert "7 + 2 steps" in (recipe.adapter.gates.length_fault(8) or "")
 
 
 def test_every_field_is_described_in_the_schema() -> None:

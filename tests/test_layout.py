@@ -34,6 +34,7 @@ COMMON = {
     "disk_errors",
     "environment",
     "errors",
+    "gate_config",
     "prune_config",
     "recipe_faults",
     "recipe_file",

@@ -91,7 +91,13 @@ def assert_close_runs(one: Path, two: Path, names: tuple[str, ...] = (ADAPTER,))
             torch.testing.assert_close(second[key], first[key], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [{"train__batch": 5}, {"train__batch": ..., "train__tokens_per_step": 90}, PACKED])
+GATED = {"adapter__gates": {"mode": "hard_concrete", "mean_rank": 2, "warmup": 1, "anneal": 4, "shrink_every": 2}}
+
+
+@pytest.mark.parametrize(
+    "size",
+    [{"train__batch": 5}, {"train__batch": ..., "train__tokens_per_step": 90}, PACKED, {"train__batch": 5, **GATED}],
+)
 def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, size: dict[str, Any]) -> None:
     """Steps of an odd number of examples, so that the two never have the same number of labels."""
     settings = exact(root, **size, eval__tasks=["sums"], eval__limit=2)

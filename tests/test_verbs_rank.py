@@ -146,7 +146,10 @@ def test_rivals_keep_to_what_was_asked(whole: Path, asked: RankSettings) -> None
 
 def test_faults(whole: Path, root: Path) -> None:
     for asked, message in [
-        (RankSettings(method="curvatur"), r"--method: 'curvatur', allowed: curvature, svd, gradient\. .*curvature"),
+        (
+            RankSettings(method="curvatur"),
+            r"--method: 'curvatur', allowed: curvature, svd, gradient, gates\. .*curvature",
+        ),
         (RankSettings(curvature="fisher"), "--curvature: 'fisher', allowed: hessian, gauss_newton"),
         (RankSettings(norm="none"), "--norm: 'none', allowed: attached, held"),
         (RankSettings(method="svd", budget="50%", norm="held"), "--norm: has no effect with --method svd"),
@@ -156,6 +159,12 @@ def test_faults(whole: Path, root: Path) -> None:
         (RankSettings(eigenvalues=0, curvature="hessian"), "--curvature: has no effect with --eigenvalues 0"),
         (RankSettings(eigenvalues=0, over_all=True), "--over-all: has no effect with --eigenvalues 0"),
         (RankSettings(method="svd"), "allowed: less than 100%"),
+        (
+            RankSettings(method="gates", budget="50%"),
+            "--budget: has no effect with --method gates, whose ranks the run",
+        ),
+        (RankSettings(method="gates", norm="held"), "--norm: has no effect with --method gates"),
+        (RankSettings(method="gates"), "has no gates, allowed with --method gates: a run with adapter.gates"),
         (RankSettings(budget="50%", threshold=0.5), "--threshold: given with --budget"),
         (RankSettings(threshold=1.5), "--threshold: 1.5, allowed: above 0, at most 1"),
         (RankSettings(budget="half"), "--budget: 'half', allowed: parameters"),

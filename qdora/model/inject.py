@@ -120,8 +120,11 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Path -> trainable parameter, in model order: of the adapters, or of the whole model in full fine-tuning."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Path -> trainable parameter, in model order: of the adapters, or of the whole model in full fine-tuning. Without
+    gates, which have an optimizer of their own (train/gates.py)."""
+    gates = {id(layer.gate) for layer in adapted_layers(model).values() if layer.gate is not None}
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter for name, parameter in found.items() if id(parameter) not in gates}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

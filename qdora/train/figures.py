@@ -49,7 +49,7 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
         metrics: Lines of metrics.jsonl: of training steps, and of evaluations, of which the figures named validation_*
             are drawn; the rest is left out.
         directory: Where loss_per_task, learning_rate, gradient_norm, memory, tokens_per_second, validation_nll and
-            (where there are choices) validation_accuracy go; made if needed.
+            (where there are choices) validation_accuracy go, and mean_rank of a run with gates; made if needed.
     Returns:
         The files that were drawn; none where no step was trained.
     """
@@ -58,6 +58,8 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
     with_choices = any(task["acc"] is not None for line in evaluations for task in line["eval"].values())
     found = {name: (plot, steps) for name, plot in _PLOTS.items()}
     found |= {name: (plot, evaluations) for name, plot in _VALIDATION_PLOTS.items() if evaluations}
+    gated = [line for line in steps if "gates" in line]
+    found |= {"mean_rank": (_mean_rank, gated)} if gated else {}
     if not with_choices:
         found.pop("validation_accuracy", None)
     drawn = []
@@ -104,6 +106,11 @@ def _loss_per_task(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> No
 def _learning_rate(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
     axes.plot(numbers, [line["lr"] for line in steps], gid="values")
     axes.set_ylabel("learning rate")
+
+
+def _mean_rank(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
+    axes.plot(numbers, [line["gates"]["mean_rank"] for line in steps], gid="values")
+    axes.set_ylabel("living components of a layer, mean")
 
 
 def _gradient_norm(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:

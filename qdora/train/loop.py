@@ -91,6 +91,8 @@ class Hooks:
         evaluate: Measures the model after `step` steps.
         keep_batch: Writes the examples of a step that was not applied and returns where.
         probe: Measures the interference after `step` steps and writes it; training goes on as if it had not.
+        begin_step: Prepares the model for the step that follows `step` steps, at every attempt at its gradient.
+        end_step: Takes `step` and whether its update was made, and gives more numbers of the step.
         updated: Told the learning rate of every update, after it; returns what is wrong with it, or None.
     """
 
@@ -99,6 +101,8 @@ class Hooks:
     evaluate: Callable[[int], Evaluated] | None = None
     keep_batch: Callable[[BadStep], Path] | None = None
     probe: Callable[[int], None] | None = None
+    begin_step: Callable[[int], None] | None = None
+    end_step: Callable[[int, bool], Metrics] | None = None
     updated: Callable[[float], str | None] | None = None
 
 
@@ -160,6 +164,8 @@ def fit(
             _go_back(optimizer, loader, before)
             raise _failed_step(found, reason, step, hooks, bad_steps)
         optimizer.zero_grad()
+        if hooks.end_step is not None:
+            metrics |= hooks.end_step(step, reason is None)
         seconds.append(time.perf_counter() - began)
         metrics["time"] = {"step_seconds": seconds[-1], "peak_memory_bytes": max(processes.gather(memory_bytes()))}
         if reason is not None:
@@ -211,6 +217,8 @@ def _gradient_that_fits(
     """Take the next step's examples and sum up their gradient, in smaller micro-batches where memory runs out: then
     again from `before`, the state in which the step began."""
     while True:
+        if hooks.begin_step is not None:
+            hooks.begin_step(step)
         batch = loader.next_step()
         metrics: Metrics = {"loss": math.nan}
         example_nll: list[Tensor] = []

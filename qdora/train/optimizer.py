@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qdora.ops.planning import is_planning
 from qdora.ops.split_float import join_float32, split_float32
+from qdora.train.optimizer_formats import FIRST_MOMENTS, MOMENTS, fill_state_, widened_state
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
@@ -147,6 +148,49 @@ class AdapterOptimizer:
         """The full float32 value of a parameter, a new tensor."""
         parameter = self.parameters[key].detach()
         return join_float32(parameter, self._residuals[key]) if key in self._residuals else parameter.clone()
+
+    @torch.no_grad()
+    def cut_(self, key: str, kept: Tensor, dim: int) -> None:
+        """Cut low bits and states of a parameter that has been cut in place already; 8-bit states are quantised anew.
+
+        Args:
+            key: Of the parameter.
+            kept: Indices of what it kept, (n,).
+            dim: Along which dimension.
+        """
+        group = next(group for group in self._groups if key in group.keys)
+        index, master = group.keys.index(key), self._masters[key]
+        wide = widened_state(group.inner.state.pop(master, {}))
+        if key in self._residuals:
+            self._residuals[key] = self._residuals[key].index_select(dim, kept)
+        if wide:
+            self._join([key])
+            cut = {name: each.index_select(dim, kept) if name in MOMENTS else each for name, each in wide.items()}
+            fill_state_(_fresh_state(group.inner, master, index), cut)
+            self._release(key)
+
+    @torch.no_grad()
+    def fold_(self, key: str, factor: Tensor) -> None:
+        """Put a parameter, as it is read, times `factor` in its place; averages become those of the new gradient, which
+        is the old one divided by the factor.
+
+        Args:
+            key: Of the parameter.
+            factor: Broadcast over it, nowhere 0.
+        """
+        group = next(group for group in self._groups if key in group.keys)
+        parameter, master = self.parameters[key], self._masters[key]
+        product = parameter.detach().float() * factor
+        if key in self._residuals:
+            high, low = split_float32(product)
+            parameter.copy_(high)
+            self._residuals[key].copy_(low)
+        else:
+            parameter.copy_(product)
+        state = group.inner.state.get(master, {})
+        powers = {name: 1 if name in FIRST_MOMENTS else 2 for name in MOMENTS}
+        wide = widened_state(state)
+        fill_state_(state, {n: each / factor ** powers[n] if n in powers else each for n, each in wide.items()})
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resume needs beside the parameters: 'residual/<path>' and 'state/<path>/<name>'."""
@@ -292,17 +336,23 @@ def _inner_optimizer(
     return made
 
 
-def _load_state(
-    inner: torch.optim.Optimizer, master: nn.Parameter, index: int, stored: dict[str, Tensor], where: str
-) -> list[str]:
-    """Copy a parameter's stored state into the state that a first step would make; what does not fit, in words."""
+def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter, index: int) -> dict[str, Any]:
+    """The state that a first step would make; bitsandbytes makes its own, so that it can be paged."""
     if isinstance(inner, torch.optim.AdamW):
         zeros = torch.zeros_like(master)
         step = torch.zeros((), dtype=torch.float32, device=master.device)
         inner.state[master] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
     elif not inner.state.get(master):
         inner.init_state(inner.param_groups[0], master, 0, index)  # type: ignore[attr-defined]
-    state = inner.state[master]
+    state: dict[str, Any] = inner.state[master]
+    return state
+
+
+def _load_state(
+    inner: torch.optim.Optimizer, master: nn.Parameter, index: int, stored: dict[str, Tensor], where: str
+) -> list[str]:
+    """Copy a parameter's stored state into the state that a first step would make; what does not fit, in words."""
+    state = _fresh_state(inner, master, index)
     names = [name for name in state if name not in _NOT_STORED]
     faults = [f"{where}/{name} is missing" for name in names if name not in stored]
     for name, tensor in stored.items():

@@ -197,10 +197,17 @@ def _targets(recipe: Recipe) -> str | list[str]:
     return targets if isinstance(targets, str) else list(targets)
 
 
-def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path, *, shipped: bool = False) -> None:
+def write_adapter(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    directory: Path,
+    *,
+    shipped: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> None:
     """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`.
 
-    `shipped`: It leaves this machine, so that a base that only this machine has is not named.
+    `shipped`: It leaves this machine, so that a base that only this machine has is not named. `extra`: For its record.
     """
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
@@ -214,6 +221,7 @@ def write_adapter(model: PreTrainedModel, recipe: Recipe, directory: Path, *, sh
         base_name_or_path=public_name(recipe.model.source) if shipped else recipe.model.source,
         revision=recipe.model.revision,
         base_quant=quant,
+        extra=extra,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from qdora.data.mix_plan import MixPlan, plan_mix
 from qdora.errors import UserError
 from qdora.memory.plan import DeviceKind
 from qdora.recipe_file import missing_files
-from qdora.sizes import parse_size
+from qdora.sizes import parse_size, size_text
 from qdora.verbs.assemble import find_model, make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.verbs.plan_memory import plan
 from qdora.verbs.plan_workload import Workload, assumed_workload, workload_of_data
@@ -58,11 +59,27 @@ def plan_run(
     mix, workload, assumed = _workload(recipe)
     if mix is not None:
         show_mix(console, mix)
+    assumed += _after_gates(recipe, device_kind, workload)
     found = replace(plan(recipe, limit, device_kind=device_kind, workload=workload), assumptions=assumed)
     show_plan(console, found)
     if figure is not None:
         draw_plan(found, figure)
     return {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}
+
+
+def _after_gates(recipe: Recipe, device_kind: DeviceKind, workload: Workload) -> list[str]:
+    """What a run with gates needs after the last removal: the plan itself is of all components."""
+    gates = recipe.adapter.gates
+    if gates is None:
+        return []
+    text = "all components, as before adapter.gates removes any"
+    if gates.mean_rank is None or recipe.adapter.resume_from is not None:
+        return [text]
+    rank = math.ceil(gates.mean_rank)
+    changes = {"rank": rank, "rank_pattern": {}, "same_scaling": False, "gates": None}
+    adapter = recipe.adapter.model_copy(update=changes)
+    later = plan(recipe.model_copy(update={"adapter": adapter}), device_kind=device_kind, workload=workload)
+    return [f"{text}; with rank {rank} in all layers, as it may be at the end, {size_text(later.peak_bytes)}"]
 
 
 def _workload(recipe: Recipe) -> tuple[MixPlan | None, Workload, list[str]]:

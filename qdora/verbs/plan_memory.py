@@ -25,7 +25,7 @@ from qdora.memory.plan_streaming import StreamedBlocks, streamed_blocks, with_of
 from qdora.memory.plan_time import Work, known_rates, step_seconds
 from qdora.memory.tracker import LiveBytes
 from qdora.model.adapter_file import describe_adapter
-from qdora.model.inject import adapter_parameters, inject
+from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import Quantization, load_config
 from qdora.model.source import ModelSource, resolve
 from qdora.ops.planning import planned_on
@@ -241,6 +241,8 @@ class _Measurement:
                 recompute_activations(model)
             with live.label(ADAPTERS):
                 self._put_adapters(model, kept)
+                for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
+                    layer.add_gate()
             live.reset_peak()
             parameters = adapter_parameters(model)
             if not parameters:

@@ -1,4 +1,4 @@
-"""qdora rank: a rank for each layer of a run, from curvature, from the trained update or from the gradient."""
+"""qdora rank: a rank for each layer of a run, from curvature, from the trained update, the gradient or gates."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from qdora.analysis.curvature_cache import CurvatureSettings, curvature_spectrum
 from qdora.analysis.plain import NORMS, Norm
 from qdora.analysis.rank_figures import draw_rank_map, draw_spectra
 from qdora.analysis.rivals import gradient_spectra, update_spectrum
-from qdora.atomic_files import atomic_write_text
 from qdora.config import Recipe
 from qdora.data.batching import MicroBatch
 from qdora.data.loader import StepLoader
 from qdora.errors import UserError, nearest
 from qdora.model.inject import adapted_layers, matches
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.recipe_file import load_recipe, recipe_from, resolved_yaml, settings
+from qdora.recipe_file import load_recipe
 from qdora.record import open_run
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import read_data, tokenized_mix
+from qdora.verbs.gate_ranks import ranks_of_gates
+from qdora.verbs.rank_recipe import write_recipe
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run
 
 logger = logging.getLogger("qdora")
 
-METHODS = ("curvature", "svd", "gradient")
+METHODS = ("curvature", "svd", "gradient", "gates")
 THRESHOLD = 0.9
 NUM_EXAMPLES = 16
 NUM_EIGENVALUES = 20
@@ -53,7 +54,7 @@ class RankSettings:
     """What `qdora rank` was asked for; None where an option was left out.
 
     Attributes:
-        method: curvature, svd or gradient.
+        method: curvature, svd, gradient or gates; the last has been chosen while training, so no other option counts.
         budget: Parameters of the low-rank factors of the chosen layers, or a share of the run's own ("50%"); the
             run's own if left out.
         threshold: In place of a budget, each layer gets the fewest components that hold this share of its energy.
@@ -99,7 +100,13 @@ class RankSettings:
         for option, number in (("--examples", self.examples), ("--micro-batch-tokens", self.micro_batch_tokens)):
             if number is not None and self.method == "svd":
                 faults.append(f"{option}: --method svd reads no data, allowed: --method curvature or gradient.")
-        if self.budget is not None and self.threshold is not None:
+        if self.method == "gates":
+            options: dict[str, Any] = {"--budget": self.budget, "--threshold": self.threshold}
+            options |= {"--max-rank": self.max_rank, "--layers": self.layers or None, "--examples": self.examples}
+            options |= {"--micro-batch-tokens": self.micro_batch_tokens}
+            chosen = "has no effect with --method gates, whose ranks the run has chosen, allowed: leave it out."
+            faults += [f"{option}: {chosen}" for option, value in options.items() if value is not None]
+        elif self.budget is not None and self.threshold is not None:
             faults.append("--threshold: given with --budget, allowed: one of them.")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             faults.append(f"--threshold: {self.threshold:g}, allowed: above 0, at most 1.")
@@ -136,6 +143,8 @@ def rank_run(
     recipe = load_recipe(open_run(path).recipe_file)
     if recipe.adapter.kind not in ("dora", "lora"):
         raise UserError(f"{path}: adapter.kind {recipe.adapter.kind} has no ranks, allowed: a run of dora or lora.")
+    if asked.method == "gates":
+        return ranks_of_gates(open_run(path), recipe, step, console)
     if recipe.adapter.resume_from is not None:
         raise UserError(f"{path}: its ranks come from adapter.resume_from, allowed: a run that made its own adapter.")
     if asked.norm is not None and recipe.adapter.kind == "lora":
@@ -319,29 +328,13 @@ def _write(
     spectra: Mapping[str, LayerSpectrum],
 ) -> dict[str, Any]:
     """The run's recipe with the new ranks, as a file to train; the fragment; the figures."""
-    pattern = {name: rank for name, rank in ranks.items() if rank != recipe.adapter.rank}
-    plain = settings(recipe)
-    fragment: dict[str, Any] = {"rank": recipe.adapter.rank, "rank_pattern": pattern}
-    if pattern and not recipe.adapter.rank_pattern:
-        # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
-        fragment["same_scaling"] = True
-    elif pattern:
-        # Another value would also change alpha / rank of the layers that were left out
-        fragment["same_scaling"] = recipe.adapter.same_scaling
-    plain["adapter"] = {k: v for k, v in plain["adapter"].items() if k != "same_scaling"} | fragment
+    written = write_recipe(trained.run, recipe, asked.method, ranks)
     folder = trained.run.inside("rank")
-    folder.mkdir(exist_ok=True)
-    out = folder / f"{asked.method}.yaml"
-    atomic_write_text(out, resolved_yaml(recipe_from(plain)))
     figures = {kind: folder / f"{asked.method}-{kind}.svg" for kind in ("spectra", "ranks")}
     chosen = {name: ranks[name] for name in spectra}
     draw_spectra(spectra, chosen, figures["spectra"], measure=_MEASURES[asked.method])
     draw_rank_map(ranks, figures["ranks"])
-    return {
-        "fragment": {"adapter": fragment},
-        "recipe": str(out),
-        "figures": [str(each) for each in figures.values()],
-    }
+    return {**written, "figures": [str(each) for each in figures.values()]}
 
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from qdora.train.bad_steps import BadStep, BadSteps
 from qdora.train.best import BestSoFar, best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
 from qdora.train.distributed import Processes
+from qdora.train.gates import Gates
 from qdora.train.loop import Metrics
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.task_weights import TaskWeights
@@ -44,6 +45,7 @@ class RunWriter:
         bad_steps: Judge of the steps; its state belongs to a checkpoint.
         best: Judge of the evaluations, where the best step is kept; so does its.
         task_weights: Of the loss; so do they.
+        gates: Of the adapters; so do they.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class RunWriter:
         bad_steps: BadSteps,
         best: BestSoFar | None = None,
         task_weights: TaskWeights | None = None,
+        gates: Gates | None = None,
     ) -> None:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
-        self.bad_steps, self.best, self.task_weights = bad_steps, best, task_weights
+        self.bad_steps, self.best, self.task_weights, self.gates = bad_steps, best, task_weights, gates
         self.optimizer, self.loader, self.processes = optimizer, loader, processes
         self._asked_micro_batch_tokens = loader.micro_batch_tokens
         self._tell_trackers: Callable[[Metrics], None] | None = None
@@ -137,7 +140,9 @@ class RunWriter:
     def _policies(self) -> dict[str, Any]:
         micro = {"asked": self._asked_micro_batch_tokens, "used": self.loader.micro_batch_tokens}
         judges = {"bad_steps": self.bad_steps, "best": self.best, "task_weights": self.task_weights}
-        states = {name: each.state_dict() for name, each in judges.items() if each is not None}
+        states = {
+            name: each.state_dict() for name, each in (judges | {"gates": self.gates}).items() if each is not None
+        }
         return {"micro_batch_tokens": micro} | states
 
     def _append_metrics(self, metrics: Metrics) -> None:
@@ -168,6 +173,8 @@ class RunWriter:
         assert self.optimizer is not None
         with self.run.checkpoint_directory(step) as directory:
             self._write_trained(directory, directory / "adapter")
+            if self.gates is not None:
+                self.gates.save(directory)
             write_state(
                 directory,
                 step=step,
@@ -198,7 +205,11 @@ class RunWriter:
             assert self.optimizer is not None
             write_parameters(directory / PARAMETERS_FILE, self.optimizer.parameters)
             return
-        write_adapter(self.model, self.recipe, adapter)
+        extra = None
+        if self.gates is not None:
+            self.gates.settle()  # a step that failed leaves them as they were drawn
+            extra = {"gates": self.gates.record()}
+        write_adapter(self.model, self.recipe, adapter, extra=extra)
 
 
 def _bad_step(bad: BadStep) -> tuple[str, str]:

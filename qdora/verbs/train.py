@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qdora.data.mix_plan import plan_mix
 from qdora.environment import environment
 from qdora.errors import Interrupted, UserError
 from qdora.evaluation.suite import compare_table
-from qdora.model.inject import adapter_parameters
+from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config
 from qdora.model.size import model_size
 from qdora.recipe_file import missing_files, resolved_yaml
@@ -31,6 +32,7 @@ from qdora.train.bad_steps import BadSteps
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_figures
+from qdora.train.gates import Gates
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
 from qdora.train.moved import MovedCheck
@@ -190,8 +192,11 @@ class _Job:
             self.probed = probe_examples(recipe, tokenizer, validation)
         self.counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
+        self.gates: Gates | None = None
         if recipe.adapter.kind != "none":
             settings = recipe.train
+            if recipe.adapter.gates is not None:
+                self.gates = Gates(adapted_layers(model), recipe.adapter.gates, num_steps, settings.seed)
             self.optimizer = AdapterOptimizer(
                 adapter_parameters(model),
                 name=settings.optimizer,
@@ -211,7 +216,17 @@ class _Job:
         asked, weights = recipe.train, self.objective.weights
         self.bad_steps = BadSteps(asked.on_bad_step, max_skips=asked.max_skips, spike=asked.spike)
         self.writer = RunWriter(
-            recipe, run, model, tokenizer, self.optimizer, loader, processes, self.bad_steps, self.best, weights
+            recipe,
+            run,
+            model,
+            tokenizer,
+            self.optimizer,
+            loader,
+            processes,
+            self.bad_steps,
+            self.best,
+            weights,
+            self.gates,
         )
 
     def restore(self, checkpoint: Path) -> int:
@@ -228,6 +243,8 @@ class _Job:
             seed=self.recipe.train.seed,
         )
         self.writer.take_policies(policies)
+        if self.gates is not None:
+            self.gates.load(checkpoint, policies["gates"])
         logger.info("Going on from %s.", checkpoint)
         self.validation.take_back("base", 0)
         return step
@@ -235,6 +252,8 @@ class _Job:
     def go(self, start: int) -> dict[str, Any]:
         """Train from step `start`, evaluate, save; returns the summary."""
         self.num_done = start
+        if self.gates is not None and start == 0:
+            self.gates.check_budget()
         with self.writer.trackers():
             try:
                 self._train_and_evaluate(start)
@@ -312,6 +331,10 @@ class _Job:
             evaluate=self._measure if self.validation.examples else None,
             keep_batch=self.writer.keep_batch,
             probe=self._probe(),
+            begin_step=None if self.gates is None else self.gates.begin,
+            end_step=None
+            if self.gates is None
+            else partial(self.gates.end, optimizer=optimizer, processes=self.processes),
             updated=None if self.recipe.base.residency == "device" else MovedCheck(optimizer).updated,
         )
         with (

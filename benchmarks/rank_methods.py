@@ -1,0 +1,186 @@
+"""Does choosing a rank for each layer help? Five ways to choose, at equal trainable parameters.
+
+    python benchmarks/rank_methods.py DATA [--dir runs/studies/ranks] [--methods uniform,l1,svd,...]
+
+DATA holds <task>/<split>.parquet in the schema of the README ("Your own data"). QDoRA on SmolLM2-135M in NF4, the
+commonsense tasks in equal shares. A scout of rank 16 is trained with a seed of its own; `qdora rank` finds, from its
+update (svd), from the gradient and from the Hessian (curvature), how to spend half of its parameters, as many as rank 8
+everywhere has. Gates (l1, hard_concrete) start at rank 16 and end with as many. All have the same scaling. A
+`qdora study` compares them: every learning rate with the first seed; then, at the rate that the choosing half of the
+validation examples prefers for each way, the other seeds. What each choice costs is kept beside it. Stopped, it goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from curvature import write_small_model
+from measure import RESULTS, facts
+from mixed_data import TASKS
+
+from qdora.atomic_files import atomic_write_json, atomic_write_text
+from qdora.recipe_file import load_recipe, override
+from qdora.study.arms import Results, find_arms
+from qdora.study.config import load_study
+from qdora.study.grid import expand
+from qdora.study.store import StudyDirectory
+from qdora.train.allocator import keep_freed_memory
+from qdora.verbs.rank import RankSettings, rank_run
+from qdora.verbs.report import report_run
+from qdora.verbs.study import study_run
+from qdora.verbs.train import train_run
+
+RANK = 8
+SCALING = 2.0
+RATES = (1e-3, 3e-3, 6e-3)
+SEEDS, SCOUT_SEED = (0, 1, 2), 100
+GATES = ("l1", "hard_concrete")
+SCOUTED = {
+    "svd": RankSettings(method="svd", budget="50%"),
+    "gradient": RankSettings(method="gradient", budget="50%", examples=32),
+    "curvature": RankSettings(method="curvature", budget="50%", examples=16, eigenvalues=0),
+}
+
+
+def main() -> None:
+    """The choices that are missing, both passes of the study, and the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
+    parser.add_argument("--dir", type=Path, default=Path("runs/studies/ranks"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "rank_methods")
+    parser.add_argument("--methods", default="uniform,l1,hard_concrete,svd,gradient,curvature")
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=48, help="validation examples of each task")
+    parser.add_argument("--smoke", action="store_true", help="a random model and three steps: shows that it runs")
+    args = parser.parse_args()
+    if not args.smoke and args.data is None:
+        parser.error("DATA is missing")
+    if args.smoke:
+        args.steps, args.batch, args.limit = 3, 4, 4
+    options = f"--methods {args.methods} --steps {args.steps} --batch {args.batch} --limit {args.limit}"
+    head = facts(f"python benchmarks/rank_methods.py DATA {options}")
+    keep_freed_memory()
+    args.dir.mkdir(parents=True, exist_ok=True)
+    common = settings(args)
+    methods, costs = arms(args, common)
+    file = args.dir / "grid.yaml"
+    for chosen in (False, True):
+        document = grid(common, methods) | ({"include": others(args.dir)} if chosen else {})
+        atomic_write_text(file, yaml.safe_dump(document, sort_keys=False))
+        study_run(file, args.dir)
+    report_run(args.dir)
+    keep(args.dir, args.out, head | {"costs_in_seconds": costs})
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What all cells and the scout share."""
+    if args.smoke:
+        mix: list[dict[str, Any]] = [{"task": "demo/facts", "limit": 40}]
+        model = write_small_model(args.dir / "model")
+    else:
+        mix = [{"task": task, "path": str(args.data.resolve() / task), "limit": 2000} for task in TASKS]
+        model = "builtin"
+    return {
+        "model.source": model,
+        "adapter.kind": "dora",
+        "data.mix": mix,
+        "data.strategy": "equal",
+        "data.max_length": 256,
+        "data.too_long": "drop",
+        "train.steps": args.steps,
+        "train.batch": args.batch,
+        "eval.limit": args.limit,
+        "eval.at_start": False,
+        "memory.checkpointing": False,
+    }
+
+
+def ranked(rank: int, **more: Any) -> dict[str, Any]:
+    """Settings of an adapter, at the scaling of all."""
+    return {"adapter.rank": rank, "adapter.alpha": SCALING * rank, **more}
+
+
+def arms(args: argparse.Namespace, common: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Method -> what it sets, and the seconds that each choice took beyond a run of its own."""
+    names = args.methods.split(",")
+    unknown = [name for name in names if name not in ("uniform", *GATES, *SCOUTED)]
+    if unknown:
+        raise SystemExit(f"no such method: {', '.join(unknown)}; allowed: uniform, {', '.join((*GATES, *SCOUTED))}")
+    ledger = args.dir / "costs.json"
+    costs: dict[str, float] = json.loads(ledger.read_text()) if ledger.exists() else {}
+
+    def timed(name: str, make: Callable[[], Any]) -> None:
+        if name not in costs:
+            began = time.perf_counter()
+            make()
+            costs[name] = time.perf_counter() - began
+            atomic_write_json(ledger, costs)
+
+    scout = args.dir / "scout"
+    start = {**common, **ranked(2 * RANK), "train.lr": RATES[0], "train.seed": SCOUT_SEED}
+    recipe = override(load_recipe("quickstart"), [f"{key}={json.dumps(value)}" for key, value in start.items()])
+    timed("scout", lambda: train_run(recipe, scout, resume=scout.exists()))
+    for name in SCOUTED:
+        if name in names:
+            timed(name, lambda name=name: rank_run(scout, SCOUTED[name]))  # type: ignore[misc]
+    timed("sizes", lambda: rank_run(scout, SCOUTED["svd"]))
+    budget = json.loads((scout / "rank/svd.json").read_text())["budget"]
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name == "uniform":
+            found[name] = ranked(RANK)
+        elif name in GATES:
+            found[name] = ranked(2 * RANK, **{"adapter.gates.mode": name, "adapter.gates.parameters": budget})
+        else:
+            fragment = json.loads((scout / f"rank/{name}.json").read_text())["fragment"]["adapter"]
+            found[name] = ranked(2 * RANK, **{f"adapter.{key}": value for key, value in fragment.items()})
+    return found, costs
+
+
+def grid(common: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The first pass as a study file."""
+    return {
+        "recipe": "quickstart",
+        "settings": common,
+        "product": {"ranks": methods, "train.lr": list(RATES), "train.seed": [SEEDS[0]]},
+        "compare": {"arm": "ranks", "reference": next(iter(methods)), "metric": "nll_per_token"},
+    }
+
+
+def others(directory: Path) -> list[dict[str, Any]]:
+    """The other seeds of every method, at the learning rate that was chosen for it."""
+    study = load_study(directory / "grid.yaml")
+    cells = [cell.record() for cell in expand(study)]
+    chosen = find_arms(cells, study.compare, Results(StudyDirectory(directory), "validation"))
+    return [
+        {"ranks": arm.name, "train.lr": float(arm.chosen["train.lr"]), "train.seed": list(SEEDS[1:])}
+        for arm in chosen
+        if arm.is_trained
+    ]
+
+
+def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
+    """The report and the grid, without the paths of this machine."""
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.copytree(directory / "report", out)
+    document = yaml.safe_load((directory / "grid.yaml").read_text(encoding="utf-8"))
+    for source in document["settings"]["data.mix"]:
+        if "path" in source:
+            source["path"] = f"DATA/{source['task']}"
+    atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
+    atomic_write_json(out / "run.json", head)
+    print(json.dumps(head))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Table of the gates: budgets, the loss around removals, and what a shrunk adapter costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tables.table import markdown, read
+
+_MODES = {"l1": "L1", "hard_concrete": "hard-concrete"}
+
+
+def gates() -> str:
+    """A row for each run; below it the bytes and the time of a step."""
+    document = read("gates")
+    rows = [
+        [
+            f"{_MODES[mode]}, {name}",
+            f"{run['reached']:,.10g} of {next(iter(run['asked'].values())):,.10g}",
+            f"{abs(run['deviation']):.2%}",
+            str(len(run["removals"])),
+            f"{run['largest_jump']:.1e}",
+        ]
+        for mode, targets in document["budget"].items()
+        for name, run in targets.items()
+    ]
+    table = markdown(["budget", "reached", "off by", "removals", "loss changed by at most"], rows)
+    if "cost" not in document:
+        return table
+    cost = document["cost"]
+    held, peak = (
+        f"{cost['ungated'][key] / 2**20:.1f} → {cost['shrunk'][key] / 2**20:.1f} MiB"
+        for key in ("held_bytes", "step_peak_bytes")
+    )
+    times = {
+        name: " and ".join(_share(found["ratios"][pair]) for pair in ("shrunk / ungated", "gated / ungated"))
+        for name, found in cost["times"].items()
+    }
+    start, end = document["ranks"]["cost"], cost["run"]["reached"]
+    return (
+        f"{table}\nFrom rank {start} to mean rank {end:g}: adapters and optimizer {held}, live at the peak of a step "
+        f"beside the base {peak}. Time of a step, shrunk and with gates at full rank, without gates = 1: "
+        f"{times['one length']} where all steps have one length, {times['new lengths']} where each has a new one "
+        "(a CPU compiles a bf16 kernel for each pair of rank and length).\n"
+    )
+
+
+def _share(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['lower']:.2f} to {found['upper']:.2f})"

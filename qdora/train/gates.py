@@ -1,0 +1,327 @@
+"""Gates in training: their own Adam, the budget that they are held to, and the removal of what has died.
+
+Between steps every gate has its deterministic value, so evaluations and files know nothing of draws. The values are
+kept in float64 on the CPU, one flat vector over all layers; the layers' own gates are copies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qdora.errors import UserError
+from qdora.gate_config import GateConfig
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.ops.hard_concrete import gate_slope, gate_value
+from qdora.train.distributed import Processes
+from qdora.train.gate_budget import (
+    LARGEST_LOGIT,
+    allowed_cost,
+    death_penalty,
+    proximal_step,
+    shifted_to_budget,
+    surplus,
+)
+from qdora.train.optimizer import AdapterOptimizer
+
+GATES_FILE = "gates.safetensors"
+# The second average is the metric in which components are compared: over the last 100 steps, not 1,000.
+_BETAS, _EPS = (0.9, 0.99), 1e-8
+# A component is faded out over this share of the anneal before its turn comes to go.
+_FADE = 0.1
+# Of draws: apart from what other parts of a run draw with the same seed.
+_STREAM = 0x67617465
+
+logger = logging.getLogger("qdora")
+
+_VECTORS = ("value", "exp_avg", "exp_avg_sq", "origin")
+
+
+class Gates:
+    """The gates of a model's adapted layers while it trains.
+
+    Args:
+        layers: Path -> layer. Each gets a gate of ones.
+        settings: The recipe's.
+        num_steps: Of the run.
+        seed: Of the draws.
+    Raises:
+        UserError: An anneal that is longer than the run.
+    """
+
+    def __init__(self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int) -> None:
+        self.layers, self.settings, self.seed = dict(layers), settings, seed
+        self.num_warmup, self.num_anneal = settings.phases(num_steps)
+        for layer in self.layers.values():
+            layer.add_gate()
+        self.num_updates, self.is_over = 0, False
+        self.full = float(self._costs().sum())
+        self.target = self._target()
+        self.died: dict[str, list[int | None]] = {path: [None] * layer.rank for path, layer in self.layers.items()}
+        start = 1.0 if settings.mode == "l1" else LARGEST_LOGIT / 2
+        self._value = torch.full_like(self._costs(), start)
+        self._exp_avg, self._exp_avg_sq = torch.zeros_like(self._value), torch.zeros_like(self._value)
+        self._origin = torch.cat([torch.arange(layer.rank) for layer in self.layers.values()])
+        self._alive = torch.ones(len(self._value), dtype=torch.bool)
+        self._noise: Tensor | None = None
+        fault = settings.length_fault(num_steps)
+        if fault is not None:
+            raise UserError(f"adapter.gates.anneal: {fault}")
+
+    def check_budget(self) -> None:
+        """Raise UserError for a budget that fresh adapters keep already, or cannot keep."""
+        least = sum(each.min().item() for each in torch.split(self._costs(), self._ranks()))
+        if not least <= self.target < self.full:
+            name, unit = ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
+            low, high = (f"{each / unit:,.10g}" for each in (least, self.full))
+            given = f"adapter.gates.{name}: got {getattr(self.settings, name):,.10g}"
+            raise UserError(
+                f"{given}, allowed: at least {low} (one component a layer), less than {high} (all of them)."
+            )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The layers' gates, in order; none once the budget is reached."""
+        return [layer.gate for layer in self.layers.values() if layer.gate is not None]
+
+    @property
+    def mean_rank(self) -> float:
+        """Living components of a layer on average."""
+        return int(self._alive.sum()) / len(self.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of lora_A and lora_B, living components only."""
+        sizes = [float(layer.in_features + layer.out_features) for layer in self.layers.values()]
+        return int((self._per_component(sizes) * self._alive).sum())
+
+    def begin(self, step: int) -> None:
+        """Before the gradient of the step that follows `step` steps, at every attempt: no gradients, and a draw."""
+        for gate in self.parameters:
+            gate.grad = None
+        if self.settings.mode == "hard_concrete" and self._is_annealing(step):
+            generator = torch.Generator().manual_seed(((self.seed + _STREAM) * 1_000_003 + step) % 2**63)
+            noise = torch.rand(self._count_at_start(), generator=generator, dtype=torch.float64)
+            # By the component's number at the start, so that a removal changes no other one's draws
+            self._noise = noise[self._place_at_start()].clamp(1e-6, 1 - 1e-6)
+            self._write(gate_value(self._value, self._noise))
+
+    def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
+        """After an update, or where it was left out; the gates are updated and what is dead is removed when it is due.
+
+        Args:
+            step: Steps done before this one.
+            applied: Whether the update was made.
+            optimizer: Of the layers' parameters.
+            processes: That train together; all call this.
+        Returns:
+            For the step's line of metrics.
+        """
+        if not self.is_over:
+            if applied:
+                processes.sum_gradients_(self.parameters)
+                self._update(step)
+            self.settle()
+            reached = applied and step + 1 >= self.num_warmup + self.num_anneal
+            if reached or (step + 1) % self.settings.shrink_every == 0:
+                self.remove_dead(optimizer)
+            if reached:
+                self._fold(optimizer)
+        return {"gates": {"mean_rank": self.mean_rank, "num_parameters": self.num_parameters}}
+
+    def settle(self) -> None:
+        """Give every gate its deterministic value: exactly 0 where it is dead."""
+        self._noise = None
+        for gate in self.parameters:
+            gate.grad = None
+        self._write(self._value if self.settings.mode == "l1" else gate_value(self._value))
+
+    def remove_dead(self, optimizer: AdapterOptimizer) -> None:
+        """Take dead components out of layers, optimizer and vectors; the function stays, to rounding."""
+        if bool(self._alive.all()):
+            return
+        for (path, layer), keep in zip(self.layers.items(), torch.split(self._alive, self._ranks()), strict=True):
+            if not bool(keep.all()):
+                layer.keep_components_(keep)
+                for name, dim in (("lora_A", 0), ("lora_B", 1)):
+                    optimizer.cut_(f"{path}.{name}", keep.nonzero().squeeze(1).to(layer.lora_A.device), dim)
+        for name in _VECTORS:
+            setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
+        self._alive = self._alive[self._alive]
+        logger.info("Adapters shrunk to %s parameters, mean rank %.2f.", f"{self.num_parameters:,}", self.mean_rank)
+
+    @torch.no_grad()
+    def _fold(self, optimizer: AdapterOptimizer) -> None:
+        """The budget is reached: multiply lora_B by what is left of the gates and go on without them."""
+        for path, layer in self.layers.items():
+            assert layer.gate is not None
+            optimizer.fold_(f"{path}.lora_B", layer.gate.detach())
+            layer.gate = None
+            layer.parameters_changed()
+        self.is_over = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values that a checkpoint keeps beside the tensors; the same in all processes."""
+        died = {path: list(each) for path, each in self.died.items()}
+        numbers = {"num_updates": self.num_updates, "full": self.full, "target": self.target}
+        return {**numbers, "is_over": self.is_over, "died": died}
+
+    def record(self) -> dict[str, Any]:
+        """JSON values for the adapter's own record: layer -> after which step each component went, and its cost."""
+        return {
+            path: {
+                "parameters_per_rank": layer.in_features + layer.out_features,
+                "removed_after": list(self.died[path]),
+            }
+            for path, layer in self.layers.items()
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write gates.safetensors: the vectors, and lora_B before its gate, since adapter/ holds it behind."""
+        tensors = {name: getattr(self, f"_{name}") for name in _VECTORS}
+        tensors |= {name: factor.detach().cpu() for name, factor in self._raw_factors().items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / GATES_FILE)
+
+    @torch.no_grad()
+    def load(self, directory: Path, state: Mapping[str, Any]) -> None:
+        """Take back `save` and `state_dict`, the checkpoint's adapter being in place already.
+
+        Args:
+            directory: Of the checkpoint.
+            state: From its policies.
+        Raises:
+            UserError: Tensors that do not fit the adapter.
+        """
+        self.num_updates, self.full, self.target = state["num_updates"], state["full"], state["target"]
+        self.is_over = state["is_over"]
+        for layer in self.layers.values() if self.is_over else ():
+            layer.gate = None
+            layer.parameters_changed()
+        tensors = load_file(directory / GATES_FILE)
+        factors = self._raw_factors()
+        wanted = {**{name: getattr(self, f"_{name}") for name in _VECTORS}, **factors}
+        wrong = [n for n, t in wanted.items() if n not in tensors or tensors[n].shape != t.shape]
+        if wrong or len(tensors) != len(wanted):
+            raise UserError(f"{directory / GATES_FILE}: does not fit the adapter beside it ({', '.join(wrong[:3])}).")
+        for name in _VECTORS:
+            setattr(self, f"_{name}", tensors[name])
+        for name, factor in factors.items():
+            factor.copy_(tensors[name])
+        self.died = {path: list(each) for path, each in state["died"].items()}
+        numbers = zip(self._paths(), self._origin.tolist(), strict=True)
+        self._alive = torch.tensor([self.died[path][number] is None for path, number in numbers])
+        self.settle()
+
+    def _raw_factors(self) -> dict[str, nn.Parameter]:
+        """lora_B of the layers that have a gate."""
+        return {f"lora_B/{path}": layer.lora_B for path, layer in self.layers.items() if layer.gate is not None}
+
+    def _is_annealing(self, step: int) -> bool:
+        return step >= self.num_warmup and not self.is_over
+
+    def _update(self, step: int) -> None:
+        """Adam, then the budget."""
+        # One transfer from a GPU, not one a layer
+        parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
+        gradient = torch.cat(parts).double().cpu()
+        if self.settings.mode == "hard_concrete":
+            if not self._is_annealing(step):
+                return
+            assert self._noise is not None
+            gradient = gradient * gate_slope(self._value, self._noise)
+        self.num_updates += 1
+        self._exp_avg.lerp_(gradient, 1 - _BETAS[0])
+        self._exp_avg_sq.lerp_(gradient.square(), 1 - _BETAS[1])
+        root = (self._exp_avg_sq / (1 - _BETAS[1] ** self.num_updates)).sqrt() + _EPS
+        step_size = self.settings.lr / root
+        moved = self._value - step_size * self._exp_avg / (1 - _BETAS[0] ** self.num_updates)
+        self._value = torch.where(self._alive, moved, self._value)
+        if self._is_annealing(step):
+            self._keep_budget(step + 1, step_size)
+
+    def _keep_budget(self, done: int, step_size: Tensor) -> None:
+        """Remove what the budget after `done` steps has no room for, and push what it will soon have none for."""
+        cost, layer = self._costs(), self._layer_numbers()
+        fade = max(1, round(_FADE * self.num_anneal))
+        now, soon = (self._allowed(step) for step in (done, done + fade))
+        if self.settings.mode == "hard_concrete":
+            dying = surplus(self._value, cost, layer, self._alive, now)
+            self._alive &= ~dying
+            if now <= self.target:  # nothing more goes: what is left is on for good
+                self._value[self._alive] = LARGEST_LOGIT
+            elif soon < float(cost[self._alive].sum()):
+                # Relative, so that a shift is of the size of log_alpha
+                unit = float(cost.mean())
+                self._value = shifted_to_budget(self._value, cost / unit, self._alive, soon / unit)
+        else:
+            worth = death_penalty(self._value, step_size, cost)
+            dying = surplus(worth, cost, layer, self._alive, now)
+            fading = surplus(worth, cost, layer, self._alive, soon)
+            if bool(fading.any()):
+                # Half of those that fade are at 0 when their turn comes; the rest are taken there.
+                needed = float(worth[dying].max()) if bool(dying.any()) else 0.0
+                penalty = max(needed, float(worth[fading].median()) / fade)
+                self._value = proximal_step(self._value, step_size, cost, penalty, fading)
+                dying |= fading & (self._value == 0)
+                self._value[dying] = 0.0
+            self._alive &= ~dying
+        for path, number in self._named(dying):
+            self.died[path][number] = done
+
+    def _allowed(self, step: int) -> float:
+        return allowed_cost(step, self.full, self.target, self.num_warmup, self.num_anneal)
+
+    @torch.no_grad()
+    def _write(self, values: Tensor) -> None:
+        gates: list[Tensor] = [*self.parameters]
+        if not gates:  # the budget is reached
+            return
+        living = torch.where(self._alive, values, 0.0).to(gates[0])
+        # In place: raises the versions, by which cached norms are known to be old
+        torch._foreach_copy_(gates, torch.split(living, self._ranks()))
+
+    def _target(self) -> float:
+        if self.settings.parameters is not None:
+            return float(self.settings.parameters)
+        assert self.settings.mean_rank is not None
+        # Whole components; no more than asked for
+        return float(math.floor(self.settings.mean_rank * len(self.layers) + 1e-9))
+
+    def _ranks(self) -> list[int]:
+        return [layer.rank for layer in self.layers.values()]
+
+    def _per_component(self, of_layers: list[float]) -> Tensor:
+        return torch.tensor(of_layers, dtype=torch.float64).repeat_interleave(torch.tensor(self._ranks()))
+
+    def _costs(self) -> Tensor:
+        """What each component takes of the budget: its parameters, or 1 where ranks are counted."""
+        if self.settings.parameters is None:
+            return self._per_component([1.0] * len(self.layers))
+        return self._per_component([float(each.in_features + each.out_features) for each in self.layers.values()])
+
+    def _layer_numbers(self) -> Tensor:
+        return torch.arange(len(self.layers)).repeat_interleave(torch.tensor(self._ranks()))
+
+    def _paths(self) -> list[str]:
+        return [path for path, layer in self.layers.items() for _ in range(layer.rank)]
+
+    def _named(self, chosen: Tensor) -> list[tuple[str, int]]:
+        """(path, number at the start) of the chosen components."""
+        flags = zip(self._paths(), self._origin.tolist(), chosen.tolist(), strict=True)
+        return [(path, number) for path, number, flag in flags if flag]
+
+    def _count_at_start(self) -> int:
+        return sum(len(each) for each in self.died.values())
+
+    def _place_at_start(self) -> Tensor:
+        """Index of each component in a vector over all that there were at the start."""
+        offsets = list(itertools.accumulate((len(each) for each in self.died.values()), initial=0))
+        return self._origin + torch.tensor(offsets[:-1])[self._layer_numbers()]
