@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,18 @@ from transformers import LlamaConfig
 from qdora.config import Recipe
 from qdora.errors import UserError
 from qdora.memory import plan as parts
+from qdora.memory.host_residency import HostResidency
 from qdora.memory.plan import MicroBatchShape, Moment, Plan
 from qdora.memory.plan_model import empty_model
 from qdora.memory.plan_streaming import StreamedBlocks, streamed_blocks, with_offloaded, with_streamed
-from qdora.model.load import Quantization
+from qdora.memory.tracker import LiveBytes
+from qdora.model.load import Quantization, load_model
+from qdora.model.source import resolve
 from qdora.recipe_file import recipe_from
 from qdora.verbs.plan_changes import with_changes
 from qdora.verbs.plan_memory import local_source, plan
+from tests import tiny_streamed
+from tests.test_memory_host_residency import LateCopies
 
 HIDDEN, INNER, KV, NUM_BLOCKS = 64, 128, 32, 10
 CONFIG = LlamaConfig(
@@ -88,6 +94,27 @@ def test_a_plan_has_the_streamed_blocks_in_their_slots_alone() -> None:
     assert whole.step_seconds is not None
     assert streamed.step_seconds is not None
     assert streamed.step_seconds >= whole.step_seconds
+
+
+def test_a_counted_run_saves_what_the_plan_says(tmp_path: Path) -> None:
+    source = tiny_streamed.write_source(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
+    peaks = []
+    for placer in (None, HostResidency(4, copies=LateCopies)):
+        with LiveBytes() as live:
+            model = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32, placer=placer)
+            tiny_streamed.adapt(model)
+            live.reset_peak()
+            tiny_streamed.gradients(model)
+            peaks.append(live.peak_bytes)
+    sizes = streamed_blocks(
+        empty_model(model.config, local_source(), torch.float32, "sdpa"), tiny_streamed.WANTED, "host", 4
+    )
+    on_host = 4 * sizes.block_bytes
+    saved = sizes.codes + sizes.scales - sizes.slot_bytes
+    # The layers of a base that has just been quantised share one code book of 1 KiB; a piece holds one for each.
+    saved -= 4 * 7 * 1024
+    # The host of this run is its device, so the pieces of the blocks are in its count.
+    assert peaks[0] - (peaks[1] - on_host) == saved
 
 
 def test_checkpoints_on_the_host_leave_three_on_the_device() -> None:
