@@ -21,7 +21,7 @@ from tables.runs import kill_resume, mixing
 from tables.streaming import stream_schedule
 from tables.table import markdown, read
 from tables.times import layer_time, packing, step_time
-from tables.training import magnitudes, peft_interop, quickstart, real_data
+from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data
 
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kill_resume": kill_resume,
     "layer_time": layer_time,
     "step_time": step_time,
+    "loss_curve": loss_curve,
     "layer_memory": layer_memory,
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,

@@ -40,6 +40,9 @@ _STEP = re.compile(r"step-(\d+)")
 # What a resumed run may change. Most of it reaches no number of the training. Learning rate, clipping and what is done
 # about bad steps do: they are the way on after one, as the size of a micro-batch is after one that did not fit.
 MAY_CHANGE = (
+    "base.cache",
+    "base.residency",
+    "base.streamed_blocks",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.memory import host_residency
 from qdora.memory.host_residency import HostResidency, pinned_bytes
 from qdora.model.base_cache import BaseCache
+from qdora.model.export_nf4_lora import export_nf4_lora
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
@@ -69,6 +71,19 @@ def test_gradients_and_logits_are_those_of_a_resident_base(
     tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind)), expected)
 
 
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+@pytest.mark.parametrize("num_streamed", [None, 2])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+)
+def test_layers_without_an_adapter_read_their_own_block_in_the_backward_pass(
+    source: Path, targets: list[str], num_streamed: int | None, kind: str
+) -> None:
+    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source), kind, targets))
+    model, _ = on_host(source, num_streamed)
+    tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind, targets)), expected)
+
+
 def test_several_steps_and_evaluations_in_between(source: Path) -> None:
     models = [tiny_streamed.adapt(tiny_streamed.resident(source)), tiny_streamed.adapt(on_host(source)[0])]
     for _ in range(2):
@@ -92,6 +107,17 @@ def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path) 
     assert len(found) == len(expected) == 35
     for name in reversed(expected):
         assert torch.equal(found[name].dequantized(), expected[name].dequantized()), name
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+def test_the_4_bit_export_writes_each_block_where_it_belongs(tmp_path: Path, kind: str) -> None:
+    whole_blocks = tiny_streamed.write_source(tmp_path / "source", intermediate_size=128)
+    models = {"expected": tiny_streamed.resident(whole_blocks), "found": on_host(whole_blocks)[0]}
+    for name, model in models.items():
+        export_nf4_lora(tiny_streamed.adapt(model, kind).eval(), None, tmp_path / name)
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        expected, found = (load_file(tmp_path / name / file) for name in models)
+        tiny_streamed.assert_equal(found, expected)
 
 
 def test_from_a_cached_base(source: Path, tmp_path: Path) -> None:
@@ -128,13 +154,11 @@ def test_gradients_without_checkpointing_are_refused(source: Path) -> None:
 
 
 def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_residency, "available_memory_bytes", lambda: 1000)
     with pytest.raises(
-        UserError, match=r"base\.residency: host: 5 blocks need 0\.0 GiB .* 0\.0 GiB are free"
+        UserError, match=r"base\.residency: host: 5 blocks need 0\.0 GiB .* 0\.0 GiB are free for this process"
     ) as caught:
-        on_host(source)
+        on_host(source, free_bytes=lambda: 1000)
     assert len(caught.value.faults) == 1
-    monkeypatch.setattr(host_residency, "available_memory_bytes", lambda: None)
     real = torch.empty
 
     def refused(*args: Any, **kwargs: Any) -> Tensor:
@@ -144,7 +168,7 @@ def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(host_residency.torch, "empty", refused)
     with pytest.raises(UserError, match=r"the system does not give them \(CUDA error: out of memory\); allowed: fewer"):
-        on_host(source)
+        on_host(source, free_bytes=lambda: None)
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(0, 0), (1, 1), (4096, 4096), (4097, 8192), (440_000_000, 2**29)])

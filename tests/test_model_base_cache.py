@@ -53,6 +53,10 @@ def same(first: PreTrainedModel, second: PreTrainedModel) -> bool:
     return all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
 
 
+def num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 @pytest.mark.parametrize(
     ("quant", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("nf3", True)]
 )
@@ -205,6 +209,65 @@ def test_too_little_room_is_said_before_a_weight_is_read(
     monkeypatch.setattr(base_cache, "quantize", None)
     with pytest.raises(UserError, match=r"the disk is full: 0\.0 GiB are free, the packed base needs"):
         cached(source, tmp_path / "cache")
+
+
+def test_what_a_killed_write_left_does_not_count(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, cache = cached(source, tmp_path)
+    assert cache.base is not None
+    made = cache.base.directory
+    total = int(1.3 * num_bytes(made))
+    made.rename(tmp_path / f".{made.name}.partial")
+
+    def usage(_: Any) -> Any:
+        used = num_bytes(tmp_path)
+        return shutil._ntuple_diskusage(total, used, total - used)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(base_cache.shutil, "disk_usage", usage)
+    cached(source, tmp_path)
+    assert made.is_dir()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_room_asked_for_is_what_is_taken(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path / "source", CONFIGS["llama-tied-biased"], dtype=dtype)
+    _, cache = cached(model, tmp_path / "one")
+    assert cache.base is not None
+    files = [load_file(file) for file in cache.base.directory.glob("*.safetensors")]
+    taken = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
+    free = [taken - 1, taken]
+    monkeypatch.setattr(
+        base_cache.shutil,
+        "disk_usage",
+        lambda _: shutil._ntuple_diskusage(taken, 0, free[0]),  # type: ignore[attr-defined]
+    )
+    with pytest.raises(UserError, match="the disk is full"):
+        cached(model, tmp_path / "two")
+    free.pop(0)
+    cached(model, tmp_path / "two")
+
+
+@pytest.mark.parametrize("has_lock", [True, False])
+def test_a_base_that_may_only_be_read(
+    source: Path, tmp_path: Path, has_lock: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = cached(source, tmp_path)
+    if not has_lock:
+        for lock in tmp_path.glob(".*.lock"):
+            lock.unlink()
+    real = os.open
+
+    def read_only(path: Any, flags: int, *mode: Any, **options: Any) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *mode, **options)
+
+    monkeypatch.setattr(base_cache.os, "open", read_only)
+    found, _ = cached(source, tmp_path)
+    assert same(found, expected)
+    with pytest.raises(UserError, match=r"base\.cache: .* cannot be written: .*Read-only file system"):
+        cached(source, tmp_path, quant="fp4")
 
 
 def test_place_that_cannot_be_written_to_is_one_line(source: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,14 +27,27 @@ from qdora.data.share import share_of
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.recipe_file import resolved_yaml
-from qdora.train import loop
-from qdora.train.distributed import OtherProcessFailed, Processes, processes_of_launch, seed_of
+from qdora.train import distributed, loop
+from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
 from qdora.verbs import run_writer
 from qdora.verbs.train import train_run
 from tests import launched, tiny_run
 
 PACKED = {"train__batch": 9, "data__packing": True}
 ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def test_processes_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "available_memory_bytes", lambda: 4000)
+    assert free_host_bytes() == 4000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert free_host_bytes() == 1000
+        monkeypatch.setattr(distributed, "available_memory_bytes", lambda: None)
+        assert free_host_bytes() is None
+    finally:
+        dist.destroy_process_group()
 
 
 def recipe(root: Path, **changes: Any) -> Recipe:

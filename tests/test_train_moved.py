@@ -1,7 +1,8 @@
-"""The check of a run's first updates: quiet where everything moves, one line where a matrix does not."""
+"""The check of a run's first updates: quiet where gradients arrive, one line where one does not."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +11,75 @@ import torch
 
 from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
+from qdora.record import RunDirectory
 from qdora.train.moved import MovedCheck
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.verbs import train
 from qdora.verbs.train import train_run
 from tests import tiny_adapted, tiny_run
 
+Rate = Callable[[int], float]
 
-def updates(frozen: str | None, *, num_updates: int, lr: float = 1e-5, first_lr: float = 1e-5) -> MovedCheck:
+
+def told(frozen: str | None, rate: Rate = lambda _: 1e-5, *, num_updates: int = 3, magnitude: float = 1.0) -> list[str]:
+    """What the check says of updates of which one matrix gets no gradient."""
     model = tiny_adapted.adapted("llama", quant="nf4", dtype=torch.float32)
     parameters = adapter_parameters(model)
-    optimizer = AdapterOptimizer(parameters, name="adamw")
+    for name, parameter in parameters.items():
+        if name.endswith("magnitude"):
+            parameter.data.fill_(magnitude)
+    optimizer = AdapterOptimizer(parameters, name="adamw", weight_decay=0.1)
     check = MovedCheck(optimizer)
     generator = torch.Generator().manual_seed(0)
+    found = []
     for step in range(num_updates):
         for name, parameter in parameters.items():
             gradient = torch.randn(parameter.shape, generator=generator)
             parameter.grad = gradient * (0.0 if name == frozen else 1.0)
-        rate = lr if step else first_lr
-        optimizer.step(rate)
-        check.updated(rate)
-    return check
+        optimizer.step(rate(step))
+        found.append(check.updated(rate(step)))
+    return [each for each in found if each is not None]
 
 
-def test_updates_smaller_than_bf16_can_show_count_as_moved() -> None:
-    updates(None, num_updates=5)
+@pytest.mark.parametrize("rate", [1e-5, 1e-8, 1e-12])
+def test_updates_smaller_than_the_parameters_show_are_no_fault(rate: float) -> None:
+    assert told(None, lambda _: rate, num_updates=5, magnitude=100.0) == []
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "magnitude"])
-def test_a_matrix_that_stays_is_named(part: str) -> None:
+def test_a_matrix_without_a_gradient_is_named_once(part: str) -> None:
     name = f"model.layers.1.mlp.up_proj.{part}"
-    with pytest.raises(RunFailure, match=rf"1 of 42 trainable tensors are what they were, e\.g\. {name}"):
-        updates(name, num_updates=3)
+    (said,) = told(name, num_updates=5)
+    assert f"1 of 42 trainable tensors had no gradient, e.g. {name}." in said
+
+
+def test_without_any_gradient() -> None:
+    optimizer = AdapterOptimizer(adapter_parameters(tiny_adapted.adapted("llama", quant="nf4")), name="adamw")
+    check = MovedCheck(optimizer)
+    said = [check.updated(1e-5) for _ in range(3)]
+    assert said[:2] == [None, None]
+    assert "42 of 42" in str(said[2])
 
 
 def test_updates_of_a_rate_of_zero_do_not_count() -> None:
     name = "model.layers.0.mlp.up_proj.lora_B"
-    updates(name, num_updates=3, first_lr=0.0)
-    with pytest.raises(RunFailure):
-        updates(name, num_updates=4, first_lr=0.0)
+
+    def warm(step: int) -> float:
+        return 1e-5 if step else 0.0
+
+    assert told(name, warm, num_updates=3) == []
+    assert len(told(name, warm, num_updates=4)) == 1
+
+
+def test_a_failed_check_leaves_a_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MovedCheck, "updated", lambda _self, _lr: "no gradients.")
+    changes = {"train__steps": 2, "eval__at_start": False, "base__residency": "disk"}
+    recipe = tiny_run.recipe(root, **changes, base__cache=str(tmp_path / "cache"))
+    with pytest.raises(RunFailure, match=r"step 1: no gradients\. Safe on disk: .*step-1"):
+        train_run(recipe, tmp_path / "run")
+    newest = RunDirectory(tmp_path / "run").newest_checkpoint()
+    assert newest is not None
+    assert newest.step == 1
 
 
 def test_a_run_on_disk_is_checked_and_one_on_the_device_is_not(

@@ -46,10 +46,10 @@ def on_disk(source: Path, cache: Path, num_streamed: int | None = None) -> tuple
     return model, residency
 
 
-def adapt(model: PreTrainedModel, kind: Any = "dora") -> PreTrainedModel:
+def adapt(model: PreTrainedModel, kind: Any = "dora", targets: Any = "all-linear") -> PreTrainedModel:
     """Put adapters on, move them off their start, and let blocks be computed again in the backward pass."""
     generator = torch.Generator().manual_seed(1)
-    inject(model, kind=kind, rank=4, dropout=0.1, dtype=torch.float32, generator=generator)
+    inject(model, kind=kind, rank=4, targets=targets, dropout=0.1, dtype=torch.float32, generator=generator)
     tiny.move_all_parameters_(model, scale=0.02)
     recompute_activations(model)
     return model

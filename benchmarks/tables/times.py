@@ -70,10 +70,11 @@ def packing() -> str:
 
 
 def step_time() -> str:
-    """Tokens a second and time of own QDoRA relative to each contender, by checkpointing; the two own ones in pairs."""
+    """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
     document = read("step_time")
-    modes = document["time"]
+    modes, peaks = document["time"], document.get("peaks", {})
     header = ["", *(f"{what}, checkpointing {mode}" for mode in modes for what in _STEP_COLUMNS)]
+    header += [f"peak GiB, checkpointing {mode}" for mode in peaks]
     rows = []
     names = next(iter(modes.values()))["tokens_per_second"]
     for name in ("own_dora", *(name for name in names if name != "own_dora")):
@@ -82,6 +83,7 @@ def step_time() -> str:
             times = found["ratios"].get(f"own_dora / {name}")
             row.append(f"{found['tokens_per_second'][name]['median']:.0f}")
             row.append(_quartiles(times) if times else "1")
+        row += [f"{found[name]['peak_bytes'] / 2**30:.2f}" for found in peaks.values()]
         rows.append(row)
     pairs = "; ".join(
         f"checkpointing {mode}, {batch} examples ({sum(found['tokens']) / len(found['tokens']):,.0f} tokens) a step: "

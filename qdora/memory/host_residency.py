@@ -114,6 +114,7 @@ class HostResidency:
     Args:
         num_streamed: How many blocks take turns, spread evenly among those on the device; None for all.
         num_slots: Blocks that are on the device at a time.
+        free_bytes: Host memory that this process may take, asked for before any is taken; None where it is not known.
         copies: Makes the copies from the device and the slots; by default `CudaCopies`.
     Attributes:
         ring: Of the loaded model.
@@ -125,12 +126,14 @@ class HostResidency:
         num_streamed: int | None = None,
         *,
         num_slots: int = 2,
+        free_bytes: Callable[[], int | None] = available_memory_bytes,
         copies: Callable[[torch.device, Sequence[Tensor]], Copies] = CudaCopies,
     ) -> None:
         self.num_streamed, self.num_slots = num_streamed, num_slots
         self.ring: Ring | None = None
         self.sample: tuple[Tensor, Tensor] | None = None
         self._make_copies = copies
+        self._free_bytes = free_bytes
         self._turn_of: dict[FrozenLinear, int] = {}
 
     @torch.no_grad()
@@ -153,7 +156,7 @@ class HostResidency:
         """
         turns = Turns(model, self.num_streamed)
         pieces = _pieces(stored, layers, wanted, turns)
-        _pin(pieces, device)
+        _pin(pieces, device, self._free_bytes())
         wide = wide_names(model, compute_dtype)
         for done, (name, read) in enumerate(iterate_tensors(stored), start=1):
             path, _, leaf = name.rpartition(".")
@@ -236,7 +239,7 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
     return pieces
 
 
-def _pin(pieces: Iterable[Piece], device: torch.device) -> None:
+def _pin(pieces: Iterable[Piece], device: torch.device, free: int | None) -> None:
     """Give every block its piece of host memory.
 
     Raises:
@@ -244,11 +247,11 @@ def _pin(pieces: Iterable[Piece], device: torch.device) -> None:
     """
     pieces = list(pieces)
     pinned = device.type == "cuda"
-    needed, free = sum(map(pinned_bytes, (piece.num_bytes for piece in pieces))), available_memory_bytes()
+    needed = sum(map(pinned_bytes, (piece.num_bytes for piece in pieces)))
     short = f"base.residency: host: {len(pieces)} blocks need {needed / 2**30:.1f} GiB of pinned host memory, "
     way = "; allowed: fewer base.streamed_blocks, or more memory."
     if free is not None and free < needed:
-        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free{way}")
+        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{way}")
     for piece in pieces:
         try:
             piece.host = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=pinned)

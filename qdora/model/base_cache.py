@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,10 @@ class BaseCache:
         """
         key = cache_key(source, model, self.wanted)
         directory = self.root / key[:20]
-        with _locked(self.root, directory.name):
+        with _locked(self.root, directory.name) as refusal:
             base = self._opened(directory, key)
+            if base is None and refusal is not None:
+                raise _unwritable(self.root, refusal) from refusal
             if base is None:
                 self._write(directory, key, source, model)
                 base = StoredBase(directory)
@@ -170,8 +172,8 @@ def write_base(
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(directory.parent, stored, layers, wanted)
         with atomic_directory(directory) as partial:
+            _check_room(partial, stored, layers, wanted)  # here: what a killed write had left is gone
             record = _write_files(partial, stored, layers, wanted, device, progress)
             known = {"format": FORMAT, "key": key, "source": source, "settings": asdict(wanted)}
             (partial / RECORD_FILE).write_text(json_text({**known, **record}, indent=1) + "\n", encoding="utf-8")
@@ -224,35 +226,50 @@ def _write_files(
 
 
 def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wanted: Quantization) -> None:
-    """Raise UserError where the disk has less room than the packed weights and 16 bits for the others take."""
+    """Raise UserError where the disk has less room than the packed weights and the others as they are take."""
     needed = 0
     for name, item in stored.items():
         if name.removesuffix(".weight") in layers and name.endswith(".weight"):
             shape = (item.shape[0], item.shape[1])
             needed += empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta").num_bytes
         else:
-            needed += torch.Size(item.shape).numel() * (1 if isinstance(item, StoredPacked) else 2)
+            needed += torch.Size(item.shape).numel() * (1 if isinstance(item, StoredPacked) else item.itemsize)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"base.cache: {folder}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
+            f"base.cache: {folder.parent}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
             f"{needed / 2**30:.1f} GiB; allowed: a directory on another disk, or null where the base is not on disk."
         )
 
 
 @contextmanager
-def _locked(root: Path, name: str) -> Iterator[None]:
-    """One process at a time: of several that start together one writes, and the others read what it wrote."""
+def _locked(root: Path, name: str) -> Iterator[OSError | None]:
+    """One process at a time: of several that start together one writes, and the others read what it wrote.
+
+    Yields:
+        Why nothing can be written here, or None. A base that is there can be read all the same, by many at a time.
+    """
+    path = root / f".{name}.lock"
+    descriptor: int | None = None
+    refusal: OSError | None = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"base.cache: {root}: cannot be written: {disk_reason(error)}.") from error
+        refusal = error
+        with suppress(OSError):  # a copy may lack the lock
+            descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        if descriptor is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if refusal is None else fcntl.LOCK_SH)
+        yield refusal
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _unwritable(root: Path, error: OSError) -> UserError:
+    return UserError(f"base.cache: {root}: cannot be written: {disk_reason(error)}.")
 
 
 def _num_bytes(tensor: Tensor) -> int:

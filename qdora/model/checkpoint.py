@@ -33,13 +33,14 @@ _MOST_FAULTS = 10
 class StoredTensor:
     """One dense tensor of a checkpoint, not read yet.
 
-    `shape` is the shape that `read` returns; `read` returns a tensor on the CPU, which may be a read-only view of a
-    mapped file: copy it before it is written to or kept.
+    `shape` is the shape that `read` returns, `itemsize` the bytes of an element; `read` returns a tensor on the CPU,
+    which may be a read-only view of a mapped file: copy it before it is written to or kept.
     """
 
     key: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    itemsize: int = 4
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,9 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
                 for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
                     if key in stored:
                         faults.append(f"{file}: tensor '{key}' is in two shards.")
-                    shape = tuple(int(size) for size in shard.get_slice(key).get_shape())
-                    stored[key] = StoredTensor(key, shape, _reader(file, key))
+                    piece = shard.get_slice(key)
+                    shape = tuple(int(size) for size in piece.get_shape())
+                    stored[key] = StoredTensor(key, shape, _reader(file, key), _itemsize(piece.get_dtype()))
         except (SafetensorError, OSError) as error:
             faults.append(f"{file}: cannot be read: {error}. It may be cut short: download or copy it again.")
     if faults:
@@ -133,6 +135,12 @@ def _reader(file: Path, key: str) -> Callable[[], Tensor]:
             return tensor
 
     return read
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of an element of a dtype by its name in a header, such as BF16, F8_E4M3 or BOOL."""
+    bits = re.search(r"\d+", dtype)
+    return 1 if bits is None else max(1, int(bits.group()) // 8)
 
 
 def iterate_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | PackedWeight]]:

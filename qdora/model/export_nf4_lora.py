@@ -43,7 +43,7 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops import blockwise, codebooks
 from qdora.ops.bnb_state import to_bnb_state
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
-from qdora.ops.packed import block_scales
+from qdora.ops.packed import PackedWeight, block_scales
 
 ADAPTER_DIRECTORY = "adapter"
 FOUR_BIT_KINDS = ("nf4", "fp4")
@@ -103,13 +103,24 @@ class _Folding:
             return {"weight": Source(shaped, lambda: self._scaled(base.dequantized(torch.float32), adapted))}
         unnested = replace(packed, absmax=torch.empty(packed.absmax.shape, device="meta"), nested=None)
         state = to_bnb_state(unnested, self.dtype)
+        shape = state["weight"].shape
+
+        # Asked for again when it is written: by then, the tensors of a block that comes and goes hold another one.
+        def again() -> PackedWeight:
+            weight = base.packed_weight
+            assert weight is not None
+            return weight
+
+        def codes() -> Tensor:
+            return again().packed.view(shape)
 
         def scales() -> Tensor:
-            scales = block_scales(packed)
+            scales = block_scales(again())
             return scales if adapted is None else self._scaled_blocks(scales, adapted)
 
+        makers = {"weight": codes, "weight.absmax": scales}
         return {
-            name: Source(tensor.to("meta"), scales if name == "weight.absmax" else _given(tensor), dtype=tensor.dtype)
+            name: Source(tensor.to("meta"), makers.get(name) or _given(tensor), dtype=tensor.dtype)
             for name, tensor in state.items()
         }
 

@@ -62,6 +62,9 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
+        # Nothing is kept of it. But asking for what was saved is what makes a checkpoint compute its block again, and a
+        # weight that comes and goes is read where it was only after that.
+        ctx.save_for_backward(x.new_empty(0))
         out = product(x, weight)
         return out if bias is None else out.add_(bias.to(out.dtype))
 
@@ -70,6 +73,7 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
+        _ = ctx.saved_tensors
         return transposed_product(grads[0], ctx.weight), None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,12 @@ def _lines(axes: Axes, rows: Rows, x: str, measure: str, arm_axis: str, names: S
         part = [row for row in rows if row[arm_axis] == name and is_number(row.get(measure))]
         part = sorted(part, key=lambda row: float(row[x]))
         color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
-        axes.plot([r[x] for r in part], [r[measure] for r in part], marker=marker, ms=4, color=color, label=name)
+        points: list[tuple[float, float]] = []
+        for row in part:
+            if points and points[-1][0] == row[x]:  # two bases at one place: no line leads from one to the other
+                points.append((row[x], math.nan))
+            points.append((row[x], row[measure]))
+        axes.plot(*zip(*points, strict=True) if points else ([], []), marker=marker, ms=4, color=color, label=name)
         ends = np.array([[r[x], r[f"{measure}_lower"], r[f"{measure}_upper"]] for r in part], dtype=float)
         if len(ends):  # an end that is not known leaves a gap
             axes.fill_between(ends[:, 0], ends[:, 1], ends[:, 2], color=color, alpha=0.15, lw=0)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qdora.doctor import available_memory_bytes
 from qdora.errors import RunFailure, UserError
 
 T = TypeVar("T")
@@ -168,6 +169,20 @@ def processes_of_launch() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def free_host_bytes() -> int | None:
+    """This process's share of the host memory that is free; None where the system does not say.
+
+    To be called by all processes of a launch together: none goes on, and takes memory, before all have asked.
+    """
+    free = available_memory_bytes()
+    if not dist.is_initialized():
+        return free
+    size = dist.get_world_size()
+    told = Processes(dist.get_rank(), size).gather(free)
+    known = [each for each in told if each is not None]
+    return min(known) // int(os.environ.get("LOCAL_WORLD_SIZE", size)) if known else None
 
 
 def seed_of(seed: int, rank: int, step: int = 0) -> int:

@@ -93,7 +93,7 @@ class Hooks:
         probe: Measures the interference after `step` steps and writes it; training goes on as if it had not.
         begin_step: Prepares the model for the step that follows `step` steps, at every attempt at its gradient.
         end_step: Takes `step` and whether its update was made, and gives more numbers of the step.
-        updated: Told the learning rate of every update, after it.
+        updated: Told the learning rate of every update, after it; returns what is wrong with it, or None.
     """
 
     write_metrics: Callable[[Metrics], None]
@@ -103,7 +103,7 @@ class Hooks:
     probe: Callable[[int], None] | None = None
     begin_step: Callable[[int], None] | None = None
     end_step: Callable[[int, bool], Metrics] | None = None
-    updated: Callable[[float], None] | None = None
+    updated: Callable[[float], str | None] | None = None
 
 
 def fit(
@@ -132,7 +132,8 @@ def fit(
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
         RunFailure: If a step cannot be computed (one example alone is too much for the memory), or is bad and not
-            skipped; a checkpoint of the state before that step has been written.
+            skipped; a checkpoint of the state before that step has been written. Or if `hooks.updated` finds fault with
+            an update; a checkpoint of the state after it has been written.
     """
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps()
     model.train()
@@ -155,9 +156,10 @@ def fit(
             if settings.clip is not None and metrics["gradient_norm"] > settings.clip:
                 optimizer.scale_gradients_(settings.clip / metrics["gradient_norm"])
             optimizer.step(lr)
-            if hooks.updated is not None:
-                hooks.updated(lr)
             bad_steps.applied(metrics["loss"])
+            wrong = None if hooks.updated is None else hooks.updated(lr)
+            if wrong is not None:
+                raise RunFailure(f"step {done}: {wrong}", safe=[hooks.save(done)])
         elif found.fault is not None or not bad_steps.skip():
             _go_back(optimizer, loader, before)
             raise _failed_step(found, reason, step, hooks, bad_steps)

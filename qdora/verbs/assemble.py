@@ -31,6 +31,7 @@ from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Placer, Quantization, load_model
 from qdora.model.source import ModelSource, public_name, resolve
 from qdora.model.tokenizer import load_tokenizer
+from qdora.train.distributed import free_host_bytes
 
 logger = logging.getLogger("qdora")
 
@@ -119,7 +120,7 @@ def _away(recipe: Recipe, compute: Compute, cache: BaseCache | None) -> Placer:
     if base.residency == "host":
         if here != "cuda":
             raise UserError(NO_GPU)
-        return HostResidency(base.streamed_blocks)
+        return HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
     assert cache is not None
     return DiskResidency(cache, base.streamed_blocks)
 

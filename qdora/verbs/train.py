@@ -59,6 +59,7 @@ from qdora.verbs.objective import make_objective, weigh_by_progress
 from qdora.verbs.plan_budget import apply_micro_batch_, within_budget
 from qdora.verbs.plan_workload import workload_of_data
 from qdora.verbs.pruned_base import SharedBases, base_of_run, calibration_tokens
+from qdora.verbs.residency import keep_residency
 from qdora.verbs.run_writer import RunWriter
 from qdora.verbs.selection import adapter_record, best_in_words, best_so_far, selection_value
 from qdora.verbs.show import default_console, keep_mix, log_to, show_mix
@@ -128,6 +129,7 @@ def _train(
     open_ = resume_run if resume else create_run
     processes.first(lambda: open_(directory, resolved_yaml(given), _environment(processes)))
     run = RunDirectory(directory)
+    processes.first(lambda: keep_residency(run, given, recipe))
     with log_to(run) if processes.is_first else nullcontext():
         show_mix(console, plan)
         processes.first(lambda: keep_mix(run, plan))

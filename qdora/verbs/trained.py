@@ -18,6 +18,7 @@ from qdora.record import RunDirectory, open_run
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 from qdora.verbs.assemble import Compute, choose_compute, find_model, load_base, put_adapters
 from qdora.verbs.pruned_base import FOLDER, load_pruned_base
+from qdora.verbs.residency import residency_here
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def load_run(
         step: Load this checkpoint; None takes the finished adapter, or the newest checkpoint of an unfinished run.
         base_only: Leave the adapter out.
         original: Put the adapter on the source's own weights, dense in the dtype that its config names.
-        widened: Compute in float32 whatever the recipe says, with an attention that takes it.
+        widened: Compute in float32 whatever the recipe says, with an attention that takes it, and on a GPU with the
+            whole base there: graphs over graphs read any block at any time.
     Raises:
         UserError: No run, no such checkpoint, nothing trained yet.
     """
@@ -58,10 +60,12 @@ def load_run(
         recipe = recipe.model_copy(update={"base": dense})
         dtype = load_config(source).dtype
         compute = Compute(compute.device, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    here = residency_here(run, recipe.base, compute.device, differentiated=widened)
+    loaded = recipe.model_copy(update={"base": here})
     if recipe.base.prune is None:
-        model = load_base(recipe, source, compute)
+        model = load_base(loaded, source, compute)
     else:
-        model = load_pruned_base(recipe, source, compute, run.inside(FOLDER))
+        model = load_pruned_base(loaded, source, compute, run.inside(FOLDER))
     if base_only or recipe.adapter.kind == "none":
         state = "base"
     elif recipe.adapter.kind == "full":
