@@ -126,6 +126,16 @@ def test_an_export_looks_at_the_scalings_of_its_run(tmp_path: Path) -> None:
     export_run(tmp_path / "run", tmp_path / "out", ExportOptions(target="llama.cpp", format_="peft", audit=False))
 
 
+def test_a_run_without_an_adapter_has_no_scalings(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"base__quant": "none", "train__optimizer": ..., "eval__limit": ...}
+    asked |= {f"adapter__{name}": ... for name in ("rank", "alpha", "dropout")} | {"adapter__kind": "full"}
+    changes = {"train__steps": 1, "eval__at_start": False, "eval__at_end": False}
+    train_run(tiny_run.recipe(tmp_path, **asked, **changes), tmp_path / "run")
+    options = ExportOptions(target="transformers", format_="peft", audit=False)
+    with pytest.raises(UserError, match=r"the run has no adapter \(adapter\.kind full\)"):
+        export_run(tmp_path / "run", tmp_path / "out", options)
+
+
 def test_an_unknown_program() -> None:
     with pytest.raises(UserError, match=r"--for: 'vlm', allowed: transformers, vllm, .*Did you mean 'vllm'\?"):
         check_options(ExportOptions(target="vlm"))

@@ -108,7 +108,7 @@ def _check_target(run: RunDirectory, options: ExportOptions) -> None:
     assert options.target is not None
     recipe = load_recipe(run.recipe_file)
     check_target(options.target, options.form, recipe)
-    if options.form == "peft":
+    if options.form == "peft" and recipe.adapter.kind == "lora":
         where, _ = trained_state(run, recipe, options.step)
         check_scalings(options.target, describe_adapter(where if where == run.adapter else where / "adapter"))
 
