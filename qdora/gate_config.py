@@ -48,7 +48,12 @@ class GateConfig(Section):
     def phases(self, num_steps: int) -> tuple[int, int]:
         """Steps of warm-up and of the anneal in a run of `num_steps`."""
         steps = [each if isinstance(each, int) else round(each * num_steps) for each in (self.warmup, self.anneal)]
-        return steps[0], max(1, steps[1])
+        warmup, anneal = steps
+        if isinstance(self.warmup, float) and isinstance(self.anneal, float):
+            # Each is rounded by itself: halves of an odd number would be a step too long
+            warmup = min(warmup, num_steps - 1)
+            anneal = min(anneal, num_steps - warmup)
+        return warmup, max(1, anneal)
 
     def length_fault(self, num_steps: int) -> str | None:
         """Why the anneal does not end within the run, or None."""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
@@ -224,12 +226,12 @@ def test_8_bit_states_are_cut_to_within_their_quantisation() -> None:
         parameter.grad = torch.randn(12, 1000, generator=torch.Generator().manual_seed(seed))
         optimizer.step(1e-3)
     (group,) = optimizer._groups
-    before = widened_state(group.inner.state[parameter])
+    before = widened_state(group.inner.state[parameter], torch.device("cpu"))
     assert group.inner.state[parameter]["state1"].dtype == torch.uint8
     kept = torch.tensor([0, 3, 4, 7, 11])
     parameter.data = parameter.data[kept]
     optimizer.cut_(key, kept, 0)
-    after = widened_state(group.inner.state[parameter])
+    after = widened_state(group.inner.state[parameter], torch.device("cpu"))
     assert after["step"] == before["step"] == 3
     assert {name for name in after if name in MOMENTS} == {"state1", "state2"}
     for name in ("state1", "state2"):
@@ -241,7 +243,7 @@ def test_8_bit_states_are_cut_to_within_their_quantisation() -> None:
     kept = torch.tensor([1, 2])  # below 4,096 elements: 32 bits, from 8
     parameter.data = parameter.data[kept]
     optimizer.cut_(key, kept, 0)
-    small = widened_state(group.inner.state[parameter])
+    small = widened_state(group.inner.state[parameter], torch.device("cpu"))
     assert group.inner.state[parameter]["state1"].dtype == torch.float32
     assert torch.equal(small["state1"], after["state1"][kept])
 
@@ -302,6 +304,43 @@ def test_a_gate_that_the_loss_does_not_need_goes_first() -> None:
             step(model, gates, optimizer, number)
         if mode == "l1":
             assert all(gates.died[path][3] is not None for path in layers)
+
+
+@pytest.mark.parametrize("mode", ["l1", "hard_concrete"])
+@pytest.mark.parametrize("num_applied", [0, 9])
+def test_a_last_step_that_is_left_out_ends_the_anneal_all_the_same(mode: str, num_applied: int) -> None:
+    model, gates, optimizer = pieces(mode=mode, anneal=9)
+    for number in range(9):
+        if number < num_applied:
+            step(model, gates, optimizer, number)
+        else:
+            gates.begin(number)
+            gates.end(number, False, optimizer, Processes())
+    before = optimizer.state_tensors()
+    gates.begin(9)
+    found = gates.end(9, False, optimizer, Processes())
+    layers = adapted_layers(model).values()
+    assert gates.is_over
+    assert all(layer.gate is None for layer in layers), "what is left is an ordinary adapter"
+    assert sum(layer.rank for layer in layers) == 3 * NUM_LAYERS
+    assert min(layer.rank for layer in layers) >= 1
+    assert found["gates"]["mean_rank"] == 3
+    assert np.isfinite(loss_of(model))
+    assert before.keys() == optimizer.state_tensors().keys()
+
+
+@settings(deadline=None)
+@given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_min=True), st.integers(1, 5000))
+def test_shares_that_fit_into_a_run_fit_in_steps(warmup: float, share: float, num_steps: int) -> None:
+    """Also where both are rounded up, as halves of 1,003 steps are."""
+    for first, second in ((warmup, share * (1 - warmup)), (0.5, 0.5)):
+        if 0 < second < 1 and first + second <= 1:
+            asked = GateConfig(mean_rank=2, warmup=first, anneal=second)
+            assert asked.length_fault(num_steps) is None
+            steps = asked.phases(num_steps)
+            assert steps[1] >= 1
+            for phase, exact in zip(steps, (first * num_steps, second * num_steps), strict=True):
+                assert abs(phase - exact) <= 1.5
 
 
 def test_full_budget_faults() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.errors import RunFailure, UserError
@@ -123,6 +125,33 @@ def test_a_wrong_file_is_refused(
     with pytest.raises(RunFailure, match=message):
         export_run(run, tmp_path / "out", asked(type_))
     assert not json.loads((tmp_path / "out/export.json").read_text())["verification"]["passed"]
+
+
+def test_a_layout_that_is_not_known_is_said(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("qdora.model.verify_gguf.knows_layout", lambda header: False)
+    monkeypatch.setenv("FAKE_FAULT", "permute")
+    console = Console(file=io.StringIO(), width=1000)
+    check = export_run(run, tmp_path / "out", asked("q8_0"), console=console)["verification"]
+    assert check["passed"], check["faults"]
+    assert check["tensors"]["num_unchecked"] == 4
+    assert check["tensors"]["q8_0_error"] <= 1
+    assert "layout unknown, not checked: 4 tensors that differ" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Layout unknown: its logits are those before the file's own rounding" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("disk"), KeyboardInterrupt()])
+def test_a_file_that_could_not_be_compared_is_not_left(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fails(*args: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("qdora.verbs.export_gguf.verify_gguf", fails)
+    with pytest.raises(RunFailure if isinstance(error, OSError) else type(error)):
+        export_run(run, tmp_path / "out", asked())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_converter_that_refuses_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qdora.errors import UserError
+from qdora.model.adapter_file import AdapterDescription
+from qdora.model.peft_config import AdapterLayout
+from qdora.verbs.export import export_run
 from qdora.verbs.export_options import ExportOptions, check_options
-from qdora.verbs.export_targets import TARGETS, check_target
+from qdora.verbs.export_targets import TARGETS, check_scalings, check_target
+from qdora.verbs.train import train_run
 from tests import tiny_run
 
 SERVERS = [name for name in TARGETS if name != "transformers"]
@@ -60,6 +67,63 @@ def test_four_bits_only_where_there_are_four_bits(tmp_path: Path) -> None:
 def test_other_forms(tmp_path: Path, name: str, form: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_target(name, form, tiny_run.recipe(tmp_path))
+
+
+def described(scaling: Callable[[int], float], *, rank_stabilized: bool = False) -> AdapterDescription:
+    """Most layers have rank 8, two have 4 and 2; their alphas are those of the scaling that a rank shall have."""
+    ranks = {"up": 8, "down": 8, "gate": 8, "q": 4, "k": 2}
+    root = math.sqrt if rank_stabilized else float
+    alphas = {path: scaling(rank) * root(rank) for path, rank in ranks.items()}
+    layout = AdapterLayout(
+        kind="lora",
+        rank=8,
+        alpha=alphas["up"],
+        rank_stabilized=rank_stabilized,
+        rank_pattern={path: rank for path, rank in ranks.items() if rank != 8},
+        alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != alphas["up"]},
+    )
+    return AdapterDescription(layout, None, None, {path: scaling(rank) for path, rank in ranks.items()})
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "scaling, rank_stabilized, right",
+    [
+        # One scaling for all: what alpha / rank of the settings gives without a look at the patterns
+        (lambda rank: 2.0, False, {"transformers", "vllm", "sglang"}),
+        (lambda rank: 2.0, True, {"transformers", "vllm"}),
+        # One alpha for all: what is left to each layer is its own rank
+        (lambda rank: 16.0 / rank, False, {"transformers", "llama.cpp", "ollama", "tensorrt-llm"}),
+        (lambda rank: 16.0 / math.sqrt(rank), True, {"transformers", "tensorrt-llm"}),
+        (lambda rank: float(rank), False, {"transformers"}),
+    ],
+)
+def test_scalings_that_a_program_would_not_see(
+    name: str, scaling: Callable[[int], float], rank_stabilized: bool, right: set[str]
+) -> None:
+    adapter = described(scaling, rank_stabilized=rank_stabilized)
+    if name in right:
+        check_scalings(name, adapter)
+        return
+    with pytest.raises(UserError, match=rf"--for {name}: .* of 5 layers wrongly: ") as raised:
+        check_scalings(name, adapter)
+    assert "--format peft" not in str(raised.value)
+    best = ExportOptions(target=name)
+    check_options(best)
+    assert f"use --format {best.format}" in str(raised.value)
+
+
+def test_an_export_looks_at_the_scalings_of_its_run(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"adapter__kind": "lora", "adapter__rank_pattern": {"q_proj": 2}}
+    changes: dict[str, Any] = {"train__steps": 1, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    train_run(tiny_run.recipe(tmp_path, **asked, **changes), tmp_path / "run")
+    options = ExportOptions(target="vllm", format_="peft", audit=False)
+    with pytest.raises(
+        UserError, match=r"vLLM has one alpha for all layers, .* 2 of 14 .*q_proj by 2, trained with 4;"
+    ):
+        export_run(tmp_path / "run", tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+    export_run(tmp_path / "run", tmp_path / "out", ExportOptions(target="llama.cpp", format_="peft", audit=False))
 
 
 def test_an_unknown_program() -> None:

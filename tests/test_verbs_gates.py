@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
 from qdora.recipe_file import load_recipe
+from qdora.record import RunDirectory
 from qdora.verbs.export import ExportOptions, export_run
+from qdora.verbs.gate_ranks import ranks_of_gates
 from qdora.verbs.plan import plan_run
 from qdora.verbs.plan_memory import plan
 from qdora.verbs.rank import RankSettings, rank_run
@@ -99,13 +101,25 @@ def test_ranks_as_a_recipe_that_trains_and_a_map(run: Path, root: Path, tmp_path
     assert half["num_parameters"] == document["num_parameters"], "after the anneal nothing changes"
 
 
+def test_layers_of_different_scalings_are_no_recipe(run: Path, root: Path) -> None:
+    """A recipe has one alpha: a layer that has shrunk from rank 4 to 2 would be retrained with twice its scaling."""
+    pattern: dict[str, Any] = {"adapter__gates": GATES, "adapter__rank": 6, "adapter__rank_pattern": {"q_proj": 4}}
+    with pytest.raises(UserError, match="rank_pattern without same_scaling: a recipe cannot say with which scaling"):
+        ranks_of_gates(RunDirectory(run), tiny_run.recipe(root, **pattern), None, quiet())
+    same = tiny_run.recipe(root, **pattern, adapter__same_scaling=True)
+    fragment = ranks_of_gates(RunDirectory(run), same, None, quiet())["fragment"]["adapter"]
+    assert fragment["same_scaling"]
+
+
 def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(run: Path, root: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha")}
     changes |= {"adapter__resume_from": str(run / "adapter"), "eval__at_start": False, "eval__at_end": False}
     changes |= {"eval__limit": ...}
     recipe = tiny_run.recipe(root, **changes, adapter__gates={**GATES, "mean_rank": 1.5})
-    train_run(recipe, tmp_path / "next", console=quiet())
+    summary = train_run(recipe, tmp_path / "next", console=quiet())
     layers = adapted_layers(load_run(tmp_path / "next").model).values()
+    left = sum(layer.rank * (layer.in_features + layer.out_features) + layer.out_features for layer in layers)
+    assert summary["num_trainable"] == left, "of the adapter that has been saved"
     assert sum(layer.rank for layer in layers) == 1.5 * len(layers)
     assert [layer.scaling for layer in layers] == pytest.approx([8.0 / 6] * len(layers), rel=1e-12)
     with pytest.raises(UserError, match=r"adapter\.gates\.mean_rank: got 2, allowed: at least 1 .* less than 2 "):

@@ -30,6 +30,17 @@ _ROTARY_FACTORS = "rope_freqs.weight"
 # Gemma 2 and 3 in 27B scale their attention by another width than the head's. No GGUF file says so: llama.cpp knows it
 # from the number of layers, transformers does not.
 _SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
+# Architectures whose tensors llama.cpp's converter changes as it does those of another, which transformers reads.
+_LAID_OUT_AS = {
+    "arcee": "llama",
+    "gemma": "gemma2",
+    "granite": "llama",
+    "mistral3": "llama",
+    "olmo": "llama",
+    "smollm3": "llama",
+}
+# Which it leaves as they are.
+_UNCHANGED = ("cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "starcoder2")
 _ROWS_AT_ONCE = 4096
 
 Values = np.ndarray[Any, np.dtype[Any]]
@@ -85,6 +96,11 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
         UserError: An architecture or a tensor that has no counterpart in transformers.
     """
     header = read_header(path)
+    if (header.architecture, int(model.config.num_hidden_layers)) in _SCALE_NOT_STORED:
+        raise UserError(
+            f"model.source: {header.path}: the attention scale of this {header.architecture} is not in GGUF files. "
+            "Use the safetensors checkpoint of the model."
+        )
     processor = layout_processor(header, model)
     names = model_names(header, model, processor)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -113,7 +129,13 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
 
 def layout_processor(header: GgufHeader, model: PreTrainedModel) -> TensorProcessor:
     """What puts the tensors of an architecture into transformers' layout."""
-    return TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
+    architecture = _LAID_OUT_AS.get(header.architecture, header.architecture)
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+
+
+def knows_layout(header: GgufHeader) -> bool:
+    """Whether `layout_processor` is known to undo all that llama.cpp's converter does to this architecture."""
+    return header.architecture in {*TENSOR_PROCESSORS, *_LAID_OUT_AS, *_UNCHANGED}
 
 
 def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
@@ -130,11 +152,6 @@ def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorPro
         raise UserError(
             f"model.source: {header.path}: the installed package gguf does not know {header.architecture!r}. "
             "Upgrade it: pip install -U gguf"
-        )
-    if (header.architecture, num_layers) in _SCALE_NOT_STORED:
-        raise UserError(
-            f"model.source: {header.path}: the attention scale of this {header.architecture} is not in GGUF files. "
-            "Use the safetensors checkpoint of the model."
         )
     table = gguf.get_tensor_name_map(architecture, num_layers)
     names: dict[str, str] = {}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
 from qdora.model.checkpoint import open_safetensors, rename_to_model, shorten, tied_weights
-from qdora.model.gguf import layout_processor, model_names
+from qdora.model.gguf import knows_layout, layout_processor, model_names
 from qdora.model.gguf_header import read_header
 from qdora.model.load import load_config, skeleton
 from qdora.model.logit_comparison import compare_logits, larger, token_sequences, verdict
@@ -35,6 +35,7 @@ _NOT_IN_CHECKPOINTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_fa
 """Computed by the converter from the config."""
 _LOSSY = 0.3
 """Most ||error|| / ||weight|| of types below 8 bits: they have 0.02 to 0.1; a tensor in another's place has 1.4."""
+_EMBEDDING = "token_embd.weight"
 _Q8_BYTES = 34  # a block of 32: its step in float16, then 32 signed bytes
 
 
@@ -50,6 +51,8 @@ class TensorCheck:
         lossy_error: Largest ||error|| / ||weight|| of a tensor in fewer bits.
         worst: Name of the tensor with the largest error of all, each in units of what is allowed.
         faults: What is wrong.
+        layout_known: Whether it is known how llama.cpp lays out this architecture.
+        unchecked: Tensors that differ where it is not: as they are laid out otherwise, or as they are wrong.
     """
 
     types: Counter[str] = field(default_factory=Counter)
@@ -58,21 +61,34 @@ class TensorCheck:
     lossy_error: float = 0.0
     worst: str = ""
     faults: list[str] = field(default_factory=list)
+    layout_known: bool = True
+    unchecked: list[str] = field(default_factory=list)
     _largest: float = 0.0
 
-    def note(self, name: str, type_: str, error: float) -> None:
-        """Count a tensor; `error` is in units of what is allowed, so above 1 is a fault."""
+    def note(self, name: str, type_: str, error: float, measure: str, value: float) -> None:
+        """Count a tensor; `error` is in units of what is allowed, so above 1 is a fault. `value` is for `measure`."""
         self.types[type_] += 1
+        if not error <= 1.0:
+            self.fault(name, f"tensor {name} ({type_}) is {error:.3g} times as far off as its rounding allows")
+            if not self.layout_known:
+                return
+        setattr(self, measure, larger(getattr(self, measure), value))
         if not error <= self._largest:  # not >: NaN counts
             self._largest, self.worst = error, name
-        if not error <= 1.0:
-            self.faults.append(f"tensor {name} ({type_}) is {error:.3g} times as far off as its rounding allows")
+
+    def fault(self, name: str, words: str) -> None:
+        """A tensor is wrong, unless it may be laid out in a way that is not known."""
+        if self.layout_known:
+            self.faults.append(words)
+        else:
+            self.unchecked.append(name)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the faults."""
         found = asdict(self)
-        del found["_largest"], found["faults"]
-        return found | {"types": dict(self.types), "num_tensors": self.types.total()}
+        del found["_largest"], found["faults"], found["unchecked"]
+        counts = {"num_tensors": self.types.total(), "num_unchecked": len(self.unchecked)}
+        return found | {"types": dict(self.types), **counts}
 
 
 def verify_gguf(
@@ -89,7 +105,8 @@ def verify_gguf(
     Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, and its
     vocabulary, end token and chat template are the tokenizer's. For a lossy file the logits are those of transformers'
     model with the file's values, and have no tolerance: the figures say how far they are. Where that model has no room
-    in float32, they are the checkpoint's, and a warning says so.
+    in float32, or llama.cpp's layout of it is not known, they are the checkpoint's, and a warning says so. Tensors that
+    differ in a layout that is not known are no fault: they are counted as not checked.
 
     Args:
         model: The running model with its adapters.
@@ -109,10 +126,12 @@ def verify_gguf(
     reader = gguf.GGUFReader(str(file))
     device = next(model.parameters()).device
     target = None
-    if lossy and fits_in_float32(merged, device):
+    known = knows_layout(read_header(file))
+    if lossy and known and fits_in_float32(merged, device):
         target = load_plainly(merged, model)[0]
     elif lossy:
-        log.warning("The model has no room here in float32: its logits are those before the file's own rounding.")
+        why = "The model has no room here in float32" if known else "Layout unknown"
+        log.warning("%s: its logits are those before the file's own rounding.", why)
     tensors = check_tensors(reader, file, merged, into=target)
     faults = [*check["faults"], *shorten(tensors.faults), *vocabulary_faults(reader, tokenizer)]
     if target is not None:
@@ -127,7 +146,8 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
 
     A tensor in 16 or 32 bits must be equal (in a layout that adds 1, within a rounding of the sum); a q8_0 weight must
     be within half a step of its block, with the rounding of the step itself to float16; other types within 0.3 of the
-    norm. One tensor is in memory at a time, in float32 and a few copies.
+    norm. One tensor is in memory at a time, in float32 and a few copies. An embedding may lack the rows for which the
+    file has no word: the converter leaves them out of Gemma 3.
 
     Args:
         reader: `gguf.GGUFReader` of the file.
@@ -143,7 +163,9 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
     processor = layout_processor(header, model)
     names = model_names(header, model, processor)
     parameters = {} if into is None else dict(into.named_parameters(remove_duplicate=False))
-    found = TensorCheck()
+    found = TensorCheck(layout_known=knows_layout(header))
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    num_words = 0 if tokens is None else len(tokens.data)
     seen = set()
     for tensor in reader.tensors:
         if tensor.name in _NOT_IN_CHECKPOINTS:
@@ -151,15 +173,18 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
         name = names.get(tensor.name, "")
         name = name if name in stored else tied.get(name, "")
         if name not in stored:
-            found.faults.append(f"tensor {tensor.name} is not in the checkpoint")
+            found.fault(tensor.name, f"tensor {tensor.name} is not in the checkpoint")
             continue
         seen.add(name)
         expected = stored[name].read()
         assert isinstance(expected, Tensor)  # a dense checkpoint
+        if tensor.name == _EMBEDDING and int(tensor.shape[-1]) == num_words < len(expected):
+            expected = expected[:num_words]
         values = _compare(found, tensor, expected.float().numpy(), processor)
         if name in parameters:
-            parameters[name].data.copy_(torch.from_numpy(values.reshape(expected.shape)))
-    found.faults += [f"{name} is missing in the file" for name in sorted(stored.keys() - seen)]
+            parameters[name].data[: len(values)].copy_(torch.from_numpy(values))
+    for name in sorted(stored.keys() - seen):
+        found.fault(name, f"{name} is missing in the file")
     return found
 
 
@@ -176,22 +201,21 @@ def _compare(found: TensorCheck, tensor: Any, expected: Values, processor: Tenso
     read = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     values = laid_out(read)
     if values.shape != expected.shape:
-        found.faults.append(f"tensor {tensor.name} has shape {list(values.shape)}, expected {list(expected.shape)}")
+        got = f"shape {list(values.shape)}, expected {list(expected.shape)}"
+        found.fault(tensor.name, f"tensor {tensor.name} has {got}")
         return expected
     error = np.abs(values - expected)
     if type_ in _DENSE:
-        found.dense_error = larger(found.dense_error, float(error.max()))
         # A layout that adds 1 (Gemma's norms) loses the last digits in float32; nothing else may.
         allowed = np.float32(2.0**-23) * (1 + np.abs(expected)) if type_ == "F32" else np.float32(0)
         off = float("inf") if type_ != "F32" and error.any() else largest_share(error, allowed)
+        found.note(tensor.name, type_, off, "dense_error", float(error.max()))
     elif type_ == "Q8_0":
         off = largest_share(error, laid_out(q8_0_rounding(tensor.data, read)))
-        found.q8_0_error = larger(found.q8_0_error, off)
+        found.note(tensor.name, type_, off, "q8_0_error", off)
     else:
         share = float(np.linalg.norm(error) / max(float(np.linalg.norm(expected)), 1e-30))
-        found.lossy_error = larger(found.lossy_error, share)
-        off = share / _LOSSY
-    found.note(tensor.name, type_, off)
+        found.note(tensor.name, type_, share / _LOSSY, "lossy_error", share)
     return values
 
 

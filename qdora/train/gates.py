@@ -59,6 +59,7 @@ class Gates:
 
     def __init__(self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int) -> None:
         self.layers, self.settings, self.seed = dict(layers), settings, seed
+        self.num_steps = num_steps
         self.num_warmup, self.num_anneal = settings.phases(num_steps)
         for layer in self.layers.values():
             layer.add_gate()
@@ -117,6 +118,8 @@ class Gates:
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
         """After an update, or where it was left out; the gates are updated and what is dead is removed when it is due.
 
+        The last step of a run keeps the budget even where it was left out, since none comes after it.
+
         Args:
             step: Steps done before this one.
             applied: Whether the update was made.
@@ -126,11 +129,14 @@ class Gates:
             For the step's line of metrics.
         """
         if not self.is_over:
+            is_last = step + 1 == self.num_steps
             if applied:
                 processes.sum_gradients_(self.parameters)
                 self._update(step)
+            elif is_last:
+                self._keep_budget(step + 1, self._step_size())
             self.settle()
-            reached = applied and step + 1 >= self.num_warmup + self.num_anneal
+            reached = (applied or is_last) and step + 1 >= self.num_warmup + self.num_anneal
             if reached or (step + 1) % self.settings.shrink_every == 0:
                 self.remove_dead(optimizer)
             if reached:
@@ -240,12 +246,16 @@ class Gates:
         self.num_updates += 1
         self._exp_avg.lerp_(gradient, 1 - _BETAS[0])
         self._exp_avg_sq.lerp_(gradient.square(), 1 - _BETAS[1])
-        root = (self._exp_avg_sq / (1 - _BETAS[1] ** self.num_updates)).sqrt() + _EPS
-        step_size = self.settings.lr / root
+        step_size = self._step_size()
         moved = self._value - step_size * self._exp_avg / (1 - _BETAS[0] ** self.num_updates)
         self._value = torch.where(self._alive, moved, self._value)
         if self._is_annealing(step):
             self._keep_budget(step + 1, step_size)
+
+    def _step_size(self) -> Tensor:
+        """Of every component in Adam: the rate over the root of the second average."""
+        second = self._exp_avg_sq / (1 - _BETAS[1] ** max(self.num_updates, 1))
+        return self.settings.lr / (second.sqrt() + _EPS)
 
     def _keep_budget(self, done: int, step_size: Tensor) -> None:
         """Remove what the budget after `done` steps has no room for, and push what it will soon have none for."""

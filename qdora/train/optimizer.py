@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qdora.ops.planning import is_planning
 from qdora.ops.split_float import join_float32, split_float32
-from qdora.train.optimizer_formats import FIRST_MOMENTS, MOMENTS, fill_state_, widened_state
+from qdora.train.optimizer_formats import FIRST_MOMENTS, MOMENTS, fill_state_, page_as, widened_state
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
@@ -160,13 +160,14 @@ class AdapterOptimizer:
         """
         group = next(group for group in self._groups if key in group.keys)
         index, master = group.keys.index(key), self._masters[key]
-        wide = widened_state(group.inner.state.pop(master, {}))
+        before = group.inner.state.pop(master, {})
+        wide = widened_state(before, master.device)
         if key in self._residuals:
             self._residuals[key] = self._residuals[key].index_select(dim, kept)
         if wide:
             self._join([key])
             cut = {name: each.index_select(dim, kept) if name in MOMENTS else each for name, each in wide.items()}
-            fill_state_(_fresh_state(group.inner, master, index), cut)
+            fill_state_(_shrunk_state(group.inner, master, index, before), cut)
             self._release(key)
 
     @torch.no_grad()
@@ -189,7 +190,7 @@ class AdapterOptimizer:
             parameter.copy_(product)
         state = group.inner.state.get(master, {})
         powers = {name: 1 if name in FIRST_MOMENTS else 2 for name in MOMENTS}
-        wide = widened_state(state)
+        wide = widened_state(state, master.device)
         fill_state_(state, {n: each / factor ** powers[n] if n in powers else each for n, each in wide.items()})
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -345,6 +346,23 @@ def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter, index: int)
     elif not inner.state.get(master):
         inner.init_state(inner.param_groups[0], master, 0, index)  # type: ignore[attr-defined]
     state: dict[str, Any] = inner.state[master]
+    return state
+
+
+def _shrunk_state(
+    inner: torch.optim.Optimizer, master: nn.Parameter, index: int, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """As `_fresh_state`, in the pages of the state from before the parameter shrank, where it had any."""
+    pages = {name: value for name, value in before.items() if getattr(value, "is_paged", False)}
+    if not pages:
+        return _fresh_state(inner, master, index)
+    inner.is_paged = False  # type: ignore[attr-defined]  # or bitsandbytes takes new pages, which it never gives back
+    try:
+        state = _fresh_state(inner, master, index)
+    finally:
+        inner.is_paged = True  # type: ignore[attr-defined]
+    for name, page in pages.items():
+        state[name] = page_as(page, state[name])
     return state
 
 

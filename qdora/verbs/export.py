@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qdora.atomic_files import atomic_write_json, atomic_write_text
 from qdora.errors import RunFailure, UserError
+from qdora.model.adapter_file import describe_adapter
 from qdora.model.checkpoint import shorten
 from qdora.model.export_directory import DTYPES
 from qdora.model.export_nf4_lora import export_nf4_lora
@@ -21,7 +22,7 @@ from qdora.model.verify import verify_merged
 from qdora.model.verify_nf4_lora import verify_nf4_lora
 from qdora.model.verify_requantized import verify_requantized
 from qdora.recipe_file import load_recipe
-from qdora.record import open_run
+from qdora.record import RunDirectory, open_run
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.assemble import write_adapter
 from qdora.verbs.audit import audit, audit_page
@@ -29,7 +30,7 @@ from qdora.verbs.card import card_files, run_card
 from qdora.verbs.export_gguf import export_gguf
 from qdora.verbs.export_merge import merge_of, write_merge
 from qdora.verbs.export_options import ExportOptions, check_options
-from qdora.verbs.export_targets import check_target
+from qdora.verbs.export_targets import check_scalings, check_target
 from qdora.verbs.held_out import held_out, texts_of
 from qdora.verbs.show import bar, default_console
 from qdora.verbs.trained import TrainedRun, load_run, trained_state
@@ -57,7 +58,7 @@ def export_run(
     keep_freed_memory()
     check_options(options)
     if options.target is not None:
-        check_target(options.target, options.form, load_recipe(open_run(run).recipe_file))
+        _check_target(open_run(run), options)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty, allowed: a new or empty directory.")
     writers = {
@@ -101,6 +102,15 @@ def export_run(
         )
     console.print(f"exported model: {out}", markup=False, highlight=False, soft_wrap=True)
     return _pushed(document, out, options, console)
+
+
+def _check_target(run: RunDirectory, options: ExportOptions) -> None:
+    assert options.target is not None
+    recipe = load_recipe(run.recipe_file)
+    check_target(options.target, options.form, recipe)
+    if options.form == "peft":
+        where, _ = trained_state(run, recipe, options.step)
+        check_scalings(options.target, describe_adapter(where if where == run.adapter else where / "adapter"))
 
 
 def _pushed(document: dict[str, Any], out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
@@ -234,9 +244,16 @@ def _verdict(check: dict[str, Any]) -> str:
         if check["ill_conditioned"]
         else ""
     )
+    tensors = check.get("tensors", {})
+    unchecked = (
+        f"; layout unknown, not checked: {tensors['num_unchecked']} tensors that differ"
+        if tensors.get("num_unchecked")
+        else ""
+    )
     return (
         f"{word} on {check['num_positions']:,} tokens: exported against the adapter in float32, largest logit "
         f"difference {exact['max_logit_difference']:.3g}{explained}, mean KL {exact['kl_mean']:.2g} nats, same next "
         f"token {exact['argmax_agreement']:.2%}; against the adapter as it runs ({check['running_dtype']}), "
         f"{running['max_logit_difference']:.3g}, {running['kl_mean']:.2g}, {running['argmax_agreement']:.2%}"
+        f"{unchecked}"
     )

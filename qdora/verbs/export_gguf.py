@@ -29,7 +29,7 @@ _MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.b
 def export_gguf(
     run: Path, out: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
-    """Merge into a folder beside `out`, convert, compare, remove the folder.
+    """Merge into a folder beside `out`, convert, compare, remove the folder; `out` appears once it is compared.
 
     Returns:
         The running model; facts for export.json; what `verify_gguf` returned.
@@ -55,15 +55,20 @@ def export_gguf(
                 write_gguf(tools, merged, partial / file.name, type_)
                 for name, text in card_files(opened, recipe, state, form="gguf").items():
                     (partial / name).write_text(text, encoding="utf-8")
+                trained = written.load()
+                console.print(
+                    "comparing the file with the merge, tensor by tensor, and with the running model", highlight=False
+                )
+                check = verify_gguf(
+                    trained.model,
+                    partial / file.name,
+                    merged,
+                    trained.tokenizer,
+                    lossy=type_ not in ("f32", "f16", "bf16"),
+                    texts=texts_of(held_out(recipe)),
+                )
         except OSError as error:
-            raise RunFailure(f"{out}: cannot be written: {error}. Nothing is left there.") from error
-        trained = written.load()
-        console.print(
-            "comparing the file with the merge, tensor by tensor, and with the running model", highlight=False
-        )
-        lossy = type_ not in ("f32", "f16", "bf16")
-        texts = texts_of(held_out(recipe))
-        check = verify_gguf(trained.model, file, merged, trained.tokenizer, lossy=lossy, texts=texts)
+            raise RunFailure(f"{out}: cannot be written or compared: {error}. Nothing is left there.") from error
     finally:
         remove_directory(merged)
     result = {

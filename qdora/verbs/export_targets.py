@@ -6,11 +6,14 @@ readers refuse them, the converter of llama.cpp, which Ollama's adapters go thro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from qdora.config import Recipe
 from qdora.errors import UserError, nearest
+from qdora.model.adapter_file import AdapterDescription
+from qdora.model.peft_config import AdapterLayout
 
 Loadable = Literal["merged", "gguf", "nf4-lora", "requantized", "lora", "dora"]
 
@@ -34,19 +37,29 @@ _NAMES: dict[Loadable, str] = {
 
 @dataclass(frozen=True)
 class Target:
-    """A program that runs models; `loads` has its best form first."""
+    """A program that runs models.
+
+    Attributes:
+        title: Its name.
+        loads: Forms, the best one first.
+        reads: What it takes from the settings of a LoRA adapter: the patterns, too, as PEFT does, or alpha / rank. With
+            "one_rank" that is one number for all layers, with "own_rank" each layer's rank is that of its factors.
+        reads_rank_stabilized: Whether it knows alpha / sqrt(rank).
+    """
 
     title: str
     loads: tuple[Loadable, ...]
+    reads: Literal["patterns", "one_rank", "own_rank"]
+    reads_rank_stabilized: bool = True
 
 
 TARGETS: dict[str, Target] = {
-    "transformers": Target("transformers with PEFT", ("merged", "nf4-lora", "requantized", "lora", "dora")),
-    "vllm": Target("vLLM", ("merged", "nf4-lora", "requantized", "lora")),
-    "sglang": Target("SGLang", ("merged", "lora")),
-    "tensorrt-llm": Target("TensorRT-LLM", ("merged", "lora")),
-    "llama.cpp": Target("llama.cpp", ("gguf", "lora")),
-    "ollama": Target("Ollama", ("gguf", "merged", "lora")),
+    "transformers": Target("transformers with PEFT", ("merged", "nf4-lora", "requantized", "lora", "dora"), "patterns"),
+    "vllm": Target("vLLM", ("merged", "nf4-lora", "requantized", "lora"), "one_rank"),
+    "sglang": Target("SGLang", ("merged", "lora"), "one_rank", reads_rank_stabilized=False),
+    "tensorrt-llm": Target("TensorRT-LLM", ("merged", "lora"), "own_rank"),
+    "llama.cpp": Target("llama.cpp", ("gguf", "lora"), "own_rank", reads_rank_stabilized=False),
+    "ollama": Target("Ollama", ("gguf", "merged", "lora"), "own_rank", reads_rank_stabilized=False),
 }
 
 
@@ -73,6 +86,40 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
     possible = [each for each in target.loads if _can_be_had(each, recipe)]
     options = " or ".join(_OPTIONS[each] for each in possible)
     raise UserError(f"--for {name}: {target.title} does not load {_NAMES[offered]}; use {options}.")
+
+
+def check_scalings(name: str, adapter: AdapterDescription) -> None:
+    """Refuse a LoRA adapter of which a program would compute something else, since it takes another alpha / rank.
+
+    Args:
+        name: One of TARGETS.
+        adapter: As the run has it; an export has the same settings.
+    Raises:
+        UserError: With a layer, what its scaling is and what it would be.
+    """
+    target, layout = TARGETS[name], adapter.layout
+    if target.reads == "patterns":
+        return
+    scalings = adapter.scalings or {}
+    served = {path: _served_scaling(target, layout, path) for path in scalings}
+    wrong = [path for path, scaling in scalings.items() if not math.isclose(served[path], scaling, rel_tol=1e-6)]
+    if wrong:
+        path = wrong[0]
+        reason = "knows no rank_stabilized" if _ignores(target, layout) else "has one alpha for all layers"
+        options = " or ".join(_OPTIONS[each] for each in target.loads if each in ("merged", "gguf"))
+        raise UserError(
+            f"--for {name}: {target.title} {reason}, and would scale {len(wrong)} of {len(scalings)} layers wrongly: "
+            f"{path} by {served[path]:.4g}, trained with {scalings[path]:.4g}; use {options}."
+        )
+
+
+def _ignores(target: Target, layout: AdapterLayout) -> bool:
+    return layout.rank_stabilized and not target.reads_rank_stabilized
+
+
+def _served_scaling(target: Target, layout: AdapterLayout, path: str) -> float:
+    rank = layout.rank if target.reads == "one_rank" else layout.rank_of(path)
+    return layout.alpha / (math.sqrt(rank) if layout.rank_stabilized and not _ignores(target, layout) else rank)
 
 
 def _loadable(form: str, recipe: Recipe) -> Loadable:

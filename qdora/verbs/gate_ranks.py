@@ -28,10 +28,16 @@ def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None, console:
         JSON values, as in rank/gates.json; "removed_after" has one entry for each component of the start: the steps
         that had been done when it went, or null.
     Raises:
-        UserError: A run without gates.
+        UserError: A run without gates, or whose layers differ in alpha / rank.
     """
     if recipe.adapter.gates is None:
         raise UserError(f"{run.path}: has no gates, allowed with --method gates: a run with adapter.gates.")
+    if recipe.adapter.rank_pattern and not recipe.adapter.same_scaling:
+        # Each layer has kept the alpha / rank that it started with, and a recipe has one alpha
+        raise UserError(
+            f"{run.path}: adapter.rank_pattern without same_scaling: a recipe cannot say with which scaling the layers "
+            "that have shrunk were trained, allowed with --method gates: runs whose layers start with the same one."
+        )
     trained, state = trained_state(run, recipe, step)
     extra = describe_adapter(trained if trained == run.adapter else trained / "adapter").extra or {}
     layers = extra["gates"]

@@ -190,7 +190,7 @@ class _Job:
         self.probed = {}
         if recipe.interference.every is not None:
             self.probed = probe_examples(recipe, tokenizer, validation)
-        self.counts = describe_adapters(model)
+        counts = describe_adapters(model)
         self.optimizer: AdapterOptimizer | None = None
         self.gates: Gates | None = None
         if recipe.adapter.kind != "none":
@@ -207,7 +207,7 @@ class _Job:
                 weight_decay=settings.weight_decay,
             )
             processes.share_first_(list(self.optimizer.parameters.values()))
-            logger.info("Training %s parameters on %s adapted layers.", *(f"{self.counts[k]:,}" for k in _SHOWN_COUNTS))
+            logger.info("Training %s parameters on %s adapted layers.", *(f"{counts[k]:,}" for k in _SHOWN_COUNTS))
         self.best = best_so_far(recipe, list(evaluated)) if self.optimizer is not None else None
         self.num_done = 0
         self.objective = Objective()
@@ -385,7 +385,7 @@ class _Job:
             "num_skipped": self.bad_steps.num_skipped,
             "best": adapter_record(self.run),
             "final_loss": losses[-1] if losses else None,
-            **self.counts,
+            **describe_adapters(self.model),  # gates may have removed some since
             "size": asdict(model_size(self.model)),
             "evaluations": {label: result.to_dict() for label, result in self.validation.results.items()},
         }
