@@ -16,9 +16,9 @@ from pathlib import Path
 from tables.exports import merge_streamed
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
-from tables.plan import plan_accuracy, plan_shapes
+from tables.plan import plan_accuracy, plan_recipes, plan_shapes
 from tables.runs import kill_resume, mixing
-from tables.streaming import stream_schedule
+from tables.streaming import disk_residency, stream_schedule
 from tables.table import markdown, read
 from tables.times import layer_time, packing, step_time
 from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data
@@ -50,9 +50,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,
     "plan_shapes": plan_shapes,
+    "plan_recipes": plan_recipes,
     "plan_accuracy": plan_accuracy,
     "gates": gates,
     "stream_schedule": stream_schedule,
+    "disk_residency": disk_residency,
     "failed": failed,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tables.table import markdown, read
 
 GIB, MIB = 2**30, 2**20
@@ -18,6 +20,28 @@ def plan_shapes() -> str:
     rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in shapes.values())])
     peaks = "; ".join(f"{name}: {each['peak_in']}" for name, each in shapes.items())
     return markdown(["GiB at the peak", *shapes], rows) + f"\nMoment of the peak: {peaks}.\n"
+
+
+def plan_recipes() -> str:
+    """Components of the plans of the recipes that are named for a card, and what they leave to the host."""
+    plans = read("plan_recipes")["plans"]
+    names = list(dict.fromkeys(name for each in plans.values() for name in each["components"]))
+    rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in plans.values())] for name in names]
+    rows.append(["**in all**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in plans.values())])
+    rows.append(["the same in GB", *(f"{each['peak_bytes'] / 1e9:.2f}" for each in plans.values())])
+    rows.append(["fits in", *(f"{each['budget']}{'' if each['fits'] else ': no'}" for each in plans.values())])
+    streamed = [f"{each['num_streamed']} of {each['num_blocks']}" for each in plans.values()]
+    rows.append(["blocks in host memory", *streamed])
+    rows.append(["pinned for them", *(f"{each['host_bytes'] / GIB:.1f}" for each in plans.values())])
+    rows.append(["s a step, predicted", *(f"{each['step_seconds']:.0f}" for each in plans.values())])
+    rows.append(["tokens a step", *(f"{_step_tokens(each):,}" for each in plans.values())])
+    rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in plans.values())])
+    return markdown(["GiB at the peak", *plans], rows)
+
+
+def _step_tokens(found: dict[str, Any]) -> int:
+    tokens: int = found["num_micro_batches"] * found["micro_batch"]["num_tokens"]
+    return tokens
 
 
 def plan_accuracy() -> str:

@@ -22,3 +22,28 @@ def stream_schedule() -> str:
         "hidden.\n"
     )
     return markdown(header, list(rows.values())) + note
+
+
+def disk_residency() -> str:
+    """Peak resident memory of training with the base on disk, and what it is made of."""
+    document = read("disk_residency")
+    disk, nothing = document["arms"]["disk"], document["arms"]["nothing"]
+    shape = document["shape"]
+    rows = [
+        ["packed base in its files", _gigabytes(document["packed_base_bytes"])],
+        ["peak of the process that trains", f"**{_gigabytes(disk['peak_bytes'])}**"],
+        ["of it the imports alone", _gigabytes(nothing["peak_bytes"])],
+        ["held to", _gigabytes(document["bar_bytes"]) if document["held_by_control_group"] else "nothing"],
+    ]
+    if "device" in document["arms"]:
+        rows.append(["the same with the base in memory", _gigabytes(document["arms"]["device"]["peak_bytes"])])
+    rows.append(["s a step", f"{disk['step_seconds']['median']:.0f}"])
+    note = (
+        f"\n{shape['num_hidden_layers']} blocks of {shape['hidden_size']:,} features, vocabulary "
+        f"{shape['vocab_size']:,}, {document['num_tokens']} tokens a step, rank {document['rank']}.\n"
+    )
+    return markdown(["GB", "base.residency: disk"], rows) + note
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f}"
