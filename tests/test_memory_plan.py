@@ -55,7 +55,7 @@ def a_config(**changes: Any) -> PreTrainedConfig:
         {},
         {"memory__checkpointing": False, "adapter__kind": "lora", "train__optimizer": "adamw"},
         pytest.param({"adapter__dropout": 0.1, "data__packing": True, "base__quant": "int8"}, marks=pytest.mark.slow),
-        pytest.param({"base__quant": "none", "adapter__kind": "full"}, marks=pytest.mark.slow),
+        pytest.param({"base__quant": "none", "adapter": {"kind": "full"}}, marks=pytest.mark.slow),
     ],
     ids=["checkpointed", "all kept", "dropout, packed", "full"],
 )

@@ -83,7 +83,7 @@ def step_time() -> str:
             times = found["ratios"].get(f"own_dora / {name}")
             row.append(f"{found['tokens_per_second'][name]['median']:.0f}")
             row.append(_quartiles(times) if times else "1")
-        row += [f"{found[name]['peak_bytes'] / 2**30:.2f}" for found in peaks.values()]
+        row += [f"{found[name]['peak_bytes'] / 2**30:.2f}" if name in found else "–" for found in peaks.values()]
         rows.append(row)
     pairs = "; ".join(
         f"checkpointing {mode}, {batch} examples ({sum(found['tokens']) / len(found['tokens']):,.0f} tokens) a step: "
