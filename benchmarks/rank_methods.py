@@ -15,33 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from curvature import write_small_model
 from measure import RESULTS, facts
-from mixed_data import TASKS
+from two_passes import RATES, SEEDS, common_settings, keep, two_passes
 
-from qdora.atomic_files import atomic_write_json, atomic_write_text
+from qdora.atomic_files import atomic_write_json
 from qdora.recipe_file import load_recipe, override
-from qdora.study.arms import Results, find_arms
-from qdora.study.config import load_study
-from qdora.study.grid import expand
-from qdora.study.store import StudyDirectory
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.rank import RankSettings, rank_run
-from qdora.verbs.report import report_run
 from qdora.verbs.study import study_run
 from qdora.verbs.train import train_run
 
 RANK = 8
 SCALING = 2.0
-RATES = (1e-3, 3e-3, 6e-3)
-SEEDS, SCOUT_SEED = (0, 1, 2), 100
+SCOUT_SEED = 100
 GATES = ("l1", "hard_concrete")
 SCOUTED = {
     "svd": RankSettings(method="svd", budget="50%"),
@@ -70,38 +61,10 @@ def main() -> None:
     head = facts(f"python benchmarks/rank_methods.py DATA {options}")
     keep_freed_memory()
     args.dir.mkdir(parents=True, exist_ok=True)
-    common = settings(args)
+    common = {"adapter.kind": "dora", **common_settings(args)}
     methods, costs = arms(args, common)
-    file = args.dir / "grid.yaml"
-    for chosen in (False, True):
-        document = grid(common, methods) | ({"include": others(args.dir)} if chosen else {})
-        atomic_write_text(file, yaml.safe_dump(document, sort_keys=False))
-        study_run(file, args.dir)
-    report_run(args.dir)
+    two_passes(grid(common, methods), args.dir, study_run)
     keep(args.dir, args.out, head | {"costs_in_seconds": costs})
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What all cells and the scout share."""
-    if args.smoke:
-        mix: list[dict[str, Any]] = [{"task": "demo/facts", "limit": 40}]
-        model = write_small_model(args.dir / "model")
-    else:
-        mix = [{"task": task, "path": str(args.data.resolve() / task), "limit": 2000} for task in TASKS]
-        model = "builtin"
-    return {
-        "model.source": model,
-        "adapter.kind": "dora",
-        "data.mix": mix,
-        "data.strategy": "equal",
-        "data.max_length": 256,
-        "data.too_long": "drop",
-        "train.steps": args.steps,
-        "train.batch": args.batch,
-        "eval.limit": args.limit,
-        "eval.at_start": False,
-        "memory.checkpointing": False,
-    }
 
 
 def ranked(rank: int, **more: Any) -> dict[str, Any]:
@@ -154,32 +117,6 @@ def grid(common: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str
         "product": {"ranks": methods, "train.lr": list(RATES), "train.seed": [SEEDS[0]]},
         "compare": {"arm": "ranks", "reference": next(iter(methods)), "metric": "nll_per_token"},
     }
-
-
-def others(directory: Path) -> list[dict[str, Any]]:
-    """The other seeds of every method, at the learning rate that was chosen for it."""
-    study = load_study(directory / "grid.yaml")
-    cells = [cell.record() for cell in expand(study)]
-    chosen = find_arms(cells, study.compare, Results(StudyDirectory(directory), "validation"))
-    return [
-        {"ranks": arm.name, "train.lr": float(arm.chosen["train.lr"]), "train.seed": list(SEEDS[1:])}
-        for arm in chosen
-        if arm.is_trained
-    ]
-
-
-def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
-    """The report and the grid, without the paths of this machine."""
-    if out.exists():
-        shutil.rmtree(out)
-    shutil.copytree(directory / "report", out)
-    document = yaml.safe_load((directory / "grid.yaml").read_text(encoding="utf-8"))
-    for source in document["settings"]["data.mix"]:
-        if "path" in source:
-            source["path"] = f"DATA/{source['task']}"
-    atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
-    atomic_write_json(out / "run.json", head)
-    print(json.dumps(head))
 
 
 if __name__ == "__main__":

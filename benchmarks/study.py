@@ -11,24 +11,14 @@ it was. The report is then copied to `--out`.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-from curvature import write_small_model
 from measure import RESULTS, facts
-from mixed_data import TASKS
-
-from qdora.atomic_files import atomic_write_json, atomic_write_text
-from qdora.study.arms import Results, find_arms
-from qdora.study.config import load_study
-from qdora.study.grid import expand
-from qdora.study.store import StudyDirectory
-from qdora.verbs.report import report_run
+from two_passes import RATES, SEEDS, common_settings, keep, two_passes
 
 DENSE = {"base.quant": "none", "base.block_size": None, "base.double_quant": None}
 WANDA = {
@@ -67,8 +57,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"adapter.kind": "dora"},
     "dora, masked": {"adapter.kind": "dora", "adapter.mask": "keep"},
 }
-RATES = (1e-3, 3e-3, 6e-3)
-SEEDS = (0, 1, 2)
 
 
 def main() -> None:
@@ -92,13 +80,7 @@ def main() -> None:
     command += f" --steps {args.steps} --batch {args.batch} --limit {args.limit}"
     head = facts(command)
     args.dir.mkdir(parents=True, exist_ok=True)
-    file = args.dir / "grid.yaml"
-    for chosen in (False, True):
-        document = grid(args) | ({"include": others(args.dir)} if chosen else {})
-        atomic_write_text(file, yaml.safe_dump(document, sort_keys=False))
-        if not args.report:
-            run(file, args.dir, args.processes)
-    report_run(args.dir)
+    two_passes(grid(args), args.dir, partial(run, processes=0 if args.report else args.processes))
     keep(args.dir, args.out, head)
 
 
@@ -115,28 +97,9 @@ def grid(args: argparse.Namespace) -> dict[str, Any]:
     """The first pass as a study file."""
     bases, adapters = names(args.bases, BASES), names(args.adapters, ADAPTERS)
     dense = [name for name, settings in bases.items() if "base.prune.method" not in settings]
-    if args.smoke:
-        mix: list[dict[str, Any]] = [{"task": "demo/facts", "limit": 40}]
-        model = write_small_model(args.dir / "model")
-    else:
-        mix = [{"task": task, "path": str(args.data.resolve() / task), "limit": 2000} for task in TASKS]
-        model = "builtin"
     return {
         "recipe": "quickstart",
-        "settings": {
-            "model.source": model,
-            "adapter.rank": 16,
-            "adapter.alpha": 32.0,
-            "data.mix": mix,
-            "data.strategy": "equal",
-            "data.max_length": 256,
-            "data.too_long": "drop",
-            "train.steps": args.steps,
-            "train.batch": args.batch,
-            "eval.limit": args.limit,
-            "eval.at_start": False,
-            "memory.checkpointing": False,
-        },
+        "settings": {"adapter.rank": 16, "adapter.alpha": 32.0, **common_settings(args)},
         "product": {"base": bases, "adapter": adapters, "train.lr": list(RATES), "train.seed": [SEEDS[0]]},
         "exclude": [{"adapter": "dora, masked", "base": dense}] if dense and "dora, masked" in adapters else [],
         "compare": {
@@ -149,24 +112,6 @@ def grid(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def others(directory: Path) -> list[dict[str, Any]]:
-    """The other seeds of every trained arm, at the learning rate that was chosen for it."""
-    study = load_study(directory / "grid.yaml")
-    store = StudyDirectory(directory)
-    cells = [cell.record() for cell in expand(study)]
-    arms = find_arms(cells, study.compare, Results(store, "validation"))
-    return [
-        {
-            **arm.context,
-            "adapter": arm.name,
-            "train.lr": float(arm.chosen["train.lr"]),
-            "train.seed": list(SEEDS[1:]),
-        }
-        for arm in arms
-        if arm.is_trained
-    ]
-
-
 def run(file: Path, directory: Path, processes: int) -> None:
     """`qdora study` in some processes at once; a failure of one ends this."""
     call = [sys.executable, "-m", "qdora.cli", "--quiet", "study", str(file), "--dir", str(directory)]
@@ -174,20 +119,6 @@ def run(file: Path, directory: Path, processes: int) -> None:
     codes = [each.wait() for each in started]
     if any(codes):
         raise SystemExit(f"qdora study ended with {codes}; the same command goes on")
-
-
-def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
-    """The report and the grid, without the paths of this machine."""
-    if out.exists():
-        shutil.rmtree(out)
-    shutil.copytree(directory / "report", out)
-    document = yaml.safe_load((directory / "grid.yaml").read_text(encoding="utf-8"))
-    for source in document["settings"]["data.mix"]:
-        if "path" in source:
-            source["path"] = f"DATA/{source['task']}"
-    atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
-    atomic_write_json(out / "run.json", head)
-    print(json.dumps(head))
 
 
 if __name__ == "__main__":

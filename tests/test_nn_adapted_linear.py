@@ -88,7 +88,7 @@ def test_in_a_model_the_projections_of_a_block_keep_one_copy_of_their_input():
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_input_that_needs_no_gradient_costs_no_product(kind, monkeypatch):
     """The first block behind frozen embeddings: the base is not read again in the backward pass."""
-    from qdora.ops import adapted_linear as module
+    from qdora.ops import linear_map as module
 
     read: list[int] = []
     compute = module.column_tiles

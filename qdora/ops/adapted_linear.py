@@ -24,10 +24,10 @@ from torch.autograd.function import once_differentiable
 from qdora.ops.column_dot import column_dot
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed, dropped_slices, zeroed, zeroed_
-from qdora.ops.linear_map import product, transposed_product
+from qdora.ops.linear_map import add_product_, add_transposed_product_, product, transposed_product
 from qdora.ops.planning import device_kind
 from qdora.ops.split_float import split_float32
-from qdora.ops.tiles import Weight, column_tiles, row_tiles
+from qdora.ops.tiles import Weight
 
 # Entries of lora_B that are scaled at a time, in float32: 4 MiB, and 32 MiB on a GPU, where launches cost more.
 _ENTRIES_PER_SLICE = 1 << 20
@@ -131,7 +131,7 @@ def adapted_product(
     """
     flat = x.reshape(-1, x.shape[-1])
     out = (flat @ a.T) @ scaled_b.T
-    _add_base_(out, flat, weight, gain)
+    add_product_(out, flat, weight, gain)
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -140,13 +140,6 @@ def factors_of_products(
 ) -> tuple[Tensor, Tensor]:
     """A (rank, in) and diag(s g) B (out, rank) in the dtype of the products."""
     return rounded(lora_A, dtype), scaled_B(lora_B, row_factor(gain, scaling), dtype)
-
-
-def _add_base_(out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None) -> None:
-    """x (g W)^T onto out, (tokens, out)."""
-    for rows, tile in row_tiles(weight, x.dtype, gain):
-        out[:, rows].addmm_(x, tile.T)
-        del tile
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -233,7 +226,7 @@ class _AdaptedLinear(torch.autograd.Function):
             # The small term first: the sum is then rounded once, when the base's product is added to it.
             out = low @ scaled_b.T
             del a, scaled_b
-            _add_base_(out, x, weight, gain)
+            add_product_(out, x, weight, gain)
         # The magnitude itself is not read again, but a change of it before the backward pass is an error.
         read_again = output_to_keep(out, magnitude)
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, read_again)
@@ -268,9 +261,7 @@ class _AdaptedLinear(torch.autograd.Function):
                     del x
                     dx = d_low @ a if need_x else None
             if dx is not None:
-                for columns, tile in column_tiles(ctx.weight, dtype, gain):
-                    dx[:, columns].addmm_(dy, tile)
-                    del tile
+                add_transposed_product_(dx, dy, ctx.weight, gain)
             if need_b:
                 # The narrow factor first: a quarter faster on a CPU than (dy^T low).
                 db = _wide(low.T @ dy).T * factor

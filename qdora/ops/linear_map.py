@@ -46,6 +46,20 @@ def transposed_product(y: Tensor, weight: Weight) -> Tensor:
     return out
 
 
+def add_product_(out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None) -> None:
+    """Add x (diag(g) W)^T to `out`, (tokens, out), one tile of rows at a time; g is (out,), or None for 1."""
+    for rows, tile in row_tiles(weight, x.dtype, gain):
+        out[:, rows].addmm_(x, tile.T)
+        del tile
+
+
+def add_transposed_product_(dx: Tensor, dy: Tensor, weight: Weight, gain: Tensor | None) -> None:
+    """Add dy diag(g) W to `dx`, (tokens, in), one tile of columns at a time; g is (out,), or None for 1."""
+    for columns, tile in column_tiles(weight, dy.dtype, gain):
+        dx[:, columns].addmm_(dy, tile)
+        del tile
+
+
 class _Map(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:

@@ -24,8 +24,9 @@ from qdora.ops.adapted_linear import output_to_keep, product_dtype, rounded, row
 from qdora.ops.column_dot import column_dot
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
+from qdora.ops.linear_map import add_product_, add_transposed_product_
 from qdora.ops.sparsity import mask_from_bits
-from qdora.ops.tiles import Weight, column_tiles, row_tiles
+from qdora.ops.tiles import Weight, row_tiles
 
 # Rows of B A that are formed at a time: 16 MiB of float32 for 4096 columns.
 _ROWS = 1024
@@ -122,9 +123,7 @@ class _MaskedLinear(torch.autograd.Function):
                     dropped, _delta(weight, keep_bits, lora_A, lora_B, gain, scaling, rows, dtype).T, out=out[:, rows]
                 )
             del dropped
-            for rows, tile in row_tiles(weight, dtype, gain):
-                out[:, rows].addmm_(x, tile.T)
-                del tile
+            add_product_(out, x, weight, gain)
         # The magnitude itself is not read again, but a change of it before the backward pass is an error.
         read_again = output_to_keep(out, magnitude)
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, read_again)
@@ -180,9 +179,7 @@ def _input_gradient(ctx: Any, dy: Tensor, lora_A: Tensor, lora_B: Tensor, gain: 
         del delta
     for tokens, positions in dropped_slices(dx.shape[0], dx.shape[1], ctx.dropout, ctx.seed, dx.device):
         zeroed_(dx[tokens], positions)
-    for columns, tile in column_tiles(ctx.weight, dy.dtype, gain):
-        dx[:, columns].addmm_(dy, tile)
-        del tile
+    add_transposed_product_(dx, dy, ctx.weight, gain)
     return dx
 
 
