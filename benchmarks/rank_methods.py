@@ -24,7 +24,7 @@ from measure import RESULTS, facts
 from two_passes import RATES, SEEDS, common_settings, keep, two_passes
 
 from qdora.atomic_files import atomic_write_json
-from qdora.recipe_file import load_recipe, override
+from qdora.recipe_file import load_recipe
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.rank import RankSettings, rank_run
 from qdora.verbs.study import study_run
@@ -90,7 +90,7 @@ def arms(args: argparse.Namespace, common: dict[str, Any]) -> tuple[dict[str, di
 
     scout = args.dir / "scout"
     start = {**common, **ranked(2 * RANK), "train.lr": RATES[0], "train.seed": SCOUT_SEED}
-    recipe = override(load_recipe("quickstart"), [f"{key}={json.dumps(value)}" for key, value in start.items()])
+    recipe = load_recipe("quickstart", [f"{key}={json.dumps(value)}" for key, value in start.items()])
     timed("scout", lambda: train_run(recipe, scout, resume=scout.exists()))
     for name in SCOUTED:
         if name in names:
