@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from safetensors.torch import load_file
 
 from qdora.errors import Interrupted, UserError
 from qdora.model.inject import adapted_layers
+from qdora.model.source import resolve
 from qdora.prune_config import CalibrationConfig
 from qdora.verbs import pruned_base
+from qdora.verbs.assemble import choose_compute
 from qdora.verbs.evaluate import evaluate_target
 from qdora.verbs.export import export_run
 from qdora.verbs.export_options import ExportOptions
@@ -156,3 +160,18 @@ def test_without_links_the_files_are_copied(root: Path, run: Path, monkeypatch: 
     copied = root / "copied/base/model.safetensors"
     assert copied.read_bytes() == (run / "base/model.safetensors").read_bytes()
     assert not copied.samefile(run / "base/model.safetensors")
+
+
+def test_weights_that_changed_in_their_place_are_compressed_anew(root: Path, tmp_path: Path) -> None:
+    recipe_ = recipe(root)
+    folder = tmp_path / "model"
+    shutil.copytree(root / "model", folder)
+    compute = choose_compute("float32")
+    key = pruned_base.compression_key(recipe_, resolve(str(folder)), compute, None)
+    assert key == pruned_base.compression_key(recipe_, resolve(str(folder)), compute, None)
+    file = folder / "model.safetensors"
+    content, time = bytearray(file.read_bytes()), file.stat().st_mtime_ns
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(time + 1, time + 1))
+    assert key != pruned_base.compression_key(recipe_, resolve(str(folder)), compute, None)

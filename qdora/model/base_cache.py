@@ -126,10 +126,19 @@ class BaseCache:
 def cache_key(source: ModelSource, model: PreTrainedModel, wanted: Quantization) -> str:
     """What a packed base follows from, as 64 hex digits. Only samples of the weights are read."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    files = [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]
-    found = [_fingerprint(file) for file in files]
-    content = {"format": FORMAT, "quantization": asdict(wanted), "model": shapes, "files": found}
+    content = {
+        "format": FORMAT,
+        "quantization": asdict(wanted),
+        "model": shapes,
+        "files": fingerprints(source),
+    }
     return hashlib.sha256(json_text(content).encode()).hexdigest()
+
+
+def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
+    """What tells a model's files from others, as JSON values: others mean that what was made of them is made anew."""
+    files = [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]
+    return [_fingerprint(file) for file in files]
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from qdora.data.mix import Mix
 from qdora.data.tokenize import TokenizedSet
 from qdora.errors import UserError
 from qdora.evaluation.perplexity import read_texts
+from qdora.model.base_cache import fingerprints
 from qdora.model.compress import Compression, PruneSettings
 from qdora.model.compressed_file import StoredCompression, save_compressed
 from qdora.model.source import ModelSource
@@ -129,9 +130,8 @@ def base_of_run(
 
 def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:
     """What a compressed base follows from, as 16 hex digits: the model, base.*, the dtype, the calibration tokens."""
-    file = source.path.resolve()
     facts = {
-        "source": [str(file), source.revision, source.path.stat().st_mtime_ns if source.is_gguf else None],
+        "files": fingerprints(source),
         "base": recipe.base.model_dump(mode="json"),
         "dtype": str(compute.dtype),
     }
