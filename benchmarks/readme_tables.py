@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tables.exports import merge_streamed
+from tables.exports import decode_speed, merge_streamed
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_recipes, plan_shapes
@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "magnitudes": magnitudes,
     "peft_interop": peft_interop,
     "load_memory": load_memory,
+    "decode_speed": decode_speed,
     "merge_streamed": merge_streamed,
     "packing": packing,
     "mixing": mixing,
