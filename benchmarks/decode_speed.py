@@ -4,7 +4,8 @@
 
 SmolLM2-135M-Instruct (`builtin`) in NF4, r16 on every linear layer, every adapter parameter off its start; with --smoke
 a small random model. Greedy decoding with the key-value cache of transformers, the end mark ignored. DoRA keeps
-the norm of its rows while the parameters do not change, so it differs from LoRA by one product with (out,) a layer.
+the norm of its rows while the parameters do not change; both keep the block scales of their base decoded, as
+`qdora generate` has them, DoRA's times the gain, so the two do the same work for each token.
 Asked: DoRA at least 0.97 of LoRA.
 """
 
@@ -22,6 +23,7 @@ from measure import alternating, facts, ratio, spread, write
 from qdora.model.inject import adapted_layers, inject, replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.train.allocator import keep_freed_memory
+from qdora.verbs.generate import prepare_decoding
 
 ASKED = 0.97
 
@@ -73,6 +75,7 @@ def contender(kind: str, smoke: bool) -> Any:
     if kind == "merged":
         for path, layer in adapted_layers(model).items():
             replace_module(model, path, FrozenLinear(layer.merged_weight(model.dtype), layer.base.bias))
+    prepare_decoding(model)
     return model.eval()
 
 

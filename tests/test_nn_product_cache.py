@@ -59,6 +59,40 @@ def test_bits_are_those_of_the_graph(kind: str, dtype: torch.dtype, options: dic
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("quant", ["nf4", "int8", None])
+def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind: str, quant: str | None) -> None:
+    layer = moved(kind, torch.bfloat16, in_=128, quant=quant, bias=True)
+    x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer.keep_scales()
+    for change in (lambda: None, lambda: in_place(layer), lambda: layer.train().eval()):
+        change()
+        expected = layer(x).detach()
+        with torch.inference_mode():
+            assert torch.equal(layer(x), expected)
+            assert torch.equal(layer(x), expected)
+        kept = layer._product_cache._entry.products  # type: ignore[union-attr]
+        assert (kept.weight is None) == (quant is None)
+        assert kept.gain is None or quant is None
+    layer.keep_scales(False)
+    with torch.no_grad():
+        layer(x)
+    assert layer._product_cache._entry.products.weight is None  # type: ignore[union-attr]
+
+
+def test_a_weight_that_comes_and_goes_is_not_kept() -> None:
+    class Nowhere:
+        def use(self, layer: Any) -> None:
+            pass
+
+    layer = moved("dora", torch.bfloat16, in_=128, quant="nf4")
+    layer.base.residency = Nowhere()
+    layer.keep_scales()
+    with torch.no_grad():
+        layer(torch.ones(1, 128, dtype=torch.bfloat16))
+    assert layer._product_cache._entry.products.weight is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_after_every_kind_of_change_the_factors_are_the_new_ones(
     change: Callable[[AdaptedLinear], None], kind: str

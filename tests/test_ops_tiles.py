@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qdora.ops import tiles
 from qdora.ops.packed import dequantize, quantize
-from qdora.ops.tiles import column_tiles, dense_weight, row_tiles, spans
+from qdora.ops.tiles import column_tiles, dense_weight, row_tiles, spans, with_own_scales
 
 FORMATS = ("nf4", "fp4", "int8", "dense")
 
@@ -63,6 +63,31 @@ def test_tiles_put_together_are_the_scaled_weight(kind, double_quant, with_facto
             assert float(off.max()) <= tolerance
         if factor is None:
             assert torch.equal(torch.cat([tile for _, tile in by_rows]).double(), expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_scales_of_its_own_give_a_weight_the_same_tiles(kind, double_quant, with_factor):
+    weight = stored(kind, (20, 192), double_quant=double_quant)
+    factor = torch.rand(20, generator=torch.Generator().manual_seed(1)) * 2 if with_factor else None
+    before = {name: tensor.clone() for name, tensor in weight.tensors().items()} if kind != "dense" else {}
+    own = with_own_scales(weight, factor)
+    if kind == "dense":
+        assert own is None
+        return
+    assert own.packed is weight.packed
+    assert own.nested is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weight.tensors().items())
+    for dtype in (torch.float32, torch.bfloat16):
+        for cut in (row_tiles, column_tiles):
+            pairs = zip(cut(own, dtype), cut(weight, dtype, factor), strict=True)
+            assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+def test_blocks_that_cross_rows_have_no_scales_of_their_own():
+    assert with_own_scales(stored("nf4", (7, 131), double_quant=False), torch.ones(7)) is None
 
 
 @pytest.mark.usefixtures("small_tiles")

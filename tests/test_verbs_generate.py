@@ -100,6 +100,7 @@ def test_the_norm_is_computed_once(run: Path, monkeypatch: pytest.MonkeyPatch) -
     found = generate_from(str(run), "3 + 4 =", SHORT, raw=True)
     assert found["num_new_tokens"] > 1
     assert len(calls) == len(set(map(id, calls))) == 14
+    assert all(layer.keeps_scales for layer in calls)
 
 
 @pytest.mark.parametrize("options", [ExportOptions(dtype="float32"), ExportOptions(format_="nf4-lora")])

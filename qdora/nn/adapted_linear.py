@@ -33,6 +33,7 @@ from qdora.ops.dora import (
 from qdora.ops.gate import fold_gate
 from qdora.ops.masked_linear import masked_linear, masked_row_norm
 from qdora.ops.planning import is_planning
+from qdora.ops.tiles import with_own_scales
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
@@ -93,6 +94,7 @@ class AdaptedLinear(nn.Module):
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
         self.dropout = dropout
         self.masked = masked
+        self.keeps_scales = False
         device = base.stored_weight.device
         first = torch.empty(rank, base.in_features, dtype=torch.float32)
         if init == "gaussian":
@@ -130,9 +132,11 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
-        weight, bits = self.base.stored_weight, self._mask_bits
+        bits = self._mask_bits
         if not self.training and bits is None and is_plain(x):
-            return adapted_product(x, weight, self.base.bias, *self._products(x.dtype))
+            a, scaled_b, on_rows, kept = self._products(x.dtype)
+            return adapted_product(x, kept or self.base.stored_weight, self.base.bias, a, scaled_b, on_rows)
+        weight = self.base.stored_weight
         factors = (self.base.bias, self.lora_A, self.gated_B(), self.scaling)
         gain = self.gain(product_dtype(x))
         dropout = self.dropout if self.training else 0.0
@@ -148,7 +152,19 @@ class AdaptedLinear(nn.Module):
     def _made(self, dtype: torch.dtype) -> Products:
         gain = self.gain(dtype)
         value = None if gain is None else gain.value
-        return Products(*factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype), value)
+        factors = factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype)
+        # A weight that comes and goes has no codes to share.
+        own = with_own_scales(self.base.stored_weight, value) if self.keeps_scales and not self.base.away else None
+        return Products(*factors, value if own is None else None, own)
+
+    def keep_scales(self, keep: bool = True) -> None:
+        """For decoding, one token after the other: keep the base's block scales, decoded and times g, in evaluation.
+
+        The bits stay the same. It takes 32 bits a block (half a bit a weight at blocks of 64) until the parameters
+        change; a dense base, a streamed one and blocks that cross rows have nothing to keep.
+        """
+        self.keeps_scales = keep
+        self._product_cache.clear()
 
     def add_gate(self) -> None:
         """Give every rank component a trainable factor, float32 (float64 for float64 factors), at 1."""

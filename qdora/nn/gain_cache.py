@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.ops.dora import Gain, gain
+from qdora.ops.packed import PackedWeight
 from qdora.ops.planning import is_planning
 
 
@@ -46,11 +47,19 @@ class _Entry(_State):
 
 
 class Products(NamedTuple):
-    """A (rank, in) and diag(s g) B (out, rank) in the dtype of the products, and g, (out,); None for LoRA."""
+    """What evaluation multiplies with.
+
+    Attributes:
+        a: A, (rank, in), in the dtype of the products.
+        scaled_b: diag(s g) B, (out, rank), likewise.
+        gain: g, (out,), to be laid on the base's rows; None for LoRA, and where `weight` has it.
+        weight: diag(g) W with block scales of its own, where the layer keeps them; None: the base as it is.
+    """
 
     a: Tensor
     scaled_b: Tensor
     gain: Tensor | None
+    weight: PackedWeight | None = None
 
 
 @dataclass

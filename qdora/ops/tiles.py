@@ -113,6 +113,23 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
             yield rows, _crossing_rows(weight, scales, rows, row_factor, dtype)
 
 
+def with_own_scales(weight: Weight, row_factor: Tensor | None = None) -> PackedWeight | None:
+    """diag(row_factor) W as a packed weight that shares W's codes and has decoded block scales of its own.
+
+    Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without the work on the scales that every
+    call does there. For products of few rows, where that work shows; 32 bits for each block is what it takes.
+
+    Args:
+        weight, row_factor: As of `row_tiles`.
+    Returns:
+        None for a dense weight, and where blocks cross rows: no scale there belongs to one row.
+    """
+    if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
+        return None
+    scales = _row_scales(weight, row_factor)
+    return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales.reshape(-1))
+
+
 def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
     """Dense tiles of whole columns of diag(row_factor) W, in order; see `row_tiles`.
 
