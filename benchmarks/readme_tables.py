@@ -17,7 +17,7 @@ from tables.exports import decode_speed, merge_streamed
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_recipes, plan_shapes
-from tables.runs import kill_resume, mixing
+from tables.runs import kill_resume, mixing, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.table import markdown, read
 from tables.times import layer_time, packing, step_time
@@ -50,6 +50,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer_memory": layer_memory,
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,
+    "out_of_memory": out_of_memory,
     "plan_shapes": plan_shapes,
     "plan_recipes": plan_recipes,
     "plan_accuracy": plan_accuracy,
