@@ -180,6 +180,9 @@ class MemoryConfig(Section):
     offload_activations: Flag = False
     """On a GPU: what checkpointing keeps of each block lies in pinned host memory between the passes, copied while
     others compute."""
+    host_embeddings: Flag = False
+    """On a GPU: the input embedding stays in the host's memory, which sends the rows of a micro-batch's tokens. Not for
+    models whose head shares it."""
     loss_chunk: AutoTokens = "auto"
     """Labelled tokens whose logits exist at once. auto: as many as make 128 MiB of logits, at least 16."""
 
@@ -214,6 +217,11 @@ class Recipe(Section):
             yield (
                 "adapter.kind",
                 f"full trains 16-bit weights, got base.quant {self.base.quant}, allowed: base.quant none.",
+            )
+        if self.adapter.kind == "full" and self.memory.host_embeddings:
+            yield (
+                "memory.host_embeddings",
+                "keeps the embedding frozen, got true with adapter.kind full, allowed: false.",
             )
         yield from self._prune_faults()
         if self.base.residency != "device" and not self.memory.checkpointing:

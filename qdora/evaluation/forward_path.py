@@ -14,6 +14,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from qdora.nn.host_embedding import HostEmbedding
+
 logger = logging.getLogger(__name__)
 
 
@@ -95,10 +97,11 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device of the embedding."""
+    """Where token ids go: the device of the embedding, or of the rows that it gives."""
     find_embeddings: Any = getattr(_unwrapped(model), "get_input_embeddings", None)
     if find_embeddings is not None:
-        return torch.device(find_embeddings().weight.device)
+        embedding = find_embeddings()
+        return embedding.device if isinstance(embedding, HostEmbedding) else torch.device(embedding.weight.device)
     return next(model.parameters()).device
 
 

@@ -140,6 +140,7 @@ class Plan:
         assumptions: What could not be known, one sentence each.
         pageable_bytes: Of the optimizer's state, what the driver can move to the host between updates.
         host_bytes: Of pinned host memory, for the blocks and checkpoints that are there.
+        embedding_bytes: Of the input embedding, where it is in the host's memory, not pinned; else 0.
         block_bytes: Of the largest block's packed weights; 0 where it has none that could come and go.
         num_blocks, num_trainable, num_weights: Of the model.
         step_seconds: Predicted time of an optimizer step.
@@ -155,6 +156,7 @@ class Plan:
     assumptions: Sequence[str] = ()
     pageable_bytes: int = 0
     host_bytes: int = 0
+    embedding_bytes: int = 0
     block_bytes: int = 0
     num_blocks: int = 0
     num_trainable: int = 0
@@ -210,6 +212,7 @@ class Plan:
             "fits": self.fits,
             "pageable_bytes": self.pageable_bytes,
             "host_bytes": self.host_bytes,
+            "embedding_bytes": self.embedding_bytes,
             "block_bytes": self.block_bytes,
             "micro_batch": {**vars(self.shape), "num_tokens": self.shape.num_tokens},
             "num_micro_batches": self.num_micro_batches,

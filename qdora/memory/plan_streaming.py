@@ -9,7 +9,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from qdora.memory.host_residency import Piece, pinned_bytes
-from qdora.memory.plan import BASE, CHECKPOINTS, SCALES, STREAMING, Moment
+from qdora.memory.plan import BASE, CHECKPOINTS, DENSE, SCALES, STREAMING, Moment
 from qdora.memory.turns import Turns
 from qdora.model.load import Quantization, layers_to_quantize
 from qdora.ops.packed import empty_packed
@@ -81,6 +81,16 @@ def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[M
         sizes[STREAMING] = streamed.slot_bytes
         found.append(Moment(moment.phase, moment.block, {name: size for name, size in sizes.items() if size}))
     return found
+
+
+def without_embedding(moments: Sequence[Moment], num_bytes: int) -> list[Moment]:
+    """The moments of a step of the same model whose input embedding, so many bytes, is on the host."""
+    return [
+        Moment(
+            moment.phase, moment.block, {**moment.by_component, DENSE: moment.by_component.get(DENSE, 0) - num_bytes}
+        )
+        for moment in moments
+    ]
 
 
 def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Moment], int]:

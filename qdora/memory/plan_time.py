@@ -76,6 +76,7 @@ class Work:
         quantised: Whether the linear weights are.
         checkpointing: Whether the forward pass is computed twice.
         full: Whether the base itself is trained.
+        num_features: Of a row of the embedding that comes from the host; 0 where it is on the device.
         num_blocks, num_streamed, block_bytes: Blocks, how many of them come and go, and bytes of the largest.
     """
 
@@ -89,6 +90,7 @@ class Work:
     num_blocks: int = 1
     num_streamed: int = 0
     block_bytes: int = 0
+    num_features: int = 0
 
 
 def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
@@ -98,7 +100,7 @@ def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rat
     the weights, where they are trained); attention, which is causal, half of 4 * length a query feature and token, and
     two and a half times that in its backward pass. Bytes: what dequantising moves in each of these passes, and 30 a
     trainable parameter in the update. Sum over both, since tiles are dequantised between the products. Blocks that come
-    and go add what a simulated schedule waits for them.
+    and go add what a simulated schedule waits for them, an embedding on the host the copy of its rows.
     """
     passes = 2 + work.checkpointing
     tokens = shape.num_tokens
@@ -108,6 +110,7 @@ def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rat
     num_bytes = work.num_linear * passes * (BYTES_PER_DEQUANTISED if work.quantised else 2.0)
     update = 30.0 * work.num_trainable / rates.bytes
     seconds = flops / rates.flops + num_bytes / rates.bytes + _waiting_seconds(work, tokens, rates)
+    seconds += tokens * 2.0 * work.num_features / rates.copied
     return num_micro_batches * seconds + update
 
 

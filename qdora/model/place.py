@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.host_embedding import HostEmbedding
 from qdora.ops.tiles import Weight
 
 
@@ -25,7 +26,9 @@ def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor
 
 def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     old = getattr(module, leaf)
-    if leaf in module._buffers and not isinstance(module, FrozenLinear):
+    if isinstance(module, HostEmbedding):
+        device = torch.device("cpu")
+    elif leaf in module._buffers and not isinstance(module, FrozenLinear):
         dtype = old.dtype
     elif not value.is_floating_point():
         dtype = value.dtype
@@ -39,7 +42,7 @@ def settle(model: PreTrainedModel, device: torch.device) -> None:
     for target, origin in tied_weights(model).items():
         _tie(model, target, origin)
     for module in model.modules():
-        away = module.away if isinstance(module, FrozenLinear) else ()
+        away = module.away if isinstance(module, FrozenLinear | HostEmbedding) else ()
         for name, buffer in module._buffers.items():
             if name not in away and buffer is not None and not buffer.is_meta and buffer.device != device:
                 module._buffers[name] = buffer.to(device)

@@ -23,6 +23,7 @@ from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
+from qdora.memory.host_embedding import keep_embedding_on_host
 from qdora.memory.host_residency import HostResidency
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.base_cache import BaseCache, default_cache
@@ -103,6 +104,7 @@ def load_base(
         progress=progress,
         reader=cache,
         placer=placer,
+        prepare=keep_embedding_on_host if recipe.memory.host_embeddings and compute.device.type == "cuda" else None,
     )
     if recipe.adapter.kind == "full":
         for parameter in model.parameters():

@@ -46,6 +46,8 @@ def check_beforehand(
         faults.append("base.residency: disk is for machines without a GPU, allowed: device, host.")
     if recipe.memory.offload_activations and compute.device.type != "cuda":
         faults.append("memory.offload_activations: is for a GPU, got true, allowed here: false.")
+    if recipe.memory.host_embeddings and compute.device.type != "cuda":
+        faults.append("memory.host_embeddings: is for a GPU, got true, allowed here: false.")
     asked = evaluated_sources(recipe, validation)
     evaluated = {name: validation[name] for name in asked if name in validation}
     if recipe.eval.method == "generate":

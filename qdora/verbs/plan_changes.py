@@ -108,6 +108,8 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> list[_Candidate]:
     if device_kind == "cuda" and not recipe.memory.offload_activations:
         before = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
         offer(*before, "memory.offload_activations=true", neutral=True)
+    if device_kind == "cuda" and not recipe.memory.host_embeddings and recipe.adapter.kind != "full":
+        offer("memory.host_embeddings=true", neutral=True)
     trains_adapter = recipe.adapter.kind in ("lora", "dora")
     if recipe.train.optimizer in ("adamw", "paged_adamw_32bit"):
         offer("train.optimizer=paged_adamw_8bit", neutral=False)

@@ -18,10 +18,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qdora.config import Recipe
 from qdora.doctor import cpu_has_bfloat16
 from qdora.errors import UserError
+from qdora.memory.host_embedding import check_host_embedding, obstacle
 from qdora.memory.plan import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, block_list, drawn_out, find_pattern, signature
 from qdora.memory.plan_model import empty_model, fill_, ranks_of_adapter, set_unmasked_, shortened
-from qdora.memory.plan_streaming import StreamedBlocks, streamed_blocks, with_offloaded, with_streamed
+from qdora.memory.plan_streaming import (
+    StreamedBlocks,
+    streamed_blocks,
+    with_offloaded,
+    with_streamed,
+    without_embedding,
+)
 from qdora.memory.plan_time import Work, known_rates, step_seconds
 from qdora.memory.tracker import LiveBytes
 from qdora.model.adapter_file import describe_adapter
@@ -83,6 +90,9 @@ def planned(
         source = resolve(named.source, named.revision, trust_remote_code=named.trust_remote_code, weights=False)
         config = load_config(source)
     given = config
+    if recipe.memory.host_embeddings:
+        with _quiet():
+            check_host_embedding(empty_model(config, source, torch.bfloat16, recipe.model.attention))
 
     def plan_of(changed: Recipe) -> Plan:
         shapes, count = workload(changed)
@@ -147,6 +157,7 @@ class _Measurement:
             )
         num_blocks = 0 if found is None else len(found[1])
         streamed, block_bytes = self._streamed(skeleton), self._block_bytes(skeleton)
+        embedding_bytes = self._embedding_bytes(skeleton)
         weights = sum(each.numel() for each in skeleton.parameters())
         del skeleton
         with _quiet(), planned_on(self.device_kind), torch.random.fork_rng(devices=[]):
@@ -166,6 +177,8 @@ class _Measurement:
         num_trainable = sum(torch.Size(size).numel() for size, _ in shapes.values())
         if streamed is not None:
             moments = with_streamed(moments, streamed)
+        if embedding_bytes:
+            moments = without_embedding(moments, embedding_bytes)
         host_bytes = 0 if streamed is None else streamed.host_bytes
         if self.recipe.memory.offload_activations:
             moments, kept = with_offloaded(moments, num_blocks)
@@ -177,6 +190,7 @@ class _Measurement:
             self.num_micro_batches,
             pageable_bytes=pageable_bytes(shapes, self.recipe.train.optimizer) if self.device_kind == "cuda" else 0,
             host_bytes=host_bytes,
+            embedding_bytes=embedding_bytes,
             block_bytes=block_bytes,
             num_blocks=num_blocks,
             num_trainable=num_trainable,
@@ -190,6 +204,13 @@ class _Measurement:
         if base.residency == "device":
             return None
         return streamed_blocks(skeleton, self._wanted, base.residency, base.streamed_blocks)
+
+    def _embedding_bytes(self, skeleton: PreTrainedModel) -> int:
+        """Of an embedding that is not on the device."""
+        wanted = self.recipe.memory.host_embeddings and self.device_kind == "cuda"
+        if not wanted or obstacle(skeleton) is not None:
+            return 0
+        return int(skeleton.get_input_embeddings().weight.numel()) * self.dtype.itemsize
 
     def _block_bytes(self, skeleton: PreTrainedModel) -> int:
         """Of the largest block that could come and go."""
@@ -223,6 +244,7 @@ class _Measurement:
             num_blocks=0 if found is None else len(found[1]),
             num_streamed=0 if streamed is None else streamed.num_streamed,
             block_bytes=0 if streamed is None else streamed.block_bytes,
+            num_features=config.hidden_size if self._embedding_bytes(skeleton) else 0,
         )
         return step_seconds(work, self.shape, self.num_micro_batches, known_rates(self.device_kind))
 
