@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tables.combined import combined_vs_solo
 from tables.exports import decode_speed, merge_streamed
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
@@ -41,6 +42,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "load_memory": load_memory,
     "decode_speed": decode_speed,
     "merge_streamed": merge_streamed,
+    "combined_vs_solo": combined_vs_solo,
     "packing": packing,
     "mixing": mixing,
     "kill_resume": kill_resume,
