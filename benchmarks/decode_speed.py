@@ -21,9 +21,9 @@ import torch
 from measure import alternating, facts, ratio, spread, write
 
 from qdora.model.inject import adapted_layers, inject, replace_module
+from qdora.nn.adapted_linear import prepare_decoding
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.generate import prepare_decoding
 
 ASKED = 0.97
 
@@ -75,7 +75,7 @@ def contender(kind: str, smoke: bool) -> Any:
     if kind == "merged":
         for path, layer in adapted_layers(model).items():
             replace_module(model, path, FrozenLinear(layer.merged_weight(model.dtype), layer.base.bias))
-    prepare_decoding(model)
+    prepare_decoding(adapted_layers(model).values())
     return model.eval()
 
 

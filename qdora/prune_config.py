@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator
+from typing import Literal
 
 from qdora.errors import nearest
 from qdora.section import Fault, Positive, Section, Seed, Share, Text, Whole
@@ -15,11 +13,6 @@ PATTERNS = ("unstructured", "2:4", "4:8", "rows", "columns")
 """Patterns by name; any other n:m is allowed, too."""
 
 _N_OF_M = re.compile(r"([1-9]\d{0,2}):([1-9]\d{0,2})")
-
-
-def _n_of_m(value: Any) -> Any:
-    """YAML 1.1 reads 2:4 as minutes and seconds, 124: read it as a pattern."""
-    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
 
 
 class CalibrationConfig(Section):
@@ -40,7 +33,7 @@ class PruneConfig(Section):
 
     method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
     """What a weight is worth. Wanda: arXiv 2306.11695; SparseGPT: arXiv 2301.00774, which corrects what stays."""
-    pattern: Annotated[Text, BeforeValidator(_n_of_m)] = "unstructured"
+    pattern: Text = "unstructured"
     """unstructured, n:m (n of m neighbours are kept, such as 2:4), rows or columns."""
     sparsity: Share | None = None
     """Share of zeros; n:m has its own."""

@@ -138,6 +138,15 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
     ]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people read it: 2:4 is a pattern, not the 124 that YAML 1.1 takes it for, sixties and ones."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        is_number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        return "tag:yaml.org,2002:str" if is_number and ":" in value else tag
+
+
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Parse one YAML mapping; a syntax error or a key given twice is a fault with its line number.
 
@@ -145,7 +154,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         UserError: All faults of that kind, one line each.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         twice = [] if node is None else list(_keys_given_twice(node, set()))
         data = None if node is None or twice else loader.construct_document(node)

@@ -687,6 +687,11 @@ def test_n_of_m_needs_no_quotes() -> None:
         assert recipe_from(read_yaml(resolved_yaml(recipe), "again")) == recipe
 
 
+def test_colons_make_no_numbers_to_base_60() -> None:
+    found = read_yaml("a: 2:4\n2:4: [1:30.5, 190:20:30]\nb: 24\nc: -1.5\nd: 0x1f\n", "r")
+    assert found == {"a": "2:4", "2:4": ["1:30.5", "190:20:30"], "b": 24, "c": -1.5, "d": 31}
+
+
 def test_a_calibration_file_is_looked_for_beside_the_recipe(tmp_path: Path) -> None:
     prune = {"sparsity": 0.5, "calibration": {"text": "some/text.txt"}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(section("base", prune=prune)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from qdora.memory.host_embedding import keep_embedding_on_host
 from qdora.memory.host_residency import HostResidency
 from qdora.model.load import Placer, load_model
 from qdora.model.source import resolve
@@ -39,6 +40,21 @@ def test_gradients_and_logits_are_those_of_a_resident_base(
         tiny_streamed.assert_equal(tiny_streamed.gradients(model), expected)
         for parameter in model.parameters():
             parameter.grad = None
+
+
+def test_an_embedding_on_the_host(source: Path) -> None:
+    expected = tiny_streamed.gradients(loaded(source, None))
+    settings = {"quant": "nf4", "compute_dtype": torch.float32, "device": DEVICE}
+    held = []
+    for before_reading in (None, keep_embedding_on_host):
+        gc.collect()
+        before = torch.cuda.memory_allocated(DEVICE)
+        model = load_model(resolve(str(source)), before_reading=before_reading, **settings)
+        held.append(torch.cuda.memory_allocated(DEVICE) - before)
+    table = model.get_input_embeddings().weight
+    assert table.device.type == "cpu"
+    assert held[0] - held[1] >= table.nbytes // 2
+    tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model)), expected)
 
 
 def test_the_device_holds_the_slots_alone(source: Path) -> None:

@@ -13,23 +13,27 @@ from qdora.config import Recipe
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import input_device
 from qdora.memory.host_embedding import check_host_embedding, keep_embedding_on_host
+from qdora.memory.host_residency import HostResidency
 from qdora.memory.plan import DENSE, Plan
 from qdora.memory.plan_time import STATED
+from qdora.model.inject import inject
 from qdora.model.load import load_model
 from qdora.model.logit_comparison import float32_arithmetic
 from qdora.model.source import resolve
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.recipe_file import recipe_from
-from qdora.verbs.plan_memory import plan
+from qdora.verbs import assemble
+from qdora.verbs.plan_memory import local_source, plan
 from qdora.verbs.train import train_run
 from tests import tiny_run, tiny_streamed
 from tests.checkpoints import SMALL
+from tests.test_memory_host_residency import LateCopies
 
 CONFIG = LlamaConfig(**SMALL | {"tie_word_embeddings": False, "vocab_size": 4096})
 
 
 def host(source: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return load_model(resolve(str(source)), quant="nf4", compute_dtype=dtype, prepare=keep_embedding_on_host)
+    return load_model(resolve(str(source)), quant="nf4", compute_dtype=dtype, before_reading=keep_embedding_on_host)
 
 
 def test_logits_and_gradients_are_those_of_an_embedding_on_the_device(tmp_path: Path) -> None:
@@ -71,9 +75,59 @@ def test_rows_go_to_the_device_and_the_table_stays() -> None:
 
 def test_token_ids_go_where_the_rows_go(tmp_path: Path) -> None:
     model = host(tiny_streamed.write_source(tmp_path))
-    model.get_input_embeddings().device = torch.device("meta")
-    assert input_device(model) == torch.device("meta")
-    assert model.device == torch.device("cpu")
+    assert input_device(model) == torch.device("cpu")
+    model.get_input_embeddings().to("meta")
+    assert input_device(model) == model.device == torch.device("meta")
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_the_model_is_the_one_it_computes_in(
+    tmp_path: Path, dtype: torch.dtype, adapter: torch.dtype
+) -> None:
+    model = host(tiny_streamed.write_source(tmp_path), dtype)
+    inject(model, rank=4, dtype=adapter)
+    assert model.dtype == dtype
+    assert model(input_ids=tiny_streamed.IDS[0]).logits.dtype == dtype
+    assert model.to(torch.float32).dtype == model.get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_its_state_is_that_of_an_embedding() -> None:
+    table = torch.randn(7, 4)
+    embedding = HostEmbedding(table.clone(), torch.device("cpu"))
+    assert embedding.state_dict().keys() == {"weight"}
+    embedding.load_state_dict({"weight": table + 1})
+    assert torch.equal(embedding.weight, table + 1)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        embedding.load_state_dict({})
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", True), ("cpu", False)])
+def test_a_run_on_a_gpu_loads_it_there(monkeypatch: pytest.MonkeyPatch, device: str, wanted: bool) -> None:
+    asked: list[object] = []
+
+    def load(*_args: object, before_reading: object, **_options: object) -> Any:
+        asked.append(before_reading)
+        return torch.nn.Module()
+
+    monkeypatch.setattr(assemble, "load_model", load)
+    recipe = a_recipe(host_embeddings=True, checkpointing=False)
+    compute = assemble.Compute(torch.device(device), torch.bfloat16)
+    assemble.load_base(recipe, local_source(), compute)
+    assert asked == [keep_embedding_on_host if wanted else None]
+
+
+def test_blocks_on_the_host_leave_room_for_it(tmp_path: Path) -> None:
+    source = resolve(str(tiny_streamed.write_source(tmp_path)))
+    settings: dict[str, Any] = {"quant": "nf4", "before_reading": keep_embedding_on_host}
+    with pytest.raises(UserError, match=r"beside the 0\.0 GiB of the embedding; allowed: fewer base\.streamed_blocks"):
+        load_model(source, placer=HostResidency(free_bytes=lambda: 0, copies=LateCopies), **settings)
+
+
+def test_data_parallel_wrappers_do_not_send_it(tmp_path: Path) -> None:
+    model = host(tiny_streamed.write_source(tmp_path))
+    inject(model, rank=4)
+    assert "model.embed_tokens.weight" in model._ddp_params_and_buffers_to_ignore
 
 
 def test_a_shared_or_computing_embedding_is_refused() -> None:

@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from qdora.errors import UserError
 from qdora.model import compress
-from qdora.model.compress import Compression, PruneSettings
+from qdora.model.compress import Compression, PruneSettings, quantized_layers
 from qdora.model.compressed_file import StoredCompression, save_compressed
 from qdora.model.inject import frozen_layers
+from qdora.model.load import Quantization
+from qdora.model.source import resolve
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import dequantize, quantize
 from qdora.ops.sparsity import pattern_from
-from tests import checkpoints, reference_prune
+from tests import checkpoints, reference_prune, reference_quant
 
 IDS = torch.randint(1, 97, (5, 11), generator=torch.Generator().manual_seed(3))
 HALF = pattern_from("unstructured", 0.5)
@@ -156,6 +158,26 @@ def test_pruning_what_was_quantised_keeps_its_scales_and_codes(tmp_path: Path, k
         assert torch.equal(before.absmax, after.absmax)
         keep = pruned[name].keep_mask()
         assert torch.equal(pruned[name].dequantized(), layer.dequantized() * keep)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_errors_of_quantising_alone(tmp_path: Path, kind: str) -> None:
+    checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama"])
+    found = quantized_layers(resolve(str(tmp_path)), Quantization(kind, 32, False, ("lm_head", "down_proj")))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert len(found) == 12
+    for path, layer in found.items():
+        weight = model.get_submodule(path).weight.detach().numpy().astype(np.float32)
+        if kind == "int8":
+            codes, scales = map(np.array, reference_quant.quantize_int8(weight))
+            dense = codes.astype(np.float64) * scales[:, None] / 127
+        else:
+            codes, scales = reference_quant.quantize_4bit(weight.ravel(), kind, 32)
+            dense = np.array(reference_quant.dequantize_4bit(codes, scales, kind, 32)).reshape(weight.shape)
+        expected = np.linalg.norm(dense - weight) / np.linalg.norm(weight)
+        assert layer["relative_error"] == pytest.approx(expected, rel=1e-5)
+        assert (layer["kind"], layer["shape"], layer["num_pruned"]) == (kind, list(weight.shape), 0)
+    assert quantized_layers(resolve(str(tmp_path)), Quantization("none", 64, False, ())) == {}
 
 
 def test_skipped_layers_stay_dense_and_whole(tmp_path: Path) -> None:

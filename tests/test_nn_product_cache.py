@@ -11,6 +11,8 @@ import torch
 
 from qdora.nn import adapted_linear as module
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import quantize
 from tests import reference, tiny
 from tests.test_nn_gain_cache import CHANGES, X, in_place, load_another_base, only_the_magnitude
 from tests.test_ops_adapted_linear import arrays, to_numpy
@@ -59,9 +61,14 @@ def test_bits_are_those_of_the_graph(kind: str, dtype: torch.dtype, options: dic
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("quant", ["nf4", "int8", None])
+@pytest.mark.parametrize("quant", ["nf4", "nf4, double", "int8", None])
 def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind: str, quant: str | None) -> None:
-    layer = moved(kind, torch.bfloat16, in_=128, quant=quant, bias=True)
+    double = quant == "nf4, double"
+    layer = moved(kind, torch.bfloat16, in_=128, quant="nf4" if double else quant, bias=True)
+    if double:
+        packed = quantize(layer.base.dequantized(), "nf4", 64, double_quant=True)
+        layer = AdaptedLinear(FrozenLinear(packed, layer.base.bias), kind=kind, rank=3).eval()  # type: ignore[arg-type]
+        tiny.move_all_parameters_(layer)
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     layer.keep_scales()
     for change in (lambda: None, lambda: in_place(layer), lambda: layer.train().eval()):
@@ -77,6 +84,16 @@ def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind: str, qua
     with torch.no_grad():
         layer(x)
     assert layer._product_cache._entry.products.weight is None  # type: ignore[union-attr]
+
+
+def test_scales_are_kept_where_a_gpu_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [moved("dora", torch.bfloat16, in_=128, quant="nf4"), moved("dora", torch.bfloat16)]
+    taken = 24 * 128 // 64 * 4
+    for free, expected in ((None, True), (2 * taken, True), (2 * taken - 1, False)):
+        monkeypatch.setattr(module, "_free_bytes", lambda _device, free=free: free)
+        assert module.prepare_decoding(layers) is expected
+        assert [layer.keeps_scales for layer in layers] == [expected, expected]
+    assert module.prepare_decoding([])
 
 
 def test_a_weight_that_comes_and_goes_is_not_kept() -> None:

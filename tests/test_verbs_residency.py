@@ -42,12 +42,12 @@ def test_what_a_machine_has(
     on_cpu: str,
     on_gpu: str,
 ) -> None:
-    base = tiny_run.recipe(root, base__residency=trained).base
+    recipe = tiny_run.recipe(root, base__residency=trained)
     for device, expected in (("cpu", on_cpu), ("cuda", on_gpu)):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="qdora"):
-            found = residency_here(RunDirectory(tmp_path), base, torch.device(device), differentiated=differentiated)
-        assert found.residency == expected
+            found = residency_here(RunDirectory(tmp_path), recipe, torch.device(device), differentiated=differentiated)
+        assert found.base.residency == expected
         told = [record.getMessage() for record in caplog.records]
         assert len(told) == (expected != trained)
         assert all(expected in each and trained in each for each in told)
@@ -56,18 +56,20 @@ def test_what_a_machine_has(
 def test_what_was_chosen_is_kept_until_another_start_chooses(root: Path, tmp_path: Path) -> None:
     run, cpu = RunDirectory(tmp_path), torch.device("cpu")
     given = tiny_run.recipe(root)
-    chosen = override(given, ["base.residency=disk", "base.streamed_blocks=1"])
+    chosen = override(given, ["base.residency=disk", "base.streamed_blocks=1", "memory.host_embeddings=true"])
     keep_residency(run, given, given)
     assert not (tmp_path / FILE).exists()
     keep_residency(run, given, chosen)
-    found = residency_here(run, given.base, cpu)
-    assert (found.residency, found.streamed_blocks) == ("disk", 1)
-    assert found == chosen.base
+    found = residency_here(run, given, cpu)
+    assert (found.base.residency, found.base.streamed_blocks) == ("disk", 1)
+    assert found == chosen
     keep_residency(run, given, given)
-    assert residency_here(run, given.base, cpu) == given.base
+    assert residency_here(run, given, cpu) == given
+    (tmp_path / FILE).write_text('{"residency": "disk", "streamed_blocks": 2}')  # as an older version wrote it
+    assert not residency_here(run, chosen, cpu).memory.host_embeddings
     (tmp_path / FILE).write_text('{"residency": "attic", "streamed_blocks": null}')
     with pytest.raises(UserError, match=r"residency\.json: is damaged: residency: Input should be"):
-        residency_here(run, given.base, cpu)
+        residency_here(run, given, cpu)
 
 
 def test_a_run_is_loaded_and_resumed_with_what_was_chosen_and_on_a_machine_without_its_gpu(

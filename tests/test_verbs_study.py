@@ -67,6 +67,10 @@ def test_every_cell_is_a_run_and_has_a_result(done: Path) -> None:
         scores = json.loads((run / result["files"]["validation"]).read_text())["per_example"]
         assert len(scores) == 3  # 5 % of each task
         assert (run / "adapter").exists() == cell["is_trained"]
+        layers = (result["compression"] or {"layers": {}})["layers"]
+        is_quantized_base = not cell["is_trained"] and "nf4" in cell["labels"].values()
+        assert len(layers) == (14 if is_quantized_base else 0)
+        assert all(0.05 < layer["relative_error"] < 0.15 for layer in layers.values())
         assert result["num_steps"] == (2 if cell["is_trained"] else 0)
         assert len(list((run / "eval").glob("step-*.json"))) == 1
     assert not list((done / "claims").glob("*.json"))

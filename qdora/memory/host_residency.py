@@ -23,6 +23,7 @@ from qdora.model.load import Quantization
 from qdora.model.place import is_wide, place_dense, place_frozen, wide_names
 from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.host_embedding import HostEmbedding
 from qdora.ops.packed import PackedWeight, empty_packed, from_tensors, quantize
 
 _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's
@@ -156,7 +157,7 @@ class HostResidency:
         """
         turns = Turns(model, self.num_streamed)
         pieces = _pieces(stored, layers, wanted, turns)
-        _pin(pieces, device, self._free_bytes())
+        _pin(pieces, device, self._free_bytes(), _table_bytes(model))
         wide = wide_names(model, compute_dtype)
         for done, (name, read) in enumerate(iterate_tensors(stored), start=1):
             path, _, leaf = name.rpartition(".")
@@ -239,8 +240,13 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
     return pieces
 
 
-def _pin(pieces: Iterable[Piece], device: torch.device, free: int | None) -> None:
-    """Give every block its piece of host memory.
+def _table_bytes(model: PreTrainedModel) -> int:
+    """Of an embedding that will be in the host's memory as well."""
+    return sum(module.weight.nbytes for module in model.modules() if isinstance(module, HostEmbedding))
+
+
+def _pin(pieces: Iterable[Piece], device: torch.device, free: int | None, others: int = 0) -> None:
+    """Give every block its piece of host memory; `others` bytes are taken from it later.
 
     Raises:
         UserError: There is too little of it.
@@ -250,8 +256,9 @@ def _pin(pieces: Iterable[Piece], device: torch.device, free: int | None) -> Non
     needed = sum(map(pinned_bytes, (piece.num_bytes for piece in pieces)))
     short = f"base.residency: host: {len(pieces)} blocks need {needed / 2**30:.1f} GiB of pinned host memory, "
     way = "; allowed: fewer base.streamed_blocks, or more memory."
-    if free is not None and free < needed:
-        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{way}")
+    if free is not None and free < needed + others:
+        beside = f" beside the {others / 2**30:.1f} GiB of the embedding" if others else ""
+        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{beside}{way}")
     for piece in pieces:
         try:
             piece.host = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=pinned)

@@ -76,7 +76,7 @@ class Work:
         quantised: Whether the linear weights are.
         checkpointing: Whether the forward pass is computed twice.
         full: Whether the base itself is trained.
-        num_features: Of a row of the embedding that comes from the host; 0 where it is on the device.
+        row_bytes: Of a row of the embedding that comes from the host; 0 where it is on the device.
         num_blocks, num_streamed, block_bytes: Blocks, how many of them come and go, and bytes of the largest.
     """
 
@@ -90,7 +90,7 @@ class Work:
     num_blocks: int = 1
     num_streamed: int = 0
     block_bytes: int = 0
-    num_features: int = 0
+    row_bytes: int = 0
 
 
 def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
@@ -110,7 +110,7 @@ def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rat
     num_bytes = work.num_linear * passes * (BYTES_PER_DEQUANTISED if work.quantised else 2.0)
     update = 30.0 * work.num_trainable / rates.bytes
     seconds = flops / rates.flops + num_bytes / rates.bytes + _waiting_seconds(work, tokens, rates)
-    seconds += tokens * 2.0 * work.num_features / rates.copied
+    seconds += tokens * work.row_bytes / rates.copied
     return num_micro_batches * seconds + update
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.model.checkpoint import Stored, StoredPacked
-from qdora.model.load import Quantization, place_all
+from qdora.model.load import Quantization, layers_to_quantize, load_config, place_all, skeleton, stored_tensors
 from qdora.model.place import place_dense, place_frozen, settle
+from qdora.model.source import ModelSource
 from qdora.ops.packed import dequantize, quantize
 from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores, zero_packed
 from qdora.ops.sparsegpt import DAMPING
@@ -314,12 +315,46 @@ def _joined(outputs: list[Any]) -> Any:
     return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
 
 
-def _report(value: Tensor, weight: Weight, mask: Tensor) -> CompressedLayer:
+def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
+    """What quantising alone, without pruning, makes of each linear layer that is not skipped.
+
+    Args:
+        source: From `resolve`; one weight of it is in memory at a time.
+        wanted: How it is held. Nothing comes back for "none", nor for a checkpoint that is quantised already.
+    Returns:
+        Path -> `layer_record`.
+    Raises:
+        UserError: As `load_model`.
+    """
+    config = load_config(source)
+    if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:
+        return {}
+    model = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
+    layers, found = layers_to_quantize(model, wanted), {}
+    for name, item in stored_tensors(source, model).items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and path in layers and not isinstance(item, StoredPacked):
+            value = item.read()
+            assert isinstance(value, Tensor)
+            weight = quantize(value, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            found[path] = layer_record(weight.kind, weight.shape, weight.block_size, _report(value, weight, None))
+            del value, weight
+    return found
+
+
+def layer_record(kind: str, shape: tuple[int, int], block_size: int, layer: CompressedLayer) -> dict[str, Any]:
+    """JSON values of a layer: its format, shape (out, in) and block size, counts and error."""
+    known = {"kind": kind, "shape": list(shape), "block_size": block_size, "sparsity": layer.sparsity}
+    return {**known, **asdict(layer)}
+
+
+def _report(value: Tensor, weight: Weight, mask: Tensor | None) -> CompressedLayer:
+    """`mask`: True where a weight was kept; None where all were."""
     dense, original = dense_weight(weight, torch.float32), value.float()
     norm = float(original.norm())
     return CompressedLayer(
-        num_weights=mask.numel(),
-        num_pruned=int((~mask).sum()),
+        num_weights=value.numel(),
+        num_pruned=0 if mask is None else int((~mask).sum()),
         num_zeros=int((dense == 0).sum()),
         relative_error=float((dense - original).norm()) / norm if norm else 0.0,
         num_packed_bytes=weight.nbytes if isinstance(weight, Tensor) else weight.num_packed_bytes,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from qdora.atomic_files import atomic_directory, json_text
 from qdora.errors import UserError
 from qdora.model.checkpoint import Stored, open_safetensors
-from qdora.model.compress import CompressedLayer
+from qdora.model.compress import CompressedLayer, layer_record
 from qdora.model.export_directory import INDEX_FILE
 from qdora.model.load import Quantization, place_all
 from qdora.model.place import place_frozen
@@ -65,13 +64,7 @@ def save_compressed(
         "num_pruned": sum(layer.num_pruned for layer in layers.values()),
         "sparsity": sum(layer.num_pruned for layer in layers.values()) / weights,
         "layers": {
-            path: {
-                "kind": layer.kind,
-                "shape": [layer.out_features, layer.in_features],
-                "block_size": layer.block_size,
-                "sparsity": layers[path].sparsity,
-                **asdict(layers[path]),
-            }
+            path: layer_record(layer.kind, (layer.out_features, layer.in_features), layer.block_size, layers[path])
             for path, layer in frozen.items()
         },
     }

@@ -12,6 +12,7 @@ from torch import nn
 from qdora.errors import UserError, nearest
 from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.host_embedding import HostEmbedding
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
@@ -91,9 +92,8 @@ def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
 
 def _keep_base_out_of_broadcasts(model: nn.Module) -> None:
     """The base is the same in every process: DistributedDataParallel need not send it before each forward pass."""
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear | AdaptedLinear)
-    }
+    kinds = FrozenLinear | AdaptedLinear | HostEmbedding
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     names = {f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)}
     # What torch's own helper for it sets, which would search a list for each of the buffers.
     model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]

@@ -87,7 +87,7 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     reader: Reader | None = None,
     placer: Placer | None = None,
-    prepare: Callable[[PreTrainedModel, torch.device], None] | None = None,
+    before_reading: Callable[[PreTrainedModel, torch.device], None] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM with frozen weights, every linear layer but the skipped ones quantised.
 
@@ -107,7 +107,7 @@ def load_model(
         progress: Called after each tensor with (tensors done, tensors in all).
         reader: Finds the weights, where not in the source itself (model/base_cache.py).
         placer: How the tensors get into the model, where they are not only to be quantised (model/compress.py).
-        prepare: Called with the model and `device` before a weight is read (memory/host_embedding.py).
+        before_reading: Called with the model and `device` when no weight has been read (memory/host_embedding.py).
     Returns:
         The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
     Raises:
@@ -129,8 +129,8 @@ def load_model(
     if packed or kind is not None:
         check_stored_packed(packed, kind, wanted, layers)
         layers = set()
-    if prepare is not None:
-        prepare(model, torch.device(device))
+    if before_reading is not None:
+        before_reading(model, torch.device(device))
     (placer or place_all)(model, stored, layers, wanted, torch.device(device), compute_dtype, progress)
     finish(model, source, torch.device(device))
     return model

@@ -161,7 +161,7 @@ class AdaptedLinear(nn.Module):
         """For decoding, one token after the other: keep the base's block scales, decoded and times g, in evaluation.
 
         The bits stay the same. It takes 32 bits a block (half a bit a weight at blocks of 64) until the parameters
-        change; a dense base, a streamed one and blocks that cross rows have nothing to keep.
+        change; a dense base, a streamed one, a masked adapter and blocks that cross rows have nothing to keep.
         """
         self.keeps_scales = keep
         self._product_cache.clear()
@@ -306,6 +306,30 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
     layer.parameters_changed()
     if layer.base_squared is not None:
         layer.base_squared = squared_row_norm(layer.base.stored_weight)
+
+
+def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
+    """Let the layers keep what every token would decode anew (`AdaptedLinear.keep_scales`), where there is room for it.
+
+    Returns:
+        Whether they do: not where it would take more than half of what a GPU has free.
+    """
+    layers = list(layers)
+    blocks = [
+        layer.in_features * layer.out_features // layer.base.block_size
+        for layer in layers
+        if layer.base.block_size and not layer.base.away
+    ]
+    free = _free_bytes(layers[0].lora_A.device) if layers else None
+    keep = free is None or 4 * sum(blocks) <= free // 2
+    for layer in layers:
+        layer.keep_scales(keep)
+    return keep
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Of a GPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:

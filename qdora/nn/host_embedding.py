@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,15 @@ from torch.nn import functional
 
 
 class HostEmbedding(nn.Module):
-    """Rows of a frozen table that stays on the CPU, on `device`.
-
-    The table is a buffer: a model's parameters say where it computes, and `model.to` moves it elsewhere, but not this.
+    """Rows of a frozen table that stays on the CPU, where and in which dtype the model computes.
 
     Args:
         weight: (words, features); on the meta device until it is read.
         device: Where the rows go.
+    Attributes:
+        weight: The table: a buffer, which `model.to` casts but does not move.
+        rows: Without entries, (0,), in the dtype and on the device of the rows. transformers reads the dtype and the
+            device of a model from its first parameter, which the table would be. No file has it.
     """
 
     weight: Tensor
@@ -24,8 +27,13 @@ class HostEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor, device: torch.device) -> None:
         super().__init__()
-        self.device = device
         self.register_buffer("weight", weight)
+        self.rows = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=device), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows go."""
+        return self.rows.device
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) token ids, on any device, to (..., features) on `device`. Waits for the ids of a GPU."""
@@ -35,7 +43,12 @@ class HostEmbedding(nn.Module):
         weight = self._buffers.pop("weight")
         assert weight is not None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        changed = fn(weight.new_empty(0))
-        self.device = changed.device
-        self._buffers["weight"] = weight.to(changed.dtype)
+        self._buffers["weight"] = weight.to(self.rows.dtype)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}rows"]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict({**state_dict, f"{prefix}rows": self.rows.detach()}, prefix, *args)

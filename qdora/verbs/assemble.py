@@ -92,6 +92,7 @@ def load_base(
     base, cache = recipe.base, base_cache(recipe, compute, progress)
     if base.residency != "device" and base.quant != "none":
         placer = _away(recipe, compute, cache)
+    on_host = recipe.memory.host_embeddings and compute.device.type == "cuda"
     model = load_model(
         source,
         quant=base.quant,
@@ -104,7 +105,7 @@ def load_base(
         progress=progress,
         reader=cache,
         placer=placer,
-        prepare=keep_embedding_on_host if recipe.memory.host_embeddings and compute.device.type == "cuda" else None,
+        before_reading=keep_embedding_on_host if on_host else None,
     )
     if recipe.adapter.kind == "full":
         for parameter in model.parameters():

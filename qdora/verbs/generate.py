@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
+from qdora.nn.adapted_linear import prepare_decoding
 from qdora.train.allocator import keep_freed_memory
 from qdora.verbs.target import Target, load_target
 
@@ -104,14 +104,8 @@ def generate_from(
         raise UserError(*faults)
     keep_freed_memory()
     loaded = load_target(target, step=step, base_only=base_only, quant=quant, verb="generate")
-    prepare_decoding(loaded.model)
+    prepare_decoding(adapted_layers(loaded.model).values())
     return {"target": target, "label": loaded.label, **answer(loaded, prompt, sampling, system, raw, write)}
-
-
-def prepare_decoding(model: nn.Module) -> None:
-    """Let adapted layers keep what every token would decode anew: see `AdaptedLinear.keep_scales`."""
-    for layer in adapted_layers(model).values():
-        layer.keep_scales()
 
 
 def answer(

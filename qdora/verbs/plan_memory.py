@@ -90,7 +90,7 @@ def planned(
         source = resolve(named.source, named.revision, trust_remote_code=named.trust_remote_code, weights=False)
         config = load_config(source)
     given = config
-    if recipe.memory.host_embeddings:
+    if recipe.memory.host_embeddings and device_kind == "cuda":
         with _quiet():
             check_host_embedding(empty_model(config, source, torch.bfloat16, recipe.model.attention))
 
@@ -244,7 +244,7 @@ class _Measurement:
             num_blocks=0 if found is None else len(found[1]),
             num_streamed=0 if streamed is None else streamed.num_streamed,
             block_bytes=0 if streamed is None else streamed.block_bytes,
-            num_features=config.hidden_size if self._embedding_bytes(skeleton) else 0,
+            row_bytes=config.hidden_size * self.dtype.itemsize if self._embedding_bytes(skeleton) else 0,
         )
         return step_seconds(work, self.shape, self.num_micro_batches, known_rates(self.device_kind))
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from qdora.config import BaseWeightsConfig, Recipe
+from qdora.config import Recipe
 from qdora.errors import UserError
 from qdora.record import RunDirectory
 
@@ -24,6 +24,7 @@ class _Chosen(BaseModel):
 
     residency: Literal["device", "host", "disk"]
     streamed_blocks: PositiveInt | None
+    host_embeddings: bool = False
 
 
 def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
@@ -37,29 +38,28 @@ def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
         RunFailure: The disk is full or cannot be written.
     """
     file = run.inside(FILE)
-    if _chosen(applied.base) != _chosen(given.base):
-        run.write_json(FILE, _chosen(applied.base).model_dump())
+    if _chosen(applied) != _chosen(given):
+        run.write_json(FILE, _chosen(applied).model_dump())
     elif file.exists():  # of an earlier start
         file.unlink()
 
 
-def residency_here(
-    run: RunDirectory, base: BaseWeightsConfig, device: torch.device, *, differentiated: bool = False
-) -> BaseWeightsConfig:
-    """Settings with which a run's base can be loaded on a machine that may be of another kind than the run's.
+def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
+    """The recipe with which a run's base can be loaded on a machine that may be of another kind than the run's.
 
     Args:
         run: The run.
-        base: Its settings.
+        recipe: Of the run.
         device: Where it is loaded.
         differentiated: Whether gradients will be taken without checkpointing, of which host can take none.
     Returns:
-        The settings with residency and streamed_blocks as of the last start; host and disk trade places where the
-        machine has or lacks a GPU, and host becomes device where it is to be differentiated. Logged.
+        The recipe with base.residency, base.streamed_blocks and memory.host_embeddings as of the last start; host and
+        disk trade places where the machine has or lacks a GPU, and host becomes device where it is to be
+        differentiated. Logged.
     Raises:
         UserError: residency.json is damaged.
     """
-    chosen = _read(run.inside(FILE)) or _chosen(base)
+    chosen = _read(run.inside(FILE)) or _chosen(recipe)
     residency: str = chosen.residency
     if residency != "device":
         residency = "host" if device.type == "cuda" else "disk"
@@ -69,11 +69,17 @@ def residency_here(
         why = "the whole base is needed at once" if residency == "device" else f"computing on {device.type}"
         logger.info("base.residency: %s in place of %s, %s.", residency, chosen.residency, why)
     blocks = None if residency == "device" else chosen.streamed_blocks
-    return base.model_copy(update={"residency": residency, "streamed_blocks": blocks})
+    base = recipe.base.model_copy(update={"residency": residency, "streamed_blocks": blocks})
+    memory = recipe.memory.model_copy(update={"host_embeddings": chosen.host_embeddings})
+    return recipe.model_copy(update={"base": base, "memory": memory})
 
 
-def _chosen(base: BaseWeightsConfig) -> _Chosen:
-    return _Chosen(residency=base.residency, streamed_blocks=base.streamed_blocks)
+def _chosen(recipe: Recipe) -> _Chosen:
+    return _Chosen(
+        residency=recipe.base.residency,
+        streamed_blocks=recipe.base.streamed_blocks,
+        host_embeddings=recipe.memory.host_embeddings,
+    )
 
 
 def _read(file: Path) -> _Chosen | None:

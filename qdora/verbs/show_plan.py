@@ -50,7 +50,7 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.host_bytes:
         lines.append(f"In pinned host memory: {size_text(plan.host_bytes)}.")
     if plan.embedding_bytes:
-        lines.append(f"In the host's memory beside that: the embedding, {size_text(plan.embedding_bytes)}.")
+        lines.append(f"In the host's memory, not pinned: the embedding, {size_text(plan.embedding_bytes)}.")
     lines += [f"Assumed: {text}" for text in plan.assumptions]
     if plan.fits is False:
         lines.append("To fit, cheapest first:" if plan.changes else "Nothing that is known here makes it smaller.")

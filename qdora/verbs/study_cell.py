@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from qdora.model.compress import quantized_layers
+from qdora.model.load import Quantization
 from qdora.record import RunDirectory
 from qdora.study.grid import Cell
 from qdora.study.runner import Work, once
 from qdora.study.store import StudyDirectory
+from qdora.verbs.assemble import find_model
 from qdora.verbs.evaluate import evaluate_target
 from qdora.verbs.pruned_base import SharedBases
 from qdora.verbs.selection import adapter_step
@@ -59,12 +62,19 @@ def _run(cell: Cell, directory: Path, split: str, shared_bases: SharedBases) -> 
         "num_trainable": summary["num_trainable"] if cell.is_trained else 0,
         "size": summary["size"],
         "files": {name: str(file.relative_to(directory)) for name, file in files.items()},
-        "compression": _compression(run),
+        "compression": _compression(run, cell),
     }
 
 
-def _compression(run: RunDirectory) -> dict[str, Any] | None:
-    """What pruning left of every layer, where the base was pruned."""
+def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
+    """What pruning left of every layer, where the base was pruned; of a base by itself also what quantising left."""
     file = run.inside(_COMPRESSED)
-    found: dict[str, Any] | None = json.loads(file.read_bytes()) if file.is_file() else None
-    return found
+    if file.is_file():
+        found: dict[str, Any] = json.loads(file.read_bytes())
+        return found
+    base = cell.recipe.base
+    if cell.is_trained or base.quant == "none":
+        return None
+    wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
+    layers = quantized_layers(find_model(cell.recipe)[0], wanted)
+    return {"layers": layers} if layers else None

@@ -60,8 +60,7 @@ def load_run(
         recipe = recipe.model_copy(update={"base": dense})
         dtype = load_config(source).dtype
         compute = Compute(compute.device, dtype if isinstance(dtype, torch.dtype) else torch.float32)
-    here = residency_here(run, recipe.base, compute.device, differentiated=widened)
-    loaded = recipe.model_copy(update={"base": here})
+    loaded = residency_here(run, recipe, compute.device, differentiated=widened)
     if recipe.base.prune is None:
         model = load_base(loaded, source, compute)
     else:
