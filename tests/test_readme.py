@@ -18,7 +18,7 @@ import yaml
 from qdora.cli import app
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.recipe_file import load_recipe, recipe_from, recipe_names, resolved_yaml
+from qdora.recipe_file import load_recipe, read_yaml, recipe_from, recipe_names, resolved_yaml
 from tests import tiny_adapted
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def test_the_pruned_base_shown_checks() -> None:
         "data": {"mix": [{"task": "demo/howto"}]},
         "train": {"steps": 1, "batch": 1},
     }
-    recipe = recipe_from({**rest, **yaml.safe_load(block)})
+    recipe = recipe_from({**rest, **read_yaml(block, "README.md")})
     assert recipe.base.prune is not None
     assert (recipe.base.prune.pattern, recipe.adapter.mask) == ("2:4", "keep")
 
