@@ -65,9 +65,9 @@ def rank_methods() -> str:
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
         f"\n95 % intervals; learning rates chosen on one half of the validation examples, arms compared on the other; "
-        f"seeds: {', '.join(seeds)}. Choosing: a run at twice the rank, and what reads it; gates choose in the run itself. "
-        f"`{run['command']}`; the whole report: [benchmarks/results/rank_methods](benchmarks/results/rank_methods/"
-        "report.md).\n"
+        f"seeds: {', '.join(seeds)}. Choosing: a run at twice the rank, and what reads it; gates choose while they "
+        f"train. `{run['command']}`; the whole report: "
+        "[benchmarks/results/rank_methods](benchmarks/results/rank_methods/report.md).\n"
     )
     return markdown(header, rows) + note
 

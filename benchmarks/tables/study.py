@@ -26,8 +26,8 @@ def pruning() -> str:
     off = [pattern for pattern, ordered in document["ordered"].items() if not ordered]
     order = "SparseGPT ≤ Wanda ≤ magnitude in every column" if not off else f"the usual order fails at {', '.join(off)}"
     note = (
-        f"\nDense: {dense['perplexity']:.1f}, on {dense['num_tokens']:,} tokens of validation examples; inputs measured on "
-        f"{size['sequences']} pieces of {size['length']} tokens of training examples; {order}.\n"
+        f"\nDense: {dense['perplexity']:.1f}, on {dense['num_tokens']:,} tokens of validation examples; inputs "
+        f"measured on {size['sequences']} pieces of {size['length']} tokens of training examples; {order}.\n"
     )
     return markdown(header, rows) + note
 
