@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tables.combined import combined_vs_solo
-from tables.exports import decode_speed, export_exactness, merge_streamed
+from tables.exports import decode_speed, export_exactness, gguf_logits, merge_streamed
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_recipes, plan_shapes
@@ -41,6 +41,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peft_interop": peft_interop,
     "load_memory": load_memory,
     "export_exactness": export_exactness,
+    "gguf_logits": gguf_logits,
     "decode_speed": decode_speed,
     "merge_streamed": merge_streamed,
     "combined_vs_solo": combined_vs_solo,

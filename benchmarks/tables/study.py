@@ -1,4 +1,4 @@
-"""Table of the study of compressed bases, from the report's own data files."""
+"""Tables of compressed bases: perplexities by pruning method, and the study, from its report's own data files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,30 @@ import csv
 import json
 from typing import Any
 
-from tables.table import RESULTS, markdown
+from tables.table import RESULTS, markdown, read
 
 FOLDER = RESULTS / "study"
+
+
+def pruning() -> str:
+    """Perplexity by method and pattern, dense below."""
+    document = read("pruning")
+    cases = {(case["method"], case["pattern"]): case for case in document["cases"]}
+    patterns = list(dict.fromkeys(case["pattern"] for case in document["cases"] if case["pattern"]))
+    methods = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+    rows = []
+    for method, label in methods.items():
+        found = [cases[method, pattern] for pattern in patterns]
+        rows.append([label, *(f"{case['perplexity']:,.1f}" for case in found)])
+    header = ["perplexity", *(pattern if ":" in pattern else f"{pattern} %" for pattern in patterns)]
+    dense, size = cases["dense", ""], document["calibration"]
+    off = [pattern for pattern, ordered in document["ordered"].items() if not ordered]
+    order = "SparseGPT ≤ Wanda ≤ magnitude in every column" if not off else f"the usual order fails at {', '.join(off)}"
+    note = (
+        f"\nDense: {dense['perplexity']:.1f}, on {dense['num_tokens']:,} tokens of validation examples; inputs "
+        f"measured on {size['sequences']} pieces of {size['length']} tokens of training examples; {order}.\n"
+    )
+    return markdown(header, rows) + note
 
 
 def study() -> str:

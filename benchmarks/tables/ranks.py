@@ -1,0 +1,78 @@
+"""Tables of ranks: the curvatures that may say how large one must be, and what choosing it for each layer gives."""
+
+from __future__ import annotations
+
+import csv
+import json
+from typing import Any
+
+from tables.table import RESULTS, markdown, read
+
+FOLDER = RESULTS / "rank_methods"
+_METHODS = {
+    "uniform": "the same rank everywhere",
+    "l1": "gates, L1",
+    "hard_concrete": "gates, hard-concrete",
+    "svd": "SVD of a trained update",
+    "gradient": "gradient",
+    "curvature": "curvature",
+}
+
+
+def curvature() -> str:
+    """Eigenvalues, what they may miss, and what they cost."""
+    document = read("curvature")
+    header = ["layer", "norm", "size", "largest", "last of those listed", "next, across them", "largest residual"]
+    header += ["searches", "products", "CPU minutes"]
+    rows = []
+    for layer in document["layers"]:
+        values = layer["eigenvalues"]
+        row = [layer["layer"].removeprefix("model.layers."), layer["norm"], f"{layer['size']:,}"]
+        row += [f"{values[0]:+.3g}", f"{values[-1]:+.3g} (no. {len(values)})", f"{layer['next_magnitude']:.3g}"]
+        row += [f"{max(layer['residuals']) / abs(values[0]):.1e} × largest", str(layer["num_rounds"])]
+        rows.append([*row, str(layer["num_matvecs"]), f"{layer['cpu_seconds'] / 60:.1f}"])
+    return markdown(header, rows)
+
+
+def rank_methods() -> str:
+    """Each way to choose ranks at equal trainable parameters: quality, the difference from uniform, and its cost."""
+    arms, pairs, cells = (_rows(name) for name in ("arms", "comparisons", "cells"))
+    run = json.loads((FOLDER / "run.json").read_text())
+    costs = run["costs_in_seconds"]
+    trainable = {row["ranks"]: int(row["num_trainable"]) for row in cells if row["num_trainable"] not in ("", "0")}
+    against = {pair["arm"]: pair for pair in pairs}
+    rows = []
+    for row in arms:
+        name = row["ranks"]
+        if row["is_trained"] != "True":
+            continue
+        value, lower, upper = (float(row[f"nll_per_token{end}"]) for end in ("", "_lower", "_upper"))
+        pair, said = against.get(name), "–"
+        if pair is not None:
+            said = f"{float(pair['improvement']):+.3f} ({float(pair['lower']):+.3f} to {float(pair['upper']):+.3f}), "
+            said += pair["winner"] or "no winner"
+        seconds = f"{costs['scout'] + costs[name]:.0f} s" if name in costs else "0"
+        nll = f"{value:.3f} ({lower:.3f}–{upper:.3f})"
+        rows.append([_METHODS[name], f"{trainable[name]:,}", row["train.lr"], nll, said, seconds])
+    header = [
+        "ranks",
+        "trained",
+        "learning rate chosen",
+        "NLL per answer token",
+        "lower than uniform by",
+        "choosing took",
+    ]
+    seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
+    note = (
+        f"\n95 % intervals; learning rates chosen on one half of the validation examples, arms compared on the other; "
+        f"seeds: {', '.join(seeds)}. Choosing: a run at twice the rank, and what reads it; gates choose while they "
+        f"train. `{run['command']}`; the whole report: "
+        "[benchmarks/results/rank_methods](benchmarks/results/rank_methods/report.md).\n"
+    )
+    return markdown(header, rows) + note
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    """A data file of the report."""
+    with (FOLDER / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
