@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 from typing import Any
 
 from tables.table import RESULTS, markdown, read
@@ -72,7 +73,35 @@ def rank_methods() -> str:
     return markdown(header, rows) + note
 
 
-def _rows(name: str) -> list[dict[str, Any]]:
-    """A data file of the report."""
-    with (FOLDER / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+def rank_curve() -> str:
+    """NLL at each rank, one line for each kind, and which ranks are told apart from the first."""
+    folder = RESULTS / "rank_curve"
+    arms = [row for row in _rows("arms", folder) if row["is_trained"] == "True"]
+    pairs = {(pair["adapter"], pair["arm"]): pair for pair in _rows("comparisons", folder)}
+    run = json.loads((folder / "run.json").read_text())
+    ranks = list(dict.fromkeys(row["rank"] for row in arms))
+    rows = []
+    for kind in dict.fromkeys(row["adapter"] for row in arms):
+        line = [{"lora": "QLoRA", "dora": "QDoRA"}[kind]]
+        for rank in ranks:
+            (row,) = (row for row in arms if (row["adapter"], row["rank"]) == (kind, rank))
+            value, lower, upper = (float(row[f"nll_per_token{end}"]) for end in ("", "_lower", "_upper"))
+            text = f"{value:.3f} ({lower:.3f}–{upper:.3f})"
+            pair = pairs.get((kind, rank))
+            if pair is not None:
+                gap = [-float(pair[name]) for name in ("improvement", "upper", "lower")]
+                text += f"; {gap[0]:+.3f} ({gap[1]:+.3f} to {gap[2]:+.3f}), {pair['winner'] or 'no winner'}"
+            line.append(text)
+        rows.append(line)
+    note = (
+        f"\nNLL per answer token with 95 % intervals; behind it the difference from {ranks[0]}, learning rates chosen on "
+        f"the other half of the validation examples. `{run['command']}`; the whole report: "
+        "[benchmarks/results/rank_curve](benchmarks/results/rank_curve/report.md).\n"
+    )
+    return markdown(["", *ranks], rows) + note
+
+
+def _rows(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """A data file of a report."""
+    with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
