@@ -94,8 +94,8 @@ def rank_curve() -> str:
             line.append(text)
         rows.append(line)
     note = (
-        f"\nNLL per answer token with 95 % intervals; behind it the difference from {ranks[0]}, learning rates chosen on "
-        f"the other half of the validation examples. `{run['command']}`; the whole report: "
+        f"\nNLL per answer token with 95 % intervals; behind it the difference from {ranks[0]}. Learning rates "
+        f"were chosen on the other half of the validation examples. `{run['command']}`; the whole report: "
         "[benchmarks/results/rank_curve](benchmarks/results/rank_curve/report.md).\n"
     )
     return markdown(["", *ranks], rows) + note
