@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from qdora.config import Recipe
+from qdora.data.batching import MicroBatch
 from qdora.memory import plan as parts
 from qdora.memory.plan import MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, drawn_out, find_pattern
@@ -17,7 +20,7 @@ from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
 from qdora.recipe_file import recipe_from
 from qdora.verbs.plan_memory import measured, plan
-from qdora.verbs.plan_workload import assumed_workload
+from qdora.verbs.plan_workload import assumed_workload, largest_shapes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -155,9 +158,40 @@ def test_biases_and_other_models_are_planned() -> None:
 
 def test_assumed_micro_batches() -> None:
     (shape,), count = assumed_workload(a_recipe())
-    assert (shape, count) == (MicroBatchShape(2, 64, 126, masked=True), 2)
+    assert (shape, count) == (MicroBatchShape(2, 64, 126, masked=True, accumulated=True), 2)
     (shape,), count = assumed_workload(a_recipe(train__micro_batch_tokens=64))
-    assert (shape, count) == (MicroBatchShape(1, 64, 63, masked=False), 4)
+    assert (shape, count) == (MicroBatchShape(1, 64, 63, masked=False, accumulated=True), 4)
+
+
+def a_batch(rows: int, length: int) -> MicroBatch:
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    return MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(rows, dtype=torch.int64), ["mix"], ["0"] * rows)
+
+
+class Steps:
+    """A loader of given micro-batches."""
+
+    def __init__(self, *steps: list[MicroBatch]) -> None:
+        self.steps, self.position = steps, 0
+        self.order = SimpleNamespace(length=len(steps))
+
+    def next_step(self) -> SimpleNamespace:
+        self.position += 1
+        return SimpleNamespace(micro_batches=self.steps[self.position - 1])
+
+
+def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_step() -> None:
+    steps = [[a_batch(4, 9), a_batch(2, 9)], [a_batch(3, 9)], [a_batch(1, 9), a_batch(3, 9), a_batch(1, 4)]]
+    found, most = largest_shapes(Steps(*steps), 3)  # type: ignore[arg-type]
+    assert most == 3
+    assert found == [
+        MicroBatchShape(4, 9, 32, masked=False),
+        MicroBatchShape(3, 9, 24, masked=False, accumulated=True),
+    ]
+    few = plan(a_recipe(), config=a_config(num_hidden_layers=2), workload=lambda _recipe: ([found[0]], 3))
+    more = replace(found[0], accumulated=True)
+    many = plan(a_recipe(), config=a_config(num_hidden_layers=2), workload=lambda _recipe: ([more], 3))
+    assert many.tensor_bytes > few.tensor_bytes
 
 
 def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path) -> None:

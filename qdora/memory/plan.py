@@ -97,6 +97,7 @@ class MicroBatchShape:
         num_labels: Labelled positions.
         masked: Whether attention gets a mask: padded or packed rows.
         packed: Whether rows hold several examples.
+        accumulated: Whether a step has other micro-batches before it, whose gradients are there.
     """
 
     rows: int
@@ -104,6 +105,7 @@ class MicroBatchShape:
     num_labels: int
     masked: bool
     packed: bool = False
+    accumulated: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -136,7 +138,7 @@ class Plan:
         device_kind: Where it is to run.
         moments: Of a step, in order.
         shape: The micro-batch.
-        num_micro_batches: Of a step; more than one has gradients beside the activations.
+        num_micro_batches: Most of a step.
         assumptions: What could not be known, one sentence each.
         pageable_bytes: Of the optimizer's state, what the driver can move to the host between updates.
         host_bytes: Of pinned host memory, for the blocks and checkpoints that are there.

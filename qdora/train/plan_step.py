@@ -53,14 +53,13 @@ class StepRecorder:
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(self._entering(index), with_kwargs=True)
 
-    def record(self, optimizer: AdapterOptimizer, shape: MicroBatchShape, chunk: int | None, *, several: bool) -> None:
+    def record(self, optimizer: AdapterOptimizer, shape: MicroBatchShape, chunk: int | None) -> None:
         """The moments of a later step, when states, gradients of an earlier micro-batch and norms are there.
 
         Args:
             optimizer: Over the model's trainable parameters.
             shape: The micro-batch.
             chunk: As `memory.loss_chunk`; None for auto.
-            several: Whether a step has more than one micro-batch.
         """
         layers = adapted_layers(self.model).values()
         with self.live.label(ADAPTERS):
@@ -72,7 +71,7 @@ class StepRecorder:
         self.live.register(optimizer.state_tensors().values(), OPTIMIZER)
         with self._part("gains", None, ADAPTERS):
             prepare_gains(layers)
-        if several:
+        if shape.accumulated:
             self._make_gradients()
         self._gradient(shape, chunk)
         with self._part("update", None, UPDATE):

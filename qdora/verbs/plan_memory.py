@@ -278,7 +278,6 @@ class _Measurement:
                 AdapterOptimizer(parameters, name=recipe.train.optimizer),
                 self.shape,
                 None if chunk == "auto" else chunk,
-                several=self.num_micro_batches > 1,
             )
         shapes = {path: (tuple(each.shape), each.dtype) for path, each in parameters.items()}
         return recorder.moments, shapes

@@ -26,8 +26,9 @@ def assumed_workload(recipe: Recipe) -> tuple[list[MicroBatchShape], int]:
     step_rows = recipe.train.batch or max(1, -(-(recipe.train.tokens_per_step or 1) // longest))
     rows = min(max(1, micro_batch_tokens(recipe) // longest), step_rows)
     packed = recipe.data.packing
-    shape = MicroBatchShape(rows, longest, rows * (longest - 1), masked=packed or rows > 1, packed=packed)
-    return [shape], max(1, -(-step_rows // rows))
+    count = max(1, -(-step_rows // rows))
+    masked = packed or rows > 1
+    return [MicroBatchShape(rows, longest, rows * (longest - 1), masked, packed, accumulated=count > 1)], count
 
 
 def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
@@ -59,22 +60,22 @@ def largest_shapes(loader: StepLoader, num_steps: int) -> tuple[list[MicroBatchS
             break
         batches = loader.next_step().micro_batches
         most = max(most, len(batches))
-        found.update(shape_of(batch) for batch in batches)
+        found.update(shape_of(batch, accumulated=index > 0) for index, batch in enumerate(batches))
     return not_exceeded(found), most
 
 
-def shape_of(batch: MicroBatch) -> MicroBatchShape:
-    """What of a micro-batch its memory depends on."""
+def shape_of(batch: MicroBatch, *, accumulated: bool) -> MicroBatchShape:
+    """What of a micro-batch, not the first of its step or the first, its memory depends on."""
     rows, length = batch.input_ids.shape
     num_labels = int((batch.labels[:, 1:] != IGNORED).sum())
     packed = batch.packing is not None
     # An unpadded batch has a mask of ones, which transformers leaves out.
     masked = packed or not bool(batch.attention_mask.all())
-    return MicroBatchShape(rows, length, max(num_labels, 1), masked, packed)
+    return MicroBatchShape(rows, length, max(num_labels, 1), masked, packed, accumulated)
 
 
 def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
-    """Those of which no other one has at least as many tokens, squared lengths, labels and masks."""
+    """Those of which no other one has at least as many tokens, squared lengths, labels, masks and gradients."""
 
     def sizes(shape: MicroBatchShape) -> tuple[int, ...]:
         return (
@@ -83,6 +84,7 @@ def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
             shape.num_labels,
             int(shape.masked),
             int(shape.packed),
+            int(shape.accumulated),
         )
 
     kept: list[MicroBatchShape] = []
