@@ -18,7 +18,7 @@ from tables.exports import decode_speed, export_exactness, gguf_logits, merge_st
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_recipes, plan_shapes
-from tables.runs import kill_resume, mixing, out_of_memory
+from tables.runs import data_loading, kill_resume, mixing, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.table import markdown, read
 from tables.times import layer_time, packing, step_time
@@ -47,6 +47,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "combined_vs_solo": combined_vs_solo,
     "packing": packing,
     "mixing": mixing,
+    "data_loading": data_loading,
     "kill_resume": kill_resume,
     "layer_time": layer_time,
     "step_time": step_time,

@@ -44,6 +44,26 @@ def out_of_memory() -> str:
     return markdown(header, rows) + f"\n{document['num_steps']} steps of SmolLM2-135M on the eight tasks.\n"
 
 
+def data_loading() -> str:
+    """Time to the first step by its parts, and what of a step is lost to loading."""
+    document = read("data_loading")
+    names = {"grouped": "in memory, grouped by length", "packed": "in memory, packed", "streamed": "streamed"}
+    parts = list(document["ways"]["grouped"]["seconds_to_first_step"])
+    rows = []
+    for way, found in document["ways"].items():
+        lost, seconds = found["share_lost"], found["seconds_to_first_step"]
+        row = [names[way], *(f"{seconds[part]:.1f}" for part in parts), f"{found['total_seconds_to_first_step']:.1f}"]
+        rows.append([*row, f"{lost['median']:.3%} ({lost['lower']:.3%}–{lost['upper']:.3%})"])
+    header = [
+        "examples",
+        *(f"{part}, s" for part in parts),
+        "to the end of the first step, s",
+        "of a step lost to loading",
+    ]
+    note = f"\nSteps of {document['step_tokens']:,} tokens; median and quartiles of {document['num_steps'] - 1}.\n"
+    return markdown(header, rows) + note
+
+
 def mixing() -> str:
     """Differences of the shares from the asked ones, and resumes; the memory of streams below."""
     document = read("mixing")
