@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tables.combined import combined_vs_solo
+from tables.combined import combined_vs_solo, remedy_that_did_not_help
 from tables.exports import decode_speed, export_exactness, gguf_logits, merge_streamed
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
@@ -31,7 +31,8 @@ _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def failed() -> str:
     """What was tried and did not help."""
     rows = [[row["tried"], row["instead"], row["figure"]] for row in read("tried")["rows"]]
-    return markdown(["tried", "in use", "measured"], rows)
+    remedy = remedy_that_did_not_help()
+    return markdown(["tried", "in use", "measured"], [*rows, remedy] if remedy else rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

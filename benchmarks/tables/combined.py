@@ -29,6 +29,20 @@ def combined_vs_solo() -> str:
     return markdown(header, rows) + f"\n{' '.join(_said(kind, each) for kind, each in found.items())}\n"
 
 
+def remedy_that_did_not_help() -> list[str]:
+    """A row of the table of what was tried: PCGrad, lower NLL being better; nothing where the figures say otherwise."""
+    found = {
+        KINDS[kind]: each["combined - remedy"]["pcgrad"]["nll"]["average"]
+        for kind, each in read("combined_vs_solo")["kinds"].items()
+        if "pcgrad" in each.get("combined - remedy", {})
+    }
+    if not found or any(each["lower"] > 0 for each in found.values()):
+        return []
+    swapped = {kind: {"value": -e["value"], "lower": -e["upper"], "upper": -e["lower"]} for kind, e in found.items()}
+    figures = ", ".join(f"{kind} {_interval(each, 1.0, 3)}" for kind, each in swapped.items())
+    return ["PCGrad on the adapter's gradients", "the plain mix of tasks", f"average NLL {figures} nats a token"]
+
+
 def _interval(each: dict[str, Any], scale: float, digits: int) -> str:
     value, lower, upper = (scale * each[name] for name in ("value", "lower", "upper"))
     return f"{value:+.{digits}f} ({lower:+.{digits}f} to {upper:+.{digits}f})"
