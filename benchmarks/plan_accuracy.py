@@ -69,6 +69,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "deep, blocks on disk": ("deep", "llama", {"base.residency": "disk"}),
     "middle, half of the blocks on disk": ("middle", "llama", {"base.residency": "disk", "base.streamed_blocks": 4}),
+    "middle, pruned to 2:4, masked": (
+        "middle",
+        "llama",
+        {"base.prune": {"method": "magnitude", "pattern": "2:4"}, "adapter.mask": "keep"},
+    ),
+    "small, 16-bit base, pruned to a half": (
+        "small",
+        "llama",
+        {"base.quant": "none", "base.prune": {"method": "magnitude", "sparsity": 0.5}},
+    ),
     "wide, float32": ("wide", "llama", {"model.dtype": "float32", "train.micro_batch_tokens": 512}),
 }
 SMOKE = {
@@ -255,6 +265,7 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
     from qdora.train.packed_attention import packed_layout
     from qdora.train.progress import TrainingProgress
     from qdora.verbs.assemble import Compute, load_base, make_loader, put_adapters
+    from qdora.verbs.pruned_base import compress_base, load_pruned_base
 
     keep_freed_memory()
     source, mix, tokenizer = data_of(recipe)
@@ -262,7 +273,13 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
     process = peak_rss_bytes()
     found: dict[str, Any] = {"process_bytes": process}
     with LiveBytes() if counting else nullcontext() as live:
-        model = load_base(recipe, source, Compute(torch.device("cpu"), getattr(torch, recipe.model.dtype)))
+        compute = Compute(torch.device("cpu"), getattr(torch, recipe.model.dtype))
+        if recipe.base.prune is None:
+            model = load_base(recipe, source, compute)
+        else:
+            pruned = Path(recipe.model.source).parent / "base"
+            compress_base(recipe, source, compute, None, pruned)
+            model = load_pruned_base(recipe, source, compute, pruned)
         put_adapters(model, recipe)
         if recipe.data.packing:
             loader.packed = packed_layout(model)

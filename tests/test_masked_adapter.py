@@ -22,7 +22,6 @@ from qdora.ops.prune import prune_weight
 from qdora.ops.sparsity import mask_bits, mask_from_bits, pattern_from
 from qdora.verbs.export import export_run
 from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.plan_memory import plan
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 from tests import reference_prune as reference
@@ -351,8 +350,6 @@ def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Pat
     assert "why_not" in forms["original"]
     with pytest.raises(UserError, match="the base is pruned; leave them out"):
         export_run(tmp_path / "run", tmp_path / "again", ExportOptions(requantize=True))
-    with pytest.raises(UserError, match="the memory of a pruned base is not predicted"):
-        plan(recipe)
 
 
 def test_masked_adapters_are_not_exported_for_peft(tmp_path: Path) -> None:

@@ -95,6 +95,24 @@ def test_components_are_those_of_the_formats() -> None:
     assert found[parts.OPTIMIZER] == 8 * (lora + rows) + 4 * 3 * 3 * len(shapes) + 2 * lora
 
 
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_a_pruned_base_has_a_bit_for_each_weight_and_stays_where_it_is(quant: str) -> None:
+    half = {"method": "magnitude", "sparsity": 0.5}
+    base = {"base__quant": quant}
+    whole = plan(a_recipe(**base), config=a_config())
+    pruned = plan(a_recipe(**base, base__prune=half), config=a_config())
+    masked = plan(a_recipe(**base, base__prune=half, adapter__mask="keep"), config=a_config())
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    bits = pruned.num_blocks * sum(out * in_ // 8 for out, in_ in shapes)
+    assert {**pruned.components, parts.SLACK: 0} == {**whole.components, parts.MASKS: bits, parts.SLACK: 0}
+    assert masked.components[parts.MASKS] == bits
+    assert pruned.block_bytes == 0
+    assert not any(
+        "residency" in change.setting
+        for change in plan(a_recipe(**base, base__prune=half), 1, config=a_config()).changes
+    )
+
+
 def test_a_pattern_is_found_where_it_saves_something() -> None:
     assert find_pattern(["a"] * 9) is None
     assert find_pattern(["a"] * 80) == Pattern(0, 1, 80, 0)

@@ -16,6 +16,7 @@ DeviceKind = Literal["cuda", "cpu"]
 
 BASE = "packed base"
 SCALES = "block scales"
+MASKS = "masks"
 DENSE = "embeddings, head, norms"
 ADAPTERS = "adapters"
 OPTIMIZER = "optimizer state"
@@ -34,6 +35,7 @@ OTHER = "other"
 COMPONENTS = {
     BASE: "codes of the quantised linear layers, or all of their weights where they are not quantised",
     SCALES: "scales of the quantised layers",
+    MASKS: "which weights of a pruned base are kept: a bit for each",
     DENSE: "everything else that is frozen",
     ADAPTERS: "lora_A, lora_B, magnitudes, and the norms that DoRA keeps",
     OPTIMIZER: "states, and the low bits of bf16 parameters",

@@ -12,17 +12,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qdora.memory.plan import BASE, DENSE, SCALES
+from qdora.memory.plan import BASE, DENSE, MASKS, SCALES
 from qdora.memory.plan_blocks import block_list, keep_blocks_
 from qdora.memory.tracker import LiveBytes
 from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import replace_module
-from qdora.model.load import Quantization, layers_to_quantize, skeleton
+from qdora.model.load import Quantization, chosen_layers, layers_to_quantize, skeleton
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.place import is_wide, wide_names
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import empty_packed
+from qdora.ops.tiles import Weight
 
 _UNMASKED = "sdpa_without_padding"
 
@@ -45,9 +46,14 @@ def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtyp
     return skeleton(config, source, dtype, planned, torch.device("cpu"))
 
 
-def fill_(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, live: LiveBytes) -> None:
-    """Put fake tensors in the place of the meta ones, as `load_model` puts real ones; within a FakeTensorMode."""
-    layers = layers_to_quantize(model, wanted)
+def fill_(
+    model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, live: LiveBytes, *, pruned: bool = False
+) -> None:
+    """Put fake tensors in the place of the meta ones, as `load_model` puts real ones; within a FakeTensorMode.
+
+    With `pruned` every linear layer that is not skipped has its mask, as behind `model.compress.Compression`.
+    """
+    layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
     whole = wanted.kind == "none"
     linear = {f"{name}.weight" for name, each in model.named_modules() if type(each) is nn.Linear} if whole else set()
     head: Any = model.get_output_embeddings()
@@ -59,12 +65,21 @@ def fill_(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, live
 
     for name in sorted(layers):
         module: Any = model.get_submodule(name)
+        shape = tuple(module.weight.shape)
+        weight: Weight
         with live.label(BASE):
-            packed = empty_packed(wanted.kind, tuple(module.weight.shape), wanted.block_size, wanted.double_quant)
-        live.register([tensor for part, tensor in packed.tensors().items() if part != "packed"], SCALES)
+            if whole:
+                weight = empty(f"{name}.weight", module.weight)
+            else:
+                weight = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
+                scales = [tensor for part, tensor in weight.tensors().items() if part != "packed"]
+        if not whole:
+            live.register(scales, SCALES)
+        with live.label(MASKS):
+            bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8) if pruned else None
         with live.label(DENSE):
             bias = None if module.bias is None else empty(f"{name}.bias", module.bias)
-        replace_module(model, name, FrozenLinear(packed, bias))
+        replace_module(model, name, FrozenLinear(weight, bias, bits))
     tied = tied_weights(model)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name in tied:

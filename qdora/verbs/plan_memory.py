@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.config import Recipe
 from qdora.doctor import cpu_has_bfloat16
-from qdora.errors import UserError
 from qdora.memory.host_embedding import check_host_embedding, obstacle
 from qdora.memory.plan import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.memory.plan_blocks import Pattern, block_list, drawn_out, find_pattern, signature
@@ -81,9 +80,6 @@ def planned(
     workload: Workload,
 ) -> tuple[Recipe, Plan]:
     """`plan`, and the recipe with the changes that leave its numbers alone, as far as they were needed to fit."""
-    if recipe.base.prune is not None:
-        # Masks in memory and masked products are not in the count.
-        raise UserError("base.prune: the memory of a pruned base is not predicted, allowed: no plan, no memory.budget.")
     source = local_source(recipe.model.source)
     if config is None:
         named = recipe.model
@@ -213,8 +209,9 @@ class _Measurement:
         return int(skeleton.get_input_embeddings().weight.numel()) * self.dtype.itemsize
 
     def _block_bytes(self, skeleton: PreTrainedModel) -> int:
-        """Of the largest block that could come and go."""
-        if self.recipe.base.quant == "none" or block_list(skeleton) is None:
+        """Of the largest block that could come and go; of a pruned base none can."""
+        base = self.recipe.base
+        if base.quant == "none" or base.prune is not None or block_list(skeleton) is None:
             return 0
         return streamed_blocks(skeleton, self._wanted, "disk", None).block_bytes
 
@@ -254,7 +251,7 @@ class _Measurement:
         gc.collect()
         model = shortened(self.config, self.source, self.dtype, recipe.model.attention, kept)
         with FakeTensorMode(), LiveBytes() as live:
-            fill_(model, self._wanted, self.dtype, live)
+            fill_(model, self._wanted, self.dtype, live, pruned=recipe.base.prune is not None)
             if not self.shape.masked:
                 set_unmasked_(model)
             if recipe.adapter.kind == "full":
