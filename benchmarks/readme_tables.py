@@ -20,7 +20,7 @@ from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_recipes, plan_shapes
 from tables.runs import data_loading, kill_resume, mixing, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
-from tables.study import pruning
+from tables.study import pruning, study
 from tables.table import markdown, read
 from tables.times import layer_time, packing, step_time
 from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data
@@ -62,6 +62,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan_recipes": plan_recipes,
     "plan_accuracy": plan_accuracy,
     "pruning": pruning,
+    "study": study,
     "gates": gates,
     "stream_schedule": stream_schedule,
     "disk_residency": disk_residency,

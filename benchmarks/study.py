@@ -11,6 +11,7 @@ it was. The report is then copied to `--out`.
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -76,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.smoke and args.data is None:
         parser.error("DATA is missing")
-    command = f"python benchmarks/study.py DATA --bases {args.bases} --adapters {args.adapters}"
+    command = f"python benchmarks/study.py DATA --bases {shlex.quote(args.bases)} --adapters {args.adapters}"
     command += f" --steps {args.steps} --batch {args.batch} --limit {args.limit}"
     head = facts(command)
     args.dir.mkdir(parents=True, exist_ok=True)

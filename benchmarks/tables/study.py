@@ -47,11 +47,16 @@ def study() -> str:
         lines.append(line)
     reference = next((row["text"] for row in rows("facts") if row["fact"] == "reference"), "")
     header = ["base", "bits", "zeros %", "no adapter", *adapters, f"against {reference}: NLL lower by"]
+    won = [f"{pair['winner']} on {pair['base']}" for pair in pairs if pair["winner"]]
+    repaired = [
+        f"{row['base']} {float(row['repair']):.2f} ({row['adapter']})" for row in arms if row["repair"] not in ("", "–")
+    ]
     done = json.loads((FOLDER / "run.json").read_text())
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
         f"\nNLL per answer token on one half of the validation examples, averaged over the tasks, with 95 % intervals; "
-        f"learning rates chosen on the other half; seeds: {', '.join(seeds)}. `{done['command']}`; the whole report: "
+        f"learning rates chosen on the other half; seeds: {', '.join(seeds)}. Winners: {', '.join(won) or 'none'}. "
+        f"Share of what compressing lost that is made good: {', '.join(repaired)}. `{done['command']}`; the whole report: "
         "[benchmarks/results/study](benchmarks/results/study/report.md).\n"
     )
     return markdown(header, lines) + note
