@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from pathlib import Path
-from typing import Any
 
-from tables.table import RESULTS, markdown, read
+from tables.table import RESULTS, compared, markdown, read, report_rows, with_band
 
-FOLDER = RESULTS / "rank_methods"
 _METHODS = {
     "uniform": "the same rank everywhere",
     "l1": "gates, L1",
@@ -37,8 +33,8 @@ def curvature() -> str:
 
 def rank_methods() -> str:
     """Each way to choose ranks at equal trainable parameters: quality, the difference from uniform, and its cost."""
-    arms, pairs, cells = (_rows(name) for name in ("arms", "comparisons", "cells"))
-    run = json.loads((FOLDER / "run.json").read_text())
+    arms, pairs, cells = (report_rows("rank_methods", name) for name in ("arms", "comparisons", "cells"))
+    run = json.loads((RESULTS / "rank_methods" / "run.json").read_text())
     costs = run["costs_in_seconds"]
     trainable = {row["ranks"]: int(row["num_trainable"]) for row in cells if row["num_trainable"] not in ("", "0")}
     against = {pair["arm"]: pair for pair in pairs}
@@ -47,14 +43,9 @@ def rank_methods() -> str:
         name = row["ranks"]
         if row["is_trained"] != "True":
             continue
-        value, lower, upper = (float(row[f"nll_per_token{end}"]) for end in ("", "_lower", "_upper"))
-        pair, said = against.get(name), "–"
-        if pair is not None:
-            said = f"{float(pair['improvement']):+.3f} ({float(pair['lower']):+.3f} to {float(pair['upper']):+.3f}), "
-            said += pair["winner"] or "no winner"
+        said = compared(against[name]) if name in against else "–"
         seconds = f"{costs['scout'] + costs[name]:.0f} s" if name in costs else "0"
-        nll = f"{value:.3f} ({lower:.3f}–{upper:.3f})"
-        rows.append([_METHODS[name], f"{trainable[name]:,}", row["train.lr"], nll, said, seconds])
+        rows.append([_METHODS[name], f"{trainable[name]:,}", row["train.lr"], with_band(row), said, seconds])
     header = [
         "ranks",
         "trained",
@@ -75,22 +66,19 @@ def rank_methods() -> str:
 
 def rank_curve() -> str:
     """NLL at each rank, one line for each kind, and which ranks are told apart from the first."""
-    folder = RESULTS / "rank_curve"
-    arms = [row for row in _rows("arms", folder) if row["is_trained"] == "True"]
-    pairs = {(pair["adapter"], pair["arm"]): pair for pair in _rows("comparisons", folder)}
-    run = json.loads((folder / "run.json").read_text())
+    arms = [row for row in report_rows("rank_curve", "arms") if row["is_trained"] == "True"]
+    pairs = {(pair["adapter"], pair["arm"]): pair for pair in report_rows("rank_curve", "comparisons")}
+    run = json.loads((RESULTS / "rank_curve" / "run.json").read_text())
     ranks = list(dict.fromkeys(row["rank"] for row in arms))
     rows = []
     for kind in dict.fromkeys(row["adapter"] for row in arms):
         line = [{"lora": "QLoRA", "dora": "QDoRA"}[kind]]
         for rank in ranks:
             (row,) = (row for row in arms if (row["adapter"], row["rank"]) == (kind, rank))
-            value, lower, upper = (float(row[f"nll_per_token{end}"]) for end in ("", "_lower", "_upper"))
-            text = f"{value:.3f} ({lower:.3f}–{upper:.3f})"
+            text = with_band(row)
             pair = pairs.get((kind, rank))
             if pair is not None:
-                gap = [-float(pair[name]) for name in ("improvement", "upper", "lower")]
-                text += f"; {gap[0]:+.3f} ({gap[1]:+.3f} to {gap[2]:+.3f}), {pair['winner'] or 'no winner'}"
+                text += f"; {compared(pair, as_rise=True)}"
             line.append(text)
         rows.append(line)
     note = (
@@ -99,9 +87,3 @@ def rank_curve() -> str:
         "[benchmarks/results/rank_curve](benchmarks/results/rank_curve/report.md).\n"
     )
     return markdown(["", *ranks], rows) + note
-
-
-def _rows(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """A data file of a report."""
-    with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))

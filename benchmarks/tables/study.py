@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from typing import Any
 
-from tables.table import RESULTS, markdown, read
-
-FOLDER = RESULTS / "study"
+from tables.table import RESULTS, compared, markdown, read, report_rows, with_band
 
 
 def pruning() -> str:
@@ -34,24 +30,24 @@ def pruning() -> str:
 
 def study() -> str:
     """Each base by itself and with each adapter, and what the tests say of the difference."""
-    arms, pairs = rows("arms"), rows("comparisons")
+    arms, pairs, facts = (report_rows("study", name) for name in ("arms", "comparisons", "facts"))
     adapters = list(dict.fromkeys(row["adapter"] for row in arms if row["is_trained"] == "True"))
     bases = list(dict.fromkeys(row["base"] for row in arms if row["is_trained"] == "True"))
     lines = []
     for base in bases:
         own = {row["adapter"] if row["is_trained"] == "True" else "": row for row in arms if row["base"] == base}
-        facts = next(iter(own.values()))
-        line = [base, f"{float(facts['bits_per_weight']):.2f}", f"{100 * float(facts['sparsity']):.0f}"]
-        line += [with_band(own.get(name), "nll_per_token") for name in ("", *adapters)]
-        line.append("; ".join(said(pair) for pair in pairs if pair["base"] == base) or "–")
+        first = next(iter(own.values()))
+        line = [base, f"{float(first['bits_per_weight']):.2f}", f"{100 * float(first['sparsity']):.0f}"]
+        line += [with_band(own.get(name)) for name in ("", *adapters)]
+        line.append("; ".join(f"{pair['arm']}: {compared(pair)}" for pair in pairs if pair["base"] == base) or "–")
         lines.append(line)
-    reference = next((row["text"] for row in rows("facts") if row["fact"] == "reference"), "")
+    reference = next((row["text"] for row in facts if row["fact"] == "reference"), "")
     header = ["base", "bits", "zeros %", "no adapter", *adapters, f"against {reference}: NLL lower by"]
     won = [f"{pair['winner']} on {pair['base']}" for pair in pairs if pair["winner"]]
     repaired = [
         f"{row['base']} {float(row['repair']):.2f} ({row['adapter']})" for row in arms if row["repair"] not in ("", "–")
     ]
-    done = json.loads((FOLDER / "run.json").read_text())
+    done = json.loads((RESULTS / "study" / "run.json").read_text())
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
         f"\nNLL per answer token on one half of the validation examples, averaged over the tasks, with 95 % intervals; "
@@ -60,24 +56,3 @@ def study() -> str:
         "report: [benchmarks/results/study](benchmarks/results/study/report.md).\n"
     )
     return markdown(header, lines) + note
-
-
-def rows(name: str) -> list[dict[str, Any]]:
-    """A data file of the report."""
-    with (FOLDER / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def with_band(row: dict[str, Any] | None, measure: str) -> str:
-    """0.52 (0.49–0.55)."""
-    if row is None:
-        return "–"
-    value, lower, upper = (float(row[f"{measure}{end}"]) for end in ("", "_lower", "_upper"))
-    return f"{value:.3f} ({lower:.3f}–{upper:.3f})"
-
-
-def said(pair: dict[str, Any]) -> str:
-    """What one comparison shows."""
-    value, lower, upper = (float(pair[name]) for name in ("improvement", "lower", "upper"))
-    winner = pair["winner"] or "no winner"
-    return f"{pair['arm']}: {value:+.3f} ({lower:+.3f} to {upper:+.3f}), {winner}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,28 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def read(name: str) -> Any:
     """benchmarks/results/<name>.json."""
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def report_rows(study: str, name: str) -> list[dict[str, str]]:
+    """A data file of a study's report: benchmarks/results/<study>/<name>.csv."""
+    with (RESULTS / study / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def with_band(row: Mapping[str, str] | None, measure: str = "nll_per_token") -> str:
+    """A measure of an arm of a report: 0.520 (0.490–0.550)."""
+    if row is None:
+        return "–"
+    value, lower, upper = (float(row[f"{measure}{end}"]) for end in ("", "_lower", "_upper"))
+    return f"{value:.3f} ({lower:.3f}–{upper:.3f})"
+
+
+def compared(pair: Mapping[str, str], *, as_rise: bool = False) -> str:
+    """A comparison of a report: +0.020 (-0.001 to +0.150), no winner; with `as_rise` the negative improvement."""
+    value, lower, upper = (float(pair[name]) for name in ("improvement", "lower", "upper"))
+    if as_rise:
+        value, lower, upper = -value, -upper, -lower
+    return f"{value:+.3f} ({lower:+.3f} to {upper:+.3f}), {pair['winner'] or 'no winner'}"
 
 
 def percent(value: float | None, error: float | None = None) -> str:
