@@ -22,7 +22,7 @@ from qdora.model.peft_config import AdapterLayout
 from qdora.model.place import is_wide, wide_names
 from qdora.model.source import ModelSource
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import empty_packed
+from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.ops.tiles import Weight
 
 _UNMASKED = "sdpa_without_padding"
@@ -66,15 +66,14 @@ def fill_(
     for name in sorted(layers):
         module: Any = model.get_submodule(name)
         shape = tuple(module.weight.shape)
-        weight: Weight
         with live.label(BASE):
-            if whole:
-                weight = empty(f"{name}.weight", module.weight)
-            else:
-                weight = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
-                scales = [tensor for part, tensor in weight.tensors().items() if part != "packed"]
-        if not whole:
-            live.register(scales, SCALES)
+            weight: Weight = (
+                empty(f"{name}.weight", module.weight)
+                if whole
+                else empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
+            )
+        if isinstance(weight, PackedWeight):
+            live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], SCALES)
         with live.label(MASKS):
             bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8) if pruned else None
         with live.label(DENSE):
