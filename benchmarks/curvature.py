@@ -25,7 +25,7 @@ from qdora.analysis.curvature_cache import CurvatureSettings, curvature_spectrum
 from qdora.data_config import COMMONSENSE_TASKS
 from qdora.recipe_file import recipe_from
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.rank import training_batches
+from qdora.verbs.rank_spectra import training_batches
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 

@@ -26,7 +26,8 @@ from two_passes import RATES, SEEDS, common_settings, keep, two_passes
 from qdora.atomic_files import atomic_write_json
 from qdora.recipe_file import load_recipe
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.rank import RankSettings, rank_run
+from qdora.verbs.rank import rank_run
+from qdora.verbs.rank_settings import RankSettings
 from qdora.verbs.study import study_run
 from qdora.verbs.train import train_run
 
@@ -37,7 +38,7 @@ GATES = ("l1", "hard_concrete")
 SCOUTED = {
     "svd": RankSettings(method="svd", budget="50%"),
     "gradient": RankSettings(method="gradient", budget="50%", examples=32),
-    "curvature": RankSettings(method="curvature", budget="50%", examples=16, eigenvalues=0),
+    "curvature": RankSettings(method="curvature", budget="50%", examples=32),
 }
 
 

@@ -18,7 +18,7 @@ from tables.exports import decode_speed, export_exactness, gguf_logits, merge_st
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_recipes, plan_shapes
-from tables.ranks import curvature, rank_curve, rank_methods
+from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import data_loading, kill_resume, mixing, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study
@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_speed": decode_speed,
     "merge_streamed": merge_streamed,
     "curvature": curvature,
+    "curvature_draws": curvature_draws,
     "rank_curve": rank_curve,
     "rank_methods": rank_methods,
     "combined_vs_solo": combined_vs_solo,

@@ -216,8 +216,11 @@ def rank(
         float | None, typer.Option(help="In place of a budget: each layer keeps this share of its energy, 0 to 1.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Largest rank; twice the run's if left out.")] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=0, help="Of labels, to estimate curvature: 16 if left out; 0 for exact: hours.")
+    ] = None,
     eigenvalues: Annotated[
-        int | None, typer.Option(min=0, help="Of the curvature, beside the ranks: 20 if left out, 0 for none.")
+        int | None, typer.Option(min=0, help="Of the curvature, beside the ranks: none if left out; hours.")
     ] = None,
     curvature: Annotated[
         str | None, typer.Option(help="Whose eigenvalues: hessian (if left out) or gauss_newton.")
@@ -233,13 +236,15 @@ def rank(
     json_: Json = False,
 ) -> None:
     """Choose a rank for each layer of a run, and write a recipe with these ranks into it."""
-    from qdora.verbs.rank import RankSettings, rank_run
+    from qdora.verbs.rank import rank_run
+    from qdora.verbs.rank_settings import RankSettings
 
     asked = RankSettings(
         method=method,
         budget=budget,
         threshold=threshold,
         max_rank=max_rank,
+        draws=draws,
         eigenvalues=eigenvalues,
         curvature=curvature,
         norm=norm,

@@ -13,9 +13,17 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from qdora.analysis import component_curvature
 from qdora.analysis import components as module
 from qdora.analysis.allocate import allocate, effective_rank
-from qdora.analysis.components import Components, components, held_components, layer_components
+from qdora.analysis.component_curvature import (
+    Probe,
+    drawn_curvatures,
+    drawn_labels,
+    exact_curvatures,
+    squared_slopes,
+)
+from qdora.analysis.components import Components, Directions, directions, held_components, layer_directions
 from qdora.model.inject import adapted_layers
 from tests import tiny_adapted, tiny_curvature
 from tests.tiny_curvature import LAYERS
@@ -31,7 +39,12 @@ def of_quadratic(missing: Tensor, sizes: Tensor, curvature: float, num_new: int)
     left, right = orthonormal(24, len(missing), 0), orthonormal(17, len(missing), 1)
     held = (left[:, : len(sizes)], sizes, right[:, : len(sizes)])
     gradient = curvature * (held[0] * sizes @ held[2].T - left * missing @ right.T)
-    return components(held, gradient, lambda x: curvature * float(x.square().sum()), num_new)
+    found = directions(held, gradient, num_new)
+    return with_curvatures(found, np.full(len(found.sizes), curvature))
+
+
+def with_curvatures(found: Directions, curvatures: Any) -> Components:
+    return Components(found.sizes, found.slopes, curvatures, curvatures * 0.0, found.tail)
 
 
 @pytest.mark.parametrize("sizes", [[], [1.0, 2.5, 0.3], [9.0]], ids=["b=0", "three", "far-off"])
@@ -70,9 +83,10 @@ def test_a_component_that_moves_nothing_is_worth_nothing() -> None:
     gradient = torch.zeros(4, 3, dtype=torch.float64)
     gradient[0, 0] = 1.0
     held = (orthonormal(4, 1, 0), torch.ones(1, dtype=torch.float64), orthonormal(3, 1, 1))
-    flat = components(held, gradient, lambda x: 0.0, 2)
-    assert flat.worths().tolist() == [0.0] * len(flat.sizes)
-    assert components(held, gradient * 0, lambda x: 1.0, 2).worths().tolist() == [0.5]  # none has a slope
+    found = directions(held, gradient, 2)
+    assert with_curvatures(found, np.zeros(len(found.sizes))).worths().tolist() == [0.0] * len(found.sizes)
+    still = directions(held, gradient * 0, 2)  # none has a slope
+    assert with_curvatures(still, np.ones(len(still.sizes))).worths().tolist() == [0.5]
 
 
 def test_held_components_are_the_singular_directions_of_the_update() -> None:
@@ -98,7 +112,9 @@ def test_of_a_model_against_the_definition(kind: str, norm: Any, masked: bool, m
     name = LAYERS[0]
     layer = adapted_layers(model)[name]
     batches = tiny_curvature.batches()
-    found = layer_components(model, name, batches, norm=norm, num_new=6)
+    found = layer_directions(model, {name: 6}, batches, norm=norm)
+    exact = exact_curvatures(model, found, batches, norm=norm)[name]
+    directions_found = found[name]
     logits, labels = by_update(model, norm == "held")
     update = layer.alpha / layer.rank * layer.lora_B.detach() @ layer.lora_A.detach()
     here = update.clone().requires_grad_(True)
@@ -112,18 +128,58 @@ def test_of_a_model_against_the_definition(kind: str, norm: Any, masked: bool, m
     across = across @ (torch.eye(len(right)) - right @ right.T).double()
     u, slopes, vh = torch.linalg.svd(across)
     pairs = [*zip(left.T, right.T, strict=True), *zip(u.T[:6], vh[:6], strict=True)]
-    directions = [torch.outer(a, b) for a, b in pairs]
-    np.testing.assert_allclose(found.sizes, [*sizes, *[0.0] * 6], rtol=1e-9, atol=1e-15)
-    np.testing.assert_allclose(found.slopes, [float((gradient * each).sum()) for each in directions], rtol=1e-6)
-    np.testing.assert_allclose(found.slopes[held:], slopes[:6], rtol=1e-6)
+    matrices = [torch.outer(a, b) for a, b in pairs]
+    np.testing.assert_allclose(directions_found.sizes, [*sizes, *[0.0] * 6], rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(
+        directions_found.slopes, [float((gradient * each).sum()) for each in matrices], rtol=1e-6
+    )
+    np.testing.assert_allclose(directions_found.slopes[held:], slopes[:6], rtol=1e-6)
     expected = []
     p = torch.softmax(logits(update), dim=-1)
-    for direction in directions:
+    for direction in matrices:
         _, along = torch.func.jvp(logits, (update,), (direction,))
         expected.append(float(((p * along.square()).sum(-1) - (p * along).sum(-1).square()).mean()))
-    np.testing.assert_allclose(found.curvatures, expected, rtol=1e-6)
-    assert found.tail == pytest.approx(float(slopes[6:].square().sum()), rel=1e-6)
-    assert found.num_matvecs == held + 6
+    np.testing.assert_allclose(exact.values, expected, rtol=1e-6)
+    assert not exact.errors.any()
+    assert directions_found.tail == pytest.approx(float(slopes[6:].square().sum()), rel=1e-6)
+    drawn = drawn_curvatures(model, found, batches, norm=norm, draws=800)[name]
+    np.testing.assert_allclose(drawn.values, expected, rtol=0.5)
+    assert np.abs((drawn.values - expected) / drawn.errors).max() < 4.5
+    assert (drawn.errors < 0.15 * drawn.values).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "attached"), ("dora", "held")])
+def test_drawing_every_label_once_by_its_chance_is_exact(kind: str, norm: Any, masked: bool) -> None:
+    """Of one labelled token: the sum over all labels of p times the squared slope is the form itself."""
+    model = tiny_curvature.adapted(kind=kind, masked=masked)
+    batch = tiny_curvature.batches()[0]
+    batch.labels[:, :-1] = -100
+    found = layer_directions(model, dict.fromkeys(LAYERS, 3), tiny_curvature.batches(), norm=norm)
+    exact = exact_curvatures(model, found, [batch], norm=norm)
+    layers = adapted_layers(model)
+    probes = {name: Probe(layers[name], each, norm) for name, each in found.items()}
+    chances = []
+
+    def every_label(logits: Tensor) -> Tensor:
+        chances.append(torch.softmax(logits, dim=-1)[0])
+        return torch.arange(logits.shape[-1])[:, None]
+
+    squares = squared_slopes(model, probes, batch, every_label, device=torch.device("cpu"))
+    for name in LAYERS:
+        assert len(exact[name].values) == 2 + 3
+        np.testing.assert_allclose((chances[0] @ squares[name]).numpy(), exact[name].values, rtol=1e-8)
+
+
+def test_labels_are_drawn_by_their_chances() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0], [30.0, 0.0, 0.0, 0.0]]).repeat(50, 1)  # more than a chunk
+    labels = drawn_labels(logits, 4000, torch.Generator().manual_seed(3))
+    assert labels.shape == (4000, 100)
+    shares = torch.stack([(labels[:, 0::2] == label).double().mean() for label in range(4)])
+    torch.testing.assert_close(shares, torch.softmax(logits[0].double(), 0), atol=0.005, rtol=0.0)
+    assert bool((labels[:, 1::2] == 0).all())
+    pairs = (labels[:, 0] == 2) & (labels[:, 2] == 2)  # independent from token to token
+    assert float(pairs.double().mean()) == pytest.approx(float(shares[2]) ** 2, abs=0.03)
 
 
 def by_update(model: Any, held: bool) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -153,10 +209,34 @@ def by_update(model: Any, held: bool) -> tuple[Callable[[Tensor], Tensor], Tenso
 
 def test_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_curvature.adapted()
-    given: dict[str, Any] = {"norm": "held", "num_new": 3, "cache": tmp_path / "cache", "state": "now"}
-    first = layer_components(model, LAYERS[0], tiny_curvature.batches(), **given)
-    monkeypatch.setattr(module, "components", None)
-    again = layer_components(model, LAYERS[0], tiny_curvature.batches(), **given)
-    assert again.to_dict() == first.to_dict()
-    with pytest.raises(TypeError):
-        layer_components(model, LAYERS[0], tiny_curvature.batches(), **(given | {"state": "later"}))
+    batches = tiny_curvature.batches()
+    given: dict[str, Any] = {"norm": "held", "cache": tmp_path / "cache", "state": "now"}
+    numbers = dict.fromkeys(LAYERS, 3)
+
+    def everything(**changed: Any) -> list[Any]:
+        found = layer_directions(model, numbers, batches, **given | changed)
+        exact = exact_curvatures(model, found, batches, **given | changed)
+        drawn = drawn_curvatures(model, found, batches, draws=3, **given | changed)
+        return [
+            (
+                found[name].left.tolist(),
+                found[name].slopes.tolist(),
+                found[name].tail,
+                exact[name].values.tolist(),
+                drawn[name].values.tolist(),
+                drawn[name].errors.tolist(),
+            )
+            for name in LAYERS
+        ]
+
+    first = everything()
+    assert len(list((tmp_path / "cache").iterdir())) == 2 + 2 + 2  # layers, layers, micro-batches
+    monkeypatch.setattr(module, "update_gradients", None)
+    monkeypatch.setattr(component_curvature, "curvature_of", None)
+    monkeypatch.setattr(component_curvature, "squared_slopes", None)
+    assert everything() == first
+    for changed in ({"state": "later"}, {"norm": "attached"}):
+        with pytest.raises(TypeError):
+            everything(**changed)
+    with pytest.raises(TypeError):  # other draws
+        drawn_curvatures(model, layer_directions(model, numbers, batches, **given), batches, draws=4, **given)

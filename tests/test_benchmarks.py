@@ -303,6 +303,17 @@ def test_curvature(tmp_path: Path) -> None:
         assert max(layer["residuals"]) < 0.01 * abs(layer["eigenvalues"][0])
 
 
+def test_curvature_draws(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "curvature_draws.py")
+    assert result["num_layers"] == 14
+    assert result["num_components"] == 14 * 32
+    assert [layer["layer"].rpartition(".")[2] for layer in result["layers"]] == ["v_proj", "down_proj"]
+    for layer in result["layers"]:
+        assert 0 < layer["relative_error"]["median"] < 0.3
+        assert 0.3 < layer["root_mean_square_in_own_errors"] < 3
+        assert layer["same_better_half"] > 0.7
+
+
 @pytest.mark.slow
 def test_export_exactness(tmp_path: Path) -> None:
     result = smoke(tmp_path, "export_exactness.py")

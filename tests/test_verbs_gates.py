@@ -21,7 +21,8 @@ from qdora.verbs.export import ExportOptions, export_run
 from qdora.verbs.gate_ranks import ranks_of_gates
 from qdora.verbs.plan import plan_run
 from qdora.verbs.plan_memory import plan
-from qdora.verbs.rank import RankSettings, rank_run
+from qdora.verbs.rank import rank_run
+from qdora.verbs.rank_settings import RankSettings
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 from tests import tiny_adapted, tiny_run

@@ -18,7 +18,8 @@ from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
 from qdora.recipe_file import load_recipe
-from qdora.verbs.rank import RankSettings, rank_run
+from qdora.verbs.rank import rank_run
+from qdora.verbs.rank_settings import RankSettings
 from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 from tests import tiny_curvature, tiny_run
@@ -31,7 +32,7 @@ def quiet() -> Console:
 
 def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     patterns = ("model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj")
-    asked = RankSettings(layers=patterns, budget="60%", max_rank=6, examples=2, over_all=True)
+    asked = RankSettings(layers=patterns, budget="60%", max_rank=6, examples=2, eigenvalues=20, over_all=True)
     document = rank_run(whole, asked, console=quiet())
     assert json.loads((whole / "rank/curvature.json").read_text())["layers"] == document["layers"]
     assert (document["norm"], document["num_examples"]) == ("attached", 2)
@@ -44,7 +45,8 @@ def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
         assert spectrum["num_matvecs"] > 20 + 40  # the residuals and the density
         assert "2 x rank" in spectrum["multiplicity"]
         assert layer["energies"] == sorted(found["worths"], reverse=True)[:6]
-        assert found["num_matvecs"] == len(found["worths"]) == 4 + 6
+        assert len(found["worths"]) == 4 + 6
+        assert 0 < max(found["curvature_errors"]) < max(found["curvatures"])
         assert layer["total_energy"] >= sum(layer["energies"])
     assert document["over_all"]["size"] == sum(
         4 * layer["parameters_per_rank"] for layer in document["layers"].values()
@@ -68,16 +70,32 @@ def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
 
 
 def test_what_was_computed_is_not_computed_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = RankSettings(layers=["model.layers.0.mlp.up_proj"], max_rank=3, examples=2, norm="held")
+    layers = ["model.layers.0.mlp.up_proj"]
+    asked = RankSettings(layers=layers, max_rank=3, examples=2, norm="held", eigenvalues=5)
     first = rank_run(whole, asked, console=quiet())
-    from qdora.analysis import components, curvature_cache
+    from qdora.analysis import component_curvature, components, curvature_cache
 
     monkeypatch.setattr(curvature_cache, "top_eigenpairs", None)  # nothing may call it
-    monkeypatch.setattr(components, "components", None)
+    monkeypatch.setattr(components, "update_gradients", None)
+    monkeypatch.setattr(component_curvature, "squared_slopes", None)
     again = rank_run(whole, asked, console=quiet())
     assert again["layers"] == first["layers"]
     with pytest.raises(TypeError):  # other examples, another curvature
-        rank_run(whole, RankSettings(layers=asked.layers, max_rank=3, examples=3, norm="held"), console=quiet())
+        rank_run(whole, RankSettings(layers=layers, max_rank=3, examples=3, norm="held"), console=quiet())
+
+
+def test_draws_come_near_the_exact_curvature(whole: Path) -> None:
+    exact, drawn = (
+        rank_run(whole, RankSettings(layers=["down_proj"], max_rank=3, examples=4, draws=draws), console=quiet())
+        for draws in (0, 64)
+    )
+    assert (exact["draws"], drawn["draws"]) == (0, 64)
+    for name, layer in exact["layers"].items():
+        found, right = drawn["layers"][name]["components"], layer["components"]
+        assert found["slopes"] == right["slopes"]
+        assert right["curvature_errors"] == [0.0] * len(right["sizes"])
+        off = np.subtract(found["curvatures"], right["curvatures"]) / found["curvature_errors"]
+        assert np.abs(off).max() < 4.5
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -156,8 +174,10 @@ def test_faults(whole: Path, root: Path) -> None:
         (RankSettings(method="svd", budget="50%", examples=3), "--examples: --method svd reads no data"),
         (RankSettings(method="gradient", over_all=True), "--over-all: has no effect"),
         (RankSettings(method="gradient", eigenvalues=4), "--eigenvalues: has no effect with --method gradient"),
-        (RankSettings(eigenvalues=0, curvature="hessian"), "--curvature: has no effect with --eigenvalues 0"),
-        (RankSettings(eigenvalues=0, over_all=True), "--over-all: has no effect with --eigenvalues 0"),
+        (RankSettings(curvature="hessian"), "--curvature: has no effect without --eigenvalues"),
+        (RankSettings(eigenvalues=0, over_all=True), "--over-all: has no effect without --eigenvalues"),
+        (RankSettings(method="gradient", draws=4), "--draws: has no effect with --method gradient"),
+        (RankSettings(draws=1), r"--draws: 1, allowed: 0 \(exact\), or 2 and more"),
         (RankSettings(method="svd"), "allowed: less than 100%"),
         (
             RankSettings(method="gates", budget="50%"),
@@ -176,8 +196,10 @@ def test_faults(whole: Path, root: Path) -> None:
     train_run(tiny_run.recipe(root, adapter__kind="lora", train__steps=1), root / "lora", console=quiet())
     with pytest.raises(UserError, match="--norm: LoRA has no norm"):
         rank_run(root / "lora", RankSettings(norm="held"), console=quiet())
-    found = rank_run(root / "lora", RankSettings(layers=["k_proj"], max_rank=2, examples=2), console=quiet())
-    asked = RankSettings(layers=["v_proj"], max_rank=2, examples=2, eigenvalues=0)
+    found = rank_run(
+        root / "lora", RankSettings(layers=["k_proj"], max_rank=2, examples=2, eigenvalues=3), console=quiet()
+    )
+    asked = RankSettings(layers=["v_proj"], max_rank=2, examples=2)
     short = rank_run(root / "lora", asked, console=quiet())
     assert {layer["spectrum"]["norm"] for layer in found["layers"].values()} == {"none"}
     assert all("spectrum" not in layer for layer in short["layers"].values())
@@ -205,8 +227,8 @@ def test_a_masked_run(root: Path) -> None:
     train_run(tiny_run.recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=quiet())
     with pytest.raises(UserError, match=r"--method svd: under adapter\.mask keep"):
         rank_run(run, RankSettings(method="svd", budget="50%"), console=quiet())
-    for method, eigenvalues in (("gradient", None), ("curvature", 0)):
-        asked = RankSettings(method=method, layers=["k_proj"], max_rank=4, examples=2, eigenvalues=eigenvalues)
+    for method in ("gradient", "curvature"):
+        asked = RankSettings(method=method, layers=["k_proj"], max_rank=4, examples=2)
         document = rank_run(run, asked, console=quiet())
         assert load_recipe(document["recipe"]).adapter.mask == "keep"
         assert all(layer["energies"][0] > 0 for layer in document["layers"].values())

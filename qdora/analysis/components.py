@@ -26,15 +26,12 @@ At B = 0 it is s [[0, G^T], [G, 0]] on each of the r components, plus a block of
 singular value of G comes 2 r times, r of them negative: 2 r eigenvalues say one thing about one component. And why the
 Gauss-Newton matrix by D: with it q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
 a shift of all of them, so that g_i = 0, too, and the component is worth 0. Nothing here changes with the basis of A and
-B, (R^-1 A, B R).
+B, (R^-1 A, B R). How q_i is had: component_curvature.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,35 +42,50 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdora.analysis.allocate import LayerSpectrum
-from qdora.analysis.curvature import curvature_of
-from qdora.analysis.plain import UPDATE, Norm
-from qdora.atomic_files import atomic_write_json
+from qdora.analysis.plain import Norm
+from qdora.analysis.tensor_cache import keep_tensors, kept_tensors
+from qdora.analysis.update_gradient import update_gradients
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 
 Array = NDArray[np.float64]
-_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The components E_i = u_i v_i^T of a layer: first the held ones, by size, then the new ones, by slope.
+
+    Attributes:
+        left: U, (out, components), columns of length 1.
+        right: V, (in, components), the same.
+        sizes: (components,) sigma_i >= 0; 0 for a new one.
+        slopes: (components,) g_i = <G, E_i>.
+        tail: Squared Frobenius norm of the gradient across held and new components.
+    """
+
+    left: Tensor
+    right: Tensor
+    sizes: Array
+    slopes: Array
+    tail: float
 
 
 @dataclass(frozen=True)
 class Components:
-    """The components of a layer: first the held ones, by size, then the new ones, by slope.
+    """What is known of the components of a layer.
 
     Attributes:
-        sizes: (components,) sigma_i >= 0; 0 for a new one.
-        slopes: (components,) g_i = <G, E_i>.
+        sizes, slopes, tail: As of `Directions`.
         curvatures: (components,) q_i = <E_i, H E_i> >= 0.
-        tail: Squared Frobenius norm of the gradient across held and new components.
-        num_matvecs, seconds: Spent when it was computed.
+        errors: (components,) standard errors of the curvatures; 0 where they are exact.
     """
 
     sizes: Array
     slopes: Array
     curvatures: Array
+    errors: Array
     tail: float
-    num_matvecs: int = 0
-    seconds: float = 0.0
 
     def worths(self) -> Array:
         """(components,) in nats of mean NLL; 0 where the curvature is within rounding of 0."""
@@ -96,22 +108,55 @@ class Components:
             "sizes": self.sizes.tolist(),
             "slopes": self.slopes.tolist(),
             "curvatures": self.curvatures.tolist(),
+            "curvature_errors": self.errors.tolist(),
             "worths": self.worths().tolist(),
             "tail": self.tail,
-            "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds,
         }
 
 
-def components(
-    held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, quadratic: Callable[[Tensor], float], num_new: int
-) -> Components:
-    """Size, slope and curvature of the held components and of the `num_new` steepest ones across them.
+def layer_directions(
+    model: nn.Module,
+    num_new: Mapping[str, int],
+    batches: Sequence[MicroBatch],
+    *,
+    norm: Norm,
+    cache: Path | None = None,
+    state: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Directions]:
+    """The components of layers, from one gradient; from the cache where it has them.
+
+    Args:
+        model, batches, norm: As of `update_gradients`.
+        num_new: Path of a layer -> how many new components, as of `directions`.
+        cache: Directory; a layer's components are written there once they are known.
+        state: `fingerprint` of the model and the batches; needed with a cache.
+        progress: Called with (done, all) layers that the cache has not.
+    """
+    adapted = adapted_layers(model)
+    keys = {name: ["directions", name, norm, number, state] for name, number in num_new.items()}
+    found = {name: kept for name, key in keys.items() if (kept := kept_tensors(cache, key)) is not None}
+
+    def use(name: str, gradient: Tensor) -> dict[str, Tensor]:
+        made = directions(held_components(adapted[name]), gradient, num_new[name])
+        numbers = {"sizes": made.sizes, "slopes": made.slopes, "tail": np.array([made.tail])}
+        tensors = {"left": made.left, "right": made.right}
+        tensors |= {each: torch.from_numpy(values) for each, values in numbers.items()}
+        keep_tensors(cache, keys[name], tensors)
+        return tensors
+
+    missing = [name for name in num_new if name not in found]
+    if missing:
+        found |= update_gradients(model, missing, batches, use, norm=norm, progress=progress)
+    return {name: _from_tensors(found[name], adapted[name].lora_A.device) for name in num_new}
+
+
+def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
+    """The held components and the `num_new` steepest ones across them, U and V in the gradient's dtype.
 
     Args:
         held: U (out, r), sizes (r,) > 0, V (in, r), the singular value decomposition of D; r may be 0.
         gradient: G = dF/dD, (out, in).
-        quadratic: X (out, in) in the gradient's dtype -> <X, H X>; called once a component.
         num_new: At most min(out, in) - r are there; those without slope are left out.
     """
     left, sizes, right = (each.double() for each in held)
@@ -120,14 +165,12 @@ def components(
     across = wide - left @ (left.T @ wide)
     across = across - (across @ right) @ right.T
     new_left, new_slopes, new_right = _singular(across, min(num_new, min(wide.shape) - len(sizes)))
-    pairs = [*zip(left.T, right.T, strict=True), *zip(new_left.T, new_right.T, strict=True)]
-    curvatures = [max(quadratic(torch.outer(u, v).to(gradient.dtype)), 0.0) for u, v in pairs]
-    tail = max(float(across.square().sum() - new_slopes.square().sum()), 0.0)
-    return Components(
+    return Directions(
+        torch.cat([left, new_left], dim=1).to(gradient.dtype),
+        torch.cat([right, new_right], dim=1).to(gradient.dtype),
         np.concatenate([sizes.cpu().numpy(), np.zeros(len(new_slopes))]),
         torch.cat([slopes, new_slopes]).cpu().numpy(),
-        np.array(curvatures, dtype=np.float64),
-        tail,
+        max(float(across.square().sum() - new_slopes.square().sum()), 0.0),
     )
 
 
@@ -143,48 +186,11 @@ def held_components(layer: AdaptedLinear) -> tuple[Tensor, Tensor, Tensor]:
     return (left @ u)[:, kept], sizes[kept], (right @ vh.T)[:, kept]
 
 
-def layer_components(
-    model: nn.Module,
-    name: str,
-    batches: Sequence[MicroBatch],
-    *,
-    norm: Norm,
-    num_new: int,
-    cache: Path | None = None,
-    state: str = "",
-) -> Components:
-    """The components of one layer, from the cache where it has them: one gradient, and one product a component.
-
-    Args:
-        model, batches, norm: As of `curvature_of`.
-        name: Path of the layer.
-        num_new: As of `components`.
-        cache: Directory; the result is written there, made if needed.
-        state: `fingerprint` of the model and the batches; needed with a cache.
-    """
-    key = hashlib.sha256(json.dumps(["components", _FORMAT, name, norm, num_new, state]).encode()).hexdigest()[:32]
-    kept = None if cache is None else cache / f"{key}.json"
-    if kept is not None and kept.is_file():
-        document = json.loads(kept.read_bytes())
-        sizes, slopes, curvatures = (np.array(document[each]) for each in ("sizes", "slopes", "curvatures"))
-        return Components(sizes, slopes, curvatures, document["tail"], document["num_matvecs"], document["seconds"])
-    began = time.perf_counter()
-    layer = adapted_layers(model)[name]
-    with curvature_of(model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE) as operator:
-        shape = (layer.out_features, layer.in_features)
-
-        def quadratic(direction: Tensor) -> float:
-            flat = direction.reshape(-1)
-            return float(flat.double() @ operator.product(flat).double())
-
-        found = components(held_components(layer), operator.gradient().view(shape), quadratic, num_new)
-        spent = operator.num_matvecs
-    seconds = time.perf_counter() - began
-    found = Components(found.sizes, found.slopes, found.curvatures, found.tail, spent, seconds)
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(kept, {"layer": name, "norm": norm, **found.to_dict()})
-    return found
+def _from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Directions:
+    numbers = {name: tensors[name].numpy() for name in ("sizes", "slopes")}
+    return Directions(
+        tensors["left"].to(device), tensors["right"].to(device), **numbers, tail=float(tensors["tail"][0])
+    )
 
 
 def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,21 +6,16 @@ singular value: by the theorem of Eckart and Young the best rank-r matrix leaves
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qdora.analysis.allocate import LayerSpectrum
-from qdora.analysis.curvature import labelled_logits
+from qdora.analysis.update_gradient import update_gradients
 from qdora.data.batching import MicroBatch
-from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.ops.loss import token_nll
-
-GRADIENT_BYTES = 2**30
-"""Gradients that exist at once, in float32."""
 
 
 @torch.no_grad()
@@ -53,84 +48,17 @@ def gradient_spectra(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, LayerSpectrum]:
-    """Squared singular values of dL/d(s B A) of each layer, L the mean NLL of the labelled tokens, norm held.
+    """Squared singular values of dL/d(s B A) of each layer, norm held: see `update_gradients`.
 
-    Of a masked adapter it is zero where the mask is: there B A counts for nothing.
     At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
 
     Args:
-        model: With adapters, activations in float32 or float64; run in eval mode.
-        layers: Paths of adapted layers.
-        batches: Without packing.
+        model, layers, batches, progress: As of `update_gradients`.
         most: Most components of a layer.
-        progress: Called with (done, all) layers.
     """
-    adapted = adapted_layers(model)
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    found: dict[str, LayerSpectrum] = {}
-    try:
-        for group in _groups(adapted, layers):
-            for name, gradient in _gradients(model, {name: adapted[name] for name in group}, batches).items():
-                found[name] = _spectrum(gradient, most)
-            if progress is not None:
-                progress(len(found), len(layers))
-    finally:
-        for module in was_training:
-            module.training = True
-    return found
-
-
-def _groups(adapted: dict[str, AdaptedLinear], layers: Sequence[str]) -> Iterator[list[str]]:
-    """Layers whose gradients fit together into `GRADIENT_BYTES`, at least one."""
-    group: list[str] = []
-    held = 0
-    for name in layers:
-        size = 4 * adapted[name].in_features * adapted[name].out_features
-        if group and held + size > GRADIENT_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(name)
-        held += size
-    yield group
-
-
-def _gradients(model: nn.Module, layers: dict[str, AdaptedLinear], batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
-    """dL/d(s B A) of each layer, y = g * (x (W + M o s B A)^T) + bias: (out, in), float32 or wider."""
-    sums: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
-
-            def backward(dy: Tensor) -> None:
-                part = dy.reshape(-1, dy.shape[-1]).T @ x
-                sums[name] = sums[name].add_(part) if name in sums else part
-
-            output.register_hook(backward)  # type: ignore[no-untyped-call]
-
-        return forward
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    wanted = [layer.lora_B for layer in layers.values()]
-    device = wanted[0].device
-    num_tokens = 0
-    try:
-        for batch in batches:
-            logits, targets = labelled_logits(model, batch, device)
-            torch.autograd.grad(token_nll(logits, targets).sum(), wanted)
-            num_tokens += len(targets)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, layer in layers.items():
-        gain = layer.gain(sums[name].dtype)
-        scale = 1.0 / max(num_tokens, 1)
-        sums[name] *= scale if gain is None else gain.value.unsqueeze(1) * scale
-        keep_mask = layer.base.keep_mask() if layer.masked else None
-        if keep_mask is not None:
-            sums[name].masked_fill_(~keep_mask, 0.0)
-    return sums
+    return update_gradients(
+        model, layers, batches, lambda _, gradient: _spectrum(gradient, most), norm="held", progress=progress
+    )
 
 
 def _spectrum(gradient: Tensor, most: int) -> LayerSpectrum:

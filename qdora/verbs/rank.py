@@ -2,121 +2,36 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from qdora.analysis.allocate import LayerSpectrum, allocate, effective_rank
-from qdora.analysis.components import layer_components
-from qdora.analysis.curvature import CURVATURES, Curvature
-from qdora.analysis.curvature_cache import CurvatureSettings, curvature_spectrum, fingerprint
-from qdora.analysis.plain import NORMS, Norm
 from qdora.analysis.rank_figures import draw_rank_map, draw_spectra
-from qdora.analysis.rivals import gradient_spectra, update_spectrum
 from qdora.config import Recipe
-from qdora.data.batching import MicroBatch
-from qdora.data.loader import StepLoader
 from qdora.errors import UserError, nearest
 from qdora.model.inject import adapted_layers, matches
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe_file import load_recipe
 from qdora.record import open_run
 from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.assemble import read_data, tokenized_mix
 from qdora.verbs.gate_ranks import ranks_of_gates
 from qdora.verbs.rank_recipe import write_recipe
-from qdora.verbs.show import bar, default_console
+from qdora.verbs.rank_settings import RankSettings
+from qdora.verbs.rank_spectra import measured_spectra
+from qdora.verbs.show import default_console
 from qdora.verbs.trained import TrainedRun, load_run
 
-logger = logging.getLogger("qdora")
-
-METHODS = ("curvature", "svd", "gradient", "gates")
 THRESHOLD = 0.9
-NUM_EXAMPLES = 16
-NUM_EIGENVALUES = 20
-MICRO_BATCH_TOKENS = 512
-"""Of a graph over a graph nothing is recomputed: about 8 MiB a token of a 135M model."""
 
 _MEASURES = {
     "curvature": "worth in nats",
     "svd": "squared singular value of the update",
     "gradient": "squared singular value of the gradient",
 }
-
-
-@dataclass(frozen=True)
-class RankSettings:
-    """What `qdora rank` was asked for; None where an option was left out.
-
-    Attributes:
-        method: curvature, svd, gradient or gates; the last has been chosen while training, so no other option counts.
-        budget: Parameters of the low-rank factors of the chosen layers, or a share of the run's own ("50%"); the
-            run's own if left out.
-        threshold: In place of a budget, each layer gets the fewest components that hold this share of its energy.
-        max_rank: Largest rank of a layer; twice the largest of the run, and with svd that of the layer.
-        eigenvalues: How many of the curvature by A and B are written beside the ranks, which do not depend on them; 20.
-            0 leaves them and their cost out.
-        curvature: Of which matrix they are; hessian.
-        norm: Of DoRA, attached or held, in worths and eigenvalues; attached.
-        layers: Names or patterns; all adapted layers if left out. Those left out keep their rank.
-        examples: Of the run's training mix, from its start.
-        micro_batch_tokens: Most tokens of a micro-batch, padding counted; all memory beyond the model's is one of them.
-        over_all: Also the eigenvalues of all chosen layers together.
-    """
-
-    method: str = "curvature"
-    budget: str | None = None
-    threshold: float | None = None
-    max_rank: int | None = None
-    eigenvalues: int | None = None
-    curvature: str | None = None
-    norm: str | None = None
-    layers: Sequence[str] = ()
-    examples: int | None = None
-    micro_batch_tokens: int | None = None
-    over_all: bool = False
-
-    def check(self) -> None:
-        """Raises UserError with every fault that shows without the run."""
-        faults = []
-        if self.method not in METHODS:
-            faults.append(f"--method: {self.method!r}, allowed: {', '.join(METHODS)}.{nearest(self.method, METHODS)}")
-        for option, value, allowed in (("--curvature", self.curvature, CURVATURES), ("--norm", self.norm, NORMS)):
-            if value is not None and value not in allowed:
-                faults.append(f"{option}: {value!r}, allowed: {', '.join(allowed)}.{nearest(value, allowed)}")
-            if value is not None and self.method != "curvature":
-                faults.append(f"{option}: has no effect with --method {self.method}, allowed: --method curvature.")
-        for option, given in (("--over-all", self.over_all), ("--eigenvalues", self.eigenvalues is not None)):
-            if given and self.method != "curvature":
-                faults.append(f"{option}: has no effect with --method {self.method}, allowed: --method curvature.")
-        for option, given in (("--over-all", self.over_all), ("--curvature", self.curvature is not None)):
-            if given and self.eigenvalues == 0:
-                faults.append(f"{option}: has no effect with --eigenvalues 0, allowed: 1 or more.")
-        for option, number in (("--examples", self.examples), ("--micro-batch-tokens", self.micro_batch_tokens)):
-            if number is not None and self.method == "svd":
-                faults.append(f"{option}: --method svd reads no data, allowed: --method curvature or gradient.")
-        if self.method == "gates":
-            options: dict[str, Any] = {"--budget": self.budget, "--threshold": self.threshold}
-            options |= {"--max-rank": self.max_rank, "--layers": self.layers or None, "--examples": self.examples}
-            options |= {"--micro-batch-tokens": self.micro_batch_tokens}
-            chosen = "has no effect with --method gates, whose ranks the run has chosen, allowed: leave it out."
-            faults += [f"{option}: {chosen}" for option, value in options.items() if value is not None]
-        elif self.budget is not None and self.threshold is not None:
-            faults.append("--threshold: given with --budget, allowed: one of them.")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            faults.append(f"--threshold: {self.threshold:g}, allowed: above 0, at most 1.")
-        if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
-            faults.append(
-                "--budget: an update of the run's ranks says nothing of larger ones, so all ranks would stay; "
-                "allowed: less than 100%, such as 50%, or --threshold."
-            )
-        if faults:
-            raise UserError(*faults)
 
 
 def rank_run(
@@ -160,7 +75,7 @@ def rank_run(
     ranks_now = {name: layer.rank for name, layer in adapted.items()}
     budget = _budget(asked, chosen)
     most = asked.max_rank or 2 * max(ranks_now.values())
-    spectra, details = _spectra(trained, asked, chosen, most, console)
+    spectra, details = measured_spectra(trained, asked, chosen, most, console)
     threshold = asked.threshold or THRESHOLD
     effective = {name: effective_rank(spectrum, threshold) for name, spectrum in spectra.items()}
     if asked.threshold is None:
@@ -218,106 +133,6 @@ def _budget(asked: RankSettings, chosen: Mapping[str, AdaptedLinear]) -> int:
     if budget < 1:
         raise UserError(f"--budget: {text!r}, allowed: parameters ({own:,} are the run's own) or a share such as 50%.")
     return budget
-
-
-def _spectra(
-    trained: TrainedRun, asked: RankSettings, chosen: Mapping[str, AdaptedLinear], most: int, console: Console
-) -> tuple[dict[str, LayerSpectrum], dict[str, dict[str, Any]]]:
-    """The spectrum of each layer, and what else is said of it; under "" what is said of all."""
-    if asked.method == "svd":
-        found = {name: update_spectrum(layer) for name, layer in chosen.items()}
-        return {name: _first(each, most) for name, each in found.items()}, {}
-    batches, about = training_batches(
-        trained, asked.examples or NUM_EXAMPLES, asked.micro_batch_tokens or MICRO_BATCH_TOKENS
-    )
-    limits = {name: min(most, layer.in_features, layer.out_features) for name, layer in chosen.items()}
-    if asked.method == "gradient":
-        with bar(console, "gradients") as progress:
-            found = gradient_spectra(trained.model, list(chosen), batches, most, progress=progress)
-        return {name: _first(each, limits[name]) for name, each in found.items()}, {
-            "": {**about, "norm": _held(chosen)}
-        }
-    kind = next(iter(chosen.values())).kind
-    norm = cast(Norm, asked.norm or "attached") if kind == "dora" else "none"
-    return _curvature(trained, asked, chosen, batches, limits, norm, about, console)
-
-
-def _curvature(
-    trained: TrainedRun,
-    asked: RankSettings,
-    chosen: Mapping[str, AdaptedLinear],
-    batches: list[MicroBatch],
-    limits: Mapping[str, int],
-    norm: Norm,
-    about: Mapping[str, Any],
-    console: Console,
-) -> tuple[dict[str, LayerSpectrum], dict[str, dict[str, Any]]]:
-    """The worths of each layer's components, and beside them the eigenvalues of the curvature by A and B."""
-    num = NUM_EIGENVALUES if asked.eigenvalues is None else asked.eigenvalues
-    settings = CurvatureSettings(cast(Curvature, asked.curvature or "hessian"), norm, num_eigenvalues=num)
-    state = fingerprint(trained.model, batches)
-    cache = trained.run.inside("rank", "cache")
-    spectra: dict[str, LayerSpectrum] = {}
-    details: dict[str, dict[str, Any]] = {"": {**about, "norm": norm}}
-
-    def eigenvalues(scope: str, names: list[str]) -> dict[str, Any]:
-        result = curvature_spectrum(trained.model, names, batches, settings, cache=cache, state=state)
-        largest = result.top.values[0]
-        logger.info(
-            "%s: largest eigenvalue %.4g, %d products, %.1f s.", scope, largest, result.num_matvecs, result.seconds
-        )
-        return result.to_dict()
-
-    with bar(console, f"components, norm {norm}") as progress:
-        for number, (name, layer) in enumerate(chosen.items()):
-            progress(number, len(chosen))
-            found = layer_components(
-                trained.model, name, batches, norm=norm, num_new=limits[name], cache=cache, state=state
-            )
-            spectra[name] = found.spectrum(limits[name], layer.in_features + layer.out_features)
-            details[name] = {"components": found.to_dict()}
-    if num:
-        with bar(console, f"{settings.curvature}, norm {norm}") as progress:
-            for number, name in enumerate(chosen):
-                progress(number, len(chosen))
-                details[name]["spectrum"] = eigenvalues(name, [name])
-            if asked.over_all:
-                details[""]["over_all"] = eigenvalues("all layers", list(chosen))
-    return spectra, details
-
-
-def training_batches(
-    trained: TrainedRun, num_examples: int, micro_batch_tokens: int
-) -> tuple[list[MicroBatch], dict[str, Any]]:
-    """The first examples of the run's training mix in micro-batches, and how many tokens they are."""
-    recipe = trained.recipe
-    train, _ = read_data(recipe.data)
-    mix = tokenized_mix(recipe, trained.tokenizer, train)
-    loader = StepLoader(
-        mix.sets,
-        mix.order,
-        tokens_per_step=None,
-        batch=num_examples,
-        micro_batch_tokens=micro_batch_tokens,
-        pad_id=cast(int, trained.tokenizer.pad_token_id),
-    )
-    taken = loader.next_step()
-    about = {
-        "num_examples": taken.num_examples,
-        "num_tokens": taken.num_tokens,
-        "num_label_tokens": taken.num_label_tokens,
-        "num_micro_batches": len(taken.micro_batches),
-    }
-    return taken.micro_batches, about
-
-
-def _first(spectrum: LayerSpectrum, most: int) -> LayerSpectrum:
-    return LayerSpectrum(spectrum.energies[:most], spectrum.total, spectrum.cost)
-
-
-def _held(chosen: Mapping[str, AdaptedLinear]) -> str:
-    """A gradient is what training follows: the norm held."""
-    return "held" if next(iter(chosen.values())).kind == "dora" else "none"
 
 
 def _write(

@@ -1,0 +1,49 @@
+"""Tensors that took long to compute, kept under a hash of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from qdora.atomic_files import atomic_write_bytes
+
+_FORMAT = 1
+"""Of what is kept; a file of another one is not read."""
+
+
+def kept_tensors(cache: Path | None, key: Sequence[object]) -> dict[str, Tensor] | None:
+    """What `keep_tensors` wrote under the same key, on the CPU; None where there is no such file, or no cache."""
+    file = None if cache is None else _file(cache, key)
+    return load_file(file) if file is not None and file.is_file() else None
+
+
+def keep_tensors(cache: Path | None, key: Sequence[object], tensors: dict[str, Tensor]) -> None:
+    """Write them atomically; the directory is made if needed. Without a cache nothing happens.
+
+    Args:
+        cache: Directory.
+        key: JSON values; all that the tensors depend on.
+        tensors: Name -> tensor, on any device.
+    """
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(_file(cache, key), save({name: each.cpu().contiguous() for name, each in tensors.items()}))
+
+
+def made_once(cache: Path | None, key: Sequence[object], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """From the cache where it has them, else made and kept."""
+    found = kept_tensors(cache, key)
+    if found is None:
+        found = make()
+        keep_tensors(cache, key, found)
+    return found
+
+
+def _file(cache: Path, key: Sequence[object]) -> Path:
+    digest = hashlib.sha256(json.dumps([_FORMAT, *key]).encode()).hexdigest()[:32]
+    return cache / f"{digest}.safetensors"

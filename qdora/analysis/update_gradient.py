@@ -1,0 +1,139 @@
+"""The gradient of the loss by what an adapter adds to its layer, s B A as one matrix: of every layer from one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qdora.analysis.curvature import labelled_logits
+from qdora.analysis.plain import Norm
+from qdora.data.batching import MicroBatch
+from qdora.model.inject import adapted_layers
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.ops.dora import merged_weight
+from qdora.ops.loss import token_nll
+
+GRADIENT_BYTES = 2**30
+"""Gradients that exist at once, in float32."""
+
+T = TypeVar("T")
+
+
+def update_gradients(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Sequence[MicroBatch],
+    use: Callable[[str, Tensor], T],
+    *,
+    norm: Norm,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, T]:
+    """dL/d(s B A) of each layer, L the mean NLL of the labelled tokens, handed to `use` so that not all exist at once.
+
+    Of a masked adapter it is zero where the mask is: there B A counts for nothing.
+
+    Args:
+        model: With adapters, activations in float32 or float64; run in eval mode.
+        layers: Paths of adapted layers.
+        batches: Without packing.
+        use: Called with the path and the gradient, (out, in), float32 or wider.
+        norm: "attached" goes through the row norm of W + s B A, too; "held" and "none" (LoRA) do not.
+        progress: Called with (done, all) layers.
+    Returns:
+        Path -> what `use` made of it.
+    """
+    adapted = adapted_layers(model)
+    found: dict[str, T] = {}
+    with evaluating(model):
+        for group in _groups(adapted, layers):
+            for name, gradient in _of_group(model, {name: adapted[name] for name in group}, batches, norm).items():
+                found[name] = use(name, gradient)
+            if progress is not None:
+                progress(len(found), len(layers))
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards each module is in the mode that it was in."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one.
+
+    Along its own direction a row of DoRA cannot move: its length is the magnitude's.
+    """
+    keep = layer.base.keep_mask() if layer.masked else None
+    weight = layer.base.dequantized(layer.base.wide_dtype)
+    total = merged_weight(weight, layer.lora_A.detach(), layer.stored_B(), layer.scaling, keep_mask=keep).to(dtype)
+    norm = torch.linalg.vector_norm(total, dim=1)
+    return total / norm.masked_fill(norm == 0, 1.0).unsqueeze(1), norm
+
+
+def _groups(adapted: Mapping[str, AdaptedLinear], layers: Sequence[str]) -> Iterator[list[str]]:
+    """Layers whose gradients fit together into `GRADIENT_BYTES`, at least one."""
+    group: list[str] = []
+    held = 0
+    for name in layers:
+        size = 4 * adapted[name].in_features * adapted[name].out_features
+        if group and held + size > GRADIENT_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
+
+
+def _of_group(
+    model: nn.Module, layers: Mapping[str, AdaptedLinear], batches: Iterable[MicroBatch], norm: Norm
+) -> dict[str, Tensor]:
+    """y = g * (x (W + M o s B A)^T) + bias: first the sum of dy x^T, then through g, norm and mask."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+
+            def backward(dy: Tensor) -> None:
+                part = dy.reshape(-1, dy.shape[-1]).T @ x
+                sums[name] = sums[name].add_(part) if name in sums else part
+
+            output.register_hook(backward)  # type: ignore[no-untyped-call]
+
+        return forward
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    wanted = [layer.lora_B for layer in layers.values()]
+    device = wanted[0].device
+    num_tokens = 0
+    try:
+        for batch in batches:
+            logits, targets = labelled_logits(model, batch, device)
+            torch.autograd.grad(token_nll(logits, targets).sum(), wanted)
+            num_tokens += len(targets)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
+        total = sums[name]
+        if norm == "attached":
+            unit, _ = row_directions(layer, total.dtype)
+            total -= (total * unit).sum(dim=1, keepdim=True) * unit
+        scale = 1.0 / max(num_tokens, 1)
+        gain = layer.gain(total.dtype)
+        total *= scale if gain is None else gain.value.unsqueeze(1) * scale
+        keep_mask = layer.base.keep_mask() if layer.masked else None
+        if keep_mask is not None:
+            total.masked_fill_(~keep_mask, 0.0)
+    return sums
