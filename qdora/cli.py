@@ -219,9 +219,7 @@ def rank(
     draws: Annotated[
         int | None, typer.Option(min=0, help="Of labels, to estimate curvature: 16 if left out; 0 for exact: hours.")
     ] = None,
-    eigenvalues: Annotated[
-        int | None, typer.Option(min=0, help="Of the curvature, beside the ranks: none if left out; hours.")
-    ] = None,
+    eigenvalues: Annotated[int | None, typer.Option(min=0, help="Of the curvature, beside the ranks: hours.")] = None,
     curvature: Annotated[
         str | None, typer.Option(help="Whose eigenvalues: hessian (if left out) or gauss_newton.")
     ] = None,
