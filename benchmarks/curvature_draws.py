@@ -5,7 +5,7 @@
 DATA holds <task>/<split>.parquet. A DoRA of rank 16 in NF4 on SmolLM2-135M is trained for a few steps on the combined
 tasks. Then, on the same examples, the curvature along the components of its trained update and as many new ones: of all
 layers by drawn labels, and of some by a product a component, which is exact. What the draws are off by, what they say
-of themselves, and the CPU seconds of both.
+of themselves, the ranks that both choose for these layers at half of their parameters, and the CPU seconds of both.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from curvature import recipe, write_small_model
 from measure import RESULTS, facts, peak_rss_bytes, write
 
+from qdora.analysis.allocate import LayerSpectrum, allocate
 from qdora.analysis.component_curvature import Curvatures, drawn_curvatures, exact_curvatures
 from qdora.analysis.components import Components, Directions, layer_directions
 from qdora.model.inject import adapted_layers
@@ -30,14 +31,15 @@ from qdora.verbs.train import train_run
 from qdora.verbs.trained import load_run
 
 KINDS = ("self_attn.v_proj", "mlp.down_proj")
-NUM_NEW = 16
+RANK = 16
+"""Of the trained run; as many new components are looked at."""
 
 
 def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Both ways on the same components."""
     trained = load_run(run, widened=True)
     batches, about = training_batches(trained, args.examples, args.micro_batch_tokens)
-    numbers = dict.fromkeys(adapted_layers(trained.model), NUM_NEW)
+    numbers = dict.fromkeys(adapted_layers(trained.model), RANK)
     began = time.process_time()
     directions = layer_directions(trained.model, numbers, batches, norm="attached")
     found_after = time.process_time()
@@ -51,6 +53,8 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
         "drawn_cpu_seconds": drawn_after - found_after,
     }
     layers = []
+    spectra: dict[str, dict[str, LayerSpectrum]] = {"drawn": {}, "exact": {}}
+    adapted = adapted_layers(trained.model)
     for block in args.blocks.split(","):
         for kind in KINDS:
             name = f"model.layers.{block}.{kind}"
@@ -61,16 +65,26 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
                 {"layer": name, "exact_cpu_seconds": seconds, **deviation(directions[name], drawn[name], exact)}
             )
             print(layers[-1], flush=True)
-    return {**about, "layers": layers}
+            for way, found in (("drawn", drawn[name]), ("exact", exact)):
+                components = with_curvatures(directions[name], found)
+                spectra[way][name] = components.spectrum(RANK, sum(adapted[name].merged_weight().shape))
+    budget = sum(spectrum.cost for spectrum in spectra["exact"].values()) * RANK // 2
+    ranks = {way: allocate(each, budget) for way, each in spectra.items()}
+    return {
+        **about,
+        "layers": [{**layer, **{f"{way}_rank": ranks[way][layer["layer"]] for way in ranks}} for layer in layers],
+    }
+
+
+def with_curvatures(directions: Directions, found: Curvatures) -> Components:
+    """Both in one."""
+    return Components(directions.sizes, directions.slopes, found.values, found.errors, directions.tail)
 
 
 def deviation(directions: Directions, drawn: Curvatures, exact: Curvatures) -> dict[str, Any]:
-    """What the draws are off by, in their own standard errors, too; how far they change which half is worth most."""
+    """What the draws are off by, in their own standard errors, too; by how much they make the components worth more."""
     off = np.abs(drawn.values - exact.values)
-    better = []
-    for each in (drawn, exact):
-        worths = Components(directions.sizes, directions.slopes, each.values, each.errors, directions.tail).worths()
-        better.append(set(np.argsort(-worths, kind="stable")[: len(worths) // 2].tolist()))
+    drawn_worths, exact_worths = (with_curvatures(directions, each).worths() for each in (drawn, exact))
     return {
         "num_components": len(exact.values),
         "relative_error": {
@@ -79,7 +93,7 @@ def deviation(directions: Directions, drawn: Curvatures, exact: Curvatures) -> d
         },
         "own_error": float(np.median(drawn.errors / drawn.values)),
         "root_mean_square_in_own_errors": float(np.sqrt(np.mean((off / drawn.errors) ** 2))),
-        "same_better_half": len(better[0] & better[1]) / len(better[0]),
+        "mean_worth_drawn_by_exact": float(drawn_worths.sum() / exact_worths.sum()),
     }
 
 

@@ -4,11 +4,11 @@
 
 DATA holds <task>/<split>.parquet in the schema of the README ("Your own data"). QDoRA on SmolLM2-135M in NF4, the
 commonsense tasks in equal shares. A scout of rank 16 is trained with a seed of its own; `qdora rank` finds, from its
-update (svd), from the gradient and from the Hessian (curvature), how to spend half of its parameters, as many as rank 8
-everywhere has. Gates (l1, hard_concrete) start at rank 16 and end with as many. All have the same scaling. A
-`qdora study` compares them: every learning rate with the first seed; then, at the rate that the choosing half of the
-validation examples prefers for each way, the other seeds. What each choice costs is kept beside it. Stopped, it goes on
-where it was.
+update (svd), from the gradient and from the Gauss-Newton matrix (curvature), how to spend half of its parameters, as
+many as rank 8 everywhere has. Gates (l1, hard_concrete) start at rank 16 and end with as many. All have the same
+scaling. A `qdora study` compares them: every learning rate with the first seed; then, at the rate that the choosing
+half of the validation examples prefers for each way, the other seeds. What each choice costs is kept beside it.
+Stopped, it goes on where it was.
 """
 
 from __future__ import annotations

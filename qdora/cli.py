@@ -217,9 +217,9 @@ def rank(
     ] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Largest rank; twice the run's if left out.")] = None,
     draws: Annotated[
-        int | None, typer.Option(min=0, help="Of labels, to estimate curvature: 16 if left out; 0 for exact: hours.")
+        int | None, typer.Option(min=0, help="Of labels, to estimate curvature: 16 if left out; 0: exact, slow.")
     ] = None,
-    eigenvalues: Annotated[int | None, typer.Option(min=0, help="Of the curvature, beside the ranks: hours.")] = None,
+    eigenvalues: Annotated[int | None, typer.Option(min=0, help="Of the curvature, beside the ranks: slow.")] = None,
     curvature: Annotated[
         str | None, typer.Option(help="Whose eigenvalues: hessian (if left out) or gauss_newton.")
     ] = None,

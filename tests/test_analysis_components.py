@@ -24,7 +24,7 @@ from qdora.analysis.component_curvature import (
     squared_slopes,
 )
 from qdora.analysis.components import Components, Directions, directions, held_components, layer_directions
-from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapted_layers, inject
 from tests import tiny_adapted, tiny_curvature
 from tests.tiny_curvature import LAYERS
 
@@ -148,16 +148,18 @@ def test_of_a_model_against_the_definition(kind: str, norm: Any, masked: bool, m
     assert (drawn.errors < 0.15 * drawn.values).all()
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "variant", ["llama", "masked", "qwen2", "gated", "dead rows", "head", "sequence first", "written into"]
+)
 @pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "attached"), ("dora", "held")])
-def test_drawing_every_label_once_by_its_chance_is_exact(kind: str, norm: Any, masked: bool) -> None:
+def test_drawing_every_label_once_by_its_chance_is_exact(kind: str, norm: Any, variant: str) -> None:
     """Of one labelled token: the sum over all labels of p times the squared slope is the form itself."""
-    model = tiny_curvature.adapted(kind=kind, masked=masked)
+    model = a_model(kind, variant)
+    layers = adapted_layers(model)
     batch = tiny_curvature.batches()[0]
     batch.labels[:, :-1] = -100
-    found = layer_directions(model, dict.fromkeys(LAYERS, 3), tiny_curvature.batches(), norm=norm)
+    found = layer_directions(model, dict.fromkeys(layers, 3), tiny_curvature.batches(), norm=norm)
     exact = exact_curvatures(model, found, [batch], norm=norm)
-    layers = adapted_layers(model)
     probes = {name: Probe(layers[name], each, norm) for name, each in found.items()}
     chances = []
 
@@ -165,10 +167,128 @@ def test_drawing_every_label_once_by_its_chance_is_exact(kind: str, norm: Any, m
         chances.append(torch.softmax(logits, dim=-1)[0])
         return torch.arange(logits.shape[-1])[:, None]
 
+    model.train()  # dropout is off all the same
     squares = squared_slopes(model, probes, batch, every_label, device=torch.device("cpu"))
-    for name in LAYERS:
+    assert model.training
+    for name in layers:
         assert len(exact[name].values) == 2 + 3
         np.testing.assert_allclose((chances[0] @ squares[name]).numpy(), exact[name].values, rtol=1e-8)
+
+
+def a_model(kind: str, variant: str) -> Any:
+    """Adapters with dropout on two layers (`LAYERS`), or on all where the architecture or the layers are the point."""
+    if variant == "masked":
+        return tiny_curvature.adapted(kind=kind, masked=True)
+    model = tiny_curvature.base("qwen2" if variant == "qwen2" else "llama")
+    if variant == "dead rows":
+        for name in LAYERS:
+            model.get_submodule(name).weight[3] = 0.0
+    wrappers = {"sequence first": SequenceFirst, "written into": WrittenInto}
+    if variant in wrappers:
+        attention = model.model.layers[0].self_attn
+        attention.v_proj = wrappers[variant](attention.v_proj)
+    targets: Any = {"qwen2": "all-linear", "head": [*LAYERS, "lm_head"]} | {each: ["linear"] for each in wrappers}
+    layers = inject(
+        model,
+        kind=kind,  # type: ignore[arg-type]
+        rank=2,
+        alpha=3.0,
+        targets=targets.get(variant, list(LAYERS)),
+        skip=(),
+        dtype=torch.float64,
+        dropout=0.5,
+        generator=torch.Generator().manual_seed(1),
+    )
+    tiny_adapted.move(layers)
+    for layer in layers.values():
+        if variant == "dead rows":
+            with torch.no_grad():
+                layer.lora_B[3] = 0.0
+        if variant == "gated":
+            layer.add_gate()
+            layer.gate.data = torch.tensor([0.3, 1.7], dtype=torch.float64)  # type: ignore[union-attr]
+        layer.parameters_changed()
+    return model
+
+
+class SequenceFirst(torch.nn.Module):
+    """A layer that gets (positions, rows, features), as in some models' own code."""
+
+    def __init__(self, linear: torch.nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+class WrittenInto(SequenceFirst):
+    """A layer into whose output the model writes, as OLMo's clip_qkv does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).clamp_(-1e3, 1e3)  # type: ignore[no-any-return]
+
+
+def test_of_a_layer_without_rows_the_mean_is_right() -> None:
+    model = a_model("dora", "sequence first")
+    batches = tiny_curvature.batches()
+    found = layer_directions(model, dict.fromkeys(adapted_layers(model), 3), batches, norm="attached")
+    exact = exact_curvatures(model, found, batches, norm="attached")
+    drawn = drawn_curvatures(model, found, batches, norm="attached", draws=800)
+    for name in found:
+        assert np.abs((drawn[name].values - exact[name].values) / drawn[name].errors).max() < 4.5
+
+
+def test_micro_batches_get_labels_of_their_own() -> None:
+    model = tiny_curvature.adapted(kind="lora")
+    batch = tiny_curvature.batches()[0]
+    found = layer_directions(model, dict.fromkeys(LAYERS, 3), [batch], norm="none")
+    seen: list[Tensor] = []
+    real = component_curvature.drawn_labels
+
+    def keep(*args: Any) -> Tensor:
+        seen.append(real(*args))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(component_curvature, "drawn_labels", keep)
+        drawn = drawn_curvatures(model, found, [batch, batch], norm="none", draws=8)
+        drawn_curvatures(model, found, [batch, batch], norm="none", draws=8, seed=1)
+    assert len({tuple(each.flatten().tolist()) for each in seen}) == 4
+    values = [
+        squared_slopes(model, probes_of(model, found), batch, lambda _, labels=each: labels, device=torch.device("cpu"))
+        for each in seen[:2]
+    ]
+    num_tokens = 2 * int((batch.labels[:, 1:] != -100).sum())
+    for name in LAYERS:
+        each = ((values[0][name] + values[1][name]) / num_tokens).numpy()
+        np.testing.assert_allclose(drawn[name].values, each.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(drawn[name].errors, each.std(axis=0, ddof=1) / np.sqrt(8), rtol=1e-12)
+
+
+def probes_of(model: Any, found: dict[str, Directions]) -> dict[str, Probe]:
+    layers = adapted_layers(model)
+    return {name: Probe(layers[name], each, "none") for name, each in found.items()}
+
+
+def test_what_they_cannot_take() -> None:
+    model = tiny_curvature.adapted()
+    batches = tiny_curvature.batches()
+    found = layer_directions(model, {LAYERS[0]: 3}, batches, norm="held")
+    with pytest.raises(ValueError, match="7 draws; allowed: 8 or more"):
+        drawn_curvatures(model, found, batches, norm="held", draws=7)
+    for call in (
+        lambda norm, given: layer_directions(model, {LAYERS[0]: 3}, given, norm=norm),
+        lambda norm, given: drawn_curvatures(model, found, given, norm=norm, draws=8),
+    ):
+        with pytest.raises(ValueError, match="norm 'none' for dora layers; allowed: attached, held"):
+            call("none", batches)
+        silent = tiny_curvature.batches()[0]
+        silent.labels[:] = -100
+        with pytest.raises(ValueError, match="no labelled token"):
+            call("held", [silent])
+    with pytest.raises(ValueError, match="allowed: float32 or float64"):
+        layer_directions(model.bfloat16(), {LAYERS[0]: 3}, batches, norm="held")
 
 
 def test_labels_are_drawn_by_their_chances() -> None:
@@ -216,7 +336,7 @@ def test_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def everything(**changed: Any) -> list[Any]:
         found = layer_directions(model, numbers, batches, **given | changed)
         exact = exact_curvatures(model, found, batches, **given | changed)
-        drawn = drawn_curvatures(model, found, batches, draws=3, **given | changed)
+        drawn = drawn_curvatures(model, found, batches, draws=8, **given | changed)
         return [
             (
                 found[name].left.tolist(),
@@ -239,4 +359,4 @@ def test_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(TypeError):
             everything(**changed)
     with pytest.raises(TypeError):  # other draws
-        drawn_curvatures(model, layer_directions(model, numbers, batches, **given), batches, draws=4, **given)
+        drawn_curvatures(model, layer_directions(model, numbers, batches, **given), batches, draws=9, **given)

@@ -177,7 +177,8 @@ def test_faults(whole: Path, root: Path) -> None:
         (RankSettings(curvature="hessian"), "--curvature: has no effect without --eigenvalues"),
         (RankSettings(eigenvalues=0, over_all=True), "--over-all: has no effect without --eigenvalues"),
         (RankSettings(method="gradient", draws=4), "--draws: has no effect with --method gradient"),
-        (RankSettings(draws=1), r"--draws: 1, allowed: 0 \(exact\), or 2 and more"),
+        (RankSettings(draws=7), r"--draws: 7, allowed: 0 \(exact\), or 8 and more"),
+        (RankSettings(draws=-1), r"--draws: -1, allowed: 0 \(exact\), or 8 and more"),
         (RankSettings(method="svd"), "allowed: less than 100%"),
         (
             RankSettings(method="gates", budget="50%"),

@@ -35,19 +35,20 @@ def curvature_draws() -> str:
     """How far drawn curvatures are off, and what both ways take."""
     document = read("curvature_draws")
     header = ["layer", "components", "off by, median", "largest", "standard error said", "off, in standard errors"]
-    header += ["same better half", "exact: CPU seconds"]
+    header += ["worth, of the exact", "rank, drawn and exact", "exact: CPU seconds"]
     rows = []
     for layer in document["layers"]:
         off = layer["relative_error"]
         row = [layer["layer"].removeprefix("model.layers."), str(layer["num_components"]), f"{off['median']:.1%}"]
         row += [f"{off['largest']:.0%}", f"{layer['own_error']:.1%}"]
-        row += [f"{layer['root_mean_square_in_own_errors']:.2f}", f"{layer['same_better_half']:.0%}"]
-        rows.append([*row, f"{layer['exact_cpu_seconds']:.0f}"])
+        row += [f"{layer['root_mean_square_in_own_errors']:.2f}", f"{layer['mean_worth_drawn_by_exact']:.2f}"]
+        rows.append([*row, f"{layer['drawn_rank']}, {layer['exact_rank']}", f"{layer['exact_cpu_seconds']:.0f}"])
     drawn = document["directions_cpu_seconds"] + document["drawn_cpu_seconds"]
     note = (
         f"\nBy {document['draws']} drawn labels all {document['num_layers']} layers, "
-        f"{document['num_components']:,} components, took {drawn:.0f} CPU seconds, their gradients among them; both on "
-        f"{document['num_label_tokens']} labelled tokens. `{document['command']}`\n"
+        f"{document['num_components']:,} components, took {drawn:.0f} CPU seconds, their gradients among them. Ranks: "
+        f"of these layers, at half of their parameters. On {document['num_label_tokens']} labelled tokens. "
+        f"`{document['command']}`\n"
     )
     return markdown(header, rows) + note
 

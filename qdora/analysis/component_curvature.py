@@ -13,8 +13,12 @@ and each X, and a component of rank 1, u v^T, needs no matrix:
 
     <dL/dD, u v^T> = sum over positions of (dy g . u) (x . v).
 
-With the norm attached, what a row's own length takes is subtracted: g_r u_r (w_r . v) dy_r z_r / n_r, where w_r is the
-row's direction, n_r its norm and z = x (W + D)^T.
+With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
+where w_r is the direction of row r of W + D and n_r its norm.
+
+The estimate of q_i has no bias; a worth, which divides by it, is a little too large on average: by its squared relative
+error, 4 % where that is 20 %. With few draws that grows without bound, and a component whose q_i came out small by
+chance looks best: hence the least number of draws.
 
 Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-Newton agree where the loss is an NLL).
 """
@@ -32,16 +36,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdora.analysis.components import Directions
-from qdora.analysis.curvature import curvature_of, labelled_logits
-from qdora.analysis.plain import UPDATE, Norm
+from qdora.analysis.curvature import check_batches, curvature_of, labelled_logits
+from qdora.analysis.plain import UPDATE, Norm, check_layers
 from qdora.analysis.tensor_cache import made_once
-from qdora.analysis.update_gradient import evaluating, row_directions
+from qdora.analysis.update_gradient import evaluating, row_directions, watch_output
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 
 Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]
+LEAST_DRAWS = 8
 _CHUNK = 64
 """Tokens whose probabilities are summed up at once in float64."""
 
@@ -52,7 +57,8 @@ class Curvatures:
 
     Attributes:
         values: (components,) q_i >= 0.
-        errors: (components,) standard errors, from the spread over the draws; 0 where they are exact.
+        errors: (components,) standard errors, from the spread over the draws; 0 where they are exact. Where a value
+            came out too small, its error did, too.
     """
 
     values: Array
@@ -103,13 +109,18 @@ def drawn_curvatures(
     """By `draws` backward passes over each micro-batch, for all layers at once; kept micro-batch by micro-batch.
 
     Args:
-        model, directions, batches, norm, cache, state: As of `exact_curvatures`; the model runs as it trains, in eval
-            mode.
-        draws: Labels for each labelled token, 2 or more. The relative error falls with sqrt(draws x rows).
+        model, directions, batches, norm, cache, state: As of `exact_curvatures`; the model runs as in
+            `update_gradients`.
+        draws: Labels for each labelled token, `LEAST_DRAWS` or more. The relative error falls with sqrt(draws x rows).
         seed: Of the labels.
         progress: Called with (done, all) micro-batches.
+    Raises:
+        ValueError: Too few draws, and as `curvature_of`.
     """
-    assert draws >= 2, "the spread over the draws is their error"
+    if draws < LEAST_DRAWS:
+        raise ValueError(f"{draws} draws; allowed: {LEAST_DRAWS} or more.")
+    check_batches(batches)
+    check_layers(model, list(directions), norm=norm)
     adapted = adapted_layers(model)
     device = next(iter(directions.values())).left.device
 
@@ -134,7 +145,7 @@ def drawn_curvatures(
             progress(number + 1, len(batches))
     found = {}
     for name in directions:
-        values: Array = (sums[name] / max(num_tokens, 1)).numpy()
+        values: Array = (sums[name] / num_tokens).numpy()
         found[name] = Curvatures(values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws))
     return found
 
@@ -157,27 +168,36 @@ class Probe:
                 unit = unit.masked_fill(~self._keep, 0.0)
             self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).unsqueeze(1)
 
-    def watch(self, x: Tensor, output: Tensor, take: Callable[[Tensor], None]) -> None:
-        """Call `take` in every backward pass through `output` with the slopes of each row, (rows, components)."""
-        rows = _rows(x.detach())
-        # As large as the factors' own product with x; the dense gradient of a masked layer needs x itself.
-        inner = rows @ self._right if self._keep is None else rows
-        z = None
+    def see(
+        self, x: Tensor, output: Tensor, rows: tuple[int, ...], take: Callable[[Tensor], None]
+    ) -> Callable[[Tensor], None]:
+        """What to call with dL/dy; it calls `take` with the slopes of each row, (rows, components).
+
+        Args:
+            x, output: (..., in), (..., out).
+            rows: (rows, positions) of the micro-batch. Of a tensor that is laid out in another way all tokens count as
+                one row: the mean stays right, the spread is larger.
+            take: May be called in any number of backward passes.
+        """
+        positions = _rows(x, rows)
+        # Half as large as x or less; the dense gradient of a masked layer needs x itself.
+        inner = positions @ self._right if self._keep is None else positions
+        without_bias = None
         if self._own_length is not None:
             bias = self.layer.base.bias
-            z = _rows(output.detach() if bias is None else output.detach() - bias)
+            without_bias = _rows(output if bias is None else output - bias, rows)
 
         def backward(dy: Tensor) -> None:
-            upstream = _rows(dy)
+            upstream = _rows(dy, rows)
             if self._keep is None:
                 slopes = ((upstream @ self._left) * inner).sum(dim=1)
             else:
                 slopes = torch.stack([self._masked(*pair) for pair in zip(upstream, inner, strict=True)])
-            if z is not None and self._own_length is not None:
-                slopes = slopes - (upstream * z).sum(dim=1) @ self._own_length
+            if without_bias is not None and self._own_length is not None:
+                slopes = slopes - (upstream * without_bias).sum(dim=1) @ self._own_length
             take(slopes)
 
-        output.register_hook(backward)  # type: ignore[no-untyped-call]
+        return backward
 
     def _masked(self, dy: Tensor, x: Tensor) -> Tensor:
         gradient = (dy.T @ x).masked_fill_(~self._keep, 0.0)  # type: ignore[operator]
@@ -194,8 +214,6 @@ def squared_slopes(
 ) -> dict[str, Tensor]:
     """For each set of labels, the squared slope of their NLL along each component, summed over the rows.
 
-    A layer that gets its tokens without rows, (tokens, in), counts as one row.
-
     Args:
         model: With adapters; run in eval mode.
         probes: Path of a layer -> its probe.
@@ -210,10 +228,12 @@ def squared_slopes(
     def take(name: str, value: Tensor) -> None:
         slopes[name] = slopes[name] + value if name in slopes else value
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, args, output: probes[name].watch(args[0], output, functools.partial(take, name))
+    rows = tuple(batch.input_ids.shape)
 
-    hooks = [probe.layer.register_forward_hook(hook(name)) for name, probe in probes.items()]
+    def see(name: str, x: Tensor, output: Tensor) -> Callable[[Tensor], None]:
+        return probes[name].see(x, output, rows, functools.partial(take, name))
+
+    hooks = [watch_output(probe.layer, functools.partial(see, name)) for name, probe in probes.items()]
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
     try:
         with evaluating(model):
@@ -251,9 +271,9 @@ def drawn_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Tens
     return torch.cat(parts).T
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(rows, positions, features)."""
-    return tensor if tensor.ndim == 3 else tensor.reshape(1, -1, tensor.shape[-1])
+def _rows(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """(rows, positions, features) where it has the micro-batch's layout, else (1, tokens, features)."""
+    return tensor if tensor.shape[:-1] == rows else tensor.reshape(1, -1, tensor.shape[-1])
 
 
 def _exact(

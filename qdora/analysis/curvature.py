@@ -151,14 +151,19 @@ def curvature_of(
     Raises:
         ValueError: As `plain_model`; a packed batch; no labelled token.
     """
-    if any(batch.packing is not None for batch in batches):
-        raise ValueError("packed micro-batches; allowed: one example a row.")
-    if not any(bool((batch.labels[:, 1:] != IGNORED).any()) for batch in batches):
-        raise ValueError("no labelled token; allowed: micro-batches with at least one.")
+    check_batches(batches)
     with plain_model(model, layers, norm=norm, parts=parts) as leaves:
         device = next(iter(leaves.values())).device
         runs = [_run(model, batch, device) for batch in batches]
         yield CurvatureOperator(leaves, runs, curvature=curvature, norm=norm)
+
+
+def check_batches(batches: Sequence[MicroBatch]) -> None:
+    """Raises ValueError for a packed micro-batch, and where no token has a label."""
+    if any(batch.packing is not None for batch in batches):
+        raise ValueError("packed micro-batches; allowed: one example a row.")
+    if not any(bool((batch.labels[:, 1:] != IGNORED).any()) for batch in batches):
+        raise ValueError("no labelled token; allowed: micro-batches with at least one.")
 
 
 def labelled_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:

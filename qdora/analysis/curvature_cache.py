@@ -21,7 +21,7 @@ from qdora.analysis.plain import FACTORS, Norm
 from qdora.analysis.spectrum import Density, Eigenpairs, spectral_density, top_eigenpairs
 from qdora.atomic_files import atomic_write_bytes, atomic_write_json
 from qdora.data.batching import MicroBatch
-from qdora.model.inject import adapter_parameters
+from qdora.model.inject import adapted_layers, adapter_parameters
 
 Array = NDArray[np.float64]
 
@@ -139,8 +139,11 @@ def curvature_spectrum(
 
 
 def fingerprint(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
-    """A hash of the adapters' parameters and of the batches: another one means another curvature."""
+    """A hash of the adapters and of the batches: another one means another curvature. Of one base, which is not read:
+    a cache belongs to one run."""
     digest = hashlib.sha256()
+    for name, layer in adapted_layers(model).items():
+        digest.update(f"{name} {layer.scaling!r}".encode())
     for name, parameter in adapter_parameters(model).items():
         digest.update(name.encode())
         digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())

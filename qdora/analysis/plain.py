@@ -85,7 +85,7 @@ def plain_model(
         ValueError: A layer that is not there, a norm that does not fit the kind, a model in 16 bits.
     """
     adapted = adapted_layers(model)
-    _check(model, adapted, layers, norm, parts)
+    check_layers(model, layers, norm=norm, parts=parts)
     leaves: dict[str, Tensor] = {}
     patched: list[nn.Module] = []
     was_training = [module for module in model.modules() if module.training]
@@ -168,9 +168,9 @@ def _frozen_forward(layer: FrozenLinear, x: Tensor) -> Tensor:
     return out if layer.bias is None else out + layer.bias.to(out.dtype)
 
 
-def _check(
-    model: nn.Module, adapted: dict[str, AdaptedLinear], layers: Collection[str], norm: Norm, parts: Collection[str]
-) -> None:
+def check_layers(model: nn.Module, layers: Collection[str], *, norm: Norm, parts: Collection[str] = FACTORS) -> None:
+    """Raises ValueError for what `plain_model` cannot take."""
+    adapted = adapted_layers(model)
     missing = [name for name in layers if name not in adapted]
     if missing or not layers:
         raise ValueError(f"no adapted layers {missing}; allowed: one or more of {', '.join(adapted) or 'none'}.")

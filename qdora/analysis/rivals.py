@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qdora.analysis.allocate import LayerSpectrum
+from qdora.analysis.plain import Norm
 from qdora.analysis.update_gradient import update_gradients
 from qdora.data.batching import MicroBatch
+from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 
 
@@ -56,8 +58,10 @@ def gradient_spectra(
         model, layers, batches, progress: As of `update_gradients`.
         most: Most components of a layer.
     """
+    adapted = adapted_layers(model)
+    norm: Norm = "held" if any(adapted[name].kind == "dora" for name in layers) else "none"
     return update_gradients(
-        model, layers, batches, lambda _, gradient: _spectrum(gradient, most), norm="held", progress=progress
+        model, layers, batches, lambda _, gradient: _spectrum(gradient, most), norm=norm, progress=progress
     )
 
 

@@ -1,4 +1,4 @@
-"""Tensors that took long to compute, kept under a hash of all that they depend on."""
+"""Tensors that took long to compute, kept under a hash of what they depend on beside the run's base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def keep_tensors(cache: Path | None, key: Sequence[object], tensors: dict[str, T
 
     Args:
         cache: Directory.
-        key: JSON values; all that the tensors depend on.
+        key: JSON values; all that the tensors depend on within one run.
         tensors: Name -> tensor, on any device.
     """
     if cache is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from qdora.analysis.curvature import labelled_logits
-from qdora.analysis.plain import Norm
+from qdora.analysis.curvature import check_batches, labelled_logits
+from qdora.analysis.plain import Norm, check_layers
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -37,15 +39,19 @@ def update_gradients(
     Of a masked adapter it is zero where the mask is: there B A counts for nothing.
 
     Args:
-        model: With adapters, activations in float32 or float64; run in eval mode.
+        model: With adapters, in float32 or float64; run in eval mode, otherwise as it trains.
         layers: Paths of adapted layers.
-        batches: Without packing.
+        batches: Without packing; at least one labelled token.
         use: Called with the path and the gradient, (out, in), float32 or wider.
         norm: "attached" goes through the row norm of W + s B A, too; "held" and "none" (LoRA) do not.
         progress: Called with (done, all) layers.
     Returns:
         Path -> what `use` made of it.
+    Raises:
+        ValueError: As `curvature_of`.
     """
+    check_batches(batches)
+    check_layers(model, layers, norm=norm)
     adapted = adapted_layers(model)
     found: dict[str, T] = {}
     with evaluating(model):
@@ -67,6 +73,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in was_training:
             module.training = True
+
+
+def watch_output(layer: nn.Module, see: Callable[[Tensor, Tensor], Callable[[Tensor], None]]) -> RemovableHandle:
+    """Call `see(x, y)` in every forward pass of a layer, and what it returns with dL/dy in every backward pass.
+
+    The model goes on with a copy of y: what it writes into its layers' outputs would carry the gradient past the hook.
+    """
+
+    def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        passed_on = output.clone()
+        passed_on.register_hook(see(args[0].detach(), output.detach()))  # type: ignore[no-untyped-call]
+        return passed_on
+
+    return layer.register_forward_hook(forward)
 
 
 def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -101,19 +121,16 @@ def _of_group(
     """y = g * (x (W + M o s B A)^T) + bias: first the sum of dy x^T, then through g, norm and mask."""
     sums: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
+    def see(name: str, x: Tensor, _output: Tensor) -> Callable[[Tensor], None]:
+        flat = x.reshape(-1, x.shape[-1])
 
-            def backward(dy: Tensor) -> None:
-                part = dy.reshape(-1, dy.shape[-1]).T @ x
-                sums[name] = sums[name].add_(part) if name in sums else part
+        def backward(dy: Tensor) -> None:
+            part = dy.reshape(-1, dy.shape[-1]).T @ flat
+            sums[name] = sums[name].add_(part) if name in sums else part
 
-            output.register_hook(backward)  # type: ignore[no-untyped-call]
+        return backward
 
-        return forward
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    hooks = [watch_output(layer, functools.partial(see, name)) for name, layer in layers.items()]
     wanted = [layer.lora_B for layer in layers.values()]
     device = wanted[0].device
     num_tokens = 0
@@ -130,7 +147,7 @@ def _of_group(
         if norm == "attached":
             unit, _ = row_directions(layer, total.dtype)
             total -= (total * unit).sum(dim=1, keepdim=True) * unit
-        scale = 1.0 / max(num_tokens, 1)
+        scale = 1.0 / num_tokens
         gain = layer.gain(total.dtype)
         total *= scale if gain is None else gain.value.unsqueeze(1) * scale
         keep_mask = layer.base.keep_mask() if layer.masked else None

@@ -40,7 +40,7 @@ def rank_run(
     """Measure each layer's spectrum, choose the ranks, write them as a recipe.
 
     Everything is computed in float32 on the dequantised base, whatever the run computed in. Nothing of the run itself
-    changes; results go to <run>/rank/, and what curvature has computed is kept there, layer by layer, for a next call.
+    changes; results go to <run>/rank/, and what curvature has computed is kept there for a next call.
 
     Args:
         path: Run directory with an adapter.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qdora.analysis.component_curvature import LEAST_DRAWS
 from qdora.analysis.curvature import CURVATURES
 from qdora.analysis.plain import NORMS
 from qdora.errors import UserError, nearest
@@ -24,14 +25,15 @@ class RankSettings:
         threshold: In place of a budget, each layer gets the fewest components that hold this share of its energy.
         max_rank: Largest rank of a layer; twice the largest of the run, and with svd that of the layer.
         draws: Labels drawn for each labelled token, to estimate the curvature along each component; 16. 0 computes it
-            exactly, by one product with the curvature a component, which takes hours where draws take minutes.
+            exactly, by one product with the curvature a component (benchmarks/curvature_draws.py compares them).
         eigenvalues: How many of the curvature by A and B are written beside the ranks, which do not depend on them and
             cost far less; 0.
         curvature: Of which matrix they are; hessian.
         norm: Of DoRA, attached or held, in worths and eigenvalues; attached.
         layers: Names or patterns; all adapted layers if left out. Those left out keep their rank.
         examples: Of the run's training mix, from its start.
-        micro_batch_tokens: Most tokens of a micro-batch, padding counted; all memory beyond the model's is one of them.
+        micro_batch_tokens: Most tokens of a micro-batch, padding counted; its graph is most of the memory beyond the
+            model's, with the gradients (`update_gradients`) and the components' directions.
         over_all: Also the eigenvalues of all chosen layers together.
     """
 
@@ -58,15 +60,15 @@ class RankSettings:
                 faults.append(f"{option}: {value!r}, allowed: {', '.join(allowed)}.{nearest(value, allowed)}")
             if value is not None and self.method != "curvature":
                 faults.append(f"{option}: has no effect with --method {self.method}, allowed: --method curvature.")
-        numbers = (("--draws", self.draws is not None), ("--eigenvalues", self.eigenvalues is not None))
-        for option, given in (("--over-all", self.over_all), *numbers):
+        with_number = (("--draws", self.draws is not None), ("--eigenvalues", self.eigenvalues is not None))
+        for option, given in (("--over-all", self.over_all), *with_number):
             if given and self.method != "curvature":
                 faults.append(f"{option}: has no effect with --method {self.method}, allowed: --method curvature.")
         for option, given in (("--over-all", self.over_all), ("--curvature", self.curvature is not None)):
             if given and not self.eigenvalues:
                 faults.append(f"{option}: has no effect without --eigenvalues, allowed: with --eigenvalues 20.")
-        if self.draws == 1:
-            faults.append("--draws: 1, allowed: 0 (exact), or 2 and more, whose spread is their error.")
+        if self.draws is not None and self.draws != 0 and self.draws < LEAST_DRAWS:
+            faults.append(f"--draws: {self.draws}, allowed: 0 (exact), or {LEAST_DRAWS} and more.")
         for option, number in (("--examples", self.examples), ("--micro-batch-tokens", self.micro_batch_tokens)):
             if number is not None and self.method == "svd":
                 faults.append(f"{option}: --method svd reads no data, allowed: --method curvature or gradient.")
