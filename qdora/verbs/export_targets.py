@@ -1,7 +1,9 @@
 """What can serve which export: a form that a program cannot load is refused, with the ones that it can.
 
-The table says what the programs' releases of 2026 load. None of the servers takes DoRA adapters: vLLM's and SGLang's
-readers refuse them, the converter of llama.cpp, which Ollama's adapters go through, knows lora_A and lora_B only.
+The table says what the programs' releases of 2026 load. None of the servers takes a DoRA adapter as PEFT writes it:
+vLLM's and SGLang's readers refuse it (vllm#47395, which would change that for dense bases, is open); the converter of
+llama.cpp, which Ollama's adapters go through, knows lora_A and lora_B only; TensorRT-LLM took magnitudes that a script
+of its own had divided by the norms of a 16-bit base, in the engines that it removed in 2026 (TensorRT-LLM#15918).
 """
 
 from __future__ import annotations
