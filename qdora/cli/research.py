@@ -34,7 +34,9 @@ def rank(
     layers: Annotated[
         list[str] | None, typer.Option(help="Only these layers: name or pattern; repeatable. Others keep their rank.")
     ] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="Training examples that are looked at.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Training examples that are looked at: 64 if left out.")
+    ] = None,
     micro_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at once: bounds the memory.")] = None,
     over_all: Annotated[bool, typer.Option("--over-all", help="Also the curvature of all layers together.")] = False,
     step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,

@@ -31,7 +31,7 @@ class RankSettings:
         curvature: Of which matrix they are; hessian.
         norm: Of DoRA, attached or held, in worths and eigenvalues; attached.
         layers: Names or patterns; all adapted layers if left out. Those left out keep their rank.
-        examples: Of the run's training mix, from its start.
+        examples: Of the run's training mix, from its start; 64.
         micro_batch_tokens: Most tokens of a micro-batch, padding counted; its graph is most of the memory beyond the
             model's, with the gradients (`update_gradients`) and the components' directions.
         over_all: Also the eigenvalues of all chosen layers together.

@@ -25,7 +25,8 @@ from qdora.verbs.trained import TrainedRun
 
 logger = logging.getLogger("qdora")
 
-NUM_EXAMPLES = 16
+NUM_EXAMPLES = 64
+"""Of fewer, worths and gradients are mostly what fits these few."""
 NUM_DRAWS = 16
 MICRO_BATCH_TOKENS = 512
 """Of a graph over a graph (eigenvalues, exact curvature) nothing is recomputed: about 8 MiB a token of a 135M model."""
