@@ -39,7 +39,8 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Both ways on the same components."""
     trained = load_run(run, widened=True)
     batches, about = training_batches(trained, args.examples, args.micro_batch_tokens)
-    numbers = dict.fromkeys(adapted_layers(trained.model), RANK)
+    adapted = adapted_layers(trained.model)
+    numbers = dict.fromkeys(adapted, RANK)
     began = time.process_time()
     directions = layer_directions(trained.model, numbers, batches, norm="attached")
     found_after = time.process_time()
@@ -54,7 +55,6 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
     layers = []
     spectra: dict[str, dict[str, LayerSpectrum]] = {"drawn": {}, "exact": {}}
-    adapted = adapted_layers(trained.model)
     for block in args.blocks.split(","):
         for kind in KINDS:
             name = f"model.layers.{block}.{kind}"
@@ -77,7 +77,7 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_curvatures(directions: Directions, found: Curvatures) -> Components:
-    """Both in one."""
+    """What is known of them with the curvatures of one of the two ways."""
     return Components(directions.sizes, directions.slopes, found.values, found.errors, directions.tail)
 
 
@@ -93,7 +93,7 @@ def deviation(directions: Directions, drawn: Curvatures, exact: Curvatures) -> d
         },
         "own_error": float(np.median(drawn.errors / drawn.values)),
         "root_mean_square_in_own_errors": float(np.sqrt(np.mean((off / drawn.errors) ** 2))),
-        "mean_worth_drawn_by_exact": float(drawn_worths.sum() / exact_worths.sum()),
+        "summed_worth_drawn_by_exact": float(drawn_worths.sum() / exact_worths.sum()),
     }
 
 

@@ -24,6 +24,7 @@ from qdora.analysis.component_curvature import (
     squared_slopes,
 )
 from qdora.analysis.components import Components, Directions, directions, held_components, layer_directions
+from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject
 from tests import tiny_adapted, tiny_curvature
 from tests.tiny_curvature import LAYERS
@@ -230,13 +231,18 @@ class WrittenInto(SequenceFirst):
 
 
 def test_of_a_layer_without_rows_the_mean_is_right() -> None:
+    """Also where there are as many rows as positions, so that its input looks as if it had rows."""
     model = a_model("dora", "sequence first")
-    batches = tiny_curvature.batches()
-    found = layer_directions(model, dict.fromkeys(adapted_layers(model), 3), batches, norm="attached")
-    exact = exact_curvatures(model, found, batches, norm="attached")
-    drawn = drawn_curvatures(model, found, batches, norm="attached", draws=800)
-    for name in found:
-        assert np.abs((drawn[name].values - exact[name].values) / drawn[name].errors).max() < 4.5
+    ids = torch.tensor([[1, 17, 300, 5], [9, 120, 3, 30], [8, 2, 91, 44], [60, 7, 7, 250]])
+    labels = ids.clone()
+    labels[:, 0] = -100
+    square = MicroBatch(ids, torch.ones_like(ids), labels, torch.zeros(4, dtype=torch.int64), ["task"], list("abcd"))
+    for batches in (tiny_curvature.batches(), [square]):
+        found = layer_directions(model, dict.fromkeys(adapted_layers(model), 3), batches, norm="attached")
+        exact = exact_curvatures(model, found, batches, norm="attached")
+        drawn = drawn_curvatures(model, found, batches, norm="attached", draws=800)
+        for name in found:
+            assert np.abs((drawn[name].values - exact[name].values) / drawn[name].errors).max() < 4.5
 
 
 def test_micro_batches_get_labels_of_their_own() -> None:

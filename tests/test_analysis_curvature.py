@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qdora.analysis.curvature import CurvatureOperator, curvature_of, labelled_logits
+from qdora.analysis.curvature_cache import fingerprint
 from qdora.analysis.plain import FACTORS, PARTS, plain_model
 from qdora.analysis.spectrum import top_eigenpairs
 from qdora.data.batching import MicroBatch
@@ -185,6 +186,23 @@ def test_linear_map_is_differentiable_twice(quant: str | None) -> None:
     short = x.detach()[0, :1, :].requires_grad_(True)
     assert torch.autograd.gradcheck(lambda each: linear_map(each, stored), (short,))
     assert torch.autograd.gradgradcheck(lambda each: linear_map(each, stored).tanh(), (short,))
+
+
+def test_the_fingerprint_tells_adapters_and_batches_apart() -> None:
+    marks = []
+    for change in ("nothing", "nothing", "A", "alpha", "labels"):
+        model, batches = tiny_curvature.adapted(), tiny_curvature.batches()
+        layer = adapted_layers(model)[LAYERS[1]]
+        if change == "A":
+            with torch.no_grad():
+                layer.lora_A[0, 0] += 1e-3
+        if change == "alpha":
+            layer.alpha *= 2
+        if change == "labels":
+            batches[1].labels[0, 2] += 1
+        marks.append(fingerprint(model, batches))
+    assert marks[0] == marks[1]
+    assert len(set(marks)) == 4
 
 
 def test_faults() -> None:

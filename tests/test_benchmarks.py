@@ -311,7 +311,7 @@ def test_curvature_draws(tmp_path: Path) -> None:
     for layer in result["layers"]:
         assert 0 < layer["relative_error"]["median"] < 0.3
         assert 0.3 < layer["root_mean_square_in_own_errors"] < 3
-        assert 0.7 < layer["mean_worth_drawn_by_exact"] < 1.5
+        assert 0.7 < layer["summed_worth_drawn_by_exact"] < 1.5
         assert abs(layer["drawn_rank"] - layer["exact_rank"]) < 5
 
 

@@ -103,7 +103,7 @@ def test_the_update_and_the_gradient_are_those_of_the_formed_matrices(masked: bo
     model = tiny_curvature.adapted(masked=masked)
     layers = adapted_layers(model)
     batches = tiny_curvature.batches()
-    found = gradient_spectra(model, list(LAYERS), batches, 5)
+    found = gradient_spectra(model, list(LAYERS), batches, 5, norm="held")
     weights = {}
     for name, layer in layers.items():
         base = layer.base.dequantized(torch.float64)

@@ -35,20 +35,20 @@ def curvature_draws() -> str:
     """How far drawn curvatures are off, and what both ways take."""
     document = read("curvature_draws")
     header = ["layer", "components", "off by, median", "largest", "standard error said", "off, in standard errors"]
-    header += ["worth, of the exact", "rank, drawn and exact", "exact: CPU seconds"]
+    header += ["summed worth, exact = 1", "rank, drawn and exact", "exact: CPU seconds"]
     rows = []
     for layer in document["layers"]:
         off = layer["relative_error"]
         row = [layer["layer"].removeprefix("model.layers."), str(layer["num_components"]), f"{off['median']:.1%}"]
         row += [f"{off['largest']:.0%}", f"{layer['own_error']:.1%}"]
-        row += [f"{layer['root_mean_square_in_own_errors']:.2f}", f"{layer['mean_worth_drawn_by_exact']:.2f}"]
+        row += [f"{layer['root_mean_square_in_own_errors']:.2f}", f"{layer['summed_worth_drawn_by_exact']:.2f}"]
         rows.append([*row, f"{layer['drawn_rank']}, {layer['exact_rank']}", f"{layer['exact_cpu_seconds']:.0f}"])
     drawn = document["directions_cpu_seconds"] + document["drawn_cpu_seconds"]
     note = (
         f"\nBy {document['draws']} drawn labels all {document['num_layers']} layers, "
         f"{document['num_components']:,} components, took {drawn:.0f} CPU seconds, their gradients among them. Ranks: "
-        f"of these layers, at half of their parameters. On {document['num_label_tokens']} labelled tokens. "
-        f"`{document['command']}`\n"
+        f"of these layers, at half of their parameters. One seed of draws, {document['num_label_tokens']} labelled "
+        f"tokens. `{document['command']}`\n"
     )
     return markdown(header, rows) + note
 
@@ -66,8 +66,8 @@ def rank_methods() -> str:
         if row["is_trained"] != "True":
             continue
         said = compared(against[name]) if name in against else "–"
-        seconds = f"{costs['scout'] + costs[name]:.0f} s" if name in costs else "0"
-        rows.append([_METHODS[name], f"{trainable[name]:,}", row["train.lr"], with_band(row), said, seconds])
+        took = f"{1 + costs[name] / costs['scout']:.2f} runs" if name in costs else "0"
+        rows.append([_METHODS[name], f"{trainable[name]:,}", row["train.lr"], with_band(row), said, took])
     header = [
         "ranks",
         "trained",
@@ -79,8 +79,8 @@ def rank_methods() -> str:
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
         f"\n95 % intervals; learning rates chosen on one half of the validation examples, arms compared on the other; "
-        f"seeds: {', '.join(seeds)}. Choosing: a run at twice the rank, and what reads it; gates choose while they "
-        f"train. `{run['command']}`; the whole report: "
+        f"seeds: {', '.join(seeds)}. What choosing took, in runs as long as the one at twice the rank that it reads; "
+        f"gates choose while they train. `{run['command']}`; the whole report: "
         "[benchmarks/results/rank_methods](benchmarks/results/rank_methods/report.md).\n"
     )
     return markdown(header, rows) + note

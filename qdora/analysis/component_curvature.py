@@ -16,9 +16,9 @@ and each X, and a component of rank 1, u v^T, needs no matrix:
 With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
 where w_r is the direction of row r of W + D and n_r its norm.
 
-The estimate of q_i has no bias; a worth, which divides by it, is a little too large on average: by its squared relative
-error, 4 % where that is 20 %. With few draws that grows without bound, and a component whose q_i came out small by
-chance looks best: hence the least number of draws.
+The estimate of q_i has no bias. The worth of a new component, which divides by it, is a little too large on average: by
+its squared relative error, 4 % where that is 20 %. With few draws that grows without bound, and a component whose q_i
+came out small by chance looks best: hence the least number of draws.
 
 Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-Newton agree where the loss is an NLL).
 """
@@ -175,12 +175,12 @@ class Probe:
 
         Args:
             x, output: (..., in), (..., out).
-            rows: (rows, positions) of the micro-batch. Of a tensor that is laid out in another way all tokens count as
-                one row: the mean stays right, the spread is larger.
+            rows: (rows, positions) of the micro-batch. Of a tensor that is laid out in another way, or may be because
+                both are the same number, all tokens count as one row: the mean stays right, the spread is larger.
             take: May be called in any number of backward passes.
         """
         positions = _rows(x, rows)
-        # Half as large as x or less; the dense gradient of a masked layer needs x itself.
+        # A number for each component in place of all of x, but the dense gradient of a masked layer needs x itself.
         inner = positions @ self._right if self._keep is None else positions
         without_bias = None
         if self._own_length is not None:
@@ -272,8 +272,9 @@ def drawn_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Tens
 
 
 def _rows(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """(rows, positions, features) where it has the micro-batch's layout, else (1, tokens, features)."""
-    return tensor if tensor.shape[:-1] == rows else tensor.reshape(1, -1, tensor.shape[-1])
+    """(rows, positions, features) where it surely has the micro-batch's layout, else (1, tokens, features)."""
+    known = tensor.shape[:-1] == rows and rows[0] != rows[1]
+    return tensor if known else tensor.reshape(1, -1, tensor.shape[-1])
 
 
 def _exact(

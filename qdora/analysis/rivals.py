@@ -16,7 +16,6 @@ from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.plain import Norm
 from qdora.analysis.update_gradient import update_gradients
 from qdora.data.batching import MicroBatch
-from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 
 
@@ -48,18 +47,17 @@ def gradient_spectra(
     batches: Sequence[MicroBatch],
     most: int,
     *,
+    norm: Norm,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, LayerSpectrum]:
-    """Squared singular values of dL/d(s B A) of each layer, norm held: see `update_gradients`.
+    """Squared singular values of dL/d(s B A) of each layer: see `update_gradients`.
 
     At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
 
     Args:
-        model, layers, batches, progress: As of `update_gradients`.
+        model, layers, batches, norm, progress: As of `update_gradients`.
         most: Most components of a layer.
     """
-    adapted = adapted_layers(model)
-    norm: Norm = "held" if any(adapted[name].kind == "dora" for name in layers) else "none"
     return update_gradients(
         model, layers, batches, lambda _, gradient: _spectrum(gradient, most), norm=norm, progress=progress
     )

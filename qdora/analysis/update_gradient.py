@@ -78,7 +78,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def watch_output(layer: nn.Module, see: Callable[[Tensor, Tensor], Callable[[Tensor], None]]) -> RemovableHandle:
     """Call `see(x, y)` in every forward pass of a layer, and what it returns with dL/dy in every backward pass.
 
-    The model goes on with a copy of y: what it writes into its layers' outputs would carry the gradient past the hook.
+    The model goes on with a copy of y, which costs its size: what it writes into its layers' outputs would carry the
+    gradient past the hook.
     """
 
     def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

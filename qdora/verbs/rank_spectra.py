@@ -26,7 +26,6 @@ from qdora.verbs.trained import TrainedRun
 logger = logging.getLogger("qdora")
 
 NUM_EXAMPLES = 64
-"""Of fewer, worths and gradients are mostly what fits these few."""
 NUM_DRAWS = 16
 MICRO_BATCH_TOKENS = 512
 """Of a graph over a graph (eigenvalues, exact curvature) nothing is recomputed: about 8 MiB a token of a 135M model."""
@@ -42,14 +41,14 @@ def measured_spectra(
     batches, about = training_batches(
         trained, asked.examples or NUM_EXAMPLES, asked.micro_batch_tokens or MICRO_BATCH_TOKENS
     )
+    kind = next(iter(chosen.values())).kind
     limits = {name: min(most, layer.in_features, layer.out_features) for name, layer in chosen.items()}
     if asked.method == "gradient":
         with bar(console, "gradients") as progress:
-            found = gradient_spectra(trained.model, list(chosen), batches, most, progress=progress)
-        return {name: _first(each, limits[name]) for name, each in found.items()}, {
-            "": {**about, "norm": _held(chosen)}
-        }
-    kind = next(iter(chosen.values())).kind
+            # Held is what training follows
+            norm: Norm = "held" if kind == "dora" else "none"
+            found = gradient_spectra(trained.model, list(chosen), batches, most, norm=norm, progress=progress)
+        return {name: _first(each, limits[name]) for name, each in found.items()}, {"": {**about, "norm": norm}}
     norm = cast(Norm, asked.norm or "attached") if kind == "dora" else "none"
     return _curvature(trained, asked, chosen, batches, limits, norm, about, console)
 
@@ -147,8 +146,3 @@ def training_batches(
 
 def _first(spectrum: LayerSpectrum, most: int) -> LayerSpectrum:
     return LayerSpectrum(spectrum.energies[:most], spectrum.total, spectrum.cost)
-
-
-def _held(chosen: Mapping[str, AdaptedLinear]) -> str:
-    """A gradient is what training follows: the norm held."""
-    return "held" if next(iter(chosen.values())).kind == "dora" else "none"
