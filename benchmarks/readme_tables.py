@@ -18,7 +18,7 @@ from tables.exports import decode_speed, export_exactness, gguf_logits, merge_st
 from tables.gates import gates
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_recipes, plan_shapes
-from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
+from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods, ranks_that_did_not_help
 from tables.runs import data_loading, kill_resume, mixing, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study
@@ -33,8 +33,8 @@ _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def failed() -> str:
     """What was tried and did not help."""
     rows = [[row["tried"], row["instead"], row["figure"]] for row in read("tried")["rows"]]
-    remedy = remedy_that_did_not_help()
-    return markdown(["tried", "in use", "measured"], [*rows, remedy] if remedy else rows)
+    found = [remedy_that_did_not_help(), ranks_that_did_not_help()]
+    return markdown(["tried", "in use", "measured"], [*rows, *filter(None, found)])
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -86,6 +86,15 @@ def rank_methods() -> str:
     return markdown(header, rows) + note
 
 
+def ranks_that_did_not_help() -> list[str]:
+    """A row of the table of what was tried: ranks for each layer; nothing where one way was told apart as better."""
+    pairs = report_rows("rank_methods", "comparisons")
+    if any(pair["winner"] == pair["arm"] for pair in pairs):
+        return []
+    figures = ", ".join(f"{_METHODS[pair['arm']]} {compared(pair, as_rise=True, verdict=False)}" for pair in pairs)
+    return ["a rank for each layer", "one rank everywhere", f"NLL at equal parameters: {figures}"]
+
+
 def rank_curve() -> str:
     """NLL at each rank, one line for each kind, and which ranks are told apart from the first."""
     arms = [row for row in report_rows("rank_curve", "arms") if row["is_trained"] == "True"]

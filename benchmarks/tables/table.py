@@ -58,12 +58,13 @@ def with_band(row: Mapping[str, str] | None, measure: str = "nll_per_token") -> 
     return f"{value:.3f} ({lower:.3f}–{upper:.3f})"
 
 
-def compared(pair: Mapping[str, str], *, as_rise: bool = False) -> str:
+def compared(pair: Mapping[str, str], *, as_rise: bool = False, verdict: bool = True) -> str:
     """A comparison of a report: +0.020 (-0.001 to +0.150), no winner; with `as_rise` the negative improvement."""
     value, lower, upper = (float(pair[name]) for name in ("improvement", "lower", "upper"))
     if as_rise:
         value, lower, upper = -value, -upper, -lower
-    return f"{value:+.3f} ({lower:+.3f} to {upper:+.3f}), {pair['winner'] or 'no winner'}"
+    said = f"{value:+.3f} ({lower:+.3f} to {upper:+.3f})"
+    return f"{said}, {pair['winner'] or 'no winner'}" if verdict else said
 
 
 def percent(value: float | None, error: float | None = None) -> str:
