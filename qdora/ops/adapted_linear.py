@@ -49,7 +49,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
         return out.reshape(*x.shape[:-1], out.shape[-1])
     x = x.to(product_dtype(x))
     flat = x.reshape(-1, x.shape[-1])
-    mapped: Tensor = _FrozenLinear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
+    mapped: Tensor = _FrozenLinear.apply(flat, weight, bias)  # type: ignore[no-untyped-call, unused-ignore]
     return mapped.reshape(*x.shape[:-1], mapped.shape[-1])
 
 
@@ -112,7 +112,7 @@ def adapted_linear(
     x = x.to(product_dtype(x))
     flat = x.reshape(-1, x.shape[-1])
     seed = draw_seed() if dropout > 0.0 else 0
-    out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+    out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
         flat, lora_A, lora_B, magnitude, *(gain or (None, None)), weight, bias, scaling, dropout, seed
     )
     return out.reshape(*x.shape[:-1], out.shape[-1])

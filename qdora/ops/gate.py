@@ -28,7 +28,7 @@ def fold_gate(lora_B: Tensor, gate: Tensor) -> Tensor:
     Returns:
         (out, rank), differentiable with respect to both; the rounding counts as the identity.
     """
-    folded: Tensor = _FoldGate.apply(lora_B, gate)  # type: ignore[no-untyped-call]
+    folded: Tensor = _FoldGate.apply(lora_B, gate)  # type: ignore[no-untyped-call, unused-ignore]
     return folded
 
 

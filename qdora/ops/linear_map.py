@@ -24,7 +24,7 @@ def linear_map(x: Tensor, weight: Weight) -> Tensor:
     Returns:
         (..., out) in x's dtype, differentiable any number of times with respect to x.
     """
-    out: Tensor = _Map.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call]
+    out: Tensor = _Map.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call, unused-ignore]
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -70,7 +70,7 @@ class _Map(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        transposed: Tensor = _Transposed.apply(grads[0], ctx.weight)  # type: ignore[no-untyped-call]
+        transposed: Tensor = _Transposed.apply(grads[0], ctx.weight)  # type: ignore[no-untyped-call, unused-ignore]
         return transposed, None
 
 
@@ -84,5 +84,5 @@ class _Transposed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        back: Tensor = _Map.apply(grads[0], ctx.weight)  # type: ignore[no-untyped-call]
+        back: Tensor = _Map.apply(grads[0], ctx.weight)  # type: ignore[no-untyped-call, unused-ignore]
         return back, None

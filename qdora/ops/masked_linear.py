@@ -57,7 +57,7 @@ def masked_linear(
     x = x.to(product_dtype(x))
     flat = x.reshape(-1, x.shape[-1])
     seed = draw_seed() if dropout > 0.0 else 0
-    out: Tensor = _MaskedLinear.apply(  # type: ignore[no-untyped-call]
+    out: Tensor = _MaskedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
         flat, lora_A, lora_B, magnitude, *(gain or (None, None)), weight, keep_bits, bias, scaling, dropout, seed
     )
     return out.reshape(*x.shape[:-1], out.shape[-1])
