@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from tables.table import RESULTS, compared, markdown, read, report_rows, with_band
+from tables.table import compared, markdown, read, report_rows, with_band
 
 _METHODS = {
     "uniform": "the same rank everywhere",
@@ -56,7 +54,7 @@ def curvature_draws() -> str:
 def rank_methods() -> str:
     """Each way to choose ranks at equal trainable parameters: quality, the difference from uniform, and its cost."""
     arms, pairs, cells = (report_rows("rank_methods", name) for name in ("arms", "comparisons", "cells"))
-    run = json.loads((RESULTS / "rank_methods" / "run.json").read_text())
+    run = read("rank_methods/run")
     costs = run["costs_in_seconds"]
     trainable = {row["ranks"]: int(row["num_trainable"]) for row in cells if row["num_trainable"] not in ("", "0")}
     against = {pair["arm"]: pair for pair in pairs}
@@ -99,7 +97,7 @@ def rank_curve() -> str:
     """NLL at each rank, one line for each kind, and which ranks are told apart from the first."""
     arms = [row for row in report_rows("rank_curve", "arms") if row["is_trained"] == "True"]
     pairs = {(pair["adapter"], pair["arm"]): pair for pair in report_rows("rank_curve", "comparisons")}
-    run = json.loads((RESULTS / "rank_curve" / "run.json").read_text())
+    run = read("rank_curve/run")
     ranks = list(dict.fromkeys(row["rank"] for row in arms))
     rows = []
     for kind in dict.fromkeys(row["adapter"] for row in arms):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from tables.table import RESULTS, compared, markdown, read, report_rows, with_band
+from tables.table import compared, markdown, read, report_rows, with_band
 
 
 def pruning() -> str:
@@ -47,7 +45,7 @@ def study() -> str:
     repaired = [
         f"{row['base']} {float(row['repair']):.2f} ({row['adapter']})" for row in arms if row["repair"] not in ("", "–")
     ]
-    done = json.loads((RESULTS / "study" / "run.json").read_text())
+    done = read("study/run")
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
         f"\nNLL per answer token on one half of the validation examples, averaged over the tasks, with 95 % intervals; "

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from qdora.analysis.curvature import Curvature, curvature_of
 from qdora.analysis.plain import FACTORS, Norm
 from qdora.analysis.spectrum import Density, Eigenpairs, spectral_density, top_eigenpairs
-from qdora.atomic_files import atomic_write_bytes, atomic_write_json
+from qdora.analysis.tensor_cache import keep_tensors, kept_tensors
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, adapter_parameters
 
@@ -30,8 +28,6 @@ MULTIPLICITY = (
     "comes about 2 x rank times. Copies are listed one by one; searches were repeated until none was above the last "
     "value listed (next_magnitude)."
 )
-_FORMAT = 2
-"""Of what the cache holds; one of before is not read."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +105,13 @@ def curvature_spectrum(
     Args:
         model, layers, batches: As of `curvature_of`.
         settings: What is computed.
-        cache: Directory; a result is written as <key>.safetensors and <key>.json, made if needed.
+        cache: Directory, made if needed; a result is written there.
         state: `fingerprint` of the model and the batches where it is known; None computes it.
     """
-    key = _key(layers, settings, state or fingerprint(model, batches))
-    kept = None if cache is None else _read(cache, key, settings)
+    key = ["curvature", list(layers), asdict(settings), state or fingerprint(model, batches)]
+    kept = kept_tensors(cache, key)
     if kept is not None:
-        return kept
+        return _from_tensors(kept, settings)
     began = time.perf_counter()
     with curvature_of(
         model, layers, batches, curvature=settings.curvature, norm=settings.norm, parts=settings.parts
@@ -133,8 +129,7 @@ def curvature_spectrum(
         )
         spent = operator.num_matvecs
     found = CurvatureSpectrum(settings, top, density, size, spent, time.perf_counter() - began)
-    if cache is not None:
-        _write(cache, key, layers, found)
+    keep_tensors(cache, key, _to_tensors(found))
     return found
 
 
@@ -153,42 +148,25 @@ def fingerprint(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
     return digest.hexdigest()
 
 
-def _key(layers: Sequence[str], settings: CurvatureSettings, state: str) -> str:
-    what = json.dumps([_FORMAT, list(layers), asdict(settings), state])
-    return hashlib.sha256(what.encode()).hexdigest()[:32]
+_COUNTS = ("size", "num_rounds", "next_magnitude", "num_matvecs", "seconds")
 
 
-def _write(cache: Path, key: str, layers: Sequence[str], found: CurvatureSpectrum) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, NDArray[Any]] = {
-        "eigenvalues": found.top.values,
-        "eigenvectors": np.ascontiguousarray(found.top.vectors.T, dtype=np.float32),
-        "residuals": found.top.residuals,
-        "density_nodes": found.density.nodes,
-        "density_weights": found.density.weights,
+def _to_tensors(found: CurvatureSpectrum) -> dict[str, Tensor]:
+    counts = (found.size, found.top.num_rounds, found.top.next_magnitude, found.num_matvecs, found.seconds)
+    return {
+        "eigenvalues": torch.from_numpy(found.top.values),
+        "eigenvectors": torch.from_numpy(found.top.vectors.T.astype(np.float32)),
+        "residuals": torch.from_numpy(found.top.residuals),
+        "density_nodes": torch.from_numpy(found.density.nodes),
+        "density_weights": torch.from_numpy(found.density.weights),
+        **{name: torch.tensor([value], dtype=torch.float64) for name, value in zip(_COUNTS, counts, strict=True)},
     }
-    atomic_write_bytes(cache / f"{key}.safetensors", save(tensors))
-    # Last: without it the tensors do not count
-    document = {"layers": list(layers), "settings": asdict(found.settings), "size": found.size}
-    document |= {"num_rounds": found.top.num_rounds, "next_magnitude": found.top.next_magnitude}
-    document |= {"num_matvecs": found.num_matvecs, "seconds": found.seconds}
-    atomic_write_json(cache / f"{key}.json", document)
 
 
-def _read(cache: Path, key: str, settings: CurvatureSettings) -> CurvatureSpectrum | None:
-    if not (cache / f"{key}.json").is_file():
-        return None
-    document = json.loads((cache / f"{key}.json").read_bytes())
-    tensors = load_file(cache / f"{key}.safetensors")
-    vectors = tensors["eigenvectors"].T.astype(np.float64)
-    top = Eigenpairs(
-        tensors["eigenvalues"],
-        vectors,
-        tensors["residuals"],
-        int(document["num_rounds"]),
-        float(document["next_magnitude"]),
-    )
-    density = Density(tensors["density_nodes"], tensors["density_weights"], int(document["size"]), settings.num_probes)
-    return CurvatureSpectrum(
-        settings, top, density, int(document["size"]), int(document["num_matvecs"]), float(document["seconds"])
-    )
+def _from_tensors(tensors: Mapping[str, Tensor], settings: CurvatureSettings) -> CurvatureSpectrum:
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    size, num_rounds, next_magnitude, num_matvecs, seconds = (float(arrays[name][0]) for name in _COUNTS)
+    vectors = arrays["eigenvectors"].T.astype(np.float64)
+    top = Eigenpairs(arrays["eigenvalues"], vectors, arrays["residuals"], int(num_rounds), next_magnitude)
+    density = Density(arrays["density_nodes"], arrays["density_weights"], int(size), settings.num_probes)
+    return CurvatureSpectrum(settings, top, density, int(size), int(num_matvecs), seconds)

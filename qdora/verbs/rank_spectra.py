@@ -81,10 +81,7 @@ def _curvature(
         spectra[name] = components.spectrum(limits[name], layer.in_features + layer.out_features)
         details[name] = {"components": components.to_dict()}
     for name, spectrum in _eigenvalues(trained, asked, list(chosen), batches, norm, state, console).items():
-        if name:
-            details[name]["spectrum"] = spectrum
-        else:
-            details[name]["over_all"] = spectrum
+        details[name]["spectrum" if name else "over_all"] = spectrum
     return spectra, details
 
 
@@ -101,12 +98,12 @@ def _eigenvalues(
     if not asked.eigenvalues:
         return {}
     settings = CurvatureSettings(cast(Curvature, asked.curvature or "hessian"), norm, num_eigenvalues=asked.eigenvalues)
+    cache = trained.run.inside("rank", "cache")
     scopes = {name: [name] for name in names} | ({"": names} if asked.over_all else {})
     found = {}
     with bar(console, f"{settings.curvature}, norm {norm}") as progress:
         for number, (scope, layers) in enumerate(scopes.items()):
             progress(number, len(scopes))
-            cache = trained.run.inside("rank", "cache")
             result = curvature_spectrum(trained.model, layers, batches, settings, cache=cache, state=state)
             found[scope] = result.to_dict()
             logger.info(
