@@ -27,9 +27,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
-from qdora.memory.tracker import LiveBytes
-from qdora.ops.chunked_loss import auto_chunk, chunked_nll
-from qdora.train.allocator import keep_freed_memory
+from qdora.memory.allocator import keep_freed_memory
+from qdora.ops.loss import auto_chunk, chunked_nll
+from qdora.plan.live_bytes import LiveBytes
 
 VOCABULARY, NUM_TOKENS = 128_256, 4096
 FAKE_HIDDEN, REAL_HIDDEN = 4096, 1024

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.evaluation.paired import Paired, paired_difference
+from qdora.evaluation.metrics import Paired, paired_difference
 
 Cells = Mapping[str, dict[str, Any]]
 Arms = Mapping[str, Mapping[str, dict[str, Any]]]

@@ -36,27 +36,21 @@ from combined_summary import REMEDIES, best_rates, summary
 from measure import RESULTS, facts, write
 from mixed_data import TASKS, fitted, smoke_model
 from rich.console import Console
+from solo_recipes import leave_one_out_recipes, solo_recipes
 
-from qdora.atomic_files import atomic_write_text
-from qdora.config import Recipe
+from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.data.example import Example
 from qdora.evaluation.suite import evaluate, spread
+from qdora.files.atomic import atomic_write_text
+from qdora.memory.allocator import keep_freed_memory
+from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
-from qdora.recipe_file import recipe_from, settings
-from qdora.train.allocator import keep_freed_memory
-from qdora.train.arms import leave_one_out_recipes, solo_recipes
+from qdora.recipe.recipe_file import recipe_from, settings
+from qdora.recipe.settings import Recipe
+from qdora.run.load_base import load_base
 from qdora.train.loop import FitSettings
+from qdora.train.objective import make_objective
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.verbs.assemble import (
-    choose_compute,
-    find_model,
-    load_base,
-    make_loader,
-    put_adapters,
-    read_data,
-    tokenized_mix,
-)
-from qdora.verbs.objective import make_objective
 
 SWEEP_SEED = 100
 SWEEP_TASKS = ("siqa", "hellaswag", "winogrande", "arc_e")

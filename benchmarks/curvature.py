@@ -21,13 +21,13 @@ from byte_tokenizer import byte_tokenizer
 from measure import RESULTS, facts, peak_rss_bytes, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qdora.analysis.curvature_cache import CurvatureSettings, curvature_spectrum, fingerprint
-from qdora.data_config import COMMONSENSE_TASKS
-from qdora.recipe_file import recipe_from
-from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.rank_spectra import training_batches
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.analysis.curvature import CurvatureSettings, curvature_spectrum, fingerprint
+from qdora.memory.allocator import keep_freed_memory
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.recipe.recipe_file import recipe_from
+from qdora.run.load_run import load_run
+from qdora.run.rank import training_batches
+from qdora.run.train import train_run
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 

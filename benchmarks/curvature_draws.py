@@ -21,14 +21,20 @@ from curvature import recipe, write_small_model
 from measure import RESULTS, facts, peak_rss_bytes, write
 
 from qdora.analysis.allocate import LayerSpectrum, allocate
-from qdora.analysis.component_curvature import Curvatures, drawn_curvatures, exact_curvatures
-from qdora.analysis.components import Components, Directions, layer_directions
+from qdora.analysis.components import (
+    Components,
+    Curvatures,
+    Directions,
+    drawn_curvatures,
+    exact_curvatures,
+    layer_directions,
+)
+from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers
-from qdora.recipe_file import recipe_from
-from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.rank_spectra import training_batches
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.recipe.recipe_file import recipe_from
+from qdora.run.load_run import load_run
+from qdora.run.rank import training_batches
+from qdora.run.train import train_run
 
 KINDS = ("self_attn.v_proj", "mlp.down_proj")
 RANK = 16

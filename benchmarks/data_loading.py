@@ -32,25 +32,19 @@ from kill_resume import prepare
 from measure import RESULTS, facts, fresh, spread, write
 from mixed_data import TASKS
 
-from qdora.config import Recipe
+from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.data.loader import Step, StepLoader
+from qdora.memory.allocator import keep_freed_memory
+from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
-from qdora.recipe_file import recipe_from
-from qdora.train.allocator import keep_freed_memory
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
+from qdora.run.load_base import load_base
 from qdora.train.interrupt import StopRequest
 from qdora.train.loop import FitSettings, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
-from qdora.verbs.assemble import (
-    choose_compute,
-    find_model,
-    load_base,
-    make_loader,
-    put_adapters,
-    read_data,
-    tokenized_mix,
-)
 
 WAYS = ("grouped", "packed", "streamed")
 STEP_TOKENS, BAR = 4096, 0.02

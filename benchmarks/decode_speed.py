@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from measure import alternating, facts, ratio, spread, write
 
+from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, inject, replace_module
 from qdora.nn.adapted_linear import prepare_decoding
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.train.allocator import keep_freed_memory
 
 ASKED = 0.97
 
@@ -81,9 +81,9 @@ def contender(kind: str, smoke: bool) -> Any:
 
 def load() -> Any:
     """The builtin model in NF4."""
+    from qdora.model.build_model import choose_compute
     from qdora.model.load import load_model
     from qdora.model.source import resolve
-    from qdora.verbs.assemble import choose_compute
 
     return load_model(resolve("builtin"), quant="nf4", compute_dtype=choose_compute("auto").dtype)
 

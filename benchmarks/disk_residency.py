@@ -100,10 +100,10 @@ def write_model(folder: Path, shape: dict[str, Any]) -> int:
     import torch
     from transformers import LlamaConfig
 
-    from qdora.model.base_cache import write_base
-    from qdora.model.checkpoint import StoredPacked, StoredTensor
     from qdora.model.load import Quantization, layers_to_quantize, load_config, skeleton
+    from qdora.model.packed_base import write_base
     from qdora.model.source import ModelSource
+    from qdora.model.stored_tensors import StoredPacked, StoredTensor
     from qdora.ops.packed import PackedWeight, from_tensors, quantize
 
     LlamaConfig(**shape, dtype="bfloat16").save_pretrained(folder)
@@ -148,17 +148,16 @@ def trained(folder: Path, residency: str, group: str) -> None:
     import bitsandbytes  # noqa: F401  (imported at the first use by the kernels; the baseline must have it, too)
     import torch
 
+    from qdora.memory.allocator import keep_freed_memory
     from qdora.memory.disk_residency import DiskResidency
-    from qdora.model.base_cache import BaseCache
-    from qdora.model.checkpoint import match_to_model
+    from qdora.model.build_model import recompute_activations
     from qdora.model.inject import adapter_parameters, inject
     from qdora.model.load import Quantization, load_model
+    from qdora.model.packed_base import BaseCache, StoredBase
     from qdora.model.source import ModelSource
-    from qdora.model.stored_base import StoredBase
-    from qdora.train.allocator import keep_freed_memory
+    from qdora.model.stored_tensors import match_to_model
     from qdora.train.micro_batch import batch_loss
     from qdora.train.optimizer import AdapterOptimizer
-    from qdora.verbs.assemble import recompute_activations
 
     keep_freed_memory()
     if residency == "nothing":

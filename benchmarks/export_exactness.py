@@ -37,13 +37,12 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qdora.model.logit_comparison import Difference
-from qdora.recipe_file import load_recipe, recipe_from
-from qdora.verbs.export import export_run
-from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.held_out import held_out, texts_of
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.export.export_run import export_run
+from qdora.export.logit_comparison import LogitDifference, held_out, texts_of
+from qdora.export.options import ExportOptions
+from qdora.recipe.recipe_file import load_recipe, recipe_from
+from qdora.run.load_run import load_run
+from qdora.run.train import train_run
 
 TASKS = ("piqa", "arc_e")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -207,7 +206,7 @@ def nll(found: list[Tensor], tokens: list[Tensor]) -> float:
 
 def against(found: list[Tensor], reference: list[Tensor], tokens: list[Tensor]) -> dict[str, float]:
     """Differences from the reference, and the NLL."""
-    difference = Difference()
+    difference = LogitDifference()
     for expected, other in zip(reference, found, strict=True):
         difference.add(expected, other)
     return {**difference.to_dict(), "nll_per_token": nll(found, tokens)}

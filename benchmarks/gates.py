@@ -28,10 +28,10 @@ from mixed_data import FixedSteps, base_model, fitted, real_steps, recipe, smoke
 from rich.console import Console
 
 from qdora.data.loader import Step
-from qdora.gate_config import GateConfig
-from qdora.memory.tracker import LiveBytes
+from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
-from qdora.train.allocator import keep_freed_memory
+from qdora.plan.live_bytes import LiveBytes
+from qdora.recipe.settings import GateConfig
 from qdora.train.gates import Gates
 from qdora.train.loop import FitSettings
 from qdora.train.micro_batch import batch_loss

@@ -28,14 +28,13 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qdora.environment import package_versions
-from qdora.model.llama_cpp import GgufType, find_llama_cpp, write_gguf
-from qdora.model.logit_comparison import float32_arithmetic
-from qdora.model.verify_gguf import check_tensors
-from qdora.verbs.export_merge import write_merge
-from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.held_out import held_out, texts_of
-from qdora.verbs.trained import load_run
+from qdora.export.gguf import check_tensors
+from qdora.export.llama_cpp import GgufType, find_llama_cpp, write_gguf
+from qdora.export.logit_comparison import float32_arithmetic, held_out, texts_of
+from qdora.export.merged import write_merge
+from qdora.export.options import ExportOptions
+from qdora.files.environment import package_versions
+from qdora.run.load_run import load_run
 
 # Type of the file -> dtype of the merge that it is made from, as `qdora export` has it.
 TYPES: dict[GgufType, torch.dtype] = {

@@ -27,7 +27,7 @@ from gpu.run_sections import own_command, run_all
 from gpu.sections import SECTIONS, run_here
 from measure import PACKAGES, RESULTS, commit
 
-from qdora.environment import package_versions
+from qdora.files.environment import package_versions
 
 
 def main(arguments: list[str] | None = None) -> int:

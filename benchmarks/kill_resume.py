@@ -37,11 +37,11 @@ from measure import RESULTS, facts, write
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qdora.atomic_files import is_leftover
-from qdora.recipe_file import recipe_from
-from qdora.record import RunDirectory
-from qdora.verbs import run_writer
-from qdora.verbs.train import train_run
+from qdora.files.atomic import is_leftover
+from qdora.files.run_directory import RunDirectory
+from qdora.recipe.recipe_file import recipe_from
+from qdora.run import writer as run_writer
+from qdora.run.train import train_run
 
 STEPS, FULL_AT = 12, 7
 FILES = (

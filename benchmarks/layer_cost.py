@@ -20,7 +20,7 @@ from contenders import random_base
 from layer_time import step
 from measure import RESULTS, facts, in_turns, ratio, spread, write
 
-from qdora.train.allocator import keep_freed_memory
+from qdora.memory.allocator import keep_freed_memory
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 TOKENS = (256, 512, 1024, 2048, 4096, 8192)

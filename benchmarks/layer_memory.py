@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/layer_memory.py [--out benchmarks/results/layer_memory.json] [--smoke]
 
-Counted by `qdora.memory.tracker.LiveBytes` on real tensors: NF4 in blocks of 64 with double quantisation, bf16,
+Counted by `qdora.plan.live_bytes.LiveBytes` on real tensors: NF4 in blocks of 64 with double quantisation, bf16,
 training mode, 1,024 tokens. Weights, adapters, the input x (whose gradient is asked for) and the gradient of the output
 are there before and are not counted.
 
@@ -32,8 +32,8 @@ from contenders import CONTENDERS, layer_on, random_base
 from measure import RESULTS, facts, write
 from torch import Tensor, nn
 
-from qdora.memory.tracker import LiveBytes
 from qdora.ops.packed import PackedWeight
+from qdora.plan.live_bytes import LiveBytes
 
 MIB = 2**20
 NAMES = (

@@ -24,9 +24,9 @@ from contenders import CONTENDERS, layer_on, random_base
 from measure import RESULTS, commit, facts, fresh, in_turns, ratio, spread, write
 from torch import nn
 
+from qdora.memory.allocator import keep_freed_memory
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.ops.packed import PackedWeight
-from qdora.train.allocator import keep_freed_memory
 
 NEW_NORM = "_new_norm"
 FAST = (

@@ -48,11 +48,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import qdora.nn.adapted_linear
-from qdora.config import Recipe
 from qdora.data.loader import Step
+from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.train.allocator import keep_freed_memory
+from qdora.recipe.settings import Recipe
 from qdora.train.loop import FitSettings
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer

@@ -23,21 +23,15 @@ from typing import Any
 import torch
 from mixed_data import fitted
 
-from qdora.environment import environment
+from qdora.data.build_data import make_loader, read_data, tokenized_mix
+from qdora.files.environment import environment
+from qdora.memory.allocator import keep_freed_memory
+from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.recipe_file import recipe_from
-from qdora.train.allocator import keep_freed_memory
+from qdora.recipe.recipe_file import recipe_from
+from qdora.run.load_base import load_base
 from qdora.train.loop import FitSettings
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.verbs.assemble import (
-    choose_compute,
-    find_model,
-    load_base,
-    make_loader,
-    put_adapters,
-    read_data,
-    tokenized_mix,
-)
 
 
 class PlainBf16AdamW:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from qdora.environment import cpu_name, package_versions
+from qdora.files.environment import cpu_name, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Reading = TypeVar("Reading")

@@ -71,10 +71,10 @@ def export(folder: Path, out: Path, shard_bytes: int, stop_at: float | None) -> 
     """Run in a fresh process: merge, or stop once this share of the bytes is written."""
     import torch
 
-    from qdora.model.export_streamed import StreamedMerge, export_streamed
+    from qdora.export.merged import StreamedMerge, export_streamed
+    from qdora.memory.allocator import keep_freed_memory
     from qdora.model.load import Quantization
     from qdora.model.source import resolve
-    from qdora.train.allocator import keep_freed_memory
 
     keep_freed_memory()
     held = Quantization("nf4", 64, True, ("lm_head",))

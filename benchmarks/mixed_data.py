@@ -14,19 +14,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qdora.config import Recipe
 from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.data.loader import Step
+from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
-from qdora.recipe_file import recipe_from
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
+from qdora.run.load_base import load_base
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
 from qdora.train.interrupt import StopRequest
 from qdora.train.loop import FitSettings, Hooks, fit
 from qdora.train.progress import TrainingProgress
-from qdora.verbs.assemble import choose_compute, find_model, load_base, make_loader, read_data, tokenized_mix
 
 TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 

@@ -26,10 +26,10 @@ from mixed_data import TASKS
 from rich.console import Console
 from torch import Tensor
 
-from qdora.config import Recipe
-from qdora.recipe_file import recipe_from
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
+from qdora.run.train import train_run
 from qdora.train import loop
-from qdora.verbs.train import train_run
 
 
 def main() -> None:

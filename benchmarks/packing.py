@@ -27,14 +27,15 @@ from step_time import own_step
 
 from qdora.data import batching
 from qdora.data.batching import Batching, MicroBatch, micro_batches
+from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
+from qdora.memory.allocator import keep_freed_memory
+from qdora.model.build_model import find_model
 from qdora.model.inject import adapter_parameters
-from qdora.train.allocator import keep_freed_memory
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
-from qdora.verbs.assemble import find_model, read_data, tokenized_mix
 
 RANK, LR = 16, 1e-4
 STEP_TOKENS, MICRO_TOKENS, ROW_TOKENS = 4096, 2048, 512

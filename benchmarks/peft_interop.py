@@ -40,11 +40,11 @@ from contenders import on_linear4bit, packed_layers, plain, quant_state
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qdora.environment import cpu_name, package_versions
+from qdora.export.logit_comparison import float32_arithmetic
+from qdora.files.environment import cpu_name, package_versions
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import inject
 from qdora.model.load import load_model
-from qdora.model.logit_comparison import float32_arithmetic
 from qdora.model.source import resolve
 from qdora.model.tokenizer import load_tokenizer
 

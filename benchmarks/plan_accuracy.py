@@ -206,7 +206,7 @@ def write_data(file: Path, num_rows: int, longest: int) -> None:
 
 def recipe_of(directory: Path, case: tuple[str, str, dict[str, Any]]) -> Any:
     """DoRA of rank 16 on every linear layer of an NF4 base in bf16, 8-bit AdamW, 1,024 tokens a micro-batch."""
-    from qdora.recipe_file import recipe_from
+    from qdora.recipe.recipe_file import recipe_from
 
     size, _, changes = case
     longest = 64 if size == "tiny" else 256
@@ -233,7 +233,8 @@ def recipe_of(directory: Path, case: tuple[str, str, dict[str, Any]]) -> Any:
 
 def data_of(recipe: Any) -> tuple[Any, Any, Any]:
     """The model's source, the tokenised data and the tokenizer."""
-    from qdora.verbs.assemble import find_model, read_data, tokenized_mix
+    from qdora.data.build_data import read_data, tokenized_mix
+    from qdora.model.build_model import find_model
 
     source, tokenizer = find_model(recipe)
     train, _ = read_data(recipe.data)
@@ -242,8 +243,8 @@ def data_of(recipe: Any) -> tuple[Any, Any, Any]:
 
 def plan_of(recipe: Any) -> dict[str, Any]:
     """As `qdora plan --device cpu` makes it."""
-    from qdora.verbs.plan_memory import plan
-    from qdora.verbs.plan_workload import workload_of_data
+    from qdora.plan.memory_plan import plan
+    from qdora.plan.workload import workload_of_data
 
     _, mix, tokenizer = data_of(recipe)
     return plan(recipe, device_kind="cpu", workload=workload_of_data(recipe, mix, tokenizer)).to_dict()
@@ -256,16 +257,17 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
 
     import torch
 
-    from qdora.memory.tracker import LiveBytes
+    from qdora.data.build_data import make_loader
+    from qdora.memory.allocator import keep_freed_memory
+    from qdora.model.build_model import Compute, put_adapters
     from qdora.model.inject import adapter_parameters
-    from qdora.train.allocator import keep_freed_memory
+    from qdora.plan.live_bytes import LiveBytes
+    from qdora.run.load_base import compress_base, load_base, load_pruned_base
     from qdora.train.interrupt import StopRequest
     from qdora.train.loop import FitSettings, Hooks, fit
     from qdora.train.optimizer import AdapterOptimizer
     from qdora.train.packed_attention import packed_layout
     from qdora.train.progress import TrainingProgress
-    from qdora.verbs.assemble import Compute, load_base, make_loader, put_adapters
-    from qdora.verbs.pruned_base import compress_base, load_pruned_base
 
     keep_freed_memory()
     source, mix, tokenizer = data_of(recipe)

@@ -19,9 +19,9 @@ from measure import RESULTS, facts, write
 from plan_shapes import SHAPES, llama
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from qdora.config import Recipe
-from qdora.recipe_file import load_recipe
-from qdora.verbs.plan_memory import plan
+from qdora.plan.memory_plan import plan
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.settings import Recipe
 
 GIB = 2**30
 # config.json of Qwen2.5-32B-Instruct.

@@ -23,9 +23,9 @@ from typing import Any
 from measure import RESULTS, facts, write
 from transformers import LlamaConfig
 
-from qdora.recipe_file import recipe_from
-from qdora.sizes import parse_size
-from qdora.verbs.plan_memory import plan
+from qdora.plan.memory_plan import plan
+from qdora.recipe.byte_size import parse_size
+from qdora.recipe.recipe_file import recipe_from
 
 GIB = 2**30
 NUM_TOKENS = 2048

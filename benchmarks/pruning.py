@@ -24,17 +24,17 @@ from mixed_data import recipe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qdora.data.build_data import read_data
 from qdora.data.encode import encode_batch, special_prefix
 from qdora.data.example import Example
 from qdora.evaluation.perplexity import text_perplexity
-from qdora.model.compress import Compression, PruneSettings
 from qdora.model.load import load_model
+from qdora.model.pruning import Compression, PruneSettings
 from qdora.model.source import ModelSource, resolve
 from qdora.model.tokenizer import load_tokenizer
 from qdora.ops.sparsity import pattern_from
-from qdora.prune_config import CalibrationConfig
-from qdora.verbs.assemble import read_data
-from qdora.verbs.pruned_base import pieces
+from qdora.recipe.settings import CalibrationConfig
+from qdora.run.load_base import pieces
 
 WINDOW = 256
 METHODS = ("magnitude", "wanda", "sparsegpt")

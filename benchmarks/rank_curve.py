@@ -18,8 +18,8 @@ from typing import Any
 from measure import RESULTS, facts
 from two_passes import RATES, SEEDS, common_settings, keep, two_passes
 
-from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.study import study_run
+from qdora.memory.allocator import keep_freed_memory
+from qdora.study.runner import study_run
 
 
 def main() -> None:

@@ -23,13 +23,12 @@ from typing import Any
 from measure import RESULTS, facts
 from two_passes import RATES, SEEDS, common_settings, keep, two_passes
 
-from qdora.atomic_files import atomic_write_json
-from qdora.recipe_file import load_recipe
-from qdora.train.allocator import keep_freed_memory
-from qdora.verbs.rank import rank_run
-from qdora.verbs.rank_settings import RankSettings
-from qdora.verbs.study import study_run
-from qdora.verbs.train import train_run
+from qdora.files.atomic import atomic_write_json
+from qdora.memory.allocator import keep_freed_memory
+from qdora.recipe.recipe_file import load_recipe
+from qdora.run.rank import RankSettings, rank_run
+from qdora.run.train import train_run
+from qdora.study.runner import study_run
 
 RANK = 8
 SCALING = 2.0

@@ -52,9 +52,9 @@ def recipe(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[s
 
 def run_arm(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one arm in this process, then score the test split once, base and adapter."""
-    from qdora.recipe_file import recipe_from
-    from qdora.verbs.evaluate import evaluate_target
-    from qdora.verbs.train import train_run
+    from qdora.recipe.recipe_file import recipe_from
+    from qdora.run.evaluate import evaluate_target
+    from qdora.run.train import train_run
 
     directory = Path(args.runs) / f"{kind}-seed{seed}"
     started = time.perf_counter()
@@ -120,7 +120,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = list(pool.map(start, jobs))
-    from qdora.environment import environment as versions
+    from qdora.files.environment import environment as versions
 
     document = {
         "command": f"python benchmarks/real_data.py DATA --steps {args.steps} --batch {args.batch} --lr {args.lr} "

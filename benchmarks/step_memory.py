@@ -5,7 +5,7 @@
 Beside the file it draws a figure of the same name.
 
 Nothing is computed: fake CPU tensors of the full shapes go through the real code, and
-`qdora.memory.tracker.LiveBytes` counts. One sequence of 2,048 tokens, all of them labelled, bf16, NF4 in blocks of 64
+`qdora.plan.live_bytes.LiveBytes` counts. One sequence of 2,048 tokens, all of them labelled, bf16, NF4 in blocks of 64
 with double quantisation, rank 16 on all linear layers, the output head and the embeddings in 16 bits. The second step
 is counted, when the optimizer's states exist.
 
@@ -49,9 +49,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama
 
-from qdora.memory.tracker import LiveBytes
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.ops.packed import PackedWeight, empty_packed
+from qdora.plan.live_bytes import LiveBytes
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.output_head import LogitForm, head_nll, tapped
 

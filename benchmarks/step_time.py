@@ -41,8 +41,8 @@ from mixed_data import (
 from rich.console import Console
 
 from qdora.data.loader import Step
+from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapter_parameters
-from qdora.train.allocator import keep_freed_memory
 from qdora.train.loop import FitSettings
 from qdora.train.optimizer import AdapterOptimizer
 

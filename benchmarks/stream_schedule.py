@@ -22,9 +22,9 @@ from typing import Any
 
 from measure import RESULTS, facts, write
 
-from qdora.memory.simulated_copies import simulated_step
 from qdora.memory.streaming import interleaved
 from qdora.ops.packed import empty_packed
+from qdora.plan.step_time import simulated_step
 
 FLOPS, BANDWIDTH = 156e12, 25e9
 NUM_BLOCKS = 80

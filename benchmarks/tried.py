@@ -17,13 +17,12 @@ from contenders import random_base
 from measure import in_turns, ratio
 from torch import nn
 
-from qdora.environment import environment
+from qdora.files.environment import environment
+from qdora.memory.allocator import keep_freed_memory
 from qdora.ops import tiles
-from qdora.ops.adapted_linear import frozen_linear
-from qdora.ops.column_dot import column_dot
+from qdora.ops.adapted_map import column_dot, frozen_linear
 from qdora.ops.dropout import dropped_slices, zeroed_
 from qdora.ops.packed import quantize
-from qdora.train.allocator import keep_freed_memory
 from qdora.train.optimizer import AdapterOptimizer
 
 

@@ -13,12 +13,11 @@ import yaml
 from curvature import write_small_model
 from mixed_data import TASKS
 
-from qdora.atomic_files import atomic_write_json, atomic_write_text
-from qdora.study.arms import Results, find_arms
-from qdora.study.config import load_study
-from qdora.study.grid import expand
+from qdora.files.atomic import atomic_write_json, atomic_write_text
+from qdora.study.compare import Results, find_arms
+from qdora.study.grid import expand, load_study
+from qdora.study.report import report_run
 from qdora.study.store import StudyDirectory
-from qdora.verbs.report import report_run
 
 RATES = (1e-3, 3e-3, 6e-3)
 SEEDS = (0, 1, 2)

@@ -25,7 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Path:
     """A run of the tiny recipe that nothing disturbed."""
-    from qdora.verbs.train import train_run  # most tests do not need it
+    from qdora.run.train import train_run  # most tests do not need it
     from tests import tiny_run
 
     train_run(tiny_run.recipe(root), root / "whole")

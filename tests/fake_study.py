@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from qdora.study.config import load_study
-from qdora.study.grid import Cell, expand
+from qdora.study.grid import Cell, expand, load_study
 from qdora.study.runner import run_cells
 from qdora.study.store import StudyDirectory
 from tests import study_worker

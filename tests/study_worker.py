@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qdora.config import Recipe
-from qdora.recipe_file import recipe_from
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
 from qdora.study.grid import Cell
 from qdora.study.runner import run_cells
 from qdora.study.store import StudyDirectory

@@ -13,17 +13,21 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qdora.analysis import component_curvature
+from qdora.analysis import components as component_curvature
 from qdora.analysis import components as module
 from qdora.analysis.allocate import allocate, effective_rank
-from qdora.analysis.component_curvature import (
-    Probe,
+from qdora.analysis.components import (
+    Components,
+    CurvatureProbe,
+    Directions,
+    directions,
     drawn_curvatures,
     drawn_labels,
     exact_curvatures,
+    held_components,
+    layer_directions,
     squared_slopes,
 )
-from qdora.analysis.components import Components, Directions, directions, held_components, layer_directions
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject
 from tests import tiny_adapted, tiny_curvature
@@ -161,7 +165,7 @@ def test_drawing_every_label_once_by_its_chance_is_exact(kind: str, norm: Any, v
     batch.labels[:, :-1] = -100
     found = layer_directions(model, dict.fromkeys(layers, 3), tiny_curvature.batches(), norm=norm)
     exact = exact_curvatures(model, found, [batch], norm=norm)
-    probes = {name: Probe(layers[name], each, norm) for name, each in found.items()}
+    probes = {name: CurvatureProbe(layers[name], each, norm) for name, each in found.items()}
     chances = []
 
     def every_label(logits: Tensor) -> Tensor:
@@ -272,9 +276,9 @@ def test_micro_batches_get_labels_of_their_own() -> None:
         np.testing.assert_allclose(drawn[name].errors, each.std(axis=0, ddof=1) / np.sqrt(8), rtol=1e-12)
 
 
-def probes_of(model: Any, found: dict[str, Directions]) -> dict[str, Probe]:
+def probes_of(model: Any, found: dict[str, Directions]) -> dict[str, CurvatureProbe]:
     layers = adapted_layers(model)
-    return {name: Probe(layers[name], each, "none") for name, each in found.items()}
+    return {name: CurvatureProbe(layers[name], each, "none") for name, each in found.items()}
 
 
 def test_what_they_cannot_take() -> None:

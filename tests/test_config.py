@@ -15,11 +15,10 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qdora.config import Recipe
 from qdora.data.demo import families
-from qdora.data_config import COMMONSENSE_TASKS, DEMO_TASKS, TASKS, is_path
 from qdora.errors import UserError
-from qdora.recipe_file import (
+from qdora.recipe.data_settings import COMMONSENSE_TASKS, DEMO_TASKS, TASKS, is_path
+from qdora.recipe.recipe_file import (
     apply_overrides,
     json_schema,
     load_recipe,
@@ -31,7 +30,8 @@ from qdora.recipe_file import (
     recipe_text,
     resolved_yaml,
 )
-from qdora.recipe_file import settings as settings_of
+from qdora.recipe.recipe_file import settings as settings_of
+from qdora.recipe.settings import Recipe
 
 TOKEN = "hf_" + "a1B2" * 8
 
@@ -750,7 +750,8 @@ def test_every_field_is_described_in_the_schema() -> None:
 
 def test_reading_a_recipe_imports_no_torch() -> None:
     code = (
-        "import sys, qdora.recipe_file as r, qdora.record, qdora.doctor; r.load_recipe('quickstart');"
+        "import sys, qdora.recipe.recipe_file as r, qdora.files.run_directory, qdora.run.doctor;"
+        "r.load_recipe('quickstart');"
         "print([m for m in ('torch', 'transformers', 'bitsandbytes', 'datasets', 'numpy') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

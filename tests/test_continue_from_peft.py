@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from qdora.errors import UserError
 from qdora.ops.packed import dequantize, quantize
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.run.load_run import load_run
+from qdora.run.train import train_run
 from tests import tiny_run
 
 peft = pytest.importorskip("peft")

@@ -10,9 +10,9 @@ import huggingface_hub
 import pandas as pd
 import pytest
 
-from qdora.data.hub import HUB_TASKS, hub_task_rows, without_wikihow_marks
+from qdora.data.commonsense import TEMPLATES
+from qdora.data.commonsense_hub import HUB_TASKS, hub_task_rows, without_wikihow_marks
 from qdora.data.sources import SourceSpec, has_split, load_source
-from qdora.data.tasks import TEMPLATES
 from qdora.errors import UserError
 
 HUB_ROWS: dict[str, tuple[dict[str, Any], str, tuple[str, ...], int]] = {

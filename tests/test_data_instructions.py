@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from qdora.data.formats import commonsense_task
-from qdora.data.instructions import instruction_row
+from qdora.data.commonsense import RowFault, instruction_row
+from qdora.data.row_formats import commonsense_task
 from qdora.data.sources import SourceSpec, load_source
-from qdora.data.tasks import RowFault
-from qdora.data_config import COMMONSENSE_TASKS
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
 
 # The white space differs between the tasks of the published file, so each is written out.
 EXPECTED = {

@@ -12,10 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data.batching import ATTENTION_COST, GROUP_COST, IGNORED, Batching, MicroBatch, micro_batches
+from qdora.data.batching import ATTENTION_COST, GROUP_COST, IGNORED, Batching, MicroBatch, micro_batches, packed_rows
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
-from qdora.data.pack import packed_rows
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=40)

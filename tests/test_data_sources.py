@@ -8,15 +8,8 @@ import pandas as pd
 import pytest
 
 from qdora.data import demo
-from qdora.data.formats import commonsense_task
-from qdora.data.sources import (
-    SourceSpec,
-    draw,
-    load_mix,
-    load_source,
-    load_train_and_validation,
-    split_off,
-)
+from qdora.data.row_formats import commonsense_task
+from qdora.data.sources import SourceSpec, draw, load_mix, load_source, load_train_and_validation, split_off
 from qdora.errors import UserError
 
 CHOICE = {"question": "Q?", "choices": ["a", "b"], "answer": 1}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qdora.data.tasks import TEMPLATES, RowFault, example_of_row
+from qdora.data.commonsense import TEMPLATES, RowFault, example_of_row
 
 ROWS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "boolq": (

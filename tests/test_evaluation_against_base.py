@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qdora.evaluation.against_base import worse_than_base
-from qdora.evaluation.suite import EvaluationResult, TaskResult
+from qdora.evaluation.suite import EvaluationResult, TaskResult, worse_than_base
 
 
 def result(tasks: dict[str, tuple[list[float], list[float]]], *, singles: bool = True) -> EvaluationResult:

@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from qdora.data.demo import examples as demo_examples
 from qdora.data.example import Example
 from qdora.errors import UserError
-from qdora.evaluation.answers import answer_names, first_mention, generation_faults
-from qdora.evaluation.generation import evaluate_generated, generation_table
+from qdora.evaluation.generation import (
+    answer_names,
+    evaluate_generated,
+    first_mention,
+    generation_faults,
+    generation_table,
+)
 from tests import tiny, tiny_tokenizer
 
 NAMES = ("answer1", "answer2", "answer3")

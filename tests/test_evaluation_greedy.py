@@ -12,7 +12,7 @@ from torch import nn
 
 from qdora.errors import RunFailure
 from qdora.evaluation.forward_path import find_path
-from qdora.evaluation.greedy import decode_greedily
+from qdora.evaluation.generation import decode_greedily
 from tests import tiny_adapted
 from tests.test_evaluation_spans import VOCABULARY, tiny_model
 

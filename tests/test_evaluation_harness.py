@@ -17,10 +17,10 @@ import yaml
 from qdora.errors import UserError
 from qdora.evaluation import harness as module
 from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks, harness_table
-from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import export_run
-from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.train import train_run
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
+from qdora.run.evaluate import evaluate_target
+from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")

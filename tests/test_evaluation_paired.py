@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qdora.evaluation.paired import Paired, paired_difference
+from qdora.evaluation.metrics import Paired, paired_difference
 from tests import reference
 
 

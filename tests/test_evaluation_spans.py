@@ -29,9 +29,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from qdora.evaluation import spans as spans_module
+from qdora.evaluation import token_scores as spans_module
 from qdora.evaluation.forward_path import choose_path, scoring
-from qdora.evaluation.spans import Span, score_groups, score_spans
+from qdora.evaluation.token_scores import Span, score_groups, score_spans
 from tests import tiny_adapted
 
 VOCABULARY = 97

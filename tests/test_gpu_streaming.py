@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qdora.memory.host_embedding import keep_embedding_on_host
-from qdora.memory.host_residency import HostResidency
+from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.model.load import Placer, load_model
 from qdora.model.source import resolve
 from tests import tiny_streamed

@@ -6,88 +6,98 @@ import ast
 import subprocess
 import sys
 import time
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qdora"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A file may import its own layer and those below it. Files of the package's root that everyone may use stand last.
-LAYERS = [
-    {"cli"},
-    {"verbs"},
-    {"study"},
-    {"train", "evaluation", "analysis"},
-    {"memory"},
-    {"model", "doctor"},
-    {"nn", "data"},
-    {"ops"},
+# A room may import itself and the rooms below it. Rooms on one line do not import each other.
+ROOMS = [
+    ("cli",),
+    ("study", "export"),
+    ("run",),
+    ("plan",),
+    ("train", "evaluation", "analysis"),
+    ("memory",),
+    ("model",),
+    ("nn", "data"),
+    ("ops",),
+    ("recipe",),
+    ("files",),
+    ("errors",),
 ]
-COMMON = {
-    "access_tokens",
-    "atomic_files",
-    "checkpoint_files",
-    "command",
-    "config",
-    "data_config",
-    "disk_errors",
-    "environment",
-    "errors",
-    "gate_config",
-    "prune_config",
-    "recipe_faults",
-    "recipe_file",
-    "record",
-    "section",
-    "sizes",
-    "train_config",
-}
+MOST_LINES_OF_A_FILE = 600
+MOST_LINES_OF_A_FUNCTION = 80
 
 
-def layer_of(part: str) -> int:
-    """0 for the top; the common files are below everything."""
-    if part in COMMON:
-        return len(LAYERS)
-    return next(index for index, names in enumerate(LAYERS) if part in names)
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_parts(file: Path) -> set[str]:
-    """First parts of the qdora modules that a file imports, anywhere in it."""
+def level_of(room: str) -> int:
+    """0 for the top. A room that is not in ROOMS raises StopIteration."""
+    return next(level for level, rooms in enumerate(ROOMS) if room in rooms)
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    """The modules of qdora, and the names in them, that a syntax tree imports anywhere."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "qdora" else [node.module]
-        found |= {name.split(".")[1] for name in names if name.startswith("qdora.")}
-    return found - {"__version__"}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("qdora.")} - {"qdora.__version__"}
 
 
-def test_there_are_files() -> None:
+def test_imports_point_down() -> None:
     assert len(FILES) > 40
+    offenders = []
+    for file in FILES:
+        for name in imported_modules(ast.parse(file.read_text())):
+            imported = name.split(".")[1]
+            if file == PACKAGE / "__init__.py":
+                offenders.append(f"qdora/__init__.py imports {name}")
+            elif imported != room_of(file) and level_of(imported) <= level_of(room_of(file)):
+                offenders.append(f"{file.relative_to(PACKAGE)} imports {name}, which is not below it")
+    assert not offenders, "\n".join(offenders)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_point_down(file: Path) -> None:
-    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if part == "__init__":
-        assert not imported_parts(file)
-        return
-    for other in imported_parts(file):
-        assert layer_of(other) > layer_of(part) or other == part or {other, part} <= COMMON, (
-            f"{file.relative_to(PACKAGE)} imports qdora.{other}, which is not below it"
-        )
+def test_no_import_cycles() -> None:
+    modules = {".".join(("qdora", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in FILES}
+    graph = {}
+    for module, file in modules.items():
+        names = imported_modules(ast.parse(file.read_text()))
+        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} & set(modules)
+    assert any(graph.values())
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_files_and_functions_are_short(file: Path) -> None:
-    text = file.read_text()
-    assert len(text.splitlines()) <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < 80, f"{file.name}:{node.lineno} {node.name}"
+def test_files_and_functions_are_short() -> None:
+    offenders = []
+    for file in FILES:
+        text = file.read_text()
+        if len(text.splitlines()) > MOST_LINES_OF_A_FILE:
+            offenders.append(f"{file.relative_to(PACKAGE)}: {len(text.splitlines())} lines")
+        offenders += [
+            f"{file.relative_to(PACKAGE)}:{node.lineno} {node.name}"
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= MOST_LINES_OF_A_FUNCTION
+        ]
+    assert not offenders, "\n".join(offenders)
+
+
+def test_no_two_files_and_no_two_classes_have_one_name() -> None:
+    """Files of cli/ have the names of their verbs, which those of other rooms may have, too."""
+    files = Counter(file.stem for file in FILES if room_of(file) != "cli" and not file.stem.startswith("__"))
+    classes = Counter(
+        node.name for file in FILES for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef)
+    )
+    assert files
+    assert classes
+    assert not [name for name, count in (files + classes).items() if count > 1]
 
 
 def test_no_pickle_is_ever_read() -> None:

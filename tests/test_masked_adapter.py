@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qdora.errors import UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -20,10 +22,8 @@ from qdora.ops import masked_linear as ops
 from qdora.ops.packed import quantize
 from qdora.ops.prune import prune_weight
 from qdora.ops.sparsity import mask_bits, mask_from_bits, pattern_from
-from qdora.verbs.export import export_run
-from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.run.load_run import load_run
+from qdora.run.train import train_run
 from tests import reference_prune as reference
 from tests import tiny, tiny_adapted, tiny_run
 

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from qdora.errors import UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
 from qdora.memory.disk_residency import DiskResidency
-from qdora.model.base_cache import BaseCache
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_model
+from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
-from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import ExportOptions, export_run
-from qdora.verbs.train import train_run
+from qdora.run.evaluate import evaluate_target
+from qdora.run.train import train_run
 from tests import tiny_run, tiny_streamed
 from tests.run_files import assert_same_run
 

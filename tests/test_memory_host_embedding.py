@@ -9,22 +9,21 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel
 
-from qdora.config import Recipe
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import input_device
-from qdora.memory.host_embedding import check_host_embedding, keep_embedding_on_host
-from qdora.memory.host_residency import HostResidency
-from qdora.memory.plan import DENSE, Plan
-from qdora.memory.plan_time import STATED
+from qdora.export.logit_comparison import float32_arithmetic
+from qdora.memory.host_residency import HostResidency, check_host_embedding, keep_embedding_on_host
 from qdora.model.inject import inject
 from qdora.model.load import load_model
-from qdora.model.logit_comparison import float32_arithmetic
 from qdora.model.source import resolve
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.recipe_file import recipe_from
-from qdora.verbs import assemble
-from qdora.verbs.plan_memory import local_source, plan
-from qdora.verbs.train import train_run
+from qdora.plan.memory_plan import local_source, plan
+from qdora.plan.peak import DENSE, Plan
+from qdora.plan.step_time import STATED
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
+from qdora.run import load_base as base_loading
+from qdora.run.train import train_run
 from tests import tiny_run, tiny_streamed
 from tests.checkpoints import SMALL
 from tests.test_memory_host_residency import LateCopies
@@ -110,10 +109,10 @@ def test_a_run_on_a_gpu_loads_it_there(monkeypatch: pytest.MonkeyPatch, device: 
         asked.append(before_reading)
         return torch.nn.Module()
 
-    monkeypatch.setattr(assemble, "load_model", load)
+    monkeypatch.setattr(base_loading, "load_model", load)
     recipe = a_recipe(host_embeddings=True, checkpointing=False)
-    compute = assemble.Compute(torch.device(device), torch.bfloat16)
-    assemble.load_base(recipe, local_source(), compute)
+    compute = base_loading.Compute(torch.device(device), torch.bfloat16)
+    base_loading.load_base(recipe, local_source(), compute)
     assert asked == [keep_embedding_on_host if wanted else None]
 
 

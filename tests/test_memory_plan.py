@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from qdora.config import Recipe
 from qdora.data.batching import MicroBatch
-from qdora.memory import plan as parts
-from qdora.memory.plan import MicroBatchShape, Moment, Plan
-from qdora.memory.plan_blocks import Pattern, drawn_out, find_pattern
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
-from qdora.recipe_file import recipe_from
-from qdora.verbs.plan_memory import measured, plan
-from qdora.verbs.plan_workload import assumed_workload, largest_shapes
+from qdora.plan import peak as parts
+from qdora.plan.block_pattern import BlockPattern, drawn_out, find_pattern
+from qdora.plan.memory_plan import measured, plan
+from qdora.plan.peak import MicroBatchShape, Moment, Plan
+from qdora.plan.workload import assumed_workload, largest_shapes
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -115,12 +115,12 @@ def test_a_pruned_base_has_a_bit_for_each_weight_and_stays_where_it_is(quant: st
 
 def test_a_pattern_is_found_where_it_saves_something() -> None:
     assert find_pattern(["a"] * 9) is None
-    assert find_pattern(["a"] * 80) == Pattern(0, 1, 80, 0)
-    assert find_pattern(["d"] * 3 + ["m"] * 58) == Pattern(3, 1, 58, 0)
+    assert find_pattern(["a"] * 80) == BlockPattern(0, 1, 80, 0)
+    assert find_pattern(["d"] * 3 + ["m"] * 58) == BlockPattern(3, 1, 58, 0)
     six = [*"sssssf"] * 10 + [*"ss"]
-    assert find_pattern(six) == Pattern(0, 6, 10, 2)
+    assert find_pattern(six) == BlockPattern(0, 6, 10, 2)
     assert find_pattern([str(index) for index in range(60)]) is None
-    pattern = Pattern(1, 2, 6, 1)
+    pattern = BlockPattern(1, 2, 6, 1)
     assert pattern.num_blocks == 14
     assert pattern.kept(4) == [0, 1, 2, 3, 4, 9, 10, 11, 12, 13]
     assert pattern.kept(5) == [0, 1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13]
@@ -129,10 +129,10 @@ def test_a_pattern_is_found_where_it_saves_something() -> None:
 def test_drawing_out_is_linear_and_needs_the_same_moments() -> None:
     short = [Moment("forward", 0, {"x": 10}), Moment("forward", 3, {"x": 40, "y": 1})]
     longer = [Moment("forward", 0, {"x": 11}), Moment("forward", 4, {"x": 50})]
-    found = drawn_out(short, longer, Pattern(0, 1, 10, 0))
+    found = drawn_out(short, longer, BlockPattern(0, 1, 10, 0))
     assert found == [Moment("forward", 0, {"x": 16}), Moment("forward", 9, {"x": 100, "y": -5})]
     with pytest.raises(ValueError, match="forward of block 4"):
-        drawn_out(short, longer[:1], Pattern(0, 1, 10, 0))
+        drawn_out(short, longer[:1], BlockPattern(0, 1, 10, 0))
 
 
 def test_a_plan_says_what_to_change_cheapest_first() -> None:

@@ -10,19 +10,19 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qdora.config import Recipe
 from qdora.errors import UserError
-from qdora.memory import plan as parts
 from qdora.memory.host_residency import HostResidency
-from qdora.memory.plan import MicroBatchShape, Moment, Plan
-from qdora.memory.plan_model import empty_model
-from qdora.memory.plan_streaming import StreamedBlocks, streamed_blocks, with_offloaded, with_streamed
-from qdora.memory.tracker import LiveBytes
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
-from qdora.recipe_file import recipe_from
-from qdora.verbs.plan_changes import with_changes
-from qdora.verbs.plan_memory import local_source, plan
+from qdora.plan import peak as parts
+from qdora.plan.fake_model import empty_model
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.memory_plan import local_source, plan
+from qdora.plan.peak import MicroBatchShape, Moment, Plan
+from qdora.plan.proposals import with_changes
+from qdora.plan.step_time import StreamedBlocks, streamed_blocks, with_offloaded, with_streamed
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
 from tests import tiny_streamed
 from tests.test_memory_host_residency import LateCopies
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdora.memory.simulated_copies import SimulatedCopies, simulated_step
 from qdora.memory.streaming import Ring, interleaved
+from qdora.plan.step_time import SimulatedCopies, simulated_step
 
 
 class Slots:

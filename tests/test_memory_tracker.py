@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from qdora.memory.tracker import LiveBytes
 from qdora.ops.packed import empty_packed
+from qdora.plan.live_bytes import LiveBytes
 
 
 @pytest.fixture(params=["real", "fake"])

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qdora.errors import UserError
+from qdora.files.tensor_file import TensorSpec, plan_shards, write_safetensors
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.inject import adapted_layers
-from qdora.model.safetensors_writer import TensorSpec, plan_shards, write_safetensors
 from tests import tiny_adapted
 
 QUANT = {"quant": "nf4", "block_size": 64, "double_quant": True}

@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
-from qdora.model import base_cache
-from qdora.model.base_cache import BaseCache
+from qdora.files.tensor_file import MappedFile
+from qdora.model import packed_base as base_cache
 from qdora.model.load import Quantization, load_model
-from qdora.model.mapped_file import MappedFile
+from qdora.model.packed_base import RECORD_FILE, BaseCache, StoredBase
 from qdora.model.source import resolve
-from qdora.model.stored_base import RECORD_FILE, StoredBase
-from qdora.recipe_file import recipe_from
+from qdora.recipe.recipe_file import recipe_from
 from tests.checkpoints import CONFIGS, checkpoint, load, logits, one_file
 
 

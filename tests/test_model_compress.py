@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qdora.errors import UserError
-from qdora.model import compress
-from qdora.model.compress import Compression, PruneSettings, quantized_layers
-from qdora.model.compressed_file import StoredCompression, save_compressed
+from qdora.model import pruning as compress
 from qdora.model.inject import frozen_layers
 from qdora.model.load import Quantization
+from qdora.model.pruned_file import StoredCompression, save_compressed
+from qdora.model.pruning import Compression, PruneSettings, quantized_layers
 from qdora.model.source import resolve
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import dequantize, quantize

@@ -10,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.model.compress import Compression, PruneSettings
-from qdora.model.error_init import start_from_error_
 from qdora.model.inject import inject
+from qdora.model.loftq_start import nearest_low_rank, start_from_error_
+from qdora.model.pruning import Compression, PruneSettings
 from qdora.model.source import resolve
-from qdora.ops.low_rank import nearest_low_rank
 from qdora.ops.sparsity import pattern_from
-from qdora.verbs.train import train_run
+from qdora.run.train import train_run
 from tests import checkpoints, tiny_run
 
 

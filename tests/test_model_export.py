@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-import qdora.model.export_directory as export_module
+import qdora.export.directory as export_module
 from qdora.errors import RunFailure, UserError
-from qdora.model.card import CardFacts, model_card
-from qdora.model.export import export_merged
+from qdora.export.logit_comparison import LogitDifference, float32_arithmetic
+from qdora.export.merged import export_merged
+from qdora.export.verify import verify_merged
+from qdora.files.tensor_file import TensorSpec
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.licence import Licence
-from qdora.model.logit_comparison import Difference, float32_arithmetic
-from qdora.model.safetensors_writer import TensorSpec
-from qdora.model.verify import verify_merged
+from qdora.run.model_card import CardFacts, model_card
 from tests import tiny_adapted, tiny_tokenizer
 
 KINDS = ["lora", "dora"]
@@ -331,7 +331,7 @@ def test_a_model_larger_than_memory_is_compared_from_the_disk(
 ) -> None:
     export_merged(running, None, tmp_path / "out", max_shard_bytes=20_000)
     expected = verify(running, tmp_path / "out")
-    monkeypatch.setattr("qdora.model.verify.get_max_memory", lambda: {"cpu": 70_000})
+    monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": 70_000})
     found = verify(running, tmp_path / "out")
     assert found == expected
     assert found["passed"]
@@ -360,7 +360,7 @@ def test_the_differences_of_the_verdict(tmp_path: Path, running: Any) -> None:
 
 
 def test_kl_by_hand() -> None:
-    difference = Difference()
+    difference = LogitDifference()
     difference.add(torch.tensor([[0.0, math.log(3.0)], [1.0, 1.0]]), torch.tensor([[math.log(3.0), 0.0], [1.0, 1.0]]))
     found = difference.to_dict()
     # P = (1/4, 3/4), Q = (3/4, 1/4): KL = 1/4 log(1/3) + 3/4 log 3 = 1/2 log 3

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
-from qdora.model.export_nf4_lora import export_nf4_lora
+from qdora.export.logit_comparison import float32_arithmetic
+from qdora.export.nf4_lora import export_nf4_lora
+from qdora.export.verify_4bit import OWN_LOADER, PLAIN_LOADER, verify_nf4_lora
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
-from qdora.model.logit_comparison import float32_arithmetic
 from qdora.model.source import resolve
-from qdora.model.verify_nf4_lora import OWN_LOADER, PLAIN_LOADER, verify_nf4_lora
 from tests import reference_quant, tiny_adapted, tiny_tokenizer
 
 # Rows of whole blocks of 64.

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-import qdora.model.export_directory as export_module
+import qdora.export.directory as export_module
 from qdora.errors import RunFailure, UserError
+from qdora.export.merged import StreamedMerge, check_merge, export_merged, export_streamed
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.export import export_merged
-from qdora.model.export_streamed import StreamedMerge, check_merge, export_streamed
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve

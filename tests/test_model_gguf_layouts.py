@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from qdora.errors import UserError
-from qdora.model.gguf import open_gguf
-from qdora.model.verify_gguf import TensorCheck, check_tensors
+from qdora.export.gguf import TensorCheck, check_tensors
+from qdora.model.gguf_file import open_gguf
 
 gguf = pytest.importorskip("gguf")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qdora.errors import RunFailure, UserError
-from qdora.model.hub_push import check_repository, push
+from qdora.export.hub_push import check_repository, push
 
 
 class FakeHub:
@@ -41,7 +41,7 @@ def export(tmp_path: Path) -> Path:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, hub: Any) -> Any:
-    monkeypatch.setattr("qdora.model.hub_push.HfApi", lambda: hub)
+    monkeypatch.setattr("qdora.export.hub_push.HfApi", lambda: hub)
     return hub
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qdora.model.card import CardFacts, model_card
 from qdora.model.licence import Licence, licence_files, licence_of
 from qdora.model.source import ModelSource, public_name
+from qdora.run.model_card import CardFacts, model_card
 
 LLAMA = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\ntags: [a]\n---\n# A model\n"
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPTNeoXJapaneseConfig, MixtralConfig
 
 from qdora.errors import UserError
-from qdora.model.checkpoint import iterate_tensors, open_safetensors
 from qdora.model.inject import frozen_layers
-from qdora.model.place import place_dense
+from qdora.model.load import place_dense
+from qdora.model.stored_tensors import iterate_tensors, open_safetensors
 from qdora.ops.packed import dequantize, quantize
 from tests.checkpoints import CONFIGS, SMALL, checkpoint, load, logits, one_file
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdora.model.logit_comparison import Comparison, verdict
+from qdora.export.logit_comparison import Comparison, verdict
 
 POSITIONS, VOCABULARY = 12, 50
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qdora.errors import UserError
 from qdora.model import source as module
-from qdora.model.checkpoint import shard_files
 from qdora.model.source import ModelSource, resolve
+from qdora.model.stored_tensors import shard_files
 from qdora.model.tokenizer import load_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -164,7 +164,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_shard_cut_short(tmp_path: Path) -> None:
-    from qdora.model.checkpoint import open_safetensors
+    from qdora.model.stored_tensors import open_safetensors
 
     path = model_directory(tmp_path)
     whole = (path / "model.safetensors").read_bytes()

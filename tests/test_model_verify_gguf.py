@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.model.verify_gguf import largest_share, q8_0_rounding
+from qdora.export.gguf import largest_share, q8_0_rounding
 
 gguf = pytest.importorskip("gguf")
 

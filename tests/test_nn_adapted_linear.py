@@ -156,7 +156,7 @@ def test_bf16_errors_are_at_most_twice_those_of_the_plain_formula(out, in_, rank
 
 
 def test_long_factors_are_scaled_in_slices(monkeypatch):
-    from qdora.ops import adapted_linear as module
+    from qdora.ops import adapted_map as module
 
     layer = layer_of("dora")
     x = torch.randn(5, 64).bfloat16()

@@ -248,8 +248,8 @@ def test_a_cast_of_the_model_leaves_gates_in_float32() -> None:
 
 def test_files_and_analyses_take_the_gated_factor(tmp_path: Any) -> None:
     """An adapter that is written with gates is read without them, and computes the same."""
-    from qdora.analysis.plain import plain_model
-    from qdora.analysis.rivals import update_spectrum
+    from qdora.analysis.differentiable import plain_model
+    from qdora.analysis.update_gradient import update_spectrum
     from qdora.model.adapter_file import load_adapter, save_adapter
     from qdora.model.inject import adapted_layers
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qdora.memory.tracker import LiveBytes
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops import tiles
 from qdora.ops.dora import row_norm
 from qdora.ops.packed import quantize
+from qdora.plan.live_bytes import LiveBytes
 from tests import tiny
 
 # A row takes 2 KiB in float32, so runs of 16 rows (or columns, of 512 outputs) take the whole budget.

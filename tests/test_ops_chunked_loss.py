@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdora.ops import chunked_loss
-from qdora.ops.chunked_loss import CHUNK_BYTES, auto_chunk, chunked_nll
+from qdora.ops import loss as chunked_loss
+from qdora.ops.loss import CHUNK_BYTES, auto_chunk, chunked_nll
 from qdora.ops.packed import dequantize, quantize
 from tests import reference
 

@@ -18,7 +18,7 @@ import yaml
 from qdora.cli import app
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.recipe_file import load_recipe, read_yaml, recipe_from, recipe_names, resolved_yaml
+from qdora.recipe.recipe_file import load_recipe, read_yaml, recipe_from, recipe_names, resolved_yaml
 from tests import tiny_adapted
 
 ROOT = Path(__file__).parent.parent

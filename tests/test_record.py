@@ -18,12 +18,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qdora import atomic_files, doctor
-from qdora.atomic_files import atomic_directory, atomic_write_bytes, atomic_write_json, json_text, remove_leftovers
-from qdora.checkpoint_files import checkpoint_fault
-from qdora.environment import VARIABLES, environment
 from qdora.errors import RunFailure, UserError
-from qdora.record import Checkpoint, RunDirectory, create_run, open_run, resume_run
+from qdora.files import atomic as atomic_files
+from qdora.files.atomic import atomic_directory, atomic_write_bytes, atomic_write_json, json_text, remove_leftovers
+from qdora.files.environment import VARIABLES, environment
+from qdora.files.run_directory import Checkpoint, RunDirectory, checkpoint_fault, create_run, open_run, resume_run
+from qdora.run import doctor
 
 RECIPE = "train:\n  steps: 10\n  lr: 0.1\n  log_every: 1\ndata:\n  mix:\n  - task: boolq\n"
 ENVIRONMENT = {"torch": "2", "devices": ["a"]}
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_no_half_line(run: RunDirectory) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from qdora.record import RunDirectory
+from qdora.files.run_directory import RunDirectory
 from qdora.errors import RunFailure
 run = RunDirectory(Path(sys.argv[1]))
 run.append_metrics({"step": 1, "text": "x" * 500})
@@ -410,7 +410,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from qdora import atomic_files
-from qdora.record import RunDirectory
+from qdora.files.run_directory import RunDirectory
 run, calls, when = RunDirectory(Path(sys.argv[1])), [], int(sys.argv[2])
 def die(function):
     def call(*arguments):

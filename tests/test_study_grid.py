@@ -16,9 +16,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qdora.errors import UserError
-from qdora.recipe_file import override, recipe_from, settings
-from qdora.study.config import label_of, load_study, study_from
-from qdora.study.grid import Cell, expand, key_of
+from qdora.recipe.recipe_file import override, recipe_from, settings
+from qdora.study.grid import Cell, expand, key_of, label_of, load_study, study_from
 from tests import study_worker
 
 ADAPTERS = {

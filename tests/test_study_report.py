@@ -17,13 +17,11 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.model.compress import CompressedLayer
-from qdora.study.config import COLUMNS
-from qdora.study.grid import Cell
-from qdora.study.page import write_report
+from qdora.model.pruning import CompressedLayer
+from qdora.study.grid import COLUMNS, Cell
+from qdora.study.report import report_run, write_report
 from qdora.study.scores import half
 from qdora.study.tables import Report, read_report
-from qdora.verbs.report import report_run
 from tests import fake_study
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")

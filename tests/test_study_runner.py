@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 
 from qdora.errors import Interrupted
-from qdora.study import claims
-from qdora.study.claims import Claims
+from qdora.study import store as claims
 from qdora.study.grid import Cell
 from qdora.study.runner import once, run_cells, shard_of, tally
-from qdora.study.store import MAX_DEATHS, StudyDirectory
+from qdora.study.store import MAX_DEATHS, Claims, StudyDirectory
 from tests import study_worker
 
 ROOT = Path(__file__).parent.parent
@@ -247,7 +246,7 @@ def test_shards_share_the_cells_out() -> None:
 
 def test_jobs_of_submitit_share_a_study(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    from qdora.study.slurm import submit_jobs
+    from qdora.study.runner import submit_jobs
 
     command = [sys.executable, "-m", "tests.study_worker", str(tmp_path / "study"), "8", "0.05"]
     (tmp_path / "study").mkdir()

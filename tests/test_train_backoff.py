@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from qdora.errors import Interrupted, RunFailure
+from qdora.run import train as train_verb
+from qdora.run.train import train_run
 from qdora.train import loop
 from qdora.train.backoff import is_out_of_memory
-from qdora.verbs import train as train_verb
-from qdora.verbs.train import train_run
 from tests import tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qdora.config import Recipe
+from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.model.build_model import find_model
+from qdora.recipe.settings import Recipe
+from qdora.run.train import train_run
 from qdora.train import loop
 from qdora.train.bad_steps import BadSteps
-from qdora.verbs.assemble import find_model, make_loader, read_data, tokenized_mix
-from qdora.verbs.train import train_run
 from tests import launched, tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless
 

@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qdora.config import Recipe
 from qdora.errors import Interrupted, UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
+from qdora.recipe.settings import Recipe
+from qdora.run import validation
+from qdora.run import writer as run_writer
+from qdora.run.evaluate import evaluate_target
+from qdora.run.train import train_run
 from qdora.train.best import BestSoFar
-from qdora.verbs import run_writer, validation
-from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import export_run
-from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.train import train_run
 from tests import launched, tiny_run
 from tests.run_files import assert_same_run, same_tensors, stop_after, timeless
 

@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from qdora import record
-from qdora.config import Recipe
-from qdora.data.share import share_of
+from qdora.data.loader import share_of
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.recipe_file import resolved_yaml
+from qdora.files import run_directory as record
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.settings import Recipe
+from qdora.run import writer as run_writer
+from qdora.run.train import train_run
 from qdora.train import distributed, loop
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
-from qdora.verbs import run_writer
-from qdora.verbs.train import train_run
 from tests import launched, tiny_run
 
 PACKED = {"train__batch": 9, "data__packing": True}

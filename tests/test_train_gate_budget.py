@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize, minimize_scalar
 
-from qdora.ops import hard_concrete
-from qdora.train import gate_budget as budget
+from qdora.ops import gate as hard_concrete
+from qdora.train import gates as budget
 
 
 def wide(values: list[float]) -> torch.Tensor:

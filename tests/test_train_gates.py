@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qdora.errors import Interrupted, UserError
-from qdora.gate_config import GateConfig
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.recipe.settings import GateConfig
+from qdora.run.train import train_run
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.verbs.train import train_run
 from tests import tiny_adapted, tiny_run
 from tests.run_files import assert_same_run, stop_after, trained
 
@@ -217,7 +217,7 @@ def test_at_the_end_gates_are_folded_into_the_factor_and_its_averages(
 def test_8_bit_states_are_cut_to_within_their_quantisation() -> None:
     """Above 4,096 elements bitsandbytes keeps codes: what stays differs by at most their spacing, 1.6 % of a block's
     largest number and less near 0."""
-    from qdora.train.optimizer_formats import MOMENTS, widened_state
+    from qdora.train.optimizer import MOMENTS, widened_state
 
     key = "layer.lora_A"
     parameter = nn.Parameter(torch.randn(12, 1000, generator=torch.Generator().manual_seed(0)))

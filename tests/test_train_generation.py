@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qdora.errors import UserError
-from qdora.recipe_file import recipe_from
-from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.train import train_run
+from qdora.recipe.recipe_file import recipe_from
+from qdora.run.evaluate import evaluate_target
+from qdora.run.train import train_run
 from tests import tiny_run
 
 
@@ -60,8 +60,8 @@ def test_sources_that_cannot_be_generated_are_refused_before_anything_is_loaded(
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("qdora.verbs.pruned_base.load_base", load)
-    monkeypatch.setattr("qdora.verbs.evaluate.load_target", load)
+    monkeypatch.setattr("qdora.run.load_base.load_base", load)
+    monkeypatch.setattr("qdora.run.evaluate.load_target", load)
     recipe = tiny_run.recipe(root, eval__method="generate")
     with pytest.raises(UserError, match="got task 'sums', whose example 29 has no choices"):
         train_run(recipe, tmp_path / "run")

@@ -12,10 +12,10 @@ import torch
 
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters
-from qdora.train.heat_map import draw_heat_map
-from qdora.train.interference import Probe, agreement, conflicts, gram_matrices, in_words, measure
-from qdora.train.random_state import random_state
-from qdora.verbs.train import train_run
+from qdora.run.train import train_run
+from qdora.train.checkpoint import random_state
+from qdora.train.figures import draw_heat_map
+from qdora.train.interference import GradientProbe, agreement, conflicts, gram_matrices, in_words, measure
 from tests import launched, reference, tiny_adapted, tiny_run
 from tests.run_files import assert_same_run, same_tensors, stop_after, timeless
 from tests.test_data_loader import tokenised
@@ -87,7 +87,7 @@ def test_products_are_summed_by_kind_and_block() -> None:
                 assert grams[group][i, j] == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-def probe_of(model: Any) -> tuple[Probe, dict[str, Any]]:
+def probe_of(model: Any) -> tuple[GradientProbe, dict[str, Any]]:
     from qdora.data.batching import Batching, micro_batches
 
     sets = {name: tokenised(name, [6, 9, 7, 5], seed=seed) for seed, name in enumerate(("one", "two"))}
@@ -96,7 +96,7 @@ def probe_of(model: Any) -> tuple[Probe, dict[str, Any]]:
         name: tuple(micro_batches(part.examples[half::2], batching, [name]) for half in (0, 1))
         for name, part in sets.items()
     }
-    return Probe(batches), {name: part.examples for name, part in sets.items()}  # type: ignore[arg-type]
+    return GradientProbe(batches), {name: part.examples for name, part in sets.items()}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from qdora.command import explain
+from qdora.cli.failures import explain
 from qdora.errors import Interrupted, RunFailure
-from qdora.record import RunDirectory
+from qdora.files.run_directory import RunDirectory
+from qdora.run import writer as run_writer
+from qdora.run.train import train_run
 from qdora.train import interrupt, loop
-from qdora.verbs import run_writer
-from qdora.verbs.train import train_run
 from tests import tiny_run
 from tests.run_files import assert_same_run, trained
 

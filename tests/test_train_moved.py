@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from qdora.errors import RunFailure, UserError
+from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapter_parameters
-from qdora.record import RunDirectory
-from qdora.train.moved import MovedCheck
+from qdora.run import train
+from qdora.run.train import train_run
+from qdora.train.first_updates import MovedCheck
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.verbs import train
-from qdora.verbs.train import train_run
 from tests import tiny_adapted, tiny_run
 
 Rate = Callable[[int], float]

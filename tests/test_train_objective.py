@@ -16,12 +16,10 @@ from hypothesis import strategies as st
 from qdora.data.loader import Step
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters
+from qdora.run.train import train_run
 from qdora.train.distributed import Processes
 from qdora.train.loop import _gradient_of_step
-from qdora.train.objective import Objective
-from qdora.train.surgery import TaskGradients, pcgrad_weights
-from qdora.train.task_weights import TaskWeights, progress_weights
-from qdora.verbs.train import train_run
+from qdora.train.objective import Objective, TaskGradients, TaskWeights, pcgrad_weights, progress_weights
 from tests import launched, reference, tiny_adapted, tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless
 from tests.test_data_loader import content, loader, tokenised

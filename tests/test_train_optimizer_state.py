@@ -11,11 +11,10 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qdora.ops.planning import planned_on
+from qdora.ops.planned_device import planned_on
+from qdora.train import optimizer as optimizer_formats
 from qdora.train import optimizer as optimizer_module
-from qdora.train import optimizer_formats
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName
-from qdora.train.optimizer_formats import widened_state
+from qdora.train.optimizer import AdapterOptimizer, OptimizerName, widened_state
 
 NAMES = get_args(OptimizerName)
 PAGED = [name for name in NAMES if name.startswith("paged")]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from qdora.errors import Interrupted, UserError
+from qdora.run import load_base as pruned_base
+from qdora.run.train import train_run
 from qdora.train import loop, packed_attention
-from qdora.verbs import pruned_base
-from qdora.verbs.train import train_run
 from tests import tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, stop_after, timeless
 

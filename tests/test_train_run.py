@@ -15,15 +15,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qdora import record
-from qdora.config import Recipe
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.recipe_file import resolved_yaml
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
+from qdora.files import run_directory as record
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.settings import Recipe
+from qdora.run.evaluate import evaluate_target
+from qdora.run.train import train_run
 from qdora.train import loop
-from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import export_run
-from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.train import train_run
 from tests import tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless, trained
 
@@ -33,7 +33,8 @@ FIGURES |= {"validation_accuracy"}
 
 def start_magnitudes(root: Path) -> dict[str, torch.Tensor]:
     """The magnitudes before the first step, by their name in an adapter file."""
-    from qdora.verbs.assemble import choose_compute, find_model, load_base, put_adapters
+    from qdora.model.build_model import choose_compute, find_model, put_adapters
+    from qdora.run.load_base import load_base
 
     recipe = tiny_run.recipe(root)
     base = load_base(recipe, find_model(recipe)[0], choose_compute("float32"))

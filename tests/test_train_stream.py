@@ -12,9 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qdora.errors import Interrupted, UserError
-from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.plan import plan_run
-from qdora.verbs.train import train_run
+from qdora.plan.plan_view import plan_run
+from qdora.run.evaluate import evaluate_target
+from qdora.run.train import train_run
 from tests import tiny_run
 from tests.run_files import stop_after
 

@@ -12,19 +12,17 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qdora.export.audit import DESCRIPTIONS, audit_page, computing, layer_errors, variants, verdict
+from qdora.export.export_run import export_run
+from qdora.export.logit_comparison import float32_arithmetic
+from qdora.export.merged import merge_of, open_merge
+from qdora.export.options import ExportOptions
+from qdora.files.run_directory import open_run
 from qdora.model.adapter_file import load_adapter
-from qdora.model.export_streamed import open_merge
 from qdora.model.load import load_model
-from qdora.model.logit_comparison import float32_arithmetic
 from qdora.model.source import resolve
-from qdora.model.variants import computing, layer_errors, variants
-from qdora.record import open_run
-from qdora.verbs.audit import DESCRIPTIONS, audit_page, verdict
-from qdora.verbs.export import export_run
-from qdora.verbs.export_merge import merge_of
-from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.run.load_run import load_run
+from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
 IDS = torch.tensor([[1, 17, 30, 5, 44, 26, 9, 120, 3, 3, 77]])
@@ -86,7 +84,7 @@ def test_a_form_in_memory_is_the_form_in_the_files(
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_the_original_form_has_the_layers_own_formula(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     """With the gate in B, and the mask over B A."""
-    from qdora.model import variants as module
+    from qdora.export import audit as module
     from tests import test_masked_adapter
 
     layer = test_masked_adapter.layer_of(kind=kind, dtype=torch.float32)

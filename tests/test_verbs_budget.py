@@ -11,16 +11,19 @@ import pytest
 import torch
 from rich.console import Console
 
+from qdora.data.build_data import read_data, tokenized_mix
 from qdora.errors import UserError
-from qdora.memory import plan_time
-from qdora.memory.plan import MicroBatchShape
-from qdora.sizes import parse_size, size_text
-from qdora.verbs import assemble, plan_budget, show_plan
-from qdora.verbs.assemble import Compute
-from qdora.verbs.measure_rates import measure_rates, rates_text
-from qdora.verbs.plan import plan_run
-from qdora.verbs.plan_workload import workload_of_data
-from qdora.verbs.train import train_run
+from qdora.model.build_model import Compute, find_model
+from qdora.plan import memory_plan as plan_budget
+from qdora.plan import plan_view as show_plan
+from qdora.plan import step_time as plan_time
+from qdora.plan.peak import MicroBatchShape
+from qdora.plan.plan_view import plan_run
+from qdora.plan.step_time import measure_rates, rates_text
+from qdora.plan.workload import workload_of_data
+from qdora.recipe.byte_size import parse_size, size_text
+from qdora.run import load_base as base_loading
+from qdora.run.train import train_run
 from tests import tiny_run
 
 
@@ -28,7 +31,7 @@ def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: p
     no_evaluation = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     recipe = tiny_run.recipe(tmp_path, memory__budget="100MiB", train__steps=1, **no_evaluation)
     with monkeypatch.context() as patched:
-        patched.setattr(assemble, "load_model", None)  # nothing may call it
+        patched.setattr(base_loading, "load_model", None)  # nothing may call it
         with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run is planned to need 60\d"):
             train_run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -47,9 +50,9 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
 
     def within(free: int):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(plan_budget, "available_memory_bytes", lambda: free)
-        _, tokenizer = assemble.find_model(recipe)
-        train, _ = assemble.read_data(recipe.data)
-        mix = assemble.tokenized_mix(recipe, tokenizer, train)
+        _, tokenizer = find_model(recipe)
+        train, _ = read_data(recipe.data)
+        mix = tokenized_mix(recipe, tokenizer, train)
         return plan_budget.within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer))
 
     changed, plan = within(10 * 2**30)

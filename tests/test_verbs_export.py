@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.errors import UserError
+from qdora.export import export_run as export_module
+from qdora.export.export_run import check_servable, export_run
+from qdora.export.options import ExportOptions, parse_size
 from qdora.model.inject import adapted_layers
-from qdora.verbs import export as export_module
-from qdora.verbs.export import check_servable, export_run
-from qdora.verbs.export_options import ExportOptions, parse_size
-from qdora.verbs.target import load_target
-from qdora.verbs.train import train_run
+from qdora.run.load_run import load_target
+from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.errors import RunFailure, UserError
-from qdora.model import llama_cpp
-from qdora.model.llama_cpp import find_llama_cpp
-from qdora.verbs.export import export_run
-from qdora.verbs.export_options import ExportOptions, check_options
-from qdora.verbs.train import train_run
+from qdora.export import llama_cpp
+from qdora.export.export_run import export_run
+from qdora.export.llama_cpp import find_llama_cpp
+from qdora.export.options import ExportOptions, check_options
+from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -90,7 +90,7 @@ def test_eight_bits_are_within_half_a_step(run: Path, tmp_path: Path) -> None:
 def test_a_model_too_large_for_its_logits_is_compared_all_the_same(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("qdora.model.verify_gguf.fits_in_float32", lambda *_: False)
+    monkeypatch.setattr("qdora.export.gguf.fits_in_float32", lambda *_: False)
     check = export_run(run, tmp_path / "out", asked("q8_0"))["verification"]
     assert check["passed"], check["faults"]
     assert check["tensors"]["q8_0_error"] > 0.8
@@ -130,7 +130,7 @@ def test_a_wrong_file_is_refused(
 def test_a_layout_that_is_not_known_is_said(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("qdora.model.verify_gguf.knows_layout", lambda header: False)
+    monkeypatch.setattr("qdora.export.gguf.knows_layout", lambda header: False)
     monkeypatch.setenv("FAKE_FAULT", "permute")
     console = Console(file=io.StringIO(), width=1000)
     check = export_run(run, tmp_path / "out", asked("q8_0"), console=console)["verification"]
@@ -148,7 +148,7 @@ def test_a_file_that_could_not_be_compared_is_not_left(
     def fails(*args: Any, **settings: Any) -> None:
         raise error
 
-    monkeypatch.setattr("qdora.verbs.export_gguf.verify_gguf", fails)
+    monkeypatch.setattr("qdora.export.gguf.verify_gguf", fails)
     with pytest.raises(RunFailure if isinstance(error, OSError) else type(error)):
         export_run(run, tmp_path / "out", asked())
     assert not list(tmp_path.iterdir())

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from qdora.errors import UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions, check_options
+from qdora.export.targets import TARGETS, check_scalings, check_target
 from qdora.model.adapter_file import AdapterDescription
 from qdora.model.peft_config import AdapterLayout
-from qdora.verbs.export import export_run
-from qdora.verbs.export_options import ExportOptions, check_options
-from qdora.verbs.export_targets import TARGETS, check_scalings, check_target
-from qdora.verbs.train import train_run
+from qdora.run.train import train_run
 from tests import tiny_run
 
 SERVERS = [name for name in TARGETS if name != "transformers"]

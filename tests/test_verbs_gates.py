@@ -14,17 +14,16 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from qdora.errors import UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
+from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
-from qdora.recipe_file import load_recipe
-from qdora.record import RunDirectory
-from qdora.verbs.export import ExportOptions, export_run
-from qdora.verbs.gate_ranks import ranks_of_gates
-from qdora.verbs.plan import plan_run
-from qdora.verbs.plan_memory import plan
-from qdora.verbs.rank import rank_run
-from qdora.verbs.rank_settings import RankSettings
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.plan.memory_plan import plan
+from qdora.plan.plan_view import plan_run
+from qdora.recipe.recipe_file import load_recipe
+from qdora.run.load_run import load_run
+from qdora.run.rank import RankSettings, rank_run, ranks_of_gates
+from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run
 
 GATES = {"mean_rank": 2.0, "warmup": 2, "anneal": 4, "shrink_every": 2, "lr": 0.05}

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.errors import UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import export_run
-from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.generate import Sampling, generate_from, prompt_ids
-from qdora.verbs.target import load_target
-from qdora.verbs.train import train_run
+from qdora.run.evaluate import evaluate_target
+from qdora.run.generate import Sampling, generate_from, prompt_ids
+from qdora.run.load_run import load_target
+from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
 SHORT = Sampling(max_new_tokens=12)

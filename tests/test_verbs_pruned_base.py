@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from qdora.errors import Interrupted, UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
+from qdora.model.build_model import choose_compute
 from qdora.model.inject import adapted_layers
 from qdora.model.source import resolve
-from qdora.prune_config import CalibrationConfig
-from qdora.verbs import pruned_base
-from qdora.verbs.assemble import choose_compute
-from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.export import export_run
-from qdora.verbs.export_options import ExportOptions
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.recipe.settings import CalibrationConfig
+from qdora.run import load_base as pruned_base
+from qdora.run.evaluate import evaluate_target
+from qdora.run.load_run import load_run
+from qdora.run.train import train_run
 from tests import tiny_run
 from tests.run_files import assert_same_run, stop_after
 

@@ -13,15 +13,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from qdora.analysis.rivals import gradient_spectra, update_spectrum
+from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
-from qdora.recipe_file import load_recipe
-from qdora.verbs.rank import rank_run
-from qdora.verbs.rank_settings import RankSettings
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.recipe.recipe_file import load_recipe
+from qdora.run.load_run import load_run
+from qdora.run.rank import RankSettings, rank_run
+from qdora.run.train import train_run
 from tests import tiny_curvature, tiny_run
 from tests.tiny_curvature import LAYERS
 
@@ -73,7 +72,9 @@ def test_what_was_computed_is_not_computed_again(whole: Path, monkeypatch: pytes
     layers = ["model.layers.0.mlp.up_proj"]
     asked = RankSettings(layers=layers, max_rank=3, examples=2, norm="held", eigenvalues=5)
     first = rank_run(whole, asked, console=quiet())
-    from qdora.analysis import component_curvature, components, curvature_cache
+    from qdora.analysis import components
+    from qdora.analysis import components as component_curvature
+    from qdora.analysis import curvature as curvature_cache
 
     monkeypatch.setattr(curvature_cache, "top_eigenpairs", None)  # nothing may call it
     monkeypatch.setattr(components, "update_gradients", None)

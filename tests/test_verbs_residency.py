@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from qdora.errors import UserError
+from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import frozen_layers
-from qdora.recipe_file import load_recipe, override, resolved_yaml
-from qdora.record import RunDirectory
-from qdora.verbs import train
-from qdora.verbs.evaluate import evaluate_target
-from qdora.verbs.residency import FILE, keep_residency, residency_here
-from qdora.verbs.train import train_run
-from qdora.verbs.trained import load_run
+from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
+from qdora.run import train
+from qdora.run.evaluate import evaluate_target
+from qdora.run.load_base import FILE, keep_residency, residency_here
+from qdora.run.load_run import load_run
+from qdora.run.train import train_run
 from tests import tiny_run
 
 KINDS = ("device", "host", "disk")

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import RunFailure, UserError
+from qdora.model.build_model import model_size
 from qdora.model.inject import inject
-from qdora.model.size import model_size
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
-from qdora.recipe_file import settings
+from qdora.recipe.recipe_file import settings
+from qdora.study import runner as study_verb
+from qdora.study.runner import in_words, study_run
 from qdora.study.store import StudyDirectory, read_index
 from qdora.study.tables import read_report
-from qdora.verbs import study as study_verb
-from qdora.verbs.study import in_words, study_run
 from tests import tiny_run
 
 
@@ -120,7 +120,7 @@ def test_a_simulated_format_counts_the_bits_of_its_codes() -> None:
 
 
 def test_a_finished_study_does_nothing_more(done: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdora.verbs.study_cell.train_run", None)
+    monkeypatch.setattr("qdora.study.runner.train_run", None)
     found = study_run(write_study(root), done, console=Console(file=io.StringIO()))
     assert (found["num_cells"], found["num_done"]) == (4, 4)
 
@@ -128,7 +128,7 @@ def test_a_finished_study_does_nothing_more(done: Path, root: Path, monkeypatch:
 def test_a_cell_that_was_cut_off_goes_on_from_its_checkpoint(
     done: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qdora.verbs import study_cell
+    from qdora.study import runner as study_cell
 
     real, calls = study_cell.train_run, []
 
@@ -139,7 +139,7 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_checkpoint(
         calls.append(options["resume"])
         with monkeypatch.context() as patch:
             if len(calls) == 1:
-                patch.setattr("qdora.verbs.validation.evaluate", broken)
+                patch.setattr("qdora.run.validation.evaluate", broken)
             return real(recipe, directory, **options)
 
     monkeypatch.setattr(study_cell, "train_run", cut)
@@ -159,7 +159,7 @@ def test_cells_that_fail_end_with_their_reason(root: Path, tmp_path: Path, monke
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr("qdora.verbs.study_cell.train_run", fail)
+    monkeypatch.setattr("qdora.study.runner.train_run", fail)
     with pytest.raises(
         RunFailure, match=r"4 of 4 cells were given up, first .*RuntimeError: no room\. .*--retry-failed"
     ):

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdora.errors import UserError
-from qdora.verbs import beforehand
-from qdora.verbs import trackers as module
-from qdora.verbs.trackers import flat_numbers, flat_settings, is_installed, tracking
-from qdora.verbs.train import train_run
+from qdora.run import experiment_trackers as module
+from qdora.run import preflight as beforehand
+from qdora.run.experiment_trackers import flat_numbers, flat_settings, is_installed, tracking
+from qdora.run.train import train_run
 from tests import launched, tiny_run
 
 TOKEN = "hf_" + "a1B2" * 8

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qdora.config import Recipe
-from qdora.recipe_file import recipe_from
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
 from tests import tiny_adapted, tiny_tokenizer
 
 

@@ -12,7 +12,7 @@ from measure import PACKAGES
 from gpu import device as on
 from gpu.part import Part
 from gpu.plan import Plan
-from qdora.environment import environment, package_versions
+from qdora.files.environment import environment, package_versions
 from qdora.ops import bnb_kernels
 
 

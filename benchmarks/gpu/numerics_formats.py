@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gpu.part import Part
 from gpu.plan import Plan
-from qdora.ops.chunked_loss import chunked_nll
-from qdora.ops.column_dot import column_dot
+from qdora.ops.adapted_map import column_dot
+from qdora.ops.loss import chunked_nll
 from qdora.ops.packed import PackedWeight, choose_backend, dequantize, quantize
 from qdora.ops.tiles import column_tiles, row_tiles
 

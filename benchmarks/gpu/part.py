@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qdora.atomic_files import atomic_write_json
+from qdora.files.atomic import atomic_write_json
 
 ERROR_LINES = 15
 """Lines of an error that are kept."""

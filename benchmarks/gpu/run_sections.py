@@ -14,7 +14,7 @@ from typing import Any
 
 from gpu.part import ERROR_LINES
 from gpu.sections import GRACE_SECONDS, SECTIONS, Section
-from qdora.atomic_files import atomic_write_json
+from qdora.files.atomic import atomic_write_json
 
 Document = dict[str, Any]
 _LEAST_SECONDS = 20

@@ -20,14 +20,14 @@ from gpu.model_step import fitting_step, peak_and_time
 from gpu.part import Part
 from gpu.plan import Plan
 from qdora.memory.host_residency import Copies, CudaCopies, HostResidency
-from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
+from qdora.model.build_model import recompute_activations
 from qdora.model.inject import inject
 from qdora.model.load import Quantization, layers_to_quantize, load_model
 from qdora.model.source import ModelSource
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
 from qdora.ops.packed import PackedWeight, from_tensors, quantize
-from qdora.recipe_file import recipe_from
-from qdora.verbs.assemble import recompute_activations
-from qdora.verbs.plan_memory import plan as memory_plan
+from qdora.plan.memory_plan import plan as memory_plan
+from qdora.recipe.recipe_file import recipe_from
 
 _WANTED = Quantization("nf4", 64, True, ("lm_head",))
 

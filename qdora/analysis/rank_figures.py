@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdora.analysis.allocate import LayerSpectrum
-from qdora.atomic_files import atomic_write_text
+from qdora.files.atomic import atomic_write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from qdora.atomic_files import atomic_write_bytes
+from qdora.files.atomic import atomic_write_bytes
 
 _FORMAT = 1
 """Of what is kept; a file of another one is not read."""

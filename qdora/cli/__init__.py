@@ -9,22 +9,33 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli import recipes, research, training
-from qdora.command import set_debug
+from qdora.cli.doctor import doctor
+from qdora.cli.eval import evaluate
+from qdora.cli.export import export
+from qdora.cli.failures import set_debug
+from qdora.cli.generate import generate
+from qdora.cli.plan import plan
+from qdora.cli.rank import rank
+from qdora.cli.recipes import recipes
+from qdora.cli.report import report
+from qdora.cli.schema import schema
+from qdora.cli.study import study
+from qdora.cli.train import train
+from qdora.cli.validate import validate
 
 VERBS = {
-    "train": training.train,
-    "eval": training.evaluate,
-    "export": training.export,
-    "generate": training.generate,
-    "rank": research.rank,
-    "plan": recipes.plan,
-    "study": research.study,
-    "report": research.report,
-    "validate": recipes.validate,
-    "recipes": recipes.recipes,
-    "schema": recipes.schema,
-    "doctor": recipes.doctor,
+    "train": train,
+    "eval": evaluate,
+    "export": export,
+    "generate": generate,
+    "rank": rank,
+    "plan": plan,
+    "study": study,
+    "report": report,
+    "validate": validate,
+    "recipes": recipes,
+    "schema": schema,
+    "doctor": doctor,
 }
 
 app = typer.Typer(

@@ -1,1 +1,1 @@
-"""Data: tasks, sources, tokenisation, the mix and the loader."""
+"""Data: sources, tasks, tokenisation, the mix, packing and the loader."""

@@ -1,4 +1,7 @@
-"""From the order of examples to optimizer steps of micro-batches."""
+"""The examples of a step that one of several processes takes.
+
+From the order of examples to optimizer steps of micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.batching import Batching, MicroBatch, micro_batches
+from qdora.data.batching import Batching, MicroBatch, PackedLayout, micro_batches
 from qdora.data.mix import Draws, MixOrder, Source
-from qdora.data.pack import PackedLayout
-from qdora.data.share import share_of
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
+
+
+def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list[TokenizedExample]:
+    """The share of process `rank` out of `size`, in the step's order.
+
+    Longest first, each example goes to the process with the fewest tokens so far, so that none waits long for another:
+    their sums differ by at most one example. With fewer examples than processes some get none.
+    """
+    tokens, owner = [0] * size, [0] * len(examples)
+    for index in sorted(range(len(examples)), key=lambda index: len(examples[index]), reverse=True):
+        owner[index] = tokens.index(min(tokens))
+        tokens[owner[index]] += len(examples[index])
+    return [example for example, each in zip(examples, owner, strict=True) if each == rank]
 
 
 @dataclass(frozen=True)

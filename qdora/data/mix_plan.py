@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.tokenize import TokenizedSet
+from qdora.files.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -89,3 +93,47 @@ def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
             )
         )
     return MixPlan(num_steps, num_draws, loader.counts_draws, tuple(sources))
+
+
+def show_mix(console: Console, plan: MixPlan) -> None:
+    """What the run will see of every source, before it runs."""
+    table = Table(title=_mix_title(plan), title_justify="left")
+    for name in _MIX_COLUMNS:
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for part in plan.sources:
+        table.add_row(*_mix_cells(part))
+    console.print(table)
+
+
+def keep_mix(run: RunDirectory, plan: MixPlan) -> None:
+    """The same in the run directory: lines of log.txt, and mix.json."""
+    run.log(_mix_title(plan))
+    for part in plan.sources:
+        name, *numbers = zip(_MIX_COLUMNS, _mix_cells(part), strict=True)
+        run.log(f"{name[1]}: " + ", ".join(f"{what} {value}" for what, value in numbers))
+    run.write_json("mix.json", plan.to_dict())
+
+
+_MIX_COLUMNS = ("source", "examples", "tokens", "asked", "seen", "tokens seen", "passes", "cut", "dropped")
+
+
+def _mix_title(plan: MixPlan) -> str:
+    return f"{plan.num_steps:,} steps, {'' if plan.is_exact else 'about '}{plan.num_draws:,} examples"
+
+
+def _mix_cells(part: SourcePlan) -> tuple[str, ...]:
+    return (
+        part.name,
+        _count(part.num_examples),
+        _count(part.num_tokens),
+        f"{part.share_asked:.1%}",
+        f"{part.share_seen:.1%}",
+        _count(part.num_tokens_seen),
+        "unknown" if part.epochs is None else f"{part.epochs:.2f}",
+        _count(part.num_truncated),
+        _count(part.num_dropped),
+    )
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"

@@ -13,11 +13,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qdora.data.files import missing
-from qdora.data.hub import reason_of
-from qdora.data.tasks import shown
-from qdora.data_config import STREAMED_SUFFIXES
+from qdora.data.commonsense import shown
+from qdora.data.commonsense_hub import reason_of
+from qdora.data.local_files import missing
 from qdora.errors import UserError, nearest
+from qdora.recipe.data_settings import STREAMED_SUFFIXES
 
 _RANGE_BYTES = 16 * 2**20
 """Of a JSON-lines file: small enough to skip to a row of it in some 50 ms."""

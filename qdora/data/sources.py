@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from qdora.data.commonsense import TEMPLATES, Row, RowFault, example_of_row, instruction_row
+from qdora.data.commonsense_hub import HUB_TASKS, hub_task_rows, load_hub_rows
 from qdora.data.example import Example
-from qdora.data.files import Rows, missing, read_rows, split_file, split_names
-from qdora.data.formats import FORMATS, examples_of_rows
-from qdora.data.hub import HUB_TASKS, hub_task_rows, load_hub_rows
-from qdora.data.instructions import instruction_row
+from qdora.data.local_files import Rows, missing, read_rows, split_file, split_names
+from qdora.data.row_formats import FORMATS, examples_of_rows
 from qdora.data.shards import Shards, hub_shards, local_shards
-from qdora.data.tasks import TEMPLATES, Row, RowFault, example_of_row
-from qdora.data_config import is_path
 from qdora.errors import UserError, nearest
+from qdora.recipe.data_settings import is_path
 
 SPLITS = ("train", "validation", "test")
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.formats import choose_format, example_of_format
+from qdora.data.commonsense import RowFault
+from qdora.data.row_formats import choose_format, example_of_format
 from qdora.data.shards import PlacedRow, Shards
-from qdora.data.tasks import RowFault
-from qdora.data.tokenize import LossOn, Tally, TokenizedExample, TooLong
+from qdora.data.tokenize import ExampleTally, LossOn, TokenizedExample, TooLong
 from qdora.errors import UserError
 
 _TOKENIZED_AT_ONCE = 64
@@ -234,7 +234,7 @@ class ExampleStream:
                 faults.append(f"{place}: {fault}")
         if faults:
             raise UserError(*faults[:5])
-        tally = Tally(self.name, self.settings.max_length, self.settings.too_long)
+        tally = ExampleTally(self.name, self.settings.max_length, self.settings.too_long)
         done = tally.add(examples, self.tokenizer, self.settings.loss_on)
         tally.check(len(examples))
         return done

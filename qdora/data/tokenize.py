@@ -115,7 +115,7 @@ def tokenize_example(
     example: Example, tokenizer: Any, *, max_length: int, loss_on: LossOn = "answer", too_long: TooLong = "error"
 ) -> TokenizedExample | None:
     """One example, by the rules of `tokenize_all`; None if it was dropped."""
-    tally = Tally(example.task, max_length, too_long)
+    tally = ExampleTally(example.task, max_length, too_long)
     ((tokenized, _),) = tally.add([example], tokenizer, loss_on)
     tally.check(1)
     return tokenized
@@ -151,7 +151,7 @@ def tokenize_all(
         UserError: If examples are too long or have no token to learn, a chat does not fit the chat template, there is
             none, or no example is left; gathered.
     """
-    tally = Tally(name, max_length, too_long)
+    tally = ExampleTally(name, max_length, too_long)
     done: list[TokenizedExample] = []
     for start in range(0, len(examples), _BATCH):
         sorted_ = tally.add(examples[start : start + _BATCH], tokenizer, loss_on)
@@ -165,7 +165,7 @@ def tokenize_all(
 
 
 @dataclass
-class Tally:
+class ExampleTally:
     """What becomes of the examples of a source, in the order in which they are added."""
 
     name: str

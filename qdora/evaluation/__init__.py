@@ -1,1 +1,1 @@
-"""Evaluation: log-likelihood of choices, perplexity, the suite over tasks."""
+"""Evaluation: log-likelihood of choices, perplexity, generation, the suite over tasks."""

@@ -18,7 +18,7 @@ from qdora.data.tokenize import encode_pairs
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import ForwardPath, choose_path, context_length
 from qdora.evaluation.perplexity import strided_spans
-from qdora.evaluation.spans import Progress, Span, score_groups, score_spans
+from qdora.evaluation.token_scores import Progress, Span, score_groups, score_spans
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import nn
 from qdora.data.tokenize import encode_pair
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
-from qdora.evaluation.spans import Progress, Span, score_spans
+from qdora.evaluation.token_scores import Progress, Span, score_spans
 
 DEFAULT_WINDOW = 2048
 """Tokens of a window where the model allows as many: the length in published WikiText perplexities."""

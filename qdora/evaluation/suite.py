@@ -1,10 +1,13 @@
-"""Several tasks in one evaluation: per-task metrics, their averages, and tables that put evaluations side by side."""
+"""Several tasks in one evaluation: per-task metrics, their averages, and tables that put evaluations side by side.
+
+Which tasks have become worse than the untrained base while the average over the tasks has become better.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -16,12 +19,20 @@ from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
 from qdora.evaluation.forward_path import ForwardPath, choose_path
 from qdora.evaluation.loglikelihood import AnswerScore, ChoiceScores, score_answers, score_choices
-from qdora.evaluation.metrics import Estimate, answer_nll, choice_metrics, macro_average, tie_credit
-from qdora.evaluation.spans import Progress
+from qdora.evaluation.metrics import (
+    Estimate,
+    Paired,
+    answer_nll,
+    choice_metrics,
+    macro_average,
+    paired_difference,
+    tie_credit,
+)
+from qdora.evaluation.token_scores import Progress
 
 SuiteProgress = Callable[[str, int, int], None]
 """progress(task, num_done, num_total), called after every batch."""
-Metric = Literal["acc", "acc_norm"]
+AccuracyMetric = Literal["acc", "acc_norm"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ def spread(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return [examples[index * len(examples) // limit] for index in range(limit)]
 
 
-def compare_table(results: Mapping[str, EvaluationResult], *, metric: Metric = "acc") -> Table:
+def compare_table(results: Mapping[str, EvaluationResult], *, metric: AccuracyMetric = "acc") -> Table:
     """Tasks as rows and, per label, accuracy in % ± standard error and answer NLL in nats per token, for a terminal."""
     header, rows = _cells(results, metric)
     table = Table(title="evaluation", title_justify="left")
@@ -160,7 +171,7 @@ def compare_table(results: Mapping[str, EvaluationResult], *, metric: Metric = "
     return table
 
 
-def compare_markdown(results: Mapping[str, EvaluationResult], *, metric: Metric = "acc") -> str:
+def compare_markdown(results: Mapping[str, EvaluationResult], *, metric: AccuracyMetric = "acc") -> str:
     """The table of `compare_table` as markdown, with a final line break."""
     header, rows = _cells(results, metric)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
@@ -318,7 +329,7 @@ def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[Answe
     return records
 
 
-def _cells(results: Mapping[str, EvaluationResult], metric: Metric) -> tuple[list[str], list[list[str]]]:
+def _cells(results: Mapping[str, EvaluationResult], metric: AccuracyMetric) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison, the average last."""
     if not results:
         raise ValueError("a comparison needs at least one evaluation")
@@ -330,7 +341,7 @@ def _cells(results: Mapping[str, EvaluationResult], metric: Metric) -> tuple[lis
     return header, [*rows, _row("average", [result.average for result in results.values()], metric)]
 
 
-def _row(name: str, results: Sequence[TaskResult | None], metric: Metric) -> list[str]:
+def _row(name: str, results: Sequence[TaskResult | None], metric: AccuracyMetric) -> list[str]:
     """Cells of one task; where evaluations differ in size or baseline, each one's value is shown."""
     known = [result for result in results if result is not None]
     row = [
@@ -356,3 +367,90 @@ def _percent(share: float | None) -> str:
 def _number(value: float) -> float | None:
     """None for nan: JSON has no nan."""
     return None if math.isnan(value) else value
+
+
+LossOrAccuracy = Literal["nll_per_token", "acc"]
+
+_NAMES: dict[LossOrAccuracy, str] = {"nll_per_token": "NLL per token", "acc": "accuracy"}
+_WORSE: dict[LossOrAccuracy, float] = {"nll_per_token": 1.0, "acc": -1.0}
+"""Metric -> the sign of a change for the worse."""
+_NORMAL = 1.96
+"""Half of a 95 % interval in standard errors, where single examples are not known."""
+
+
+@dataclass(frozen=True)
+class WorseTask:
+    """A task that training has made worse, beyond the noise of its examples.
+
+    Attributes:
+        task, metric: Which; nll_per_token in nats, acc in 0..1.
+        base, now: Values before training and now.
+        lower: By how much it is worse at least: the end nearer to 0 of the 95 % interval of the difference.
+        average_base, average_now: Of all tasks; the better one is the second.
+    """
+
+    task: str
+    metric: LossOrAccuracy
+    base: float
+    now: float
+    lower: float
+    average_base: float
+    average_now: float
+
+    def in_words(self) -> str:
+        """'boolq is worse than the untrained base: NLL per token 1.2 against 0.9, ...'."""
+        return (
+            f"{self.task} is worse than the untrained base: {_NAMES[self.metric]} {self.now:.4g} against "
+            f"{self.base:.4g} (by {self.lower:.2g} at least), while the average over the tasks went from "
+            f"{self.average_base:.4g} to {self.average_now:.4g}"
+        )
+
+
+def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[WorseTask]:
+    """The tasks that are worse than before training, by a metric whose average over the tasks is better.
+
+    Where both evaluations hold single examples, the interval is that of the paired difference over the same examples
+    (`paired_difference`); else it follows from both standard errors, as if the examples were others. Tasks that were
+    measured on another number of examples, or on a single one, are left out.
+    """
+    found: list[WorseTask] = []
+    singles = _by_task(base.per_example), _by_task(now.per_example)
+    for metric, sign in _WORSE.items():
+        before, after = getattr(base.average, metric), getattr(now.average, metric)
+        if before is None or after is None or sign * (after - before) >= 0:
+            continue
+        for task, result in now.tasks.items():
+            old = base.tasks.get(task)
+            if old is None or old.num_examples != result.num_examples or getattr(result, metric) is None:
+                continue
+            pair = [each.get(task, []) for each in singles]
+            lower = _paired_lower(pair, metric, sign) if all(pair) else _apart_lower(old, result, metric, sign)
+            if lower > 0:
+                values = getattr(old, metric), getattr(result, metric)
+                found.append(WorseTask(task, metric, *values, lower, before, after))
+    return found
+
+
+def _by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        found.setdefault(record["task"], []).append(record)
+    return found
+
+
+def _paired_lower(pair: Sequence[Sequence[Mapping[str, Any]]], metric: LossOrAccuracy, sign: float) -> float:
+    """Lower end of sign * (now - base) over the same examples; nan for a single one."""
+    name = "nll" if metric == "nll_per_token" else "acc"
+    old, new = ({each["id"]: each for each in records if name in each} for records in pair)
+    ids = [each for each in old if each in new]
+    scores = [np.array([[sign * each[key][name] for key in ids]], dtype=np.float64) for each in (new, old)]
+    weights = np.ones(len(ids)) if name == "acc" else np.array([new[key]["num_answer_tokens"] for key in ids], float)
+    return paired_difference([Paired(scores[0], scores[1], weights)]).lower if len(ids) > 1 else math.nan
+
+
+def _apart_lower(old: TaskResult, new: TaskResult, metric: LossOrAccuracy, sign: float) -> float:
+    """Lower end of sign * (now - base) by the standard errors of both; nan where one of them is not known."""
+    errors = [getattr(each, f"{metric}_stderr") for each in (old, new)]
+    if None in errors:
+        return math.nan
+    return float(sign * (getattr(new, metric) - getattr(old, metric)) - _NORMAL * math.hypot(*errors))

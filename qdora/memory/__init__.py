@@ -1,1 +1,1 @@
-"""How many bytes a run needs."""
+"""Where weights and activations live: device, host or disk."""

@@ -13,13 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
-from qdora.memory.streaming import Ring
-from qdora.memory.turns import Turns
-from qdora.model.base_cache import BaseCache
-from qdora.model.checkpoint import Stored, iterate_tensors
-from qdora.model.load import Quantization
-from qdora.model.place import is_wide, place_dense, place_frozen, wide_names
-from qdora.model.stored_base import Part, StoredBase
+from qdora.memory.streaming import Ring, Turns
+from qdora.model.load import Quantization, is_wide, place_dense, place_frozen, wide_names
+from qdora.model.packed_base import BaseCache, Part, StoredBase
+from qdora.model.stored_tensors import Stored, iterate_tensors
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import PackedWeight
 

@@ -3,12 +3,22 @@
 A step uses the blocks in one order forward and in the reverse order backward, where the recomputation of a checkpoint
 and the backward pass of a block come one after the other and need one load. A ring of a few slots holds the block in
 use and those that come next; how bytes get there is the business of a copy engine.
+
+Which blocks of a model take turns in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qdora.errors import UserError
+from qdora.model.decoder_blocks import block_list
 
 
 class CopyEngine(Protocol):
@@ -117,3 +127,51 @@ def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
     if not 0 <= num_streamed <= num_blocks:
         raise ValueError(f"{num_streamed} of {num_blocks} blocks, allowed: 0 to {num_blocks}.")
     return [(2 * index + 1) * num_blocks // (2 * num_streamed) for index in range(num_streamed)]
+
+
+class Turns:
+    """Which blocks of a model take turns, spread evenly among the others.
+
+    Args:
+        model: Any causal LM.
+        num_streamed: How many; None for all.
+    Raises:
+        UserError: A model without a list of blocks, more blocks than it has.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:
+        found = block_list(model)
+        if found is None:
+            raise UserError(
+                f"base.residency: {model.config.model_type} has no list of blocks that can be checkpointed, allowed: "
+                "device."
+            )
+        self._path, blocks = found
+        self._blocks = list(blocks)
+        count = len(blocks) if num_streamed is None else num_streamed
+        if count > len(blocks):
+            raise UserError(f"base.streamed_blocks: {count}, allowed: at most {len(blocks)}, the blocks of the model.")
+        self._turns = {block: turn for turn, block in enumerate(interleaved(len(blocks), count))}
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks by their turn."""
+        return [self._blocks[block] for block in self._turns]
+
+    def follow(self, ring: Ring) -> None:
+        """Let a ring know of every block that is about to be computed."""
+        for turn, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(partial(_enter, ring, turn))
+
+    def of(self, name: str) -> int | None:
+        """The turn of the block that a weight or layer is in; None where that stays, or outside of the blocks."""
+        index = name.removeprefix(f"{self._path}.").partition(".")[0]
+        inside = name.startswith(f"{self._path}.") and index.isdecimal()
+        return self._turns.get(int(index)) if inside else None
+
+
+def _enter(ring: Ring, turn: int, _block: nn.Module, _args: Any) -> None:
+    ring.use(turn, turns_back=torch.is_grad_enabled())

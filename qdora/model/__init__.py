@@ -1,1 +1,1 @@
-"""Models: where they come from, how they are loaded, adapted, saved and exported."""
+"""Models: found, read, quantised, pruned, placed and adapted."""

@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qdora import __version__
-from qdora.atomic_files import atomic_directory, json_text
 from qdora.errors import UserError
+from qdora.files.atomic import atomic_directory, json_text
+from qdora.files.tensor_file import TensorSpec, write_safetensors
 from qdora.model.inject import adapted_layers, as_frozen, check_masks, put_layers
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
-from qdora.model.safetensors_writer import TensorSpec, write_safetensors
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 

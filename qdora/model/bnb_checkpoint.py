@@ -14,7 +14,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from qdora.errors import UserError
-from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
 from qdora.ops.bnb_state import from_bnb_state
 from qdora.ops.packed import PackedWeight, from_tensors
 

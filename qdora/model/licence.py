@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from qdora.model.gguf_header import read_header
+from qdora.model.gguf_file import read_header
 from qdora.model.source import ModelSource
 
 FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from qdora.errors import UserError, nearest
-from qdora.model.checkpoint import shard_files
+from qdora.model.stored_tensors import shard_files
 
 SourceKind = Literal["directory", "hub", "gguf", "builtin"]
 

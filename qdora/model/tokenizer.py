@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
-from qdora.model.gguf import require_gguf
+from qdora.model.gguf_file import require_gguf
 from qdora.model.source import TOKENIZER_FILES, ModelSource
 
 # Tokens that models reserve for padding or never emit, in the order of preference.

@@ -1,1 +1,1 @@
-"""The two layers: a frozen, possibly quantised linear map, and the adapted linear map on top of it."""
+"""The layers: a frozen, possibly quantised linear map, and the adapted linear map on top of it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.gain_cache import GainCache, NormSettings, ProductCache, Products
-from qdora.ops.adapted_linear import (
+from qdora.ops.adapted_map import (
     adapted_linear,
     adapted_product,
     factors_of_products,
@@ -32,7 +32,7 @@ from qdora.ops.dora import (
 )
 from qdora.ops.gate import fold_gate
 from qdora.ops.masked_linear import masked_linear, masked_row_norm
-from qdora.ops.planning import is_planning
+from qdora.ops.planned_device import is_planning
 from qdora.ops.tiles import with_own_scales
 
 Kind = Literal["lora", "dora"]

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qdora.ops.adapted_linear import frozen_linear
+from qdora.ops.adapted_map import frozen_linear
 from qdora.ops.packed import PackedWeight, from_tensors
 from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, dense_weight

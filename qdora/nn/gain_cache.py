@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.ops.dora import Gain, gain
 from qdora.ops.packed import PackedWeight
-from qdora.ops.planning import is_planning
+from qdora.ops.planned_device import is_planning
 
 
 class NormSettings(NamedTuple):

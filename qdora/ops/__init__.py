@@ -1,1 +1,1 @@
-"""Pure functions on tensors: quantisers, the DoRA algebra, losses. Nothing here imports the rest of qdora."""
+"""Pure functions on tensors: quantisers, the DoRA algebra, pruning, losses."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qdora.errors import UserError
 from qdora.ops import codebooks
-from qdora.ops.planning import device_kind
+from qdora.ops.planned_device import device_kind
 
 # Weights handled at a time, which bounds the workspace to about 20 bytes a weight of the chunk. Multiples of every
 # block size, and even, so that no byte is shared between two chunks. On a CPU a chunk stays in the cache (8 times as

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qdora.ops.planning import device_kind
+from qdora.ops.planned_device import device_kind
 from qdora.ops.tiles import Weight, row_tiles, spans
 
 # Below this share of ||w||^2 the factored sum has cancelled: with W A^T from a bf16 product a row that is left with 0.1

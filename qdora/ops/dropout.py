@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qdora.ops.planning import device_kind, is_planning
+from qdora.ops.planned_device import device_kind, is_planning
 
 # Elements handled at a time: bounds the workspace, and on a CPU the writes at random positions stay in the cache. A GPU
 # wants few launches, of which a slice takes nine: with 2^20 elements those of 4,096 tokens of 14336 would be 500.

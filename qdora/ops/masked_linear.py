@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qdora.ops.adapted_linear import output_to_keep, product_dtype, rounded, row_factor, scaled_B, with_bias
-from qdora.ops.column_dot import column_dot
+from qdora.ops.adapted_map import column_dot, output_to_keep, product_dtype, rounded, row_factor, scaled_B, with_bias
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed, dropped_slices, zeroed_
 from qdora.ops.linear_map import add_product_, add_transposed_product_

@@ -16,7 +16,7 @@ from torch import Tensor
 from qdora.errors import nearest
 from qdora.ops import blockwise, bnb_kernels, codebooks, int8
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
-from qdora.ops.planning import device_kind
+from qdora.ops.planned_device import device_kind
 
 Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2"]
 Backend = Literal["auto", "torch", "bnb"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from qdora.errors import UserError, nearest
 from qdora.ops import codebooks, sparsegpt
 from qdora.ops.packed import PackedWeight, from_tensors
-from qdora.ops.sparsity import Group, Pattern, check_shape, keep_mask
+from qdora.ops.sparsity import Group, SparsityPattern, check_shape, keep_mask
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -94,7 +94,7 @@ def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
 def prune_weight(
     weight: Tensor,
     method: str,
-    pattern: Pattern,
+    pattern: SparsityPattern,
     *,
     statistics: InputStatistics | None = None,
     group: Group | None = None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qdora.errors import UserError
-from qdora.ops.sparsity import Pattern, keep_mask, lowest, num_pruned
+from qdora.ops.sparsity import SparsityPattern, keep_mask, lowest, num_pruned
 
 DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
@@ -26,7 +26,7 @@ BLOCK_COLUMNS = 128
 def prune(
     weight: Tensor,
     input_products: Tensor,
-    pattern: Pattern,
+    pattern: SparsityPattern,
     *,
     damping: float = DAMPING,
     block_columns: int = BLOCK_COLUMNS,
@@ -113,7 +113,7 @@ def _block_mask(work: Tensor, cost: Tensor, sparsity: float, columns: slice) -> 
 
 
 def _remove_columns(
-    work: Tensor, factor: Tensor, cost: Tensor, mask: Tensor, columns: slice, n_of_m: Pattern | None
+    work: Tensor, factor: Tensor, cost: Tensor, mask: Tensor, columns: slice, n_of_m: SparsityPattern | None
 ) -> Tensor:
     """Remove the pruned weights of a block and correct its later columns, in place; choose an n:m mask on the way.
 

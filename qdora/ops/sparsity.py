@@ -26,7 +26,7 @@ _BIT = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Pattern:
+class SparsityPattern:
     """What a pruned weight looks like.
 
     Attributes:
@@ -42,7 +42,7 @@ class Pattern:
     of: int = 0
 
 
-def pattern_from(name: str, sparsity: float | None = None) -> Pattern:
+def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
     """A pattern by name: "unstructured", "rows", "columns" with a sparsity, or "n:m" (n of m kept), which implies it.
 
     Raises:
@@ -55,12 +55,12 @@ def pattern_from(name: str, sparsity: float | None = None) -> Pattern:
             raise ValueError(f"pattern '{name}': n of m weights are kept, allowed: 1 <= n < m.")
         if sparsity is not None:
             raise ValueError(f"pattern '{name}' has a sparsity of its own, got {sparsity}, allowed: leave it out.")
-        return Pattern("n:m", 1 - keep / of, keep, of)
+        return SparsityPattern("n:m", 1 - keep / of, keep, of)
     if name not in ("unstructured", "rows", "columns"):
         raise ValueError(f"unknown pattern '{name}'; allowed: {', '.join(PATTERNS)}.{nearest(name, PATTERNS)}")
     if sparsity is None or not 0 <= sparsity < 1:
         raise ValueError(f"pattern '{name}' needs a sparsity, got {sparsity}, allowed: at least 0 and below 1.")
-    return Pattern(name, sparsity)  # type: ignore[arg-type]
+    return SparsityPattern(name, sparsity)  # type: ignore[arg-type]
 
 
 def num_pruned(sparsity: float, size: int) -> int:
@@ -68,7 +68,7 @@ def num_pruned(sparsity: float, size: int) -> int:
     return round(sparsity * size)
 
 
-def check_shape(pattern: Pattern, shape: tuple[int, int], name: str = "weight") -> None:
+def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "weight") -> None:
     """Raise ValueError where a weight (out, in) cannot have the pattern."""
     if pattern.kind == "n:m" and shape[1] % pattern.of:
         raise ValueError(
@@ -101,7 +101,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def keep_mask(scores: Tensor, pattern: Pattern, group: Group = "row") -> Tensor:
+def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") -> Tensor:
     """The mask of the given pattern that keeps the highest scores.
 
     Args:

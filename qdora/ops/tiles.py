@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qdora.ops import blockwise, bnb_kernels, int8
 from qdora.ops.packed import PackedWeight, block_scales, choose_backend, dequantize
-from qdora.ops.planning import device_kind
+from qdora.ops.planned_device import device_kind
 
 Weight = PackedWeight | Tensor
 """A frozen weight (out, in), packed or dense."""

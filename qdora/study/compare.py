@@ -1,17 +1,23 @@
-"""Arms side by side: effects with intervals and tests, and a winner only where the data show one."""
+"""From finished cells to the arms that are compared: the tuned value of each, and which cells it stands for.
+
+Arms side by side: effects with intervals and tests, and a winner only where the data show one.
+
+What the comparisons say, in words made from their numbers.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from qdora.evaluation.paired import Paired, paired_difference
-from qdora.study.arms import Arm, Results
-from qdora.study.config import CompareConfig
-from qdora.study.scores import HIGHER_IS_BETTER, stacked
+from qdora.evaluation.metrics import Paired, paired_difference
+from qdora.study.grid import CompareConfig
+from qdora.study.scores import HIGHER_IS_BETTER, CellScores, mean_score, read_scores, stacked
 from qdora.study.statistics import (
     Interval,
     bca_interval,
@@ -23,6 +29,136 @@ from qdora.study.statistics import (
     seed_differences,
     seed_permutation_p,
 )
+from qdora.study.store import StudyDirectory
+
+BASE_ARM = "no adapter"
+"""Name of the arm of a base that the grid did not name."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One value of the arm axis in one surrounding.
+
+    Attributes:
+        context: Axis -> label, without the arm's, the tuned and the seed's axis.
+        name: Label of the arm axis.
+        chosen: Tuned axis -> label that was chosen.
+        swept: Whether there was anything to choose from.
+        at_edge: The chosen value is the least or the largest number that was tried.
+        seeds: Seed label -> key of the cell.
+        num_missing: Cells of this arm without result.
+        base_key, dense_key: As of its cells.
+    """
+
+    context: dict[str, str]
+    name: str
+    chosen: dict[str, str]
+    swept: bool
+    at_edge: bool
+    seeds: dict[str, str]
+    num_missing: int
+    base_key: str | None
+    dense_key: str | None
+    is_trained: bool
+
+
+class Results:
+    """Finished cells of a study, read once.
+
+    Args:
+        store: The study's directory.
+        split: Split that arms are compared on: validation (its halves), or test.
+    """
+
+    def __init__(self, store: StudyDirectory, split: str) -> None:
+        self.store, self.split = store, split
+        self._scores: dict[tuple[str, str], CellScores] = {}
+        self._results: dict[str, dict[str, Any] | None] = {}
+
+    def result(self, key: str) -> dict[str, Any] | None:
+        """What a cell gave, or None."""
+        if key not in self._results:
+            self._results[key] = self.store.result(key)
+        return self._results[key]
+
+    def scores(self, key: str, split: str | None = None) -> CellScores:
+        """Scores of a finished cell; on the split of the comparison if none is named."""
+        split = split or self.split
+        if (key, split) not in self._scores:
+            result = self.result(key)
+            assert result is not None, key
+            self._scores[key, split] = read_scores(self.cell(key), result["files"], split)
+        return self._scores[key, split]
+
+    def cell(self, key: str) -> Path:
+        """Run directory of a cell."""
+        return self.store.cell(key)
+
+
+def find_arms(cells: Sequence[Mapping[str, Any]], compare: CompareConfig, results: Results) -> list[Arm]:
+    """Arms with at least one finished cell, in the order of the grid; bases first.
+
+    The tuned value of an arm is the one with the best average over seeds on the choosing examples, among the values
+    that have most seeds.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    tuned = (compare.arm, compare.seed, *compare.choose)
+    for cell in cells:
+        context = {axis: label for axis, label in cell["labels"].items() if axis not in tuned}
+        name = cell["labels"].get(compare.arm, BASE_ARM)
+        groups.setdefault((cell["is_trained"], tuple(context.items()), name), []).append(cell)
+    arms = [_arm(dict(context), name, members, compare, results) for (_, context, name), members in groups.items()]
+    return sorted((arm for arm in arms if arm is not None), key=lambda arm: arm.is_trained)
+
+
+def _arm(
+    context: dict[str, str], name: str, members: Sequence[Mapping[str, Any]], compare: CompareConfig, results: Results
+) -> Arm | None:
+    by_value: dict[tuple[str, ...], dict[str, str]] = {}
+    for cell in members:
+        labels = cell["labels"]
+        value = tuple(labels[axis] for axis in compare.choose if axis in labels)
+        by_value.setdefault(value, {})[labels.get(compare.seed, "0")] = cell["key"]
+    done = {
+        value: {seed: key for seed, key in seeds.items() if results.result(key) is not None}
+        for value, seeds in by_value.items()
+    }
+    most = max(len(seeds) for seeds in done.values())
+    if most == 0:
+        return None
+    candidates = [value for value, seeds in done.items() if len(seeds) == most]
+    best = candidates[0]
+    if len(candidates) > 1:
+        part: Literal["choose", "all"] = "choose" if compare.split == "halves" else "all"
+        means = {
+            value: mean_score([results.scores(k, "validation") for k in done[value].values()], compare.metric, part)
+            for value in candidates
+        }
+        sign = -1.0 if HIGHER_IS_BETTER[compare.metric] else 1.0
+        best = min(candidates, key=lambda value: sign * (means[value] or 0.0))
+    axes = [axis for axis in compare.choose if axis in members[0]["labels"]]
+    return Arm(
+        context=context,
+        name=name,
+        chosen=dict(zip(axes, best, strict=True)),
+        swept=len(by_value) > 1,
+        at_edge=any(_at_edge(best[index], [value[index] for value in by_value]) for index in range(len(axes))),
+        seeds=done[best],
+        num_missing=sum(len(seeds) for seeds in by_value.values()) - sum(len(seeds) for seeds in done.values()),
+        base_key=members[0]["base_key"],
+        dense_key=members[0]["dense_key"],
+        is_trained=members[0]["is_trained"],
+    )
+
+
+def _at_edge(chosen: str, tried: Sequence[str]) -> bool:
+    """Whether a number is the least or the largest of several that were tried."""
+    try:
+        numbers = {float(text) for text in tried}
+    except ValueError:
+        return False
+    return len(numbers) > 1 and float(chosen) in (min(numbers), max(numbers))
+
 
 CONFIDENCE = 0.95
 Part = Literal["all", "compare"]
@@ -160,3 +296,66 @@ def _against_a_winner(row: dict[str, Any], compare: CompareConfig) -> list[str]:
     if row["num_seeds"] not in (row["num_seeds_better"], row["num_seeds_worse"]):
         reasons.append(f"{row['num_seeds_better']} of {row['num_seeds']} seeds are better")
     return reasons
+
+
+_OF_SHARES = "share of answers"
+
+
+def verdict(
+    pairs: Sequence[Mapping[str, Any]],
+    cells: Sequence[Mapping[str, Any]],
+    axes: Sequence[str],
+    compare: CompareConfig,
+    label: str,
+) -> list[str]:
+    """One sentence over all comparisons of each measure, the study's own first, and one for each comparison.
+
+    Args:
+        pairs: Rows of `compare.comparisons`.
+        cells: Rows of the table of cells.
+        axes: What is named of each comparison beside the arms.
+        label: Of the metric.
+    """
+    sentences = [_overall([row for row in pairs if row["measure"] == compare.metric], label, compare.alpha)]
+    for measure in dict.fromkeys(row["measure"] for row in pairs if row["measure"] != compare.metric):
+        part = [row for row in pairs if row["measure"] == measure]
+        sentences.append(_overall(part, f"{_OF_SHARES} that are {measure}", compare.alpha))
+    lacking = [row for row in cells if row["status"] != "done"]
+    if lacking:
+        failed = sum(row["status"] == "failed" for row in lacking)
+        sentences.append(
+            f"{len(lacking)} of {len(cells)} cells have no result, {failed} of them because they failed; "
+            "no winner is called from arms that lack cells."
+        )
+    return sentences + [_sentence(row, axes, compare, label) for row in pairs]
+
+
+def _overall(pairs: Sequence[Mapping[str, Any]], label: str, alpha: float) -> str:
+    if not pairs:
+        return "There is nothing to compare: no surrounding has two trained arms with results of the same seeds."
+    won = [row for row in pairs if row["winner"]]
+    if not won:
+        unclear = sum(row["p_holm"] >= alpha for row in pairs)
+        return (
+            f"No winner is called in any of {len(pairs)} comparisons ({label}); in {unclear} of them the data show no "
+            "difference after Holm's correction."
+        )
+    by_name: dict[str, int] = {}
+    for row in won:
+        by_name[row["winner"]] = by_name.get(row["winner"], 0) + 1
+    counts = ", ".join(f"{name} in {count}" for name, count in sorted(by_name.items()))
+    rest = len(pairs) - len(won)
+    tail = f" In the other {rest} they show no winner." if rest else ""
+    return f"Of {len(pairs)} comparisons the data show a winner in {len(won)}: {counts} ({label}).{tail}"
+
+
+def _sentence(row: Mapping[str, Any], axes: Sequence[str], compare: CompareConfig, label: str) -> str:
+    where = ", ".join(f"{axis} {row[axis]}" for axis in axes if axis in row)
+    what = label if row["measure"] == compare.metric else f"{_OF_SHARES} that are {row['measure']}"
+    numbers = f"improvement {row['improvement']:.4f} in {what}, interval {row['lower']:.4f} to {row['upper']:.4f}"
+    head = f"{where}: " if where else ""
+    if row["winner"]:
+        loser = row["reference"] if row["winner"] == row["arm"] else row["arm"]
+        by = f"p = {row['p_holm']:.4f} after Holm's correction, {row['num_seeds']} seeds"
+        return f"{head}{row['winner']} beats {loser} ({row['arm']} over {row['reference']}: {numbers}, {by})."
+    return f"{head}no winner between {row['arm']} and {row['reference']} ({numbers}): {row['reason']}."

@@ -1,23 +1,51 @@
-"""Runs the cells of a study, each once, among any number of processes; what fails is recorded and tried again."""
+"""Runs the cells of a study, each once, among any number of processes; what fails is recorded and tried again.
+
+Several processes on one study through submitit: jobs of SLURM, or processes of this machine.
+
+One cell of a study: train (or only evaluate) a recipe, and keep what the comparison needs.
+
+qdora study: check a grid, run its cells, say where it stands.
+"""
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
 import os
+import re
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from qdora.access_tokens import masked
-from qdora.atomic_files import atomic_directory
-from qdora.errors import Interrupted, RunFailure
-from qdora.study.claims import Claim
-from qdora.study.grid import Cell
-from qdora.study.store import StudyDirectory
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from qdora.data.build_data import source_spec
+from qdora.data.sources import has_split
+from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.files.access_tokens import masked
+from qdora.files.atomic import atomic_directory
+from qdora.files.console import default_console
+from qdora.files.run_directory import RunDirectory
+from qdora.model.build_model import find_model
+from qdora.model.load import Quantization
+from qdora.model.pruning import quantized_layers
+from qdora.recipe.recipe_file import missing_files, read_yaml
+from qdora.run.best_step import adapter_step
+from qdora.run.evaluate import evaluate_target
+from qdora.run.load_base import SharedBases
+from qdora.run.train import train_run
+from qdora.study.grid import Cell, Study, expand, load_study
+from qdora.study.store import Claim, StudyDirectory
 
 logger = logging.getLogger("qdora")
 
@@ -32,7 +60,7 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Tally:
+class CellTally:
     """Where a study stands when a process has nothing left to do.
 
     Attributes:
@@ -55,7 +83,7 @@ def shard_of(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
     return list(cells[index - 1 :: count])
 
 
-def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: Report | None = None) -> Tally:
+def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: Report | None = None) -> CellTally:
     """Run every cell that has no result and that no other process is at, until there is none left.
 
     An exception of `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times.
@@ -84,11 +112,11 @@ def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: 
     return tally(cells, store)
 
 
-def tally(cells: Sequence[Cell], store: StudyDirectory) -> Tally:
+def tally(cells: Sequence[Cell], store: StudyDirectory) -> CellTally:
     """Where these cells stand now."""
     open_ = [cell.key for cell in cells if not store.is_done(cell.key)]
     failed = {key: store.failures(key)[-1]["reason"] for key in open_ if store.is_given_up(key)}
-    return Tally(len(cells), len(cells) - len(open_), failed, len(open_) - len(failed))
+    return CellTally(len(cells), len(cells) - len(open_), failed, len(open_) - len(failed))
 
 
 def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
@@ -151,3 +179,262 @@ def _failure(error: Exception) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return masked(f"{type(error).__name__}: {first}")
+
+
+def submit_jobs(
+    command: Sequence[str],
+    directory: Path,
+    num_jobs: int,
+    *,
+    cluster: str = "slurm",
+    parameters: Mapping[str, Any] | None = None,
+) -> list[Any]:
+    """Start the same command several times; the claims of the study share the cells out as they come.
+
+    Args:
+        command: Program and arguments; all jobs must see the study's directory under the same path.
+        directory: Of the study; the jobs' output is in slurm/.
+        num_jobs: At least 1.
+        cluster: slurm, or local for processes of this machine.
+        parameters: What submitit takes: timeout_min, gpus_per_node, slurm_partition, ...
+    Returns:
+        submitit's jobs.
+    Raises:
+        UserError: submitit is missing, or does not know a parameter or the cluster.
+    """
+    try:
+        import submitit
+        from submitit.helpers import CommandFunction
+    except ImportError:
+        raise UserError("--submit: submitit is not installed. Run: pip install 'qdora[slurm]'") from None
+    try:
+        executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
+        executor.update_parameters(name="qdora-study", **dict(parameters or {}))
+    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--submit: {reason}") from None
+    with executor.batch():
+        return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
+
+
+_COMPRESSED = "base/compressed.json"
+
+
+def cell_work(split: str, store: StudyDirectory) -> Work:
+    """The work of a cell; with split "test" its adapter is also evaluated on the test examples.
+
+    Pruned bases are made once in the study's directory and shared by all cells that start from the same one.
+    """
+
+    def work(cell: Cell, directory: Path) -> dict[str, Any]:
+        try:
+            return _run(cell, directory, split, partial(once, store, "bases"))
+        finally:  # the next cell loads a model of its own
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    return work
+
+
+def _run(cell: Cell, directory: Path, split: str, shared_bases: SharedBases) -> dict[str, Any]:
+    quiet = Console(quiet=True)
+    run = RunDirectory(directory)
+    resume = run.recipe_file.is_file() and run.has_begun
+    summary = train_run(cell.recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
+    step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
+    files = {"validation": run.evaluation_file(step)}
+    if split == "test":
+        evaluate_target(str(directory), split="test", console=quiet)
+        files["test"] = run.inside("eval", f"{'final' if cell.is_trained else 'base'}-test.json")
+    generated = run.inside("eval", f"step-{step}-generated.json")
+    if generated.is_file():
+        files["generated"] = generated
+    return {
+        "num_steps": summary["num_steps"],
+        "final_loss": summary["final_loss"],
+        "num_trainable": summary["num_trainable"] if cell.is_trained else 0,
+        "size": summary["size"],
+        "files": {name: str(file.relative_to(directory)) for name, file in files.items()},
+        "compression": _compression(run, cell),
+    }
+
+
+def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
+    """What pruning left of every layer, where the base was pruned; of a base by itself also what quantising left."""
+    file = run.inside(_COMPRESSED)
+    if file.is_file():
+        found: dict[str, Any] = json.loads(file.read_bytes())
+        return found
+    base = cell.recipe.base
+    if cell.is_trained or base.quant == "none":
+        return None
+    wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
+    layers = quantized_layers(find_model(cell.recipe)[0], wanted)
+    return {"layers": layers} if layers else None
+
+
+_SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
+
+
+def study_run(
+    file: Path,
+    directory: Path | None = None,
+    *,
+    shard: str | None = None,
+    retry_failed: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run the cells of a study that no process has run and none is at.
+
+    Args:
+        file: The study.
+        directory: Where it is written; runs/studies/<name of the file> by default.
+        shard: "i/n": only every n-th cell from the i-th on.
+        retry_failed: Give cells that were given up another chance.
+        dry_run: Check every cell and write nothing.
+        console: Where progress is shown; standard error by default.
+    Returns:
+        JSON values: directory, counts of cells, and the reasons of those that failed.
+    Raises:
+        UserError: The study, one of its recipes, or the shard is wrong.
+        RunFailure: Cells failed as often as they may; all others are done.
+        Interrupted, KeyboardInterrupt: Everything finished is kept.
+    """
+    console = console or default_console()
+    study, directory, cells = _checked(file, directory)
+    index, count = _shard(shard)
+    mine = shard_of(cells, index, count)
+    console.print(
+        f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} of them trained"
+        + (f"; {len(mine)} in shard {shard}" if shard else ""),
+        highlight=False,
+    )
+    if dry_run:
+        return {"directory": str(directory), "num_cells": len(cells), "cells": [cell.record() for cell in mine]}
+    store = StudyDirectory(directory, retries=study.retries)
+    store.write_index(study, cells)
+    if retry_failed:
+        store.forget_failures([cell.key for cell in mine])
+
+    with cells_bar(console, mine, store) as report, _quiet_runs():
+        found = run_cells(mine, store, cell_work(study.compare.split, store), report)
+    return _concluded(found, mine, directory, console)
+
+
+def submit_study(
+    file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
+) -> dict[str, Any]:
+    """Check a study and start processes that run it together, through submitit.
+
+    Args:
+        options: "key=value" of submitit.
+    Raises:
+        UserError: As `study_run` and `submit_jobs`.
+    """
+    study, directory, cells = _checked(file, directory)
+    StudyDirectory(directory, retries=study.retries).write_index(study, cells)
+    parameters = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals or not key:
+            raise UserError(f"--job-option {option}: allowed: key=value such as timeout_min=600.")
+        parameters[key.strip()] = read_yaml(f"value: {text}", f"--job-option {option}")["value"]
+    command = [sys.executable, "-m", "qdora.cli", "--quiet", "study", str(file.resolve()), "--dir", str(directory)]
+    jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
+    return {"directory": str(directory), "jobs": [job.job_id for job in jobs]}
+
+
+@contextmanager
+def cells_bar(console: Console, cells: Sequence[Cell], store: StudyDirectory) -> Iterator[Report]:
+    """Progress over the cells with the time left: a bar on a terminal, one line a cell elsewhere.
+
+    Cells that other processes finish meanwhile count, too, so the time left is that of all of them together.
+    """
+    keys, began = {cell.key for cell in cells}, time.monotonic()
+    before = store.num_done(keys)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    names = {cell.key: " ".join(cell.labels.values()) or "uncompressed base" for cell in cells}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("cells", total=len(cells), completed=before, left="")
+
+        def report(cell: Cell, event: Event, seconds: float) -> None:
+            done = store.num_done(keys)
+            left = ""
+            if done > before:
+                left = f"{in_words((len(cells) - done) * (time.monotonic() - began) / (done - before))} left"
+            progress.update(task, completed=done, left=left)
+            text = f"{done}/{len(cells)} {event}: {names[cell.key]} ({cell.key}), {in_words(seconds)}; {left}"
+            if event == "failed" or not console.is_terminal:
+                console.print(text.removesuffix("; "), markup=False, highlight=False, soft_wrap=True)
+
+        yield report
+
+
+def in_words(seconds: float) -> str:
+    """A duration as a person says it: 42 s, 3 min, 2 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, list[Cell]]:
+    study = load_study(file)
+    cells = expand(study)
+    faults = [fault for cell in cells for fault in missing_files(cell.recipe, str(file))]
+    if study.compare.split == "test":
+        what = "has no test split, allowed: halves, or sources with one."
+        faults += [
+            f"{file}: compare.split: {source.label} {what}"
+            for cell in cells
+            for source in cell.recipe.data.mix
+            if not has_split(source_spec(source, cell.recipe.data), "test")
+        ]
+    if faults:
+        raise UserError(*dict.fromkeys(faults))
+    return study, (directory or Path("runs") / "studies" / file.stem).absolute(), cells
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    match = _SHARD.fullmatch(text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UserError(f"--shard: got {text!r}, allowed: I/N with I from 1 to N, such as 2/8.")
+    return int(match[1]), int(match[2])
+
+
+@contextmanager
+def _quiet_runs() -> Iterator[None]:
+    """What a run says goes to its own log.txt; the console has one line a cell."""
+    handlers = logging.getLogger().handlers
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(max(handler.level, logging.WARNING))
+    try:
+        yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
+
+
+def _concluded(found: CellTally, cells: Sequence[Cell], directory: Path, console: Console) -> dict[str, Any]:
+    console.print(f"study: {directory}", highlight=False, soft_wrap=True)
+    if found.num_elsewhere:
+        console.print(f"{found.num_elsewhere} cells are with other processes.", highlight=False)
+    if found.failed:
+        named = {cell.key: " ".join(cell.labels.values()) for cell in cells}
+        key, reason = next(iter(found.failed.items()))
+        raise RunFailure(
+            f"{len(found.failed)} of {found.num_cells} cells were given up, first {named[key]} ({key}): {reason}. "
+            "Their reasons are in failures/; --retry-failed tries them again.",
+            safe=[directory],
+        )
+    return {
+        "directory": str(directory),
+        "num_cells": found.num_cells,
+        "num_done": found.num_done,
+        "num_elsewhere": found.num_elsewhere,
+    }

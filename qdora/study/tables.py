@@ -11,12 +11,22 @@ from typing import Any
 import numpy as np
 
 from qdora.errors import UserError
-from qdora.study.arms import BASE_ARM, Arm, Results, find_arms
-from qdora.study.compare import CONFIDENCE, Part, comparisons, part_of, quality, repair
-from qdora.study.config import CompareConfig, Study
+from qdora.study.compare import (
+    BASE_ARM,
+    CONFIDENCE,
+    Arm,
+    Part,
+    Results,
+    comparisons,
+    find_arms,
+    part_of,
+    quality,
+    repair,
+    verdict,
+)
+from qdora.study.grid import CompareConfig, Study
 from qdora.study.scores import HIGHER_IS_BETTER, mean_score
 from qdora.study.store import StudyDirectory, read_index
-from qdora.study.verdict import verdict
 
 Rows = list[dict[str, Any]]
 

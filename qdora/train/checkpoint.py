@@ -1,4 +1,6 @@
-"""What a checkpoint of a run holds, and taking it back: safetensors and JSON, no pickle.
+"""The state of torch's generators, to go back to: a retried or resumed step draws what it would have drawn.
+
+What a checkpoint of a run holds, and taking it back: safetensors and JSON, no pickle.
 
 adapter/                  the adapter in PEFT's format, usable by itself (full fine-tuning: parameters.safetensors)
 optimizer.safetensors     optimizer states and the low bits of bf16 parameters
@@ -22,7 +24,22 @@ from torch import Tensor, nn
 from qdora.errors import UserError
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.random_state import random_state, set_random_state
+
+
+def random_state() -> dict[str, Tensor]:
+    """Generator ("cpu", and "cuda", this process's GPU, where there is one) -> its state, uint8."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Take back `random_state`; a state of a GPU that is not there is left out."""
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
 
 FORMAT = 2
 PARAMETERS_FILE = "parameters.safetensors"

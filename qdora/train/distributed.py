@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qdora.doctor import available_memory_bytes
 from qdora.errors import RunFailure, UserError
+from qdora.files.environment import available_memory_bytes
 
 T = TypeVar("T")
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
+from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.micro_batch import batch_loss
-from qdora.train.random_state import random_state, set_random_state
 
 Array = NDArray[np.float64]
 
@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Probe:
+class GradientProbe:
     """The examples that gradients are measured on: task -> the micro-batches of each of its two halves."""
 
     halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]]
@@ -49,7 +49,7 @@ class Probe:
 
 def measure(
     model: nn.Module,
-    probe: Probe,
+    probe: GradientProbe,
     parameters: Mapping[str, nn.Parameter],
     *,
     device: torch.device,

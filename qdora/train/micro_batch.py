@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from qdora.data.batching import IGNORED, Packing
 from qdora.ops.loss import token_nll
+from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
-from qdora.train.random_state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.chunked_loss import auto_chunk, chunked_nll
-from qdora.ops.loss import token_nll
+from qdora.ops.loss import auto_chunk, chunked_nll, token_nll
 
 # Fields of transformers' configs. A scale may be multiplied with (Cohere, Falcon-H1) or divided by (Granite), and
 # HyperCLOVA X multiplies with a field that bears Granite's name: both are tried.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdora.data.pack import PackedLayout
+from qdora.data.batching import PackedLayout
 from qdora.errors import UserError
 
 logger = logging.getLogger(__name__)

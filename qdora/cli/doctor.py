@@ -1,0 +1,30 @@
+""""""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qdora.cli.failures import emit, verb
+from qdora.cli.options import Json
+
+
+@verb
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure for a minute what `qdora plan` predicts times with.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Say what this machine has and what is missing."""
+    from qdora.run.doctor import report, report_text
+
+    found = report()
+    text = report_text(found)
+    if measure:
+        from qdora.plan.step_time import measure_rates, rates_text
+
+        found["rates"] = measure_rates()
+        text += rates_text(found["rates"])
+    emit(found, json_, plain=text)

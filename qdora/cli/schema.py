@@ -1,0 +1,15 @@
+""""""
+
+from __future__ import annotations
+
+import json
+
+from qdora.cli.failures import verb
+
+
+@verb
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from qdora.recipe.recipe_file import json_schema
+
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,252 @@
+"""The eight commonsense tasks as cloze questions: a row of the shared schema -> prompt, choices, answer.
+
+A row holds task, id, context, question, choices (list), answer (index of the right choice) and sometimes passage. One
+schema serves Parquet and JSON-lines files and what `hub.py` reads from the Hub.
+
+The model learns and is scored on the text of the choices, not on a letter or a number: at 0.1 to 1 B parameters models
+score at chance when they have to name an option ("answer2"), and well above it on the text.
+
+The eight commonsense tasks in the wording of LLM-Adapters: a row of the shared schema -> a row of commonsense_170k.
+
+The model is told the choices by name and learns to say a name ("the correct answer is answer2"), as in the DoRA paper
+(arXiv 2402.09353, sec. 5.1; arXiv 2304.01933, appendix). Wording and white space are those of commonsense_170k.json, so
+that a model trained on that file is asked what it has learnt; passages, which that file has not, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qdora.data.example import Example
+
+Row = Mapping[str, Any]
+
+
+class RowFault(ValueError):
+    """What is wrong with one row; the caller adds the file and the line."""
+
+
+def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
+    """The example of one schema row.
+
+    Args:
+        row: question, choices and answer are required; context, passage and id may be absent, null or empty.
+        task: Chooses the template: one of TEMPLATES, any other name gets the general one.
+        label: The example's task name.
+        id: Its id where the row has none.
+    Raises:
+        RowFault: If a field is missing or has the wrong type, or the answer is no index of the choices.
+    """
+    question = text_field(row, "question")
+    choices = _choices(row)
+    gold = _answer_index(row, len(choices))
+    prompt, continuations = TEMPLATES.get(task, _question)(row, question, choices)
+    own_id = row.get("id")
+    return Example(
+        task=label,
+        id=id if own_id in (None, "") else str(own_id),
+        prompt=prompt,
+        answer=continuations[gold],
+        choices=continuations,
+        gold=gold,
+    )
+
+
+def text_field(row: Row, name: str) -> str:
+    """A required text field, stripped."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise RowFault(f"{name}: got {shown(value)}, allowed: text that is not empty")
+    return value.strip()
+
+
+def optional_text(row: Row, name: str) -> str:
+    """A text field that may be absent, null or empty, stripped."""
+    value = row.get(name)
+    # pandas writes a missing text as a float NaN
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if not isinstance(value, str):
+        raise RowFault(f"{name}: got {shown(value)}, allowed: text, or nothing")
+    return value.strip()
+
+
+def shown(value: object) -> str:
+    """A value for an error line: its repr, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _choices(row: Row) -> tuple[str, ...]:
+    value = row.get("choices")
+    if not isinstance(value, (list, tuple)) or len(value) < 2:
+        raise RowFault(f"choices: got {shown(value)}, allowed: a list of two or more texts")
+    # JSON files write BoolQ's choices as true and false
+    texts = [str(choice).lower() if isinstance(choice, bool) else choice for choice in value]
+    for index, choice in enumerate(texts):
+        if not isinstance(choice, str) or not choice.strip():
+            raise RowFault(f"choices[{index}]: got {shown(choice)}, allowed: text that is not empty")
+    return tuple(str(choice).strip() for choice in texts)
+
+
+def _answer_index(row: Row, num_choices: int) -> int:
+    value = row.get("answer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_choices:
+        allowed = f"the index of the right choice, 0 to {num_choices - 1}"
+        raise RowFault(f"answer: got {shown(value)}, allowed: {allowed}")
+    return value
+
+
+Template = Callable[[Row, str, tuple[str, ...]], tuple[str, tuple[str, ...]]]
+"""(row, question, choices) -> (prompt, continuations)."""
+
+
+def _spaced(choices: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(" " + choice for choice in choices)
+
+
+def _question(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """piqa, arc_e, arc_c, obqa and any other task with choices:
+
+    <passage, if there is one>
+    <context, if there is one>
+    Question: <question>
+    Answer: <choice>
+    """
+    lines = [line for line in (optional_text(row, "passage"), optional_text(row, "context")) if line]
+    return "\n".join([*lines, f"Question: {question}", "Answer:"]), _spaced(choices)
+
+
+def _boolq(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """boolq; the choices false and true are said as "no" and "yes", one question mark ends the question:
+
+    <passage, if there is one>
+    Question: <question>?
+    Answer: yes
+    """
+    words = {"false": "no", "no": "no", "true": "yes", "yes": "yes"}
+    unknown = [choice for choice in choices if choice.lower() not in words]
+    if unknown:
+        raise RowFault(f"choices: got {shown(unknown[0])}, allowed for boolq: false, true (or no, yes)")
+    prompt, _ = _question(row, question.rstrip("? ") + "?", choices)
+    return prompt, tuple(" " + words[choice.lower()] for choice in choices)
+
+
+def _siqa(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """siqa; the situation stands before the question:
+
+    Question: <context> <question>
+    Answer: <choice>
+    """
+    context = optional_text(row, "context")
+    return f"Question: {context} {question}".replace("  ", " ") + "\nAnswer:", _spaced(choices)
+
+
+def _hellaswag(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """hellaswag; the schema's context is the activity, its question the beginning of a story:
+
+    <activity>: <beginning> <ending>
+    """
+    activity = optional_text(row, "context")
+    return f"{activity}: {question}" if activity else question, _spaced(choices)
+
+
+def _winogrande(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """winogrande; the blank stays in the sentence, so that both choices continue one and the same prompt:
+
+    <sentence with _>
+    Question: What does the blank _ stand for, <first choice> or <second choice>?
+    Answer: <choice>
+    """
+    if "_" not in question:
+        raise RowFault(f"question: got {shown(question)}, allowed for winogrande: a sentence with a blank '_'")
+    listed = " or ".join(choices)
+    return f"{question}\nQuestion: What does the blank _ stand for, {listed}?\nAnswer:", _spaced(choices)
+
+
+TEMPLATES: dict[str, Template] = {
+    "boolq": _boolq,
+    "piqa": _question,
+    "siqa": _siqa,
+    "hellaswag": _hellaswag,
+    "winogrande": _winogrande,
+    "arc_e": _question,
+    "arc_c": _question,
+    "obqa": _question,
+}
+"""Built-in task -> its template."""
+
+
+@dataclass(frozen=True)
+class _Wording:
+    """How a task asks.
+
+    Attributes:
+        question: What stands before the question.
+        noun: Of a choice; with its number from 1 it is the choice's name.
+        between: Between the choices.
+        behind: Between the last choice and the list of names.
+    """
+
+    question: str
+    noun: str
+    between: str = " "
+    behind: str = "\n\n"
+
+
+_ANSWER = _Wording("Please choose the correct answer to the question: ", "answer")
+WORDINGS: dict[str, _Wording] = {
+    "piqa": _Wording("Please choose the correct solution to the question: ", "solution", between="\n\n"),
+    "siqa": _ANSWER,
+    "hellaswag": _Wording("Please choose the correct ending to complete the given sentence: ", "ending"),
+    "winogrande": _Wording(
+        "Please choose the correct answer to fill in the blank to complete the given sentence: ", "option", behind=" "
+    ),
+    "arc_e": _ANSWER,
+    "arc_c": _ANSWER,
+    "obqa": _ANSWER,
+}
+_BOOLQ = "Please answer the following question with true or false, question: "
+
+
+def instruction_row(row: Row, task: str) -> dict[str, str]:
+    """A row with id, instruction, output and answer, as commonsense_170k.json has them.
+
+    Args:
+        row: As for `tasks.example_of_row`.
+        task: One of the eight commonsense tasks.
+    Raises:
+        RowFault: As `tasks.example_of_row`.
+    """
+    example = example_of_row(row, task=task, label=task, id="")  # checks the row
+    assert example.gold is not None
+    question = text_field(row, "question")
+    if task == "boolq":
+        names = tuple({"no": "false", "yes": "true"}[choice.strip()] for choice in example.choices)
+        text = f"{_BOOLQ}{question.rstrip('? ')}?\n\n"
+        listed = "true/false"
+    else:
+        wording = WORDINGS[task]
+        names = tuple(f"{wording.noun}{number + 1}" for number in range(len(example.choices)))
+        choices = wording.between.join(
+            f"{name.capitalize()}: {str(choice).strip()}" for name, choice in zip(names, row["choices"], strict=True)
+        )
+        text = f"{wording.question}{_asked(row, task, question)}\n\n{choices}{wording.behind}"
+        listed = "/".join(names)
+    answer = names[example.gold]
+    own_id = row.get("id")
+    return {
+        "id": "" if own_id is None else str(own_id),
+        "instruction": f"{text}Answer format: {listed}",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
+
+
+def _asked(row: Row, task: str, question: str) -> str:
+    """The question behind its situation (siqa) or activity (hellaswag)."""
+    context = optional_text(row, "context")
+    between = ": " if task == "hellaswag" else " "
+    return f"{context}{between}{question}" if context else question

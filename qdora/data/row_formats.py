@@ -1,0 +1,203 @@
+"""The layouts of rows that people have: choices, prompt and completion, chat, text, LLM-Adapters; each to Examples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from qdora.data.commonsense import TEMPLATES, Row, RowFault, example_of_row, optional_text, shown, text_field
+from qdora.data.example import Example
+from qdora.data.local_files import Rows
+from qdora.errors import UserError, nearest
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout.
+
+    Attributes:
+        required: Columns that every row must have.
+        optional: Columns that are read where they are.
+        example: (row, task of the row, label, id) -> Example.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    example: Callable[[Row, str, str, str], Example]
+
+
+def detect_format(columns: Collection[str]) -> str | None:
+    """The format whose required columns are all there, or None."""
+    return next((name for name, layout in FORMATS.items() if set(layout.required) <= set(columns)), None)
+
+
+def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> list[Example]:
+    """Every row as an Example.
+
+    Args:
+        rows: At least one.
+        format: One of FORMATS, or auto: by the columns of the first row.
+        label: Task name of the examples; a row's own task (or, in commonsense170k, the one that its wording gives away)
+            comes before it unless `named`.
+        named: The label was chosen by the user.
+    Raises:
+        UserError: If no format fits the columns, or rows are faulty: the first few are named, the rest counted.
+    """
+    chosen = choose_format(list(rows.rows[0]), format, rows.where)
+    examples, faults = [], []
+    for place, row in rows:
+        try:
+            examples.append(example_of_format(row, chosen, label=label, named=named, id=str(place)))
+        except RowFault as fault:
+            faults.append(rows.fault(place, fault))
+    rows.raise_faults(faults)
+    return examples
+
+
+def choose_format(columns: Collection[str], format: str, where: str) -> str:
+    """`format`, or for auto the one that fits the columns.
+
+    Raises:
+        UserError: If none fits.
+    """
+    chosen = detect_format(columns) if format == "auto" else format
+    if chosen is None:
+        allowed = "; ".join(f"{name}: {', '.join(layout.required)}" for name, layout in FORMATS.items())
+        known = [column for layout in FORMATS.values() for column in layout.required]
+        hint = next((hint for column in columns if (hint := nearest(column, known))), "")
+        raise UserError(f"{where}: columns {', '.join(columns)} fit no format, allowed: {allowed}.{hint}")
+    return chosen
+
+
+def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str) -> Example:
+    """One row as an Example; label and named as in `examples_of_rows`.
+
+    Raises:
+        RowFault: If a column is missing or holds the wrong thing.
+    """
+    layout = FORMATS[format]
+    absent = [column for column in layout.required if column not in row]
+    if absent:
+        what = f"no {', '.join(absent)}, got columns {', '.join(row)}, needed for format {format}: "
+        raise RowFault(what + f"{', '.join(layout.required)}.{nearest(absent[0], list(row))}")
+    task = optional_text(row, "task") if "task" in layout.optional else ""
+    if format == "commonsense170k":
+        task = commonsense_task(str(row["instruction"]))
+    return layout.example(row, task, label if named else task or label, id)
+
+
+def _choices(row: Row, task: str, label: str, id: str) -> Example:
+    """Schema rows; a row that names one of the eight tasks gets that task's prompt."""
+    return example_of_row(row, task=task or (label if label in TEMPLATES else ""), label=label, id=id)
+
+
+def _completion(row: Row, task: str, label: str, id: str) -> Example:
+    """Prompt and completion, joined as they stand: the space between them belongs to the completion (or the prompt)."""
+    prompt, completion = row["prompt"], row["completion"]
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(value, str):
+            hint = " (turns of a chat go into one column, messages)" if isinstance(value, list) else ""
+            raise RowFault(f"{name}: got {shown(value)}, allowed: text{hint}")
+    if not completion.strip():
+        raise RowFault(f"completion: got {shown(completion)}, allowed: text that is not empty")
+    return Example(task=label, id=_id(row, id), prompt=prompt, answer=completion)
+
+
+def _messages(row: Row, task: str, label: str, id: str) -> Example:
+    """A list of {role, content}; the assistant's turns are what is learnt."""
+    turns = row["messages"]
+    if not isinstance(turns, list) or not turns:
+        raise RowFault(f"messages: got {shown(turns)}, allowed: a list of turns {{role, content}}")
+    messages = tuple(_turn(number, turn) for number, turn in enumerate(turns))
+    if not any(role == "assistant" and content.strip() for role, content in messages):
+        raise RowFault("messages: no turn of role assistant with content, so there is nothing to learn")
+    return Example(task=label, id=_id(row, id), prompt="", answer="", messages=messages)
+
+
+def _turn(number: int, turn: Any) -> tuple[str, str]:
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        raise RowFault(f"messages[{number}]: got {shown(turn)}, allowed: an object with role and content")
+    role, content = turn["role"], turn["content"]
+    if role not in ROLES:
+        hint = nearest(str(role), ROLES)
+        raise RowFault(f"messages[{number}].role: got {shown(role)}, allowed: {', '.join(ROLES)}.{hint}")
+    if not isinstance(content, str):
+        raise RowFault(f"messages[{number}].content: got {shown(content)}, allowed: text")
+    return role, content
+
+
+def _text(row: Row, task: str, label: str, id: str) -> Example:
+    """Plain text; all of it is learnt."""
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        raise RowFault(f"text: got {shown(row['text'])}, allowed: text that is not empty")
+    return Example(task=label, id=_id(row, id), prompt="", answer=row["text"])
+
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def _commonsense170k(row: Row, task: str, label: str, id: str) -> Example:
+    """LLM-Adapters (arXiv 2304.01933) and other Alpaca-type rows: instruction, output, maybe input and answer.
+
+    The prompt is the Alpaca template in its published wording, without the indentation that the published script
+    leaves in it. Where the instruction ends in "Answer format: answer1/answer2/..." and `answer` is one of these, the
+    other names become the wrong choices, so that the example can be scored.
+    """
+    instruction, output = text_field(row, "instruction"), text_field(row, "output")
+    given = optional_text(row, "input")
+    template = _ALPACA_INPUT if given else _ALPACA
+    prompt = template.format(instruction=instruction, input=given)
+    names, answer = _answer_names(instruction), optional_text(row, "answer")
+    if answer in names and output.count(answer) == 1:
+        choices = tuple(output.replace(answer, name) for name in names)
+        return Example(label, _id(row, id), prompt, output, choices, names.index(answer))
+    return Example(label, _id(row, id), prompt, output)
+
+
+def _answer_names(instruction: str) -> tuple[str, ...]:
+    """The names in the line "Answer format: answer1/answer2/answer3"; empty without such a line."""
+    found = re.search(r"Answer format:\s*(\S+(?:/\S+)+)\s*$", instruction)
+    names = tuple(found.group(1).split("/")) if found else ()
+    return names if len(names) > 1 and len(set(names)) == len(names) and all(names) else ()
+
+
+def commonsense_task(instruction: str) -> str:
+    """The task that the wording of a commonsense_170k instruction gives away, or ''.
+
+    Three numbered answers are Social IQa (a dozen ARC questions have three, too), four or five are ARC or OpenBookQA,
+    which cannot be told apart: arc_or_obqa.
+    """
+    names = _answer_names(instruction)
+    if names == ("true", "false"):
+        return "boolq"
+    kind = re.sub(r"\d+$", "", names[0]) if names else ""
+    if kind == "answer":
+        return "siqa" if len(names) == 3 else "arc_or_obqa"
+    return {"solution": "piqa", "ending": "hellaswag", "option": "winogrande"}.get(kind, "")
+
+
+def _id(row: Row, id: str) -> str:
+    own = row.get("id")
+    return id if own in (None, "") else str(own)
+
+
+FORMATS: dict[str, Format] = {
+    "choices": Format(("question", "choices", "answer"), ("task", "id", "context", "passage"), _choices),
+    "messages": Format(("messages",), ("task", "id"), _messages),
+    "completion": Format(("prompt", "completion"), ("task", "id"), _completion),
+    "commonsense170k": Format(("instruction", "output"), ("id", "input", "answer"), _commonsense170k),
+    "text": Format(("text",), ("task", "id"), _text),
+}
+"""Format -> layout; `auto` takes the first whose required columns are there."""

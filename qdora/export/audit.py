@@ -1,0 +1,415 @@
+"""The forms in which a trained model can leave, as functions of the model in memory: what each one computes.
+
+Each adapted layer is replaced by a plain product with the dense weight that the form stands for, rounded as the form
+rounds. So forms are compared without writing any of them.
+
+The audit of an export: what every form of the trained model costs, side by side, and which one to ship.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.data.example import Example
+from qdora.errors import UserError
+from qdora.evaluation.suite import EvaluationResult, evaluate
+from qdora.export.logit_comparison import LogitDifference, float32_arithmetic, logits_of, token_sequences
+from qdora.export.merged import OpenedMerge
+from qdora.export.nf4_lora import FOUR_BIT_KINDS, check_foldable
+from qdora.files.console import bar
+from qdora.model.inject import adapted_layers, frozen_layers, replace_module
+from qdora.model.stored_tensors import StoredPacked
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import block_scales, dequantize, quantize
+
+Layer = AdaptedLinear | FrozenLinear
+Weight = Callable[[str, Layer], Tensor | None]
+"""Path and layer -> dense weight (out, in), float32; None leaves the layer as it is."""
+_KEPT_BYTES = 2 * 2**30
+"""Dense weights of a form are kept up to this; beyond it each is made anew at every forward pass."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form and what it computes; `weight` is None where it is not possible, for the reason `why_not`."""
+
+    name: str
+    weight: Weight | None
+    why_not: str = ""
+
+
+class _ComputedLinear(nn.Module):
+    """y = x W^T + bias with a W that is made when it is needed."""
+
+    def __init__(self, make: Callable[[], Tensor], bias: Tensor | None, keep: bool) -> None:
+        super().__init__()
+        self.make, self.keep = make, keep
+        self.kept: Tensor | None = None
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in x's dtype."""
+        weight = self.make() if self.kept is None else self.kept
+        if self.keep:
+            self.kept = weight
+        bias = self.get_buffer("bias") if self._buffers["bias"] is not None else None
+        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@contextmanager
+def computing(model: PreTrainedModel, weight: Weight) -> Iterator[None]:
+    """Inside the block `model` computes what a form computes; afterwards it is as it was."""
+    layers: Mapping[str, Layer] = _outer_layers(model)
+    keep = sum(layer.in_features * layer.out_features * 4 for layer in layers.values()) <= _KEPT_BYTES
+    replaced: dict[str, Layer] = {}
+
+    def maker(path: str, layer: Layer, first: Tensor) -> Callable[[], Tensor]:
+        waiting = [first] if keep else []
+
+        def make() -> Tensor:
+            made = waiting.pop() if waiting else weight(path, layer)
+            assert made is not None
+            return made
+
+        return make
+
+    try:
+        for path, layer in layers.items():
+            first = weight(path, layer)
+            if first is None:
+                continue
+            bias = layer.base.bias if isinstance(layer, AdaptedLinear) else layer.bias
+            replace_module(model, path, _ComputedLinear(maker(path, layer, first), bias, keep))
+            replaced[path] = layer
+            del first
+        yield
+    finally:
+        for path, layer in replaced.items():
+            replace_module(model, path, layer)
+
+
+def _outer_layers(model: nn.Module) -> dict[str, Layer]:
+    adapted = adapted_layers(model)
+    bases = {f"{path}.base" for path in adapted}
+    return {**adapted, **{path: layer for path, layer in frozen_layers(model).items() if path not in bases}}
+
+
+def variants(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> list[Variant]:
+    """Every form of a LoRA or DoRA model.
+
+    Args:
+        model: The running model.
+        opened: Its base and adapter on disk; None for a pruned base, which the source's weights are not.
+        dtype: To which the merged weights are rounded.
+    """
+
+    def merged(path: str, layer: Layer) -> Tensor | None:
+        return _rounded(layer.merged_weight(), dtype) if isinstance(layer, AdaptedLinear) else None
+
+    def original(path: str, layer: Layer) -> Tensor | None:
+        weight = None if opened is None else source_weight(opened, path)
+        if weight is None:
+            return None
+        weight = weight.to(_device(layer))
+        if isinstance(layer, AdaptedLinear):
+            weight = layer.merged_weight(base=weight)
+        return _rounded(weight, dtype)
+
+    def requantized(path: str, layer: Layer) -> Tensor | None:
+        if not isinstance(layer, AdaptedLinear):
+            return None
+        packed = layer.base.packed_weight
+        if packed is None:
+            return _rounded(layer.merged_weight(), dtype)
+        again = quantize(layer.merged_weight(), packed.kind, packed.block_size, packed.nested is not None)
+        return dequantize(again, torch.float32)
+
+    try:
+        check_foldable(model, torch.float32)
+        why_not = ""
+    except UserError as error:
+        why_not = error.faults[0]
+    if opened is None:
+        no_source = "the base is pruned, and the source's own weights are not"
+    elif opened.merge.quant.kind == "none" or any(isinstance(item, StoredPacked) for item in opened.stored.values()):
+        no_source = "the source has no other weights than those that were trained on"
+    else:
+        no_source = ""
+    four_bits = any(layer.kind in FOUR_BIT_KINDS for layer in frozen_layers(model).values())
+    return [
+        Variant("base", _base),
+        Variant("merged", merged),
+        Variant("original", None, no_source) if no_source else Variant("original", original),
+        Variant("requantized", requantized) if four_bits else Variant("requantized", None, "the base is not in 4 bits"),
+        Variant("nf4-lora", None, why_not) if why_not else Variant("nf4-lora", _nf4_lora),
+    ]
+
+
+def source_weight(opened: OpenedMerge, path: str) -> Tensor | None:
+    """The source's own weight of a quantised layer, (out, in) float32; None where it is dense or packed there."""
+    if path not in opened.quantized:
+        return None
+    item = opened.item(f"{path}.weight")
+    value = None if item is None else item.read()
+    return value.float() if isinstance(value, Tensor) else None
+
+
+def _base(path: str, layer: Layer) -> Tensor | None:
+    return layer.base.dequantized(torch.float32) if isinstance(layer, AdaptedLinear) else None
+
+
+def _nf4_lora(path: str, layer: Layer) -> Tensor | None:
+    """g in the block scales, and s (g B) A beside it, each rounded to float32 as in the files."""
+    if not isinstance(layer, AdaptedLinear):
+        return None
+    packed = layer.base.packed_weight
+    gain = layer.merged_gain()
+    lora_b = layer.stored_B().float()
+    if packed is None:
+        base = layer.base.dequantized(torch.float32)
+        base = base if gain is None else base * gain.unsqueeze(1)
+    else:
+        scales = block_scales(packed)
+        if gain is not None:
+            scales = (scales.reshape(layer.out_features, -1) * gain.unsqueeze(1)).reshape(-1)
+        base = dequantize(replace(packed, absmax=scales, nested=None), torch.float32)
+    factor = lora_b if gain is None else lora_b * gain.unsqueeze(1)
+    return torch.addmm(base, factor, layer.lora_A.detach().float(), alpha=layer.scaling)
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).float()
+
+
+def _device(layer: Layer) -> torch.device:
+    base = layer.base if isinstance(layer, AdaptedLinear) else layer
+    return base.stored_weight.device
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What quantising a layer's base changed against what was learnt on it, as Frobenius norms of the weights.
+
+    Attributes:
+        path: Of the layer.
+        quantization_error: ||dequantised base - source|| / ||source||.
+        update: ||merged - dequantised base|| / ||source||.
+    """
+
+    path: str
+    quantization_error: float
+    update: float
+
+    @property
+    def ratio(self) -> float:
+        """Quantisation error over update: above 1 the rounding is larger than all that was learnt."""
+        return self.quantization_error / self.update if self.update > 0 else float("inf")
+
+
+@torch.no_grad()
+def layer_errors(model: PreTrainedModel, opened: OpenedMerge) -> list[LayerError]:
+    """Of every adapted layer whose source is at hand, the largest ratio first."""
+    found = []
+    for path, layer in adapted_layers(model).items():
+        source = source_weight(opened, path)
+        if source is None:
+            continue
+        base = layer.base.dequantized(torch.float32)
+        source = source.to(base.device)
+        size = float(source.norm())
+        if size > 0:
+            update = float((layer.merged_weight() - base).norm()) / size
+            found.append(LayerError(path, float((base - source).norm()) / size, update))
+    return sorted(found, key=lambda error: -error.ratio)
+
+
+ADAPTER = "adapter"
+DESCRIPTIONS = {
+    "base": "quantised base, no adapter",
+    ADAPTER: "adapter on the quantised base: what was trained",
+    "merged": "merged on the dequantised base",
+    "original": "merged on the source's own weights",
+    "requantized": "merged, then quantised to 4 bits again",
+    "nf4-lora": "4 bits with the gain in the block scales, and LoRA",
+}
+_COMMANDS = {
+    "merged": "--format merged",
+    "original": "--format merged --base original",
+    "requantized": "--format merged --requantize",
+    "nf4-lora": "--format nf4-lora",
+}
+_EXAMPLES = 32
+"""Of a task. Differences between forms are paired, so that few examples tell them apart."""
+_WORST_LAYERS = 5
+_SAME_KL = 1e-4
+"""Mean KL in nats below which a form counts as the same model; fp16 rounding of a merge is 1e-7 to 1e-6."""
+
+
+@torch.no_grad()
+def audit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    opened: OpenedMerge | None,
+    *,
+    texts: Sequence[str],
+    examples: Mapping[str, Sequence[Example]],
+    dtype: torch.dtype,
+    limit: int = _EXAMPLES,
+    console: Console,
+) -> dict[str, Any]:
+    """Compare every form with the running adapter, all in float32 arithmetic.
+
+    Args:
+        model: The running model with its adapter.
+        tokenizer: Its tokenizer.
+        opened: Its base and adapter on disk; None for a pruned base: the source's own weights are another model's.
+        texts: Held-out text for the logits.
+        examples: Held-out examples by task for the NLL; may be empty.
+        dtype: To which merged weights are rounded.
+        limit: Most examples of a task.
+        console: For progress.
+    Returns:
+        JSON values: `forms` (differences of logits from the adapter, NLL by task, mean NLL difference per example with
+        its standard error), `layers` (quantisation error over update, worst first), `verdict`.
+    """
+    sequences = token_sequences(tokenizer, texts, None, max_tokens=1024, max_length=256)
+    device = next(model.parameters()).device
+    tokens = [torch.tensor([ids], device=device) for ids in sequences]
+    forms: dict[str, dict[str, Any]] = {}
+    results: dict[str, EvaluationResult] = {}
+    given = {task: found for task, found in examples.items() if found}
+
+    def score(name: str) -> None:
+        if given:
+            results[name] = evaluate(model, tokenizer, given, limit=limit, per_example=True)
+
+    found = [Variant(ADAPTER, None), *variants(model, opened, dtype)]
+    with float32_arithmetic(model), bar(console, "auditing") as progress:
+        reference = [logits_of(model, ids) for ids in tokens]
+        for number, form in enumerate(found):
+            if form.name == ADAPTER:
+                forms[ADAPTER] = {}
+                score(ADAPTER)
+            elif form.weight is None:
+                forms[form.name] = {"why_not": form.why_not}
+            else:
+                with computing(model, form.weight):
+                    difference = LogitDifference()
+                    for ids, expected in zip(tokens, reference, strict=True):
+                        difference.add(expected, logits_of(model, ids))
+                    forms[form.name] = {"logits": difference.to_dict()}
+                    if math.isfinite(difference.kl_sum):
+                        score(form.name)
+                    else:
+                        forms[form.name] = {"why_not": f"its values are not finite in {dtype}"}
+            progress(number + 1, len(found))
+    for name, result in results.items():
+        forms[name]["nll_per_token"] = {task: row.nll_per_token for task, row in result.tasks.items()}
+        forms[name]["nll_difference"] = _paired(result, results[ADAPTER])
+    layers = [
+        {"path": e.path, "quantization_error": e.quantization_error, "update": e.update, "ratio": e.ratio}
+        for e in ([] if opened is None else layer_errors(model, opened))
+    ]
+    ordered = {name: forms[name] for name in DESCRIPTIONS}
+    return {
+        "num_positions": sum(len(ids) for ids in sequences),
+        "num_examples": len(results[ADAPTER].per_example) if given else 0,
+        "forms": ordered,
+        "layers": layers,
+        "verdict": verdict(ordered, layers),
+    }
+
+
+def _paired(result: EvaluationResult, reference: EvaluationResult) -> dict[str, float | None]:
+    """Mean difference of the NLL of an answer, nats, and its standard error over examples."""
+    gaps = [
+        first["nll"] - second["nll"] for first, second in zip(result.per_example, reference.per_example, strict=True)
+    ]
+    mean = math.fsum(gaps) / len(gaps)
+    if len(gaps) < 2:
+        return {"mean": mean, "stderr": None}
+    variance = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
+    return {"mean": mean, "stderr": math.sqrt(variance / len(gaps))}
+
+
+def verdict(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> str:
+    """Which form to ship, and why, in words."""
+    same = [name for name in ("merged", "nf4-lora") if _is_same(forms[name])]
+    parts = []
+    if same:
+        kl = max(forms[name]["logits"]["kl_mean"] for name in same)
+        named = " or ".join(f"`{_COMMANDS[name]}` ({'4' if name == 'nf4-lora' else '16'} bits)" for name in same)
+        they = "both are" if len(same) == 2 else "it is"
+        parts.append(f"Ship {named}: {they} the model that was trained (mean KL at most {kl:.1g} nats).")
+    else:
+        parts.append("No form is the model that was trained within 1e-4 nats of KL: look at the table before shipping.")
+    parts += [_cost(name, forms[name]) for name in ("original", "requantized") if "logits" in forms[name]]
+    parts += [
+        f"`{_COMMANDS[name]}` is not possible: {forms[name]['why_not']}."
+        for name in ("nf4-lora", "original")
+        if forms[name].get("why_not")
+    ]
+    if layers:
+        above = sum(layer["ratio"] > 1 for layer in layers)
+        parts.append(
+            f"In {above} of {len(layers)} layers the rounding of the base is larger than what was learnt on it"
+            + (": there a merge on other weights than those trained on is a different model." if above else ".")
+        )
+    return " ".join(part.replace("..", ".") for part in parts)
+
+
+def _is_same(form: Mapping[str, Any]) -> bool:
+    return "logits" in form and form["logits"]["kl_mean"] <= _SAME_KL
+
+
+def _cost(name: str, form: Mapping[str, Any]) -> str:
+    logits = form["logits"]
+    text = (
+        f"`{_COMMANDS[name]}` is another model: mean KL {logits['kl_mean']:.2g} nats, same next token "
+        f"{logits['argmax_agreement']:.1%}"
+    )
+    gap = form.get("nll_difference")
+    if gap is None or gap["stderr"] is None:
+        return text + "."
+    mean, twice = gap["mean"], 2 * gap["stderr"]
+    if abs(mean) <= twice:
+        return text + f"; its answers are not told apart ({mean:+.3f} +- {twice:.3f} nats each)."
+    return text + f"; its answers are {'worse' if mean > 0 else 'better'} by {abs(mean):.3f} +- {twice:.3f} nats each."
+
+
+def audit_page(name: str, found: Mapping[str, Any]) -> str:
+    """The audit as a page in Markdown."""
+    tasks = list(found["forms"][ADAPTER].get("nll_per_token", {}))
+    columns = ["form", "largest logit difference", "mean", "mean KL (nats)", "same argmax"]
+    columns += [f"NLL per token, {task}" for task in tasks]
+    basis = f"{found['num_positions']:,} tokens of held-out text and {found['num_examples']:,} examples"
+    lines = [f"# Audit of {name}", "", found["verdict"], "", f"On {basis}, in float32 arithmetic.", ""]
+    lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    for form, row in found["forms"].items():
+        logits = row.get("logits")
+        cells = [DESCRIPTIONS[form]]
+        if logits is None:
+            cells += ["0", "0", "0", "100.00 %"] if form == ADAPTER else ["not possible", "", "", ""]
+        else:
+            cells += [f"{logits[key]:.3g}" for key in ("max_logit_difference", "mean_logit_difference", "kl_mean")]
+            cells.append(f"{100 * logits['argmax_agreement']:.2f} %")
+        cells += [f"{row['nll_per_token'][task]:.4f}" if "nll_per_token" in row else "" for task in tasks]
+        lines.append("| " + " | ".join(cells) + " |")
+    if found["layers"]:
+        lines += ["", "Layers in which the rounding of the base is largest against what was learnt:", ""]
+        lines += ["| layer | quantisation error | update | ratio |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {e['path']} | {e['quantization_error']:.3%} | {e['update']:.3%} | {e['ratio']:.2f} |"
+            for e in found["layers"][:_WORST_LAYERS]
+        ]
+    return "\n".join(lines) + "\n"

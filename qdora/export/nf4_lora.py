@@ -1,0 +1,286 @@
+"""A trained QDoRA model in 4 bits, without loss: the gain goes into the block scales, the rest is plain LoRA.
+
+    y = g (x W^T + s (x A^T) B^T) + bias = x (g W)^T + s (x A^T) (g B)^T + bias
+
+Where no block of W crosses from one row into the next, g W is the same 4-bit codes with the block scales of row i
+multiplied by g_i. So the model becomes a bitsandbytes checkpoint and a LoRA adapter of the same rank, which anything
+that serves QLoRA runs: no program needs to know DoRA. Each scale and each entry of g B is rounded once, to float32.
+
+The scales are written in float32, not double quantised: that would round every one of them to 8 bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.errors import RunFailure, UserError
+from qdora.export.directory import MAX_SHARD_BYTES, Progress, check_space, check_target, write_rest, write_weights
+from qdora.export.tensor_plan import Source, dense_weight_sources, plan_export
+from qdora.files.atomic import atomic_directory, json_text
+from qdora.files.tensor_file import TensorSpec, write_safetensors
+from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_names
+from qdora.model.bnb_checkpoint import quantization_config
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.peft_config import adapter_config
+from qdora.model.stored_tensors import shorten
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops import blockwise, codebooks
+from qdora.ops.bnb_state import to_bnb_state
+from qdora.ops.codebooks import NESTED_BLOCK_SIZE
+from qdora.ops.packed import PackedWeight, block_scales
+from qdora.run.load_run import ADAPTER_DIRECTORY
+
+FOUR_BIT_KINDS = ("nf4", "fp4")
+
+
+@dataclass(frozen=True)
+class Nf4LoraResult:
+    """What was written.
+
+    `scale_error_if_double_quantised` is ||change of the scales|| / ||scales|| of the layers with a gain if the scales
+    were stored in 8 bits: the mean over the layers and the largest, which the layer named beside it has.
+    """
+
+    directory: str
+    adapter: str
+    kind: str
+    block_size: int
+    dtype: str
+    files: tuple[str, ...]
+    num_tensors: int
+    num_folded_layers: int
+    num_adapted_layers: int
+    num_bytes: int
+    num_adapter_bytes: int
+    scale_error_if_double_quantised: dict[str, Any]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For export.json."""
+        return asdict(self)
+
+
+@dataclass
+class _Folding:
+    """The gains, computed once a layer, and what double quantisation would do to the scales."""
+
+    dtype: torch.dtype
+    gains: dict[int, Tensor | None] = field(default_factory=dict)
+    scale_errors: dict[int, float] = field(default_factory=dict)
+
+    def gain(self, layer: AdaptedLinear) -> Tensor | None:
+        """(out,) float32, or None for LoRA."""
+        if id(layer) not in self.gains:
+            gain = layer.merged_gain()
+            self.gains[id(layer)] = None if gain is None else gain.float()
+        return self.gains[id(layer)]
+
+    def weight_sources(self, layer: AdaptedLinear | FrozenLinear) -> Mapping[str, Source]:
+        """The tensors of a layer's scaled base."""
+        base = layer.base if isinstance(layer, AdaptedLinear) else layer
+        adapted = layer if isinstance(layer, AdaptedLinear) and layer.magnitude is not None else None
+        packed = base.packed_weight
+        if packed is None:
+            if adapted is None:
+                return dense_weight_sources(base)
+            shaped = torch.empty(base.out_features, base.in_features, device="meta")
+            return {"weight": Source(shaped, lambda: self._scaled(base.dequantized(torch.float32), adapted))}
+        unnested = replace(packed, absmax=torch.empty(packed.absmax.shape, device="meta"), nested=None)
+        state = to_bnb_state(unnested, self.dtype)
+        shape = state["weight"].shape
+
+        # Asked for again when it is written: by then, the tensors of a block that comes and goes hold another one.
+        def again() -> PackedWeight:
+            weight = base.packed_weight
+            assert weight is not None
+            return weight
+
+        def codes() -> Tensor:
+            return again().packed.view(shape)
+
+        def scales() -> Tensor:
+            scales = block_scales(again())
+            return scales if adapted is None else self._scaled_blocks(scales, adapted)
+
+        makers = {"weight": codes, "weight.absmax": scales}
+        return {
+            name: Source(tensor.to("meta"), makers.get(name) or _given(tensor), dtype=tensor.dtype)
+            for name, tensor in state.items()
+        }
+
+    def _scaled(self, weight: Tensor, layer: AdaptedLinear) -> Tensor:
+        gain = self.gain(layer)
+        assert gain is not None  # DoRA
+        return weight * gain.unsqueeze(1)  # not in place: a dense weight is the model's own
+
+    def _scaled_blocks(self, scales: Tensor, layer: AdaptedLinear) -> Tensor:
+        rows = scales.reshape(layer.out_features, -1)
+        scaled = self._scaled(rows, layer).reshape(-1)
+        code = codebooks.dynamic_map(scaled.device)
+        nested = blockwise.quantize_scales(scaled, code, NESTED_BLOCK_SIZE)
+        again = blockwise.dequantize_scales(nested[0], nested[1], code, nested[2], NESTED_BLOCK_SIZE)
+        self.scale_errors[id(layer)] = float((again - scaled).norm() / scaled.norm().clamp_min(1e-30))
+        return scaled
+
+
+def _given(tensor: Tensor) -> Any:
+    return lambda: tensor
+
+
+def export_nf4_lora(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out_dir: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+    extra_files: dict[str, str] | None = None,
+    published_as: str | None = None,
+) -> Nf4LoraResult:
+    """Write a bitsandbytes checkpoint of the scaled base, and under `adapter/` the LoRA that belongs on it.
+
+    `out_dir` appears whole or not at all. The adapter is in PEFT's format with use_dora off: lora_A as it is stored,
+    lora_B = g B in float32.
+
+    Args:
+        model: LoRA or DoRA on an nf4 or fp4 base. Not changed.
+        tokenizer: Written with its chat template, or None.
+        out_dir: New or empty directory.
+        dtype: Of what is not quantised (embeddings, norms, head), and in which bitsandbytes computes; None is the
+            model's own, with which nothing is rounded.
+        max_shard_bytes: Size of a file.
+        progress: Called after each tensor with (bytes done, bytes in all).
+        extra_files: Name -> text of further files (a model card).
+        published_as: Hub id that `out_dir` will have, for the adapter's file; None names no base there. A path would
+            be wrong as soon as the directory is moved.
+    Raises:
+        UserError: A model that this format cannot hold without loss, with the reason and the format to use instead.
+        RunFailure: A value that is NaN or infinite, or a disk that is full; nothing is left at `out_dir`.
+    """
+    start = time.perf_counter()
+    dtype = dtype or model.dtype
+    check_target(out_dir, dtype, max_shard_bytes)
+    check_foldable(model, dtype)
+    layers = adapted_layers(model)
+    folding = _Folding(dtype)
+    planned, config = plan_export(model, dtype, folding.weight_sources)
+    kind, block_size = _stored_form(model)
+    config.quantization_config = quantization_config(kind, double_quant=False, dtype=dtype, dense=_dense_layers(model))
+    check_space(out_dir, planned)
+    try:
+        with atomic_directory(out_dir) as partial:
+            written = write_weights(partial, planned, max_shard_bytes, progress)
+            write_rest(partial, model, config, tokenizer, extra_files or {})
+            num_adapter_bytes = _write_lora(partial / ADAPTER_DIRECTORY, model, folding, published_as)
+    except OSError as error:
+        raise RunFailure(f"{out_dir}: cannot be written: {error}. Nothing is left there.") from error
+    return Nf4LoraResult(
+        directory=str(out_dir),
+        adapter=ADAPTER_DIRECTORY,
+        kind=kind,
+        block_size=block_size,
+        dtype=str(dtype).removeprefix("torch."),
+        files=written.files,
+        num_tensors=written.num_tensors,
+        num_folded_layers=sum(gain is not None for gain in folding.gains.values()),
+        num_adapted_layers=len(layers),
+        num_bytes=written.num_bytes,
+        num_adapter_bytes=num_adapter_bytes,
+        scale_error_if_double_quantised=_error_summary(layers, folding.scale_errors),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Refuse a model whose gain cannot go into block scales.
+
+    Args:
+        model: With its adapters.
+        dtype: Of the dense tensors of the export.
+    Raises:
+        UserError: Every reason, with the format to use instead.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise UserError("--format nf4-lora: the run has no LoRA or DoRA adapter; use --format merged.")
+    if any(layer.masked for layer in layers.values()):
+        raise UserError("--format nf4-lora: adapter.mask keep: plain LoRA cannot mask B A; use --format merged.")
+    frozen = frozen_layers(model)
+    kinds = {layer.kind for layer in frozen.values()} - {"dense"}
+    if not kinds & set(FOUR_BIT_KINDS):
+        held = ", ".join(sorted(kinds)) or "full precision"
+        why = " (its products round the activations to 8 bits, too)" if held == "int8" else ""
+        raise UserError(
+            f"--format nf4-lora: the base is in {held}{why}, allowed: a base in nf4 or fp4; use --format merged."
+        )
+    faults = []
+    for path, layer in frozen.items():
+        if layer.kind in FOUR_BIT_KINDS and layer.in_features % layer.block_size:
+            faults.append(
+                f"--format nf4-lora: {path.removesuffix('.base')}: in_features {layer.in_features} is no multiple of "
+                f"the block size {layer.block_size}, so that a block crosses from one row into the next and has no "
+                "scale of one row that could take its gain; use --format merged."
+            )
+    for path, adapted in layers.items():
+        if adapted.magnitude is not None and adapted.base.kind == "dense" and dtype != torch.float32:
+            faults.append(
+                f"--format nf4-lora: {path} is a DoRA layer on a dense weight, and g W rounded to "
+                f"{str(dtype).removeprefix('torch.')} is not without loss; use --dtype float32 or --format merged."
+            )
+    if faults:
+        raise UserError(*shorten(faults))
+
+
+def _stored_form(model: nn.Module) -> tuple[str, int]:
+    first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
+    return first.kind, first.block_size
+
+
+def _dense_layers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers that stay dense."""
+    packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.packed_weight}
+    inside = tuple(f"{path}." for path in adapted_layers(model))
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | FrozenLinear | AdaptedLinear)
+        and path not in packed
+        and not path.startswith(inside)
+    ]
+
+
+def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str | None) -> int:
+    """The adapter without its gain; returns the bytes of its tensors."""
+    layers = adapted_layers(model)
+    paths = [path for path, _ in model.named_modules()]
+    config = adapter_config(layers, paths, base_name_or_path=base, revision=None) | {"use_dora": False}
+    tensors = {}
+    for path, layer in layers.items():
+        name_a, name_b = factor_names(path)
+        gain = folding.gain(layer)
+        tensors[name_a] = layer.lora_A.detach()
+        tensors[name_b] = layer.stored_B() if gain is None else layer.stored_B().float() * gain.unsqueeze(1)
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()]
+    directory.mkdir()
+    write_safetensors(directory / WEIGHTS_FILE, specs, ordered.values())
+    (directory / CONFIG_FILE).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
+    return sum(spec.num_bytes for spec in specs)
+
+
+def _error_summary(layers: Mapping[str, AdaptedLinear], errors: Mapping[int, float]) -> dict[str, Any]:
+    by_path = {path: errors[id(layer)] for path, layer in layers.items() if id(layer) in errors}
+    if not by_path:
+        return {}
+    worst = max(by_path, key=lambda path: by_path[path])
+    return {"mean": sum(by_path.values()) / len(by_path), "max": by_path[worst], "layer": worst}

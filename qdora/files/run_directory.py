@@ -1,0 +1,470 @@
+"""When is a checkpoint whole: complete.json lists its files, and their sizes and check sums agree.
+
+The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
+
+recipe.yaml  environment.json  mix.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/  eval/*.json  README.md
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qdora.errors import DiskFull, RunFailure, UserError
+from qdora.files.access_tokens import masked
+from qdora.files.atomic import (
+    DISK_FULL,
+    atomic_directory,
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    disk_reason,
+    is_leftover,
+    json_bytes,
+    remove_directory,
+    remove_leftovers,
+)
+
+COMPLETE = "complete.json"
+
+
+def write_complete(path: Path, step: int) -> None:
+    """List the files below `path` in its complete.json: the last file to be written.
+
+    Raises:
+        ValueError: Something there is not a regular file.
+        OSError: From reading or writing.
+    """
+    files = sorted(file for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
+    for file in files:
+        if file.is_symlink() or not file.is_file():
+            raise ValueError(f"{file}: a checkpoint holds regular files only")
+    listed = {file.relative_to(path).as_posix(): _size_and_sum(file) for file in files}
+    atomic_write_json(path / COMPLETE, {"step": step, "files": listed})
+
+
+def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
+    """Why a checkpoint directory is not whole, or None if it is.
+
+    Args:
+        path: A step-N directory.
+        sums: Also compare the CRC-32 of every file, which reads all of it; else sizes only.
+    """
+    try:
+        listed = json.loads((path / COMPLETE).read_bytes())["files"]
+        for name, wanted in listed.items():
+            file = path / name
+            if not file.resolve().is_relative_to(path.resolve()):
+                return f"{name} is outside"
+            size = file.stat().st_size
+            if size != wanted["bytes"]:
+                return f"{name} has {size} bytes in place of {wanted['bytes']}"
+            if sums and _size_and_sum(file) != wanted:
+                return f"{name} has changed"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{COMPLETE} is damaged"
+    return None
+
+
+def _size_and_sum(file: Path) -> dict[str, Any]:
+    """Size and CRC-32: against torn writes and bad disks, not against malice."""
+    total = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total = zlib.crc32(block, total)
+        return {"bytes": stream.tell(), "crc32": f"{total:08x}"}
+
+
+logger = logging.getLogger("qdora")
+
+_STEP = re.compile(r"step-(\d+)")
+
+# What a resumed run may change. Most of it reaches no number of the training. Learning rate, clipping and what is done
+# about bad steps do: they are the way on after one, as the size of a micro-batch is after one that did not fit.
+MAY_CHANGE = (
+    "base.cache",
+    "base.residency",
+    "base.streamed_blocks",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.micro_batch_tokens",
+    "train.lr",
+    "train.clip",
+    "train.on_bad_step",
+    "train.max_skips",
+    "train.spike",
+    "eval",
+    "memory",
+    "trackers",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: the state after `step` optimizer steps, in directory `path`."""
+
+    step: int
+    path: Path
+
+
+class RunDirectory:
+    """One run's files. Made by `create_run`, `resume_run` or `open_run`.
+
+    Args:
+        path: The directory; all that is written stays below it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.log_file = path / "log.txt"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has left anything that is not there before its first result."""
+        return any(path.exists() for path in (self.metrics_file, self.checkpoints, self.adapter, self.path / "eval"))
+
+    def evaluation_file(self, step: int) -> Path:
+        """Where the evaluation of the state after `step` steps stands, eval/step-<step>.json."""
+        return self.inside("eval", f"step-{step}.json")
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of the state after `step` steps stands, checkpoints/step-<step>."""
+        return self.checkpoints / f"step-{step}"
+
+    def last_step(self) -> int | None:
+        """The last step of metrics.jsonl."""
+        lines = self.metrics()
+        return int(lines[-1]["step"]) if lines else None
+
+    def inside(self, *parts: str) -> Path:
+        """A path below the run directory.
+
+        Raises:
+            ValueError: The path would leave it, by .. or a symbolic link or because it is absolute.
+        """
+        path = self.path.joinpath(*parts)
+        root = self.path.resolve()
+        if not path.resolve().is_relative_to(root) or path.resolve() == root:
+            raise ValueError(f"{Path(*parts)} is not inside the run directory {self.path}")
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write strict JSON, such as eval/final.json; NaN becomes null. Returns the file.
+
+        Raises:
+            RunFailure: The disk is full or cannot be written; an older file of that name is untouched.
+        """
+        path = self.inside(name)
+        with self._disk_failures(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(path, value)
+        return path
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl; it has left this process when the call returns.
+
+        Args:
+            values: With an int "step", the optimizer steps done. On a resume from checkpoint N all lines of steps
+                beyond N go, so whatever belongs to step N is written before its checkpoint. NaN becomes null.
+        Raises:
+            ValueError: No step.
+            RunFailure: The disk is full or cannot be written; no part of the line stays behind.
+        """
+        if _step_of(values) is None:
+            raise ValueError(f"a line of metrics needs an int 'step', got {dict(values)!r}")
+        with self._disk_failures(self.metrics_file.name):
+            _append(self.metrics_file, json_bytes(values))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl, in order, without one that a kill has cut off."""
+        return [values for _, values in _metrics_lines(self.metrics_file)]
+
+    def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> int:
+        """Drop lines of steps beyond `after_step` and lines that a kill has cut off; the rest stays byte for byte.
+
+        Args:
+            evaluates_again: Whether the run evaluates the state after `after_step` again; that line goes, too.
+        Returns:
+            Number of dropped lines.
+        """
+        if not self.metrics_file.exists():
+            return 0
+        content = self.metrics_file.read_bytes()
+        dropped_at = after_step if evaluates_again else None
+        kept = [
+            line
+            for line, values in _metrics_lines(self.metrics_file)
+            if values["step"] <= after_step and not ("eval" in values and values["step"] == dropped_at)
+        ]
+        wanted = b"".join(line + b"\n" for line in kept)
+        if wanted != content:
+            with self._disk_failures(self.metrics_file.name):
+                atomic_write_bytes(self.metrics_file, wanted)
+        return len([line for line in content.split(b"\n") if line]) - len(kept)
+
+    def log(self, text: str) -> None:
+        """Add a line to log.txt: UTC time and `text`, without access tokens.
+
+        Raises:
+            RunFailure: The disk is full or cannot be written.
+        """
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(masked(text).splitlines())}\n"
+        with self._disk_failures(self.log_file.name):
+            _append(self.log_file, line.encode("utf-8", "backslashreplace"))
+
+    @contextmanager
+    def checkpoint_directory(self, step: int) -> Iterator[Path]:
+        """An empty directory to write the state after `step` steps into; a whole checkpoint when the block ends.
+
+        Nothing of it is visible before, and nothing stays if the block raises. A checkpoint of the same step is
+        replaced.
+
+        Raises:
+            RunFailure: The disk is full or cannot be written; names the newest whole checkpoint.
+        """
+        with (
+            self._disk_failures(f"the checkpoint of step {step}"),
+            atomic_directory(self.checkpoint_path(step)) as path,
+        ):
+            yield path
+            write_complete(path, step)
+
+    @contextmanager
+    def result_directory(self, *parts: str) -> Iterator[Path]:
+        """An empty directory that gets its name below the run when the block ends; an older one stays until then.
+
+        Raises:
+            RunFailure: The disk is full or cannot be written; names the newest whole checkpoint.
+        """
+        with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
+            yield path
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The whole checkpoint of the largest step, checked byte for byte; None where there has never been one.
+
+        Raises:
+            RunFailure: There are checkpoints and all are damaged: going on from step 0 would hide that.
+        """
+        damaged: list[str] = []
+        for checkpoint in self._by_step():
+            fault = checkpoint_fault(checkpoint.path)
+            if fault is None:
+                for line in damaged:
+                    logger.warning("Skipped a damaged checkpoint, %s; the one before it is %s.", line, checkpoint.path)
+                return checkpoint
+            damaged.append(f"{checkpoint.path.name}: {fault}")
+        if damaged:
+            raise RunFailure(f"{self.checkpoints}: no whole checkpoint ({'; '.join(damaged)}).")
+        return None
+
+    def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
+        """Remove all but the newest `keep` checkpoints and those that they need; damaged ones are not counted, and go.
+
+        Args:
+            keep: At least 1.
+            needs: The step of another checkpoint that a run which goes on from this one may come back to, or None.
+        Returns:
+            Number of checkpoints removed.
+        Raises:
+            ValueError: keep < 1: the newest is never removed.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        found = self._by_step()
+        whole = [checkpoint for checkpoint in found if checkpoint_fault(checkpoint.path, sums=False) is None]
+        needed = {needs(checkpoint.path) for checkpoint in whole[:keep]}
+        kept = [checkpoint for index, checkpoint in enumerate(whole) if index < keep or checkpoint.step in needed]
+        # With nothing whole, the damaged ones are all there is to look at
+        removed = [checkpoint for checkpoint in found if checkpoint not in kept] if whole else []
+        for checkpoint in removed:
+            self._remove(checkpoint)
+        return len(removed)
+
+    def _remove(self, checkpoint: Checkpoint) -> None:
+        """Under a leftover's name first: a removal that is cut off leaves no half checkpoint."""
+        aside = checkpoint.path.with_name(f".{checkpoint.path.name}.partial")
+        remove_directory(aside)
+        os.rename(checkpoint.path, aside)
+        remove_directory(aside)
+
+    def _by_step(self) -> list[Checkpoint]:
+        """All checkpoints, whole or not, newest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        named = [(_STEP.fullmatch(entry.name), entry) for entry in self.checkpoints.iterdir() if entry.is_dir()]
+        found = [Checkpoint(int(match[1]), entry) for match, entry in named if match]
+        return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+    @contextmanager
+    def _disk_failures(self, what: str) -> Iterator[None]:
+        """Turn a failed write into a RunFailure that says where the newest whole checkpoint is."""
+        try:
+            yield
+        except BaseException as error:
+            reason = disk_reason(error)
+            if reason is None:
+                raise
+            whole = [each.path for each in self._by_step() if checkpoint_fault(each.path) is None]
+            kind = DiskFull if reason == DISK_FULL else RunFailure
+            raise kind(f"{self.path}: {what} could not be written: {reason}.", safe=whole[:1]) from error
+
+
+def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
+    """Start a run in a directory that is new or empty, or holds a run that never got as far as a result.
+
+    Args:
+        path: The directory; parents are made.
+        recipe: The resolved recipe, YAML.
+        environment: What `environment.environment()` returns.
+    Raises:
+        UserError: The directory is a run already, or holds other files, or cannot be made.
+    """
+    run = RunDirectory(path)
+    if run.recipe_file.exists() and run.has_begun:
+        raise UserError(f"{path}: holds a run. Go on with it by --resume, or choose another --run-dir.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Before the first result; the last two are trackers'
+        own_files = {run.recipe_file.name, run.log_file.name, "environment.json", "mix.json"}
+        early = own_files | {"base", "tensorboard", "wandb"}
+        own = early if run.recipe_file.exists() else {"environment.json"}  # written first: a kill can leave it alone
+        others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
+        if others:
+            raise UserError(f"{path}: not empty and not a run, got {others[0]}, allowed: a new or empty --run-dir.")
+        remove_leftovers(path)
+        atomic_write_json(path / "environment.json", environment)
+        atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path}: is in the way or below a file, allowed: a new or empty --run-dir.") from None
+    except PermissionError:
+        raise UserError(f"{path}: cannot be written, allowed: a --run-dir that can.") from None
+    except OSError as error:
+        raise RunFailure(f"{path}: the run directory could not be written: {error.strerror}.") from error
+    return run
+
+
+def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
+    """Go on with a run: clears leftovers, keeps what the new start changes about the environment.
+
+    The caller then reads `newest_checkpoint` and calls `truncate_metrics` with its step.
+
+    Raises:
+        UserError: No run there, or the recipe differs in a setting that changes the training.
+    """
+    run = open_run(path)
+    try:
+        old_text = run.recipe_file.read_text(encoding="utf-8")
+        old, new = _flat(yaml.safe_load(old_text)), _flat(yaml.safe_load(recipe))
+        record: dict[str, Any] = json.loads((path / "environment.json").read_bytes())
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
+    changed = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key) and not _may_change(key)]
+    if changed:
+        allowed = "allowed: what the run was started with."
+        raise UserError(*(f"{path}: {key}: got {new.get(key)!r}, was {old.get(key)!r}, {allowed}" for key in changed))
+    remove_leftovers(path)
+    remove_leftovers(run.checkpoints)
+    if old_text != recipe:
+        atomic_write_text(run.recipe_file, recipe)
+    last = {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
+    now: dict[str, Any] = json.loads(json_bytes(environment))
+    different = {key: value for key, value in now.items() if last.get(key) != value}
+    if different:
+        record["resumed"] = [*record.get("resumed", []), different]
+        atomic_write_json(path / "environment.json", record)
+    return run
+
+
+def open_run(path: Path) -> RunDirectory:
+    """A finished or interrupted run, to read from.
+
+    Raises:
+        UserError: There is no run.
+    """
+    run = RunDirectory(path)
+    if not run.recipe_file.is_file():
+        what = "no such directory" if not path.exists() else "not a run directory (it has no recipe.yaml)"
+        raise UserError(f"{path}: {what}, allowed: the --run-dir of an earlier 'qdora train'.")
+    return run
+
+
+def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line without its end, values) of every line that is whole: an object cut short is never valid JSON."""
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.split(b"\n"):
+        with suppress(ValueError):  # JSONDecodeError and UnicodeDecodeError: a line that a kill has cut off
+            values = json.loads(line)
+            if isinstance(values, dict) and _step_of(values) is not None:
+                yield line, values
+
+
+def _step_of(values: Mapping[str, Any]) -> int | None:
+    step = values.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Append all of `content`, or nothing if that fails."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab") as stream:
+            stream.write(content)
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
+
+
+def _may_change(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{'train': {'lr': 1}} -> {'train.lr': 1}; lists count as one value."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{prefix}.{key}".lstrip(".")).items()
+    }
+
+
+@contextmanager
+def log_to(run: RunDirectory) -> Iterator[None]:
+    """Copy what qdora logs into the run's log.txt."""
+    handler = _RunLog(run)
+    logger = logging.getLogger("qdora")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _RunLog(logging.Handler):
+    def __init__(self, run: RunDirectory) -> None:
+        super().__init__(logging.INFO)
+        self.run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.run.log(record.getMessage())

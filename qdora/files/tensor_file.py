@@ -1,0 +1,256 @@
+"""safetensors files written one tensor at a time, in memory bounded by the largest tensor.
+
+The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, byte offsets), then the
+tensors back to back. All sizes are known before the first value is, so the header goes first and values are appended.
+Source: huggingface/safetensors, README, "Format".
+
+A safetensors file mapped into memory: its tensors are views of the file, read from the disk where they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name in a header. Raises ValueError for one that is never written here."""
+    found = next((dtype for dtype, each in _DTYPE_NAMES.items() if each == name), None)
+    if found is None:
+        raise ValueError(f"dtype '{name}', allowed: {', '.join(_DTYPE_NAMES.values())}.")
+    return found
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor that is still to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the first value: length and JSON, padded with blanks so that the values start at 8 k.
+
+    Raises:
+        ValueError: A name that occurs twice, a dtype that the format lacks, a tensor that would start unaligned.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for spec in specs:
+        if spec.name in entries:
+            raise ValueError(f"tensor name '{spec.name}' occurs twice.")
+        if spec.dtype not in _DTYPE_NAMES:
+            raise ValueError(
+                f"tensor '{spec.name}' has dtype {spec.dtype}, allowed: {', '.join(_DTYPE_NAMES.values())}."
+            )
+        if offset % spec.dtype.itemsize:
+            # Readers view the mapped file in the tensor's dtype, which an odd start does not allow.
+            raise ValueError(f"tensor '{spec.name}' would start at byte {offset}; wider dtypes must come first.")
+        end = offset + spec.num_bytes
+        entries[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[Tensor | Iterator[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    order: Sequence[TensorSpec] | None = None,
+) -> int:
+    """Write a file whose tensors are made while it is written; synced to disk on return.
+
+    Args:
+        path: File to create; must not exist.
+        specs: What the tensors will be, in file order.
+        tensors: The tensors, each whole or as its flat parts in order; each is dropped before the next is asked for.
+        metadata: Strings for the header; by default {"format": "pt"}, which transformers asks for.
+        order: In which the tensors come; by default as in `specs`. The file does not depend on it.
+    Returns:
+        Bytes written.
+    Raises:
+        ValueError: A tensor that is not what its spec says, too few, or too many.
+        OSError: The disk is full.
+    """
+    order = specs if order is None else order
+    remaining = iter(tensors)
+    with path.open("xb") as file:
+        end = file.write(header(specs, {"format": "pt"} if metadata is None else metadata))
+        starts = {}
+        for spec in specs:
+            starts[spec.name] = end
+            end += spec.num_bytes
+        assert {spec.name for spec in order} == starts.keys()
+        for spec in order:
+            file.seek(starts[spec.name])
+            tensor = next(remaining, None)
+            if tensor is None:
+                raise ValueError(f"no tensor for '{spec.name}'.")
+            if isinstance(tensor, Tensor):
+                _check(spec, tensor)
+                tensor = iter([tensor])
+            _write_parts(file, spec, tensor)
+            del tensor
+        if next(remaining, None) is not None:
+            raise ValueError(f"more tensors than the {len(specs)} announced.")
+        file.flush()
+        os.fsync(file.fileno())
+        return end
+
+
+def _check(spec: TensorSpec, tensor: Tensor) -> None:
+    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+        raise ValueError(
+            f"tensor '{spec.name}' is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec.dtype} {spec.shape}."
+        )
+
+
+def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> None:
+    written = 0
+    for part in parts:
+        if part.dtype != spec.dtype:
+            raise ValueError(f"a part of tensor '{spec.name}' is {part.dtype}, announced as {spec.dtype}.")
+        flat = part.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            written += file.write(flat.view(torch.uint8).numpy().data)
+        del part, flat
+    if written != spec.num_bytes:
+        raise ValueError(f"the parts of tensor '{spec.name}' have {written} bytes, announced are {spec.num_bytes}.")
+
+
+def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int, stem: str = "model") -> dict[str, list[TensorSpec]]:
+    """Distribute tensors over files, in order; a tensor larger than the limit gets a file of its own.
+
+    Within a file wider dtypes come first, which keeps every tensor aligned.
+
+    Returns:
+        File name -> its tensors: `model.safetensors` where one file does, else `model-00001-of-0000N.safetensors`.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if groups[-1] and size + spec.num_bytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += spec.num_bytes
+    groups = [sorted(group, key=lambda spec: -spec.dtype.itemsize) for group in groups]  # stable
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> dict[str, object]:
+    """The content of `model.safetensors.index.json`: total size in bytes and parameters, and tensor -> file."""
+    specs = [spec for group in shards.values() for spec in group]
+    return {
+        "metadata": {
+            "total_parameters": sum(torch.Size(spec.shape).numel() for spec in specs),
+            "total_size": sum(spec.num_bytes for spec in specs),
+        },
+        "weight_map": {spec.name: file for file, group in shards.items() for spec in group},
+    }
+
+
+class MappedFile:
+    """The tensors of a file, whose pages the system reads when they are touched.
+
+    Pages that were read count as memory of the process until `drop`; the tensors stay valid, and are read again.
+
+    Args:
+        path: A safetensors file; it must not be written to while it is mapped.
+    Raises:
+        ValueError: It is not a whole safetensors file, or holds a dtype that this package does not write.
+        OSError: It cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # Checks the header against the file's length; the offsets are then taken from the same bytes.
+            with safe_open(str(path), framework="pt", device="cpu"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"no safetensors file: {error}") from error
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header.pop("__metadata__", None)
+        self._start = 8 + size
+        self._entries: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {
+            name: (dtype_named(entry["dtype"]), tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return list(self._entries)
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file, which must not be written to: the process would be killed.
+
+        Raises:
+            KeyError: No such tensor.
+        """
+        dtype, shape, start, _ = self._entries[name]
+        count = torch.Size(shape).numel()
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=self._start + start)
+        return flat.view(shape)
+
+    def fetch(self, name: str) -> None:
+        """Ask the system to read a tensor's pages ahead of their use."""
+        self._advise(name, mmap.MADV_WILLNEED)
+
+    def drop(self, name: str) -> None:
+        """Give a tensor's pages back; the next use reads them again, from the system's cache or from the disk."""
+        self._advise(name, mmap.MADV_DONTNEED)
+
+    def _advise(self, name: str, advice: int) -> None:
+        _, _, start, end = self._entries[name]
+        first = (self._start + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start:
+            self._memory.madvise(advice, first, self._start + end - first)

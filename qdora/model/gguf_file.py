@@ -1,0 +1,321 @@
+"""The header of a GGUF file: its few settings that matter here, and where each tensor lies.
+
+The reader of the package `gguf` turns every word of the vocabulary into arrays, which takes seconds; this one steps
+over them. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+
+GGUF files, one tensor at a time: dequantised in float32 and put into the layout that transformers uses.
+
+Names come from the tables of the package `gguf`, layouts (llama.cpp interleaves the rows of q and k, and adds 1 to
+Gemma's norms) from transformers' own readers, so that they stay right with them.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+from qdora.errors import UserError
+from qdora.model.stored_tensors import StoredTensor, shorten
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_VERSIONS = (2, 3)
+_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor: `shape` in torch's order, `offset` in bytes from the start of the file, `type` as gguf numbers it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """`settings` holds the scalars and strings of the metadata; arrays are left out."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    tensors: tuple[GgufTensor, ...]
+
+    @property
+    def architecture(self) -> str:
+        """As llama.cpp names it: llama, qwen2, gemma2, ..."""
+        return str(self.settings.get("general.architecture", ""))
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of `path`; no tensor is touched.
+
+    Raises:
+        UserError: Not a GGUF file, an unknown version, or cut short within the header.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _read(path, stream)
+    except (struct.error, KeyError, UnicodeDecodeError, OverflowError) as error:
+        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {error!r}") from error
+    except OSError as error:
+        raise UserError(f"model.source: {path} cannot be read: {error}") from error
+
+
+def _read(path: Path, stream: BinaryIO) -> GgufHeader:
+    magic, version, num_tensors, num_settings = _unpack(stream, "4sIQQ")
+    if magic != b"GGUF":
+        raise UserError(f"model.source: {path} is not a GGUF file: it starts with {magic!r}.")
+    if version not in _VERSIONS:
+        raise UserError(f"model.source: {path} is GGUF version {version}, allowed: 2, 3.")
+    settings: dict[str, Any] = {}
+    for _ in range(num_settings):
+        key = _string(stream)
+        (kind,) = _unpack(stream, "I")
+        if kind == _ARRAY:
+            _skip_array(stream)
+        else:
+            settings[key] = _string(stream) if kind == _STRING else _unpack(stream, _SCALARS[kind])[0]
+    entries = []
+    for _ in range(num_tensors):
+        name = _string(stream)
+        (num_dims,) = _unpack(stream, "I")
+        sizes = _unpack(stream, f"{num_dims}Q")
+        kind, offset = _unpack(stream, "IQ")
+        entries.append(GgufTensor(name, tuple(reversed(sizes)), kind, offset))
+    alignment = int(settings.get("general.alignment", _ALIGNMENT))
+    data = -(-stream.tell() // alignment) * alignment
+    tensors = tuple(GgufTensor(entry.name, entry.shape, entry.type, data + entry.offset) for entry in entries)
+    return GgufHeader(path, settings, tensors)
+
+
+def _unpack(stream: BinaryIO, form: str) -> tuple[Any, ...]:
+    form = "<" + form
+    return struct.unpack(form, stream.read(struct.calcsize(form)))
+
+
+def _string(stream: BinaryIO) -> str:
+    (length,) = _unpack(stream, "Q")
+    content = stream.read(length)
+    if len(content) != length:
+        raise struct.error("the file ends within a string")
+    return content.decode("utf-8")
+
+
+def _skip_array(stream: BinaryIO) -> None:
+    kind, length = _unpack(stream, "IQ")
+    if kind == _STRING:
+        for _ in range(length):
+            (size,) = _unpack(stream, "Q")
+            stream.seek(size, 1)
+    elif kind == _ARRAY:
+        for _ in range(length):
+            _skip_array(stream)
+    else:
+        stream.seek(length * struct.calcsize(_SCALARS[kind]), 1)
+
+
+log = logging.getLogger("qdora")
+
+GGUF_INSTALL = 'pip install "qdora[gguf]"'
+_HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
+# Rotary factors of Llama 3.1 and later. transformers does not take them from a GGUF file.
+_ROTARY_FACTORS = "rope_freqs.weight"
+# Gemma 2 and 3 in 27B scale their attention by another width than the head's. No GGUF file says so: llama.cpp knows it
+# from the number of layers, transformers does not.
+_SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
+# Architectures whose tensors llama.cpp's converter changes as it does those of another, which transformers reads.
+_LAID_OUT_AS = {
+    "arcee": "llama",
+    "gemma": "gemma2",
+    "granite": "llama",
+    "mistral3": "llama",
+    "olmo": "llama",
+    "smollm3": "llama",
+}
+# Which it leaves as they are.
+_UNCHANGED = ("cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "starcoder2")
+_ROWS_AT_ONCE = 4096
+
+Values = np.ndarray[Any, np.dtype[Any]]
+
+
+def require_gguf() -> None:
+    """Raises a UserError that says what to install where the package `gguf` is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UserError(f"model.source: reading a .gguf file needs the package gguf. Run: {GGUF_INSTALL}") from None
+
+
+def check_gguf(path: Path) -> None:
+    """Check that the file can be read to its end: a download that broke off is common and looks like a wrong shape.
+
+    Raises:
+        UserError: Package missing, not a GGUF file, cut short.
+    """
+    require_gguf()
+    size = path.stat().st_size
+    beyond = [tensor.name for tensor in read_header(path).tensors if tensor.offset + _num_bytes(tensor) > size]
+    if beyond:
+        raise UserError(
+            f"model.source: {path} is cut short: {len(beyond)} tensors, e.g. '{beyond[0]}', lie beyond its end. "
+            "Download or copy it again."
+        )
+
+
+def settle_head(path: Path, config: PreTrainedConfig) -> None:
+    """Tie the head where the file repeats the embedding as a head of its own, as Qwen's files do.
+
+    transformers takes any stored head for an untied one; trained and exported as such it would drift apart from the
+    embedding. Changes `config.tie_word_embeddings` in place; only a head that is equal byte for byte is tied.
+    """
+    tensors = {tensor.name: tensor for tensor in read_header(path).tensors}
+    head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
+    if head is None or embedding is None or head.type != embedding.type or head.shape != embedding.shape:
+        return
+    first, second = _stored_rows(path, head), _stored_rows(path, embedding)
+    rows = range(0, first.shape[0], _ROWS_AT_ONCE)
+    if all(np.array_equal(first[r : r + _ROWS_AT_ONCE], second[r : r + _ROWS_AT_ONCE]) for r in rows):
+        config.tie_word_embeddings = True
+
+
+def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Model name -> tensor of the file, from its header alone.
+
+    Args:
+        path: The .gguf file.
+        model: The skeleton that the file's config describes, for names and head counts.
+    Raises:
+        UserError: An architecture or a tensor that has no counterpart in transformers.
+    """
+    header = read_header(path)
+    if (header.architecture, int(model.config.num_hidden_layers)) in _SCALE_NOT_STORED:
+        raise UserError(
+            f"model.source: {header.path}: the attention scale of this {header.architecture} is not in GGUF files. "
+            "Use the safetensors checkpoint of the model."
+        )
+    processor = layout_processor(header, model)
+    names = model_names(header, model, processor)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored: dict[str, StoredTensor] = {}
+    faults = []
+    for tensor in header.tensors:
+        if tensor.name == _ROTARY_FACTORS:
+            log.warning("%s: the rotary factors for long contexts are not read; the safetensors model has them.", path)
+            continue
+        if tensor.name == _HEAD and model.config.tie_word_embeddings:
+            continue
+        name = names.get(tensor.name)
+        if name is None:
+            faults.append(f"model.source: {path}: tensor '{tensor.name}' has no place in the model.")
+        elif tensor.name.endswith(("_exps.weight", "_exps.bias")):
+            faults.append(
+                f"model.source: {path}: '{tensor.name}' holds stacked experts, which are not read from GGUF. "
+                "Use the safetensors checkpoint of the model."
+            )
+        else:
+            stored[name] = StoredTensor(tensor.name, shapes[name], _reader(path, tensor, processor, shapes[name]))
+    if faults:
+        raise UserError(*shorten(faults))
+    return stored
+
+
+def layout_processor(header: GgufHeader, model: PreTrainedModel) -> TensorProcessor:
+    """What puts the tensors of an architecture into transformers' layout."""
+    architecture = _LAID_OUT_AS.get(header.architecture, header.architecture)
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+
+
+def knows_layout(header: GgufHeader) -> bool:
+    """Whether `layout_processor` is known to undo all that llama.cpp's converter does to this architecture."""
+    return header.architecture in {*TENSOR_PROCESSORS, *_LAID_OUT_AS, *_UNCHANGED}
+
+
+def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
+    """Name in the file -> name in the model.
+
+    Raises:
+        UserError: The package gguf does not know the architecture.
+    """
+    import gguf
+
+    architecture = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None)
+    num_layers = int(model.config.num_hidden_layers)
+    if architecture is None:
+        raise UserError(
+            f"model.source: {header.path}: the installed package gguf does not know {header.architecture!r}. "
+            "Upgrade it: pip install -U gguf"
+        )
+    table = gguf.get_tensor_name_map(architecture, num_layers)
+    names: dict[str, str] = {}
+    for name in model.state_dict():
+        stem, dot, suffix = processor.preprocess_name(name).rpartition(".")
+        if suffix not in ("weight", "bias"):
+            stem, dot, suffix = name, "", ""
+        # Some architectures were converted from the model without its head, whose names lack the first part.
+        found = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
+        if found is not None:
+            names[f"{found}{dot}{suffix}"] = name
+    return names
+
+
+def _num_bytes(tensor: GgufTensor) -> int:
+    return int(np.prod(_byte_shape(tensor)))
+
+
+def _byte_shape(tensor: GgufTensor) -> tuple[int, ...]:
+    """The tensor's shape with the last size counted in stored bytes."""
+    import gguf
+
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+    return (*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes)
+
+
+def _stored_rows(path: Path, tensor: GgufTensor) -> Values:
+    """The stored bytes as (rows, bytes per row), mapped; its pages are given back when it is dropped."""
+    shape = _byte_shape(tensor)
+    flat = np.memmap(path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(_num_bytes(tensor),))
+    # asarray: slicing the subclass of a mapped array costs more than dequantising a small slice.
+    return np.asarray(flat).reshape(-1, shape[-1])
+
+
+def _reader(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        values = processor.process(weights=_dequantized(path, tensor), name=tensor.name).weights
+        # A copy where the processor returned a transposed view.
+        result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+        if tuple(result.shape) != shape:
+            raise UserError(
+                f"model.source: tensor '{tensor.name}' has shape {list(result.shape)}, "
+                f"the config asks for {list(shape)}."
+            )
+        return result
+
+    return read
+
+
+def _dequantized(path: Path, tensor: GgufTensor) -> Values:
+    """The values in float32; some rows at a time, since `gguf` alone would hold them twice."""
+    import gguf
+
+    stored = _stored_rows(path, tensor)
+    kind = gguf.GGMLQuantizationType(tensor.type)
+    values = np.empty((stored.shape[0], tensor.shape[-1]), dtype=np.float32)
+    for start in range(0, stored.shape[0], _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        try:
+            values[part] = gguf.dequantize(stored[part], kind)
+        except NotImplementedError as error:
+            raise UserError(f"model.source: tensor '{tensor.name}': {error}") from error
+    return values.reshape(tensor.shape)

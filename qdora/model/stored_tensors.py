@@ -1,0 +1,271 @@
+"""Safetensors checkpoints, one tensor at a time: what is stored, under which name the model knows it, and reading it.
+
+A shard is opened anew for every tensor. That costs 30 microseconds, and closing it gives the pages of the mapping
+back, so that resident memory holds one tensor of the file and not the part of the file that was read so far.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from qdora.errors import UserError, nearest
+from qdora.ops.packed import PackedWeight
+
+log = logging.getLogger("qdora")
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+_MOST_FAULTS = 10
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One dense tensor of a checkpoint, not read yet.
+
+    `shape` is the shape that `read` returns, `itemsize` the bytes of an element; `read` returns a tensor on the CPU,
+    which may be a read-only view of a mapped file: copy it before it is written to or kept.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    itemsize: int = 4
+
+
+@dataclass(frozen=True)
+class StoredPacked:
+    """One weight that the checkpoint holds quantised, not read yet; `shape` is (out, in) of the weight."""
+
+    key: str
+    shape: tuple[int, ...]
+    kind: str
+    block_size: int
+    double_quant: bool
+    read: Callable[[], PackedWeight]
+
+
+Stored = StoredTensor | StoredPacked
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """The safetensors files that make up the model in `directory`.
+
+    A lone model.safetensors wins over an index, as in transformers. Only plain file names inside the directory are
+    taken from an index: it comes with the download and must not point elsewhere.
+
+    Raises:
+        UserError: No weights, or every fault of the index.
+    """
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return _indexed_files(index)
+    others = sorted(file.name for file in directory.glob("*.safetensors"))
+    found = f" It has {', '.join(others[:3])}." if others else ""
+    raise UserError(f"model.source: {directory} has no model.safetensors and no model.safetensors.index.json.{found}")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{index}: is not JSON: {error}") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map: must be a non-empty table of tensor name -> shard file.")
+    faults = []
+    shards: dict[str, None] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or _SHARD_NAME.fullmatch(name) is None:
+            faults.append(f"{index}: weight_map['{key}']: {name!r} is not a plain .safetensors file name.")
+        else:
+            shards[name] = None
+    present = [entry.name for entry in index.parent.iterdir()]
+    faults.extend(
+        f"{index}: weight_map: the shard {name} is not in the directory.{nearest(name, present)}"
+        for name in shards
+        if not (index.parent / name).is_file()
+    )
+    if faults:
+        raise UserError(*shorten(faults))
+    return [index.parent / name for name in shards]
+
+
+def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
+    """Checkpoint key -> tensor, from the headers of the shards alone.
+
+    Raises:
+        UserError: Shards that cannot be read, or a key in two of them.
+    """
+    stored: dict[str, StoredTensor] = {}
+    faults = []
+    for file in shard_files(directory):
+        try:
+            with safe_open(str(file), framework="pt", device="cpu") as shard:
+                for key in shard.keys():  # noqa: SIM118  (safe_open is not iterable)
+                    if key in stored:
+                        faults.append(f"{file}: tensor '{key}' is in two shards.")
+                    piece = shard.get_slice(key)
+                    shape = tuple(int(size) for size in piece.get_shape())
+                    stored[key] = StoredTensor(key, shape, _reader(file, key), _itemsize(piece.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            faults.append(f"{file}: cannot be read: {error}. It may be cut short: download or copy it again.")
+    if faults:
+        raise UserError(*shorten(faults))
+    return stored
+
+
+def _reader(file: Path, key: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        with safe_open(str(file), framework="pt", device="cpu") as shard:
+            tensor: Tensor = shard.get_tensor(key)
+            return tensor
+
+    return read
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of an element of a dtype by its name in a header, such as BF16, F8_E4M3 or BOOL."""
+    bits = re.search(r"\d+", dtype)
+    return 1 if bits is None else max(1, int(bits.group()) // 8)
+
+
+def iterate_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    """(model name, weight) in the mapping's order, each read when it is asked for; nothing is kept.
+
+    What is yielded may be a read-only view of a mapped file, see `StoredTensor`.
+    """
+    for name, item in stored.items():
+        yield name, item.read()
+
+
+def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
+    """Model name -> tensor, by the renames that the installed transformers knows for this model.
+
+    Raises:
+        UserError: A tensor that needs more than another name (experts to be stacked, projections to be split).
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    expected = model.state_dict()
+    renamed: dict[str, Stored] = {}
+    converted: dict[str, str] = {}
+    for key, item in stored.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        if pattern is not None:
+            converted.setdefault(str(pattern), f"{key} -> {name}")
+        renamed[name] = replace(item, key=key)
+    if converted:
+        raise UserError(
+            *shorten(
+                f"model.source: {model.config.model_type} checkpoints hold tensors that must be stacked, split or "
+                f"permuted ({example}), which is not supported; allowed: models whose tensors are stored one per layer."
+                for example in converted.values()
+            )
+        )
+    return renamed
+
+
+def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
+    """The stored tensors the model needs, in the model's order; all that is missing or too much is an error.
+
+    A tied weight that is stored twice is taken once if both copies are equal. If they differ the model is untied, as
+    transformers does it, and `model.config.tie_word_embeddings` becomes False.
+
+    Args:
+        stored: Model name -> tensor.
+        model: The skeleton, its parameters on the meta device.
+    Raises:
+        UserError: Missing and unexpected tensors and wrong shapes, all at once.
+    """
+    expected: dict[str, Tensor] = model.state_dict()
+    redundant = _settle_tied_weights(stored, model)
+    tied = tied_weights(model)
+    ignored = _ignored_patterns(model)
+    faults = []
+    for name, tensor in expected.items():
+        if name in stored:
+            continue
+        partners = {tied.get(name), *(target for target, origin in tied.items() if origin in (name, tied.get(name)))}
+        if not partners & stored.keys() and (tensor.is_meta or not _matches_any(name, ignored.missing)):
+            faults.append(f"model.source: the checkpoint has no tensor '{name}'.{nearest(name, stored)}")
+    for name, item in stored.items():
+        if name not in expected:
+            if not _matches_any(name, ignored.unexpected):
+                faults.append(f"model.source: the checkpoint's tensor '{item.key}' has no place in the model.")
+        elif item.shape != tuple(expected[name].shape):
+            faults.append(
+                f"model.source: tensor '{item.key}' has shape {list(item.shape)}, "
+                f"config.json asks for {list(expected[name].shape)}."
+            )
+    if faults:
+        raise UserError(*shorten(faults))
+    return {name: stored[name] for name in expected if name in stored and name not in redundant}
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Name of a tied parameter -> name of the parameter that it shares; empty for an untied model."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def shorten(faults: object) -> list[str]:
+    """The first faults and the number of the others: a wrong config makes one for every tensor of a model."""
+    lines = [str(fault) for fault in faults]  # type: ignore[attr-defined]
+    more = len(lines) - _MOST_FAULTS
+    return lines if more <= 0 else [*lines[:_MOST_FAULTS], f"... and {more} more like these."]
+
+
+@dataclass(frozen=True)
+class _Ignored:
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def _ignored_patterns(model: PreTrainedModel) -> _Ignored:
+    """What a checkpoint may lack or hold beyond the model: the model's own list, and buffers of older versions."""
+    unexpected = list(model._keys_to_ignore_on_load_unexpected or ())
+    # Every layer of an old checkpoint carries the rotary frequencies; they are computed from the config now.
+    unexpected += [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    return _Ignored(tuple(model._keys_to_ignore_on_load_missing or ()), tuple(unexpected))
+
+
+def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _settle_tied_weights(stored: Mapping[str, Stored], model: PreTrainedModel) -> set[str]:
+    """Names of stored copies that need not be read; unties the weights whose stored copies differ."""
+    redundant = set()
+    for target, origin in tied_weights(model).items():
+        if target not in stored or origin not in stored:
+            continue
+        if _same_values(stored[target], stored[origin]):
+            redundant.add(target)
+            continue
+        log.warning("%s and %s differ in the checkpoint although config.json ties them: not tied.", target, origin)
+        model.all_tied_weights_keys.pop(target)
+        model.config.tie_word_embeddings = False
+    return redundant
+
+
+def _same_values(first: Stored, second: Stored) -> bool:
+    if first.shape != second.shape or isinstance(first, StoredPacked) or isinstance(second, StoredPacked):
+        return False
+    return torch.equal(first.read(), second.read())
+
+
+INDEX_FILE = "model.safetensors.index.json"

@@ -1,0 +1,1 @@
+"""The memory and time of a run, worked out before anything is loaded."""

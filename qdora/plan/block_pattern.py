@@ -1,0 +1,111 @@
+"""The decoder blocks of a model: which of them may be left out of a measurement, and how it is drawn out again.
+
+Models repeat a block, or a short sequence of blocks (five with a sliding window, one without). A step's live bytes are
+linear in the number of repetitions: each adds its weights, its states, and what it keeps between forward and backward.
+So two measurements, of models that differ by one repetition, give those of any number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qdora.plan.peak import Moment
+
+# Two on either side of the place where repetitions are put in: the first block of a model (whose input needs no
+# gradient) and the last one (behind which the loss is) are unlike the others, and must not be repeated.
+_KEPT_PERIODS = 4
+# Blocks of another kind that models begin with (dense ones before mixtures of experts: 1 to 3).
+_LONGEST_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class BlockPattern:
+    """prefix + period * repetitions + suffix, in numbers of blocks."""
+
+    prefix: int
+    period: int
+    repetitions: int
+    suffix: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the whole model."""
+        return self.prefix + self.period * self.repetitions + self.suffix
+
+    def kept(self, repetitions: int) -> list[int]:
+        """The blocks of a model with so many repetitions; those in the middle are left out."""
+        front = self.prefix + (repetitions - _KEPT_PERIODS // 2) * self.period
+        back = self.suffix + _KEPT_PERIODS // 2 * self.period
+        return [*range(front), *range(self.num_blocks - back, self.num_blocks)]
+
+    @property
+    def insertion(self) -> int:
+        """Blocks before the place where repetitions are put in."""
+        return self.prefix + _KEPT_PERIODS // 2 * self.period
+
+
+def signature(block: nn.Module, kind: Any) -> Hashable:
+    """What makes two blocks need the same: classes, shapes and dtypes inside them, and the attention's `kind`."""
+    modules = tuple((name, type(each).__name__) for name, each in block.named_modules())
+    parameters = tuple((name, tuple(each.shape), each.dtype) for name, each in block.named_parameters())
+    return modules, parameters, kind
+
+
+def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
+    """The pattern of which the fewest blocks have to be measured; None where leaving blocks out saves nothing."""
+    total = len(signatures)
+    best, cost = None, total
+    for prefix in range(min(total, _LONGEST_PREFIX + 1)):
+        rest = signatures[prefix:]
+        for period in range(1, len(rest) // (_KEPT_PERIODS + 1) + 1):
+            repetitions, suffix = divmod(len(rest), period)
+            measured = 2 * (prefix + _KEPT_PERIODS * period + suffix) + period
+            if measured < cost and all(rest[at] == rest[at - period] for at in range(period, len(rest))):
+                best, cost = BlockPattern(prefix, period, repetitions, suffix), measured
+    return best
+
+
+def keep_blocks_(model: Any, path: str, kept: Sequence[int]) -> None:
+    """Leave only these blocks in a model, and in every list of its config that has an entry for each."""
+    blocks = model.get_submodule(path)
+    total = len(blocks)
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.ModuleList([blocks[index] for index in kept]))
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == total:
+                setattr(config, name, [value[index] for index in kept])
+        if getattr(config, "num_hidden_layers", None) == total:
+            config.num_hidden_layers = len(kept)
+
+
+def drawn_out(short: Sequence[Moment], longer: Sequence[Moment], pattern: BlockPattern) -> list[Moment]:
+    """Moments of the whole model from those of models with 4 and 5 repetitions, in the order of a step.
+
+    The repetitions in between are left out: what is alive in them lies between what is alive in their neighbours.
+
+    Raises:
+        ValueError: If the two do not have the same moments.
+    """
+    more = pattern.repetitions - _KEPT_PERIODS
+    found = {(moment.phase, moment.block): moment.by_component for moment in longer}
+    drawn = []
+    for moment in short:
+        behind = moment.block is not None and moment.block >= pattern.insertion
+        block = moment.block + pattern.period if behind and moment.block is not None else moment.block
+        if (moment.phase, block) not in found:
+            raise ValueError(f"no {moment.phase} of block {block} in the longer model")
+        other = found[moment.phase, block]
+        names = dict.fromkeys([*moment.by_component, *other])
+        by_component = {
+            name: moment.by_component.get(name, 0) + more * (other.get(name, 0) - moment.by_component.get(name, 0))
+            for name in names
+        }
+        place = moment.block + more * pattern.period if behind and moment.block is not None else moment.block
+        drawn.append(Moment(moment.phase, place, {name: size for name, size in by_component.items() if size}))
+    return drawn

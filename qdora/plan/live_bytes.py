@@ -1,0 +1,187 @@
+"""Counts the bytes of live tensors, operation by operation: on fake tensors, what a run would need without running it.
+
+torch's own MemTracker refuses any parameter that is frozen. This one knows tensors only by their storages, so whoever
+keeps one alive (a module, autograd's saved tensors, an optimizer, a closure) is seen alike.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass
+class _CountedStorage:
+    """A live storage. The reference is held for its callback, which takes the bytes off again."""
+
+    reference: weakref.ref[UntypedStorage]
+    num_bytes: int
+    label: str
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, bytes of the storages that operations made and that are still alive, and their peak.
+
+        with FakeTensorMode(), LiveBytes() as live:
+            with live.label("base"):
+                model = ...
+            live.reset_peak()
+            ...
+        live.peak_bytes, live.peak_by_label
+
+    Enter it inside a FakeTensorMode, not around one. A storage is counted once, whatever views of it there are, from
+    the operation that makes it until its last owner lets go of it; operations that custom autograd functions and the
+    autograd engine run are among them. Real and fake tensors count alike, tensors on the meta device not at all.
+
+    Not seen: tensors from before, unless they are registered; sparse ones; what a kernel allocates and frees within one
+    operation (its workspace); the rounding up and fragmentation of an allocator; a storage resized behind torch's
+    operations, until it is written again or `live_bytes` is read. While any such mode is active, autograd sums two
+    gradients of one tensor into a third, where it would else add in place: up to one such tensor more than without.
+
+    Args:
+        label: Of what is made outside `label` blocks.
+    Attributes:
+        peak_bytes: Most bytes alive after any operation since the start or `reset_peak`.
+        peak_by_label: Label -> bytes alive at that moment.
+    """
+
+    def __init__(self, label: str = "other") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._label = label
+        self._counted: dict[int, _CountedStorage] = {}
+        self._by_label: Counter[str] = Counter()
+        self._live = 0
+        self.peak_bytes = 0
+        self.peak_by_label: dict[str, int] = {}
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes alive now."""
+        self._refresh()
+        return self._live
+
+    @property
+    def live_by_label(self) -> dict[str, int]:
+        """Label -> bytes alive now, without those that have none."""
+        self._refresh()
+        return {label: num_bytes for label, num_bytes in self._by_label.items() if num_bytes}
+
+    @contextmanager
+    def label(self, name: str) -> Iterator[None]:
+        """What is made within the block is counted under `name`; the innermost block decides."""
+        outer, self._label = self._label, name
+        try:
+            yield
+        finally:
+            self._label = outer
+
+    def register(self, what: nn.Module | Tensor | Iterable[Tensor], label: str) -> None:
+        """Count tensors that are there already, or count known ones under another label from now on.
+
+        Args:
+            what: Tensors, or a module: its parameters, their gradients, and its buffers. What a module keeps in other
+                attributes (bitsandbytes' quant_state) has to be given by itself.
+            label: Where their bytes are counted.
+        """
+        if isinstance(what, nn.Module):
+            parameters = list(what.parameters())
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            what = [*parameters, *gradients, *what.buffers()]
+        for tensor in [what] if isinstance(what, Tensor) else what:
+            storage = _storage(tensor)
+            if storage is None:
+                continue
+            known = self._counted.get(id(storage))
+            if known is None:
+                self._count(storage, label)
+            else:
+                self._by_label[known.label] -= known.num_bytes
+                self._by_label[label] += known.num_bytes
+                known.label = label
+        self._note_peak()
+
+    def reset_peak(self) -> None:
+        """Let the peak start anew from what is alive now."""
+        self._refresh()
+        self.peak_bytes, self.peak_by_label = 0, {}
+        self._note_peak()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, then count what it made."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given: set[int] | None = None
+        for tensor in _tensors(result):
+            storage = _storage(tensor)
+            if storage is None:
+                continue
+            if id(storage) in self._counted:
+                self._resize(storage)
+                continue
+            if given is None:
+                found = (_storage(each) for each in _tensors((args, kwargs)))
+                given = {id(each) for each in found if each is not None}
+            # A view of, or a write into, a tensor from before is no new memory.
+            if id(storage) not in given:
+                self._count(storage, self._label)
+        self._note_peak()
+        return result
+
+    def _count(self, storage: UntypedStorage, label: str) -> None:
+        key, num_bytes = id(storage), storage.nbytes()
+        self._counted[key] = _CountedStorage(weakref.ref(storage, lambda _: self._forget(key)), num_bytes, label)
+        self._by_label[label] += num_bytes
+        self._live += num_bytes
+
+    def _forget(self, key: int) -> None:
+        gone = self._counted.pop(key)
+        self._by_label[gone.label] -= gone.num_bytes
+        self._live -= gone.num_bytes
+
+    def _resize(self, storage: UntypedStorage) -> None:
+        counted = self._counted[id(storage)]
+        more = storage.nbytes() - counted.num_bytes
+        if more:
+            counted.num_bytes += more
+            self._by_label[counted.label] += more
+            self._live += more
+
+    def _refresh(self) -> None:
+        for counted in list(self._counted.values()):
+            storage = counted.reference()
+            if storage is not None:
+                self._resize(storage)
+
+    def _note_peak(self) -> None:
+        if self._live > self.peak_bytes:
+            self.peak_bytes = self._live
+            self.peak_by_label = {label: num_bytes for label, num_bytes in self._by_label.items() if num_bytes}
+
+
+def _storage(tensor: Tensor) -> UntypedStorage | None:
+    """The memory behind a tensor; None for one on the meta device, and for a sparse one, which has several."""
+    # A fake tensor says which device it stands for; its storage is always on meta.
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return None
+    return tensor.untyped_storage()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(tuple(values.values()))

@@ -1,0 +1,409 @@
+"""The memory plan of a recipe: from the config of its model, without weights and without a GPU.
+
+The budget of a run, before anything of its model is loaded: refused over it, or changed to keep to it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from qdora.data.build_data import micro_batch_tokens
+from qdora.data.loader import StepLoader
+from qdora.errors import UserError
+from qdora.files.environment import available_memory_bytes, cpu_has_bfloat16
+from qdora.memory.host_residency import check_host_embedding, obstacle
+from qdora.model.adapter_file import describe_adapter
+from qdora.model.build_model import DTYPES, Compute, put_adapters, recompute_activations
+from qdora.model.decoder_blocks import block_list
+from qdora.model.inject import adapted_layers, adapter_parameters, inject
+from qdora.model.load import Quantization, load_config
+from qdora.model.source import ModelSource, resolve
+from qdora.ops.planned_device import planned_on
+from qdora.plan.block_pattern import BlockPattern, drawn_out, find_pattern, signature
+from qdora.plan.fake_model import empty_model, fill_, ranks_of_adapter, set_unmasked_, shortened
+from qdora.plan.fake_step import StepRecorder, pageable_bytes, update_bytes
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.peak import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan, over_budget
+from qdora.plan.proposals import with_changes
+from qdora.plan.step_time import (
+    StreamedBlocks,
+    Work,
+    known_rates,
+    step_seconds,
+    streamed_blocks,
+    with_offloaded,
+    with_streamed,
+    without_embedding,
+)
+from qdora.plan.workload import Workload, assumed_workload
+from qdora.recipe.byte_size import parse_size
+from qdora.recipe.settings import Recipe
+from qdora.train.optimizer import AdapterOptimizer
+
+_Shape = tuple[tuple[int, ...], torch.dtype]
+_Shapes = dict[str, _Shape]
+
+
+def plan(
+    recipe: Recipe,
+    budget: int | str | None = None,
+    *,
+    config: PreTrainedConfig | None = None,
+    device_kind: DeviceKind = "cuda",
+    workload: Workload = assumed_workload,
+) -> Plan:
+    """What a run needs, by component, and if that is more than the budget, what to change.
+
+    Args:
+        recipe: The run.
+        budget: Bytes, or a size such as "40GiB"; None: the recipe's own `memory.budget`, if that is a size.
+        config: Of the model; read from `model.source` (on the Hub its config.json alone) if left out.
+        device_kind: Where it is to run; this machine need not have it.
+        workload: The micro-batches of a recipe, of which the one that needs the most counts. Left out: rows of
+            data.max_length, every token labelled.
+    Raises:
+        UserError: A model or settings that a run would refuse, too.
+    """
+    if budget is None and recipe.memory.budget != "auto":
+        budget = recipe.memory.budget
+    limit = parse_size(budget) if isinstance(budget, str) else budget
+    return planned(recipe, limit, config, device_kind, workload)[1]
+
+
+def planned(
+    recipe: Recipe,
+    budget: int | None,
+    config: PreTrainedConfig | None,
+    device_kind: DeviceKind,
+    workload: Workload,
+) -> tuple[Recipe, Plan]:
+    """`plan`, and the recipe with the changes that leave its numbers alone, as far as they were needed to fit."""
+    source = local_source(recipe.model.source)
+    if config is None:
+        named = recipe.model
+        source = resolve(named.source, named.revision, trust_remote_code=named.trust_remote_code, weights=False)
+        config = load_config(source)
+    given = config
+    if recipe.memory.host_embeddings and device_kind == "cuda":
+        with _quiet():
+            check_host_embedding(empty_model(config, source, torch.bfloat16, recipe.model.attention))
+
+    def plan_of(changed: Recipe) -> Plan:
+        shapes, count = workload(changed)
+        plans = [_Measurement(changed, given, source, device_kind, shape, count).plan() for shape in shapes]
+        return replace(max(plans, key=lambda each: each.peak_bytes), budget_bytes=budget)
+
+    def seconds_of(changed: Recipe) -> float:
+        shapes, count = workload(changed)
+        return _Measurement(changed, given, source, device_kind, shapes[0], count).seconds(first.num_trainable)
+
+    first = plan_of(recipe)
+    return (recipe, first) if first.fits is not False else with_changes(recipe, first, plan_of, seconds_of)
+
+
+def measured(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    shape: MicroBatchShape,
+    num_micro_batches: int,
+    *,
+    device_kind: DeviceKind,
+    whole: bool = False,
+) -> Plan:
+    """The plan of one shape of micro-batch; `whole`: all blocks are run, where else equal ones are drawn out."""
+    source = local_source(recipe.model.source)
+    return _Measurement(recipe, config, source, device_kind, shape, num_micro_batches).plan(whole=whole)
+
+
+class _Measurement:
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: PreTrainedConfig,
+        source: ModelSource,
+        device_kind: DeviceKind,
+        shape: MicroBatchShape,
+        num_micro_batches: int,
+    ) -> None:
+        self.recipe, self.config, self.source = recipe, config, source
+        self.device_kind: DeviceKind = device_kind
+        self.shape, self.num_micro_batches = shape, num_micro_batches
+        asked = recipe.model.dtype
+        if asked == "auto":
+            asked = "bfloat16" if device_kind == "cuda" or cpu_has_bfloat16() else "float32"
+        self.dtype = DTYPES[asked]
+        before = recipe.adapter.resume_from
+        self.adapter = None if before is None else describe_adapter(Path(before)).layout
+
+    def plan(self, *, whole: bool = False) -> Plan:
+        """Of the model; `whole` measures all of its blocks, and draws out no shortened one."""
+        with _quiet():
+            skeleton = empty_model(self.config, self.source, self.dtype, self.recipe.model.attention)
+        found = block_list(skeleton)
+        pattern = None
+        if found is not None and not whole:
+            ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter, skeleton, None, None)
+            pattern = find_pattern(
+                [
+                    signature(each, (_attention_kind(skeleton, index), _ranks_in(ranks, f"{found[0]}.{index}.")))
+                    for index, each in enumerate(found[1])
+                ]
+            )
+        num_blocks = 0 if found is None else len(found[1])
+        streamed, block_bytes = self._streamed(skeleton), self._block_bytes(skeleton)
+        embedding_bytes = self._embedding_bytes(skeleton)
+        weights = sum(each.numel() for each in skeleton.parameters())
+        del skeleton
+        with _quiet(), planned_on(self.device_kind), torch.random.fork_rng(devices=[]):
+            if pattern is None or found is None:
+                moments, shapes = self._moments(None)
+            else:
+                short, few = self._moments(pattern.kept(4))
+                longer, _ = self._moments(pattern.kept(5))
+                moments = drawn_out(short, longer, pattern)
+                shapes = _repeated(few, found[0], pattern)
+            workspace = 0
+            if shapes:
+                with FakeTensorMode(), LiveBytes() as live:
+                    workspace = update_bytes(shapes, self.recipe.train.optimizer, live)
+        if shapes:
+            moments[-1] = Moment("update", None, {**moments[-1].by_component, UPDATE: workspace})
+        num_trainable = sum(torch.Size(size).numel() for size, _ in shapes.values())
+        if streamed is not None:
+            moments = with_streamed(moments, streamed)
+        if embedding_bytes:
+            moments = without_embedding(moments, embedding_bytes)
+        host_bytes = 0 if streamed is None else streamed.host_bytes
+        if self.recipe.memory.offload_activations:
+            moments, kept = with_offloaded(moments, num_blocks)
+            host_bytes += kept
+        return Plan(
+            self.device_kind,
+            moments,
+            self.shape,
+            self.num_micro_batches,
+            pageable_bytes=pageable_bytes(shapes, self.recipe.train.optimizer) if self.device_kind == "cuda" else 0,
+            host_bytes=host_bytes,
+            embedding_bytes=embedding_bytes,
+            block_bytes=block_bytes,
+            num_blocks=num_blocks,
+            num_trainable=num_trainable,
+            num_weights=weights,
+            step_seconds=self.seconds(num_trainable) if shapes else None,
+            rates=known_rates(self.device_kind).to_dict(),
+        )
+
+    def _streamed(self, skeleton: PreTrainedModel) -> StreamedBlocks | None:
+        base = self.recipe.base
+        if base.residency == "device":
+            return None
+        return streamed_blocks(skeleton, self._wanted, base.residency, base.streamed_blocks)
+
+    def _embedding_bytes(self, skeleton: PreTrainedModel) -> int:
+        """Of an embedding that is not on the device."""
+        wanted = self.recipe.memory.host_embeddings and self.device_kind == "cuda"
+        if not wanted or obstacle(skeleton) is not None:
+            return 0
+        return int(skeleton.get_input_embeddings().weight.numel()) * self.dtype.itemsize
+
+    def _block_bytes(self, skeleton: PreTrainedModel) -> int:
+        """Of the largest block that could come and go; of a pruned base none can."""
+        base = self.recipe.base
+        if base.quant == "none" or base.prune is not None or block_list(skeleton) is None:
+            return 0
+        return streamed_blocks(skeleton, self._wanted, "disk", None).block_bytes
+
+    @property
+    def _wanted(self) -> Quantization:
+        base = self.recipe.base
+        return Quantization(base.quant, base.block_size, base.double_quant, base.skip)
+
+    def seconds(self, num_trainable: int) -> float:
+        """Predicted time of a step with so many trainable parameters."""
+        with _quiet():
+            skeleton: Any = empty_model(self.config, self.source, self.dtype, self.recipe.model.attention)
+        found, streamed = block_list(skeleton), self._streamed(skeleton)
+        blocks = skeleton if found is None else found[1]
+        linear = sum(each.weight.numel() for each in blocks.modules() if isinstance(each, nn.Linear))
+        config = skeleton.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 1)
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        work = Work(
+            num_linear=linear,
+            num_head=config.vocab_size * config.hidden_size,
+            num_trainable=num_trainable,
+            attention_width=config.num_hidden_layers * heads * head_size,
+            quantised=self.recipe.base.quant != "none",
+            checkpointing=self.recipe.memory.checkpointing,
+            full=self.recipe.adapter.kind == "full",
+            num_blocks=0 if found is None else len(found[1]),
+            num_streamed=0 if streamed is None else streamed.num_streamed,
+            block_bytes=0 if streamed is None else streamed.block_bytes,
+            row_bytes=config.hidden_size * self.dtype.itemsize if self._embedding_bytes(skeleton) else 0,
+        )
+        return step_seconds(work, self.shape, self.num_micro_batches, known_rates(self.device_kind))
+
+    def _moments(self, kept: list[int] | None) -> tuple[list[Moment], _Shapes]:
+        """Of a step of the model with these blocks, and the shapes of its trainable parameters."""
+        recipe = self.recipe
+        gc.collect()
+        model = shortened(self.config, self.source, self.dtype, recipe.model.attention, kept)
+        with FakeTensorMode(), LiveBytes() as live:
+            fill_(model, self._wanted, self.dtype, live, pruned=recipe.base.prune is not None)
+            if not self.shape.masked:
+                set_unmasked_(model)
+            if recipe.adapter.kind == "full":
+                model.requires_grad_(True)
+            if recipe.memory.checkpointing:
+                recompute_activations(model)
+            with live.label(ADAPTERS):
+                self._put_adapters(model, kept)
+                for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
+                    layer.add_gate()
+            live.reset_peak()
+            parameters = adapter_parameters(model)
+            if not parameters:
+                return [Moment("load", None, live.live_by_label)], {}
+            model.train()
+            found = block_list(model)
+            blocks: Sequence[nn.Module] = [] if found is None else list(found[1])
+            recorder = StepRecorder(model, blocks, live, checkpointing=recipe.memory.checkpointing)
+            chunk = recipe.memory.loss_chunk
+            recorder.record(
+                AdapterOptimizer(parameters, name=recipe.train.optimizer),
+                self.shape,
+                None if chunk == "auto" else chunk,
+            )
+        shapes = {path: (tuple(each.shape), each.dtype) for path, each in parameters.items()}
+        return recorder.moments, shapes
+
+    def _put_adapters(self, model: Any, kept: list[int] | None) -> None:
+        """As a run does, without reading the values of an adapter that it goes on from."""
+        if self.adapter is None:
+            put_adapters(model, self.recipe)
+            return
+        found = block_list(model)
+        ranks = ranks_of_adapter(self.adapter, model, None if found is None else found[0], kept)
+        settings = self.recipe.adapter
+        inject(
+            model,
+            kind=self.adapter.kind,
+            rank=1,
+            dropout=settings.dropout,
+            targets=list(ranks),
+            rank_pattern=ranks,
+            dtype=DTYPES[settings.dtype],
+        )
+
+
+def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:
+    return tuple((name.removeprefix(block), rank) for name, rank in ranks.items() if name.startswith(block))
+
+
+def _repeated(shapes: _Shapes, path: str, pattern: BlockPattern) -> _Shapes:
+    """Parameters of the whole model, in its order, from those of one with 4 repetitions."""
+    before: list[tuple[str, _Shape]] = []
+    repeated: list[tuple[str, _Shape]] = []
+    after: list[tuple[str, _Shape]] = []
+    first = pattern.insertion - pattern.period
+    for name, shape in shapes.items():
+        number = name.removeprefix(f"{path}.").partition(".")[0]
+        index = int(number) if name.startswith(f"{path}.") else -1
+        if first <= index < pattern.insertion:
+            repeated.append((name, shape))
+        if index >= pattern.insertion or (after and index < 0):
+            after.append((name, shape))
+        else:
+            before.append((name, shape))
+    copies = [
+        (f"repetition-{count}.{name}", shape) for count in range(pattern.repetitions - 4) for name, shape in repeated
+    ]
+    return dict([*before, *copies, *after])
+
+
+def _attention_kind(model: nn.Module, index: int) -> object:
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    kinds = getattr(config, "layer_types", None)
+    return kinds[index] if kinds and index < len(kinds) else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a load says: a plan loads a shortened model several times."""
+    logger = logging.getLogger("qdora")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def local_source(name: str = "config") -> ModelSource:
+    """Of a config that was made in code."""
+    return ModelSource("directory", Path(name), name)
+
+
+logger = logging.getLogger("qdora")
+
+
+def within_budget(
+    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False
+) -> tuple[Recipe, Plan | None]:
+    """The recipe as it may be run, and its plan; both as they were and None without a budget.
+
+    Args:
+        recipe: The run.
+        compute: Where it is to run.
+        workload: Its micro-batches.
+        force: Only warn where the plan is over the budget.
+    Returns:
+        With budget auto, the recipe with the changes that it needs to fit.
+    Raises:
+        UserError: Over the budget; what to change is said.
+    """
+    asked = recipe.memory.budget
+    if asked is None:
+        return recipe, None
+    budget = free_bytes(compute.device) if asked == "auto" else parse_size(asked)
+    changed, plan = planned(recipe, budget, None, "cuda" if compute.device.type == "cuda" else "cpu", workload)
+    if plan.fits:
+        return recipe, plan
+    if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):
+        for change in plan.changes:
+            logger.info("memory.budget auto: %s.", change.setting)
+        return changed, plan
+    if not force:
+        raise UserError(over_budget(plan))
+    logger.warning("%s", over_budget(plan))
+    return recipe, plan
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a new process can take on a device.
+
+    Raises:
+        UserError: Where the system does not say.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = available_memory_bytes()
+    if available is None:
+        raise UserError("memory.budget: 'auto', but this system does not say what is free, allowed: a size.")
+    return available
+
+
+def apply_micro_batch_(loader: StepLoader, recipe: Recipe) -> None:
+    """Let a loader cut micro-batches of the recipe's size; its steps stay what they are."""
+    loader.micro_batch_tokens = micro_batch_tokens(recipe)

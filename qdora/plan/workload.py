@@ -1,0 +1,95 @@
+"""The micro-batches that a plan counts with: those of the data where it can be read, else full ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of
+from qdora.data.loader import StepLoader
+from qdora.data.mix import Mix
+from qdora.plan.peak import MicroBatchShape
+from qdora.recipe.settings import Recipe
+
+_MOST_STEPS = 200
+"""Steps whose micro-batches are looked at."""
+
+
+Workload = Callable[[Recipe], tuple[list[MicroBatchShape], int]]
+"""A recipe -> its largest micro-batches, at least one, and how many a step has."""
+
+
+def assumed_workload(recipe: Recipe) -> tuple[list[MicroBatchShape], int]:
+    """A micro-batch of rows as long as they may be, every token of them labelled; and how many of them a step has."""
+    longest = recipe.data.max_length
+    step_rows = recipe.train.batch or max(1, -(-(recipe.train.tokens_per_step or 1) // longest))
+    rows = min(max(1, micro_batch_tokens(recipe) // longest), step_rows)
+    packed = recipe.data.packing
+    count = max(1, -(-step_rows // rows))
+    masked = packed or rows > 1
+    return [MicroBatchShape(rows, longest, rows * (longest - 1), masked, packed, accumulated=count > 1)], count
+
+
+def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
+    """The micro-batches that tokenised data makes of a recipe; full ones where it is streamed.
+
+    The mix belongs to `recipe.data`. For a recipe with other data (shorter examples) full ones are assumed, too.
+    """
+
+    def workload(changed: Recipe) -> tuple[list[MicroBatchShape], int]:
+        loader = make_loader(changed, mix, tokenizer)
+        if changed.data != recipe.data or loader.streams:
+            return assumed_workload(changed)
+        return largest_shapes(loader, num_steps_of(changed, loader))
+
+    return workload
+
+
+def largest_shapes(loader: StepLoader, num_steps: int) -> tuple[list[MicroBatchShape], int]:
+    """The shapes of a run's first steps that no other one exceeds in every respect, and most micro-batches of a step.
+
+    Args:
+        loader: At its start; it is moved.
+        num_steps: Of the run.
+    """
+    found: set[MicroBatchShape] = set()
+    most = 1
+    for _ in range(min(num_steps, _MOST_STEPS)):
+        if loader.position == loader.order.length:
+            break
+        batches = loader.next_step().micro_batches
+        most = max(most, len(batches))
+        found.update(shape_of(batch, accumulated=index > 0) for index, batch in enumerate(batches))
+    return not_exceeded(found), most
+
+
+def shape_of(batch: MicroBatch, *, accumulated: bool) -> MicroBatchShape:
+    """What of a micro-batch, not the first of its step or the first, its memory depends on."""
+    rows, length = batch.input_ids.shape
+    num_labels = int((batch.labels[:, 1:] != IGNORED).sum())
+    packed = batch.packing is not None
+    # An unpadded batch has a mask of ones, which transformers leaves out.
+    masked = packed or not bool(batch.attention_mask.all())
+    return MicroBatchShape(rows, length, max(num_labels, 1), masked, packed, accumulated)
+
+
+def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
+    """Those of which no other one has at least as many tokens, squared lengths, labels, masks and gradients."""
+
+    def sizes(shape: MicroBatchShape) -> tuple[int, ...]:
+        return (
+            shape.num_tokens,
+            shape.rows * shape.length**2 * shape.masked,
+            shape.num_labels,
+            int(shape.masked),
+            int(shape.packed),
+            int(shape.accumulated),
+        )
+
+    kept: list[MicroBatchShape] = []
+    for shape in sorted(shapes, key=sizes, reverse=True):
+        mine = sizes(shape)
+        if not any(all(a >= b for a, b in zip(sizes(other), mine, strict=True)) for other in kept):
+            kept.append(shape)
+    return kept

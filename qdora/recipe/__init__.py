@@ -1,0 +1,1 @@
+"""Recipes: all settings, their defaults and checks, and reading them from YAML."""

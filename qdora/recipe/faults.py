@@ -1,0 +1,120 @@
+"""What is wrong with a recipe, one line per fault: `path.to.key: what is wrong, got ..., allowed: ... nearest name`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from qdora.errors import nearest
+from qdora.files.access_tokens import masked
+from qdora.recipe.section import Section
+from qdora.recipe.settings import Recipe
+
+_MAX_SHOWN = 60  # characters of a given value that a fault repeats
+_PLAIN_TYPES = {"tuple_type": "a list", "too_short": "at least one entry", "dict_type": "a table of name: value"}
+
+
+def dotted(steps: Sequence[int | str]) -> str:
+    """('data', 'mix', 0, 'limit') -> 'data.mix[0].limit': on one line, without access tokens."""
+    names = [step if isinstance(step, int) or step.isprintable() else repr(step) for step in steps]
+    return masked("".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix("."))
+
+
+def one_line(text: str) -> str:
+    """Text of someone else's in a fault: on one line, without access tokens."""
+    return masked(" ".join(text.split()))
+
+
+def shown(value: Any) -> str:
+    """A given value as a fault repeats it: short, on one line, without access tokens."""
+    try:
+        text = masked(repr(value))
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def fault_lines(error: ValidationError, root: type[Section] = Recipe) -> list[tuple[str, str]]:
+    """(path, 'path: what is wrong, ...') for everything that pydantic found in a document of type `root`."""
+    return [line for detail in error.errors(include_url=False) for line in _lines(detail, root)]
+
+
+def unknown_key(section: type[Section], key: str, root: type[Section] = Recipe) -> str:
+    """'unknown key, allowed: ...' with the nearest key of this section, or the section where the key belongs."""
+    names = list(section.model_fields)
+    close = nearest(key, names)
+    if not close:
+        homes = [f"{name}.{key}" for name, field in root.model_fields.items() if key in _keys(field.annotation)]
+        close = f" Did you mean '{homes[0]}'?" if homes else ""
+    return masked(f"unknown key, allowed: {', '.join(names)}.{close}")
+
+
+def container(annotation: Any) -> Any:
+    """The part of a field's type that has parts of its own: a section, `tuple[...]` or `dict[...]`; else the type."""
+    if get_origin(annotation) is Annotated:
+        return container(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        parts = [container(part) for part in get_args(annotation)]
+        return next((part for part in parts if get_origin(part) in (tuple, dict) or _keys(part)), annotation)
+    return annotation
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a field's type is a section."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _keys(annotation: Any) -> list[str]:
+    return list(annotation.model_fields) if is_section(annotation) else []
+
+
+def _section_at(steps: Sequence[int | str], root: type[Section]) -> type[Section]:
+    """The section that a path of keys leads to."""
+    found: Any = root
+    for step in steps:
+        inner = get_args(found)[0] if isinstance(step, int) else found.model_fields[step].annotation
+        found = container(inner)
+    assert is_section(found), f"{steps} leads to {found}"
+    section: type[Section] = found
+    return section
+
+
+def _lines(detail: ErrorDetails, root: type[Section]) -> Iterator[tuple[str, str]]:
+    steps, kind, context = detail["loc"], detail["type"], detail.get("ctx", {})
+    if steps[-1:] == ("[key]",):  # pydantic's mark for a name, not a value, of a table
+        steps = steps[:-1]
+    path, got = dotted(steps), f"got {shown(detail['input'])}"
+    if kind == "faults":  # of a section's own checks
+        for key, what in context["faults"]:
+            inner = f"{path}.{key}".strip(".")
+            yield inner, f"{inner}: {masked(what)}"
+        return
+    if kind == "extra_forbidden":
+        text = unknown_key(_section_at(steps[:-1], root), str(steps[-1]), root)
+    elif kind == "missing":
+        text = f"missing, allowed: {_wanted(steps, root)}"
+    elif kind == "allowed":
+        text = f"not valid, {got}, allowed: {context['allowed']}.{masked(context['nearest'])}"
+    elif kind == "literal_error":
+        names = re.findall(r"'([^']*)'", context["expected"])
+        close = nearest(detail["input"], names) if isinstance(detail["input"], str) else ""
+        text = f"not valid, {got}, allowed: {', '.join(names) or context['expected']}.{close}"
+    elif kind == "model_type":
+        text = f"not a section, {got}, allowed: {', '.join(_section_at(steps, root).model_fields)}."
+    elif kind in _PLAIN_TYPES:
+        text = f"not valid, {got}, allowed: {_PLAIN_TYPES[kind]}."
+    else:
+        text = f"{one_line(detail['msg'])}, {got}."
+    yield path, f"{path}: {text}" if path else text
+
+
+def _wanted(steps: Sequence[int | str], root: type[Section]) -> str:
+    """What belongs at a path where nothing is."""
+    field = _section_at(steps[:-1], root).model_fields[str(steps[-1])]
+    keys = _keys(field.annotation)
+    return f"a section of {', '.join(keys)}." if keys else str(field.description)

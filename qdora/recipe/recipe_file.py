@@ -1,0 +1,331 @@
+"""Recipes as text: reading YAML, `-s` overrides, and the resolved recipe that can be run again.
+
+Relative paths. In a recipe file they start at the folder of that file, so that a recipe and its data move together; in
+an override, and in a shipped recipe, at the current directory. A bare name (`org/name`) is a path where something of
+that name exists there, else a Hub id. A checked recipe has absolute paths only.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from qdora.errors import UserError, nearest
+from qdora.files.access_tokens import masked, token_paths
+from qdora.recipe.data_settings import has_file_ending, is_path
+from qdora.recipe.faults import container, dotted, fault_lines, is_section, one_line, shown, unknown_key
+from qdora.recipe.section import Section
+from qdora.recipe.settings import Recipe
+
+_KEY = re.compile(r"[^.\[\]=\s]+(?:\.[^.\[\]=\s]+|\[\d{1,6}\])*")
+_STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe or a YAML file, apply `key=value` overrides, check everything.
+
+    Args:
+        name_or_path: A name of `recipe_names()`, else a file (./name for a file that has the name of a shipped recipe).
+        overrides: Such as "train.lr=1e-4" or "data.mix[0].limit=5"; see `apply_overrides`.
+    Raises:
+        UserError: All faults, one line each.
+    """
+    data, where = recipe_document(name_or_path)
+    return recipe_from(apply_overrides(data, overrides), where, overrides)
+
+
+def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
+    """A recipe as it is written, unchecked but with absolute paths, and its name in messages.
+
+    Raises:
+        UserError: There is no such recipe, or it is not YAML.
+    """
+    text, where, folder = _find(str(name_or_path))
+    data = read_yaml(text, where)
+    _make_absolute_(data, folder)
+    return data, where
+
+
+def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Check plain data and make it a recipe; relative paths start at the current directory.
+
+    Args:
+        data: A mapping as YAML gives it; it is not changed.
+        where: File or recipe name, the first word of every fault.
+        overrides: Already applied; a fault in a key that they set begins with -s in place of `where`.
+    Raises:
+        UserError: All faults, one line each: `<where>: <path.to.key>: what is wrong, got ..., allowed: ...`.
+    """
+    secrets = [dotted(steps) for steps in token_paths(data)]
+    if secrets:
+        what = "holds an access token, allowed: none in a recipe. Run 'hf auth login' or set HF_TOKEN"
+        raise UserError(*(f"{where}: {path}: {what}, and revoke this one if the file was shared." for path in secrets))
+    data = copy.deepcopy(data)
+    _make_absolute_(data, Path.cwd())
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = fault_lines(error)
+    given = tuple(item.partition("=")[0].strip() for item in overrides)
+    raise UserError(*dict.fromkeys(f"{'-s' if path.startswith(given) else where}: {line}" for path, line in lines))
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Another recipe with some settings changed, checked as a whole.
+
+    Raises:
+        UserError: All faults, one line each.
+    """
+    return recipe_from(apply_overrides(settings(recipe), overrides), "recipe", overrides)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting that has an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
+    plain: dict[str, Any] = _plain(recipe)
+    return plain
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with its defaults written out, as YAML that can be run again."""
+    text: str = yaml.safe_dump(settings(recipe), sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors; the descriptions are the docstrings of the fields."""
+    return Recipe.model_json_schema()
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    files = resources.files("qdora.recipe").joinpath("shipped").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a shipped recipe, comments included: a start for one's own.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    names = recipe_names()
+    if name not in names:
+        raise UserError(f"{masked(name)}: no such recipe, allowed: {', '.join(names)}.{nearest(name, names)}")
+    return resources.files("qdora.recipe").joinpath("shipped", f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def missing_files(recipe: Recipe, where: str) -> list[str]:
+    """One line for every path of a recipe that does not exist; the checks of the recipe itself never read the disk."""
+    named = [("model.source", recipe.model.source), ("model.tokenizer", recipe.model.tokenizer)]
+    named.append(("adapter.resume_from", recipe.adapter.resume_from))
+    if recipe.base.prune is not None and recipe.base.prune.calibration.text != "mix":
+        named.append(("base.prune.calibration.text", recipe.base.prune.calibration.text))
+    for index, source in enumerate(recipe.data.mix):
+        named += [(f"data.mix[{index}].{key}", getattr(source, key)) for key in ("source", "path")]
+        if source.validation is not None and is_path(source.validation):
+            named.append((f"data.mix[{index}].validation", source.validation))
+    absolute = [(key, path) for key, path in named if path is not None and os.path.isabs(path)]
+    return [
+        f"{where}: {key}: no such file or directory, got {path}." for key, path in absolute if not Path(path).exists()
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people read it: 2:4 is a pattern, not the 124 that YAML 1.1 takes it for, sixties and ones."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        is_number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        return "tag:yaml.org,2002:str" if is_number and ":" in value else tag
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """Parse one YAML mapping; a syntax error or a key given twice is a fault with its line number.
+
+    Raises:
+        UserError: All faults of that kind, one line each.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        twice = [] if node is None else list(_keys_given_twice(node, set()))
+        data = None if node is None or twice else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{where}: {line}not YAML: {one_line(str(error.problem or error.context))}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {one_line(str(error))}.") from None
+    except (ValueError, OverflowError) as error:  # such as the date 2024-13-45
+        raise UserError(f"{where}: not a value: {one_line(str(error))}.") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply.") from None
+    if twice:
+        raise UserError(*(f"{where}: line {line}: key {shown(key)} is given twice." for key, line in twice))
+    if not isinstance(data, dict):
+        what = "empty" if data is None else f"not a mapping, got {shown(data)}"
+        raise UserError(f"{where}: {what}, allowed: the sections {', '.join(Recipe.model_fields)}.")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `data` with `key=value` settings put in, in order.
+
+    Keys are dotted paths, with [i] into lists; values are YAML. null takes a key out again, so that its default holds,
+    except where null is a setting of its own (train.clip).
+
+    Raises:
+        UserError: All malformed or unknown keys, one line each.
+    """
+    changed = copy.deepcopy(data)
+    faults = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        key = key.strip()
+        try:
+            if not equals or not _KEY.fullmatch(key):
+                raise UserError("not a setting, allowed: key=value such as train.lr=1e-4 or data.mix[0].limit=5.")
+            steps = [int(step[1:-1]) if step.startswith("[") else step for step in _STEP.findall(key)]
+            _assign_(changed, Recipe, steps, read_yaml(f"value: {text}", "value")["value"])
+        except UserError as error:
+            faults += [f"-s {one_line(item)}: {fault.removeprefix('value: line 1: ')}" for fault in error.faults]
+    if faults:
+        raise UserError(*faults)
+    return changed
+
+
+def _assign_(node: Any, kind: Any, steps: Sequence[int | str], value: Any) -> None:
+    """Put `value` at the end of `steps` below `node`, whose type in the recipe is `kind`; UserError has the reason."""
+    step, rest = steps[0], steps[1:]
+    if is_section(kind) and isinstance(step, str) and isinstance(node, dict):
+        field = kind.model_fields.get(step)
+        if field is None:
+            raise UserError(unknown_key(kind, step))
+        null_is_setting = type(None) in get_args(field.annotation) and field.default is not None
+        if rest:
+            inner = container(field.annotation)
+            _assign_(node.setdefault(step, [] if get_origin(inner) is tuple else {}), inner, rest, value)
+        elif value is None and not null_is_setting:
+            node.pop(step, None)
+        else:
+            node[step] = value
+    elif get_origin(kind) is tuple and isinstance(step, int) and isinstance(node, list):
+        if step >= len(node):
+            raise UserError(f"no entry [{step}], allowed: one of the {len(node)} entries, from [0].")
+        if rest:
+            _assign_(node[step], container(get_args(kind)[0]), rest, value)
+        else:
+            node[step] = value
+    elif get_origin(kind) is dict and isinstance(
+        node, dict
+    ):  # adapter.rank_pattern: the rest is one name, dots and all
+        node[".".join(map(str, steps))] = value
+    else:
+        raise UserError(f"there is nothing called {dotted([step])} inside it.")
+
+
+def _make_absolute_(data: Any, folder: Path | None) -> None:
+    """Make relative paths absolute, from `folder` on; what is malformed is left for the checks."""
+    if folder is None or not isinstance(data, dict):
+        return
+    _make_key_absolute_(data.get("model"), "source", folder)
+    _make_key_absolute_(data.get("model"), "tokenizer", folder)
+    _make_key_absolute_(data.get("adapter"), "resume_from", folder, always=True)
+    calibration = _inner(_inner(data.get("base"), "prune"), "calibration")
+    if _inner(calibration, "text") != "mix":
+        _make_key_absolute_(calibration, "text", folder, always=True)
+    section = data.get("data")
+    mix = section.get("mix") if isinstance(section, dict) else None
+    for source in mix if isinstance(mix, list) else ():
+        _make_key_absolute_(source, "source", folder)
+        _make_key_absolute_(source, "path", folder, always=True)
+        validation = source.get("validation") if isinstance(source, dict) else None
+        if isinstance(validation, str) and (validation.startswith((".", "~")) or has_file_ending(validation)):
+            _make_key_absolute_(source, "validation", folder, always=True)  # else it names a split
+
+
+def _inner(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, dict) else None
+
+
+def _make_key_absolute_(section: Any, key: str, folder: Path, *, always: bool = False) -> None:
+    value = section.get(key) if isinstance(section, dict) else None
+    if not isinstance(value, str) or not value.isprintable() or value in ("", "builtin"):
+        return
+    try:
+        path = os.path.abspath(folder / Path(value).expanduser())
+    except RuntimeError:  # ~name where there is no such user: stays, and is reported as a path that does not exist
+        return
+    if always or is_path(value) or os.path.exists(path):
+        section[key] = path
+
+
+def _find(name: str) -> tuple[str, str, Path | None]:
+    """Text of a recipe, its name in messages, and the folder where its relative paths start (None: a shipped one)."""
+    names = recipe_names()
+    if name in names:
+        return recipe_text(name), name, None
+    path = Path(name)
+    where, allowed = masked(name), f"allowed: a YAML file, or one of {', '.join(names)}."
+    try:
+        path = path.expanduser()
+        return path.read_text(encoding="utf-8-sig"), where, Path(os.path.abspath(path)).parent
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start} is not UTF-8 text, {allowed}") from None
+    except IsADirectoryError:
+        raise UserError(f"{where}: a directory, {allowed}") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError, RuntimeError):
+        close = nearest(name, [*names, *_recipes_beside(path)]) or nearest(path.stem, names)
+        raise UserError(f"{where}: no such file, {allowed}{close}") from None
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}), {allowed}") from None
+
+
+def _recipes_beside(path: Path) -> list[str]:
+    try:
+        return [str(path.parent / name) for name in os.listdir(path.parent) if name.endswith((".yaml", ".yml"))]
+    except (OSError, ValueError):
+        return []
+
+
+def _keys_given_twice(node: yaml.Node, seen: set[int]) -> Iterator[tuple[str, int]]:
+    """(key, line from 1) of every key that its mapping already has; `seen` ends cycles of aliases."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            yield from _keys_given_twice(child, seen)
+    if isinstance(node, yaml.MappingNode):
+        keys: set[tuple[str, str]] = set()
+        for key, child in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    yield key.value, key.start_mark.line + 1
+                keys.add((key.tag, key.value))
+            yield from _keys_given_twice(child, seen)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        left_out = value.unused()
+        fields = type(value).model_fields.items()
+        given = {name: getattr(value, name) for name, field in fields if name not in left_out}
+        return {
+            name: _plain(item) for name, item in given.items() if item is not None or _default(value, name) is not None
+        }
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _default(section: Section, name: str) -> Any:
+    return type(section).model_fields[name].default

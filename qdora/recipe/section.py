@@ -1,0 +1,126 @@
+"""What every section of a recipe shares: the field types, each with the text of what it allows, and the base class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from qdora.errors import nearest
+from qdora.recipe.byte_size import parse_size
+
+
+def allowed(text: str, *names: str) -> WrapValidator:
+    """Every fault below this type becomes one that says what is allowed; the nearest of `names` is offered."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            close = nearest(value, names) if isinstance(value, str) else ""
+            raise PydanticCustomError("allowed", "allowed: {allowed}", {"allowed": text, "nearest": close}) from None
+
+    return WrapValidator(check)
+
+
+def _as_number(value: Any) -> Any:
+    """PyYAML reads 1e-4 as text (YAML 1.1 wants 1.0e-4): read it as a number. A bool is not a number."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "not a number")
+    return float(value) if isinstance(value, str) else value  # pydantic makes a fault of float's ValueError
+
+
+Whole = Annotated[int, Strict(), Field(ge=1), allowed("a whole number, 1 or more")]
+WholeOrZero = Annotated[int, Strict(), Field(ge=0), allowed("a whole number, 0 or more")]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63), allowed("a whole number from 0 to 2^63 - 1")]
+Positive = Annotated[
+    float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number above 0")
+]
+NotNegative = Annotated[
+    float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number, 0 or more")
+]
+OneOrMore = Annotated[
+    float, Field(ge=1, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number, 1 or more")
+]
+Factor = Annotated[
+    float, Field(gt=1, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number above 1")
+]
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_as_number), allowed("a number, at least 0 and below 1")]
+Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_as_number)]
+Warmup = Annotated[
+    Annotated[int, Strict(), Field(ge=0)] | Annotated[float, Strict(), Field(ge=0, lt=1)],
+    BeforeValidator(_as_number),
+    allowed("a whole number of steps, or a share of the run below 1"),
+]
+AutoTokens = Annotated[
+    Literal["auto"] | Annotated[int, Strict(), Field(ge=1)], allowed("auto, or a whole number of tokens", "auto")
+]
+
+
+def _size(value: str) -> str:
+    parse_size(value)
+    return value
+
+
+Size = Annotated[
+    Literal["auto"] | Annotated[str, AfterValidator(_size)],
+    allowed("auto, or a size such as 40GiB or 500 MB", "auto"),
+]
+Flag = Annotated[bool, Strict(), allowed("true or false")]
+Text = Annotated[
+    str,
+    Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$"),
+    allowed("text of one line (in quotes where YAML reads it otherwise)"),
+]
+Targets = Annotated[
+    Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)],
+    allowed("all-linear, or a list of layer names such as [q_proj, v_proj]", "all-linear"),
+]
+
+Fault = tuple[str, str]
+"""Path of a key inside its section ('' for the section itself), and what is wrong with it."""
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, no unknown keys, no setting that would be ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def unused(self) -> dict[str, str]:
+        """Fields without effect under the other settings of this section -> why, as in '... because <reason>'."""
+        return {}
+
+    def faults(self) -> Iterator[Fault]:
+        """Contradictions between the fields of this section."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        found = [*self.faults(), *ignored_faults(self, self.unused())]
+        if found:
+            text = "\n".join(f"{key}: {what}" if key else what for key, what in found)
+            raise PydanticCustomError("faults", "{text}", {"text": text, "faults": found})
+        return self
+
+
+def ignored_faults(section: Section, unused: dict[str, str], prefix: str = "") -> Iterator[Fault]:
+    """A fault for every field in `unused` that was set; null counts as not set."""
+    for name, reason in unused.items():
+        value = getattr(section, name)
+        if name in section.model_fields_set and value is not None:
+            yield (
+                f"{prefix}{name}",
+                f"would be ignored because {reason}, got {value!r}, allowed: leave it out (an override of null does).",
+            )

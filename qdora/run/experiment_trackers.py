@@ -1,0 +1,121 @@
+"""Experiment trackers, through accelerate: which are installed, and what they are told."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+
+from qdora.errors import UserError
+from qdora.files.access_tokens import masked
+
+PROJECT = "qdora"
+
+logger = logging.getLogger("qdora")
+
+_MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
+    "tensorboard": lambda run: TensorBoardTracker("tensorboard", str(run)),
+    "trackio": lambda run: TrackioTracker(PROJECT, name=run.name),
+    "wandb": lambda run: WandBTracker(PROJECT, name=run.name, dir=str(run)),
+    "mlflow": lambda run: MLflowTracker(PROJECT, run_name=run.name),
+}
+
+
+def is_installed(name: str) -> bool:
+    """Whether a tracker's package is there."""
+    return find_spec(name) is not None
+
+
+@contextmanager
+def tracking(
+    names: Sequence[str], run: Path, settings: Mapping[str, Any], *, cpu: bool
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Start trackers, hand them lines of metrics, and close them whatever happens.
+
+    A tracker that fails later (its server cannot be reached) is told no more, with a warning; the run goes on.
+
+    Args:
+        names: tensorboard, trackio, wandb, mlflow; each is set up in its own way (environment variables, a login).
+        run: The run directory: tensorboard and wandb write into it, and its name is the name of the run.
+        settings: The recipe, kept beside the metrics; nested.
+        cpu: Whether the run computes on the CPU.
+    Yields:
+        Takes one line of metrics, with its "step".
+    Raises:
+        UserError: A tracker does not start.
+    """
+    if not names:
+        yield lambda line: None
+        return
+    PartialState(cpu=cpu)  # what accelerate's trackers ask whether this is the main process
+    started: dict[str, GeneralTracker] = {}
+    try:
+        for name in names:
+            started[name] = _started(name, run, settings)
+        yield lambda line: _tell(started, line)
+    finally:
+        for name in list(started):
+            _attempt(started, name, lambda tracker: tracker.finish())
+
+
+def flat_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """{"tasks": {"boolq": {"nll_sum": 3.0}}} -> {"tasks/boolq/nll_sum": 3.0}; what is no number is left out."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flat_numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[f"{prefix}{key}"] = float(value)
+    return flat
+
+
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
+    """{"train": {"lr": 1e-3, "betas": [0.9, 0.99]}} -> {"train.lr": 1e-3, "train.betas": "[0.9, 0.99]"}.
+
+    Without null, which trackers do not take, and without access tokens.
+    """
+    flat: dict[str, bool | float | str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float):
+            flat[f"{prefix}{key}"] = value
+        elif value is not None:
+            flat[f"{prefix}{key}"] = masked(value if isinstance(value, str) else json.dumps(value))
+    return flat
+
+
+def _started(name: str, run: Path, settings: Mapping[str, Any]) -> GeneralTracker:
+    try:
+        tracker = _MAKE[name](run)
+        tracker.start()
+        tracker.store_init_configuration(flat_settings(settings))
+    except Exception as error:  # others' code, with error classes of its own
+        raise UserError(f"trackers: {name} did not start: {_reason(error)}.") from error
+    return tracker
+
+
+def _tell(started: dict[str, GeneralTracker], line: Mapping[str, Any]) -> None:
+    numbers = flat_numbers({key: value for key, value in line.items() if key != "step"})
+    for name in list(started):
+        _attempt(started, name, lambda tracker: tracker.log(numbers, step=line["step"]))
+
+
+def _attempt(started: dict[str, GeneralTracker], name: str, action: Callable[[GeneralTracker], None]) -> None:
+    try:
+        action(started[name])
+    except Exception as error:  # others' code; a chart is not worth a run of hours
+        del started[name]
+        logger.warning("trackers: %s failed and is told no more: %s.", name, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in masked(str(error)).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"

@@ -1,1 +1,0 @@
-"""One short module per verb of the command line: where the stages of a run meet."""
