@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +17,12 @@ from qdora.evaluation.harness import HarnessTasks, evaluate_harness, find_harnes
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
 from qdora.files.console import default_console, suite_bar
-from qdora.files.run_directory import RunDirectory, open_run
+from qdora.files.run_directory import open_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.recipe_file import load_recipe
-from qdora.run.best_step import adapter_step
 from qdora.run.load_run import LoadedModel, is_run, load_target
+from qdora.run.validation import stored_results
 
 SPLITS = ("validation", "test", "train")
 METHODS = ("loglikelihood", "generate")
@@ -194,26 +193,3 @@ def _chosen(
         allowed = list(dict.fromkeys([*known, *built_in]))
         raise UserError(*(f"--tasks: {t!r}, allowed: {', '.join(allowed)}.{nearest(t, allowed)}" for t in unknown))
     return {t: known[t] if t in known else task_examples(t, split=split, data=data, by_name=by_name) for t in tasks}
-
-
-def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
-    """What a run kept of its validation: "base" before the first step, "adapter" after `step` (None: that of adapter/).
-
-    Where the two cover other tasks or numbers of examples, only "adapter" is given: they could not be compared.
-    """
-    step = adapter_step(run) if step is None else step
-    found = {
-        label: read_result(run.evaluation_file(number))
-        for label, number in (("base", 0), ("adapter", step))
-        if number is not None and run.evaluation_file(number).is_file() and (label == "base" or number > 0)
-    }
-    if len(found) == 2:
-        sizes = [{task: result.num_examples for task, result in each.tasks.items()} for each in found.values()]
-        if sizes[0] != sizes[1]:
-            del found["base"]
-    return found
-
-
-def read_result(file: Path) -> EvaluationResult:
-    """An evaluation that a run has written."""
-    return EvaluationResult.from_dict(json.loads(file.read_text(encoding="utf-8")))

@@ -40,10 +40,10 @@ from qdora.model.build_model import find_model
 from qdora.model.load import Quantization
 from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml
-from qdora.run.best_step import adapter_step
 from qdora.run.evaluate import evaluate_target
-from qdora.run.load_base import SharedBases
+from qdora.run.pruned_base import SharedBases
 from qdora.run.train import train_run
+from qdora.run.validation import adapter_step
 from qdora.study.grid import Cell, Study, expand, load_study
 from qdora.study.store import Claim, StudyDirectory
 
