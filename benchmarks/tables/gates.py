@@ -23,7 +23,7 @@ def gates() -> str:
         for mode, targets in document["budget"].items()
         for name, run in targets.items()
     ]
-    table = markdown(["budget", "reached", "off by", "removals", "loss changed by at most"], rows)
+    table = markdown(["budget", "reached", "error", "removals", "largest change of the loss"], rows)
     if "cost" not in document:
         return table
     cost = document["cost"]
