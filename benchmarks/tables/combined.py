@@ -40,7 +40,11 @@ def remedy_that_did_not_help() -> list[str]:
         return []
     swapped = {kind: {"value": -e["value"], "lower": -e["upper"], "upper": -e["lower"]} for kind, e in found.items()}
     figures = ", ".join(f"{kind} {_interval(each, 1.0, 3)}" for kind, each in swapped.items())
-    return ["PCGrad on the adapter's gradients", "the plain mix of tasks", f"average NLL {figures} nats a token"]
+    return [
+        "PCGrad on the adapter's gradients",
+        "the plain mix of tasks",
+        f"change of the average NLL: {figures} nats a token",
+    ]
 
 
 def _interval(each: dict[str, Any], scale: float, digits: int) -> str:
@@ -68,5 +72,5 @@ def _said(kind: str, each: dict[str, Any]) -> str:
         "together."
     )
     for remedy, found in each.get("combined - remedy", {}).items():
-        text += f" Combined without − with {remedy}: {_interval(found['nll']['average'], 1.0, 3)}."
+        text += f" NLL of the combined run without minus with {remedy}: {_interval(found['nll']['average'], 1.0, 3)}."
     return text

@@ -6,7 +6,7 @@ from tables.combined import remedy_that_did_not_help
 from tables.ranks import ranks_that_did_not_help
 from tables.table import markdown, read
 
-_SHORT = ("PCGrad", "a rank for each layer", "8-bit AdamW states on CPU", "the gain, or g - 1")
+_SHORT = ("PCGrad", "a rank for each layer", "8-bit AdamW states on CPU")
 """Beginnings of the rows that a user of a recipe may ask about."""
 
 
@@ -17,7 +17,7 @@ def failed() -> str:
 
 def failed_short() -> str:
     """A list item for each idea that a user may ask about."""
-    chosen = [row for row in _rows() if row[0].startswith(_SHORT)]
+    chosen = [row for start in _SHORT for row in _rows() if row[0].startswith(start)]
     return "".join(f"- {tried[0].upper()}{tried[1:]}: {figure}.\n" for tried, _, figure in chosen)
 
 

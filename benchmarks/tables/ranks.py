@@ -97,7 +97,7 @@ def ranks_that_did_not_help() -> list[str]:
     if any(pair["winner"] == pair["arm"] for pair in pairs):
         return []
     figures = ", ".join(f"{_METHODS[pair['arm']]} {compared(pair, as_rise=True, verdict=False)}" for pair in pairs)
-    return ["a rank for each layer", "one rank everywhere", f"NLL at equal parameters: {figures}"]
+    return ["a rank for each layer", "one rank everywhere", f"change of the NLL at equal parameters: {figures}"]
 
 
 def rank_curve() -> str:

@@ -37,7 +37,7 @@ def layer_time() -> str:
             f"{what}: {sum(bar['within'] for bar in found)} of {len(found)} cases, "
             f"at worst {worst['median']:.3f} ({worst['case'].split(',')[0]})"
         )
-    return markdown(["layer, rank, tokens", *columns], rows) + f"\n{'; '.join(counts)}.\n"
+    return markdown(["layer, rank, tokens", *columns], rows) + f"\nTargets that hold: {'; '.join(counts)}.\n"
 
 
 def packing() -> str:
