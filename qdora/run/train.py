@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from qdora.data.mix_plan import keep_mix, show_mix
 from qdora.errors import Interrupted
-from qdora.files.console import default_console
+from qdora.files.console import consoles
 from qdora.files.environment import environment
-from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, log_to, resume_run
+from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, failures_logged, log_to, resume_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import put_adapters, start_adapters
 from qdora.plan.plan_view import keep_plan, show_plan
@@ -45,23 +45,23 @@ def train_run(
         directory: The run directory: new, or with `resume` that of an earlier run of the same recipe.
         resume: Continue from the newest whole checkpoint, or from the start where there is none.
         force: Start although the plan is over memory.budget.
-        console: Where progress is shown; standard error by default.
+        console: Where progress and results are shown; default: standard error and standard output.
         shared_bases: Where several runs keep the pruned bases that they have in common.
     Returns:
         JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
     Raises:
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
-    with processes_of_launch() as processes:
-        console = (console or default_console()) if processes.is_first else Console(quiet=True)
+    with processes_of_launch() as processes, failures_logged(directory):
+        progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
         prepared = prepare(recipe, directory, processes, force=force)
         run = _open_directory(prepared, directory, processes, resume=resume)
         with log_to(run) if processes.is_first else nullcontext():
-            _show_plans(prepared, run, processes, console)
+            _show_plans(prepared, run, processes, progress)
             torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
             checkpoint = _newest_checkpoint(run, processes) if resume else None
-            model = base_of_run(prepared, run, processes, console, resume=resume, shared=shared_bases)
+            model = base_of_run(prepared, run, processes, progress, resume=resume, shared=shared_bases)
             _adapt(model, prepared, checkpoint)
             active = ActiveRun(
                 recipe=prepared.recipe,
@@ -71,9 +71,9 @@ def train_run(
                 loader=prepared.loader,
                 num_steps=prepared.num_steps,
                 processes=processes,
-                console=console,
+                console=progress,
             )
-            return _train(Training(active, prepared.validation), checkpoint)
+            return _train(Training(active, prepared.validation), checkpoint, results)
 
 
 def _open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:
@@ -112,7 +112,7 @@ def _adapt(model: PreTrainedModel, prepared: PreparedRun, checkpoint: Checkpoint
         prepared.loader.packed = packed_layout(model)
 
 
-def _train(training: Training, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def _train(training: Training, checkpoint: Checkpoint | None, results: Console) -> dict[str, Any]:
     """Fit, evaluate and save from the checkpoint on; returns the summary."""
     active = training.active
     start = 0 if checkpoint is None else training.restore(checkpoint.path)
@@ -120,7 +120,7 @@ def _train(training: Training, checkpoint: Checkpoint | None) -> dict[str, Any]:
     active.processes.first(lambda: active.directory.truncate_metrics(start, evaluates_again=again))
     try:
         training.run(start)
-        return active.processes.first(training.conclude) or {}
+        return active.processes.first(lambda: training.conclude(results)) or {}
     except KeyboardInterrupt:
         newest = active.directory.newest_checkpoint()
         step, path = (0, None) if newest is None else (newest.step, newest.path)

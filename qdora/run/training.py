@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from safetensors.torch import load_file
 
 from qdora.data.example import Example
@@ -130,7 +131,7 @@ class Training:
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
                     write_interference(self.active.directory)
 
-    def conclude(self) -> dict[str, Any]:
+    def conclude(self, results: Console) -> dict[str, Any]:
         """Write the model card, show the results, return the summary as JSON values; for the first process."""
         active, best = self.active, self.state.best
         run = active.directory
@@ -138,8 +139,8 @@ class Training:
         if best is not None and best.step is not None:
             self.validation.take_back("adapter", best.step)
         if self.validation.results:
-            active.console.print(compare_table(self.validation.results))
-        active.console.print(f"run: {run.path}", highlight=False, soft_wrap=True)
+            results.print(compare_table(self.validation.results))
+        results.print(f"run: {run.path}", highlight=False, soft_wrap=True)
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
         return {
             "run": str(run.path),
