@@ -23,7 +23,7 @@ from qdora.ops.packed import dequantize, quantize
 from qdora.ops.tiles import column_tiles, row_tiles
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny
-from tests.test_ops_adapted_linear import arrays, to_numpy
+from tests.test_ops_adapted_product import arrays, to_numpy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)

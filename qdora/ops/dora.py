@@ -18,9 +18,9 @@ from qdora.ops.planned_device import device_kind
 from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, row_tiles, spans
 
-# Below this share of ||w||^2 the factored sum has cancelled. With W A^T from a bf16 product the norm of a row that keeps
-# 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, at 0.5 0.4 %, which is bf16's own rounding. Shorter rows take the
-# direct norm.
+# Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T from a bf16
+# product the norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, and at 0.5 0.4 %, which is
+# bf16's own rounding.
 CANCELLATION = 0.25
 
 # Replaces a magnitude of exactly 0: small enough to add nothing to any sum, large enough that the output keeps its

@@ -18,7 +18,6 @@ from torch.nn import functional
 from qdora.ops.planned_device import device_kind
 from qdora.ops.tiles import Weight, dense_weight
 
-
 CHUNK_BYTES = 2**27
 """Logits of an automatic chunk: 523 tokens of a 128k vocabulary in bf16."""
 LEAST_CHUNK = 16

@@ -149,7 +149,6 @@ def sparsegpt(
     pattern: SparsityPattern,
     *,
     damping: float = DAMPING,
-    block_columns: int = BLOCK_COLUMNS,
     name: str = "weight",
 ) -> Pruned:
     """Remove weights column by column, and move each error on to the columns behind it.
@@ -159,7 +158,7 @@ def sparsegpt(
     later. Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1. V comes from the Cholesky factor of H with its
     order reversed and one triangular inverse; H itself is never inverted.
 
-    An unstructured mask is chosen for `block_columns` columns at a time, over all rows, from the weights as corrected
+    An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, over all rows, from the weights as corrected
     so far; an n:m mask for m columns at a time. Whole columns are chosen before the first one is removed. Whole rows
     leave nothing to correct. A column whose inputs were all zero costs nothing, so it goes first; weights of it that
     stay do not change.
@@ -169,7 +168,6 @@ def sparsegpt(
         input_products: X^T X over the calibration tokens, (in, in), float32 or float64; the sums run in its dtype.
         pattern: An unstructured one has round(sparsity * out * in) zeros.
         damping: Added to the diagonal, as a share of its mean; above 0.
-        block_columns: For n:m rounded up to a multiple of m.
         name: The weight's name in an error.
     Raises:
         UserError: If the damped H is not positive definite.
@@ -189,9 +187,9 @@ def sparsegpt(
     else:
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     cost = _cost(factor.diagonal().square(), input_products)
+    num_columns, block_columns = work.shape[1], BLOCK_COLUMNS
     if pattern.kind == "n:m":
         block_columns = -(-block_columns // pattern.of) * pattern.of
-    num_columns = work.shape[1]
     for start in range(0, num_columns, block_columns):
         columns = slice(start, min(start + block_columns, num_columns))
         if pattern.kind == "unstructured":
