@@ -10,7 +10,7 @@ from bitsandbytes import functional as bnb_functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.ops import blockwise, bnb_kernels, codebooks
+from qdora.ops import blockwise, bnb_kernels, codebooks, int8
 from qdora.ops.packed import (
     BLOCK_SIZES,
     PackedWeight,
@@ -45,7 +45,7 @@ def by_backends(packed: PackedWeight, dtype: torch.dtype) -> dict[str, torch.Ten
     """The dense weight by `dequantize`, by plain torch and, where it may be chosen, by bitsandbytes."""
     found = {"auto": dequantize(packed, dtype)}
     if packed.kind == "int8":
-        return found
+        return found | {"torch": int8.dequantize_rows(packed.packed, packed.absmax, dtype)}
     backend = choose_backend(
         packed.kind, packed.device, block_size=packed.block_size, in_features=packed.shape[1], dtype=dtype
     )
@@ -93,7 +93,7 @@ def test_grid_look_up_equals_a_search_at_and_around_every_bound(kind):
 
 
 def test_unknown_code_book():
-    with pytest.raises(ValueError, match="allowed: nf4, fp4, int4, nf3, nf2"):
+    with pytest.raises(ValueError, match="must be one of nf4, fp4, int4, nf3, nf2, got .nf5"):
         codebooks.code_values("nf5")
 
 

@@ -30,7 +30,7 @@ class DiskResidency:
         cache: The `Reader` of the same load, with `mapped`.
         num_streamed: How many blocks stay on disk, spread evenly among the others; None for all.
     Attributes:
-        ring: Of the loaded model.
+        ring: The slots of the loaded model.
     """
 
     def __init__(self, cache: BaseCache, num_streamed: int | None = None) -> None:
@@ -96,7 +96,7 @@ class _Pages:
         for part in self.blocks[block]:
             part.file.fetch(part.name)
 
-    def wait(self, block: int, slot: int) -> None:
+    def wait(self, slot: int) -> None:
         """Nothing to do: reading a page waits for it."""
 
     def release(self, slot: int) -> None:

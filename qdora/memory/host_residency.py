@@ -34,16 +34,14 @@ _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype
 
 
 class Copies(Protocol):
-    """Copies pieces of host memory to the device while the device computes."""
+    """Copies pieces of host memory to the device while the device computes; `wait` and `release` as in `CopyEngine`."""
 
     def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
         """Copy after the work that was issued before the slot's last `release`."""
 
-    def wait(self, slot: int) -> None:
-        """Let later work see the slot's last copy."""
+    def wait(self, slot: int) -> None: ...
 
-    def release(self, slot: int) -> None:
-        """Say that no later work reads the slot's present content."""
+    def release(self, slot: int) -> None: ...
 
 
 class CudaCopies:
@@ -113,10 +111,10 @@ class HostResidency:
 
     Args:
         num_streamed: How many blocks are streamed, spread evenly among those on the device; None for all.
-        free_bytes: Asked for the host memory that this process may take, before any is taken; None if not known.
+        free_bytes: Returns the host memory that this process may take, None if it is not known.
         copies: Makes the copies from the device and the slots.
     Attributes:
-        ring: Of the loaded model.
+        ring: The slots of the loaded model.
         sample: The first block's piece and the first slot, (bytes,) uint8 each, for measurements.
     """
 
@@ -190,6 +188,7 @@ class _SlotCopies:
 
     def __init__(self, pieces: Sequence[Piece], slots: Sequence[Tensor], copies: Copies) -> None:
         self.pieces, self.slots, self.copies = pieces, slots, copies
+        self.wait, self.release = copies.wait, copies.release
 
     def start(self, block: int, slot: int, previous: int | None) -> None:
         if previous is not None:
@@ -197,12 +196,6 @@ class _SlotCopies:
         piece = self.pieces[block]
         self.copies.begin(piece.host, self.slots[slot][: piece.num_bytes], slot)
         self._read_from(piece, self.slots[slot])
-
-    def wait(self, block: int, slot: int) -> None:
-        self.copies.wait(slot)
-
-    def release(self, slot: int) -> None:
-        self.copies.release(slot)
 
     def _read_from(self, piece: Piece, memory: Tensor) -> None:
         """Let the layers of a block read from a slot, or from the host's memory."""

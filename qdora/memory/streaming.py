@@ -28,14 +28,11 @@ class CopyEngine(Protocol):
     def start(self, block: int, slot: int, previous: int | None) -> None:
         """Begin to bring a block into a slot, after the work that was issued before the slot's last `release`.
 
-        Args:
-            block: Number of the block.
-            slot: Where to.
-            previous: The block that was in the slot; nothing will read it there any more.
+        Nothing will read the `previous` block in the slot any more.
         """
 
-    def wait(self, block: int, slot: int) -> None:
-        """Let later work find the block in the slot."""
+    def wait(self, slot: int) -> None:
+        """Let later work see the block that was last brought into the slot."""
 
     def release(self, slot: int) -> None:
         """Say that no later work reads the slot's present content."""
@@ -65,7 +62,6 @@ class Ring:
         """Bring a block before it is used, and begin to bring the next one over the block used until now.
 
         Args:
-            block: Its number.
             turns_back: Whether a backward pass follows the last block; else the next forward pass does.
         Returns:
             Its slot.
@@ -79,7 +75,7 @@ class Ring:
             self.engine.release(self.slot_of(self._current))
         self._current = block
         self._bring(block)
-        self.engine.wait(block, slot)
+        self.engine.wait(slot)
         following = self._next(block, turns_back)
         if self.slot_of(following) != slot:
             self._bring(following)
@@ -121,7 +117,7 @@ def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
 class Turns:
     """The streamed blocks of a model, numbered by their turn, and the layers in them.
 
-    It is the `residency` of these layers: whoever reads one of them gets its block brought.
+    It is the `residency` of these layers: it brings the block of a layer before the layer is read.
 
     Args:
         model: Any causal LM.

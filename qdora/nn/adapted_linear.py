@@ -36,17 +36,11 @@ Init = Literal["kaiming", "gaussian"]
 
 
 class _Products(NamedTuple):
-    """The operands of evaluation's products.
+    """The operands of evaluation's products."""
 
-    Attributes:
-        factors: A (rank, in) and diag(s g) B (out, rank), in the dtype of the products.
-        gain: g, (out,), for the base's rows; None for LoRA, and if `weight` contains it.
-        weight: diag(g) W with block scales of its own, if the layer keeps them; None: the base as it is.
-    """
-
-    factors: tuple[Tensor, Tensor]
-    gain: Tensor | None
-    weight: PackedWeight | None
+    factors: tuple[Tensor, Tensor]  # A (rank, in) and diag(s g) B (out, rank), in the dtype of the products
+    gain: Tensor | None  # g, (out,), for the base's rows; None for LoRA, and if `weight` contains it
+    weight: PackedWeight | None  # diag(g) W with block scales of its own; None: the base itself
 
 
 class AdaptedLinear(nn.Module):
@@ -174,7 +168,7 @@ class AdaptedLinear(nn.Module):
         found = self.gain(dtype)
         value = None if found is None else found.value
         factors = factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype)
-        # A weight that comes and goes has no codes to share.
+        # A streamed weight has no codes to share.
         own = with_own_scales(self.base.stored_weight, value) if self.keeps_scales and not self.base.away else None
         return _Products(factors, value if own is None else None, own)
 
@@ -229,7 +223,9 @@ class AdaptedLinear(nn.Module):
 
         def made() -> Gain:
             self._gain_dtype = dtype
-            norm = self._cache.get("row_norm", self._factors(), settings, lambda: self._norm_of_products(dtype))
+            norm = self._cache.get(
+                "row_norm", self._factors(), settings, lambda: self._norm(*self._rounded_factors(dtype), dtype)
+            )
             return gain(magnitude, norm)
 
         return self._cache.get("gain", (*self._factors(), magnitude), settings, made)
@@ -238,11 +234,8 @@ class AdaptedLinear(nn.Module):
         """The parameters that the row norm depends on."""
         return (self.lora_A, self.lora_B) if self.gate is None else (self.lora_A, self.lora_B, self.gate)
 
-    def _norm_of_products(self, dtype: torch.dtype) -> Tensor:
-        """The row norm of the numbers that the products take."""
-        return self._norm(*self._rounded_factors(dtype), dtype)
-
     def _rounded_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and gated B as the products take them."""
         return rounded(self.lora_A.detach(), dtype), rounded(self.gated_B().detach(), dtype)
 
     def row_norm(self) -> Tensor:
@@ -253,7 +246,8 @@ class AdaptedLinear(nn.Module):
         weight, bits = self.base.stored_weight, self._mask_bits
         if bits is not None:
             return masked_row_norm(weight, bits, lora_A, lora_B, self.scaling, dtype=dtype)
-        return row_norm(weight, lora_A, lora_B, self.scaling, base_squared=self.base_squared, dtype=dtype)
+        squared = squared_row_norm(weight) if self.base_squared is None else self.base_squared
+        return row_norm(weight, lora_A, lora_B, self.scaling, base_squared=squared, dtype=dtype)
 
     def parameters_changed(self) -> None:
         """Call this after a write through `.data` outside an optimizer, which torch cannot see (`ParameterCache`)."""
@@ -287,19 +281,15 @@ class AdaptedLinear(nn.Module):
         return gain_of_sum(adapted, self.magnitude)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        magnitude, squared = self.magnitude, self.base_squared
-        values = None if magnitude is None else magnitude.data
-        gates = None if self.gate is None else self.gate.data
+        wide = {name: getattr(self, name) for name in ("magnitude", "gate", "base_squared")}
+        before = {name: tensor.data for name, tensor in wide.items() if tensor is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.parameters_changed()
         # A cast of the model to 16 bits must not reach gates, m and ||W||^2 (see the class); a move to a device must.
-        if self.gate is not None and gates is not None and self.gate.dtype.itemsize < gates.dtype.itemsize:
-            self.gate.data = gates.to(self.gate.device)
-        if magnitude is not None and values is not None and self.magnitude is not None and squared is not None:
-            if self.magnitude.dtype.itemsize < values.dtype.itemsize:
-                self.magnitude.data = values.to(self.magnitude.device)
-            if self.base_squared is not None and self.base_squared.dtype.itemsize < squared.dtype.itemsize:
-                self.base_squared = squared.to(self.base_squared.device)
+        for name, values in before.items():
+            tensor = getattr(self, name)
+            if tensor.dtype.itemsize < values.dtype.itemsize:
+                tensor.data = values.to(tensor.device)
         return self
 
     def extra_repr(self) -> str:
@@ -344,26 +334,21 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
 
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
     one question serves all layers. Skipped are layers that have not run yet, whose parameters have not changed, that
-    are LoRA or masked (a masked norm asks nothing). The forward pass computes what is not prepared.
+    are LoRA or masked (a masked norm asks nothing). The forward pass computes the rest.
 
     Returns:
         How many norms were computed.
     """
     found: list[tuple[AdaptedLinear, torch.dtype, FactoredNorm]] = []
     for layer in layers:
-        dtype = layer._gain_dtype
-        if layer.magnitude is None or layer.masked or dtype is None:
+        dtype, squared = layer._gain_dtype, layer.base_squared
+        if squared is None or layer.masked or dtype is None:
             continue
         if layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling)):
             continue
         with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
-            norm = factored_norm(
-                layer.base.stored_weight,
-                *layer._rounded_factors(dtype),
-                layer.scaling,
-                base_squared=layer.base_squared,
-                dtype=dtype,
-            )
+            weight, factors = layer.base.stored_weight, layer._rounded_factors(dtype)
+            norm = factored_norm(weight, *factors, layer.scaling, base_squared=squared, dtype=dtype)
         found.append((layer, dtype, norm))
     if not found:
         return 0

@@ -60,11 +60,11 @@ class FrozenLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("keep_bits", keep_bits)
 
-    def keep_mask(self, rows: slice | None = None) -> Tensor | None:
-        """The mask by which the weight was pruned, (out, in) bool or some rows of it; None if it was not pruned."""
+    def keep_mask(self) -> Tensor | None:
+        """The mask by which the weight was pruned, (out, in) bool; None if it was not pruned."""
         if self.keep_bits is None:
             return None
-        return mask_from_bits(self.keep_bits, (self.out_features, self.in_features), rows)
+        return mask_from_bits(self.keep_bits, (self.out_features, self.in_features))
 
     @property
     def packed_weight(self) -> PackedWeight | None:

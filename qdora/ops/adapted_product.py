@@ -68,7 +68,7 @@ def adapted_linear(
     x = x.to(product_dtype(x))
     flat = x.reshape(-1, x.shape[-1])
     seed = draw_seed() if dropout > 0.0 else 0
-    # Dropout scales what it leaves up by 1 / (1 - p): in s, where it costs nothing.
+    # Dropout scales the rest up by 1 / (1 - p): in s, where it costs nothing.
     call = _Call(weight, bias, keep_bits, scaling / (1.0 - dropout), dropout, seed)
     out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
         flat, lora_A, lora_B, magnitude, *(gain or (None, None)), call

@@ -108,8 +108,7 @@ def quantize_scales(absmax: Tensor, code: Tensor, block_size: int) -> tuple[Tens
 
     Args:
         absmax: (blocks,) float32.
-        code: The dynamic map, (256,) float32, ascending.
-        block_size: Block scales per nested block.
+        code, block_size: See `quantize_8bit`.
     Returns:
         q (blocks,) uint8, nested_absmax (ceil(blocks / block_size),) float32, offset () float32.
     """
@@ -152,17 +151,9 @@ def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tenso
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The weight value[code] * absmax: a float32 product, then one cast.
+    """The weight value[code] * absmax, (out, in) in any float dtype: a float32 product, then one cast.
 
-    Args:
-        packed: (ceil(out * in / 2),) uint8.
-        absmax: (blocks,) float32.
-        kind: One of `codebooks.CODE_BITS`.
-        block_size: Weights per block scale, a divisor of 4096.
-        shape: (out, in).
-        dtype: Any float dtype.
-    Returns:
-        (out, in) in `dtype`.
+    `packed`, `absmax`, `kind` and `block_size` are those of `quantize_4bit`.
     """
     numel = shape[0] * shape[1]
     pairs = codebooks.code_pairs(kind, packed.device)
@@ -177,12 +168,7 @@ def dequantize_4bit(
 
 
 def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Multiply each run of `block_size` values by its scale, in place; the last run may be short.
-
-    Args:
-        values: (n,) float32.
-        absmax: (ceil(n / block_size),) float32.
-    """
+    """Multiply each run of `block_size` float32 values (n,) by its scale, in place; the last run may be short."""
     whole = values.numel() // block_size
     values[: whole * block_size].view(-1, block_size).mul_(absmax[:whole, None])
     if whole * block_size < values.numel():

@@ -54,8 +54,14 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
         tensors["nested_code"] = state["weight.nested_quant_map"]
         # Stored as decimal digits of a float32, so this is exact.
         tensors["nested_offset"] = torch.tensor(stored["nested_offset"], dtype=torch.float32, device=weight.device)
+    return _packed(kind, (rows, columns), int(stored["blocksize"]), tensors, name=name)
+
+
+def _packed(
+    kind: str, shape: tuple[int, int], block_size: int, tensors: Mapping[str, Tensor], *, name: str
+) -> PackedWeight:
     try:
-        return from_tensors(kind, (rows, columns), int(stored["blocksize"]), tensors)
+        return from_tensors(kind, shape, block_size, tensors)
     except ValueError as error:
         raise UserError(*(f"{name}: {fault}" for fault in str(error).splitlines())) from error
 
@@ -106,11 +112,8 @@ def _from_int8(state: Mapping[str, Tensor], name: str) -> PackedWeight:
         )
     if weight.ndim != 2:
         raise UserError(f"{name}: the int8 weight must have shape (out, in), got {tuple(weight.shape)}.")
-    try:
-        shape = (weight.shape[0], weight.shape[1])
-        return from_tensors("int8", shape, shape[1], {"packed": weight, "absmax": scales})
-    except ValueError as error:
-        raise UserError(*(f"{name}: {fault}" for fault in str(error).splitlines())) from error
+    shape = (weight.shape[0], weight.shape[1])
+    return _packed("int8", shape, shape[1], {"packed": weight, "absmax": scales}, name=name)
 
 
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

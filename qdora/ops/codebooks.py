@@ -18,23 +18,11 @@ NESTED_BLOCK_SIZE = 256
 
 # Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0. Source: QLoRA, arXiv 2305.14314, appendix E.
 _NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 # Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
 # variant of FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as in bitsandbytes' table.
@@ -56,16 +44,11 @@ class DecisionTable(NamedTuple):
     [-1, 1] is cut into cells with at most one decision bound each. The rank of x among the ascending values is
     `rank[cell(x)]` plus 1 where x lies above `bound[cell(x)]`: exact, since `cell` never decreases, and 8 times as fast
     as torch.bucketize.
-
-    Attributes:
-        rank: Bounds in lower cells, (cells,) uint8.
-        bound: The bound in the cell, or 2 where there is none, (cells,) float32.
-        code: The code of each rank, (values,) uint8.
     """
 
-    rank: Tensor
-    bound: Tensor
-    code: Tensor
+    rank: Tensor  # (cells,) uint8: bounds in lower cells
+    bound: Tensor  # (cells,) float32: the bound in the cell, or 2 without one
+    code: Tensor  # (values,) uint8: the code of each rank
 
 
 # No tensor is cached in this file: one made under FakeTensorMode or inference mode would break every later call.

@@ -35,13 +35,7 @@ def _wide(weight: Weight) -> torch.dtype:
 
 @torch.no_grad()
 def squared_row_norm(weight: Weight) -> Tensor:
-    """||w||^2 of each row.
-
-    Args:
-        weight: (out, in), packed or dense in any float dtype; read tile by tile.
-    Returns:
-        (out,) float32, or float64 for a float64 weight.
-    """
+    """||w||^2 of each row, read tile by tile: (out,) float32, or float64 for a float64 weight."""
     wide = _wide(weight)
     parts = []
     for _, tile in row_tiles(weight, wide):
@@ -58,16 +52,13 @@ def row_norm(
     lora_B: Tensor,
     scaling: float,
     *,
-    base_squared: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    base_squared: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Euclidean norm of each row of W + s B A, without forming B A.
 
     Calls `factored_norm`, and `measure_cancelled_` where a row has cancelled; a GPU's host waits once to know that.
-    Arguments and errors are those of `factored_norm`.
-
-    Returns:
-        (out,) float32 (float64 for a float64 weight), non-negative, detached.
+    Arguments and errors are those of `factored_norm`. Returns (out,) float32 (float64 for a float64 weight).
     """
     found = factored_norm(weight, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
     # A fake tensor has no values to branch on; a plan counts the usual case, in which no row has cancelled.
@@ -77,15 +68,10 @@ def row_norm(
 
 
 class FactoredNorm(NamedTuple):
-    """Row norms from the factored sum.
+    """Row norms from the factored sum."""
 
-    Attributes:
-        norm: (out,), wrong in the cancelled rows.
-        cancelled: (out,) bool, rows whose sum has cancelled.
-    """
-
-    norm: Tensor
-    cancelled: Tensor
+    norm: Tensor  # (out,), wrong in the cancelled rows
+    cancelled: Tensor  # (out,) bool: rows whose sum has cancelled
 
 
 @torch.no_grad()
@@ -95,8 +81,8 @@ def factored_norm(
     lora_B: Tensor,
     scaling: float,
     *,
-    base_squared: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    base_squared: Tensor,
+    dtype: torch.dtype,
 ) -> FactoredNorm:
     """Euclidean norm of each row of W + s B A from three terms; a GPU computes it without a wait of the host.
 
@@ -111,8 +97,8 @@ def factored_norm(
         lora_A: (rank, in), any float dtype.
         lora_B: (out, rank), any float dtype.
         scaling: s = alpha / rank.
-        base_squared: ||w||^2 per row, (out,), if known (W is frozen).
-        dtype: Of the tiles of W and of the product W A^T (default: W's own, float32 for a packed one).
+        base_squared: ||w||^2 of each row, (out,), constant since W is frozen.
+        dtype: Of the tiles of W and of the product W A^T; all else is summed in float32 or wider.
     Raises:
         ValueError: If an inner size differs.
     """
@@ -122,8 +108,6 @@ def factored_norm(
             f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
         )
     wide = _wide(weight)
-    dtype = dtype or (weight.dtype if isinstance(weight, Tensor) else wide)
-    base_squared = squared_row_norm(weight) if base_squared is None else base_squared
     a = lora_A.to(wide)
     gram = (a @ a.T) * scaling  # (rank, rank)
     a_narrow = lora_A.to(dtype)
@@ -146,14 +130,13 @@ def measure_cancelled_(
     lora_B: Tensor,
     scaling: float,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
 ) -> None:
     """Form the cancelled rows of W + s B A and write their norms over the factored ones.
 
     So the norm of a row that the adapter removes is not rounding noise. Arguments are those of `factored_norm`.
     """
     a = lora_A.to(_wide(weight))
-    dtype = dtype or (weight.dtype if isinstance(weight, Tensor) else a.dtype)
     for span, tile in row_tiles(weight, dtype):
         rows = found.cancelled[span].nonzero().squeeze(1)
         if len(rows):
@@ -169,14 +152,10 @@ def masked_row_norm(
     """Euclidean norm of each row of W + s M o (B A), formed block by block of rows.
 
     Args:
-        weight: (out, in), packed or dense.
         keep_bits: The mask M in the form of `ops.sparsity.mask_bits`.
-        lora_A: (rank, in).
-        lora_B: (out, rank).
-        scaling: s.
         dtype: Of the tiles of W. The sum with B A is formed and added up in float32 (float64 for float64 tiles).
     Returns:
-        (out,) float32 or float64, non-negative.
+        (out,) float32 or float64.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     norm = torch.empty(weight.shape[0], dtype=wide, device=lora_A.device)
@@ -193,15 +172,10 @@ def masked_row_norm(
 
 
 class Gain(NamedTuple):
-    """The gain of a DoRA layer in one state of its parameters.
+    """The gain of a DoRA layer in one state of its parameters."""
 
-    Attributes:
-        value: g = m / ||W + s B A||_row, (out,), 0 where the row is zero.
-        inverse_magnitude: 1 / m, (out,), finite.
-    """
-
-    value: Tensor
-    inverse_magnitude: Tensor
+    value: Tensor  # g = m / ||W + s B A||_row, (out,), 0 where the row is zero
+    inverse_magnitude: Tensor  # 1 / m, (out,), finite
 
 
 @torch.no_grad()
@@ -235,9 +209,6 @@ def merged_weight(
 
     Args:
         weight: Dequantised base, (out, in), float32 or float64 (the merge runs in this dtype).
-        lora_A: (rank, in).
-        lora_B: (out, rank).
-        scaling: s = alpha / rank.
         magnitude: m, (out,), or None for LoRA.
         keep_mask: (out, in) bool; B A counts only where it is True (default: everywhere).
     Returns:

@@ -34,7 +34,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether products of `x` run in its own dtype and without a graph. The graph would cost a single token time."""
+    """Whether products of `x` run in its own dtype and without a graph, which would slow down a single token."""
     return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -94,8 +94,8 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, transposed: bool) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed
         if ctx.needs_input_grad[0]:
-            # The backward pass needs none of its values. But the request for saved tensors makes a checkpoint recompute
-            # its block, and only that brings a streamed weight back to where it was read.
+            # The backward pass needs no values. But the request for saved tensors makes a checkpoint recompute its
+            # block, and only that brings a streamed weight back to its slot.
             ctx.save_for_backward(x.new_empty(0))
         if transposed:
             return transposed_product(x, weight)

@@ -49,15 +49,7 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight packed * absmax / 127: float32 products, then one cast.
-
-    Args:
-        packed: (out, in) int8.
-        absmax: (out,) float32.
-        dtype: Any float dtype.
-    Returns:
-        (out, in) in `dtype`.
-    """
+    """The weight packed * absmax / 127, (out, in) in any float dtype: float32 products, then one cast."""
     if dtype == torch.float32:
         return (packed * absmax[:, None]).mul_(_ONE_127TH)
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)

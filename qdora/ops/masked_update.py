@@ -26,20 +26,12 @@ _ROWS = 1024
 
 
 class MaskedUpdate(NamedTuple):
-    """s g M o (B A), (out, in).
+    """s g M o (B A), (out, in)."""
 
-    Attributes:
-        keep_bits: The mask M in the form of `ops.sparsity.mask_bits`.
-        lora_A: (rank, in).
-        lora_B: (out, rank).
-        gain: g, (out,), or None for LoRA.
-        scaling: s.
-    """
-
-    keep_bits: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    gain: Tensor | None
+    keep_bits: Tensor  # the mask M in the form of `ops.sparsity.mask_bits`
+    lora_A: Tensor  # (rank, in)
+    lora_B: Tensor  # (out, rank)
+    gain: Tensor | None  # g, (out,); None for LoRA
     scaling: float
 
     def product(self, x: Tensor) -> Tensor:

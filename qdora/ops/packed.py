@@ -1,7 +1,7 @@
 """A frozen weight in 2 to 8 bits: the container `PackedWeight`, quantising into it and dequantising from it.
 
-The plain-torch code of `blockwise` and `int8` defines the formats. bitsandbytes' kernels dequantise where they are
-faster and give the same bits (`choose_backend`).
+The plain-torch code of `blockwise` and `int8` defines the formats. bitsandbytes' kernels dequantise if they are faster
+and give the same bits (`choose_backend`).
 """
 
 from __future__ import annotations
@@ -30,16 +30,11 @@ class NestedScales:
     scale = code[q] * absmax[block // 256] + offset
 
     Source: QLoRA, arXiv 2305.14314, sec. 3.
-
-    Attributes:
-        absmax: (ceil(blocks / 256),) float32.
-        code: The values of the dynamic map, (256,) float32, ascending.
-        offset: Mean of the block scales, () float32.
     """
 
-    absmax: Tensor
-    code: Tensor
-    offset: Tensor
+    absmax: Tensor  # (ceil(blocks / 256),) float32
+    code: Tensor  # the values of the dynamic map, (256,) float32, ascending
+    offset: Tensor  # mean of the block scales, () float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,7 @@ class InputStatistics:
     Args:
         in_features: Columns of the layer.
         method: "wanda" adds up squares per column, "sparsegpt" all of X^T X.
-        device: Of the sums.
+        device: Holds the sums.
     """
 
     def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
@@ -86,7 +86,7 @@ def prune_weight(
         weight: (out, in), any float dtype; not changed.
         method: One of `METHODS`.
         pattern: The pattern of the zeros.
-        statistics: Of the layer's inputs, for the method; required by wanda and sparsegpt.
+        statistics: Statistics of the layer's inputs for this method; required by wanda and sparsegpt.
         group: The weights that an unstructured pattern compares (default: the whole tensor for magnitude, each row for
             Wanda, its paper, sec. 3). sparsegpt compares within blocks of columns and takes none.
         damping: See `sparsegpt`.

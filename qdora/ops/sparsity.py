@@ -27,19 +27,12 @@ _BIT = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class SparsityPattern:
-    """The zeros of a pruned weight.
-
-    Attributes:
-        kind: "unstructured" (any weights), "n:m" (`keep` of every `of` neighbours in a row), "rows" or "columns"
-            (whole outputs or inputs).
-        sparsity: Share of zeros, in [0, 1).
-        keep, of: n and m of "n:m"; 0 for the other kinds.
-    """
+    """The zeros of a pruned weight: any weights, m - n of every m neighbours in a row, or whole outputs or inputs."""
 
     kind: PatternKind
-    sparsity: float
-    keep: int = 0
-    of: int = 0
+    sparsity: float  # share of zeros, in [0, 1)
+    keep: int = 0  # n of "n:m"
+    of: int = 0  # m of "n:m"
 
 
 def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:

@@ -54,7 +54,7 @@ class SimulatedCopies:
         self._channel_free = self._copied[slot] = begin + self.copy_seconds
         self.copying_seconds += self.copy_seconds
 
-    def wait(self, block: int, slot: int) -> None:
+    def wait(self, slot: int) -> None:
         """Let the computation go on when the copy has ended."""
         self.waiting_seconds += max(0.0, self._copied[slot] - self.seconds)
         self.seconds = max(self.seconds, self._copied[slot])
