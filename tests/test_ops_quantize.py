@@ -93,7 +93,7 @@ def test_grid_look_up_equals_a_search_at_and_around_every_bound(kind):
 
 
 def test_unknown_code_book():
-    with pytest.raises(ValueError, match="must be one of nf4, fp4, int4, nf3, nf2, got .nf5"):
+    with pytest.raises(ValueError, match=r"must be one of nf4, fp4, int4, nf3, nf2, got .nf5"):
         codebooks.code_values("nf5")
 
 
