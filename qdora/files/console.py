@@ -1,4 +1,4 @@
-""""""
+"""The console for progress and notes (standard error), and progress bars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def default_console() -> Console:
-    """Standard error, so that standard output stays for results; wide enough for a table where it is no terminal."""
+    """Standard error, since standard output is for results; 130 columns wide if it is not a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         console.width = 130
@@ -19,7 +19,7 @@ def default_console() -> Console:
 
 @contextmanager
 def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, one line elsewhere; gives the function to call with (done, total)."""
+    """A progress bar on a terminal, one line elsewhere; yields the function to call with (done, total)."""
     if not console.is_terminal:
         console.print(what, markup=False, highlight=False)
         yield lambda done, total: None

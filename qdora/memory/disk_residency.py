@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.memory.streaming import Ring, Turns
+from qdora.model.base_cache import BaseCache
 from qdora.model.load import Quantization, is_wide, place_dense, place_frozen, wide_names
-from qdora.model.packed_base import BaseCache, Part, StoredBase
+from qdora.model.packed_base import PackedBase, Part
 from qdora.model.stored_tensors import Stored, iterate_tensors
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import PackedWeight
@@ -113,6 +114,6 @@ class _Pages:
         """What was computed has been computed."""
 
 
-def _drop(base: StoredBase, name: str) -> None:
+def _drop(base: PackedBase, name: str) -> None:
     for part in base.parts(name):
         part.file.drop(part.name)

@@ -1,15 +1,16 @@
-"""Pruning a base while it is loaded: block by block read, measured, pruned, quantised, and gone through.
+"""Pruning a base while it is loaded, block by block: read, measure, prune, quantise, run.
 
-One forward pass of the model drives it. When the pass reaches a block, the block's weights are read, its inputs are
-run through it to measure those of its linear layers, these are pruned and quantised, and the inputs are run through it
-once more, so that the next block is measured behind what came out. Memory holds one dense block at a time.
+One forward pass of the model on the calibration text drives it. When it reaches a block, the block's weights are read,
+and its inputs are run through it to measure the inputs of its linear layers. These layers are pruned and quantised, and
+the inputs are run through the block once more, so that the next block is measured on what the pruned blocks compute.
+Memory holds one dense block at a time.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.model.load import (
+    Progress,
     Quantization,
     layers_to_quantize,
     load_config,
@@ -39,15 +41,13 @@ from qdora.ops.tiles import Weight, dense_weight
 
 log = logging.getLogger("qdora")
 
-Progress = Callable[[int, int], None]
-
-# Calibration tokens that go through a block at a time; bounds its activations.
+# Calibration tokens per forward pass of a block; bounds its activations.
 _TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How the linear layers of the blocks are pruned; see `ops.prune.prune_weight`."""
+    """How to prune the linear layers of the blocks; see `ops.prune.prune_weight`."""
 
     method: str
     pattern: SparsityPattern
@@ -57,14 +57,14 @@ class PruneSettings:
 
 
 @dataclass(frozen=True)
-class CompressedLayer:
-    """What became of a layer.
+class PrunedLayer:
+    """Counts and error of a pruned and quantised layer.
 
     Attributes:
-        num_weights, num_pruned: Counts; the pruned ones are those the mask names.
-        num_zeros: All zeros of the result: a quantised weight can be 0 without having been pruned.
-        relative_error: ||W' - W|| / ||W||, Frobenius, of the dense weight and the result.
-        num_packed_bytes: Of the result in its format, zeros stored like all else (`PackedWeight.num_packed_bytes`).
+        num_weights, num_pruned: All weights, and those that the mask removes.
+        num_zeros: All zeros of the result; a weight can also be quantised to 0.
+        relative_error: ||W' - W|| / ||W||, Frobenius norm; W the dense weight, W' the result.
+        num_packed_bytes: Bytes of the result in its format (`PackedWeight.num_packed_bytes`); zeros are stored, too.
     """
 
     num_weights: int
@@ -75,23 +75,26 @@ class CompressedLayer:
 
     @property
     def sparsity(self) -> float:
-        """Share of pruned weights."""
+        """Pruned weights / all weights."""
         return self.num_pruned / self.num_weights
 
 
-class Compression:
-    """A `Placer` that prunes; `layers` says afterwards what became of each layer.
+class Pruner:
+    """A `Placer` that prunes.
 
     Args:
         settings: How to prune.
-        calibration: Token ids (sequences, length), for methods that measure inputs; None for magnitude.
+        calibration: Token ids (sequences, length) for methods that measure inputs; None for magnitude.
+    Attributes:
+        layers: Path -> counts and error of each pruned layer, after the load.
     """
 
     def __init__(self, settings: PruneSettings, calibration: Tensor | None = None) -> None:
         if (calibration is None) != (settings.method == "magnitude"):
-            raise ValueError(f"pruning by {settings.method} goes with calibration text exactly where it measures.")
+            need = "takes no" if settings.method == "magnitude" else "needs"
+            raise ValueError(f"pruning by {settings.method} {need} calibration text.")
         self.settings, self.calibration = settings, calibration
-        self.layers: dict[str, CompressedLayer] = {}
+        self.layers: dict[str, PrunedLayer] = {}
 
     @torch.no_grad()
     def __call__(
@@ -104,56 +107,55 @@ class Compression:
         compute_dtype: torch.dtype,
         progress: Progress | None = None,
     ) -> None:
-        """Read every stored tensor and put it into the model, the linear layers of the blocks pruned.
+        """Read every stored tensor and put it into the model; prune the linear layers of the blocks.
 
         Args:
-            As of `load.place_all`.
+            model, stored, layers, wanted, device, compute_dtype, progress: See `Placer`.
         Raises:
-            UserError: A checkpoint that is quantised already, a model whose blocks are not found, a weight that cannot
-                have the pattern.
+            UserError: The checkpoint is quantised, the model's blocks are not found, or a weight's shape does not fit
+                the pattern.
         """
         packed = [name for name, item in stored.items() if isinstance(item, StoredPacked)]
         if packed:
             raise UserError(
-                f"base.prune: the checkpoint is quantised already (e.g. {packed[0]}), "
-                "allowed: a model in full precision."
+                f"base.prune: the checkpoint is already quantised (e.g. {packed[0]}). "
+                "Fix: name the model in full precision."
             )
-        path, blocks = decoder_blocks(model)
+        path, blocks = _decoder_blocks(model)
         counted = _Counted(progress, len(stored))
         inside = {name for name in stored if name.startswith(f"{path}.")}
         outside = {name: item for name, item in stored.items() if name not in inside}
-        quantized = layers if wanted.kind != "none" else set()
-        place_all(model, outside, quantized, wanted, device, compute_dtype, counted)
+        place_all(model, outside, layers, wanted, device, compute_dtype, counted)
         settle(model, device)
-        job = _PruningTask(self, model, layers, wanted, device, compute_dtype, counted)
+        task = _PruningTask(self, model, layers, wanted, device, compute_dtype, counted)
         of_block = [
             {name: item for name, item in stored.items() if name.startswith(f"{path}.{index}.")}
             for index in range(len(blocks))
         ]
         if self.calibration is None:
             for tensors in of_block:
-                job.place_dense(tensors, but=layers)
-                job.compress(tensors, {})
+                task.place_dense(tensors, but=layers)
+                task.prune(tensors, {})
             return
         for block, tensors in zip(blocks, of_block, strict=True):
-            block.forward = functools.partial(job.through_block, block, tensors)
+            block.forward = functools.partial(task.through_block, block, tensors)
         _run(model, self.calibration.to(device))
         left = [index for index, block in enumerate(blocks) if "forward" in vars(block)]
         assert not left, f"blocks {left} were never reached"
 
 
-def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and modules of the blocks that a model is a sequence of.
+def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path and list of the model's blocks, whether they can be checkpointed (`load.block_list`) or not.
 
     Raises:
-        UserError: None are found.
+        UserError: There is no such list.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return path, module
     raise UserError(
-        f"base.prune: {model.config.model_type} has no list of its {count} blocks, allowed: models built of one list "
+        f"base.prune: {model.config.model_type} has no list of its {count} blocks. Fix: name a model that is one list "
         "of decoder blocks (Llama, Qwen, Gemma, Mistral, Phi, ...)."
     )
 
@@ -172,9 +174,9 @@ class _Counted:
 
 @dataclass
 class _PruningTask:
-    """What one load needs in every block."""
+    """What one load uses in every block."""
 
-    compression: Compression
+    pruner: Pruner
     model: PreTrainedModel
     layers: set[str]
     wanted: Quantization
@@ -183,14 +185,14 @@ class _PruningTask:
     counted: _Counted
 
     def place_dense(self, tensors: Mapping[str, Stored], but: set[str]) -> None:
-        """Put the tensors of a block in as they are, all but the weights of the layers named."""
+        """Put the tensors of a block in as they are, except the weights of the layers `but`."""
         rest = {name: item for name, item in tensors.items() if not _is_weight_of(name, but)}
         place_all(self.model, rest, set(), self.wanted, self.device, self.compute_dtype, self.counted)
 
     def through_block(self, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any) -> Any:
-        """In place of a block's forward, once: compress it on the way."""
+        """Replaces a block's forward once: prunes the block, then runs it."""
         del block.forward  # back to the class's own
-        settings = self.compression.settings
+        settings = self.pruner.settings
         self.place_dense(tensors, but=self.layers)
         if settings.order == "quantize_first":
             weights = {name: item for name, item in tensors.items() if _is_weight_of(name, self.layers)}
@@ -206,10 +208,10 @@ class _PruningTask:
         with _Recorder(inside, method) as recorder:
             for part in _parts(args, kwargs):
                 block(*part[0], **part[1])
-        self.compress(tensors, recorder.statistics)
+        self.prune(tensors, recorder.statistics)
         return _joined([block(*part[0], **part[1]) for part in _parts(args, kwargs)])
 
-    def compress(self, tensors: Mapping[str, Stored], statistics: Mapping[str, InputStatistics]) -> None:
+    def prune(self, tensors: Mapping[str, Stored], statistics: Mapping[str, InputStatistics]) -> None:
         """Prune and quantise the linear layers of a block and put them in."""
         for name, item in tensors.items():
             if not _is_weight_of(name, self.layers):
@@ -217,17 +219,17 @@ class _PruningTask:
             path = name.rpartition(".")[0]
             value = item.read()
             assert isinstance(value, Tensor)
-            weight, mask = self._compressed(value.to(self.device), statistics.get(path), name)
+            weight, mask = self._pruned(value.to(self.device), statistics.get(path), name)
             place_frozen(self.model, path, weight, mask_bits(mask))
-            self.compression.layers[path] = _report(value.to(self.device), weight, mask)
+            self.pruner.layers[path] = _report(value.to(self.device), weight, mask)
             del value, weight, mask
             self.counted()
 
-    def _compressed(self, value: Tensor, statistics: InputStatistics | None, name: str) -> tuple[Weight, Tensor]:
-        settings, wanted = self.compression.settings, self.wanted
+    def _pruned(self, value: Tensor, statistics: InputStatistics | None, name: str) -> tuple[Weight, Tensor]:
+        settings, wanted = self.pruner.settings, self.wanted
         if statistics is None and settings.method != "magnitude":
-            # A layer that the calibration never ran, such as an expert that no token was sent to.
-            log.warning("%s: no calibration token came to this layer; the magnitudes decide.", name)
+            # For example an expert that got no token.
+            log.warning("%s: no calibration token reached this layer; it is pruned by magnitude.", name)
             method = cast(Literal["wanda", "sparsegpt"], settings.method)
             statistics = InputStatistics(value.shape[1], method, self.device)
         pack = functools.partial(quantize, kind=wanted.kind, block_size=wanted.block_size, name=name)
@@ -238,7 +240,7 @@ class _PruningTask:
             group: Group = settings.group or ("tensor" if statistics is None else "row")
             mask = keep_mask(scores, settings.pattern, group)
             return zero_packed(packed, mask), mask
-        # Corrected weights are not rounded to the file's dtype in between.
+        # SparseGPT's corrected weights are not rounded to the file's dtype before they are quantised.
         wide = value.float() if settings.method == "sparsegpt" else value
         pruned, mask = prune_weight(
             wide,
@@ -255,7 +257,7 @@ class _PruningTask:
 
 
 class _Recorder:
-    """Measures the inputs of linear layers while it is entered; layers that share an input share its statistics."""
+    """Measures the inputs of linear layers within a `with`; layers that share an input share its statistics."""
 
     def __init__(self, layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]) -> None:
         self.layers, self.method = layers, method
@@ -292,7 +294,7 @@ def _is_weight_of(name: str, layers: set[str]) -> bool:
 
 
 def _run(model: PreTrainedModel, tokens: Tensor) -> None:
-    """The blocks of a model on token ids (sequences, length), without its head."""
+    """Run the blocks of a model, without its head, on token ids (sequences, length)."""
     was_training = model.training
     model.eval()
     inner = getattr(model, model.base_model_prefix, model)
@@ -301,7 +303,7 @@ def _run(model: PreTrainedModel, tokens: Tensor) -> None:
 
 
 def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """The arguments of a block cut into a few sequences at a time; what all sequences share is passed on whole."""
+    """The arguments of a block for a few sequences at a time; arguments that all sequences share stay whole."""
     hidden = args[0] if args else kwargs["hidden_states"]
     step = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
     for start in range(0, len(hidden), step):
@@ -318,20 +320,20 @@ def _cut(value: Any, *, count: int, some: slice) -> Any:
 
 
 def _joined(outputs: list[Any]) -> Any:
-    """Outputs of the parts as those of the whole: tensors, or tuples that begin with one."""
+    """Join the outputs of `_parts`: tensors, or tuples that begin with one."""
     if isinstance(outputs[0], Tensor):
         return torch.cat(outputs)
     return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
 
 
 def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
-    """What quantising alone, without pruning, makes of each linear layer that is not skipped.
+    """Counts and error of each linear layer that is quantised without pruning; one weight is in memory at a time.
 
     Args:
-        source: From `resolve`; one weight of it is in memory at a time.
-        wanted: How it is held. Nothing comes back for "none", nor for a checkpoint that is quantised already.
+        source: From `resolve`.
+        wanted: How the layers are held.
     Returns:
-        Path -> `layer_record`.
+        Path -> `layer_record`; empty for kind "none" and for a quantised checkpoint.
     Raises:
         UserError: As `load_model`.
     """
@@ -351,17 +353,17 @@ def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dic
     return found
 
 
-def layer_record(kind: str, shape: tuple[int, int], block_size: int, layer: CompressedLayer) -> dict[str, Any]:
-    """JSON values of a layer: its format, shape (out, in) and block size, counts and error."""
+def layer_record(kind: str, shape: tuple[int, int], block_size: int, layer: PrunedLayer) -> dict[str, Any]:
+    """JSON values of a layer: kind, shape (out, in), block size, counts and error."""
     known = {"kind": kind, "shape": list(shape), "block_size": block_size, "sparsity": layer.sparsity}
     return {**known, **asdict(layer)}
 
 
-def _report(value: Tensor, weight: Weight, mask: Tensor | None) -> CompressedLayer:
-    """`mask`: True where a weight was kept; None where all were."""
+def _report(value: Tensor, weight: Weight, mask: Tensor | None) -> PrunedLayer:
+    """`mask` is True for a kept weight; None keeps all."""
     dense, original = dense_weight(weight, torch.float32), value.float()
     norm = float(original.norm())
-    return CompressedLayer(
+    return PrunedLayer(
         num_weights=value.numel(),
         num_pruned=0 if mask is None else int((~mask).sum()),
         num_zeros=int((dense == 0).sum()),

@@ -33,11 +33,11 @@ from qdora.files.run_directory import RunDirectory
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
+from qdora.model.base_cache import BaseCache, default_cache, fingerprints
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, Quantization, load_model
-from qdora.model.packed_base import BaseCache, default_cache, fingerprints
-from qdora.model.pruned_file import StoredCompression, save_compressed
-from qdora.model.pruning import Compression, PruneSettings
+from qdora.model.packed_base import PrunedBase, save_pruned_base
+from qdora.model.pruning import Pruner, PruneSettings
 from qdora.model.source import ModelSource
 from qdora.ops.sparsity import pattern_from
 from qdora.recipe.settings import CalibrationConfig, PruneConfig, Recipe
@@ -210,17 +210,17 @@ def compress_base(
     """Prune and quantise the base of a recipe and write it to `directory`; returns what compressed.json says.
 
     Raises:
-        As `load_model` and `Compression`.
+        As `load_model` and `Pruner`.
     """
     prune = recipe.base.prune
     assert prune is not None
-    compression = Compression(prune_settings(prune), calibration)
-    model = load_base(recipe, source, compute, progress, placer=compression)
+    pruner = Pruner(prune_settings(prune), calibration)
+    model = load_base(recipe, source, compute, progress, placer=pruner)
     settings = {"prune": prune.model_dump(mode="json", exclude=set(prune.unused())), "quant": recipe.base.quant}
-    record = save_compressed(model, compression.layers, directory, settings)
+    record = save_pruned_base(model, pruner.layers, directory, settings)
     logger.info(
         "Pruned %d layers by %s: %.2f %% of their %s weights are zero.",
-        len(compression.layers),
+        len(pruner.layers),
         prune.method,
         100 * record["sparsity"],
         f"{record['num_weights']:,}",
@@ -237,8 +237,8 @@ def load_pruned_base(
     directory: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
-    """The base as `compress_base` wrote it. Raises as `load_model` and `StoredCompression`."""
-    return load_base(recipe, source, compute, progress, placer=StoredCompression(directory))
+    """The base as `compress_base` wrote it. Raises as `load_model` and `PrunedBase`."""
+    return load_base(recipe, source, compute, progress, placer=PrunedBase(directory))
 
 
 def base_of_run(
