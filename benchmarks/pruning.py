@@ -29,11 +29,10 @@ from qdora.data.encode import encode_batch, special_prefix
 from qdora.data.example import Example
 from qdora.evaluation.perplexity import text_perplexity
 from qdora.model.load import load_model
-from qdora.model.pruning import Pruner, PruneSettings
+from qdora.model.pruning import Pruner
 from qdora.model.source import ModelSource, resolve
 from qdora.model.tokenizer import load_tokenizer
-from qdora.ops.sparsity import pattern_from
-from qdora.recipe.settings import CalibrationConfig
+from qdora.recipe.settings import CalibrationConfig, PruneConfig
 from qdora.run.load_base import pieces
 
 WINDOW = 256
@@ -79,8 +78,8 @@ def measured(
     began = time.perf_counter()
     pruner = None
     if method is not None:
-        wanted = pattern_from(pattern) if ":" in pattern else pattern_from("unstructured", int(pattern) / 100)
-        pruner = Pruner(PruneSettings(method, wanted), None if method == "magnitude" else calibration)
+        form = {"pattern": pattern} if ":" in pattern else {"sparsity": int(pattern) / 100}
+        pruner = Pruner(PruneConfig(method=method, **form), None if method == "magnitude" else calibration)
     model = load_model(source, quant=quant, placer=pruner)
     loaded = time.perf_counter()
     found = text_perplexity(model, tokenizer, [text], window=WINDOW, stride=WINDOW)

@@ -18,18 +18,17 @@ from qdora.model import packed_base, pruning
 from qdora.model.inject import frozen_layers
 from qdora.model.load import Quantization
 from qdora.model.packed_base import PrunedBase, save_pruned_base
-from qdora.model.pruning import Pruner, PruneSettings, quantized_layers
+from qdora.model.pruning import Pruner, quantized_layers
 from qdora.model.source import resolve
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import dequantize, quantize
-from qdora.ops.sparsity import pattern_from
+from qdora.recipe.settings import PruneConfig
 from tests import checkpoints, reference_prune, reference_quant
 
 IDS = torch.randint(1, 97, (5, 11), generator=torch.Generator().manual_seed(3))
-HALF = pattern_from("unstructured", 0.5)
 
 
-def pruned_model(directory: Path, settings: PruneSettings, **load: Any) -> tuple[Any, Pruner]:
+def pruned_model(directory: Path, settings: PruneConfig, **load: Any) -> tuple[Any, Pruner]:
     pruner = Pruner(settings, None if settings.method == "magnitude" else IDS)
     return checkpoints.load(directory, placer=pruner, **load), pruner
 
@@ -81,7 +80,7 @@ def test_each_block_is_measured_on_what_the_pruned_ones_compute(
 ) -> None:
     monkeypatch.setattr(pruning, "_TOKENS_AT_ONCE", 22)  # two of the five sequences at a time
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS[architecture])
-    settings = PruneSettings("wanda", HALF, order=order)
+    settings = PruneConfig(method="wanda", sparsity=0.5, order=order)
     model, pruner = pruned_model(tmp_path, settings, quant=quant, compute_dtype=torch.float64)
     masks, expected = expected_masks(tmp_path, quant=quant.replace("none", "") or None, first=order == "quantize_first")
     layers = frozen_layers(model)
@@ -113,8 +112,8 @@ def test_each_block_is_measured_on_what_the_pruned_ones_compute(
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "rows", "columns", "unstructured"])
 def test_every_rule_on_a_whole_model(tmp_path: Path, method: str, pattern: str) -> None:
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["qwen2"])
-    wanted = pattern_from(pattern, None if ":" in pattern else 0.25)
-    model, pruner = pruned_model(tmp_path, PruneSettings(method, wanted), quant="nf4")
+    settings = PruneConfig(method=method, pattern=pattern, sparsity=None if ":" in pattern else 0.25)
+    model, pruner = pruned_model(tmp_path, settings, quant="nf4")
     for name, layer in frozen_layers(model).items():
         keep = layer.keep_mask()
         assert keep is not None
@@ -134,7 +133,7 @@ def test_sparsegpt_disturbs_the_outputs_least(tmp_path: Path) -> None:
     many = torch.randint(1, 97, (40, 24), generator=torch.Generator().manual_seed(4))
     losses = {}
     for method in ("magnitude", "wanda", "sparsegpt"):
-        pruner = Pruner(PruneSettings(method, HALF), None if method == "magnitude" else many)
+        pruner = Pruner(PruneConfig(method=method, sparsity=0.5), None if method == "magnitude" else many)
         model = checkpoints.load(tmp_path, placer=pruner)
         first = "model.layers.0.self_attn.q_proj"
         with torch.no_grad():
@@ -150,7 +149,7 @@ def test_pruning_what_was_quantised_keeps_its_scales_and_codes(tmp_path: Path, k
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama"])
     plain = frozen_layers(checkpoints.load(tmp_path, quant=kind))
     pruned = frozen_layers(
-        pruned_model(tmp_path, PruneSettings("magnitude", HALF, order="quantize_first"), quant=kind)[0]
+        pruned_model(tmp_path, PruneConfig(method="magnitude", sparsity=0.5, order="quantize_first"), quant=kind)[0]
     )
     for name, layer in plain.items():
         before, after = layer.packed_weight, pruned[name].packed_weight
@@ -183,7 +182,7 @@ def test_errors_of_quantising_alone(tmp_path: Path, kind: str) -> None:
 
 def test_skipped_layers_stay_dense_and_whole(tmp_path: Path) -> None:
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama"])
-    settings = PruneSettings("wanda", HALF)
+    settings = PruneConfig(method="wanda", sparsity=0.5)
     for quant in ("none", "nf4"):
         model, pruner = pruned_model(tmp_path, settings, quant=quant, skip=("lm_head", "down_proj"))
         assert len(pruner.layers) == 12
@@ -198,7 +197,7 @@ def test_skipped_layers_stay_dense_and_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama-tied-biased", "gemma3"])
 def test_a_pruned_base_comes_back_bit_for_bit(tmp_path: Path, quant: str, architecture: str) -> None:
     checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS[architecture])
-    model, pruner = pruned_model(tmp_path / "model", PruneSettings("sparsegpt", HALF), quant=quant)
+    model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="sparsegpt", sparsity=0.5), quant=quant)
     record = save_pruned_base(model, pruner.layers, tmp_path / "base", {"method": "sparsegpt"})
     assert record == json.loads((tmp_path / "base/compressed.json").read_text())
     assert record["sparsity"] == 0.5
@@ -214,7 +213,7 @@ def test_a_pruned_base_comes_back_bit_for_bit(tmp_path: Path, quant: str, archit
 def test_a_pruned_base_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_base, "_PRUNED_FILE_BYTES", 10_000)
     checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS["llama"])
-    model, pruner = pruned_model(tmp_path / "model", PruneSettings("magnitude", HALF), quant="nf4")
+    model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="magnitude", sparsity=0.5), quant="nf4")
     save_pruned_base(model, pruner.layers, tmp_path / "base", {})
     assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 3
     again = checkpoints.load(tmp_path / "model", quant="nf4", placer=PrunedBase(tmp_path / "base"))
@@ -226,7 +225,7 @@ def test_a_pruned_base_in_several_files(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_missing_mask_is_an_error(tmp_path: Path) -> None:
     checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS["llama"])
-    model, pruner = pruned_model(tmp_path / "model", PruneSettings("magnitude", HALF), quant="nf4")
+    model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="magnitude", sparsity=0.5), quant="nf4")
     save_pruned_base(model, pruner.layers, tmp_path / "base", {})
     file = tmp_path / "base/model.safetensors"
     tensors = load_file(file)
@@ -247,12 +246,12 @@ def test_a_cast_of_the_model_leaves_the_mask_alone() -> None:
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS["llama"])
     with pytest.raises(ValueError, match="pruning by wanda needs calibration text"):
-        Pruner(PruneSettings("wanda", HALF))
+        Pruner(PruneConfig(method="wanda", sparsity=0.5))
     with pytest.raises(ValueError, match=r"q_proj\.weight: pattern 3:7 needs in_features divisible by 7, got 64"):
-        pruned_model(tmp_path / "model", PruneSettings("magnitude", pattern_from("3:7")))
+        pruned_model(tmp_path / "model", PruneConfig(method="magnitude", pattern="3:7"))
     with pytest.raises(UserError, match=r"holds no packed base \(compressed\.json is missing"):
         PrunedBase(tmp_path / "model")
-    model, pruner = pruned_model(tmp_path / "model", PruneSettings("magnitude", HALF), quant="nf4")
+    model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="magnitude", sparsity=0.5), quant="nf4")
     save_pruned_base(model, pruner.layers, tmp_path / "base", {})
     with pytest.raises(UserError, match=r"down_proj is not a layer that this model and recipe prune"):
         checkpoints.load(

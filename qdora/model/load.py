@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -61,31 +61,32 @@ class Quantization:
     skip: tuple[str, ...]
 
 
-class Placer(Protocol):
-    """Reads the stored tensors of a model and puts them in: `place_all`, or one that also prunes or streams."""
+@dataclass(frozen=True)
+class Loading:
+    """A model that is being filled.
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        stored: Mapping[str, Stored],
-        layers: set[str],
-        wanted: Quantization,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        progress: Progress | None = None,
-    ) -> None:
-        """Fill a model.
+    Attributes:
+        model: The skeleton.
+        stored: Model name -> tensor to read.
+        layers: Paths of all linear layers that are not skipped, even if `wanted.kind` is "none"; empty for a quantised
+            checkpoint.
+        wanted: How to hold these layers.
+        device: Where the weights go.
+        compute_dtype: Of all other floating-point tensors.
+        progress: Called after each tensor with (tensors done, all tensors).
+    """
 
-        Args:
-            model: The skeleton.
-            stored: Model name -> tensor.
-            layers: Paths of all linear layers that are not skipped, even if `wanted.kind` is "none".
-            wanted: How to hold them.
-            device: Where the weights go.
-            compute_dtype: Of all other floating-point tensors.
-            progress: Called after each tensor.
-        """
+    model: PreTrainedModel
+    stored: Mapping[str, Stored]
+    layers: set[str]
+    wanted: Quantization
+    device: torch.device
+    compute_dtype: torch.dtype
+    progress: Progress | None = None
 
+
+Placer = Callable[[Loading], None]
+"""Reads the stored tensors and puts them into the model: `place_all`, or one that also prunes or streams."""
 
 Reader = Callable[[ModelSource, PreTrainedModel], dict[str, Stored]]
 """Source and skeleton -> model name -> stored tensor, as `stored_tensors`."""
@@ -148,7 +149,7 @@ def load_model(
         layers = set()
     if before_reading is not None:
         before_reading(model, torch.device(device))
-    (placer or place_all)(model, stored, layers, wanted, torch.device(device), compute_dtype, progress)
+    (placer or place_all)(Loading(model, stored, layers, wanted, torch.device(device), compute_dtype, progress))
     _finish(model, source, torch.device(device))
     return model
 
@@ -282,32 +283,23 @@ def is_wide(name: str, wide: Sequence[str]) -> bool:
     return any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in wide)
 
 
-def place_all(
-    model: PreTrainedModel,
-    stored: Mapping[str, Stored],
-    layers: set[str],
-    wanted: Quantization,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    progress: Progress | None = None,
-) -> None:
-    """A `Placer` that quantises the weights of `layers`."""
-    wide = wide_names(model, compute_dtype)
-    for done, (name, value) in enumerate(iterate_tensors(stored), start=1):
+def place_all(load: Loading) -> None:
+    """A `Placer` that quantises the weights of `load.layers`."""
+    wide, wanted = wide_names(load.model, load.compute_dtype), load.wanted
+    for done, (name, value) in enumerate(iterate_tensors(load.stored), start=1):
         layer, _, leaf = name.rpartition(".")
         if isinstance(value, PackedWeight):
-            place_frozen(model, layer, value.to(device))
-        elif leaf == "weight" and layer in layers and wanted.kind != "none":
-            packed = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-            place_frozen(model, layer, packed)
+            place_frozen(load.model, layer, value.to(load.device))
+        elif leaf == "weight" and layer in load.layers and wanted.kind != "none":
+            packed = quantize(value.to(load.device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            place_frozen(load.model, layer, packed)
             del packed
         else:
-            dtype = torch.float32 if is_wide(name, wide) else compute_dtype
-            place_dense(model.get_submodule(layer), leaf, value, device, dtype)
-        # Dropped before the next read, or two tensors of the checkpoint would be in memory.
-        del value
-        if progress is not None:
-            progress(done, len(stored))
+            dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
+            place_dense(load.model.get_submodule(layer), leaf, value, load.device, dtype)
+        del value  # before the next read, or two tensors of the checkpoint would be in memory
+        if load.progress is not None:
+            load.progress(done, len(load.stored))
 
 
 def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> FrozenLinear:

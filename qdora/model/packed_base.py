@@ -12,6 +12,7 @@ The tensors of a packed weight are `<path>.packed`, `<path>.absmax`, ... (`Packe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -19,12 +20,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, disk_reason, json_text
 from qdora.files.tensor_file import MappedFile, TensorSpec, write_safetensors
-from qdora.model.load import Progress, Quantization, place_all, place_frozen
+from qdora.model.load import Loading, place_all, place_frozen
 from qdora.model.pruning import PrunedLayer, layer_record
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
 from qdora.nn.frozen_linear import FrozenLinear
@@ -258,31 +258,19 @@ class PrunedBase:
         self.base = PackedBase(directory, sorted(file.name for file in directory.glob("*.safetensors")), forms)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        stored: Mapping[str, Stored],
-        layers: set[str],
-        wanted: Quantization,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        progress: Progress | None = None,
-    ) -> None:
+    def __call__(self, load: Loading) -> None:
         """Put the pruned layers in as they are stored, and the other tensors as `place_all` does.
 
-        Args:
-            model, stored, layers, wanted, device, compute_dtype, progress: See `Placer`.
         Raises:
             UserError: Layers that the model does not have, or tensors that do not fit.
         """
         base = self.base
-        missing = sorted(self.layers.keys() - layers)
+        missing = sorted(self.layers.keys() - load.layers)
         if missing:
             raise UserError(f"{base.directory}: {missing[0]} is not a layer that this model and recipe prune.")
-        rest = {name: item for name, item in stored.items() if name not in base.forms}
-        place_all(model, rest, layers, wanted, device, compute_dtype, progress)
+        place_all(replace(load, stored={name: item for name, item in load.stored.items() if name not in base.forms}))
         for path in self.layers:
             weight, keep_bits = base.read(f"{path}.weight"), base.read(f"{path}.keep_bits")
             assert isinstance(keep_bits, Tensor)
-            moved = weight.to(compute_dtype) if isinstance(weight, Tensor) else weight
-            place_frozen(model, path, moved.to(device), keep_bits.to(device))
+            moved = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
+            place_frozen(load.model, path, moved.to(load.device), keep_bits.to(load.device))

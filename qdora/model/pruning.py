@@ -9,9 +9,10 @@ Memory holds one dense block at a time.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -20,12 +21,11 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.model.load import (
-    Progress,
+    Loading,
     Quantization,
     layers_to_quantize,
     load_config,
     place_all,
-    place_dense,
     place_frozen,
     settle,
     skeleton,
@@ -35,25 +35,14 @@ from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked
 from qdora.ops.packed import dequantize, quantize
 from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores, zero_packed
-from qdora.ops.sparsegpt import DAMPING
-from qdora.ops.sparsity import Group, SparsityPattern, keep_mask, mask_bits
+from qdora.ops.sparsity import keep_mask, mask_bits, pattern_from
 from qdora.ops.tiles import Weight, dense_weight
+from qdora.recipe.settings import PruneConfig
 
 log = logging.getLogger("qdora")
 
 # Calibration tokens per forward pass of a block; bounds its activations.
 _TOKENS_AT_ONCE = 4096
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """How to prune the linear layers of the blocks; see `ops.prune.prune_weight`."""
-
-    method: str
-    pattern: SparsityPattern
-    group: Group | None = None
-    order: Literal["prune_first", "quantize_first"] = "prune_first"
-    damping: float = DAMPING
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ class PrunedLayer:
 
 
 class Pruner:
-    """A `Placer` that prunes.
+    """A `Placer` that prunes the linear layers of the blocks.
 
     Args:
         settings: How to prune.
@@ -89,7 +78,7 @@ class Pruner:
         layers: Path -> counts and error of each pruned layer, after the load.
     """
 
-    def __init__(self, settings: PruneSettings, calibration: Tensor | None = None) -> None:
+    def __init__(self, settings: PruneConfig, calibration: Tensor | None = None) -> None:
         if (calibration is None) != (settings.method == "magnitude"):
             need = "takes no" if settings.method == "magnitude" else "needs"
             raise ValueError(f"pruning by {settings.method} {need} calibration text.")
@@ -97,49 +86,39 @@ class Pruner:
         self.layers: dict[str, PrunedLayer] = {}
 
     @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        stored: Mapping[str, Stored],
-        layers: set[str],
-        wanted: Quantization,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        progress: Progress | None = None,
-    ) -> None:
-        """Read every stored tensor and put it into the model; prune the linear layers of the blocks.
+    def __call__(self, load: Loading) -> None:
+        """Read every stored tensor and put it into the model.
 
-        Args:
-            model, stored, layers, wanted, device, compute_dtype, progress: See `Placer`.
         Raises:
-            UserError: The checkpoint is quantised, the model's blocks are not found, or a weight's shape does not fit
-                the pattern.
+            UserError: The checkpoint is quantised, or the model's blocks are not found.
+            ValueError: A weight's shape does not fit the pattern.
         """
-        packed = [name for name, item in stored.items() if isinstance(item, StoredPacked)]
+        packed = [name for name, item in load.stored.items() if isinstance(item, StoredPacked)]
         if packed:
             raise UserError(
                 f"base.prune: the checkpoint is already quantised (e.g. {packed[0]}). "
                 "Fix: name the model in full precision."
             )
-        path, blocks = _decoder_blocks(model)
-        counted = _Counted(progress, len(stored))
-        inside = {name for name in stored if name.startswith(f"{path}.")}
-        outside = {name: item for name, item in stored.items() if name not in inside}
-        place_all(model, outside, layers, wanted, device, compute_dtype, counted)
-        settle(model, device)
-        task = _PruningTask(self, model, layers, wanted, device, compute_dtype, counted)
+        path, blocks = _decoder_blocks(load.model)
+        # The tensors are read in several passes, whose counts are added up.
+        count, total, progress = itertools.count(1), len(load.stored), load.progress or (lambda _done, _total: None)
+        load = replace(load, progress=lambda _done, _total: progress(next(count), total))
+        outside = {name: item for name, item in load.stored.items() if not name.startswith(f"{path}.")}
+        place_all(replace(load, stored=outside))
+        settle(load.model, load.device)
+        task = _PruningTask(self, load)
         of_block = [
-            {name: item for name, item in stored.items() if name.startswith(f"{path}.{index}.")}
+            {name: item for name, item in load.stored.items() if name.startswith(f"{path}.{index}.")}
             for index in range(len(blocks))
         ]
         if self.calibration is None:
             for tensors in of_block:
-                task.place_dense(tensors, but=layers)
+                task.place_unpruned(tensors)
                 task.prune(tensors, {})
             return
         for block, tensors in zip(blocks, of_block, strict=True):
             block.forward = functools.partial(task.through_block, block, tensors)
-        _run(model, self.calibration.to(device))
+        _run(load.model, self.calibration.to(load.device))
         left = [index for index, block in enumerate(blocks) if "forward" in vars(block)]
         assert not left, f"blocks {left} were never reached"
 
@@ -160,52 +139,34 @@ def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
-class _Counted:
-    """Adds up the tensors of several passes over parts of a checkpoint."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, _done: int = 1, _total: int = 1) -> None:
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
 @dataclass
 class _PruningTask:
-    """What one load uses in every block."""
+    """What a load does in every block; `tensors` are the stored tensors of the block."""
 
     pruner: Pruner
-    model: PreTrainedModel
-    layers: set[str]
-    wanted: Quantization
-    device: torch.device
-    compute_dtype: torch.dtype
-    counted: _Counted
+    load: Loading
 
-    def place_dense(self, tensors: Mapping[str, Stored], but: set[str]) -> None:
-        """Put the tensors of a block in as they are, except the weights of the layers `but`."""
-        rest = {name: item for name, item in tensors.items() if not _is_weight_of(name, but)}
-        place_all(self.model, rest, set(), self.wanted, self.device, self.compute_dtype, self.counted)
+    def weights(self, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+        """The weights to prune."""
+        names = {f"{path}.weight" for path in self.load.layers}
+        return {name: item for name, item in tensors.items() if name in names}
+
+    def place_unpruned(self, tensors: Mapping[str, Stored]) -> None:
+        """Put all other tensors in."""
+        pruned = self.weights(tensors)
+        place_all(replace(self.load, stored={name: item for name, item in tensors.items() if name not in pruned}))
 
     def through_block(self, block: nn.Module, tensors: Mapping[str, Stored], *args: Any, **kwargs: Any) -> Any:
         """Replaces a block's forward once: prunes the block, then runs it."""
         del block.forward  # back to the class's own
-        settings = self.pruner.settings
-        self.place_dense(tensors, but=self.layers)
-        if settings.order == "quantize_first":
-            weights = {name: item for name, item in tensors.items() if _is_weight_of(name, self.layers)}
-            place_all(self.model, weights, self.layers, self.wanted, self.device, self.compute_dtype)
-        else:
-            for name, item in tensors.items():
-                if _is_weight_of(name, self.layers):
-                    layer = self.model.get_submodule(name.rpartition(".")[0])
-                    place_dense(layer, "weight", cast(Tensor, item.read()), self.device, self.compute_dtype)
-        method = cast(Literal["wanda", "sparsegpt"], settings.method)
-        modules = {name: module for name, module in self.model.named_modules() if name in self.layers}
-        inside = {name: modules[name] for name in (each.rpartition(".")[0] for each in tensors) if name in modules}
-        with _Recorder(inside, method) as recorder:
+        self.place_unpruned(tensors)
+        weights, load = self.weights(tensors), self.load
+        dense = replace(load.wanted, kind="none")
+        wanted = load.wanted if self.pruner.settings.order == "quantize_first" else dense
+        place_all(replace(load, stored=weights, wanted=wanted, progress=None))
+        method = cast(Literal["wanda", "sparsegpt"], self.pruner.settings.method)
+        paths = [name.rpartition(".")[0] for name in weights]
+        with _Recorder({path: load.model.get_submodule(path) for path in paths}, method) as recorder:
             for part in _parts(args, kwargs):
                 block(*part[0], **part[1])
         self.prune(tensors, recorder.statistics)
@@ -213,46 +174,45 @@ class _PruningTask:
 
     def prune(self, tensors: Mapping[str, Stored], statistics: Mapping[str, InputStatistics]) -> None:
         """Prune and quantise the linear layers of a block and put them in."""
-        for name, item in tensors.items():
-            if not _is_weight_of(name, self.layers):
-                continue
+        assert self.load.progress is not None
+        for name, item in self.weights(tensors).items():
             path = name.rpartition(".")[0]
             value = item.read()
             assert isinstance(value, Tensor)
-            weight, mask = self._pruned(value.to(self.device), statistics.get(path), name)
-            place_frozen(self.model, path, weight, mask_bits(mask))
-            self.pruner.layers[path] = _report(value.to(self.device), weight, mask)
+            weight, mask = self._pruned(value.to(self.load.device), statistics.get(path), name)
+            place_frozen(self.load.model, path, weight, mask_bits(mask))
+            self.pruner.layers[path] = _report(value.to(self.load.device), weight, mask)
             del value, weight, mask
-            self.counted()
+            self.load.progress(1, 1)
 
     def _pruned(self, value: Tensor, statistics: InputStatistics | None, name: str) -> tuple[Weight, Tensor]:
-        settings, wanted = self.pruner.settings, self.wanted
+        settings, wanted = self.pruner.settings, self.load.wanted
+        pattern = pattern_from(settings.pattern, settings.sparsity)
+        group = None if settings.group == "auto" else settings.group
         if statistics is None and settings.method != "magnitude":
             # For example an expert that got no token.
             log.warning("%s: no calibration token reached this layer; it is pruned by magnitude.", name)
-            method = cast(Literal["wanda", "sparsegpt"], settings.method)
-            statistics = InputStatistics(value.shape[1], method, self.device)
+            statistics = InputStatistics(value.shape[1], settings.method, self.load.device)
         pack = functools.partial(quantize, kind=wanted.kind, block_size=wanted.block_size, name=name)
         if settings.order == "quantize_first":
             packed = pack(value, double_quant=wanted.double_quant)
             dense = dequantize(packed)
             scores = magnitude_scores(dense) if statistics is None else wanda_scores(dense, statistics.column_squares)
-            group: Group = settings.group or ("tensor" if statistics is None else "row")
-            mask = keep_mask(scores, settings.pattern, group)
+            mask = keep_mask(scores, pattern, group or ("tensor" if statistics is None else "row"))
             return zero_packed(packed, mask), mask
         # SparseGPT's corrected weights are not rounded to the file's dtype before they are quantised.
         wide = value.float() if settings.method == "sparsegpt" else value
         pruned, mask = prune_weight(
             wide,
             settings.method,
-            settings.pattern,
+            pattern,
             statistics=statistics,
-            group=settings.group,
+            group=group,
             damping=settings.damping,
             name=name,
         )
         if wanted.kind == "none":
-            return pruned.to(self.compute_dtype), mask
+            return pruned.to(self.load.compute_dtype), mask
         return pack(pruned, double_quant=wanted.double_quant), mask
 
 
@@ -286,11 +246,6 @@ class _Recorder:
         own.add(x)
         self.statistics[name] = own
         self._last = (x, own)
-
-
-def _is_weight_of(name: str, layers: set[str]) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return leaf == "weight" and path in layers
 
 
 def _run(model: PreTrainedModel, tokens: Tensor) -> None:

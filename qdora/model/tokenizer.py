@@ -1,4 +1,4 @@
-"""The tokenizer of a source, always with a pad token that the model already knows."""
+"""Loading the tokenizer of a source, with a pad token from the model's vocabulary."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from qdora.errors import UserError
 from qdora.model.gguf_file import require_gguf
 from qdora.model.source import TOKENIZER_FILES, ModelSource
 
-# Tokens that models reserve for padding or never emit, in the order of preference.
+# Tokens that models reserve for padding or never emit, best first.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unused0>")
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a source and make sure that it pads.
+    """Load the tokenizer of a source and make sure that it has a pad token.
 
-    The pad token is the tokenizer's own, else a token reserved for it in the vocabulary, else the unknown token, else
-    the end token. The vocabulary is never extended: the model has no embedding for a new token.
+    It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the end
+    token. The vocabulary is never extended, since the model has no embedding for a new token.
 
     Raises:
-        UserError: No tokenizer files, files that cannot be used, or no token to pad with.
+        UserError: There are no tokenizer files, they cannot be used, or there is no token to pad with.
     """
     if not source.is_gguf and not any((source.path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
             f"model.tokenizer: {source.path} has no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}. "
-            "Name a model that has it in model.tokenizer."
+            "Fix: name a model that has it in model.tokenizer."
         )
     try:
         if source.is_gguf:

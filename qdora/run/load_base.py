@@ -37,10 +37,9 @@ from qdora.model.base_cache import BaseCache, default_cache, fingerprints
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, Quantization, load_model
 from qdora.model.packed_base import PrunedBase, save_pruned_base
-from qdora.model.pruning import Pruner, PruneSettings
+from qdora.model.pruning import Pruner
 from qdora.model.source import ModelSource
-from qdora.ops.sparsity import pattern_from
-from qdora.recipe.settings import CalibrationConfig, PruneConfig, Recipe
+from qdora.recipe.settings import CalibrationConfig, Recipe
 from qdora.train.distributed import Processes, free_host_bytes
 
 logger = logging.getLogger("qdora")
@@ -214,7 +213,7 @@ def compress_base(
     """
     prune = recipe.base.prune
     assert prune is not None
-    pruner = Pruner(prune_settings(prune), calibration)
+    pruner = Pruner(prune, calibration)
     model = load_base(recipe, source, compute, progress, placer=pruner)
     settings = {"prune": prune.model_dump(mode="json", exclude=set(prune.unused())), "quant": recipe.base.quant}
     record = save_pruned_base(model, pruner.layers, directory, settings)
@@ -301,17 +300,6 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
-
-
-def prune_settings(prune: PruneConfig) -> PruneSettings:
-    """A recipe's section as the model package takes it."""
-    return PruneSettings(
-        method=prune.method,
-        pattern=pattern_from(prune.pattern, prune.sparsity),
-        group=None if prune.group == "auto" else prune.group,
-        order=prune.order,
-        damping=prune.damping,
-    )
 
 
 def calibration_tokens(
