@@ -1,4 +1,4 @@
-"""Bytes of a model with its adapter, as files would hold them: packed weights as packed, everything else in 16 bits."""
+"""From a recipe: device and dtype, source and tokenizer, adapters; and the size of the model in bytes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in which dtype the products run."""
+    """Device and dtype of the computation."""
 
     device: torch.device
     dtype: torch.dtype
 
 
 def choose_compute(dtype: str) -> Compute:
-    """The GPU where there is one; `auto` takes bfloat16 where the device multiplies in it, else float32. Logged."""
+    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])
@@ -47,31 +47,32 @@ def choose_compute(dtype: str) -> Compute:
 
 
 def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
-    """Where the recipe's model is. Without `weights` those of a model on the Hub are not fetched."""
+    """The source of the recipe's model; `weights` False does not download the weights of a model on the Hub."""
     model = recipe.model
     return resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
 
 
 def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """`find_source`, and the tokenizer: done before anything large is read."""
+    """`find_source`, and the tokenizer."""
     source, named = find_source(recipe, weights=weights), recipe.model.tokenizer
     return source, load_tokenizer(source if named is None else resolve(named, weights=False))
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    # transformers 5.2x renamed it; the old name warns there, the new one is missing in earlier releases.
+    """Turn on activation checkpointing of the decoder blocks."""
+    # transformers 5.2x renamed it: the old name warns there, and earlier releases do not have the new one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = None) -> None:
-    """Adapters as the recipe asks, or as they stand in the directory `adapter`."""
+    """Put fresh adapters on, or those of the directory `adapter` (default adapter.resume_from)."""
     settings = recipe.adapter
     if settings.kind == "none" or settings.kind == "full":
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
     if settings.kind == "magnitude":
-        # DoRA whose B stays 0, so any reader of DoRA adapters reads it.
+        # DoRA whose B stays 0, so every program that reads DoRA reads it.
         if directory is None:
             layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=_targets(recipe))
         else:
@@ -91,7 +92,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             targets=_targets(recipe),
             rank_pattern=settings.rank_pattern,
             same_scaling=settings.same_scaling,
-            init="gaussian" if settings.init == "gaussian" else "kaiming",  # loftq: replaced by `start_adapters`
+            init="gaussian" if settings.init == "gaussian" else "kaiming",  # `start_adapters` replaces it for loftq
             dtype=DTYPES[settings.dtype],
             masked=settings.mask == "keep",
             generator=torch.Generator().manual_seed(recipe.train.seed),
@@ -106,7 +107,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
 
 
 def start_adapters(model: PreTrainedModel, recipe: Recipe, source: ModelSource) -> None:
-    """Give fresh adapters a start that is read from the source, where the recipe asks for one."""
+    """Give fresh adapters LoftQ's start, which reads the source, if the recipe asks for it."""
     settings = recipe.adapter
     if settings.kind in ("lora", "dora") and settings.init == "loftq" and settings.resume_from is None:
         start_from_error_(model, source)
@@ -125,9 +126,12 @@ def write_adapter(
     shipped: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`.
+    """Write the adapter of a run in PEFT's format, with its base. Raises as `save_adapter`.
 
-    `shipped`: It leaves this machine, so that a base that only this machine has is not named. `extra`: For its record.
+    Args:
+        model, directory, extra: As in `save_adapter`.
+        recipe: Names the base.
+        shipped: The adapter leaves this machine; a base that only this machine has is not named.
     """
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
@@ -146,25 +150,25 @@ def write_adapter(
 
 
 def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
-    """Number of adapted layers and of trainable and frozen parameters."""
+    """Numbers of adapted layers, of trainable parameters, and of base weights in adapted layers."""
     layers = adapted_layers(model)
     frozen = sum(layer.in_features * layer.out_features for layer in layers.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"num_layers": len(layers), "num_trainable": trainable, "num_adapted": frozen}
 
 
-_DENSE_BYTES = 2  # a number, in whichever dtype this machine computes
+_DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts of a model.
+    """Size of a model in files: packed weights in their format, everything else of the base in 16 bits.
 
     Attributes:
-        num_linear_weights: Of the linear layers but the output head: those that are quantised and pruned.
-        num_linear_bytes: Of these, scales included; of a simulated format, as tightly as its codes can be packed.
-        num_base_bytes: Of the whole base.
-        num_adapter_bytes: Of lora_A, lora_B (as stored) and the magnitudes.
+        num_linear_weights: Weights of the linear layers without the output head.
+        num_linear_bytes: Their bytes, scales included; codes of simulated formats count as tightly packed.
+        num_base_bytes: Bytes of the whole base.
+        num_adapter_bytes: Bytes of lora_A, lora_B (as stored) and the magnitudes.
     """
 
     num_linear_weights: int
@@ -174,7 +178,7 @@ class ModelSize:
 
 
 def model_size(model: nn.Module) -> ModelSize:
-    """Count the bytes of a causal LM, with or without adapters; tied weights count once."""
+    """Size of a causal LM, with or without adapters; tied weights count once."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     seen: set[int] = set()
     weights = linear = other = adapter = 0
@@ -195,7 +199,7 @@ def model_size(model: nn.Module) -> ModelSize:
 
 
 def _own(module: nn.Module, seen: set[int]) -> list[Tensor]:
-    """Tensors of the module itself that a file would hold and that no other module has shown yet."""
+    """Tensors of the module itself that a file holds and that are not in `seen`, to which they are added."""
     kept = [b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set]
     found = [tensor for tensor in (*module._parameters.values(), *kept) if isinstance(tensor, torch.Tensor)]
     new = [tensor for tensor in found if id(tensor) not in seen]

@@ -170,9 +170,7 @@ def _refuse_hub_settings(source: str, revision: str | None, trust_remote_code: b
     if revision is not None:
         faults.append(f"model.revision: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
     if trust_remote_code:
-        faults.append(
-            f"model.trust_remote_code: must be false (got true): {source} is local. Fix: remove it."
-        )
+        faults.append(f"model.trust_remote_code: must be false (got true): {source} is local. Fix: remove it.")
     if faults:
         raise UserError(*faults)
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qdora.errors import RunFailure, UserError
-from qdora.files import atomic as atomic_files
+from qdora.files import atomic
 from qdora.files.atomic import atomic_directory, atomic_write_bytes, atomic_write_json, json_text, remove_leftovers
 from qdora.files.environment import VARIABLES, environment
 from qdora.files.run_directory import Checkpoint, RunDirectory, checkpoint_fault, create_run, open_run, resume_run
@@ -265,7 +265,7 @@ def test_everything_is_flushed_before_the_name_appears(run: RunDirectory, monkey
     def record(path: Path) -> None:
         flushed.append((str(path.relative_to(run.checkpoints)), (run.checkpoints / "step-1").exists()))
 
-    monkeypatch.setattr(atomic_files, "sync", record)
+    monkeypatch.setattr(atomic, "sync", record)
     save(run, 1)
     aside = ".step-1.partial"
     inside = ["adapter.safetensors", "complete.json", "state", "state/optimizer.json"]
@@ -354,7 +354,7 @@ def test_a_full_disk_removes_the_part_and_names_the_last_whole_checkpoint(
         assert os.listdir(run.checkpoints) == ["step-1"]
     for function in ("fsync", "rename"):  # full only when flushed; a rename that needs a new block
         with monkeypatch.context() as patch:
-            patch.setattr(atomic_files.os, function, full_disk)
+            patch.setattr(atomic.os, function, full_disk)
             with (
                 pytest.raises(RunFailure, match=r"disk is full\. Safe on disk: .*step-1"),
                 run.checkpoint_directory(2) as path,
@@ -378,7 +378,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_checkpoint(
             full_disk()
         real(source, target)
 
-    monkeypatch.setattr(atomic_files.os, "rename", second_fails)
+    monkeypatch.setattr(atomic.os, "rename", second_fails)
     with pytest.raises(RunFailure, match="disk is full"):
         save(run, 1, b"new")
     assert tree(run.path) == before
@@ -408,7 +408,7 @@ def test_other_errors_and_interrupts_leave_nothing_and_stay_what_they_are(run: R
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qdora import atomic_files
+from qdora.files import atomic
 from qdora.files.run_directory import RunDirectory
 run, calls, when = RunDirectory(Path(sys.argv[1])), [], int(sys.argv[2])
 def die(function):
@@ -418,7 +418,7 @@ def die(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments)
     return call
-atomic_files.os.rename, atomic_files.os.replace, atomic_files.os.fsync = map(die, (os.rename, os.replace, os.fsync))
+atomic.os.rename, atomic.os.replace, atomic.os.fsync = map(die, (os.rename, os.replace, os.fsync))
 with run.checkpoint_directory(2) as path:
     (path / "a.bin").write_bytes(b"new")
 print(len(calls))
@@ -522,7 +522,7 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypat
     atomic_write_json(file, {"a": 1})
     for function in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(atomic_files.os, function, full_disk)
+            patch.setattr(atomic.os, function, full_disk)
             with pytest.raises(OSError, match="No space left"):
                 atomic_write_bytes(file, b"new")
         assert tree(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
