@@ -30,8 +30,7 @@ from qdora.data.example import Example
 from qdora.evaluation.perplexity import text_perplexity
 from qdora.model.load import load_model
 from qdora.model.pruning import Pruner
-from qdora.model.source import ModelSource, resolve
-from qdora.model.tokenizer import load_tokenizer
+from qdora.model.source import ModelSource, load_tokenizer, resolve
 from qdora.recipe.settings import CalibrationConfig, PruneConfig
 from qdora.run.load_base import pieces
 

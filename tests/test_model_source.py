@@ -19,9 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qdora.errors import UserError
 from qdora.model import source as module
-from qdora.model.source import ModelSource, resolve
+from qdora.model.source import ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import shard_files
-from qdora.model.tokenizer import load_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -95,7 +94,7 @@ def test_adapter_directory_is_named_as_one(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.txt"
     file.touch()
-    with pytest.raises(UserError, match=r"is a file, allowed: a \.gguf file, a directory"):
+    with pytest.raises(UserError, match=r"must be a \.gguf file, a directory, a Hub id or .builtin. \(got the file"):
         resolve(str(file))
 
 
@@ -169,7 +168,7 @@ def test_a_shard_cut_short(tmp_path: Path) -> None:
     path = model_directory(tmp_path)
     whole = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(whole[:-3])
-    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read: .* download or copy it again"):
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read: .* Fix: download or copy it again"):
         open_safetensors(path)
 
 

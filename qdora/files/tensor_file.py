@@ -56,13 +56,13 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def _header(specs: Sequence[TensorSpec]) -> bytes:
     """Length and JSON of the header, padded with blanks so that the values start at a multiple of 8 bytes.
 
     Raises:
         ValueError: A name occurs twice, the format lacks a dtype, or a tensor would start unaligned.
     """
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     offset = 0
     for spec in specs:
         if spec.name in entries:
@@ -89,7 +89,6 @@ def write_safetensors(
     path: Path,
     specs: Sequence[TensorSpec],
     tensors: Iterable[Tensor | Iterator[Tensor]],
-    metadata: Mapping[str, str] | None = None,
     *,
     order: Sequence[TensorSpec] | None = None,
 ) -> int:
@@ -99,7 +98,6 @@ def write_safetensors(
         path: File to create; must not exist.
         specs: The tensors in file order.
         tensors: The tensors, each whole or as its flat parts in order; each is dropped before the next is made.
-        metadata: Strings for the header (default {"format": "pt"}, which transformers requires).
         order: Order in which the tensors come (default `specs`); the file does not depend on it.
     Returns:
         Bytes written.
@@ -110,7 +108,7 @@ def write_safetensors(
     order = specs if order is None else order
     remaining = iter(tensors)
     with path.open("xb") as file:
-        end = file.write(header(specs, {"format": "pt"} if metadata is None else metadata))
+        end = file.write(_header(specs))
         starts = {}
         for spec in specs:
             starts[spec.name] = end
@@ -153,7 +151,7 @@ def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> N
         raise ValueError(f"the parts of tensor '{spec.name}' have {written} bytes, announced are {spec.num_bytes}.")
 
 
-def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int, stem: str = "model") -> dict[str, list[TensorSpec]]:
+def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """Distribute tensors over files, in order; a tensor larger than the limit gets a file of its own.
 
     Within a file wider dtypes come first, which keeps every tensor aligned.
@@ -171,8 +169,8 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int, stem: str = "
         size += spec.num_bytes
     groups = [sorted(group, key=lambda spec: -spec.dtype.itemsize) for group in groups]  # stable
     if len(groups) == 1:
-        return {f"{stem}.safetensors": groups[0]}
-    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> dict[str, object]:

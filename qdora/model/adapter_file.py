@@ -230,25 +230,17 @@ def read_adapter(model: nn.Module, directory: Path) -> tuple[AdapterLayout, dict
     described = describe_adapter(directory)
     layout = described.layout
     linear, faults = _selected(model, layout, str(directory / CONFIG_FILE))
-    expected = _expected_shapes(linear, layout)
-    faults += _rank_faults(linear, layout, str(directory / CONFIG_FILE))
-    faults += _scaling_faults(described, linear, str(directory / RECORD_FILE))
+    expected, layer_faults = _expected_shapes(linear, described, directory)
     tensors, tensor_faults = _read_tensors(directory / WEIGHTS_FILE, expected)
-    if faults or tensor_faults:
-        raise UserError(*faults, *tensor_faults)
+    if faults or layer_faults or tensor_faults:
+        raise UserError(*faults, *layer_faults, *tensor_faults)
     if layout.masked:
         check_masks(linear, str(directory / CONFIG_FILE))
     found = {}
     for path in linear:
         a_name, b_name, m_name = _names(path)
-        scaling = _scaling(layout, path)
-        found[path] = StoredLayer(tensors[a_name], tensors[b_name], tensors.get(m_name), scaling)
+        found[path] = StoredLayer(tensors[a_name], tensors[b_name], tensors.get(m_name), layout.scaling_of(path))
     return layout, found
-
-
-def _scaling(layout: AdapterLayout, path: str) -> float:
-    rank = layout.rank_of(path)
-    return layout.alpha_of(path) / (math.sqrt(rank) if layout.rank_stabilized else rank)
 
 
 def factor_names(path: str) -> tuple[str, str]:
@@ -281,43 +273,34 @@ def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict
     return chosen, faults
 
 
-def _expected_shapes(linear: Mapping[str, nn.Module], layout: AdapterLayout) -> dict[str, tuple[int, ...]]:
-    expected: dict[str, tuple[int, ...]] = {}
+def _expected_shapes(
+    linear: Mapping[str, nn.Module], described: AdapterDescription, directory: Path
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shape of each tensor, and faults: layers with too large a rank or with another scaling than recorded.
+
+    qdora.json repeats the scaling that follows from PEFT's settings, which reveals edited or mixed-up files.
+    """
+    layout, recorded = described.layout, described.scalings
+    shapes: dict[str, tuple[int, ...]] = {}
+    too_large, differ = [], []
     for path, module in linear.items():
-        rows, columns = _features(module)
+        assert isinstance(module, (FrozenLinear, nn.Linear))
+        rows, columns, rank = module.out_features, module.in_features, layout.rank_of(path)
         a, b, m = _names(path)
-        rank = layout.rank_of(path)
-        expected[a], expected[b] = (rank, columns), (rows, rank)
+        shapes[a], shapes[b] = (rank, columns), (rows, rank)
         if layout.kind == "dora":
-            expected[m] = (rows,)
-    return expected
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    assert isinstance(module, (FrozenLinear, nn.Linear))
-    return module.out_features, module.in_features
-
-
-def _rank_faults(linear: Mapping[str, nn.Module], layout: AdapterLayout, where: str) -> list[str]:
-    limits = {path: min(_features(module)) for path, module in linear.items()}
-    too_large = [
-        f"{path} (rank {layout.rank_of(path)}, at most {limit})"
-        for path, limit in limits.items()
-        if layout.rank_of(path) > limit
-    ]
-    return [f"{where}: r or rank_pattern: too large for {_some(too_large)}."] if too_large else []
-
-
-def _scaling_faults(described: AdapterDescription, linear: Mapping[str, nn.Module], where: str) -> list[str]:
-    """qdora.json repeats the scaling that follows from PEFT's settings, which reveals edited or mixed-up files."""
+            shapes[m] = (rows,)
+        if rank > min(rows, columns):
+            too_large.append(f"{path} (rank {rank}, at most {min(rows, columns)})")
+        scaling = layout.scaling_of(path)
+        if recorded is not None and not math.isclose(recorded.get(path, math.nan), scaling, rel_tol=1e-12):
+            differ.append(f"{path} ({recorded.get(path)} recorded, {scaling} by {CONFIG_FILE})")
     faults = []
-    layout = described.layout
-    for path in linear if described.scalings is not None else ():
-        scaling = _scaling(layout, path)
-        recorded = (described.scalings or {}).get(path)
-        if recorded is None or not math.isclose(recorded, scaling, rel_tol=1e-12):
-            faults.append(f"{path} ({recorded} recorded, {scaling} by {CONFIG_FILE})")
-    return [f"{where}: layers: scaling differs for {_some(faults)}."] if faults else []
+    if too_large:
+        faults.append(f"{directory / CONFIG_FILE}: r or rank_pattern: too large for {_some(too_large)}.")
+    if differ:
+        faults.append(f"{directory / RECORD_FILE}: layers: scaling differs for {_some(differ)}.")
+    return shapes, faults
 
 
 def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:

@@ -81,7 +81,7 @@ class BaseCache:
         wanted: How to hold the linear layers; not "none".
         device: Where weights are quantised.
         mapped: Leave the weights in the files, to be read where they are used.
-        progress: Called with (tensors done, all tensors) while a base is written.
+        progress: Called while a base is written.
     Attributes:
         base: The base that was read last.
     """
@@ -131,11 +131,7 @@ class BaseCache:
 
 
 def open_cached_base(directory: Path) -> tuple[CacheRecord, PackedBase]:
-    """Open a directory of `write_base`.
-
-    Raises:
-        UserError: There is no base, or it is damaged; one line.
-    """
+    """Open a directory of `write_base`. Raises UserError, one line, if there is no base or it is damaged."""
     record = read_record(directory / RECORD_FILE, CacheRecord)
     for name, size in record.files.items():
         path = directory / name
@@ -203,12 +199,8 @@ def write_base(
 
     Args:
         directory: Where to.
-        stored: Model name -> weight.
-        layers: Paths of the linear layers to quantise.
-        wanted: How to quantise them.
+        stored, layers, wanted, device, progress: As in `Loading`.
         made_from: `key` and `source` for the record.
-        device: Where they are quantised.
-        progress: Called after each tensor with (tensors done, all tensors).
     Raises:
         UserError: The disk has too little room, or cannot be written to.
     """

@@ -55,14 +55,10 @@ class Part(NamedTuple):
 
 
 class PackedBase:
-    """The weights in a directory's files; each is read, or mapped, when it is asked for.
+    """The weights in some files of a directory, by model name; each is read, or mapped, when it is asked for.
 
-    Args:
-        directory: Holds the files.
-        files: Their names.
-        forms: Model name of each weight -> its form.
     Raises:
-        UserError: A damaged file, or a tensor in two files.
+        UserError: A file is damaged, or a tensor is in two files.
     """
 
     def __init__(self, directory: Path, files: Iterable[str], forms: Mapping[str, WeightForm]) -> None:
@@ -85,11 +81,8 @@ class PackedBase:
         return [Part(self._file_of[each], each) for each in names if each in self._file_of]
 
     def read(self, name: str, *, mapped: bool = False) -> Weight:
-        """A weight.
+        """A weight; `mapped` as views of the files, which must not be written to, instead of copies.
 
-        Args:
-            name: Model name.
-            mapped: Return views of the files, which must not be written to, instead of copies.
         Raises:
             UserError: Tensors are missing, or do not fit the weight's form.
         """
@@ -151,8 +144,6 @@ def write_weights(
         max_file_bytes: Upper bound of a file's tensors; a larger weight gets a file of its own.
     Returns:
         JSON values for a record: "files" (name -> bytes) and "weights" (model name -> file and form).
-    Raises:
-        OSError: The disk is full.
     """
     files: dict[str, int] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -192,7 +183,7 @@ def save_pruned_base(
         model: Freshly loaded, without adapters.
         layers: `Pruner.layers`.
         directory: Where to.
-        settings: The recipe's section, JSON values.
+        settings: JSON values of the recipe.
     Returns:
         The content of compressed.json.
     """
@@ -242,8 +233,6 @@ class _PrunedRecord(BaseModel):
 class PrunedBase:
     """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`.
 
-    Args:
-        directory: Where they are.
     Raises:
         UserError: There is no pruned base, or it is damaged.
     """

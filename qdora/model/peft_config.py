@@ -10,7 +10,18 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from qdora.errors import UserError, nearest
 from qdora.nn.adapted_linear import AdaptedLinear, Kind
@@ -36,22 +47,6 @@ _WITHOUT_EFFECT = {
     "runtime_config",
     "task_type",
 }
-_HONOURED = {
-    "alpha_pattern",
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_dora",
-    "use_rslora",
-}
 # Settings that change the function in ways that qdora does not compute.
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA switches the adapter on in the middle of a text",
@@ -72,6 +67,40 @@ _REFUSED = {
 # These starts move part of W into the adapter, so it does not fit the unchanged base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is not a regular expression") from error
+    return pattern
+
+
+_Regex = Annotated[str, AfterValidator(_compiles)]
+
+
+class _Settings(BaseModel):
+    """The settings that are used, with the values that are allowed."""
+
+    model_config = ConfigDict(strict=True)
+    peft_type: Literal["LORA", "QDORA_MASKED_LORA"]
+    task_type: Literal["CAUSAL_LM"] | None = None
+    bias: Literal["none"] = "none"
+    fan_in_fan_out: Literal[False] | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
+    r: PositiveInt = 8
+    lora_alpha: FiniteFloat = 8
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    target_modules: Annotated[_Regex, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+    exclude_modules: _Regex | list[str] | None = None
+    rank_pattern: dict[_Regex, PositiveInt] | None = None
+    alpha_pattern: dict[_Regex, FiniteFloat] | None = None
+    layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = None
+    layers_pattern: _Regex | list[_Regex] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +130,11 @@ class AdapterLayout:
     def alpha_of(self, path: str) -> float:
         """Alpha of the layer at `path`."""
         return self.alpha_pattern.get(_first_match(self.alpha_pattern, path), self.alpha)
+
+    def scaling_of(self, path: str) -> float:
+        """s of the layer at `path`: alpha / rank, or alpha / sqrt(rank)."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def selects(self, path: str, *, is_linear: bool, is_head: bool) -> bool:
         """Whether the module at the dotted `path` carries an adapter; "all-linear" takes linear layers but the head."""
@@ -146,8 +180,7 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout
     Raises:
         UserError: One line for each setting that is malformed, unknown and set, or not supported.
     """
-    faults = _feature_faults(config)
-    faults += _value_faults(config)
+    faults = [*_value_faults(config), *_method_faults(config)]
     if faults:
         raise UserError(*(f"{where}: {fault}" for fault in faults))
     targets, exclude = config["target_modules"], config.get("exclude_modules") or ()
@@ -174,19 +207,24 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
-def _feature_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = []
-    if config.get("peft_type") not in ("LORA", MASKED):
-        faults.append(f"peft_type: must be 'LORA', with or without use_dora (got {config.get('peft_type')!r}).")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        faults.append(f"task_type: must be 'CAUSAL_LM' or null (got {config['task_type']!r}).")
-    if config.get("bias", "none") != "none":
-        faults.append(f"bias: must be 'none', since qdora's biases stay frozen (got {config['bias']!r}).")
-    if config.get("fan_in_fan_out", False):
-        faults.append("fan_in_fan_out: must be false (got true); transposed weights (GPT-2) are not supported.")
-    for key, reason in _REFUSED.items():
-        if not _is_empty(config.get(key)):
-            faults.append(f"{key}: is not supported: {reason}.")
+def _value_faults(config: Mapping[str, Any]) -> list[str]:
+    try:
+        _Settings.model_validate(config)
+    except ValidationError as error:
+        reasons: dict[str, list[str]] = {}
+        for each in error.errors():
+            reason = each["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+            reasons.setdefault(str(each["loc"][0]), []).append(reason)
+        return [
+            f"{key}: {' or '.join(dict.fromkeys(all_))} (got {config.get(key)!r})." for key, all_ in reasons.items()
+        ]
+    return []
+
+
+def _method_faults(config: Mapping[str, Any]) -> list[str]:
+    faults = [
+        f"{key}: is not supported: {reason}." for key, reason in _REFUSED.items() if not _is_empty(config.get(key))
+    ]
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         faults.append(
@@ -195,83 +233,13 @@ def _feature_faults(config: Mapping[str, Any]) -> list[str]:
         )
     elif init not in _HARMLESS_INITS:
         faults.append(f"init_lora_weights: must be one of {', '.join(map(repr, _HARMLESS_INITS))} (got {init!r}).")
-    known = _WITHOUT_EFFECT | _HONOURED | _REFUSED.keys()
+    known = _WITHOUT_EFFECT | _REFUSED.keys() | _Settings.model_fields.keys() | {"init_lora_weights"}
     faults.extend(
         f"{key}: unknown setting {config[key]!r}; it may change what the adapter computes.{nearest(key, known)}"
         for key in sorted(config.keys() - known)
         if not _is_empty(config[key])
     )
     return faults
-
-
-def _value_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = [
-        f"{key}: must be true or false (got {config[key]!r})."
-        for key in ("use_dora", "use_rslora")
-        if not isinstance(config.get(key, False), bool)
-    ]
-    if not _is_rank(config.get("r", 8)):
-        faults.append(f"r: must be a whole number of at least 1 (got {config['r']!r}).")
-    if not _is_number(config.get("lora_alpha", 8)):
-        faults.append(f"lora_alpha: must be a finite number (got {config['lora_alpha']!r}).")
-    dropout = config.get("lora_dropout", 0.0)
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        faults.append(f"lora_dropout: must be at least 0 and less than 1 (got {dropout!r}).")
-    for key, allowed, meaning in (
-        ("rank_pattern", _is_rank, "name -> whole number of at least 1"),
-        ("alpha_pattern", _is_number, "name -> finite number"),
-    ):
-        value = config.get(key) or {}
-        if not isinstance(value, dict) or not all(allowed(item) for item in value.values()):
-            faults.append(f"{key}: must be {meaning} (got {value!r}).")
-        else:
-            faults += [f"{key}: '{name}' is not a regular expression." for name in value if not _is_regex(name)]
-    faults += _target_faults(config)
-    return faults
-
-
-def _target_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = []
-    targets = config.get("target_modules")
-    if not targets:
-        faults.append(f"target_modules: must be a list of names, a pattern, or 'all-linear' (got {targets!r}).")
-    for key in ("target_modules", "exclude_modules"):
-        names = config.get(key) or []
-        if isinstance(names, str):
-            if not _is_regex(names):
-                faults.append(f"{key}: {names!r} is not a regular expression.")
-        elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            faults.append(f"{key}: must be a list of names or a regular expression (got {names!r}).")
-    layers = config.get("layers_to_transform")
-    indices = layers if isinstance(layers, list) else [] if layers is None else [layers]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
-        faults.append(f"layers_to_transform: must be a layer number or a list of them (got {layers!r}).")
-    pattern = config.get("layers_pattern") or []
-    patterns = pattern if isinstance(pattern, list) else [pattern]
-    if not all(isinstance(name, str) and _is_regex(name) for name in patterns):
-        faults.append(f"layers_pattern: must be a name or a list of names (got {pattern!r}).")
-    faults.extend(
-        f"{key}: must be a string or null (got {config[key]!r})."
-        for key in ("base_model_name_or_path", "revision")
-        if not isinstance(config.get(key), str | None)
-    )
-    return faults
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_regex(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
 
 
 def adapter_config(

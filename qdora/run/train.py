@@ -30,12 +30,12 @@ from qdora.model.build_model import (
     describe_adapters,
     find_model,
     find_source,
-    model_size,
     put_adapters,
     start_adapters,
 )
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config
+from qdora.model.model_size import model_size
 from qdora.plan.memory_plan import apply_micro_batch_, within_budget
 from qdora.plan.plan_view import keep_plan, show_plan
 from qdora.plan.workload import workload_of_data
