@@ -24,7 +24,8 @@ from qdora.model.source import ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import StoredPacked, open_safetensors
 from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.settings import Recipe
-from qdora.run.load_base import FOLDER, load_base, load_pruned_base, residency_here
+from qdora.run.load_base import load_base, residency_here
+from qdora.run.pruned_base import FOLDER, load_pruned_base
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 
