@@ -95,7 +95,7 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
         return from_tensors(shared.kind, shared.shape, shared.block_size, copies)
 
     if _SCALES_8BIT in parts:
-        return StoredPacked(weight.key, weight.shape, "int8", weight.shape[-1], False, read)
+        return StoredPacked(weight.key, weight.shape, "int8", weight.shape[-1], double_quant=False, read=read)
     state_part = next((part for part in parts if part.startswith(_STATE)), None)
     if state_part is None:
         raise UserError(f"model.source: '{weight.key}' is stored in 4 bits without its {_STATE}* entry.")
@@ -104,5 +104,5 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
         shape, block_size = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"model.source: the quantisation state of '{weight.key}' is broken: {error!r}") from error
-    nested = "weight.nested_absmax" in parts
-    return StoredPacked(weight.key, shape, state_part.removeprefix(_STATE), block_size, nested, read)
+    kind, nested = state_part.removeprefix(_STATE), "weight.nested_absmax" in parts
+    return StoredPacked(weight.key, shape, kind, block_size, double_quant=nested, read=read)

@@ -149,8 +149,17 @@ def load_model(
         layers = set()
     if before_reading is not None:
         before_reading(model, torch.device(device))
-    (placer or place_all)(Loading(model, stored, layers, wanted, torch.device(device), compute_dtype, progress))
-    _finish(model, source, torch.device(device))
+    load = Loading(
+        model,
+        stored=stored,
+        layers=layers,
+        wanted=wanted,
+        device=torch.device(device),
+        compute_dtype=compute_dtype,
+        progress=progress,
+    )
+    (placer or place_all)(load)
+    _finish(model, source, load.device)
     return model
 
 

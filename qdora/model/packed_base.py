@@ -110,7 +110,7 @@ class PackedBase:
         if form.kind is None:
             return StoredTensor(name, form.shape, read)
         double_quant = f"{name.removesuffix('.weight')}.nested_absmax" in self._file_of
-        return StoredPacked(name, form.shape, form.kind, form.block_size, double_quant, read)
+        return StoredPacked(name, form.shape, form.kind, form.block_size, double_quant=double_quant, read=read)
 
 
 def one_line(error: BaseException) -> str:
