@@ -25,7 +25,7 @@ from qdora import __version__
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, json_text
 from qdora.files.tensor_file import TensorSpec, write_safetensors
-from qdora.model.inject import adapted_layers, as_frozen, check_masks, put_layers
+from qdora.model.inject import adapted_layers, as_frozen, check_masks, is_linear, put_layers
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
@@ -259,9 +259,9 @@ def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict
     chosen: dict[str, nn.Module] = {}
     others = []
     for path, module in model.named_modules():
-        is_linear = isinstance(module, FrozenLinear) or type(module) is nn.Linear
-        if path and layout.selects(path, is_linear=is_linear, is_head=module is head):
-            if is_linear:
+        linear = is_linear(module)
+        if path and layout.selects(path, is_linear=linear, is_head=module is head):
+            if linear:
                 chosen[path] = module
             else:
                 others.append(f"{path} ({type(module).__name__})")

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from qdora.errors import UserError, nearest
+from qdora.model.peft_config import ALL_LINEAR
 from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
 
-ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
 """Stands for the output head, under any name, in a list of layers to skip."""
 
@@ -28,7 +28,6 @@ def inject(
     rank_stabilized: bool = False,
     dropout: float = 0.0,
     targets: str | Sequence[str] = ALL_LINEAR,
-    skip: Sequence[str] = (HEAD,),
     rank_pattern: Mapping[str, int] | None = None,
     same_scaling: bool = False,
     init: Init = "kaiming",
@@ -41,9 +40,8 @@ def inject(
     Args:
         model: A transformers causal LM with layers of nn.Linear or FrozenLinear.
         kind, rank, alpha, rank_stabilized, dropout, init, dtype, masked, generator: As in AdaptedLinear.
-        targets: "all-linear", or names: the last part of a module's path ("q_proj"), or a pattern over the whole path
-            ("model.layers.3.*.q_proj").
-        skip: Names or patterns left out of "all-linear"; "lm_head" is the output head under any name.
+        targets: "all-linear" (all but the output head), or names: the last part of a module's path ("q_proj"), or a
+            pattern over the whole path ("model.layers.3.*.q_proj").
         rank_pattern: Name or pattern -> rank instead of `rank`; the longest matching key wins.
         same_scaling: Layers of another rank get the alpha that gives them the scaling of `rank`.
     Returns:
@@ -51,12 +49,12 @@ def inject(
     Raises:
         UserError: All targets and patterns that match nothing, or all ranks that are too large.
     """
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if HEAD in skip and callable(find_head) else None
+    head = find_head() if callable(find_head) else None
     # GPT-NeoX calls its head embed_out.
-    heads = [name for name, module in linear.items() if module is head]
-    chosen = _chosen(linear, targets, [*skip, *heads])
+    heads = [HEAD, *(name for name, module in linear.items() if module is head)]
+    chosen = _chosen(linear, targets, heads)
     ranks = _ranks(chosen, rank, rank_pattern or {})
     if masked:
         check_masks(chosen, "adapter.mask")
@@ -146,7 +144,8 @@ def matches(name: str, pattern: str) -> bool:
     return pattern in (name.rpartition(".")[2], name) or fnmatch.fnmatchcase(name, pattern)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that can carry an adapter."""
     # Exact type: subclasses of nn.Linear (bitsandbytes, tensor parallelism) compute something else.
     return isinstance(module, FrozenLinear) or type(module) is nn.Linear
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qdora.model.inject import is_linear
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 
@@ -36,8 +37,7 @@ def model_size(model: nn.Module) -> ModelSize:
     seen: set[int] = set()
     weights = linear = other = adapter = 0
     for module in model.modules():
-        is_linear = isinstance(module, FrozenLinear) or type(module) is nn.Linear
-        if is_linear and module is not head:
+        if is_linear(module) and module is not head:
             assert isinstance(module, (FrozenLinear, nn.Linear))
             packed = module.packed_weight if isinstance(module, FrozenLinear) else None
             count = module.out_features * module.in_features
