@@ -152,7 +152,7 @@ def damage(directory: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["cut", "missing", "header", "no record", "no JSON", "unknown key", "format", "outside"]
 )
-def test_damaged_base_is_said_and_made_anew(
+def test_damaged_base_is_reported_and_made_again(
     source: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, cache = cached(source, tmp_path)
@@ -161,7 +161,7 @@ def test_damaged_base_is_said_and_made_anew(
     with caplog.at_level(logging.WARNING, "qdora"):
         again, _ = cached(source, tmp_path)
     assert same(again, model)
-    (said,) = [record.getMessage() for record in caplog.records if "made anew" in record.getMessage()]
+    (said,) = [record.getMessage() for record in caplog.records if "quantised again" in record.getMessage()]
     assert str(cache.base.directory) in said
     assert len(said.splitlines()) == 1
 

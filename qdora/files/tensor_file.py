@@ -174,7 +174,7 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, 
 
 
 def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> dict[str, object]:
-    """The content of `model.safetensors.index.json`: parameters and bytes in all, and tensor -> file."""
+    """The content of `model.safetensors.index.json`: total parameters and bytes, and tensor -> file."""
     specs = [spec for group in shards.values() for spec in group]
     return {
         "metadata": {

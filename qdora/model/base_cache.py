@@ -36,7 +36,7 @@ log = logging.getLogger("qdora")
 
 RECORD_FILE = "base.json"
 FORMAT = 1
-# A file's tensors are in memory until it is written: few bytes beside a block of a large model, and few files.
+# A file's tensors are in memory until it is written; this is less than a block of a large model.
 _FILE_BYTES = 256 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
 
@@ -148,7 +148,7 @@ def _open_if_whole(directory: Path, key: str) -> PackedBase | None:
     try:
         record, base = open_cached_base(directory)
     except UserError as error:
-        log.warning("%s It is made anew.", error)
+        log.warning("%s The base is quantised again.", error)
         return None
     if record.key != key:
         raise UserError(
@@ -159,20 +159,20 @@ def _open_if_whole(directory: Path, key: str) -> PackedBase | None:
 
 
 def cache_key(source: ModelSource, model: PreTrainedModel, wanted: Quantization) -> str:
-    """Everything that determines a packed base, as 64 hex digits. Only samples of the weights are read."""
+    """Hash of everything that determines a packed base, 64 hex digits. Only samples of the weights are read."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     content = {"format": FORMAT, "quantization": asdict(wanted), "model": shapes, "files": fingerprints(source)}
     return hashlib.sha256(json_text(content).encode()).hexdigest()
 
 
 def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
-    """A fingerprint of each of a model's files, as JSON values: what was made from other files is made anew."""
+    """Name, size, time and samples of each of a model's files, as JSON values."""
     files = [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]
     return [_fingerprint(file) for file in files]
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
-    """Name, size, time and samples: reading all bytes of a 70B model would take minutes."""
+    """Samples, since reading all bytes of a 70B model would take minutes."""
     facts = file.stat()
     digest = hashlib.sha256()
     step = max(1, facts.st_size // _SAMPLES)

@@ -1,6 +1,6 @@
 """Checkpoints that bitsandbytes quantised; their packed bytes are used as they are.
 
-The keys beside each weight are those of `qdora.ops.bnb_state`.
+`qdora.ops.bnb_state` defines the keys of a weight's scales.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def licence_of(source: ModelSource) -> Licence | None:
 
 
 def licence_files(source: ModelSource) -> dict[str, str]:
-    """Name -> text of the licence files beside a base."""
+    """Name -> text of the licence files in the directory of a base."""
     if source.is_gguf:
         return {}
     found = {file for pattern in _FILES for file in source.path.glob(pattern)}

@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -23,7 +22,7 @@ from qdora.errors import UserError, nearest
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, matches, replace_module
-from qdora.model.source import ModelSource
+from qdora.model.source import ModelSource, first_line
 from qdora.model.stored_tensors import (
     Stored,
     StoredPacked,
@@ -175,7 +174,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model.source: {source.name}: its config cannot be used: {_first_line(error)}") from error
+        raise UserError(f"model.source: {source.name}: its config cannot be used: {first_line(error)}") from error
     return config
 
 
@@ -194,8 +193,8 @@ def skeleton(
         model = _empty(config, source, dtype, choice)
     except (ValueError, ImportError) as error:
         if attention != "auto" or choice is None:
-            raise UserError(f"model: {source.name}: cannot be built: {_first_line(error)}") from error
-        log.info("%s has no %s (%s).", source.name, choice, _first_line(error))
+            raise UserError(f"model: {source.name}: cannot be built: {first_line(error)}") from error
+        log.info("%s has no %s (%s).", source.name, choice, first_line(error))
         model = _empty(config, source, dtype, None)
     log.info("Attention of %s: %s.", source.name, model.config._attn_implementation)
     return model
@@ -430,8 +429,3 @@ def _report_experts(model: PreTrainedModel) -> None:
             100 * share,
             next(iter(stacked)),
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines: list[Any] = str(error).strip().splitlines()
-    return str(lines[0]) if lines else type(error).__name__

@@ -223,7 +223,7 @@ class _LayerRecord(BaseModel):
 
 
 class _PrunedRecord(BaseModel):
-    """What is read of compressed.json."""
+    """The part of compressed.json that is read."""
 
     model_config = ConfigDict(strict=True)
     format: Literal[1]

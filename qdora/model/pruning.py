@@ -141,7 +141,7 @@ def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 @dataclass
 class _PruningTask:
-    """What a load does in every block; `tensors` are the stored tensors of the block."""
+    """The work in each block; `tensors` are the stored tensors of the block."""
 
     pruner: Pruner
     load: Loading

