@@ -127,7 +127,7 @@ def test_a_failing_save_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pyte
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qdora.model.adapter_file.write_safetensors", full)
+    monkeypatch.setattr("qdora.model.adapter_file.write_tensors", full)
     with pytest.raises(OSError, match="No space"):
         save(model, directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before

@@ -196,7 +196,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     def no_room(*_: Any, **__: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(packed_base, "write_safetensors", no_room)
+    monkeypatch.setattr(packed_base, "write_tensors", no_room)
     with pytest.raises(UserError, match=r"base\.cache: .* cannot be written: the disk is full"):
         cached(source, tmp_path / "cache")
     assert [file.name for file in (tmp_path / "cache").iterdir() if not file.name.endswith(".lock")] == []

@@ -131,6 +131,13 @@ def write_safetensors(
         return end
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Write tensors to a new file, wider dtypes first, which aligns all of them; otherwise as `write_safetensors`."""
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable
+    return write_safetensors(path, specs, (tensors[spec.name] for spec in specs))
+
+
 def _check(spec: TensorSpec, tensor: Tensor) -> None:
     if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
         raise ValueError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qdora import __version__
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, json_text
-from qdora.files.tensor_file import TensorSpec, write_safetensors
+from qdora.files.tensor_file import write_tensors
 from qdora.model.inject import adapted_layers, as_frozen, check_masks, is_linear, put_layers
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -51,16 +51,15 @@ class AdapterDescription:
     scalings: dict[str, float] | None
 
 
-def adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    """Name in the file -> tensor; magnitudes first, since wider dtypes first keep the file aligned."""
-    magnitudes, factors = {}, {}
+def _adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
+    """Name in the file -> tensor, by name."""
+    tensors = {}
     for path, layer in layers.items():
         a_name, b_name, m_name = _names(path)
-        factors[a_name], factors[b_name] = layer.lora_A.detach(), layer.stored_B()
+        tensors[a_name], tensors[b_name] = layer.lora_A.detach(), layer.stored_B()
         if layer.magnitude is not None:
-            magnitudes[m_name] = layer.magnitude.detach().float()
-    ordered = sorted({**magnitudes, **factors}.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    return dict(ordered)
+            tensors[m_name] = layer.magnitude.detach().float()
+    return dict(sorted(tensors.items()))
 
 
 def save_adapter(
@@ -108,10 +107,8 @@ def save_adapter(
         },
         "extra": extra or {},
     }
-    tensors = adapter_tensors(layers)
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with atomic_directory(directory) as partial:
-        write_safetensors(partial / WEIGHTS_FILE, specs, tensors.values())
+        write_tensors(partial / WEIGHTS_FILE, _adapter_tensors(layers))
         for name, content in ((CONFIG_FILE, config), (RECORD_FILE, record)):
             (partial / name).write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 

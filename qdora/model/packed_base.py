@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, disk_reason, json_text
-from qdora.files.tensor_file import MappedFile, TensorSpec, write_safetensors
+from qdora.files.tensor_file import MappedFile, write_tensors
 from qdora.model.load import Loading, place_all, place_frozen
 from qdora.model.pruning import PrunedLayer, layer_record
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
@@ -151,10 +151,8 @@ def write_weights(
 
     def flush() -> None:
         if held:
-            specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()]
-            specs.sort(key=lambda spec: -spec.dtype.itemsize)  # aligns every tensor
             file = file_name.format(len(files))
-            files[file] = write_safetensors(folder / file, specs, (held[spec.name] for spec in specs))
+            files[file] = write_tensors(folder / file, held)
             held.clear()
 
     for name, weight in weights:
