@@ -12,9 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qdora.model.decoder_blocks import block_list
 from qdora.model.inject import replace_module
-from qdora.model.load import Quantization, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
+from qdora.model.load import Quantization, block_list, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
@@ -51,7 +50,7 @@ def fill_(
 ) -> None:
     """Put fake tensors in the place of the meta ones, as `load_model` puts real ones; within a FakeTensorMode.
 
-    With `pruned` every linear layer that is not skipped has its mask, as behind `model.compress.Compression`.
+    With `pruned` every linear layer that is not skipped has its mask, as after `model.pruning.Pruner`.
     """
     layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
     whole = wanted.kind == "none"
