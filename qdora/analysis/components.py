@@ -70,10 +70,11 @@ from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import check_batches, curvature_of, labelled_logits
 from qdora.analysis.differentiable import UPDATE, Norm, check_layers
 from qdora.analysis.tensor_cache import keep_tensors, kept_tensors, made_once
-from qdora.analysis.update_gradient import evaluating, row_directions, update_gradients, watch_output
+from qdora.analysis.update_gradient import row_directions, update_gradients, watch_output
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.evaluation_mode import evaluation_mode
 
 Array = NDArray[np.float64]
 
@@ -423,7 +424,7 @@ def squared_slopes(
     hooks = [watch_output(probe.layer, functools.partial(see, name)) for name, probe in probes.items()]
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
     try:
-        with evaluating(model):
+        with evaluation_mode(model):
             logits, _ = labelled_logits(model, batch, device)
             drawn = labels(logits.detach())
             probabilities = torch.softmax(logits.detach(), dim=-1)

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.linear_map import linear_map
 
@@ -88,10 +89,8 @@ def plain_model(
     check_layers(model, layers, norm=norm, parts=parts)
     leaves: dict[str, Tensor] = {}
     patched: list[nn.Module] = []
-    was_training = [module for module in model.modules() if module.training]
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
-    model.eval()
     try:
         if attention not in (None, "eager", "sdpa"):
             model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -104,13 +103,11 @@ def plain_model(
                 leaves |= {f"{name}.{part}": plain.values[part].requires_grad_(True) for part in parts}
             vars(layer)["forward"] = partial(plain_forward, layer, plain)
             patched.append(layer)
-        with sdpa_kernel(SDPBackend.MATH):
+        with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
             yield leaves
     finally:
         for module in patched:
             vars(module).pop("forward", None)
-        for module in was_training:
-            module.training = True
         if attention not in (None, "eager", "sdpa"):
             model.set_attn_implementation(attention)  # type: ignore[operator]
 

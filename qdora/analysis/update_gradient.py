@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from qdora.analysis.differentiable import Norm, check_layers
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.ops.dora import merged_weight
 from qdora.ops.loss import token_nll
 
@@ -62,25 +62,13 @@ def update_gradients(
     check_layers(model, layers, norm=norm)
     adapted = adapted_layers(model)
     found: dict[str, T] = {}
-    with evaluating(model):
+    with evaluation_mode(model):
         for group in _groups(adapted, layers):
             for name, gradient in _of_group(model, {name: adapted[name] for name in group}, batches, norm).items():
                 found[name] = use(name, gradient)
             if progress is not None:
                 progress(len(found), len(layers))
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards each module is in the mode that it was in."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
 
 
 def watch_output(layer: nn.Module, see: Callable[[Tensor, Tensor], Callable[[Tensor], None]]) -> RemovableHandle:

@@ -31,6 +31,7 @@ from qdora.model.load import (
 )
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked
+from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.ops.packed import dequantize, quantize
 from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores, zero_packed
 from qdora.ops.sparsegpt import DAMPING
@@ -293,11 +294,9 @@ def _is_weight_of(name: str, layers: set[str]) -> bool:
 
 def _run(model: PreTrainedModel, tokens: Tensor) -> None:
     """The blocks of a model on token ids (sequences, length), without its head."""
-    was_training = model.training
-    model.eval()
     inner = getattr(model, model.base_model_prefix, model)
-    inner(input_ids=tokens, use_cache=False)
-    model.train(was_training)
+    with evaluation_mode(model):
+        inner(input_ids=tokens, use_cache=False)
 
 
 def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
