@@ -143,7 +143,7 @@ def test_names(tmp_path):
 
 
 def test_demo_tasks():
-    task = f"demo/{demo.families()[0]}"
+    task = f"demo/{next(iter(demo.FAMILIES))}"
     examples = load_source(SourceConfig(task=task), "validation")
     assert examples
     assert {example.task for example in examples} == {task}
