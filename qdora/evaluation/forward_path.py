@@ -93,7 +93,7 @@ def scoring(model: nn.Module) -> Iterator[None]:
     """
     find_head: Any = getattr(_unwrapped(model), "get_output_embeddings", None)
     head = None if find_head is None else find_head()
-    hook = head.register_forward_pre_hook(_contiguous_input) if isinstance(head, nn.Module) else None
+    hook = head.register_forward_pre_hook(contiguous_input) if isinstance(head, nn.Module) else None
     try:
         with evaluation_mode(model), torch.no_grad():
             yield
@@ -111,7 +111,7 @@ def input_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _contiguous_input(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def contiguous_input(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The head's input with the strides of a new tensor. `contiguous` alone keeps other strides for a single row."""
     if not args:
         return None
