@@ -23,15 +23,7 @@ def output_head() -> str:
                 f"{case['equal_scores']} of {document['examples']}",
             ]
         )
-    header = [
-        "evaluation",
-        "head",
-        "head %, slice",
-        "head %, flat",
-        "head, slice / flat",
-        "whole, slice / flat",
-        "equal",
-    ]
+    header = ["evaluation", "head", "head %, slice", "head %, flat", "head, ratio", "whole, ratio", "equal"]
     largest = max(case["largest_difference"] for case in document["cases"])
-    note = f"{document['examples']} examples of the demo tasks, in turns; median and quartiles of the rounds' ratios. "
+    note = f"{document['examples']} examples of the demo tasks, in turns. Ratios: slice / flat, median and quartiles. "
     return markdown(header, rows) + f"\n{note}Largest difference of an example's NLL: {largest:.1g} nats.\n"

@@ -1,4 +1,4 @@
-"""The layouts of rows that people have: choices, prompt and completion, chat, text, LLM-Adapters; each to Examples."""
+"""The layouts of rows -> Examples: choices, prompt and completion, chat, text, LLM-Adapters."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> lis
     Args:
         rows: At least one.
         format: One of FORMATS, or auto: by the columns of the first row.
-        label: Task name of the examples; a row's own task (or, in commonsense170k, the one that its wording gives away)
-            comes before it unless `named`.
-        named: The label was chosen by the user.
+        label: Task name of the examples. A row's own task (in commonsense170k, the one found from its wording) comes
+            first unless `named`.
+        named: The user chose the label.
     Raises:
         UserError: If no format fits the columns, or rows are faulty: the first few are named, the rest counted.
     """
@@ -174,10 +174,10 @@ def _answer_names(instruction: str) -> tuple[str, ...]:
 
 
 def commonsense_task(instruction: str) -> str:
-    """The task that the wording of a commonsense_170k instruction gives away, or ''.
+    """The task of a commonsense_170k instruction, found from its wording; '' where none fits.
 
-    Three numbered answers are Social IQa (a dozen ARC questions have three, too), four or five are ARC or OpenBookQA,
-    which cannot be told apart: arc_or_obqa.
+    Three numbered answers are Social IQa (a dozen ARC questions have three, too). Four or five are ARC or OpenBookQA,
+    whose wording is the same: arc_or_obqa.
     """
     names = _answer_names(instruction)
     if names == ("true", "false"):

@@ -1,4 +1,4 @@
-"""Examples of a source larger than memory: read, shuffled and tokenised on the way, resumed exactly from any one."""
+"""Examples of a source larger than memory: read, shuffled and tokenised while training, resumed exactly anywhere."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
 
 _TOKENIZED_AT_ONCE = 64
-"""Rows for one call of the tokenizer: little to do again on resume, and the first example is there at once."""
+"""Rows for one call of the tokenizer: few, so that little is done again on resume and the first example comes soon."""
 _SAMPLE = 64
 """Rows from the beginning that tell one stream from another and give a first guess of the length."""
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream stands; a few numbers, from which it goes on after reading one window again.
+    """Where a stream stands. To resume, one window of rows is read again.
 
     Attributes:
         epoch: Passes over the shards that are done.
@@ -106,7 +106,7 @@ class ExampleStream:
         return asdict(self.position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken, in a stream of the same data and settings."""
+        """Continue where `state` was taken, in a stream of the same data and settings."""
         self.position = StreamPosition(**state)
         self._rows, self._window, self._ready = None, [], []
 
@@ -126,7 +126,7 @@ class ExampleStream:
 
     @property
     def mean_length(self) -> float:
-        """Tokens of an example, a guess from the first rows."""
+        """Tokens of an example, estimated from the first rows."""
         lengths = [len(example) for example in self._sample]
         return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
 
@@ -138,7 +138,7 @@ class ExampleStream:
 
     @cached_property
     def _format(self) -> str:
-        """The layout of all rows, by the first row of the first shard that has one."""
+        """The layout of all rows, found from the first row."""
         for reader in self.shards.readers:
             for _, row in reader(0):
                 return choose_format(list(row), self.source.format, self.shards.where)
@@ -156,7 +156,7 @@ class ExampleStream:
         self._ready = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE])[::-1]
 
     def _read_window(self) -> None:
-        """The rows of the window that begins at the position, shuffled; those of the next pass behind the last one."""
+        """The rows of the window that begins at the position, shuffled. After the last window the next pass begins."""
         rows = self._window_rows()
         if not rows:
             here = self.position
@@ -197,7 +197,7 @@ class ExampleStream:
                 yield shard, row, placed
 
     def _generator(self, purpose: int, *part: int) -> np.random.Generator:
-        """1 is taken by the shuffles of `MixOrder`."""
+        """The purposes 2 and 3 are those of this file; 1 is that of the shuffles of `MixOrder`."""
         entropy = [self.data.seed, purpose, self.number, self.position.epoch, *part]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 

@@ -11,10 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from qdora.data.chat import encode_chats, require_chat_template
-from qdora.data.encode import special_prefix
+from qdora.data.encode import encode_chats, encode_pairs, require_chat_template, special_prefix
 from qdora.data.example import Example
-from qdora.data.tokenize import encode_pairs
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import ForwardPath, choose_path, context_length
 from qdora.evaluation.perplexity import strided_spans

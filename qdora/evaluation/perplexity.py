@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from qdora.data.tokenize import encode_pair
+from qdora.data.encode import encode_pairs
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.evaluation.token_scores import Progress, Span, score_spans
@@ -120,7 +120,7 @@ def text_perplexity(
     for text in texts:
         num_texts += 1
         num_bytes += len(text.encode())
-        ids, _ = encode_pair(tokenizer, "", text)  # as training does
+        [(ids, _)] = encode_pairs(tokenizer, [("", text)])  # as training does
         spans.extend(strided_spans(ids, window, stride))
     if not spans:
         raise UserError(f"perplexity: {num_texts} texts with {num_bytes} bytes hold no token that can be scored")
