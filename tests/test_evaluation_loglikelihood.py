@@ -155,8 +155,8 @@ def test_faults_are_gathered() -> None:
     with pytest.raises(UserError) as caught:
         score_choices(net, tokenizer, [EXAMPLES[0], *free])
     assert [fault.split(";")[0] for fault in caught.value.faults] == [
-        "t: example free: 0 choices and gold None",
-        "u: example free, too: 0 choices and gold None",
+        "t: example free: accuracy needs choices and the index of the right one, got 0 choices and gold None",
+        "u: example free, too: accuracy needs choices and the index of the right one, got 0 choices and gold None",
     ]
     faulty = [
         Example("t", "empty", "moo", " x", (" x", ""), 0),

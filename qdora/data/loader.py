@@ -179,7 +179,7 @@ class StepLoader:
 
     @property
     def counts_draws(self) -> bool:
-        """Whether the draws of a step are known beforehand. They are not where a step is a number of tokens of a stream."""
+        """Whether the draws of a step are known beforehand: not for a number of tokens, some of them from a stream."""
         return self.batch is not None or not self.streams
 
     def draws_for_steps(self, num_steps: int) -> int:
@@ -191,8 +191,8 @@ class StepLoader:
         length = self.order.length
         if length is not None and not self.counts_draws:
             raise UserError(
-                "train.tokens_per_step: with max_epochs for every source and a stream among them the number of steps is "
-                "not known. Fix: use train.batch, or remove max_epochs from one source."
+                "train.tokens_per_step: with max_epochs for every source and a stream among them the number of steps "
+                "is not known. Fix: use train.batch, or remove max_epochs from one source."
             )
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, None if length is None else -(-length // self.batch)
@@ -222,7 +222,7 @@ class StepLoader:
         stored, mine = dict(state["fingerprint"]), self.fingerprint()
         faults = [
             f"resume: {_WHAT[key]} changed since the checkpoint (then {stored.get(key)}, now {value}). "
-            "restore it, or start a new run"
+            "Fix: restore it, or start a new run."
             for key, value in mine.items()
             if stored.get(key) != value
         ]

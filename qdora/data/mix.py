@@ -78,8 +78,8 @@ class MixOrder:
     through a shuffle of its examples, then through a new one: no example comes twice before all have come. With shares
     in proportion to the sizes, all sources end a shuffle at the same draw: an epoch has each example once.
 
-    A source with a cap gives no more draws after it; the others then share the draws in their old proportions. Where all
-    have a cap, the order ends. Any position is reached in closed form.
+    A source with a cap gives no more draws after it. The others then share the draws in their old proportions. Where
+    all have a cap, the order ends. Any position is reached in closed form.
 
     Args:
         sizes: Examples of each source, each above 0. None: a stream, whose index is the number of the draw from it.

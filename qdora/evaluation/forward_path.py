@@ -1,4 +1,4 @@
-"""How a causal language model is called for scoring: what its forward takes, where, and in which mode."""
+"""How a causal language model is called for scoring: its keywords, device, mode, and the input of its head."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class ForwardPath:
     """How a model can be called, decided once per evaluation by `choose_path`."""
 
     shared_prefix: bool
-    """Prefixes are run once and their cache is reused; else every span is run whole."""
+    """Prefixes run once and their cache is reused; otherwise every span runs whole."""
     reason: str
-    """Why, in a few words, for the log and for the result's settings."""
+    """The reason, in a few words, for the log and for the result's settings."""
     cache_keyword: str = ""
-    """`cache` in new releases of transformers, `past_key_values` in older ones; '' where the model keeps none that
-    left-padded rows can share (attention only, windows included, and explicit positions)."""
+    """`cache` in new releases of transformers, `past_key_values` in older ones; '' where the model has no cache that
+    left-padded rows can share (which needs attention only, windows included, and explicit positions)."""
     keeps_logits: bool = False
     """The model's forward takes `logits_to_keep`."""
 
 
 def choose_path(model: nn.Module) -> ForwardPath:
-    """How choices are scored on this model (`find_path`); logged."""
+    """`find_path`, with a line in the log."""
     path = find_path(model)
     if path.shared_prefix:
         logger.info("evaluation runs the shared prefix of a question's choices once")
@@ -103,7 +103,7 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device of the embedding, or of the rows that it gives."""
+    """The device of token ids: that of the embedding, or of its output where the embedding is on the host."""
     find_embeddings: Any = getattr(_unwrapped(model), "get_input_embeddings", None)
     if find_embeddings is not None:
         embedding = find_embeddings()
