@@ -42,8 +42,8 @@ Logits = Callable[[], tuple[Tensor, Tensor]]
 class CurvatureOperator:
     """The matrix as its product with a vector. The parameters lie end to end, in the order of `leaves`.
 
-    Memory is that of one micro-batch at a time. With a single micro-batch the graph of the gradient is kept from product
-    to product: the peak is the same, and two of four passes are saved.
+    Memory is that of one micro-batch at a time. With a single micro-batch the graph of the gradient is kept between
+    products: the peak is the same, and two of four passes are saved.
 
     Args:
         leaves: Name -> parameter that the logits depend on, float32 or float64.

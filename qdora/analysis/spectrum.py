@@ -25,7 +25,7 @@ class Eigenpairs:
         residuals: (k,) ||M v - lambda v||: each value is at most that far from an eigenvalue. A small residual does not
             say that none is missing; `next_magnitude` does.
         num_rounds: Searches from a new start, each orthogonal to all that was found before.
-        next_magnitude: The largest that the last search found, orthogonal to all others: not above the k-th of `values`.
+        next_magnitude: The largest of the last search, orthogonal to all others: not above the k-th of `values`.
     """
 
     values: Array

@@ -1,7 +1,7 @@
 """The gradient of the loss by an adapter's update s B A as one matrix, and two cheap measures of rank.
 
 The measures are the spectrum of the trained update and that of the gradient. A component is a singular direction and
-its energy the square of its singular value: by the theorem of Eckart and Young the best rank-r matrix holds the first r.
+its energy the square of its singular value: the best rank-r matrix holds the first r (Eckart and Young).
 """
 
 from __future__ import annotations
