@@ -15,7 +15,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qdora.data.demo import families
+from qdora.data.demo import FAMILIES
 from qdora.errors import UserError
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DEMO_TASKS, TASKS, is_path
 from qdora.recipe.recipe_file import (
@@ -104,7 +104,7 @@ def test_the_chat_recipe_learns_assistant_turns_and_validates_on_a_split_of_its_
 
 
 def test_demo_tasks_are_the_families_that_ship() -> None:
-    assert {f"demo/{family}" for family in families()} == set(DEMO_TASKS)
+    assert {f"demo/{family}" for family in FAMILIES} == set(DEMO_TASKS)
     assert [source.task for source in load_recipe("quickstart").data.mix] == list(DEMO_TASKS)
 
 

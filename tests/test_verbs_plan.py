@@ -42,9 +42,9 @@ def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> Non
     recipe = tiny_run.recipe(tmp_path, train__steps=12)
     mix = [{"source": part.source, "max_epochs": 0.5} for part in recipe.data.mix]
     short = tiny_run.recipe(tmp_path, train__steps=12, data__mix=mix)
-    with pytest.raises(UserError, match=r"^train.steps: got 12, but max_epochs of the sources leaves 25 examples"):
+    with pytest.raises(UserError, match=r"^train.steps: must be at most .* max_epochs .* leaves 25 .* got 12"):
         plan_run(short, "r.yaml")
-    with pytest.raises(UserError, match=r"^train.steps: got 12, but max_epochs"):
+    with pytest.raises(UserError, match=r"^train.steps: must be at most .* got 12"):
         train_run(short, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     seven = tiny_run.recipe(tmp_path, train__steps=7, data__mix=mix, eval__at_start=False)

@@ -1,4 +1,4 @@
-"""Pictures of a choice of ranks: each layer's spectrum, and the map of ranks over depth and kind of layer."""
+"""Figures of a choice of ranks: each layer's spectrum, and the map of ranks over depth and kind of layer."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.errors import UserError
+from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.recipe.settings import Recipe
 
@@ -132,9 +133,7 @@ def compare_logits(
     """
     here = next(model.parameters()).device
     total = Comparison()
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for ids in sequences:
             tokens = torch.tensor([ids], device=here)
             running = logits_of(model, tokens)
@@ -145,8 +144,6 @@ def compare_logits(
             total.errors += total.exported_vs_reference.add(reference, other)
             total.noises += total.reference_vs_running.add(running, reference)
             total.spread_sum += float(reference.float().std(dim=-1).sum())
-    finally:
-        model.train(was_training)
     return total
 
 

@@ -33,6 +33,7 @@ from qdora.model.load import (
 )
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked
+from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.ops.packed import dequantize, quantize, zero_packed
 from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores
 from qdora.ops.sparsity import keep_mask, mask_bits, pattern_from
@@ -250,11 +251,9 @@ class _Recorder:
 
 def _run(model: PreTrainedModel, tokens: Tensor) -> None:
     """Run the blocks of a model, without its head, on token ids (sequences, length)."""
-    was_training = model.training
-    model.eval()
     inner = getattr(model, model.base_model_prefix, model)
-    inner(input_ids=tokens, use_cache=False)
-    model.train(was_training)
+    with evaluation_mode(model):
+        inner(input_ids=tokens, use_cache=False)
 
 
 def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:

@@ -29,7 +29,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from qdora.data.build_data import source_spec
 from qdora.data.sources import has_split
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.access_tokens import masked
@@ -390,7 +389,7 @@ def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, list[Cell
             f"{file}: compare.split: {source.label} {what}"
             for cell in cells
             for source in cell.recipe.data.mix
-            if not has_split(source_spec(source, cell.recipe.data), "test")
+            if not has_split(source, "test")
         ]
     if faults:
         raise UserError(*dict.fromkeys(faults))

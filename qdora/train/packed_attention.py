@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qdora.data.batching import PackedLayout
 from qdora.errors import UserError
+from qdora.nn.evaluation_mode import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +42,8 @@ def packed_layout(model: PreTrainedModel) -> PackedLayout:
     """
     attention = model.config.get_text_config()._attn_implementation or "its own code"
     layout = layout_for(attention)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluation_mode(model):
         _check(model, layout, attention)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     rows = "one row without padding" if layout == "single" else "rows with a mask"
     logger.info("Packing for attention by %s: a micro-batch is %s.", attention, rows)
     return layout

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from qdora.data.commonsense import RowFault, instruction_row
+from qdora.data.commonsense import instruction_row
 from qdora.data.row_formats import commonsense_task
-from qdora.data.sources import SourceSpec, load_source
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.data.rows import RowFault
+from qdora.data.sources import load_source
+from qdora.recipe.data_settings import COMMONSENSE_TASKS, SourceConfig
 
 # The white space differs between the tasks of the published file, so each is written out.
 EXPECTED = {
@@ -95,7 +96,7 @@ def test_a_faulty_row_is_a_fault() -> None:
 @pytest.mark.parametrize("task", ["piqa", "winogrande"])
 def test_a_task_is_read_in_the_published_wording(tmp_path: Path, task: str) -> None:
     (tmp_path / "test.jsonl").write_text(json.dumps(row(task)) + "\n")
-    (example,) = load_source(SourceSpec(task=task, path=str(tmp_path), split="test", format="commonsense170k"))
+    (example,) = load_source(SourceConfig(task=task, path=str(tmp_path), format="commonsense170k"), "test")
     assert example.prompt == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         f"\n\n### Instruction:\n{EXPECTED[task]}\n\n### Response:\n"
@@ -103,5 +104,5 @@ def test_a_task_is_read_in_the_published_wording(tmp_path: Path, task: str) -> N
     names = ("solution1", "solution2") if task == "piqa" else ("option1", "option2")
     assert example.choices == tuple(f"the correct answer is {name}" for name in names)
     assert (example.task, example.id, example.gold, example.answer) == (task, "i1", 0, example.choices[0])
-    (cloze,) = load_source(SourceSpec(task=task, path=str(tmp_path), split="test"))
+    (cloze,) = load_source(SourceConfig(task=task, path=str(tmp_path)), "test")
     assert cloze.prompt.endswith("Answer:")

@@ -12,8 +12,9 @@ import pytest
 
 from qdora.data.commonsense import TEMPLATES
 from qdora.data.commonsense_hub import HUB_TASKS, hub_task_rows, without_wikihow_marks
-from qdora.data.sources import SourceSpec, has_split, load_source
+from qdora.data.sources import has_split, load_source
 from qdora.errors import UserError
+from qdora.recipe.data_settings import SourceConfig
 
 HUB_ROWS: dict[str, tuple[dict[str, Any], str, tuple[str, ...], int]] = {
     # task: (row of the Hub, prompt, choices, gold)
@@ -107,7 +108,7 @@ def test_all_eight_tasks_have_a_pinned_place():
 def test_a_row_of_the_hub(task, hub):
     row, prompt, choices, gold = HUB_ROWS[task]
     hub(task, "train", [row, row])
-    examples = load_source(SourceSpec(task=task))
+    examples = load_source(SourceConfig(task=task))
     assert len(examples) == 2
     assert (examples[1].prompt, examples[1].choices, examples[1].gold) == (prompt, choices, gold)
     assert examples[1].task == task
@@ -118,8 +119,8 @@ def test_our_test_split_has_labels(task, hub):
     """Where the official test split has none, the official validation split is read."""
     secret = task in ("boolq", "piqa", "siqa", "hellaswag", "winogrande")
     hub(task, "validation" if secret else "test", [HUB_ROWS[task][0]])
-    assert len(load_source(SourceSpec(task=task, split="test"))) == 1
-    assert has_split(SourceSpec(task=task), "validation") == (not secret)
+    assert len(load_source(SourceConfig(task=task), "test")) == 1
+    assert has_split(SourceConfig(task=task), "validation") == (not secret)
 
 
 def test_rows_without_labels_are_named(hub):
@@ -129,24 +130,24 @@ def test_rows_without_labels_are_named(hub):
         hub_task_rows("piqa", "train")
     assert len(error.value.faults) == 1
     assert error.value.faults[0].endswith(
-        "row 1: label: got -1, allowed: 0 to 1 (a split without labels cannot be used)"
+        "row 1: label: must be 0 to 1 (a split without labels cannot be used), got -1"
     )
     hub("piqa", "train", [row | {"sol2": None}])
-    with pytest.raises(UserError, match=r"row 0: choices\[1\]: got None"):
-        load_source(SourceSpec(task="piqa"))
+    with pytest.raises(UserError, match=r"row 0: choices\[1\]: must be text that is not empty, got None"):
+        load_source(SourceConfig(task="piqa"))
 
 
 def test_no_connection_is_one_line(hub):
     with pytest.raises(
         UserError, match=r"^google/boolq@35b2\w+: cannot be read from the Hub .*FileNotFoundError.*path"
     ) as error:
-        load_source(SourceSpec(task="boolq"))
+        load_source(SourceConfig(task="boolq"))
     assert "\n" not in str(error.value)
 
 
 def test_unknown_split(hub):
     with pytest.raises(UserError, match=r"boolq \(google/boolq\): no split 'validation', allowed: train, test"):
-        load_source(SourceSpec(task="boolq", split="validation"))
+        load_source(SourceConfig(task="boolq"), "validation")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_own_data_on_the_hub(monkeypatch):
         return datasets.Dataset.from_list([{"prompt": "1+1=", "completion": " 2"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    [example] = load_source(SourceSpec(source="me/sums", split="dev", revision="v1"))
+    [example] = load_source(SourceConfig(source="me/sums", split="dev", revision="v1"))
     assert (example.prompt, example.answer, example.task) == ("1+1=", " 2", "sums")
     assert calls == [("me/sums", "dev", "v1")]
 
@@ -185,8 +186,8 @@ def test_own_data_that_the_hub_does_not_give(monkeypatch, error, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^me/sums: cannot be read from the Hub") as caught:
-        load_source(SourceSpec(source="me/sums"))
+        load_source(SourceConfig(source="me/sums"))
     assert "\n" not in str(caught.value)
     (tmp_path / "me/sums").mkdir(parents=True)
     with pytest.raises(UserError, match=r"write \./me/sums"):
-        load_source(SourceSpec(source="me/sums"))
+        load_source(SourceConfig(source="me/sums"))
