@@ -32,7 +32,10 @@ def export(
     requantize: Annotated[bool, typer.Option("--requantize", help="Quantise the merge to 4 bits again.")] = False,
     shard_size: Annotated[str | None, typer.Option(help="Of a weights file, as in 2GB; 5GiB if left out.")] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
-    audit: Annotated[bool, typer.Option(help="Compare all forms of the model and say which one to ship.")] = True,
+    audit: Annotated[
+        bool,
+        typer.Option("--audit", help="Compare all forms of the model and recommend one (slow)."),
+    ] = False,
     push: Annotated[str | None, typer.Option(help="Upload it to this repository of the Hub, private if new.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make the repository of --push public.")] = False,
     target: Annotated[
@@ -55,6 +58,18 @@ def export(
     from qdora.export.export_run import export_run
     from qdora.export.options import ExportOptions
 
-    merge = (dtype, base, requantize, shard_size)
-    options = ExportOptions(format_, *merge, step, audit, push, public, target, gguf_type, llama_cpp)
+    options = ExportOptions(
+        format_=format_,
+        dtype=dtype,
+        base=base,
+        requantize=requantize,
+        shard_size=shard_size,
+        step=step,
+        audit=audit,
+        push=push,
+        public=public,
+        target=target,
+        gguf=gguf_type,
+        llama_cpp=llama_cpp,
+    )
     emit(export_run(run, out, options), json_)
