@@ -109,13 +109,13 @@ def test_four_bits_take_the_quantiser(run: Path, tmp_path: Path, with_quantizer:
 @pytest.mark.parametrize(
     "fault, type_, message",
     [
-        ("permute", "f16", r"tensor blk\.0\.attn_q\.weight \(F16\) is inf times as far off"),
-        ("permute", "q8_0", r"tensor blk\.1\.attn_k\.weight \(Q8_0\) is \d+ times as far off"),
-        ("ulp", "f16", r"tensor blk\.0\.ffn_up\.weight \(F16\) is inf times as far off"),
-        ("step", "q8_0", r"tensor blk\.0\.ffn_down\.weight \(Q8_0\) is .* times as far off"),
+        ("permute", "f16", r"tensor blk\.0\.attn_q\.weight \(F16\): its error is inf times what rounding allows"),
+        ("permute", "q8_0", r"tensor blk\.1\.attn_k\.weight \(Q8_0\): its error is \d+ times what rounding allows"),
+        ("ulp", "f16", r"tensor blk\.0\.ffn_up\.weight \(F16\): its error is inf times what rounding allows"),
+        ("step", "q8_0", r"tensor blk\.0\.ffn_down\.weight \(Q8_0\): its error is .* times what rounding allows"),
         ("drop", "f16", r"model\.layers\.1\.mlp\.up_proj\.weight is missing in the file"),
         ("template", "f16", "the file has another chat template"),
-        ("words", "f16", "the file has another vocabulary: 400 words for 327, token 40 for one"),
+        ("words", "f16", "the file has another vocabulary: 400 words for 327, first difference at token 40"),
     ],
 )
 def test_a_wrong_file_is_refused(
@@ -137,7 +137,7 @@ def test_a_layout_that_is_not_known_is_said(
     assert check["passed"], check["faults"]
     assert check["tensors"]["num_unchecked"] == 4
     assert check["tensors"]["q8_0_error"] <= 1
-    assert "layout unknown, not checked: 4 tensors that differ" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "layout unknown: 4 tensors that differ were not checked" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "Layout unknown: its logits are those before the file's own rounding" in caplog.text
 
 

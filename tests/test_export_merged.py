@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
+from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
 from qdora.export import checkpoint_writer
-from qdora.export.comparison_text import token_sequences
+from qdora.export.comparison_text import ComparisonText, comparison_text
 from qdora.export.logit_comparison import LogitDifference, float32_arithmetic
 from qdora.export.merged import export_merged
 from qdora.export.verify import verify_merged
@@ -301,8 +302,8 @@ def running() -> Any:
     return tiny_adapted.adapted("llama", quant="nf4", dtype=torch.bfloat16)
 
 
-def verify(model: Any, directory: Path, **options: Any) -> dict[str, Any]:
-    return verify_merged(model, directory, input_ids=[tiny_adapted.IDS[0].tolist(), [5, 6, 7]], **options)
+def verify(model: Any, directory: Path) -> dict[str, Any]:
+    return verify_merged(model, directory, ComparisonText([tiny_adapted.IDS[0].tolist(), [5, 6, 7]]))
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
@@ -336,7 +337,7 @@ def test_a_model_larger_than_memory_is_compared_from_the_disk(
 
 def test_the_differences_of_the_verdict(tmp_path: Path, running: Any) -> None:
     export_merged(running, None, tmp_path / "out")
-    found = verify_merged(running, tmp_path / "out", input_ids=[tiny_adapted.IDS[0].tolist()])
+    found = verify_merged(running, tmp_path / "out", ComparisonText([tiny_adapted.IDS[0].tolist()]))
     first = tiny_adapted.logits(running).double().numpy()
     second = tiny_adapted.logits(reload(tmp_path / "out")).double().numpy()
 
@@ -437,11 +438,17 @@ def test_the_usual_wrong_merges_fail(tmp_path: Path, running: Any, monkeypatch: 
 
 def test_a_missing_tensor_and_another_tokenizer_fail(tmp_path: Path, running: Any) -> None:
     export_merged(running, tiny_tokenizer.make(), tmp_path / "out")
-    found = verify_merged(running, tmp_path / "out", tiny_tokenizer.make(), texts=["the brown cow"])
+
+    def verify_with(tokenizer: Any) -> dict[str, Any]:
+        texts = ["the brown cow"]
+        text = ComparisonText([tokenizer(texts[0])["input_ids"]], texts, tokenizer)
+        return verify_merged(running, tmp_path / "out", text)
+
+    found = verify_with(tiny_tokenizer.make())
     assert found["passed"], found["faults"]
-    found = verify_merged(running, tmp_path / "out", tiny_tokenizer.make(bos=True), texts=["the brown cow"])
+    found = verify_with(tiny_tokenizer.make(bos=True))
     assert found["faults"] == ["the reloaded tokenizer gives other ids"]
-    found = verify_merged(running, tmp_path / "out", tiny_tokenizer.make(chat_template=None), texts=["the brown cow"])
+    found = verify_with(tiny_tokenizer.make(chat_template=None))
     assert found["faults"] == ["the reloaded tokenizer has another chat template"]
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
@@ -463,21 +470,19 @@ def test_an_index_that_points_outside_is_refused(tmp_path: Path, running: Any) -
 
 
 def test_what_verification_needs(tmp_path: Path, running: Any) -> None:
-    export_merged(running, None, tmp_path / "out")
-    with pytest.raises(UserError, match="exactly one"):
-        verify_merged(running, tmp_path / "out")
-    with pytest.raises(UserError, match="texts need a tokenizer"):
-        verify_merged(running, tmp_path / "out", texts=["a"])
-    with pytest.raises(UserError, match="no token to compare"):
-        verify_merged(running, tmp_path / "out", input_ids=[[]])
+    with pytest.raises(UserError, match="no tokens to compare"):
+        verify_merged(running, tmp_path / "out", ComparisonText([[]]))
     with pytest.raises(UserError, match="cannot load it"):
         verify(running, tmp_path / "nowhere")
 
 
 def test_lengths_are_bounded() -> None:
-    long = [1, 2, 3] * 10
-    found = token_sequences(None, None, [long, long, long], max_length=8, max_tokens=12)
-    assert found == [long[:8], long[:4]]
+    tokenizer = tiny_tokenizer.make()
+    long = "the brown cow " * 10
+    found = comparison_text(tokenizer, {"task": [Example("task", "0", "", long)] * 3}, max_length=8, max_tokens=12)
+    ids = tokenizer(long)["input_ids"]
+    assert len(ids) > 8
+    assert found.sequences == [ids[:8], ids[:4]]
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])

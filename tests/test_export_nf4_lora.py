@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
+from qdora.export.comparison_text import ComparisonText
 from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import OWN_LOADER, PEFT_LOADER, verify_nf4_lora
@@ -198,7 +199,7 @@ def test_an_adapted_head_in_float32(tmp_path: Path) -> None:
 # --- verification and the way back
 
 
-IDS = [tiny_adapted.IDS[0].tolist(), [5, 6, 7]]
+TEXT = ComparisonText([tiny_adapted.IDS[0].tolist(), [5, 6, 7]])
 
 
 @pytest.mark.parametrize("loader", [PEFT_LOADER, OWN_LOADER])
@@ -213,7 +214,7 @@ def test_a_right_export_passes(
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else real(name, *rest)
         )
-    found = verify_nf4_lora(model, tmp_path / "out", input_ids=IDS)
+    found = verify_nf4_lora(model, tmp_path / "out", TEXT)
     assert found["passed"], found["faults"]
     assert found["loaded_by"] == loader
     assert found["weights"]["num_layers"] == 14
@@ -232,7 +233,7 @@ def test_a_scale_or_a_factor_that_is_half_a_percent_off_fails(tmp_path: Path) ->
         tensors = load_file(out / file)
         tensors[name] *= 1.005
         save_file(tensors, out / file, metadata={"format": "pt"})
-        found = verify_nf4_lora(model, out, input_ids=IDS)
+        found = verify_nf4_lora(model, out, TEXT)
         assert not found["passed"]
         assert found["weights"]["worst_layer"] == "model.layers.1.self_attn.v_proj"
 

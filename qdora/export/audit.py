@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.evaluation.suite import EvaluationResult, evaluate
-from qdora.export.comparison_text import texts_of, token_sequences
+from qdora.export.comparison_text import comparison_text
 from qdora.export.logit_comparison import LogitDifference, float32_arithmetic, logits_of
 from qdora.export.nf4_lora import check_foldable
 from qdora.export.streamed_merge import OpenedMerge
@@ -84,7 +84,7 @@ def audit(
         JSON values: `forms` (differences of logits from the adapter, NLL by task, mean NLL difference per example with
         its standard error), `layers` (quantisation error over update, worst first), `verdict`.
     """
-    sequences = token_sequences(tokenizer, texts_of(examples), max_tokens=1024, max_length=256)
+    sequences = comparison_text(tokenizer, examples, max_tokens=1024, max_length=256).sequences
     device = next(model.parameters()).device
     tokens = [torch.tensor([ids], device=device) for ids in sequences]
     forms: dict[str, dict[str, Any]] = {ADAPTER: {}}

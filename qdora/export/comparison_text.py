@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,38 @@ logger = logging.getLogger("qdora")
 _NUM_TEXTS = 24
 """About 2,000 tokens: enough for a maximum over positions to be meaningful."""
 _FALLBACK = "The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."
+
+
+@dataclass(frozen=True)
+class ComparisonText:
+    """Token ids to compare logits on, and their texts if they come from a tokenizer."""
+
+    sequences: Sequence[Sequence[int]]
+    texts: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __post_init__(self) -> None:
+        if not any(self.sequences):
+            raise UserError("There are no tokens to compare the export on.")
+
+
+def comparison_text(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, Sequence[Example]],
+    *,
+    max_tokens: int = 2048,
+    max_length: int = 512,
+) -> ComparisonText:
+    """The text of 24 examples, at most `max_length` tokens of each and `max_tokens` in total."""
+    texts = texts_of(examples)
+    sequences: list[list[int]] = []
+    left = max_tokens
+    for text in texts:
+        ids = list(tokenizer(text)["input_ids"])[: min(max_length, left)]
+        if ids:
+            sequences.append(ids)
+            left -= len(ids)
+    return ComparisonText(sequences, texts, tokenizer)
 
 
 def validation_examples(recipe: Recipe) -> dict[str, list[Example]]:
@@ -39,34 +72,3 @@ def _text(example: Example) -> str:
     if example.messages:
         return "\n".join(content for _, content in example.messages)
     return example.prompt + example.answer
-
-
-def token_sequences(
-    tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str] | None,
-    input_ids: Sequence[Sequence[int]] | None = None,
-    *,
-    max_tokens: int = 2048,
-    max_length: int = 512,
-) -> list[list[int]]:
-    """The tokens to compare on: at most `max_length` of each text and `max_tokens` in total.
-
-    Raises:
-        UserError: Neither or both of texts and input_ids, texts without a tokenizer, or no tokens.
-    """
-    if (texts is None) == (input_ids is None):
-        raise UserError("verify: give exactly one of texts and input_ids.")
-    if texts is not None:
-        if tokenizer is None:
-            raise UserError("verify: texts need a tokenizer; give one, or give input_ids.")
-        input_ids = [tokenizer(text)["input_ids"] for text in texts]
-    sequences: list[list[int]] = []
-    left = max_tokens
-    for ids in input_ids or ():
-        taken = list(ids)[: min(max_length, left)]
-        if taken:
-            sequences.append(taken)
-            left -= len(taken)
-    if not sequences:
-        raise UserError("verify: there is no token to compare on.")
-    return sequences

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from qdora.errors import RunFailure, UserError
 from qdora.export.audit import audit, audit_page
 from qdora.export.checkpoint_writer import check_new_directory
-from qdora.export.comparison_text import texts_of, validation_examples
+from qdora.export.comparison_text import comparison_text, validation_examples
 from qdora.export.gguf import export_gguf
 from qdora.export.hub_push import push
 from qdora.export.merged import merge_of, write_merge
@@ -121,7 +121,8 @@ def _export_merged(
     trained = load_trained()
     _say(console, "comparing the merged model with the running one")
     verify = verify_requantized if options.form == "requantized" else verify_merged
-    check = verify(trained.model, out, trained.tokenizer, texts=texts_of(validation_examples(trained.recipe)))
+    text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
+    check = verify(trained.model, out, text)
     more = {"base": options.base or "dequantized", "requantized": options.requantize}
     return trained, written.to_dict() | more, check
 
@@ -150,8 +151,8 @@ def _export_nf4_lora(
             f"(at most {lost['max']:.2%})",
         )
     _say(console, "comparing the exported model with the running one")
-    texts = texts_of(validation_examples(trained.recipe))
-    check = verify_nf4_lora(trained.model, out, trained.tokenizer, texts=texts)
+    text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
+    check = verify_nf4_lora(trained.model, out, text)
     return trained, result.to_dict(), check
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
 from qdora.errors import RunFailure
-from qdora.export.comparison_text import texts_of, token_sequences, validation_examples
+from qdora.export.comparison_text import ComparisonText, comparison_text, validation_examples
 from qdora.export.llama_cpp import GgufType, find_llama_cpp, write_gguf
 from qdora.export.logit_comparison import compare_logits, larger, verdict
 from qdora.export.merged import write_merge
@@ -76,27 +75,20 @@ def export_gguf(
     remove_directory(merged)
     file = out / f"model-{type_}.gguf"
     try:
-        written, load_trained = write_merge(
-            run, merged, options, _MERGED_IN.get(type_, torch.float16), console, with_card=False
-        )
+        dtype = _MERGED_IN.get(type_, torch.float16)
+        written, load_trained = write_merge(run, merged, options, dtype, console, with_card=False)
         console.print(f"converting to {type_}", highlight=False)
         try:
             with atomic_directory(out) as partial:
                 write_gguf(tools, merged, partial / file.name, type_)
-                for name, text in card_files(opened, recipe, state, form="gguf").items():
-                    (partial / name).write_text(text, encoding="utf-8")
+                for name, content in card_files(opened, recipe, state, form="gguf").items():
+                    (partial / name).write_text(content, encoding="utf-8")
                 trained = load_trained()
                 console.print(
                     "comparing the file with the merge, tensor by tensor, and with the running model", highlight=False
                 )
-                check = verify_gguf(
-                    trained.model,
-                    partial / file.name,
-                    merged,
-                    trained.tokenizer,
-                    lossy=type_ not in ("f32", "f16", "bf16"),
-                    texts=texts_of(validation_examples(recipe)),
-                )
+                text = comparison_text(trained.tokenizer, validation_examples(recipe))
+                check = verify_gguf(trained, partial / file.name, merged, text, lossy=type_.upper() not in _DENSE)
         except OSError as error:
             raise RunFailure(f"{out}: cannot be written or compared: {error}. Nothing is left there.") from error
     finally:
@@ -114,15 +106,7 @@ def export_gguf(
     return trained, result, check
 
 
-def verify_gguf(
-    model: PreTrainedModel,
-    file: Path,
-    merged: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    lossy: bool,
-    texts: Sequence[str],
-) -> dict[str, Any]:
+def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonText, *, lossy: bool) -> dict[str, Any]:
     """Compare a GGUF file with its checkpoint, the checkpoint with the running model, and the logits of all.
 
     Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, and its
@@ -134,12 +118,11 @@ def verify_gguf(
     fault: they are counted as not checked.
 
     Args:
-        model: The running model with its adapters.
+        trained: The running model with its adapters, and its tokenizer.
         file: The GGUF file.
         merged: Directory of the dense checkpoint that it was made from.
-        tokenizer: The run's tokenizer.
+        text: What to compare logits on.
         lossy: Whether the file's matrices have fewer than 16 bits.
-        texts: What to compare logits on.
     Returns:
         The result of `verify_merged`, with `tensors`.
     Raises:
@@ -147,7 +130,8 @@ def verify_gguf(
     """
     import gguf
 
-    check = verify_merged(model, merged, tokenizer, texts=texts)
+    model = trained.model
+    check = verify_merged(model, merged, text)
     reader = gguf.GGUFReader(str(file))
     device = next(model.parameters()).device
     target = None
@@ -158,10 +142,9 @@ def verify_gguf(
         why = "The model does not fit in memory in float32" if known else "Layout unknown"
         logger.warning("%s: the logits are those before the file's own rounding.", why)
     tensors = check_tensors(reader, file, merged, into=target)
-    faults = [*check["faults"], *shorten(tensors.faults), *vocabulary_faults(reader, tokenizer)]
+    faults = [*check["faults"], *shorten(tensors.faults), *vocabulary_faults(reader, trained.tokenizer)]
     if target is not None:
-        sequences = token_sequences(tokenizer, texts)
-        total = compare_logits(model, target.to(device), sequences)
+        total = compare_logits(model, target.to(device), text.sequences)
         check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)
     return check | {"passed": not faults, "faults": faults, "tensors": tensors.to_dict()}
 

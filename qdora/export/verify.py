@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ import torch
 from accelerate.utils import get_max_memory
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdora.errors import RunFailure, UserError
-from qdora.export.comparison_text import token_sequences
+from qdora.export.comparison_text import ComparisonText
 from qdora.export.logit_comparison import ROUNDING, compare_logits, larger, verdict
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
@@ -47,14 +47,7 @@ _ROWS = 64
 """Rows of each merged weight that are computed again in float64."""
 
 
-def verify_merged(
-    model: PreTrainedModel,
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    texts: Sequence[str] | None = None,
-    input_ids: Sequence[Sequence[int]] | None = None,
-) -> dict[str, Any]:
+def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
     """Reload a merged checkpoint with transformers and compare its logits with those of the running model, in float32.
 
     Passed means: every tensor found its place; the tokenizer gives the same ids; rows of every merged weight equal the
@@ -64,54 +57,37 @@ def verify_merged(
         model: The running model with its adapters; evaluated in eval mode, left as it was.
         directory: From `export_merged`. If it does not fit on the model's device in float32, part of it is placed on
             the host or the disk.
-        tokenizer: For `texts`, and compared with the one in `directory`.
-        texts, input_ids: What to compare on; exactly one of the two. Held-out text says most.
+        text: What to compare on. Its tokenizer is compared with the one in `directory`.
     Returns:
         JSON values: the three differences, the check of the weights, the tolerance, `passed`, `faults` (why not).
     Raises:
-        UserError: Neither or both of texts and input_ids, nothing to compare, or a directory that transformers refuses.
+        UserError: transformers cannot load the directory.
     """
-    sequences = token_sequences(tokenizer, texts, input_ids)
     with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
         merged, faults = _reload(directory, model, Path(scratch))
-        total = compare_logits(model, merged, sequences)
+        total = compare_logits(model, merged, text.sequences)
         stored = stored_dtype(directory)
         files = rename_to_model(open_safetensors(directory), merged)
         weights = compare_weights(model, lambda path: _dense(files, path), stored)
         del merged
-    faults += _weight_faults(weights, "merged") + tokenizer_faults(tokenizer, directory, texts, sequences)
-    return verdict(total, faults, stored, model.dtype) | {"num_texts": len(sequences), "weights": weights}
+    faults += _weight_faults(weights, "merged") + tokenizer_faults(text, directory)
+    return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
 
 
-def verify_requantized(
-    model: PreTrainedModel,
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    texts: Sequence[str] | None = None,
-    input_ids: Sequence[Sequence[int]] | None = None,
-) -> dict[str, Any]:
+def verify_requantized(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
     """The differences of `verify_merged` without a tolerance: this form rounds to 4 bits, and the figures say how far.
 
     Passed means only: every tensor found its place, the tokenizer gives the same ids, all logits are finite.
 
     Args and errors are those of `verify_merged`; `directory` is a merge with `requantize`.
     """
-    sequences = token_sequences(tokenizer, texts, input_ids)
     exported, faults = load_with_bnb(directory, model)
-    total = compare_logits(model, exported, sequences)
-    faults += tokenizer_faults(tokenizer, directory, texts, sequences)
-    return verdict(total, faults, torch.float32, model.dtype, lossy=True) | {"num_texts": len(sequences)}
+    total = compare_logits(model, exported, text.sequences)
+    faults += tokenizer_faults(text, directory)
+    return verdict(total, faults, torch.float32, model.dtype, lossy=True) | {"num_texts": len(text.sequences)}
 
 
-def verify_nf4_lora(
-    model: PreTrainedModel,
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    texts: Sequence[str] | None = None,
-    input_ids: Sequence[Sequence[int]] | None = None,
-) -> dict[str, Any]:
+def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
     """Reload base and adapter and compare their logits, in float32, with those of the running model.
 
     Passed means: every tensor found its place; the tokenizer gives the same ids; rows of every scaled base + s B A
@@ -121,19 +97,18 @@ def verify_nf4_lora(
     Args, result and errors are those of `verify_merged`; `directory` is from `export_nf4_lora`, and `loaded_by` in the
     result names the loader.
     """
-    sequences = token_sequences(tokenizer, texts, input_ids)
     if importlib.util.find_spec("peft") is not None:
         loaded_by = PEFT_LOADER
         exported, faults = load_with_peft(directory, model)
     else:
         loaded_by = OWN_LOADER
         exported, faults = load_with_qdora(directory, model), []
-    total = compare_logits(model, exported, sequences)
+    total = compare_logits(model, exported, text.sequences)
     del exported
     weights = compare_weights(model, nf4_lora_weights(directory, model), torch.float32)
-    faults += _weight_faults(weights, "exported") + tokenizer_faults(tokenizer, directory, texts, sequences)
+    faults += _weight_faults(weights, "exported") + tokenizer_faults(text, directory)
     found = verdict(total, faults, torch.float32, model.dtype)
-    return found | {"num_texts": len(sequences), "weights": weights, "loaded_by": loaded_by}
+    return found | {"num_texts": len(text.sequences), "weights": weights, "loaded_by": loaded_by}
 
 
 @torch.no_grad()
@@ -327,22 +302,16 @@ def nf4_lora_weights(directory: Path, model: PreTrainedModel) -> Callable[[str],
     return weight
 
 
-def tokenizer_faults(
-    tokenizer: PreTrainedTokenizerBase | None,
-    directory: Path,
-    texts: Sequence[str] | None,
-    sequences: Sequence[Sequence[int]],
-) -> list[str]:
-    """How the tokenizer of the directory differs from the run's (None: the run has none) on what was compared."""
-    if tokenizer is None:
+def tokenizer_faults(text: ComparisonText, directory: Path) -> list[str]:
+    """How the tokenizer of the directory differs from the run's on the texts."""
+    if text.tokenizer is None:
         return []
-    texts = texts or [tokenizer.decode(ids) for ids in sequences]
     try:
         reloaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:
         return [f"the tokenizer does not reload: {error}"]
-    if any(reloaded(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts):
+    if any(reloaded(each)["input_ids"] != text.tokenizer(each)["input_ids"] for each in text.texts):
         return ["the reloaded tokenizer gives other ids"]
-    if reloaded.chat_template != tokenizer.chat_template:
+    if reloaded.chat_template != text.tokenizer.chat_template:
         return ["the reloaded tokenizer has another chat template"]
     return []
