@@ -12,9 +12,8 @@ The scales are written in float32: double quantisation would round each of them 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +109,9 @@ class _Folding:
             scales = block_scales(packed_now())
             return scales if adapted is None else self._scaled_blocks(scales, adapted)
 
-        makers = {"weight": codes, "weight.absmax": scales}
+        makers: dict[str, Callable[[], Tensor]] = {"weight": codes, "weight.absmax": scales}
         return {
-            name: Source(tensor.to("meta"), makers.get(name) or partial(_same, tensor), dtype=tensor.dtype)
+            name: Source(tensor.to("meta"), makers.get(name, tensor.detach), dtype=tensor.dtype)
             for name, tensor in state.items()
         }
 
@@ -129,10 +128,6 @@ class _Folding:
         again = blockwise.dequantize_scales(nested[0], nested[1], code, nested[2], NESTED_BLOCK_SIZE)
         self.scale_errors[id(layer)] = float((again - scaled).norm() / scaled.norm().clamp_min(1e-30))
         return scaled
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def export_nf4_lora(

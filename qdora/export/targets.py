@@ -21,7 +21,7 @@ FOUR_BIT_KINDS = ("nf4", "fp4")
 """Kinds of a base that bitsandbytes stores in 4 bits."""
 Loadable = Literal["merged", "gguf", "nf4-lora", "requantized", "lora", "dora"]
 
-_OPTIONS: dict[Loadable, str] = {
+_OPTIONS: dict[str, str] = {
     "merged": "--format merged",
     "gguf": "--format gguf",
     "nf4-lora": "--format nf4-lora (4 bits)",
@@ -29,7 +29,7 @@ _OPTIONS: dict[Loadable, str] = {
     "lora": "--format peft",
     "dora": "--format peft",
 }
-_NAMES: dict[Loadable, str] = {
+_NAMES: dict[str, str] = {
     "merged": "a merged checkpoint",
     "gguf": "GGUF files",
     "nf4-lora": "a bitsandbytes checkpoint with an adapter",
@@ -86,10 +86,11 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
         UserError: With the options of `qdora export` for the forms that the program loads.
     """
     target = TARGETS[name]
-    offered = _loadable(form, recipe)
+    adapter: Loadable = "lora" if recipe.adapter.kind == "lora" else "dora"
+    offered = {"original": "merged", "peft": adapter}.get(form, form)
     if offered in target.loads:
         return
-    possible = [each for each in target.loads if _can_be_had(each, recipe)]
+    possible = [each for each in target.loads if _is_possible(each, recipe, adapter)]
     options = " or ".join(_OPTIONS[each] for each in possible)
     raise UserError(f"--for {name}: {target.title} does not load {_NAMES[offered]}. Fix: use {options}.")
 
@@ -128,20 +129,8 @@ def _served_scaling(target: ServingTarget, layout: AdapterLayout, path: str) -> 
     return layout.alpha / (math.sqrt(rank) if layout.rank_stabilized and not _ignores(target, layout) else rank)
 
 
-def _loadable(form: str, recipe: Recipe) -> Loadable:
-    forms: dict[str, Loadable] = {
-        "merged": "merged",
-        "original": "merged",
-        "requantized": "requantized",
-        "nf4-lora": "nf4-lora",
-        "gguf": "gguf",
-        "peft": "lora" if recipe.adapter.kind == "lora" else "dora",
-    }
-    return forms[form]
-
-
-def _can_be_had(loadable: Loadable, recipe: Recipe) -> bool:
+def _is_possible(form: Loadable, recipe: Recipe, adapter: Loadable) -> bool:
     """Whether the recipe allows this form; the export itself checks the rest."""
-    if loadable in ("lora", "dora"):
-        return loadable == ("lora" if recipe.adapter.kind == "lora" else "dora")
-    return loadable in ("merged", "gguf") or recipe.base.quant in FOUR_BIT_KINDS
+    if form in ("lora", "dora"):
+        return form == adapter
+    return form in ("merged", "gguf") or recipe.base.quant in FOUR_BIT_KINDS
