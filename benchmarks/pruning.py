@@ -2,7 +2,7 @@
 
     python benchmarks/pruning.py DATA [--out benchmarks/results/pruning.json] [--quant none]
 
-DATA holds <task>/<split>.parquet in the schema of docs in the README ("Your own data"). Inputs are measured on training
+DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. Inputs are measured on training
 examples, perplexity on validation examples, each written out with its right answer; nothing is chosen by a score. Every
 case is written when it is done, and one that the file has already is not computed again.
 """
@@ -34,7 +34,7 @@ from qdora.model.source import ModelSource, resolve
 from qdora.model.tokenizer import load_tokenizer
 from qdora.ops.sparsity import pattern_from
 from qdora.recipe.settings import CalibrationConfig
-from qdora.run.load_base import pieces
+from qdora.run.calibration import pieces
 
 WINDOW = 256
 METHODS = ("magnitude", "wanda", "sparsegpt")

@@ -21,7 +21,7 @@ from qdora.export.streamed_merge import open_merge
 from qdora.export.targets import check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import atomic_write_json, atomic_write_text
-from qdora.files.console import bar, default_console
+from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
@@ -42,14 +42,14 @@ def export_run(
         run: Run directory.
         out: New or empty directory.
         options: In which form.
-        console: For progress and the result of the check (default: standard error).
+        console: For progress and results (default: progress on standard error, results on standard output).
     Returns:
         The content of `out`/export.json.
     Raises:
         UserError: Wrong arguments, or a run that the format cannot hold.
         RunFailure: The reloaded model differs from the running one; `out` is kept for inspection.
     """
-    console = console or default_console()
+    console, results = consoles(console)
     keep_freed_memory()
     check_options(options)
     if options.target is not None:
@@ -76,27 +76,28 @@ def export_run(
             del trained
             trained = load_run(run, step=options.step)
         document["audit"] = _audit(trained, out, options, console)
+        _say(results, document["audit"]["verdict"])
     atomic_write_json(out / "export.json", document)
     card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
     (out / "README.md").write_text(card, encoding="utf-8")
     if zeros is not None and zeros["kept"] < zeros["pruned"]:
         _say(
-            console,
+            results,
             f"the merge is dense: {zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero; "
             "adapter.mask: keep keeps them all",
         )
     if check is not None:
-        _say(console, _check_in_words(check))
+        _say(results, _check_in_words(check))
     if check is not None and not passed:
         raise RunFailure(
             f"{out}: the exported model is not the one that was trained: {'; '.join(check['faults'])}.",
             safe=[run, out],
         )
-    _say(console, f"exported model: {out}")
+    _say(results, f"exported model: {out}")
     if options.push is None:
         return document
     address = push(out, options.push, private=not options.public)
-    _say(console, f"uploaded: {address}")
+    _say(results, f"uploaded: {address}")
     return document | {"pushed": address}
 
 
@@ -206,7 +207,7 @@ def _pruned_zeros(trained: TrainedRun) -> dict[str, int] | None:
 
 
 def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
-    """Compare all forms, print which one to ship, and write a page to the run."""
+    """Compare all forms, and write a page to the run."""
     opened = None
     if trained.recipe.base.prune is None:
         where, _ = trained_state(trained.run, trained.recipe, options.step)
@@ -222,7 +223,6 @@ def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Cons
     )
     trained.run.write_json(f"exports/{out.name}.json", found)
     atomic_write_text(trained.run.inside("exports", f"{out.name}.md"), audit_page(out.name, found))
-    _say(console, found["verdict"])
     return found
 
 
