@@ -138,7 +138,7 @@ def test_a_layout_that_is_not_known_is_said(
     assert check["tensors"]["num_unchecked"] == 4
     assert check["tensors"]["q8_0_error"] <= 1
     assert "layout unknown: 4 tensors that differ were not checked" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert "Layout unknown: its logits are those before the file's own rounding" in caplog.text
+    assert "Layout unknown: the logits are those before the file's own rounding" in caplog.text
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("disk"), KeyboardInterrupt()])
