@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from qdora.files.atomic import atomic_write_json
 from qdora.files.environment import cpu_name
 from qdora.memory.host_residency import Piece, pinned_bytes
-from qdora.memory.streaming import Ring, Turns, interleaved
+from qdora.memory.streaming import NUM_SLOTS, Ring, Turns, interleaved
 from qdora.model.load import Quantization, layers_to_quantize
 from qdora.ops.packed import dequantize, empty_packed, quantize
 from qdora.plan.peak import BASE, CHECKPOINTS, DENSE, SCALES, STREAMING, DeviceKind, MicroBatchShape, Moment
@@ -35,19 +35,18 @@ class SimulatedCopies:
 
     Args:
         copy_seconds: Of a block.
-        num_slots: As many as the ring has.
     Attributes:
         seconds: When what was computed so far ends.
         copying_seconds: Time spent copying so far.
         waiting_seconds: Time in which the computation waited for a copy.
     """
 
-    def __init__(self, copy_seconds: float, num_slots: int = 2) -> None:
+    def __init__(self, copy_seconds: float) -> None:
         self.copy_seconds = copy_seconds
         self.seconds = self.copying_seconds = self.waiting_seconds = 0.0
         self._channel_free = 0.0
-        self._released = [0.0] * num_slots
-        self._copied = [0.0] * num_slots
+        self._released = [0.0] * NUM_SLOTS
+        self._copied = [0.0] * NUM_SLOTS
 
     def start(self, block: int, slot: int, previous: int | None) -> None:
         """Copy when the channel and the slot are free."""
@@ -55,7 +54,7 @@ class SimulatedCopies:
         self._channel_free = self._copied[slot] = begin + self.copy_seconds
         self.copying_seconds += self.copy_seconds
 
-    def wait(self, block: int, slot: int) -> None:
+    def wait(self, slot: int) -> None:
         """Let the computation go on when the copy has ended."""
         self.waiting_seconds += max(0.0, self._copied[slot] - self.seconds)
         self.seconds = max(self.seconds, self._copied[slot])
@@ -76,7 +75,6 @@ def simulated_step(
     forward_seconds: float,
     backward_seconds: float,
     *,
-    num_slots: int = 2,
     num_steps: int = 3,
 ) -> SimulatedCopies:
     """Forward and backward passes of a model; its last one, when the ring is in its stride.
@@ -87,14 +85,13 @@ def simulated_step(
         copy_seconds: Of a block.
         forward_seconds: Of a block.
         backward_seconds: Of a block, its recomputation included.
-        num_slots: Of the ring.
         num_steps: Until the one that counts.
     Returns:
         The clock of the last pass: `seconds`, `copying_seconds` and `waiting_seconds` of that one alone.
     """
     order = sorted(streamed)
-    engine = SimulatedCopies(copy_seconds, num_slots)
-    ring = Ring(len(order), engine, num_slots)
+    engine = SimulatedCopies(copy_seconds)
+    ring = Ring(len(order), engine)
     place = {block: index for index, block in enumerate(order)}
     before = (0.0, 0.0, 0.0)
     for step in range(num_steps):
@@ -112,10 +109,6 @@ def simulated_step(
     engine.copying_seconds -= before[1]
     engine.waiting_seconds -= before[2]
     return engine
-
-
-NUM_SLOTS = 2
-"""Blocks that are there at a time, as in both residencies."""
 
 
 @dataclass(frozen=True)
