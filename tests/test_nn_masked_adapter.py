@@ -346,12 +346,12 @@ def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Pat
     prune = {"method": "magnitude", "pattern": "2:4"}
     recipe = tiny_run.recipe(tmp_path, base__prune=prune, train__steps=2, eval__tasks=[], eval__limit=...)
     train_run(recipe, tmp_path / "run")
-    result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
+    result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32", audit=True))
     assert result["zeros"]["kept"] < 0.01 * result["zeros"]["pruned"]
     forms = result["audit"]["forms"]
     assert forms["merged"]["logits"]["kl_mean"] < 1e-8
     assert "why_not" in forms["original"]
-    with pytest.raises(UserError, match="the base is pruned; leave them out"):
+    with pytest.raises(UserError, match=r"the base is pruned\. Fix: remove the options"):
         export_run(tmp_path / "run", tmp_path / "again", ExportOptions(requantize=True))
 
 
@@ -362,6 +362,6 @@ def test_masked_adapters_are_not_exported_for_peft(tmp_path: Path) -> None:
     )
     train_run(recipe, tmp_path / "run")
     with pytest.raises(UserError, match="PEFT cannot mask B A"):
-        export_run(tmp_path / "run", tmp_path / "peft", ExportOptions("peft"))
+        export_run(tmp_path / "run", tmp_path / "peft", ExportOptions(format_="peft"))
     with pytest.raises(UserError, match="plain LoRA cannot mask B A"):
-        export_run(tmp_path / "run", tmp_path / "folded", ExportOptions("nf4-lora"))
+        export_run(tmp_path / "run", tmp_path / "folded", ExportOptions(format_="nf4-lora"))

@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(type_: str | None = None, **more: Any) -> ExportOptions:
-    return ExportOptions(format_="gguf", gguf=type_, llama_cpp=CONVERTER, audit=False, **more)
+    return ExportOptions(format_="gguf", gguf=type_, llama_cpp=CONVERTER, **more)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def with_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_sixteen_bits_are_the_merge(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     exported = export_run(run, out, asked())
-    export_run(run, tmp_path / "merged", ExportOptions(dtype="float16", audit=False))
+    export_run(run, tmp_path / "merged", ExportOptions(dtype="float16"))
     assert exported["verification"]["passed"], exported["verification"]["faults"]
     tensors = exported["verification"]["tensors"]
     assert tensors["dense_error"] == 0
@@ -99,7 +99,7 @@ def test_a_model_too_large_for_its_logits_is_compared_all_the_same(
 
 
 def test_four_bits_take_the_quantiser(run: Path, tmp_path: Path, with_quantizer: Path) -> None:
-    options = ExportOptions(format_="gguf", gguf="q4_0", audit=False)
+    options = ExportOptions(format_="gguf", gguf="q4_0")
     check = export_run(run, tmp_path / "out", options)["verification"]
     assert check["passed"], check["faults"]
     assert 0.05 < check["tensors"]["lossy_error"] < 0.15
@@ -109,13 +109,13 @@ def test_four_bits_take_the_quantiser(run: Path, tmp_path: Path, with_quantizer:
 @pytest.mark.parametrize(
     "fault, type_, message",
     [
-        ("permute", "f16", r"tensor blk\.0\.attn_q\.weight \(F16\) is inf times as far off"),
-        ("permute", "q8_0", r"tensor blk\.1\.attn_k\.weight \(Q8_0\) is \d+ times as far off"),
-        ("ulp", "f16", r"tensor blk\.0\.ffn_up\.weight \(F16\) is inf times as far off"),
-        ("step", "q8_0", r"tensor blk\.0\.ffn_down\.weight \(Q8_0\) is .* times as far off"),
+        ("permute", "f16", r"tensor blk\.0\.attn_q\.weight \(F16\): its error is inf times what rounding allows"),
+        ("permute", "q8_0", r"tensor blk\.1\.attn_k\.weight \(Q8_0\): its error is \d+ times what rounding allows"),
+        ("ulp", "f16", r"tensor blk\.0\.ffn_up\.weight \(F16\): its error is inf times what rounding allows"),
+        ("step", "q8_0", r"tensor blk\.0\.ffn_down\.weight \(Q8_0\): its error is .* times what rounding allows"),
         ("drop", "f16", r"model\.layers\.1\.mlp\.up_proj\.weight is missing in the file"),
         ("template", "f16", "the file has another chat template"),
-        ("words", "f16", "the file has another vocabulary: 400 words for 327, token 40 for one"),
+        ("words", "f16", "the file has another vocabulary: 400 words for 327, first difference at token 40"),
     ],
 )
 def test_a_wrong_file_is_refused(
@@ -137,8 +137,8 @@ def test_a_layout_that_is_not_known_is_said(
     assert check["passed"], check["faults"]
     assert check["tensors"]["num_unchecked"] == 4
     assert check["tensors"]["q8_0_error"] <= 1
-    assert "layout unknown, not checked: 4 tensors that differ" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert "Layout unknown: its logits are those before the file's own rounding" in caplog.text
+    assert "layout unknown: 4 tensors that differ were not checked" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Layout unknown: the logits are those before the file's own rounding" in caplog.text
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("disk"), KeyboardInterrupt()])
@@ -159,7 +159,7 @@ def test_a_converter_that_refuses_the_model(run: Path, tmp_path: Path, monkeypat
     with pytest.raises(RunFailure, match="converter ended with code 1: NotImplementedError: BPE pre-tokenizer was not"):
         export_run(run, tmp_path / "out", asked())
     monkeypatch.setenv("FAKE_FAULT", "module")
-    with pytest.raises(RunFailure, match="Run: pip install no_such_module_at_all"):
+    with pytest.raises(RunFailure, match="Fix: run  pip install no_such_module_at_all"):
         export_run(run, tmp_path / "out", asked())
     assert not list(tmp_path.iterdir())
 
@@ -184,19 +184,19 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path: Path, monkeypa
     monkeypatch.delenv("QDORA_LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", os.devnull)
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"converter is not on this machine\. Run: git clone --depth 1 https") as raised:
+    with pytest.raises(UserError, match=r"converter is not on this machine\. Fix: run  git clone --depth") as raised:
         find_llama_cpp(None, "f16")
     assert len(str(raised.value).splitlines()) == 1
     with pytest.raises(
-        UserError, match=r"--gguf-type: q4_0 needs .* Run: pip install llama-cpp-python .* or use f32 or"
+        UserError, match=r"--gguf-type: q4_0 needs .* Fix: run  pip install llama-cpp-python .* or use f32 or"
     ):
         find_llama_cpp(CONVERTER, "q4_0")
-    with pytest.raises(UserError, match=r"--llama-cpp: .*nowhere does not exist"):
+    with pytest.raises(UserError, match=r"--llama-cpp: must be .*nowhere does not exist"):
         find_llama_cpp(tmp_path / "nowhere", "f16")
-    with pytest.raises(UserError, match=r"--llama-cpp: .* holds no converter, expected one of convert_hf_to_gguf\.py"):
+    with pytest.raises(UserError, match=r"--llama-cpp: .* has no converter; must be one of convert_hf_to_gguf\.py"):
         find_llama_cpp(tmp_path, "f16")
     monkeypatch.setenv("QDORA_LLAMA_CPP", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"QDORA_LLAMA_CPP: .*nowhere does not exist"):
+    with pytest.raises(UserError, match=r"QDORA_LLAMA_CPP: must be .*nowhere does not exist"):
         find_llama_cpp(None, "f16")
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: object())
     quantizer = find_llama_cpp(CONVERTER, "q4_0").quantizer
@@ -214,6 +214,6 @@ def test_options_of_other_formats() -> None:
     )
     with pytest.raises(UserError, match="--gguf-type: has no effect on --format merged"):
         check_options(ExportOptions(gguf="q8_0"))
-    with pytest.raises(UserError, match=r"--gguf-type: 'q8', allowed: f32, f16, bf16, q8_0, .*Did you mean 'q8_0'"):
+    with pytest.raises(UserError, match=r"--gguf-type: must be one of f32, f16, .* \(got 'q8'\)\. Did you mean 'q8_0'"):
         check_options(ExportOptions(format_="gguf", gguf="q8"))
     check_options(ExportOptions(target="ollama", gguf="q4_k_m", base="original"))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qdora.errors import UserError
 from qdora.export import export_run as export_module
 from qdora.export.export_run import check_servable, export_run
-from qdora.export.options import ExportOptions, parse_size
+from qdora.export.options import ExportOptions, check_options
 from qdora.model.inject import adapted_layers
 from qdora.run.load_run import load_target
 from qdora.run.train import train_run
@@ -61,7 +61,7 @@ def nothing_local(directory: Path, *places: Path) -> None:
 
 
 def test_a_moved_nf4_lora_directory_is_the_same_model(run: Path, tmp_path: Path) -> None:
-    export_run(run, tmp_path / "out", ExportOptions(format_="nf4-lora", audit=False))
+    export_run(run, tmp_path / "out", ExportOptions(format_="nf4-lora"))
     before = with_adapter(tmp_path / "out")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").rename(tmp_path / "elsewhere/model")
@@ -87,14 +87,14 @@ def test_an_export_that_is_pushed_names_itself_as_the_base(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_module, "push", lambda directory, name, private: f"https://hub/{name}")
-    options = ExportOptions(format_="nf4-lora", audit=False, push="me/mine")
+    options = ExportOptions(format_="nf4-lora", push="me/mine")
     assert export_run(run, tmp_path / "out", options)["pushed"] == "https://hub/me/mine"
     config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/mine"
 
 
 def test_the_adapter_alone(run: Path, tmp_path: Path) -> None:
-    exported = export_run(run, tmp_path / "out", ExportOptions(format_="peft"))
+    exported = export_run(run, tmp_path / "out", ExportOptions(format_="peft", audit=True))
     assert exported["audit"]["forms"]["merged"]["logits"]["kl_mean"] < 1e-5
     assert json.loads((tmp_path / "out/export.json").read_text()) == json.loads(json.dumps(exported))
     assert "\nlibrary_name: peft\n" in (tmp_path / "out/README.md").read_text()
@@ -103,10 +103,10 @@ def test_the_adapter_alone(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_load_dora(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--for vllm: vLLM does not load DoRA adapters; use --format merged"):
+    with pytest.raises(UserError, match=r"--for vllm: vLLM does not load DoRA adapters\. Fix: use --format merged"):
         export_run(run, tmp_path / "out", ExportOptions(format_="peft", target="vllm"))
     assert not (tmp_path / "out").exists()
-    exported = export_run(run, tmp_path / "out", ExportOptions(target="vllm", audit=False))
+    exported = export_run(run, tmp_path / "out", ExportOptions(target="vllm"))
     assert exported["format"] == "merged"
 
 
@@ -115,7 +115,7 @@ def test_the_licence_of_the_base_goes_with_the_model(run: Path, tmp_path: Path) 
     (model / "README.md").write_text("---\nlicense: mit\n---\n")
     (model / "LICENSE").write_text("Permission is hereby granted")
     try:
-        export_run(run, tmp_path / "out", ExportOptions(audit=False))
+        export_run(run, tmp_path / "out", ExportOptions())
     finally:
         (model / "README.md").unlink()
         (model / "LICENSE").unlink()
@@ -132,7 +132,9 @@ def test_the_licence_of_the_base_goes_with_the_model(run: Path, tmp_path: Path) 
 def test_options_without_effect_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dtype: has no effect on --format peft"):
         export_run(run, tmp_path / "out", ExportOptions(format_="peft", dtype="float16"))
-    with pytest.raises(UserError, match=r"allowed: merged, peft, nf4-lora, gguf\. Did you mean 'nf4-lora'\?"):
+    with pytest.raises(
+        UserError, match=r"must be one of merged, peft, nf4-lora, gguf \(got 'nf4lora'\)\. Did you mean 'nf4-lora'\?"
+    ):
         export_run(run, tmp_path / "out", ExportOptions(format_="nf4lora"))
     assert not (tmp_path / "out").exists()
 
@@ -159,15 +161,15 @@ def test_the_merges(run: Path, tmp_path: Path, options: ExportOptions, row: str)
         assert "quantization_config" in json.loads((out / "config.json").read_text())
 
 
-@pytest.mark.parametrize("text, size", [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("500 MB", 5 * 10**8)])
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+@pytest.mark.parametrize("text, size", [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("2TB", 2 * 10**12)])
+def test_shard_sizes(text: str, size: int) -> None:
+    assert ExportOptions(shard_size=text).shard_bytes == size
 
 
-@pytest.mark.parametrize("text", ["", "2", "GB", "-1GB", "0GB", "2TB", "2gb"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UserError, match="allowed: a number and one of KB, MB, GB, KiB, MiB, GiB"):
-        parse_size(text)
+@pytest.mark.parametrize("text", ["", "2", "GB", "-1GB", "0GB", "2 shards"])
+def test_what_is_no_shard_size(text: str) -> None:
+    with pytest.raises(UserError, match=r"--shard-size: (not a size, got .*, allowed: a number|must be at least 1KB)"):
+        check_options(ExportOptions(shard_size=text))
 
 
 def test_bases_and_requantisation_are_of_the_merge_alone(run: Path, tmp_path: Path) -> None:
@@ -177,7 +179,9 @@ def test_bases_and_requantisation_are_of_the_merge_alone(run: Path, tmp_path: Pa
         "--base: has no effect on --format nf4-lora.",
         "--requantize: has no effect on --format nf4-lora.",
     )
-    with pytest.raises(UserError, match=r"--base: 'orignal', allowed: dequantized, original\. Did you mean 'original'"):
+    with pytest.raises(
+        UserError, match=r"--base: must be one of dequantized, original \(got 'orignal'\)\. Did you mean 'orig"
+    ):
         export_run(run, tmp_path / "out", ExportOptions(base="orignal"))
 
 
@@ -189,5 +193,5 @@ def test_zero_rows_are_refused_for_peft_which_would_compute_nan() -> None:
     with torch.no_grad():
         layer.lora_B[3] = 0.0
     layer.base_squared[3] = 0.0  # type: ignore[index]
-    with pytest.raises(UserError, match=r"up_proj: 1 of 48 rows .* use --format merged or --format nf4-lora"):
+    with pytest.raises(UserError, match=r"up_proj: 1 of 48 rows .* Fix: use --format merged or --format nf4-lora"):
         check_servable(model)

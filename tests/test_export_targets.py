@@ -23,7 +23,7 @@ SERVERS = [name for name in TARGETS if name != "transformers"]
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_no_server_loads_dora(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="does not load DoRA adapters; use --format ") as raised:
+    with pytest.raises(UserError, match=r"does not load DoRA adapters\. Fix: use --format ") as raised:
         check_target(name, "peft", tiny_run.recipe(tmp_path))
     assert len(raised.value.faults) == 1
     assert "--format peft" not in str(raised.value)
@@ -58,10 +58,18 @@ def test_four_bits_only_where_there_are_four_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, form, message",
     [
-        ("llama.cpp", "merged", r"--for llama.cpp: llama.cpp does not load a merged checkpoint; use --format gguf\.$"),
-        ("ollama", "nf4-lora", "Ollama does not load a bitsandbytes checkpoint with an adapter; use --format gguf or"),
-        ("tensorrt-llm", "requantized", r"does not load a bitsandbytes checkpoint; use --format merged\.$"),
-        ("vllm", "gguf", "vLLM does not load GGUF files; use --format merged"),
+        (
+            "llama.cpp",
+            "merged",
+            r"--for llama.cpp: llama.cpp does not load a merged checkpoint\. Fix: use --format g",
+        ),
+        (
+            "ollama",
+            "nf4-lora",
+            "Ollama does not load a bitsandbytes checkpoint with an adapter. Fix: use --format gg",
+        ),
+        ("tensorrt-llm", "requantized", r"does not load a bitsandbytes checkpoint. Fix: use --format merged\.$"),
+        ("vllm", "gguf", "vLLM does not load GGUF files. Fix: use --format merged"),
     ],
 )
 def test_other_forms(tmp_path: Path, name: str, form: str, message: str) -> None:
@@ -117,13 +125,13 @@ def test_an_export_looks_at_the_scalings_of_its_run(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"adapter__kind": "lora", "adapter__rank_pattern": {"q_proj": 2}}
     changes: dict[str, Any] = {"train__steps": 1, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     train_run(tiny_run.recipe(tmp_path, **asked, **changes), tmp_path / "run")
-    options = ExportOptions(target="vllm", format_="peft", audit=False)
+    options = ExportOptions(target="vllm", format_="peft")
     with pytest.raises(
-        UserError, match=r"vLLM has one alpha for all layers, .* 2 of 14 .*q_proj by 2, trained with 4;"
+        UserError, match=r"vLLM has one alpha for all layers, .* 2 of 14 .*q_proj by 2, trained with 4\. Fix: use"
     ):
         export_run(tmp_path / "run", tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
-    export_run(tmp_path / "run", tmp_path / "out", ExportOptions(target="llama.cpp", format_="peft", audit=False))
+    export_run(tmp_path / "run", tmp_path / "out", ExportOptions(target="llama.cpp", format_="peft"))
 
 
 def test_a_run_without_an_adapter_has_no_scalings(tmp_path: Path) -> None:
@@ -131,11 +139,13 @@ def test_a_run_without_an_adapter_has_no_scalings(tmp_path: Path) -> None:
     asked |= {f"adapter__{name}": ... for name in ("rank", "alpha", "dropout")} | {"adapter__kind": "full"}
     changes = {"train__steps": 1, "eval__at_start": False, "eval__at_end": False}
     train_run(tiny_run.recipe(tmp_path, **asked, **changes), tmp_path / "run")
-    options = ExportOptions(target="transformers", format_="peft", audit=False)
-    with pytest.raises(UserError, match=r"the run has no adapter \(adapter\.kind full\)"):
+    options = ExportOptions(target="transformers", format_="peft")
+    with pytest.raises(UserError, match=r"the run has no adapter \(adapter\.kind: full\)"):
         export_run(tmp_path / "run", tmp_path / "out", options)
 
 
 def test_an_unknown_program() -> None:
-    with pytest.raises(UserError, match=r"--for: 'vlm', allowed: transformers, vllm, .*Did you mean 'vllm'\?"):
+    with pytest.raises(
+        UserError, match=r"--for: must be one of transformers, vllm, .* \(got 'vlm'\)\. Did you mean 'vllm'\?"
+    ):
         check_options(ExportOptions(target="vlm"))

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
+from qdora.export.comparison_text import ComparisonText
 from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
-from qdora.export.verify_4bit import OWN_LOADER, PLAIN_LOADER, verify_nf4_lora
+from qdora.export.verify import OWN_LOADER, PEFT_LOADER, verify_nf4_lora
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
@@ -164,14 +165,16 @@ def test_what_it_cannot_hold_is_refused_with_the_format_to_use_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    assert refused(tiny_adapted.base(quant="nf4"), out)[0].endswith("no LoRA or DoRA adapter; use --format merged.")
-    assert "the base is in int8" in refused(tiny_adapted.adapted(quant="int8"), out)[0]
-    assert "the base is in full precision" in refused(tiny_adapted.adapted(), out)[0]
+    assert refused(tiny_adapted.base(quant="nf4"), out)[0].endswith(
+        "no LoRA or DoRA adapter. Fix: use --format merged."
+    )
+    assert "the base must be in nf4 or fp4 (got int8" in refused(tiny_adapted.adapted(quant="int8"), out)[0]
+    assert "(got full precision)" in refused(tiny_adapted.adapted(), out)[0]
     model = tiny_adapted.base("qwen2", quant="nf4", dtype=torch.bfloat16)
     tiny_adapted.move(inject(model, targets=["lm_head", "q_proj"], rank=3, alpha=6.0))
     (fault,) = refused(model, out)
     assert "lm_head is a DoRA layer on a dense weight" in fault
-    assert "use --dtype float32 or --format merged" in fault
+    assert "Fix: use --dtype float32 or --format merged" in fault
     monkeypatch.setitem(
         tiny_adapted.CONFIGS,
         "llama",
@@ -180,7 +183,7 @@ def test_what_it_cannot_hold_is_refused_with_the_format_to_use_instead(
     faults = refused(tiny_adapted.adapted(quant="nf4"), out)
     assert len(faults) == 2
     assert "model.layers.0.mlp.down_proj: in_features 96 is no multiple of the block size 64" in faults[0]
-    assert all(fault.endswith("use --format merged.") for fault in faults)
+    assert all(fault.endswith("Fix: use --format merged.") for fault in faults)
 
 
 def test_an_adapted_head_in_float32(tmp_path: Path) -> None:
@@ -196,10 +199,10 @@ def test_an_adapted_head_in_float32(tmp_path: Path) -> None:
 # --- verification and the way back
 
 
-IDS = [tiny_adapted.IDS[0].tolist(), [5, 6, 7]]
+TEXT = ComparisonText([tiny_adapted.IDS[0].tolist(), [5, 6, 7]])
 
 
-@pytest.mark.parametrize("loader", [PLAIN_LOADER, OWN_LOADER])
+@pytest.mark.parametrize("loader", [PEFT_LOADER, OWN_LOADER])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_right_export_passes(
     tmp_path: Path, loader: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -211,7 +214,7 @@ def test_a_right_export_passes(
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else real(name, *rest)
         )
-    found = verify_nf4_lora(model, tmp_path / "out", input_ids=IDS)
+    found = verify_nf4_lora(model, tmp_path / "out", TEXT)
     assert found["passed"], found["faults"]
     assert found["loaded_by"] == loader
     assert found["weights"]["num_layers"] == 14
@@ -230,7 +233,7 @@ def test_a_scale_or_a_factor_that_is_half_a_percent_off_fails(tmp_path: Path) ->
         tensors = load_file(out / file)
         tensors[name] *= 1.005
         save_file(tensors, out / file, metadata={"format": "pt"})
-        found = verify_nf4_lora(model, out, input_ids=IDS)
+        found = verify_nf4_lora(model, out, TEXT)
         assert not found["passed"]
         assert found["weights"]["worst_layer"] == "model.layers.1.self_attn.v_proj"
 

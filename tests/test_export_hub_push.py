@@ -55,7 +55,7 @@ def test_a_new_repository_is_private_unless_asked_otherwise(export: Path, monkey
 
 def test_a_public_repository_is_not_written_to_by_accident(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = use(monkeypatch, FakeHub(shown=False))
-    with pytest.raises(UserError, match="shown is public, allowed: a private repository, or --public"):
+    with pytest.raises(UserError, match=r"shown is public\. Fix: name a private repository, or use --public"):
         push(export, "shown")
     assert hub.files == {}
     push(export, "shown", private=False)
@@ -68,12 +68,12 @@ def test_a_hub_that_cannot_be_reached_leaves_the_export(export: Path, monkeypatc
             raise ConnectionError("no route to host")
 
     use(monkeypatch, Offline())
-    with pytest.raises(RunFailure, match="no route to host The export itself is whole"):
+    with pytest.raises(RunFailure, match="no route to host The export itself is complete"):
         push(export, "mine")
     assert (export / "config.json").exists()
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "../x", "-x", "a b"])
 def test_names_that_the_hub_has_not(name: str) -> None:
-    with pytest.raises(UserError, match="allowed: NAME or ORGANISATION/NAME"):
+    with pytest.raises(UserError, match="must be NAME or ORGANISATION/NAME"):
         check_repository(name)

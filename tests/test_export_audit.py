@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qdora.export.audit import DESCRIPTIONS, audit_page, computing, layer_errors, variants, verdict
+from qdora.export.audit import DESCRIPTIONS, audit_page, computing, export_forms, layer_errors, recommendation
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import float32_arithmetic
-from qdora.export.merged import merge_of, open_merge
+from qdora.export.merged import merge_of
 from qdora.export.options import ExportOptions
+from qdora.export.streamed_merge import open_merge
 from qdora.files.run_directory import open_run
 from qdora.model.adapter_file import load_adapter
 from qdora.model.load import load_model
@@ -52,10 +53,10 @@ def opened(run: Path) -> Any:
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("merged", ExportOptions(dtype="float16", audit=False)),
-        ("original", ExportOptions(dtype="float16", base="original", audit=False)),
-        ("requantized", ExportOptions(dtype="float32", requantize=True, audit=False)),
-        ("nf4-lora", ExportOptions(format_="nf4-lora", audit=False)),
+        ("merged", ExportOptions(dtype="float16")),
+        ("original", ExportOptions(dtype="float16", base="original")),
+        ("requantized", ExportOptions(dtype="float32", requantize=True)),
+        ("nf4-lora", ExportOptions(format_="nf4-lora")),
     ],
 )
 def test_a_form_in_memory_is_the_form_in_the_files(
@@ -71,7 +72,7 @@ def test_a_form_in_memory_is_the_form_in_the_files(
         load_adapter(exported, tmp_path / "out/adapter")
     model = load_run(run).model
     before = tiny_adapted.logits(model, IDS)
-    form = next(each for each in variants(model, opened(run), torch.float16) if each.name == name)
+    form = next(each for each in export_forms(model, opened(run), torch.float16) if each.name == name)
     assert form.weight is not None
     with float32_arithmetic(model), computing(model, form.weight):
         found = tiny_adapted.logits(model, IDS)
@@ -84,7 +85,7 @@ def test_a_form_in_memory_is_the_form_in_the_files(
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_the_original_form_has_the_layers_own_formula(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     """With the gate in B, and the mask over B A."""
-    from qdora.export import audit as module
+    from qdora.export import audit
     from tests import test_nn_masked_adapter
 
     layer = test_nn_masked_adapter.layer_of(kind=kind, dtype=torch.float32)
@@ -92,11 +93,11 @@ def test_the_original_form_has_the_layers_own_formula(monkeypatch: pytest.Monkey
     assert layer.gate is not None
     layer.gate.data = torch.tensor([0.5, 0.0, 2.0])
     source = torch.randn(13, 24, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr(module, "source_weight", lambda *_: source)
+    monkeypatch.setattr(audit, "source_weight", lambda *_: source)
     model: Any = torch.nn.ModuleDict({"layer": layer})
     merge = SimpleNamespace(quant=SimpleNamespace(kind="nf4"))
     given: Any = SimpleNamespace(merge=merge, stored={}, quantized={"layer"})
-    form = next(each for each in variants(model, given, torch.float32) if each.name == "original")
+    form = next(each for each in export_forms(model, given, torch.float32) if each.name == "original")
     assert form.weight is not None
     found = form.weight("layer", layer)
     keep = layer.base.keep_mask()
@@ -114,20 +115,21 @@ def test_layer_errors_are_ratios_of_norms(run: Path) -> None:
     model = load_run(run).model
     found = layer_errors(model, opened(run))
     assert len(found) == 14
-    assert [each.ratio for each in found] == sorted((each.ratio for each in found), reverse=True)
+    assert [each["ratio"] for each in found] == sorted((each["ratio"] for each in found), reverse=True)
     source = load_file(run.parent / "model/model.safetensors")
     for each in found:
-        layer: Any = model.get_submodule(each.path)
-        weight = source[f"{each.path}.weight"].double()
+        layer: Any = model.get_submodule(each["path"])
+        weight = source[each["path"] + ".weight"].double()
         base = layer.base.dequantized().double()
         merged = torch.from_numpy(tiny_adapted.expected_weight(layer))
-        assert each.quantization_error == pytest.approx(float((base - weight).norm() / weight.norm()), rel=1e-4)
-        assert each.update == pytest.approx(float((merged - base).norm() / weight.norm()), rel=1e-3)
-        assert 0.05 < each.quantization_error < 0.13
+        assert each["quantization_error"] == pytest.approx(float((base - weight).norm() / weight.norm()), rel=1e-4)
+        assert each["update"] == pytest.approx(float((merged - base).norm() / weight.norm()), rel=1e-3)
+        assert 0.05 < each["quantization_error"] < 0.13
 
 
-def test_every_export_is_audited(run: Path, tmp_path: Path) -> None:
-    document = export_run(run, tmp_path / "out", ExportOptions(base="original", dtype="float32"), console=QUIET)
+def test_the_audit_compares_every_form(run: Path, tmp_path: Path) -> None:
+    options = ExportOptions(base="original", dtype="float32", audit=True)
+    document = export_run(run, tmp_path / "out", options, console=QUIET)
     found = document["audit"]
     assert list(found["forms"]) == list(DESCRIPTIONS)
     assert json.loads((tmp_path / "out/export.json").read_text())["audit"] == json.loads(json.dumps(found))
@@ -156,13 +158,13 @@ def test_the_verdict_follows_from_the_figures() -> None:
         "original": form(0.02, -0.5, 0.1),
         "requantized": form(0.05, 0.1, 0.08),
     }
-    text = verdict(forms, [{"ratio": 2.0}, {"ratio": 0.5}])
+    text = recommendation(forms, [{"ratio": 2.0}, {"ratio": 0.5}])
     assert text.startswith("Ship `--format merged` (16 bits): it is the model that was trained (mean KL at most 1e-07")
     assert "`--format merged --base original` is another model: mean KL 0.02 nats" in text
     assert "its answers are better by 0.500 +- 0.200 nats each." in text
-    assert "its answers are not told apart (+0.100 +- 0.160 nats each)" in text
+    assert "its answers do not differ significantly (+0.100 +- 0.160 nats each)" in text
     assert "`--format nf4-lora` is not possible: a block crosses" in text
     assert "In 1 of 2 layers the rounding of the base is larger" in text
-    worse = verdict(forms | {"merged": form(0.1, 0.0, 0.1), "requantized": form(0.05, 0.3, 0.1)}, [])
+    worse = recommendation(forms | {"merged": form(0.1, 0.0, 0.1), "requantized": form(0.05, 0.3, 0.1)}, [])
     assert worse.startswith("No form is the model that was trained")
     assert "worse by 0.300 +- 0.200" in worse

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-import qdora.export.directory as export_module
 from qdora.errors import RunFailure, UserError
-from qdora.export.merged import StreamedMerge, check_merge, export_merged, export_streamed
+from qdora.export import checkpoint_writer
+from qdora.export.merged import export_merged
+from qdora.export.streamed_merge import StreamedMerge, check_merge
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Quantization, load_model
@@ -66,7 +67,7 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 def test_the_bytes_are_those_of_the_loaded_model(tmp_path: Path, config: str, quant: str) -> None:
     model, merge = prepare(tmp_path, config, quant=quant)
     export_merged(model, None, tmp_path / "loaded", max_shard_bytes=30_000)
-    result = export_streamed(merge, None, tmp_path / "streamed", max_shard_bytes=30_000)
+    result = export_merged(merge, None, tmp_path / "streamed", max_shard_bytes=30_000)
     loaded = files(tmp_path / "loaded")
     assert len(loaded) > 4
     assert files(tmp_path / "streamed") == loaded
@@ -77,17 +78,17 @@ def test_the_bytes_are_those_of_the_loaded_model(tmp_path: Path, config: str, qu
 def test_an_adapted_tied_head_and_a_bare_base(tmp_path: Path) -> None:
     model, merge = prepare(tmp_path, "llama", targets=["lm_head", "q_proj"])
     export_merged(model, None, tmp_path / "loaded")
-    export_streamed(merge, None, tmp_path / "streamed")
+    export_merged(merge, None, tmp_path / "streamed")
     assert files(tmp_path / "streamed") == files(tmp_path / "loaded")
     bare = StreamedMerge(merge.source, None, merge.quant, merge.compute_dtype)
     export_merged(load_model(merge.source, quant="nf4", compute_dtype=torch.float32), None, tmp_path / "bare")
-    export_streamed(bare, None, tmp_path / "streamed-bare")
+    export_merged(bare, None, tmp_path / "streamed-bare")
     assert files(tmp_path / "streamed-bare") == files(tmp_path / "bare")
 
 
 def test_the_original_base_takes_the_norm_anew(tmp_path: Path) -> None:
     model, merge = prepare(tmp_path, base="original")
-    export_streamed(merge, None, tmp_path / "out", dtype=torch.float32)
+    export_merged(merge, None, tmp_path / "out", dtype=torch.float32)
     found, source = stored(tmp_path / "out"), stored(tmp_path / "base")
     layers = adapted_layers(model)
     for path, layer in layers.items():
@@ -107,8 +108,8 @@ def test_the_original_base_takes_the_norm_anew(tmp_path: Path) -> None:
 
 def test_requantised_is_what_bitsandbytes_loads(tmp_path: Path) -> None:
     model, merge = prepare(tmp_path, requantize=True, targets=["q_proj", "down_proj"])
-    result = export_streamed(merge, None, tmp_path / "out", dtype=torch.float32, max_shard_bytes=30_000)
-    export_streamed(merge, None, tmp_path / "one-file", dtype=torch.float32)
+    result = export_merged(merge, None, tmp_path / "out", dtype=torch.float32, max_shard_bytes=30_000)
+    export_merged(merge, None, tmp_path / "one-file", dtype=torch.float32)
     assert len(result.files) > 2
     quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert quantization["bnb_4bit_use_double_quant"] is True
@@ -137,9 +138,9 @@ def test_an_interrupted_export_goes_on_and_gives_the_same_bytes(
 ) -> None:
     _, merge = prepare(tmp_path, **form)
     size = 30_000 if not form.get("requantize") else 12_000
-    expected = export_streamed(merge, None, tmp_path / "whole", max_shard_bytes=size)
+    expected = export_merged(merge, None, tmp_path / "whole", max_shard_bytes=size)
     assert len(expected.files) >= 4
-    write = export_module.write_safetensors
+    write = checkpoint_writer.write_safetensors
     written: list[str] = []
 
     def stopping(path: Path, *arguments: Any, **options: Any) -> int:
@@ -149,9 +150,9 @@ def test_an_interrupted_export_goes_on_and_gives_the_same_bytes(
             raise KeyboardInterrupt
         return write(path, *arguments, **options)
 
-    monkeypatch.setattr(export_module, "write_safetensors", stopping)
+    monkeypatch.setattr(checkpoint_writer, "write_safetensors", stopping)
     with pytest.raises(KeyboardInterrupt):
-        export_streamed(merge, None, tmp_path / "out", max_shard_bytes=size)
+        export_merged(merge, None, tmp_path / "out", max_shard_bytes=size)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial").is_dir()
     monkeypatch.undo()
@@ -161,9 +162,9 @@ def test_an_interrupted_export_goes_on_and_gives_the_same_bytes(
         again.append(path.name)
         return write(path, *arguments, **options)
 
-    monkeypatch.setattr(export_module, "write_safetensors", counting)
+    monkeypatch.setattr(checkpoint_writer, "write_safetensors", counting)
     steps: list[tuple[int, int]] = []
-    found = export_streamed(
+    found = export_merged(
         merge, None, tmp_path / "out", max_shard_bytes=size, progress=lambda done, total: steps.append((done, total))
     )
     assert len(again) == len(expected.files) - 2
@@ -178,23 +179,23 @@ def test_an_interrupted_export_goes_on_and_gives_the_same_bytes(
 
 def test_what_was_left_of_another_export_is_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, merge = prepare(tmp_path)
-    write = export_module.write_safetensors
+    write = checkpoint_writer.write_safetensors
 
     def stopping(path: Path, *arguments: Any, **options: Any) -> int:
         if "model-00003" in path.name:
             raise KeyboardInterrupt
         return write(path, *arguments, **options)
 
-    monkeypatch.setattr(export_module, "write_safetensors", stopping)
+    monkeypatch.setattr(checkpoint_writer, "write_safetensors", stopping)
     with pytest.raises(KeyboardInterrupt):
-        export_streamed(merge, None, tmp_path / "out", max_shard_bytes=30_000)
+        export_merged(merge, None, tmp_path / "out", max_shard_bytes=30_000)
     monkeypatch.undo()
     other = tmp_path / "adapter" / "adapter_model.safetensors"
     content = bytearray(other.read_bytes())
     content[-1] ^= 1
     other.write_bytes(bytes(content))
-    export_streamed(merge, None, tmp_path / "out", max_shard_bytes=30_000)
-    export_streamed(merge, None, tmp_path / "fresh", max_shard_bytes=30_000)
+    export_merged(merge, None, tmp_path / "out", max_shard_bytes=30_000)
+    export_merged(merge, None, tmp_path / "fresh", max_shard_bytes=30_000)
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
 
 
@@ -204,9 +205,9 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*arguments: Any, **options: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "write_safetensors", full)
+    monkeypatch.setattr(checkpoint_writer, "write_safetensors", full)
     with pytest.raises(RunFailure, match="No space left"):
-        export_streamed(merge, None, tmp_path / "out")
+        export_merged(merge, None, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -216,10 +217,10 @@ def test_bases_without_16_bit_weights_are_refused(tmp_path: Path) -> None:
         check_merge(merge)
     nf4 = Quantization("nf4", 64, True, ("lm_head",))
     bare = StreamedMerge(merge.source, None, nf4, torch.float32, requantize=True)
-    export_streamed(bare, None, tmp_path / "packed")
+    export_merged(bare, None, tmp_path / "packed")
     packed = StreamedMerge(resolve(str(tmp_path / "packed")), None, nf4, torch.float32, base="original")
-    with pytest.raises(UserError, match=r"stored in nf4 and has no 16-bit weights; use --base dequantized"):
+    with pytest.raises(UserError, match=r"stored in nf4 and has no 16-bit weights. Fix: use --base dequantized"):
         check_merge(packed)
     int8 = Quantization("int8", 64, True, ("lm_head",))
-    with pytest.raises(UserError, match="--requantize: the base was held in int8, allowed: nf4 or fp4"):
+    with pytest.raises(UserError, match="--requantize: the base must be held in nf4 or fp4 \\(got int8\\)"):
         check_merge(StreamedMerge(merge.source, None, int8, torch.float32, requantize=True))
