@@ -293,7 +293,7 @@ def test_a_missing_mis_shaped_or_foreign_state_is_refused(name: Any, moment: str
             rf"{place} is \(2, 2\) {dtype}, not \(4, 1500\)",
         ),
         (whole | {place: whole[place].to(torch.int16)}, rf"{place} is \(4, 1500\) int16, not \(4, 1500\) {dtype}"),
-        (whole | {"state/up.lora_A/absmax3": torch.zeros(2)}, "absmax3 is no part of this optimizer's state"),
+        (whole | {"state/up.lora_A/absmax3": torch.zeros(2)}, "absmax3 is not part of this optimizer's state"),
         ({key: t for key, t in whole.items() if "up.lora_B/" not in key}, "state/up.lora_B is missing"),
         (whole | {"residual/up.lora_A": torch.zeros(2, 2)}, r"residual/up.lora_A is \(2, 2\), not \(4, 1500\)"),
     ):
