@@ -38,7 +38,7 @@ def _of_kind(arms: Arms, base: dict[str, Any] | None, tasks: Sequence[str]) -> d
         result["scores"] = {"combined": _means(first), "solo": _means(second)}
         if base is not None:
             result["scores"]["base"] = _means({task: [base] for task in solo})
-    # Older cells hold such an arm: a run that differs from the combined one in one setting.
+    # Cells kept from earlier versions have such an arm, pcgrad: the combined run with projected gradients.
     for remedy in (name for name in arms if name != "combined" and " " not in name):
         seeds = _shared([combined, arms[remedy]])
         if seeds:

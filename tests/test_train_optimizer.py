@@ -150,7 +150,9 @@ def test_each_kind_of_parameter_has_its_rate(name: Any) -> None:
 
 
 def test_a_ratio_for_no_parameter_is_refused() -> None:
-    with pytest.raises(ValueError, match="lr_ratios: lora_C names no parameter, must be one of lora_A, lora_B, magnitude"):
+    with pytest.raises(
+        ValueError, match="lr_ratios: lora_C names no parameter, must be one of lora_A, lora_B, magnitude"
+    ):
         AdapterOptimizer(parameters(torch.bfloat16), lr_ratios={"lora_C": 2.0, "lora_B": 2.0})
 
 

@@ -63,7 +63,9 @@ class Gates:
             layer.add_gate()
         self.num_updates, self.is_over = 0, False
         self.full = float(self._costs().sum())
-        self.target = self._target()
+        # Mean ranks are rounded down to whole components.
+        ranks = math.floor((settings.mean_rank or 0) * len(self.layers) + 1e-9)
+        self.target = float(ranks if settings.parameters is None else settings.parameters)
         self.died: dict[str, list[int | None]] = {path: [None] * layer.rank for path, layer in self.layers.items()}
         start = 1.0 if settings.mode == "l1" else LARGEST_LOGIT / 2
         self._value = torch.full_like(self._costs(), start)
@@ -108,9 +110,11 @@ class Gates:
             gate.grad = None
         if self.settings.mode == "hard_concrete" and self._is_annealing(step):
             generator = torch.Generator().manual_seed(((self.seed + _STREAM) * 1_000_003 + step) % 2**63)
-            noise = torch.rand(self._count_at_start(), generator=generator, dtype=torch.float64)
+            first = list(itertools.accumulate((len(each) for each in self.died.values()), initial=0))
+            noise = torch.rand(first.pop(), generator=generator, dtype=torch.float64)
             # Indexed by the component's number at the start, so that a removal changes no other component's draws.
-            self._noise = noise[self._place_at_start()].clamp(1e-6, 1 - 1e-6)
+            place = self._origin + torch.tensor(first)[self._layer_numbers()]
+            self._noise = noise[place].clamp(1e-6, 1 - 1e-6)
             self._write(gate_value(self._value, self._noise))
 
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
@@ -221,8 +225,7 @@ class Gates:
         for name, factor in factors.items():
             factor.copy_(tensors[name])
         self.died = {path: list(each) for path, each in state["died"].items()}
-        numbers = zip(self._paths(), self._origin.tolist(), strict=True)
-        self._alive = torch.tensor([self.died[path][number] is None for path, number in numbers])
+        self._alive = torch.tensor([self.died[path][number] is None for path, number in self._names()])
         self.settle()
 
     def _raw_factors(self) -> dict[str, nn.Parameter]:
@@ -260,7 +263,8 @@ class Gates:
         """Kill the components that exceed the budget after `done` steps, and shrink those that soon will."""
         cost, layer = self._costs(), self._layer_numbers()
         fade = max(1, round(_FADE * self.num_anneal))
-        now, soon = (self._allowed(step) for step in (done, done + fade))
+        phases = (self.full, self.target, self.num_warmup, self.num_anneal)
+        now, soon = (allowed_cost(step, *phases) for step in (done, done + fade))
         if self.settings.mode == "hard_concrete":
             dying = surplus(self._value, cost, layer, self._alive, now)
             self._alive &= ~dying
@@ -282,11 +286,9 @@ class Gates:
                 dying |= fading & (self._value == 0)
                 self._value[dying] = 0.0
             self._alive &= ~dying
-        for path, number in self._named(dying):
-            self.died[path][number] = done
-
-    def _allowed(self, step: int) -> float:
-        return allowed_cost(step, self.full, self.target, self.num_warmup, self.num_anneal)
+        for (path, number), is_dying in zip(self._names(), dying.tolist(), strict=True):
+            if is_dying:
+                self.died[path][number] = done
 
     @torch.no_grad()
     def _write(self, values: Tensor) -> None:
@@ -296,13 +298,6 @@ class Gates:
         living = torch.where(self._alive, values, 0.0).to(gates[0])
         # In place, which raises the versions, so that cached norms are computed again.
         torch._foreach_copy_(gates, torch.split(living, self._ranks()))
-
-    def _target(self) -> float:
-        if self.settings.parameters is not None:
-            return float(self.settings.parameters)
-        assert self.settings.mean_rank is not None
-        # Rounded down to whole components.
-        return float(math.floor(self.settings.mean_rank * len(self.layers) + 1e-9))
 
     def _ranks(self) -> list[int]:
         return [layer.rank for layer in self.layers.values()]
@@ -319,21 +314,10 @@ class Gates:
     def _layer_numbers(self) -> Tensor:
         return torch.arange(len(self.layers)).repeat_interleave(torch.tensor(self._ranks()))
 
-    def _paths(self) -> list[str]:
-        return [path for path, layer in self.layers.items() for _ in range(layer.rank)]
-
-    def _named(self, chosen: Tensor) -> list[tuple[str, int]]:
-        """(path, number at the start) of the chosen components."""
-        flags = zip(self._paths(), self._origin.tolist(), chosen.tolist(), strict=True)
-        return [(path, number) for path, number, flag in flags if flag]
-
-    def _count_at_start(self) -> int:
-        return sum(len(each) for each in self.died.values())
-
-    def _place_at_start(self) -> Tensor:
-        """Index of each component in a vector over all that there were at the start."""
-        offsets = list(itertools.accumulate((len(each) for each in self.died.values()), initial=0))
-        return self._origin + torch.tensor(offsets[:-1])[self._layer_numbers()]
+    def _names(self) -> list[tuple[str, int]]:
+        """(path of the layer, number at the start) of each component."""
+        paths = [path for path, layer in self.layers.items() for _ in range(layer.rank)]
+        return list(zip(paths, self._origin.tolist(), strict=True))
 
 
 def allowed_cost(step: int, full: float, target: float, num_warmup: int, num_anneal: int) -> float:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -185,9 +185,9 @@ def _gradient_that_fits(
         backoff = back_off(loader, found.shortage)
         if backoff is None:
             return found
-        hooks.write_metrics({"step": step + 1, "out_of_memory": asdict(backoff)})
+        hooks.write_metrics({"step": step + 1, "out_of_memory": backoff})
         text = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, the steps keep their examples. (%s)"
-        logger.warning(text, step + 1, backoff.tokens_before, backoff.tokens_after, backoff.reason)
+        logger.warning(text, step + 1, *backoff.values())
 
 
 def _after_step(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -222,38 +222,23 @@ class AdapterOptimizer:
         Raises:
             ValueError: A tensor is missing, unknown or of another shape or dtype; names the first five.
         """
-        faults = self._name_faults(tensors)
-        if not faults:
-            for key, residual in self._residuals.items():
-                residual.copy_(tensors[f"residual/{key}"])
+        places: dict[str, tuple[dict[str, Any], str]] = {f"residual/{k}": (self._residuals, k) for k in self._residuals}
+        # A run saved before its first step has no states. Otherwise a missing one would silently start anew.
+        if any(name.startswith("state/") for name in tensors):
             for group in self._groups:
                 for index, key in enumerate(group.keys):
-                    prefix = f"state/{key}/"
-                    stored = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-                    if stored:
-                        self._join([key])
-                        faults += _load_state(group.inner, self._masters[key], index, stored, where=f"state/{key}")
-                        self._release(key)
+                    self._join([key])
+                    state = _fresh_state(group.inner, self._masters[key], index)
+                    self._release(key)
+                    places |= {f"state/{key}/{name}": (state, name) for name in state if name not in _NOT_STORED}
+        faults = [fault for name in sorted({*places, *tensors}) for fault in _load_fault(name, places, tensors)]
         if faults:
             raise ValueError("optimizer state does not fit these parameters: " + "; ".join(faults[:5]))
-
-    def _name_faults(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        prefixes = [f"state/{key}/" for key in self.parameters]
-        faults = [f"residual/{key} is missing" for key in self._residuals if f"residual/{key}" not in tensors]
-        for name, tensor in tensors.items():
-            key = name.removeprefix("residual/")
-            if name.startswith("residual/"):
-                if key not in self._residuals:
-                    faults.append(f"{name} belongs to no parameter")
-                elif tensor.shape != self._residuals[key].shape:
-                    faults.append(f"{name} is {tuple(tensor.shape)}, not {tuple(self._residuals[key].shape)}")
-            elif not name.startswith(tuple(prefixes)):
-                faults.append(f"{name} belongs to no parameter")
-        # With its state missing, a parameter would silently start anew. A run saved before its first step has no state.
-        started = [key for key in self.parameters if any(n.startswith(f"state/{key}/") for n in tensors)]
-        if started:
-            faults += [f"state/{key} is missing" for key in self.parameters if key not in started]
-        return faults
+        for name, (state, key) in places.items():
+            if isinstance(state[key], Tensor):
+                state[key].copy_(tensors[name])
+            else:
+                state[key] = int(tensors[name])
 
     def _group_of(self, key: str) -> _Group:
         return next(group for group in self._groups if key in group.keys)
@@ -382,25 +367,20 @@ def _shrunk_state(
     return state
 
 
-def _load_state(
-    inner: torch.optim.Optimizer, master: nn.Parameter, index: int, stored: dict[str, Tensor], where: str
-) -> list[str]:
-    """Copy a parameter's stored state into the state that a first step would make; returns what does not fit."""
-    state = _fresh_state(inner, master, index)
-    names = [name for name in state if name not in _NOT_STORED]
-    faults = [f"{where}/{name} is missing" for name in names if name not in stored]
-    for name, tensor in stored.items():
-        place = state[name] if name in names else None
-        if place is None:
-            faults.append(f"{where}/{name} is not part of this optimizer's state")
-        elif not isinstance(place, Tensor):
-            state[name] = int(tensor)
-        elif (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+def _load_fault(
+    name: str, places: Mapping[str, tuple[dict[str, Any], str]], tensors: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """What keeps the tensor `name` from being copied into its place, if anything."""
+    if name not in tensors:
+        yield f"{name} is missing"
+    elif name not in places:
+        yield f"{name} is unknown"
+    else:
+        state, key = places[name]
+        place, tensor = state[key], tensors[name]
+        if isinstance(place, Tensor) and (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
             got, wanted = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, place))
-            faults.append(f"{where}/{name} is {got}, not {wanted}")
-        else:
-            place.copy_(tensor)
-    return faults
+            yield f"{name} is {got}, not {wanted}"
 
 
 def widened_state(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -44,15 +44,6 @@ _OUT_OF_MEMORY_MESSAGES = (
 
 
 @dataclass(frozen=True)
-class Backoff:
-    """One reduction of the micro-batches: tokens of one forward pass, padding counted, before and after."""
-
-    tokens_before: int
-    tokens_after: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Shortage:
     """A micro-batch that did not fit into memory.
 
@@ -201,13 +192,14 @@ def undo_step(optimizer: AdapterOptimizer, loader: StepLoader, before: StateBefo
     set_random_state(before[1])
 
 
-def back_off(loader: StepLoader, shortage: Shortage) -> Backoff | None:
+def back_off(loader: StepLoader, shortage: Shortage) -> Metrics | None:
     """Halve the tokens of a micro-batch, counted from the one that did not fit, and release freed memory.
 
     Must be called outside the `except` block, where the error no longer keeps the tensors of its frames alive.
 
     Returns:
-        What was changed, or None if the micro-batch was a single example.
+        `tokens_before` and `tokens_after` (of a micro-batch, padding counted) and the `reason`, or None if the
+        micro-batch was a single example.
     """
     before = loader.micro_batch_tokens
     if shortage.num_examples == 1 or before <= 1:
@@ -216,7 +208,7 @@ def back_off(loader: StepLoader, shortage: Shortage) -> Backoff | None:
     gc.collect()  # cycles of frames may keep the graph of the failed pass
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return Backoff(before, loader.micro_batch_tokens, shortage.reason)
+    return {"tokens_before": before, "tokens_after": loader.micro_batch_tokens, "reason": shortage.reason}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
