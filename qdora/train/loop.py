@@ -120,8 +120,8 @@ def fit(
     micro-batches, which later steps keep. A step that `bad_steps` finds bad is not applied; a skipped one still counts.
 
     Args:
-        train: Schedule, clipping, and how often metrics and checkpoints are written; its `steps` or `epochs` are given
-            by `num_steps`.
+        train: Schedule, clipping, and how often metrics and checkpoints are written.
+        num_steps: Length of the run, whatever `train` says.
         loss_chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
         task_weights: Of each task's tokens in the loss; None: all count the same.
     Returns:

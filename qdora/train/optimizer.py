@@ -100,14 +100,16 @@ class AdapterOptimizer:
             elif parameter.dtype == torch.float32:
                 self._masters[key] = parameter
             else:
-                raise ValueError(f"{key} is stored in {parameter.dtype}; allowed: bfloat16, float32.")
-        options: dict[str, Any] = {"lr": lr, "betas": betas or ((0.9, 0.99) if _is_lion(name) else (0.9, 0.999))}
-        if not _is_lion(name):
+                raise ValueError(f"{key} is stored in {parameter.dtype}, must be bfloat16 or float32.")
+        options: dict[str, Any] = {"lr": lr, "betas": betas or ((0.9, 0.99) if "lion" in name else (0.9, 0.999))}
+        if "lion" not in name:
             options["eps"] = eps
         self._groups: list[_Group] = []
-        for keys, is_matrix, ratio in _grouped(self.parameters, lr_ratios or {}):
+        rates = _rates(self.parameters, lr_ratios or {})
+        shapes = {key: tuple(parameter.shape) for key, parameter in self.parameters.items()}
+        for keys, is_matrix in groups_of(shapes, rates):
             inner = _inner_optimizer(name, [self._masters[key] for key in keys], is_matrix, options)
-            self._groups.append(_Group(keys, inner, ratio, weight_decay if is_matrix else 0.0))
+            self._groups.append(_Group(keys, inner, rates[keys[0]], weight_decay if is_matrix else 0.0))
         if name.startswith("paged") and not is_planning() and not any(_can_page(p) for p in self.parameters.values()):
             logger.warning("%s: no CUDA here, so its states are not paged; the arithmetic is the same.", name)
 
@@ -265,21 +267,14 @@ class AdapterOptimizer:
             master.data = torch.empty(0, device=master.device)
 
 
-def _grouped(
-    parameters: Mapping[str, nn.Parameter], lr_ratios: Mapping[str, float]
-) -> list[tuple[list[str], bool, float]]:
-    """`groups_of` the parameters, each with its rate in units of lr.
-
-    Every parameter is updated by itself, so the grouping changes no number.
-    """
-    parts = {key.rpartition(".")[2] for key in parameters}
-    unknown = [part for part in lr_ratios if part not in parts]
+def _rates(keys: Iterable[str], lr_ratios: Mapping[str, float]) -> dict[str, float]:
+    """Key -> its rate in units of lr."""
+    parts = {key: key.rpartition(".")[2] for key in keys}
+    unknown = [part for part in lr_ratios if part not in parts.values()]
     if unknown:
-        known = ", ".join(sorted(parts))
+        known = ", ".join(sorted(set(parts.values())))
         raise ValueError(f"lr_ratios: {', '.join(unknown)} names no parameter, must be one of {known}.")
-    shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
-    ratios = {key: lr_ratios.get(key.rpartition(".")[2], 1.0) for key in parameters}
-    return [(keys, is_matrix, ratios[keys[0]]) for keys, is_matrix in groups_of(shapes, ratios)]
+    return {key: lr_ratios.get(part, 1.0) for key, part in parts.items()}
 
 
 def groups_of(
@@ -287,7 +282,8 @@ def groups_of(
 ) -> list[tuple[list[str], bool]]:
     """(keys, whether they are matrices) of the parameters that are updated together, in order.
 
-    A group has at most _GROUP_ELEMENTS elements, or one key.
+    A group has at most _GROUP_ELEMENTS elements, or one key. The grouping changes no number, since every parameter is
+    updated by itself.
 
     Args:
         shapes: Key -> shape.
@@ -306,10 +302,6 @@ def groups_of(
     return groups
 
 
-def _is_lion(name: OptimizerName) -> bool:
-    return name in ("paged_lion_8bit", "lion")
-
-
 def _can_page(parameter: Tensor) -> bool:
     return parameter.device.type == "cuda"
 
@@ -318,7 +310,7 @@ def _inner_optimizer(
     name: OptimizerName, masters: list[nn.Parameter], is_matrix: bool, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     made: torch.optim.Optimizer
-    if name == "lion" or (_is_lion(name) and not is_matrix):
+    if name == "lion" or ("lion" in name and not is_matrix):
         made = bnb.optim.Lion32bit(masters, **options, weight_decay=0.0)
     elif name == "adamw" or not is_matrix:
         made = torch.optim.AdamW(masters, **options, weight_decay=0.0, fused=True)
