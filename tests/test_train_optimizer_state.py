@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qdora.ops.planned_device import planned_on
-from qdora.train import optimizer as optimizer_formats
 from qdora.train import optimizer as optimizer_module
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, widened_state
 
@@ -196,14 +195,14 @@ def test_pages_do_not_meet_tensors_of_the_gpu(
     name: Any, pages: dict[str, list[Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages are tensors of the CPU. Fake tensors refuse to mix devices, and "meta" stands for the GPU."""
-    dequantize, seen = optimizer_formats.F.dequantize_blockwise, []
+    dequantize, seen = optimizer_module.F.dequantize_blockwise, []
 
     def on_one_device(codes: Tensor, absmax: Tensor, **more: Any) -> Tensor:
         seen.append({codes.device.type, absmax.device.type})
         found: Tensor = dequantize(codes, absmax=absmax, **more)
         return found
 
-    monkeypatch.setattr(optimizer_formats.F, "dequantize_blockwise", on_one_device)
+    monkeypatch.setattr(optimizer_module.F, "dequantize_blockwise", on_one_device)
     key = "up.lora_B"
     with planned_on("cuda"), FakeTensorMode():
         parameter = nn.Parameter(torch.empty(30_000, 8, dtype=torch.bfloat16, device="meta"))
