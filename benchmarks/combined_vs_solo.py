@@ -2,7 +2,7 @@
 
     python benchmarks/combined_vs_solo.py DATA [--arms combined,solo,without] [--seconds 600]
 
-DATA holds <task>/<split>.parquet in the schema of the README ("Your own data"). SmolLM2-135M in NF4, the eight
+DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. SmolLM2-135M in NF4, the eight
 commonsense tasks in equal shares, QLoRA and QDoRA. A cell is one training run, scored on validation examples:
 
     base            no training

@@ -39,7 +39,7 @@ def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0) -> Rec
     """The eight commonsense tasks in equal shares on SmolLM2-135M in NF4.
 
     Args:
-        data: Holds <task>/<split>.parquet in the schema of docs in the README ("Your own data").
+        data: Holds <task>/<split>.parquet in the schema of `qdora guide own-data`.
         batch: Examples of a step.
         seed: Of the order.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -224,11 +223,3 @@ def test_a_thousand_cells_are_checked_in_seconds(tmp_path: Path) -> None:
     }
     assert len(study(tmp_path, product=product)) == 1002
     assert time.perf_counter() - began < 30
-
-
-def test_the_study_in_the_readme_checks() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "product:" in block]
-    cells = expand(study_from(yaml.safe_load(block)))
-    assert sum(cell.is_trained for cell in cells) == 2 * 2 * 3 * 3
-    assert len(cells) == 2 * 2 * 3 * 3 + 2
