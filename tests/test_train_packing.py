@@ -242,12 +242,12 @@ LEAKS = (
 @pytest.mark.parametrize(
     "make, message",
     [
-        (without_borders, rf"^data.packing: llama \(attention by sdpa\) {LEAKS}.*allowed: false for this model\.$"),
+        (without_borders, rf"^data.packing: llama \(attention by sdpa\) {LEAKS}.*Fix: data\.packing: false\.$"),
         (first_row_only, rf"^data.packing: llama .*{LEAKS}"),
         (opt, rf"^data.packing: opt .*{LEAKS}"),
         (lfm2, rf"^data.packing: lfm2 .*{LEAKS}"),
         (counting_on, r"^data.packing: gpt2 .*logits of a packed example differ from those of the example alone by 0"),
-        (bloom, r"^data.packing: bloom takes no position_ids, got true, allowed: false for this model\.$"),
+        (bloom, r"^data.packing: must be false for bloom, which takes no position_ids \(got true\)\.$"),
     ],
     ids=["without borders", "first row only", "opt", "lfm2", "counting on", "bloom"],
 )
