@@ -259,5 +259,5 @@ def test_models_that_do_not_are_refused(make: Any, message: str) -> None:
 def test_another_attention_is_proposed() -> None:
     model = without_borders()
     model.set_attn_implementation("eager")  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"or true with model\.attention sdpa where the model has it"):
+    with pytest.raises(UserError, match=r"Fix: data\.packing: false, or model\.attention: sdpa if the model has it\."):
         packed_layout(model)  # type: ignore[arg-type]
