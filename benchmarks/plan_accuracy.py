@@ -263,7 +263,8 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
     from qdora.model.inject import adapter_parameters
     from qdora.plan.live_bytes import LiveBytes
     from qdora.recipe.train_settings import TrainConfig
-    from qdora.run.load_base import compress_base, load_base, load_pruned_base
+    from qdora.run.load_base import load_base
+    from qdora.run.pruned_base import compress_base, load_pruned_base
     from qdora.train.interrupt import StopRequest
     from qdora.train.loop import Hooks, fit
     from qdora.train.optimizer import AdapterOptimizer

@@ -18,7 +18,7 @@ from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenize
 from qdora.data.mix_plan import MixPlan, plan_mix, show_mix
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
-from qdora.files.console import default_console
+from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model
 from qdora.plan.memory_plan import plan
@@ -152,7 +152,7 @@ def plan_run(
     Raises:
         UserError: What `train_run` refuses about the data or the model's config; a budget that is no size.
     """
-    console = console or default_console()
+    _, results = consoles(console)
     faults = missing_files(recipe, where)
     if faults:
         raise UserError(*faults)
@@ -162,10 +162,10 @@ def plan_run(
         raise UserError(f"--budget: {error}") from None
     mix, workload, assumed = _workload(recipe)
     if mix is not None:
-        show_mix(console, mix)
+        show_mix(results, mix)
     assumed += _after_gates(recipe, device_kind, workload)
     found = replace(plan(recipe, limit, device_kind=device_kind, workload=workload), assumptions=assumed)
-    show_plan(console, found)
+    show_plan(results, found)
     if figure is not None:
         draw_plan(found, figure)
     return {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}

@@ -16,7 +16,7 @@ import pandas as pd
 from rich.console import Console
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_text
-from qdora.files.console import default_console
+from qdora.files.console import consoles
 from qdora.study.curves import draw_all
 from qdora.study.tables import Report, Rows, is_number, read_report
 
@@ -131,12 +131,12 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
     Raises:
         UserError: No study there, or none of its cells is finished.
     """
-    console = console or default_console()
+    _, results = consoles(console)
     report = read_report(directory)
     files = write_report(report, out or directory / "report", directory.resolve().name)
     for sentence in report.verdict:
-        console.print(sentence, markup=False, highlight=False)
-    console.print(f"report: {files[0]}", markup=False, highlight=False, soft_wrap=True)
+        results.print(sentence, markup=False, highlight=False)
+    results.print(f"report: {files[0]}", markup=False, highlight=False, soft_wrap=True)
     return {
         "page": str(files[0]),
         "files": [str(file) for file in files],

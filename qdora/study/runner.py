@@ -34,16 +34,16 @@ from qdora.data.sources import has_split
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory
-from qdora.files.console import default_console
+from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model
 from qdora.model.load import Quantization
 from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml
-from qdora.run.best_step import adapter_step
 from qdora.run.evaluate import evaluate_target
-from qdora.run.load_base import SharedBases
+from qdora.run.pruned_base import SharedBases
 from qdora.run.train import train_run
+from qdora.run.validation import adapter_step
 from qdora.study.grid import Cell, Study, expand, load_study
 from qdora.study.store import Claim, StudyDirectory
 
@@ -302,11 +302,11 @@ def study_run(
         RunFailure: Cells failed as often as they may; all others are done.
         Interrupted, KeyboardInterrupt: Everything finished is kept.
     """
-    console = console or default_console()
+    console, results = consoles(console)
     study, directory, cells = _checked(file, directory)
     index, count = _shard(shard)
     mine = shard_of(cells, index, count)
-    console.print(
+    results.print(
         f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} of them trained"
         + (f"; {len(mine)} in shard {shard}" if shard else ""),
         highlight=False,
@@ -320,7 +320,7 @@ def study_run(
 
     with cells_bar(console, mine, store) as report, _quiet_runs():
         found = run_cells(mine, store, cell_work(study.compare.split, store), report)
-    return _concluded(found, mine, directory, console)
+    return _concluded(found, mine, directory, results)
 
 
 def submit_study(
