@@ -12,7 +12,7 @@ import torch
 from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapter_parameters
-from qdora.run import train
+from qdora.run import training
 from qdora.run.train import train_run
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.step_checks import MissingGradientCheck
@@ -93,7 +93,7 @@ def test_a_run_on_disk_is_checked_and_one_on_the_device_is_not(
         def updated(self, lr: float) -> None:
             seen.append(lr)
 
-    monkeypatch.setattr(train, "MissingGradientCheck", Noted)
+    monkeypatch.setattr(training, "MissingGradientCheck", Noted)
     changes: dict[str, Any] = {"train__steps": 2, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     train_run(tiny_run.recipe(root, **changes), tmp_path / "device")
     assert seen == []
