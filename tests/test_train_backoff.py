@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from qdora.data.loader import StepLoader
 from qdora.errors import Interrupted, RunFailure
-from qdora.run import train as train_verb
+from qdora.run import prepare
 from qdora.run.train import train_run
-from qdora.train import loop
-from qdora.train.backoff import is_out_of_memory
+from qdora.train import step_gradient
+from qdora.train.step_gradient import is_out_of_memory
 from tests import tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless
 
@@ -44,10 +45,10 @@ def small_memory(
     monkeypatch: pytest.MonkeyPatch, most_tokens: int, error: Callable[[], BaseException], *, backward: bool = False
 ) -> list[int]:
     """An allocator that fails for micro-batches of more tokens; the tokens of those that it let pass come back."""
-    real, passed = loop.batch_loss, []
+    real, passed = step_gradient.batch_loss, []
 
-    def hungry(model: Any, input_ids: torch.Tensor, *rest: Any) -> Any:
-        result = real(model, input_ids, *rest)
+    def hungry(model: Any, input_ids: torch.Tensor, *rest: Any, **settings: Any) -> Any:
+        result = real(model, input_ids, *rest, **settings)
         if input_ids.numel() <= most_tokens:
             passed.append(input_ids.numel())
         elif backward:
@@ -59,7 +60,7 @@ def small_memory(
     def fail(_gradient: torch.Tensor) -> None:
         raise error()
 
-    monkeypatch.setattr(loop, "batch_loss", hungry)
+    monkeypatch.setattr(step_gradient, "batch_loss", hungry)
     return passed
 
 
@@ -115,7 +116,7 @@ def test_a_retried_step_draws_what_a_first_try_would(
 ) -> None:
     """With dropout: the run equals, bit for bit, one whose micro-batches were as small from that step on."""
     settings = recipe(root)
-    make_loader = train_verb.make_loader
+    make_loader = prepare.make_loader
     small_memory(monkeypatch, 80, ERRORS["cuda"])
     train_run(settings, tmp_path / "run")
     sizes = {
@@ -135,7 +136,7 @@ def test_a_retried_step_draws_what_a_first_try_would(
         loader.next_step = smaller_in_time
         return loader
 
-    monkeypatch.setattr(train_verb, "make_loader", knowing)
+    monkeypatch.setattr(prepare, "make_loader", knowing)
     train_run(settings, tmp_path / "known")
     assert [line for line in timeless(tmp_path / "run") if "lr" in line] == timeless(tmp_path / "known")
 
@@ -154,13 +155,13 @@ def test_a_resumed_run_keeps_the_smaller_size_until_the_recipe_asks_for_another(
     assert used < 96  # below data.max_length, which the recipe itself may not ask for
     monkeypatch.undo()
     seen = []
-    next_step = train_verb.StepLoader.next_step
+    next_step = StepLoader.next_step
 
     def spying(loader: Any) -> Any:
         seen.append(loader.micro_batch_tokens)
         return next_step(loader)
 
-    monkeypatch.setattr(train_verb.StepLoader, "next_step", spying)
+    monkeypatch.setattr(StepLoader, "next_step", spying)
     train_run(settings, tmp_path / "run", resume=True)
     assert seen == [used, used]
     assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -314,18 +314,11 @@ def _recipe(start: dict[str, Any], changes: dict[str, Any], split: str) -> Recip
     recipe = recipe_from(apply_overrides(start, overrides), "recipe", overrides)
     if recipe.eval.tasks == ():
         raise UserError("eval.tasks: a study compares evaluations, got [], allowed: at least one task.")
-    if split == "halves":
-        faults = [
-            f"{key}: goes by all validation examples, half of which compare the arms, got {value}, allowed: "
-            "compare.split: test, or the recipe without it."
-            for key, value in (
-                ("eval.best_by", recipe.eval.best_by),
-                ("interference.loss_weights", recipe.interference.loss_weights),
-            )
-            if value is not None
-        ]
-        if faults:
-            raise UserError(*faults)
+    if split == "halves" and recipe.eval.best_by is not None:
+        raise UserError(
+            "eval.best_by: goes by all validation examples, half of which compare the arms, got "
+            f"{recipe.eval.best_by}, allowed: compare.split: test, or the recipe without it."
+        )
     return recipe
 
 
