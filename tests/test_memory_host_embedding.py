@@ -18,7 +18,7 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.plan.memory_plan import local_source, plan
-from qdora.plan.peak import DENSE, Plan
+from qdora.plan.plan_contents import DENSE, Plan
 from qdora.plan.step_time import STATED
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe

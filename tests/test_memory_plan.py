@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from qdora.data.batching import MicroBatch
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
-from qdora.plan import peak as parts
+from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, drawn_out, find_pattern
 from qdora.plan.memory_plan import measured, plan
-from qdora.plan.peak import MicroBatchShape, Moment, Plan
+from qdora.plan.plan_contents import MicroBatchShape, Moment, Plan
 from qdora.plan.workload import assumed_workload, largest_shapes
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe

@@ -20,8 +20,8 @@ from qdora.errors import UserError
 from qdora.model.pruning import CompressedLayer
 from qdora.study.grid import COLUMNS, Cell
 from qdora.study.report import report_run, write_report
+from qdora.study.report_tables import Report, read_report
 from qdora.study.scores import half
-from qdora.study.tables import Report, read_report
 from tests import fake_study
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")

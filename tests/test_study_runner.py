@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from qdora.errors import Interrupted
-from qdora.study import store as claims
 from qdora.study.grid import Cell
 from qdora.study.runner import once, run_cells, shard_of, tally
-from qdora.study.store import MAX_DEATHS, Claims, StudyDirectory
+from qdora.study.study_directory import MAX_DEATHS, Claims, StudyDirectory
 from tests import study_worker
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from qdora.model.build_model import Compute, find_model
 from qdora.plan import memory_plan as plan_budget
 from qdora.plan import plan_view as show_plan
 from qdora.plan import step_time as plan_time
-from qdora.plan.peak import MicroBatchShape
+from qdora.plan.plan_contents import MicroBatchShape
 from qdora.plan.plan_view import plan_run
 from qdora.plan.step_time import measure_rates, rates_text
 from qdora.plan.workload import workload_of_data
@@ -86,7 +86,7 @@ def test_a_plan_is_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert tight["changes"]
     for part in ("does not fit in 1.0 MiB", "To fit, cheapest first", "and even then it does not fit"):
         assert part in shown.getvalue()
-    with pytest.raises(UserError, match=r"^--budget: not a size, got 'much'"):
+    with pytest.raises(UserError, match=r"^--budget: must be a number with B, KB, .*, got 'much'"):
         plan_run(recipe, "r.yaml", budget="much")
 
 
@@ -129,15 +129,16 @@ def test_time_of_a_step_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, expected", [("40GiB", 40 * 2**30), ("1.5 gb", 1_500_000_000), ("2e9", 2_000_000_000), ("512 MiB", 2**29)]
+    "text, expected",
+    [("40GiB", 40 * 2**30), ("1.5 gb", 1_500_000_000), ("2e9", 2_000_000_000), ("512 MiB", 2**29), ("2TB", 2 * 10**12)],
 )
 def test_sizes(text: str, expected: int) -> None:
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "40 GiB of it", "1 XB", "nan", "1e999"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "40 GiB of it", "1 XB", "nan", "1e999", "0.1B"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="not a size"):
+    with pytest.raises(ValueError, match="must be a number with B, KB"):
         parse_size(text)
 
 

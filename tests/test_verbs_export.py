@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qdora.errors import UserError
 from qdora.export import export_run as export_module
 from qdora.export.export_run import check_servable, export_run
-from qdora.export.options import ExportOptions, parse_size
+from qdora.export.options import ExportOptions, check_options
 from qdora.model.inject import adapted_layers
 from qdora.run.load_run import load_target
 from qdora.run.train import train_run
@@ -159,15 +159,11 @@ def test_the_merges(run: Path, tmp_path: Path, options: ExportOptions, row: str)
         assert "quantization_config" in json.loads((out / "config.json").read_text())
 
 
-@pytest.mark.parametrize("text, size", [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("500 MB", 5 * 10**8)])
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "2", "GB", "-1GB", "0GB", "2TB", "2gb"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UserError, match="allowed: a number and one of KB, MB, GB, KiB, MiB, GiB"):
-        parse_size(text)
+def test_shard_sizes_are_those_of_memory_budgets() -> None:
+    assert ExportOptions().shard_bytes == 5 * 2**30
+    assert ExportOptions(shard_size="2TB").shard_bytes == 2 * 10**12
+    with pytest.raises(UserError, match=r"^--shard-size: must be a number with B, KB, .*, got 'GB'"):
+        check_options(ExportOptions(shard_size="GB"))
 
 
 def test_bases_and_requantisation_are_of_the_merge_alone(run: Path, tmp_path: Path) -> None:

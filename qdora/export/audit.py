@@ -26,6 +26,7 @@ from qdora.export.logit_comparison import LogitDifference, float32_arithmetic, l
 from qdora.export.merged import OpenedMerge
 from qdora.export.nf4_lora import FOUR_BIT_KINDS, check_foldable
 from qdora.files.console import bar
+from qdora.files.markdown_table import markdown_table
 from qdora.model.inject import adapted_layers, frozen_layers, replace_module
 from qdora.model.stored_tensors import StoredPacked
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -394,7 +395,7 @@ def audit_page(name: str, found: Mapping[str, Any]) -> str:
     columns += [f"NLL per token, {task}" for task in tasks]
     basis = f"{found['num_positions']:,} tokens of held-out text and {found['num_examples']:,} examples"
     lines = [f"# Audit of {name}", "", found["verdict"], "", f"On {basis}, in float32 arithmetic.", ""]
-    lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    rows = []
     for form, row in found["forms"].items():
         logits = row.get("logits")
         cells = [DESCRIPTIONS[form]]
@@ -404,12 +405,13 @@ def audit_page(name: str, found: Mapping[str, Any]) -> str:
             cells += [f"{logits[key]:.3g}" for key in ("max_logit_difference", "mean_logit_difference", "kl_mean")]
             cells.append(f"{100 * logits['argmax_agreement']:.2f} %")
         cells += [f"{row['nll_per_token'][task]:.4f}" if "nll_per_token" in row else "" for task in tasks]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines.append(markdown_table(columns, rows))
     if found["layers"]:
         lines += ["", "Layers in which the rounding of the base is largest against what was learnt:", ""]
-        lines += ["| layer | quantisation error | update | ratio |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {e['path']} | {e['quantization_error']:.3%} | {e['update']:.3%} | {e['ratio']:.2f} |"
+        worst = [
+            (e["path"], f"{e['quantization_error']:.3%}", f"{e['update']:.3%}", f"{e['ratio']:.2f}")
             for e in found["layers"][:_WORST_LAYERS]
         ]
+        lines.append(markdown_table(("layer", "quantisation error", "update", "ratio"), worst))
     return "\n".join(lines) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,12 +11,12 @@ from qdora.export.directory import DTYPES, MAX_SHARD_BYTES
 from qdora.export.hub_push import check_repository
 from qdora.export.llama_cpp import GgufType
 from qdora.export.targets import TARGETS, check_target_name
+from qdora.recipe.byte_size import parse_size
 from qdora.run.model_card import Form
 
 Format = Literal["merged", "peft", "nf4-lora", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 MergeBase = Literal["dequantized", "original"]
@@ -84,21 +83,17 @@ class ExportOptions:
 
     @property
     def shard_bytes(self) -> int:
-        """Of a weights file. Raises UserError for what is no size."""
-        return MAX_SHARD_BYTES if self.shard_size is None else parse_size(self.shard_size)
+        """Most bytes of a weights file (default 5 GiB).
 
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500MB or 2GiB.
-
-    Raises:
-        UserError: Something else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text)
-    size = round(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise UserError(f"--shard-size: {text!r}, allowed: a number and one of {', '.join(_UNITS)}, as in 2GB.")
-    return size
+        Raises:
+            UserError: `shard_size` is no size.
+        """
+        if self.shard_size is None:
+            return MAX_SHARD_BYTES
+        try:
+            return parse_size(self.shard_size)
+        except ValueError as error:
+            raise UserError(f"--shard-size: {error}") from None
 
 
 def check_options(options: ExportOptions) -> None:

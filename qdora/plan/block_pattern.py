@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from qdora.plan.peak import Moment
+from qdora.plan.plan_contents import Moment
 
 # Two on either side of the place where repetitions are put in: the first block of a model (whose input needs no
 # gradient) and the last one (behind which the loss is) are unlike the others, and must not be repeated.

@@ -23,7 +23,7 @@ from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.ops.tiles import Weight
 from qdora.plan.block_pattern import keep_blocks_
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.peak import BASE, DENSE, MASKS, SCALES
+from qdora.plan.plan_contents import BASE, DENSE, MASKS, SCALES
 
 _UNMASKED = "sdpa_without_padding"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.peak import (
+from qdora.plan.plan_contents import (
     ADAPTERS,
     BACKWARD,
     CHECKPOINTS,

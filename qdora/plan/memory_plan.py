@@ -31,11 +31,11 @@ from qdora.model.load import Quantization, load_config
 from qdora.model.source import ModelSource, resolve
 from qdora.ops.planned_device import planned_on
 from qdora.plan.block_pattern import BlockPattern, drawn_out, find_pattern, signature
+from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.fake_model import empty_model, fill_, ranks_of_adapter, set_unmasked_, shortened
 from qdora.plan.fake_step import StepRecorder, pageable_bytes, update_bytes
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.peak import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan, over_budget
-from qdora.plan.proposals import with_changes
+from qdora.plan.plan_contents import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan, over_budget
 from qdora.plan.step_time import (
     StreamedBlocks,
     Work,

@@ -22,7 +22,7 @@ from qdora.files.console import default_console
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model
 from qdora.plan.memory_plan import plan
-from qdora.plan.peak import CONTEXT, GIB, SLACK, DeviceKind, Plan
+from qdora.plan.plan_contents import CONTEXT, GIB, SLACK, DeviceKind, Plan
 from qdora.plan.workload import Workload, assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files

@@ -27,7 +27,7 @@ from qdora.memory.host_residency import Piece, pinned_bytes
 from qdora.memory.streaming import Ring, Turns, interleaved
 from qdora.model.load import Quantization, layers_to_quantize
 from qdora.ops.packed import dequantize, empty_packed, quantize
-from qdora.plan.peak import BASE, CHECKPOINTS, DENSE, SCALES, STREAMING, DeviceKind, MicroBatchShape, Moment
+from qdora.plan.plan_contents import BASE, CHECKPOINTS, DENSE, SCALES, STREAMING, DeviceKind, MicroBatchShape, Moment
 
 
 class SimulatedCopies:

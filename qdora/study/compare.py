@@ -29,7 +29,7 @@ from qdora.study.statistics import (
     seed_differences,
     seed_permutation_p,
 )
-from qdora.study.store import StudyDirectory
+from qdora.study.study_directory import StudyDirectory
 
 BASE_ARM = "no adapter"
 """Name of the arm of a base that the grid did not name."""

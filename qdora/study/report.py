@@ -17,8 +17,8 @@ from rich.console import Console
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_text
 from qdora.files.console import default_console
-from qdora.study.curves import draw_all
-from qdora.study.tables import Report, Rows, is_number, read_report
+from qdora.study.report_figures import draw_all
+from qdora.study.report_tables import Report, Rows, is_number, read_report
 
 _NOTES = {
     "arms": (
@@ -69,7 +69,7 @@ def write_report(report: Report, directory: Path, title: str) -> list[Path]:
 
 
 def _html(report: Report, tables: Sequence[Mapping[str, Any]], figures: Mapping[str, str], title: str) -> str:
-    source = resources.files("qdora.study").joinpath("page.html.j2").read_text(encoding="utf-8")
+    source = resources.files("qdora.study").joinpath("report_page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(source).render(title=title, verdict=report.verdict, figures=figures, tables=tables)
 

@@ -45,7 +45,7 @@ from qdora.run.evaluate import evaluate_target
 from qdora.run.load_base import SharedBases
 from qdora.run.train import train_run
 from qdora.study.grid import Cell, Study, expand, load_study
-from qdora.study.store import Claim, StudyDirectory
+from qdora.study.study_directory import Claim, StudyDirectory
 
 logger = logging.getLogger("qdora")
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qdora.study.report_tables import Report, Rows, is_number
 from qdora.study.scores import HIGHER_IS_BETTER
-from qdora.study.tables import Report, Rows, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qdora.data.build_data import micro_batch_tokens
-from qdora.plan.peak import SLACK_SHARE, Change, DeviceKind, Plan
+from qdora.plan.plan_contents import SLACK_SHARE, Change, DeviceKind, Plan
 from qdora.plan.step_time import NUM_SLOTS
 from qdora.recipe.recipe_file import override
 from qdora.recipe.settings import Recipe

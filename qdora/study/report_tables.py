@@ -26,7 +26,7 @@ from qdora.study.compare import (
 )
 from qdora.study.grid import CompareConfig, Study
 from qdora.study.scores import HIGHER_IS_BETTER, mean_score
-from qdora.study.store import StudyDirectory, read_index
+from qdora.study.study_directory import StudyDirectory, read_index
 
 Rows = list[dict[str, Any]]
 
