@@ -73,13 +73,13 @@ def test_a_winner_is_called_where_there_is_one_and_nowhere_else(report: Report) 
     for quant in ("none", "int8", "fp4"):
         assert compared(report, quant)["winner"] == "", quant
         assert compared(report, quant)["reason"]
-    first = "Of 4 comparisons the data show a winner in 1: dora in 1 (NLL, nats per token)."
-    assert report.verdict[0] == f"{first} In the other 3 they show no winner."
-    assert "(share of answers that are right)" in report.verdict[1]
+    first = "1 of 4 comparisons of NLL, nats per token have a winner: dora in 1."
+    assert report.verdict[0] == f"{first} The other 3 have no winner."
+    assert "comparisons of share of right answers" in report.verdict[1]
     (sentence,) = [
         text for text in report.verdict if text.startswith("base.quant nf4: dora beats lora") and "NLL" in text
     ]
-    assert f"improvement {row['improvement']:.4f}" in sentence
+    assert f"improvement of dora over lora in NLL, nats per token: {row['improvement']:.4f}, interval " in sentence
 
 
 def test_repair_is_of_what_compressing_lost(report: Report) -> None:
@@ -99,7 +99,7 @@ def test_repair_is_of_what_compressing_lost(report: Report) -> None:
 def test_nothing_is_repaired_where_nothing_was_lost(tmp_path: Path) -> None:
     made = fake_study.make(tmp_path, nll=lambda cell: 2.0)
     (row,) = rows(read_report(made), "arms", **{"base.quant": "nf4", "adapter": "dora"})
-    assert row["repair_reason"] == "compressing lost nothing that the data show"
+    assert row["repair_reason"] == "compression caused no significant loss"
 
 
 def test_an_answer_without_format_is_not_a_wrong_one(report: Report) -> None:
@@ -121,10 +121,13 @@ def test_pareto_arms_are_those_that_nothing_beats(report: Report) -> None:
 
 
 REFUSALS = [
-    ({"product": {**fake_study.DOCUMENT["product"], "train.seed": [0, 1]}}, "2 of at least 3 seeds"),
-    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [2e-4]}}, "no value was tuned"),
-    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [1e-4, 2e-4]}}, "is at the end of those tried"),
-    ({"exclude": [{"adapter": "lora", "train.seed": [0, 1]}]}, "2 of at least 3 seeds"),
+    ({"product": {**fake_study.DOCUMENT["product"], "train.seed": [0, 1]}}, "2 seeds, at least 3 are needed"),
+    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [2e-4]}}, "nothing was tuned"),
+    (
+        {"product": {**fake_study.DOCUMENT["product"], "train.lr": [1e-4, 2e-4]}},
+        "is the smallest or largest that was tried",
+    ),
+    ({"exclude": [{"adapter": "lora", "train.seed": [0, 1]}]}, "2 seeds, at least 3 are needed"),
 ]
 
 
@@ -146,7 +149,7 @@ def test_no_winner_where_the_seeds_disagree(tmp_path: Path) -> None:
     assert row["p_holm"] > 0.05
     assert row["winner"] == ""
     assert "3 of 4 seeds are better" in row["reason"]
-    assert "holds zero" in row["reason"]
+    assert "contains zero" in row["reason"]
 
 
 def test_failed_cells_are_named_and_call_no_winner(tmp_path: Path) -> None:
@@ -155,7 +158,7 @@ def test_failed_cells_are_named_and_call_no_winner(tmp_path: Path) -> None:
     failed = rows(report, "cells", status="failed")
     assert len(failed) == 32
     assert {row["reason"] for row in failed} == {"RuntimeError: out of memory"}
-    assert "32 of 100 cells have no result, 32 of them because they failed" in report.verdict[1]
+    assert "32 of 100 cells have no result; 32 of them failed" in report.verdict[1]
     assert all(row["winner"] == "" for row in report.tables["comparisons"])
     assert "8 cells have no result yet" in compared(report, "nf4")["reason"]  # four seeds of each of the two arms
 
@@ -221,10 +224,10 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
     assert Path(document["page"]).is_file()
-    assert document["verdict"][0].startswith("Of 4 comparisons")
+    assert document["verdict"][0].startswith("1 of 4 comparisons")
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
-    assert "no study (no study.json there)" in found.output
+    assert "must be a directory that 'qdora study' made (no study.json there)" in found.output
 
 
 def test_no_column_can_be_an_axis_too(report: Report) -> None:
@@ -240,5 +243,5 @@ def test_a_study_without_results_has_no_report(tmp_path: Path) -> None:
     made = fake_study.make(tmp_path)
     for file in (made / "results").glob("*.json"):
         file.unlink()
-    with pytest.raises(UserError, match="no cell is finished yet"):
+    with pytest.raises(UserError, match="no cell is finished yet. Fix: run 'qdora study' first"):
         report_run(made, console=Console(quiet=True))

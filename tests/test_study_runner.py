@@ -194,7 +194,7 @@ def test_a_renewed_claim_does_not_age(tmp_path: Path, monkeypatch: pytest.Monkey
     os.utime(claim.path, (0, 0))
     with mine.renewed(claim):
         wait_for(lambda: claim.path.stat().st_mtime > 1)
-    assert claims._read(claim.path) is not None
+    assert study_directory._read(claim.path) is not None
 
 
 def test_a_result_whose_claim_was_taken_over_is_not_kept(tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
-"""Who works on what, among processes that share a directory: one file a claim, made by whoever is first (O_EXCL).
+"""The directory of a study: one run directory a cell, and files that say which cells are done, failed and claimed.
 
-A claim ends with its work. One that was left behind is taken over: on the same machine when its process is gone (a
-paused process keeps it), on another machine when it was not renewed for long. Times are those of the file system, so
-that the clocks of the machines do not matter.
+    study.json  cells/<key>/  results/<key>.json  failures/<key>.json  claims/<key>.json  shared/<stage>/<key>/  report/
 
-The directory of a study: one run directory a cell, and beside them what is finished, claimed and failed.
-
-study.json  cells/<key>/  results/<key>.json  failures/<key>.json  claims/<key>.json  shared/<stage>/<key>/  report/
+Any number of processes may share it. A process claims a cell by creating its claim file (O_EXCL) and removes the file
+after the work. A claim that was left behind is taken over: on the same machine when its process has ended (a paused
+process keeps it), on another machine when it was not renewed for long. All times are those of the file system, so the
+clocks of the machines do not matter.
 """
 
 from __future__ import annotations
@@ -28,8 +27,103 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_json
 from qdora.study.grid import Cell, Study
 
-_RENEWALS = 20  # within the time after which a claim is stale
-_UNREADABLE_SECONDS = 30.0  # from making the file to having written it; a kill in between leaves it empty
+_RENEWALS = 20  # number of renewals within the time after which a claim is stale
+_UNREADABLE_SECONDS = 30.0  # an empty claim older than this was left by a process killed before it wrote the file
+_FOLDERS = ("cells", "results", "failures", "claims", "shared")
+
+MAX_DEATHS = 8
+"""Times that a cell may take its whole process down (out of memory, kill -9) before it is given up."""
+
+
+class StudyDirectory:
+    """The files of a study; missing folders are made.
+
+    Args:
+        path: The directory.
+        retries: Times that a failed cell is tried again before it is given up.
+        stale_seconds: Silence after which a claim from another machine counts as dead.
+    """
+
+    def __init__(self, path: Path, *, retries: int = 1, stale_seconds: float = 3600.0) -> None:
+        self.path, self.retries = path, retries
+        for name in _FOLDERS:
+            (path / name).mkdir(parents=True, exist_ok=True)
+        self.claims = Claims(path / "claims", stale_seconds=stale_seconds)
+
+    def cell(self, key: str) -> Path:
+        """The run directory of a cell."""
+        return self.path / "cells" / key
+
+    def is_done(self, key: str) -> bool:
+        """Whether the cell has a result."""
+        return self._result(key).is_file()
+
+    def result(self, key: str) -> dict[str, Any] | None:
+        """The result of the cell, or None."""
+        return _read(self._result(key))
+
+    def write_result(self, key: str, value: Mapping[str, Any]) -> None:
+        """Write a result atomically."""
+        atomic_write_json(self._result(key), value)
+
+    def num_done(self, keys: set[str]) -> int:
+        """How many of these cells have a result from any process."""
+        return len(keys & {file.stem for file in (self.path / "results").glob("[!.]*.json")})
+
+    def failures(self, key: str) -> list[dict[str, Any]]:
+        """All failed attempts, oldest first: kind (error or died), reason, time, host, pid, traceback."""
+        found = _read(self._failures(key))
+        return [] if found is None else list(found["attempts"])
+
+    def add_failure(self, key: str, attempt: Mapping[str, Any]) -> None:
+        """Record a failed attempt; only the holder of the claim may do so."""
+        stamp = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
+
+    def is_given_up(self, key: str) -> bool:
+        """Whether the cell has no attempts left."""
+        kinds = [attempt["kind"] for attempt in self.failures(key)]
+        return kinds.count("error") > self.retries or kinds.count("died") > MAX_DEATHS
+
+    def forget_failures(self, keys: Sequence[str]) -> int:
+        """Let cells that were given up run again; returns how many there are."""
+        again = [key for key in keys if not self.is_done(key) and self.is_given_up(key)]
+        for key in again:
+            self._failures(key).unlink(missing_ok=True)
+        return len(again)
+
+    def write_index(self, study: Study, cells: Sequence[Cell]) -> None:
+        """Write study.json for the report: the study as it was given, and its cells."""
+        plain = study.model_dump(mode="json", exclude_unset=True)
+        atomic_write_json(self.path / "study.json", {"study": plain, "cells": [cell.record() for cell in cells]})
+
+    def _result(self, key: str) -> Path:
+        return self.path / "results" / f"{key}.json"
+
+    def _failures(self, key: str) -> Path:
+        return self.path / "failures" / f"{key}.json"
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read study.json: `study` and `cells` (`Cell.record`).
+
+    Raises:
+        UserError: There is none.
+    """
+    found = _read(path / "study.json")
+    if found is None:
+        raise UserError(f"{path}: must be a directory that 'qdora study' made (no study.json there).")
+    return found
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}). Fix: delete it; the cell then runs again.") from None
+    return found
 
 
 @dataclass(frozen=True)
@@ -37,8 +131,8 @@ class Claim:
     """The right to work on a key until `release`.
 
     Attributes:
-        key: What is claimed.
-        left_by: The claim that this one took over, as its process wrote it; None for a free key.
+        key: Names the work.
+        left_by: The dead claim that this one took over, as its process wrote it; None if the key was free.
     """
 
     key: str
@@ -47,21 +141,21 @@ class Claim:
     left_by: dict[str, Any] | None = None
 
     def is_mine(self) -> bool:
-        """False once another process has taken it for dead."""
+        """False once another process has taken the claim over."""
         return (_read_claim(self.path) or {}).get("token") == self.token
 
     def release(self) -> None:
-        """Give it back; nothing happens to the claim of another."""
+        """Remove the claim, unless another process has taken it over."""
         if self.is_mine():
             self.path.unlink(missing_ok=True)
 
 
 class Claims:
-    """The claims in a directory, one process's view.
+    """The claims of this process in a directory.
 
     Args:
-        directory: Exists.
-        stale_seconds: Silence after which another machine's claim is taken for dead.
+        directory: An existing directory.
+        stale_seconds: Silence after which a claim from another machine counts as dead.
     """
 
     def __init__(self, directory: Path, *, stale_seconds: float = 3600.0) -> None:
@@ -69,7 +163,7 @@ class Claims:
         self.host, self.started = socket.gethostname(), _start_time(os.getpid())
 
     def take(self, key: str) -> Claim | None:
-        """Claim a key, or None where another has it."""
+        """Claim a key; None if another process has it."""
         path = self.directory / f"{key}.json"
         token = uuid.uuid4().hex
         if self._create(path, token):
@@ -77,9 +171,9 @@ class Claims:
         left = _read_claim(path)
         if not self._is_stale(path, left):
             return None
-        # Two that find the same dead claim must not both remove it: the second would remove the first one's new claim.
+        # Two processes that find one dead claim must not both remove it: the second would remove the first's new claim.
         with self._takeover():
-            if not path.exists():  # given back meanwhile, and whoever creates it first has it
+            if not path.exists():  # released meanwhile; the first process to create it has it
                 return Claim(key, token, path) if self._create(path, token) else None
             left = _read_claim(path)
             if not self._is_stale(path, left):
@@ -89,7 +183,7 @@ class Claims:
 
     @contextmanager
     def renewed(self, claim: Claim) -> Iterator[None]:
-        """Tell other machines, while the block runs, that its process lives."""
+        """While the block runs, show other machines that this process is alive."""
         stop = threading.Event()
 
         def renew() -> None:
@@ -113,7 +207,7 @@ class Claims:
             return False
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(json.dumps(owner))
-        # A process that was paused between making and writing may find that another took the empty file for dead
+        # If this process was paused before writing, another may have taken over the empty file
         return (_read_claim(path) or {}).get("token") == token
 
     def _is_stale(self, path: Path, owner: dict[str, Any] | None) -> bool:
@@ -121,7 +215,7 @@ class Claims:
         try:
             age = now - path.stat().st_mtime
         except FileNotFoundError:
-            return True  # given back meanwhile
+            return True  # released meanwhile
         if owner is None:
             return age > _UNREADABLE_SECONDS
         if owner.get("host") != self.host:
@@ -129,7 +223,7 @@ class Claims:
         return not _is_alive(int(owner["pid"]), owner.get("started"))
 
     def _now(self) -> float:
-        """The file system's time."""
+        """The time of the file system."""
         clock = self.directory / f".clock-{self.host}-{os.getpid()}-{threading.get_ident()}"
         clock.touch()
         now = clock.stat().st_mtime
@@ -139,12 +233,12 @@ class Claims:
     @contextmanager
     def _takeover(self) -> Iterator[None]:
         with (self.directory / ".takeover").open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # ends with the process, however it ends
+            fcntl.flock(stream, fcntl.LOCK_EX)  # released when the process ends, however it ends
             yield
 
 
 def _read_claim(path: Path) -> dict[str, Any] | None:
-    """What its owner wrote; None while that is not whole, or where there is no claim."""
+    """What the owner of a claim wrote; None if the file is incomplete or missing."""
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -153,7 +247,7 @@ def _read_claim(path: Path) -> dict[str, Any] | None:
 
 
 def _is_alive(pid: int, started: str | None) -> bool:
-    """Whether the process still runs, and is not another one that got its number."""
+    """Whether the process still runs; a new process with the same number does not count."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -165,107 +259,10 @@ def _is_alive(pid: int, started: str | None) -> bool:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did; '' of one that has ended, None where nobody tells."""
+    """Start of a process in clock ticks since boot; '' if it is a zombie, None if the system does not say."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     state, *rest = text.rpartition(")")[2].split()
     return "" if state == "Z" else rest[18]
-
-
-MAX_DEATHS = 8
-"""Times that a cell may take its whole process down (out of memory, kill -9) before it is given up."""
-
-_FOLDERS = ("cells", "results", "failures", "claims", "shared")
-
-
-class StudyDirectory:
-    """Files of a study; made where missing. Any number of processes may share it.
-
-    Args:
-        path: The directory.
-        retries: Failures after which a cell is given up, less one.
-        stale_seconds: Silence after which another machine's claim is taken for dead.
-    """
-
-    def __init__(self, path: Path, *, retries: int = 1, stale_seconds: float = 3600.0) -> None:
-        self.path, self.retries = path, retries
-        for name in _FOLDERS:
-            (path / name).mkdir(parents=True, exist_ok=True)
-        self.claims = Claims(path / "claims", stale_seconds=stale_seconds)
-
-    def cell(self, key: str) -> Path:
-        """The run directory of a cell."""
-        return self.path / "cells" / key
-
-    def is_done(self, key: str) -> bool:
-        """Whether the cell has a result."""
-        return self._result(key).is_file()
-
-    def result(self, key: str) -> dict[str, Any] | None:
-        """What the cell's work gave, or None."""
-        return _read(self._result(key))
-
-    def write_result(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keep a result; it is there whole or not at all."""
-        atomic_write_json(self._result(key), value)
-
-    def num_done(self, keys: set[str]) -> int:
-        """How many of these cells have a result, whoever wrote it."""
-        return len(keys & {file.stem for file in (self.path / "results").glob("[!.]*.json")})
-
-    def failures(self, key: str) -> list[dict[str, Any]]:
-        """Every attempt that gave no result, oldest first: kind (error or died), reason, time, host, pid, traceback."""
-        found = _read(self._failures(key))
-        return [] if found is None else list(found["attempts"])
-
-    def add_failure(self, key: str, attempt: Mapping[str, Any]) -> None:
-        """Record an attempt that gave no result; only the holder of the claim may."""
-        stamp = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
-
-    def is_given_up(self, key: str) -> bool:
-        """Whether the cell failed as often as it may."""
-        kinds = [attempt["kind"] for attempt in self.failures(key)]
-        return kinds.count("error") > self.retries or kinds.count("died") > MAX_DEATHS
-
-    def forget_failures(self, keys: Sequence[str]) -> int:
-        """Give cells without result that were given up another chance; returns how many."""
-        again = [key for key in keys if not self.is_done(key) and self.is_given_up(key)]
-        for key in again:
-            self._failures(key).unlink(missing_ok=True)
-        return len(again)
-
-    def write_index(self, study: Study, cells: Sequence[Cell]) -> None:
-        """What the report reads: the study as it was given, and its cells."""
-        plain = study.model_dump(mode="json", exclude_unset=True)
-        atomic_write_json(self.path / "study.json", {"study": plain, "cells": [cell.record() for cell in cells]})
-
-    def _result(self, key: str) -> Path:
-        return self.path / "results" / f"{key}.json"
-
-    def _failures(self, key: str) -> Path:
-        return self.path / "failures" / f"{key}.json"
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """study.json of a study's directory: `study` and `cells` (`Cell.record`).
-
-    Raises:
-        UserError: There is none.
-    """
-    found = _read(path / "study.json")
-    if found is None:
-        raise UserError(f"{path}: no study (no study.json there), allowed: a directory that 'qdora study' made.")
-    return found
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise UserError(f"{file}: damaged ({error}), allowed: delete it, and the cell is run again.") from None
-    return found
