@@ -101,6 +101,14 @@ def test_exclude_leaves_out_and_include_adds(tmp_path: Path) -> None:
         study(tmp_path, product=product, exclude=[{"adapter": ["lora", "dora"]}])
 
 
+def test_the_first_of_equal_cells_keeps_its_labels(tmp_path: Path) -> None:
+    same = {"adapter.kind": "lora"}
+    bare = {"adapter.kind": "none", "train.steps": 0}
+    product = {"adapter": {"bare": bare, "bare again": bare, "lora": same, "lora again": same}}
+    cells = study(tmp_path, product=product, settings={"base.quant": "none"})
+    assert [cell.labels["adapter"] for cell in cells] == ["bare", "lora"]
+
+
 def test_settings_hold_for_all_cells(tmp_path: Path) -> None:
     cells = study(tmp_path, settings={"train.steps": 7, "eval.limit": 3}, product={"adapter": {"dora": {}}})
     assert [cell.recipe.train.steps for cell in cells] == [0, 0, 7]

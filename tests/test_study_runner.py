@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from qdora.errors import Interrupted
+from qdora.study import study_directory
 from qdora.study.grid import Cell
 from qdora.study.runner import once, run_cells, shard_of, tally
 from qdora.study.study_directory import MAX_DEATHS, Claims, StudyDirectory

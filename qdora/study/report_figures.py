@@ -15,7 +15,7 @@ from qdora.study.scores import HIGHER_IS_BETTER
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NAMES = {"nll_per_token": "NLL, nats per token", "acc": "accuracy"}
+_NAMES = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy"}
 _X = {"bits_per_weight": "bits per weight of the linear layers", "sparsity": "share of pruned weights"}
 _PANELS = {"bits_per_weight": "sparsity", "sparsity": "bits_per_weight"}
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")

@@ -31,7 +31,7 @@ from qdora.study.study_directory import StudyDirectory, read_index
 Rows = list[dict[str, Any]]
 
 _MIB = 2**20
-_LABELS = {"nll_per_token": "NLL, nats per token", "acc": "accuracy", "acc_norm": "accuracy per character"}
+_LABELS = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy", "acc_norm": "accuracy per character"}
 
 
 @dataclass(frozen=True)

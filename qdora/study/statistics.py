@@ -188,7 +188,7 @@ def _resampled_means(tasks: Sequence[TaskScores], number: int, generator: np.ran
 
 
 def _drawn(count: int, size: int, generator: np.random.Generator) -> Array:
-    """(count, size): how often each of `size` items occurs in each of `count` samples of that size, with replacement."""
+    """(count, size): how often each of `size` items occurs in each of `count` samples with replacement."""
     places = generator.integers(0, size, (count, size)) + size * np.arange(count)[:, None]
     return np.bincount(places.ravel(), minlength=count * size).reshape(count, size).astype(np.float64)
 
