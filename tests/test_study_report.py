@@ -291,5 +291,5 @@ def test_a_study_without_results_has_no_report(tmp_path: Path) -> None:
     made = fake_study.make(tmp_path)
     for file in (made / "results").glob("*.json"):
         file.unlink()
-    with pytest.raises(UserError, match="no cell is finished yet. Fix: run 'qdora study' first"):
+    with pytest.raises(UserError, match=r"no cell is finished yet\. Fix: run 'qdora study' first"):
         report_run(made, console=Console(quiet=True))

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
+from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of, read_data, tokenized_mix
 from qdora.data.loader import StepLoader
 from qdora.data.mix_plan import keep_mix, plan_mix, show_mix
 from qdora.errors import Interrupted, UserError
@@ -36,7 +36,7 @@ from qdora.model.build_model import (
 )
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config
-from qdora.plan.memory_plan import apply_micro_batch_, within_budget
+from qdora.plan.memory_plan import within_budget
 from qdora.plan.plan_view import keep_plan, show_plan
 from qdora.plan.workload import workload_of_data
 from qdora.recipe.recipe_file import missing_files, resolved_yaml
@@ -119,7 +119,7 @@ def _train(
     recipe, memory = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
     if memory is not None:
         source = find_source(recipe)
-        apply_micro_batch_(loader, recipe)
+        loader.micro_batch_tokens = micro_batch_tokens(recipe)
     calibration = None if recipe.base.prune is None else calibration_tokens(recipe, tokenizer, mix, load_config(source))
     open_ = resume_run if resume else create_run
     processes.first(lambda: open_(directory, resolved_yaml(given), _environment(processes)))
