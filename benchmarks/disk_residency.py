@@ -184,7 +184,7 @@ def trained(folder: Path, residency: str, group: str) -> None:
     for _ in range(NUM_STEPS):
         began = time.perf_counter()
         ids = torch.randint(0, model.config.vocab_size, (1, NUM_TOKENS), generator=generator)
-        nll = batch_loss(model, ids, torch.ones_like(ids), ids, None).nll_sum / NUM_TOKENS
+        nll = batch_loss(model, ids, torch.ones_like(ids), ids).nll_sum / NUM_TOKENS
         nll.backward()  # type: ignore[no-untyped-call]
         losses.append(float(nll.detach()))
         optimizer.scale_gradients_(1 / max(1.0, float(optimizer.gradient_norm())))

@@ -2,7 +2,7 @@
 
     python benchmarks/pruning.py DATA [--out benchmarks/results/pruning.json] [--quant none]
 
-DATA holds <task>/<split>.parquet in the schema of docs in the README ("Your own data"). Inputs are measured on training
+DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. Inputs are measured on training
 examples, perplexity on validation examples, each written out with its right answer; nothing is chosen by a score. Every
 case is written when it is done, and one that the file has already is not computed again.
 """

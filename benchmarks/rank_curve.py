@@ -2,7 +2,7 @@
 
     python benchmarks/rank_curve.py DATA [--dir runs/studies/rank_curve] [--ranks 16,2,1]
 
-DATA holds <task>/<split>.parquet in the schema of the README ("Your own data"). SmolLM2-135M in NF4, the commonsense
+DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. SmolLM2-135M in NF4, the commonsense
 tasks in equal shares, alpha twice the rank. A `qdora study` in two passes: every learning rate with the first seed;
 then, at the rate that the choosing half of the validation examples prefers for each kind and rank, the other seeds.
 Each rank is compared with the first one of --ranks. Stopped, it goes on where it was; cells with the settings of

@@ -2,7 +2,7 @@
 
     python benchmarks/rank_methods.py DATA [--dir runs/studies/ranks] [--methods uniform,l1,svd,...]
 
-DATA holds <task>/<split>.parquet in the schema of the README ("Your own data"). QDoRA on SmolLM2-135M in NF4, the
+DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. QDoRA on SmolLM2-135M in NF4, the
 commonsense tasks in equal shares. A scout of rank 16 is trained with a seed of its own; `qdora rank` finds, from its
 update (svd), from the gradient and from the Gauss-Newton matrix (curvature), how to spend half of its parameters, as
 many as rank 8 everywhere has. Gates (l1, hard_concrete) start at rank 16 and end with as many. All have the same

@@ -1,9 +1,9 @@
-"""Writes the tables of README.md from the files in benchmarks/results/.
+"""Writes the tables of README.md and benchmarks/README.md from the files in benchmarks/results/.
 
     python benchmarks/readme_tables.py [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; no number in it is typed by hand. With --check nothing
-is written and a README that differs from the files is an error.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; no number in it is typed by hand. With --check the
+script writes nothing and fails if a page differs from the result files.
 """
 
 from __future__ import annotations
@@ -13,31 +13,27 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tables.combined import combined_vs_solo, remedy_that_did_not_help
+from tables.combined import combined_vs_solo
 from tables.exports import decode_speed, export_exactness, gguf_logits, merge_streamed
+from tables.failed import failed, failed_short
 from tables.gates import gates
+from tables.headline import headline
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import plan_accuracy, plan_recipes, plan_shapes
-from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods, ranks_that_did_not_help
+from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import data_loading, kill_resume, mixing, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study
-from tables.table import markdown, read
 from tables.times import layer_time, packing, step_time
 from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def failed() -> str:
-    """What was tried and did not help."""
-    rows = [[row["tried"], row["instead"], row["figure"]] for row in read("tried")["rows"]]
-    found = [remedy_that_did_not_help(), ranks_that_did_not_help()]
-    return markdown(["tried", "in use", "measured"], [*rows, *filter(None, found)])
-
-
 TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
     "quickstart": quickstart,
     "real_data": real_data,
     "magnitudes": magnitudes,
@@ -72,24 +68,25 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream_schedule": stream_schedule,
     "disk_residency": disk_residency,
     "failed": failed,
+    "failed_short": failed_short,
 }
 
 
 def filled(text: str) -> str:
-    """README with every table made anew."""
+    """A page with every table made anew."""
     return _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
 def main() -> None:
     """Write, or with --check compare."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    wanted = filled(text)
-    if "--check" in sys.argv[1:]:
-        if wanted != text:
-            sys.exit("README.md differs from benchmarks/results: run python benchmarks/readme_tables.py")
-        return
-    readme.write_text(wanted)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        wanted = filled(text)
+        if "--check" not in sys.argv[1:]:
+            page.write_text(wanted, encoding="utf-8")
+        elif wanted != text:
+            name = page.relative_to(ROOT)
+            sys.exit(f"{name} differs from benchmarks/results: run python benchmarks/readme_tables.py")
 
 
 if __name__ == "__main__":

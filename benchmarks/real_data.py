@@ -2,7 +2,7 @@
 
     python benchmarks/real_data.py DATA --out benchmarks/results/real_data.json [--arms lora,dora] [--seeds 0]
 
-DATA holds <task>/<split>.parquet in the schema of docs in the README ("Own data"). Arms and seeds run in processes of
+DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. Arms and seeds run in processes of
 one thread each, as many at once as there are cores. Nothing is chosen by a score: learning rate and length of the runs
 are fixed beforehand, validation is shown, and test is scored once, after the last step.
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/study.py DATA [--dir runs/studies/compressed] [--processes 2] [--bases nf4,nf2,...]
 
-DATA holds <task>/<split>.parquet in the schema of the README ("Your own data"). A `qdora study` of SmolLM2-135M on the
+DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. A `qdora study` of SmolLM2-135M on the
 commonsense tasks, in two passes over one directory: every learning rate with the first seed; then, at the rate that the
 choosing half of the validation examples prefers for each arm on each base, the other seeds. Stopped, it goes on where
 it was. The report is then copied to `--out`.

@@ -29,7 +29,7 @@ from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run import writer as run_writer
 from qdora.run.train import train_run
-from qdora.train import distributed, loop
+from qdora.train import distributed, loop, step_gradient
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
 from tests import launched, tiny_run
 
@@ -123,9 +123,9 @@ def stopped(rank: int, settings: Recipe, directory: Path, stop_at: int) -> None:
     """The second process alone is asked to stop."""
     after_step = loop._after_step
 
-    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> bool:
+    def ask(model: Any, done: int, hooks: Any, stop: Any, **settings: Any) -> bool:
         stop.requested = rank == 1 and done == stop_at
-        return bool(after_step(model, done, fit_settings, hooks, stop))
+        return bool(after_step(model, done, hooks, stop, **settings))
 
     loop._after_step = ask
     with pytest.raises(Interrupted, match=f"after step {stop_at}; saved to .*step-{stop_at}"):
@@ -168,9 +168,9 @@ def test_a_run_goes_on_with_another_number_of_processes(root: Path, tmp_path: Pa
 def stop_alone(settings: Recipe, directory: Path, stop_at: int, resume: bool = False) -> None:
     after_step = loop._after_step
 
-    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> bool:
+    def ask(model: Any, done: int, hooks: Any, stop: Any, **settings: Any) -> bool:
         stop.requested = done == stop_at
-        return bool(after_step(model, done, fit_settings, hooks, stop))
+        return bool(after_step(model, done, hooks, stop, **settings))
 
     loop._after_step = ask
     try:
@@ -185,15 +185,15 @@ def resumed_and_stopped(rank: int, settings: Recipe, directory: Path, stop_at: i
 
 
 def broken(rank: int, settings: Recipe, directory: Path) -> None:
-    real, calls = loop.batch_loss, {"n": 0}
+    real, calls = step_gradient.batch_loss, {"n": 0}
 
-    def breaking(*args: Any) -> Any:
+    def breaking(*args: Any, **settings: Any) -> Any:
         calls["n"] += 1
         if rank == 1 and calls["n"] == 3:
             raise RuntimeError("CUDA error: device-side assert triggered")
-        return real(*args)
+        return real(*args, **settings)
 
-    loop.batch_loss = breaking
+    step_gradient.batch_loss = breaking
     with pytest.raises(RunFailure, match=r"step 3: process 1: cannot be computed: CUDA error: device-side.*step-2"):
         train_run(settings, directory)
 
@@ -209,14 +209,14 @@ def test_where_one_cannot_compute_both_stop_with_the_state_and_the_whole_batch(r
 
 def out_of_memory(rank: int, settings: Recipe, directory: Path) -> None:
     """The second process has less memory."""
-    real = loop.batch_loss
+    real = step_gradient.batch_loss
 
-    def hungry(model: Any, input_ids: torch.Tensor, *rest: Any) -> Any:
+    def hungry(model: Any, input_ids: torch.Tensor, *rest: Any, **settings: Any) -> Any:
         if rank == 1 and input_ids.numel() > 40:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(model, input_ids, *rest)
+        return real(model, input_ids, *rest, **settings)
 
-    loop.batch_loss = hungry
+    step_gradient.batch_loss = hungry
     train_run(settings, directory)
 
 

@@ -1,1 +1,1 @@
-"""Tables of README.md, by subject."""
+"""Tables of README.md and benchmarks/README.md, by subject."""

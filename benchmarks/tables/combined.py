@@ -40,7 +40,11 @@ def remedy_that_did_not_help() -> list[str]:
         return []
     swapped = {kind: {"value": -e["value"], "lower": -e["upper"], "upper": -e["lower"]} for kind, e in found.items()}
     figures = ", ".join(f"{kind} {_interval(each, 1.0, 3)}" for kind, each in swapped.items())
-    return ["PCGrad on the adapter's gradients", "the plain mix of tasks", f"average NLL {figures} nats a token"]
+    return [
+        "PCGrad on the adapter's gradients",
+        "the plain mix of tasks",
+        f"change of the average NLL: {figures} nats a token",
+    ]
 
 
 def _interval(each: dict[str, Any], scale: float, digits: int) -> str:
@@ -54,18 +58,19 @@ def _said(kind: str, each: dict[str, Any]) -> str:
     better = [task for task, found in differences.items() if found["upper"] < 0]
     worse = [task for task, found in differences.items() if found["lower"] > 0]
     average = each["combined - solo"]["nll"]["average"]
-    verdict = "is not told apart from the solo ones"
+    verdict = "does not differ significantly from the solo ones"
     if average["upper"] < 0:
         verdict = "is better than the solo ones"
     elif average["lower"] > 0:
         verdict = "is worse than the solo ones"
     costs = each["cells"]["combined"]
     text = (
-        f"{KINDS[kind]}, seeds {', '.join(each['seeds'])}: by the average over tasks the combined adapter {verdict} "
+        f"{KINDS[kind]}, seeds {', '.join(each['seeds'])}: on the average over tasks, the combined adapter {verdict} "
         f"({_interval(average, 1.0, 3)} nats per answer token); better on {', '.join(better) or 'no task'}, worse on "
         f"{', '.join(worse) or 'no task'}. {costs['num_steps'][0]} steps, {costs['num_examples'][0]} examples, "
-        f"{costs['num_tokens'][0]:,} tokens in the combined run of the first seed and in its solo runs together."
+        f"{costs['num_tokens'][0]:,} tokens in the combined run of the first seed, and as many in its solo runs "
+        "together."
     )
     for remedy, found in each.get("combined - remedy", {}).items():
-        text += f" Combined without − with {remedy}: {_interval(found['nll']['average'], 1.0, 3)}."
+        text += f" NLL of the combined run without minus with {remedy}: {_interval(found['nll']['average'], 1.0, 3)}."
     return text

@@ -31,8 +31,8 @@ def export_exactness() -> str:
         rows.append(row)
     note = (
         f"\nSmolLM2-135M, {document['steps']} steps on PIQA and ARC-Easy; {document['num_positions']:,} tokens of "
-        f"held-out text, whose logits spread by {document['logit_spread']:.1f}; the reference's NLL is "
-        f"{document['reference_nll_per_token']:.4f}.\n"
+        f"held-out text. The standard deviation of the logits is {document['logit_spread']:.1f}; the NLL of the "
+        f"reference is {document['reference_nll_per_token']:.4f}.\n"
     )
     return markdown(header, rows) + note
 
@@ -40,8 +40,8 @@ def export_exactness() -> str:
 def gguf_logits() -> str:
     """Every GGUF type in llama.cpp, against the adapter in float32 and against transformers with the same values."""
     document = read("gguf_logits")
-    header = ["file", "MB", "off the merge by", "mean KL in llama.cpp", "same argmax", "NLL"]
-    header += ["mean KL, transformers", "mean difference between the two"]
+    header = ["file", "MB", "error against the merge", "mean KL in llama.cpp", "same argmax", "NLL"]
+    header += ["mean KL, transformers", "mean logit difference between the two"]
     rows = []
     for type_, found in document["forms"].items():
         here, there = found["llama.cpp"], found["transformers"]
@@ -60,9 +60,10 @@ def gguf_logits() -> str:
     running = document["running"]
     same = "the same tokens" if all(each["same_tokens"] for each in document["forms"].values()) else "other tokens"
     note = (
-        f"\n{document['num_positions']:,} tokens, logits that spread by {document['logit_spread']:.1f}; the NLL of the "
-        f"adapter in float32 is {document['reference_nll_per_token']:.4f}. As it runs, in {running['dtype']}, its mean "
-        f"KL from that is {running['kl_mean']:.1e}. llama.cpp's own tokenizer gives {same}.\n"
+        f"\n{document['num_positions']:,} tokens. The standard deviation of the logits is "
+        f"{document['logit_spread']:.1f}; the NLL of the adapter in float32 is "
+        f"{document['reference_nll_per_token']:.4f}. The adapter running in {running['dtype']} has a mean KL of "
+        f"{running['kl_mean']:.1e} from it. llama.cpp's own tokenizer gives {same}.\n"
     )
     return markdown(header, rows) + note
 
@@ -83,9 +84,9 @@ def decode_speed() -> str:
     row = [f"{rates[kind]['median']:.1f} ({rates[kind]['lower']:.1f}–{rates[kind]['upper']:.1f})" for kind in names]
     share = document["dora / lora"]
     note = (
-        f"\n{document['new_tokens']} new tokens behind {document['prompt_tokens']}, median and quartiles. DoRA / LoRA "
-        f"of the same round: {share['median']:.3f} ({share['lower']:.3f}–{share['upper']:.3f}), asked: at least "
-        f"{document['asked']}.\n"
+        f"\n{document['new_tokens']} new tokens after a prompt of {document['prompt_tokens']}, median and quartiles. "
+        f"DoRA / LoRA of the same round: {share['median']:.3f} ({share['lower']:.3f}–{share['upper']:.3f}), target: "
+        f"at least {document['asked']}.\n"
     )
     return markdown(["tokens/s at batch 1", *names.values()], [["SmolLM2-135M", *row]]) + note
 
@@ -97,7 +98,7 @@ def merge_streamed() -> str:
         "checkpoint",
         "largest tensor",
         "peak of the process",
-        "asked",
+        "limit",
         "merge",
         "plain copy",
         "after an interrupt",

@@ -23,7 +23,7 @@ def gates() -> str:
         for mode, targets in document["budget"].items()
         for name, run in targets.items()
     ]
-    table = markdown(["budget", "reached", "off by", "removals", "loss changed by at most"], rows)
+    table = markdown(["budget", "reached", "error", "removals", "largest change of the loss"], rows)
     if "cost" not in document:
         return table
     cost = document["cost"]
@@ -32,15 +32,16 @@ def gates() -> str:
         for key in ("held_bytes", "step_peak_bytes")
     )
     times = {
-        name: " and ".join(_share(found["ratios"][pair]) for pair in ("shrunk / ungated", "gated / ungated"))
+        name: f"{_share(found['ratios']['shrunk / ungated'])} shrunk, {_share(found['ratios']['gated / ungated'])} "
+        "with gates at full rank"
         for name, found in cost["times"].items()
     }
     start, end = document["ranks"]["cost"], cost["run"]["reached"]
     return (
-        f"{table}\nFrom rank {start} to mean rank {end:g}: adapters and optimizer {held}, live at the peak of a step "
-        f"beside the base {peak}. Time of a step, shrunk and with gates at full rank, without gates = 1: "
-        f"{times['one length']} where all steps have one length, {times['new lengths']} where each has a new one "
-        "(a CPU compiles a bf16 kernel for each pair of rank and length).\n"
+        f"{table}\nFrom rank {start} to mean rank {end:g}: adapters and optimizer {held}; live bytes at the peak of a "
+        f"step, without the base, {peak}. Time of a step relative to the model without gates: {times['one length']} if "
+        f"all steps have one length; {times['new lengths']} if each step has a new length (a CPU compiles a bf16 "
+        "kernel for each pair of rank and length).\n"
     )
 
 

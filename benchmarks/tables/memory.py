@@ -57,7 +57,7 @@ def chunked_loss() -> str:
     """Bytes and gradients of the chunked and the plain loss, and the ratio of their times."""
     document = read("chunked_loss")
     fake, real, gradients = document["bytes"]["fake"], document["bytes"]["real"], document["gradients"]
-    header = ["loss", *(f"peak, hidden {each['hidden']}" for each in (fake, real)), "gradient off, bf16", "float32"]
+    header = ["loss", *(f"peak, hidden {each['hidden']}" for each in (fake, real)), "gradient error, bf16", "float32"]
     rows = [
         [
             name,
@@ -84,7 +84,7 @@ def load_memory() -> str:
         "packed model": "packed_model_bytes",
         "largest tensor": "largest_tensor_bytes",
         "peak over an empty process": "used_bytes",
-        "allowed": "allowed_bytes",
+        "limit": "allowed_bytes",
     }
     row = [f"{document[name] / 2**30:.3f} GiB" for name in columns.values()]
     return markdown(list(columns), [row])

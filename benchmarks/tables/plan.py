@@ -15,7 +15,7 @@ def plan_shapes() -> str:
     shapes = document["shapes"]
     names = list(dict.fromkeys(name for each in shapes.values() for name in each["components"]))
     rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in shapes.values())] for name in names]
-    rows.append(["**in all**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in shapes.values())])
+    rows.append(["**total**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in shapes.values())])
     rows.append([f"fits in {document['budget']}", *("yes" if each["fits"] else "no" for each in shapes.values())])
     rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in shapes.values())])
     peaks = "; ".join(f"{name}: {each['peak_in']}" for name, each in shapes.items())
@@ -27,12 +27,12 @@ def plan_recipes() -> str:
     plans = read("plan_recipes")["plans"]
     names = list(dict.fromkeys(name for each in plans.values() for name in each["components"]))
     rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in plans.values())] for name in names]
-    rows.append(["**in all**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in plans.values())])
-    rows.append(["the same in GB", *(f"{each['peak_bytes'] / 1e9:.2f}" for each in plans.values())])
+    rows.append(["**total**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in plans.values())])
+    rows.append(["total in GB", *(f"{each['peak_bytes'] / 1e9:.2f}" for each in plans.values())])
     rows.append(["fits in", *(f"{each['budget']}{'' if each['fits'] else ': no'}" for each in plans.values())])
     streamed = [f"{each['num_streamed']} of {each['num_blocks']}" for each in plans.values()]
     rows.append(["blocks in host memory", *streamed])
-    rows.append(["pinned for them", *(f"{each['host_bytes'] / GIB:.1f}" for each in plans.values())])
+    rows.append(["pinned host memory, GiB", *(f"{each['host_bytes'] / GIB:.1f}" for each in plans.values())])
     rows.append(["s a step, predicted", *(f"{each['step_seconds']:.0f}" for each in plans.values())])
     rows.append(["tokens a step", *(f"{_step_tokens(each):,}" for each in plans.values())])
     rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in plans.values())])
@@ -64,7 +64,7 @@ def plan_accuracy() -> str:
     worst, bars, counts = document["largest_error"], document["bars"], document["num_measured"]
     said = {"tensor": "tensors", "rss": "resident"}
     parts = [
-        f"{text} {worst[what]:.2%} in {counts[what]} runs (asked: {bars[what]:.0%})"
+        f"{text} {worst[what]:.2%} in {counts[what]} runs (limit: {bars[what]:.0%})"
         for what, text in said.items()
         if counts[what]
     ]

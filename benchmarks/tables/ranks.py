@@ -30,9 +30,16 @@ def curvature() -> str:
 
 
 def curvature_draws() -> str:
-    """How far drawn curvatures are off, and what both ways take."""
+    """The error of estimated curvatures, and what both ways cost."""
     document = read("curvature_draws")
-    header = ["layer", "components", "off by, median", "largest", "standard error said", "off, in standard errors"]
+    header = [
+        "layer",
+        "components",
+        "error, median",
+        "largest",
+        "reported standard error",
+        "RMS of error / reported error",
+    ]
     header += ["summed worth, exact = 1", "rank, drawn and exact", "exact: CPU seconds"]
     rows = []
     for layer in document["layers"]:
@@ -43,9 +50,9 @@ def curvature_draws() -> str:
         rows.append([*row, f"{layer['drawn_rank']}, {layer['exact_rank']}", f"{layer['exact_cpu_seconds']:.0f}"])
     drawn = document["directions_cpu_seconds"] + document["drawn_cpu_seconds"]
     note = (
-        f"\nBy {document['draws']} drawn labels all {document['num_layers']} layers, "
-        f"{document['num_components']:,} components, took {drawn:.0f} CPU seconds, their gradients among them. Ranks: "
-        f"of these layers, at half of their parameters. One seed of draws, {document['num_label_tokens']} labelled "
+        f"\nWith {document['draws']} label samples, all {document['num_layers']} layers, "
+        f"{document['num_components']:,} components, took {drawn:.0f} CPU seconds, gradients included. The ranks "
+        f"are those of these layers at half of their parameters. One seed, {document['num_label_tokens']} labelled "
         f"tokens. `{document['command']}`\n"
     )
     return markdown(header, rows) + note
@@ -71,30 +78,30 @@ def rank_methods() -> str:
         "trained",
         "learning rate chosen",
         "NLL per answer token",
-        "lower than uniform by",
-        "choosing took",
+        "improvement over uniform",
+        "cost of choosing",
     ]
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
         f"\n95 % intervals; learning rates chosen on one half of the validation examples, arms compared on the other; "
-        f"seeds: {', '.join(seeds)}. What choosing took, in runs as long as the one at twice the rank that it reads; "
-        f"gates choose while they train. `{run['command']}`; the whole report: "
-        "[benchmarks/results/rank_methods](benchmarks/results/rank_methods/report.md).\n"
+        f"seeds: {', '.join(seeds)}. The cost is in runs as long as the scout run at twice the rank, which the "
+        f"methods read; gates choose while they train. `{run['command']}`; the whole report: "
+        "[results/rank_methods/report.md](results/rank_methods/report.md).\n"
     )
     return markdown(header, rows) + note
 
 
 def ranks_that_did_not_help() -> list[str]:
-    """A row of the table of what was tried: ranks for each layer; nothing where one way was told apart as better."""
+    """A row of the table of what was tried: ranks for each layer; nothing where one way won."""
     pairs = report_rows("rank_methods", "comparisons")
     if any(pair["winner"] == pair["arm"] for pair in pairs):
         return []
     figures = ", ".join(f"{_METHODS[pair['arm']]} {compared(pair, as_rise=True, verdict=False)}" for pair in pairs)
-    return ["a rank for each layer", "one rank everywhere", f"NLL at equal parameters: {figures}"]
+    return ["a rank for each layer", "one rank everywhere", f"change of the NLL at equal parameters: {figures}"]
 
 
 def rank_curve() -> str:
-    """NLL at each rank, one line for each kind, and which ranks are told apart from the first."""
+    """NLL at each rank, one line for each kind, and which ranks differ from the first."""
     arms = [row for row in report_rows("rank_curve", "arms") if row["is_trained"] == "True"]
     pairs = {(pair["adapter"], pair["arm"]): pair for pair in report_rows("rank_curve", "comparisons")}
     run = read("rank_curve/run")
@@ -111,8 +118,8 @@ def rank_curve() -> str:
             line.append(text)
         rows.append(line)
     note = (
-        f"\nNLL per answer token with 95 % intervals; behind it the difference from {ranks[0]}. Learning rates "
+        f"\nNLL per answer token with 95 % intervals; then the difference from {ranks[0]}. Learning rates "
         f"were chosen on the other half of the validation examples. `{run['command']}`; the whole report: "
-        "[benchmarks/results/rank_curve](benchmarks/results/rank_curve/report.md).\n"
+        "[results/rank_curve/report.md](results/rank_curve/report.md).\n"
     )
     return markdown(["", *ranks], rows) + note

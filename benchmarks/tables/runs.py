@@ -23,7 +23,7 @@ def kill_resume() -> str:
             "yes" if all(cut["said"] for cut in cuts) else "no",
         ],
     ]
-    return markdown(["what happened, then --resume", "bit for bit the same", "named in log or error"], rows)
+    return markdown(["event, then `--resume`", "bit for bit equal", "named in log or error"], rows)
 
 
 def out_of_memory() -> str:
@@ -58,7 +58,7 @@ def data_loading() -> str:
         "examples",
         *(f"{part}, s" for part in parts),
         "to the end of the first step, s",
-        "of a step lost to loading",
+        "share of a step lost to loading",
     ]
     note = f"\nSteps of {document['step_tokens']:,} tokens; median and quartiles of {document['num_steps'] - 1}.\n"
     return markdown(header, rows) + note
@@ -86,4 +86,4 @@ def mixing() -> str:
         f"that a stream adds to an empty process over {document['streams'][0]['num_draws']:,} draws: "
         f"{'; '.join(streams)}.\n"
     )
-    return markdown(["strategy", "share off by at most", "relative to the share", "resumed exactly"], rows) + note
+    return markdown(["strategy", "largest error of a share", "relative to the share", "resumed exactly"], rows) + note

@@ -18,8 +18,8 @@ def stream_schedule() -> str:
         cells = rows.setdefault(each["num_streamed"], [str(each["num_streamed"])])
         cells += [f"{each[arm]['slowdown']:.2f}×" for arm in ("interleaved", "packed")]
     note = (
-        f"\nBreak-even with all blocks streamed: {break_even:,.0f} tokens a micro-batch; from there on every copy is "
-        "hidden.\n"
+        f"\nBreak-even with all blocks streamed: {break_even:,.0f} tokens a micro-batch; with more tokens every copy "
+        "is hidden.\n"
     )
     return markdown(header, list(rows.values())) + note
 
@@ -32,8 +32,11 @@ def disk_residency() -> str:
     rows = [
         ["packed base in its files", _gigabytes(document["packed_base_bytes"])],
         ["peak of the process that trains", f"**{_gigabytes(disk['peak_bytes'])}**"],
-        ["of it the imports alone", _gigabytes(nothing["peak_bytes"])],
-        ["held to", _gigabytes(document["bar_bytes"]) if document["held_by_control_group"] else "nothing"],
+        ["imports alone", _gigabytes(nothing["peak_bytes"])],
+        [
+            "limit that was enforced",
+            _gigabytes(document["bar_bytes"]) if document["held_by_control_group"] else "nothing",
+        ],
     ]
     if "device" in document["arms"]:
         rows.append(["the same with the base in memory", _gigabytes(document["arms"]["device"]["peak_bytes"])])

@@ -50,7 +50,8 @@ def study() -> str:
     note = (
         f"\nNLL per answer token on one half of the validation examples, averaged over the tasks, with 95 % intervals; "
         f"learning rates chosen on the other half; seeds: {', '.join(seeds)}. Winners: {', '.join(won) or 'none'}. "
-        f"Share of what compressing lost that is made good: {', '.join(repaired)}. `{done['command']}`; the whole "
-        "report: [benchmarks/results/study](benchmarks/results/study/report.md).\n"
+        f"Repair ratio (share of the compression loss that the adapter recovers): {', '.join(repaired)}. "
+        f"`{done['command']}`; the whole report: "
+        "[results/study/report.md](results/study/report.md).\n"
     )
     return markdown(header, lines) + note

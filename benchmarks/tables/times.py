@@ -37,7 +37,7 @@ def layer_time() -> str:
             f"{what}: {sum(bar['within'] for bar in found)} of {len(found)} cases, "
             f"at worst {worst['median']:.3f} ({worst['case'].split(',')[0]})"
         )
-    return markdown(["layer, rank, tokens", *columns], rows) + f"\n{'; '.join(counts)}.\n"
+    return markdown(["layer, rank, tokens", *columns], rows) + f"\nTargets that hold: {'; '.join(counts)}.\n"
 
 
 def packing() -> str:
@@ -65,7 +65,7 @@ def packing() -> str:
         f"{losses['packed']['max_relative_difference']:.1e}), grouped by length "
         f"{losses['grouped']['max_difference']:.1e} ({losses['grouped']['max_relative_difference']:.1e}).\n"
     )
-    header = ["micro-batches", "padding %", "a step", "real tokens/s", "time, packed = 1"]
+    header = ["micro-batches", "padding %", "micro-batches a step", "real tokens/s", "time, packed = 1"]
     return markdown(header, rows) + note
 
 
@@ -92,11 +92,13 @@ def step_time() -> str:
         for batch, found in batches.items()
     )
     rounds = ", ".join(f"{len(found['tokens'])} rounds with checkpointing {mode}" for mode, found in modes.items())
-    note = f"\n{document['batch']} examples a step; {rounds}. QDoRA's time / QLoRA's, these two alone: {pairs}.\n"
+    note = (
+        f"\n{document['batch']} examples a step; {rounds}. qdora's QDoRA / qdora's QLoRA, these two alone: {pairs}.\n"
+    )
     return markdown(header, rows) + note
 
 
-_STEP_COLUMNS = ("tokens/s", "QDoRA's time / its")
+_STEP_COLUMNS = ("tokens/s", "time of qdora DoRA / of this one")
 
 
 def _quartiles(ratio: dict[str, float]) -> str:

@@ -127,13 +127,13 @@ def loss_curve() -> str:
         largest = max(gap["largest_nats"] for gap in gaps)
         rows.append([label, str(len(gaps)), *(f"{each:.4f}" for each in (mean, largest, tail))])
     found = {dtype: document["accumulation"][dtype] for dtype in ("float32", "bfloat16")}
-    differences = ", ".join(f"{each['gradient_difference']:.1e} in {dtype}" for dtype, each in found.items())
+    differences = " and ".join(f"{each['gradient_difference']:.1e} in {dtype}" for dtype, each in found.items())
     norms = sorted({count for each in found.values() for count in each["norms_per_layer_and_step"]})
     note = (
-        f"\n{document['num_steps']} steps, {document['num_blocks']} blocks. Eight examples one by one against one "
-        f"batch of eight, whole model with checkpointing: relative difference of the gradient {differences} (bfloat16 "
-        f"from float32 {found['bfloat16']['gradient_to_float32']:.1e}); norms computed per layer and step: "
-        f"{', '.join(f'{count:g}' for count in norms)}.\n"
+        f"\n{document['num_steps']} steps, {document['num_blocks']} blocks. Whole model with checkpointing, eight "
+        f"examples one by one against one batch of eight: the relative difference of the gradients is {differences}; "
+        f"the bfloat16 gradient differs from the float32 one by {found['bfloat16']['gradient_to_float32']:.1e}. Norms "
+        f"computed per layer and step: {', '.join(f'{count:g}' for count in norms)}.\n"
     )
     return (
         markdown(["curves", "pairs", "mean gap, nats", "largest gap", "gap of the last 100 steps' means"], rows) + note

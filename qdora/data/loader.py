@@ -71,7 +71,6 @@ class StepLoader:
         row_tokens: Most tokens of a packed row, for the layout "rows".
         position: Draws already used.
         rank, num_processes: Of several processes, which one this is. All draw the same steps; each pads its share.
-        by_task: Micro-batches have examples of one task each, one task after the other. As free to change.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class StepLoader:
         position: int = 0,
         rank: int = 0,
         num_processes: int = 1,
-        by_task: bool = False,
     ) -> None:
         assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         assert (tokens_per_step or batch or 0) > 0, (tokens_per_step, batch)
@@ -106,7 +104,7 @@ class StepLoader:
         self.packed = packed
         self.row_tokens = row_tokens
         self.position = position
-        self.rank, self.num_processes, self.by_task = rank, num_processes, by_task
+        self.rank, self.num_processes = rank, num_processes
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
         # None for a stream; the lengths of its examples are not known beforehand
         self._lengths = [
@@ -135,19 +133,13 @@ class StepLoader:
         for example in examples:
             labels[example.task] = labels.get(example.task, 0) + int(example.loss_mask.sum())
         return Step(
-            micro_batches=self._micro_batches(mine),
+            micro_batches=micro_batches(mine, self.batching, self.task_names),
             num_label_tokens=sum(labels.values()),
             num_tokens=num_tokens,
             num_examples=len(examples),
             position_after=self.position,
             task_label_tokens=labels,
         )
-
-    def _micro_batches(self, examples: list[TokenizedExample]) -> list[MicroBatch]:
-        if not self.by_task:
-            return micro_batches(examples, self.batching, self.task_names)
-        parts = ([example for example in examples if example.task == name] for name in self.task_names)
-        return [micro for part in parts if part for micro in micro_batches(part, self.batching, self.task_names)]
 
     def _example(self, source: int, index: int) -> TokenizedExample:
         part = self.tokenised[source]

@@ -369,7 +369,7 @@ class Recipe(Section):
         parts = {"dora": (), "lora": none[1:], "magnitude": none[:1]}.get(kind, none)
         yield from ignored_faults(self.train, dict.fromkeys(parts, f"adapter.kind {kind} has none"), prefix="train.")
         if kind in ("none", "full"):
-            reason = dict.fromkeys(("every", "gradients"), f"adapter.kind {kind} has no adapter")
+            reason = {"every": f"adapter.kind {kind} has no adapter"}
             yield from ignored_faults(self.interference, reason, prefix="interference.")
         yield from self._gate_faults()
         yield from self._loss_weight_faults()
@@ -418,17 +418,8 @@ class Recipe(Section):
                 yield "adapter.gates.anneal", fault
 
     def _loss_weight_faults(self) -> Iterator[Fault]:
-        progress = self.interference.loss_weights == "progress"
         why = "there is no other source" if len(self.data.mix) == 1 else ""
         why = "adapter.kind none trains nothing" if self.adapter.kind == "none" else why
-        if progress and why:
-            yield from ignored_faults(self.interference, {"loss_weights": why}, prefix="interference.")
-        elif progress and self.eval.every is None:
-            yield (
-                "interference.loss_weights",
-                "goes by the evaluations while training, got progress and no eval.every, allowed: null, or set it.",
-            )
-        why = "interference.loss_weights is progress" if progress and not why else why
         if why:
             for index, source in enumerate(self.data.mix):
                 yield from ignored_faults(source, {"loss_weight": why}, prefix=f"data.mix[{index}].")

@@ -146,19 +146,13 @@ class EvalConfig(Section):
 
 
 class InterferenceConfig(Section):
-    """What tasks do to each other in one adapter: measured, and what is done about it."""
+    """Which data sets pull the adapter in different directions."""
 
     every: Whole | None = None
     """Optimizer steps between measurements of the cosines between the tasks' gradients. None: none. Training itself
     stays the same, bit for bit."""
     examples: Annotated[int, Strict(), Field(ge=2), allowed("a whole number, 2 or more")] = 16
     """Validation examples of each task that gradients are measured on; with fewer, cosines are noisier and cheaper."""
-    gradients: Literal["pcgrad"] | None = None
-    """How the gradients of a step's tasks become one. None: their sum. pcgrad: each is projected off those it is in
-    conflict with first (arXiv 2001.06782); keeps a float32 gradient for each task, and a micro-batch has one task."""
-    loss_weights: Literal["progress"] | None = None
-    """What a token of each task counts. None: `loss_weight` of its source. progress: more where the validation NLL
-    falls more slowly from one evaluation to the next (Dynamic Weight Average, arXiv 1803.10704)."""
 
     def unused(self) -> dict[str, str]:
         return {"examples": "interference.every is not set"} if self.every is None else {}

@@ -16,7 +16,7 @@ from qdora.run.best_step import selection_faults
 from qdora.run.experiment_trackers import is_installed
 from qdora.run.load_base import NO_GPU
 from qdora.run.task_conflicts import interference_faults
-from qdora.train.objective import objective_faults
+from qdora.train.task_weights import task_weight_faults
 
 
 def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
@@ -55,7 +55,7 @@ def check_beforehand(
         faults += generation_faults(evaluated)
     faults += selection_faults(recipe, evaluated, num_steps)
     faults += interference_faults(recipe, validation)
-    faults += objective_faults(recipe, loader, list(evaluated))
+    faults += task_weight_faults(recipe, loader)
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."

@@ -48,18 +48,17 @@ from qdora.run.preflight import check_beforehand, evaluated_sources
 from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
 from qdora.run.validation import RunValidation
 from qdora.run.writer import RunWriter
-from qdora.train.bad_steps import BadSteps
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.figures import draw_figures
-from qdora.train.first_updates import MovedCheck
 from qdora.train.gates import Gates
 from qdora.train.interrupt import stop_on_signal
-from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
-from qdora.train.objective import Objective, make_objective, weigh_by_progress
+from qdora.train.loop import Evaluated, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
+from qdora.train.step_checks import BadSteps, MissingGradientCheck
+from qdora.train.task_weights import task_weights
 
 logger = logging.getLogger("qdora")
 
@@ -205,11 +204,7 @@ class TrainingJob:
             logger.info("Training %s parameters on %s adapted layers.", *(f"{counts[k]:,}" for k in _SHOWN_COUNTS))
         self.best = best_so_far(recipe, list(evaluated)) if self.optimizer is not None else None
         self.num_done = 0
-        self.objective = Objective()
-        if self.optimizer is not None:
-            self.objective = make_objective(recipe, loader, self.optimizer.parameters)
-        asked, weights = recipe.train, self.objective.weights
-        self.bad_steps = BadSteps(asked.on_bad_step, max_skips=asked.max_skips, spike=asked.spike)
+        self.bad_steps = BadSteps(recipe.train)
         self.writer = RunWriter(
             recipe,
             run,
@@ -220,7 +215,6 @@ class TrainingJob:
             processes,
             self.bad_steps,
             self.best,
-            weights,
             self.gates,
         )
 
@@ -262,8 +256,7 @@ class TrainingJob:
         settings = self.recipe.eval
         if start == 0 and settings.at_start and self.validation.examples:
             base = self.processes.first(lambda: self.validation.measure(0, "base")) or {}
-            weights = weigh_by_progress(self.objective, base.get("eval", {}), self.processes)
-            self.writer.write_metrics({"step": 0, **base, **weights})
+            self.writer.write_metrics({"step": 0, **base})
         if self.optimizer is not None and start < self.num_steps and not self._is_over():
             self.num_done = self._fit(self.optimizer, start)
             for part in self.loader.streams:
@@ -305,32 +298,20 @@ class TrainingJob:
         return self._summary()
 
     def _fit(self, optimizer: AdapterOptimizer, start: int) -> int:
-        train, chunk = self.recipe.train, self.recipe.memory.loss_chunk
-        settings = FitSettings(
-            num_steps=self.num_steps,
-            lr=train.lr,
-            schedule=train.schedule,
-            warmup=train.warmup,
-            lr_end=train.lr_end,
-            clip=train.clip,
-            checkpoint_every=train.checkpoint_every,
-            evaluate_every=self.recipe.eval.every,
-            probe_every=self.recipe.interference.every,
-            log_every=train.log_every,
-            loss_chunk=None if chunk == "auto" else chunk,
-            objective=self.objective,
-        )
+        chunk = self.recipe.memory.loss_chunk
         hooks = Hooks(
             write_metrics=self.writer.write_metrics,
             save=self.writer.save_checkpoint,
             evaluate=self._measure if self.validation.examples else None,
-            keep_batch=self.writer.keep_batch,
+            evaluate_every=self.recipe.eval.every,
             probe=self._probe(),
+            probe_every=self.recipe.interference.every,
+            keep_batch=self.writer.keep_batch,
             begin_step=None if self.gates is None else self.gates.begin,
             end_step=None
             if self.gates is None
             else partial(self.gates.end, optimizer=optimizer, processes=self.processes),
-            updated=None if self.recipe.base.residency == "device" else MovedCheck(optimizer).updated,
+            updated=None if self.recipe.base.residency == "device" else MissingGradientCheck(optimizer).updated,
         )
         with (
             stop_on_signal(self.processes) as stop,
@@ -340,14 +321,17 @@ class TrainingJob:
                 self.model,
                 optimizer,
                 self.loader,
-                settings,
+                self.recipe.train,
                 hooks,
+                num_steps=self.num_steps,
                 device=self.model.device,
                 progress=progress,
                 stop=stop,
                 start_step=start,
                 processes=self.processes,
                 bad_steps=self.bad_steps,
+                loss_chunk=None if chunk == "auto" else chunk,
+                task_weights=task_weights(self.recipe, self.loader),
             )
 
     def _probe(self) -> Callable[[int], None] | None:
@@ -359,7 +343,6 @@ class TrainingJob:
     def _measure(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
         line = self.processes.first(lambda: self.validation.measure(step)) or {}
-        line |= weigh_by_progress(self.objective, line.get("eval", {}), self.processes)
         if self.best is None:
             return Evaluated(line)
         found = self.validation.results["adapter"] if self.processes.is_first else None

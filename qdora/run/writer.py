@@ -30,14 +30,13 @@ from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
 from qdora.run.best_step import BEST_FILE
 from qdora.run.experiment_trackers import tracking
-from qdora.train.bad_steps import BadStep, BadSteps
 from qdora.train.best import BestSoFar, best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
-from qdora.train.loop import Metrics
-from qdora.train.objective import TaskWeights
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.step_checks import BadStep, BadSteps
+from qdora.train.step_gradient import Metrics
 
 
 def bad_examples(bad: BadStep) -> list[dict[str, Any]]:
@@ -101,7 +100,6 @@ class RunWriter:
         processes: That train the run.
         bad_steps: Judge of the steps; its state belongs to a checkpoint.
         best: Judge of the evaluations, where the best step is kept; so does its.
-        task_weights: Of the loss; so do they.
         gates: Of the adapters; so do they.
     """
 
@@ -116,11 +114,10 @@ class RunWriter:
         processes: Processes,
         bad_steps: BadSteps,
         best: BestSoFar | None = None,
-        task_weights: TaskWeights | None = None,
         gates: Gates | None = None,
     ) -> None:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
-        self.bad_steps, self.best, self.task_weights, self.gates = bad_steps, best, task_weights, gates
+        self.bad_steps, self.best, self.gates = bad_steps, best, gates
         self.optimizer, self.loader, self.processes = optimizer, loader, processes
         self._asked_micro_batch_tokens = loader.micro_batch_tokens
         self._tell_trackers: Callable[[Metrics], None] | None = None
@@ -174,8 +171,6 @@ class RunWriter:
             self.loader.micro_batch_tokens = micro["used"]
         if "bad_steps" in policies:
             self.bad_steps.load_state_dict(policies["bad_steps"])
-        if self.task_weights is not None and "task_weights" in policies:
-            self.task_weights.load_state_dict(policies["task_weights"])
         if self.best is not None:
             known = policies.get("best")
             fault = self.processes.gather(self.processes.first(lambda: self._best_fault(known)))[0]
@@ -196,10 +191,8 @@ class RunWriter:
 
     def _policies(self) -> dict[str, Any]:
         micro = {"asked": self._asked_micro_batch_tokens, "used": self.loader.micro_batch_tokens}
-        judges = {"bad_steps": self.bad_steps, "best": self.best, "task_weights": self.task_weights}
-        states = {
-            name: each.state_dict() for name, each in (judges | {"gates": self.gates}).items() if each is not None
-        }
+        judges = {"bad_steps": self.bad_steps, "best": self.best, "gates": self.gates}
+        states = {name: each.state_dict() for name, each in judges.items() if each is not None}
         return {"micro_batch_tokens": micro} | states
 
     def _append_metrics(self, metrics: Metrics) -> None:

@@ -14,8 +14,8 @@ from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapter_parameters
 from qdora.run import train
 from qdora.run.train import train_run
-from qdora.train.first_updates import MovedCheck
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.step_checks import MissingGradientCheck
 from tests import tiny_adapted, tiny_run
 
 Rate = Callable[[int], float]
@@ -29,7 +29,7 @@ def told(frozen: str | None, rate: Rate = lambda _: 1e-5, *, num_updates: int = 
         if name.endswith("magnitude"):
             parameter.data.fill_(magnitude)
     optimizer = AdapterOptimizer(parameters, name="adamw", weight_decay=0.1)
-    check = MovedCheck(optimizer)
+    check = MissingGradientCheck(optimizer)
     generator = torch.Generator().manual_seed(0)
     found = []
     for step in range(num_updates):
@@ -55,7 +55,7 @@ def test_a_matrix_without_a_gradient_is_named_once(part: str) -> None:
 
 def test_without_any_gradient() -> None:
     optimizer = AdapterOptimizer(adapter_parameters(tiny_adapted.adapted("llama", quant="nf4")), name="adamw")
-    check = MovedCheck(optimizer)
+    check = MissingGradientCheck(optimizer)
     said = [check.updated(1e-5) for _ in range(3)]
     assert said[:2] == [None, None]
     assert "42 of 42" in str(said[2])
@@ -72,7 +72,7 @@ def test_updates_of_a_rate_of_zero_do_not_count() -> None:
 
 
 def test_a_failed_check_leaves_a_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MovedCheck, "updated", lambda _self, _lr: "no gradients.")
+    monkeypatch.setattr(MissingGradientCheck, "updated", lambda _self, _lr: "no gradients.")
     changes = {"train__steps": 2, "eval__at_start": False, "base__residency": "disk"}
     recipe = tiny_run.recipe(root, **changes, base__cache=str(tmp_path / "cache"))
     with pytest.raises(RunFailure, match=r"step 1: no gradients\. Safe on disk: .*step-1"):
@@ -93,7 +93,7 @@ def test_a_run_on_disk_is_checked_and_one_on_the_device_is_not(
         def updated(self, lr: float) -> None:
             seen.append(lr)
 
-    monkeypatch.setattr(train, "MovedCheck", Noted)
+    monkeypatch.setattr(train, "MissingGradientCheck", Noted)
     changes: dict[str, Any] = {"train__steps": 2, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     train_run(tiny_run.recipe(root, **changes), tmp_path / "device")
     assert seen == []

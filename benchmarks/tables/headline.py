@@ -1,0 +1,74 @@
+"""The table at the top of README.md: six results, each from its result file, with a link to its whole table."""
+
+from __future__ import annotations
+
+from tables.table import markdown, read
+
+GIB = 2**30
+_PAGE = "benchmarks/README.md"
+
+
+def headline() -> str:
+    """One row for each result."""
+    rows = [_magnitudes(), _time(), _memory(), _export(), _plan(), _resume()]
+    table = [[question, answer, f"[{title}]({_PAGE}#{title.replace(' ', '-')})"] for question, answer, title in rows]
+    return markdown(["question", "measured on a CPU", "whole table"], table).replace("---:", "---")
+
+
+def _magnitudes() -> tuple[str, str, str]:
+    moved = {(arm["storage"], arm["compute"]): arm["share_moved"]["magnitude"] for arm in read("magnitudes")["arms"]}
+    own, plain = moved["bfloat16", "bfloat16"], moved["plain bf16", "bfloat16"]
+    answer = f"{own:.2%} of the magnitudes move in 200 steps; in plain bf16 storage {plain:.2%} do"
+    return "Do DoRA's magnitudes train next to a bf16 adapter?", answer, "magnitudes in bf16"
+
+
+def _time() -> tuple[str, str, str]:
+    document = read("step_time")
+    pairs = [
+        found["ratios"]["own_dora / own_lora"]["median"]
+        for batches in document["pairs"].values()
+        for found in batches.values()
+    ]
+    peft = 1 / document["time"]["on"]["ratios"]["own_dora / peft_dora"]["median"]
+    answer = (
+        f"{min(pairs):.2f} to {max(pairs):.2f} times a QLoRA step of qdora; PEFT's QDoRA takes {peft:.2f} times as "
+        "long as qdora's (SmolLM2-135M)"
+    )
+    return "What does a QDoRA step cost?", answer, "time of a training step"
+
+
+def _memory() -> tuple[str, str, str]:
+    arms = read("step_memory")["cases"]["8B, checkpointing"]["arms"]
+    peaks = [f"{arms[name]['peak_bytes'] / GIB:.2f}" for name in ("own_dora_8bit", "own_lora_8bit", "peft_dora_8bit")]
+    answer = (
+        f"{peaks[0]} GiB with QDoRA, {peaks[1]} with QLoRA, {peaks[2]} with PEFT's QDoRA (tensors, counted without a "
+        "GPU)"
+    )
+    return "What does a step of an 8B model need?", answer, "memory of a training step"
+
+
+def _export() -> tuple[str, str, str]:
+    forms = read("export_exactness")["forms"]["float32"]
+    half = read("quickstart")["export"]["verification"]["exported_vs_reference"]["kl_mean"]
+    packed, peft = forms["nf4-lora"]["kl_mean"], forms["PEFT merged"]["kl_mean"]
+    answer = (
+        f"yes: mean KL {half:.0e} nats if merged in fp16, {packed:.0e} in 4 bits (`nf4-lora`); {peft:.2f} after PEFT's "
+        "`merge_and_unload`, which quantises again"
+    )
+    return "Is the exported model the trained one?", answer, "exports"
+
+
+def _plan() -> tuple[str, str, str]:
+    document = read("plan_accuracy")
+    error, count = document["largest_error"]["tensor"], document["num_measured"]["tensor"]
+    answer = f"at most {error:.1%} in {count} runs on a CPU (bytes of live tensors)"
+    return "How wrong is `qdora plan`?", answer, "memory plans against real runs"
+
+
+def _resume() -> tuple[str, str, str]:
+    document = read("kill_resume")
+    answer = (
+        f"{document['num_identical']} of {document['num_cases']} killed or damaged runs end with the same bytes as an "
+        "undisturbed one"
+    )
+    return "Does a killed run lose anything?", answer, "killed runs"
