@@ -462,8 +462,8 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
         (section("model", source="o/m", trust_remote_code=True), "model.trust_remote_code: runs code from the Hub"),
         (
             section("model", source="o/m", revision="main", trust_remote_code=True),
-            "model.trust_remote_code: runs code from the Hub, so model.revision must be the 40 hex digits of a commit of "
-            "a Hub id, got 'main' of 'o/m'.",
+            "model.trust_remote_code: runs code from the Hub, so model.revision must be the 40 hex digits of a commit "
+            "of a Hub id, got 'main' of 'o/m'.",
         ),
         (section("model", trust_remote_code=True), "model.trust_remote_code: runs code from the Hub"),
         (
