@@ -34,7 +34,7 @@ from qdora.model.source import ModelSource, resolve
 from qdora.model.tokenizer import load_tokenizer
 from qdora.ops.sparsity import pattern_from
 from qdora.recipe.settings import CalibrationConfig
-from qdora.run.load_base import pieces
+from qdora.run.calibration import pieces
 
 WINDOW = 256
 METHODS = ("magnitude", "wanda", "sparsegpt")

@@ -60,7 +60,7 @@ def test_sources_that_cannot_be_generated_are_refused_before_anything_is_loaded(
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("qdora.run.load_base.load_base", load)
+    monkeypatch.setattr("qdora.run.pruned_base.load_base", load)
     monkeypatch.setattr("qdora.run.evaluate.load_target", load)
     recipe = tiny_run.recipe(root, eval__method="generate")
     with pytest.raises(UserError, match="got task 'sums', whose example 29 has no choices"):

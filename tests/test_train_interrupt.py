@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qdora.cli.failures import explain
+from qdora.cli.verb import explain
 from qdora.errors import Interrupted, RunFailure
 from qdora.files.run_directory import RunDirectory
 from qdora.run import writer as run_writer

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qdora.errors import Interrupted, UserError
-from qdora.run import load_base as pruned_base
+from qdora.run import pruned_base
 from qdora.run.train import train_run
 from qdora.train import packed_attention, step_gradient
 from tests import tiny_run

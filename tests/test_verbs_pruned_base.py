@@ -19,7 +19,7 @@ from qdora.model.build_model import choose_compute
 from qdora.model.inject import adapted_layers
 from qdora.model.source import resolve
 from qdora.recipe.settings import CalibrationConfig
-from qdora.run import load_base as pruned_base
+from qdora.run import calibration, pruned_base
 from qdora.run.evaluate import evaluate_target
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
@@ -103,15 +103,15 @@ def test_other_rules_and_a_dense_base(root: Path, tmp_path: Path, method: str) -
 
 def test_pieces_of_text() -> None:
     settings = CalibrationConfig(sequences=50, length=5, seed=1)
-    found = pruned_base.pieces(list(range(10, 30)), [1], settings)
+    found = calibration.pieces(list(range(10, 30)), [1], settings)
     assert found.shape == (50, 5)
     assert bool((found[:, 0] == 1).all())
     assert bool((found[:, 1:].diff(dim=1) == 1).all())
     assert found[:, 1].min() == 10
     assert found[:, 4].max() == 29
-    assert torch.equal(found, pruned_base.pieces(list(range(10, 30)), [1], settings))
+    assert torch.equal(found, calibration.pieces(list(range(10, 30)), [1], settings))
     with pytest.raises(UserError, match="5 tokens, but the text has 3"):
-        pruned_base.pieces([1, 2, 3], [1], settings)
+        calibration.pieces([1, 2, 3], [1], settings)
 
 
 def test_pieces_longer_than_the_context_are_refused(root: Path, tmp_path: Path) -> None:
@@ -123,7 +123,9 @@ def test_pieces_longer_than_the_context_are_refused(root: Path, tmp_path: Path) 
 def test_runs_that_share_a_base_compress_it_once(root: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     compress = pruned_base.compress_base
-    monkeypatch.setattr(pruned_base, "compress_base", lambda *given: (made.append(given[4].name), compress(*given)))
+    monkeypatch.setattr(
+        pruned_base, "compress_base", lambda *given, **more: (made.append(given[4].name), compress(*given, **more))
+    )
 
     def shared(key: str, make: Any) -> Path:
         path = root / "shared" / key

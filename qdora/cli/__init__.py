@@ -1,19 +1,17 @@
-"""The command line: verbs only. Each imports what it needs when it runs, so `qdora --help` stays fast."""
+"""The command line: one file a verb. A verb imports what it needs when it runs, so `qdora --help` stays fast."""
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 from typing import Annotated
 
 import typer
 
+import qdora
 from qdora.cli.doctor import doctor
 from qdora.cli.eval import evaluate
 from qdora.cli.export import export
-from qdora.cli.failures import set_debug
 from qdora.cli.generate import generate
+from qdora.cli.guide import guide
 from qdora.cli.plan import plan
 from qdora.cli.rank import rank
 from qdora.cli.recipes import recipes
@@ -22,25 +20,27 @@ from qdora.cli.schema import schema
 from qdora.cli.study import study
 from qdora.cli.train import train
 from qdora.cli.validate import validate
+from qdora.cli.verb import Debug, Json, Quiet, ask
 
 VERBS = {
     "train": train,
     "eval": evaluate,
     "export": export,
     "generate": generate,
-    "rank": rank,
     "plan": plan,
+    "rank": rank,
     "study": study,
     "report": report,
     "validate": validate,
     "recipes": recipes,
     "schema": schema,
     "doctor": doctor,
+    "guide": guide,
 }
 
 app = typer.Typer(
     name="qdora",
-    help="DoRA on a frozen 4-bit base for the price of QLoRA.",
+    help="Fine-tune a language model with DoRA or LoRA on a frozen 4-bit base.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,19 +50,23 @@ for _name, _function in VERBS.items():
     app.command(_name)(_function)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qdora {qdora.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.")] = False,
+    debug: Debug = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
-    """Options that stand before the verb."""
-    set_debug(debug)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    # On the handler: a run lowers the level of its logger, so that log.txt has everything.
-    logging.getLogger().handlers[0].setLevel(logging.WARNING if quiet else logging.INFO)
-    for noisy in ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec", "lm_eval"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Options that may stand before the verb, too."""
+    ask(debug=debug, quiet=quiet, json=json_)
 
 
 def main() -> None:

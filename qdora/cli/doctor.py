@@ -1,4 +1,4 @@
-""""""
+"""qdora doctor."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.failures import emit, verb
-from qdora.cli.options import Json
+from qdora.cli.verb import emit, verb
 
 
 @verb
 def doctor(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure for a minute what `qdora plan` predicts times with.")
+        bool, typer.Option("--measure", help="Measure for a minute the rates that `qdora plan` predicts times with.")
     ] = False,
-    json_: Json = False,
 ) -> None:
-    """Say what this machine has and what is missing."""
+    """Report what this machine has and what is missing."""
     from qdora.run.doctor import report, report_text
 
     found = report()
@@ -27,4 +25,4 @@ def doctor(
 
         found["rates"] = measure_rates()
         text += rates_text(found["rates"])
-    emit(found, json_, plain=text)
+    emit(found, plain=text)

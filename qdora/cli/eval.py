@@ -1,4 +1,4 @@
-""""""
+"""qdora eval."""
 
 from __future__ import annotations
 
@@ -7,49 +7,57 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.failures import emit, verb
-from qdora.cli.options import Json, Tasks
+from qdora.cli.options import Step, Target
+from qdora.cli.verb import emit, verb
 
 
 @verb
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run directory, a model directory, a Hub id, or builtin.")],
-    tasks: Tasks = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+    target: Target,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", "-t", help="A source of the run or a built-in task; repeatable.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many examples of each task.")] = None,
+    split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
     data: Annotated[Path | None, typer.Option(help="Folder of <task>/<split>.parquet for the built-in tasks.")] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="Text file whose perplexity is measured; repeatable.")] = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
-    like: Annotated[Path | None, typer.Option(help="Use this run's data; show its results beside.")] = None,
-    quant: Annotated[str | None, typer.Option(help="Of a bare model: nf4, fp4 or int8; dense if left out.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Of a run, evaluate the base without the adapter.")] = False,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Measure the perplexity of this text file; repeatable.")
+    ] = None,
+    step: Step = None,
+    like: Annotated[Path | None, typer.Option(help="Use the data of this run and show its results beside.")] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Evaluate the base of the run without its adapter.")] = False,
     method: Annotated[
-        str | None, typer.Option(help="loglikelihood, or generate: also let it answer. The run's if left out.")
+        str | None,
+        typer.Option(help="loglikelihood, or generate: the model also answers in words. Default: that of the run."),
     ] = None,
     harness: Annotated[
         list[str] | None, typer.Option(help="Task, group or pattern of lm-evaluation-harness; repeatable.")
     ] = None,
     harness_include: Annotated[
-        Path | None, typer.Option(help="Folder of further harness tasks in YAML; they may run code.")
+        Path | None, typer.Option(help="Folder of further harness tasks in YAML. They may run code.")
     ] = None,
-    json_: Json = False,
 ) -> None:
     """Score a run, a merged directory or a bare model: accuracy, answer NLL, perplexity."""
+    from qdora.files.run_directory import failures_logged
     from qdora.run.evaluate import evaluate_target
 
-    result = evaluate_target(
-        target,
-        tasks=tasks,
-        limit=limit,
-        split=split,
-        data=data,
-        texts=text or [],
-        step=step,
-        base_only=base,
-        like=like,
-        quant=quant,
-        method=method,
-        harness=harness or [],
-        harness_include=harness_include,
-    )
-    emit(result, json_)
+    with failures_logged(Path(target)):
+        result = evaluate_target(
+            target,
+            tasks=tasks,
+            limit=limit,
+            split=split,
+            data=data,
+            texts=text or [],
+            step=step,
+            base_only=base,
+            like=like,
+            quant=quant,
+            method=method,
+            harness=harness or [],
+            harness_include=harness_include,
+        )
+    emit(result)

@@ -1,4 +1,4 @@
-""""""
+"""qdora export."""
 
 from __future__ import annotations
 
@@ -7,54 +7,76 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.failures import emit, verb
-from qdora.cli.options import Json
+from qdora.cli.options import Run, Step
+from qdora.cli.verb import emit, verb
 
 
 @verb
 def export(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
-    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
     format_: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="merged (if left out): one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; gguf: a "
-            "file for llama.cpp.",
+            help="merged (default): one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; gguf: a file "
+            "for llama.cpp.",
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16 or float32; float16 (merged), the run's own (nf4-lora).")
+        str | None,
+        typer.Option(help="float16, bfloat16 or float32. Default: float16 (merged), that of the run (nf4-lora)."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Merge on the dequantized base, which was trained, or on the original weights.")
+        str | None,
+        typer.Option(help="Merge on the dequantized base (default; it was trained) or on the original weights."),
     ] = None,
-    requantize: Annotated[bool, typer.Option("--requantize", help="Quantise the merge to 4 bits again.")] = False,
-    shard_size: Annotated[str | None, typer.Option(help="Of a weights file, as in 2GB; 5GiB if left out.")] = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
-    audit: Annotated[bool, typer.Option(help="Compare all forms of the model and say which one to ship.")] = True,
-    push: Annotated[str | None, typer.Option(help="Upload it to this repository of the Hub, private if new.")] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Quantise the merged model to 4 bits again.")
+    ] = False,
+    shard_size: Annotated[str | None, typer.Option(help="Largest weights file, such as 2GB; default: 5GiB.")] = None,
+    step: Step = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Also compare all forms of the model, and say which one to ship (slow).")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="Upload it to this repository of the Hub; a new one is private.")
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make the repository of --push public.")] = False,
     target: Annotated[
         str | None,
         typer.Option(
             "--for",
-            help="What is to run it: transformers, vllm, sglang, tensorrt-llm, llama.cpp or ollama. Chooses the "
-            "format, or refuses one that it does not load.",
+            help="Program that will run it: transformers, vllm, sglang, tensorrt-llm, llama.cpp or ollama. Chooses the "
+            "format, or refuses one that the program does not load.",
         ),
     ] = None,
     gguf_type: Annotated[
-        str | None, typer.Option(help="Of --format gguf: f32, f16 (if left out), bf16, q8_0, q4_0 or q4_k_m.")
+        str | None, typer.Option(help="With --format gguf: f32, f16 (default), bf16, q8_0, q4_0 or q4_k_m.")
     ] = None,
     llama_cpp: Annotated[
-        Path | None, typer.Option(help="Of --format gguf: llama.cpp's folder; else QDORA_LLAMA_CPP, else PATH.")
+        Path | None,
+        typer.Option(help="With --format gguf: folder of llama.cpp; default: QDORA_LLAMA_CPP, then PATH."),
     ] = None,
-    json_: Json = False,
 ) -> None:
-    """Write the model in a form to deploy, reload it plainly and compare it with the running one."""
+    """Write the model in a form to deploy, load it as a stranger would, and compare it with the trained model."""
     from qdora.export.export_run import export_run
     from qdora.export.options import ExportOptions
+    from qdora.files.run_directory import failures_logged
 
-    merge = (dtype, base, requantize, shard_size)
-    options = ExportOptions(format_, *merge, step, audit, push, public, target, gguf_type, llama_cpp)
-    emit(export_run(run, out, options), json_)
+    options = ExportOptions(
+        format_=format_,
+        dtype=dtype,
+        base=base,
+        requantize=requantize,
+        shard_size=shard_size,
+        step=step,
+        audit=audit,
+        push=push,
+        public=public,
+        target=target,
+        gguf=gguf_type,
+        llama_cpp=llama_cpp,
+    )
+    with failures_logged(run):
+        emit(export_run(run, out, options))

@@ -8,10 +8,7 @@ from typing import Annotated
 import typer
 
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", "-d", help="Where the run is written; runs/<name> if left out.")
-]
-Tasks = Annotated[
-    list[str] | None, typer.Option("--tasks", "-t", help="Task of the run's mix or built-in; repeatable.")
-]
+Step = Annotated[int | None, typer.Option(help="A checkpoint of the run; default: the finished adapter.")]
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe (see `qdora recipes`) or a YAML file.")]
+Target = Annotated[str, typer.Argument(help="A run directory, a model directory, a Hub id, or builtin.")]
+Run = Annotated[Path, typer.Argument(help="A run directory.")]

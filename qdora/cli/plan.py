@@ -1,34 +1,36 @@
-""""""
+"""qdora plan."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
-from qdora.cli.failures import emit, verb
-from qdora.cli.options import Json, Set
+from qdora.cli.options import Recipe, Set
+from qdora.cli.verb import emit, verb
 from qdora.errors import UserError
 
 
 @verb
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
+    recipe: Recipe,
     set_: Set = None,
-    budget: Annotated[str | None, typer.Option(help="What there is, such as 40GiB; the recipe's if left out.")] = None,
-    device: Annotated[str, typer.Option(help="Where the run is to be: cuda or cpu. This machine need not have it.")] = (
+    budget: Annotated[
+        str | None, typer.Option(help="Memory that the run may use, such as 40GiB; default: memory.budget.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the run will be: cuda or cpu. This machine need not have it.")] = (
         "cuda"
     ),
-    figure: Annotated[Path | None, typer.Option(help="Draw the plan to this SVG.")] = None,
-    json_: Json = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw the plan to this SVG file.")] = None,
 ) -> None:
-    """Say what a run would need, by component, and see of every source, without loading the model."""
+    """Predict the memory of a run by component and what it sees of each source, without loading the model."""
     from qdora.recipe.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
     if device not in ("cuda", "cpu"):
-        raise UserError(f"--device: got {device!r}, allowed: cuda, cpu.")
+        raise UserError(f"--device: got {device!r}, must be one of cuda, cpu.")
+    kind = cast(Literal["cuda", "cpu"], device)
     from qdora.plan.plan_view import plan_run
 
-    emit(plan_run(loaded, recipe, budget=budget, device_kind=device, figure=figure), json_)  # type: ignore[arg-type]
+    emit(plan_run(loaded, recipe, budget=budget, device_kind=kind, figure=figure))

@@ -1,47 +1,54 @@
-""""""
+"""qdora rank."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qdora.cli.failures import emit, verb
-from qdora.cli.options import Json
+from qdora.cli.options import Run, Step
+from qdora.cli.verb import emit, verb
 
 
 @verb
 def rank(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: Run,
     method: Annotated[str, typer.Option(help="curvature, svd (of the update), gradient, or gates.")] = "curvature",
     budget: Annotated[
-        str | None, typer.Option(help="Parameters of the factors, or a share of the run's own: 50%.")
+        str | None, typer.Option(help="Parameters of the factors: a number, or a share of the run's own such as 50%.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="In place of a budget: each layer keeps this share of its energy, 0 to 1.")
+        float | None, typer.Option(help="Instead of a budget: each layer keeps this share of its energy, 0 to 1.")
     ] = None,
-    max_rank: Annotated[int | None, typer.Option(min=1, help="Largest rank; twice the run's if left out.")] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest rank of a layer; default: twice the rank of the run.")
+    ] = None,
     draws: Annotated[
-        int | None, typer.Option(min=0, help="Of labels, to estimate curvature: 16 if left out; 0: exact, slow.")
+        int | None, typer.Option(min=0, help="Label samples per token (default 16; 0: exact, slow).")
     ] = None,
-    eigenvalues: Annotated[int | None, typer.Option(min=0, help="Of the curvature, beside the ranks: slow.")] = None,
+    eigenvalues: Annotated[
+        int | None, typer.Option(min=0, help="Also compute this many eigenvalues of the curvature (slow).")
+    ] = None,
     curvature: Annotated[
-        str | None, typer.Option(help="Whose eigenvalues: hessian (if left out) or gauss_newton.")
+        str | None, typer.Option(help="Matrix of --eigenvalues: hessian (default) or gauss_newton.")
     ] = None,
-    norm: Annotated[str | None, typer.Option(help="Of DoRA: attached (the loss; if left out) or held.")] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="Norm of DoRA: attached (default; as in the loss) or held (as in training).")
+    ] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="Only these layers: name or pattern; repeatable. Others keep their rank.")
     ] = None,
-    examples: Annotated[
-        int | None, typer.Option(min=1, help="Training examples that are looked at: 64 if left out.")
+    examples: Annotated[int | None, typer.Option(min=1, help="Training examples to use (default 64).")] = None,
+    micro_batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a micro-batch; fewer need less memory.")
     ] = None,
-    micro_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at once: bounds the memory.")] = None,
-    over_all: Annotated[bool, typer.Option("--over-all", help="Also the curvature of all layers together.")] = False,
-    step: Annotated[int | None, typer.Option(help="Checkpoint of the run; the finished adapter if left out.")] = None,
-    json_: Json = False,
+    over_all: Annotated[
+        bool, typer.Option("--over-all", help="Also compute the curvature of all layers together.")
+    ] = False,
+    step: Step = None,
 ) -> None:
     """Choose a rank for each layer of a run, and write a recipe with these ranks into it."""
+    from qdora.files.run_directory import failures_logged
     from qdora.run.rank import RankSettings, rank_run
 
     asked = RankSettings(
@@ -58,4 +65,5 @@ def rank(
         micro_batch_tokens=micro_batch_tokens,
         over_all=over_all,
     )
-    emit(rank_run(run, asked, step=step), json_)
+    with failures_logged(run):
+        emit(rank_run(run, asked, step=step))

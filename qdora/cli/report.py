@@ -1,4 +1,4 @@
-""""""
+"""qdora report."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.failures import emit, verb
-from qdora.cli.options import Json
+from qdora.cli.verb import emit, verb
 
 
 @verb
 def report(
     directory: Annotated[Path, typer.Argument(help="The directory of a study, finished or not.")],
-    out: Annotated[Path | None, typer.Option(help="Where the files go; report/ inside it if left out.")] = None,
-    json_: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Directory of the report; default: report/ in the study.")] = None,
 ) -> None:
-    """Write what a study shows: one HTML page, Markdown, CSV and Parquet."""
+    """Write the report of a study: one HTML page, Markdown, CSV and Parquet."""
     from qdora.study.report import report_run
 
-    emit(report_run(directory, out), json_)
+    emit(report_run(directory, out))

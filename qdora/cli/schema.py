@@ -1,10 +1,10 @@
-""""""
+"""qdora schema."""
 
 from __future__ import annotations
 
 import json
 
-from qdora.cli.failures import verb
+from qdora.cli.verb import verb
 
 
 @verb

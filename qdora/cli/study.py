@@ -1,4 +1,4 @@
-""""""
+"""qdora study."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.failures import emit, verb
-from qdora.cli.options import Json
+from qdora.cli.verb import emit, verb
 from qdora.errors import UserError
 
 
@@ -16,26 +15,31 @@ from qdora.errors import UserError
 def study(
     study: Annotated[Path, typer.Argument(help="A YAML file: a recipe, axes, and what is compared.")],
     directory: Annotated[
-        Path | None, typer.Option("--dir", "-d", help="Where it is written; runs/studies/<name> if left out.")
+        Path | None, typer.Option("--dir", "-d", help="Directory of the study; default: runs/studies/<name>.")
     ] = None,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only part I of N of the cells.")] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try cells again that were given up.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell, say what would run.")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Start so many processes, and end.")] = None,
-    cluster: Annotated[str | None, typer.Option(help="Of --jobs: slurm (default) or local.")] = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Run only part I of N of the cells.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run cells again that have failed too often.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell and print what would run.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Submit this many processes and end.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Where --jobs run: slurm (default) or local.")] = None,
     job_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of --jobs: what submitit takes, as timeout_min=600.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="With --jobs: an option of submitit, such as timeout_min=600."),
     ] = None,
-    json_: Json = False,
 ) -> None:
-    """Run a grid of recipes, each cell once, by any number of processes; started again it goes on."""
+    """Run a grid of recipes, each cell once, in any number of processes. A second call continues the study."""
     from qdora.study.runner import study_run, submit_study
 
     if jobs is not None:
         if shard is not None or dry_run or retry_failed:
-            raise UserError("--jobs: starts processes that share all cells, allowed: without --shard and --dry-run.")
-        emit(submit_study(study, directory, jobs, cluster or "slurm", job_option or []), json_)
+            raise UserError(
+                "--jobs: is not used with --shard, --dry-run or --retry-failed: its processes share all cells. "
+                "Fix: remove them."
+            )
+        emit(submit_study(study, directory, jobs, cluster or "slurm", job_option or []))
         return
     if cluster is not None or job_option:
-        raise UserError("--cluster, --job-option: belong to --jobs, allowed: with it.")
-    emit(study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run), json_)
+        raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
+    emit(study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run))

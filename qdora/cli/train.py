@@ -1,4 +1,4 @@
-""""""
+"""qdora train."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.failures import emit, verb
-from qdora.cli.options import Json, RunDir, Set
+from qdora.cli.options import Recipe, Set
+from qdora.cli.verb import emit, verb
 
 
 @verb
 def train(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe (see `qdora recipes`) or a YAML file.")],
+    recipe: Recipe,
     set_: Set = None,
-    run_dir: RunDir = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", "-d", help="Directory of the run; default: runs/<recipe>.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start although the plan is over memory.budget.")] = False,
-    json_: Json = False,
 ) -> None:
     """Train an adapter: load the base in 4 bits, train on the mix, evaluate, save."""
     from qdora.recipe.recipe_file import load_recipe
@@ -29,4 +30,4 @@ def train(
 
     result = train_run(loaded, directory, resume=resume, force=force)
     if result:  # empty in all processes of a launch but the first
-        emit(result, json_)
+        emit(result)

@@ -22,7 +22,7 @@ from qdora.export.targets import check_scalings, check_target
 from qdora.export.verify import verify_merged
 from qdora.export.verify_4bit import verify_nf4_lora, verify_requantized
 from qdora.files.atomic import atomic_write_json, atomic_write_text
-from qdora.files.console import bar, default_console
+from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
@@ -52,7 +52,7 @@ def export_run(
         UserError: Wrong arguments, or a run that the format cannot hold.
         RunFailure: The reloaded model differs from the running one; `out` is kept for inspection and named.
     """
-    console = console or default_console()
+    console, results = consoles(console)
     keep_freed_memory()
     check_options(options)
     if options.target is not None:
@@ -85,21 +85,21 @@ def export_run(
     card = run_card(trained.run, trained.recipe, trained.state, check, form=form)
     (out / "README.md").write_text(card, encoding="utf-8")
     if zeros is not None and zeros["kept"] < zeros["pruned"]:
-        console.print(
+        results.print(
             f"the merge is dense: {zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero; "
             "adapter.mask: keep keeps them all",
             highlight=False,
             soft_wrap=True,
         )
     if check is not None:
-        console.print(_verdict(check), markup=False, highlight=False, soft_wrap=True)
+        results.print(_verdict(check), markup=False, highlight=False, soft_wrap=True)
     if check is not None and not passed:
         raise RunFailure(
             f"{out}: the exported model is not the one that was trained: {'; '.join(check['faults'])}.",
             safe=[run, out],
         )
-    console.print(f"exported model: {out}", markup=False, highlight=False, soft_wrap=True)
-    return _pushed(document, out, options, console)
+    results.print(f"exported model: {out}", markup=False, highlight=False, soft_wrap=True)
+    return _pushed(document, out, options, results)
 
 
 def _check_target(run: RunDirectory, options: ExportOptions) -> None:

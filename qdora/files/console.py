@@ -1,17 +1,38 @@
-""""""
+"""What a person sees: progress on standard error, results on standard output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-def default_console() -> Console:
-    """Standard error, so that standard output stays for results; wide enough for a table where it is no terminal."""
-    console = Console(stderr=True)
+@dataclass
+class _Shown:
+    progress: bool = True
+    results: bool = True
+
+
+_shown = _Shown()
+
+
+def show_only(*, progress: bool, results: bool) -> None:
+    """Choose what the consoles of this process show from now on: --quiet hides progress, --json hides tables."""
+    _shown.progress, _shown.results = progress, results
+
+
+def consoles(given: Console | None = None) -> tuple[Console, Console]:
+    """The console for progress and the console for results; both are `given` where there is one."""
+    if given is not None:
+        return given, given
+    return _wide(Console(stderr=True, quiet=not _shown.progress)), _wide(Console(quiet=not _shown.results))
+
+
+def _wide(console: Console) -> Console:
+    """Wide enough for a table where it is no terminal."""
     if not console.is_terminal:
         console.width = 130
     return console

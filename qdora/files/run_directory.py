@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from qdora.errors import DiskFull, RunFailure, UserError
+from qdora.errors import DiskFull, Interrupted, RunFailure, UserError
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import (
     DISK_FULL,
@@ -459,6 +460,19 @@ def log_to(run: RunDirectory) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+@contextmanager
+def failures_logged(path: Path) -> Iterator[None]:
+    """Add the traceback of a failure to log.txt, if `path` is a run directory by then. An interrupt is no failure."""
+    try:
+        yield
+    except Exception as error:
+        run = RunDirectory(path)
+        if not isinstance(error, Interrupted) and run.recipe_file.is_file():
+            with suppress(RunFailure):  # a full disk: the failure itself is worth more
+                run.log("".join(traceback.format_exception(error)).rstrip())
+        raise
 
 
 class _RunLog(logging.Handler):

@@ -13,7 +13,7 @@ from rich.table import Table
 from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.data.mix_plan import MixPlan, plan_mix, show_mix
 from qdora.errors import UserError
-from qdora.files.console import default_console
+from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
 from qdora.files.svg_figure import svg_file
 from qdora.model.build_model import find_model
@@ -47,13 +47,13 @@ def plan_run(
         budget: A size such as 40GiB (default: that of the recipe).
         device_kind: Device of the run.
         figure: SVG file to draw the plan to.
-        console: Where the tables are shown; default standard error.
+        console: Where the tables are shown; default standard output.
     Returns:
         JSON values: "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null if the data cannot be read.
     Raises:
         UserError: The budget is not a size, or `train_run` would refuse the data or the config of the model.
     """
-    console = console or default_console()
+    _, results = consoles(console)
     faults = missing_files(recipe, where)
     if faults:
         raise UserError(*faults)
@@ -63,10 +63,10 @@ def plan_run(
         raise UserError(f"--budget: {error}") from None
     mix, workload, assumed = _workload(recipe)
     if mix is not None:
-        show_mix(console, mix)
+        show_mix(results, mix)
     assumed += _after_gates(recipe, device_kind, workload)
     found = replace(plan(recipe, limit, device_kind=device_kind, workload=workload), assumptions=assumed)
-    show_plan(console, found)
+    show_plan(results, found)
     if figure is not None:
         draw_plan(found, figure)
     return {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}

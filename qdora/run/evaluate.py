@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +16,13 @@ from qdora.evaluation.generation import evaluate_generated, generation_faults, g
 from qdora.evaluation.harness import HarnessTasks, evaluate_harness, find_harness_tasks, harness_table
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
-from qdora.files.console import default_console, suite_bar
-from qdora.files.run_directory import RunDirectory, open_run
+from qdora.files.console import consoles, suite_bar
+from qdora.files.run_directory import open_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.recipe_file import load_recipe
-from qdora.run.best_step import adapter_step
 from qdora.run.load_run import LoadedModel, is_run, load_target
+from qdora.run.validation import stored_results
 
 SPLITS = ("validation", "test", "train")
 METHODS = ("loglikelihood", "generate")
@@ -61,12 +60,13 @@ def evaluate_target(
         method: loglikelihood, or generate: beside it the model answers in its own words; None takes the run's.
         harness: Tasks of lm-evaluation-harness; with them, as with texts, the run's mix is left out unless asked for.
         harness_include: Folder of further tasks for it.
-        console: Where the table is shown; standard error by default.
+        console: Where progress and tables are shown; default: standard error and standard output.
     Returns:
         JSON values: the evaluation, those that stand beside it, the generated answers, the perplexity, and what
         `evaluate_harness` gives.
     """
-    console = console or default_console()
+    shown = consoles(console)
+    results = shown[1]
     keep_freed_memory()
     run_path = Path(target) if is_run(target) else like
     recipe = None if run_path is None else load_recipe(open_run(run_path).recipe_file)
@@ -79,7 +79,17 @@ def evaluate_target(
     found = find_harness_tasks(harness, harness_include) if harness else None
     others_only = not tasks and (bool(texts) or found is not None)
     has_run = run_path is not None
-    _check_data_options(target, tasks, limit, split, data, texts, method, has_run=has_run, has_harness=bool(harness))
+    _check_data_options(
+        target,
+        tasks=tasks,
+        limit=limit,
+        split=split,
+        data=data,
+        texts=texts,
+        method=method,
+        has_run=has_run,
+        has_harness=bool(harness),
+    )
     method = method or ("loglikelihood" if recipe is None else recipe.eval.method)
     known = {} if recipe is None or others_only else run_examples(recipe, split)
     by_name = method == "generate"
@@ -92,27 +102,27 @@ def evaluate_target(
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
     if chosen:
         beside = stored_results(open_run(like)) if like is not None and split == "validation" else {}
-        document |= _scored(loaded, chosen, beside, own_limit, split, console)
+        document |= _scored(loaded, chosen, beside, limit=own_limit, split=split, shown=shown)
     if chosen and by_name:
-        document["generation"] = _generated(loaded, chosen, own_limit, split, console)
+        document["generation"] = _generated(loaded, chosen, limit=own_limit, split=split, shown=shown)
     if texts:
         scored = text_perplexity(loaded.model, loaded.tokenizer, read_texts(texts))
         document["perplexity"] = asdict(scored)
-        console.print(f"perplexity {scored.perplexity:.3f} over {scored.num_tokens:,} tokens", highlight=False)
+        results.print(f"perplexity {scored.perplexity:.3f} over {scored.num_tokens:,} tokens", highlight=False)
     if found is not None:
-        document["harness"] = _harness(loaded, found, limit, console)
+        document["harness"] = _harness(loaded, found, limit, results)
     return document
 
 
 def _check_data_options(
     target: str,
+    *,
     tasks: Sequence[str] | None,
     limit: int | None,
     split: str,
     data: Path | None,
     texts: Sequence[Path],
     method: str | None,
-    *,
     has_run: bool,
     has_harness: bool,
 ) -> None:
@@ -146,14 +156,15 @@ def _scored(
     loaded: LoadedModel,
     examples: dict[str, list[Example]],
     beside: dict[str, EvaluationResult],
+    *,
     limit: int | None,
     split: str,
-    console: Console,
+    shown: tuple[Console, Console],
 ) -> dict[str, Any]:
     """Log-likelihoods: shown with what stands beside them, and kept in the run."""
-    with suite_bar(console, f"evaluating {loaded.label}") as progress:
+    with suite_bar(shown[0], f"evaluating {loaded.label}") as progress:
         result = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, per_example=True, progress=progress)
-    console.print(compare_table(beside | {loaded.label: result}))
+    shown[1].print(compare_table(beside | {loaded.label: result}))
     if loaded.run is not None:
         loaded.run.write_json(f"eval/{loaded.label}-{split}.json", result.to_dict(per_example=True))
     return {
@@ -163,21 +174,26 @@ def _scored(
 
 
 def _generated(
-    loaded: LoadedModel, examples: dict[str, list[Example]], limit: int | None, split: str, console: Console
+    loaded: LoadedModel,
+    examples: dict[str, list[Example]],
+    *,
+    limit: int | None,
+    split: str,
+    shown: tuple[Console, Console],
 ) -> dict[str, Any]:
     """Generated answers: shown, and kept in the run beside the log-likelihoods."""
-    with suite_bar(console, f"answers of {loaded.label}") as progress:
+    with suite_bar(shown[0], f"answers of {loaded.label}") as progress:
         result = evaluate_generated(loaded.model, loaded.tokenizer, examples, limit=limit, progress=progress)
-    console.print(generation_table({loaded.label: result}))
+    shown[1].print(generation_table({loaded.label: result}))
     if loaded.run is not None:
         loaded.run.write_json(f"eval/{loaded.label}-{split}-generated.json", result.to_dict(per_example=True))
     return result.to_dict()
 
 
-def _harness(loaded: LoadedModel, tasks: HarnessTasks, limit: int | None, console: Console) -> dict[str, Any]:
+def _harness(loaded: LoadedModel, tasks: HarnessTasks, limit: int | None, results: Console) -> dict[str, Any]:
     """Tasks of lm-evaluation-harness: shown, and kept in the run."""
     result = evaluate_harness(loaded.model, loaded.tokenizer, tasks, limit=limit)
-    console.print(harness_table(result))
+    results.print(harness_table(result))
     if loaded.run is not None:
         loaded.run.write_json(f"eval/{loaded.label}-harness.json", result | {"limit": limit})
     return result
@@ -194,26 +210,3 @@ def _chosen(
         allowed = list(dict.fromkeys([*known, *built_in]))
         raise UserError(*(f"--tasks: {t!r}, allowed: {', '.join(allowed)}.{nearest(t, allowed)}" for t in unknown))
     return {t: known[t] if t in known else task_examples(t, split=split, data=data, by_name=by_name) for t in tasks}
-
-
-def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
-    """What a run kept of its validation: "base" before the first step, "adapter" after `step` (None: that of adapter/).
-
-    Where the two cover other tasks or numbers of examples, only "adapter" is given: they could not be compared.
-    """
-    step = adapter_step(run) if step is None else step
-    found = {
-        label: read_result(run.evaluation_file(number))
-        for label, number in (("base", 0), ("adapter", step))
-        if number is not None and run.evaluation_file(number).is_file() and (label == "base" or number > 0)
-    }
-    if len(found) == 2:
-        sizes = [{task: result.num_examples for task, result in each.tasks.items()} for each in found.values()]
-        if sizes[0] != sizes[1]:
-            del found["base"]
-    return found
-
-
-def read_result(file: Path) -> EvaluationResult:
-    """An evaluation that a run has written."""
-    return EvaluationResult.from_dict(json.loads(file.read_text(encoding="utf-8")))

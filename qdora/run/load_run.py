@@ -25,7 +25,8 @@ from qdora.model.stored_tensors import StoredPacked, open_safetensors
 from qdora.model.tokenizer import load_tokenizer
 from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.settings import Recipe
-from qdora.run.load_base import FOLDER, load_base, load_pruned_base, residency_here
+from qdora.run.load_base import load_base, residency_here
+from qdora.run.pruned_base import FOLDER, load_pruned_base
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 

@@ -31,7 +31,7 @@ from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.loader import StepLoader
 from qdora.errors import UserError, nearest
 from qdora.files.atomic import atomic_write_text
-from qdora.files.console import bar, default_console
+from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
@@ -354,13 +354,13 @@ def rank_run(
         UserError: Wrong arguments, or a run without adapters.
     """
     asked.check()
-    console = console or default_console()
+    console, results = consoles(console)
     keep_freed_memory()
     recipe = load_recipe(open_run(path).recipe_file)
     if recipe.adapter.kind not in ("dora", "lora"):
         raise UserError(f"{path}: adapter.kind {recipe.adapter.kind} has no ranks, allowed: a run of dora or lora.")
     if asked.method == "gates":
-        return ranks_of_gates(open_run(path), recipe, step, console)
+        return ranks_of_gates(open_run(path), recipe, step, results)
     if recipe.adapter.resume_from is not None:
         raise UserError(f"{path}: its ranks come from adapter.resume_from, allowed: a run that made its own adapter.")
     if asked.norm is not None and recipe.adapter.kind == "lora":
@@ -407,7 +407,7 @@ def rank_run(
     }
     document |= _write(trained, asked, recipe, {**ranks_now, **ranks}, spectra)
     trained.run.write_json(f"rank/{asked.method}.json", document)
-    _show(console, document)
+    _show(results, document)
     return document
 
 

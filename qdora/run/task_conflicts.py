@@ -15,7 +15,7 @@ from qdora.errors import UserError
 from qdora.evaluation.suite import spread
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
-from qdora.train.distributed import Processes
+from qdora.run.active_run import ActiveRun
 from qdora.train.figures import draw_heat_map
 from qdora.train.interference import MIN_EXAMPLES, GradientProbe, in_words, measure
 
@@ -110,18 +110,17 @@ def interference_in_words(run: RunDirectory) -> str:
 
 
 def probe_hook(
-    recipe: Recipe,
-    model: nn.Module,
+    active: ActiveRun,
     parameters: Mapping[str, nn.Parameter],
-    loader: StepLoader,
     examples: Tokenised,
     write: Callable[[dict[str, Any]], None],
-    processes: Processes,
 ) -> Callable[[int], None]:
-    """For the loop: the first process measures, all write (`RunWriter.write_metrics`). Arguments as above."""
+    """For the loop: after a step the first process measures and all call `write` (`RunWriter.write_metrics`)."""
+
+    def report() -> dict[str, Any]:
+        return interference_report(active.recipe, active.model, parameters, active.loader, examples)
 
     def probe(step: int) -> None:
-        found = processes.first(lambda: interference_report(recipe, model, parameters, loader, examples)) or {}
-        write({"step": step, **found})
+        write({"step": step, **(active.processes.first(report) or {})})
 
     return probe

@@ -18,25 +18,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from qdora.data.batching import IGNORED
-from qdora.data.loader import StepLoader
 from qdora.errors import DiskFull, RunFailure
 from qdora.files.atomic import json_bytes
-from qdora.files.run_directory import RunDirectory, checkpoint_fault
+from qdora.files.run_directory import checkpoint_fault
 from qdora.model.build_model import write_adapter
 from qdora.recipe.recipe_file import settings
-from qdora.recipe.settings import Recipe
-from qdora.run.best_step import BEST_FILE
+from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.experiment_trackers import tracking
-from qdora.train.best import BestSoFar, best_step_in
+from qdora.run.validation import BEST_FILE
+from qdora.train.bad_steps import BadStep
+from qdora.train.best import best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
-from qdora.train.distributed import Processes
-from qdora.train.gates import Gates
-from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.step_checks import BadStep, BadSteps
-from qdora.train.step_gradient import Metrics
+from qdora.train.loop import Metrics
 
 
 def bad_examples(bad: BadStep) -> list[dict[str, Any]]:
@@ -91,43 +86,25 @@ logger = logging.getLogger("qdora")
 
 
 class RunWriter:
-    """Writes for all processes of a run from the first of them; every method is called by all.
+    """Writes for all processes of a run from the first of them; every process calls every method.
 
     Args:
-        recipe, run, model, tokenizer: Of the run.
-        optimizer: None where nothing is trained.
-        loader: Its position, and the size of its micro-batches, belong to a checkpoint.
-        processes: That train the run.
-        bad_steps: Judge of the steps; its state belongs to a checkpoint.
-        best: Judge of the evaluations, where the best step is kept; so does its.
-        gates: Of the adapters; so do they.
+        active: The run.
+        state: What its checkpoints hold beside the adapter.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDirectory,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        optimizer: AdapterOptimizer | None,
-        loader: StepLoader,
-        processes: Processes,
-        bad_steps: BadSteps,
-        best: BestSoFar | None = None,
-        gates: Gates | None = None,
-    ) -> None:
-        self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
-        self.bad_steps, self.best, self.gates = bad_steps, best, gates
-        self.optimizer, self.loader, self.processes = optimizer, loader, processes
-        self._asked_micro_batch_tokens = loader.micro_batch_tokens
+    def __init__(self, active: ActiveRun, state: TrainingState) -> None:
+        self.active, self.state = active, state
+        self.run, self.processes = active.directory, active.processes
+        self._asked_micro_batch_tokens = active.loader.micro_batch_tokens
         self._tell_trackers: Callable[[Metrics], None] | None = None
 
     @contextmanager
     def trackers(self) -> Iterator[None]:
         """The recipe's trackers, open in the block. Raises as `tracking`."""
-        names, on_cpu = self.recipe.trackers, self.model.device.type == "cpu"
+        names, on_cpu = self.active.recipe.trackers, self.active.model.device.type == "cpu"
         with ExitStack() as stack:
-            opened = tracking(names, self.run.path, settings(self.recipe), cpu=on_cpu)
+            opened = tracking(names, self.run.path, settings(self.active.recipe), cpu=on_cpu)
             self._tell_trackers = self.processes.first(lambda: stack.enter_context(opened))
             yield
 
@@ -141,22 +118,21 @@ class RunWriter:
         Raises:
             RunFailure: The processes have drifted apart, or the disk cannot be written.
         """
-        assert self.optimizer is not None
-        self.processes.require_equal(self.optimizer.parameters)
+        assert self.state.optimizer is not None
+        self.processes.require_equal(self.state.optimizer.parameters)
         random = self.processes.gather(random_text())
         self.processes.first(lambda: self._write_checkpoint(step, random))
         return self.run.checkpoint_path(step)
 
-    def save_final(self, num_done: int, num_steps: int) -> None:
-        """Write adapter/: what the best checkpoint holds, or where none was chosen, what the model does.
+    def save_final(self, num_done: int) -> None:
+        """Write adapter/: that of the best checkpoint, or where none was chosen, that of the model.
 
         Args:
-            num_done, num_steps: Steps that the run has come to, of those that were planned.
-
+            num_done: Steps that the run has come to.
         Raises:
             RunFailure: The disk cannot be written, or the best checkpoint is damaged.
         """
-        self.processes.first(lambda: self._with_room(lambda: self._write_final(num_done, num_steps)))
+        self.processes.first(lambda: self._with_room(lambda: self._write_final(num_done)))
 
     def keep_batch(self, bad: BadStep) -> Path:
         """Write the examples of a step that was not applied, of all processes; returns the directory."""
@@ -168,32 +144,40 @@ class RunWriter:
         """Go on with what a checkpoint's run had found out. A size that the recipe asks for anew counts."""
         micro = policies["micro_batch_tokens"]
         if micro["asked"] == self._asked_micro_batch_tokens:
-            self.loader.micro_batch_tokens = micro["used"]
+            self.active.loader.micro_batch_tokens = micro["used"]
         if "bad_steps" in policies:
-            self.bad_steps.load_state_dict(policies["bad_steps"])
-        if self.best is not None:
+            self.state.bad_steps.load_state_dict(policies["bad_steps"])
+        if self.state.objective.weights is not None and "task_weights" in policies:
+            self.state.objective.weights.load_state_dict(policies["task_weights"])
+        if self.state.best is not None:
             known = policies.get("best")
             fault = self.processes.gather(self.processes.first(lambda: self._best_fault(known)))[0]
             if known is not None and fault is None:
-                self.best.load_state_dict(known)
+                self.state.best.load_state_dict(known)
             else:
                 logger.warning("%s, so the best step is chosen from the evaluations to come.", fault)
 
     def _best_fault(self, known: dict[str, Any] | None) -> str | None:
         """Why a judge's state from a checkpoint cannot be gone on with; None where it can."""
-        assert self.best is not None
+        assert self.state.best is not None
         if known is None:
             return "No best step was chosen before"
-        if known["question"] != self.best.question:
+        if known["question"] != self.state.best.question:
             return "The best step was chosen in another way before"
         fault = None if known["step"] is None else checkpoint_fault(self.run.checkpoint_path(known["step"]))
         return None if fault is None else f"The best checkpoint, step-{known['step']}, is not whole ({fault})"
 
     def _policies(self) -> dict[str, Any]:
-        micro = {"asked": self._asked_micro_batch_tokens, "used": self.loader.micro_batch_tokens}
-        judges = {"bad_steps": self.bad_steps, "best": self.best, "gates": self.gates}
-        states = {name: each.state_dict() for name, each in judges.items() if each is not None}
-        return {"micro_batch_tokens": micro} | states
+        micro = {"asked": self._asked_micro_batch_tokens, "used": self.active.loader.micro_batch_tokens}
+        parts = {
+            "bad_steps": self.state.bad_steps,
+            "best": self.state.best,
+            "task_weights": self.state.objective.weights,
+            "gates": self.state.gates,
+        }
+        return {"micro_batch_tokens": micro} | {
+            name: part.state_dict() for name, part in parts.items() if part is not None
+        }
 
     def _append_metrics(self, metrics: Metrics) -> None:
         self._with_room(lambda: self.run.append_metrics(metrics))
@@ -202,11 +186,11 @@ class RunWriter:
 
     def _write_bad(self, bad: BadStep, examples: list[dict[str, Any]]) -> None:
         with self.run.result_directory(*_bad_step(bad)) as directory:
-            write_bad_batch(directory, bad, examples, self.tokenizer)
+            write_bad_batch(directory, bad, examples, self.active.tokenizer)
 
     def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
         self._with_room(lambda: self._fill_checkpoint(step, random))
-        self.run.prune_checkpoints(self.recipe.train.keep_checkpoints, _best_step)
+        self.run.prune_checkpoints(self.active.recipe.train.keep_checkpoints, _best_step)
 
     def _with_room(self, write: Callable[[], None]) -> None:
         """Write; where the disk is full, once more without the checkpoints that are older than the newest one."""
@@ -220,46 +204,50 @@ class RunWriter:
             logger.warning("The disk is full: %d older checkpoints were removed to go on.", removed)
 
     def _fill_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
-        assert self.optimizer is not None
+        assert self.state.optimizer is not None
         with self.run.checkpoint_directory(step) as directory:
             self._write_trained(directory, directory / "adapter")
-            if self.gates is not None:
-                self.gates.save(directory)
+            if self.state.gates is not None:
+                self.state.gates.save(directory)
             write_state(
                 directory,
                 step=step,
-                optimizer=self.optimizer,
-                loader_state=self.loader.state_dict(),
+                optimizer=self.state.optimizer,
+                loader_state=self.active.loader.state_dict(),
                 random=random,
                 policies=self._policies(),
             )
 
-    def _write_final(self, num_done: int, num_steps: int) -> None:
-        if self.best is None or self.best.step is None:
+    def _write_final(self, num_done: int) -> None:
+        if self.state.best is None or self.state.best.step is None:
             with self.run.result_directory("adapter") as directory:
                 self._write_trained(directory, directory)
             return
-        best = self.run.checkpoint_path(self.best.step)
+        best = self.run.checkpoint_path(self.state.best.step)
         fault = checkpoint_fault(best)
         if fault is not None:
             raise RunFailure(f"{best}: the best checkpoint is not whole any more: {fault}.")
-        files = [best / PARAMETERS_FILE] if self.recipe.adapter.kind == "full" else sorted((best / "adapter").iterdir())
+        files = (
+            [best / PARAMETERS_FILE]
+            if self.active.recipe.adapter.kind == "full"
+            else sorted((best / "adapter").iterdir())
+        )
         with self.run.result_directory("adapter") as directory:
             for file in files:
                 shutil.copyfile(file, directory / file.name)
-            record = {**self.best.state_dict(), "num_done": num_done, "num_steps": num_steps}
+            record = {**self.state.best.state_dict(), "num_done": num_done, "num_steps": self.active.num_steps}
             (directory / BEST_FILE).write_bytes(json_bytes(record, indent=2))
 
     def _write_trained(self, directory: Path, adapter: Path) -> None:
-        if self.recipe.adapter.kind == "full":
-            assert self.optimizer is not None
-            write_parameters(directory / PARAMETERS_FILE, self.optimizer.parameters)
+        if self.active.recipe.adapter.kind == "full":
+            assert self.state.optimizer is not None
+            write_parameters(directory / PARAMETERS_FILE, self.state.optimizer.parameters)
             return
         extra = None
-        if self.gates is not None:
-            self.gates.settle()  # a step that failed leaves them as they were drawn
-            extra = {"gates": self.gates.record()}
-        write_adapter(self.model, self.recipe, adapter, extra=extra)
+        if self.state.gates is not None:
+            self.state.gates.settle()  # a step that failed leaves them as they were drawn
+            extra = {"gates": self.state.gates.record()}
+        write_adapter(self.active.model, self.active.recipe, adapter, extra=extra)
 
 
 def _bad_step(bad: BadStep) -> tuple[str, str]:

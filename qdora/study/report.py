@@ -13,7 +13,7 @@ import pandas as pd
 from rich.console import Console
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_text
-from qdora.files.console import default_console
+from qdora.files.console import consoles
 from qdora.files.markdown_table import markdown_table
 from qdora.study.report_figures import draw_all
 from qdora.study.report_tables import Report, Rows, is_number, read_report
@@ -47,18 +47,18 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
     Args:
         directory: The study's directory.
         out: Where the files go; default `directory`/report.
-        console: Where the verdict is shown; default standard error.
+        console: Where the verdict is shown; default standard output.
     Returns:
         JSON values: the page, all files, the verdict, and the comparisons.
     Raises:
         UserError: There is no study, or none of its cells is finished.
     """
-    console = console or default_console()
+    _, results = consoles(console)
     report = read_report(directory)
     files = write_report(report, out or directory / "report", directory.resolve().name)
     for sentence in report.verdict:
-        console.print(sentence, markup=False, highlight=False)
-    console.print(f"report: {files[0]}", markup=False, highlight=False, soft_wrap=True)
+        results.print(sentence, markup=False, highlight=False)
+    results.print(f"report: {files[0]}", markup=False, highlight=False, soft_wrap=True)
     return {
         "page": str(files[0]),
         "files": [str(file) for file in files],

@@ -32,16 +32,16 @@ from qdora.data.sources import has_split
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory
-from qdora.files.console import default_console
+from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model
 from qdora.model.load import Quantization
 from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml
-from qdora.run.best_step import adapter_step
 from qdora.run.evaluate import evaluate_target
-from qdora.run.load_base import SharedBases
+from qdora.run.pruned_base import SharedBases
 from qdora.run.train import train_run
+from qdora.run.validation import adapter_step
 from qdora.study.grid import Cell, Study, expand, load_study
 from qdora.study.study_directory import Claim, StudyDirectory
 
@@ -93,7 +93,7 @@ def study_run(
         shard: "i/n": only every n-th cell, starting with the i-th.
         retry_failed: Also run cells that were given up.
         dry_run: Check every cell and write nothing.
-        console: Where progress is shown; default standard error.
+        console: Where progress and counts are shown; default standard error for progress, standard output for counts.
     Returns:
         JSON values: the directory and the counts of cells.
     Raises:
@@ -101,11 +101,11 @@ def study_run(
         RunFailure: Some cells were given up; all others are done.
         Interrupted, KeyboardInterrupt: Finished cells are kept.
     """
-    console = console or default_console()
+    progress, results = consoles(console)
     study, directory, cells = _checked(file, directory)
     index, count = _shard(shard)
     mine = shard_of(cells, index, count)
-    console.print(
+    results.print(
         f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training"
         + (f"; {len(mine)} in shard {shard}" if shard else ""),
         highlight=False,
@@ -117,9 +117,9 @@ def study_run(
     if retry_failed:
         store.forget_failures([cell.key for cell in mine])
 
-    with cells_bar(console, mine, store) as report, _quiet_runs():
+    with cells_bar(progress, mine, store) as report, _quiet_runs():
         found = run_cells(mine, store, cell_work(study.compare.split, store), report)
-    return _concluded(found, mine, directory, console)
+    return _concluded(found, mine, directory, results)
 
 
 def submit_study(

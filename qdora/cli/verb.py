@@ -1,0 +1,111 @@
+"""How every verb runs: the options that all of them take, errors as one line and an exit code, results on stdout."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.files.atomic import json_text
+from qdora.files.console import show_only
+
+USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+NOISY = ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec", "lm_eval")
+
+
+@dataclass
+class _Asked:
+    """What was asked of this process, before the verb or after it."""
+
+    debug: bool = False
+    quiet: bool = False
+    json: bool = False
+
+
+_asked = _Asked()
+
+
+def ask(*, debug: bool, quiet: bool, json: bool) -> None:
+    """Options that stand before the verb; those after it are added to them."""
+    _asked.debug, _asked.quiet, _asked.json = debug, quiet, json
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb --debug, --quiet and --json, and turn what it raises into one line and an exit code."""
+    signature = inspect.signature(function)
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("json_", Json), ("quiet", Quiet), ("debug", Debug))
+    ]
+
+    @functools.wraps(function)
+    def run(*args: Any, json_: bool, quiet: bool, debug: bool, **kwargs: Any) -> None:
+        ask(debug=_asked.debug or debug, quiet=_asked.quiet or quiet, json=_asked.json or json_)
+        _set_up_output()
+        try:
+            function(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # the border: whatever it is, a person gets one line
+            if _asked.debug:
+                raise
+            text, code = explain(error)
+            # All processes of a launch read the same recipe and files: one a machine is enough to say what is wrong.
+            if not isinstance(error, UserError | Interrupted) or os.environ.get("LOCAL_RANK", "0") == "0":
+                print(text, file=sys.stderr)
+            raise typer.Exit(code) from None
+
+    annotated = inspect.signature(function, eval_str=True).parameters.values()
+    run.__signature__ = signature.replace(parameters=[*annotated, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in (*annotated, *shared)}
+    return run
+
+
+def _set_up_output() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    # On the handler: a run lowers the level of its logger, so that log.txt has everything.
+    logging.getLogger().handlers[0].setLevel(logging.WARNING if _asked.quiet else logging.INFO)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    show_only(progress=not _asked.quiet, results=not _asked.json)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The line of an error (one per fault of a UserError) and its exit code."""
+    if isinstance(error, UserError):
+        return str(error), USER_MISTAKE
+    if isinstance(error, Interrupted):
+        return str(error), INTERRUPT
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPT
+    if isinstance(error, RunFailure):
+        return str(error), FAILURE
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]} (--debug shows the traceback)", FAILURE
+
+
+def emit(result: dict[str, Any], *, plain: str | None = None) -> None:
+    """Print the result: one JSON document with --json, else `plain`, if the verb has not shown it yet."""
+    if _asked.json:
+        print(json_text(result, indent=2))
+    elif plain is not None:
+        sys.stdout.write(plain)
+
+
+def wants_json() -> bool:
+    """Whether standard output is for one JSON document alone."""
+    return _asked.json

@@ -1,0 +1,45 @@
+"""The parts of a run that is in memory: those that stay, and the state that changes with its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.data.loader import StepLoader
+from qdora.files.run_directory import RunDirectory
+from qdora.recipe.settings import Recipe
+from qdora.train.bad_steps import BadSteps
+from qdora.train.best import BestSoFar
+from qdora.train.distributed import Processes
+from qdora.train.gates import Gates
+from qdora.train.objective import Objective
+from qdora.train.optimizer import AdapterOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveRun:
+    """The parts of a run that stay the same while it trains."""
+
+    recipe: Recipe
+    directory: RunDirectory
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    loader: StepLoader
+    num_steps: int
+    processes: Processes
+    console: Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """The parts of a run that change with its steps; a checkpoint holds the state of each."""
+
+    optimizer: AdapterOptimizer | None
+    """None where nothing is trained."""
+    gates: Gates | None
+    bad_steps: BadSteps
+    best: BestSoFar | None
+    """Judge of the evaluations, where the best step is kept."""
+    objective: Objective

@@ -1,0 +1,148 @@
+"""Before a run loads its model: data, loader, number of steps, plan, and every fault that is known by then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of, read_data, tokenized_mix
+from qdora.data.example import Example
+from qdora.data.loader import StepLoader
+from qdora.data.mix_plan import MixPlan, plan_mix
+from qdora.errors import UserError
+from qdora.evaluation.generation import generation_faults
+from qdora.model.build_model import Compute, choose_compute, find_model, find_source
+from qdora.model.load import load_config
+from qdora.model.source import ModelSource
+from qdora.plan.memory_plan import within_budget
+from qdora.plan.plan_contents import Plan
+from qdora.plan.workload import workload_of_data
+from qdora.recipe.recipe_file import missing_files
+from qdora.recipe.settings import Recipe
+from qdora.run.calibration import calibration_tokens
+from qdora.run.experiment_trackers import is_installed
+from qdora.run.load_base import NO_GPU
+from qdora.run.task_conflicts import interference_faults
+from qdora.run.validation import selection_faults
+from qdora.train.distributed import Processes
+from qdora.train.objective import objective_faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that may start."""
+
+    given: Recipe
+    """The recipe as it was given, which the run directory keeps."""
+    recipe: Recipe
+    """The recipe as it is run: `memory.budget: auto` may have changed it."""
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    compute: Compute
+    loader: StepLoader
+    validation: dict[str, list[Example]]
+    """Source -> its validation examples."""
+    num_steps: int
+    mix_plan: MixPlan
+    memory_plan: Plan | None
+    """None without memory.budget."""
+    calibration: Tensor | None
+    """What pruning measures on, (sequences, length) int64; None where it measures nothing."""
+
+
+def prepare(recipe: Recipe, directory: Path, processes: Processes, *, force: bool) -> PreparedRun:
+    """Read the data, plan the run, and check both against the machine; loads no weights and writes nothing.
+
+    Args:
+        recipe: What to run.
+        directory: The run directory, for messages.
+        processes: The processes that train the run; each loads its share of the data.
+        force: Only warn where the plan is over memory.budget.
+    Raises:
+        UserError: All faults of the recipe, of its data or of the plan.
+    """
+    faults = missing_files(recipe, str(directory))
+    if faults:
+        raise UserError(*faults)
+    # Without a plan the weights are fetched first: a model that is not there fails before the data is read.
+    source, tokenizer = find_model(recipe, weights=recipe.memory.budget is None)
+    train, validation = read_data(recipe.data)
+    mix = tokenized_mix(recipe, tokenizer, train)
+    loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
+    num_steps = num_steps_of(recipe, loader)
+    mix_plan = plan_mix(mix, loader, num_steps)
+    compute = choose_compute(recipe.model.dtype)
+    _check(recipe, compute, validation, num_steps, loader)
+    allowed, memory_plan = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
+    if memory_plan is not None:
+        source = find_source(allowed)
+        loader.micro_batch_tokens = micro_batch_tokens(allowed)
+    pruned = allowed.base.prune is not None
+    return PreparedRun(
+        given=recipe,
+        recipe=allowed,
+        source=source,
+        tokenizer=tokenizer,
+        compute=compute,
+        loader=loader,
+        validation=validation,
+        num_steps=num_steps,
+        mix_plan=mix_plan,
+        memory_plan=memory_plan,
+        calibration=calibration_tokens(allowed, tokenizer, mix, load_config(source)) if pruned else None,
+    )
+
+
+def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
+    """Names of the sources that are evaluated: eval.tasks, or by default all with validation data."""
+    return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
+
+
+def _check(
+    recipe: Recipe, compute: Compute, validation: dict[str, list[Example]], num_steps: int, loader: StepLoader
+) -> None:
+    """Raise all that the machine and the data have against the recipe."""
+    faults = _machine_faults(recipe, compute)
+    asked = evaluated_sources(recipe, validation)
+    evaluated = {name: validation[name] for name in asked if name in validation}
+    if recipe.eval.method == "generate":
+        faults += generation_faults(evaluated)
+    faults += selection_faults(recipe, evaluated, num_steps)
+    faults += interference_faults(recipe, validation)
+    faults += objective_faults(recipe, loader, list(evaluated))
+    known = ", ".join(validation) or "none"
+    faults += [
+        f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."
+        for name in recipe.eval.tasks or ()
+        if name not in validation
+    ]
+    faults += [
+        f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'"
+        for name in recipe.trackers
+        if not is_installed(name)
+    ]
+    if faults:
+        raise UserError(*faults)
+
+
+def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
+    faults = []
+    if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
+        faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
+    if recipe.base.residency == "host" and compute.device.type != "cuda":
+        faults.append(NO_GPU)
+    if recipe.base.residency == "disk" and compute.device.type != "cpu":
+        faults.append("base.residency: disk is for machines without a GPU, allowed here: device, host.")
+    needs_gpu = {
+        "memory.offload_activations": recipe.memory.offload_activations,
+        "memory.host_embeddings": recipe.memory.host_embeddings,
+    }
+    if compute.device.type != "cuda":
+        faults += [f"{name}: needs a GPU, got true, allowed here: false." for name, on in needs_gpu.items() if on]
+    return faults

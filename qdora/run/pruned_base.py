@@ -1,0 +1,153 @@
+"""The base of a run as it trains: loaded, or pruned once and read from the run directory ever after."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qdora.files.atomic import atomic_directory
+from qdora.files.console import bar
+from qdora.files.run_directory import RunDirectory
+from qdora.model.build_model import Compute
+from qdora.model.packed_base import fingerprints
+from qdora.model.pruned_file import StoredCompression, save_compressed
+from qdora.model.pruning import Compression, PruneSettings
+from qdora.model.source import ModelSource
+from qdora.ops.sparsity import pattern_from
+from qdora.recipe.settings import PruneConfig, Recipe
+from qdora.run.load_base import load_base
+from qdora.run.prepare import PreparedRun
+from qdora.train.distributed import Processes
+
+logger = logging.getLogger("qdora")
+
+FOLDER = "base"
+"""Folder of a run directory that holds its compressed base."""
+
+SharedBases = Callable[[str, Callable[[Path], None]], Path]
+"""Of several runs: (key, what fills an empty directory) -> that directory, made by the first run that asks."""
+
+
+def compress_base(
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    calibration: Tensor | None,
+    directory: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Prune and quantise the base of a recipe and write it to `directory`; returns what compressed.json says.
+
+    Raises:
+        As `load_model` and `Compression`.
+    """
+    prune = recipe.base.prune
+    assert prune is not None
+    compression = Compression(prune_settings(prune), calibration)
+    model = load_base(recipe, source, compute, progress, placer=compression)
+    settings = {"prune": prune.model_dump(mode="json", exclude=set(prune.unused())), "quant": recipe.base.quant}
+    record = save_compressed(model, compression.layers, directory, settings)
+    logger.info(
+        "Pruned %d layers by %s: %.2f %% of their %s weights are zero.",
+        len(compression.layers),
+        prune.method,
+        100 * record["sparsity"],
+        f"{record['num_weights']:,}",
+    )
+    del model
+    gc.collect()
+    return record
+
+
+def load_pruned_base(
+    recipe: Recipe,
+    source: ModelSource,
+    compute: Compute,
+    directory: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreTrainedModel:
+    """The base as `compress_base` wrote it. Raises as `load_model` and `StoredCompression`."""
+    return load_base(recipe, source, compute, progress, placer=StoredCompression(directory))
+
+
+def base_of_run(
+    prepared: PreparedRun,
+    run: RunDirectory,
+    processes: Processes,
+    console: Console,
+    *,
+    resume: bool,
+    shared: SharedBases | None = None,
+) -> PreTrainedModel:
+    """The frozen base of a run; the first process prunes it where the recipe asks for that, and all read its files.
+
+    With `shared` it is pruned once for all runs with the same key; each run has the files in its own directory.
+    """
+    recipe, source, compute = prepared.recipe, prepared.source, prepared.compute
+    if recipe.base.prune is None:
+        with bar(console, "loading the base") as progress:
+            return load_base(recipe, source, compute, progress)
+    directory = run.inside(FOLDER)
+
+    def compress() -> None:
+        if resume and directory.is_dir():
+            return
+        with bar(console, "pruning the base") as progress:
+            if shared is None:
+                compress_base(recipe, source, compute, prepared.calibration, directory, progress=progress)
+                return
+
+            def make(path: Path) -> None:
+                compress_base(recipe, source, compute, prepared.calibration, path / FOLDER, progress=progress)
+
+            made = shared(compression_key(recipe, source, compute, prepared.calibration), make) / FOLDER
+        with atomic_directory(directory) as unfinished:
+            shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=_link_or_copy)
+
+    processes.first(compress)
+    with bar(console, "loading the pruned base") as progress:
+        return load_pruned_base(recipe, source, compute, directory, progress)
+
+
+def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:
+    """What a compressed base follows from, as 16 hex digits: the model, base.*, the dtype, the calibration tokens."""
+    facts = {
+        "files": fingerprints(source),
+        "base": recipe.base.model_dump(mode="json"),
+        "dtype": str(compute.dtype),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    if calibration is not None:
+        digest.update(repr(tuple(calibration.shape)).encode() + calibration.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """The files are only ever replaced, never written to: a second name costs no room."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def prune_settings(prune: PruneConfig) -> PruneSettings:
+    """A recipe's section as the model package takes it."""
+    return PruneSettings(
+        method=prune.method,
+        pattern=pattern_from(prune.pattern, prune.sparsity),
+        group=None if prune.group == "auto" else prune.group,
+        order=prune.order,
+        damping=prune.damping,
+    )

@@ -1,0 +1,253 @@
+"""Fit, evaluate, save: a run whose model is in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import load_file
+
+from qdora.data.example import Example
+from qdora.evaluation.suite import compare_table
+from qdora.files.atomic import atomic_write_text
+from qdora.model.build_model import describe_adapters, model_size
+from qdora.model.inject import adapted_layers, adapter_parameters
+from qdora.run.active_run import ActiveRun, TrainingState
+from qdora.run.model_card import run_card
+from qdora.run.prepare import evaluated_sources
+from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
+from qdora.run.validation import RunValidation, adapter_record, best_in_words, best_so_far, selection_value
+from qdora.run.writer import RunWriter
+from qdora.train.bad_steps import BadSteps
+from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
+from qdora.train.figures import draw_figures
+from qdora.train.first_updates import MovedCheck
+from qdora.train.gates import Gates
+from qdora.train.interrupt import stop_on_signal
+from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
+from qdora.train.objective import Objective, make_objective, weigh_by_progress
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.progress import TrainingProgress
+
+logger = logging.getLogger("qdora")
+
+
+def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
+    """The state before step 1; the first process's adapters are sent to all processes.
+
+    Args:
+        active: The run, with its adapters in the model.
+        evaluated: Names of the sources that are evaluated.
+    """
+    recipe, settings = active.recipe, active.recipe.train
+    bad_steps = BadSteps(settings.on_bad_step, max_skips=settings.max_skips, spike=settings.spike)
+    if recipe.adapter.kind == "none":
+        return TrainingState(optimizer=None, gates=None, bad_steps=bad_steps, best=None, objective=Objective())
+    gates = None
+    if recipe.adapter.gates is not None:
+        gates = Gates(adapted_layers(active.model), recipe.adapter.gates, active.num_steps, settings.seed)
+    ratios = {"lora_B": settings.lr_ratio_B, "magnitude": settings.lr_ratio_magnitude}
+    optimizer = AdapterOptimizer(
+        adapter_parameters(active.model),
+        name=settings.optimizer,
+        lr=settings.lr,
+        lr_ratios={part: ratio for part, ratio in ratios.items() if ratio is not None},
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    active.processes.share_first_(list(optimizer.parameters.values()))
+    counts = describe_adapters(active.model)
+    shown = (f"{counts['num_trainable']:,}", f"{counts['num_layers']:,}")
+    logger.info("Training %s parameters on %s adapted layers.", *shown)
+    return TrainingState(
+        optimizer=optimizer,
+        gates=gates,
+        bad_steps=bad_steps,
+        best=best_so_far(recipe, evaluated),
+        objective=make_objective(recipe, active.loader, optimizer.parameters),
+    )
+
+
+class Training:
+    """Trains an active run: steps, evaluations between them, and what they leave in the run directory.
+
+    Args:
+        active: The run; its model is on its device, with adapters.
+        validation: Source -> its validation examples.
+    """
+
+    def __init__(self, active: ActiveRun, validation: dict[str, list[Example]]) -> None:
+        self.active = active
+        recipe, tokenizer = active.recipe, active.tokenizer
+        evaluated = {name: validation[name] for name in evaluated_sources(recipe, validation)}
+        self.validation = RunValidation(active, evaluated)
+        probes = recipe.interference.every is not None
+        self._probed = probe_examples(recipe, tokenizer, validation) if probes else {}
+        self.state = fresh_state(active, list(evaluated))
+        self.writer = RunWriter(active, self.state)
+        self._num_done = 0
+
+    def restore(self, checkpoint: Path) -> int:
+        """Take the state of a checkpoint whose adapter is already in the model; returns its step."""
+        optimizer, gates = self.state.optimizer, self.state.gates
+        assert optimizer is not None
+        if self.active.recipe.adapter.kind == "full":
+            copy_parameters(load_file(checkpoint / PARAMETERS_FILE), optimizer.parameters, checkpoint)
+        step, policies = read_state(
+            checkpoint,
+            optimizer=optimizer,
+            load_loader=self.active.loader.load_state_dict,
+            processes=self.active.processes,
+            seed=self.active.recipe.train.seed,
+        )
+        self.writer.take_policies(policies)
+        if gates is not None:
+            gates.load(checkpoint, policies["gates"])
+        logger.info("Continuing from %s.", checkpoint)
+        self.validation.take_back("base", 0)
+        return step
+
+    def evaluates_again(self, step: int) -> bool:
+        """Whether a run that continues after `step` steps evaluates that state, though it may have done so before."""
+        asked = self.active.recipe.eval
+        return (step == 0 and asked.at_start) or (step == self.active.num_steps and asked.at_end)
+
+    def run(self, start: int) -> None:
+        """Train from step `start` to the end, evaluate, and write adapter/."""
+        self._num_done = start
+        if self.state.gates is not None and start == 0:
+            self.state.gates.check_budget()
+        with self.writer.trackers():
+            try:
+                self._fit_and_evaluate(start)
+            finally:  # also of a run that is interrupted or fails
+                if self.active.processes.is_first:
+                    draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
+                    write_interference(self.active.directory)
+
+    def conclude(self, results: Console) -> dict[str, Any]:
+        """Write the model card, show the results, return the summary as JSON values; for the first process."""
+        active, best = self.active, self.state.best
+        run = active.directory
+        atomic_write_text(run.inside("README.md"), run_card(run, active.recipe, "final"))
+        if best is not None and best.step is not None:
+            self.validation.take_back("adapter", best.step)
+        if self.validation.results:
+            results.print(compare_table(self.validation.results))
+        results.print(f"run: {run.path}", highlight=False, soft_wrap=True)
+        losses = [line["loss"] for line in run.metrics() if "loss" in line]
+        return {
+            "run": str(run.path),
+            "num_steps": self._num_done,
+            "stopped_early": self._is_over(),
+            "num_skipped": self.state.bad_steps.num_skipped,
+            "best": adapter_record(run),
+            "final_loss": losses[-1] if losses else None,
+            **describe_adapters(active.model),  # gates may have removed some since
+            "size": asdict(model_size(active.model)),
+            "evaluations": {label: result.to_dict() for label, result in self.validation.results.items()},
+        }
+
+    def _fit_and_evaluate(self, start: int) -> None:
+        asked, num_steps = self.active.recipe.eval, self.active.num_steps
+        optimizer, best = self.state.optimizer, self.state.best
+        if start == 0 and asked.at_start and self.validation.examples:
+            base = self.active.processes.first(lambda: self.validation.measure(0, "base")) or {}
+            weights = weigh_by_progress(self.state.objective, base.get("eval", {}), self.active.processes)
+            self.writer.write_metrics({"step": 0, **base, **weights})
+        if optimizer is not None and start < num_steps and not self._is_over():
+            self._num_done = self._fit(optimizer, start)
+            self._log_streams()
+        if optimizer is not None and best is None:
+            self.writer.save_final(self._num_done)
+        if asked.at_end and self.validation.examples and num_steps > 0 and not self._is_over():
+            self.writer.write_metrics({"step": num_steps, **self._evaluate(num_steps).line})
+        if best is not None:  # the last evaluation had a say, too
+            if self._is_over():
+                text = "Stopped early after step %d of %d: the last %d evaluations brought nothing better."
+                logger.info(text, self._num_done, num_steps, best.num_since)
+            if best.step is not None:
+                logger.info("adapter/ is %s.", best_in_words(best.state_dict()))
+            self.writer.save_final(self._num_done)
+
+    def _is_over(self) -> bool:
+        """Whether the evaluations ended the run before its last step."""
+        best = self.state.best
+        return best is not None and best.is_over and self._num_done < self.active.num_steps
+
+    def _fit(self, optimizer: AdapterOptimizer, start: int) -> int:
+        """Take the optimizer steps from `start` on; returns the number of steps that the run has come to."""
+        active, gates = self.active, self.state.gates
+        recipe, chunk = active.recipe, active.recipe.memory.loss_chunk
+        settings = FitSettings(
+            num_steps=active.num_steps,
+            lr=recipe.train.lr,
+            schedule=recipe.train.schedule,
+            warmup=recipe.train.warmup,
+            lr_end=recipe.train.lr_end,
+            clip=recipe.train.clip,
+            checkpoint_every=recipe.train.checkpoint_every,
+            evaluate_every=recipe.eval.every,
+            probe_every=recipe.interference.every,
+            log_every=recipe.train.log_every,
+            loss_chunk=None if chunk == "auto" else chunk,
+            objective=self.state.objective,
+        )
+        hooks = Hooks(
+            write_metrics=self.writer.write_metrics,
+            save=self.writer.save_checkpoint,
+            evaluate=self._evaluate if self.validation.examples else None,
+            keep_batch=self.writer.keep_batch,
+            probe=self._probe(optimizer),
+            begin_step=None if gates is None else gates.begin,
+            end_step=None if gates is None else partial(gates.end, optimizer=optimizer, processes=active.processes),
+            updated=None if recipe.base.residency == "device" else MovedCheck(optimizer).updated,
+        )
+        with (
+            stop_on_signal(active.processes) as stop,
+            TrainingProgress(active.num_steps, start=start, console=active.console) as progress,
+        ):
+            return fit(
+                active.model,
+                optimizer,
+                active.loader,
+                settings,
+                hooks,
+                device=active.model.device,
+                progress=progress,
+                stop=stop,
+                start_step=start,
+                processes=active.processes,
+                bad_steps=self.state.bad_steps,
+            )
+
+    def _probe(self, optimizer: AdapterOptimizer) -> Callable[[int], None] | None:
+        """What measures interference between tasks, where the recipe asks for it."""
+        if not self._probed:
+            return None
+        return probe_hook(self.active, optimizer.parameters, self._probed, self.writer.write_metrics)
+
+    def _evaluate(self, step: int) -> Evaluated:
+        """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
+        processes, best = self.active.processes, self.state.best
+        line = processes.first(lambda: self.validation.measure(step)) or {}
+        line |= weigh_by_progress(self.state.objective, line.get("eval", {}), processes)
+        if best is None:
+            return Evaluated(line)
+        found = self.validation.results["adapter"] if processes.is_first else None
+        value = None if found is None else selection_value(self.active.recipe, found)
+        better = best.judge(step, processes.gather(value)[0])
+        state = {key: each for key, each in best.state_dict().items() if key != "question"}
+        return Evaluated({**line, "best": state}, save=better, stop=best.is_over)
+
+    def _log_streams(self) -> None:
+        for part in self.active.loader.streams:
+            seen = part.position
+            counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
+            logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)

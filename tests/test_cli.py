@@ -1,0 +1,196 @@
+"""The command line: what stands on standard output and on standard error, exit codes, and the options of every verb."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+import qdora
+from qdora.cli import VERBS, app
+from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.files.console import show_only
+from qdora.recipe.recipe_file import recipe_names, resolved_yaml
+from tests import tiny_run
+
+
+@pytest.fixture(autouse=True)
+def _consoles_as_before() -> Iterator[None]:
+    yield
+    show_only(progress=True, results=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """recipe.yaml, run/ trained from it, and grid.yaml, a study of it."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "recipe.yaml").write_text(resolved_yaml(tiny_run.recipe(root, train__steps=2, adapter__dropout=0.0)))
+    trained = invoke("train", root / "recipe.yaml", "--run-dir", root / "run")
+    assert trained.exit_code == 0, trained.stderr
+    arms = {kind: {"adapter.kind": kind} for kind in ("lora", "dora")}
+    grid = {"recipe": "recipe.yaml", "product": {"adapter": arms}, "compare": {"arm": "adapter"}}
+    (root / "grid.yaml").write_text(yaml.safe_dump(grid))
+    return root
+
+
+def invoke(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+RESULTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "train": (("{root}/recipe.yaml", "--run-dir", "{tmp}/run"), "run: "),
+    "eval": (("{root}/run", "--limit", "2"), "letters"),
+    "export": (("{root}/run", "{tmp}/out"), "exported model: "),
+    "generate": (("{root}/run", "--prompt", "1 + 1 =", "--raw", "--max-new-tokens", "2"), ""),
+    "plan": (("{root}/recipe.yaml", "--device", "cpu"), "letters"),
+    "rank": (("{root}/run", "--method", "svd", "--budget", "50%"), "layer"),
+    "study": (("{root}/grid.yaml", "--dir", "{tmp}/study", "--dry-run"), "cells, 2 of them trained"),
+    "validate": (("{root}/recipe.yaml",), "rank: 4"),
+    "recipes": ((), "quickstart"),
+    "doctor": ((), "torch"),
+    "guide": ((), "memory"),
+}
+"""Verb -> arguments, and a text of its result."""
+
+UNCHECKED = {"schema", "report"}
+"""schema prints JSON always; report needs a finished study (tests/test_study_report.py)."""
+
+
+def arguments_of(verb: str, root: Path, tmp_path: Path) -> list[str]:
+    return [verb, *(each.format(root=root, tmp=tmp_path) for each in RESULTS[verb][0])]
+
+
+def test_every_verb_is_here() -> None:
+    assert set(RESULTS) | UNCHECKED == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", RESULTS)
+def test_results_go_to_standard_output(verb: str, root: Path, tmp_path: Path) -> None:
+    found = invoke(*arguments_of(verb, root, tmp_path))
+    assert found.exit_code == 0, found.stderr
+    assert RESULTS[verb][1] in found.stdout
+    assert "Traceback" not in found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("verb", RESULTS)
+def test_json_before_and_after_the_verb_is_one_document(verb: str, root: Path, tmp_path: Path) -> None:
+    before = invoke("--json", *arguments_of(verb, root, tmp_path / "a"))
+    after = invoke(*arguments_of(verb, root, tmp_path / "b"), "--json")
+    assert (before.exit_code, after.exit_code) == (0, 0), before.stderr + after.stderr
+    documents = [json.loads(each.stdout) for each in (before, after)]
+    assert documents[0].keys() == documents[1].keys()
+    assert documents[0]
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "export", "plan", "rank"])
+def test_quiet_before_and_after_the_verb_shows_results_alone(verb: str, root: Path, tmp_path: Path) -> None:
+    noisy = invoke(*arguments_of(verb, root, tmp_path / "n"))
+    for number, quiet in enumerate((True, False)):
+        arguments = arguments_of(verb, root, tmp_path / str(number))
+        found = invoke("--quiet", *arguments) if quiet else invoke(*arguments, "-q")
+        assert found.exit_code == 0, found.stderr
+        assert found.stderr == ""
+        assert RESULTS[verb][1] in found.stdout
+    assert verb == "plan" or noisy.stderr != ""
+
+
+def test_progress_of_training_is_not_on_standard_output(root: Path, tmp_path: Path) -> None:
+    found = invoke("train", root / "recipe.yaml", "--run-dir", tmp_path / "run")
+    assert "loss" in found.stderr
+    assert "loss" not in found.stdout
+
+
+def test_version() -> None:
+    found = invoke("--version")
+    assert (found.exit_code, found.stdout) == (0, f"qdora {qdora.__version__}\n")
+
+
+def test_guides_are_listed_and_printed() -> None:
+    listed = json.loads(invoke("guide", "--json").stdout)["guides"]
+    assert {"own-data", "chats", "memory", "ranks", "studies", "exports", "python", "pruned-bases"} <= set(listed)
+    for topic, title in listed.items():
+        shown = invoke("guide", topic)
+        assert shown.exit_code == 0
+        assert " ".join(title.split()) in " ".join(shown.stdout.split())
+    wrong = invoke("guide", "memroy")
+    assert wrong.exit_code == 2
+    assert "Did you mean 'memory'?" in wrong.stderr
+
+
+def test_a_shipped_recipe_is_printed_as_it_stands() -> None:
+    for name in recipe_names():
+        assert yaml.safe_load(invoke("recipes", name).stdout)
+
+
+class Unforeseen(Exception):
+    """Of no class that the program knows."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UserError("a.b: got 1, must be 2.", "c: unknown key."), 2, "a.b: got 1, must be 2.\nc: unknown key.\n"),
+        (RunFailure("disk full."), 1, "disk full.\n"),
+        (Interrupted(3, Path("ck")), 130, "stopped after step 3"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Unforeseen("first\nsecond"), 1, "Unforeseen: first (--debug shows the traceback)\n"),
+        (zlib.error("cut"), 1, "error: cut (--debug shows the traceback)\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(
+    error: BaseException, code: int, text: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    log = root / "run/log.txt"
+    before = log.read_text()
+    monkeypatch.setattr("qdora.run.evaluate.load_target", fail)
+    found = invoke("--quiet", "eval", root / "run")
+    assert found.exit_code == code
+    assert found.stderr.startswith(text)
+    assert "Traceback" not in found.stderr
+    logged = log.read_text().removeprefix(before)
+    if code == 130:
+        assert logged == ""
+    else:
+        assert "Traceback" in logged
+        assert type(error).__name__ in logged
+        assert "in fail" in logged
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_debug_before_and_after_the_verb_lets_the_error_through(
+    before: bool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise Unforeseen("here")
+
+    monkeypatch.setattr("qdora.run.evaluate.load_target", fail)
+    found = invoke(*(["--debug", "eval", root / "run"] if before else ["eval", root / "run", "--debug"]))
+    assert isinstance(found.exception, Unforeseen)
+
+
+def test_a_failure_while_training_is_in_the_log(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise Unforeseen("in the loop")
+
+    monkeypatch.setattr("qdora.run.training.fit", fail)
+    found = invoke("train", root / "recipe.yaml", "--run-dir", tmp_path / "run")
+    assert found.exit_code == 1
+    log = (tmp_path / "run/log.txt").read_text()
+    assert log.count("Unforeseen: in the loop") == 1
+    assert "Traceback" in log
+
+
+def test_unknown_verbs_and_options_exit_with_2() -> None:
+    assert invoke("frobnicate").exit_code == 2
+    assert invoke("train", "quickstart", "--frobnicate").exit_code == 2
+    assert invoke("train", "no-such-recipe").exit_code == 2
