@@ -161,8 +161,8 @@ def test_a_run_goes_on_with_another_number_of_processes(root: Path, tmp_path: Pa
     train_run(settings, run, resume=True)
     assert_close_runs(tmp_path / "whole", run)
     log = (run / "log.txt").read_text()
-    assert "The checkpoint is of 1 processes, this is 2: the same data, another dropout." in log
-    assert "The checkpoint is of 2 processes, this is 1: the same data, another dropout." in log
+    assert "The checkpoint is from 1 processes, this run has 2: same data, different dropout." in log
+    assert "The checkpoint is from 2 processes, this run has 1: same data, different dropout." in log
 
 
 def stop_alone(settings: Recipe, directory: Path, stop_at: int, resume: bool = False) -> None:
@@ -237,7 +237,7 @@ def full_disk(rank: int, settings: Recipe, directory: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     run_writer.write_state = full
-    expected = (RunFailure, "the disk is full") if rank == 0 else (OtherProcessFailed, "process 1: .*process 0 did")
+    expected = (RunFailure, "the disk is full") if rank == 0 else (OtherProcessFailed, "process 1: .*process 0 failed")
     with pytest.raises(expected[0], match=expected[1]):
         train_run(settings, directory)
 
@@ -247,7 +247,7 @@ def test_a_full_disk_stops_all(root: Path, tmp_path: Path) -> None:
 
 
 def user_mistake(rank: int, settings: Recipe, directory: Path) -> None:
-    with pytest.raises((UserError, OtherProcessFailed), match="holds a run" if rank == 0 else "process 0 did"):
+    with pytest.raises((UserError, OtherProcessFailed), match="holds a run" if rank == 0 else "process 0 failed"):
         train_run(settings, directory)
 
 
@@ -305,7 +305,7 @@ def told(rank: int) -> None:
         parameter = nn.Parameter(torch.tensor([0.5 + rank, 1.0]))
         version = parameter._version
         processes.require_equal({"b": torch.ones(3, dtype=torch.bfloat16)})
-        with pytest.raises(RunFailure, match=r"process 1 holds another a than process 0 \(1 parameters differ\)"):
+        with pytest.raises(RunFailure, match=r"process 1 has another a than process 0 \(1 parameters differ\)"):
             processes.require_equal({"b": torch.ones(3), "a": parameter})
         processes.share_first_([parameter])
         assert parameter.tolist() == [0.5, 1.0]
@@ -329,7 +329,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="4 processes on 2 GPUs, allowed: one for each GPU"), processes_of_launch():
+    with pytest.raises(UserError, match=r"one process for each GPU \(got 4 on 2 GPUs\)"), processes_of_launch():
         pass
 
 

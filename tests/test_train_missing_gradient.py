@@ -12,7 +12,7 @@ import torch
 from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapter_parameters
-from qdora.run import train
+from qdora.run import training
 from qdora.run.train import train_run
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.step_checks import MissingGradientCheck
@@ -93,7 +93,7 @@ def test_a_run_on_disk_is_checked_and_one_on_the_device_is_not(
         def updated(self, lr: float) -> None:
             seen.append(lr)
 
-    monkeypatch.setattr(train, "MissingGradientCheck", Noted)
+    monkeypatch.setattr(training, "MissingGradientCheck", Noted)
     changes: dict[str, Any] = {"train__steps": 2, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     train_run(tiny_run.recipe(root, **changes), tmp_path / "device")
     assert seen == []
@@ -111,7 +111,7 @@ def test_host_needs_a_gpu(root: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_on_the_host_need_a_gpu(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"memory\.offload_activations: is for a GPU"):
+    with pytest.raises(UserError, match=r"memory\.offload_activations: needs a GPU"):
         train_run(tiny_run.recipe(root, memory__offload_activations=True), tmp_path / "run")
     with pytest.raises(UserError, match=r"offload_activations: would be ignored because memory"):
         tiny_run.recipe(root, memory__offload_activations=True, memory__checkpointing=False)

@@ -242,12 +242,12 @@ LEAKS = (
 @pytest.mark.parametrize(
     "make, message",
     [
-        (without_borders, rf"^data.packing: llama \(attention by sdpa\) {LEAKS}.*allowed: false for this model\.$"),
+        (without_borders, rf"^data.packing: llama \(attention by sdpa\) {LEAKS}.*Fix: data\.packing: false\.$"),
         (first_row_only, rf"^data.packing: llama .*{LEAKS}"),
         (opt, rf"^data.packing: opt .*{LEAKS}"),
         (lfm2, rf"^data.packing: lfm2 .*{LEAKS}"),
         (counting_on, r"^data.packing: gpt2 .*logits of a packed example differ from those of the example alone by 0"),
-        (bloom, r"^data.packing: bloom takes no position_ids, got true, allowed: false for this model\.$"),
+        (bloom, r"^data.packing: must be false for bloom, which takes no position_ids \(got true\)\.$"),
     ],
     ids=["without borders", "first row only", "opt", "lfm2", "counting on", "bloom"],
 )
@@ -259,5 +259,5 @@ def test_models_that_do_not_are_refused(make: Any, message: str) -> None:
 def test_another_attention_is_proposed() -> None:
     model = without_borders()
     model.set_attn_implementation("eager")  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"or true with model\.attention sdpa where the model has it"):
+    with pytest.raises(UserError, match=r"Fix: data\.packing: false, or model\.attention: sdpa if the model has it\."):
         packed_layout(model)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from qdora.run.load_base import NO_GPU
 from qdora.run.task_conflicts import interference_faults
 from qdora.run.validation import selection_faults
 from qdora.train.distributed import Processes
-from qdora.train.objective import objective_faults
+from qdora.train.task_weights import task_weight_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def _check(
         faults += generation_faults(evaluated)
     faults += selection_faults(recipe, evaluated, num_steps)
     faults += interference_faults(recipe, validation)
-    faults += objective_faults(recipe, loader, list(evaluated))
+    faults += task_weight_faults(recipe, loader)
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."
