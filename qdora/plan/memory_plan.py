@@ -10,7 +10,8 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from qdora.model.build_model import DTYPES, Compute, put_adapters, recompute_act
 from qdora.model.decoder_blocks import block_list
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import Quantization, load_config
+from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource, resolve
 from qdora.ops.planned_device import planned_on
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, signature
@@ -106,14 +108,17 @@ def planned(
         with _quiet():
             check_host_embedding(empty_model(config, source, torch.bfloat16, recipe.model.attention))
 
-    def plan_of(changed: Recipe) -> Plan:
+    def step_plans(changed: Recipe) -> list[_StepPlan]:
         shapes, count = workload(changed)
-        plans = [_StepPlan(changed, config, source, device_kind, shape, count).plan() for shape in shapes]
+        common = partial(_StepPlan, changed, config, source, device_kind=device_kind, num_micro_batches=count)
+        return [common(shape=shape) for shape in shapes]
+
+    def plan_of(changed: Recipe) -> Plan:
+        plans = [each.plan() for each in step_plans(changed)]
         return replace(max(plans, key=lambda each: each.peak_bytes), budget_bytes=budget)
 
     def seconds_of(changed: Recipe) -> float:
-        shapes, count = workload(changed)
-        return _StepPlan(changed, config, source, device_kind, shapes[0], count).seconds(first.num_trainable)
+        return step_plans(changed)[0].seconds(first.num_trainable)
 
     first = plan_of(recipe)
     return (recipe, first) if first.fits is not False else with_changes(recipe, first, plan_of, seconds_of)
@@ -177,28 +182,34 @@ def measured(
 ) -> Plan:
     """The plan for one shape of micro-batch. `whole` measures all blocks instead of extrapolating over equal ones."""
     source = local_source(recipe.model.source)
-    return _StepPlan(recipe, config, source, device_kind, shape, num_micro_batches).plan(whole=whole)
+    step = _StepPlan(recipe, config, source, device_kind=device_kind, shape=shape, num_micro_batches=num_micro_batches)
+    return step.plan(whole=whole)
 
 
+@dataclass
 class _StepPlan:
-    def __init__(
-        self,
-        recipe: Recipe,
-        config: PreTrainedConfig,
-        source: ModelSource,
-        device_kind: DeviceKind,
-        shape: MicroBatchShape,
-        num_micro_batches: int,
-    ) -> None:
-        self.recipe, self.config, self.source = recipe, config, source
-        self.device_kind: DeviceKind = device_kind
-        self.shape, self.num_micro_batches = shape, num_micro_batches
-        asked = recipe.model.dtype
+    """Plans a step of a recipe for one shape of micro-batch."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    source: ModelSource
+    device_kind: DeviceKind
+    shape: MicroBatchShape
+    num_micro_batches: int
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        asked = self.recipe.model.dtype
         if asked == "auto":
-            asked = "bfloat16" if device_kind == "cuda" or cpu_has_bfloat16() else "float32"
-        self.dtype = DTYPES[asked]
-        before = recipe.adapter.resume_from
-        self.adapter = None if before is None else describe_adapter(Path(before)).layout
+            asked = "bfloat16" if self.device_kind == "cuda" or cpu_has_bfloat16() else "float32"
+        return DTYPES[asked]
+
+    @cached_property
+    def adapter(self) -> AdapterLayout | None:
+        """Layout of the adapter that the run resumes from."""
+        before = self.recipe.adapter.resume_from
+        return None if before is None else describe_adapter(Path(before)).layout
 
     def plan(self, *, whole: bool = False) -> Plan:
         """The plan; `whole` measures all blocks."""

@@ -70,7 +70,7 @@ def shape_of(batch: MicroBatch, *, accumulated: bool) -> MicroBatchShape:
     packed = batch.packing is not None
     # An unpadded batch has a mask of ones, which transformers leaves out.
     masked = packed or not bool(batch.attention_mask.all())
-    return MicroBatchShape(rows, length, max(num_labels, 1), masked, packed, accumulated)
+    return MicroBatchShape(rows, length, max(num_labels, 1), masked, packed=packed, accumulated=accumulated)
 
 
 def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:

@@ -23,6 +23,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -260,17 +261,19 @@ def expand(study: Study) -> list[Cell]:
             named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
             faults.setdefault(fault, []).append(named)
             continue
+        bare = partial(Cell, is_trained=False, dense_key=dense.key)
         if recipe.adapter.kind == "none":
             if base.key not in bases or study.compare.arm not in bases[base.key].labels:
-                bases[base.key] = Cell(base.key, context, base.recipe, False, base.key, dense.key)
+                bases[base.key] = bare(base.key, context, base.recipe, base_key=base.key)
         else:
             trained = _without_start(recipe)
-            cells.setdefault(key_of(trained), Cell(key_of(trained), labels, trained, True, base.key, dense.key))
+            cell = Cell(key_of(trained), labels, trained, base_key=base.key, dense_key=dense.key)
+            cells.setdefault(cell.key, cell)
             context = {axis: label for axis, label in context.items() if axis != study.compare.arm}
             if study.bases:
-                bases.setdefault(base.key, Cell(base.key, context, base.recipe, False, base.key, dense.key))
+                bases.setdefault(base.key, bare(base.key, context, base.recipe, base_key=base.key))
         if study.bases:
-            uncompressed[dense.key] = Cell(dense.key, {}, dense.recipe, False, dense.key, dense.key)
+            uncompressed[dense.key] = bare(dense.key, {}, dense.recipe, base_key=dense.key)
     if faults:
         raise UserError(*(f"{where} ({_first(named)}): {fault}" for fault, named in faults.items()))
     if not cells and not bases:

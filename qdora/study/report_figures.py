@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def _curves(rows: Rows, x: str, arm_axis: str) -> str:
     for line, measure in zip(grid, measures, strict=True):
         line[0].set_ylabel(_NAMES[measure])
         for axes, (value, part) in zip(line, panels.items(), strict=True):
-            _lines(axes, part, x, measure, arm_axis, names)
+            _lines(axes, {name: [row for row in part if row[arm_axis] == name] for name in names}, x, measure)
             if len(panels) > 1:
                 axes.set_title(f"{value:g} {'pruned' if other == 'sparsity' else 'bits per weight'}", fontsize="small")
     for axes in grid[-1]:
@@ -61,10 +61,10 @@ def _curves(rows: Rows, x: str, arm_axis: str) -> str:
     return inline_svg(figure, x)
 
 
-def _lines(axes: Axes, rows: Rows, x: str, measure: str, arm_axis: str, names: Sequence[str]) -> None:
-    for number, name in enumerate(names):
-        part = [row for row in rows if row[arm_axis] == name and is_number(row.get(measure))]
-        part = sorted(part, key=lambda row: float(row[x]))
+def _lines(axes: Axes, arms: Mapping[str, Rows], x: str, measure: str) -> None:
+    """A line with its interval for each arm; an arm without points keeps its colour."""
+    for number, (name, rows) in enumerate(arms.items()):
+        part = sorted((row for row in rows if is_number(row.get(measure))), key=lambda row: float(row[x]))
         color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
         points: list[tuple[float, float]] = []
         for row in part:

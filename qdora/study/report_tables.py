@@ -82,7 +82,14 @@ def read_report(directory: Path) -> Report:
         "facts": _facts(cell_rows, pairs, compare, part, reference),
     }
     label = _LABELS[compare.metric]
-    return Report(tables, verdict(pairs, cell_rows, axes, compare, label), axes, compare.arm, compare.metric, label)
+    return Report(
+        tables=tables,
+        verdict=verdict(pairs, cell_rows, axes, compare, label),
+        axes=axes,
+        arm_axis=compare.arm,
+        metric=compare.metric,
+        metric_label=label,
+    )
 
 
 def _measures(arms: Sequence[Arm], compare: CompareConfig, results: Results) -> list[str]:
