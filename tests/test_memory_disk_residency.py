@@ -128,10 +128,10 @@ def test_run_on_disk_is_evaluated_and_exported(whole: Path, run_on_disk: Path, t
 
 
 def test_what_cannot_be_is_said(source: Path, tmp_path: Path, root: Path) -> None:
-    with pytest.raises(UserError, match=r"base\.streamed_blocks: 6, allowed: at most 5"):
+    with pytest.raises(UserError, match=r"base\.streamed_blocks: must be at most the model's 5 blocks, got 6"):
         tiny_streamed.on_disk(source, tmp_path, 6)
     residency = DiskResidency(BaseCache(tmp_path, tiny_streamed.WANTED, tiny_streamed.CPU, mapped=True))
-    with pytest.raises(UserError, match=r"disk is for machines without a GPU"):
+    with pytest.raises(UserError, match=r"base\.residency: must be one of device, host on a GPU, got disk"):
         load_model(
             resolve(str(source)), quant="nf4", device=torch.device("meta"), reader=residency.cache, placer=residency
         )

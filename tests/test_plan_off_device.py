@@ -76,7 +76,7 @@ def test_sizes_are_those_of_the_formats(count: int | None) -> None:
 
 
 def test_more_blocks_than_the_model_has() -> None:
-    with pytest.raises(UserError, match=r"base\.streamed_blocks: 11, allowed: at most 10"):
+    with pytest.raises(UserError, match=r"base\.streamed_blocks: must be at most the model's 10 blocks, got 11"):
         blocks("host", NUM_BLOCKS + 1)
 
 

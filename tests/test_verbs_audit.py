@@ -85,9 +85,9 @@ def test_a_form_in_memory_is_the_form_in_the_files(
 def test_the_original_form_has_the_layers_own_formula(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     """With the gate in B, and the mask over B A."""
     from qdora.export import audit as module
-    from tests import test_masked_adapter
+    from tests import test_nn_masked_adapter
 
-    layer = test_masked_adapter.layer_of(kind=kind, dtype=torch.float32)
+    layer = test_nn_masked_adapter.layer_of(kind=kind, dtype=torch.float32)
     layer.add_gate()
     assert layer.gate is not None
     layer.gate.data = torch.tensor([0.5, 0.0, 2.0])

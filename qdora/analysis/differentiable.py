@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.linear_map import linear_map
+from qdora.ops.frozen_product import frozen_linear
 
 Norm = Literal["attached", "held", "none"]
 NORMS: tuple[Norm, ...] = ("attached", "held")
@@ -95,9 +94,6 @@ def plain_model(
     try:
         if attention not in (None, "eager", "sdpa"):
             model.set_attn_implementation("eager")  # type: ignore[operator]
-        for frozen in frozen_layers(model).values():
-            vars(frozen)["forward"] = partial(_frozen_forward, frozen)
-            patched.append(frozen)
         for name, layer in adapted.items():
             plain = _plain_layer(layer, name in layers and norm == "attached", name in layers and "update" in parts)
             if name in layers:
@@ -120,7 +116,7 @@ def plain_forward(layer: AdaptedLinear, plain: PlainLayer, x: Tensor) -> Tensor:
     a, b = plain.values["lora_A"], plain.values["lora_B"]
     weight = layer.base.stored_weight
     update = plain.dense_update(layer.scaling)
-    out = linear_map(x, weight) + ((x @ a.T) @ b.T * layer.scaling if update is None else x @ update.T)
+    out = frozen_linear(x, weight) + ((x @ a.T) @ b.T * layer.scaling if update is None else x @ update.T)
     if plain.row_norm is not None:
         norm = plain.row_norm
         if plain.attached:
@@ -139,7 +135,7 @@ def attached_norm(layer: AdaptedLinear, lora_A: Tensor, lora_B: Tensor) -> Tenso
     """
     assert layer.base_squared is not None
     wide = torch.float64
-    products = linear_map(lora_A, layer.base.stored_weight).T.to(wide)  # (out, rank)
+    products = frozen_linear(lora_A, layer.base.stored_weight).T.to(wide)  # (out, rank)
     a, b, s = lora_A.to(wide), lora_B.to(wide), layer.scaling
     squared = layer.base_squared.to(wide) + ((2.0 * products + b @ (a @ a.T) * s) * b).sum(dim=1) * s
     # A sum of rounding noise is a zero row, too
@@ -161,11 +157,6 @@ def _plain_layer(layer: AdaptedLinear, attached: bool, whole: bool) -> PlainLaye
         copies["update"] = copies["lora_B"] @ copies["lora_A"] * layer.scaling
     keep_mask = layer.base.keep_mask() if layer.masked else None
     return PlainLayer(copies, None if layer.magnitude is None else layer.row_norm(), attached, keep_mask)
-
-
-def _frozen_forward(layer: FrozenLinear, x: Tensor) -> Tensor:
-    out = linear_map(x, layer.stored_weight)
-    return out if layer.bias is None else out + layer.bias.to(out.dtype)
 
 
 def check_layers(model: nn.Module, layers: Collection[str], *, norm: Norm, parts: Collection[str] = FACTORS) -> None:

@@ -31,9 +31,8 @@ from qdora.model.load import (
 )
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked
-from qdora.ops.packed import dequantize, quantize
-from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores, zero_packed
-from qdora.ops.sparsegpt import DAMPING
+from qdora.ops.packed import dequantize, quantize, zero_packed
+from qdora.ops.prune import DAMPING, InputStatistics, magnitude_scores, prune_weight, wanda_scores
 from qdora.ops.sparsity import Group, SparsityPattern, keep_mask, mask_bits
 from qdora.ops.tiles import Weight, dense_weight
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qdora.data.build_data import micro_batch_tokens
-from qdora.plan.off_device_bytes import NUM_SLOTS
+from qdora.memory.streaming import NUM_SLOTS
 from qdora.plan.plan_contents import SLACK_SHARE, Change, DeviceKind, Plan
 from qdora.recipe.recipe_file import override
 from qdora.recipe.settings import Recipe

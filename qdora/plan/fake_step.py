@@ -16,9 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qdora.model.decoder_blocks import block_list
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
-from qdora.model.load import Quantization, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
+from qdora.model.load import Quantization, block_list, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights

@@ -25,9 +25,8 @@ from qdora.files.environment import available_memory_bytes, cpu_has_bfloat16
 from qdora.memory.host_residency import check_host_embedding, obstacle
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import DTYPES, Compute, put_adapters, recompute_activations
-from qdora.model.decoder_blocks import block_list
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
-from qdora.model.load import Quantization, load_config
+from qdora.model.load import Quantization, block_list, load_config
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource, resolve
 from qdora.ops.planned_device import planned_on

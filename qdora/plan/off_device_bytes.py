@@ -12,13 +12,10 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from qdora.memory.host_residency import Piece, pinned_bytes
-from qdora.memory.streaming import Turns
+from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.load import Quantization, layers_to_quantize
 from qdora.ops.packed import empty_packed
 from qdora.plan.plan_contents import BASE, CHECKPOINTS, DENSE, SCALES, STREAMING, Moment
-
-NUM_SLOTS = 2
-"""Streamed blocks that are on the device at a time, in both residencies."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from qdora.memory.streaming import Ring, interleaved
+from qdora.memory.streaming import NUM_SLOTS, Ring, interleaved
 from qdora.plan.device_rates import BYTES_PER_DEQUANTISED, Rates
 from qdora.plan.plan_contents import MicroBatchShape
 
@@ -76,19 +76,18 @@ class SimulatedCopies:
 
     Args:
         copy_seconds: Time to copy a block.
-        num_slots: Number of slots of the ring.
     Attributes:
         seconds: End of everything that was computed so far.
         copying_seconds: Time spent copying so far.
         waiting_seconds: Time that the computation waited for copies.
     """
 
-    def __init__(self, copy_seconds: float, num_slots: int = 2) -> None:
+    def __init__(self, copy_seconds: float) -> None:
         self.copy_seconds = copy_seconds
         self.seconds = self.copying_seconds = self.waiting_seconds = 0.0
         self._channel_free = 0.0
-        self._released = [0.0] * num_slots
-        self._copied = [0.0] * num_slots
+        self._released = [0.0] * NUM_SLOTS
+        self._copied = [0.0] * NUM_SLOTS
 
     def start(self, block: int, slot: int, previous: int | None) -> None:
         """Copy when the channel and the slot are free."""
@@ -96,7 +95,7 @@ class SimulatedCopies:
         self._channel_free = self._copied[slot] = begin + self.copy_seconds
         self.copying_seconds += self.copy_seconds
 
-    def wait(self, block: int, slot: int) -> None:
+    def wait(self, slot: int) -> None:
         """Continue the computation after the copy has ended."""
         self.waiting_seconds += max(0.0, self._copied[slot] - self.seconds)
         self.seconds = max(self.seconds, self._copied[slot])
@@ -117,7 +116,6 @@ def simulated_step(
     forward_seconds: float,
     backward_seconds: float,
     *,
-    num_slots: int = 2,
     num_steps: int = 3,
 ) -> SimulatedCopies:
     """Simulate forward and backward passes of a model with streamed blocks; the last step counts.
@@ -127,14 +125,13 @@ def simulated_step(
         streamed: Numbers of the streamed blocks.
         copy_seconds, forward_seconds: Time of a block.
         backward_seconds: Time of a block, its recomputation included.
-        num_slots: Slots of the ring.
         num_steps: Steps to simulate; earlier ones bring the ring into its steady state.
     Returns:
         `seconds`, `copying_seconds` and `waiting_seconds` of the last step alone.
     """
     order = sorted(streamed)
-    engine = SimulatedCopies(copy_seconds, num_slots)
-    ring = Ring(len(order), engine, num_slots)
+    engine = SimulatedCopies(copy_seconds)
+    ring = Ring(len(order), engine)
     place = {block: index for index, block in enumerate(order)}
     before = (0.0, 0.0, 0.0)
     for step in range(num_steps):

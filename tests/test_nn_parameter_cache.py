@@ -17,10 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from qdora.nn import adapted_linear as module
 from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
-from qdora.nn.gain_cache import NormSettings
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny
-from tests.test_ops_adapted_linear import arrays, to_numpy
+from tests.test_ops_adapted_product import arrays, to_numpy
 
 X = torch.randn(6, 40, generator=torch.Generator().manual_seed(9))
 
@@ -249,9 +248,9 @@ def test_fake_tensors_leave_nothing_behind():
         fakes = {name: mode.from_tensor(getattr(layer, name)) for name in ("lora_A", "lora_B", "magnitude")}
         norm = mode.from_tensor(torch.ones(24))
         factors = (fakes["lora_A"], fakes["lora_B"])
-        gain = layer._gain_cache.get(factors, fakes["magnitude"], NormSettings(torch.float32, 1.0), lambda: norm)
-        assert isinstance(gain.value, FakeTensor)
-    assert layer._gain_cache._entry is None
+        kept = layer._cache.get("row_norm", factors, (torch.float32, 1.0), lambda: norm)
+        assert isinstance(kept, FakeTensor)
+    assert not layer._cache._entries
     assert_fresh(layer)
 
 

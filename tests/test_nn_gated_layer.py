@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
-from qdora.ops import masked_linear
-from tests import reference, reference_prune, test_masked_adapter, tiny, tiny_adapted
-from tests.test_ops_adapted_linear import arrays, to_numpy
+from qdora.ops.dropout import draw_seed, dropped
+from tests import reference, reference_prune, test_nn_masked_adapter, tiny, tiny_adapted
+from tests.test_ops_adapted_product import arrays, to_numpy
 
 GATE = [0.7, 0.0, -1.3]
 
@@ -92,20 +92,20 @@ def test_the_gates_gradient_is_that_of_finite_differences_with_the_norm_held() -
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_masked_with_dropout_in_float64(kind: str, dropout: float) -> None:
-    layer = test_masked_adapter.layer_of(kind=kind, dropout=dropout).train()
+    layer = test_nn_masked_adapter.layer_of(kind=kind, dropout=dropout).train()
     layer.add_gate()
     set_gate(layer, GATE)
-    x = test_masked_adapter.tokens().requires_grad_()
+    x = test_nn_masked_adapter.tokens().requires_grad_()
     dy = torch.randn(6, 13, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     drop = None
     if dropout:
         torch.manual_seed(3)
-        seed = masked_linear.draw_seed()
-        drop = masked_linear._dropped(torch.ones_like(x), dropout, seed).detach().numpy() / (1 - dropout)
+        seed = draw_seed()
+        drop = dropped(torch.ones_like(x), dropout, seed).detach().numpy() / (1 - dropout)
     torch.manual_seed(3)
     out = layer(x)
     out.backward(dy)
-    given_ = test_masked_adapter.numbers(layer)
+    given_ = test_nn_masked_adapter.numbers(layer)
     raw, gate = given_["lora_b"], to_numpy(layer.gate)
     given_ |= {"lora_b": reference.gated(raw, gate)}
     bias = to_numpy(layer.base.bias)

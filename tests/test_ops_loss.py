@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdora.ops import loss as chunked_loss
+from qdora.ops import loss
 from qdora.ops.loss import CHUNK_BYTES, auto_chunk, chunked_nll
 from qdora.ops.packed import dequantize, quantize
 from tests import reference
@@ -89,7 +89,7 @@ def test_any_shape_chunk_and_slice(
     weight, offset = weight.to(dtype), None if offset is None else offset.to(dtype)
     hidden.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked_loss, "_CPU_SLICE_LOGITS", per_slice)
+        patch.setattr(loss, "_CPU_SLICE_LOGITS", per_slice)
         nll = chunked_nll(hidden, weight, labels, bias=offset, chunk=chunk, **form)
     nll.backward(upstream.to(dtype))
     expected, rows = loops(hidden, weight, offset, labels, **form)
@@ -213,7 +213,7 @@ def test_automatic_chunks_fill_their_bytes() -> None:
 
 def test_what_is_refused() -> None:
     hidden, weight, _, labels, _ = head(3, 5, 2)
-    with pytest.raises(ValueError, match="a chunk of 0 tokens; allowed: 1 or more"):
+    with pytest.raises(ValueError, match="a chunk must have 1 token or more, got 0"):
         chunked_nll(hidden, weight, labels, chunk=0)
     with pytest.raises(RuntimeError, match="no second derivative"):  # else curvature would be wrong without a word
         torch.autograd.grad(chunked_nll(hidden.requires_grad_(), weight, labels).sum(), hidden, create_graph=True)

@@ -14,8 +14,8 @@ from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from tests import reference, tiny
-from tests.test_nn_gain_cache import CHANGES, X, in_place, load_another_base, only_the_magnitude
-from tests.test_ops_adapted_linear import arrays, to_numpy
+from tests.test_nn_parameter_cache import CHANGES, X, in_place, load_another_base, only_the_magnitude
+from tests.test_ops_adapted_product import arrays, to_numpy
 
 
 def moved(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> AdaptedLinear:
@@ -70,20 +70,20 @@ def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind: str, qua
         layer = AdaptedLinear(FrozenLinear(packed, layer.base.bias), kind=kind, rank=3).eval()  # type: ignore[arg-type]
         tiny.move_all_parameters_(layer)
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    layer.keep_scales()
+    layer.keeps_scales = True
     for change in (lambda: None, lambda: in_place(layer), lambda: layer.train().eval()):
         change()
         expected = layer(x).detach()
         with torch.inference_mode():
             assert torch.equal(layer(x), expected)
             assert torch.equal(layer(x), expected)
-        kept = layer._product_cache._entry.products  # type: ignore[union-attr]
+        kept = layer._cache._entries["products"].value  # type: ignore[union-attr]
         assert (kept.weight is None) == (quant is None)
         assert kept.gain is None or quant is None
-    layer.keep_scales(False)
+    layer.keeps_scales = False
     with torch.no_grad():
         layer(x)
-    assert layer._product_cache._entry.products.weight is None  # type: ignore[union-attr]
+    assert layer._cache._entries["products"].value.weight is None  # type: ignore[union-attr]
 
 
 def test_scales_are_kept_where_a_gpu_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +103,10 @@ def test_a_weight_that_comes_and_goes_is_not_kept() -> None:
 
     layer = moved("dora", torch.bfloat16, in_=128, quant="nf4")
     layer.base.residency = Nowhere()
-    layer.keep_scales()
+    layer.keeps_scales = True
     with torch.no_grad():
         layer(torch.ones(1, 128, dtype=torch.bfloat16))
-    assert layer._product_cache._entry.products.weight is None  # type: ignore[union-attr]
+    assert layer._cache._entries["products"].value.weight is None  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -148,7 +148,7 @@ def test_factors_are_made_once_and_only_for_evaluation(kind: str, made: list[int
         layer(X)
     assert len(made) == 3
     layer.train()
-    assert layer._product_cache._entry is None
+    assert "products" not in layer._cache._entries
     with torch.no_grad():
         layer(X)
     assert len(made) == 3

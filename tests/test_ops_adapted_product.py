@@ -14,8 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.dora import gain, merged_weight, row_norm
+from qdora.ops.dora import gain, merged_weight, row_norm, squared_row_norm
 from tests import reference, tiny
+
+
+def norm_of(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The row norm with products in the weight's own dtype."""
+    squared = squared_row_norm(weight)
+    return row_norm(weight, lora_A, lora_B, scaling, base_squared=squared, dtype=weight.dtype)
 
 
 def to_numpy(tensor: torch.Tensor | None) -> Any:
@@ -195,7 +201,7 @@ def test_row_norm_of_bf16_weights_where_the_adapter_shortens_the_row() -> None:
     w = torch.tensor(-(b @ a) / (1 - left)).bfloat16()
     a16, b16 = torch.tensor(a).bfloat16(), torch.tensor(b).bfloat16()
     expected = reference.row_norm(w.double().numpy(), a16.double().numpy(), b16.double().numpy(), 1.0)
-    got = row_norm(w, a16, b16, 1.0).double().numpy()
+    got = norm_of(w, a16, b16, 1.0).double().numpy()
     assert np.max(np.abs(got / expected - 1)) < 2**-8 * 2
 
 
@@ -219,7 +225,7 @@ def test_second_derivatives_are_refused_and_not_wrong() -> None:
 def test_row_norm_is_exact_for_any_shape(out: int, in_: int, rank: int, scaling: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     w, a, b = rng.normal(size=(out, in_)), rng.normal(size=(rank, in_)), rng.normal(size=(out, rank))
-    got = row_norm(torch.tensor(w), torch.tensor(a), torch.tensor(b), scaling)
+    got = norm_of(torch.tensor(w), torch.tensor(a), torch.tensor(b), scaling)
     np.testing.assert_allclose(got.numpy(), reference.row_norm(w, a, b, scaling), rtol=1e-10)
 
 
@@ -232,7 +238,7 @@ def test_row_norm_where_the_adapter_cancels_the_row(left: float) -> None:
     w32 = torch.tensor(w, dtype=torch.float32)
     a32, b32 = torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)
     expected = reference.row_norm(w32.double().numpy(), a32.double().numpy(), b32.double().numpy(), 0.5)
-    got = row_norm(w32, a32, b32, 0.5).double().numpy()
+    got = norm_of(w32, a32, b32, 0.5).double().numpy()
     scale = np.linalg.norm(w, axis=1)
     np.testing.assert_allclose(got / scale, expected / scale, rtol=2e-5, atol=2e-7)
 
@@ -370,9 +376,9 @@ def test_a_cast_of_the_model_leaves_scales_and_magnitudes_in_float32() -> None:
 
 
 def test_shapes_that_do_not_chain_are_named() -> None:
-    with pytest.raises(ValueError, match=r"lora_B \(3, 2\)"):
-        row_norm(torch.zeros(4, 5), torch.zeros(2, 5), torch.zeros(3, 2), 1.0)
-    with pytest.raises(ValueError, match="allowed: 1 to 5"):
+    with pytest.raises(ValueError, match=r"\(4, 5\), \(2, 5\) and \(3, 2\)"):
+        norm_of(torch.zeros(4, 5), torch.zeros(2, 5), torch.zeros(3, 2), 1.0)
+    with pytest.raises(ValueError, match="must be 1 to 5, got 6"):
         AdaptedLinear(FrozenLinear(torch.randn(5, 8)), rank=6)
 
 

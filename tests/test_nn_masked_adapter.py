@@ -18,7 +18,9 @@ from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops import masked_linear as ops
+from qdora.ops import masked_update
+from qdora.ops.adapted_product import adapted_linear
+from qdora.ops.dropout import draw_seed, dropped
 from qdora.ops.packed import quantize
 from qdora.ops.prune import prune_weight
 from qdora.ops.sparsity import mask_bits, mask_from_bits, pattern_from
@@ -80,7 +82,7 @@ def tokens(count: int = 6, in_: int = 24, dtype: torch.dtype = torch.float64) ->
 
 @pytest.fixture(params=[1, 5, 1024])
 def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(ops, "_ROWS", request.param)
+    monkeypatch.setattr(masked_update, "_ROWS", request.param)
     return request.param
 
 
@@ -117,8 +119,8 @@ def test_gradients(pattern: str, kind: str, dropout: float, rows_at_once: int) -
     drop = None
     if dropout:
         torch.manual_seed(3)
-        seed = ops.draw_seed()
-        drop = ops._dropped(torch.ones_like(x), dropout, seed).detach().numpy() / (1 - dropout)
+        seed = draw_seed()
+        drop = dropped(torch.ones_like(x), dropout, seed).detach().numpy() / (1 - dropout)
         assert 0 < (drop == 0).mean() < 0.6
     torch.manual_seed(3)
     out = layer(x)
@@ -142,7 +144,8 @@ def test_gradcheck_with_the_norm_held_fixed() -> None:
 
     def run(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         held = type(gain)((m / norm).detach(), m.detach().reciprocal())
-        return ops.masked_linear(x, weight, bits, layer.base.bias, a, b, 1.5, magnitude=m, gain=held)
+        bias = layer.base.bias
+        return adapted_linear(x, weight, a, b, 1.5, bias=bias, magnitude=m, gain=held, keep_bits=bits)
 
     inputs = [tokens(3, 8), layer.lora_A.detach(), layer.lora_B.detach(), layer.magnitude.detach()]
     assert torch.autograd.gradcheck(run, [each.clone().requires_grad_() for each in inputs])
