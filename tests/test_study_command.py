@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import RunFailure, UserError
-from qdora.model.build_model import model_size
 from qdora.model.inject import inject
+from qdora.model.model_size import model_size
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.recipe.recipe_file import settings

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.model.pruning import CompressedLayer
+from qdora.model.pruning import PrunedLayer
 from qdora.study.grid import COLUMNS, Cell
 from qdora.study.report import report_run, write_report
 from qdora.study.report_tables import Report, read_report
@@ -283,7 +283,7 @@ def test_no_column_can_be_an_axis_too(report: Report) -> None:
     axes = set(fake_study.DOCUMENT["product"])
     columns = {column for table in report.tables.values() for row in table for column in row}
     assert columns - axes - {"prompt", "output"} <= COLUMNS
-    layer = {field.name for field in fields(CompressedLayer)} | {"sparsity"}
+    layer = {field.name for field in fields(PrunedLayer)} | {"sparsity"}
     assert layer <= COLUMNS
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from qdora.data.loader import share_of
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.files import run_directory as record
+from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run import writer as run_writer
@@ -386,6 +386,6 @@ def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> 
     _, errors = process.communicate(timeout=90)
     assert process.returncode != 0
     assert errors.count("Go on with --resume") == 1
-    newest = record.open_run(run).newest_checkpoint()
+    newest = open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(lines(run))

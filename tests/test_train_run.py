@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
-from qdora.files import run_directory as record
+from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.evaluate import evaluate_target
@@ -91,7 +91,7 @@ def test_a_finished_run_can_be_resumed_and_stays_the_same(root: Path, tmp_path: 
     before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
     train_run(recipe, tmp_path / "run", resume=True)
     assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
-    with pytest.raises(UserError, match=r"train\.seed: got 5, was 0"):
+    with pytest.raises(UserError, match=r"train\.seed: must be 0, as at the start of the run \(got 5\)"):
         train_run(tiny_run.recipe(root, train__steps=2, train__seed=5), tmp_path / "run", resume=True)
 
 
@@ -342,7 +342,7 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "Go on with --resume" in errors
     assert "Traceback" not in errors
-    newest = record.open_run(tmp_path / "run").newest_checkpoint()
+    newest = open_run(tmp_path / "run").newest_checkpoint()
     assert newest is not None
     assert newest.step == len(trained(tmp_path / "run"))
 

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
-from qdora.model.decoder_blocks import block_list
+from qdora.model.load import block_list
 
 # Smaller inputs are masks and positions.
 _LEAST_BYTES = 1 << 16

@@ -6,17 +6,17 @@ any time, so nothing can read a wrong weight; only the pages behind the views ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.memory.streaming import Ring, Turns
-from qdora.model.load import Quantization, is_wide, place_dense, place_frozen, wide_names
-from qdora.model.packed_base import BaseCache, Part, StoredBase
-from qdora.model.stored_tensors import Stored, iterate_tensors
+from qdora.model.base_cache import BaseCache
+from qdora.model.load import Loading, is_wide, place_dense, place_frozen, wide_names
+from qdora.model.packed_base import PackedBase, Part
+from qdora.model.stored_tensors import iterate_tensors
 from qdora.ops.packed import PackedWeight
 
 # Smaller tensors are copied, since dropping the rest of a page would save nothing.
@@ -38,21 +38,13 @@ class DiskResidency:
         self.cache, self.num_streamed = cache, num_streamed
         self.ring: Ring | None = None
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        stored: Mapping[str, Stored],
-        layers: set[str],
-        wanted: Quantization,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Put the weights into the model; arguments are those of `load.place_all`.
+    def __call__(self, load: Loading) -> None:
+        """Put the weights into the model.
 
         Raises:
             UserError: Another device than the CPU, a model without a list of blocks, more blocks than it has.
         """
+        model, device, progress = load.model, load.device, load.progress
         if device.type != "cpu":
             raise UserError("base.residency: must be one of device, host on a GPU, got disk.")
         base = self.cache.base
@@ -60,8 +52,8 @@ class DiskResidency:
         turns = Turns(model, self.num_streamed)
         blocks: list[list[Part]] = [[] for _ in range(len(turns))]
         others: list[Part] = []
-        wide = wide_names(model, compute_dtype)
-        for done, (name, value) in enumerate(iterate_tensors(stored), start=1):
+        wide = wide_names(model, load.compute_dtype)
+        for done, (name, value) in enumerate(iterate_tensors(load.stored), start=1):
             path, _, leaf = name.rpartition(".")
             turn = turns.of(name)
             if isinstance(value, PackedWeight) and turn is not None:
@@ -71,7 +63,7 @@ class DiskResidency:
                 place_frozen(model, path, value.clone())
                 _drop(base, name)
             else:
-                dtype = torch.float32 if is_wide(name, wide) else compute_dtype
+                dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
                 if value.dtype == dtype and value.nbytes >= _LEAST_MAPPED_BYTES:
                     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
                     others += base.parts(name)
@@ -80,7 +72,7 @@ class DiskResidency:
                     _drop(base, name)
             del value
             if progress is not None:
-                progress(done, len(stored))
+                progress(done, len(load.stored))
         self.ring = turns.start(_Pages(blocks, others))
 
 
@@ -103,6 +95,6 @@ class _Pages:
         """Nothing to do: on a CPU issued work is done."""
 
 
-def _drop(base: StoredBase, name: str) -> None:
+def _drop(base: PackedBase, name: str) -> None:
     for part in base.parts(name):
         part.file.drop(part.name)

@@ -21,7 +21,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.streaming import NUM_SLOTS, Ring, Turns
 from qdora.model.inject import replace_module
-from qdora.model.load import Quantization, is_wide, place_dense, place_frozen, wide_names
+from qdora.model.load import Loading, Quantization, is_wide, place_dense, place_frozen, wide_names
 from qdora.model.stored_tensors import Stored, StoredPacked, iterate_tensors, tied_weights
 from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
@@ -132,28 +132,18 @@ class HostResidency:
         self._free_bytes = free_bytes
 
     @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        stored: Mapping[str, Stored],
-        layers: set[str],
-        wanted: Quantization,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Put the weights into the model; arguments are those of `load.place_all`.
-
-        The device never holds more of the blocks than in training.
+    def __call__(self, load: Loading) -> None:
+        """Put the weights into the model; the device never holds more of the blocks than in training.
 
         Raises:
             UserError: A model without a list of blocks, more blocks than it has, too little host memory.
         """
+        model, stored, layers, wanted, device = load.model, load.stored, load.layers, load.wanted, load.device
         turns = Turns(model, self.num_streamed)
         pieces = _pieces(stored, layers, wanted, turns)
         embeddings = (module.weight for module in model.modules() if isinstance(module, HostEmbedding))
         _pin(pieces, device, self._free_bytes(), sum(table.nbytes for table in embeddings))
-        wide = wide_names(model, compute_dtype)
+        wide = wide_names(model, load.compute_dtype)
         for done, (name, read) in enumerate(iterate_tensors(stored), start=1):
             path, _, leaf = name.rpartition(".")
             value, turn = read, turns.of(name)
@@ -170,11 +160,11 @@ class HostResidency:
             elif isinstance(value, PackedWeight):
                 place_frozen(model, path, value.to(device))
             else:
-                dtype = torch.float32 if is_wide(name, wide) else compute_dtype
+                dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
                 place_dense(model.get_submodule(path), leaf, value, device, dtype)
             del value, read
-            if progress is not None:
-                progress(done, len(stored))
+            if load.progress is not None:
+                load.progress(done, len(stored))
         most = max((piece.num_bytes for piece in pieces), default=0)
         slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self.sample = pieces[0].host, slots[0]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
-from qdora.model.decoder_blocks import block_list
+from qdora.model.load import block_list
 from qdora.nn.frozen_linear import FrozenLinear
 
 NUM_SLOTS = 2

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from qdora.data.example import Example
 from qdora.evaluation.suite import compare_table
 from qdora.files.atomic import atomic_write_text
-from qdora.model.build_model import describe_adapters, model_size
+from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
+from qdora.model.model_size import model_size
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources

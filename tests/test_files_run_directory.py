@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qdora.errors import RunFailure, UserError
-from qdora.files import atomic as atomic_files
+from qdora.files import atomic
 from qdora.files.atomic import atomic_directory, atomic_write_bytes, atomic_write_json, json_text, remove_leftovers
 from qdora.files.environment import VARIABLES, environment
 from qdora.files.run_directory import Checkpoint, RunDirectory, checkpoint_fault, create_run, open_run, resume_run
@@ -87,15 +87,15 @@ def test_a_kill_between_the_first_two_files_is_gone_on_from(tmp_path: Path) -> N
 def test_create_refuses_a_run_other_files_and_a_file(run: RunDirectory, tmp_path: Path) -> None:
     run.append_metrics({"step": 1})
     before = tree(tmp_path)
-    with pytest.raises(UserError, match=r"run: holds a run. Go on with it by --resume"):
+    with pytest.raises(UserError, match=r"run: holds a run\. Fix: resume it with --resume"):
         create_run(run.path, RECIPE, ENVIRONMENT)
     other = tmp_path / "home"
     other.mkdir()
     (other / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"home: not empty and not a run, got thesis.tex"):
+    with pytest.raises(UserError, match=r"home: must be new or empty \(got thesis\.tex in it\)"):
         create_run(other, RECIPE, ENVIRONMENT)
     for path in (other / "thesis.tex", other / "thesis.tex" / "run"):
-        with pytest.raises(UserError, match="in the way or below a file"):
+        with pytest.raises(UserError, match="is a file, or below one"):
             create_run(path, RECIPE, ENVIRONMENT)
     (other / "thesis.tex").unlink()
     assert tree(tmp_path) == before
@@ -112,9 +112,8 @@ def test_resume_needs_a_run_and_the_same_training(run: RunDirectory, tmp_path: P
     with pytest.raises(UserError) as raised:
         resume_run(run.path, changed, ENVIRONMENT)
     assert raised.value.faults == (
-        f"{run.path}: data.mix: got [{{'task': 'piqa'}}], was [{{'task': 'boolq'}}], "
-        "allowed: what the run was started with.",
-        f"{run.path}: train.seed: got 3, was None, allowed: what the run was started with.",
+        f"{run.path}: data.mix: must be [{{'task': 'boolq'}}], as at the start of the run (got [{{'task': 'piqa'}}]).",
+        f"{run.path}: train.seed: must be None, as at the start of the run (got 3).",
     )
     assert run.recipe_file.read_text() == RECIPE
     more_lines = RECIPE.replace("log_every: 1", "log_every: 5")
@@ -266,7 +265,7 @@ def test_everything_is_flushed_before_the_name_appears(run: RunDirectory, monkey
     def record(path: Path) -> None:
         flushed.append((str(path.relative_to(run.checkpoints)), (run.checkpoints / "step-1").exists()))
 
-    monkeypatch.setattr(atomic_files, "sync", record)
+    monkeypatch.setattr(atomic, "sync", record)
     save(run, 1)
     aside = ".step-1.partial"
     inside = ["adapter.safetensors", "complete.json", "state", "state/optimizer.json"]
@@ -308,7 +307,7 @@ def outside(path: Path) -> None:
         (lambda path: (path / "complete.json").write_text('{"step": 2, "fi'), "complete.json is damaged"),
         (lambda path: (path / "complete.json").write_text("[]"), "complete.json is damaged"),
         (lambda path: (path / "complete.json").write_text('{"files": {"a": 3}}'), "a: No such file or directory"),
-        (lambda path: (path / "adapter.safetensors").write_bytes(b"weight"), "has 6 bytes in place of 7"),
+        (lambda path: (path / "adapter.safetensors").write_bytes(b"weight"), "has 6 bytes, not 7"),
         (lambda path: (path / "state" / "optimizer.json").unlink(), "optimizer.json: No such file or directory"),
         (flip, "adapter.safetensors has changed"),
         (outside, "../../x is outside"),
@@ -355,7 +354,7 @@ def test_a_full_disk_removes_the_part_and_names_the_last_whole_checkpoint(
         assert os.listdir(run.checkpoints) == ["step-1"]
     for function in ("fsync", "rename"):  # full only when flushed; a rename that needs a new block
         with monkeypatch.context() as patch:
-            patch.setattr(atomic_files.os, function, full_disk)
+            patch.setattr(atomic.os, function, full_disk)
             with (
                 pytest.raises(RunFailure, match=r"disk is full\. Safe on disk: .*step-1"),
                 run.checkpoint_directory(2) as path,
@@ -379,7 +378,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_checkpoint(
             full_disk()
         real(source, target)
 
-    monkeypatch.setattr(atomic_files.os, "rename", second_fails)
+    monkeypatch.setattr(atomic.os, "rename", second_fails)
     with pytest.raises(RunFailure, match="disk is full"):
         save(run, 1, b"new")
     assert tree(run.path) == before
@@ -409,7 +408,7 @@ def test_other_errors_and_interrupts_leave_nothing_and_stay_what_they_are(run: R
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qdora import atomic_files
+from qdora.files import atomic
 from qdora.files.run_directory import RunDirectory
 run, calls, when = RunDirectory(Path(sys.argv[1])), [], int(sys.argv[2])
 def die(function):
@@ -419,7 +418,7 @@ def die(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments)
     return call
-atomic_files.os.rename, atomic_files.os.replace, atomic_files.os.fsync = map(die, (os.rename, os.replace, os.fsync))
+atomic.os.rename, atomic.os.replace, atomic.os.fsync = map(die, (os.rename, os.replace, os.fsync))
 with run.checkpoint_directory(2) as path:
     (path / "a.bin").write_bytes(b"new")
 print(len(calls))
@@ -523,7 +522,7 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypat
     atomic_write_json(file, {"a": 1})
     for function in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(atomic_files.os, function, full_disk)
+            patch.setattr(atomic.os, function, full_disk)
             with pytest.raises(OSError, match="No space left"):
                 atomic_write_bytes(file, b"new")
         assert tree(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from qdora.model.inject import inject
 from qdora.model.loftq_start import nearest_low_rank, start_from_error_
-from qdora.model.pruning import Compression, PruneSettings
+from qdora.model.pruning import Pruner
 from qdora.model.source import resolve
-from qdora.ops.sparsity import pattern_from
+from qdora.recipe.settings import PruneConfig
 from qdora.run.train import train_run
 from tests import checkpoints, tiny_run
 
@@ -37,7 +37,7 @@ def test_nearest_low_rank(rows, columns, rank, seed):
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_the_start_is_nearer_to_the_source(tmp_path: Path, kind: str, masked: bool) -> None:
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama-tied-biased"])
-    placer = Compression(PruneSettings("magnitude", pattern_from("2:4")))
+    placer = Pruner(PruneConfig(method="magnitude", pattern="2:4"))
     model = checkpoints.load(tmp_path, quant="nf2", placer=placer)
     original = checkpoints.load(tmp_path)
     layers = inject(model, kind=kind, rank=8, alpha=8.0, dtype=torch.float32, masked=masked)

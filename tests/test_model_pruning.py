@@ -9,28 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qdora.errors import UserError
-from qdora.model import pruning as compress
+from qdora.model import packed_base, pruning
 from qdora.model.inject import frozen_layers
 from qdora.model.load import Quantization
-from qdora.model.pruned_file import StoredCompression, save_compressed
-from qdora.model.pruning import Compression, PruneSettings, quantized_layers
+from qdora.model.packed_base import PrunedBase, save_pruned_base
+from qdora.model.pruning import Pruner, quantized_layers
 from qdora.model.source import resolve
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import dequantize, quantize
-from qdora.ops.sparsity import pattern_from
+from qdora.recipe.settings import PruneConfig
 from tests import checkpoints, reference_prune, reference_quant
 
 IDS = torch.randint(1, 97, (5, 11), generator=torch.Generator().manual_seed(3))
-HALF = pattern_from("unstructured", 0.5)
 
 
-def compressed(directory: Path, settings: PruneSettings, **load: Any) -> tuple[Any, Compression]:
-    compression = Compression(settings, None if settings.method == "magnitude" else IDS)
-    return checkpoints.load(directory, placer=compression, **load), compression
+def pruned_model(directory: Path, settings: PruneConfig, **load: Any) -> tuple[Any, Pruner]:
+    pruner = Pruner(settings, None if settings.method == "magnitude" else IDS)
+    return checkpoints.load(directory, placer=pruner, **load), pruner
 
 
 def block_inputs(model: nn.Module, block: int) -> dict[str, np.ndarray]:
@@ -75,16 +75,16 @@ def expected_masks(directory: Path, *, quant: str | None, first: bool = False) -
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gemma3", "llama-tied-biased"])
 @pytest.mark.parametrize("quant, order", [("none", "prune_first"), ("nf4", "prune_first"), ("nf4", "quantize_first")])
-def test_each_block_is_measured_behind_the_compressed_ones(
+def test_each_block_is_measured_on_what_the_pruned_ones_compute(
     tmp_path: Path, architecture: str, quant: str, order: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compress, "_TOKENS_AT_ONCE", 22)  # two of the five sequences at a time
+    monkeypatch.setattr(pruning, "_TOKENS_AT_ONCE", 22)  # two of the five sequences at a time
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS[architecture])
-    settings = PruneSettings("wanda", HALF, order=order)
-    model, compression = compressed(tmp_path, settings, quant=quant, compute_dtype=torch.float64)
+    settings = PruneConfig(method="wanda", sparsity=0.5, order=order)
+    model, pruner = pruned_model(tmp_path, settings, quant=quant, compute_dtype=torch.float64)
     masks, expected = expected_masks(tmp_path, quant=quant.replace("none", "") or None, first=order == "quantize_first")
     layers = frozen_layers(model)
-    assert layers.keys() == masks.keys() == compression.layers.keys()
+    assert layers.keys() == masks.keys() == pruner.layers.keys()
     assert len(masks) == 14
     num_disagree = 0
     for name, mask in masks.items():
@@ -97,7 +97,7 @@ def test_each_block_is_measured_behind_the_compressed_ones(
         target = expected.get_submodule(name).weight.data
         torch.testing.assert_close(wide[~disagree], target[~disagree], rtol=1e-6, atol=1e-7)
         assert not wide[~keep].any()
-        report = compression.layers[name]
+        report = pruner.layers[name]
         assert report.num_pruned == int((~mask).sum()) == report.num_weights // 2
         assert report.num_zeros == int((wide == 0).sum())
     with torch.no_grad():
@@ -112,8 +112,8 @@ def test_each_block_is_measured_behind_the_compressed_ones(
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "rows", "columns", "unstructured"])
 def test_every_rule_on_a_whole_model(tmp_path: Path, method: str, pattern: str) -> None:
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["qwen2"])
-    wanted = pattern_from(pattern, None if ":" in pattern else 0.25)
-    model, compression = compressed(tmp_path, PruneSettings(method, wanted), quant="nf4")
+    settings = PruneConfig(method=method, pattern=pattern, sparsity=None if ":" in pattern else 0.25)
+    model, pruner = pruned_model(tmp_path, settings, quant="nf4")
     for name, layer in frozen_layers(model).items():
         keep = layer.keep_mask()
         assert keep is not None
@@ -123,7 +123,7 @@ def test_every_rule_on_a_whole_model(tmp_path: Path, method: str, pattern: str) 
         if ":" in pattern:
             of = int(pattern[-1])
             assert bool((keep.view(len(keep), -1, of).sum(2) == of // 2).all())
-    assert compression.layers.keys() == frozen_layers(model).keys()
+    assert pruner.layers.keys() == frozen_layers(model).keys()
     assert bool(checkpoints.logits(model).isfinite().all())
 
 
@@ -133,8 +133,8 @@ def test_sparsegpt_disturbs_the_outputs_least(tmp_path: Path) -> None:
     many = torch.randint(1, 97, (40, 24), generator=torch.Generator().manual_seed(4))
     losses = {}
     for method in ("magnitude", "wanda", "sparsegpt"):
-        compression = Compression(PruneSettings(method, HALF), None if method == "magnitude" else many)
-        model = checkpoints.load(tmp_path, placer=compression)
+        pruner = Pruner(PruneConfig(method=method, sparsity=0.5), None if method == "magnitude" else many)
+        model = checkpoints.load(tmp_path, placer=pruner)
         first = "model.layers.0.self_attn.q_proj"
         with torch.no_grad():
             x = dense.model.layers[0].input_layernorm(dense.model.embed_tokens(many)).view(-1, 64)
@@ -149,7 +149,7 @@ def test_pruning_what_was_quantised_keeps_its_scales_and_codes(tmp_path: Path, k
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama"])
     plain = frozen_layers(checkpoints.load(tmp_path, quant=kind))
     pruned = frozen_layers(
-        compressed(tmp_path, PruneSettings("magnitude", HALF, order="quantize_first"), quant=kind)[0]
+        pruned_model(tmp_path, PruneConfig(method="magnitude", sparsity=0.5, order="quantize_first"), quant=kind)[0]
     )
     for name, layer in plain.items():
         before, after = layer.packed_weight, pruned[name].packed_weight
@@ -182,10 +182,10 @@ def test_errors_of_quantising_alone(tmp_path: Path, kind: str) -> None:
 
 def test_skipped_layers_stay_dense_and_whole(tmp_path: Path) -> None:
     checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama"])
-    settings = PruneSettings("wanda", HALF)
+    settings = PruneConfig(method="wanda", sparsity=0.5)
     for quant in ("none", "nf4"):
-        model, compression = compressed(tmp_path, settings, quant=quant, skip=("lm_head", "down_proj"))
-        assert len(compression.layers) == 12
+        model, pruner = pruned_model(tmp_path, settings, quant=quant, skip=("lm_head", "down_proj"))
+        assert len(pruner.layers) == 12
         stored = AutoModelForCausalLM.from_pretrained(tmp_path)
         for index in range(2):
             name = f"model.layers.{index}.mlp.down_proj"
@@ -195,19 +195,44 @@ def test_skipped_layers_stay_dense_and_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("architecture", ["llama-tied-biased", "gemma3"])
-def test_a_compressed_base_comes_back_bit_for_bit(tmp_path: Path, quant: str, architecture: str) -> None:
+def test_a_pruned_base_comes_back_bit_for_bit(tmp_path: Path, quant: str, architecture: str) -> None:
     checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS[architecture])
-    model, compression = compressed(tmp_path / "model", PruneSettings("sparsegpt", HALF), quant=quant)
-    record = save_compressed(model, compression.layers, tmp_path / "base", {"method": "sparsegpt"})
+    model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="sparsegpt", sparsity=0.5), quant=quant)
+    record = save_pruned_base(model, pruner.layers, tmp_path / "base", {"method": "sparsegpt"})
     assert record == json.loads((tmp_path / "base/compressed.json").read_text())
     assert record["sparsity"] == 0.5
-    assert set(record["layers"]) == set(compression.layers)
-    again = checkpoints.load(tmp_path / "model", quant=quant, placer=StoredCompression(tmp_path / "base"))
+    assert set(record["layers"]) == set(pruner.layers)
+    again = checkpoints.load(tmp_path / "model", quant=quant, placer=PrunedBase(tmp_path / "base"))
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert any(name.endswith("keep_bits") for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(checkpoints.logits(model), checkpoints.logits(again))
+
+
+def test_a_pruned_base_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_base, "_PRUNED_FILE_BYTES", 10_000)
+    checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS["llama"])
+    model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="magnitude", sparsity=0.5), quant="nf4")
+    save_pruned_base(model, pruner.layers, tmp_path / "base", {})
+    assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 3
+    again = checkpoints.load(tmp_path / "model", quant="nf4", placer=PrunedBase(tmp_path / "base"))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    (tmp_path / "base/copy.safetensors").write_bytes((tmp_path / "base/model-00000.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"model-00000\.safetensors: is damaged: tensor '.*' is in another file, too"):
+        PrunedBase(tmp_path / "base")
+
+
+def test_a_missing_mask_is_an_error(tmp_path: Path) -> None:
+    checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS["llama"])
+    model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="magnitude", sparsity=0.5), quant="nf4")
+    save_pruned_base(model, pruner.layers, tmp_path / "base", {})
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.self_attn.q_proj.keep_bits"]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"q_proj\.keep_bits: cannot be read: the tensor is missing"):
+        checkpoints.load(tmp_path / "model", quant="nf4", placer=PrunedBase(tmp_path / "base"))
 
 
 def test_a_cast_of_the_model_leaves_the_mask_alone() -> None:
@@ -220,28 +245,28 @@ def test_a_cast_of_the_model_leaves_the_mask_alone() -> None:
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS["llama"])
-    with pytest.raises(ValueError, match="exactly where it measures"):
-        Compression(PruneSettings("wanda", HALF))
+    with pytest.raises(ValueError, match="pruning by wanda needs calibration text"):
+        Pruner(PruneConfig(method="wanda", sparsity=0.5))
     with pytest.raises(ValueError, match=r"q_proj\.weight: pattern 3:7 needs in_features divisible by 7, got 64"):
-        compressed(tmp_path / "model", PruneSettings("magnitude", pattern_from("3:7")))
-    with pytest.raises(UserError, match="holds no compressed base"):
-        StoredCompression(tmp_path / "model")
-    model, compression = compressed(tmp_path / "model", PruneSettings("magnitude", HALF), quant="nf4")
-    save_compressed(model, compression.layers, tmp_path / "base", {})
-    with pytest.raises(UserError, match=r"down_proj is none that this model and recipe compress"):
+        pruned_model(tmp_path / "model", PruneConfig(method="magnitude", pattern="3:7"))
+    with pytest.raises(UserError, match=r"holds no packed base \(compressed\.json is missing"):
+        PrunedBase(tmp_path / "model")
+    model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="magnitude", sparsity=0.5), quant="nf4")
+    save_pruned_base(model, pruner.layers, tmp_path / "base", {})
+    with pytest.raises(UserError, match=r"down_proj is not a layer that this model and recipe prune"):
         checkpoints.load(
-            tmp_path / "model", quant="nf4", skip=["lm_head", "down_proj"], placer=StoredCompression(tmp_path / "base")
+            tmp_path / "model", quant="nf4", skip=["lm_head", "down_proj"], placer=PrunedBase(tmp_path / "base")
         )
     file = tmp_path / "base/compressed.json"
     good = json.loads(file.read_text())
     file.write_text(json.dumps({**good, "format": 9}))
-    with pytest.raises(UserError, match="format 9, allowed: 1"):
-        StoredCompression(tmp_path / "base")
+    with pytest.raises(UserError, match=r"is damaged: format: Input should be 1 \(got \'9\'\)"):
+        PrunedBase(tmp_path / "base")
     name = "model.layers.0.self_attn.q_proj"
     good["layers"][name]["block_size"] = 128
     file.write_text(json.dumps(good))
-    with pytest.raises(UserError, match=rf"{name}: cannot be read"):
-        checkpoints.load(tmp_path / "model", quant="nf4", placer=StoredCompression(tmp_path / "base"))
+    with pytest.raises(UserError, match=rf"{name}\.weight: cannot be read"):
+        checkpoints.load(tmp_path / "model", quant="nf4", placer=PrunedBase(tmp_path / "base"))
     file.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        StoredCompression(tmp_path / "base")
+        PrunedBase(tmp_path / "base")
