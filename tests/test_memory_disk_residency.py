@@ -139,7 +139,9 @@ def test_what_cannot_be_is_said(source: Path, tmp_path: Path, root: Path) -> Non
         tiny_run.recipe(root, base__residency="disk", memory__checkpointing=False)
     with pytest.raises(UserError, match=r"base\.streamed_blocks: would be ignored because base\.residency is device"):
         tiny_run.recipe(root, base__streamed_blocks=1)
-    with pytest.raises(UserError, match=r"base\.residency: needs packed weights, got disk with quant none"):
+    with pytest.raises(
+        UserError, match=r"base\.residency: must be device with quant none, which packs no weights, got disk"
+    ):
         tiny_run.recipe(root, base__residency="disk", base__quant="none")
-    with pytest.raises(UserError, match=r"base\.residency: a pruned base stays on the device"):
+    with pytest.raises(UserError, match=r"base\.residency: must be device with a pruned base, got disk"):
         tiny_run.recipe(root, base__residency="disk", base__prune={"method": "magnitude", "sparsity": 0.5})

@@ -27,6 +27,7 @@ from qdora.export.nf4_lora import check_foldable
 from qdora.export.streamed_merge import OpenedMerge
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.console import bar
+from qdora.files.markdown_table import markdown_table
 from qdora.model.inject import adapted_layers, frozen_layers, replace_module
 from qdora.model.stored_tensors import StoredPacked
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -355,6 +356,8 @@ def audit_page(name: str, found: Mapping[str, Any]) -> str:
     tasks = list(found["forms"][ADAPTER].get("nll_per_token", {}))
     columns = ["form", "largest logit difference", "mean", "mean KL (nats)", "same argmax"]
     columns += [f"NLL per token, {task}" for task in tasks]
+    basis = f"{found['num_positions']:,} tokens of held-out text and {found['num_examples']:,} examples"
+    lines = [f"# Audit of {name}", "", found["verdict"], "", f"On {basis}, in float32 arithmetic.", ""]
     rows = []
     for form, row in found["forms"].items():
         logits = row.get("logits")
@@ -364,19 +367,14 @@ def audit_page(name: str, found: Mapping[str, Any]) -> str:
         else:
             cells += [f"{logits[key]:.3g}" for key in ("max_logit_difference", "mean_logit_difference", "kl_mean")]
             cells.append(f"{100 * logits['argmax_agreement']:.2f} %")
-        rows.append(cells + [f"{row['nll_per_token'][task]:.4f}" if "nll_per_token" in row else "" for task in tasks])
-    basis = f"{found['num_positions']:,} tokens of held-out text and {found['num_examples']:,} examples"
-    lines = [f"# Audit of {name}", "", found["verdict"], "", f"On {basis}, in float32 arithmetic.", ""]
-    lines += _markdown_table(columns, rows)
+        cells += [f"{row['nll_per_token'][task]:.4f}" if "nll_per_token" in row else "" for task in tasks]
+        rows.append(cells)
+    lines.append(markdown_table(columns, rows))
     if found["layers"]:
-        rows = [
-            [e["path"], f"{e['quantization_error']:.3%}", f"{e['update']:.3%}", f"{e['ratio']:.2f}"]
+        lines += ["", "Layers in which the rounding of the base is largest against what was learnt:", ""]
+        worst = [
+            (e["path"], f"{e['quantization_error']:.3%}", f"{e['update']:.3%}", f"{e['ratio']:.2f}")
             for e in found["layers"][:_WORST_LAYERS]
         ]
-        lines += ["", "Layers whose base has the largest rounding compared with what was learnt:", ""]
-        lines += _markdown_table(["layer", "quantisation error", "update", "ratio"], rows)
+        lines.append(markdown_table(("layer", "quantisation error", "update", "ratio"), worst))
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from qdora.data.batching import MicroBatch
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
-from qdora.plan import peak as parts
-from qdora.plan.block_pattern import BlockPattern, drawn_out, find_pattern
+from qdora.plan import plan_contents as parts
+from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern
 from qdora.plan.memory_plan import measured, plan
-from qdora.plan.peak import MicroBatchShape, Moment, Plan
+from qdora.plan.plan_contents import MicroBatchShape, Moment, Plan
 from qdora.plan.workload import assumed_workload, largest_shapes
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
@@ -62,7 +62,7 @@ def a_config(**changes: Any) -> PreTrainedConfig:
     ],
     ids=["checkpointed", "all kept", "dropout, packed", "full"],
 )
-def test_a_shortened_model_is_drawn_out_to_the_whole(changes: dict[str, Any]) -> None:
+def test_a_shortened_model_is_extrapolated_to_the_whole(changes: dict[str, Any]) -> None:
     recipe = a_recipe(**changes)
     (shape,), count = assumed_workload(recipe)
     drawn, whole = (
@@ -129,10 +129,10 @@ def test_a_pattern_is_found_where_it_saves_something() -> None:
 def test_drawing_out_is_linear_and_needs_the_same_moments() -> None:
     short = [Moment("forward", 0, {"x": 10}), Moment("forward", 3, {"x": 40, "y": 1})]
     longer = [Moment("forward", 0, {"x": 11}), Moment("forward", 4, {"x": 50})]
-    found = drawn_out(short, longer, BlockPattern(0, 1, 10, 0))
+    found = extrapolated(short, longer, BlockPattern(0, 1, 10, 0))
     assert found == [Moment("forward", 0, {"x": 16}), Moment("forward", 9, {"x": 100, "y": -5})]
     with pytest.raises(ValueError, match="forward of block 4"):
-        drawn_out(short, longer[:1], BlockPattern(0, 1, 10, 0))
+        extrapolated(short, longer[:1], BlockPattern(0, 1, 10, 0))
 
 
 def test_a_plan_says_what_to_change_cheapest_first() -> None:

@@ -22,9 +22,9 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.recipe.recipe_file import settings
 from qdora.study import runner as study_verb
+from qdora.study.report_tables import read_report
 from qdora.study.runner import in_words, study_run
-from qdora.study.store import StudyDirectory, read_index
-from qdora.study.tables import read_report
+from qdora.study.study_directory import StudyDirectory, read_index
 from tests import tiny_run
 
 
@@ -161,7 +161,7 @@ def test_cells_that_fail_end_with_their_reason(root: Path, tmp_path: Path, monke
 
     monkeypatch.setattr("qdora.study.runner.train_run", fail)
     with pytest.raises(
-        RunFailure, match=r"4 of 4 cells were given up, first .*RuntimeError: no room\. .*--retry-failed"
+        RunFailure, match=r"4 of 4 cells failed; the first is .*RuntimeError: no room\. .*Fix: .*--retry-failed"
     ):
         study_run(write_study(root, retries=0), tmp_path, console=Console(file=io.StringIO()))
 
@@ -172,7 +172,7 @@ def test_the_command_checks_before_it_runs(root: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert [cell["is_trained"] for cell in json.loads(found.stdout)["cells"]] == [False]
     for options, text in (
-        (["--shard", "4/3"], "--shard: got '4/3', allowed: I/N"),
+        (["--shard", "4/3"], "--shard: must be I/N"),
         (["--jobs", "2", "--shard", "1/2"], "--jobs: starts processes"),
         (["--cluster", "local"], "belong to --jobs"),
     ):
@@ -218,10 +218,10 @@ def test_a_real_study_is_reported(done: Path) -> None:
     report = read_report(done)
     assert len(report.tables["arms"]) == 4
     assert {row["repair_reason"] for row in report.tables["arms"]} <= {"not trained", "", NOTHING_LOST}
-    assert report.verdict[0].startswith("No winner is called in any of 1 comparisons")
+    assert report.verdict[0].startswith("No winner in 1 comparisons of NLL")
 
 
-NOTHING_LOST = "compressing lost nothing that the data show"
+NOTHING_LOST = "compression caused no significant loss"
 
 
 def test_cells_share_their_pruned_base(root: Path) -> None:

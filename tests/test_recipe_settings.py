@@ -222,9 +222,9 @@ trackers: [wandbb]
             f"r.yaml: adapter.rnak: unknown key, allowed: {ranks}. Did you mean 'rank'?",
             "r.yaml: adapter.alpha: not valid, got True, allowed: a finite number above 0.",
             f"r.yaml: data.mix[0].task: not valid, got 'bolq', allowed: {names}. Did you mean 'boolq'?",
-            "r.yaml: data.mix[1]: what to read, got both of task and source, allowed: exactly one of task, source.",
+            "r.yaml: data.mix[1]: exactly one of task and source must be set, got both.",
             f"r.yaml: data.mix[2]: not a section, got 3, allowed: {keys}.",
-            "r.yaml: train.steps: contradiction, got both of steps and epochs, allowed: exactly one of them.",
+            "r.yaml: train.steps: exactly one of steps and epochs must be set, got both.",
             "r.yaml: eval: not a section, got 3, allowed: tasks, limit, method, every, at_start, at_end, "
             "best_by, best_metric, patience.",
             "r.yaml: lr: unknown key, allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
@@ -293,12 +293,12 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
     names = ", ".join(recipe_names())
     for name, expected in (
-        ("quikstart", f"quikstart: no such file, allowed: a YAML file, or one of {names}. Did you mean 'quickstart'?"),
-        ("mien.yaml", f"mien.yaml: no such file, allowed: a YAML file, or one of {names}. Did you mean 'mine.yaml'?"),
-        ("no/such/dir.yaml", f"no/such/dir.yaml: no such file, allowed: a YAML file, or one of {names}."),
-        (".", f".: a directory, allowed: a YAML file, or one of {names}."),
-        ("latin.yaml", f"latin.yaml: byte 3 is not UTF-8 text, allowed: a YAML file, or one of {names}."),
-        ("a\0b", f"a\0b: no such file, allowed: a YAML file, or one of {names}."),
+        ("quikstart", f"quikstart: no such file; must be a YAML file, or one of {names}. Did you mean 'quickstart'?"),
+        ("mien.yaml", f"mien.yaml: no such file; must be a YAML file, or one of {names}. Did you mean 'mine.yaml'?"),
+        ("no/such/dir.yaml", f"no/such/dir.yaml: no such file; must be a YAML file, or one of {names}."),
+        (".", f".: is a directory; must be a YAML file, or one of {names}."),
+        ("latin.yaml", f"latin.yaml: byte 3 is not UTF-8 text; must be a YAML file, or one of {names}."),
+        ("a\0b", f"a\0b: no such file; must be a YAML file, or one of {names}."),
     ):
         with pytest.raises(UserError) as raised:
             load_recipe(name)
@@ -378,7 +378,7 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
     lines = faults(section(where, **values))
     matching = [line for line in lines if line.startswith(f"r.yaml: {where}.{key}: would be ignored because ")]
     assert len(matching) == 1, lines
-    assert matching[0].endswith("allowed: leave it out (an override of null does).")
+    assert matching[0].endswith("Fix: remove it (in an override: set it to null).")
     without = {name: value for name, value in values.items() if name != key}
     if "mix" not in key and values.get("kind") != "none":
         assert faults(section(where, **without)) == []
@@ -389,71 +389,87 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
     [
         (
             section("train", batch=None),
-            "train.tokens_per_step: contradiction, got neither of tokens_per_step and batch",
+            "train.tokens_per_step: exactly one of tokens_per_step and batch must be set, got neither.",
         ),
-        (section("train", tokens_per_step=512), "train.tokens_per_step: contradiction, got both of"),
-        (section("train", steps=None), "train.steps: contradiction, got neither of steps and epochs"),
-        (section("train", warmup=11), "train.warmup: longer than the run, got 11 of 10 steps"),
+        (
+            section("train", tokens_per_step=512),
+            "train.tokens_per_step: exactly one of tokens_per_step and batch must be set, got both.",
+        ),
+        (section("train", steps=None), "train.steps: exactly one of steps and epochs must be set, got neither."),
+        (section("train", warmup=11), "train.warmup: must be at most train.steps (10), got 11."),
         (
             section("train", micro_batch_tokens=511),
-            "train.micro_batch_tokens: smaller than the longest example, got 511",
+            "train.micro_batch_tokens: must be at least data.max_length (512), got 511.",
         ),
         (
             section("train", batch=None, tokens_per_step=512, micro_batch_tokens=1024),
-            "train.micro_batch_tokens: more than a whole step, got 1024, allowed: at most train.tokens_per_step (512).",
+            "train.micro_batch_tokens: must be at most train.tokens_per_step (512), got 1024.",
         ),
         (
             section("train", lr_end=3e-4),
-            "train.lr_end: larger than the peak, got 0.0003, allowed: at most train.lr (0.0",
+            "train.lr_end: must be at most train.lr (0.0002), got 0.0003.",
         ),
         (
             section("train", lr_ratio_B=16, lr_ratio_magnitude=1) | {"adapter": {"kind": "lora"}},
-            "train.lr_ratio_magnitude: would be ignored because adapter.kind lora has none, got 1.0, allowed: leave it",
+            "train.lr_ratio_magnitude: would be ignored because adapter.kind lora has none, got 1.0. Fix: remove it",
         ),
         (
             section("train", lr_ratio_B=16) | {"adapter": {"kind": "full"}, "base": {"quant": "none"}},
-            "train.lr_ratio_B: would be ignored because adapter.kind full has none, got 16.0, allowed: leave it out",
+            "train.lr_ratio_B: would be ignored because adapter.kind full has none, got 16.0. Fix: remove it",
         ),
-        (section("adapter", kind="full"), "adapter.kind: full trains 16-bit weights, got base.quant nf4"),
-        (section("adapter", kind="none"), "train.steps: nothing to train with adapter.kind none, got 10, allowed: 0."),
+        (
+            section("adapter", kind="full"),
+            "adapter.kind: full needs base.quant none, since it trains 16-bit weights, got nf4.",
+        ),
+        (
+            section("adapter", kind="none"),
+            "train.steps: must be 0 with adapter.kind none, which trains nothing, got 10.",
+        ),
         (
             section("data", strategy="weights", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa"}]),
-            "data.mix[1].weight: missing for data.strategy weights, got None",
+            "data.mix[1].weight: must be a number above 0 with data.strategy weights, got None.",
         ),
         (
             section("data", mix=[{"source": "/a.txt", "stream": True}], too_long="drop"),
-            "data.mix[0].stream: /a.txt cannot be read in parts, got True, allowed: .parquet, .jsonl",
+            "data.mix[0].stream: a file that is read in parts must end in .parquet or .jsonl, got /a.txt.",
         ),
         (
             section("data", mix=[{"source": "/a", "stream": True}]),
-            "data.too_long: a stream is not read before training, got 'error', allowed: truncate, drop",
+            "data.too_long: must be truncate or drop with a stream, which is not read before training, got 'error'.",
         ),
         (
             {**STREAMED, "train": {"epochs": 1.5, "batch": 4}},
-            "train.epochs: a stream has no known end to count steps to, got 1.5, allowed: train.steps",
+            "train.epochs: must be null with a stream, whose length is not known, got 1.5. Fix: set train.steps.",
         ),
-        (section("data", strategy="temperature"), "data.temperature: missing for data.strategy temperature, got None"),
-        (section("data", mix=[]), "data.mix: nothing to train on, got [], allowed: at least one source."),
-        (section("data", mix=[{}]), "data.mix[0]: what to read, got neither of task and source"),
+        (
+            section("data", strategy="temperature"),
+            "data.temperature: must be a finite number above 0 with data.strategy temperature, got None.",
+        ),
+        (section("data", mix=[]), "data.mix: must have at least one source, got []."),
+        (section("data", mix=[{}]), "data.mix[0]: exactly one of task and source must be set, got neither."),
         (
             section("data", mix=[{"source": "a/x.jsonl"}, {"source": "b/x.jsonl"}]),
-            "data.mix[1].name: the same as that of mix[0], got 'x', allowed: a name of its own.",
+            "data.mix[1].name: must differ from that of mix[0], got 'x'.",
         ),
         (
             section("eval", tasks=["fcts"]) | {"data": {"mix": [{"task": "demo/howto", "name": "facts"}]}},
-            "eval.tasks[0]: not in the mix, got 'fcts', allowed: facts. Did you mean 'facts'?",
+            "eval.tasks[0]: must be a source of the mix, got 'fcts', allowed: facts. Did you mean 'facts'?",
         ),
         (
             section("eval", every=5, best_by="macro") | {"data": {"mix": [{"task": "demo/howto", "name": "macro"}]}},
-            "eval.best_by: is the average and the name of a source, got 'macro', allowed: another name for that source",
+            "eval.best_by: must not be both the average and the name of a source, got 'macro'.",
         ),
         (section("model", source="o/m", trust_remote_code=True), "model.trust_remote_code: runs code from the Hub"),
         (
             section("model", source="o/m", revision="main", trust_remote_code=True),
-            "model.trust_remote_code: runs code from the Hub, got revision 'main' of 'o/m', allowed: only a Hub id",
+            "model.trust_remote_code: runs code from the Hub, so model.revision must be the 40 hex digits of a commit "
+            "of a Hub id, got 'main' of 'o/m'.",
         ),
         (section("model", trust_remote_code=True), "model.trust_remote_code: runs code from the Hub"),
-        ({**minimal(), "trackers": ["wandb", "wandb"]}, "trackers: named twice"),
+        (
+            {**minimal(), "trackers": ["wandb", "wandb"]},
+            "trackers: must name each tracker once, got ['wandb', 'wandb'].",
+        ),
     ],
 )
 def test_contradictions(data: dict[str, Any], expected: str) -> None:
@@ -535,12 +551,12 @@ def test_faults_of_overrides_name_the_override() -> None:
         load_recipe("tiny", wrong)
     expected = [
         "-s adapter.rnak=3: unknown key, allowed: kind, rank,",
-        "-s data.mix[9].limit=3: no entry [9], allowed: one of the 2 entries, from [0].",
-        "-s x: not a setting, allowed: key=value",
+        "-s data.mix[9].limit=3: the index must be below the number of entries (2), got [9].",
+        "-s x: must be key=value",
         "-s train.lr=[: not YAML: ",
         "-s train.lr.x=1: there is nothing called x inside it.",
-        "-s data.mix[0]x=1: not a setting, allowed: key=value",
-        "-s =3: not a setting, allowed: key=value",
+        "-s data.mix[0]x=1: must be key=value",
+        "-s =3: must be key=value",
     ]
     assert len(raised.value.faults) == len(expected)
     for line, start in zip(raised.value.faults, expected, strict=True):
@@ -646,16 +662,16 @@ def test_access_tokens_are_refused_everywhere_and_never_repeated() -> None:
 @pytest.mark.parametrize(
     "prune, message",
     [
-        ({"pattern": "3:3"}, "base.prune.pattern: keeps n of m weights, got '3:3', allowed: n below m."),
+        ({"pattern": "3:3"}, "base.prune.pattern: n must be below m, got '3:3'."),
         ({"pattern": "unstructered"}, "allowed: unstructured, 2:4, 4:8, rows, columns, or another n:m. Did you mean"),
-        ({"method": "wanda"}, "base.prune.sparsity: missing, allowed: a share of zeros below 1"),
+        ({"method": "wanda"}, "base.prune.sparsity: must be set for pattern unstructured: a share of zeros below 1."),
         ({"pattern": "2:4", "sparsity": 0.5}, "base.prune.sparsity: would be ignored because base.prune.pattern 2:4"),
         ({"sparsity": 1.0}, "base.prune.sparsity: not valid, got 1.0, allowed: a number, at least 0 and below 1"),
         ({"sparsity": 0.5, "damping": 0.1}, "base.prune.damping: would be ignored because base.prune.method wanda"),
         ({"pattern": "2:4", "group": "row"}, "base.prune.group: would be ignored because base.prune.pattern 2:4"),
         (
             {"method": "sparsegpt", "sparsity": 0.5, "order": "quantize_first"},
-            "base.prune.order: sparsegpt changes the weights that stay",
+            "base.prune.order: must be prune_first with sparsegpt, which changes the kept weights, got quantize_first.",
         ),
         (
             {"method": "magnitude", "sparsity": 0.5, "calibration": {"length": 8}},
@@ -671,11 +687,15 @@ def test_pruning_that_means_nothing(prune: dict[str, Any], message: str) -> None
 def test_pruning_and_the_other_sections() -> None:
     half = {"method": "wanda", "sparsity": 0.5}
     (line,) = faults(minimal(base={"quant": "none", "prune": half}, adapter={"kind": "full"}))
-    assert line.startswith("r.yaml: adapter.kind: full training would fill the zeros again")
+    assert line.startswith(
+        "r.yaml: adapter.kind: must be dora, lora or none with base.prune, since full would fill the zeros, got full."
+    )
     (line,) = faults(minimal(base={"quant": "none", "prune": {**half, "order": "quantize_first"}}))
-    assert line.startswith("r.yaml: base.prune.order: base.quant none quantises nothing")
+    assert line.startswith("r.yaml: base.prune.order: must be prune_first with base.quant none, got quantize_first.")
     (line,) = faults({**STREAMED, "base": {"prune": half}})
-    assert line.startswith("r.yaml: base.prune.calibration.text: a stream has no random places")
+    assert line.startswith(
+        "r.yaml: base.prune.calibration.text: must be a text file with a streamed source, which has no random places"
+    )
     assert faults(minimal(base={"quant": "none", "skip": ["lm_head", "o_proj"], "prune": half})) == []
 
 
@@ -709,13 +729,25 @@ def test_a_calibration_file_is_looked_for_beside_the_recipe(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"gates": {}}, "adapter.gates.mean_rank: contradiction, got neither of mean_rank and parameters"),
-        ({"gates": {"mean_rank": 2, "parameters": 9}}, "adapter.gates.mean_rank: contradiction, got both of"),
+        ({"gates": {}}, "adapter.gates.mean_rank: exactly one of mean_rank and parameters must be set, got neither."),
+        (
+            {"gates": {"mean_rank": 2, "parameters": 9}},
+            "adapter.gates.mean_rank: exactly one of mean_rank and parameters must be set, got both.",
+        ),
         ({"gates": {"mean_rank": 0.5}}, "adapter.gates.mean_rank: not valid, got 0.5, allowed: a finite number, 1 or"),
-        ({"gates": {"mean_rank": 16}}, "adapter.gates.mean_rank: no component would be removed, got 16 with ranks"),
-        ({"gates": {"mean_rank": 2, "anneal": 0}}, "adapter.gates.anneal: the budget cannot fall at once, got 0"),
-        ({"gates": {"mean_rank": 2, "warmup": 0.6}}, "adapter.gates.anneal: longer than the run together with warmup"),
-        ({"gates": {"mean_rank": 2, "warmup": 600}}, "adapter.gates.anneal: the budget is not reached, got 600 + "),
+        (
+            {"gates": {"mean_rank": 16}},
+            "adapter.gates.mean_rank: must be less than adapter.rank, so that components are removed, got 16.",
+        ),
+        ({"gates": {"mean_rank": 2, "anneal": 0}}, "adapter.gates.anneal: must be above 0, got 0."),
+        (
+            {"gates": {"mean_rank": 2, "warmup": 0.6}},
+            "adapter.gates.anneal: anneal and warmup together must be at most 1, got 0.5 and 0.6.",
+        ),
+        (
+            {"gates": {"mean_rank": 2, "warmup": 600}},
+            "adapter.gates.anneal: warmup and anneal together must be at most the 10 steps of the run, got 600 + ",
+        ),
         ({"gates": {"mean_rank": 2, "mode": "l0"}}, "adapter.gates.mode: not valid, got 'l0', allowed: l1, hard_"),
         ({"gates": {"mean_rank": 2}, "kind": "magnitude"}, "adapter.gates: would be ignored because adapter.kind mag"),
     ],
@@ -727,7 +759,7 @@ def test_gates_that_mean_nothing(adapter: dict[str, Any], message: str) -> None:
 
 def test_gates_and_the_best_step() -> None:
     (line,) = faults(minimal(adapter={"gates": {"mean_rank": 2}}, eval={"every": 5, "best_by": "macro"}))
-    assert "eval.best_by: the best step may be one before the budget is reached, got 'macro' with adapter.gates" in line
+    assert "eval.best_by: must be null with adapter.gates, since the best step may be before the budget" in line
 
 
 def test_phases_of_gates_in_steps_and_shares() -> None:
@@ -735,7 +767,7 @@ def test_phases_of_gates_in_steps_and_shares() -> None:
     assert recipe.adapter.gates is not None
     assert recipe.adapter.gates.phases(200) == (7, 50)
     assert recipe.adapter.gates.length_fault(12) is None
-    assert "7 + 2 steps" in (recipe.adapter.gates.length_fault(8) or "")
+    assert "at most the 8 steps of the run, got 7 + 2." in (recipe.adapter.gates.length_fault(8) or "")
 
 
 def test_every_field_is_described_in_the_schema() -> None:

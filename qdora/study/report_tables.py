@@ -1,4 +1,4 @@
-"""The tables of a report: cells, arms, comparisons, generated answers, layers, and the few numbers beside them."""
+"""The tables of a study's report: arms, comparisons, cells, layers, and the study's settings and counts."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from qdora.study.compare import (
 )
 from qdora.study.grid import CompareConfig, Study
 from qdora.study.scores import HIGHER_IS_BETTER, mean_score
-from qdora.study.store import StudyDirectory, read_index
+from qdora.study.study_directory import StudyDirectory, read_index
 
 Rows = list[dict[str, Any]]
 
 _MIB = 2**20
-_LABELS = {"nll_per_token": "NLL, nats per token", "acc": "accuracy", "acc_norm": "accuracy per character"}
+_LABELS = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy", "acc_norm": "accuracy per character"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows; every number of its page is in one of the tables.
+    """All that a report shows; every number of its page is in one of the tables.
 
     Attributes:
-        tables: Name -> rows; the names of the data files.
+        tables: Name of the data file -> rows.
         verdict: Sentences made from the comparisons.
-        axes: The surroundings: axes that are neither compared, tuned nor seeds.
+        axes: Names of the axes of a context: those that are neither compared, tuned nor seeds.
     """
 
     tables: dict[str, Rows]
@@ -53,10 +53,10 @@ class Report:
 
 
 def read_report(directory: Path) -> Report:
-    """Read a study's directory, finished or not, and compute everything.
+    """Read a study's directory and compute all tables from the cells that are finished.
 
     Raises:
-        UserError: No study there, or nothing is finished.
+        UserError: There is no study, or no cell is finished.
     """
     index = read_index(directory)
     study = Study.model_validate(index["study"])
@@ -65,7 +65,7 @@ def read_report(directory: Path) -> Report:
     results = Results(store, "validation" if compare.split == "halves" else "test")
     arms = find_arms(cells, compare, results)
     if not arms:
-        raise UserError(f"{directory}: no cell is finished yet, allowed: a study with results. Run 'qdora study'.")
+        raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
     part = part_of(compare, arms)
     trained = [arm for arm in arms if arm.is_trained]
     reference = compare.reference or (trained[0].name if trained else "")
@@ -82,11 +82,18 @@ def read_report(directory: Path) -> Report:
         "facts": _facts(cell_rows, pairs, compare, part, reference),
     }
     label = _LABELS[compare.metric]
-    return Report(tables, verdict(pairs, cell_rows, axes, compare, label), axes, compare.arm, compare.metric, label)
+    return Report(
+        tables=tables,
+        verdict=verdict(pairs, cell_rows, axes, compare, label),
+        axes=axes,
+        arm_axis=compare.arm,
+        metric=compare.metric,
+        metric_label=label,
+    )
 
 
 def _measures(arms: Sequence[Arm], compare: CompareConfig, results: Results) -> list[str]:
-    """The metric of the study, and shares of generated answers where there are some."""
+    """The metric of the study, and the shares of generated answers if answers were generated."""
     scored = results.scores(next(iter(arms[0].seeds.values()))).values
     return [compare.metric, *(measure for measure in ("right", "unparsable") if measure in scored)]
 
@@ -122,7 +129,7 @@ def _sizes(key: str, results: Results) -> dict[str, Any]:
 
 
 def _mark_pareto(rows: Rows, metric: str) -> None:
-    """Whether no other arm is as good in fewer bytes, or better in as many."""
+    """Mark each arm: is no other arm as good in fewer bytes, or better in as many?"""
     sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
     points = [(row["total_mib"], sign * row[metric]) for row in rows if metric in row]
     for row in rows:
@@ -147,7 +154,7 @@ def _cell_row(cell: Mapping[str, Any], axes: Sequence[str], store: StudyDirector
 
 
 def _layer_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) -> Rows:
-    """What compressing did to each layer, of the bases only: adapters do not change it."""
+    """What compression did to each layer; only bases have such rows, since adapters do not change the base."""
     result = None if cell["is_trained"] else results.result(cell["key"])
     layers = ((result or {}).get("compression") or {}).get("layers") or {}
     context = {axis: cell["labels"].get(axis, "uncompressed") for axis in axes}
@@ -189,5 +196,5 @@ def _facts(cells: Rows, pairs: Rows, compare: CompareConfig, part: Part, referen
 
 
 def is_number(value: Any) -> bool:
-    """Whether a table's value is a finite number."""
+    """Whether a value of a table is a finite number."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)

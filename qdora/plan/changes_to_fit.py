@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit, cheapest first."""
+"""What to change in a recipe so that its run fits into the memory budget, cheapest first."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from qdora.data.build_data import micro_batch_tokens
 from qdora.memory.streaming import NUM_SLOTS
-from qdora.plan.peak import SLACK_SHARE, Change, DeviceKind, Plan
+from qdora.plan.plan_contents import SLACK_SHARE, Change, DeviceKind, Plan
 from qdora.recipe.recipe_file import override
 from qdora.recipe.settings import Recipe
 
-# A change that saves less than this share of the tensors is not worth a line.
+# A change that saves a smaller share of the tensors' bytes is not proposed.
 _LEAST_SAVING = 0.002
 
 
@@ -25,15 +25,17 @@ class _Candidate:
 def with_changes(
     recipe: Recipe, first: Plan, plan_of: Callable[[Recipe], Plan], seconds_of: Callable[[Recipe], float]
 ) -> tuple[Recipe, Plan]:
-    """Change the recipe until its plan fits: what leaves the trained numbers as they are first, each kind by its time.
+    """Change a recipe until its plan fits: first by neutral changes, then by others, the faster ones first.
+
+    A change is neutral if the trained numbers stay the same, up to rounding.
 
     Args:
-        recipe: The run.
-        first: Its plan, over its budget.
-        plan_of: Plans another recipe for the same budget.
-        seconds_of: Predicts the time of its step, without a plan.
+        recipe: The recipe to change.
+        first: Its plan, which is over the budget.
+        plan_of: Plans a changed recipe for the same budget.
+        seconds_of: Predicts the time of a step of a changed recipe, without a plan.
     Returns:
-        The recipe with the neutral changes, as far as they were needed, and `first` with all changes found.
+        The recipe with the neutral changes that it needed, and `first` with all changes.
     """
     found: list[Change] = []
     changed, now = recipe, first
@@ -62,17 +64,17 @@ def with_changes(
 def _with_streaming(
     recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]
 ) -> tuple[Recipe, Plan, tuple[str, ...]]:
-    """The recipe with as many blocks off the device as it takes, its plan, and the overrides that do it."""
+    """The recipe with just enough blocks streamed, its plan, and the overrides that do it."""
     overrides: tuple[str, ...] = ()
     while not plan.fits and (more := _streaming(recipe, plan)):
-        # Again where the rounding of sizes has left a little too much.
+        # The rounding of sizes can leave a little too much; then one more block is streamed
         overrides, recipe = more, override(recipe, more)
         plan = plan_of(recipe)
     return recipe, plan, overrides
 
 
 def _streaming(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
-    """Overrides that keep as many blocks off the device as it takes to fit, or all; none where that is no gain."""
+    """Overrides that stream as many blocks as it takes to fit, or all; empty if that saves nothing."""
     residency = "host" if plan.device_kind == "cuda" else "disk"
     if not plan.block_bytes or recipe.base.residency not in ("device", residency):
         return ()
@@ -89,7 +91,7 @@ def _streaming(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
 
 
 def _candidates(recipe: Recipe, device_kind: DeviceKind) -> list[_Candidate]:
-    """Overrides that may need less, each valid by itself."""
+    """Overrides that may need less memory, each valid by itself."""
     found = []
 
     def offer(*settings: str, neutral: bool) -> None:

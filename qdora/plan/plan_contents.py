@@ -1,7 +1,7 @@
-"""The memory plan of a run: what is alive at each moment of a step, by component, and whether it fits.
+"""What a memory plan contains: the live bytes of each moment of a step by component, the peak, and whether it fits.
 
-A plan is made of moments (a block's forward or backward pass, the loss, the update). Each has the bytes of every
-component that are alive at its own peak; the largest one is the peak of the run.
+A plan is a list of moments (a block's forward or backward pass, the loss, the update). Each has the bytes of every
+component that are alive at its own peak. The largest moment is the peak of the run.
 """
 
 from __future__ import annotations
@@ -35,43 +35,43 @@ SLACK = "allocator slack"
 OTHER = "other"
 
 COMPONENTS = {
-    BASE: "codes of the quantised linear layers, or all of their weights where they are not quantised",
+    BASE: "codes of the quantised linear layers, or their 16-bit weights if they are not quantised",
     SCALES: "scales of the quantised layers",
-    MASKS: "which weights of a pruned base are kept: a bit for each",
-    DENSE: "everything else that is frozen",
+    MASKS: "masks of a pruned base: a bit for each weight",
+    DENSE: "all other frozen weights",
     ADAPTERS: "lora_A, lora_B, magnitudes, and the norms that DoRA keeps",
-    OPTIMIZER: "states, and the low bits of bf16 parameters",
-    GRADIENTS: "of the trainable parameters, float32",
-    CHECKPOINTS: "inputs of the blocks, from which their activations are computed again",
-    FORWARD: "what else the forward pass has made and its backward pass reads",
-    BACKWARD: "made in the backward pass of one block, with its recomputed activations",
-    TILE: "the part of a frozen weight that is dense at the moment",
+    OPTIMIZER: "optimizer states, and the low bits of bf16 parameters",
+    GRADIENTS: "gradients of the trainable parameters, float32",
+    CHECKPOINTS: "inputs of the blocks, from which their activations are recomputed",
+    FORWARD: "other tensors that the forward pass keeps for the backward pass",
+    BACKWARD: "tensors of the backward pass of one block, with its recomputed activations",
+    TILE: "the dense part of a frozen weight that is in use",
     LOSS: "one chunk of logits, and the gradient of the hidden states",
     UPDATE: "parameters of a group in float32 while they are updated",
-    STREAMING: "places of the blocks that come and go",
-    CONTEXT: "what the process has before the first tensor: a constant",
+    STREAMING: "slots of the streamed blocks",
+    CONTEXT: "memory of the process before the first tensor: a constant",
     SLACK: "rounding and fragmentation of the allocator: a constant share",
     OTHER: "ids, masks, positions",
 }
-"""Components in the order in which they are shown -> what they hold."""
+"""Component, in the order of the table -> its content."""
 
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
-"""cuda: context, kernels and library workspaces of one process, a round number that is to be measured; cpu: the
-interpreter with torch, transformers and bitsandbytes imported, see benchmarks/results/plan_accuracy.json."""
+"""cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: the interpreter
+with torch, transformers and bitsandbytes imported, measured in benchmarks/results/plan_accuracy.json."""
 
 SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
-"""Share of the tensors' bytes that the allocator holds beside them at the peak. A GPU's caching allocator rounds blocks
-up and cannot join all freed ones: an estimate, to be measured."""
+"""Bytes that the allocator holds beside the tensors at the peak, as a share of their bytes. A GPU's caching allocator
+rounds blocks up and cannot join all freed ones; an estimate, not yet measured."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A part of a step and the bytes alive at its own peak.
+    """A part of a step, with the bytes that are alive at its own peak.
 
     Attributes:
         phase: "load", "gains", "forward", "loss", "backward" or "update".
-        block: Which decoder block, counted from 0, or None.
-        by_component: Component -> bytes, without those that have none.
+        block: Number of the decoder block, from 0, or None.
+        by_component: Component -> bytes; components without bytes are left out.
     """
 
     phase: str
@@ -80,12 +80,12 @@ class Moment:
 
     @property
     def num_bytes(self) -> int:
-        """Of all components."""
+        """Bytes of all components."""
         return sum(self.by_component.values())
 
     @property
     def name(self) -> str:
-        """As in 'backward pass of block 79'."""
+        """The moment in words, such as 'backward pass of block 79'."""
         said = {"load": "loading", "gains": "the norms before a step", "loss": "output head and loss"}
         passes = {"forward": "forward pass", "backward": "backward pass", "update": "the update"}
         text = said.get(self.phase) or passes[self.phase]
@@ -94,14 +94,14 @@ class Moment:
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """The micro-batch that a plan counts with.
+    """The micro-batch that a plan assumes.
 
     Attributes:
-        rows, length: Of its token ids, padding counted.
+        rows, length: Shape of the token ids, with padding.
         num_labels: Labelled positions.
-        masked: Whether attention gets a mask: padded or packed rows.
+        masked: Whether attention gets a mask, for padded or packed rows.
         packed: Whether rows hold several examples.
-        accumulated: Whether a step has other micro-batches before it, whose gradients are there.
+        accumulated: Whether the step has earlier micro-batches, whose gradients already exist.
     """
 
     rows: int
@@ -113,19 +113,19 @@ class MicroBatchShape:
 
     @property
     def num_tokens(self) -> int:
-        """Padding counted."""
+        """Tokens, with padding."""
         return self.rows * self.length
 
 
 @dataclass(frozen=True)
 class Change:
-    """A way to need less.
+    """A change of the recipe that needs less memory.
 
     Attributes:
         setting: Override of the recipe, such as "memory.checkpointing=true".
-        peak_bytes: With it and all changes before it.
-        step_seconds: Predicted, likewise.
-        neutral: Whether the trained numbers stay the same but for rounding.
+        peak_bytes: Peak with this change and all earlier ones.
+        step_seconds: Predicted time of a step with these changes.
+        neutral: Whether the trained numbers stay the same, up to rounding.
     """
 
     setting: str
@@ -136,23 +136,23 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs.
+    """Memory and time that a run needs.
 
     Attributes:
-        device_kind: Where it is to run.
-        moments: Of a step, in order.
+        device_kind: The device of the run.
+        moments: The moments of a step, in order.
         shape: The micro-batch.
-        num_micro_batches: Most of a step.
-        assumptions: What could not be known, one sentence each.
-        pageable_bytes: Of the optimizer's state, what the driver can move to the host between updates.
-        host_bytes: Of pinned host memory, for the blocks and checkpoints that are there.
-        embedding_bytes: Of the input embedding, where it is in the host's memory, not pinned; else 0.
-        block_bytes: Of the largest block's packed weights; 0 where it has none that could come and go.
-        num_blocks, num_trainable, num_weights: Of the model.
+        num_micro_batches: The most micro-batches of a step.
+        assumptions: One sentence for each thing that could not be known.
+        pageable_bytes: Bytes of the optimizer's state that the driver can move to the host between updates.
+        host_bytes: Pinned host memory of streamed blocks and checkpoints.
+        embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
+        block_bytes: Packed weights of the largest block that could be streamed; 0 if none can.
+        num_blocks, num_trainable, num_weights: Blocks, trainable parameters and weights of the model.
         step_seconds: Predicted time of an optimizer step.
-        rates: What it was predicted with.
-        budget_bytes: Or None.
-        changes: Cheapest first, each with all before it, until it fits; empty where it fits as it is.
+        rates: The rates of the prediction.
+        budget_bytes: The budget, or None.
+        changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
     """
 
     device_kind: DeviceKind
@@ -194,12 +194,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Of everything, constants included."""
+        """Bytes at the peak, constants included."""
         return sum(self.components.values())
 
     @property
     def fits(self) -> bool | None:
-        """None without a budget."""
+        """Whether the peak is within the budget; None without a budget."""
         return None if self.budget_bytes is None else self.peak_bytes <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,12 +233,12 @@ class Plan:
 
 
 def over_budget(plan: Plan) -> str:
-    """Why a run does not start, in one line."""
+    """The error of a run over its budget, in one line."""
     parts = sorted(plan.components.items(), key=lambda each: -each[1])[:3]
     largest = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
     changes = "; ".join(change.setting for change in plan.changes)
-    instead = f" Change, cheapest first: {changes}." if changes else ""
+    fix = f"change, cheapest first: {changes}; or start anyway with --force" if changes else "start anyway with --force"
     return (
-        f"memory.budget: {size_text(plan.budget_bytes or 0)}, but the run is planned to need "
-        f"{size_text(plan.peak_bytes)} in the {plan.peak.name} ({largest}).{instead} Or start it all the same: --force."
+        f"memory.budget: {size_text(plan.budget_bytes or 0)}, but the run needs about {size_text(plan.peak_bytes)} in "
+        f"the {plan.peak.name} ({largest}). Fix: {fix}."
     )

@@ -14,13 +14,13 @@ from qdora.errors import UserError
 from qdora.memory.host_residency import HostResidency
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
-from qdora.plan import peak as parts
-from qdora.plan.fake_model import empty_model
+from qdora.plan import plan_contents as parts
+from qdora.plan.changes_to_fit import with_changes
+from qdora.plan.fake_step import empty_model
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.memory_plan import local_source, plan
-from qdora.plan.peak import MicroBatchShape, Moment, Plan
-from qdora.plan.proposals import with_changes
-from qdora.plan.step_time import StreamedBlocks, streamed_blocks, with_offloaded, with_streamed
+from qdora.plan.off_device_bytes import StreamedBlocks, streamed_blocks, with_offloaded, with_streamed
+from qdora.plan.plan_contents import MicroBatchShape, Moment, Plan
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from tests import tiny_streamed
