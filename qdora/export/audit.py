@@ -81,9 +81,8 @@ def audit(
         examples: Held-out examples by task, for logits and NLL; may be empty.
         dtype: The dtype to which merged weights are rounded.
         console: For progress.
-    Returns:
-        JSON values: `forms` (differences of logits from the adapter, NLL by task, mean NLL difference per example with
-        its standard error), `layers` (quantisation error over update, worst first), `verdict`.
+    Returns: JSON values: `forms` (differences of logits from the adapter, NLL by task, mean NLL difference per example
+        with its standard error), `layers` (quantisation error over update, worst first), `verdict`.
     """
     sequences = comparison_text(tokenizer, examples, max_tokens=1024, max_length=256).sequences
     device = next(model.parameters()).device
@@ -282,8 +281,7 @@ class _ComputedLinear(nn.Module):
 def layer_errors(model: PreTrainedModel, opened: OpenedMerge) -> list[dict[str, Any]]:
     """Compare what quantising each adapted layer's base changed with what was learnt on it, largest ratio first.
 
-    Returns:
-        For each layer whose source weight exists: `path`; `quantization_error`, ||dequantised base - source|| /
+    Returns: For each layer whose source weight exists: `path`; `quantization_error`, ||dequantised base - source|| /
         ||source||; `update`, ||merged - dequantised base|| / ||source||; their `ratio`, which is above 1 if the
         rounding is larger than everything that was learnt. All are Frobenius norms.
     """

@@ -43,8 +43,7 @@ def export_run(
         out: New or empty directory.
         options: In which form.
         console: For progress and results (default: progress on standard error, results on standard output).
-    Returns:
-        The content of `out`/export.json.
+    Returns: The content of `out`/export.json.
     Raises:
         UserError: Wrong arguments, or a run that the format cannot hold.
         RunFailure: The reloaded model differs from the running one; `out` is kept for inspection.
@@ -177,8 +176,7 @@ def _export_adapter(
 def check_servable(model: PreTrainedModel) -> None:
     """Refuse a DoRA adapter with zero rows of W + s B A: PEFT divides by their norm and computes NaN.
 
-    Raises:
-        UserError: With the layers, and the formats to use instead.
+    Raises UserError: With the layers, and the formats to use instead.
     """
     faults = []
     for path, layer in adapted_layers(model).items():

@@ -58,8 +58,7 @@ def export_gguf(
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
     """Merge into a folder beside `out`, convert, compare, remove the folder; `out` appears after the comparison.
 
-    Returns:
-        The running model, facts for export.json, and the result of `verify_gguf`.
+    Returns: The running model, facts for export.json, and the result of `verify_gguf`.
     Raises:
         UserError: A program of llama.cpp or the package gguf is missing, or the run cannot be merged.
         RunFailure: The converter refuses the model, or the disk is full.
@@ -123,10 +122,8 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
         merged: Directory of the dense checkpoint that it was made from.
         text: What to compare logits on.
         lossy: Whether the file's matrices have fewer than 16 bits.
-    Returns:
-        The result of `verify_merged`, with `tensors`.
-    Raises:
-        UserError: See `verify_merged`.
+    Returns: The result of `verify_merged`, with `tensors`.
+    Raises UserError: See `verify_merged`.
     """
     import gguf
 

@@ -31,8 +31,7 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
         directory: A complete export.
         name: NAME or ORGANISATION/NAME.
         private: Visibility of a new repository.
-    Returns:
-        Address of the commit.
+    Returns: Address of the commit.
     Raises:
         UserError: The repository is public and `private` is asked for.
         RunFailure: The Hub refuses or cannot be reached; nothing on this machine changes.

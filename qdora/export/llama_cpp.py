@@ -60,8 +60,7 @@ def find_llama_cpp(given: Path | None, type_: GgufType) -> LlamaCpp:
     Args:
         given: llama.cpp's folder (its repository, or where its programs are installed), or its converter.
         type_: Of the file.
-    Raises:
-        UserError: A program is missing (the message says how to get it), or `given` does not exist.
+    Raises UserError: A program is missing (the message says how to get it), or `given` does not exist.
     """
     named = os.environ.get(PLACE)
     place, where = (given, "--llama-cpp") if given is not None else (Path(named) if named else None, PLACE)
@@ -124,8 +123,7 @@ def write_gguf(tools: LlamaCpp, merged: Path, out: Path, type_: GgufType) -> Non
         merged: Directory of a dense checkpoint with its tokenizer.
         out: File to write; an intermediate file is beside it while the quantiser runs.
         type_: Of the file's matrices.
-    Raises:
-        RunFailure: A program failed; the message has the last line of its output.
+    Raises RunFailure: A program failed; the message has the last line of its output.
     """
     direct = type_ in CONVERTED
     converted = out if direct else out.with_name(f".{out.name}.f16")
@@ -145,8 +143,7 @@ def write_gguf(tools: LlamaCpp, merged: Path, out: Path, type_: GgufType) -> Non
 def _run(command: Sequence[str], out: Path, what: str) -> None:
     """Run a program that writes `out`.
 
-    Raises:
-        RunFailure: It failed; the message has the last line of its output.
+    Raises RunFailure: It failed; the message has the last line of its output.
     """
     try:
         done = subprocess.run(

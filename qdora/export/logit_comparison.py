@@ -58,8 +58,7 @@ class LogitDifference:
 
         Args:
             logits, other: (positions, vocabulary), any float dtype.
-        Returns:
-            The largest |difference| at each position.
+        Returns: The largest |difference| at each position.
         """
         largest: list[float] = []
         for start in range(0, len(logits), _POSITIONS):
@@ -147,9 +146,8 @@ def verdict(
         stored: The dtype to which the export rounded its weights.
         running_dtype: The dtype in which the running model computes.
         lossy: The format rounds more than to `stored`: the difference is reported, and only NaN is a fault.
-    Returns:
-        JSON values: the three differences, the tolerance, `passed`, `faults` (those given and those found here), and
-        `ill_conditioned`, the number of positions whose error is above the tolerance but explained by the running
+    Returns: JSON values: the three differences, the tolerance, `passed`, `faults` (those given and those found here),
+        and `ill_conditioned`, the number of positions whose error is above the tolerance but explained by the running
         model's own error there.
     """
     error, noise = total.exported_vs_reference.to_dict(), total.reference_vs_running.to_dict()

@@ -67,8 +67,7 @@ def export_merged(
             or files to be merged.
         tokenizer, out_dir, max_shard_bytes, progress, extra_files: See `checkpoint_directory`.
         dtype: float16, bfloat16 or float32, for all float tensors.
-    Raises:
-        UserError, RunFailure: See `checkpoint_directory` and `open_merge`.
+    Raises UserError, RunFailure: See `checkpoint_directory` and `open_merge`.
     """
     start = time.perf_counter()
     key = None
@@ -113,10 +112,8 @@ def write_merge(
         dtype: Of the weights.
         console: For progress.
         with_card: Write the model card and the licence texts beside the weights.
-    Returns:
-        What was written, and a function that gives the running model with its adapter on the base of the merge.
-    Raises:
-        UserError, RunFailure: See `export_merged`.
+    Returns: What was written, and a function that gives the running model with its adapter on the base of the merge.
+    Raises UserError, RunFailure: See `export_merged`.
     """
     opened = open_run(run)
     recipe = load_recipe(opened.recipe_file)

@@ -152,8 +152,7 @@ def export_nf4_lora(
             model's own, which rounds nothing.
         published_as: Hub id that `out_dir` will have, for the adapter's file. None: the file names no base, since a
             path would be wrong as soon as the directory is moved.
-    Raises:
-        UserError, RunFailure: See `check_foldable` and `checkpoint_directory`.
+    Raises UserError, RunFailure: See `check_foldable` and `checkpoint_directory`.
     """
     start = time.perf_counter()
     dtype = dtype or model.dtype
@@ -192,8 +191,7 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Args:
         model: With its adapters.
         dtype: Of the dense tensors of the export.
-    Raises:
-        UserError: All reasons, each with the format to use instead.
+    Raises UserError: All reasons, each with the format to use instead.
     """
     layers = adapted_layers(model)
     if not layers:

@@ -86,9 +86,8 @@ class StreamedMerge:
 def check_merge(merge: StreamedMerge) -> None:
     """Refuse a merge that this base does not allow, before any weight is read.
 
-    Raises:
-        UserError: `original` without full-precision weights to merge on, or `requantize` of a base that was not held in
-            nf4 or fp4.
+    Raises UserError: `original` without full-precision weights to merge on, or `requantize` of a base that was not held
+        in nf4 or fp4.
     """
     faults = []
     if merge.base == "original":
@@ -119,8 +118,7 @@ def check_merge(merge: StreamedMerge) -> None:
 def open_merge(merge: StreamedMerge) -> OpenedMerge:
     """Read the adapter and the headers of all files, but no weight of the base.
 
-    Raises:
-        UserError: What `check_merge` refuses, or a checkpoint that does not fit its model.
+    Raises UserError: What `check_merge` refuses, or a checkpoint that does not fit its model.
     """
     check_merge(merge)
     config = load_config(merge.source)

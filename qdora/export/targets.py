@@ -82,8 +82,7 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
         name: One of TARGETS.
         form: "merged", "original", "requantized", "nf4-lora", "gguf" or "peft".
         recipe: Says whether the adapter is LoRA or DoRA, and how the base was quantised.
-    Raises:
-        UserError: With the options of `qdora export` for the forms that the program loads.
+    Raises UserError: With the options of `qdora export` for the forms that the program loads.
     """
     target = TARGETS[name]
     adapter: Loadable = "lora" if recipe.adapter.kind == "lora" else "dora"
@@ -101,8 +100,7 @@ def check_scalings(name: str, adapter: AdapterDescription) -> None:
     Args:
         name: One of TARGETS.
         adapter: The run's adapter; an export has the same settings.
-    Raises:
-        UserError: With a layer, its scaling and the scaling that the program would use.
+    Raises UserError: With a layer, its scaling and the scaling that the program would use.
     """
     target, layout = TARGETS[name], adapter.layout
     if target.reads == "patterns":

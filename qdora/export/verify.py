@@ -58,10 +58,8 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
         directory: From `export_merged`. If it does not fit on the model's device in float32, part of it is placed on
             the host or the disk.
         text: What to compare on. Its tokenizer is compared with the one in `directory`.
-    Returns:
-        JSON values: the three differences, the check of the weights, the tolerance, `passed`, `faults` (why not).
-    Raises:
-        UserError: transformers cannot load the directory.
+    Returns: JSON values: the three differences, the check of the weights, the tolerance, `passed`, `faults` (why not).
+    Raises UserError: transformers cannot load the directory.
     """
     with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
         merged, faults = _reload(directory, model, Path(scratch))
@@ -121,9 +119,8 @@ def compare_weights(
         model: The running model.
         exported: Path of a layer -> the dense weight (out, in) that the files stand for, or None if it is missing.
         stored: The export's dtype.
-    Returns:
-        JSON values: number of layers and rows; `max_error`, the largest error in units of what one rounding to `stored`
-        and the float32 merge may cost (1 or less is right); `worst_layer`, the layer with that error.
+    Returns: JSON values: number of layers and rows; `max_error`, the largest error in units of what one rounding to
+        `stored` and the float32 merge may cost (1 or less is right); `worst_layer`, the layer with that error.
     """
     worst, worst_layer, num_rows = 0.0, "", 0
     layers = adapted_layers(model)
@@ -189,8 +186,7 @@ def load_with_transformers(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The directory as a float32 model with the attention of `model`, and the tensors that did not find their place.
 
-    Raises:
-        UserError: transformers refuses it.
+    Raises UserError: transformers refuses it.
     """
     attention = model.config._attn_implementation
     if attention in ("eager", "sdpa"):

@@ -101,8 +101,7 @@ class ActivationOffload:
     Args:
         model: With checkpointing that is not reentrant.
         send: Begins to copy a tensor out (default: a `CudaHost` of the model's device).
-    Raises:
-        UserError: A model without a list of blocks that are checkpointed.
+    Raises UserError: A model without a list of blocks that are checkpointed.
     """
 
     def __init__(self, model: PreTrainedModel, send: Callable[[Tensor], Away] | None = None) -> None:

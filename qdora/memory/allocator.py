@@ -16,8 +16,7 @@ def keep_freed_memory() -> bool:
     faults: dequantising a 4096 x 4096 weight then takes several times as long. Peak memory does not change; after the
     peak the memory stays with the process.
 
-    Returns:
-        False without glibc.
+    Returns: False without glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

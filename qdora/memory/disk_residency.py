@@ -41,8 +41,7 @@ class DiskResidency:
     def __call__(self, load: Loading) -> None:
         """Put the weights into the model.
 
-        Raises:
-            UserError: Another device than the CPU, a model without a list of blocks, more blocks than it has.
+        Raises UserError: Another device than the CPU, a model without a list of blocks, more blocks than it has.
         """
         model, device, progress = load.model, load.device, load.progress
         if device.type != "cpu":

@@ -135,8 +135,7 @@ class HostResidency:
     def __call__(self, load: Loading) -> None:
         """Put the weights into the model; the device never holds more of the blocks than in training.
 
-        Raises:
-            UserError: A model without a list of blocks, more blocks than it has, too little host memory.
+        Raises UserError: A model without a list of blocks, more blocks than it has, too little host memory.
         """
         model, stored, layers, wanted, device = load.model, load.stored, load.layers, load.wanted, load.device
         turns = Turns(model, self.num_streamed)
@@ -216,8 +215,7 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
 def _pin(pieces: Sequence[Piece], device: torch.device, free: int | None, embedding_bytes: int) -> None:
     """Give every block its piece of host memory; the embedding's bytes are taken from it later.
 
-    Raises:
-        UserError: Too little host memory.
+    Raises UserError: Too little host memory.
     """
     needed = sum(pinned_bytes(piece.num_bytes) for piece in pieces)
     short = f"base.residency: host: {len(pieces)} blocks need {needed / 2**30:.1f} GiB of pinned host memory, "

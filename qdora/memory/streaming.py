@@ -63,8 +63,7 @@ class Ring:
 
         Args:
             turns_back: Whether a backward pass follows the last block; else the next forward pass does.
-        Returns:
-            Its slot.
+        Returns: Its slot.
         """
         slot = self.slot_of(block)
         if block == self._current:
@@ -106,8 +105,7 @@ class Ring:
 def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
     """The streamed blocks, spread evenly among the resident ones, so that copies can hide behind all blocks' work.
 
-    Raises:
-        ValueError: More streamed blocks than blocks.
+    Raises ValueError: More streamed blocks than blocks.
     """
     if not 0 <= num_streamed <= num_blocks:
         raise ValueError(f"the streamed blocks must be 0 to {num_blocks}, got {num_streamed}.")
@@ -122,8 +120,7 @@ class Turns:
     Args:
         model: Any causal LM.
         num_streamed: How many blocks, spread evenly among the others; None for all.
-    Raises:
-        UserError: A model without a list of blocks, more blocks than it has.
+    Raises UserError: A model without a list of blocks, more blocks than it has.
     """
 
     def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:

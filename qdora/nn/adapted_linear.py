@@ -308,8 +308,7 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
 def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
     """Let the layers keep their decoded scales (`AdaptedLinear.keeps_scales`) if there is room for them.
 
-    Returns:
-        Whether they do: not if it would take more than half of a GPU's free memory.
+    Returns: Whether they do: not if it would take more than half of a GPU's free memory.
     """
     layers = list(layers)
     blocks = [
@@ -336,8 +335,7 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     one question serves all layers. Skipped are layers that have not run yet, whose parameters have not changed, that
     are LoRA or masked (a masked norm asks nothing). The forward pass computes the rest.
 
-    Returns:
-        How many norms were computed.
+    Returns: How many norms were computed.
     """
     found: list[tuple[AdaptedLinear, torch.dtype, FactoredNorm]] = []
     for layer in layers:

@@ -63,8 +63,7 @@ class ParameterCache:
             parameters: The tensors that the value depends on.
             settings: Everything else that it depends on.
             make: Computes the value, without a graph.
-        Returns:
-            Detached tensors, which must not be written to.
+        Returns: Detached tensors, which must not be written to.
         """
         # The usual case, asked in every forward of every layer: before anything that costs time.
         if self.knows(name, parameters, settings):

@@ -61,8 +61,7 @@ def adapted_linear(
             torch's default CPU generator. A checkpoint's recompute restores that generator and so zeroes the same
             elements; only the seed is kept.
         keep_bits: `ops.sparsity.mask_bits` of a mask M: M o (B A) replaces B A.
-    Returns:
-        (..., out) in the dtype of the products.
+    Returns: (..., out) in the dtype of the products.
     """
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
     x = x.to(product_dtype(x))
@@ -218,8 +217,7 @@ def column_dot(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
     Args:
         left, right: (tokens, out), the same float dtype.
         factor: (out,) float32, or float64 for float64 inputs.
-    Returns:
-        (out,) in factor's dtype.
+    Returns: (out,) in factor's dtype.
     """
     zero = torch.zeros_like(factor)
     if left.shape[0] == 0:

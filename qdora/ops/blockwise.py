@@ -46,11 +46,9 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
         kind: One of `codebooks.CODE_BITS`.
         block_size: Weights per block, a power of two up to 4096.
         name: The weight's name in an error.
-    Returns:
-        Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32.
-        The absmax of a zero block is 0 (1e-38 in a short last block).
-    Raises:
-        ValueError: If a weight is not finite.
+    Returns: Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32. The
+        absmax of a zero block is 0 (1e-38 in a short last block).
+    Raises ValueError: If a weight is not finite.
     """
     flat = weight.reshape(-1)
     numel = flat.numel()
@@ -109,8 +107,7 @@ def quantize_scales(absmax: Tensor, code: Tensor, block_size: int) -> tuple[Tens
     Args:
         absmax: (blocks,) float32.
         code, block_size: See `quantize_8bit`.
-    Returns:
-        q (blocks,) uint8, nested_absmax (ceil(blocks / block_size),) float32, offset () float32.
+    Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / block_size),) float32, offset () float32.
     """
     offset = absmax.mean()
     return *quantize_8bit(absmax - offset, code, block_size), offset
@@ -127,8 +124,7 @@ def quantize_8bit(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
         values: (n,) float32.
         code: (256,) float32, ascending, within [-1, 1].
         block_size: Values per block.
-    Returns:
-        Codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
+    Returns: Codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
     """
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)

@@ -57,8 +57,7 @@ class DecisionTable(NamedTuple):
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
     """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values), with a 0.
 
-    Raises:
-        ValueError: If `kind` is not in `CODE_BITS`.
+    Raises ValueError: If `kind` is not in `CODE_BITS`.
     """
     if kind == "nf4":
         return torch.tensor(_NF4, dtype=torch.float32, device=device)

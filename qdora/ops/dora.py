@@ -99,8 +99,7 @@ def factored_norm(
         scaling: s = alpha / rank.
         base_squared: ||w||^2 of each row, (out,), constant since W is frozen.
         dtype: Of the tiles of W and of the product W A^T; all else is summed in float32 or wider.
-    Raises:
-        ValueError: If an inner size differs.
+    Raises ValueError: If an inner size differs.
     """
     if lora_A.shape != (lora_B.shape[1], weight.shape[1]) or lora_B.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -154,8 +153,7 @@ def masked_row_norm(
     Args:
         keep_bits: The mask M in the form of `ops.sparsity.mask_bits`.
         dtype: Of the tiles of W. The sum with B A is formed and added up in float32 (float64 for float64 tiles).
-    Returns:
-        (out,) float32 or float64.
+    Returns: (out,) float32 or float64.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     norm = torch.empty(weight.shape[0], dtype=wide, device=lora_A.device)
@@ -187,8 +185,7 @@ def gain(magnitude: Tensor, norm: Tensor) -> Gain:
     Args:
         magnitude: m, (out,), float32 or float64.
         norm: ||W + s B A||_row, (out,).
-    Returns:
-        Gain in magnitude's dtype, detached.
+    Returns: Gain in magnitude's dtype, detached.
     """
     floored = magnitude.masked_fill(magnitude == 0, _SMALLEST_MAGNITUDE)
     return Gain((floored / norm).masked_fill_(norm == 0, 0.0), floored.reciprocal())
@@ -211,8 +208,7 @@ def merged_weight(
         weight: Dequantised base, (out, in), float32 or float64 (the merge runs in this dtype).
         magnitude: m, (out,), or None for LoRA.
         keep_mask: (out, in) bool; B A counts only where it is True (default: everywhere).
-    Returns:
-        (out, in) in weight's dtype, a new tensor.
+    Returns: (out, in) in weight's dtype, a new tensor.
     """
     dtype = weight.dtype
     if keep_mask is None:
@@ -234,8 +230,7 @@ def gain_of_sum(total: Tensor, magnitude: Tensor) -> Tensor:
     Args:
         total: W + s B A, (out, in), float32 or float64.
         magnitude: m, (out,).
-    Returns:
-        (out,) in total's dtype.
+    Returns: (out,) in total's dtype.
     """
     norm = squared_row_norm(total).sqrt()
     return (magnitude.to(total.dtype) / norm).masked_fill_(norm == 0, 0.0)

@@ -21,8 +21,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
         x: (..., in), a float dtype; the product runs in it, or in the dtype of an active autocast.
         weight: Frozen base, (out, in), dense or packed.
         bias: Frozen, (out,).
-    Returns:
-        (..., out) in the dtype of the product.
+    Returns: (..., out) in the dtype of the product.
     """
     if is_plain(x):
         out = with_bias(product(x.reshape(-1, x.shape[-1]), weight), bias, is_kept=False)

@@ -37,8 +37,7 @@ def fold_gate(lora_B: Tensor, gate: Tensor) -> Tensor:
     Args:
         lora_B: (out, rank).
         gate: (rank,), float32 or wider.
-    Returns:
-        (out, rank), differentiable with respect to both, as if the rounding were the identity.
+    Returns: (out, rank), differentiable with respect to both, as if the rounding were the identity.
     """
     folded: Tensor = _FoldGate.apply(lora_B, gate)  # type: ignore[no-untyped-call, unused-ignore]
     return folded

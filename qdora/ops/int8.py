@@ -26,10 +26,8 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
     Args:
         weight: (out, in), any float dtype; products in float32.
         name: The weight's name in an error.
-    Returns:
-        Codes (out, in) int8 and absmax (out,) float32. A zero row has absmax 0 and codes 0.
-    Raises:
-        ValueError: If a weight is not finite.
+    Returns: Codes (out, in) int8 and absmax (out,) float32. A zero row has absmax 0 and codes 0.
+    Raises ValueError: If a weight is not finite.
     """
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)

@@ -34,8 +34,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: (num_tokens, vocabulary), any float dtype; the softmax runs in float32 (float64 for float64).
         labels: (num_tokens,) int64, each a vocabulary index.
-    Returns:
-        (num_tokens,) float32, nats.
+    Returns: (num_tokens,) float32, nats.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return functional.cross_entropy(wide, labels, reduction="none")
@@ -71,8 +70,7 @@ def chunked_nll(
         scale: Factor of all logits (Cohere's logit_scale; 1 / logits_scaling of Granite).
         softcap: c, above 0 (Gemma 2, arXiv 2408.00118, sec. 2), or None.
         chunk: Tokens whose logits exist at once (default: `auto_chunk`).
-    Returns:
-        (num_tokens,) float32 (float64 for float64), nats; differentiable once, with respect to hidden only.
+    Returns: (num_tokens,) float32 (float64 for float64), nats; differentiable once, with respect to hidden only.
     Raises:
         ValueError: If the chunk is not positive.
         RuntimeError: In a backward pass with create_graph=True.

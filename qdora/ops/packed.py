@@ -127,9 +127,8 @@ def _layout(
 def from_tensors(kind: str, shape: tuple[int, int], block_size: int, tensors: Mapping[str, Tensor]) -> PackedWeight:
     """The inverse of `PackedWeight.tensors`; shares their memory.
 
-    Raises:
-        ValueError: If the kind or block size is unknown, or a tensor is missing, unknown or of a wrong shape or dtype;
-            one line per fault.
+    Raises ValueError: If the kind or block size is unknown, or a tensor is missing, unknown or of a wrong shape or
+        dtype; one line per fault.
     """
     layout = _layout(kind, shape, block_size, "nested_absmax" in tensors)
     faults = [f"unknown tensor '{name}'.{nearest(name, layout)}" for name in tensors if name not in layout]
@@ -156,8 +155,7 @@ def empty_packed(
 ) -> PackedWeight:
     """A packed weight with uninitialised tensors, to fill, or to measure on "meta" or under FakeTensorMode.
 
-    Raises:
-        ValueError: If the kind, shape or block size is not supported.
+    Raises ValueError: If the kind, shape or block size is not supported.
     """
     layout = _layout(kind, shape, block_size, double_quant and kind != "int8")
     tensors = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in layout.items()}
@@ -200,8 +198,7 @@ def quantize(
         block_size: One of `BLOCK_SIZES`; not used by int8, which has one scale a row.
         double_quant: Store the block scales in 8 bits; not used by int8.
         name: The weight's name in an error.
-    Raises:
-        ValueError: If the weight is not a matrix of finite floats, is empty, or an argument is not allowed.
+    Raises ValueError: If the weight is not a matrix of finite floats, is empty, or an argument is not allowed.
     """
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
         raise ValueError(f"{name} must be a float matrix (out, in), got {tuple(weight.shape)} {weight.dtype}.")
@@ -244,8 +241,7 @@ def block_scales(packed: PackedWeight) -> Tensor:
     With double quantisation the scale of a block can come out slightly below 0, or not 0 for a zero block. Its zero
     weights stay zero all the same: their value is 0 whatever the scale.
 
-    Returns:
-        (blocks,) float32; for int8 (out,), the absmax of each row. Shares memory with `packed` unless nested.
+    Returns: (blocks,) float32; for int8 (out,), the absmax of each row. Shares memory with `packed` unless nested.
     """
     nested = packed.nested
     if nested is None:

@@ -91,8 +91,7 @@ def prune_weight(
             Wanda, its paper, sec. 3). sparsegpt compares within blocks of columns and takes none.
         damping: See `sparsegpt`.
         name: The weight's name in an error.
-    Raises:
-        ValueError: Weights that are not finite, a pattern that does not fit, arguments that are missing or too many.
+    Raises ValueError: Weights that are not finite, a pattern that does not fit, arguments that are missing or too many.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got '{method}'.{nearest(method, METHODS)}")
@@ -169,8 +168,7 @@ def sparsegpt(
         pattern: An unstructured one has round(sparsity * out * in) zeros.
         damping: Added to the diagonal, as a share of its mean; above 0.
         name: The weight's name in an error.
-    Raises:
-        UserError: If the damped H is not positive definite.
+    Raises UserError: If the damped H is not positive definite.
     """
     if not damping > 0:
         raise ValueError(f"damping must be above 0, got {damping}.")
@@ -236,9 +234,8 @@ def _remove_columns(
 ) -> Tensor:
     """Remove the pruned weights of a block and correct its later columns, in place; choose an n:m mask on the way.
 
-    Returns:
-        w / V_jj of every removed weight at its removal, (out, columns of the block); it corrects the columns behind the
-        block.
+    Returns: w / V_jj of every removed weight at its removal, (out, columns of the block); it corrects the columns
+        behind the block.
     """
     errors = torch.empty_like(work[:, columns])
     for column in range(columns.start, columns.stop):

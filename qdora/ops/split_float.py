@@ -17,9 +17,8 @@ def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         master: float32, any shape, finite.
-    Returns:
-        high: bfloat16, master rounded to nearest (ties away from zero: the remainder of a tie is -2^15).
-        low: int16, bits(master) - bits(high) in units of the last float32 bit.
+    Returns: high: bfloat16, master rounded to nearest (ties away from zero: the remainder of a tie is -2^15). low:
+        int16, bits(master) - bits(high) in units of the last float32 bit.
     """
     bits = master.contiguous().view(torch.int32)
     # Adding half of bf16's last bit and cutting rounds to nearest in sign-magnitude order; the carry into the exponent

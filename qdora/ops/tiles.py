@@ -91,9 +91,8 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
         weight: (out, in).
         dtype: Of the tiles, any float dtype. Products of codes, scales and factors are float32, then cast once.
         row_factor: (out,) float32 (float64 for float64 weights), or None for 1.
-    Yields:
-        (rows, tile (rows, in)). Read the tile before taking the next one; it may share memory with the weight. A loop
-        that ends with `del tile` holds one at a time; else each tile lives until the next one is made.
+    Yields: (rows, tile (rows, in)). Read the tile before taking the next one; it may share memory with the weight. A
+        loop that ends with `del tile` holds one at a time; else each tile lives until the next one is made.
     """
     if isinstance(weight, Tensor):
         if row_factor is None and weight.dtype == dtype:
@@ -119,8 +118,7 @@ def with_own_scales(weight: Weight, row_factor: Tensor | None = None) -> PackedW
     Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without decoding the scales in each call.
     This pays for products of few rows and takes 32 bits for each block.
 
-    Returns:
-        None for a dense weight, and if blocks cross rows: a scale then does not belong to one row.
+    Returns: None for a dense weight, and if blocks cross rows: a scale then does not belong to one row.
     """
     if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
         return None
@@ -133,8 +131,7 @@ def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None =
 
     A weight whose blocks cross rows comes as one tile; with blocks of 64 no common model has one.
 
-    Yields:
-        (columns, tile (out, columns)).
+    Yields: (columns, tile (out, columns)).
     """
     if isinstance(weight, PackedWeight) and weight.shape[1] % weight.block_size:
         yield slice(0, weight.shape[1]), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
