@@ -1,7 +1,6 @@
 """The audit of an export (`--audit`): compare every form in which the model could be exported, and recommend one.
 
-No form is written. Each adapted layer is replaced by a plain product with the dense weight that the form stands for,
-rounded as the form rounds.
+No form is written: each adapted layer becomes a plain product with the form's dense weight, rounded as the form rounds.
 """
 
 from __future__ import annotations
@@ -75,12 +74,9 @@ def audit(
     """Compare every form with the running adapter, all in float32 arithmetic.
 
     Args:
-        model: The running model with its adapter.
-        tokenizer: Its tokenizer.
-        opened: Its base and adapter on disk; None for a pruned base, since the source's weights are not pruned.
+        opened: The base and adapter on disk; None for a pruned base, since the source's weights are not pruned.
         examples: Held-out examples by task, for logits and NLL; may be empty.
         dtype: The dtype to which merged weights are rounded.
-        console: For progress.
     Returns: JSON values: `forms` (differences of logits from the adapter, NLL by task, mean NLL difference per example
         with its standard error), `layers` (quantisation error over update, worst first), `verdict`.
     """

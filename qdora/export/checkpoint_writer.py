@@ -71,11 +71,9 @@ def checkpoint_directory(
     leaves nothing.
 
     Args:
-        plan: The tensors and the config.
         tokenizer: Written beside the weights with its chat template, or None.
         out_dir: New or empty directory.
         max_shard_bytes: Size of a weights file. A larger tensor gets a file of its own.
-        progress: For a progress bar.
         extra_files: Name -> text of further files (a model card).
         resume_key: What all bytes follow from. With a key an interrupt leaves the partial directory, and the next call
             with the same key resumes after the last complete shard.
@@ -195,10 +193,7 @@ class ValueSummary:
 
 
 def cast_parts(spec: TensorSpec, tensor: Tensor, seen: ValueSummary) -> Iterator[Tensor]:
-    """Yield flat parts of `tensor` in the dtype of `spec`, on the CPU; add their values to `seen`.
-
-    An integer tensor is one part, unchanged.
-    """
+    """Yield flat parts of `tensor` in the dtype of `spec`, on the CPU (an integer tensor as one part). Fill `seen`."""
     if not tensor.is_floating_point():
         yield tensor.cpu().reshape(-1)
         return

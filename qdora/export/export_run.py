@@ -36,13 +36,10 @@ from qdora.run.model_card import card_files, run_card
 def export_run(
     run: Path, out: Path, options: ExportOptions = ExportOptions(), *, console: Console | None = None
 ) -> dict[str, Any]:
-    """Write a run's model to `out` and check it.
+    """Write a run's model to the new or empty directory `out` and check it.
 
-    Args:
-        run: Run directory.
-        out: New or empty directory.
-        options: In which form.
-        console: For progress and results (default: progress on standard error, results on standard output).
+    Progress goes to standard error and results to standard output, or both to `console`.
+
     Returns: The content of `out`/export.json.
     Raises:
         UserError: Wrong arguments, or a run that the format cannot hold.
@@ -174,10 +171,7 @@ def _export_adapter(
 
 
 def check_servable(model: PreTrainedModel) -> None:
-    """Refuse a DoRA adapter with zero rows of W + s B A: PEFT divides by their norm and computes NaN.
-
-    Raises UserError: With the layers, and the formats to use instead.
-    """
+    """Refuse a DoRA adapter with zero rows of W + s B A: PEFT divides by their norm and computes NaN."""
     faults = []
     for path, layer in adapted_layers(model).items():
         num_zero = 0 if layer.magnitude is None else int((layer.row_norm() == 0).sum())

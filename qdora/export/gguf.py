@@ -111,19 +111,14 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
     Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, and its
     vocabulary, end token and chat template are the tokenizer's.
 
-    For a lossy file the logits are computed by transformers with the file's values. They have no tolerance: the figures
-    say how far they are. If that model does not fit in memory in float32, or llama.cpp's layout of the architecture is
-    unknown, the logits are the checkpoint's, and a warning says so. Tensors that differ in an unknown layout are no
-    fault: they are counted as not checked.
+    For a lossy file (matrices below 16 bits) transformers computes the logits with the file's values. They have no
+    tolerance: the figures say how far they are. If that model does not fit in memory in float32, or llama.cpp's layout
+    of the architecture is unknown, the logits are the checkpoint's, and a warning says so. Tensors that differ in an
+    unknown layout are no fault: they are counted as not checked.
 
     Args:
-        trained: The running model with its adapters, and its tokenizer.
-        file: The GGUF file.
-        merged: Directory of the dense checkpoint that it was made from.
-        text: What to compare logits on.
-        lossy: Whether the file's matrices have fewer than 16 bits.
-    Returns: The result of `verify_merged`, with `tensors`.
-    Raises UserError: See `verify_merged`.
+        merged: Directory of the dense checkpoint that the file was made from.
+    Returns: The result of `verify_merged`, with `tensors`; raises as it does.
     """
     import gguf
 
@@ -153,11 +148,9 @@ class TensorCheck:
     Attributes:
         types: Type of the file -> number of tensors.
         dense_error: Largest |difference| of a tensor that is not quantised.
-        q8_0_error: Largest error of a q8_0 weight in units of what rounding allows: half a step of its block and the
-            step's own rounding.
+        q8_0_error: Largest error of a q8_0 weight in units of what rounding allows (`q8_0_rounding`).
         lossy_error: Largest ||error|| / ||weight|| of a tensor in fewer bits.
         worst: Name of the tensor with the largest error in units of what is allowed.
-        faults: What is wrong.
         layout_known: Whether llama.cpp's layout of this architecture is known.
         unchecked: Tensors that differ in an unknown layout: laid out differently, or wrong.
     """
@@ -199,18 +192,12 @@ class TensorCheck:
 
 
 def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel | None = None) -> TensorCheck:
-    """Compare every tensor of a GGUF file with the dense checkpoint that it was made from.
+    """Compare every tensor of a GGUF file with the dense checkpoint that it was made from; fill the model `into`.
 
     A tensor in 16 or 32 bits must be equal (in a layout that adds 1, within a rounding of the sum). A q8_0 weight must
     be within half a step of its block plus the rounding of the step to float16. The error of other types must be within
     0.3 of the norm. One tensor is in memory at a time, in float32 and a few copies. An embedding may lack the rows for
-    which the file has no word: the converter leaves them out of Gemma 3.
-
-    Args:
-        reader: `gguf.GGUFReader` of the file.
-        file: The GGUF file.
-        merged: Directory of the checkpoint.
-        into: A model to fill with the values of the file.
+    which the file has no word: the converter leaves them out of Gemma 3. `reader` is the `gguf.GGUFReader` of the file.
     """
     source = ModelSource("directory", merged, merged.name)
     model = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))

@@ -1,8 +1,7 @@
-"""Find and run llama.cpp's own programs, which write GGUF files.
+"""Find and run llama.cpp's own programs, which write GGUF files, in processes of their own without the network.
 
 The converter is a script in llama.cpp's repository (`convert_hf_to_gguf.py`). The quantiser is a compiled program
-(`llama-quantize`) or the same function in the package llama-cpp-python. They run in processes of their own, without the
-network.
+(`llama-quantize`) or the same function in the package llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -55,11 +54,9 @@ class LlamaCpp:
 def find_llama_cpp(given: Path | None, type_: GgufType) -> LlamaCpp:
     """Find the programs that write a GGUF file of this type.
 
-    Only the first of these that is set is searched: `given`, the environment variable QDORA_LLAMA_CPP, PATH.
+    Only the first of these that is set is searched: `given` (llama.cpp's folder, either its repository or where its
+    programs are installed, or its converter), the environment variable QDORA_LLAMA_CPP, PATH.
 
-    Args:
-        given: llama.cpp's folder (its repository, or where its programs are installed), or its converter.
-        type_: Of the file.
     Raises UserError: A program is missing (the message says how to get it), or `given` does not exist.
     """
     named = os.environ.get(PLACE)
@@ -116,13 +113,10 @@ def _command(program: Path) -> tuple[str, ...]:
 
 
 def write_gguf(tools: LlamaCpp, merged: Path, out: Path, type_: GgufType) -> None:
-    """Convert a checkpoint to one GGUF file.
+    """Convert a dense checkpoint with its tokenizer to one GGUF file of the type that `tools` was found for.
 
-    Args:
-        tools: From `find_llama_cpp` for this type.
-        merged: Directory of a dense checkpoint with its tokenizer.
-        out: File to write; an intermediate file is beside it while the quantiser runs.
-        type_: Of the file's matrices.
+    An intermediate file is beside `out` while the quantiser runs.
+
     Raises RunFailure: A program failed; the message has the last line of its output.
     """
     direct = type_ in CONVERTED
@@ -141,10 +135,7 @@ def write_gguf(tools: LlamaCpp, merged: Path, out: Path, type_: GgufType) -> Non
 
 
 def _run(command: Sequence[str], out: Path, what: str) -> None:
-    """Run a program that writes `out`.
-
-    Raises RunFailure: It failed; the message has the last line of its output.
-    """
+    """Run a program that writes `out`. Raises RunFailure with the last line of its output."""
     try:
         done = subprocess.run(
             command,

@@ -54,10 +54,10 @@ class LogitDifference:
     num_positions: int = 0
 
     def add(self, logits: Tensor, other: Tensor) -> list[float]:
-        """Add positions. KL(logits || other), in nats, is computed in float64: it is of second order in the difference.
+        """Add positions; `logits` and `other` are (positions, vocabulary) in any float dtype.
 
-        Args:
-            logits, other: (positions, vocabulary), any float dtype.
+        KL(logits || other), in nats, is computed in float64: it is of second order in the difference.
+
         Returns: The largest |difference| at each position.
         """
         largest: list[float] = []
@@ -112,12 +112,11 @@ class Comparison:
 
 
 def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Comparison:
-    """Compare all three sets of logits on every sequence.
+    """Compare all three sets of logits on every sequence of token ids.
 
     Args:
         model: The running model; evaluated in eval mode, left as it was.
         exported: The reloaded model, in float32; it takes its inputs on the device of `model`.
-        sequences: Token ids.
     """
     device = next(model.parameters()).device
     total = Comparison()
@@ -141,10 +140,8 @@ def verdict(
     """Decide whether an export passes.
 
     Args:
-        total: From `compare_logits`.
         faults: What was wrong on reloading.
         stored: The dtype to which the export rounded its weights.
-        running_dtype: The dtype in which the running model computes.
         lossy: The format rounds more than to `stored`: the difference is reported, and only NaN is a fault.
     Returns: JSON values: the three differences, the tolerance, `passed`, `faults` (those given and those found here),
         and `ill_conditioned`, the number of positions whose error is above the tolerance but explained by the running
@@ -186,7 +183,7 @@ def verdict(
 def _tolerance(mean_noise: float, spread: float, stored: torch.dtype, running_dtype: torch.dtype) -> dict[str, float]:
     """The largest difference between exported and reference that rounding each weight once can explain.
 
-    The mean difference of the logits may be 16 roundings of their spread. In models that amplify errors more, it may be
+    The mean difference of the logits may be 16 roundings of their spread, or, in models that amplify errors more,
     `mean_noise` (mean |reference - running|) scaled from the running dtype to the stored one. float32's own noise is
     added. The mean KL is at most of the order of the squared difference.
     """

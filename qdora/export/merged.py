@@ -101,17 +101,10 @@ def export_merged(
 def write_merge(
     run: Path, out: Path, options: ExportOptions, dtype: torch.dtype, console: Console, *, with_card: bool
 ) -> tuple[ExportResult, Callable[[], TrainedRun]]:
-    """Write the merged model of a run.
+    """Write the merged model of a run, if `with_card` with the model card and the licence texts.
 
     A pruned base and a fully trained model are loaded; any other merge is streamed.
 
-    Args:
-        run: Run directory.
-        out: New or empty directory.
-        options: base, requantize, shard_size and step.
-        dtype: Of the weights.
-        console: For progress.
-        with_card: Write the model card and the licence texts beside the weights.
     Returns: What was written, and a function that gives the running model with its adapter on the base of the merge.
     Raises UserError, RunFailure: See `export_merged`.
     """

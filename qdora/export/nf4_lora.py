@@ -188,9 +188,6 @@ def export_nf4_lora(
 def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Refuse a model whose gain cannot go into block scales without loss.
 
-    Args:
-        model: With its adapters.
-        dtype: Of the dense tensors of the export.
     Raises UserError: All reasons, each with the format to use instead.
     """
     layers = adapted_layers(model)

@@ -50,13 +50,10 @@ _STATE_BYTES = 256
 
 @dataclass(frozen=True)
 class StreamedMerge:
-    """A merge that needs no model in memory.
+    """A merge that needs no model in memory: of the adapter in a directory, or of the base alone.
 
     Attributes:
-        source: The base.
-        adapter: Directory of the adapter, or None: the base alone.
-        quant: How training held the base.
-        compute_dtype: The dtype in which training held what is not quantised.
+        quant, compute_dtype: How training held the base, and what is not quantised.
         base: The weights on which the adapter is merged.
         requantize: Write the layers that were quantised as nf4 or fp4 again.
     """
@@ -84,11 +81,7 @@ class StreamedMerge:
 
 
 def check_merge(merge: StreamedMerge) -> None:
-    """Refuse a merge that this base does not allow, before any weight is read.
-
-    Raises UserError: `original` without full-precision weights to merge on, or `requantize` of a base that was not held
-        in nf4 or fp4.
-    """
+    """Raise UserError if this base does not allow the merge, before any weight is read."""
     faults = []
     if merge.base == "original":
         if merge.quant.kind == "none":
@@ -150,15 +143,12 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
 
 @dataclass(frozen=True)
 class OpenedMerge:
-    """A skeleton of the model, where its tensors are stored, and what happens to each.
+    """A skeleton of the model (its weights are on "meta"), where its tensors are stored, and what happens to each.
 
     Attributes:
-        merge: What is merged.
-        model: The skeleton; its weights are on "meta".
         stored: Name in the model -> place in the files of the base.
         adapter: Path of a layer -> its adapter.
-        linear: Paths of all linear layers.
-        quantized: Paths of the layers that training quantised from dense weights.
+        linear, quantized: Paths of all linear layers, and of those that training quantised from dense weights.
         wide: Names of the tensors that stay in float32.
     """
 

@@ -44,7 +44,6 @@ class ServingTarget:
     """A program that runs models.
 
     Attributes:
-        title: Its name.
         loads: The forms it loads, the best one first.
         reads: How it scales a LoRA adapter. "patterns": alpha and rank of each layer, as PEFT does. "one_rank": one
             alpha / rank for all layers. "own_rank": one alpha, and the rank of each layer's own factors.
@@ -76,12 +75,8 @@ def check_target_name(name: str) -> None:
 
 
 def check_target(name: str, form: str, recipe: Recipe) -> None:
-    """Refuse an export that the target program cannot load.
+    """Refuse an export whose form (`ExportOptions.form`) the target program cannot load.
 
-    Args:
-        name: One of TARGETS.
-        form: "merged", "original", "requantized", "nf4-lora", "gguf" or "peft".
-        recipe: Says whether the adapter is LoRA or DoRA, and how the base was quantised.
     Raises UserError: With the options of `qdora export` for the forms that the program loads.
     """
     target = TARGETS[name]
@@ -95,11 +90,8 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
 
 
 def check_scalings(name: str, adapter: AdapterDescription) -> None:
-    """Refuse a LoRA adapter that a program would scale by another alpha / rank than training did.
+    """Refuse a run's LoRA adapter that a program would scale by another alpha / rank than training did.
 
-    Args:
-        name: One of TARGETS.
-        adapter: The run's adapter; an export has the same settings.
     Raises UserError: With a layer, its scaling and the scaling that the program would use.
     """
     target, layout = TARGETS[name], adapter.layout

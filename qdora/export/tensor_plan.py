@@ -38,11 +38,9 @@ class CheckpointPlan:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the model before it has a name in the output.
+    """A tensor of the model before it has a name in the output: a meta tensor of its shape, and what returns it.
 
     Attributes:
-        shaped: A meta tensor of its shape.
-        make: Returns the tensor.
         held: The tensor itself if the model holds it dense; tied weights are recognised by it.
         dtype: In the output, if the format fixes it (packed weights, block scales). None: the dtype of the export.
     """
@@ -58,10 +56,9 @@ WeightSources = Callable[[AdaptedLinear | FrozenLinear], Mapping[str, Source]]
 
 
 def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSources | None = None) -> CheckpointPlan:
-    """Plan the checkpoint of a model in memory.
+    """Plan the checkpoint of a model in memory, with adapted layers or without.
 
     Args:
-        model: With adapted layers or without.
         dtype: For all float tensors whose source does not fix one.
         weights: The tensors of an adapted or frozen layer (default: one dense `weight`).
     """
@@ -69,16 +66,11 @@ def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSourc
 
 
 def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: torch.dtype) -> CheckpointPlan:
-    """Plan a checkpoint of tensors that need not be in the model.
+    """Plan a checkpoint of tensors by their names in the model; the model gives names and config, and may be on "meta".
 
-    Tensors are in the order of `sources`, under the names of the model's published checkpoints. Tied weights are listed
-    once if the config ties them. A head that got a weight of its own (it was quantised or adapted) is listed, and the
-    config no longer ties it.
-
-    Args:
-        model: For names and config; may be on "meta".
-        sources: Name in the model -> tensor.
-        dtype: For all float tensors whose source does not fix one.
+    Tensors are in the order of `sources`, under the names of the model's published checkpoints. Float tensors whose
+    source does not fix a dtype get `dtype`. Tied weights are listed once if the config ties them. A head that got a
+    weight of its own (it was quantised or adapted) is listed, and the config no longer ties it.
     """
     config = _plain_config(model, dtype)
     redundant = set()

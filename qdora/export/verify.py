@@ -1,8 +1,7 @@
 """Check an export: reload it as another user would, and compare it with the model that was trained.
 
-transformers loads the merged model, bitsandbytes with it loads the 4-bit forms, PEFT loads the adapter of nf4-lora (if
-PEFT is not installed, qdora's own loader does). `logit_comparison` says what is compared and how far the logits may be
-off.
+transformers loads the merged model, bitsandbytes with it the 4-bit forms, PEFT the adapter of nf4-lora (without PEFT
+qdora's own loader does). `logit_comparison` says what is compared and how far the logits may be off.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
 
     Args:
         model: The running model with its adapters; evaluated in eval mode, left as it was.
-        directory: From `export_merged`. If it does not fit on the model's device in float32, part of it is placed on
-            the host or the disk.
+        directory: If it does not fit on the model's device in float32, part of it is placed on the host or the disk.
         text: What to compare on. Its tokenizer is compared with the one in `directory`.
     Returns: JSON values: the three differences, the check of the weights, the tolerance, `passed`, `faults` (why not).
     Raises UserError: transformers cannot load the directory.
@@ -76,8 +74,6 @@ def verify_requantized(model: PreTrainedModel, directory: Path, text: Comparison
     """The differences of `verify_merged` without a tolerance: this form rounds to 4 bits, and the figures say how far.
 
     Passed means only: every tensor found its place, the tokenizer gives the same ids, all logits are finite.
-
-    Args and errors are those of `verify_merged`; `directory` is a merge with `requantize`.
     """
     exported, faults = load_with_bnb(directory, model)
     total = compare_logits(model, exported, text.sequences)
@@ -86,14 +82,12 @@ def verify_requantized(model: PreTrainedModel, directory: Path, text: Comparison
 
 
 def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
-    """Reload base and adapter and compare their logits, in float32, with those of the running model.
+    """Reload base and adapter and compare their logits, in float32, with those of the running model, as
+    `verify_merged`.
 
     Passed means: every tensor found its place; the tokenizer gives the same ids; rows of every scaled base + s B A
     equal the float64 formula g (W + s B A) within float32's roundings; and the logits stay within the tolerance of
-    `logit_comparison` for a float32 export.
-
-    Args, result and errors are those of `verify_merged`; `directory` is from `export_nf4_lora`, and `loaded_by` in the
-    result names the loader.
+    `logit_comparison` for a float32 export. `loaded_by` in the result names the loader.
     """
     if importlib.util.find_spec("peft") is not None:
         loaded_by = PEFT_LOADER
@@ -116,7 +110,6 @@ def compare_weights(
     """Compute about 64 evenly spaced rows of every adapted layer again, in float64, and compare them with the files.
 
     Args:
-        model: The running model.
         exported: Path of a layer -> the dense weight (out, in) that the files stand for, or None if it is missing.
         stored: The export's dtype.
     Returns: JSON values: number of layers and rows; `max_error`, the largest error in units of what one rounding to

@@ -10,13 +10,11 @@ _KEEP_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Stop glibc from returning blocks below 1 GiB to the system at every free.
+    """Stop glibc from returning blocks below 1 GiB to the system at every free. Returns False without glibc.
 
     A training step frees and takes the same large buffers over and over. By default each is mapped anew and every page
     faults: dequantising a 4096 x 4096 weight then takes several times as long. Peak memory does not change; after the
     peak the memory stays with the process.
-
-    Returns: False without glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

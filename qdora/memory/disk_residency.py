@@ -29,8 +29,6 @@ class DiskResidency:
     Args:
         cache: The `Reader` of the same load, with `mapped`.
         num_streamed: How many blocks stay on disk, spread evenly among the others; None for all.
-    Attributes:
-        ring: The slots of the loaded model.
     """
 
     def __init__(self, cache: BaseCache, num_streamed: int | None = None) -> None:

@@ -106,15 +106,14 @@ class Piece:
 class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
 
-    Training needs `memory.checkpointing`: a block must be in its slot for its backward pass, and only the
-    recomputation brings it back.
+    Training needs `memory.checkpointing`: a block must be in its slot for its backward pass, and only the recomputation
+    brings it back.
 
     Args:
         num_streamed: How many blocks are streamed, spread evenly among those on the device; None for all.
         free_bytes: Returns the host memory that this process may take, None if it is not known.
         copies: Makes the copies from the device and the slots.
     Attributes:
-        ring: The slots of the loaded model.
         sample: The first block's piece and the first slot, (bytes,) uint8 each, for measurements.
     """
 
@@ -213,10 +212,7 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
 
 
 def _pin(pieces: Sequence[Piece], device: torch.device, free: int | None, embedding_bytes: int) -> None:
-    """Give every block its piece of host memory; the embedding's bytes are taken from it later.
-
-    Raises UserError: Too little host memory.
-    """
+    """Give every block its piece of host memory, of which the embedding takes bytes later. Raises UserError."""
     needed = sum(pinned_bytes(piece.num_bytes) for piece in pieces)
     short = f"base.residency: host: {len(pieces)} blocks need {needed / 2**30:.1f} GiB of pinned host memory, "
     fix = ". Fix: lower base.streamed_blocks, or take a machine with more memory."

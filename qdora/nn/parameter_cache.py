@@ -56,14 +56,12 @@ class ParameterCache:
     def get(
         self, name: str, parameters: tuple[Tensor, ...], settings: tuple[object, ...], make: Callable[[], _Value]
     ) -> _Value:
-        """The value of the present state.
+        """The value of the present state, one for each name: detached tensors, which must not be written to.
 
         Args:
-            name: One value is kept for each name.
             parameters: The tensors that the value depends on.
             settings: Everything else that it depends on.
             make: Computes the value, without a graph.
-        Returns: Detached tensors, which must not be written to.
         """
         # The usual case, asked in every forward of every layer: before anything that costs time.
         if self.knows(name, parameters, settings):

@@ -31,7 +31,7 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
         state: The layer's tensors, named without the layer's prefix ("weight", "weight.absmax", ..., "SCB"). Others,
             such as "bias", are ignored.
         name: The layer's name in an error.
-    Raises ValueError: If a tensor is missing or does not fit the others, or the code book is not the kind's.
+    Raises UserError: If a tensor is missing or does not fit the others, or the code book is not the kind's.
     """
     if "weight" not in state:
         raise UserError(f"{name}: the tensor 'weight' is missing; there are {sorted(state)}.")
@@ -116,11 +116,11 @@ def _from_int8(state: Mapping[str, Tensor], name: str) -> PackedWeight:
 
 
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The inverse of `from_bnb_state`, to be stored under the layer's prefix.
+    """The inverse of `from_bnb_state`, to be stored under the layer's prefix; large tensors share the memory of
+    `packed`.
 
-    Args:
-        packed: nf4, fp4 or int8; large tensors share its memory.
-        dtype: The dtype that bitsandbytes dequantises to by default.
+    `dtype` is the one that bitsandbytes dequantises to by default.
+
     Raises ValueError: A kind that bitsandbytes does not have.
     """
     if packed.kind not in ("nf4", "fp4", "int8"):

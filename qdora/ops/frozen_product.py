@@ -15,13 +15,9 @@ from qdora.ops.tiles import Weight, column_tiles, row_tiles
 
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias with a frozen W.
+    """y = x W^T + bias with a frozen W, (out, in), dense or packed, and a frozen bias, (out,).
 
-    Args:
-        x: (..., in), a float dtype; the product runs in it, or in the dtype of an active autocast.
-        weight: Frozen base, (out, in), dense or packed.
-        bias: Frozen, (out,).
-    Returns: (..., out) in the dtype of the product.
+    The product of x (..., in) runs in its dtype, or in the dtype of an active autocast, which the result has.
     """
     if is_plain(x):
         out = with_bias(product(x.reshape(-1, x.shape[-1]), weight), bias, is_kept=False)

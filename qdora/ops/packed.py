@@ -25,9 +25,7 @@ BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class NestedScales:
-    """Decodes the 8-bit block scales q of double quantisation.
-
-    scale = code[q] * absmax[block // 256] + offset
+    """Decodes the 8-bit block scales q of double quantisation: scale = code[q] * absmax[block // 256] + offset.
 
     Source: QLoRA, arXiv 2305.14314, sec. 3.
     """
@@ -189,12 +187,11 @@ def quantize(
 ) -> PackedWeight:
     """Quantise a dense weight on its device, with the plain-torch definition.
 
-    A base does not depend on the device that quantised it. The peak beside the weight is about twice the result
-    (266 MiB for 512 MiB of bf16), plus a copy of a weight that is not contiguous.
+    A base does not depend on the device that quantised it. The peak beside the weight is about twice the result (266
+    MiB for 512 MiB of bf16), plus a copy of a weight that is not contiguous.
 
     Args:
         weight: (out, in), any float dtype; rounded to float32 first.
-        kind: One of `KINDS`.
         block_size: One of `BLOCK_SIZES`; not used by int8, which has one scale a row.
         double_quant: Store the block scales in 8 bits; not used by int8.
         name: The weight's name in an error.
@@ -236,12 +233,11 @@ def decode_4bit(
 
 @torch.no_grad()
 def block_scales(packed: PackedWeight) -> Tensor:
-    """The block scales, decoded if they are double quantised.
+    """The block scales (blocks,) float32, decoded if they are double quantised; for int8 (out,), the absmax of each
+    row.
 
     With double quantisation the scale of a block can come out slightly below 0, or not 0 for a zero block. Its zero
-    weights stay zero all the same: their value is 0 whatever the scale.
-
-    Returns: (blocks,) float32; for int8 (out,), the absmax of each row. Shares memory with `packed` unless nested.
+    weights stay zero all the same: their value is 0 whatever the scale. Shares memory with `packed` unless nested.
     """
     nested = packed.nested
     if nested is None:

@@ -37,12 +37,9 @@ class Pruned(NamedTuple):
 
 
 class InputStatistics:
-    """Statistics of a layer's inputs, added up over batches of calibration text in float32.
+    """Statistics of a layer's inputs, added up over batches of calibration text in float32 on `device`.
 
-    Args:
-        in_features: Columns of the layer.
-        method: "wanda" adds up squares per column, "sparsegpt" all of X^T X.
-        device: Holds the sums.
+    For "wanda" they are the squares of each column, for "sparsegpt" all of X^T X.
     """
 
     def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
@@ -80,12 +77,9 @@ def prune_weight(
     damping: float = DAMPING,
     name: str = "weight",
 ) -> Pruned:
-    """Prune a dense weight.
+    """Prune a dense weight, (out, in) in any float dtype, which does not change.
 
     Args:
-        weight: (out, in), any float dtype; not changed.
-        method: One of `METHODS`.
-        pattern: The pattern of the zeros.
         statistics: Statistics of the layer's inputs for this method; required by wanda and sparsegpt.
         group: The weights that an unstructured pattern compares (default: the whole tensor for magnitude, each row for
             Wanda, its paper, sec. 3). sparsegpt compares within blocks of columns and takes none.
@@ -124,14 +118,10 @@ def magnitude_scores(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
-    """(|w_ij| ||x_j||)^2, (out, in) float32 (float64 for float64 weights).
+    """(|w_ij| ||x_j||)^2, (out, in) float32 (float64 for float64 weights). Source: Wanda, arXiv 2306.11695, eq. 1.
 
-    Source: Wanda, arXiv 2306.11695, eq. 1.
-
-    Args:
-        weight: (out, in).
-        column_squares: ||x_j||^2 over the calibration tokens, (in,). If all are 0 (an expert without tokens), every
-            column counts the same.
+    `column_squares` is ||x_j||^2 over the calibration tokens, (in,). If all are 0 (an expert without tokens), every
+    column counts the same.
     """
     scores = magnitude_scores(weight)
     largest = column_squares.max()
@@ -234,8 +224,7 @@ def _remove_columns(
 ) -> Tensor:
     """Remove the pruned weights of a block and correct its later columns, in place; choose an n:m mask on the way.
 
-    Returns: w / V_jj of every removed weight at its removal, (out, columns of the block); it corrects the columns
-        behind the block.
+    Returns: w / V_jj of every removed weight at its removal, (out, columns); it corrects the columns behind the block.
     """
     errors = torch.empty_like(work[:, columns])
     for column in range(columns.start, columns.stop):

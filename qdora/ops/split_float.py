@@ -13,12 +13,10 @@ from torch import Tensor
 
 
 def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> (bfloat16 nearest, int16 remainder of the bit pattern).
+    """float32, finite -> (bfloat16 nearest, int16 remainder of the bit pattern).
 
-    Args:
-        master: float32, any shape, finite.
-    Returns: high: bfloat16, master rounded to nearest (ties away from zero: the remainder of a tie is -2^15). low:
-        int16, bits(master) - bits(high) in units of the last float32 bit.
+    The bfloat16 is rounded to nearest, ties away from zero: the remainder of a tie is -2^15. The remainder is
+    bits(master) - bits(high) in units of the last float32 bit.
     """
     bits = master.contiguous().view(torch.int32)
     # Adding half of bf16's last bit and cutting rounds to nearest in sign-magnitude order; the carry into the exponent

@@ -46,13 +46,11 @@ def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 1) -> list[slice]:
-    """Cut a dimension into runs whose tiles stay within the budget.
+    """Cut a dimension of length `total` into runs whose tiles stay within the budget of a "cpu" or "cuda".
 
     Args:
-        total: Length of the dimension.
         other: Length of the other dimension of a tile.
         itemsize: Bytes of an element of a tile.
-        device_type: "cpu" or "cuda"; sets the budget.
         align: Every run but the last starts and ends at a multiple of this.
     """
     budget = _CPU_TILE_BYTES if device_type == "cpu" else _GPU_TILE_BYTES
@@ -88,7 +86,6 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
     """Dense tiles of whole rows of diag(row_factor) W, in order.
 
     Args:
-        weight: (out, in).
         dtype: Of the tiles, any float dtype. Products of codes, scales and factors are float32, then cast once.
         row_factor: (out,) float32 (float64 for float64 weights), or None for 1.
     Yields: (rows, tile (rows, in)). Read the tile before taking the next one; it may share memory with the weight. A
@@ -116,9 +113,8 @@ def with_own_scales(weight: Weight, row_factor: Tensor | None = None) -> PackedW
     """diag(row_factor) W as a packed weight that shares W's codes and has decoded block scales of its own.
 
     Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without decoding the scales in each call.
-    This pays for products of few rows and takes 32 bits for each block.
-
-    Returns: None for a dense weight, and if blocks cross rows: a scale then does not belong to one row.
+    This pays for products of few rows and takes 32 bits for each block. None for a dense weight, and if blocks cross
+    rows: a scale then does not belong to one row.
     """
     if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
         return None
@@ -127,11 +123,9 @@ def with_own_scales(weight: Weight, row_factor: Tensor | None = None) -> PackedW
 
 
 def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
-    """Dense tiles of whole columns of diag(row_factor) W, in order; see `row_tiles`.
+    """Dense tiles (out, columns) of whole columns of diag(row_factor) W, in order; see `row_tiles`.
 
     A weight whose blocks cross rows comes as one tile; with blocks of 64 no common model has one.
-
-    Yields: (columns, tile (out, columns)).
     """
     if isinstance(weight, PackedWeight) and weight.shape[1] % weight.block_size:
         yield slice(0, weight.shape[1]), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
