@@ -51,12 +51,7 @@ def export_run(
     if options.target is not None:
         _check_target(run, options.target, options)
     check_new_directory(out)
-    writers = {
-        "merged": _export_merged,
-        "nf4-lora": _export_nf4_lora,
-        "gguf": export_gguf,
-        "peft": _export_adapter,
-    }
+    writers = {"merged": _export_merged, "nf4-lora": _export_nf4_lora, "gguf": export_gguf, "peft": _export_adapter}
     trained, result, check = writers[options.format](run, out, options, console)
     zeros = _pruned_zeros(trained) if options.form == "merged" else None
     # Names without their paths: the file leaves this machine.
@@ -86,8 +81,7 @@ def export_run(
         _say(results, _check_in_words(check))
     if check is not None and not passed:
         raise RunFailure(
-            f"{out}: the exported model is not the one that was trained: {'; '.join(check['faults'])}.",
-            safe=[run, out],
+            f"{out}: the exported model is not the one that was trained: {'; '.join(check['faults'])}.", safe=[run, out]
         )
     _say(results, f"exported model: {out}")
     if options.push is None:

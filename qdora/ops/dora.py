@@ -47,13 +47,7 @@ def squared_row_norm(weight: Weight) -> Tensor:
 
 @torch.no_grad()
 def row_norm(
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    base_squared: Tensor,
-    dtype: torch.dtype,
+    weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Euclidean norm of each row of W + s B A, without forming B A: (out,) float32 (float64 for a float64 weight).
 
@@ -76,13 +70,7 @@ class FactoredNorm(NamedTuple):
 
 @torch.no_grad()
 def factored_norm(
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    base_squared: Tensor,
-    dtype: torch.dtype,
+    weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
 ) -> FactoredNorm:
     """Euclidean norm of each row of W + s B A from three terms; a GPU computes it without a wait of the host.
 
@@ -122,13 +110,7 @@ def factored_norm(
 
 @torch.no_grad()
 def measure_cancelled_(
-    found: FactoredNorm,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    dtype: torch.dtype,
+    found: FactoredNorm, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype
 ) -> None:
     """Form the cancelled rows of W + s B A and write their norms over the factored ones.
 

@@ -133,12 +133,7 @@ def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sparsegpt(
-    weight: Tensor,
-    input_products: Tensor,
-    pattern: SparsityPattern,
-    *,
-    damping: float = DAMPING,
-    name: str = "weight",
+    weight: Tensor, input_products: Tensor, pattern: SparsityPattern, *, damping: float = DAMPING, name: str = "weight"
 ) -> Pruned:
     """Remove weights column by column, and move each error on to the columns behind it.
 
