@@ -91,7 +91,12 @@ def export(folder: Path, out: Path, shard_bytes: int, stop_at: float | None) -> 
     except KeyboardInterrupt:
         return {"interrupted": True, "left": sorted(path.name for path in out.parent.glob(".*.partial"))}
     seconds = time.perf_counter() - began
-    return {"peak_bytes": peak_rss_bytes(), "seconds": seconds, "num_bytes": result.num_bytes, "files": result.files}
+    return {
+        "peak_bytes": peak_rss_bytes(),
+        "seconds": seconds,
+        "num_bytes": result["num_bytes"],
+        "files": result["files"],
+    }
 
 
 def copy_synced(source: Path, target: Path) -> float:

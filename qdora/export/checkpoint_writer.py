@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,17 +34,12 @@ Progress = Callable[[int, int], None]
 """Called after each tensor with (bytes written, bytes in all)."""
 
 
-@dataclass(frozen=True)
-class WrittenWeights:
-    """What was written. `max_abs` is the largest |w|, in the tensor `max_abs_tensor`; `num_underflowed` counts weights
-    that were not zero and became zero in the output's dtype."""
+class WriteOptions(TypedDict, total=False):
+    """Options of `checkpoint_directory` that every export takes."""
 
-    files: tuple[str, ...]
-    num_tensors: int
-    num_bytes: int
-    max_abs: float
-    max_abs_tensor: str
-    num_underflowed: int
+    max_shard_bytes: int
+    progress: Progress | None
+    extra_files: Mapping[str, str] | None
 
 
 def check_new_directory(out_dir: Path) -> None:
@@ -64,11 +60,12 @@ def checkpoint_directory(
     progress: Progress | None = None,
     extra_files: Mapping[str, str] | None = None,
     resume_key: str | None = None,
-) -> Iterator[tuple[Path, WrittenWeights]]:
-    """Write a checkpoint; the block gets the unfinished directory and may add files to it.
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Write a checkpoint; the block gets the unfinished directory, and may add files to it, and what was written.
 
     The directory is `.<name>.partial` beside `out_dir` until the block ends, then it is renamed to `out_dir`. A failure
-    leaves nothing.
+    leaves nothing. What was written are JSON values: `files`, `num_tensors`, `num_bytes`, `max_abs`, the largest |w|,
+    in the tensor `max_abs_tensor`, and `num_underflowed`, the weights that became zero in the output's dtype only.
 
     Args:
         tokenizer: Written beside the weights with its chat template, or None.
@@ -104,7 +101,7 @@ def _check_space(out_dir: Path, planned: Sequence[Planned]) -> None:
 
 def _write_weights(
     partial: Path, planned: Sequence[Planned], max_shard_bytes: int, progress: Progress | None, *, resumable: bool
-) -> WrittenWeights:
+) -> dict[str, Any]:
     """Write the shards and their index. If `resumable`, shards that `_DONE_FILE` names are kept."""
     shards = plan_shards([item.spec for item in planned], max_shard_bytes)
     total_bytes = sum(item.spec.num_bytes for item in planned)
@@ -146,14 +143,14 @@ def _write_weights(
     if len(shards) > 1:
         (partial / INDEX_FILE).write_text(json_text(shard_index(shards), indent=2) + "\n", encoding="utf-8")
     (partial / _DONE_FILE).unlink(missing_ok=True)
-    return WrittenWeights(
-        files=tuple(shards),
-        num_tensors=len(planned),
-        num_bytes=total_bytes,
-        max_abs=total.max_abs,
-        max_abs_tensor=total.max_abs_tensor,
-        num_underflowed=total.num_underflowed,
-    )
+    return {
+        "files": tuple(shards),
+        "num_tensors": len(planned),
+        "num_bytes": total_bytes,
+        "max_abs": total.max_abs,
+        "max_abs_tensor": total.max_abs_tensor,
+        "num_underflowed": total.num_underflowed,
+    }
 
 
 def _complete_shards(partial: Path) -> dict[str, ValueSummary]:

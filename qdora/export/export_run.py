@@ -115,7 +115,7 @@ def _export_merged(
     text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
     check = verify(trained.model, out, text)
     more = {"base": options.base or "dequantized", "requantized": options.requantize}
-    return trained, written.to_dict() | more, check
+    return trained, written | more, check
 
 
 def _export_nf4_lora(
@@ -134,7 +134,7 @@ def _export_nf4_lora(
             extra_files=card_files(trained.run, trained.recipe, trained.state, form="nf4-lora"),
             published_as=published,
         )
-    lost = result.scale_error_if_double_quantised
+    lost = result["scale_error_if_double_quantised"]
     if lost:
         _say(
             console,
@@ -144,7 +144,7 @@ def _export_nf4_lora(
     _say(console, "comparing the exported model with the running one")
     text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
     check = verify_nf4_lora(trained.model, out, text)
-    return trained, result.to_dict(), check
+    return trained, result, check
 
 
 def _export_adapter(

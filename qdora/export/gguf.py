@@ -97,9 +97,9 @@ def export_gguf(
         "base": options.base or "dequantized",
         "files": [file.name],
         "num_bytes": file.stat().st_size,
-        "num_merged_layers": written.num_merged_layers,
-        "num_parameters": written.num_parameters,
-        "merged_in": written.dtype,
+        "num_merged_layers": written["num_merged_layers"],
+        "num_parameters": written["num_parameters"],
+        "merged_in": written["dtype"],
         "seconds": time.perf_counter() - start,
     }
     return trained, result, check

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import MAX_SHARD_BYTES, Progress, WrittenWeights, checkpoint_directory
+from qdora.export.checkpoint_writer import MAX_SHARD_BYTES, WriteOptions, checkpoint_directory
 from qdora.export.options import ExportOptions
 from qdora.export.streamed_merge import StreamedMerge, check_merge, open_merge
 from qdora.export.tensor_plan import plan_export
@@ -33,31 +32,14 @@ from qdora.run.load_run import TrainedRun, load_run, trained_state
 from qdora.run.model_card import card_files
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportResult(WrittenWeights):
-    """What was written, for export.json."""
-
-    directory: str
-    dtype: str
-    num_merged_layers: int
-    num_parameters: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-
 def export_merged(
     source: PreTrainedModel | StreamedMerge,
     tokenizer: PreTrainedTokenizerBase | None,
     out_dir: Path,
     *,
     dtype: torch.dtype = torch.float16,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
-    extra_files: dict[str, str] | None = None,
-) -> ExportResult:
+    **options: Unpack[WriteOptions],
+) -> dict[str, Any]:
     """Write the merged model as a plain transformers checkpoint.
 
     An interrupted streamed merge resumes after its last complete shard when it is called again.
@@ -65,8 +47,9 @@ def export_merged(
     Args:
         source: A model with adapted layers or without (then its dequantised base is written; the model is not changed),
             or files to be merged.
-        tokenizer, out_dir, max_shard_bytes, progress, extra_files: See `checkpoint_directory`.
+        tokenizer, out_dir, options: See `checkpoint_directory`.
         dtype: float16, bfloat16 or float32, for all float tensors.
+    Returns: What was written, for export.json.
     Raises UserError, RunFailure: See `checkpoint_directory` and `open_merge`.
     """
     start = time.perf_counter()
@@ -74,33 +57,24 @@ def export_merged(
     if isinstance(source, StreamedMerge):
         opened = open_merge(source)
         plan, num_layers, num_parameters = opened.plan(dtype), len(opened.adapter), opened.num_parameters()
-        key = source.resume_key(plan, dtype, max_shard_bytes)
+        key = source.resume_key(plan, dtype, options.get("max_shard_bytes", MAX_SHARD_BYTES))
     else:
         plan, num_layers = plan_export(source, dtype), len(adapted_layers(source))
         num_parameters = sum(torch.Size(item.spec.shape).numel() for item in plan.tensors)
-    with checkpoint_directory(
-        plan,
-        tokenizer,
-        out_dir,
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-        extra_files=extra_files,
-        resume_key=key,
-    ) as (_, written):
+    with checkpoint_directory(plan, tokenizer, out_dir, **options, resume_key=key) as (_, written):
         pass  # nothing else belongs in the directory
-    return ExportResult(
-        directory=str(out_dir),
-        dtype=str(dtype).removeprefix("torch."),
-        num_merged_layers=num_layers,
-        num_parameters=num_parameters,
-        seconds=time.perf_counter() - start,
-        **asdict(written),
-    )
+    return written | {
+        "directory": str(out_dir),
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_merged_layers": num_layers,
+        "num_parameters": num_parameters,
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def write_merge(
     run: Path, out: Path, options: ExportOptions, dtype: torch.dtype, console: Console, *, with_card: bool
-) -> tuple[ExportResult, Callable[[], TrainedRun]]:
+) -> tuple[dict[str, Any], Callable[[], TrainedRun]]:
     """Write the merged model of a run, if `with_card` with the model card and the licence texts.
 
     A pruned base and a fully trained model are loaded; any other merge is streamed.

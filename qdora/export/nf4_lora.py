@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import MAX_SHARD_BYTES, Progress, checkpoint_directory
+from qdora.export.checkpoint_writer import WriteOptions, checkpoint_directory
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.export.tensor_plan import Source, dense_weight_sources, plan_export
 from qdora.files.atomic import json_text
@@ -39,33 +39,6 @@ from qdora.ops.bnb_state import to_bnb_state
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, block_scales
 from qdora.run.load_run import ADAPTER_DIRECTORY
-
-
-@dataclass(frozen=True)
-class Nf4LoraResult:
-    """What was written, for export.json.
-
-    `scale_error_if_double_quantised` is ||change of the scales|| / ||scales|| if the scales were stored in 8 bits, over
-    the layers with a gain: the mean, the maximum, and the layer with the maximum.
-    """
-
-    directory: str
-    adapter: str
-    kind: str
-    block_size: int
-    dtype: str
-    files: tuple[str, ...]
-    num_tensors: int
-    num_folded_layers: int
-    num_adapted_layers: int
-    num_bytes: int
-    num_adapter_bytes: int
-    scale_error_if_double_quantised: dict[str, Any]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 @dataclass
@@ -136,22 +109,22 @@ def export_nf4_lora(
     out_dir: Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
-    extra_files: dict[str, str] | None = None,
     published_as: str | None = None,
-) -> Nf4LoraResult:
+    **options: Unpack[WriteOptions],
+) -> dict[str, Any]:
     """Write a bitsandbytes checkpoint of the scaled base, and the LoRA that belongs on it under `adapter/`.
 
     The adapter is in PEFT's format with use_dora off: lora_A as it is stored, lora_B = g B in float32.
 
     Args:
         model: LoRA or DoRA on an nf4 or fp4 base. Not changed.
-        tokenizer, out_dir, max_shard_bytes, progress, extra_files: See `checkpoint_directory`.
+        tokenizer, out_dir, options: See `checkpoint_directory`.
         dtype: For what is not quantised (embeddings, norms, head), and for the products of bitsandbytes. None: the
             model's own, which rounds nothing.
         published_as: Hub id that `out_dir` will have, for the adapter's file. None: the file names no base, since a
             path would be wrong as soon as the directory is moved.
+    Returns: What was written, for export.json. `scale_error_if_double_quantised` is ||change of the scales|| /
+        ||scales|| if the scales were stored in 8 bits, over the layers with a gain: mean, maximum, and its layer.
     Raises UserError, RunFailure: See `check_foldable` and `checkpoint_directory`.
     """
     start = time.perf_counter()
@@ -164,25 +137,23 @@ def export_nf4_lora(
     plan.config.quantization_config = quantization_config(
         first.kind, double_quant=False, dtype=dtype, dense=_dense_layers(model)
     )
-    with checkpoint_directory(
-        plan, tokenizer, out_dir, max_shard_bytes=max_shard_bytes, progress=progress, extra_files=extra_files
-    ) as (directory, written):
+    with checkpoint_directory(plan, tokenizer, out_dir, **options) as (directory, written):
         num_adapter_bytes = _write_lora(directory / ADAPTER_DIRECTORY, model, folding, published_as)
-    return Nf4LoraResult(
-        directory=str(out_dir),
-        adapter=ADAPTER_DIRECTORY,
-        kind=first.kind,
-        block_size=first.block_size,
-        dtype=str(dtype).removeprefix("torch."),
-        files=written.files,
-        num_tensors=written.num_tensors,
-        num_folded_layers=sum(gain is not None for gain in folding.gains.values()),
-        num_adapted_layers=len(layers),
-        num_bytes=written.num_bytes,
-        num_adapter_bytes=num_adapter_bytes,
-        scale_error_if_double_quantised=_error_summary(layers, folding.scale_errors),
-        seconds=time.perf_counter() - start,
-    )
+    return {
+        "directory": str(out_dir),
+        "adapter": ADAPTER_DIRECTORY,
+        "kind": first.kind,
+        "block_size": first.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "files": written["files"],
+        "num_tensors": written["num_tensors"],
+        "num_folded_layers": sum(gain is not None for gain in folding.gains.values()),
+        "num_adapted_layers": len(layers),
+        "num_bytes": written["num_bytes"],
+        "num_adapter_bytes": num_adapter_bytes,
+        "scale_error_if_double_quantised": _error_summary(layers, folding.scale_errors),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
