@@ -23,12 +23,11 @@ from qdora.errors import RunFailure, UserError
 from qdora.export.tensor_plan import CheckpointPlan, Planned
 from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, json_text
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, write_safetensors
-from qdora.model.stored_tensors import INDEX_FILE
+from qdora.model.stored_tensors import INDEX_FILE, shorten
 
 MAX_SHARD_BYTES = 5 * 2**30
 _DONE_FILE = ".done.json"
 _SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are checked, cast and written
-_FAULTS_SHOWN = 8
 
 Progress = Callable[[int, int], None]
 """Called after each tensor with (bytes written, bytes in all)."""
@@ -183,10 +182,10 @@ class ValueSummary:
     def raise_faults(self) -> None:
         """Raise the faults; those of NaN first, which no other dtype would fix."""
         if self.not_finite:
-            faults = " ".join(_first_faults(self.not_finite))
+            faults = " ".join(shorten(self.not_finite))
             raise RunFailure(f"The merged model is broken, nothing was written. {faults}")
         if self.too_large:
-            raise UserError(*_first_faults(self.too_large))
+            raise UserError(*shorten(self.too_large))
 
 
 def cast_parts(spec: TensorSpec, tensor: Tensor, seen: ValueSummary) -> Iterator[Tensor]:
@@ -226,11 +225,6 @@ def _extent(part: Tensor) -> tuple[int, float]:
         return 0, max(-low, high)
     finite = part.isfinite()
     return part.numel() - int(finite.sum()), float(torch.where(finite, part, 0).abs().max())
-
-
-def _first_faults(faults: list[str]) -> list[str]:
-    more = len(faults) - _FAULTS_SHOWN
-    return faults[:_FAULTS_SHOWN] + ([f"... and {more} more tensors like these."] if more > 0 else [])
 
 
 def _write_rest(

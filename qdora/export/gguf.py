@@ -185,10 +185,9 @@ class TensorCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the faults."""
-        found = asdict(self)
+        found = asdict(self) | {"types": dict(self.types)}
         del found["_largest"], found["faults"], found["unchecked"]
-        counts = {"num_tensors": self.types.total(), "num_unchecked": len(self.unchecked)}
-        return found | {"types": dict(self.types), **counts}
+        return found | {"num_tensors": self.types.total(), "num_unchecked": len(self.unchecked)}
 
 
 def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel | None = None) -> TensorCheck:
@@ -284,9 +283,13 @@ def q8_0_rounding(stored: Values, values: Values) -> Values:
 
 def vocabulary_faults(reader: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """How the tokenizer in the file differs from the run's: words, end token, chat template."""
+
+    def stored(name: str) -> Any:
+        found = reader.get_field(f"tokenizer.{name}")
+        return None if found is None else found.contents()
+
     faults = []
-    field_ = reader.get_field("tokenizer.ggml.tokens")
-    words = [] if field_ is None else field_.contents()
+    words = stored("ggml.tokens") or []
     added = set(getattr(tokenizer, "added_tokens_decoder", {}))
     ids = [index for index in range(min(len(words), len(tokenizer))) if index not in added]
     # Not the added tokens: the file has them as text, with their blanks.
@@ -294,11 +297,8 @@ def vocabulary_faults(reader: Any, tokenizer: PreTrainedTokenizerBase) -> list[s
     if len(words) < len(tokenizer) or wrong:
         where = f", first difference at token {wrong[0]}" if wrong else ""
         faults.append(f"the file has another vocabulary: {len(words)} words for {len(tokenizer)}{where}")
-    end = reader.get_field("tokenizer.ggml.eos_token_id")
-    if tokenizer.eos_token_id is not None and (end is None or end.contents() != tokenizer.eos_token_id):
+    if tokenizer.eos_token_id not in (None, stored("ggml.eos_token_id")):
         faults.append("the file has another end token")
-    template = reader.get_field("tokenizer.chat_template")
-    wanted = tokenizer.chat_template
-    if isinstance(wanted, str) and (template is None or template.contents() != wanted):
+    if isinstance(tokenizer.chat_template, str) and stored("chat_template") != tokenizer.chat_template:
         faults.append("the file has another chat template")
     return faults

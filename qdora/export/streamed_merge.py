@@ -39,10 +39,9 @@ from qdora.model.load import (
 )
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
-from qdora.ops.bnb_state import to_bnb_state
-from qdora.ops.codebooks import NESTED_BLOCK_SIZE
+from qdora.ops.bnb_state import STATE_NAME, to_bnb_state
 from qdora.ops.dora import merged_weight
-from qdora.ops.packed import PackedWeight, dequantize, quantize
+from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
 
 _STATE_BYTES = 256
 """Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""
@@ -82,24 +81,16 @@ class StreamedMerge:
 
 def check_merge(merge: StreamedMerge) -> None:
     """Raise UserError if this base does not allow the merge, before any weight is read."""
-    faults = []
-    if merge.base == "original":
-        if merge.quant.kind == "none":
-            faults.append(
-                "--base original: the base was not quantised in training: it is the original. Fix: remove the option."
-            )
-        elif merge.source.is_gguf:
-            faults.append(
-                f"--base original: {merge.source.name} is a GGUF file, not the 16-bit model it was made from. "
-                "Fix: use --base dequantized."
-            )
-        else:
-            kind = stored_kind(getattr(load_config(merge.source), "quantization_config", None))
-            if kind is not None:
-                faults.append(
-                    f"--base original: {merge.source.name} is stored in {kind} and has no 16-bit weights. Fix: use "
-                    "--base dequantized, or train on the model it was made from."
-                )
+    faults, name, original = [], merge.source.name, merge.base == "original"
+    if original and merge.quant.kind == "none":
+        faults.append("--base original: the base was not quantised in training. Fix: remove the option.")
+    elif original and merge.source.is_gguf:
+        faults.append(f"--base original: {name} is a GGUF file, not the 16-bit model. Fix: use --base dequantized.")
+    elif original:
+        kind = stored_kind(getattr(load_config(merge.source), "quantization_config", None))
+        if kind is not None:
+            fix = "Fix: use --base dequantized, or train on the model it was made from."
+            faults.append(f"--base original: {name} is stored in {kind} and has no 16-bit weights. {fix}")
     if merge.requantize and merge.quant.kind not in FOUR_BIT_KINDS:
         faults.append(
             f"--requantize: the base must be held in nf4 or fp4 (got {merge.quant.kind}). Fix: remove the option."
@@ -251,6 +242,7 @@ class OpenedMerge:
     def _packed_sources(self, path: str, item: Stored) -> dict[str, Source]:
         """The merge in 4 bits; a layer without an adapter keeps the bytes that training used."""
         kept: dict[str, Tensor] = {}
+        quant = self.merge.quant
 
         def part(name: str) -> Callable[[], Tensor]:
             def make() -> Tensor:
@@ -260,10 +252,13 @@ class OpenedMerge:
 
             return make
 
-        return {
-            name: Source(torch.empty(shape, dtype=dtype, device="meta"), part(name), dtype=dtype)
-            for name, (shape, dtype) in self._packed_layout(item).items()
-        }
+        # Only the shapes and dtypes of these tensors are read.
+        layout = to_bnb_state(
+            empty_packed(quant.kind, (item.shape[0], item.shape[1]), quant.block_size, quant.double_quant),
+            self.merge.compute_dtype,
+        )
+        layout[f"{STATE_NAME}{quant.kind}"] = torch.empty(_STATE_BYTES, dtype=torch.uint8)
+        return {name: Source(tensor.to("meta"), part(name), dtype=tensor.dtype) for name, tensor in layout.items()}
 
     def _packed_state(self, path: str, item: Stored) -> dict[str, Tensor]:
         value = item.read()
@@ -273,25 +268,7 @@ class OpenedMerge:
         elif isinstance(value, Tensor):
             value = self._quantized(path, value)
         state = to_bnb_state(value, self.merge.compute_dtype)
-        name = _state_name(self.merge.quant.kind)
+        name = f"{STATE_NAME}{self.merge.quant.kind}"
         blanks = torch.full((_STATE_BYTES - state[name].numel(),), ord(" "), dtype=torch.uint8)
         state[name] = torch.cat([state[name], blanks])
         return state
-
-    def _packed_layout(self, item: Stored) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        quant = self.merge.quant
-        numel = item.shape[0] * item.shape[1]
-        blocks = -(-numel // quant.block_size)
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight": (((numel + 1) // 2, 1), torch.uint8),
-            "weight.absmax": ((blocks,), torch.uint8 if quant.double_quant else torch.float32),
-            "weight.quant_map": ((16,), torch.float32),
-        }
-        if quant.double_quant:
-            layout["weight.nested_absmax"] = ((-(-blocks // NESTED_BLOCK_SIZE),), torch.float32)
-            layout["weight.nested_quant_map"] = ((256,), torch.float32)
-        return layout | {_state_name(quant.kind): ((_STATE_BYTES,), torch.uint8)}
-
-
-def _state_name(kind: str) -> str:
-    return f"weight.quant_state.bitsandbytes__{kind}"

@@ -21,21 +21,14 @@ FOUR_BIT_KINDS = ("nf4", "fp4")
 """Kinds of a base that bitsandbytes stores in 4 bits."""
 Loadable = Literal["merged", "gguf", "nf4-lora", "requantized", "lora", "dora"]
 
-_OPTIONS: dict[str, str] = {
-    "merged": "--format merged",
-    "gguf": "--format gguf",
-    "nf4-lora": "--format nf4-lora (4 bits)",
-    "requantized": "--format merged --requantize (4 bits)",
-    "lora": "--format peft",
-    "dora": "--format peft",
-}
-_NAMES: dict[str, str] = {
-    "merged": "a merged checkpoint",
-    "gguf": "GGUF files",
-    "nf4-lora": "a bitsandbytes checkpoint with an adapter",
-    "requantized": "a bitsandbytes checkpoint",
-    "lora": "LoRA adapters",
-    "dora": "DoRA adapters",
+# Options of `qdora export`, and the name of what they write.
+_FORMS: dict[str, tuple[str, str]] = {
+    "merged": ("--format merged", "a merged checkpoint"),
+    "gguf": ("--format gguf", "GGUF files"),
+    "nf4-lora": ("--format nf4-lora (4 bits)", "a bitsandbytes checkpoint with an adapter"),
+    "requantized": ("--format merged --requantize (4 bits)", "a bitsandbytes checkpoint"),
+    "lora": ("--format peft", "LoRA adapters"),
+    "dora": ("--format peft", "DoRA adapters"),
 }
 
 
@@ -85,8 +78,8 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
     if offered in target.loads:
         return
     possible = [each for each in target.loads if _is_possible(each, recipe, adapter)]
-    options = " or ".join(_OPTIONS[each] for each in possible)
-    raise UserError(f"--for {name}: {target.title} does not load {_NAMES[offered]}. Fix: use {options}.")
+    options = " or ".join(_FORMS[each][0] for each in possible)
+    raise UserError(f"--for {name}: {target.title} does not load {_FORMS[offered][1]}. Fix: use {options}.")
 
 
 def check_scalings(name: str, adapter: AdapterDescription) -> None:
@@ -103,7 +96,7 @@ def check_scalings(name: str, adapter: AdapterDescription) -> None:
     if wrong:
         path = wrong[0]
         reason = "does not know rank_stabilized" if _ignores(target, layout) else "has one alpha for all layers"
-        options = " or ".join(_OPTIONS[each] for each in target.loads if each in ("merged", "gguf"))
+        options = " or ".join(_FORMS[each][0] for each in target.loads if each in ("merged", "gguf"))
         raise UserError(
             f"--for {name}: {target.title} {reason}, and would scale {len(wrong)} of {len(scalings)} layers wrongly: "
             f"{path} by {served[path]:.4g}, trained with {scalings[path]:.4g}. Fix: use {options}."

@@ -75,10 +75,10 @@ def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: t
     config = _plain_config(model, dtype)
     redundant = set()
     for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        first, second = sources.get(target), sources.get(origin)
-        if first is None or second is None:
+        if target not in sources or origin not in sources:
             continue
-        if first.held is not None and second.held is not None and _same_memory(first.held, second.held):
+        first, second = sources[target].held, sources[origin].held
+        if first is not None and second is not None and _memory(first) == _memory(second):
             redundant.add(target)
         else:
             config.tie_word_embeddings = False
@@ -130,8 +130,8 @@ def held(tensor: Tensor) -> Source:
     return Source(tensor.to("meta"), lambda: tensor, tensor)
 
 
-def _same_memory(first: Tensor, second: Tensor) -> bool:
-    return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from qdora.ops import codebooks
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, from_tensors
 
-_STATE = "weight.quant_state.bitsandbytes__"
+STATE_NAME = "weight.quant_state.bitsandbytes__"
 _TABLE_TOLERANCE = 1e-4
 
 
@@ -37,10 +37,10 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
         raise UserError(f"{name}: the tensor 'weight' is missing; there are {sorted(state)}.")
     if "SCB" in state:
         return _from_int8(state, name)
-    keys = [key for key in state if key.startswith(_STATE)]
+    keys = [key for key in state if key.startswith(STATE_NAME)]
     if len(keys) != 1:
-        raise UserError(f"{name}: needs one tensor '{_STATE}nf4' or '{_STATE}fp4', got {len(keys)}: {keys}.")
-    kind = keys[0].removeprefix(_STATE)
+        raise UserError(f"{name}: needs one tensor '{STATE_NAME}nf4' or '{STATE_NAME}fp4', got {len(keys)}: {keys}.")
+    kind = keys[0].removeprefix(STATE_NAME)
     stored = _read_json(state[keys[0]], name)
     faults = _faults(kind, stored, state)
     if faults:
@@ -148,5 +148,5 @@ def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> d
         stored["nested_blocksize"] = NESTED_BLOCK_SIZE
         stored["nested_dtype"] = "float32"
         stored["nested_offset"] = packed.nested.offset.item()
-    state[f"{_STATE}{packed.kind}"] = torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)
+    state[f"{STATE_NAME}{packed.kind}"] = torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)
     return state
