@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
 from qdora.export import checkpoint_writer
-from qdora.export.comparison_text import ComparisonText, comparison_text
-from qdora.export.logit_comparison import LogitDifference, float32_arithmetic
+from qdora.export.logit_comparison import ComparisonText, LogitDifference, comparison_text, float32_arithmetic
 from qdora.export.merged import export_merged
 from qdora.export.verify import verify_merged
 from qdora.files.tensor_file import TensorSpec

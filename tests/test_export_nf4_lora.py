@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
-from qdora.export.comparison_text import ComparisonText
-from qdora.export.logit_comparison import float32_arithmetic
+from qdora.export.logit_comparison import ComparisonText, float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import OWN_LOADER, PEFT_LOADER, verify_nf4_lora
 from qdora.model.inject import adapted_layers, inject

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.evaluation.suite import EvaluationResult, evaluate
-from qdora.export.comparison_text import comparison_text
-from qdora.export.logit_comparison import LogitDifference, float32_arithmetic, logits_of
+from qdora.export.logit_comparison import LogitDifference, comparison_text, float32_arithmetic, logits_of
 from qdora.export.nf4_lora import check_foldable
 from qdora.export.streamed_merge import OpenedMerge
 from qdora.export.targets import FOUR_BIT_KINDS

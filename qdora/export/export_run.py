@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from qdora.errors import RunFailure, UserError
 from qdora.export.audit import audit, audit_page
 from qdora.export.checkpoint_writer import check_new_directory
-from qdora.export.comparison_text import comparison_text, validation_examples
 from qdora.export.gguf import export_gguf
 from qdora.export.hub_push import push
+from qdora.export.logit_comparison import comparison_text, validation_examples
 from qdora.export.merged import merge_of, write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.options import ExportOptions, check_options

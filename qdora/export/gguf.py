@@ -22,9 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
 from qdora.errors import RunFailure
-from qdora.export.comparison_text import ComparisonText, comparison_text, validation_examples
 from qdora.export.llama_cpp import GgufType, find_llama_cpp, write_gguf
-from qdora.export.logit_comparison import compare_logits, larger, verdict
+from qdora.export.logit_comparison import (
+    ComparisonText,
+    compare_logits,
+    comparison_text,
+    larger,
+    validation_examples,
+    verdict,
+)
 from qdora.export.merged import write_merge
 from qdora.export.options import ExportOptions
 from qdora.export.verify import fits_in_float32, load_with_transformers, verify_merged

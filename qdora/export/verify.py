@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdora.errors import RunFailure, UserError
-from qdora.export.comparison_text import ComparisonText
-from qdora.export.logit_comparison import ROUNDING, compare_logits, larger, verdict
+from qdora.export.logit_comparison import ROUNDING, ComparisonText, compare_logits, larger, verdict
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
 from qdora.model.bnb_checkpoint import gather_packed

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
 from qdora.files.environment import available_memory_bytes
-from qdora.memory.streaming import NUM_SLOTS, Ring, Turns
+from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.inject import replace_module
 from qdora.model.load import Loading, Quantization, is_wide, place_dense, place_frozen, wide_names
 from qdora.model.stored_tensors import Stored, StoredPacked, iterate_tensors, tied_weights
@@ -61,18 +61,15 @@ class CudaCopies:
             target.record_stream(self.stream)
 
     def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
-        """See `Copies`."""
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self._released[slot])
             target.copy_(source, non_blocking=True)
             self._copied[slot].record(self.stream)
 
     def wait(self, slot: int) -> None:
-        """See `Copies`."""
         torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
 
     def release(self, slot: int) -> None:
-        """See `Copies`."""
         self._released[slot].record(torch.cuda.current_stream(self.device))
 
 
@@ -125,7 +122,6 @@ class HostResidency:
         copies: Callable[[torch.device, Sequence[Tensor]], Copies] = CudaCopies,
     ) -> None:
         self.num_streamed = num_streamed
-        self.ring: Ring | None = None
         self.sample: tuple[Tensor, Tensor] | None = None
         self._make_copies = copies
         self._free_bytes = free_bytes
@@ -166,7 +162,7 @@ class HostResidency:
         most = max((piece.num_bytes for piece in pieces), default=0)
         slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self.sample = pieces[0].host, slots[0]
-        self.ring = turns.start(_SlotCopies(pieces, slots, self._make_copies(device, slots)))
+        turns.start(_SlotCopies(pieces, slots, self._make_copies(device, slots)))
         for block in turns.blocks:
             block.register_forward_pre_hook(_before_block)
 

@@ -159,7 +159,6 @@ class Turns:
         return self._ring
 
     def use(self, layer: FrozenLinear) -> None:
-        """See `FrozenLinear.residency`."""
         assert self._ring is not None
         self._ring.use(self._turn_of[layer], turns_back=False)
 

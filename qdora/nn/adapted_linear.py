@@ -93,6 +93,7 @@ class AdaptedLinear(nn.Module):
             shape = (base.out_features, base.in_features)
             raise ValueError(f"the rank of a {shape} layer must be 1 to {limit}, got {rank}.")
         self.base = base
+        self.out_features, self.in_features = base.out_features, base.in_features
         self.kind: Kind = kind
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
         self.dropout = dropout
@@ -118,16 +119,6 @@ class AdaptedLinear(nn.Module):
         self._cache = ParameterCache()
         self._gain_dtype: torch.dtype | None = None
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.base.out_features
 
     @property
     def scaling(self) -> float:
@@ -157,15 +148,16 @@ class AdaptedLinear(nn.Module):
         """Made once for each state of the parameters: for a single token making them anew would cost time."""
         parameters = self._factors() if self.magnitude is None else (*self._factors(), self.magnitude)
         settings = (dtype, self.scaling, self.keeps_scales)
-        return self._cache.get("products", parameters, settings, lambda: self._made(dtype))
 
-    def _made(self, dtype: torch.dtype) -> _Products:
-        found = self.gain(dtype)
-        value = None if found is None else found.value
-        factors = factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype)
-        # A streamed weight has no codes to share.
-        own = with_own_scales(self.base.stored_weight, value) if self.keeps_scales and not self.base.away else None
-        return _Products(factors, value if own is None else None, own)
+        def made() -> _Products:
+            found = self.gain(dtype)
+            value = None if found is None else found.value
+            factors = factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype)
+            # A streamed weight has no codes to share.
+            own = with_own_scales(self.base.stored_weight, value) if self.keeps_scales and not self.base.away else None
+            return _Products(factors, value if own is None else None, own)
+
+        return self._cache.get("products", parameters, settings, made)
 
     def add_gate(self) -> None:
         """Give every rank component a trainable factor, float32 (float64 for float64 factors), at 1."""
