@@ -17,10 +17,9 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import MAX_SHARD_BYTES, WriteOptions, checkpoint_directory
+from qdora.export.checkpoint_writer import MAX_SHARD_BYTES, WriteOptions, checkpoint_directory, plan_export
 from qdora.export.options import ExportOptions
 from qdora.export.streamed_merge import StreamedMerge, check_merge, open_merge
-from qdora.export.tensor_plan import plan_export
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.build_model import choose_compute, find_model

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import WriteOptions, checkpoint_directory
+from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_directory, dense_weight_sources, plan_export
 from qdora.export.targets import FOUR_BIT_KINDS
-from qdora.export.tensor_plan import Source, dense_weight_sources, plan_export
 from qdora.files.atomic import json_text
 from qdora.files.tensor_file import TensorSpec, write_safetensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_names
@@ -139,6 +138,10 @@ def export_nf4_lora(
     )
     with checkpoint_directory(plan, tokenizer, out_dir, **options) as (directory, written):
         num_adapter_bytes = _write_lora(directory / ADAPTER_DIRECTORY, model, folding, published_as)
+    lost = {
+        path: folding.scale_errors[id(layer)] for path, layer in layers.items() if id(layer) in folding.scale_errors
+    }
+    worst = max(lost, key=lost.__getitem__, default="")
     return {
         "directory": str(out_dir),
         "adapter": ADAPTER_DIRECTORY,
@@ -151,7 +154,9 @@ def export_nf4_lora(
         "num_adapted_layers": len(layers),
         "num_bytes": written["num_bytes"],
         "num_adapter_bytes": num_adapter_bytes,
-        "scale_error_if_double_quantised": _error_summary(layers, folding.scale_errors),
+        "scale_error_if_double_quantised": (
+            {"mean": sum(lost.values()) / len(lost), "max": lost[worst], "layer": worst} if lost else {}
+        ),
         "seconds": time.perf_counter() - start,
     }
 
@@ -222,11 +227,3 @@ def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str 
     write_safetensors(directory / WEIGHTS_FILE, specs, ordered.values())
     (directory / CONFIG_FILE).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
     return sum(spec.num_bytes for spec in specs)
-
-
-def _error_summary(layers: Mapping[str, AdaptedLinear], errors: Mapping[int, float]) -> dict[str, Any]:
-    by_path = {path: errors[id(layer)] for path, layer in layers.items() if id(layer) in errors}
-    if not by_path:
-        return {}
-    worst = max(by_path, key=lambda path: by_path[path])
-    return {"mean": sum(by_path.values()) / len(by_path), "max": by_path[worst], "layer": worst}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import qdora
 from qdora.errors import UserError
+from qdora.export.checkpoint_writer import CheckpointPlan, Source, held, plan_sources
 from qdora.export.options import MergeBase
 from qdora.export.targets import FOUR_BIT_KINDS
-from qdora.export.tensor_plan import CheckpointPlan, Source, held, plan_sources
 from qdora.files.atomic import json_text
 from qdora.model.adapter_file import StoredLayer, read_adapter
 from qdora.model.bnb_checkpoint import quantization_config, stored_kind
@@ -121,15 +122,8 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     if not merge.source.is_gguf and (merge.source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(merge.source.path))
     model.config._name_or_path = merge.source.name
-    return OpenedMerge(
-        merge=merge,
-        model=model,
-        stored=stored,
-        adapter=adapter,
-        linear=linear,
-        quantized=layers,
-        wide=wide_names(model, merge.compute_dtype),
-    )
+    wide = wide_names(model, merge.compute_dtype)
+    return OpenedMerge(merge, model, stored=stored, adapter=adapter, linear=linear, quantized=layers, wide=wide)
 
 
 @dataclass(frozen=True)
@@ -195,29 +189,20 @@ class OpenedMerge:
                 if not tensor.is_meta:
                     sources[name] = held(tensor)
             elif not self._is_changed(name):
-                sources[name] = Source(tensor.to("meta"), self._dense(name, item))
+                sources[name] = Source(tensor.to("meta"), partial(self._dense, name, item))
             elif self.merge.requantize and path in self.packed_paths:
                 sources |= {f"{path}.{part}": source for part, source in self._packed_sources(path, item).items()}
             else:
                 shaped = torch.empty(item.shape, dtype=torch.float32, device="meta")
-                sources[name] = Source(shaped, self._weight(path, item))
+                sources[name] = Source(shaped, partial(self._merged, path, item))
         return sources
 
-    def _dense(self, name: str, item: Stored) -> Callable[[], Tensor]:
-        dtype = torch.float32 if is_wide(name, self.wide) else self.merge.compute_dtype
-
-        def make() -> Tensor:
-            value = item.read()
-            assert isinstance(value, Tensor)
-            if self.merge.base == "original" or not value.is_floating_point():
-                return value
-            return value.to(dtype)
-
-        return make
-
-    def _weight(self, path: str, item: Stored) -> Callable[[], Tensor]:
-        """The merged or dequantised weight in float32."""
-        return lambda: self._merged(path, self._base(path, item))
+    def _dense(self, name: str, item: Stored) -> Tensor:
+        value = item.read()
+        assert isinstance(value, Tensor)
+        if self.merge.base == "original" or not value.is_floating_point():
+            return value
+        return value.to(torch.float32 if is_wide(name, self.wide) else self.merge.compute_dtype)
 
     def _base(self, path: str, item: Stored) -> Tensor:
         value = item.read()
@@ -229,8 +214,9 @@ class OpenedMerge:
             return dequantize(self._quantized(f"{path}.weight", value), torch.float32)
         return value.to(self.merge.compute_dtype).float()
 
-    def _merged(self, path: str, base: Tensor) -> Tensor:
-        layer = self.adapter.get(path)
+    def _merged(self, path: str, item: Stored) -> Tensor:
+        """The merged or dequantised weight in float32."""
+        base, layer = self._base(path, item), self.adapter.get(path)
         if layer is None:
             return base
         return merged_weight(base, layer.lora_A, layer.lora_B, layer.scaling, layer.magnitude)
@@ -261,13 +247,10 @@ class OpenedMerge:
         return {name: Source(tensor.to("meta"), part(name), dtype=tensor.dtype) for name, tensor in layout.items()}
 
     def _packed_state(self, path: str, item: Stored) -> dict[str, Tensor]:
-        value = item.read()
-        if path in self.adapter:
-            del value
-            value = self._quantized(path, self._merged(path, self._base(path, item)))
-        elif isinstance(value, Tensor):
-            value = self._quantized(path, value)
-        state = to_bnb_state(value, self.merge.compute_dtype)
+        value = self._merged(path, item) if path in self.adapter else item.read()
+        state = to_bnb_state(
+            self._quantized(path, value) if isinstance(value, Tensor) else value, self.merge.compute_dtype
+        )
         name = f"{STATE_NAME}{self.merge.quant.kind}"
         blanks = torch.full((_STATE_BYTES - state[name].numel(),), ord(" "), dtype=torch.uint8)
         state[name] = torch.cat([state[name], blanks])

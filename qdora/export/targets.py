@@ -77,8 +77,14 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
     offered = {"original": "merged", "peft": adapter}.get(form, form)
     if offered in target.loads:
         return
-    possible = [each for each in target.loads if _is_possible(each, recipe, adapter)]
-    options = " or ".join(_FORMS[each][0] for each in possible)
+    # The export itself checks the rest.
+    possible = {
+        "merged",
+        "gguf",
+        adapter,
+        *(("nf4-lora", "requantized") if recipe.base.quant in FOUR_BIT_KINDS else ()),
+    }
+    options = " or ".join(_FORMS[each][0] for each in target.loads if each in possible)
     raise UserError(f"--for {name}: {target.title} does not load {_FORMS[offered][1]}. Fix: use {options}.")
 
 
@@ -110,10 +116,3 @@ def _ignores(target: ServingTarget, layout: AdapterLayout) -> bool:
 def _served_scaling(target: ServingTarget, layout: AdapterLayout, path: str) -> float:
     rank = layout.rank if target.reads == "one_rank" else layout.rank_of(path)
     return layout.alpha / (math.sqrt(rank) if layout.rank_stabilized and not _ignores(target, layout) else rank)
-
-
-def _is_possible(form: Loadable, recipe: Recipe, adapter: Loadable) -> bool:
-    """Whether the recipe allows this form; the export itself checks the rest."""
-    if form in ("lora", "dora"):
-        return form == adapter
-    return form in ("merged", "gguf") or recipe.base.quant in FOUR_BIT_KINDS

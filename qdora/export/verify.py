@@ -143,9 +143,8 @@ def compare_weights(
 
 
 def _weight_faults(weights: Mapping[str, Any], what: str) -> list[str]:
-    if weights["max_error"] <= 1.0:  # false for NaN
-        return []
-    return [f"{weights['worst_layer']}: its {what} weight is {weights['max_error']:.3g} roundings off"]
+    fault = f"{weights['worst_layer']}: its {what} weight is {weights['max_error']:.3g} roundings off"
+    return [] if weights["max_error"] <= 1.0 else [fault]  # NaN is a fault
 
 
 def _dense(files: Mapping[str, Stored], path: str) -> Tensor | None:
