@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import MAX_SHARD_BYTES, WriteOptions, checkpoint_directory, plan_export
 from qdora.export.options import ExportOptions
-from qdora.export.streamed_merge import StreamedMerge, check_merge, open_merge
+from qdora.export.streamed_merge import StreamedMerge, open_merge
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.build_model import choose_compute, find_model
@@ -93,7 +93,6 @@ def write_merge(
         source, tokenizer = load().model, load().tokenizer
     else:
         source, tokenizer = merge_of(opened, recipe, where, options)
-        check_merge(source)
     with bar(console, "merging") as progress:
         result = export_merged(
             source,

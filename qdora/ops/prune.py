@@ -14,10 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError
 from qdora.ops.sparsity import Group, SparsityPattern, check_shape, keep_mask, lowest, num_pruned
-
-METHODS = ("magnitude", "wanda", "sparsegpt")
 
 DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
@@ -69,7 +67,7 @@ class InputStatistics:
 @torch.no_grad()
 def prune_weight(
     weight: Tensor,
-    method: str,
+    method: Literal["magnitude", "wanda", "sparsegpt"],
     pattern: SparsityPattern,
     *,
     statistics: InputStatistics | None = None,
@@ -85,13 +83,9 @@ def prune_weight(
             Wanda, its paper, sec. 3). sparsegpt compares within blocks of columns and takes none.
         damping: See `sparsegpt`.
         name: The weight's name in an error.
-    Raises ValueError: Weights that are not finite, a pattern that does not fit, arguments that are missing or too many.
+    Raises ValueError: Weights that are not finite, or a pattern that does not fit.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got '{method}'.{nearest(method, METHODS)}")
-    if (statistics is None) != (method == "magnitude"):
-        needs = "needs" if statistics is None else "takes no"
-        raise ValueError(f"{name}: {method} {needs} statistics of the layer's inputs.")
+    assert (statistics is None) == (method == "magnitude"), "only magnitude takes no statistics"
     num_bad = weight.numel() - int(weight.isfinite().sum())
     if num_bad:
         raise UserError(
@@ -102,8 +96,7 @@ def prune_weight(
     check_shape(pattern, (weight.shape[0], weight.shape[1]), name)
     if method == "sparsegpt":
         assert statistics is not None
-        if group is not None:
-            raise ValueError("sparsegpt takes no group: it compares within blocks of columns.")
+        assert group is None
         return sparsegpt(weight, statistics.sums, pattern, damping=damping, name=name)
     scores = magnitude_scores(weight) if statistics is None else wanda_scores(weight, statistics.column_squares)
     keep = keep_mask(scores, pattern, group or ("tensor" if method == "magnitude" else "row"))
@@ -155,8 +148,6 @@ def sparsegpt(
         name: The weight's name in an error.
     Raises UserError: If the damped H is not positive definite.
     """
-    if not damping > 0:
-        raise ValueError(f"damping must be above 0, got {damping}.")
     factor = _inverse_factor(input_products, damping, name)
     work = weight.to(input_products.dtype, copy=True)
     if pattern.kind == "rows":
