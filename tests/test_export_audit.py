@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qdora.export.audit import DESCRIPTIONS, audit_page, computing, export_forms, layer_errors, recommendation
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import float32_arithmetic
-from qdora.export.merged import merge_of
+from qdora.export.merged import merge_of, open_merge
 from qdora.export.options import ExportOptions
-from qdora.export.streamed_merge import open_merge
 from qdora.files.run_directory import open_run
 from qdora.model.adapter_file import load_adapter
 from qdora.model.load import load_model

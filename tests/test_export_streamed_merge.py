@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from qdora.errors import RunFailure, UserError
 from qdora.export import checkpoint_writer
-from qdora.export.merged import export_merged
-from qdora.export.streamed_merge import StreamedMerge, check_merge
+from qdora.export.merged import StreamedMerge, check_merge, export_merged
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Quantization, load_model

@@ -21,8 +21,8 @@ from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.evaluation.suite import EvaluationResult, evaluate
 from qdora.export.logit_comparison import LogitDifference, comparison_text, float32_arithmetic, logits_of
+from qdora.export.merged import OpenedMerge
 from qdora.export.nf4_lora import check_foldable
-from qdora.export.streamed_merge import OpenedMerge
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.console import bar
 from qdora.files.markdown_table import markdown_table

@@ -74,12 +74,7 @@ WeightSources = Callable[[AdaptedLinear | FrozenLinear], Mapping[str, Source]]
 
 
 def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSources | None = None) -> CheckpointPlan:
-    """Plan the checkpoint of a model in memory, with adapted layers or without.
-
-    Args:
-        dtype: For all float tensors whose source does not fix one.
-        weights: The tensors of an adapted or frozen layer (default: one dense `weight`).
-    """
+    """Plan the checkpoint of a model in memory; `weights` gives the tensors of a layer (default: one dense)."""
     return plan_sources(model, dict(_sources(model, weights or dense_weight_sources)), dtype)
 
 

@@ -14,10 +14,9 @@ from qdora.export.checkpoint_writer import check_new_directory
 from qdora.export.gguf import export_gguf
 from qdora.export.hub_push import push
 from qdora.export.logit_comparison import comparison_text, validation_examples
-from qdora.export.merged import merge_of, write_merge
+from qdora.export.merged import merge_of, open_merge, write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.options import ExportOptions, check_options
-from qdora.export.streamed_merge import open_merge
 from qdora.export.targets import check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import atomic_write_json, atomic_write_text

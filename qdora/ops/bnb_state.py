@@ -41,7 +41,12 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
     if len(keys) != 1:
         raise UserError(f"{name}: needs one tensor '{STATE_NAME}nf4' or '{STATE_NAME}fp4', got {len(keys)}: {keys}.")
     kind = keys[0].removeprefix(STATE_NAME)
-    stored = _read_json(state[keys[0]], name)
+    try:
+        stored = json.loads(bytes(state[keys[0]].cpu().tolist()).decode())
+    except ValueError as error:
+        raise UserError(f"{name}: the quantisation state is not JSON: {error}.") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{name}: the quantisation state must be a JSON object, got a {type(stored).__name__}.")
     faults = _faults(kind, stored, state)
     if faults:
         raise UserError(*(f"{name}: {fault}" for fault in faults))
@@ -63,16 +68,6 @@ def _packed(
         return from_tensors(kind, shape, block_size, tensors)
     except ValueError as error:
         raise UserError(*(f"{name}: {fault}" for fault in str(error).splitlines())) from error
-
-
-def _read_json(encoded: Tensor, name: str) -> dict[str, Any]:
-    try:
-        stored = json.loads(bytes(encoded.cpu().tolist()).decode())
-    except ValueError as error:
-        raise UserError(f"{name}: the quantisation state is not JSON: {error}.") from error
-    if not isinstance(stored, dict):
-        raise UserError(f"{name}: the quantisation state must be a JSON object, got a {type(stored).__name__}.")
-    return stored
 
 
 def _faults(kind: str, stored: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
