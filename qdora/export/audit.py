@@ -261,8 +261,7 @@ def layer_errors(model: PreTrainedModel, opened: OpenedMerge) -> list[dict[str, 
     """Compare what quantising each adapted layer's base changed with what was learnt on it, largest ratio first.
 
     Returns: For each layer whose source weight exists: `path`; `quantization_error`, ||dequantised base - source|| /
-        ||source||; `update`, ||merged - dequantised base|| / ||source||; their `ratio`, which is above 1 if the
-        rounding is larger than everything that was learnt. All are Frobenius norms.
+        ||source||; `update`, ||merged - dequantised base|| / ||source||; and their `ratio`. All are Frobenius norms.
     """
     found: list[dict[str, Any]] = []
     for path, layer in adapted_layers(model).items():

@@ -58,9 +58,8 @@ class CheckpointPlan:
 class Source:
     """A tensor of the model before it has a name in the output: a meta tensor of its shape, and what returns it.
 
-    Attributes:
-        held: The tensor itself if the model holds it dense; tied weights are recognised by it.
-        dtype: In the output, if the format fixes it (packed weights, block scales). None: the dtype of the export.
+    `held` is the tensor itself if the model holds it dense: tied weights are recognised by it. `dtype` is that of the
+    output if the format fixes it (packed weights, block scales), else that of the export.
     """
 
     shaped: Tensor
@@ -148,10 +147,9 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict[str, str]:
-    """Module name -> name in the model's published checkpoints.
+    """Module name -> name in the model's published checkpoints; transformers renames some tensors on loading.
 
-    transformers renames some tensors on loading; other programs expect the published names. If the published form
-    stacks or splits tensors, the module's names stay: transformers reads those, too.
+    If the published form stacks or splits tensors, the module's names stay: transformers reads those, too.
     """
     by_identity = {id(tensor): name for name, tensor in shaped.items()}
     stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(shaped)).items()}

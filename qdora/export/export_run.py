@@ -35,11 +35,10 @@ from qdora.run.model_card import card_files, run_card
 def export_run(
     run: Path, out: Path, options: ExportOptions = ExportOptions(), *, console: Console | None = None
 ) -> dict[str, Any]:
-    """Write a run's model to the new or empty directory `out` and check it.
+    """Write a run's model to the new or empty directory `out`, check it, and return the content of `out`/export.json.
 
     Progress goes to standard error and results to standard output, or both to `console`.
 
-    Returns: The content of `out`/export.json.
     Raises:
         UserError: Wrong arguments, or a run that the format cannot hold.
         RunFailure: The reloaded model differs from the running one; `out` is kept for inspection.

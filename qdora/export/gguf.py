@@ -162,40 +162,27 @@ def find_llama_cpp(given: Path | None, type_: GgufType) -> LlamaCpp:
         place = place.expanduser()
         if not place.exists():
             raise UserError(f"{where}: must be llama.cpp's folder or its converter ({place} does not exist).")
-    converter = _converter(place)
+    converter, folder = place, place
+    if place is not None and place.is_file():
+        folder = place.parent
+    else:
+        converter = next(filter(None, (_program(place, name) for name in _CONVERTERS)), None)
     if converter is None:
         if place is not None:
             raise UserError(f"{where}: {place} has no converter; must be one of {', '.join(_CONVERTERS)}.")
         raise UserError(f"--format gguf: llama.cpp's converter is not on this machine. {_HOW}")
+    command = (sys.executable, str(converter)) if converter.suffix == ".py" else (str(converter),)
     if type_ in CONVERTED:
-        return LlamaCpp(converter, None)
-    quantizer = _quantizer(place)
-    if quantizer is None:
-        raise UserError(
-            f"--gguf-type: {type_} needs llama.cpp's quantiser, which is not on this machine. {_HOW_QUANTIZER}; "
-            f"or use {' or '.join(CONVERTED)}."
-        )
-    return LlamaCpp(converter, quantizer)
-
-
-def _converter(place: Path | None) -> tuple[str, ...] | None:
-    if place is not None and place.is_file():
-        return _command(place)
-    for name in _CONVERTERS:
-        found = _program(place, name)
-        if found is not None:
-            return _command(found)
-    return None
-
-
-def _quantizer(place: Path | None) -> tuple[str, ...] | None:
-    folder = place.parent if place is not None and place.is_file() else place
-    found = (None if folder is None else _program(folder, _QUANTIZER)) or _program(None, _QUANTIZER)
-    if found is not None:
-        return (str(found),)
+        return LlamaCpp(command, None)
+    quantizer = (_program(folder, _QUANTIZER) if folder else None) or _program(None, _QUANTIZER)
+    if quantizer is not None:
+        return LlamaCpp(command, (str(quantizer),))
     if importlib.util.find_spec("llama_cpp") is not None:
-        return (sys.executable, "-c", _QUANTIZE)
-    return None
+        return LlamaCpp(command, (sys.executable, "-c", _QUANTIZE))
+    raise UserError(
+        f"--gguf-type: {type_} needs llama.cpp's quantiser, which is not on this machine. {_HOW_QUANTIZER}; "
+        f"or use {' or '.join(CONVERTED)}."
+    )
 
 
 def _program(folder: Path | None, name: str) -> Path | None:
@@ -205,16 +192,10 @@ def _program(folder: Path | None, name: str) -> Path | None:
     return next((folder / part / name for part in _INSIDE if (folder / part / name).is_file()), None)
 
 
-def _command(program: Path) -> tuple[str, ...]:
-    return (sys.executable, str(program)) if program.suffix == ".py" else (str(program),)
-
-
 def write_gguf(tools: LlamaCpp, merged: Path, out: Path, type_: GgufType) -> None:
     """Convert a dense checkpoint with its tokenizer to one GGUF file of the type that `tools` was found for.
 
-    An intermediate file is beside `out` while the quantiser runs.
-
-    Raises RunFailure: A program failed; the message has the last line of its output.
+    An intermediate file is beside `out` while the quantiser runs. Raises RunFailure with the program's last line.
     """
     direct = type_ in CONVERTED
     converted = out if direct else out.with_name(f".{out.name}.f16")
@@ -254,18 +235,16 @@ def _run(command: Sequence[str], out: Path, what: str) -> None:
 
 
 def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonText, *, lossy: bool) -> dict[str, Any]:
-    """Compare a GGUF file with its checkpoint, the checkpoint with the running model, and the logits of all.
+    """Compare a GGUF file with the dense checkpoint behind it, that with the running model, and the logits of all.
 
     Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, and its
-    vocabulary, end token and chat template are the tokenizer's.
+    vocabulary, end token and chat template are the tokenizer's. Tensors that differ in an unknown layout are no fault:
+    they are counted as not checked.
 
     For a lossy file (matrices below 16 bits) transformers computes the logits with the file's values. They have no
     tolerance: the figures say how far they are. If that model does not fit in memory in float32, or llama.cpp's layout
-    of the architecture is unknown, the logits are the checkpoint's, and a warning says so. Tensors that differ in an
-    unknown layout are no fault: they are counted as not checked.
+    of the architecture is unknown, the logits are the checkpoint's, and a warning says so.
 
-    Args:
-        merged: Directory of the dense checkpoint that the file was made from.
     Returns: The result of `verify_merged`, with `tensors`; raises as it does.
     """
     import gguf
@@ -291,26 +270,16 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
 
 @dataclass
 class TensorCheck:
-    """Result of comparing the tensors of a GGUF file.
+    """Result of comparing the tensors of a GGUF file; an error "in units" is one of what rounding allows."""
 
-    Attributes:
-        types: Type of the file -> number of tensors.
-        dense_error: Largest |difference| of a tensor that is not quantised.
-        q8_0_error: Largest error of a q8_0 weight in units of what rounding allows (`q8_0_rounding`).
-        lossy_error: Largest ||error|| / ||weight|| of a tensor in fewer bits.
-        worst: Name of the tensor with the largest error in units of what is allowed.
-        layout_known: Whether llama.cpp's layout of this architecture is known.
-        unchecked: Tensors that differ in an unknown layout: laid out differently, or wrong.
-    """
-
-    types: Counter[str] = field(default_factory=Counter)
-    dense_error: float = 0.0
-    q8_0_error: float = 0.0
-    lossy_error: float = 0.0
-    worst: str = ""
+    types: Counter[str] = field(default_factory=Counter)  # type of the file -> number of tensors
+    dense_error: float = 0.0  # largest |difference| of a tensor that is not quantised
+    q8_0_error: float = 0.0  # largest error of a q8_0 weight, in units
+    lossy_error: float = 0.0  # largest ||error|| / ||weight|| of a tensor in fewer bits
+    worst: str = ""  # name of the tensor with the largest error in units
     faults: list[str] = field(default_factory=list)
-    layout_known: bool = True
-    unchecked: list[str] = field(default_factory=list)
+    layout_known: bool = True  # of this architecture, by llama.cpp
+    unchecked: list[str] = field(default_factory=list)  # differ in an unknown layout: laid out differently, or wrong
     _largest: float = 0.0
 
     def note(self, name: str, type_: str, error: float, measure: str, value: float) -> None:

@@ -160,28 +160,18 @@ def larger(first: float, second: float) -> float:
 
 @dataclass
 class Comparison:
-    """The three differences, summed over sequences.
-
-    Attributes:
-        spread_sum: Standard deviation over the vocabulary, summed over positions.
-        errors, noises: Largest |exported - reference| and |reference - running| at each position.
-    """
+    """The three differences over all sequences, and by position the largest errors of exported and running model."""
 
     exported_vs_running: LogitDifference = field(default_factory=LogitDifference)
     exported_vs_reference: LogitDifference = field(default_factory=LogitDifference)
     reference_vs_running: LogitDifference = field(default_factory=LogitDifference)
-    spread_sum: float = 0.0
-    errors: list[float] = field(default_factory=list)
-    noises: list[float] = field(default_factory=list)
+    spread_sum: float = 0.0  # standard deviation over the vocabulary, summed over positions
+    errors: list[float] = field(default_factory=list)  # largest |exported - reference| at each position
+    noises: list[float] = field(default_factory=list)  # largest |reference - running|
 
 
 def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Comparison:
-    """Compare all three sets of logits on every sequence of token ids.
-
-    Args:
-        model: The running model; evaluated in eval mode, left as it was.
-        exported: The reloaded model, in float32; it takes its inputs on the device of `model`.
-    """
+    """Compare all three sets of logits on every sequence of token ids; `exported` is in float32."""
     device = next(model.parameters()).device
     total = Comparison()
     with evaluation_mode(model):
@@ -216,14 +206,24 @@ def verdict(
     tolerance = _tolerance(noise["mean_logit_difference"], spread, stored, running_dtype)
     if lossy:
         tolerance = dict.fromkeys(tolerance, math.inf)
-    over, explained = _positions_over(total, tolerance["max_logit_difference"], stored, running_dtype)
+    # The running model's own error at a position explains up to _OVER_OWN_NOISE times as much, scaled between dtypes.
+    # A model that runs in float32 has no such error, so it explains nothing.
+    ratio = _OVER_OWN_NOISE * ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
+    over: list[int] = []
+    num_explained = 0
+    for position, (own, noise_here) in enumerate(zip(total.errors, total.noises, strict=True)):
+        if not own <= tolerance["max_logit_difference"]:  # not >: NaN is over
+            if own <= ratio * noise_here:
+                num_explained += 1
+            else:
+                over.append(position)
     faults = faults + [
         f"{name} between exported and reference is {error[name]:.3g}, must be at most {tolerance[name]:.3g}"
         for name in ("mean_logit_difference", "kl_mean")
         if not error[name] <= tolerance[name]  # not >: NaN fails
     ]
     if over:
-        worst = over[0]
+        worst = max(reversed(over), key=lambda at: math.inf if math.isnan(total.errors[at]) else total.errors[at])
         faults.append(
             f"max_logit_difference between exported and reference is {total.errors[worst]:.3g} at position {worst} of "
             f"{len(total.errors)}, must be at most {tolerance['max_logit_difference']:.3g} (the running model's own "
@@ -235,7 +235,7 @@ def verdict(
         "dtype": str(stored).removeprefix("torch."),
         "running_dtype": str(running_dtype).removeprefix("torch."),
         "num_positions": total.exported_vs_reference.num_positions,
-        "ill_conditioned": len(explained),
+        "ill_conditioned": num_explained,
         "logit_spread": spread,
         "exported_vs_running": total.exported_vs_running.to_dict(),
         "exported_vs_reference": error,
@@ -257,30 +257,12 @@ def _tolerance(mean_noise: float, spread: float, stored: torch.dtype, running_dt
     return {"mean_logit_difference": mean, "max_logit_difference": _MAX_OVER_MEAN * mean, "kl_mean": mean * mean}
 
 
-def _positions_over(
-    total: Comparison, limit: float, stored: torch.dtype, running_dtype: torch.dtype
-) -> tuple[list[int], list[int]]:
-    """Positions with an error above `limit`: those that nothing explains, largest first, and those that are explained.
-
-    The running model's own error at a position explains up to `_OVER_OWN_NOISE` times as much. A model that runs in
-    float32 has no such error, so it explains nothing.
-    """
-    ratio = _OVER_OWN_NOISE * ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
-    over: list[int] = []
-    explained: list[int] = []
-    for position, (error, noise) in enumerate(zip(total.errors, total.noises, strict=True)):
-        if not error <= limit:  # not >: NaN is over
-            (explained if error <= ratio * noise else over).append(position)
-    over.sort(key=lambda position: math.inf if math.isnan(total.errors[position]) else total.errors[position])
-    return over[::-1], explained
-
-
 @contextmanager
 def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     """Run `model` in float32 inside the block: every 16-bit parameter and buffer is widened, which is exact.
 
-    Frozen layers stay as they are: they compute in the dtype of the activations. Afterwards the model has its old
-    tensors back. The cost is a float32 copy of what is not packed (embeddings, head, adapters).
+    Frozen layers stay as they are: they compute in the dtype of the activations. The cost is a float32 copy of what is
+    not packed (embeddings, head, adapters).
     """
     narrow = (torch.float16, torch.bfloat16)
     parameters: list[tuple[torch.nn.Parameter, Tensor]] = []

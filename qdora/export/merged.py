@@ -78,14 +78,12 @@ def export_merged(
     dtype: torch.dtype = torch.float16,
     **options: Unpack[WriteOptions],
 ) -> dict[str, Any]:
-    """Write the merged model as a plain transformers checkpoint.
+    """Write the merged model as a plain transformers checkpoint; `options` are those of `checkpoint_directory`.
 
     An interrupted streamed merge resumes after its last complete shard when it is called again.
 
     Args:
-        source: A model with adapted layers or without (then its dequantised base is written; the model is not changed),
-            or files to be merged.
-        tokenizer, out_dir, options: See `checkpoint_directory`.
+        source: A model with adapted layers or without (then its dequantised base is written), or files to be merged.
         dtype: float16, bfloat16 or float32, for all float tensors.
     Returns: What was written, for export.json.
     Raises UserError, RunFailure: See `checkpoint_directory` and `open_merge`.
@@ -113,12 +111,11 @@ def export_merged(
 def write_merge(
     run: Path, out: Path, options: ExportOptions, dtype: torch.dtype, console: Console, *, with_card: bool
 ) -> tuple[dict[str, Any], Callable[[], TrainedRun]]:
-    """Write the merged model of a run, if `with_card` with the model card and the licence texts.
+    """Write the merged model of a run; `with_card` adds the model card and the licence texts. Raises as
+    `export_merged`.
 
-    A pruned base and a fully trained model are loaded; any other merge is streamed.
-
-    Returns: What was written, and a function that gives the running model with its adapter on the base of the merge.
-    Raises UserError, RunFailure: See `export_merged`.
+    A pruned base and a fully trained model are loaded; any other merge is streamed. Returns what was written, and a
+    function that gives the running model with its adapter on the base of the merge.
     """
     opened = open_run(run)
     recipe = load_recipe(opened.recipe_file)
@@ -245,22 +242,15 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
 
 @dataclass(frozen=True)
 class OpenedMerge:
-    """A skeleton of the model (its weights are on "meta"), where its tensors are stored, and what happens to each.
-
-    Attributes:
-        stored: Name in the model -> place in the files of the base.
-        adapter: Path of a layer -> its adapter.
-        linear, quantized: Paths of all linear layers, and of those that training quantised from dense weights.
-        wide: Names of the tensors that stay in float32.
-    """
+    """A skeleton of the model (its weights are on "meta"), where its tensors are stored, and what happens to each."""
 
     merge: StreamedMerge
     model: PreTrainedModel
-    stored: Mapping[str, Stored]
-    adapter: Mapping[str, StoredLayer]
-    linear: Sequence[str]
-    quantized: set[str]
-    wide: Sequence[str]
+    stored: Mapping[str, Stored]  # name in the model -> place in the files of the base
+    adapter: Mapping[str, StoredLayer]  # path of a layer -> its adapter
+    linear: Sequence[str]  # paths of all linear layers
+    quantized: set[str]  # paths of those that training quantised from dense weights
+    wide: Sequence[str]  # names of the tensors that stay in float32
 
     @property
     def packed_paths(self) -> set[str]:

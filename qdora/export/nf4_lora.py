@@ -162,10 +162,7 @@ def export_nf4_lora(
 
 
 def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Refuse a model whose gain cannot go into block scales without loss.
-
-    Raises UserError: All reasons, each with the format to use instead.
-    """
+    """Raise UserError with all reasons why the gain cannot go into block scales without loss, each with a fix."""
     layers = adapted_layers(model)
     if not layers:
         raise UserError("--format nf4-lora: the run has no LoRA or DoRA adapter. Fix: use --format merged.")

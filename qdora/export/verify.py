@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import UserError
 from qdora.export.logit_comparison import ROUNDING, ComparisonText, compare_logits, larger, verdict
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
@@ -81,8 +81,7 @@ def verify_requantized(model: PreTrainedModel, directory: Path, text: Comparison
 
 
 def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
-    """Reload base and adapter and compare their logits, in float32, with those of the running model, as
-    `verify_merged`.
+    """Reload base and adapter and compare their float32 logits with those of the running model (see `verify_merged`).
 
     Passed means: every tensor found its place; the tokenizer gives the same ids; rows of every scaled base + s B A
     equal the float64 formula g (W + s B A) within float32's roundings; and the logits stay within the tolerance of
@@ -175,10 +174,7 @@ def _reload(directory: Path, model: PreTrainedModel, scratch: Path) -> tuple[Pre
 def load_with_transformers(
     directory: Path, model: PreTrainedModel, **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The directory as a float32 model with the attention of `model`, and the tensors that did not find their place.
-
-    Raises UserError: transformers refuses it.
-    """
+    """The directory as a float32 model with the attention of `model`, and the tensors that did not find their place."""
     attention = model.config._attn_implementation
     if attention in ("eager", "sdpa"):
         options["attn_implementation"] = attention
@@ -214,13 +210,8 @@ def _float32_bytes(directory: Path) -> int:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype that config.json names. Raises RunFailure if it names none."""
-    name = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise RunFailure(
-            f"{directory / 'config.json'}: dtype: must be one of float16, bfloat16, float32 (got {name!r})."
-        )
+    """The dtype that the config.json of an export names."""
+    dtype: torch.dtype = getattr(torch, json.loads((directory / "config.json").read_text(encoding="utf-8"))["dtype"])
     return dtype
 
 

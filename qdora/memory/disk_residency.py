@@ -26,9 +26,8 @@ _LEAST_MAPPED_BYTES = 1 << 20
 class DiskResidency:
     """A `Placer` that leaves the packed blocks, the embeddings and the head in the files of a packed base.
 
-    Args:
-        cache: The `Reader` of the same load, with `mapped`.
-        num_streamed: How many blocks stay on disk, spread evenly among the others; None for all.
+    `cache` is the `Reader` of the same load, with `mapped`. `num_streamed` blocks stay on disk, spread evenly among the
+    others; None for all.
     """
 
     def __init__(self, cache: BaseCache, num_streamed: int | None = None) -> None:

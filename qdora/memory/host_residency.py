@@ -104,14 +104,12 @@ class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
 
     Training needs `memory.checkpointing`: a block must be in its slot for its backward pass, and only the recomputation
-    brings it back.
+    brings it back. `sample` is the first block's piece and the first slot, (bytes,) uint8 each, for measurements.
 
     Args:
         num_streamed: How many blocks are streamed, spread evenly among those on the device; None for all.
         free_bytes: Returns the host memory that this process may take, None if it is not known.
         copies: Makes the copies from the device and the slots.
-    Attributes:
-        sample: The first block's piece and the first slot, (bytes,) uint8 each, for measurements.
     """
 
     def __init__(

@@ -39,8 +39,7 @@ class CopyEngine(Protocol):
 
 
 class Ring:
-    """Two slots in which the blocks of a model, in the order of its forward pass, take turns, each always in the same
-    one.
+    """Two slots in which the blocks of a model, in forward order, take turns, each block always in the same one.
 
     A checkpoint keeps the graph of the first forward pass, and with it the address of each weight. The backward pass
     reads there, so the recomputation must bring the block to the same place. `num_loads` counts the blocks that were
@@ -55,8 +54,7 @@ class Ring:
         self._step = 1
 
     def use(self, block: int, *, turns_back: bool) -> int:
-        """Bring a block before it is used, and begin to bring the next one over the block used until now; returns its
-        slot.
+        """Bring a block before its use, begin to bring the next one over the block used until now, and return the slot.
 
         `turns_back` says that a backward pass follows the last block, and not the next forward pass.
         """
@@ -100,7 +98,7 @@ class Ring:
 def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
     """The streamed blocks, spread evenly among the resident ones, so that copies can hide behind all blocks' work.
 
-    Raises ValueError: More streamed blocks than blocks.
+    Raises ValueError if there are more of them than blocks.
     """
     if not 0 <= num_streamed <= num_blocks:
         raise ValueError(f"the streamed blocks must be 0 to {num_blocks}, got {num_streamed}.")

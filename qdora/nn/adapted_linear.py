@@ -174,8 +174,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def keep_components_(self, keep: Tensor) -> None:
-        """Keep the rank components where `keep`, (rank,) bool, is True, in the same parameters; the scaling does not
-        change.
+        """Keep the rank components where `keep`, (rank,) bool, is True, in the same parameters, with the same scaling.
 
         Removing components with a gate of 0 changes the layer's output by rounding only. For use between steps: torch
         raises an error in a later backward pass if the graph of an earlier forward pass is still alive.

@@ -111,12 +111,9 @@ def _from_int8(state: Mapping[str, Tensor], name: str) -> PackedWeight:
 
 
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The inverse of `from_bnb_state`, to be stored under the layer's prefix; large tensors share the memory of
-    `packed`.
+    """The inverse of `from_bnb_state`, to be stored under the layer's prefix; large tensors share memory.
 
-    `dtype` is the one that bitsandbytes dequantises to by default.
-
-    Raises ValueError: A kind that bitsandbytes does not have.
+    `dtype` is the one that bitsandbytes dequantises to by default. Raises ValueError for a kind that it does not have.
     """
     if packed.kind not in ("nf4", "fp4", "int8"):
         raise ValueError(f"a kind of bitsandbytes must be one of nf4, fp4, int8, got {packed.kind}.")

@@ -201,8 +201,7 @@ def merged_weight(
 
 @torch.no_grad()
 def gain_of_sum(total: Tensor, magnitude: Tensor) -> Tensor:
-    """g = m / ||total||_row, (out,), from the dense sum W + s B A, (out, in), float32 or float64; 0 where the row is
-    zero.
+    """g = m / ||total||_row, (out,), from the dense sum W + s B A, float32 or float64; 0 where the row is zero.
 
     Unlike `gain` it leaves a row with m = 0 exactly zero: no gradient is read from the result.
     """

@@ -56,8 +56,8 @@ def chunked_nll(
 ) -> Tensor:
     """-log softmax(logits)[label] of each token, with z = h W^T + bias and logits = c tanh(scale z / c), or scale z.
 
-    Peak beside the result: the logits of one chunk in hidden's dtype (their gradient overwrites them), and 32 MiB
-    (4 MiB on a CPU; twice that with a softcap) of them in float32. The head is frozen; its gradient is not formed.
+    Peak beside the result: the logits of one chunk in hidden's dtype (their gradient overwrites them), and 32 MiB (4
+    MiB on a CPU; twice that with a softcap) of them in float32. The head is frozen; its gradient is not formed.
 
     Args:
         hidden: (num_tokens, in), any float dtype; both products run in it, the softmax in float32 (float64 for
@@ -68,11 +68,9 @@ def chunked_nll(
         bias: (vocabulary,) or None.
         scale: Factor of all logits (Cohere's logit_scale; 1 / logits_scaling of Granite).
         softcap: c, above 0 (Gemma 2, arXiv 2408.00118, sec. 2), or None.
-        chunk: Tokens whose logits exist at once (default: `auto_chunk`).
-    Returns: (num_tokens,) float32 (float64 for float64), nats; differentiable once, with respect to hidden only.
-    Raises:
-        ValueError: If the chunk is not positive.
-        RuntimeError: In a backward pass with create_graph=True.
+        chunk: Tokens whose logits exist at once, above 0 (default: `auto_chunk`).
+    Returns: (num_tokens,) float32 (float64 for float64), nats; differentiable once, with respect to hidden only. A
+        backward pass with create_graph=True raises RuntimeError.
     """
     if chunk is None:
         chunk = auto_chunk(weight.shape[0], hidden.element_size())

@@ -41,11 +41,9 @@ class PackedWeight:
 
     Attributes:
         kind: "nf4", "fp4", "int8", or a research format: "int4", "nf3", "nf2" (see `codebooks`).
-        shape: (out, in) of the dense weight.
         block_size: Weights per block scale, counted along the flattened rows; `in` for int8.
         packed: (ceil(out * in / 2),) uint8, first of two weights in the high nibble. int8: (out, in) int8.
         absmax: Block scales, (blocks,) float32, or (blocks,) uint8 if double quantised; int8: (out,) float32.
-        nested: Decodes double quantised scales, else None.
     """
 
     kind: Kind
@@ -233,8 +231,7 @@ def decode_4bit(
 
 @torch.no_grad()
 def block_scales(packed: PackedWeight) -> Tensor:
-    """The block scales (blocks,) float32, decoded if they are double quantised; for int8 (out,), the absmax of each
-    row.
+    """The block scales (blocks,) float32, decoded if they are double quantised; for int8 (out,), each row's absmax.
 
     With double quantisation the scale of a block can come out slightly below 0, or not 0 for a zero block. Its zero
     weights stay zero all the same: their value is 0 whatever the scale. Shares memory with `packed` unless nested.

@@ -130,10 +130,10 @@ def sparsegpt(
 ) -> Pruned:
     """Remove weights column by column, and move each error on to the columns behind it.
 
-    With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, removing w_ij costs w_ij^2 / V_jj^2, and
-    w_i,j: -= (w_ij / V_jj) V_j,j: compensates best. V_jj^2 is the entry of the inverse of H restricted to columns j and
-    later. Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1. V comes from the Cholesky factor of H with its
-    order reversed and one triangular inverse; H itself is never inverted.
+    With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, removing w_ij costs w_ij^2 / V_jj^2, and w_i,j:
+    -= (w_ij / V_jj) V_j,j: compensates best. V_jj^2 is the entry of the inverse of H restricted to columns j and later.
+    Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1. V comes from the Cholesky factor of H with its order
+    reversed and one triangular inverse; H itself is never inverted.
 
     An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, over all rows, from the weights as corrected
     so far; an n:m mask for m columns at a time. Whole columns are chosen before the first one is removed. Whole rows
@@ -143,9 +143,7 @@ def sparsegpt(
     Args:
         weight: (out, in), any float dtype; not changed.
         input_products: X^T X over the calibration tokens, (in, in), float32 or float64; the sums run in its dtype.
-        pattern: An unstructured one has round(sparsity * out * in) zeros.
         damping: Added to the diagonal, as a share of its mean; above 0.
-        name: The weight's name in an error.
     Raises UserError: If the damped H is not positive definite.
     """
     factor = _inverse_factor(input_products, damping, name)
