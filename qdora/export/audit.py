@@ -293,10 +293,8 @@ def recommendation(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapp
         they = "both are" if len(same) == 2 else "it is"
         parts.append(f"Ship {named}: {they} the model that was trained (mean KL at most {kl:.1g} nats).")
     else:
-        parts.append(
-            f"No form is the model that was trained (mean KL at most {_SAME_KL:g} nats): look at the table before "
-            "shipping."
-        )
+        what = "No form is the model that was trained"
+        parts.append(f"{what} (mean KL at most {_SAME_KL:g} nats): look at the table before shipping.")
     parts += [_cost(name, forms[name]) for name in ("original", "requantized") if "logits" in forms[name]]
     parts += [
         f"`{_COMMANDS[name]}` is not possible: {forms[name]['why_not']}."
@@ -314,10 +312,8 @@ def recommendation(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapp
 
 def _cost(name: str, form: Mapping[str, Any]) -> str:
     logits = form["logits"]
-    text = (
-        f"`{_COMMANDS[name]}` is another model: mean KL {logits['kl_mean']:.2g} nats, same next token "
-        f"{logits['argmax_agreement']:.1%}"
-    )
+    kl, agreement = logits["kl_mean"], logits["argmax_agreement"]
+    text = f"`{_COMMANDS[name]}` is another model: mean KL {kl:.2g} nats, same next token {agreement:.1%}"
     gap = form.get("nll_difference")
     if gap is None or gap["stderr"] is None:
         return text + "."

@@ -70,17 +70,13 @@ def export_run(
     card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
     (out / "README.md").write_text(card, encoding="utf-8")
     if zeros is not None and zeros["kept"] < zeros["pruned"]:
-        _say(
-            results,
-            f"the merge is dense: {zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero; "
-            "adapter.mask: keep keeps them all",
-        )
+        still = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero"
+        _say(results, f"the merge is dense: {still}; adapter.mask: keep keeps them all")
     if check is not None:
         _say(results, _check_in_words(check))
-    if check is not None and not passed:
-        raise RunFailure(
-            f"{out}: the exported model is not the one that was trained: {'; '.join(check['faults'])}.", safe=[run, out]
-        )
+        if not passed:
+            why = "; ".join(check["faults"])
+            raise RunFailure(f"{out}: the exported model is not the one that was trained: {why}.", safe=[run, out])
     _say(results, f"exported model: {out}")
     if options.push is None:
         return document
@@ -132,13 +128,9 @@ def _export_nf4_lora(
             extra_files=card_files(trained.run, trained.recipe, trained.state, form="nf4-lora"),
             published_as=published,
         )
-    lost = result["scale_error_if_double_quantised"]
-    if lost:
-        _say(
-            console,
-            f"block scales kept in float32; double quantisation would change them by {lost['mean']:.2%} "
-            f"(at most {lost['max']:.2%})",
-        )
+    if lost := result["scale_error_if_double_quantised"]:
+        change = f"{lost['mean']:.2%} (at most {lost['max']:.2%})"
+        _say(console, f"block scales kept in float32; double quantisation would change them by {change}")
     _say(console, "comparing the exported model with the running one")
     text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
     check = verify_nf4_lora(trained.model, out, text)

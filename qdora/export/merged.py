@@ -111,11 +111,10 @@ def export_merged(
 def write_merge(
     run: Path, out: Path, options: ExportOptions, dtype: torch.dtype, console: Console, *, with_card: bool
 ) -> tuple[dict[str, Any], Callable[[], TrainedRun]]:
-    """Write the merged model of a run; `with_card` adds the model card and the licence texts. Raises as
-    `export_merged`.
+    """Write the merged model of a run, `with_card` with the model card and the licence texts.
 
-    A pruned base and a fully trained model are loaded; any other merge is streamed. Returns what was written, and a
-    function that gives the running model with its adapter on the base of the merge.
+    A pruned base and a fully trained model are loaded; any other merge is streamed. Raises as `export_merged`. Returns
+    what was written, and a function that gives the running model with its adapter on the base of the merge.
     """
     opened = open_run(run)
     recipe = load_recipe(opened.recipe_file)

@@ -25,7 +25,7 @@ from qdora.errors import UserError
 from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_directory, dense_weight_sources, plan_export
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.atomic import json_text
-from qdora.files.tensor_file import TensorSpec, write_safetensors
+from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_names
 from qdora.model.bnb_checkpoint import quantization_config
 from qdora.model.inject import adapted_layers, frozen_layers
@@ -74,14 +74,14 @@ class _Folding:
             assert weight is not None
             return weight
 
-        def codes() -> Tensor:
-            return packed_now().packed.view(state["weight"].shape)
-
         def scales() -> Tensor:
             scales = block_scales(packed_now())
             return scales if adapted is None else self._scaled_blocks(scales, adapted)
 
-        makers: dict[str, Callable[[], Tensor]] = {"weight": codes, "weight.absmax": scales}
+        makers: dict[str, Callable[[], Tensor]] = {
+            "weight": lambda: packed_now().packed.view(state["weight"].shape),
+            "weight.absmax": scales,
+        }
         return {
             name: Source(tensor.to("meta"), makers.get(name, tensor.detach), dtype=tensor.dtype)
             for name, tensor in state.items()
@@ -198,13 +198,10 @@ def _dense_layers(model: nn.Module) -> list[str]:
     """Paths of the linear layers that stay dense."""
     packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.packed_weight}
     inside = tuple(f"{path}." for path in adapted_layers(model))
-    return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | FrozenLinear | AdaptedLinear)
-        and path not in packed
-        and not path.startswith(inside)
+    linear = [
+        path for path, each in model.named_modules() if isinstance(each, nn.Linear | FrozenLinear | AdaptedLinear)
     ]
+    return [path for path in linear if path not in packed and not path.startswith(inside)]
 
 
 def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str | None) -> int:
@@ -218,9 +215,7 @@ def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str 
         gain = folding.gain(layer)
         tensors[name_a] = layer.lora_A.detach()
         tensors[name_b] = layer.stored_B() if gain is None else layer.stored_B().float() * gain.unsqueeze(1)
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()]
     directory.mkdir()
-    write_safetensors(directory / WEIGHTS_FILE, specs, ordered.values())
+    write_tensors(directory / WEIGHTS_FILE, dict(sorted(tensors.items())))
     (directory / CONFIG_FILE).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
-    return sum(spec.num_bytes for spec in specs)
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -63,7 +63,13 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
         total = compare_logits(model, merged, text.sequences)
         stored = stored_dtype(directory)
         files = rename_to_model(open_safetensors(directory), merged)
-        weights = compare_weights(model, lambda path: _dense(files, path), stored)
+
+        def weight(path: str) -> Tensor | None:
+            tensor = files[f"{path}.weight"].read() if f"{path}.weight" in files else None
+            assert not isinstance(tensor, PackedWeight)  # it would have failed to reload
+            return tensor
+
+        weights = compare_weights(model, weight, stored)
         del merged
     faults += _weight_faults(weights, "merged") + tokenizer_faults(text, directory)
     return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
@@ -144,14 +150,6 @@ def compare_weights(
 def _weight_faults(weights: Mapping[str, Any], what: str) -> list[str]:
     fault = f"{weights['worst_layer']}: its {what} weight is {weights['max_error']:.3g} roundings off"
     return [] if weights["max_error"] <= 1.0 else [fault]  # NaN is a fault
-
-
-def _dense(files: Mapping[str, Stored], path: str) -> Tensor | None:
-    if f"{path}.weight" not in files:
-        return None
-    tensor = files[f"{path}.weight"].read()
-    assert isinstance(tensor, Tensor)  # dense: a packed one would have failed to reload
-    return tensor
 
 
 def _reload(directory: Path, model: PreTrainedModel, scratch: Path) -> tuple[PreTrainedModel, list[str]]:

@@ -28,8 +28,6 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.ops.packed import PackedWeight, empty_packed, from_tensors, quantize
 
-EMBEDDINGS_KEY = "memory.host_embeddings"
-
 _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's
 
 
@@ -50,10 +48,8 @@ class CudaCopies:
     def __init__(self, device: torch.device, slots: Sequence[Tensor]) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._copied, self._released = (
-            [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
+        self._copied = [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
+        self._released = [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
         for slot, target in enumerate(slots):
             # Queued kernels may still read the memory for earlier tensors, and the allocator must not reuse it during a
             # copy.
@@ -87,8 +83,7 @@ class Piece:
         entries = []
         for name, tensor in weight.tensors().items():
             entries.append((name, self.num_bytes, tuple(tensor.shape), tensor.dtype))
-            size = tensor.numel() * tensor.element_size()
-            self.num_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+            self.num_bytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         self.layout[path] = entries
 
     def tensors(self, memory: Tensor, path: str) -> dict[str, Tensor]:
@@ -248,10 +243,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 def check_host_embedding(model: PreTrainedModel) -> None:
     """Raise UserError if the embedding of `model` cannot stay in the host's memory."""
-    why = obstacle(model)
-    if why is not None:
-        kind = model.config.model_type
-        raise UserError(f"{EMBEDDINGS_KEY}: must be false, since the embedding of {kind} {why}, got true.")
+    if (why := obstacle(model)) is not None:
+        what = f"the embedding of {model.config.model_type} {why}"
+        raise UserError(f"memory.host_embeddings: must be false, since {what}, got true.")
 
 
 def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None:

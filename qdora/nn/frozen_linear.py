@@ -59,9 +59,8 @@ class FrozenLinear(nn.Module):
 
     def keep_mask(self) -> Tensor | None:
         """The mask by which the weight was pruned, (out, in) bool; None if it was not pruned."""
-        if self.keep_bits is None:
-            return None
-        return mask_from_bits(self.keep_bits, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return None if self.keep_bits is None else mask_from_bits(self.keep_bits, shape)
 
     @property
     def packed_weight(self) -> PackedWeight | None:

@@ -23,7 +23,6 @@ from qdora.ops.planned_device import device_kind
 # large takes 2 to 4 times as long, since malloc gives such blocks back to the system); a GPU needs few, large launches.
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
-
 # Keeps the division of a zero block finite. Smaller, subnormal blocks are not scaled up to 1.
 _SMALLEST_SCALE = 1e-38
 
@@ -79,8 +78,8 @@ def raise_not_finite(flat: Tensor, name: str) -> NoReturn:
 def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32).
 
-    As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided: these round
-    differently.
+    As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided, which round
+    apart.
     """
     whole = part.numel() // block_size * block_size
     blocks = part[:whole].view(-1, block_size)

@@ -22,7 +22,6 @@ from qdora.ops.tiles import Weight, row_tiles, spans
 # product the norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, and at 0.5 0.4 %, which is
 # bf16's own rounding.
 CANCELLATION = 0.25
-
 # Replaces a magnitude of exactly 0: small enough to add nothing to any sum, large enough that the output keeps its
 # digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
 _SMALLEST_MAGNITUDE = 2.0**-100

@@ -24,8 +24,6 @@ from qdora.ops.low_rank_factors import rounded
 
 BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 _SHIFT = BETA * math.log(-GAMMA / ZETA)
-ALWAYS_ON = math.log((1.0 - GAMMA) / (ZETA - 1.0))
-"""From this log_alpha on the deterministic gate is exactly 1."""
 
 
 def fold_gate(lora_B: Tensor, gate: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from qdora.ops.blockwise import raise_not_finite
 
 # Weights handled at a time: the workspace is a few times 4 bytes a weight of the chunk.
 _CHUNK = 1 << 20
-
 # The factor of bitsandbytes: a multiplication by it and a division by 127 differ in the last bit.
 _ONE_127TH = 7.874015718698502e-3
 

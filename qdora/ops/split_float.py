@@ -1,9 +1,8 @@
 """A float32 number kept as a bfloat16 and 16 more bits, so that bf16 storage loses no update.
 
 The bf16 half is the float32 rounded to nearest, and the layers multiply with it. The int16 half is the distance of the
-two bit patterns. Joining them gives the float32 back, bit for bit. An optimizer that joins, updates in float32 and
-splits again trains exactly as with float32 parameters, at 4 bytes a parameter in place of the 6 of a bf16 copy beside a
-float32 master.
+two bit patterns, and joining them gives the float32 back, bit for bit. An optimizer that joins, updates in float32 and
+splits again trains exactly as with float32 parameters, at 4 bytes a parameter; a bf16 copy and a float32 master take 6.
 """
 
 from __future__ import annotations

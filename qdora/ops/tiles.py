@@ -18,7 +18,6 @@ from qdora.ops.planned_device import device_kind
 
 Weight = PackedWeight | Tensor
 """A frozen weight (out, in), packed or dense."""
-
 Tile = tuple[slice, Tensor]
 """The rows (or columns) that a dense tile covers, and the tile."""
 
@@ -26,15 +25,12 @@ Tile = tuple[slice, Tensor]
 # large products: with 64 MiB a layer of 4096 x 14336 has two tiles and one of 8192 x 28672 eight.
 _CPU_TILE_BYTES = 16 << 20
 _GPU_TILE_BYTES = 64 << 20
-
 # A weight that must be cut on a CPU is cut into tiles of about this size, which are still in the cache when they are
 # multiplied. Tiles of 16 MiB take longer (benchmarks/results/tried.json).
 _CPU_CUT_BYTES = 8 << 20
-
 # Rows (or columns) of a tile on a CPU. oneDNN's bf16 product of 1,024 tokens reaches 2.2 TFLOP/s with 1,024 outputs and
 # 1.9 with 256, but 1.1 with 384 to 768 on a CPU with AMX and two threads.
 _LONG, _SHORT = 1024, 256
-
 # On a GPU the runs are equally long, since a short last one would leave most of the chip idle for a whole launch, and
 # multiples of the output tile of cuBLAS's 16-bit kernels.
 _GPU_STEP = 128
