@@ -42,7 +42,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def _product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
     """x W^T, or x W where `transposed`, in x's dtype: (tokens, in) -> (tokens, out), or back, without a graph."""
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
-    for span, tile in (column_tiles if transposed else row_tiles)(weight, x.dtype):
+    tiles = column_tiles if transposed else row_tiles
+    for span, tile in tiles(weight, x.dtype):
         torch.mm(x, tile if transposed else tile.T, out=out[:, span])
         del tile
     return out
