@@ -385,7 +385,7 @@ def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode != 0
-    assert errors.count("Go on with --resume") == 1
+    assert errors.count("Continue with --resume") == 1
     newest = record.open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(lines(run))

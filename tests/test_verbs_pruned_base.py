@@ -20,7 +20,7 @@ from qdora.model.inject import adapted_layers
 from qdora.model.source import resolve
 from qdora.recipe.settings import CalibrationConfig
 from qdora.run import calibration, pruned_base
-from qdora.run.evaluate import evaluate_target
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from tests import tiny_run
@@ -66,7 +66,7 @@ def test_evaluation_and_export_take_the_base_that_was_trained_on(run: Path, tmp_
         assert packed is not None
         assert torch.equal(packed.packed, stored[f"{path}.packed"])
         assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
-    evaluated = evaluate_target(str(run), split="validation")
+    evaluated = evaluate_target(str(run), EvalOptions(split="validation"))
     at_end = json.loads((run / "eval/step-3.json").read_text())
     assert evaluated["evaluation"]["tasks"]["sums"]["nll_per_token"] == at_end["tasks"]["sums"]["nll_per_token"]
     assert export_run(run, tmp_path / "merged", ExportOptions(dtype="float32"))["verification"]["passed"]

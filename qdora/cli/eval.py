@@ -42,22 +42,21 @@ def evaluate(
 ) -> None:
     """Score a run, a merged directory or a bare model: accuracy, answer NLL, perplexity."""
     from qdora.files.run_directory import failures_logged
-    from qdora.run.evaluate import evaluate_target
+    from qdora.run.evaluate import EvalOptions, evaluate_target
 
+    options = EvalOptions(
+        tasks=tasks,
+        limit=limit,
+        split=split,
+        data=data,
+        texts=text or (),
+        step=step,
+        base_only=base,
+        like=like,
+        quant=quant,
+        method=method,
+        harness=harness or (),
+        harness_include=harness_include,
+    )
     with failures_logged(Path(target)):
-        result = evaluate_target(
-            target,
-            tasks=tasks,
-            limit=limit,
-            split=split,
-            data=data,
-            texts=text or [],
-            step=step,
-            base_only=base,
-            like=like,
-            quant=quant,
-            method=method,
-            harness=harness or [],
-            harness_include=harness_include,
-        )
-    emit(result)
+        emit(evaluate_target(target, options))
