@@ -242,7 +242,7 @@ def test_a_masked_run(root: Path) -> None:
     prune = {"method": "magnitude", "pattern": "unstructured", "sparsity": 0.5}
     run = root / "masked"
     train_run(tiny_run.recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=quiet())
-    with pytest.raises(UserError, match=r"--method svd: under adapter\.mask keep"):
+    with pytest.raises(UserError, match=r"--method svd: with adapter\.mask keep"):
         rank_run(run, RankSettings(method="svd", budget="50%"), console=quiet())
     for method in ("gradient", "curvature"):
         asked = RankSettings(method=method, layers=["k_proj"], max_rank=4, examples=2)

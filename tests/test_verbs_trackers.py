@@ -120,7 +120,7 @@ def test_a_tracker_that_fails_is_told_no_more_and_the_others_go_on(
     assert made["one"].lines[0][1]["loss"] == lines_of(tmp_path / "run")[0]["loss"]
     assert (made["bad"].finished, made["one"].finished, made["last"].finished) == (0, 1, 1)
     log = (tmp_path / "run/log.txt").read_text()
-    assert log.count("trackers: bad failed and is told no more: KeyError: 'no log with hf_***") == 1
+    assert log.count("trackers: bad failed and gets no more metrics: KeyError: 'no log with hf_***") == 1
     assert log.count("trackers: last failed") == 1
     assert TOKEN not in log
 

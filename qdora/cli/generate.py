@@ -35,6 +35,8 @@ def generate(
     from qdora.files.run_directory import failures_logged
     from qdora.run.generate import Sampling, generate_from
 
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens)
+
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -43,7 +45,7 @@ def generate(
         result = generate_from(
             target,
             sys.stdin.read() if prompt == "-" else prompt,
-            Sampling(temperature, top_p, top_k, seed, max_new_tokens),
+            sampling,
             system=system,
             raw=raw,
             step=step,
