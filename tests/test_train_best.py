@@ -79,7 +79,7 @@ def test_the_best_step_is_kept_and_the_run_stops_when_nothing_better_comes(root:
     assert all(line["best"]["value"] == min(list(found.values())[: line["step"]]) for line in lines)
     said = f"step {best}, the best by macro nll_per_token ({found[best]:.4g})"
     log = (stopped_run / "log.txt").read_text()
-    assert f"Stopped early after step {last} of {STEPS}: {PATIENCE} evaluations in a row brought nothing better." in log
+    assert f"Stopped early after step {last} of {STEPS}: the last {PATIENCE} evaluations were not better." in log
     assert f"adapter/ is {said}." in log
     assert f"{said} of {last} steps, stopped early" in (stopped_run / "README.md").read_text()
 
@@ -162,7 +162,7 @@ def test_another_question_is_asked_anew(root: Path, tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     changed = recipe(root, train__lr=1e-3, train__steps=4, eval__every=1, eval__patience=..., eval__best_metric="acc")
     summary = train_run(changed, tmp_path / "run", resume=True, console=Console(quiet=True))
-    assert "The best step was chosen in another way before" in (tmp_path / "run/log.txt").read_text()
+    assert "The run chose the best step in another way before" in (tmp_path / "run/log.txt").read_text()
     found = {step: value for step, value in values(tmp_path / "run", metric="acc").items() if step > 2}
     assert summary["best"]["value"] == max(found.values())
     assert summary["best"]["step"] == max(found, key=lambda step: found[step])

@@ -43,7 +43,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
     assert states[0]["streams"]["sums"]["num_drawn"] == 12
     log = (tmp_path / "whole/log.txt").read_text()
     assert "sums: examples unknown, tokens unknown, asked 50.0%, seen 50.0%, tokens seen unknown, passes unknown" in log
-    assert "sums: 12 examples seen, 0 cut, 0 dropped, 0 passes over." in log
+    assert "sums: 12 examples seen, 0 cut, 0 dropped, 0 complete passes." in log
     assert sorted(json.loads((tmp_path / "whole/eval/step-6.json").read_text())["tasks"]) == ["letters"]
     with pytest.raises(UserError, match="--split: sums: a stream is not evaluated on"):
         evaluate_target(str(tmp_path / "whole"), EvalOptions(split="train"))
