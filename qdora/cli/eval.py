@@ -24,7 +24,9 @@ def evaluate(
         list[Path] | None, typer.Option(help="Measure the perplexity of this text file; repeatable.")
     ] = None,
     step: Step = None,
-    like: Annotated[Path | None, typer.Option(help="Use the data of this run and show its results beside.")] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="For a model: use the data of this run, and show its results too.")
+    ] = None,
     quant: Annotated[
         str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
     ] = None,

@@ -65,31 +65,36 @@ def tracking(
             _attempt(started, name, lambda tracker: tracker.finish())
 
 
-def flat_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def flat_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """{"tasks": {"boolq": {"nll_sum": 3.0}}} -> {"tasks/boolq/nll_sum": 3.0}; only numbers are kept."""
-    flat: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flat_numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[f"{prefix}{key}"] = float(value)
-    return flat
+    return {
+        key: float(value)
+        for key, value in _flat(values, "/")
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
-def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
+def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
     """{"train": {"lr": 1e-3, "betas": [0.9, 0.99]}} -> {"train.lr": 1e-3, "train.betas": "[0.9, 0.99]"}.
 
     Leaves out null, which trackers refuse, and access tokens.
     """
-    flat: dict[str, bool | float | str] = {}
+    return {
+        key: value
+        if isinstance(value, bool | int | float)
+        else masked(value if isinstance(value, str) else json.dumps(value))
+        for key, value in _flat(values, ".")
+        if value is not None
+    }
+
+
+def _flat(values: Mapping[str, Any], separator: str) -> Iterator[tuple[str, Any]]:
+    """(joined keys, value) of a nested mapping."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= flat_settings(value, f"{prefix}{key}.")
-        elif isinstance(value, bool | int | float):
-            flat[f"{prefix}{key}"] = value
-        elif value is not None:
-            flat[f"{prefix}{key}"] = masked(value if isinstance(value, str) else json.dumps(value))
-    return flat
+            yield from ((f"{key}{separator}{inner}", each) for inner, each in _flat(value, separator))
+        else:
+            yield key, value
 
 
 def _started(name: str, run: Path, settings: Mapping[str, Any]) -> GeneralTracker:

@@ -48,6 +48,13 @@ _MEASURES = {
     "gradient": "squared singular value of the gradient",
 }
 
+_USED_BY = {
+    **dict.fromkeys(("budget", "threshold", "max_rank", "layers"), ("curvature", "svd", "gradient")),
+    **dict.fromkeys(("examples", "micro_batch_tokens"), ("curvature", "gradient")),
+    **dict.fromkeys(("draws", "eigenvalues", "curvature", "norm", "over_all"), ("curvature",)),
+}
+"""Field of `RankSettings` -> the methods that use it."""
+
 Spectra = dict[str, LayerSpectrum]
 Details = dict[str, dict[str, Any]]
 """Layer -> JSON values about it; under "" those about all layers together."""
@@ -90,8 +97,9 @@ class RankSettings:
         faults = [
             f"{option}: is used only with --method {' or '.join(methods)}, got --method {self.method}. "
             f"Fix: remove {option}."
-            for option, (given, methods) in self._methods_of_options().items()
-            if given and self.method not in methods
+            for name, methods in _USED_BY.items()
+            for option in [f"--{name.replace('_', '-')}"]
+            if getattr(self, name) != getattr(RankSettings, name) and self.method not in methods
         ]
         for option, value, known in (("--curvature", self.curvature, CURVATURES), ("--norm", self.norm, NORMS)):
             if value is not None and value not in known:
@@ -112,23 +120,6 @@ class RankSettings:
             )
         if faults:
             raise UserError(*faults)
-
-    def _methods_of_options(self) -> dict[str, tuple[bool, tuple[str, ...]]]:
-        """Option -> whether it is given, and the methods that use it."""
-        measured, with_data, curved = METHODS[:3], ("curvature", "gradient"), ("curvature",)
-        return {
-            "--budget": (self.budget is not None, measured),
-            "--threshold": (self.threshold is not None, measured),
-            "--max-rank": (self.max_rank is not None, measured),
-            "--layers": (bool(self.layers), measured),
-            "--examples": (self.examples is not None, with_data),
-            "--micro-batch-tokens": (self.micro_batch_tokens is not None, with_data),
-            "--draws": (self.draws is not None, curved),
-            "--eigenvalues": (self.eigenvalues is not None, curved),
-            "--curvature": (self.curvature is not None, curved),
-            "--norm": (self.norm is not None, curved),
-            "--over-all": (self.over_all, curved),
-        }
 
 
 def rank_run(

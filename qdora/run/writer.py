@@ -66,7 +66,12 @@ class RunWriter:
         assert self.state.optimizer is not None
         self.processes.require_equal(self.state.optimizer.parameters)
         random = self.processes.gather(random_text())
-        self.processes.first(lambda: self._write_checkpoint(step, random))
+
+        def write() -> None:
+            self._with_room(lambda: self._write_checkpoint(step, random))
+            self.run.prune_checkpoints(self.active.recipe.train.keep_checkpoints, _best_step)
+
+        self.processes.first(write)
         return self.run.checkpoint_path(step)
 
     def save_final(self, num_done: int) -> None:
@@ -136,10 +141,6 @@ class RunWriter:
         if self._tell_trackers is not None:
             self._tell_trackers(metrics)
 
-    def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
-        self._with_room(lambda: self._fill_checkpoint(step, random))
-        self.run.prune_checkpoints(self.active.recipe.train.keep_checkpoints, _best_step)
-
     def _with_room(self, write: Callable[[], None]) -> None:
         """Write; if the disk is full, remove all checkpoints but the newest and the best, and write again."""
         try:
@@ -151,7 +152,7 @@ class RunWriter:
             write()
             logger.warning("The disk is full: removed %d older checkpoints to continue.", removed)
 
-    def _fill_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
+    def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
         assert self.state.optimizer is not None
         with self.run.checkpoint_directory(step) as directory:
             self._write_trained(directory, directory / "adapter")
