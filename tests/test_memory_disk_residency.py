@@ -131,7 +131,7 @@ def test_what_cannot_be_is_said(source: Path, tmp_path: Path, root: Path) -> Non
     with pytest.raises(UserError, match=r"base\.streamed_blocks: 6, allowed: at most 5"):
         tiny_streamed.on_disk(source, tmp_path, 6)
     residency = DiskResidency(BaseCache(tmp_path, tiny_streamed.WANTED, tiny_streamed.CPU, mapped=True))
-    with pytest.raises(UserError, match=r"disk is for machines without a GPU"):
+    with pytest.raises(UserError, match=r"base\.residency: got disk, must be device or host on a machine with a GPU"):
         load_model(
             resolve(str(source)), quant="nf4", device=torch.device("meta"), reader=residency.cache, placer=residency
         )

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdora.errors import UserError
-from qdora.run import experiment_trackers as module
-from qdora.run import prepare
+from qdora.run import experiment_trackers, prepare
 from qdora.run.experiment_trackers import flat_numbers, flat_settings, is_installed, tracking
 from qdora.run.train import train_run
 from tests import launched, tiny_run
@@ -58,7 +57,7 @@ class Told(GeneralTracker):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Told]:
     found = {"one": Told(), "bad": Told("log"), "broken": Told("start"), "last": Told("finish")}
-    monkeypatch.setattr(module, "_MAKE", {name: lambda run, name=name: found[name] for name in found})
+    monkeypatch.setattr(experiment_trackers, "_MAKE", {name: lambda run, name=name: found[name] for name in found})
     monkeypatch.setattr(prepare, "is_installed", lambda name: True)
     return found
 

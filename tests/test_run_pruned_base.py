@@ -110,13 +110,13 @@ def test_pieces_of_text() -> None:
     assert found[:, 1].min() == 10
     assert found[:, 4].max() == 29
     assert torch.equal(found, calibration.pieces(list(range(10, 30)), [1], settings))
-    with pytest.raises(UserError, match="5 tokens, but the text has 3"):
+    with pytest.raises(UserError, match="got 5, but the text has only 3 tokens"):
         calibration.pieces([1, 2, 3], [1], settings)
 
 
 def test_pieces_longer_than_the_context_are_refused(root: Path, tmp_path: Path) -> None:
     long = {**PRUNE, "calibration": {"sequences": 1, "length": 4096}}
-    with pytest.raises(UserError, match=r"base\.prune\.calibration\.length: 4096 tokens, allowed: at most 128"):
+    with pytest.raises(UserError, match=r"base\.prune\.calibration\.length: got 4096, must be at most 128"):
         train_run(recipe(root, long), tmp_path / "run")
 
 

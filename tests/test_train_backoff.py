@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from qdora.data.loader import StepLoader
 from qdora.errors import Interrupted, RunFailure
-from qdora.run import train as train_verb
+from qdora.run import prepare
 from qdora.run.train import train_run
 from qdora.train import loop
 from qdora.train.backoff import is_out_of_memory
@@ -115,7 +116,7 @@ def test_a_retried_step_draws_what_a_first_try_would(
 ) -> None:
     """With dropout: the run equals, bit for bit, one whose micro-batches were as small from that step on."""
     settings = recipe(root)
-    make_loader = train_verb.make_loader
+    make_loader = prepare.make_loader
     small_memory(monkeypatch, 80, ERRORS["cuda"])
     train_run(settings, tmp_path / "run")
     sizes = {
@@ -135,7 +136,7 @@ def test_a_retried_step_draws_what_a_first_try_would(
         loader.next_step = smaller_in_time
         return loader
 
-    monkeypatch.setattr(train_verb, "make_loader", knowing)
+    monkeypatch.setattr(prepare, "make_loader", knowing)
     train_run(settings, tmp_path / "known")
     assert [line for line in timeless(tmp_path / "run") if "lr" in line] == timeless(tmp_path / "known")
 
@@ -154,13 +155,13 @@ def test_a_resumed_run_keeps_the_smaller_size_until_the_recipe_asks_for_another(
     assert used < 96  # below data.max_length, which the recipe itself may not ask for
     monkeypatch.undo()
     seen = []
-    next_step = train_verb.StepLoader.next_step
+    next_step = StepLoader.next_step
 
     def spying(loader: Any) -> Any:
         seen.append(loader.micro_batch_tokens)
         return next_step(loader)
 
-    monkeypatch.setattr(train_verb.StepLoader, "next_step", spying)
+    monkeypatch.setattr(StepLoader, "next_step", spying)
     train_run(settings, tmp_path / "run", resume=True)
     assert seen == [used, used]
     assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -12,7 +12,7 @@ import torch
 from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapter_parameters
-from qdora.run import train
+from qdora.run import training
 from qdora.run.train import train_run
 from qdora.train.first_updates import MovedCheck
 from qdora.train.optimizer import AdapterOptimizer
@@ -93,7 +93,7 @@ def test_a_run_on_disk_is_checked_and_one_on_the_device_is_not(
         def updated(self, lr: float) -> None:
             seen.append(lr)
 
-    monkeypatch.setattr(train, "MovedCheck", Noted)
+    monkeypatch.setattr(training, "MovedCheck", Noted)
     changes: dict[str, Any] = {"train__steps": 2, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     train_run(tiny_run.recipe(root, **changes), tmp_path / "device")
     assert seen == []
@@ -105,7 +105,7 @@ def test_a_run_on_disk_is_checked_and_one_on_the_device_is_not(
 
 def test_host_needs_a_gpu(root: Path, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(root, base__residency="host")
-    with pytest.raises(UserError, match=r"base\.residency: host is for a GPU"):
+    with pytest.raises(UserError, match=r"base\.residency: got host, must be device or disk .*without a GPU"):
         train_run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from qdora.errors import UserError
 from qdora.plan.plan_view import plan_run
 from qdora.recipe.recipe_file import resolved_yaml
-from qdora.run import load_base as base_loading
+from qdora.run import load_base
 from qdora.run.train import train_run
 from tests import tiny_run
 from tests.run_files import trained
@@ -24,7 +24,7 @@ from tests.run_files import trained
 def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_run.recipe(tmp_path, train__steps=12, data__strategy="equal", eval__at_start=False)
     train_run(recipe, tmp_path / "run")
-    monkeypatch.setattr(base_loading, "load_model", None)  # nothing may call it
+    monkeypatch.setattr(load_base, "load_model", None)  # nothing may call it
     shown = io.StringIO()
     found = plan_run(recipe, "r.yaml", console=Console(file=shown, width=130))
     assert found["mix"] == json.loads((tmp_path / "run/mix.json").read_text())

@@ -105,14 +105,15 @@ def base_of_run(
         if resume and directory.is_dir():
             return
         with bar(console, "pruning the base") as progress:
+
+            def fill(path: Path) -> None:
+                compress_base(recipe, source, compute, prepared.calibration, path, progress=progress)
+
             if shared is None:
-                compress_base(recipe, source, compute, prepared.calibration, directory, progress=progress)
+                fill(directory)
                 return
-
-            def make(path: Path) -> None:
-                compress_base(recipe, source, compute, prepared.calibration, path / FOLDER, progress=progress)
-
-            made = shared(compression_key(recipe, source, compute, prepared.calibration), make) / FOLDER
+            key = compression_key(recipe, source, compute, prepared.calibration)
+            made = shared(key, lambda path: fill(path / FOLDER)) / FOLDER
         with atomic_directory(directory) as unfinished:
             shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=_link_or_copy)
 
