@@ -15,8 +15,6 @@ Cells = Mapping[str, dict[str, Any]]
 Arms = Mapping[str, Mapping[str, dict[str, Any]]]
 """Name of an arm -> seed -> cell."""
 METRICS = ("nll", "acc")
-REMEDIES: dict[str, dict[str, Any]] = {"pcgrad": {"gradients": "pcgrad"}}
-"""Arm -> the recipe's section `interference`, of runs that are the combined one otherwise."""
 
 
 def summary(cells: Cells, tasks: Sequence[str]) -> dict[str, Any]:
@@ -40,8 +38,9 @@ def _of_kind(arms: Arms, base: dict[str, Any] | None, tasks: Sequence[str]) -> d
         result["scores"] = {"combined": _means(first), "solo": _means(second)}
         if base is not None:
             result["scores"]["base"] = _means({task: [base] for task in solo})
-    for remedy in REMEDIES:
-        seeds = _shared([combined, arms.get(remedy, {})])
+    # Cells kept from earlier versions have such an arm, pcgrad: the combined run with projected gradients.
+    for remedy in (name for name in arms if name != "combined" and " " not in name):
+        seeds = _shared([combined, arms[remedy]])
         if seeds:
             found = _against(combined, arms[remedy], seeds, tasks)
             result.setdefault("combined - remedy", {})[remedy] = {"seeds": seeds, **found}

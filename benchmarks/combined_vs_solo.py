@@ -9,7 +9,6 @@ commonsense tasks in equal shares, QLoRA and QDoRA. A cell is one training run, 
     combined        all tasks
     solo TASK       TASK alone: as many steps, each with TASK's examples of a combined step, so the eight solo runs
                     together see the examples that the combined run sees, once each, in as many steps
-    pcgrad          as combined, with the projection of conflicting gradients (interference.gradients)
     without TASK    all others: as many steps, each with the others' examples of a combined step
 
 A finished cell is kept in the file of cells and not run again; several processes may work on one file. Learning rates
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import byte_tokenizer
-from combined_summary import REMEDIES, best_rates, summary
+from combined_summary import best_rates, summary
 from measure import RESULTS, facts, write
 from mixed_data import TASKS, fitted, smoke_model
 from rich.console import Console
@@ -48,9 +47,8 @@ from qdora.model.inject import adapter_parameters
 from qdora.recipe.recipe_file import recipe_from, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
-from qdora.train.loop import FitSettings
-from qdora.train.objective import make_objective
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.task_weights import task_weights
 
 SWEEP_SEED = 100
 SWEEP_TASKS = ("siqa", "hellaswag", "winogrande", "arc_e")
@@ -63,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--out", type=Path, default=RESULTS / "combined_vs_solo.json")
-    parser.add_argument("--arms", default="combined,solo", help="of combined, solo, without, pcgrad")
+    parser.add_argument("--arms", default="combined,solo", help="of combined, solo, without")
     parser.add_argument("--kinds", default="lora,dora")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=32)
@@ -95,7 +93,7 @@ def grid_keys(args: argparse.Namespace, tasks: tuple[str, ...]) -> Iterator[str]
     for seed in args.seeds.split(","):
         for way in args.arms.split(","):
             for kind in args.kinds.split(","):
-                names = [way] if way in ("combined", *REMEDIES) else [f"{way} {task}" for task in tasks]
+                names = [way] if way == "combined" else [f"{way} {task}" for task in tasks]
                 rate = rates["solo" if way == "solo" else "combined"]
                 yield from (f"{kind}:{seed}:{name}:{rate}" for name in names)
 
@@ -131,10 +129,8 @@ class Grid:
                     f"{self.path} has cells of other settings: {document['settings']}. Give another --out."
                 )
 
-    def recipe(
-        self, kind: str, seed: int, lr: float, data: Path | None = None, interference: dict[str, Any] | None = None
-    ) -> Recipe:
-        """The combined run, perhaps with a remedy."""
+    def recipe(self, kind: str, seed: int, lr: float, data: Path | None = None) -> Recipe:
+        """The combined run."""
         args, limit = self.args, self.args.steps * self.args.per_task
         place = data or args.data
         mix = [
@@ -159,7 +155,6 @@ class Grid:
                     "optimizer": "adamw",
                     "seed": seed,
                 },
-                "interference": interference or {},
                 "memory": {"checkpointing": False},
             }
         )
@@ -180,8 +175,7 @@ class Grid:
         kind, seed, name, lr = key.split(":")
         train, validation = self.data_of(int(seed))
         way, _, task = name.partition(" ")
-        remedy = REMEDIES.get(way)
-        combined = self.recipe("lora" if kind == "none" else kind, int(seed), float(lr) or 1.0, interference=remedy)
+        combined = self.recipe("lora" if kind == "none" else kind, int(seed), float(lr) or 1.0)
         shares = [1.0] * len(self.tasks)
         found: dict[str, Any] = {}
         model = copy.deepcopy(self.base)
@@ -205,19 +199,9 @@ class Grid:
         """Train the recipe on the examples of its sources; how many it saw, and its losses."""
         put_adapters(model, recipe)
         loader = make_loader(recipe, tokenized_mix(recipe, self.tokenizer, examples), self.tokenizer)
-        train = recipe.train
-        assert train.steps is not None
-        parameters = adapter_parameters(model)
-        fit_settings = FitSettings(
-            num_steps=train.steps,
-            lr=train.lr,
-            schedule=train.schedule,
-            warmup=train.warmup,
-            clip=train.clip,
-            objective=make_objective(recipe, loader, parameters),
-        )
-        optimizer = AdapterOptimizer(parameters, name=train.optimizer, lr=train.lr)
-        lines = fitted(model, optimizer, loader, fit_settings, console=Console(quiet=True))
+        optimizer = AdapterOptimizer(adapter_parameters(model), name=recipe.train.optimizer, lr=recipe.train.lr)
+        weights, console = task_weights(recipe, loader), Console(quiet=True)
+        lines = fitted(model, optimizer, loader, recipe.train, console=console, task_weights=weights)
         totals = {
             name: sum(line[name] for line in lines) for name in ("num_tokens", "num_label_tokens", "num_examples")
         }

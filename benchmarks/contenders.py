@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from qdora.model.inject import frozen_layers, inject, replace_module
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, quantize
 from qdora.ops.tiles import Weight
 
@@ -189,7 +190,7 @@ def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
     state2 = None
     if nested is not None:
         state2 = bnb.functional.QuantState(
-            absmax=nested.absmax, code=nested.code, blocksize=nested.block_size, dtype=torch.float32
+            absmax=nested.absmax, code=nested.code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32
         )
     return bnb.functional.QuantState(
         absmax=packed.absmax,

@@ -39,9 +39,10 @@ from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
+from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
@@ -136,8 +137,9 @@ def one_way(settings: Recipe, num_steps: int) -> dict[str, Any]:
             model,
             optimizer,
             timed,  # type: ignore[arg-type]
-            FitSettings(num_steps=num_steps, lr=1e-4, schedule="constant", warmup=0),
+            TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0),
             Hooks(write_metrics=lambda line: lines.append(line | {"loader": timed.taken()}), save=lambda step: Path()),
+            num_steps=num_steps,
             device=torch.device("cpu"),
             progress=progress,
             stop=StopRequest(),

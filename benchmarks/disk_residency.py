@@ -100,8 +100,8 @@ def write_model(folder: Path, shape: dict[str, Any]) -> int:
     import torch
     from transformers import LlamaConfig
 
+    from qdora.model.base_cache import write_base
     from qdora.model.load import Quantization, layers_to_quantize, load_config, skeleton
-    from qdora.model.packed_base import write_base
     from qdora.model.source import ModelSource
     from qdora.model.stored_tensors import StoredPacked, StoredTensor
     from qdora.ops.packed import PackedWeight, from_tensors, quantize
@@ -137,7 +137,8 @@ def write_model(folder: Path, shape: dict[str, Any]) -> int:
             stored[name] = StoredPacked(name, size, "nf4", 64, True, read)
         else:
             stored[name] = StoredTensor(name, size, lambda size=size: dense(size))
-    write_base(folder / "base", stored, set(), wanted, key="0" * 64, source="random", device=torch.device("cpu"))
+    made_from = {"key": "0" * 64, "source": "random"}
+    write_base(folder / "base", stored, set(), wanted, made_from, device=torch.device("cpu"))
     return sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
 
 
@@ -150,10 +151,10 @@ def trained(folder: Path, residency: str, group: str) -> None:
 
     from qdora.memory.allocator import keep_freed_memory
     from qdora.memory.disk_residency import DiskResidency
+    from qdora.model.base_cache import BaseCache, open_cached_base
     from qdora.model.build_model import recompute_activations
     from qdora.model.inject import adapter_parameters, inject
     from qdora.model.load import Quantization, load_model
-    from qdora.model.packed_base import BaseCache, StoredBase
     from qdora.model.source import ModelSource
     from qdora.model.stored_tensors import match_to_model
     from qdora.train.micro_batch import batch_loss
@@ -165,7 +166,8 @@ def trained(folder: Path, residency: str, group: str) -> None:
         return
     on_disk = residency == "disk"
     cache = BaseCache(folder, Quantization("nf4", 64, True, ("lm_head",)), torch.device("cpu"), mapped=on_disk)
-    cache.base = base = StoredBase(folder / "base")
+    _, base = open_cached_base(folder / "base")
+    cache.base = base
     began = time.perf_counter()
     model: Any = load_model(
         ModelSource("directory", folder, "random"),
@@ -184,7 +186,7 @@ def trained(folder: Path, residency: str, group: str) -> None:
     for _ in range(NUM_STEPS):
         began = time.perf_counter()
         ids = torch.randint(0, model.config.vocab_size, (1, NUM_TOKENS), generator=generator)
-        nll = batch_loss(model, ids, torch.ones_like(ids), ids, None).nll_sum / NUM_TOKENS
+        nll = batch_loss(model, ids, torch.ones_like(ids), ids).nll_sum / NUM_TOKENS
         nll.backward()  # type: ignore[no-untyped-call]
         losses.append(float(nll.detach()))
         optimizer.scale_gradients_(1 / max(1.0, float(optimizer.gradient_norm())))

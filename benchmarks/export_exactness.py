@@ -37,8 +37,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qdora.export.comparison_text import texts_of, validation_examples
 from qdora.export.export_run import export_run
-from qdora.export.logit_comparison import LogitDifference, held_out, texts_of
+from qdora.export.logit_comparison import LogitDifference
 from qdora.export.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.run.load_run import load_run
@@ -123,7 +124,7 @@ def compare(run: Path, folder: Path) -> dict[str, Any]:
     quiet = Console(quiet=True)
     loaded = load_run(run, base_only=True)
     base = loaded.model
-    texts = texts_of(held_out(loaded.recipe))
+    texts = texts_of(validation_examples(loaded.recipe))
     ids = [loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
     tokens = [each for each in ids if each.shape[1] > 1]
     weights = bnb_weights(base)
@@ -132,7 +133,7 @@ def compare(run: Path, folder: Path) -> dict[str, Any]:
     spread = torch.cat([each.std(dim=-1) for each in reference]).mean()
     forms: dict[str, Any] = {}
     for name, dtype in DTYPES.items():
-        export_run(run, folder / f"merged-{name}", ExportOptions(dtype=name, audit=False), console=quiet)
+        export_run(run, folder / f"merged-{name}", ExportOptions(dtype=name), console=quiet)
         plain = {"reference": lambda: dense(base, merged), "base": lambda: dense(base, weights)}
         loaders = {
             **{form: lambda make=make, dtype=dtype: make().to(dtype) for form, make in plain.items()},
@@ -160,13 +161,13 @@ def compare(run: Path, folder: Path) -> dict[str, Any]:
 
 def with_lora(directory: Path, run: Path, dtype: str, quiet: Console) -> Any:
     """The nf4-lora export through transformers, bitsandbytes and PEFT."""
-    export_run(run, directory, ExportOptions(format_="nf4-lora", dtype=dtype, audit=False), console=quiet)
+    export_run(run, directory, ExportOptions(format_="nf4-lora", dtype=dtype), console=quiet)
     return peft.PeftModel.from_pretrained(on_bnb(directory), str(directory / "adapter")).eval()
 
 
 def requantised(directory: Path, run: Path, dtype: str, quiet: Console) -> Any:
     """The merge in 4 bits again."""
-    export_run(run, directory, ExportOptions(requantize=True, dtype=dtype, audit=False), console=quiet)
+    export_run(run, directory, ExportOptions(requantize=True, dtype=dtype), console=quiet)
     return on_bnb(directory)
 
 

@@ -32,8 +32,8 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.plan.live_bytes import LiveBytes
 from qdora.recipe.settings import GateConfig
+from qdora.recipe.train_settings import TrainConfig
 from qdora.train.gates import Gates
-from qdora.train.loop import FitSettings
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
 
@@ -142,7 +142,7 @@ def loss_of(model: Any, step: Step) -> float:
     """Nats per labelled token of a step."""
     total = 0.0
     for micro in step.micro_batches:
-        loss = batch_loss(model, micro.input_ids, micro.attention_mask, micro.labels, None, micro.packing, None)
+        loss = batch_loss(model, micro.input_ids, micro.attention_mask, micro.labels, packing=micro.packing)
         total += float(loss.nll_sum)
     return total / step.num_label_tokens
 
@@ -157,9 +157,9 @@ def budget_run(part: str, mode: str, target: Mapping[str, float], args: argparse
     gates = WatchedGates(model, settings, args.steps, steps[-1])
     gates.check_budget()
     optimizer = AdapterOptimizer(adapter_parameters(model), lr=LR)
-    fit = FitSettings(num_steps=args.steps, lr=LR, schedule="constant", warmup=0.1)
+    train = TrainConfig(steps=args.steps, batch=1, lr=LR, schedule="constant", warmup=0.1)
     before = loss_of(model, steps[-1])
-    lines = fitted(model, optimizer, FixedSteps(steps[:-1]), fit, gates=gates)
+    lines = fitted(model, optimizer, FixedSteps(steps[:-1]), train, gates=gates)
     ((kind, wanted),) = asked.items()
     reached = gates.mean_rank if kind == "mean_rank" else gates.num_parameters
     layers = adapted_layers(model)
@@ -216,7 +216,7 @@ def timed(trainers: Mapping[str, Callable[[Step], None]], steps: list[Step]) -> 
 
 def one_step(model: Any, optimizer: AdapterOptimizer, step: Step) -> None:
     """A step of qdora's loop."""
-    settings = FitSettings(num_steps=1, lr=LR, schedule="constant", warmup=0)
+    settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0)
     fitted(model, optimizer, FixedSteps([step]), settings, console=Console(quiet=True))
 
 

@@ -28,9 +28,10 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qdora.export.comparison_text import texts_of, validation_examples
 from qdora.export.gguf import check_tensors
 from qdora.export.llama_cpp import GgufType, find_llama_cpp, write_gguf
-from qdora.export.logit_comparison import float32_arithmetic, held_out, texts_of
+from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.merged import write_merge
 from qdora.export.options import ExportOptions
 from qdora.files.environment import package_versions
@@ -89,7 +90,7 @@ def smoke_recipe() -> dict[str, Any]:
 def compare(run: Path, folder: Path, types: dict[GgufType, torch.dtype], place: Path | None) -> dict[str, Any]:
     """Every type in llama.cpp, and transformers with the same values, against the adapter in float32."""
     loaded = load_run(run)
-    texts = texts_of(held_out(loaded.recipe))
+    texts = texts_of(validation_examples(loaded.recipe))
     ids = [loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
     tokens = [each for each in ids if each.shape[1] > 1]
     with float32_arithmetic(loaded.model):

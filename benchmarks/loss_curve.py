@@ -53,7 +53,7 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.settings import Recipe
-from qdora.train.loop import FitSettings
+from qdora.recipe.train_settings import TrainConfig
 from qdora.train.micro_batch import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
 
@@ -174,7 +174,7 @@ def curve(arm: str, seed: int, steps: list[Step], bases: dict[torch.dtype, Any],
 
 def train(model: Any, optimizer: AdapterOptimizer, steps: list[Step]) -> list[dict[str, Any]]:
     """qdora's loop over the given steps; its lines of metrics."""
-    settings = FitSettings(num_steps=len(steps), lr=LR, schedule="linear", warmup=10)
+    settings = TrainConfig(steps=len(steps), batch=1, lr=LR, schedule="linear", warmup=min(10, len(steps)))
     return fitted(model, optimizer, FixedSteps(steps), settings)
 
 

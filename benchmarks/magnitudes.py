@@ -29,8 +29,8 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
-from qdora.train.loop import FitSettings
 from qdora.train.optimizer import AdapterOptimizer
 
 
@@ -101,7 +101,7 @@ def run_arm(compute: str, arm: str, data: Path, steps: int, batch: int) -> dict[
     start = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     parameters = adapter_parameters(model)
     optimizer: Any = PlainBf16AdamW(parameters) if arm == "plain bf16" else AdapterOptimizer(parameters)
-    settings = FitSettings(num_steps=steps, lr=1e-4, schedule="linear", warmup=10)
+    settings = TrainConfig(steps=steps, batch=1, lr=1e-4, schedule="linear", warmup=min(10, steps))
     lines = fitted(model, optimizer, loader, settings)
     moved = {}
     for leaf in ("magnitude", "lora_A", "lora_B"):

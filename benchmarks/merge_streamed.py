@@ -71,7 +71,8 @@ def export(folder: Path, out: Path, shard_bytes: int, stop_at: float | None) -> 
     """Run in a fresh process: merge, or stop once this share of the bytes is written."""
     import torch
 
-    from qdora.export.merged import StreamedMerge, export_streamed
+    from qdora.export.merged import export_merged
+    from qdora.export.streamed_merge import StreamedMerge
     from qdora.memory.allocator import keep_freed_memory
     from qdora.model.load import Quantization
     from qdora.model.source import resolve
@@ -86,7 +87,7 @@ def export(folder: Path, out: Path, shard_bytes: int, stop_at: float | None) -> 
 
     began = time.perf_counter()
     try:
-        result = export_streamed(merge, None, out, max_shard_bytes=shard_bytes, progress=progress)
+        result = export_merged(merge, None, out, max_shard_bytes=shard_bytes, progress=progress)
     except KeyboardInterrupt:
         return {"interrupted": True, "left": sorted(path.name for path in out.parent.glob(".*.partial"))}
     seconds = time.perf_counter() - began

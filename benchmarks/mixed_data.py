@@ -23,12 +23,14 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
+from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import Hooks, fit
 from qdora.train.progress import TrainingProgress
+from qdora.train.task_weights import TaskWeights
 
 TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 
@@ -139,34 +141,40 @@ def fitted(
     model: Any,
     optimizer: Any,
     loader: Any,
-    settings: FitSettings,
+    train: TrainConfig,
     *,
     console: Console | None = None,
     gates: Gates | None = None,
+    task_weights: TaskWeights | None = None,
 ) -> list[dict[str, Any]]:
     """qdora's training loop without a run directory; its lines of metrics.
 
     Args:
         loader: A `StepLoader`, or what takes its place (`FixedSteps`).
+        train: Steps and schedule.
         console: Where progress is shown; standard error by default.
         gates: Of the model's adapters.
+        task_weights: As for `fit`.
     """
+    assert train.steps is not None
     lines: list[dict[str, Any]] = []
-    with TrainingProgress(settings.num_steps, console=console) as progress:
+    with TrainingProgress(train.steps, console=console) as progress:
         fit(
             model,
             optimizer,
             loader,
-            settings,
+            train,
             Hooks(
                 write_metrics=lines.append,
                 save=lambda _step: Path(tempfile.gettempdir()),
                 begin_step=None if gates is None else gates.begin,
                 end_step=None if gates is None else lambda step, done: gates.end(step, done, optimizer, Processes()),
             ),
+            num_steps=train.steps,
             device=next(model.parameters()).device,
             progress=progress,
             stop=StopRequest(),
+            task_weights=task_weights,
         )
     return lines
 

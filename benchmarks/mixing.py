@@ -29,9 +29,10 @@ from measure import RESULTS, facts, fresh, peak_rss_bytes, write
 
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Source, make_mix
-from qdora.data.shards import local_shards
-from qdora.data.stream import ExampleStream, StreamSettings
+from qdora.data.readers import local_shards
+from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.recipe.data_settings import DataConfig, SourceConfig
 
 SIZES = {
     "boolq": 9427,
@@ -154,8 +155,10 @@ def tokenized_set(name: str, size: int) -> TokenizedSet:
 
 def stream(source: Path, name: str = "stream", number: int = 0) -> ExampleStream:
     """A stream with one token for each byte."""
-    settings = StreamSettings(name, number=number)
-    return ExampleStream(local_shards(source, "train"), settings, byte_tokenizer())
+    names = [*(f"other {each}" for each in range(number)), name]
+    mix = tuple(SourceConfig(source=str(source), stream=True, name=each) for each in names)
+    data = DataConfig(mix=mix, too_long="truncate")
+    return ExampleStream(local_shards(source, "train"), data, number, byte_tokenizer())
 
 
 def write_rows(folder: Path, kind: str, num_rows: int, group_rows: int = GROUP_ROWS) -> int:

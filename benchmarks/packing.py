@@ -145,7 +145,7 @@ def losses(model: Any, examples: list[TokenizedExample]) -> dict[str, Any]:
     for way in ("alone", "grouped", "packed"):
         found = []
         for batch in batches_of(way, examples):
-            loss = batch_loss(model, batch.input_ids, batch.attention_mask, batch.labels, None, batch.packing)
+            loss = batch_loss(model, batch.input_ids, batch.attention_mask, batch.labels, packing=batch.packing)
             found += list(zip(batch.example_ids, loss.example_nll.tolist(), strict=True))
         nll[way] = sorted(found)
     alone = [value for _, value in nll["alone"]]

@@ -45,8 +45,7 @@ from qdora.files.environment import cpu_name, package_versions
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import inject
 from qdora.model.load import load_model
-from qdora.model.source import resolve
-from qdora.model.tokenizer import load_tokenizer
+from qdora.model.source import load_tokenizer, resolve
 
 TEXTS = (
     "The lighthouse keeper climbed the stairs every evening to light the lamp. One day he found a letter on the step.",

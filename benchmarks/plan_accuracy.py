@@ -262,10 +262,11 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
     from qdora.model.build_model import Compute, put_adapters
     from qdora.model.inject import adapter_parameters
     from qdora.plan.live_bytes import LiveBytes
+    from qdora.recipe.train_settings import TrainConfig
     from qdora.run.load_base import load_base
     from qdora.run.pruned_base import compress_base, load_pruned_base
     from qdora.train.interrupt import StopRequest
-    from qdora.train.loop import FitSettings, Hooks, fit
+    from qdora.train.loop import Hooks, fit
     from qdora.train.optimizer import AdapterOptimizer
     from qdora.train.packed_attention import packed_layout
     from qdora.train.progress import TrainingProgress
@@ -296,11 +297,13 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
             model,
             optimizer,
             loader,
-            FitSettings(NUM_STEPS, 1e-4, "constant", 0, loss_chunk=None if chunk == "auto" else chunk),
+            TrainConfig(steps=NUM_STEPS, batch=1, lr=1e-4, schedule="constant", warmup=0),
             Hooks(write_metrics=lambda _metrics: None, save=lambda _step: Path()),
             device=torch.device("cpu"),
             progress=TrainingProgress(NUM_STEPS),
             stop=StopRequest(),
+            num_steps=NUM_STEPS,
+            loss_chunk=None if chunk == "auto" else chunk,
         )
         if live is not None:
             found |= {"peak_bytes": live.peak_bytes, "phase": dict(live.peak_by_label)}

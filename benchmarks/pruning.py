@@ -29,11 +29,9 @@ from qdora.data.encode import encode_batch, special_prefix
 from qdora.data.example import Example
 from qdora.evaluation.perplexity import text_perplexity
 from qdora.model.load import load_model
-from qdora.model.pruning import Compression, PruneSettings
-from qdora.model.source import ModelSource, resolve
-from qdora.model.tokenizer import load_tokenizer
-from qdora.ops.sparsity import pattern_from
-from qdora.recipe.settings import CalibrationConfig
+from qdora.model.pruning import Pruner
+from qdora.model.source import ModelSource, load_tokenizer, resolve
+from qdora.recipe.settings import CalibrationConfig, PruneConfig
 from qdora.run.calibration import pieces
 
 WINDOW = 256
@@ -77,14 +75,14 @@ def measured(
 ) -> dict[str, Any]:
     """One case: load, prune, score."""
     began = time.perf_counter()
-    compression = None
+    pruner = None
     if method is not None:
-        wanted = pattern_from(pattern) if ":" in pattern else pattern_from("unstructured", int(pattern) / 100)
-        compression = Compression(PruneSettings(method, wanted), None if method == "magnitude" else calibration)
-    model = load_model(source, quant=quant, placer=compression)
+        form = {"pattern": pattern} if ":" in pattern else {"sparsity": int(pattern) / 100}
+        pruner = Pruner(PruneConfig(method=method, **form), None if method == "magnitude" else calibration)
+    model = load_model(source, quant=quant, placer=pruner)
     loaded = time.perf_counter()
     found = text_perplexity(model, tokenizer, [text], window=WINDOW, stride=WINDOW)
-    layers = {} if compression is None else compression.layers
+    layers = {} if pruner is None else pruner.layers
     weights = sum(layer.num_weights for layer in layers.values())
     return {
         "method": method or "dense",

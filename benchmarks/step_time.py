@@ -43,7 +43,7 @@ from rich.console import Console
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapter_parameters
-from qdora.train.loop import FitSettings
+from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 
 RANK, LR, CLIP = 16, 1e-4, 1.0
@@ -148,7 +148,7 @@ def trainer(name: str, model: Any) -> Callable[[Step], None]:
 
 def own_step(model: Any, optimizer: AdapterOptimizer, step: Step) -> None:
     """A run of one step of `qdora train`."""
-    settings = FitSettings(num_steps=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
+    settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
     fitted(model, optimizer, FixedSteps([step]), settings, console=Console(quiet=True))
 
 

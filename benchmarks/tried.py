@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from bitsandbytes import functional as bnb_functional
 from contenders import random_base
 from measure import in_turns, ratio
 from torch import nn
@@ -20,8 +21,9 @@ from torch import nn
 from qdora.files.environment import environment
 from qdora.memory.allocator import keep_freed_memory
 from qdora.ops import tiles
-from qdora.ops.adapted_map import column_dot, frozen_linear
+from qdora.ops.adapted_product import column_dot
 from qdora.ops.dropout import dropped_slices, zeroed_
+from qdora.ops.frozen_product import frozen_linear
 from qdora.ops.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer
 
@@ -36,7 +38,9 @@ def quantiser() -> dict[str, str]:
     """bitsandbytes' NF4 quantiser on CPU against the plain torch one."""
     weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
     ratio = alternating(
-        lambda: quantize(weight, "nf4", 64, backend="bnb"), lambda: quantize(weight, "nf4", 64, backend="torch"), 7
+        lambda: bnb_functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True),
+        lambda: quantize(weight, "nf4", 64),
+        7,
     )
     return {
         "tried": "bitsandbytes' NF4 quantiser on CPU",

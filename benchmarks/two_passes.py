@@ -17,7 +17,7 @@ from qdora.files.atomic import atomic_write_json, atomic_write_text
 from qdora.study.compare import Results, find_arms
 from qdora.study.grid import expand, load_study
 from qdora.study.report import report_run
-from qdora.study.store import StudyDirectory
+from qdora.study.study_directory import StudyDirectory
 
 RATES = (1e-3, 3e-3, 6e-3)
 SEEDS = (0, 1, 2)

@@ -12,7 +12,7 @@ import yaml
 
 from qdora.study.grid import Cell, expand, load_study
 from qdora.study.runner import run_cells
-from qdora.study.store import StudyDirectory
+from qdora.study.study_directory import StudyDirectory
 from tests import study_worker
 
 NUM_EXAMPLES = {"piqa": 120, "sums": 80}

@@ -226,19 +226,6 @@ def cosine(first: Array, second: Array) -> float:
     return product / (lengths[0] * lengths[1])
 
 
-def pcgrad(gradients: list[Array], orders: list[list[int]]) -> Array:
-    """arXiv 2001.06782, algorithm 1, on the vectors: each projected off those it is in conflict with, then summed."""
-    total = np.zeros_like(gradients[0])
-    for gradient, order in zip(gradients, orders, strict=True):
-        own = gradient.copy()
-        for other in order:
-            product = float(own @ gradients[other])
-            if product < 0:
-                own = own - product / float(gradients[other] @ gradients[other]) * gradients[other]
-        total += own
-    return total
-
-
 def gated(lora_b: Array, gate: Array) -> Array:
     """B diag(gate), entry by entry."""
     out = np.zeros_like(lora_b)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qdora.train import loop
+from qdora.train import loop, step_gradient
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:
@@ -47,19 +47,19 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask the next runs to stop while they compute `step`, as a signal does; `monkeypatch.undo` takes it back."""
     after_step = loop._after_step
 
-    def interrupt(model: Any, done: int, settings: Any, hooks: Any, stop: Any) -> bool:
+    def interrupt(model: Any, done: int, hooks: Any, stop: Any, **settings: Any) -> bool:
         stop.requested = done == step
-        return bool(after_step(model, done, settings, hooks, stop))
+        return bool(after_step(model, done, hooks, stop, **settings))
 
     monkeypatch.setattr(loop, "_after_step", interrupt)
 
 
 def make_gradients_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every micro-batch's gradient is NaN, its reported losses are not; `monkeypatch.undo` takes it back."""
-    real = loop.batch_loss
+    real = step_gradient.batch_loss
 
-    def poisoned(*args: Any) -> Any:
-        result = real(*args)
+    def poisoned(*args: Any, **settings: Any) -> Any:
+        result = real(*args, **settings)
         return type(result)(result.nll_sum * float("nan"), result.example_nll, result.example_tokens)
 
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    monkeypatch.setattr(step_gradient, "batch_loss", poisoned)

@@ -17,7 +17,7 @@ from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.study.grid import Cell
 from qdora.study.runner import run_cells
-from qdora.study.store import StudyDirectory
+from qdora.study.study_directory import StudyDirectory
 
 DOCUMENT: dict[str, Any] = {
     "model": {"source": "org/model"},

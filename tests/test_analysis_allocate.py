@@ -76,7 +76,7 @@ def test_a_model_of_many_layers_in_a_moment() -> None:
 
 
 def test_too_small_a_budget_names_the_least() -> None:
-    with pytest.raises(UserError, match=r"10 parameters are too few for rank 1 everywhere, allowed: at least 12\."):
+    with pytest.raises(UserError, match=r"must be at least 12 parameters for rank 1 everywhere, got 10\."):
         allocate({"a": spectrum([1.0], 5), "b": spectrum([1.0], 7)}, 10)
 
 

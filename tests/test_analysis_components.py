@@ -285,7 +285,7 @@ def test_what_they_cannot_take() -> None:
     model = tiny_curvature.adapted()
     batches = tiny_curvature.batches()
     found = layer_directions(model, {LAYERS[0]: 3}, batches, norm="held")
-    with pytest.raises(ValueError, match="7 draws; allowed: 8 or more"):
+    with pytest.raises(ValueError, match="draws must be 8 or more, got 7"):
         drawn_curvatures(model, found, batches, norm="held", draws=7)
     for call in (
         lambda norm, given: layer_directions(model, {LAYERS[0]: 3}, given, norm=norm),

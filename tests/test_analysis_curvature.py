@@ -14,7 +14,7 @@ from qdora.analysis.differentiable import FACTORS, PARTS, plain_model
 from qdora.analysis.spectrum import top_eigenpairs
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject
-from qdora.ops.linear_map import linear_map
+from qdora.ops.frozen_product import frozen_linear
 from qdora.ops.packed import dequantize, quantize
 from tests import tiny_adapted, tiny_curvature
 from tests.tiny_curvature import LAYERS
@@ -176,15 +176,15 @@ def test_rows_of_zeros_stay_zero_and_finite() -> None:
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8", None])
-def test_linear_map_is_differentiable_twice(quant: str | None) -> None:
+def test_the_frozen_product_is_differentiable_twice(quant: str | None) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     stored = quantize(weight, quant, 64) if quant else weight.double()
     dense = dequantize(stored, torch.float32).double() if quant else weight.double()  # type: ignore[arg-type]
     x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(linear_map(x, stored), x @ dense.T, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(frozen_linear(x, stored), x @ dense.T, rtol=1e-6, atol=1e-7)
     short = x.detach()[0, :1, :].requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda each: linear_map(each, stored), (short,))
-    assert torch.autograd.gradgradcheck(lambda each: linear_map(each, stored).tanh(), (short,))
+    assert torch.autograd.gradcheck(lambda each: frozen_linear(each, stored), (short,))
+    assert torch.autograd.gradgradcheck(lambda each: frozen_linear(each, stored).tanh(), (short,))
 
 
 def test_the_fingerprint_tells_adapters_and_batches_apart() -> None:

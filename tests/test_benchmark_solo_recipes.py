@@ -117,10 +117,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 def test_remedies_go_with_the_other_tasks(tmp_path: Path) -> None:
     plain = settings(combined(tmp_path))
     plain["data"]["mix"][1]["loss_weight"] = 2.0
-    plain["interference"] = {"every": 5, "gradients": "pcgrad"}
+    plain["interference"] = {"every": 5}
     recipe = recipe_from(plain)
     solo, without = solo_recipes(recipe, [1, 1, 1]), leave_one_out_recipes(recipe, [1, 1, 1])
     assert all(part.data.mix[0].loss_weight is None for part in solo.values())
-    assert all(part.interference.gradients is None for part in solo.values())
+    assert all(part.interference.every is None for part in solo.values())
     assert without["a"].data.mix[0].loss_weight == 2.0
     assert without["a"].interference == recipe.interference

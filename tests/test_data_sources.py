@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 
 from qdora.data import demo
+from qdora.data.build_data import read_data
 from qdora.data.row_formats import commonsense_task
-from qdora.data.sources import SourceSpec, draw, load_mix, load_source, load_train_and_validation, split_off
+from qdora.data.sources import draw, load_source, load_train_and_validation, split_off
 from qdora.errors import UserError
+from qdora.recipe.data_settings import DataConfig, SourceConfig
 
 CHOICE = {"question": "Q?", "choices": ["a", "b"], "answer": 1}
 PAIR = {"prompt": "1+1=", "completion": " 2"}
@@ -35,16 +37,22 @@ def write(path, rows):
     return str(path)
 
 
-def faults_of(spec):
+def faults_of(source, split=None):
     with pytest.raises(UserError) as error:
-        load_source(spec)
+        load_source(source, split)
     return error.value.faults
+
+
+def split_up(source, fraction=None, **settings):
+    """The training and validation examples of one source."""
+    cut = {} if fraction is None else {"validation_fraction": fraction}
+    return load_train_and_validation(source, DataConfig(mix=(source,), **cut, **settings))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_choices_in_every_kind_of_file(tmp_path, suffix):
     source = write(tmp_path / f"quiz{suffix}", [CHOICE, CHOICE | {"answer": 0, "question": "R?"}])
-    first, second = load_source(SourceSpec(source=source))
+    first, second = load_source(SourceConfig(source=source))
     assert (first.prompt, first.choices, first.gold) == ("Question: Q?\nAnswer:", (" a", " b"), 1)
     assert (second.prompt, second.answer, second.task) == ("Question: R?\nAnswer:", " a", "quiz")
 
@@ -52,24 +60,24 @@ def test_choices_in_every_kind_of_file(tmp_path, suffix):
 def test_json_lines_under_the_ending_json(tmp_path):
     path = tmp_path / "quiz.json"
     path.write_text("\ufeff" + json.dumps(PAIR) + "\n\n" + json.dumps(PAIR) + "\n", encoding="utf-8")
-    assert len(load_source(SourceSpec(source=str(path)))) == 2
+    assert len(load_source(SourceConfig(source=str(path)))) == 2
 
 
 def test_unicode_line_ends_inside_a_string_do_not_cut_the_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    [example] = load_source(SourceSpec(source=str(path)))
+    [example] = load_source(SourceConfig(source=str(path)))
     assert example.answer == "one\u2028two\u0085three"
 
 
 def test_completion_is_joined_as_it_stands(tmp_path):
-    [example] = load_source(SourceSpec(source=write(tmp_path / "a.jsonl", [PAIR | {"id": 5}])))
+    [example] = load_source(SourceConfig(source=write(tmp_path / "a.jsonl", [PAIR | {"id": 5}])))
     assert (example.prompt, example.answer, example.choices, example.id) == ("1+1=", " 2", (), "5")
 
 
 def test_messages(tmp_path):
     for suffix in (".jsonl", ".parquet"):
-        [example] = load_source(SourceSpec(source=write(tmp_path / f"a{suffix}", [CHAT])))
+        [example] = load_source(SourceConfig(source=write(tmp_path / f"a{suffix}", [CHAT])))
         assert example.messages == (("user", "Hi"), ("assistant", "Hello"))
         assert example.prompt == example.answer == ""
 
@@ -77,7 +85,7 @@ def test_messages(tmp_path):
 def test_text_files_are_cut_at_blank_lines(tmp_path):
     path = tmp_path / "book.txt"
     path.write_bytes(b"\n\nOne.\r\nStill one.\r\n \t\r\nTwo.\n\n\n\nThree.")
-    examples = load_source(SourceSpec(source=str(path)))
+    examples = load_source(SourceConfig(source=str(path)))
     assert [example.answer for example in examples] == ["One.\nStill one.", "Two.", "Three."]
     assert [example.id for example in examples] == ["3", "6", "10"]  # the lines where they start
     assert {example.prompt for example in examples} == {""}
@@ -93,7 +101,7 @@ def test_llm_adapters_rows_can_be_scored(tmp_path):
     }
     alpaca = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
     source = write(tmp_path / "commonsense_170k.json", [BOOLQ170K, arc, alpaca])
-    first, second, third = load_source(SourceSpec(source=source))
+    first, second, third = load_source(SourceConfig(source=source))
     assert first.task == "boolq"
     assert first.choices == ("the correct answer is true", "the correct answer is false")
     assert (first.gold, first.answer) == (0, "the correct answer is true")
@@ -126,24 +134,24 @@ def test_the_wording_gives_the_task_away(names, task):
 def test_names(tmp_path):
     rows = [CHOICE | {"task": "siqa", "context": "C."}, CHOICE | {"task": "mine"}, CHOICE]
     source = write(tmp_path / "quiz.v2.jsonl", rows)
-    own = load_source(SourceSpec(source=source))
+    own = load_source(SourceConfig(source=source))
     assert [example.task for example in own] == ["siqa", "mine", "quiz"]
     assert own[0].prompt == "Question: C. Q?\nAnswer:"  # the template of its task
-    named = load_source(SourceSpec(source=source, name="all"))
+    named = load_source(SourceConfig(source=source, name="all"))
     assert {example.task for example in named} == {"all"}
     assert named[0].prompt == own[0].prompt
 
 
 def test_demo_tasks():
-    task = f"demo/{demo.families()[0]}"
-    examples = load_source(SourceSpec(task=task, split="validation"))
+    task = f"demo/{next(iter(demo.FAMILIES))}"
+    examples = load_source(SourceConfig(task=task), "validation")
     assert examples
     assert {example.task for example in examples} == {task}
-    assert {example.task for example in load_source(SourceSpec(task=task, name="f"))} == {"f"}
-    assert faults_of(SourceSpec(task=task, split="trian")) == (
+    assert {example.task for example in load_source(SourceConfig(task=task, name="f"))} == {"f"}
+    assert faults_of(SourceConfig(task=task), "trian") == (
         f"{task}: no split 'trian', allowed: train, validation, test. Did you mean 'train'?",
     )
-    train, validation = load_train_and_validation(SourceSpec(task=task, limit=10))
+    train, validation = split_up(SourceConfig(task=task, limit=10))
     assert (len(train), validation) == (10, examples)
 
 
@@ -152,41 +160,45 @@ def test_every_faulty_line_of_every_source_is_gathered(tmp_path):
     first.write_text(json.dumps(PAIR) + '\n{"prompt": \n[1]\n')
     second = write(tmp_path / "b.jsonl", [CHOICE, CHOICE | {"answer": 9}])
     good = write(tmp_path / "c.jsonl", [PAIR])
-    specs = [SourceSpec(source=source) for source in (str(first), good, second)]
+    mix = tuple(SourceConfig(source=source) for source in (str(first), good, second))
     with pytest.raises(UserError) as error:
-        load_mix(specs, [None, None, None], fraction=0.0)
+        read_data(DataConfig(mix=mix, validation_fraction=0.0))
     assert error.value.faults == (
         f"data.mix[0]: {first}: line 2: not JSON (column 12: Expecting value)",
-        f"data.mix[0]: {first}: line 3: got [1], allowed: an object {{column: value}}",
-        f"data.mix[2]: {second}: line 2: answer: got 9, allowed: the index of the right choice, 0 to 1",
+        f"data.mix[0]: {first}: line 3: must be an object {{column: value}}, got [1]",
+        f"data.mix[2]: {second}: line 2: answer: must be the index of the right choice, 0 to 1, got 9",
     )
     other = write(tmp_path / "d.jsonl", [PAIR] * 2)
-    mix = load_mix([SourceSpec(source=good)] * 2, [None, other], fraction=0.0)
-    assert [(len(train), len(validation)) for train, validation in mix] == [(1, 0), (1, 2)]
+    mix = (SourceConfig(source=good), SourceConfig(source=good, name="d", validation=other))
+    train, validation = read_data(DataConfig(mix=mix, validation_fraction=0.0))
+    assert [len(examples) for examples in train] == [1, 1]
+    assert {name: len(examples) for name, examples in validation.items()} == {"d": 2}
 
 
 def test_validating_on_what_is_trained_on_is_refused(tmp_path):
     source = write(tmp_path / "train.jsonl", [PAIR] * 3)
-    with pytest.raises(UserError, match=rf"validation 'dev': {source} is a single file, without splits; name a file"):
-        load_train_and_validation(SourceSpec(source=source), validation="dev")
+    with pytest.raises(
+        UserError, match=rf"validation 'dev': {source} is a single file, without splits. Fix: name a file"
+    ):
+        split_up(SourceConfig(source=source, validation="dev"))
     with pytest.raises(UserError, match=r"validation 'train': train is trained on"):
-        load_train_and_validation(SourceSpec(source=str(tmp_path)), validation="train")
+        split_up(SourceConfig(source=str(tmp_path), validation="train"))
 
 
 def test_a_thousand_faulty_rows_are_not_a_thousand_lines(tmp_path):
-    faults = faults_of(SourceSpec(source=write(tmp_path / "a.jsonl", [{"text": ""}] * 1000)))
+    faults = faults_of(SourceConfig(source=write(tmp_path / "a.jsonl", [{"text": ""}] * 1000)))
     assert len(faults) == 6
     assert faults[-1] == f"{tmp_path}/a.jsonl: 995 more faulty rows"
 
 
 def test_unknown_columns(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"promt": "x", "completion": "y"}])
-    [fault] = faults_of(SourceSpec(source=source))
+    [fault] = faults_of(SourceConfig(source=source))
     assert fault.startswith(
         f"{source}: columns promt, completion fit no format, allowed: choices: question, choices, a"
     )
     assert fault.endswith("Did you mean 'prompt'?")
-    [fault] = faults_of(SourceSpec(source=source, format="completion"))
+    [fault] = faults_of(SourceConfig(source=source, format="completion"))
     assert fault == (
         f"{source}: line 1: no prompt, got columns promt, completion, needed for format completion: prompt, "
         "completion. Did you mean 'promt'?"
@@ -196,20 +208,20 @@ def test_unknown_columns(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": 3, "completion": "y"}, "prompt: got 3, allowed: text"),
+        ({"prompt": 3, "completion": "y"}, "prompt: must be text, got 3"),
         (
             {"prompt": [], "completion": "y"},
-            "prompt: got [], allowed: text (turns of a chat go into one column, messages)",
+            "prompt: must be text (turns of a chat go into one column, messages), got []",
         ),
-        ({"prompt": "x", "completion": " "}, "completion: got ' ', allowed: text that is not empty"),
-        ({"text": None}, "text: got None, allowed: text that is not empty"),
-        ({"messages": []}, "messages: got [], allowed: a list of turns {role, content}"),
-        ({"messages": ["Hi"]}, "messages[0]: got 'Hi', allowed: an object with role and content"),
+        ({"prompt": "x", "completion": " "}, "completion: must be text that is not empty, got ' '"),
+        ({"text": None}, "text: must be text that is not empty, got None"),
+        ({"messages": []}, "messages: must be a list of turns {role, content}, got []"),
+        ({"messages": ["Hi"]}, "messages[0]: must be an object with role and content, got 'Hi'"),
         (
             {"messages": [{"role": "asistant", "content": "x"}]},
-            "messages[0].role: got 'asistant', allowed: system, user, assistant, tool. Did you mean 'assistant'?",
+            "messages[0].role: must be one of system, user, assistant, tool, got 'asistant'. Did you mean 'assistant'?",
         ),
-        ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content: got 1, allowed: text"),
+        ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content: must be text, got 1"),
         (
             {"messages": [{"role": "user", "content": "x"}]},
             "messages: no turn of role assistant with content, so there is nothing to learn",
@@ -218,85 +230,84 @@ def test_unknown_columns(tmp_path):
 )
 def test_faulty_rows(tmp_path, row, message):
     source = write(tmp_path / "a.jsonl", [row])
-    assert faults_of(SourceSpec(source=source)) == (f"{source}: line 1: {message}",)
+    assert faults_of(SourceConfig(source=source)) == (f"{source}: line 1: {message}",)
 
 
 @pytest.mark.parametrize("name, content", [("a.jsonl", b"\n"), ("a.json", b"[]"), ("a.json", b""), ("a.txt", b" \n")])
 def test_an_empty_data_set(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert faults_of(SourceSpec(source=f"{tmp_path}/{name}")) == (
+    assert faults_of(SourceConfig(source=f"{tmp_path}/{name}")) == (
         f"{tmp_path}/{name}: the data set is empty, allowed: at least one row",
     )
 
 
 def test_an_empty_parquet_file(tmp_path):
     pd.DataFrame({"prompt": [], "completion": []}).to_parquet(tmp_path / "a.parquet")
-    assert "the data set is empty" in faults_of(SourceSpec(source=f"{tmp_path}/a.parquet"))[0]
+    assert "the data set is empty" in faults_of(SourceConfig(source=f"{tmp_path}/a.parquet"))[0]
 
 
 def test_damaged_files(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"nonsense")
-    assert "a.parquet: not a Parquet file" in faults_of(SourceSpec(source=f"{tmp_path}/a.parquet"))[0]
+    assert "a.parquet: not a Parquet file" in faults_of(SourceConfig(source=f"{tmp_path}/a.parquet"))[0]
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}')
-    assert faults_of(SourceSpec(source=f"{tmp_path}/a.jsonl")) == (f"{tmp_path}/a.jsonl: not UTF-8 text (byte 10)",)
+    assert faults_of(SourceConfig(source=f"{tmp_path}/a.jsonl")) == (
+        f"{tmp_path}/a.jsonl: line 1: not UTF-8 text (byte 10 of the line)",
+    )
     (tmp_path / "a.json").write_text('[{"text": "x"},]')
-    assert "a.json: line 1: not JSON (column" in faults_of(SourceSpec(source=f"{tmp_path}/a.json"))[0]
+    assert "a.json: line 1: not JSON (column" in faults_of(SourceConfig(source=f"{tmp_path}/a.json"))[0]
     (tmp_path / "a.csv").write_text("x")
     assert (
         "unknown ending '.csv', allowed: .parquet, .jsonl, .json, .txt, .md."
-        in faults_of(SourceSpec(source=f"{tmp_path}/a.csv"))[0]
+        in faults_of(SourceConfig(source=f"{tmp_path}/a.csv"))[0]
     )
 
 
 def test_missing_files_name_the_nearest(tmp_path):
     write(tmp_path / "quiz.jsonl", [PAIR])
-    assert faults_of(SourceSpec(source=f"{tmp_path}/quizz.jsonl")) == (
+    assert faults_of(SourceConfig(source=f"{tmp_path}/quizz.jsonl")) == (
         f"{tmp_path}/quizz.jsonl: no such file. Did you mean 'quiz.jsonl'?",
     )
-    assert faults_of(SourceSpec(source=f"{tmp_path}/no/such/dir")) == (f"{tmp_path}/no/such/dir: no such file.",)
+    assert faults_of(SourceConfig(source=f"{tmp_path}/no/such/dir")) == (f"{tmp_path}/no/such/dir: no such file.",)
 
 
 def test_directories_of_splits(tmp_path):
     write(tmp_path / "train.jsonl", [PAIR] * 3)
     write(tmp_path / "test.parquet", [PAIR] * 2)
     source = str(tmp_path)
-    assert len(load_source(SourceSpec(source=source))) == 3
-    assert len(load_source(SourceSpec(source=source, split="test"))) == 2
-    assert faults_of(SourceSpec(source=source, split="tests")) == (
+    assert len(load_source(SourceConfig(source=source))) == 3
+    assert len(load_source(SourceConfig(source=source), "test")) == 2
+    assert faults_of(SourceConfig(source=source), "tests") == (
         f"{source}: no file for split 'tests'; there are test, train. Did you mean 'test'?",
     )
     write(tmp_path / "train.json", [PAIR])
-    assert faults_of(SourceSpec(source=source)) == (
-        f"{source}: train.jsonl, train.json all hold split 'train'; name one file as the source.",
+    assert faults_of(SourceConfig(source=source)) == (
+        f"{source}: train.jsonl, train.json all hold split 'train'. Fix: name one file as the source.",
     )
 
 
 def test_a_task_from_a_directory(tmp_path):
     write(tmp_path / "train.parquet", [{"task": "obqa", "id": "7-1", "passage": None} | CHOICE] * 40)
-    train, validation = load_train_and_validation(SourceSpec(task="obqa", path=str(tmp_path)), fraction=0.1)
+    train, validation = split_up(SourceConfig(task="obqa", path=str(tmp_path)), 0.1)
     assert (len(train), len(validation), train[0].id) == (36, 4, "7-1")
     write(tmp_path / "validation.parquet", [CHOICE] * 2)
-    train, validation = load_train_and_validation(SourceSpec(task="obqa", path=str(tmp_path)), fraction=0.1)
+    train, validation = split_up(SourceConfig(task="obqa", path=str(tmp_path)), 0.1)
     assert (len(train), len(validation)) == (40, 2)
     write(tmp_path / "other.jsonl", [CHOICE] * 5)
-    train, validation = load_train_and_validation(
-        SourceSpec(task="obqa", path=str(tmp_path)), validation=f"{tmp_path}/other.jsonl"
-    )
+    train, validation = split_up(SourceConfig(task="obqa", path=str(tmp_path), validation=f"{tmp_path}/other.jsonl"))
     assert (len(train), len(validation)) == (40, 5)
-    assert faults_of(SourceSpec(task="obqq", path=str(tmp_path)))[0].endswith("Did you mean 'obqa'?")
 
 
 def test_limit_draws_after_the_validation_part_is_cut(tmp_path):
     source = write(tmp_path / "a.jsonl", [PAIR | {"id": str(number)} for number in range(100)])
-    spec = SourceSpec(source=source, limit=20, seed=3)
-    train, validation = load_train_and_validation(spec, fraction=0.1)
+    spec = SourceConfig(source=source, limit=20)
+    train, validation = split_up(spec, 0.1, seed=3)
     assert [example.id for example in validation] == [str(number) for number in range(90, 100)]
     ids = [int(example.id) for example in train]
     assert len(set(ids)) == 20
     assert ids == sorted(ids)
     assert max(ids) < 90
     assert ids != list(range(20))  # drawn, not the head: files are often sorted
-    assert load_train_and_validation(spec, fraction=0.1)[0] == train
+    assert split_up(spec, 0.1, seed=3)[0] == train
 
 
 def test_split_off_and_draw():

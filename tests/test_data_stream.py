@@ -14,15 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data import shards as shards_module
+from qdora.data import readers
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
-from qdora.data.shards import hub_shards, local_shards
-from qdora.data.stream import ExampleStream, StreamSettings
+from qdora.data.readers import hub_shards, local_shards
+from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all
 from qdora.errors import UserError
+from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer.make()
@@ -42,8 +43,17 @@ def write(folder: Path, kind: str, rows, group: int = 3) -> Path:
     return file
 
 
-def stream(source: Path, *, tokenizer=TOKENIZER, **options):
-    return ExampleStream(local_shards(source, "train"), StreamSettings("s", **options), tokenizer)
+def stream_of(shards, *, tokenizer=TOKENIZER, number=0, window=4096, size=None, **options):
+    """Source `number` of a mix, which is called s."""
+    names = [f"other {each}" for each in range(number)] + ["s"]
+    mix = [
+        SourceConfig(source="rows.jsonl", stream=True, name=name, shuffle_window=window, size=size) for name in names
+    ]
+    return ExampleStream(shards, DataConfig(mix=mix, **{"too_long": "truncate"} | options), number, tokenizer)
+
+
+def stream(source: Path, **options):
+    return stream_of(local_shards(source, "train"), **options)
 
 
 def number_of(example) -> int:
@@ -53,8 +63,8 @@ def number_of(example) -> int:
 @pytest.fixture
 def small(monkeypatch):
     """Pieces so small that some rows of a test have several of them."""
-    monkeypatch.setattr(shards_module, "_RANGE_BYTES", 100)
-    monkeypatch.setattr(shards_module, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
+    monkeypatch.setattr(readers, "_ROWS_AT_ONCE", 4)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -81,7 +91,7 @@ def test_lines_of_any_form_belong_to_one_range(tmp_path, monkeypatch):
     file = tmp_path / "train.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     for size in (*range(1, 60), 1000):
-        monkeypatch.setattr(shards_module, "_RANGE_BYTES", size)
+        monkeypatch.setattr(readers, "_RANGE_BYTES", size)
         assert [each for reader in local_shards(file, "train").readers for _, each in reader(0)] == rows
 
 
@@ -128,7 +138,7 @@ def test_every_row_once_a_pass_and_resumed_is_uninterrupted(tmp_path_factory, sh
     options = {"window": shape["window"], "seed": shape["seed"], "too_long": too_long, "max_length": 12}
     kept = [number for number, length in enumerate(lengths) if too_long == "truncate" or length == 1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards_module, "_RANGE_BYTES", 90)
+        patch.setattr(readers, "_RANGE_BYTES", 90)
         patch.setattr("qdora.data.stream._TOKENIZED_AT_ONCE", shape["at_once"])
         one = stream(file, **options)
         drawn = [one.next() for _ in range(2 * len(kept) + cut)]
@@ -189,9 +199,9 @@ def test_what_a_stream_refuses(tmp_path):
     good = json.dumps(row(1)) + "\n"
     for lines, message in (
         (good * 3 + "{\n", rf"train.jsonl: byte {3 * len(good)}: not JSON"),
-        (good + "[1]\n", r"byte \d+: got \[1\], allowed: an object"),
+        (good + "[1]\n", r"byte \d+: must be an object {column: value}, got \[1\]"),
         (good + '{"prompt": "x"}\n', r"byte \d+: no completion, got columns prompt, needed for format completion"),
-        (good + '{"prompt": "x", "completion": 3}\n', r"byte \d+: completion: got 3, allowed: text"),
+        (good + '{"prompt": "x", "completion": 3}\n', r"byte \d+: completion: must be text, got 3"),
         ('{"a": 1}\n', "columns a fit no format"),
         ("\n\n", "gives no example"),
     ):
@@ -307,12 +317,10 @@ def test_streaming_from_the_hub(tmp_path, monkeypatch):
     assert [each for reader in found.readers for _, each in reader(0)] == rows
     assert len(found.readers) == 2
     assert [each for _, each in found.readers[1](7)] == rows[17:]
-    one = ExampleStream(found, StreamSettings("s", window=6), TOKENIZER)
+    one = stream_of(found, window=6)
     drawn = [number_of(one.next()) for _ in range(33)]
     assert sorted(drawn[:20]) == list(range(20))
-    other = ExampleStream(
-        hub_shards("org/name", split="train", revision="abc"), StreamSettings("s", window=6), TOKENIZER
-    )
+    other = stream_of(hub_shards("org/name", split="train", revision="abc"), window=6)
     for _ in range(9):
         other.next()
     one.load_state_dict(other.state_dict())

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data.encode import special_prefix
+from qdora.data.encode import encode_pairs, special_prefix
 from qdora.data.example import Example
-from qdora.data.tokenize import TokenizedSet, encode_pair, encode_pairs, tokenize_all, tokenize_example
+from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import UserError
 from tests import tiny_tokenizer
 
@@ -23,6 +23,16 @@ def example(prompt="Question: is the sky blue?\nAnswer:", answer=" yes", id="0",
     return Example("task", id, prompt, answer, messages=messages)
 
 
+def tokenize_one(one, tokenizer, **options):
+    [done] = tokenize_all([one], tokenizer, name="x", **options).examples
+    return done
+
+
+def encode_one(tokenizer, prompt, answer):
+    [pair] = encode_pairs(tokenizer, [(prompt, answer)])
+    return pair
+
+
 def learnt(tokenizer, done):
     return tokenizer.decode(done.input_ids[done.loss_mask])
 
@@ -33,7 +43,7 @@ def text(tokenizer, done):
 
 @pytest.mark.parametrize("tokenizer, front", [(PLAIN, ""), (BOS, "<s>"), (BOTH, "<s>")])
 def test_the_answer_and_its_end_are_learnt(tokenizer, front):
-    done = tokenize_example(example(), tokenizer, max_length=100)
+    done = tokenize_one(example(), tokenizer, max_length=100)
     assert text(tokenizer, done) == front + "Question: is the sky blue?\nAnswer: yes<|im_end|>"
     assert learnt(tokenizer, done) == " yes<|im_end|>"
     assert (done.input_ids.dtype, done.loss_mask.dtype) == (np.int32, np.bool_)
@@ -42,21 +52,21 @@ def test_the_answer_and_its_end_are_learnt(tokenizer, front):
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, BOS, BOTH])
 def test_loss_on_all_learns_everything_but_the_first_token(tokenizer):
-    done = tokenize_example(example(), tokenizer, max_length=100, loss_on="all")
+    done = tokenize_one(example(), tokenizer, max_length=100, loss_on="all")
     assert not done.loss_mask[0]
     assert done.loss_mask[1:].all()
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, BOS, BOTH])
 def test_plain_text_learns_what_has_something_before_it(tokenizer):
-    done = tokenize_example(example("", "The cat sat."), tokenizer, max_length=100)
+    done = tokenize_one(example("", "The cat sat."), tokenizer, max_length=100)
     whole = "The cat sat.<|im_end|>"
     first = "" if special_prefix(tokenizer) else tokenizer.decode(done.input_ids[:1])
     assert first + learnt(tokenizer, done) == whole
 
 
 def test_an_end_of_sequence_in_the_data_is_not_doubled():
-    done = tokenize_example(example(answer=" yes<|im_end|>"), PLAIN, max_length=100)
+    done = tokenize_one(example(answer=" yes<|im_end|>"), PLAIN, max_length=100)
     assert learnt(PLAIN, done) == " yes<|im_end|>"
 
 
@@ -71,13 +81,13 @@ def test_special_prefix_where_beginning_and_end_are_one_token():
 
 
 def test_spaces_at_the_end_of_the_prompt_belong_to_the_answer():
-    assert encode_pair(PLAIN, "Answer: ", "yes") == encode_pair(PLAIN, "Answer:", " yes")
+    assert encode_one(PLAIN, "Answer: ", "yes") == encode_one(PLAIN, "Answer:", " yes")
 
 
 def test_a_token_across_the_border_is_the_answers():
     """'ans' + 'wer' is one token here; cutting by the length of the prompt's ids would lose the answer."""
     [token] = PLAIN(" answer")["input_ids"]
-    ids, start = encode_pair(PLAIN, "the ans", "wer")
+    ids, start = encode_one(PLAIN, "the ans", "wer")
     assert ids[start:] == [token]
     assert PLAIN.decode(ids[:start]) == "the"
 
@@ -86,7 +96,7 @@ def test_a_token_across_the_border_is_the_answers():
 @settings(max_examples=60, deadline=None)
 @given(prompt=st.text("aeT hq\né.:", max_size=12), answer=st.text("aeT hq\né.:", min_size=1, max_size=8))
 def test_pairs_are_the_text_cut_before_the_answer(tokenizer, prompt, answer):
-    ids, start = encode_pair(tokenizer, prompt, answer)
+    ids, start = encode_one(tokenizer, prompt, answer)
     whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
     assert ids == special_prefix(tokenizer) + whole
     # the answer's part has every byte of the answer: what stands before it is inside the prompt
@@ -98,7 +108,7 @@ def test_pairs_are_the_text_cut_before_the_answer(tokenizer, prompt, answer):
 
 def test_many_pairs_are_the_same_as_one_by_one():
     pairs = [("Answer:", " yes"), ("", "The cat"), ("the ans", "wer"), ("Why? ", "the dog")]
-    assert encode_pairs(BOS, pairs) == [encode_pair(BOS, *pair) for pair in pairs]
+    assert encode_pairs(BOS, pairs) == [encode_one(BOS, *pair) for pair in pairs]
     assert encode_pairs(BOS, []) == []
 
 
@@ -106,13 +116,13 @@ def test_many_pairs_are_the_same_as_one_by_one():
 
 
 def test_only_what_the_assistant_says_is_learnt():
-    done = tokenize_example(example("", "", messages=CHAT), BOS, max_length=200)
+    done = tokenize_one(example("", "", messages=CHAT), BOS, max_length=200)
     assert text(BOS, done) == (  # no <s>: the template decides
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nthe cat<|im_end|>\n"
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nthe dog<|im_end|>\n"
     )
     assert learnt(BOS, done) == "the cat<|im_end|>\nthe dog<|im_end|>\n"
-    everything = tokenize_example(example("", "", messages=CHAT), BOS, max_length=200, loss_on="all")
+    everything = tokenize_one(example("", "", messages=CHAT), BOS, max_length=200, loss_on="all")
     assert everything.loss_mask.sum() == len(everything) - 1
 
 
@@ -124,9 +134,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     )
     with pytest.raises(UserError, match=r"chats: example 7: messages\[1\]: the chat template renders this turn differ"):
         tokenize_all([example("", "", "7", CHAT)], drops, name="chats", max_length=200)
-    last_only = tokenize_example(example("", "", messages=CHAT[:2]), drops, max_length=200)
+    last_only = tokenize_one(example("", "", messages=CHAT[:2]), drops, max_length=200)
     assert learnt(drops, last_only) == "the cat"
-    assert tokenize_example(example("", "", messages=CHAT), drops, max_length=200, loss_on="all") is not None
+    assert tokenize_one(example("", "", messages=CHAT), drops, max_length=200, loss_on="all") is not None
 
 
 def test_a_template_that_refuses_a_role():
@@ -146,7 +156,7 @@ def test_a_template_that_refuses_a_role():
 def test_no_chat_template():
     bare = tiny_tokenizer.make(chat_template=None)
     with pytest.raises(
-        UserError, match=r"chats: holds chats, but the tokenizer .* has no chat template. Set model.token"
+        UserError, match=r"chats: holds chats, but the tokenizer .* has no chat template. Fix: set model.token"
     ):
         tokenize_all([example("", "", messages=CHAT)], bare, name="chats", max_length=200)
 
@@ -160,7 +170,7 @@ def test_no_end_of_sequence_token():
 
 
 def lengths_of(examples, tokenizer=PLAIN):
-    return [len(tokenize_example(one, tokenizer, max_length=10**6)) for one in examples]
+    return [len(tokenize_one(one, tokenizer, max_length=10**6)) for one in examples]
 
 
 def test_too_long_examples_are_counted_then_refused():
@@ -170,8 +180,8 @@ def test_too_long_examples_are_counted_then_refused():
         tokenize_all(examples, PLAIN, name="mine", max_length=longest - 1)
     assert error.value.faults == (
         f"mine: 5 examples (n1, n3, n5, ...) of 10 longer than data.max_length ({longest - 1}), the longest has "
-        f"{longest} tokens; raise data.max_length, or set data.too_long to truncate (cuts the front of the prompt) or "
-        "drop.",
+        f"{longest} tokens. Fix: raise data.max_length, or set data.too_long to truncate (cuts the front of the "
+        "prompt) or drop.",
     )
     assert len(tokenize_all(examples, PLAIN, name="mine", max_length=longest)) == 10
 
@@ -181,15 +191,14 @@ def test_drop_counts():
     kept = tokenize_all(examples, PLAIN, name="mine", max_length=20, too_long="drop")
     assert [one.id for one in kept.examples] == ["n0", "n2", "n4", "n6", "n8"]
     assert (kept.num_dropped, kept.num_truncated) == (5, 0)
-    with pytest.raises(UserError, match=r"mine: none of 10 examples is left; raise data.max_length \(2\)"):
+    with pytest.raises(UserError, match=r"mine: none of 10 examples is left. Fix: raise data.max_length \(2\)"):
         tokenize_all(examples, PLAIN, name="mine", max_length=2, too_long="drop")
-    assert tokenize_example(examples[1], PLAIN, max_length=2, too_long="drop") is None
 
 
 @pytest.mark.parametrize("tokenizer, front", [(PLAIN, ""), (BOS, "<s>")])
 def test_truncation_cuts_the_front_of_the_prompt(tokenizer, front):
     one = example("The dog. Question: is the sky blue?\nAnswer:", " the cat sat")
-    full = tokenize_example(one, tokenizer, max_length=1000)
+    full = tokenize_one(one, tokenizer, max_length=1000)
     for num_cut in range(1, len(full) - 1):
         cut = tokenize_all([one], tokenizer, name="x", max_length=len(full) - num_cut, too_long="truncate")
         [done] = cut.examples
@@ -208,11 +217,11 @@ def test_truncation_cuts_the_front_of_the_prompt(tokenizer, front):
 
 
 def test_truncated_text_and_chats_lose_their_end():
-    done = tokenize_example(example("", "The cat sat on the mat"), PLAIN, max_length=4, too_long="truncate")
+    done = tokenize_one(example("", "The cat sat on the mat"), PLAIN, max_length=4, too_long="truncate")
     assert "The cat sat on the mat".startswith(text(PLAIN, done))
     chat = example("", "", messages=CHAT)
-    full = tokenize_example(chat, PLAIN, max_length=1000)
-    done = tokenize_example(chat, PLAIN, max_length=len(full) - 5, too_long="truncate")
+    full = tokenize_one(chat, PLAIN, max_length=1000)
+    done = tokenize_one(chat, PLAIN, max_length=len(full) - 5, too_long="truncate")
     assert done.input_ids.tolist() == full.input_ids[:-5].tolist()
     # cut before the assistant says anything: nothing to learn, so it is dropped
     cut = tokenize_all([chat, example()], PLAIN, name="x", max_length=20, too_long="truncate")
@@ -227,13 +236,10 @@ def test_an_example_without_a_token_to_learn():
         tokenize_all([chat, example()], PLAIN, name="x", max_length=100)
 
 
-def test_progress_order_and_sums():
+def test_order_and_sums():
     examples = [example(answer=f" {n}", id=str(n), messages=()) for n in range(1500)]
     examples[700] = example("", "", "700", CHAT)
-    calls = []
-    done = tokenize_all(examples, PLAIN, name="x", max_length=200, progress=lambda *args: calls.append(args))
-    assert calls == [(1024, 1500), (1500, 1500)]
+    done = tokenize_all(examples, PLAIN, name="x", max_length=200)
     assert [one.id for one in done.examples] == [str(n) for n in range(1500)]
     assert isinstance(done, TokenizedSet)
     assert done.num_tokens == sum(one.input_ids.size for one in done.examples)
-    assert done.num_label_tokens == sum(one.loss_mask.tolist().count(True) for one in done.examples)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qdora.data.example import Example
-from qdora.data.tokenize import tokenize_example
+from qdora.data.tokenize import tokenize_all
 from qdora.errors import UserError
 from qdora.evaluation.loglikelihood import score_answers, score_choices
 from tests import tiny, tiny_tokenizer
@@ -71,8 +71,7 @@ def test_the_tokens_are_those_of_training_without_the_end(bos: bool) -> None:
     scores = score_choices(net, tokenizer, EXAMPLES)
     answers = score_answers(net, tokenizer, EXAMPLES)
     for example, score, answer in zip(EXAMPLES, scores, answers, strict=True):
-        trained = tokenize_example(example, tokenizer, max_length=128)
-        assert trained is not None
+        [trained] = tokenize_all([example], tokenizer, name="t", max_length=128).examples
         assert trained.input_ids[-1] == tokenizer.eos_token_id
         start = int(np.flatnonzero(trained.loss_mask)[0])
         expected = naive(net, trained.input_ids[:-1].tolist(), start)
@@ -156,8 +155,8 @@ def test_faults_are_gathered() -> None:
     with pytest.raises(UserError) as caught:
         score_choices(net, tokenizer, [EXAMPLES[0], *free])
     assert [fault.split(";")[0] for fault in caught.value.faults] == [
-        "t: example free: 0 choices and gold None",
-        "u: example free, too: 0 choices and gold None",
+        "t: example free: accuracy needs choices and the index of the right one, got 0 choices and gold None",
+        "u: example free, too: accuracy needs choices and the index of the right one, got 0 choices and gold None",
     ]
     faulty = [
         Example("t", "empty", "moo", " x", (" x", ""), 0),

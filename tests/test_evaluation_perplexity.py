@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdora.errors import UserError
-from qdora.evaluation.perplexity import read_texts, strided_spans, text_perplexity
+from qdora.evaluation.perplexity import read_texts, text_perplexity
+from qdora.evaluation.token_scores import strided_spans
 from tests import tiny, tiny_tokenizer
 
 
@@ -89,10 +90,10 @@ def test_faults_are_gathered() -> None:
     with pytest.raises(UserError) as caught:
         text_perplexity(model, tiny_tokenizer.make(), ["text"], window=200, stride=201)
     assert caught.value.faults == (
-        "perplexity window: 200 tokens, but the model has positions for 128",
-        "perplexity stride: 201, must lie between 1 and the window, 200",
+        "perplexity window: must be at most the model's context, 128 tokens, got 200",
+        "perplexity stride: must be 1 to the window, 200, got 201",
     )
-    with pytest.raises(UserError, match="2 texts with 1 bytes hold no token"):
+    with pytest.raises(UserError, match="no token can be scored in 2 texts with 1 bytes"):
         text_perplexity(model, tiny_tokenizer.make(), ["", "a"])
     with pytest.raises(ValueError, match="stride 0"):
         strided_spans([1, 2], 4, 0)

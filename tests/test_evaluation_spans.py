@@ -31,6 +31,7 @@ from transformers import (
 
 from qdora.evaluation import token_scores as spans_module
 from qdora.evaluation.forward_path import choose_path, scoring
+from qdora.evaluation.generation import decode_greedily
 from qdora.evaluation.token_scores import Span, score_groups, score_spans
 from tests import tiny_adapted
 
@@ -306,3 +307,27 @@ def _shared_llama() -> Any:
     if not _LLAMA:
         _LLAMA.append(tiny_model("llama"))
     return _LLAMA[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
+def test_the_head_takes_a_flat_input_so_that_its_weight_is_read_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch folds rows and positions into one product only where the strides are those of a new tensor."""
+    model = tiny_model(family)
+    head = model.get_output_embeddings()
+    forward, seen = head.forward, []
+
+    def watched(hidden: Tensor) -> Tensor:
+        seen.append((tuple(hidden.shape), hidden.stride()))
+        return forward(hidden)
+
+    monkeypatch.setattr(head, "forward", watched)
+    spans = [Span(tuple(range(1, 12 + row)), 7) for row in range(4)]
+    score_spans(model, spans)
+    score_spans(model, spans[:1])
+    score_groups(model, [[Span((*range(1, 9), 3 + choice, 5), 8) for choice in range(3)] for _ in range(2)])
+    decode_greedily(model, [[1, 2, 3], [4, 5]], max_new_tokens=2, stop_ids=())
+    assert any(rows > 1 and positions > 1 for (rows, positions, _), _ in seen)
+    assert all(strides == (shape[1] * shape[2], shape[2], 1) for shape, strides in seen), seen
+    assert not head._forward_pre_hooks

@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops import bnb_kernels, tiles
-from qdora.ops.adapted_map import column_dot
+from qdora.ops.adapted_product import column_dot
 from qdora.ops.loss import chunked_nll
 from qdora.ops.packed import dequantize, quantize
 from qdora.ops.tiles import column_tiles, row_tiles
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny
-from tests.test_ops_adapted_linear import arrays, to_numpy
+from tests.test_ops_adapted_product import arrays, to_numpy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)

@@ -66,10 +66,10 @@ def test_gradients_are_the_same(source: Path, streamed: bool) -> None:
     placer = HostResidency(copies=LateCopies) if streamed else None
     model = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32, placer=placer)
     host = LateHost()
-    offload = ActivationOffload(tiny_streamed.adapt(model), host)
+    ActivationOffload(tiny_streamed.adapt(model), host)
     tiny_streamed.assert_equal(tiny_streamed.gradients(model), expected)
     # Three micro-batches, every block but the last; nothing in the evaluation.
-    assert offload.num_sent == host.num_sent == 3 * (tiny_streamed.NUM_BLOCKS - 1)
+    assert host.num_sent == 3 * (tiny_streamed.NUM_BLOCKS - 1)
 
 
 def test_each_input_is_fetched_while_the_block_behind_it_computes(source: Path) -> None:
@@ -105,5 +105,5 @@ def test_a_second_backward_pass_is_refused(source: Path) -> None:
     ids = tiny_streamed.IDS[0]
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RunFailure, match="a second backward pass"):
+    with pytest.raises(RunFailure, match="a graph allows only one backward pass"):
         loss.backward()

@@ -14,9 +14,9 @@ from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.memory.disk_residency import DiskResidency
+from qdora.model.base_cache import BaseCache
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_model
-from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
 from qdora.run.evaluate import evaluate_target
 from qdora.run.train import train_run
@@ -85,7 +85,7 @@ def test_two_blocks_are_in_memory_at_most(tmp_path: Path) -> None:
     dense = 2 * head.weight.nbytes
     # The system maps up to 16 pages around one that is touched: a few at either end of a block's tensors.
     allowed = 2 * block + dense + (1 << 20)
-    total = sum(base.record.files.values())
+    total = sum(file.stat().st_size for file in base.directory.glob("*.safetensors"))
     assert total > 2 * allowed - dense
     assert mapped_bytes(base.directory) < allowed
     seen = []
@@ -128,10 +128,10 @@ def test_run_on_disk_is_evaluated_and_exported(whole: Path, run_on_disk: Path, t
 
 
 def test_what_cannot_be_is_said(source: Path, tmp_path: Path, root: Path) -> None:
-    with pytest.raises(UserError, match=r"base\.streamed_blocks: 6, allowed: at most 5"):
+    with pytest.raises(UserError, match=r"base\.streamed_blocks: must be at most the model's 5 blocks, got 6"):
         tiny_streamed.on_disk(source, tmp_path, 6)
     residency = DiskResidency(BaseCache(tmp_path, tiny_streamed.WANTED, tiny_streamed.CPU, mapped=True))
-    with pytest.raises(UserError, match=r"base\.residency: got disk, must be device or host on a machine with a GPU"):
+    with pytest.raises(UserError, match=r"base\.residency: must be one of device, host on a GPU, got disk"):
         load_model(
             resolve(str(source)), quant="nf4", device=torch.device("meta"), reader=residency.cache, placer=residency
         )
@@ -139,7 +139,9 @@ def test_what_cannot_be_is_said(source: Path, tmp_path: Path, root: Path) -> Non
         tiny_run.recipe(root, base__residency="disk", memory__checkpointing=False)
     with pytest.raises(UserError, match=r"base\.streamed_blocks: would be ignored because base\.residency is device"):
         tiny_run.recipe(root, base__streamed_blocks=1)
-    with pytest.raises(UserError, match=r"base\.residency: needs packed weights, got disk with quant none"):
+    with pytest.raises(
+        UserError, match=r"base\.residency: must be device with quant none, which packs no weights, got disk"
+    ):
         tiny_run.recipe(root, base__residency="disk", base__quant="none")
-    with pytest.raises(UserError, match=r"base\.residency: a pruned base stays on the device"):
+    with pytest.raises(UserError, match=r"base\.residency: must be device with a pruned base, got disk"):
         tiny_run.recipe(root, base__residency="disk", base__prune={"method": "magnitude", "sparsity": 0.5})

@@ -17,9 +17,9 @@ from qdora.model.inject import inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.host_embedding import HostEmbedding
+from qdora.plan.device_rates import STATED
 from qdora.plan.memory_plan import local_source, plan
-from qdora.plan.peak import DENSE, Plan
-from qdora.plan.step_time import STATED
+from qdora.plan.plan_contents import DENSE, Plan
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run import load_base
@@ -119,7 +119,7 @@ def test_a_run_on_a_gpu_loads_it_there(monkeypatch: pytest.MonkeyPatch, device: 
 def test_blocks_on_the_host_leave_room_for_it(tmp_path: Path) -> None:
     source = resolve(str(tiny_streamed.write_source(tmp_path)))
     settings: dict[str, Any] = {"quant": "nf4", "before_reading": keep_embedding_on_host}
-    with pytest.raises(UserError, match=r"beside the 0\.0 GiB of the embedding; allowed: fewer base\.streamed_blocks"):
+    with pytest.raises(UserError, match=r"beside the 0\.0 GiB of the embedding\. Fix: lower base\.streamed_blocks"):
         load_model(source, placer=HostResidency(free_bytes=lambda: 0, copies=LateCopies), **settings)
 
 
@@ -136,9 +136,12 @@ def test_a_shared_or_computing_embedding_is_refused() -> None:
         tied = LlamaForCausalLM(LlamaConfig(**SMALL | {"tie_word_embeddings": True}))
         sizes = SMALL | {"tie_word_embeddings": False, "head_dim": 16}
         scaled = Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
-    with pytest.raises(UserError, match=r"memory\.host_embeddings: the embedding of llama is its output head as well"):
+    with pytest.raises(
+        UserError,
+        match=r"memory\.host_embeddings: must be false, since the embedding of llama is its output head .* got true",
+    ):
         check_host_embedding(tied)
-    with pytest.raises(UserError, match=r"gemma3_text does more than look rows up \(Gemma3TextScaledWordEmbedding\)"):
+    with pytest.raises(UserError, match=r"gemma3_text does more than look up rows \(Gemma3TextScaledWordEmbedding\)"):
         check_host_embedding(scaled)
 
 

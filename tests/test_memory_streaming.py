@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdora.memory.streaming import Ring, interleaved
+from qdora.memory.streaming import NUM_SLOTS, Ring, interleaved
 from qdora.plan.step_time import SimulatedCopies, simulated_step
 
 
 class Slots:
     """An engine that knows what lies where, and who may still read it."""
 
-    def __init__(self, num_slots: int) -> None:
-        self.held: list[int | None] = [None] * num_slots
+    def __init__(self) -> None:
+        self.held: list[int | None] = [None] * NUM_SLOTS
         self.reading: int | None = None
         self.started: list[int] = []
 
@@ -28,8 +28,7 @@ class Slots:
         self.held[slot] = block
         self.started.append(block)
 
-    def wait(self, block: int, slot: int) -> None:
-        assert self.held[slot] == block
+    def wait(self, slot: int) -> None:
         assert self.reading is None
         self.reading = slot
 
@@ -40,14 +39,11 @@ class Slots:
 
 @given(
     num_blocks=st.integers(1, 9),
-    num_slots=st.integers(2, 5),
     uses=st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=40),
 )
-def test_the_block_in_use_is_in_its_slot_whatever_the_order(
-    num_blocks: int, num_slots: int, uses: list[tuple[int, bool]]
-) -> None:
-    engine = Slots(num_slots)
-    ring = Ring(num_blocks, engine, num_slots)
+def test_the_block_in_use_is_in_its_slot_whatever_the_order(num_blocks: int, uses: list[tuple[int, bool]]) -> None:
+    engine = Slots()
+    ring = Ring(num_blocks, engine)
     for block, turns_back in uses:
         slot = ring.use(block % num_blocks, turns_back=turns_back)
         assert engine.held[slot] == block % num_blocks
@@ -61,25 +57,19 @@ def order(num_blocks: int, *, backward: bool) -> list[int]:
     return forward + forward[::-1] if backward else forward
 
 
-@pytest.mark.parametrize("num_slots", [2, 3, 4])
 @pytest.mark.parametrize("backward", [True, False])
-def test_what_comes_next_has_been_started_before_it_is_used(num_slots: int, backward: bool) -> None:
+def test_what_comes_next_has_been_started_before_it_is_used(backward: bool) -> None:
     num_blocks = 12  # a multiple of the slots, or the first block of the next pass has to wait for the last of this one
-    engine = Slots(num_slots)
-    ring = Ring(num_blocks, engine, num_slots)
+    engine = Slots()
+    ring = Ring(num_blocks, engine)
     ring.use(0, turns_back=backward)
     for block in 3 * order(num_blocks, backward=backward):
         assert block in engine.held
         ring.use(block, turns_back=backward)
     # Around a turn the slots hold what comes next already.
-    per_pass = num_blocks - num_slots if backward else num_blocks
-    assert ring.num_loads <= (6 if backward else 3) * per_pass + 2 * num_slots
-    assert all(ring.slot_of(block) == block % num_slots for block in range(num_blocks))
-
-
-def test_two_slots_are_the_least() -> None:
-    with pytest.raises(ValueError, match="num_slots is 1, allowed: 2 or more"):
-        Ring(3, Slots(1), 1)
+    per_pass = num_blocks - NUM_SLOTS if backward else num_blocks
+    assert ring.num_loads <= (6 if backward else 3) * per_pass + 2 * NUM_SLOTS
+    assert all(ring.slot_of(block) == block % NUM_SLOTS for block in range(num_blocks))
 
 
 @given(num_blocks=st.integers(1, 200), share=st.floats(0, 1))
@@ -97,7 +87,7 @@ def test_interleaved_blocks_are_spread_evenly(num_blocks: int, share: float) -> 
 
 
 def test_more_blocks_than_there_are() -> None:
-    with pytest.raises(ValueError, match="5 of 4 blocks"):
+    with pytest.raises(ValueError, match="must be 0 to 4, got 5"):
         interleaved(4, 5)
 
 

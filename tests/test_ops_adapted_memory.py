@@ -60,7 +60,8 @@ def test_the_norm_reads_one_tile_at_a_time() -> None:
     assert isinstance(layer, AdaptedLinear)
     squared = layer.base_squared
     with LiveBytes() as live:
-        row_norm(layer.base.stored_weight, layer.lora_A, layer.lora_B, 1.0, base_squared=squared)
+        factors = (layer.lora_A, layer.lora_B, 1.0)
+        row_norm(layer.base.stored_weight, *factors, base_squared=squared, dtype=torch.float32)
         assert TILE_BYTES <= live.peak_bytes < 2 * TILE_BYTES
 
 

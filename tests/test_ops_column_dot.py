@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.ops.adapted_map import column_dot
+from qdora.ops.adapted_product import column_dot
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.ops import tiles
-from qdora.ops.packed import dequantize, quantize
+from qdora.ops.packed import quantize
 from qdora.ops.tiles import column_tiles, dense_weight, row_tiles, spans, with_own_scales
+from tests.test_ops_quantize import by_backends
 
 FORMATS = ("nf4", "fp4", "int8", "dense")
 
@@ -23,7 +24,7 @@ def stored(kind: str, shape: tuple[int, int], *, block_size: int = 64, double_qu
 
 def whole(weight: tiles.Weight, row_factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """diag(row_factor) W in float64, rounded once: the definition."""
-    dense = weight if isinstance(weight, torch.Tensor) else dequantize(weight, torch.float32, backend="torch")
+    dense = weight if isinstance(weight, torch.Tensor) else by_backends(weight, torch.float32)["torch"]
     dense = dense.double()
     if row_factor is not None:
         dense = dense * row_factor.double()[:, None]

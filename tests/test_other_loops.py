@@ -20,8 +20,9 @@ from qdora.data.mix import make_mix
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.recipe.train_settings import TrainConfig
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
 from tests import tiny_adapted
@@ -74,8 +75,9 @@ def by_our_loop() -> tuple[Any, list[float]]:
         trained,
         optimizer,
         loader(),
-        FitSettings(num_steps=STEPS, lr=LR, schedule="constant", warmup=0, clip=1.0),
+        TrainConfig(steps=STEPS, batch=1, lr=LR, schedule="constant", warmup=0, clip=1.0),
         hooks,
+        num_steps=STEPS,
         device=torch.device("cpu"),
         progress=TrainingProgress(STEPS),
         stop=StopRequest(),

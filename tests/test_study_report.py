@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.model.pruning import CompressedLayer
+from qdora.model.pruning import PrunedLayer
 from qdora.study.grid import COLUMNS, Cell
 from qdora.study.report import report_run, write_report
+from qdora.study.report_tables import Report, read_report
 from qdora.study.scores import half
-from qdora.study.tables import Report, read_report
+from qdora.study.study_directory import read_index
 from tests import fake_study
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
@@ -56,6 +58,38 @@ def test_the_best_rate_of_each_arm_is_chosen_on_other_examples(report: Report) -
         assert row["num_seeds"] == 4
 
 
+RATES: dict[str, Any] = {
+    "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}},
+    "train.lr": [2e-4, 1e-4],
+    "train.seed": [0, 1],
+}
+
+
+def chosen_rates(folder: Path, choose: dict[float, float], compare: dict[float, float]) -> set[str]:
+    """The rates that are chosen if every example of a half has the NLL of its rate in `choose` or `compare`."""
+    made = fake_study.make(folder, product=RATES)
+    for cell in read_index(made)["cells"]:
+        file = made / "cells" / cell["key"] / "eval/step-1.json"
+        scored = json.loads(file.read_text())["per_example"]
+        names = {task: [f"{row['id']}#1" for row in scored if row["task"] == task] for task in fake_study.NUM_EXAMPLES}
+        choosing = {(task, name) for task, examples in names.items() for name in half(examples, "choose")}
+        rate = float(cell["labels"].get("train.lr", 1e-4))
+        for row in scored:
+            row["nll"] = (choose if (row["task"], f"{row['id']}#1") in choosing else compare)[rate]
+            row["num_answer_tokens"] = 1
+        file.write_text(json.dumps({"per_example": scored}))
+    return {row["train.lr"] for row in rows(read_report(made), "arms", is_trained=True)}
+
+
+def test_the_examples_that_compare_have_no_say_in_the_rate(tmp_path: Path) -> None:
+    # Over all examples 2e-4 is better (1.5 against 2), on the choosing half 1e-4 is
+    assert chosen_rates(tmp_path, {1e-4: 1.0, 2e-4: 2.0}, {1e-4: 3.0, 2e-4: 1.0}) == {"0.0001"}
+
+
+def test_the_first_of_equally_good_rates_is_chosen(tmp_path: Path) -> None:
+    assert chosen_rates(tmp_path, {1e-4: 1.0, 2e-4: 1.0}, {1e-4: 1.0, 2e-4: 1.0}) == {"0.0002"}
+
+
 @pytest.mark.parametrize("number", [1, 2, 5, 100])
 def test_halves_are_disjoint_and_cover_everything(number: int) -> None:
     examples = [f"{index}#1" for index in range(number)]
@@ -73,13 +107,27 @@ def test_a_winner_is_called_where_there_is_one_and_nowhere_else(report: Report) 
     for quant in ("none", "int8", "fp4"):
         assert compared(report, quant)["winner"] == "", quant
         assert compared(report, quant)["reason"]
-    first = "Of 4 comparisons the data show a winner in 1: dora in 1 (NLL, nats per token)."
-    assert report.verdict[0] == f"{first} In the other 3 they show no winner."
-    assert "(share of answers that are right)" in report.verdict[1]
+    first = "1 of 4 comparisons of NLL (nats per token) have a winner: dora in 1."
+    assert report.verdict[0] == f"{first} The other 3 have no winner."
+    assert "comparisons of share of right answers" in report.verdict[1]
     (sentence,) = [
         text for text in report.verdict if text.startswith("base.quant nf4: dora beats lora") and "NLL" in text
     ]
-    assert f"improvement {row['improvement']:.4f}" in sentence
+    assert f"improvement of dora over lora in NLL (nats per token): {row['improvement']:.4f}, interval " in sentence
+
+
+def test_a_winner_needs_a_small_p_after_the_correction(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "study")
+    index = json.loads((made / "study.json").read_text())
+    row = compared(read_report(made), "nf4")
+    raw = max(row["p_examples"], row["p_t"])
+    assert row["winner"] == "dora"
+    assert raw < 2 * raw < row["p_holm"]
+    index["study"]["compare"]["alpha"] = 2 * raw  # small enough by itself, not among so many comparisons
+    (tmp_path / "study/study.json").write_text(json.dumps(index))
+    row = compared(read_report(tmp_path / "study"), "nf4")
+    assert row["winner"] == ""
+    assert row["reason"] == f"p = {row['p_holm']:.4f} after Holm's correction"
 
 
 def test_repair_is_of_what_compressing_lost(report: Report) -> None:
@@ -99,7 +147,7 @@ def test_repair_is_of_what_compressing_lost(report: Report) -> None:
 def test_nothing_is_repaired_where_nothing_was_lost(tmp_path: Path) -> None:
     made = fake_study.make(tmp_path, nll=lambda cell: 2.0)
     (row,) = rows(read_report(made), "arms", **{"base.quant": "nf4", "adapter": "dora"})
-    assert row["repair_reason"] == "compressing lost nothing that the data show"
+    assert row["repair_reason"] == "compression caused no significant loss"
 
 
 def test_an_answer_without_format_is_not_a_wrong_one(report: Report) -> None:
@@ -121,10 +169,13 @@ def test_pareto_arms_are_those_that_nothing_beats(report: Report) -> None:
 
 
 REFUSALS = [
-    ({"product": {**fake_study.DOCUMENT["product"], "train.seed": [0, 1]}}, "2 of at least 3 seeds"),
-    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [2e-4]}}, "no value was tuned"),
-    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [1e-4, 2e-4]}}, "is at the end of those tried"),
-    ({"exclude": [{"adapter": "lora", "train.seed": [0, 1]}]}, "2 of at least 3 seeds"),
+    ({"product": {**fake_study.DOCUMENT["product"], "train.seed": [0, 1]}}, "2 seeds, at least 3 are needed"),
+    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [2e-4]}}, "nothing was tuned"),
+    (
+        {"product": {**fake_study.DOCUMENT["product"], "train.lr": [1e-4, 2e-4]}},
+        "is the smallest or largest that was tried",
+    ),
+    ({"exclude": [{"adapter": "lora", "train.seed": [0, 1]}]}, "2 seeds, at least 3 are needed"),
 ]
 
 
@@ -146,7 +197,7 @@ def test_no_winner_where_the_seeds_disagree(tmp_path: Path) -> None:
     assert row["p_holm"] > 0.05
     assert row["winner"] == ""
     assert "3 of 4 seeds are better" in row["reason"]
-    assert "holds zero" in row["reason"]
+    assert "contains zero" in row["reason"]
 
 
 def test_failed_cells_are_named_and_call_no_winner(tmp_path: Path) -> None:
@@ -155,7 +206,7 @@ def test_failed_cells_are_named_and_call_no_winner(tmp_path: Path) -> None:
     failed = rows(report, "cells", status="failed")
     assert len(failed) == 32
     assert {row["reason"] for row in failed} == {"RuntimeError: out of memory"}
-    assert "32 of 100 cells have no result, 32 of them because they failed" in report.verdict[1]
+    assert "32 of 100 cells have no result; 32 of them failed" in report.verdict[1]
     assert all(row["winner"] == "" for row in report.tables["comparisons"])
     assert "8 cells have no result yet" in compared(report, "nf4")["reason"]  # four seeds of each of the two arms
 
@@ -221,10 +272,10 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
     assert Path(document["page"]).is_file()
-    assert document["verdict"][0].startswith("Of 4 comparisons")
+    assert document["verdict"][0].startswith("1 of 4 comparisons")
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
-    assert "no study (no study.json there)" in found.output
+    assert "must be a directory that 'qdora study' made (no study.json there)" in found.output
 
 
 def test_no_column_can_be_an_axis_too(report: Report) -> None:
@@ -232,7 +283,7 @@ def test_no_column_can_be_an_axis_too(report: Report) -> None:
     axes = set(fake_study.DOCUMENT["product"])
     columns = {column for table in report.tables.values() for row in table for column in row}
     assert columns - axes - {"prompt", "output"} <= COLUMNS
-    layer = {field.name for field in fields(CompressedLayer)} | {"sparsity"}
+    layer = {field.name for field in fields(PrunedLayer)} | {"sparsity"}
     assert layer <= COLUMNS
 
 
@@ -240,5 +291,5 @@ def test_a_study_without_results_has_no_report(tmp_path: Path) -> None:
     made = fake_study.make(tmp_path)
     for file in (made / "results").glob("*.json"):
         file.unlink()
-    with pytest.raises(UserError, match="no cell is finished yet"):
+    with pytest.raises(UserError, match=r"no cell is finished yet\. Fix: run 'qdora study' first"):
         report_run(made, console=Console(quiet=True))

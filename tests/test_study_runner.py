@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from qdora.errors import Interrupted
-from qdora.study import store as claims
+from qdora.study import study_directory
 from qdora.study.grid import Cell
 from qdora.study.runner import once, run_cells, shard_of, tally
-from qdora.study.store import MAX_DEATHS, Claims, StudyDirectory
+from qdora.study.study_directory import MAX_DEATHS, Claims, StudyDirectory
 from tests import study_worker
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +195,7 @@ def test_a_renewed_claim_does_not_age(tmp_path: Path, monkeypatch: pytest.Monkey
     os.utime(claim.path, (0, 0))
     with mine.renewed(claim):
         wait_for(lambda: claim.path.stat().st_mtime > 1)
-    assert claims._read(claim.path) is not None
+    assert study_directory._read(claim.path) is not None
 
 
 def test_a_result_whose_claim_was_taken_over_is_not_kept(tmp_path: Path) -> None:

@@ -151,6 +151,13 @@ def test_the_permutation_test_with_seeds_tasks_and_weights_against_loops() -> No
     assert permutation_p(tasks, num_resamples=128, generator=rng()) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("num_examples", [4, 40])
+def test_a_p_value_is_never_zero(num_examples: int) -> None:
+    scores = np.stack([np.full((1, num_examples), 9.0), np.zeros((1, num_examples))])  # as different as can be
+    found = permutation_p([TaskScores(scores, np.ones(num_examples))], num_resamples=99, generator=rng())
+    assert found == pytest.approx(2 / 2**4 if num_examples == 4 else 1 / 100)  # exact, or 1 / (1 + number drawn)
+
+
 def test_p_values_without_a_difference_are_uniform() -> None:
     values = [
         permutation_p(

@@ -20,9 +20,10 @@ from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.model.build_model import find_model
 from qdora.recipe.settings import Recipe
+from qdora.recipe.train_settings import TrainConfig
 from qdora.run.train import train_run
-from qdora.train import loop
-from qdora.train.bad_steps import BadSteps
+from qdora.train import step_gradient
+from qdora.train.step_checks import BadSteps
 from tests import launched, tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless
 
@@ -51,23 +52,23 @@ def longest_of_step(settings: Recipe, step: int) -> tuple[str, list[int]]:
 
 def scale_loss(ids: list[int], factor: float) -> None:
     """From now on, the loss of the example with these tokens is `factor` times what it is, and its gradient."""
-    real = loop.batch_loss
+    real = step_gradient.batch_loss
 
-    def scaled(model: Any, input_ids: torch.Tensor, *rest: Any) -> Any:
-        found = real(model, input_ids, *rest)
+    def scaled(model: Any, input_ids: torch.Tensor, *rest: Any, **settings: Any) -> Any:
+        found = real(model, input_ids, *rest, **settings)
         rows = [row[: len(ids)] == ids for row in input_ids.tolist()]
         factors = torch.where(torch.tensor(rows), factor, 1.0)
         example_nll = found.example_nll * factors
         whole = float(example_nll.sum() / found.example_nll.sum()) if any(rows) else 1.0
         return type(found)(found.nll_sum * whole, example_nll, found.example_tokens)
 
-    loop.batch_loss = scaled
+    step_gradient.batch_loss = scaled
 
 
 @pytest.fixture
 def bad_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[int]]:
     """An example of step `BAD`; the loss function is put back afterwards."""
-    monkeypatch.setattr(loop, "batch_loss", loop.batch_loss)
+    monkeypatch.setattr(step_gradient, "batch_loss", step_gradient.batch_loss)
     return longest_of_step(recipe(root), BAD)
 
 
@@ -203,7 +204,7 @@ def test_two_processes_skip_together_and_keep_the_whole_batch(root: Path, tmp_pa
     [
         ({"train__on_bad_step": "skp"}, "train.on_bad_step: not valid, got 'skp', allowed: stop, skip.*'skip'"),
         ({"train__spike": 1}, "train.spike: not valid, got 1, allowed: a finite number above 1"),
-        ({"train__max_skips": 3}, "train.max_skips: would be ignored because train.on_bad_step stop skips none"),
+        ({"train__max_skips": 3}, "train.max_skips: would be ignored because train.on_bad_step stop skips no step"),
     ],
 )
 def test_faults(root: Path, changes: dict[str, Any], fault: str) -> None:
@@ -215,10 +216,11 @@ def test_faults(root: Path, changes: dict[str, Any], fault: str) -> None:
 def test_a_spike_is_above_a_multiple_of_the_median_of_the_last_applied_steps(
     losses: list[float], factor: float, cut: int
 ) -> None:
-    guard, applied = BadSteps("skip", max_skips=100, spike=factor), []
+    train = TrainConfig(steps=1, batch=1, on_bad_step="skip", max_skips=100, spike=factor)
+    guard, applied = BadSteps(train), []
     for index, loss in enumerate(losses):
         if index == cut:
-            again = BadSteps("skip", max_skips=100, spike=factor)
+            again = BadSteps(train)
             again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
             guard = again
         usual = float(np.median(applied[-32:])) if len(applied) >= 8 else math.inf

@@ -184,8 +184,14 @@ def test_two_processes_decide_alike(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, fault",
     [
-        ({"eval__best_by": "lettres"}, "eval.best_by: not evaluated, got 'lettres'.*Did you mean 'letters'"),
-        ({"eval__best_by": "sums", "eval__tasks": ["letters"]}, "eval.best_by: not evaluated, got 'sums'"),
+        (
+            {"eval__best_by": "lettres"},
+            "eval.best_by: must be macro or an evaluated task, got 'lettres'.*Did you mean 'letters'",
+        ),
+        (
+            {"eval__best_by": "sums", "eval__tasks": ["letters"]},
+            "eval.best_by: must be macro or an evaluated task, got 'sums'",
+        ),
         ({"eval__best_by": ...}, "eval.patience: would be ignored because eval.best_by is not set"),
         ({"eval__every": ...}, "eval.patience: would be ignored because eval.every is not set"),
         ({"eval__best_metric": "accuracy"}, "eval.best_metric: not valid, got 'accuracy', allowed: nll_per_token, acc"),

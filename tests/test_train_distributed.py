@@ -24,12 +24,12 @@ from torch import nn
 from qdora.data.loader import share_of
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.files import run_directory as record
+from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run import writer
 from qdora.run.train import train_run
-from qdora.train import distributed, loop
+from qdora.train import distributed, loop, step_gradient
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
 from tests import launched, tiny_run
 
@@ -123,9 +123,9 @@ def stopped(rank: int, settings: Recipe, directory: Path, stop_at: int) -> None:
     """The second process alone is asked to stop."""
     after_step = loop._after_step
 
-    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> bool:
+    def ask(model: Any, done: int, hooks: Any, stop: Any, **settings: Any) -> bool:
         stop.requested = rank == 1 and done == stop_at
-        return bool(after_step(model, done, fit_settings, hooks, stop))
+        return bool(after_step(model, done, hooks, stop, **settings))
 
     loop._after_step = ask
     with pytest.raises(Interrupted, match=f"after step {stop_at}; saved to .*step-{stop_at}"):
@@ -161,16 +161,16 @@ def test_a_run_goes_on_with_another_number_of_processes(root: Path, tmp_path: Pa
     train_run(settings, run, resume=True)
     assert_close_runs(tmp_path / "whole", run)
     log = (run / "log.txt").read_text()
-    assert "The checkpoint is of 1 processes, this is 2: the same data, another dropout." in log
-    assert "The checkpoint is of 2 processes, this is 1: the same data, another dropout." in log
+    assert "The checkpoint is from 1 processes, this run has 2: same data, different dropout." in log
+    assert "The checkpoint is from 2 processes, this run has 1: same data, different dropout." in log
 
 
 def stop_alone(settings: Recipe, directory: Path, stop_at: int, resume: bool = False) -> None:
     after_step = loop._after_step
 
-    def ask(model: Any, done: int, fit_settings: Any, hooks: Any, stop: Any) -> bool:
+    def ask(model: Any, done: int, hooks: Any, stop: Any, **settings: Any) -> bool:
         stop.requested = done == stop_at
-        return bool(after_step(model, done, fit_settings, hooks, stop))
+        return bool(after_step(model, done, hooks, stop, **settings))
 
     loop._after_step = ask
     try:
@@ -185,15 +185,15 @@ def resumed_and_stopped(rank: int, settings: Recipe, directory: Path, stop_at: i
 
 
 def broken(rank: int, settings: Recipe, directory: Path) -> None:
-    real, calls = loop.batch_loss, {"n": 0}
+    real, calls = step_gradient.batch_loss, {"n": 0}
 
-    def breaking(*args: Any) -> Any:
+    def breaking(*args: Any, **settings: Any) -> Any:
         calls["n"] += 1
         if rank == 1 and calls["n"] == 3:
             raise RuntimeError("CUDA error: device-side assert triggered")
-        return real(*args)
+        return real(*args, **settings)
 
-    loop.batch_loss = breaking
+    step_gradient.batch_loss = breaking
     with pytest.raises(RunFailure, match=r"step 3: process 1: cannot be computed: CUDA error: device-side.*step-2"):
         train_run(settings, directory)
 
@@ -209,14 +209,14 @@ def test_where_one_cannot_compute_both_stop_with_the_state_and_the_whole_batch(r
 
 def out_of_memory(rank: int, settings: Recipe, directory: Path) -> None:
     """The second process has less memory."""
-    real = loop.batch_loss
+    real = step_gradient.batch_loss
 
-    def hungry(model: Any, input_ids: torch.Tensor, *rest: Any) -> Any:
+    def hungry(model: Any, input_ids: torch.Tensor, *rest: Any, **settings: Any) -> Any:
         if rank == 1 and input_ids.numel() > 40:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(model, input_ids, *rest)
+        return real(model, input_ids, *rest, **settings)
 
-    loop.batch_loss = hungry
+    step_gradient.batch_loss = hungry
     train_run(settings, directory)
 
 
@@ -237,7 +237,7 @@ def full_disk(rank: int, settings: Recipe, directory: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     writer.write_state = full
-    expected = (RunFailure, "the disk is full") if rank == 0 else (OtherProcessFailed, "process 1: .*process 0 did")
+    expected = (RunFailure, "the disk is full") if rank == 0 else (OtherProcessFailed, "process 1: .*process 0 failed")
     with pytest.raises(expected[0], match=expected[1]):
         train_run(settings, directory)
 
@@ -247,7 +247,7 @@ def test_a_full_disk_stops_all(root: Path, tmp_path: Path) -> None:
 
 
 def user_mistake(rank: int, settings: Recipe, directory: Path) -> None:
-    with pytest.raises((UserError, OtherProcessFailed), match="holds a run" if rank == 0 else "process 0 did"):
+    with pytest.raises((UserError, OtherProcessFailed), match="holds a run" if rank == 0 else "process 0 failed"):
         train_run(settings, directory)
 
 
@@ -305,7 +305,7 @@ def told(rank: int) -> None:
         parameter = nn.Parameter(torch.tensor([0.5 + rank, 1.0]))
         version = parameter._version
         processes.require_equal({"b": torch.ones(3, dtype=torch.bfloat16)})
-        with pytest.raises(RunFailure, match=r"process 1 holds another a than process 0 \(1 parameters differ\)"):
+        with pytest.raises(RunFailure, match=r"process 1 has another a than process 0 \(1 parameters differ\)"):
             processes.require_equal({"b": torch.ones(3), "a": parameter})
         processes.share_first_([parameter])
         assert parameter.tolist() == [0.5, 1.0]
@@ -329,7 +329,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="4 processes on 2 GPUs, allowed: one for each GPU"), processes_of_launch():
+    with pytest.raises(UserError, match=r"one process for each GPU \(got 4 on 2 GPUs\)"), processes_of_launch():
         pass
 
 
@@ -386,6 +386,6 @@ def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> 
     _, errors = process.communicate(timeout=90)
     assert process.returncode != 0
     assert errors.count("Continue with --resume") == 1
-    newest = record.open_run(run).newest_checkpoint()
+    newest = open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(lines(run))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize, minimize_scalar
 
 from qdora.ops import gate as hard_concrete
-from qdora.train import gates as budget
+from qdora.train import gates
 
 
 def wide(values: list[float]) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_the_deterministic_gate_is_exactly_0_and_1_at_its_ends() -> None:
 
 
 def test_the_budget_is_full_in_warm_up_and_falls_to_its_end() -> None:
-    found = [budget.allowed_cost(step, 100, 20, 4, 10) for step in range(20)]
+    found = [gates.allowed_cost(step, 100, 20, 4, 10) for step in range(20)]
     assert found[:5] == [100] * 5
     assert found[9] == 20 + 80 * 0.5**3
     assert found[14:] == [20] * 6
@@ -71,7 +71,7 @@ def test_surplus_takes_the_lowest_until_the_rest_fits(
     layer = torch.tensor([each[0] for each in components])
     order, cost = wide([each[1] for each in components]), wide([float(each[3]) for each in components])
     alive = torch.tensor([each[2] for each in components])
-    going = budget.surplus(order, cost, layer, alive, allowed)
+    going = gates.surplus(order, cost, layer, alive, allowed)
     assert not (going & ~alive).any()
     kept = alive & ~going
     for number in set(layer.tolist()):
@@ -98,7 +98,7 @@ def test_the_proximal_step_is_the_minimum_in_adams_metric() -> None:
     cost = generator.uniform(0.5, 3.0, 30)
     penalty = 0.4
     chosen = torch.arange(30) % 3 != 0
-    got = budget.proximal_step(torch.tensor(values), torch.tensor(sizes), torch.tensor(cost), penalty, chosen)
+    got = gates.proximal_step(torch.tensor(values), torch.tensor(sizes), torch.tensor(cost), penalty, chosen)
     for index in range(30):
         c, p, w = values[index], sizes[index], cost[index]
 
@@ -113,11 +113,11 @@ def test_the_proximal_step_is_the_minimum_in_adams_metric() -> None:
 
 def test_a_component_dies_at_its_penalty_and_no_earlier() -> None:
     values, sizes, cost = wide([0.5, -2.0, 1.0]), wide([0.1, 0.2, 3.0]), wide([1.0, 2.0, 1.0])
-    deaths = budget.death_penalty(values, sizes, cost)
+    deaths = gates.death_penalty(values, sizes, cost)
     everything = torch.ones(3, dtype=torch.bool)
     for index, penalty in enumerate(deaths.tolist()):
-        above = budget.proximal_step(values, sizes, cost, penalty * (1 + 1e-9), everything)
-        below = budget.proximal_step(values, sizes, cost, penalty * (1 - 1e-6), everything)
+        above = gates.proximal_step(values, sizes, cost, penalty * (1 + 1e-9), everything)
+        below = gates.proximal_step(values, sizes, cost, penalty * (1 - 1e-6), everything)
         assert above[index] == 0
         assert below[index] != 0
 
@@ -125,7 +125,7 @@ def test_a_component_dies_at_its_penalty_and_no_earlier() -> None:
 def test_the_worth_of_a_component_does_not_depend_on_how_gate_and_factors_share_its_size() -> None:
     """A gate divided by t has a gradient t times as large, so Adam's sqrt(v) is, too."""
     value, gradient = wide([0.8]), wide([0.03])
-    found = [budget.death_penalty(value / t, 0.01 / (gradient * t).abs(), wide([1.0])) for t in (1.0, 10.0, 1e-3)]
+    found = [gates.death_penalty(value / t, 0.01 / (gradient * t).abs(), wide([1.0])) for t in (1.0, 10.0, 1e-3)]
     assert found[0].item() == pytest.approx(found[1].item())
     assert found[0].item() == pytest.approx(found[2].item())
 
@@ -137,7 +137,7 @@ def test_the_shift_is_the_nearest_distribution_that_keeps_the_budget() -> None:
     p = hard_concrete.probability_on(log_alpha)[:3].numpy()
     w = cost[:3].numpy()
     allowed = 1.7
-    found = budget.shifted_to_budget(log_alpha, cost, alive, allowed)
+    found = gates.shifted_to_budget(log_alpha, cost, alive, allowed)
     q = hard_concrete.probability_on(found)[:3].numpy()
     assert float((q * w).sum()) == pytest.approx(allowed, abs=1e-9)
     assert found[3] == log_alpha[3]
@@ -153,5 +153,5 @@ def test_the_shift_is_the_nearest_distribution_that_keeps_the_budget() -> None:
 
 @pytest.mark.parametrize("allowed", [0.0, 100.0])
 def test_a_shift_that_cannot_reach_its_budget_ends_at_the_largest_logit(allowed: float) -> None:
-    found = budget.shifted_to_budget(wide([0.3, -2.0]), wide([1.0, 1.0]), torch.tensor([True, True]), allowed)
-    assert found.abs().tolist() == [budget.LARGEST_LOGIT] * 2
+    found = gates.shifted_to_budget(wide([0.3, -2.0]), wide([1.0, 1.0]), torch.tensor([True, True]), allowed)
+    assert found.abs().tolist() == [gates.LARGEST_LOGIT] * 2

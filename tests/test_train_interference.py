@@ -147,7 +147,7 @@ def test_a_conflict_is_what_chance_does_not_do() -> None:
     assert "after step 7" in text
     assert "In conflict: a and b (-0.30 ± 0.05)." in text
     assert "Most alike: a and c (0.50)." in text
-    assert "Too few examples to tell much: c" in text
+    assert "Too few examples to tell: c (" in text
     assert "No two tasks are in conflict" in in_words(made_report(0.3), 7)
 
 

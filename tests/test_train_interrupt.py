@@ -16,7 +16,7 @@ from qdora.errors import Interrupted, RunFailure
 from qdora.files.run_directory import RunDirectory
 from qdora.run import writer
 from qdora.run.train import train_run
-from qdora.train import interrupt, loop
+from qdora.train import interrupt, step_gradient
 from tests import tiny_run
 from tests.run_files import assert_same_run, trained
 
@@ -25,16 +25,16 @@ STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 def in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Do something in the middle of a step: its batch is computed, its update is not made."""
-    real, calls = loop.batch_loss, {"n": 0}
+    real, calls = step_gradient.batch_loss, {"n": 0}
 
-    def acting(*args: Any) -> Any:
-        result = real(*args)
+    def acting(*args: Any, **settings: Any) -> Any:
+        result = real(*args, **settings)
         calls["n"] += 1  # the tiny run has one micro-batch a step
         if calls["n"] == step:
             action()
         return result
 
-    monkeypatch.setattr(loop, "batch_loss", acting)
+    monkeypatch.setattr(step_gradient, "batch_loss", acting)
 
 
 def send(*numbers: int) -> Callable[[], None]:
@@ -162,5 +162,5 @@ def test_resume_says_which_checkpoint_it_skips(root: Path, whole: Path, tmp_path
     train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
     log = (tmp_path / "run/log.txt").read_text()
     assert "Skipped a damaged checkpoint, step-6: optimizer.safetensors has " in log
-    assert "Going on from" in log
+    assert "Continuing from" in log
     assert_same_run(tmp_path / "run", whole)

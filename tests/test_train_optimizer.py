@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 from qdora.ops.split_float import join_float32, split_float32
+from qdora.recipe.train_settings import TrainConfig
 from qdora.train import optimizer as optimizer_module
 from qdora.train.loop import learning_rate
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName
@@ -149,7 +150,9 @@ def test_each_kind_of_parameter_has_its_rate(name: Any) -> None:
 
 
 def test_a_ratio_for_no_parameter_is_refused() -> None:
-    with pytest.raises(ValueError, match="lr_ratios: lora_C names no parameter; allowed: lora_A, lora_B, magnitude"):
+    with pytest.raises(
+        ValueError, match="lr_ratios: lora_C names no parameter, must be one of lora_A, lora_B, magnitude"
+    ):
         AdapterOptimizer(parameters(torch.bfloat16), lr_ratios={"lora_C": 2.0, "lora_B": 2.0})
 
 
@@ -279,15 +282,18 @@ def test_gradient_norm_and_scaling() -> None:
     assert float(optimizer.gradient_norm()) == pytest.approx(math.sqrt(count), rel=1e-6)
 
 
+def rates(num_steps: int, **settings: Any) -> list[float]:
+    train = TrainConfig(epochs=1, batch=1, **settings)
+    return [learning_rate(step, num_steps, train) for step in range(num_steps)]
+
+
 def test_learning_rates_by_hand() -> None:
-    rates = [learning_rate(s, 10, peak=1.0, schedule="linear", warmup=2) for s in range(10)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    rates = [learning_rate(s, 4, peak=2.0, schedule="cosine", warmup=0) for s in range(4)]
-    assert rates == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5)])
-    rates = [learning_rate(s, 5, peak=3.0, schedule="constant", warmup=0.3) for s in range(5)]
-    assert rates == pytest.approx([1.5, 3.0, 3.0, 3.0, 3.0])
-    assert learning_rate(0, 3, peak=1.0, schedule="linear", warmup=100) == pytest.approx(1 / 3)
-    rates = [learning_rate(s, 4, peak=1.0, schedule="linear", warmup=0, end=0.2) for s in range(4)]
-    assert rates == pytest.approx([1.0, 0.8, 0.6, 0.4])
-    rates = [learning_rate(s, 5, peak=1.0, schedule="cosine", warmup=1, end=0.2) for s in range(5)]
-    assert rates == pytest.approx([1.0, 1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5)])
+    falling = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert rates(10, lr=1.0, schedule="linear", warmup=2) == pytest.approx(falling)
+    cosine = [2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5)]
+    assert rates(4, lr=2.0, schedule="cosine", warmup=0) == pytest.approx(cosine)
+    assert rates(5, lr=3.0, schedule="constant", warmup=0.3) == pytest.approx([1.5, 3.0, 3.0, 3.0, 3.0])
+    assert rates(3, lr=1.0, schedule="linear", warmup=100)[0] == pytest.approx(1 / 3)
+    assert rates(4, lr=1.0, schedule="linear", warmup=0, lr_end=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4])
+    cosine = [1.0, 1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5)]
+    assert rates(5, lr=1.0, schedule="cosine", warmup=1, lr_end=0.2) == pytest.approx(cosine)

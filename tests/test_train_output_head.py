@@ -131,7 +131,7 @@ def assert_equal_to_plain(model: nn.Module, twin: nn.Module, chunk: int | None, 
     """Sum and gradients of every trainable parameter over two batches: the first one is the one that is learnt from."""
     for seed in seeds:
         ids, mask, labels = batch(seed)
-        loss = batch_loss(model, ids, mask, labels, chunk).nll_sum
+        loss = batch_loss(model, ids, mask, labels, chunk=chunk).nll_sum
         expected = from_logits(twin, ids, mask, labels)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
         loss.backward()
@@ -213,7 +213,7 @@ def test_an_adapted_head_under_dropout_repeats_its_mask_in_the_backward_pass(mon
         if kept:  # no recompute
             monkeypatch.setattr(output_head, "checkpoint", lambda function, *args, use_reentrant: function(*args))
         torch.manual_seed(3)
-        batch_loss(model, *batch(), 4).nll_sum.backward()
+        batch_loss(model, *batch(), chunk=4).nll_sum.backward()
         assert micro_batch._FORMS[model] is not None  # learnt through the mask
         gradients.append(model.lm_head.lora_A.grad)
     assert torch.equal(*gradients)
@@ -250,7 +250,7 @@ def test_what_is_not_known_is_said_once_and_done_by_the_model(targets: Any, capl
     assert model.num_calls == 4
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        "llama: what this model does to its logits is not known here, so memory.loss_chunk"
+        "llama: the operations after this model's head are not known, so memory.loss_chunk"
     )
     assert "about 0.00 GiB for the 6 of this micro-batch" in record.getMessage()
 

@@ -32,7 +32,7 @@ from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters, inject
-from qdora.train import loop, packed_attention
+from qdora.train import packed_attention, step_gradient
 from qdora.train.micro_batch import batch_loss
 from qdora.train.packed_attention import packed_layout
 from tests import reference, tiny
@@ -88,7 +88,7 @@ def nll_alone(model: nn.Module, example: TokenizedExample) -> float:
 
 
 def loss_of(model: nn.Module, micro: MicroBatch) -> Any:
-    return batch_loss(model, micro.input_ids, micro.attention_mask, micro.labels, None, micro.packing)
+    return batch_loss(model, micro.input_ids, micro.attention_mask, micro.labels, packing=micro.packing)
 
 
 @pytest.mark.parametrize("layout", ["rows", "single"])
@@ -123,7 +123,9 @@ def test_a_packed_step_has_the_gradient_and_the_task_sums_of_the_unpacked_one(ch
         examples = examples_of(LENGTHS)
         batches = micro_batches(examples, Batching(75, 0, layout, 25), ["a", "b"])  # type: ignore[arg-type]
         labels = sum(int(each.loss_mask.sum()) for each in examples)
-        metrics, _ = loop._gradient_of_step(model, Step(batches, labels, sum(LENGTHS), 10, 10), torch.device("cpu"))
+        metrics, _ = step_gradient.step_gradient(
+            model, Step(batches, labels, sum(LENGTHS), 10, 10), device=torch.device("cpu")
+        )
         gradient = torch.cat([p.grad.flatten() for p in adapter_parameters(model).values() if p.grad is not None])
         assert float(gradient.abs().max()) > 1e-3
         found.append((metrics, gradient))
@@ -240,12 +242,12 @@ LEAKS = (
 @pytest.mark.parametrize(
     "make, message",
     [
-        (without_borders, rf"^data.packing: llama \(attention by sdpa\) {LEAKS}.*allowed: false for this model\.$"),
+        (without_borders, rf"^data.packing: llama \(attention by sdpa\) {LEAKS}.*Fix: data\.packing: false\.$"),
         (first_row_only, rf"^data.packing: llama .*{LEAKS}"),
         (opt, rf"^data.packing: opt .*{LEAKS}"),
         (lfm2, rf"^data.packing: lfm2 .*{LEAKS}"),
         (counting_on, r"^data.packing: gpt2 .*logits of a packed example differ from those of the example alone by 0"),
-        (bloom, r"^data.packing: bloom takes no position_ids, got true, allowed: false for this model\.$"),
+        (bloom, r"^data.packing: must be false for bloom, which takes no position_ids \(got true\)\.$"),
     ],
     ids=["without borders", "first row only", "opt", "lfm2", "counting on", "bloom"],
 )
@@ -257,5 +259,5 @@ def test_models_that_do_not_are_refused(make: Any, message: str) -> None:
 def test_another_attention_is_proposed() -> None:
     model = without_borders()
     model.set_attn_implementation("eager")  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"or true with model\.attention sdpa where the model has it"):
+    with pytest.raises(UserError, match=r"Fix: data\.packing: false, or model\.attention: sdpa if the model has it\."):
         packed_layout(model)  # type: ignore[arg-type]

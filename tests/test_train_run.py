@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
-from qdora.files import run_directory as record
+from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
-from qdora.train import loop
+from qdora.train import step_gradient
 from tests import tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless, trained
 
@@ -91,7 +91,7 @@ def test_a_finished_run_can_be_resumed_and_stays_the_same(root: Path, tmp_path: 
     before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
     train_run(recipe, tmp_path / "run", resume=True)
     assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
-    with pytest.raises(UserError, match=r"train\.seed: got 5, was 0"):
+    with pytest.raises(UserError, match=r"train\.seed: must be 0, as at the start of the run \(got 5\)"):
         train_run(tiny_run.recipe(root, train__steps=2, train__seed=5), tmp_path / "run", resume=True)
 
 
@@ -139,16 +139,16 @@ def test_nan_loss_stops_with_the_state_before_it_and_the_batch(
     root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_run.recipe(root)
-    real, calls = loop.batch_loss, {"n": 0}
+    real, calls = step_gradient.batch_loss, {"n": 0}
 
-    def poisoned(*args: Any) -> Any:
-        result = real(*args)
+    def poisoned(*args: Any, **settings: Any) -> Any:
+        result = real(*args, **settings)
         calls["n"] += 1
         if calls["n"] == 4:
             return type(result)(result.nll_sum * float("nan"), result.example_nll * float("nan"), result.example_tokens)
         return result
 
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    monkeypatch.setattr(step_gradient, "batch_loss", poisoned)
     with pytest.raises(RunFailure, match=r"step 4: loss nan is not finite.*Safe on disk: .*step-3, .*bad-steps/step-4"):
         train_run(recipe, tmp_path / "run")
     kept = json.loads((tmp_path / "run/bad-steps/step-4/batch.json").read_text())
@@ -228,13 +228,13 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
 def test_the_recipe_says_how_many_tokens_have_logits_at_once(
     root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Any, chunk: int | None
 ) -> None:
-    real, chunks = loop.batch_loss, []
+    real, chunks = step_gradient.batch_loss, []
 
-    def spying(*args: Any) -> Any:
-        chunks.append(args[4])
-        return real(*args)
+    def spying(*args: Any, **settings: Any) -> Any:
+        chunks.append(settings["chunk"])
+        return real(*args, **settings)
 
-    monkeypatch.setattr(loop, "batch_loss", spying)
+    monkeypatch.setattr(step_gradient, "batch_loss", spying)
     train_run(
         tiny_run.recipe(root, memory__loss_chunk=setting, train__steps=2, eval__tasks=[], eval__limit=...), tmp_path
     )
@@ -342,7 +342,7 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "Continue with --resume" in errors
     assert "Traceback" not in errors
-    newest = record.open_run(tmp_path / "run").newest_checkpoint()
+    newest = open_run(tmp_path / "run").newest_checkpoint()
     assert newest is not None
     assert newest.step == len(trained(tmp_path / "run"))
 

@@ -45,7 +45,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
     assert "sums: examples unknown, tokens unknown, asked 50.0%, seen 50.0%, tokens seen unknown, passes unknown" in log
     assert "sums: 12 examples seen, 0 cut, 0 dropped, 0 complete passes." in log
     assert sorted(json.loads((tmp_path / "whole/eval/step-6.json").read_text())["tasks"]) == ["letters"]
-    with pytest.raises(UserError, match="--split: sums: a stream is not evaluated on"):
+    with pytest.raises(UserError, match=r"--split: a stream \(sums\) has only the splits validation, test"):
         evaluate_target(str(tmp_path / "whole"), EvalOptions(split="train"))
     same = recipe(tmp_path)
     (tmp_path / "data/sums.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')

@@ -21,8 +21,9 @@ from qdora.data.batching import MicroBatch
 from qdora.data.loader import Step
 from qdora.errors import RunFailure
 from qdora.model.inject import adapter_parameters
+from qdora.recipe.train_settings import TrainConfig
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import FitSettings, Hooks, fit
+from qdora.train.loop import Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
 
@@ -87,9 +88,10 @@ def fitting_step(model: Any, optimizer: Any, num_tokens: int, device: torch.devi
     def train(num_steps: int) -> list[float]:
         losses: list[float] = []
         hooks = Hooks(write_metrics=lambda line: losses.append(line["loss"]), save=lambda _step: Path())
-        settings = FitSettings(num_steps=num_steps, lr=1e-4, schedule="constant", warmup=0)
+        settings = TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0)
         progress = TrainingProgress(num_steps, console=Console(file=io.StringIO()))
-        fit(model, optimizer, loader, settings, hooks, device=device, progress=progress, stop=StopRequest())
+        parts = {"device": device, "progress": progress, "stop": StopRequest()}
+        fit(model, optimizer, loader, settings, hooks, num_steps=num_steps, **parts)
         return losses
 
     return train

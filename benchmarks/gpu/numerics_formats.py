@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpu.part import Part
 from gpu.plan import Plan
-from qdora.ops.adapted_map import column_dot
+from qdora.ops.adapted_product import column_dot
 from qdora.ops.loss import chunked_nll
 from qdora.ops.packed import PackedWeight, choose_backend, dequantize, quantize
 from qdora.ops.tiles import column_tiles, row_tiles

@@ -21,7 +21,7 @@ from gpu.numerics_formats import off
 from gpu.part import FAILURES, Part
 from gpu.plan import Plan, shape_name
 from qdora.ops import dropout, tiles
-from qdora.ops.adapted_map import column_dot
+from qdora.ops.adapted_product import column_dot
 from qdora.ops.dropout import dropped_slices, zeroed_
 
 _MIB = 1 << 20

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qdora.files.markdown_table import markdown_table
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 CONTENDERS = {
@@ -35,8 +37,7 @@ CONTENDERS = {
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table, all columns but the first to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(header, rows, right=[False] + [True] * (len(header) - 1)) + "\n"
 
 
 def read(name: str) -> Any:

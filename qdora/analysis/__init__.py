@@ -1,1 +1,1 @@
-"""What a trained adapter can be asked: its curvature, and how much rank each layer needs."""
+"""Analysis of a trained adapter: its curvature, and how much rank each layer needs."""

@@ -1,8 +1,8 @@
-"""From what each further rank component is worth to a rank per layer, under one budget of parameters.
+"""Ranks for all layers under one budget of parameters, from the worth of each rank component.
 
-A component of a layer is worth the next-largest energy of its spectrum (an eigenvalue's size, a squared singular value)
-and costs in + out parameters. Filling layers from the top is water-filling: at the optimum every layer stands at the
-same level of energy per parameter, up to whole components. Here the whole components are exact.
+A component of a layer is worth the next-largest energy of its spectrum (the size of an eigenvalue, a squared singular
+value) and costs in + out parameters. The ranks maximise the total worth within the budget, exactly and
+in whole components.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """What the components of a layer are worth.
+    """The worth of each component of a layer.
 
     Attributes:
-        energies: (most,) of the first, second, ... component; never rising, never negative. Its length is the largest
-            rank that the layer may get.
-        total: Energy of the whole spectrum, known components or not; at least as large as the known part, but for an
-            estimate's error.
+        energies: (most,) worth of the first, second, ... component; never rising, never negative. Its length is the
+            largest rank that the layer may get.
+        total: Energy of the whole spectrum, known components or not. An estimate may be below the known part.
         cost: Parameters of a component, in + out.
     """
 
@@ -37,11 +36,11 @@ class LayerSpectrum:
     def __post_init__(self) -> None:
         rising = len(self.energies) > 1 and bool((np.diff(self.energies) > 0).any())
         if not len(self.energies) or rising or self.energies[-1] < 0 or not np.isfinite(self.energies).all():
-            raise ValueError("energies; allowed: one or more finite numbers of at least 0 that never rise.")
+            raise ValueError("energies must be one or more finite numbers of at least 0 that never rise.")
 
 
 def effective_rank(spectrum: LayerSpectrum, threshold: float) -> int | None:
-    """The fewest components that hold `threshold` (0 to 1) of the total energy; None where the known ones do not.
+    """The fewest components that hold `threshold` (0 to 1) of the total energy; None where the known ones hold less.
 
     A spectrum without energy needs 1.
     """
@@ -52,23 +51,23 @@ def effective_rank(spectrum: LayerSpectrum, threshold: float) -> int | None:
 def allocate(spectra: Mapping[str, LayerSpectrum], budget: int, *, least: int = 1) -> dict[str, int]:
     """The ranks of largest summed energy whose parameters fit into the budget.
 
-    Exact. Layers of one cost share one list of components, from the most valuable down; how many each list gives is
-    found by branch and bound, the bound being the same problem with the last component cut to fit.
+    Layers of one cost share one list of components, from the most valuable down. Branch and bound finds how many to
+    take from each list; the bound is the same problem with the last component cut to fit.
 
     Args:
-        spectra: Layer -> what its components are worth.
+        spectra: Layer -> worth of its components.
         budget: Parameters of all components together.
-        least: Rank that every layer gets first; at most its largest.
+        least: Rank that every layer gets first, at most its largest.
     Returns:
-        Layer -> rank, in the order given. Components without energy are left out beyond `least`.
+        Layer -> rank, in the order given. Beyond `least` no component without energy is given.
     Raises:
-        UserError: The budget does not reach for `least` everywhere.
+        UserError: The budget is too small for `least` everywhere.
     """
     ranks = {name: min(least, len(spectrum.energies)) for name, spectrum in spectra.items()}
     needed = sum(rank * spectra[name].cost for name, rank in ranks.items())
     if needed > budget:
         raise UserError(
-            f"--budget: {budget:,} parameters are too few for rank {least} everywhere, allowed: at least {needed:,}."
+            f"--budget: must be at least {needed:,} parameters for rank {least} everywhere, got {budget:,}."
         )
     pools = _pools(spectra, ranks)
     counts = _best_counts([energies for _, energies, _ in pools], [cost for cost, _, _ in pools], budget - needed)
@@ -78,9 +77,8 @@ def allocate(spectra: Mapping[str, LayerSpectrum], budget: int, *, least: int = 
     return ranks
 
 
-def _pools(
-    spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int]
-) -> list[tuple[int, Array, list[str]]]:  # (cost, energies, owner of each)
+def _pools(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int]) -> list[tuple[int, Array, list[str]]]:
+    """(cost, energies, layer of each energy) of the components beyond `ranks`, for each cost."""
     found = []
     for cost in sorted({spectrum.cost for spectrum in spectra.values()}, reverse=True):
         components = [
@@ -127,8 +125,10 @@ def _best_counts(pools: Sequence[Array], costs: Sequence[int], budget: int) -> l
 
 
 def _bound(pools: Sequence[Array], costs: Sequence[int]) -> tuple[Array, Array]:
-    """(parameters, energy) of the best components by energy per parameter, from none to all: a concave line above
-    everything that whole components reach."""
+    """(parameters, energy) of the best components by energy per parameter, from none to all.
+
+    The line through these points is concave and lies above everything that whole components reach.
+    """
     cost = np.concatenate([np.full(len(energies), float(cost)) for energies, cost in zip(pools, costs, strict=True)])
     energy = np.concatenate(list(pools))
     order = np.argsort(-energy / cost, kind="stable")

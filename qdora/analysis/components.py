@@ -1,4 +1,4 @@
-"""What each rank component of a layer is worth, in nats: the quadratic model of the loss along one component at a time.
+"""The worth of each rank component of a layer, in nats: the quadratic model of the loss along one component at a time.
 
 Let F(D) be the loss with D in place of s B A (under the layer's mask; norm attached or held), at the present D
 
@@ -26,12 +26,10 @@ At B = 0 it is s [[0, G^T], [G, 0]] on each of the r components, plus a block of
 singular value of G comes 2 r times, r of them negative: 2 r eigenvalues say one thing about one component. And why the
 Gauss-Newton matrix by D: with it q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
 a shift of all of them, so that g_i = 0, too, and the component is worth 0. Nothing here changes with the basis of A and
-B, (R^-1 A, B R). How q_i is had: component_curvature.py.
+B, (R^-1 A, B R).
 
-q_i = <E_i, H E_i> along the components of layers: H the Gauss-Newton matrix of the loss by D (components.py).
-
-Exact, it takes one product with H a component. Drawn, it takes one backward pass a draw for all components of all
-layers. With labels y_t drawn from the model's own p_t, independently for each labelled token t, and
+Exact curvatures q_i take one product with H per component. Estimated ones take one backward pass per draw for all
+components of all layers. With labels y_t drawn from the model's own p_t, independently for each labelled token t, and
 a_t = d/dD log p_t(y_t),
 
     E[a_t] = 0,    E[<a_t, X>^2] = <X, J_t^T (diag p_t - p_t p_t^T) J_t X>,
@@ -46,9 +44,9 @@ and each X, and a component of rank 1, u v^T, needs no matrix:
 With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
 where w_r is the direction of row r of W + D and n_r its norm.
 
-The estimate of q_i has no bias. The worth of a new component, which divides by it, is a little too large on average: by
-its squared relative error, 4 % where that is 20 %. With few draws that grows without bound, and a component whose q_i
-came out small by chance looks best: hence the least number of draws.
+The estimate of q_i has no bias. The worth of a new component divides by it and so is a little too large on average: by
+the squared relative error of q_i, 4 % for an error of 20 %. With few draws this grows without bound, and a component
+whose q_i is small by chance looks best. So there is a least number of draws.
 
 Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-Newton agree where the loss is an NLL).
 """
@@ -70,10 +68,11 @@ from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import check_batches, curvature_of, labelled_logits
 from qdora.analysis.differentiable import UPDATE, Norm, check_layers
 from qdora.analysis.tensor_cache import keep_tensors, kept_tensors, made_once
-from qdora.analysis.update_gradient import evaluating, row_directions, update_gradients, watch_output
+from qdora.analysis.update_gradient import row_directions, update_gradients, watch_output
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.evaluation_mode import evaluation_mode
 
 Array = NDArray[np.float64]
 
@@ -99,10 +98,10 @@ class Directions:
 
 @dataclass(frozen=True)
 class Components:
-    """What is known of the components of a layer.
+    """The components of a layer and their worth.
 
     Attributes:
-        sizes, slopes, tail: As of `Directions`.
+        sizes, slopes, tail: As in `Directions`.
         curvatures: (components,) q_i = <E_i, H E_i> >= 0.
         errors: (components,) standard errors of the curvatures; 0 where they are exact.
     """
@@ -121,7 +120,7 @@ class Components:
         return worths
 
     def spectrum(self, most: int, cost: int) -> LayerSpectrum:
-        """The worths, the greatest first, at most `most`; in the total, the tail at the mean rate of the new ones."""
+        """The worths, the greatest first, at most `most`. The total has the tail at the mean rate of new ones."""
         worths = self.worths()
         new = self.sizes == 0.0
         slope = float((self.slopes[new] ** 2).sum())
@@ -150,14 +149,14 @@ def layer_directions(
     state: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Directions]:
-    """The components of layers, from one gradient; from the cache where it has them.
+    """The components of layers, from one gradient or from the cache.
 
     Args:
-        model, batches, norm: As of `update_gradients`.
-        num_new: Path of a layer -> how many new components, as of `directions`.
-        cache: Directory; a layer's components are written there once they are known.
+        model, batches, norm: As in `update_gradients`.
+        num_new: Path of a layer -> number of new components, as in `directions`.
+        cache: Directory where each layer's components are kept.
         state: `fingerprint` of the model and the batches; needed with a cache.
-        progress: Called with (done, all) layers that the cache has not.
+        progress: Called with (done, all) layers that are not in the cache.
     """
     adapted = adapted_layers(model)
     keys = {name: ["directions", name, norm, number, state] for name, number in num_new.items()}
@@ -183,7 +182,7 @@ def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: i
     Args:
         held: U (out, r), sizes (r,) > 0, V (in, r), the singular value decomposition of D; r may be 0.
         gradient: G = dF/dD, (out, in).
-        num_new: At most min(out, in) - r are there; those without slope are left out.
+        num_new: Most new components. There are at most min(out, in) - r; those without slope are left out.
     """
     left, sizes, right = (each.double() for each in held)
     wide = gradient.double()
@@ -220,8 +219,8 @@ def _from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Direct
 
 
 def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values, (n,), and their vectors, (out, n) and (in, n), by the Gram matrix of the short side;
-    values below 1e-6 of the largest, of which it knows nothing, are left out."""
+    """Left vectors (out, n), largest singular values (n,) and right vectors (in, n), from the Gram matrix of the short
+    side. Values below 1e-6 of the largest are left out: the Gram matrix loses them."""
     tall = matrix.shape[0] > matrix.shape[1]
     short = matrix.T if tall else matrix
     squared, vectors = torch.linalg.eigh(short @ short.T)
@@ -240,12 +239,12 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class Curvatures:
-    """Of the components of a layer.
+    """The curvatures of the components of a layer.
 
     Attributes:
         values: (components,) q_i >= 0.
-        errors: (components,) standard errors, from the spread over the draws; 0 where they are exact. Where a value
-            came out too small, its error did, too.
+        errors: (components,) standard errors, from the spread over the draws; 0 for exact values. Where a value is too
+            small by chance, so is its error.
     """
 
     values: Array
@@ -262,12 +261,12 @@ def exact_curvatures(
     state: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Curvatures]:
-    """By one product with H a component; kept layer by layer.
+    """Curvatures from one product with H per component.
 
     Args:
-        model, batches, norm: As of `curvature_of`.
+        model, batches, norm: As in `curvature_of`.
         directions: Path of a layer -> its components.
-        cache: Directory; what is there is not computed again.
+        cache: Directory where each layer's curvatures are kept.
         state: `fingerprint` of the model and the batches; needed with a cache.
         progress: Called with (done, all) layers.
     """
@@ -293,19 +292,20 @@ def drawn_curvatures(
     state: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Curvatures]:
-    """By `draws` backward passes over each micro-batch, for all layers at once; kept micro-batch by micro-batch.
+    """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once.
 
     Args:
-        model, directions, batches, norm, cache, state: As of `exact_curvatures`; the model runs as in
-            `update_gradients`.
-        draws: Labels for each labelled token, `LEAST_DRAWS` or more. The relative error falls with sqrt(draws x rows).
-        seed: Of the labels.
+        model, directions, batches, norm, state: As in `exact_curvatures`; the model runs as in `update_gradients`.
+        draws: Labels drawn for each labelled token, `LEAST_DRAWS` or more. The relative error falls with
+            sqrt(draws x rows).
+        seed: Seed of the labels.
+        cache: Directory where the sums of each micro-batch are kept.
         progress: Called with (done, all) micro-batches.
     Raises:
-        ValueError: Too few draws, and as `curvature_of`.
+        ValueError: Too few draws; also as `curvature_of`.
     """
     if draws < LEAST_DRAWS:
-        raise ValueError(f"{draws} draws; allowed: {LEAST_DRAWS} or more.")
+        raise ValueError(f"draws must be {LEAST_DRAWS} or more, got {draws}.")
     check_batches(batches)
     check_layers(model, list(directions), norm=norm)
     adapted = adapted_layers(model)
@@ -362,8 +362,8 @@ class CurvatureProbe:
 
         Args:
             x, output: (..., in), (..., out).
-            rows: (rows, positions) of the micro-batch. Of a tensor that is laid out in another way, or may be because
-                both are the same number, all tokens count as one row: the mean stays right, the spread is larger.
+            rows: (rows, positions) of the micro-batch. Where a tensor has another layout, or may have because both
+                numbers are the same, all tokens count as one row: the mean stays right, the spread is larger.
             take: May be called in any number of backward passes.
         """
         positions = _rows(x, rows)
@@ -423,7 +423,7 @@ def squared_slopes(
     hooks = [watch_output(probe.layer, functools.partial(see, name)) for name, probe in probes.items()]
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
     try:
-        with evaluating(model):
+        with evaluation_mode(model):
             logits, _ = labelled_logits(model, batch, device)
             drawn = labels(logits.detach())
             probabilities = torch.softmax(logits.detach(), dim=-1)
@@ -444,10 +444,7 @@ def squared_slopes(
 def drawn_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """(draws, tokens) int64 on the logits' device, each from its token's softmax.
 
-    The chance comes from a CPU generator, so that the labels are the same on every device, to rounding.
-
-    Args:
-        logits: (tokens, vocabulary).
+    The uniform numbers come from a CPU generator, so the labels are the same on every device, up to rounding.
     """
     chance = torch.rand(len(logits), draws, dtype=torch.float64, generator=generator)
     parts = []
@@ -459,7 +456,7 @@ def drawn_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Tens
 
 
 def _rows(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """(rows, positions, features) where it surely has the micro-batch's layout, else (1, tokens, features)."""
+    """(rows, positions, features) where the layout is certainly the micro-batch's, else (1, tokens, features)."""
     known = tensor.shape[:-1] == rows and rows[0] != rows[1]
     return tensor if known else tensor.reshape(1, -1, tensor.shape[-1])
 

@@ -1,4 +1,4 @@
-"""Products with the Hessian and the Gauss-Newton matrix of the loss, by the adapter parameters of chosen layers.
+"""The Hessian and the Gauss-Newton matrix of the loss by the adapters of chosen layers: products, eigenpairs, density.
 
 The loss is that of training: summed NLL of fixed micro-batches over their labelled tokens. Neither matrix is formed.
 
@@ -6,10 +6,8 @@ The loss is that of training: summed NLL of fixed micro-batches over their label
     gauss_newton    G v  = J^T (diag p - p p^T) J v / tokens, J = dz/dw for the logits z, p = softmax(z): the part of H
                     that is never negative. With this loss it is the Fisher matrix, its labels drawn from the model.
 
-Pearlmutter, Neural Computation 6, 1994; Martens, arXiv 1412.1193, sec. 8. Each comes with the norm attached or held
-(plain.py), and says so: at B = 0 and beyond, the two differ by far more than rounding.
-
-The curvature of one set of layers, computed once: eigenpairs and density, kept on disk under what they depend on.
+Pearlmutter, Neural Computation 6, 1994; Martens, arXiv 1412.1193, sec. 8. The norm is attached or held
+(differentiable.py); the two matrices differ by far more than rounding, also at B = 0.
 """
 
 from __future__ import annotations
@@ -42,16 +40,16 @@ Logits = Callable[[], tuple[Tensor, Tensor]]
 
 
 class CurvatureOperator:
-    """The matrix, as what it does to a vector. The parameters lie end to end, in the order of `leaves`.
+    """The matrix as its product with a vector. The parameters lie end to end, in the order of `leaves`.
 
-    Memory is that of one micro-batch at a time. Of a single one the graph of the gradient is kept from product to
-    product, which costs no more at its peak and saves two of its four passes.
+    Memory is that of one micro-batch at a time. With a single micro-batch the graph of the gradient is kept between
+    products: the peak is the same, and two of four passes are saved.
 
     Args:
         leaves: Name -> parameter that the logits depend on, float32 or float64.
-        batches: What to run; the same in every product.
-        curvature: Which matrix.
-        norm: What the graph sees of the norm; a name only, for what is written down.
+        batches: The micro-batches to run, the same in every product.
+        curvature: "hessian" or "gauss_newton".
+        norm: Whether the graph holds the norm; here only a name, for the result.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor], batches: Sequence[Logits], *, curvature: Curvature, norm: Norm):
@@ -59,7 +57,7 @@ class CurvatureOperator:
         self.curvature: Curvature = curvature
         self.norm: Norm = norm
         self.num_matvecs = 0
-        """Products so far."""
+        """Number of products so far."""
         self._batches = tuple(batches)
         self._num_tokens = 0
         self._kept: Any = None
@@ -71,7 +69,7 @@ class CurvatureOperator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products."""
+        """Dtype of the products."""
         return next(iter(self.leaves.values())).dtype
 
     def product(self, vector: Tensor) -> Tensor:
@@ -214,14 +212,14 @@ MULTIPLICITY = (
 
 @dataclass(frozen=True)
 class CurvatureSettings:
-    """What is computed of each set of layers.
+    """What is computed for each set of layers.
 
     Attributes:
-        curvature, norm, parts: Which matrix; see `curvature_of`.
-        num_eigenvalues: Of largest magnitude; at most the matrix has, less one.
-        tolerance: Relative, of the eigenvalues.
-        lanczos_steps, num_probes: Of the density.
-        seed: Of the start vectors.
+        curvature, norm, parts: The matrix; see `curvature_of`.
+        num_eigenvalues: Eigenvalues of largest magnitude; at most the rows of the matrix less one.
+        tolerance: Relative tolerance of the eigenvalues.
+        lanczos_steps, num_probes: Steps and random starts of the density.
+        seed: Seed of the start vectors.
     """
 
     curvature: Curvature
@@ -236,15 +234,15 @@ class CurvatureSettings:
 
 @dataclass(frozen=True)
 class CurvatureSpectrum:
-    """Eigenpairs and density of a set of layers, and what they cost.
+    """Eigenpairs and density of a set of layers, and their cost.
 
-    Eigenvectors are directions of all factors at once, not rank components: at B = 0, but for the block of B alone,
-    each singular value s sigma of the gradient by the weight is 2 x rank eigenvalues, half of them negative. What a
-    component is worth: components.py.
+    Eigenvectors are directions of all factors at once, not rank components: at B = 0, apart from the block of B alone,
+    each singular value s sigma of the gradient by the weight gives 2 x rank eigenvalues, half of them negative. The
+    worth of components is in components.py.
 
     Attributes:
         size: Rows of the matrix.
-        num_matvecs, seconds: Spent when it was computed, also where it came from the cache.
+        num_matvecs, seconds: Cost of the computation, also where the result comes from the cache.
     """
 
     settings: CurvatureSettings
@@ -282,13 +280,13 @@ def curvature_spectrum(
     cache: Path | None = None,
     state: str | None = None,
 ) -> CurvatureSpectrum:
-    """Eigenpairs and density of the curvature by the adapters of `layers`, from the cache where it has them.
+    """Eigenpairs and density of the curvature by the adapters of `layers`, computed or from the cache.
 
     Args:
-        model, layers, batches: As of `curvature_of`.
+        model, layers, batches: As in `curvature_of`.
         settings: What is computed.
-        cache: Directory, made if needed; a result is written there.
-        state: `fingerprint` of the model and the batches where it is known; None computes it.
+        cache: Directory where the result is kept; made if needed.
+        state: `fingerprint` of the model and the batches (default: computed here).
     """
     key = ["curvature", list(layers), asdict(settings), state or fingerprint(model, batches)]
     kept = kept_tensors(cache, key)
@@ -316,8 +314,10 @@ def curvature_spectrum(
 
 
 def fingerprint(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
-    """A hash of the adapters and of the batches: another one means another curvature. Of one base, which is not read:
-    a cache belongs to one run."""
+    """A hash of the adapters and of the batches, on which the curvature depends.
+
+    The base is not read: a cache belongs to one run and so to one base.
+    """
     digest = hashlib.sha256()
     for name, layer in adapted_layers(model).items():
         digest.update(f"{name} {layer.scaling!r}".encode())

@@ -1,17 +1,17 @@
-"""A model whose adapters run by the plain formula: differentiable any number of times, in float32, dropout off.
+"""A model whose adapters run by the plain formula: differentiable any number of times, in float32, without dropout.
 
     y = g * (x W^T + s (x A^T) B^T) + bias,        g = m / ||W + s B A||_row
 
-A masked adapter (`adapter.mask: keep`) has M o (B A) in place of B A, in the norm, too. `update` differentiates by the
-whole matrix s B A instead of its factors.
+A masked adapter (`adapter.mask: keep`) has M o (B A) in place of B A, also in the norm. The part `update` is the whole
+matrix s B A, to differentiate by it instead of by its factors.
 
 The training layer keeps the norm constant in its backward pass (DoRA, arXiv 2402.09353, sec. 4.3), so autograd through
-it sees the curvature of another function than the loss. Here the caller says which one is meant:
+it gives the curvature of another function than the loss. Here the caller chooses:
 
     attached    n(A, B) is part of the graph: the derivatives are those of the loss.
     held        n is the number that it is now: the derivatives are those of the surrogate that training follows.
 
-At the point itself both give the same loss, and the layer's. LoRA has no norm: `none`.
+At the point itself both give the loss of the training layer. LoRA has no norm: `none`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.linear_map import linear_map
+from qdora.nn.evaluation_mode import evaluation_mode
+from qdora.ops.frozen_product import frozen_linear
 
 Norm = Literal["attached", "held", "none"]
 NORMS: tuple[Norm, ...] = ("attached", "held")
@@ -41,13 +41,13 @@ UPDATE = ("update",)
 
 @dataclass(frozen=True)
 class PlainLayer:
-    """The numbers of an adapted layer while it runs plainly.
+    """The values of an adapted layer while it runs by the plain formula.
 
     Attributes:
-        values: Part ("lora_A", ...) -> its value in the dtype of the analysis; those chosen are leaves of a graph.
+        values: Part ("lora_A", ...) -> its value in the dtype of the analysis; the chosen ones are leaves of a graph.
         row_norm: ||W + s B A||_row of the present values, (out,), or None for LoRA.
         attached: The norm is computed anew in every forward pass, as a part of the graph.
-        keep_mask: M, (out, in) bool, of a masked adapter.
+        keep_mask: M, (out, in) bool; None without a mask.
     """
 
     values: dict[str, Tensor]
@@ -77,8 +77,8 @@ def plain_model(
     Args:
         model: A causal LM with adapters, its activations in float32 or float64.
         layers: Paths of the adapted layers whose parameters are to be differentiated.
-        norm: What the derivatives see of the norm, in the layers above; elsewhere it does not move. "none" for LoRA.
-        parts: Which parameters of them, or `UPDATE`.
+        norm: "attached" or "held" in these layers; "none" for LoRA. In other layers the norm is constant.
+        parts: The parameters to differentiate by, or `UPDATE`.
     Yields:
         "<layer>.<part>" -> leaf, in model order.
     Raises:
@@ -88,29 +88,22 @@ def plain_model(
     check_layers(model, layers, norm=norm, parts=parts)
     leaves: dict[str, Tensor] = {}
     patched: list[nn.Module] = []
-    was_training = [module for module in model.modules() if module.training]
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
-    model.eval()
     try:
         if attention not in (None, "eager", "sdpa"):
             model.set_attn_implementation("eager")  # type: ignore[operator]
-        for frozen in frozen_layers(model).values():
-            vars(frozen)["forward"] = partial(_frozen_forward, frozen)
-            patched.append(frozen)
         for name, layer in adapted.items():
             plain = _plain_layer(layer, name in layers and norm == "attached", name in layers and "update" in parts)
             if name in layers:
                 leaves |= {f"{name}.{part}": plain.values[part].requires_grad_(True) for part in parts}
             vars(layer)["forward"] = partial(plain_forward, layer, plain)
             patched.append(layer)
-        with sdpa_kernel(SDPBackend.MATH):
+        with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
             yield leaves
     finally:
         for module in patched:
             vars(module).pop("forward", None)
-        for module in was_training:
-            module.training = True
         if attention not in (None, "eager", "sdpa"):
             model.set_attn_implementation(attention)  # type: ignore[operator]
 
@@ -120,7 +113,7 @@ def plain_forward(layer: AdaptedLinear, plain: PlainLayer, x: Tensor) -> Tensor:
     a, b = plain.values["lora_A"], plain.values["lora_B"]
     weight = layer.base.stored_weight
     update = plain.dense_update(layer.scaling)
-    out = linear_map(x, weight) + ((x @ a.T) @ b.T * layer.scaling if update is None else x @ update.T)
+    out = frozen_linear(x, weight) + ((x @ a.T) @ b.T * layer.scaling if update is None else x @ update.T)
     if plain.row_norm is not None:
         norm = plain.row_norm
         if plain.attached:
@@ -139,7 +132,7 @@ def attached_norm(layer: AdaptedLinear, lora_A: Tensor, lora_B: Tensor) -> Tenso
     """
     assert layer.base_squared is not None
     wide = torch.float64
-    products = linear_map(lora_A, layer.base.stored_weight).T.to(wide)  # (out, rank)
+    products = frozen_linear(lora_A, layer.base.stored_weight).T.to(wide)  # (out, rank)
     a, b, s = lora_A.to(wide), lora_B.to(wide), layer.scaling
     squared = layer.base_squared.to(wide) + ((2.0 * products + b @ (a @ a.T) * s) * b).sum(dim=1) * s
     # A sum of rounding noise is a zero row, too
@@ -147,7 +140,7 @@ def attached_norm(layer: AdaptedLinear, lora_A: Tensor, lora_B: Tensor) -> Tenso
 
 
 def _dense_norm(layer: AdaptedLinear, update: Tensor) -> Tensor:
-    """As `attached_norm`, of W + update as it stands: here nothing cancels after the squares."""
+    """As `attached_norm`, from W + update itself, where nothing cancels after the squares."""
     total = layer.base.dequantized(torch.float64) + update.to(torch.float64)
     squared = total.square().sum(dim=1)
     return squared.masked_fill(squared <= 0, 1.0).sqrt().to(update.dtype)
@@ -161,11 +154,6 @@ def _plain_layer(layer: AdaptedLinear, attached: bool, whole: bool) -> PlainLaye
         copies["update"] = copies["lora_B"] @ copies["lora_A"] * layer.scaling
     keep_mask = layer.base.keep_mask() if layer.masked else None
     return PlainLayer(copies, None if layer.magnitude is None else layer.row_norm(), attached, keep_mask)
-
-
-def _frozen_forward(layer: FrozenLinear, x: Tensor) -> Tensor:
-    out = linear_map(x, layer.stored_weight)
-    return out if layer.bias is None else out + layer.bias.to(out.dtype)
 
 
 def check_layers(model: nn.Module, layers: Collection[str], *, norm: Norm, parts: Collection[str] = FACTORS) -> None:

@@ -1,20 +1,15 @@
-"""Pictures of a choice of ranks: each layer's spectrum, and the map of ranks over depth and kind of layer."""
+"""Figures of a choice of ranks: each layer's spectrum, and the map of ranks over depth and kind of layer."""
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qdora.analysis.allocate import LayerSpectrum
-from qdora.files.atomic import atomic_write_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from qdora.files.svg_figure import svg_file
 
 _DEPTH = re.compile(r"^(?P<before>.*?)\.(?P<depth>\d+)\.(?P<kind>.+)$")
 
@@ -33,62 +28,47 @@ def draw_spectra(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int],
         measure: What an energy is, for the axis.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(place_of(name)[1] for name in spectra))
     columns = min(len(kinds), 4)
     rows = -(-len(kinds) // columns)
     deepest = max(place_of(name)[0] for name in spectra) or 1
-    figure = Figure(figsize=(3.4 * columns, 0.4 + 2.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axis, kind in zip(axes, kinds, strict=False):
-        for name, spectrum in spectra.items():
-            depth, mine = place_of(name)
-            if mine != kind:
-                continue
-            colour = colormaps["viridis"](0.9 * depth / deepest)
-            values = np.where(spectrum.energies > 0, spectrum.energies, np.nan)  # a logarithm has no place for zero
-            axis.semilogy(np.arange(1, len(values) + 1), values, color=colour, linewidth=1, gid=f"spectrum {name}")
-            axis.semilogy([ranks[name]], [values[ranks[name] - 1]], "o", color=colour, markersize=3)
-        axis.set_title(kind, fontsize="small")
-        axis.set_xlabel("component")
-        axis.grid(alpha=0.3)
-    for axis in axes[len(kinds) :]:
-        axis.set_axis_off()
-    axes[0].set_ylabel(measure)
-    _save(figure, path)
+    with svg_file(path, 3.4 * columns, 0.4 + 2.8 * rows) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+        for axis, kind in zip(axes, kinds, strict=False):
+            for name, spectrum in spectra.items():
+                depth, mine = place_of(name)
+                if mine != kind:
+                    continue
+                colour = colormaps["viridis"](0.9 * depth / deepest)
+                values = np.where(spectrum.energies > 0, spectrum.energies, np.nan)  # a logarithm has no place for zero
+                axis.semilogy(np.arange(1, len(values) + 1), values, color=colour, linewidth=1, gid=f"spectrum {name}")
+                axis.semilogy([ranks[name]], [values[ranks[name] - 1]], "o", color=colour, markersize=3)
+            axis.set_title(kind, fontsize="small")
+            axis.set_xlabel("component")
+            axis.grid(alpha=0.3)
+        for axis in axes[len(kinds) :]:
+            axis.set_axis_off()
+        axes[0].set_ylabel(measure)
 
 
 def draw_rank_map(ranks: Mapping[str, int], path: Path) -> None:
     """Kind of layer by depth, each rank in colour and as a number. SVG."""
-    from matplotlib.figure import Figure
-
     places = {name: place_of(name) for name in ranks}
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     depths = sorted({depth for depth, _ in places.values()})
     grid = np.full((len(kinds), len(depths)), np.nan)
     for name, (depth, kind) in places.items():
         grid[kinds.index(kind), depths.index(depth)] = ranks[name]
-    figure = Figure(figsize=(2.6 + 0.34 * len(depths), 1.4 + 0.34 * len(kinds)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(grid, cmap="viridis", aspect="auto")
-    middle = (float(np.nanmin(grid)) + float(np.nanmax(grid))) / 2
-    for (row, column), rank in np.ndenumerate(grid):
-        if not np.isnan(rank):
-            colour = "white" if rank <= middle else "black"
-            axes.text(column, row, f"{rank:.0f}", ha="center", va="center", color=colour, fontsize=6)
-    axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
-    axes.set_xticks(range(len(depths)), [str(depth) for depth in depths], fontsize=6)
-    axes.set_xlabel("depth")
-    figure.colorbar(image, ax=axes, label="rank")
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    import matplotlib as mpl
-
-    svg = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "qdora", "svg.fonttype": "none"}):  # the same ranks draw the same bytes
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, svg.getvalue())
+    with svg_file(path, 2.6 + 0.34 * len(depths), 1.4 + 0.34 * len(kinds)) as figure:
+        axes = figure.add_subplot()
+        image = axes.imshow(grid, cmap="viridis", aspect="auto")
+        middle = (float(np.nanmin(grid)) + float(np.nanmax(grid))) / 2
+        for (row, column), rank in np.ndenumerate(grid):
+            if not np.isnan(rank):
+                colour = "white" if rank <= middle else "black"
+                axes.text(column, row, f"{rank:.0f}", ha="center", va="center", color=colour, fontsize=6)
+        axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
+        axes.set_xticks(range(len(depths)), [str(depth) for depth in depths], fontsize=6)
+        axes.set_xlabel("depth")
+        figure.colorbar(image, ax=axes, label="rank")

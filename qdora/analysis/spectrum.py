@@ -17,15 +17,15 @@ Product = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """The eigenvalues of largest magnitude; one that comes several times stands here several times.
+    """The eigenvalues of largest magnitude; a multiple eigenvalue is listed as often as it comes.
 
     Attributes:
         values: (k,), by falling magnitude; both signs.
         vectors: (size, k), columns of length 1.
         residuals: (k,) ||M v - lambda v||: each value is at most that far from an eigenvalue. A small residual does not
-            say that none is missing; that is what `next_magnitude` is for.
-        num_rounds: Searches from a new start, each across all that was found before.
-        next_magnitude: The largest that the last search found, across all others: not above the k-th of `values`.
+            say that none is missing; `next_magnitude` does.
+        num_rounds: Searches from a new start, each orthogonal to all that was found before.
+        next_magnitude: The largest of the last search, orthogonal to all others: not above the k-th of `values`.
     """
 
     values: Array
@@ -72,7 +72,7 @@ def top_eigenpairs(
         product: (size,) float64 -> the matrix times it.
         size: Rows, at least 2.
         k: 1 to size - 1.
-        seed: Of the start vectors: the same seed spends the same products.
+        seed: Seed of the start vectors. The same seed takes the same products.
         tolerance: Relative accuracy of the values; 0 is machine precision.
         max_restarts: Most restarts of a search before it gives up.
     Raises:
@@ -149,10 +149,10 @@ def spectral_density(product: Product, size: int, *, num_steps: int, num_probes:
     Source: Golub & Welsch, Math. Comp. 23, 1969; Ghorbani et al., arXiv 1901.10159, sec. 2.
 
     Args:
-        product, size: As of `top_eigenpairs`.
+        product, size: As in `top_eigenpairs`.
         num_steps: Products for each start; at most size are taken.
         num_probes: Starts, entries +1 or -1: the mean of v^T M v is then the trace.
-        seed: Of the starts.
+        seed: Seed of the starts.
     """
     generator = np.random.default_rng(seed)
     nodes, weights = [], []

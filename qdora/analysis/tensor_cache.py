@@ -1,4 +1,4 @@
-"""Tensors that took long to compute, kept under a hash of what they depend on beside the run's base."""
+"""Tensors that took long to compute, kept on disk under a hash of what they depend on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from qdora.files.atomic import atomic_write_bytes
 
 _FORMAT = 1
-"""Of what is kept; a file of another one is not read."""
+"""Version of the files; a file of another version is not read."""
 
 
 def kept_tensors(cache: Path | None, key: Sequence[object]) -> dict[str, Tensor] | None:
@@ -27,7 +27,7 @@ def keep_tensors(cache: Path | None, key: Sequence[object], tensors: dict[str, T
 
     Args:
         cache: Directory.
-        key: JSON values; all that the tensors depend on within one run.
+        key: JSON values: all that the tensors depend on within one run.
         tensors: Name -> tensor, on any device.
     """
     if cache is not None:
@@ -36,7 +36,7 @@ def keep_tensors(cache: Path | None, key: Sequence[object], tensors: dict[str, T
 
 
 def made_once(cache: Path | None, key: Sequence[object], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """From the cache where it has them, else made and kept."""
+    """The tensors from the cache; if they are not there, made and kept."""
     found = kept_tensors(cache, key)
     if found is None:
         found = make()

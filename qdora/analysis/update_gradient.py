@@ -1,16 +1,13 @@
-"""The gradient of the loss by what an adapter adds to its layer, s B A as one matrix: of every layer from one pass.
+"""The gradient of the loss by an adapter's update s B A as one matrix, and two cheap measures of rank.
 
-The cheap measures of rank beside curvature: what the trained update holds, and what the gradient asks for.
-
-Both are spectra of matrices of a layer's shape, so a component is a singular direction and its energy the square of its
-singular value: by the theorem of Eckart and Young the best rank-r matrix leaves out what is not among the first r.
+The measures are the spectrum of the trained update and that of the gradient. A component is a singular direction and
+its energy the square of its singular value: the best rank-r matrix holds the first r (Eckart and Young).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -24,11 +21,12 @@ from qdora.analysis.differentiable import Norm, check_layers
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.ops.dora import merged_weight
 from qdora.ops.loss import token_nll
 
 GRADIENT_BYTES = 2**30
-"""Gradients that exist at once, in float32."""
+"""Size of the gradients that exist at once, in float32."""
 
 T = TypeVar("T")
 
@@ -42,9 +40,9 @@ def update_gradients(
     norm: Norm,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, T]:
-    """dL/d(s B A) of each layer, L the mean NLL of the labelled tokens, handed to `use` so that not all exist at once.
+    """dL/d(s B A) of each layer from one pass, L the mean NLL of the labelled tokens.
 
-    Of a masked adapter it is zero where the mask is: there B A counts for nothing.
+    Each gradient is given to `use`, so that not all exist at once. Under a mask it is zero where B A is masked.
 
     Args:
         model: With adapters, in float32 or float64; run in eval mode, otherwise as it trains.
@@ -62,25 +60,13 @@ def update_gradients(
     check_layers(model, layers, norm=norm)
     adapted = adapted_layers(model)
     found: dict[str, T] = {}
-    with evaluating(model):
+    with evaluation_mode(model):
         for group in _groups(adapted, layers):
             for name, gradient in _of_group(model, {name: adapted[name] for name in group}, batches, norm).items():
                 found[name] = use(name, gradient)
             if progress is not None:
                 progress(len(found), len(layers))
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards each module is in the mode that it was in."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
 
 
 def watch_output(layer: nn.Module, see: Callable[[Tensor, Tensor], Callable[[Tensor], None]]) -> RemovableHandle:
@@ -172,11 +158,11 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     The product is not formed: they are those of the small matrix between the factors' orthogonal bases.
 
     Raises:
-        ValueError: A masked layer: what is left of B A under a mask is not of B A's rank, so its singular values are
-            not those of rank components.
+        ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those of
+            rank components.
     """
     if layer.masked:
-        raise ValueError("the update of a masked adapter; allowed: one without a mask.")
+        raise ValueError("update_spectrum must be given an adapter without a mask.")
     wide = torch.float64
     b = layer.stored_B().to(wide) * layer.scaling
     if layer.magnitude is not None:
@@ -201,7 +187,7 @@ def gradient_spectra(
     At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
 
     Args:
-        model, layers, batches, norm, progress: As of `update_gradients`.
+        model, layers, batches, norm, progress: As in `update_gradients`.
         most: Most components of a layer.
     """
     return update_gradients(
@@ -210,7 +196,7 @@ def gradient_spectra(
 
 
 def _spectrum(gradient: Tensor, most: int) -> LayerSpectrum:
-    # By the Gram matrix of the short side: a tenth of the time of an SVD, and what it loses are the smallest values
+    # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
     short = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
     wide = short.double()
     values = torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp_min(0.0)

@@ -1,7 +1,4 @@
-"""Several short examples in one row: fewer, fuller rows, and where each example lies in its row.
-
-The examples of a step as micro-batches: grouped by length, or packed into rows.
-"""
+"""The examples of a step as micro-batches: grouped by length, or several packed into one row."""
 
 from __future__ import annotations
 
@@ -23,10 +20,9 @@ padding, as attention kernels for variable lengths take it."""
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Examples that stand one behind the other in a row.
+    """Examples that stand one behind the other in a row; at least one.
 
-    Attributes:
-        examples: At least one; the first token of none of them is a label, so nothing is predicted across a border.
+    The first token of an example is never a label, so nothing is predicted across a border.
     """
 
     examples: tuple[TokenizedExample, ...]
@@ -43,7 +39,7 @@ def packed_rows(examples: Sequence[TokenizedExample], row_tokens: int) -> list[P
     same examples in the same order give the same rows.
 
     Args:
-        examples: Of one step.
+        examples: The examples of one step.
         row_tokens: Most tokens of a row; a longer example is a row of its own.
     Returns:
         The rows, in the order of their longest examples. Every example is in exactly one.
@@ -67,12 +63,12 @@ Row = TypeVar("Row", bound=Sized)
 IGNORED = -100
 """Label of a token that does not count, as in transformers."""
 GROUP_COST = 128
-"""Tokens whose forward and backward pass take about as long as what every micro-batch pays once: dequantising the base
-two or three times. An estimate: 40 ms of memory traffic against 0.3 ms a token for a 7B model on an A100."""
+"""Cost of a micro-batch apart from its tokens, in tokens: each dequantises the base two or three times. An estimate for
+a 7B model on an A100: 40 ms of memory traffic against 0.3 ms a token."""
 ATTENTION_COST = 4096
-"""Tokens of a row whose attention takes about as long, for each token of the row, as all of the token's other products:
-a mask over the row has no effect on what is multiplied. An estimate: by the products alone 3,100 for SmolLM2-135M and
-24,700 for a 7B model, and attention is the slower one."""
+"""Length of a row at which attention takes as long as all other products. A mask over the row does not reduce what is
+multiplied. An estimate: counting products alone, 3,100 for SmolLM2-135M and 24,700 for a 7B model; attention is slower
+than its count of products says."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +76,8 @@ class Packing:
     """Where the examples of packed rows lie.
 
     Attributes:
-        position_ids: (rows, length) int64, counted from 0 in each example, and in the padding behind the last one: to
-            the model the padding of a row is one more example.
+        position_ids: (rows, length) int64, counted from 0 in each example and again in the padding behind the last
+            one: for the model the padding is one more example.
         example_index: (rows, length) int64, the token's example as its place in `MicroBatch.example_ids`; -1 in
             padding.
     """
@@ -129,9 +125,9 @@ class Batching:
     """How the examples of a step become micro-batches.
 
     Attributes:
-        max_tokens: Most tokens of a micro-batch, padding counted; a single longer example is one of its own.
+        max_tokens: Most tokens of a micro-batch, padding counted; a longer example is a micro-batch of its own.
         pad_id: Token in padded places.
-        packed: Layout of packed rows, or None: a row is an example.
+        packed: Layout of packed rows; None: each row is one example.
         row_tokens: Most tokens of a packed row in the layout "rows"; never more than `max_tokens`. Rows are shorter
             where that costs less, see `ATTENTION_COST`.
     """
@@ -145,12 +141,9 @@ class Batching:
 def micro_batches(
     examples: Sequence[TokenizedExample], batching: Batching, task_names: Sequence[str]
 ) -> list[MicroBatch]:
-    """The examples of a step in micro-batches, the longest rows first.
+    """The examples of a step, or of a process's share of one, in micro-batches, the longest rows first.
 
-    Args:
-        examples: Of one step, or of a process's share of one; none gives none.
-        batching: How.
-        task_names: Every task that an example may have.
+    `task_names` holds every task that an example may have.
     """
     if batching.packed is None:
         alone = [PackedRow((example,)) for example in examples]
@@ -168,12 +161,12 @@ def micro_batches(
 def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     """The rows sorted by length, longest first (equal lengths in their old order), cut into micro-batches.
 
-    The cuts make rows * longest row, plus GROUP_COST for every group, least in sum: on the eight commonsense tasks,
-    steps of 4,096 tokens in micro-batches of at most 2,048 get 0.11 tokens of padding for each real one, where groups
-    that are filled one after the other get 0.36 (five groups a step instead of three).
+    The cuts minimise the sum over groups of rows * longest row + GROUP_COST. On the eight commonsense tasks, steps of
+    4,096 tokens in micro-batches of at most 2,048 get 0.11 tokens of padding for each real one; groups that are filled
+    one after the other get 0.36 (five groups a step instead of three).
 
     Args:
-        rows: Of one step: examples, or rows of several.
+        rows: The rows of one step, of one or more examples.
         max_tokens: Most tokens of a group, padding counted, unless it is a single longer row.
     """
     ordered = sorted(rows, key=len, reverse=True)
@@ -205,7 +198,7 @@ def _rooms(examples: Sequence[TokenizedExample], most: int) -> list[int]:
 
 
 def _cost(groups: Sequence[Sequence[PackedRow]]) -> float:
-    """Of a step whose attention runs over whole rows, in tokens of its other products."""
+    """Cost of a step whose attention runs over whole rows, in tokens of its other products."""
     shapes = [(len(group), max(map(len, group))) for group in groups]
     return sum(rows * width * (1 + width / ATTENTION_COST) + GROUP_COST for rows, width in shapes)
 

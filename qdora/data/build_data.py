@@ -1,17 +1,16 @@
-""""""
+"""The data of a recipe: its examples, the tokenised mix, and the loader of its steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix, make_mix
-from qdora.data.sources import SourceSpec, has_split, load_mix, load_source, open_shards
-from qdora.data.stream import ExampleStream, StreamSettings
+from qdora.data.sources import has_split, load_source, load_train_and_validation, open_shards
+from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import UserError
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DataConfig, SourceConfig
@@ -21,32 +20,64 @@ AUTO_MICRO_BATCH_TOKENS = 2048
 """train.micro_batch_tokens: auto, unless a longer example needs more."""
 
 
-def source_spec(source: SourceConfig, data: DataConfig) -> SourceSpec:
-    """A recipe's source as the data package takes it."""
-    return SourceSpec(
-        task=source.task,
-        source=source.source,
-        path=source.path,
-        format=source.format,
-        split=source.split,
-        limit=source.limit,
-        name=source.name,
-        revision=source.revision,
-        seed=data.seed,
-        stream=source.stream,
-    )
-
-
 def read_data(data: DataConfig) -> tuple[list[list[Example]], dict[str, list[Example]]]:
-    """Training examples per source, and validation examples by the source's name (left out where there are none).
+    """Training examples per source, and validation examples by the source's name where there are any.
 
     Raises:
-        UserError: The faults of all sources, each with its place in the recipe.
+        UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source.
     """
-    specs = [source_spec(source, data) for source in data.mix]
-    loaded = load_mix(specs, [source.validation for source in data.mix], fraction=data.validation_fraction)
-    validation = {spec.label: held_out for spec, (_, held_out) in zip(specs, loaded, strict=True) if held_out}
-    return [train for train, _ in loaded], validation
+    train: list[list[Example]] = []
+    validation: dict[str, list[Example]] = {}
+    faults: list[str] = []
+    for index, source in enumerate(data.mix):
+        try:
+            examples, held_out = load_train_and_validation(source, data)
+        except UserError as error:
+            faults.extend(f"data.mix[{index}]: {fault}" for fault in error.faults)
+            continue
+        train.append(examples)
+        if held_out:
+            validation[source.label] = held_out
+    if faults:
+        raise UserError(*faults)
+    return train, validation
+
+
+def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:
+    """The examples of a run's sources in one split: train and validation as in training, or test.
+
+    Raises:
+        UserError: A source without that split. Its training examples are never taken instead.
+    """
+    sources = {source.label: source for source in recipe.data.mix}
+    streamed = [label for label, source in sources.items() if source.stream]
+    if split == "train" and streamed:
+        raise UserError(f"--split: a stream ({', '.join(streamed)}) has only the splits validation, test, got train.")
+    if split in ("train", "validation"):
+        train, validation = read_data(recipe.data)
+        return validation if split == "validation" else dict(zip(sources, train, strict=True))
+    faults = [
+        f"--split: {label} has no {split} split, allowed: validation, train."
+        for label, source in sources.items()
+        if not has_split(source, split)
+    ]
+    if faults:
+        raise UserError(*faults)
+    return {label: load_source(source, split) for label, source in sources.items()}
+
+
+def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
+    """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files.
+
+    Args:
+        task: One of TASKS.
+        split: train, validation or test.
+        data: Folder of the tasks; None takes the Hub.
+        by_name: The commonsense tasks ask for the name of a choice, as the DoRA paper does, not for its text.
+    """
+    local = {} if data is None or task.startswith("demo/") else {"path": str(data / task)}
+    named = {"format": "commonsense170k"} if by_name and task in COMMONSENSE_TASKS else {}
+    return load_source(SourceConfig.model_validate({"task": task, **local, **named}), split)
 
 
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
@@ -57,18 +88,18 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
     for number, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
         try:
             if source.stream:
-                sets.append(_stream(data, number, tokenizer))
-                continue
-            sets.append(
-                tokenize_all(
-                    examples,
-                    tokenizer,
-                    name=source.label,
-                    max_length=data.max_length,
-                    loss_on=data.loss_on,
-                    too_long=data.too_long,
+                sets.append(ExampleStream(open_shards(source), data, number, tokenizer))
+            else:
+                sets.append(
+                    tokenize_all(
+                        examples,
+                        tokenizer,
+                        name=source.label,
+                        max_length=data.max_length,
+                        loss_on=data.loss_on,
+                        too_long=data.too_long,
+                    )
                 )
-            )
         except UserError as error:
             faults.extend(error.faults)
     if faults:
@@ -81,23 +112,6 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
         max_epochs=[source.max_epochs for source in data.mix],
         seed=data.seed,
     )
-
-
-def _stream(data: DataConfig, number: int, tokenizer: Any) -> ExampleStream:
-    """Source `number` of the mix as a stream; only its first rows are read."""
-    source = data.mix[number]
-    settings = StreamSettings(
-        name=source.label,
-        format=source.format,
-        max_length=data.max_length,
-        loss_on=data.loss_on,
-        too_long=data.too_long,
-        window=source.shuffle_window,
-        size=source.size,
-        seed=data.seed,
-        number=number,
-    )
-    return ExampleStream(open_shards(source_spec(source, data)), settings, tokenizer)
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
@@ -131,37 +145,3 @@ def num_steps_of(recipe: Recipe, loader: StepLoader) -> int:
         return recipe.train.steps
     assert recipe.train.epochs is not None
     return loader.steps_for_epochs(recipe.train.epochs)
-
-
-def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
-    """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files.
-
-    `by_name`: the commonsense tasks ask for the name of a choice, as the DoRA paper does, and not for its text.
-    """
-    path = None if data is None or task.startswith("demo/") else str(data / task)
-    asked = "commonsense170k" if by_name and task in COMMONSENSE_TASKS else "auto"
-    return load_source(SourceSpec(task=task, path=path, split=split, format=asked))
-
-
-def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:
-    """The examples of a run's sources in one split: train and validation as in training, or test.
-
-    Raises:
-        UserError: A source without that split; its training examples are never taken for it.
-    """
-    streamed = [source.label for source in recipe.data.mix if source.stream]
-    if split == "train" and streamed:
-        raise UserError(f"--split: {', '.join(streamed)}: a stream is not evaluated on, allowed: validation, test.")
-    if split in ("train", "validation"):
-        train, validation = read_data(recipe.data)
-        labels = [source.label for source in recipe.data.mix]
-        return validation if split == "validation" else dict(zip(labels, train, strict=True))
-    specs = {source.label: source_spec(source, recipe.data) for source in recipe.data.mix}
-    faults = [
-        f"--split: {label} has no {split} split, allowed: validation, train."
-        for label, spec in specs.items()
-        if not has_split(spec, split)
-    ]
-    if faults:
-        raise UserError(*faults)
-    return {label: load_source(replace(spec, split=split, limit=None)) for label, spec in specs.items()}

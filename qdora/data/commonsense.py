@@ -1,31 +1,24 @@
-"""The eight commonsense tasks as cloze questions: a row of the shared schema -> prompt, choices, answer.
+"""The prompts of the eight commonsense tasks: as cloze questions, and in the wording of LLM-Adapters.
 
 A row holds task, id, context, question, choices (list), answer (index of the right choice) and sometimes passage. One
-schema serves Parquet and JSON-lines files and what `hub.py` reads from the Hub.
+schema serves local files and what `commonsense_hub.py` reads from the Hub.
 
-The model learns and is scored on the text of the choices, not on a letter or a number: at 0.1 to 1 B parameters models
-score at chance when they have to name an option ("answer2"), and well above it on the text.
+Cloze (`example_of_row`): the model learns and is scored on the text of the choices, not on a letter or a number. At 0.1
+to 1 B parameters models score at chance when they have to name an option ("answer2"), and well above it on the text.
 
-The eight commonsense tasks in the wording of LLM-Adapters: a row of the shared schema -> a row of commonsense_170k.
-
-The model is told the choices by name and learns to say a name ("the correct answer is answer2"), as in the DoRA paper
-(arXiv 2402.09353, sec. 5.1; arXiv 2304.01933, appendix). Wording and white space are those of commonsense_170k.json, so
-that a model trained on that file is asked what it has learnt; passages, which that file has not, are left out.
+LLM-Adapters (`instruction_row`): the prompt lists the choices with their names and the model learns to say a name ("the
+correct answer is answer2"), as in the DoRA paper (arXiv 2402.09353, sec. 5.1; arXiv 2304.01933, appendix). Wording and
+white space are those of commonsense_170k.json, so that a model trained on that file is asked what it has learnt.
+Passages are left out, since that file has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from qdora.data.example import Example
-
-Row = Mapping[str, Any]
-
-
-class RowFault(ValueError):
-    """What is wrong with one row; the caller adds the file and the line."""
+from qdora.data.rows import Row, RowFault, optional_text, row_id, shown, text_field
 
 
 def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
@@ -43,10 +36,9 @@ def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
     choices = _choices(row)
     gold = _answer_index(row, len(choices))
     prompt, continuations = TEMPLATES.get(task, _question)(row, question, choices)
-    own_id = row.get("id")
     return Example(
         task=label,
-        id=id if own_id in (None, "") else str(own_id),
+        id=row_id(row, id),
         prompt=prompt,
         answer=continuations[gold],
         choices=continuations,
@@ -54,48 +46,22 @@ def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
     )
 
 
-def text_field(row: Row, name: str) -> str:
-    """A required text field, stripped."""
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise RowFault(f"{name}: got {shown(value)}, allowed: text that is not empty")
-    return value.strip()
-
-
-def optional_text(row: Row, name: str) -> str:
-    """A text field that may be absent, null or empty, stripped."""
-    value = row.get(name)
-    # pandas writes a missing text as a float NaN
-    if value is None or (isinstance(value, float) and value != value):
-        return ""
-    if not isinstance(value, str):
-        raise RowFault(f"{name}: got {shown(value)}, allowed: text, or nothing")
-    return value.strip()
-
-
-def shown(value: object) -> str:
-    """A value for an error line: its repr, cut to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _choices(row: Row) -> tuple[str, ...]:
     value = row.get("choices")
     if not isinstance(value, (list, tuple)) or len(value) < 2:
-        raise RowFault(f"choices: got {shown(value)}, allowed: a list of two or more texts")
+        raise RowFault(f"choices: must be a list of two or more texts, got {shown(value)}")
     # JSON files write BoolQ's choices as true and false
     texts = [str(choice).lower() if isinstance(choice, bool) else choice for choice in value]
     for index, choice in enumerate(texts):
         if not isinstance(choice, str) or not choice.strip():
-            raise RowFault(f"choices[{index}]: got {shown(choice)}, allowed: text that is not empty")
+            raise RowFault(f"choices[{index}]: must be text that is not empty, got {shown(choice)}")
     return tuple(str(choice).strip() for choice in texts)
 
 
 def _answer_index(row: Row, num_choices: int) -> int:
     value = row.get("answer")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_choices:
-        allowed = f"the index of the right choice, 0 to {num_choices - 1}"
-        raise RowFault(f"answer: got {shown(value)}, allowed: {allowed}")
+        raise RowFault(f"answer: must be the index of the right choice, 0 to {num_choices - 1}, got {shown(value)}")
     return value
 
 
@@ -129,7 +95,7 @@ def _boolq(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tupl
     words = {"false": "no", "no": "no", "true": "yes", "yes": "yes"}
     unknown = [choice for choice in choices if choice.lower() not in words]
     if unknown:
-        raise RowFault(f"choices: got {shown(unknown[0])}, allowed for boolq: false, true (or no, yes)")
+        raise RowFault(f"choices: must be false, true (or no, yes) for boolq, got {shown(unknown[0])}")
     prompt, _ = _question(row, question.rstrip("? ") + "?", choices)
     return prompt, tuple(" " + words[choice.lower()] for choice in choices)
 
@@ -161,7 +127,7 @@ def _winogrande(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str,
     Answer: <choice>
     """
     if "_" not in question:
-        raise RowFault(f"question: got {shown(question)}, allowed for winogrande: a sentence with a blank '_'")
+        raise RowFault(f"question: must be a sentence with a blank '_' for winogrande, got {shown(question)}")
     listed = " or ".join(choices)
     return f"{question}\nQuestion: What does the blank _ stand for, {listed}?\nAnswer:", _spaced(choices)
 
@@ -215,10 +181,10 @@ def instruction_row(row: Row, task: str) -> dict[str, str]:
     """A row with id, instruction, output and answer, as commonsense_170k.json has them.
 
     Args:
-        row: As for `tasks.example_of_row`.
+        row: As for `example_of_row`.
         task: One of the eight commonsense tasks.
     Raises:
-        RowFault: As `tasks.example_of_row`.
+        RowFault: As `example_of_row`.
     """
     example = example_of_row(row, task=task, label=task, id="")  # checks the row
     assert example.gold is not None
@@ -236,9 +202,8 @@ def instruction_row(row: Row, task: str) -> dict[str, str]:
         text = f"{wording.question}{_asked(row, task, question)}\n\n{choices}{wording.behind}"
         listed = "/".join(names)
     answer = names[example.gold]
-    own_id = row.get("id")
     return {
-        "id": "" if own_id is None else str(own_id),
+        "id": row_id(row, ""),
         "instruction": f"{text}Answer format: {listed}",
         "output": f"the correct answer is {answer}",
         "answer": answer,

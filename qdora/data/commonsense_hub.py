@@ -1,4 +1,4 @@
-"""The eight commonsense tasks on the Hub: where they are, and their rows in the shared schema of `tasks.py`.
+"""The eight commonsense tasks on the Hub: where they are, and their rows in the schema of `commonsense.py`.
 
 All are read as Parquet files of one pinned commit, so no code from the Hub runs and the data cannot change under a run.
 PIQA and Social IQA are published as loading scripts, which `datasets` 4 no longer runs; their pins are commits of the
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdora.data.commonsense import Row, RowFault, shown, text_field
-from qdora.data.local_files import Rows, read_rows
+from qdora.data.readers import read_rows, reason_of
+from qdora.data.rows import Row, RowFault, Rows, shown, text_field
 from qdora.errors import UserError, nearest
 
 SchemaRow = dict[str, Any]
@@ -80,32 +80,11 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
     return rows
 
 
-def load_hub_rows(source: str, *, split: str, revision: str | None, hint: str = "") -> Rows:
-    """The rows of any data set on the Hub, in its default configuration, through `datasets.load_dataset`.
-
-    Raises:
-        UserError: With the reason that `datasets` gives and `hint`, if there is no such data set or split, no
-            connection, or the data set is a loading script.
-    """
-    import datasets  # takes a second; only needed for data from the Hub
-
-    try:
-        loaded = datasets.load_dataset(source, split=split, revision=revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{source}: cannot be read from the Hub ({reason_of(error)}).{hint}") from error
-    return Rows(source, "row", list(range(len(loaded))), [dict(row) for row in loaded])
-
-
-def reason_of(error: Exception) -> str:
-    """The message of somebody else's error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
 def _boolq(row: Row) -> SchemaRow:
     """question, answer (bool), passage."""
     answer = row.get("answer")
     if not isinstance(answer, bool):
-        raise RowFault(f"answer: got {shown(answer)}, allowed: true, false")
+        raise RowFault(f"answer: must be true or false, got {shown(answer)}")
     return {
         "question": text_field(row, "question"),
         "passage": row.get("passage"),
@@ -137,7 +116,7 @@ def _hellaswag(row: Row) -> SchemaRow:
     """activity_label, ctx, endings, label ("0" to "3", empty in the official test split), ind."""
     endings = row.get("endings")
     if not isinstance(endings, list):
-        raise RowFault(f"endings: got {shown(endings)}, allowed: a list of texts")
+        raise RowFault(f"endings: must be a list of texts, got {shown(endings)}")
     return {
         "id": str(row.get("ind", "")),
         "context": text_field(row, "activity_label"),
@@ -175,10 +154,10 @@ def _obqa(row: Row) -> SchemaRow:
 def _keyed_choices(row: Row) -> SchemaRow:
     choices = row.get("choices")
     if not isinstance(choices, Mapping) or not {"text", "label"} <= choices.keys():
-        raise RowFault(f"choices: got {shown(choices)}, allowed: text and label, a list each")
+        raise RowFault(f"choices: must hold the lists text and label, got {shown(choices)}")
     labels, key = list(choices["label"]), row.get("answerKey")
     if key not in labels:
-        raise RowFault(f"answerKey: got {shown(key)}, allowed: {', '.join(map(str, labels))}")
+        raise RowFault(f"answerKey: must be one of {', '.join(map(str, labels))}, got {shown(key)}")
     return {"id": str(row.get("id", "")), "choices": list(choices["text"]), "answer": labels.index(key)}
 
 
@@ -187,8 +166,8 @@ def _label(row: Row, name: str, *, first: int, num_choices: int) -> int:
     value = row.get(name)
     text = str(value).strip()
     if not text.isascii() or not text.isdigit() or not first <= int(text) < first + num_choices:
-        allowed = f"{first} to {first + num_choices - 1} (a split without labels cannot be used)"
-        raise RowFault(f"{name}: got {shown(value)}, allowed: {allowed}")
+        last = first + num_choices - 1
+        raise RowFault(f"{name}: must be {first} to {last} (a split without labels cannot be used), got {shown(value)}")
     return int(text) - first
 
 

@@ -1,6 +1,6 @@
 """The built-in demo data: five small multiple-choice task families that need no network.
 
-Everything is made from the authored tables in ``demo_tables/``, written for this project (Apache-2.0 like the rest).
+Everything is made from the authored tables in demo_tables/, written for this project (Apache-2.0 like the rest).
 The families mirror the answer formats of the usual commonsense tasks, at a size that a 135M model learns in minutes:
 
     demo/facts   yes or no, about a passage of invented facts
@@ -42,7 +42,7 @@ class Draft:
     """A question before the position of its answer is chosen.
 
     Attributes:
-        prompt: Text before the answer; ``{choices}`` stands for the listed choices.
+        prompt: Text before the answer; {choices} stands for the listed choices.
         answer: The right choice, without leading space.
         wrong: The other choices.
     """
@@ -52,41 +52,38 @@ class Draft:
     wrong: tuple[str, ...]
 
 
-def families() -> tuple[str, ...]:
-    """Names of the families, in a fixed order; the task of a family is ``demo/<name>``."""
-    return tuple(_DRAFTS)
-
-
-def examples(family: str, split: Split) -> list[Example]:
+def examples(family: str, split: str) -> list[Example]:
     """The examples of one split of one family: 400 for train, 80 for validation, 160 for test.
 
     A pure function of the tables: the same list on every machine, Python and hash seed, in a shuffled order that
     is fixed.
 
     Args:
-        family: One of :func:`families`, without the ``demo/``.
-        split: "train", "validation" or "test".
+        family: One of `FAMILIES`, without the demo/.
+        split: train, validation or test.
     Returns:
-        Examples with 2 or 4 choices, ``choices[gold] == answer``, each choice starting with its own space.
+        Examples with 2 or 4 choices, choices[gold] == answer, each choice starting with its own space.
     Raises:
         UserError: If the family or the split does not exist.
     """
     faults = []
-    if family not in _DRAFTS:
-        faults.append(f"demo/{family}: no such demo task; there are {', '.join(_DRAFTS)}.{nearest(family, _DRAFTS)}")
-    if split not in SPLITS:
-        faults.append(f"demo/{family}: no split {split!r}; there are {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
-    if faults:
+    known = next((name for name in SPLITS if name == split), None)
+    if family not in FAMILIES:
+        names = ", ".join(f"demo/{name}" for name in FAMILIES)
+        faults.append(f"demo/{family}: no such task, allowed: {names}.{nearest(family, FAMILIES)}")
+    if known is None:
+        faults.append(f"demo/{family}: no split {split!r}, allowed: {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
+    if faults or known is None:
         raise UserError(*faults)
-    return list(_examples(family, split))
+    return list(_examples(family, known))
 
 
 @cache
 def _examples(family: str, split: Split) -> tuple[Example, ...]:
-    # An integer seed per list, from the order of _DRAFTS: a new family goes to the end, or every example changes.
-    rng = random.Random(100 * list(_DRAFTS).index(family) + SPLITS.index(split))
+    # An integer seed per list, from the order of FAMILIES: a new family goes to the end, or every example changes.
+    rng = random.Random(100 * list(FAMILIES).index(family) + SPLITS.index(split))
     drafts: dict[str, Draft] = {}
-    for draft in _DRAFTS[family](split, rng):
+    for draft in FAMILIES[family](split, rng):
         drafts.setdefault(_prompt(draft, sorted((draft.answer, *draft.wrong))), draft)
         if len(drafts) == NUM_EXAMPLES[split]:
             break
@@ -184,13 +181,14 @@ def _next(split: Split, rng: random.Random) -> Iterator[Draft]:
         yield Draft(f"Task: {goal}\nDone: {'; '.join(done)}\nNext:", steps[end], (later[0], strange[0], third))
 
 
-_DRAFTS: dict[str, Callable[[Split, random.Random], Iterator[Draft]]] = {
+FAMILIES: dict[str, Callable[[Split, random.Random], Iterator[Draft]]] = {
     "facts": _facts,
     "odd": _odd,
     "cause": _cause,
     "howto": _howto,
     "next": _next,
 }
+"""Family -> what drafts its questions. Task demo/<family> has its examples."""
 
 
 def _prompt(draft: Draft, choices: Sequence[str]) -> str:
@@ -206,7 +204,7 @@ def _part(items: Sequence[T], split: Split, sizes: tuple[int, int, int]) -> list
 
 
 def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
-    """A shuffled copy. Only ``Random.random`` promises the same numbers in every Python, so no ``shuffle``."""
+    """A shuffled copy. Only Random.random promises the same numbers in every Python, so no shuffle."""
     return sorted(items, key=lambda _: rng.random())
 
 

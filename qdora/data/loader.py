@@ -1,7 +1,4 @@
-"""The examples of a step that one of several processes takes.
-
-From the order of examples to optimizer steps of micro-batches.
-"""
+"""Optimizer steps: which examples each takes, the share of each process, and the position for resuming."""
 
 from __future__ import annotations
 
@@ -35,16 +32,16 @@ def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from.
+    """What one optimizer step learns from. Counts are those of the whole step, over all processes.
 
     Attributes:
-        micro_batches: Longest examples first, so that a step that does not fit into memory fails at once. Of several
-            processes each has its share of them, perhaps none.
-        num_label_tokens: Labels of the whole step, at least 1: the denominator of its loss.
-        num_tokens: Real tokens of the whole step, padding not counted.
-        num_examples: Of the whole step.
+        micro_batches: This process's share, perhaps none. Longest examples first, so that a step that does not fit into
+            memory fails at once.
+        num_label_tokens: Labels, at least 1: the denominator of the loss.
+        num_tokens: Real tokens, padding not counted.
+        num_examples: Examples.
         position_after: Draws of the order that are used up after this step.
-        task_label_tokens: Labels of the whole step, by task.
+        task_label_tokens: Labels by task.
     """
 
     micro_batches: list[MicroBatch]
@@ -64,14 +61,10 @@ class StepLoader:
         tokens_per_step: A step takes examples until it has at least so many real tokens (at most one example more).
             Exactly one of this and `batch`.
         batch: Examples of a step.
-        micro_batch_tokens: Most tokens of a micro-batch, padding counted; a single longer example is one of its own.
-            Has no influence on what a step contains, and may be changed between steps.
-        pad_id: Token in padded places.
-        packed: Layout of rows of several examples, or None: a row is an example. As free to change.
-        row_tokens: Most tokens of a packed row, for the layout "rows".
+        micro_batch_tokens, pad_id, packed, row_tokens: See `Batching`. They have no influence on which examples a step
+            contains, and may be changed between steps.
         position: Draws already used.
-        rank, num_processes: Of several processes, which one this is. All draw the same steps; each pads its share.
-        by_task: Micro-batches have examples of one task each, one task after the other. As free to change.
+        rank, num_processes: Number of this process, and of all. All draw the same steps; each pads its share.
     """
 
     def __init__(
@@ -88,7 +81,6 @@ class StepLoader:
         position: int = 0,
         rank: int = 0,
         num_processes: int = 1,
-        by_task: bool = False,
     ) -> None:
         assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         assert (tokens_per_step or batch or 0) > 0, (tokens_per_step, batch)
@@ -106,7 +98,7 @@ class StepLoader:
         self.packed = packed
         self.row_tokens = row_tokens
         self.position = position
-        self.rank, self.num_processes, self.by_task = rank, num_processes, by_task
+        self.rank, self.num_processes = rank, num_processes
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
         # None for a stream; the lengths of its examples are not known beforehand
         self._lengths = [
@@ -135,19 +127,13 @@ class StepLoader:
         for example in examples:
             labels[example.task] = labels.get(example.task, 0) + int(example.loss_mask.sum())
         return Step(
-            micro_batches=self._micro_batches(mine),
+            micro_batches=micro_batches(mine, self.batching, self.task_names),
             num_label_tokens=sum(labels.values()),
             num_tokens=num_tokens,
             num_examples=len(examples),
             position_after=self.position,
             task_label_tokens=labels,
         )
-
-    def _micro_batches(self, examples: list[TokenizedExample]) -> list[MicroBatch]:
-        if not self.by_task:
-            return micro_batches(examples, self.batching, self.task_names)
-        parts = ([example for example in examples if example.task == name] for name in self.task_names)
-        return [micro for part in parts if part for micro in micro_batches(part, self.batching, self.task_names)]
 
     def _example(self, source: int, index: int) -> TokenizedExample:
         part = self.tokenised[source]
@@ -171,7 +157,7 @@ class StepLoader:
             if num_draws - length >= len(self.order.sizes):
                 raise UserError(
                     f"train.epochs: {epochs:g} of {self.order.epoch_length:,} examples are {num_draws:,}, but "
-                    f"max_epochs of the sources leaves {length:,}; raise it for one source, or lower train.epochs."
+                    f"max_epochs of the sources leaves {length:,}. Fix: raise it for one source, or lower train.epochs."
                 )
             num_draws = length
         if self.batch is not None:
@@ -185,7 +171,7 @@ class StepLoader:
 
     @property
     def counts_draws(self) -> bool:
-        """Whether it is known beforehand how many draws a step takes: not for a number of tokens, of a stream."""
+        """Whether the draws of a step are known beforehand: not for a number of tokens, some of them from a stream."""
         return self.batch is not None or not self.streams
 
     def draws_for_steps(self, num_steps: int) -> int:
@@ -197,8 +183,8 @@ class StepLoader:
         length = self.order.length
         if length is not None and not self.counts_draws:
             raise UserError(
-                "train.tokens_per_step: with max_epochs for every source and a stream among them nobody can say how "
-                "many steps there are; use train.batch, or leave max_epochs out for one source."
+                "train.tokens_per_step: with max_epochs for every source and a stream among them the number of steps "
+                "is not known. Fix: use train.batch, or remove max_epochs from one source."
             )
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, None if length is None else -(-length // self.batch)
@@ -206,8 +192,8 @@ class StepLoader:
             num_draws, possible = self._draws_of_token_steps(num_steps)
         if possible is not None and num_steps > possible:
             raise UserError(
-                f"train.steps: got {num_steps:,}, but max_epochs of the sources leaves {length:,} examples, allowed: "
-                f"at most {possible:,}; raise max_epochs of one source, or leave it out there."
+                f"train.steps: must be at most {possible:,}, because max_epochs of the sources leaves {length:,} "
+                f"examples, got {num_steps:,}. Fix: raise or remove max_epochs of one source."
             )
         return num_draws if length is None else min(num_draws, length)
 
@@ -219,7 +205,7 @@ class StepLoader:
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Continue where `state` was taken.
 
         Raises:
             UserError: If the data, the mix or the size of a step differ from those of the state: other examples would
@@ -227,8 +213,8 @@ class StepLoader:
         """
         stored, mine = dict(state["fingerprint"]), self.fingerprint()
         faults = [
-            f"resume: {_WHAT[key]} changed since the checkpoint (then {stored.get(key)}, now {value}); "
-            "restore it, or start a new run"
+            f"resume: {_WHAT[key]} changed since the checkpoint (then {stored.get(key)}, now {value}). "
+            "Fix: restore it, or start a new run."
             for key, value in mine.items()
             if stored.get(key) != value
         ]
@@ -258,7 +244,7 @@ class StepLoader:
         return num_tokens >= (self.tokens_per_step or 0)
 
     def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
-        """Tokens that the first draws take from each source, (sources,); of a stream a guess by its first rows."""
+        """Tokens that the first draws take from each source, (sources,); estimated from the first rows of a stream."""
         tokens = np.zeros(len(self.tokenised), dtype=np.int64)
         for sources, lengths in self._drawn(num_draws):
             np.add.at(tokens, sources, lengths)
@@ -276,12 +262,12 @@ class StepLoader:
         return num_draws, found + (num_tokens > 0)
 
     def _drawn_lengths(self, num_draws: int | None) -> Iterator[int]:
-        """Tokens of each of the first draws; None goes on without an end."""
+        """Tokens of each of the first draws, without an end for None."""
         for _, lengths in self._drawn(num_draws):
             yield from lengths.tolist()
 
     def _drawn(self, num_draws: int | None) -> Iterator[Draws]:
-        """(sources, tokens) of the first draws, a part at a time; None goes on without an end. Guessed for streams."""
+        """(sources, tokens) of the first draws, a part at a time, without an end for None. Streams: the mean length."""
         start = 0
         while num_draws is None or start < num_draws:
             stop = start + 65536 if num_draws is None else min(start + 65536, num_draws)
@@ -305,7 +291,7 @@ _WHAT = {
 
 
 def _hash_sets(tokenised: Sequence[Source]) -> str:
-    """SHA-256 over names, tasks, ids and labels of all sources (of a stream, its fingerprint), 16 hex digits."""
+    """SHA-256 over names, tasks, ids and labels of all sources (a stream: its fingerprint), 16 hex digits."""
     digest = hashlib.sha256()
     for part in tokenised:
         if isinstance(part, ExampleStream):

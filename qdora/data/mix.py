@@ -21,7 +21,7 @@ Draws = tuple[NDArray[np.int64], NDArray[np.int64]]
 """(sources, indices): the source of each draw, and the example's index inside that source; (draws,) int64 each."""
 
 _BLOCK = 4096
-"""Draws that are worked out together, up to one more or less for each source."""
+"""Draws that are computed together, up to one more or less for each source."""
 
 
 def mix_shares(
@@ -64,7 +64,7 @@ def mix_shares(
 
 
 def most_draws(size: int, max_epochs: float | None) -> int | None:
-    """Draws that a source of `size` examples may give, at least 1; None without an end."""
+    """Draws that a source of `size` examples may give, at least 1; None: no end."""
     # 0.29 * 100 is 28.999999999999996
     return None if max_epochs is None else max(1, math.floor(min(max_epochs * size + 1e-6, 2.0**62)))
 
@@ -73,19 +73,18 @@ class MixOrder:
     """An order of (source, index) pairs, a pure function of sizes, shares, caps, seed and position.
 
     The j-th draw of source s is due at time (j + 1/2) / share_s, and draws are made in the order of their times. After
-    n draws a source has had n share_s of them up to 1/2 + share_s (number of sources) / 2, at any n, where random draws
-    are off by sqrt(n): every optimizer step has nearly the asked shares. Inside a source the draws run through a
-    shuffle of its examples, then through a new one, so that none is repeated before all have been seen. With shares in
-    proportion to the sizes, all sources come to the end of a shuffle after the same draw: an epoch has each of all N
-    examples once.
+    any n draws the number from source s differs from n share_s by at most 1/2 + share_s (number of sources) / 2; random
+    draws would differ by sqrt(n). So every optimizer step has nearly the asked shares. Inside a source the draws run
+    through a shuffle of its examples, then through a new one: no example comes twice before all have come. With shares
+    in proportion to the sizes, all sources end a shuffle at the same draw: an epoch has each example once.
 
-    A source with a cap has no draw after its last one, so that from then on the others share among themselves what is
-    drawn, in their old proportions; where all have a cap, the order ends. Any position is reached in closed form.
+    A source with a cap gives no more draws after it. The others then share the draws in their old proportions. Where
+    all have a cap, the order ends. Any position is reached in closed form.
 
     Args:
         sizes: Examples of each source, each above 0. None: a stream, whose index is the number of the draw from it.
         shares: (sources,) from `mix_shares`.
-        seed: Of all shuffles.
+        seed: Seed of all shuffles.
         caps: Most draws of each source, each above 0; None, as a whole or for one source, without an end.
     """
 
@@ -117,7 +116,7 @@ class MixOrder:
 
     @property
     def epoch_length(self) -> int:
-        """Draws of an epoch: as many as there are examples; each of them once, where the shares are as the sizes."""
+        """Draws of an epoch: the number of all examples."""
         assert None not in self.sizes, "a stream has no known number of examples"
         return sum(size for size in self.sizes if size is not None)
 
@@ -224,7 +223,7 @@ def make_mix(
         sets: At least one.
         strategy, temperature, weights: See `mix_shares`.
         max_epochs: Most passes over each source; None, as a whole or for one source, without an end.
-        seed: Of the order.
+        seed: Seed of the order.
     Raises:
         UserError: If a stream has no known size and the strategy or its max_epochs needs one.
     """
@@ -232,13 +231,13 @@ def make_mix(
     sizes = [_known_size(part) for part in sets]
     needed = {"proportional", "temperature"} & {strategy}
     faults = [
-        f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not known; "
-        "give its size (examples), or take data.strategy weights or equal."
+        f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not known. "
+        "Fix: give its size (examples), or set data.strategy: weights or equal."
         for part, size in zip(sets, sizes, strict=True)
         if size is None and needed
     ]
     faults += [
-        f"{part.name}: max_epochs needs the size of the stream, and it is not known; give its size (examples)."
+        f"{part.name}: max_epochs needs the size of the stream, and it is not known. Fix: give its size (examples)."
         for part, size, epochs in zip(sets, sizes, most, strict=True)
         if size is None and epochs is not None
     ]

@@ -1,4 +1,4 @@
-"""What a run will see of every source, worked out before it runs."""
+"""What a run will see of every source, computed before it runs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ class SourcePlan:
     """One source over the steps of a run.
 
     Attributes:
-        name: Of the source.
-        num_examples: It has. None: nobody knows, as with what follows, of a stream.
-        num_tokens: It has.
-        num_truncated: Examples that were cut to data.max_length.
-        num_dropped: Examples that were left out.
+        name: Name of the source.
+        num_examples, num_tokens: Examples and tokens of the source; None where not known, as for streams.
+        num_truncated: Examples that were cut to data.max_length; None for a stream.
+        num_dropped: Examples that were left out; None for a stream.
         share_asked: Share of the draws that the strategy gives it.
         share_seen: Share of the draws that come from it: less than asked once it is used up, more once others are.
         num_draws: Examples that the run takes from it.
-        num_tokens_seen: Tokens that the run takes from it.
-        epochs: Times that its examples are seen on average; below 1, some are never seen.
+        num_tokens_seen: Tokens that the run takes from it; None for a stream.
+        epochs: How often its examples are seen on average. Below 1, some are never seen.
     """
 
     name: str
@@ -50,8 +49,8 @@ class MixPlan:
     Attributes:
         num_steps: Optimizer steps.
         num_draws: Examples that they take.
-        is_exact: False where num_draws, and with it each source's, is a guess: steps of a number of tokens, drawn from
-            a stream whose lengths are guessed from its first rows.
+        is_exact: False where the draws are an estimate: steps of a number of tokens, from a stream whose lengths are
+            estimated from its first rows.
         sources: In the order of the recipe.
     """
 
@@ -69,7 +68,7 @@ def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
     """What `num_steps` steps from position 0 take from each source.
 
     Raises:
-        UserError: If the sources are used up before.
+        UserError: If the sources have fewer steps.
     """
     num_draws = loader.draws_for_steps(num_steps)
     counts = mix.order.counts(num_draws).tolist()
@@ -110,7 +109,7 @@ def large_step_warning(plan: MixPlan) -> str | None:
 
 
 def show_mix(console: Console, plan: MixPlan) -> None:
-    """What the run will see of every source, before it runs."""
+    """Print the plan as a table."""
     table = Table(title=_mix_title(plan), title_justify="left")
     for name in _MIX_COLUMNS:
         table.add_column(name, justify="left" if name == "source" else "right")
@@ -120,7 +119,7 @@ def show_mix(console: Console, plan: MixPlan) -> None:
 
 
 def keep_mix(run: RunDirectory, plan: MixPlan) -> None:
-    """The same in the run directory: lines of log.txt, and mix.json."""
+    """Write the plan to the run directory: lines of log.txt, and mix.json."""
     run.log(_mix_title(plan))
     for part in plan.sources:
         name, *numbers = zip(_MIX_COLUMNS, _mix_cells(part), strict=True)

@@ -1,4 +1,4 @@
-"""The layouts of rows that people have: choices, prompt and completion, chat, text, LLM-Adapters; each to Examples."""
+"""The layouts of rows -> Examples: choices, prompt and completion, chat, text, LLM-Adapters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from qdora.data.commonsense import TEMPLATES, Row, RowFault, example_of_row, optional_text, shown, text_field
+from qdora.data.commonsense import TEMPLATES, example_of_row
 from qdora.data.example import Example
-from qdora.data.local_files import Rows
+from qdora.data.rows import Row, RowFault, Rows, optional_text, row_id, shown, text_field
 from qdora.errors import UserError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -41,9 +41,9 @@ def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> lis
     Args:
         rows: At least one.
         format: One of FORMATS, or auto: by the columns of the first row.
-        label: Task name of the examples; a row's own task (or, in commonsense170k, the one that its wording gives away)
-            comes before it unless `named`.
-        named: The label was chosen by the user.
+        label: Task name of the examples. A row's own task (in commonsense170k, the one found from its wording) comes
+            first unless `named`.
+        named: The user chose the label.
     Raises:
         UserError: If no format fits the columns, or rows are faulty: the first few are named, the rest counted.
     """
@@ -101,40 +101,40 @@ def _completion(row: Row, task: str, label: str, id: str) -> Example:
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, str):
             hint = " (turns of a chat go into one column, messages)" if isinstance(value, list) else ""
-            raise RowFault(f"{name}: got {shown(value)}, allowed: text{hint}")
+            raise RowFault(f"{name}: must be text{hint}, got {shown(value)}")
     if not completion.strip():
-        raise RowFault(f"completion: got {shown(completion)}, allowed: text that is not empty")
-    return Example(task=label, id=_id(row, id), prompt=prompt, answer=completion)
+        raise RowFault(f"completion: must be text that is not empty, got {shown(completion)}")
+    return Example(task=label, id=row_id(row, id), prompt=prompt, answer=completion)
 
 
 def _messages(row: Row, task: str, label: str, id: str) -> Example:
     """A list of {role, content}; the assistant's turns are what is learnt."""
     turns = row["messages"]
     if not isinstance(turns, list) or not turns:
-        raise RowFault(f"messages: got {shown(turns)}, allowed: a list of turns {{role, content}}")
+        raise RowFault(f"messages: must be a list of turns {{role, content}}, got {shown(turns)}")
     messages = tuple(_turn(number, turn) for number, turn in enumerate(turns))
     if not any(role == "assistant" and content.strip() for role, content in messages):
         raise RowFault("messages: no turn of role assistant with content, so there is nothing to learn")
-    return Example(task=label, id=_id(row, id), prompt="", answer="", messages=messages)
+    return Example(task=label, id=row_id(row, id), prompt="", answer="", messages=messages)
 
 
 def _turn(number: int, turn: Any) -> tuple[str, str]:
     if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-        raise RowFault(f"messages[{number}]: got {shown(turn)}, allowed: an object with role and content")
+        raise RowFault(f"messages[{number}]: must be an object with role and content, got {shown(turn)}")
     role, content = turn["role"], turn["content"]
     if role not in ROLES:
         hint = nearest(str(role), ROLES)
-        raise RowFault(f"messages[{number}].role: got {shown(role)}, allowed: {', '.join(ROLES)}.{hint}")
+        raise RowFault(f"messages[{number}].role: must be one of {', '.join(ROLES)}, got {shown(role)}.{hint}")
     if not isinstance(content, str):
-        raise RowFault(f"messages[{number}].content: got {shown(content)}, allowed: text")
+        raise RowFault(f"messages[{number}].content: must be text, got {shown(content)}")
     return role, content
 
 
 def _text(row: Row, task: str, label: str, id: str) -> Example:
     """Plain text; all of it is learnt."""
     if not isinstance(row["text"], str) or not row["text"].strip():
-        raise RowFault(f"text: got {shown(row['text'])}, allowed: text that is not empty")
-    return Example(task=label, id=_id(row, id), prompt="", answer=row["text"])
+        raise RowFault(f"text: must be text that is not empty, got {shown(row['text'])}")
+    return Example(task=label, id=row_id(row, id), prompt="", answer=row["text"])
 
 
 _ALPACA = (
@@ -162,8 +162,8 @@ def _commonsense170k(row: Row, task: str, label: str, id: str) -> Example:
     names, answer = _answer_names(instruction), optional_text(row, "answer")
     if answer in names and output.count(answer) == 1:
         choices = tuple(output.replace(answer, name) for name in names)
-        return Example(label, _id(row, id), prompt, output, choices, names.index(answer))
-    return Example(label, _id(row, id), prompt, output)
+        return Example(label, row_id(row, id), prompt, output, choices, names.index(answer))
+    return Example(label, row_id(row, id), prompt, output)
 
 
 def _answer_names(instruction: str) -> tuple[str, ...]:
@@ -174,10 +174,10 @@ def _answer_names(instruction: str) -> tuple[str, ...]:
 
 
 def commonsense_task(instruction: str) -> str:
-    """The task that the wording of a commonsense_170k instruction gives away, or ''.
+    """The task of a commonsense_170k instruction, found from its wording; '' where none fits.
 
-    Three numbered answers are Social IQa (a dozen ARC questions have three, too), four or five are ARC or OpenBookQA,
-    which cannot be told apart: arc_or_obqa.
+    Three numbered answers are Social IQa (a dozen ARC questions have three, too). Four or five are ARC or OpenBookQA,
+    whose wording is the same: arc_or_obqa.
     """
     names = _answer_names(instruction)
     if names == ("true", "false"):
@@ -186,11 +186,6 @@ def commonsense_task(instruction: str) -> str:
     if kind == "answer":
         return "siqa" if len(names) == 3 else "arc_or_obqa"
     return {"solution": "piqa", "ending": "hellaswag", "option": "winogrande"}.get(kind, "")
-
-
-def _id(row: Row, id: str) -> str:
-    own = row.get("id")
-    return id if own in (None, "") else str(own)
 
 
 FORMATS: dict[str, Format] = {

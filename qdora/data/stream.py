@@ -1,4 +1,4 @@
-"""Examples of a source larger than memory: read, shuffled and tokenised on the way, resumed exactly from any one."""
+"""Examples of a source larger than memory: read, shuffled and tokenised while training, resumed exactly anywhere."""
 
 from __future__ import annotations
 
@@ -11,46 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.commonsense import RowFault
+from qdora.data.readers import PlacedRow, Shards
 from qdora.data.row_formats import choose_format, example_of_format
-from qdora.data.shards import PlacedRow, Shards
-from qdora.data.tokenize import ExampleTally, LossOn, TokenizedExample, TooLong
+from qdora.data.rows import MAX_SHOWN_FAULTS, RowFault
+from qdora.data.tokenize import ExampleTally, TokenizedExample
 from qdora.errors import UserError
+from qdora.recipe.data_settings import DataConfig
 
 _TOKENIZED_AT_ONCE = 64
-"""Rows for one call of the tokenizer: little to do again on resume, and the first example is there at once."""
+"""Rows for one call of the tokenizer: few, so that little is done again on resume and the first example comes soon."""
 _SAMPLE = 64
 """Rows from the beginning that tell one stream from another and give a first guess of the length."""
 
 
 @dataclass(frozen=True)
-class StreamSettings:
-    """How the rows of a stream become examples.
-
-    Attributes:
-        name: Of the source, and the task of all its examples.
-        format: Layout of the rows; auto goes by the columns of the first.
-        max_length, loss_on, too_long: As in `tokenize_all`.
-        window: Rows that are shuffled together, and that are in memory.
-        size: Examples, where known; only the mix looks at it.
-        seed: Of the order.
-        number: Of the source in the mix, so that two sources have orders of their own.
-    """
-
-    name: str
-    format: str = "auto"
-    max_length: int = 512
-    loss_on: LossOn = "answer"
-    too_long: TooLong = "truncate"
-    window: int = 4096
-    size: int | None = None
-    seed: int = 0
-    number: int = 0
-
-
-@dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream stands; a few numbers, from which it goes on after reading one window again.
+    """Where a stream stands. To resume, one window of rows is read again.
 
     Attributes:
         epoch: Passes over the shards that are done.
@@ -76,19 +52,22 @@ class StreamPosition:
 class ExampleStream:
     """An endless stream of tokenised examples, pass after pass over the shards, a pure function of data and settings.
 
-    Each pass takes the shards in a new order, reads them one after the other, and gives every run of `window` rows in a
-    shuffled order. At most a window of rows is in memory. Unlike a buffer whose places are refilled one by one, such
-    an order can be entered anywhere: the position says where the window begins, and only that window is read again.
+    Each pass takes the shards in a new order, reads them one after the other, and gives every run of `shuffle_window`
+    rows in a shuffled order. At most a window of rows is in memory. A buffer whose places are refilled one by one could
+    not be entered anywhere; here the position says where the window begins, and only that window is read again.
 
     Args:
         shards: Where the rows are.
-        settings: What is done with them.
+        data: Settings; `data.mix[number]` is the source. All examples have its name as their task.
+        number: Place of the source in the mix. Two sources have different orders.
         tokenizer: A transformers tokenizer.
     """
 
-    def __init__(self, shards: Shards, settings: StreamSettings, tokenizer: Any) -> None:
+    def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
         self.shards = shards
-        self.settings = settings
+        self.data, self.source, self.number = data, data.mix[number], number
+        self.name = self.source.label
+        self.task_names = [self.name]
         self.tokenizer = tokenizer
         self.position = StreamPosition()
         self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (place of the shard, row of it, row)
@@ -97,19 +76,9 @@ class ExampleStream:
         self._ready: list[tuple[TokenizedExample | None, bool]] = []  # tokenised rows of the window, the next one last
 
     @property
-    def name(self) -> str:
-        """Of the source."""
-        return self.settings.name
-
-    @property
-    def task_names(self) -> list[str]:
-        """The one task of the stream."""
-        return [self.settings.name]
-
-    @property
     def num_examples(self) -> int | None:
-        """As the settings say, else as many as there are rows; None where that is not known."""
-        return self.settings.size or self.shards.num_rows
+        """`size` of the source, else the number of rows; None where it is not known. Only the mix looks at it."""
+        return self.source.size or self.shards.num_rows
 
     def next(self) -> TokenizedExample:
         """The next example.
@@ -137,22 +106,29 @@ class ExampleStream:
         return asdict(self.position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken, in a stream of the same data and settings."""
+        """Continue where `state` was taken, in a stream of the same data and settings."""
         self.position = StreamPosition(**state)
         self._rows, self._window, self._ready = None, [], []
 
     def fingerprint(self) -> str:
         """16 hex digits over the shards, the settings and the first rows as they are tokenised."""
-        digest = hashlib.sha256(f"{self.shards.names} {self.settings}".encode())
+        data, source = self.data, self.source
+        # Checkpoints hold the fingerprint, so this text must not change.
+        settings = (
+            f"StreamSettings(name={self.name!r}, format={source.format!r}, max_length={data.max_length!r}, "
+            f"loss_on={data.loss_on!r}, too_long={data.too_long!r}, window={source.shuffle_window!r}, "
+            f"size={source.size!r}, seed={data.seed!r}, number={self.number!r})"
+        )
+        digest = hashlib.sha256(f"{self.shards.names} {settings}".encode())
         for example in self._sample:
             digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def mean_length(self) -> float:
-        """Tokens of an example, a guess from the first rows."""
+        """Tokens of an example, estimated from the first rows."""
         lengths = [len(example) for example in self._sample]
-        return sum(lengths) / len(lengths) if lengths else float(self.settings.max_length)
+        return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
 
     @cached_property
     def _sample(self) -> list[TokenizedExample]:
@@ -162,10 +138,10 @@ class ExampleStream:
 
     @cached_property
     def _format(self) -> str:
-        """The layout of all rows, by the first row of the first shard that has one."""
+        """The layout of all rows, found from the first row."""
         for reader in self.shards.readers:
             for _, row in reader(0):
-                return choose_format(list(row), self.settings.format, self.shards.where)
+                return choose_format(list(row), self.source.format, self.shards.where)
         raise UserError(f"{self.shards.where}: the data set is empty, allowed: at least one row")
 
     def _tokenize_more(self) -> None:
@@ -180,14 +156,14 @@ class ExampleStream:
         self._ready = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE])[::-1]
 
     def _read_window(self) -> None:
-        """The rows of the window that begins at the position, shuffled; those of the next pass behind the last one."""
+        """The rows of the window that begins at the position, shuffled. After the last window the next pass begins."""
         rows = self._window_rows()
         if not rows:
             here = self.position
             if here.num_drawn == here.num_drawn_before:
                 raise UserError(
                     f"{self.name}: {self.shards.where} gives no example ({here.num_dropped:,} rows are longer than "
-                    f"data.max_length, {self.settings.max_length})."
+                    f"data.max_length, {self.data.max_length})."
                 )
             self.position = StreamPosition(
                 epoch=here.epoch + 1,
@@ -208,7 +184,7 @@ class ExampleStream:
         for shard, row, placed in self._rows:
             rows.append(placed)
             self._next_window = (shard, row + 1)
-            if len(rows) == self.settings.window:
+            if len(rows) == self.source.shuffle_window:
                 break
         return rows
 
@@ -221,8 +197,8 @@ class ExampleStream:
                 yield shard, row, placed
 
     def _generator(self, purpose: int, *part: int) -> np.random.Generator:
-        """1 is taken by the shuffles of `MixOrder`."""
-        entropy = [self.settings.seed, purpose, self.settings.number, self.position.epoch, *part]
+        """The purposes 2 and 3 are those of this file; 1 is that of the shuffles of `MixOrder`."""
+        entropy = [self.data.seed, purpose, self.number, self.position.epoch, *part]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
     def _tokenized(self, rows: list[PlacedRow]) -> list[tuple[TokenizedExample | None, bool]]:
@@ -233,8 +209,8 @@ class ExampleStream:
             except RowFault as fault:
                 faults.append(f"{place}: {fault}")
         if faults:
-            raise UserError(*faults[:5])
-        tally = ExampleTally(self.name, self.settings.max_length, self.settings.too_long)
-        done = tally.add(examples, self.tokenizer, self.settings.loss_on)
+            raise UserError(*faults[:MAX_SHOWN_FAULTS])
+        tally = ExampleTally(self.name, self.data.max_length, self.data.too_long)
+        done = tally.add(examples, self.tokenizer, self.data.loss_on)
         tally.check(len(examples))
         return done

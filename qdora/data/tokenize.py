@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.chat import encode_chats, require_chat_template
-from qdora.data.encode import encode_batch, shared_length, special_prefix
+from qdora.data.encode import encode_chats, encode_pairs, require_chat_template, special_prefix
 from qdora.data.example import Example
 from qdora.errors import UserError
 
 LossOn = Literal["answer", "all"]
 TooLong = Literal["error", "truncate", "drop"]
-Progress = Callable[[int, int], None]
-"""progress(num_done, num_total)."""
-
 _BATCH = 1024
-"""Texts per call of the tokenizer: enough for its threads, few enough for a progress bar."""
+"""Texts per call of the tokenizer: enough for its threads, few enough for memory."""
 _SHOWN = 3
 """Faulty chats that are named; the rest is counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """Attributes:
-    task: Name under which the loss is counted.
-    id: The example's id.
-    input_ids: (length,) int32, with the tokenizer's beginning-of-sequence token if it adds one.
-    loss_mask: (length,) bool, True where the token counts as a label, that is, is predicted from those before it. The
-        first is always False.
+    """The token ids of an example, and which of them are learnt.
+
+    Attributes:
+        task: Name under which the loss is counted.
+        id: The example's id.
+        input_ids: (length,) int32, with the tokenizer's beginning-of-sequence token if it adds one.
+        loss_mask: (length,) bool, True where the token is a label: it is predicted from those before it. The first is
+            always False.
     """
 
     task: str
@@ -49,7 +47,7 @@ class TokenizedSet:
     """The tokenised examples of one source, in their old order.
 
     Attributes:
-        name: Of the source.
+        name: Name of the source.
         examples: At least one.
         num_truncated: Examples that were cut to `max_length`.
         num_dropped: Examples that were left out because they are longer.
@@ -73,53 +71,6 @@ class TokenizedSet:
         """Tasks of the examples, each once."""
         return list(dict.fromkeys(example.task for example in self.examples))
 
-    @property
-    def num_label_tokens(self) -> int:
-        """Tokens of all examples that count in the loss."""
-        return sum(int(example.loss_mask.sum()) for example in self.examples)
-
-
-def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of prompt + answer, encoded as one text, and where the answer starts in them.
-
-    As in lm-evaluation-harness, spaces at the end of the prompt go to the answer first, because tokenizers join a space
-    to the word behind it. The answer starts at the first token that differs from those of the prompt alone, so it has
-    every character of the answer even where a token spans the border. The tokenizer's beginning-of-sequence token is
-    there if it adds one by default, an end-of-sequence token never.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        prompt: May be empty.
-        answer: Starts with its own space.
-    Returns:
-        (ids, start): ids[start:] belongs to the answer. start is 0 for an empty prompt without beginning-of-sequence
-        token: nothing predicts the first token then.
-    """
-    (ids, start), *_ = encode_pairs(tokenizer, [(prompt, answer)])
-    return ids, start
-
-
-def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
-    """`encode_pair` of many (prompt, answer), in two calls of the tokenizer."""
-    prompts = [prompt.rstrip(" ") for prompt, _ in pairs]
-    prefix = special_prefix(tokenizer)
-    whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
-    alone = encode_batch(tokenizer, prompts)
-    return [
-        (prefix + ids, len(prefix) + shared_length(ids, prompt_ids))
-        for ids, prompt_ids in zip(whole, alone, strict=True)
-    ]
-
-
-def tokenize_example(
-    example: Example, tokenizer: Any, *, max_length: int, loss_on: LossOn = "answer", too_long: TooLong = "error"
-) -> TokenizedExample | None:
-    """One example, by the rules of `tokenize_all`; None if it was dropped."""
-    tally = ExampleTally(example.task, max_length, too_long)
-    ((tokenized, _),) = tally.add([example], tokenizer, loss_on)
-    tally.check(1)
-    return tokenized
-
 
 def tokenize_all(
     examples: Sequence[Example],
@@ -129,44 +80,40 @@ def tokenize_all(
     max_length: int,
     loss_on: LossOn = "answer",
     too_long: TooLong = "error",
-    progress: Progress | None = None,
 ) -> TokenizedSet:
     """Tokenise the examples of a source.
 
-    An answer is followed by the tokenizer's end-of-sequence token, which is learnt with it (for multiple choice, too: a
-    model that is asked to write must know where the answer ends; evaluation scores the choices without it). A chat
-    carries the end marks of its template instead.
+    The tokenizer's end-of-sequence token follows an answer and is learnt with it, for multiple choice too: a model that
+    writes must know where the answer ends. (Evaluation scores the choices without it.) A chat has the end marks of its
+    template instead.
 
     Args:
-        examples: Of one source.
+        examples: The examples.
         tokenizer: A transformers tokenizer with an end-of-sequence token.
-        name: Of the source, for error lines.
+        name: Name of the source, for error lines.
         max_length: Most tokens of an example, special tokens included.
         loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "all" the prompt's as well.
-        too_long: What happens to longer ones. "error": all are counted, then one line. "truncate": the front of the
-            prompt goes first, and what is then still too long loses its end, as a chat does; one without a token left
-            to learn is dropped. "drop": left out.
-        progress: Called with examples done and all examples.
+        too_long: What happens to longer ones. "error": one error with their number. "truncate": cut the front of the
+            prompt, then the end of the answer (of a chat its end), and drop an example that has no token left to
+            learn. "drop": leave them out.
     Raises:
-        UserError: If examples are too long or have no token to learn, a chat does not fit the chat template, there is
-            none, or no example is left; gathered.
+        UserError: If examples are too long or have no token to learn, a chat does not fit the chat template or there
+            is no template, or no example is left; all faults at once.
     """
     tally = ExampleTally(name, max_length, too_long)
     done: list[TokenizedExample] = []
     for start in range(0, len(examples), _BATCH):
         sorted_ = tally.add(examples[start : start + _BATCH], tokenizer, loss_on)
         done += [tokenized for tokenized, _ in sorted_ if tokenized is not None]
-        if progress is not None:
-            progress(min(start + _BATCH, len(examples)), len(examples))
     tally.check(len(examples))
     if not done:
-        raise UserError(f"{name}: none of {len(examples)} examples is left; raise data.max_length ({max_length}).")
+        raise UserError(f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length}).")
     return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped)
 
 
 @dataclass
 class ExampleTally:
-    """What becomes of the examples of a source, in the order in which they are added."""
+    """Counts what happens to the examples of a source, in the order in which they are added."""
 
     name: str
     max_length: int
@@ -181,7 +128,7 @@ class ExampleTally:
     def add(
         self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn
     ) -> list[tuple[TokenizedExample | None, bool]]:
-        """(tokenised, whether it was too long) of each; None where it was dropped or is faulty."""
+        """(tokenised or None, whether it was too long) of each; None: dropped or faulty."""
         encoded = _encode(examples, tokenizer, self.name, loss_on)
         return [self._sort(*pair) for pair in zip(examples, encoded, strict=True)]
 
@@ -217,11 +164,13 @@ class ExampleTally:
         if self.too_long_ids:
             faults.append(
                 f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
-                f"({self.max_length}), the longest has {self.longest} tokens; raise data.max_length, or set "
+                f"({self.max_length}), the longest has {self.longest} tokens. Fix: raise data.max_length, or set "
                 "data.too_long to truncate (cuts the front of the prompt) or drop."
             )
         if self.unlearnable_ids:
-            faults.append(f"{self.name}: {_named(self.unlearnable_ids)} without a token to learn; remove or mend them.")
+            faults.append(
+                f"{self.name}: {_named(self.unlearnable_ids)} without a token to learn. Fix: remove or mend them."
+            )
         if faults:
             raise UserError(*faults)
 
@@ -249,7 +198,9 @@ def _encode(examples: Sequence[Example], tokenizer: Any, name: str, loss_on: Los
     if texts:
         eos = tokenizer.eos_token_id
         if eos is None:
-            raise UserError(f"{name}: the tokenizer has no end-of-sequence token to end an answer with; set one in it.")
+            raise UserError(
+                f"{name}: the tokenizer has no end-of-sequence token to end an answer with. Fix: set one in it."
+            )
         prefix = len(special_prefix(tokenizer))
         pairs = encode_pairs(tokenizer, [(examples[index].prompt, examples[index].answer) for index in texts])
         for index, (ids, start) in zip(texts, pairs, strict=True):

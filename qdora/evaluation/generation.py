@@ -1,15 +1,11 @@
-"""The names by which a question's choices are called ("answer2", "true"), and the first one that a text mentions.
-
-Greedy decoding of many prompts at once: left-padded batches, a key-value cache, rows leave when they are done.
-
-Like `spans.py` this file knows token ids and a model, nothing of text or tasks.
-
-Accuracy by generation: the model answers in its own words, and the answer is read from them.
+"""Accuracy by generation: the model answers in its own words, and the answer is read from them.
 
 The protocol of the DoRA paper's commonsense table (arXiv 2402.09353, sec. 5.1), which is that of LLM-Adapters (arXiv
-2304.01933): an instruction, up to 32 new tokens, the first answer name that occurs counts. One thing differs: decoding
-is greedy, where the published script searches with 4 beams. An output without any of the names is no right answer, and
-is counted by itself: a model that does not keep to the format is another matter than one that errs.
+2304.01933): an instruction, up to 32 new tokens, the first answer name that occurs counts ("answer2", "true"). One
+thing differs: decoding is greedy, the published script searches with 4 beams. An output without any of the names is not
+right, and is counted separately: a model that does not keep to the format differs from one that errs.
+
+`decode_greedily` knows token ids and a model, nothing of text or tasks.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,11 +32,293 @@ from qdora.evaluation.metrics import Estimate, macro_average, mean_stderr
 from qdora.evaluation.suite import SuiteProgress, spread
 from qdora.evaluation.token_scores import Progress, length_batches
 
+logger = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 32
+"""As in the published evaluation."""
+_NUM_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """The model's answer to one example."""
+
+    task: str
+    id: str
+    gold: int
+    output: str
+    """The text up to the token that decided the answer, else up to the end of sequence or the last allowed token."""
+    answer: int | None
+    """Index of the choice that it names first; None where it names none."""
+    num_new_tokens: int
+    num_truncated: int
+    """Tokens cut from the left of the prompt because it is longer than the model's context allows."""
+
+    @property
+    def outcome(self) -> str:
+        """right, wrong or unparsable."""
+        return "unparsable" if self.answer is None else "right" if self.answer == self.gold else "wrong"
+
+
+@dataclass(frozen=True)
+class GeneratedResult:
+    """Counts of one task, or of all of them. num_right + num_wrong + num_unparsable = num_examples."""
+
+    num_examples: int
+    num_right: int
+    num_wrong: int
+    num_unparsable: int
+    acc: float
+    """num_right / num_examples; in the average the mean over tasks."""
+    acc_stderr: float | None
+    """None for a single example."""
+    chance: float
+    """Expected accuracy of a random choice."""
+    num_truncated: int
+    num_new_tokens: int
+    unparsable: list[dict[str, str]] = field(default_factory=list)
+    """id and output of the first few outputs that name no choice."""
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One model's answers on several tasks."""
+
+    tasks: dict[str, GeneratedResult]
+    average: GeneratedResult
+    """Accuracy and chance: every task counts once. Counts are sums."""
+    settings: dict[str, Any]
+    per_example: list[GeneratedAnswer] = field(default_factory=list)
+    """In task order."""
+
+    def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
+        """For JSON: dicts, lists, numbers, strings and None only."""
+        document: dict[str, Any] = {
+            "tasks": {task: asdict(result) for task, result in self.tasks.items()},
+            "average": asdict(self.average),
+            "settings": dict(self.settings),
+        }
+        if per_example:
+            document["per_example"] = [asdict(each) | {"outcome": each.outcome} for each in self.per_example]
+        return document
+
+
+def evaluate_generated(
+    model: nn.Module,
+    tokenizer: Any,
+    examples_by_task: Mapping[str, Sequence[Example]],
+    *,
+    limit: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_batch_tokens: int = 4096,
+    progress: SuiteProgress | None = None,
+) -> GenerationResult:
+    """Let the model answer every task's examples; count right, wrong and unparsable answers.
+
+    Args:
+        model: A causal language model, on the device where it is to run. Its mode is as before afterwards.
+        tokenizer: Its tokenizer.
+        examples_by_task: Task name -> its examples, at least one each, whose choices differ in one word.
+        limit: Most examples of a task, the same ones as `suite.evaluate` takes; None for all.
+        max_new_tokens: Most tokens of one answer.
+        max_batch_tokens: Most tokens of one batch, padding and new tokens included.
+        progress: Called with the task, its examples done and all its examples.
+    Raises:
+        UserError: If there is no task or no example, a choice has no name of one word, or the model's context is too
+            short for any prompt.
+        RunFailure: If the model gives logits that are not finite.
+    """
+    faults = generation_faults(examples_by_task)
+    if not examples_by_task or not all(examples_by_task.values()):
+        faults.append("eval: every task needs an example to answer, got none")
+    if faults:
+        raise UserError(*faults)
+    path = find_path(model)
+    began = time.perf_counter()
+    tasks: dict[str, GeneratedResult] = {}
+    answers: list[GeneratedAnswer] = []
+    for task, examples in examples_by_task.items():
+        chosen = spread(examples, limit)
+        report = None if progress is None else partial(progress, task)
+        found = generate_answers(model, tokenizer, chosen, max_new_tokens, max_batch_tokens, path, report)
+        tasks[task] = _counted(found, [len(example.choices) for example in chosen])
+        answers.extend(found)
+    parameter = next(model.parameters())
+    settings = {
+        "method": "generate",
+        "decoding": "greedy",
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "max_batch_tokens": max_batch_tokens,
+        "batched": bool(path.cache_keyword),
+        "model_dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    return GenerationResult(tasks, _average(list(tasks.values())), settings, answers)
+
+
+def generate_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    max_batch_tokens: int,
+    path: ForwardPath,
+    progress: Progress | None = None,
+) -> list[GeneratedAnswer]:
+    """The model's answers, in the order of `examples`; see `evaluate_generated`.
+
+    A row is done as soon as its first name is complete: what follows could not change the answer.
+    """
+    names = [answer_names(example.choices) for example in examples]
+    prompts, cut = _prompts(tokenizer, examples, context_length(model), max_new_tokens)
+
+    def text(ids: Sequence[int]) -> str:
+        decoded: str = tokenizer.decode(list(ids), skip_special_tokens=True)
+        return decoded
+
+    def decided(index: int, ids: Sequence[int]) -> bool:
+        answer, may_change = first_mention(text(ids), names[index])
+        return answer is not None and not may_change
+
+    generated = decode_greedily(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=_stop_ids(model, tokenizer),
+        finished=decided,
+        max_batch_tokens=max_batch_tokens,
+        path=path,
+        progress=progress,
+    )
+    return [
+        GeneratedAnswer(
+            task=example.task,
+            id=example.id,
+            gold=-1 if example.gold is None else example.gold,
+            output=text(ids),
+            answer=first_mention(text(ids), own)[0],
+            num_new_tokens=len(ids),
+            num_truncated=num_cut,
+        )
+        for example, own, ids, num_cut in zip(examples, names, generated, cut, strict=True)
+    ]
+
+
+def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list[str]:
+    """Why these examples cannot be evaluated by generation, a line per task. No model is needed to say."""
+    faults = []
+    for task, examples in examples_by_task.items():
+        wrong = next((each for each in examples if not answer_names(each.choices)), None)
+        if wrong is not None:
+            has = "no choices" if not wrong.choices else f"choices such as {wrong.choices[0].strip()[:40]!r}"
+            faults.append(
+                f"eval.method: generate needs choices that differ in one word, got task '{task}', whose example "
+                f"{wrong.id} has {has}. Fix: for the eight commonsense tasks and files of commonsense_170k set "
+                "data.mix[].format: commonsense170k."
+            )
+    return faults
+
+
+def generation_table(results: Mapping[str, GenerationResult]) -> Table:
+    """Tasks as rows and, per label, accuracy in % ± standard error with right / wrong / unparsable, for a terminal."""
+    table = Table(title="answers generated", title_justify="left")
+    for position, name in enumerate(["task", "n", "chance"]):
+        table.add_column(name, justify="left" if position == 0 else "right")
+    for label in results:
+        table.add_column(f"{label} acc %", justify="right")
+        table.add_column("right / wrong / unparsable", justify="right")
+    names = list(dict.fromkeys(task for result in results.values() for task in result.tasks))
+    for name in names:
+        table.add_row(*_row(name, [result.tasks.get(name) for result in results.values()]))
+    table.add_section()
+    table.add_row(*_row("average", [result.average for result in results.values()]), style="bold")
+    return table
+
+
+def _row(name: str, results: Sequence[GeneratedResult | None]) -> list[str]:
+    known = [result for result in results if result is not None]
+    row = [name, *("/".join(dict.fromkeys(cells)) for cells in zip(*(_shared_cells(r) for r in known), strict=True))]
+    for result in results:
+        if result is None:
+            row += ["–", "–"]
+            continue
+        error = "" if result.acc_stderr is None else f" ± {100 * result.acc_stderr:.1f}"
+        row.append(f"{100 * result.acc:.1f}{error}")
+        row.append(f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}")
+    return row
+
+
+def _shared_cells(result: GeneratedResult) -> tuple[str, str]:
+    return str(result.num_examples), f"{100 * result.chance:.1f}"
+
+
+def _prompts(
+    tokenizer: Any, examples: Sequence[Example], context: int | None, max_new_tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    """Ids of each prompt, and how many were cut from its left so that prompt and answer fit the model's context."""
+    prefix = special_prefix(tokenizer)
+    encoded = encode_batch(tokenizer, [example.prompt for example in examples])
+    room = None if context is None else context + 1 - max_new_tokens - len(prefix)  # the last new token is never fed
+    if room is not None and room < 1:
+        raise UserError(
+            f"eval.method: generate needs a context longer than the {max_new_tokens} tokens of the answer, got a model "
+            f"with {context}. Fix: set method: loglikelihood."
+        )
+    cut = [0 if room is None else max(len(ids) - room, 0) for ids in encoded]
+    return [[*prefix, *ids[num_cut:]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
+
+
+def _stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Ends of sequence of the tokenizer and of the model's own settings (chat models have several)."""
+    stops = {tokenizer.eos_token_id}
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops |= set(own) if isinstance(own, list | tuple) else {own}
+    return {int(stop) for stop in stops if stop is not None}
+
+
+def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> GeneratedResult:
+    outcomes = [answer.outcome for answer in answers]
+    acc = mean_stderr([outcome == "right" for outcome in outcomes])
+    lost = [answer for answer in answers if answer.answer is None]
+    return GeneratedResult(
+        num_examples=len(answers),
+        num_right=outcomes.count("right"),
+        num_wrong=outcomes.count("wrong"),
+        num_unparsable=outcomes.count("unparsable"),
+        acc=acc.value,
+        acc_stderr=None if np.isnan(acc.stderr) else acc.stderr,
+        chance=float(np.mean([1.0 / count for count in num_choices])),
+        num_truncated=sum(answer.num_truncated > 0 for answer in answers),
+        num_new_tokens=sum(answer.num_new_tokens for answer in answers),
+        unparsable=[{"id": answer.id, "output": answer.output} for answer in lost[:_NUM_SAMPLES]],
+    )
+
+
+def _average(results: Sequence[GeneratedResult]) -> GeneratedResult:
+    errors = [float("nan") if result.acc_stderr is None else result.acc_stderr for result in results]
+    acc = macro_average([Estimate(result.acc, error) for result, error in zip(results, errors, strict=True)])
+    return GeneratedResult(
+        num_examples=sum(result.num_examples for result in results),
+        num_right=sum(result.num_right for result in results),
+        num_wrong=sum(result.num_wrong for result in results),
+        num_unparsable=sum(result.num_unparsable for result in results),
+        acc=acc.value,
+        acc_stderr=None if np.isnan(acc.stderr) else acc.stderr,
+        chance=float(np.mean([result.chance for result in results])),
+        num_truncated=sum(result.num_truncated for result in results),
+        num_new_tokens=sum(result.num_new_tokens for result in results),
+    )
+
+
+# The names of choices in a text
+
 _NAME = re.compile(r"[^\W_][\w'-]*")
 
 
 def answer_names(choices: Sequence[str]) -> tuple[str, ...]:
-    """The one word in which the choices differ, of each; empty where they differ in more, or not.
+    """The one word of each choice in which the choices differ; empty where they differ in more, or not at all.
 
     ("the correct answer is answer1", "the correct answer is answer2") -> ("answer1", "answer2"); (" no", " yes") ->
     ("no", "yes"); a full stop behind the word is not part of it.
@@ -50,15 +329,15 @@ def answer_names(choices: Sequence[str]) -> tuple[str, ...]:
     while all(len(each) > 1 for each in words) and len({each[-1] for each in words}) == 1:
         words = [each[:-1] for each in words]
     names = tuple(each[0].rstrip(".") for each in words if len(each) == 1)
-    told_apart = len({name.casefold() for name in names}) == len(choices) > 1
-    return names if told_apart and all(map(_NAME.fullmatch, names)) else ()
+    differ = len({name.casefold() for name in names}) == len(choices) > 1
+    return names if differ and all(map(_NAME.fullmatch, names)) else ()
 
 
 def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     """(index of the name that stands first in the text or None, whether more text could change that).
 
-    As the published evaluation of LLM-Adapters does it (the first of the names anywhere), but names are whole words of
-    any case, and only those of this very question: "answer5" is no answer to a question with four.
+    As in the published evaluation of LLM-Adapters the first name anywhere counts. Unlike there a name is a whole word
+    in any case, and one of this question: "answer5" is no answer to a question with four choices.
     """
     listed = "|".join(map(re.escape, names))
     found = re.search(rf"(?<!\w)(?:{listed})(?!\w)", text, re.IGNORECASE)
@@ -68,25 +347,10 @@ def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     return index, found.end() == len(text)  # the word may go on
 
 
-def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list[str]:
-    """Why answers to these examples cannot be generated and told apart, a line per task; known before a model is."""
-    faults = []
-    for task, examples in examples_by_task.items():
-        wrong = next((each for each in examples if not answer_names(each.choices)), None)
-        if wrong is not None:
-            has = "no choices" if not wrong.choices else f"choices such as {wrong.choices[0].strip()[:40]!r}"
-            faults.append(
-                f"eval.method: generate asks for one word as answer, got task '{task}', whose example {wrong.id} has "
-                f"{has}, allowed: choices that differ in one word. The eight commonsense tasks and files of "
-                "commonsense_170k have them under data.mix[].format commonsense170k."
-            )
-    return faults
-
-
-logger = logging.getLogger(__name__)
+# Greedy decoding
 
 Finished = Callable[[int, Sequence[int]], bool]
-"""finished(prompt, new ids): whether what this prompt has got so far is enough."""
+"""finished(prompt, new ids): whether the continuation of this prompt is long enough."""
 
 
 def decode_greedily(
@@ -100,20 +364,21 @@ def decode_greedily(
     path: ForwardPath | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """The most likely next token again and again, of every prompt.
+    """The continuation of every prompt by the most likely next token, again and again.
 
-    The result does not depend on the batch but for rounding. A model without a cache that padded rows can share
-    (recurrent states, no explicit positions) is run row by row, whole for every token: right, and slow.
+    Prompts are batched, left-padded, with a key-value cache; rows leave the batch when they are done. Apart from
+    rounding the result does not depend on the batch. A model without a cache that padded rows can share (recurrent
+    states, no explicit positions) runs row by row and whole for every token, which is slow.
 
     Args:
         model: A causal language model; called under `scoring`.
         prompts: Token ids, at least one each, in any order.
         max_new_tokens: Most tokens of one continuation.
-        stop_ids: Ends of sequence; a row is done at the first, which is not part of its result.
-        finished: Asked after every new token; a row is done where it says so.
-        max_batch_tokens: Most tokens of one batch when all rows have got `max_new_tokens`, padding counted, unless a
-            single row is longer.
-        path: From `find_path`, if already chosen.
+        stop_ids: Ends of sequence. A row is done at the first, which is not part of its result.
+        finished: Called after every new token; a row is done where it returns True.
+        max_batch_tokens: Most tokens of one batch with `max_new_tokens` for every row, padding counted, unless a single
+            row is longer.
+        path: From `find_path` (default: found here).
         progress: Called with prompts done and all prompts.
     Returns:
         Per prompt its new ids, in the order given.
@@ -203,7 +468,7 @@ class _Rows:
         return self._most_likely(tokens[:, None], self._mask.sum(-1, keepdim=True) - 1)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Drop all rows but these."""
         assert self._cache is not None
         self._mask = self._mask[rows.to(self._mask.device)]
         self._cache.batch_select_indices(rows)  # a CPU index serves layers on any device
@@ -222,270 +487,3 @@ class _Rows:
             )
         chosen: Tensor = logits.argmax(-1)
         return chosen
-
-
-MAX_NEW_TOKENS = 32
-"""As the published evaluation."""
-_NUM_SAMPLES = 5
-
-
-@dataclass(frozen=True)
-class GeneratedAnswer:
-    """What a model said to one example."""
-
-    task: str
-    id: str
-    gold: int
-    output: str
-    """Up to where the answer was decided, else to the end of sequence or the last allowed token."""
-    answer: int | None
-    """Index of the choice that it names first; None where it names none."""
-    num_new_tokens: int
-    num_truncated: int
-    """Tokens cut from the left of the prompt because it is longer than the model's context allows."""
-
-    @property
-    def outcome(self) -> str:
-        """right, wrong or unparsable."""
-        return "unparsable" if self.answer is None else "right" if self.answer == self.gold else "wrong"
-
-
-@dataclass(frozen=True)
-class GeneratedResult:
-    """Counts of one task, or of all of them. num_right + num_wrong + num_unparsable = num_examples."""
-
-    num_examples: int
-    num_right: int
-    num_wrong: int
-    num_unparsable: int
-    acc: float
-    """num_right / num_examples; of the average, the mean over tasks."""
-    acc_stderr: float | None
-    """None for a single example."""
-    chance: float
-    """Expected accuracy of naming a choice at random."""
-    num_truncated: int
-    num_new_tokens: int
-    unparsable: list[dict[str, str]] = field(default_factory=list)
-    """id and output of the first few outputs that name no choice."""
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """One model's answers on several tasks."""
-
-    tasks: dict[str, GeneratedResult]
-    average: GeneratedResult
-    """Accuracy and chance: every task counts once. Counts are sums."""
-    settings: dict[str, Any]
-    per_example: list[GeneratedAnswer] = field(default_factory=list)
-    """In task order."""
-
-    def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
-        """For JSON: dicts, lists, numbers, strings and None only."""
-        document: dict[str, Any] = {
-            "tasks": {task: asdict(result) for task, result in self.tasks.items()},
-            "average": asdict(self.average),
-            "settings": dict(self.settings),
-        }
-        if per_example:
-            document["per_example"] = [asdict(each) | {"outcome": each.outcome} for each in self.per_example]
-        return document
-
-
-def evaluate_generated(
-    model: nn.Module,
-    tokenizer: Any,
-    examples_by_task: Mapping[str, Sequence[Example]],
-    *,
-    limit: int | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    max_batch_tokens: int = 4096,
-    progress: SuiteProgress | None = None,
-) -> GenerationResult:
-    """Let the model answer every task's examples and count right, wrong and unparsable answers.
-
-    Args:
-        model: A causal language model, on the device where it is to run; in eval mode meanwhile.
-        tokenizer: Its tokenizer.
-        examples_by_task: Task name -> its examples, at least one each, whose choices differ in one word.
-        limit: Most examples of a task, the same ones as `suite.evaluate` takes; None for all.
-        max_new_tokens: Most tokens of one answer.
-        max_batch_tokens: Most tokens of one batch, padding and new tokens included.
-        progress: Called with the task, its examples done and all its examples.
-    Raises:
-        UserError: If there is no task or no example, a choice has no name of one word, or the model's context is too
-            short for any prompt.
-        RunFailure: If the model gives logits that are not finite.
-    """
-    faults = generation_faults(examples_by_task)
-    if not examples_by_task or not all(examples_by_task.values()):
-        faults.append("eval: every task needs an example to answer, got none")
-    if faults:
-        raise UserError(*faults)
-    path = find_path(model)
-    began = time.perf_counter()
-    tasks: dict[str, GeneratedResult] = {}
-    answers: list[GeneratedAnswer] = []
-    for task, examples in examples_by_task.items():
-        chosen = spread(examples, limit)
-        report = None if progress is None else _task_progress(progress, task)
-        found = generate_answers(model, tokenizer, chosen, max_new_tokens, max_batch_tokens, path, report)
-        tasks[task] = _counted(found, [len(example.choices) for example in chosen])
-        answers.extend(found)
-    parameter = next(model.parameters())
-    settings = {
-        "method": "generate",
-        "decoding": "greedy",
-        "limit": limit,
-        "max_new_tokens": max_new_tokens,
-        "max_batch_tokens": max_batch_tokens,
-        "batched": bool(path.cache_keyword),
-        "model_dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": str(parameter.device),
-        "seconds": round(time.perf_counter() - began, 3),
-    }
-    return GenerationResult(tasks, _average(list(tasks.values())), settings, answers)
-
-
-def generate_answers(
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    max_new_tokens: int,
-    max_batch_tokens: int,
-    path: ForwardPath,
-    progress: Progress | None = None,
-) -> list[GeneratedAnswer]:
-    """The model's answers, in the order of `examples`; see `evaluate_generated`.
-
-    A row is done as soon as its first name is complete: what follows could not change the answer.
-    """
-    names = [answer_names(example.choices) for example in examples]
-    prompts, cut = _prompts(tokenizer, examples, context_length(model), max_new_tokens)
-
-    def text(ids: Sequence[int]) -> str:
-        decoded: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-        return decoded
-
-    def decided(index: int, ids: Sequence[int]) -> bool:
-        answer, may_change = first_mention(text(ids), names[index])
-        return answer is not None and not may_change
-
-    generated = decode_greedily(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        stop_ids=_stop_ids(model, tokenizer),
-        finished=decided,
-        max_batch_tokens=max_batch_tokens,
-        path=path,
-        progress=progress,
-    )
-    return [
-        GeneratedAnswer(
-            task=example.task,
-            id=example.id,
-            gold=-1 if example.gold is None else example.gold,
-            output=text(ids),
-            answer=first_mention(text(ids), own)[0],
-            num_new_tokens=len(ids),
-            num_truncated=num_cut,
-        )
-        for example, own, ids, num_cut in zip(examples, names, generated, cut, strict=True)
-    ]
-
-
-def generation_table(results: Mapping[str, GenerationResult]) -> Table:
-    """Tasks as rows and, per label, accuracy in % ± standard error with right / wrong / unparsable, for a terminal."""
-    table = Table(title="answers generated", title_justify="left")
-    for position, name in enumerate(["task", "n", "chance"]):
-        table.add_column(name, justify="left" if position == 0 else "right")
-    for label in results:
-        table.add_column(f"{label} acc %", justify="right")
-        table.add_column("right / wrong / unparsable", justify="right")
-    names = list(dict.fromkeys(task for result in results.values() for task in result.tasks))
-    for name in names:
-        table.add_row(*_row(name, [result.tasks.get(name) for result in results.values()]))
-    table.add_section()
-    table.add_row(*_row("average", [result.average for result in results.values()]), style="bold")
-    return table
-
-
-def _row(name: str, results: Sequence[GeneratedResult | None]) -> list[str]:
-    known = [result for result in results if result is not None]
-    row = [name, *("/".join(dict.fromkeys(cells)) for cells in zip(*(_shared_cells(r) for r in known), strict=True))]
-    for result in results:
-        if result is None:
-            row += ["–", "–"]
-            continue
-        error = "" if result.acc_stderr is None else f" ± {100 * result.acc_stderr:.1f}"
-        row.append(f"{100 * result.acc:.1f}{error}")
-        row.append(f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}")
-    return row
-
-
-def _shared_cells(result: GeneratedResult) -> tuple[str, str]:
-    return str(result.num_examples), f"{100 * result.chance:.1f}"
-
-
-def _task_progress(progress: SuiteProgress, task: str) -> Progress:
-    return lambda done, total: progress(task, done, total)
-
-
-def _prompts(
-    tokenizer: Any, examples: Sequence[Example], context: int | None, max_new_tokens: int
-) -> tuple[list[list[int]], list[int]]:
-    """Ids of each prompt, and how many were cut from its left so that prompt and answer fit the model's context."""
-    prefix = special_prefix(tokenizer)
-    encoded = encode_batch(tokenizer, [example.prompt for example in examples])
-    room = None if context is None else context + 1 - max_new_tokens - len(prefix)  # the last new token is never fed
-    if room is not None and room < 1:
-        raise UserError(
-            f"eval.method: generate needs {max_new_tokens} tokens for the answer, got a model with a context of "
-            f"{context}, allowed: a longer context, or method loglikelihood."
-        )
-    cut = [0 if room is None else max(len(ids) - room, 0) for ids in encoded]
-    return [[*prefix, *ids[num_cut:]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
-
-
-def _stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Ends of sequence of the tokenizer and of the model's own settings (chat models have several)."""
-    stops = {tokenizer.eos_token_id}
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops |= set(own) if isinstance(own, list | tuple) else {own}
-    return {int(stop) for stop in stops if stop is not None}
-
-
-def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> GeneratedResult:
-    outcomes = [answer.outcome for answer in answers]
-    acc = mean_stderr([outcome == "right" for outcome in outcomes])
-    lost = [answer for answer in answers if answer.answer is None]
-    return GeneratedResult(
-        num_examples=len(answers),
-        num_right=outcomes.count("right"),
-        num_wrong=outcomes.count("wrong"),
-        num_unparsable=outcomes.count("unparsable"),
-        acc=acc.value,
-        acc_stderr=None if np.isnan(acc.stderr) else acc.stderr,
-        chance=float(np.mean([1.0 / count for count in num_choices])),
-        num_truncated=sum(answer.num_truncated > 0 for answer in answers),
-        num_new_tokens=sum(answer.num_new_tokens for answer in answers),
-        unparsable=[{"id": answer.id, "output": answer.output} for answer in lost[:_NUM_SAMPLES]],
-    )
-
-
-def _average(results: Sequence[GeneratedResult]) -> GeneratedResult:
-    errors = [float("nan") if result.acc_stderr is None else result.acc_stderr for result in results]
-    acc = macro_average([Estimate(result.acc, error) for result, error in zip(results, errors, strict=True)])
-    return GeneratedResult(
-        num_examples=sum(result.num_examples for result in results),
-        num_right=sum(result.num_right for result in results),
-        num_wrong=sum(result.num_wrong for result in results),
-        num_unparsable=sum(result.num_unparsable for result in results),
-        acc=acc.value,
-        acc_stderr=None if np.isnan(acc.stderr) else acc.stderr,
-        chance=float(np.mean([result.chance for result in results])),
-        num_truncated=sum(result.num_truncated for result in results),
-        num_new_tokens=sum(result.num_new_tokens for result in results),
-    )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError, nearest
 
-INSTALL = "lm-evaluation-harness is not installed. Run: pip install 'qdora[lm-eval]'"
+INSTALL = "lm-evaluation-harness is not installed. Fix: pip install 'qdora[lm-eval]'"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class HarnessTasks:
     """Tasks that exist.
 
     Attributes:
-        names: Of tasks, groups and tags, patterns resolved.
+        names: Names of tasks, groups and tags, patterns resolved.
         manager: The lm_eval.tasks.TaskManager that knows them.
     """
 
@@ -32,8 +32,8 @@ class HarnessTasks:
 def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> HarnessTasks:
     """Look tasks up without loading data or a model.
 
-    Where `include` has all of them, the thousands that ship with the harness are not read, which takes seconds. Task
-    files may name Python functions, which then run: include only what you trust.
+    Where `include` has all of them, the thousands that ship with the harness are not read, which would take seconds.
+    Task files may name Python functions, which then run: include only files that you trust.
 
     Args:
         asked: Names or patterns (`mmlu_*`) of tasks, groups or tags.
@@ -44,7 +44,7 @@ def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> Har
     if find_spec("lm_eval") is None:
         raise UserError(f"--harness: {INSTALL}")
     if include is not None and not include.is_dir():
-        raise UserError(f"--harness-include: {include} is no directory, allowed: a folder of task files (*.yaml).")
+        raise UserError(f"--harness-include: {include} must be a folder of task files (*.yaml).")
     from lm_eval.tasks import TaskManager
 
     path = None if include is None else str(include)
@@ -56,8 +56,8 @@ def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> Har
     missing = [name for name, names in found.items() if not names]
     if missing:
         known = list(manager.task_index)
-        allowed = "allowed: a task, group or tag of lm-evaluation-harness, or of --harness-include"
-        raise UserError(*(f"--harness: {name!r} is unknown, {allowed}.{nearest(name, known)}" for name in missing))
+        must = "--harness: must be a task, group or tag of lm-evaluation-harness or of --harness-include"
+        raise UserError(*(f"{must}, got {name!r}.{nearest(name, known)}" for name in missing))
     return HarnessTasks(tuple(dict.fromkeys(name for names in found.values() for name in names)), manager)
 
 

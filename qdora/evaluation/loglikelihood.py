@@ -11,14 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from qdora.data.chat import encode_chats, require_chat_template
-from qdora.data.encode import special_prefix
+from qdora.data.encode import encode_chats, encode_pairs, require_chat_template, special_prefix
 from qdora.data.example import Example
-from qdora.data.tokenize import encode_pairs
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import ForwardPath, choose_path, context_length
-from qdora.evaluation.perplexity import strided_spans
-from qdora.evaluation.token_scores import Progress, Span, score_groups, score_spans
+from qdora.evaluation.token_scores import Progress, Span, score_groups, score_spans, strided_spans
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +63,20 @@ def score_choices(
 
     Token ids are those of training: prompt and choice encoded together, without the end-of-sequence token. An example
     longer than the model's context loses tokens at the left of its prompt, the same number for all its choices, as in
-    lm-evaluation-harness (but a beginning-of-sequence token stays, as in training); the result counts them.
+    lm-evaluation-harness (but it keeps a beginning-of-sequence token, as in training). The result counts them.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         examples: Each with choices and `gold`.
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
-        path: From `choose_path`, if already chosen.
+        path: From `choose_path` (default: chosen here).
         progress: Called with examples done and all examples.
     Returns:
         In the order of `examples`.
     Raises:
         UserError: If an example has no choices or no gold, a choice has no token to score, or one with its border
-            alone exceeds the context; gathered.
+            alone exceeds the context; all faults at once.
     """
     path = path or choose_path(model)
     groups, truncated = _choice_groups(tokenizer, examples, context_length(model))
@@ -110,16 +107,17 @@ def score_answers(
 ) -> list[AnswerScore]:
     """Log-likelihood of the answer of every example, with choices or without.
 
-    Of a chat, the tokens that training learns are scored: the assistant's turns with their end marks. An example longer
-    than the model's context is cut at the left of its prompt as in `score_choices`; an answer that is too long by
+    In a chat the tokens that training learns are scored: the assistant's turns with their end marks. An example longer
+    than the model's context is cut at the left of its prompt as in `score_choices`. An answer that is too long by
     itself (plain text is all answer) is scored in windows that overlap by half, each token once.
 
     Args:
-        As `score_choices`; the examples need no choices.
+        model, tokenizer, max_batch_tokens, path, progress: As in `score_choices`.
+        examples: They need no choices.
     Returns:
         In the order of `examples`.
     Raises:
-        UserError: If an example has no token to score or does not fit the chat template; gathered.
+        UserError: If an example has no token to score or does not fit the chat template; all faults at once.
     """
     path = path or choose_path(model)
     spans, truncated = _answer_spans(tokenizer, examples, context_length(model))
@@ -144,8 +142,8 @@ def _choice_groups(
 ) -> tuple[list[list[Span]], list[int]]:
     """Per example the spans of its choices, and the tokens cut from its prompt."""
     faults = [
-        f"{example.task}: example {example.id}: {len(example.choices)} choices and gold {example.gold}; "
-        "accuracy needs choices and the index of the right one"
+        f"{example.task}: example {example.id}: accuracy needs choices and the index of the right one, got "
+        f"{len(example.choices)} choices and gold {example.gold}"
         for example in examples
         if example.gold is None or not 0 <= example.gold < len(example.choices)
     ]

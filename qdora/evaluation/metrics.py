@@ -1,11 +1,9 @@
-"""Accuracies, likelihoods and their standard errors from the scores of single examples. Pure numpy.
+"""Accuracies, likelihoods, paired differences and their errors from the scores of single examples. Pure numpy.
 
 Definitions follow lm-evaluation-harness: `acc` takes the choice of the largest summed log-likelihood, `acc_norm` the
 largest log-likelihood per character of the choice's text (without the space that joins it to the prompt), and a
 standard error is sample standard deviation / sqrt(n). One thing differs: the harness gives a tie to the first of the
-tied choices, here a tie counts by its chance, 1/k when the right choice is one of k tied ones.
-
-Is one way of training better than another? Differences over the same examples and seeds, with intervals.
+tied choices; here the right choice counts 1/k when it is one of k tied ones.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ChoiceMetrics:
-    """What multiple-choice examples of one task give; shares between 0 and 1."""
+    """Accuracies of the multiple-choice examples of one task, between 0 and 1."""
 
     acc: Estimate
     acc_norm: Estimate
@@ -43,7 +41,7 @@ class ChoiceMetrics:
     chance: float
     """Expected accuracy of a uniform guess: mean of 1 / number of choices."""
     majority: float
-    """Accuracy of always answering the index that is right most often in these very examples."""
+    """Accuracy of always answering the index that is right most often in these examples."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ class Paired:
     """Scores of two arms on one task.
 
     Attributes:
-        first, second: (seeds, examples) float64: of the same examples, and of runs that share a seed row by row.
+        first, second: (seeds, examples) float64. Columns are the same examples, rows are runs with the same seed.
         weights: (examples,) above 0: answer tokens for summed NLLs, so that the mean is one per token; ones for
             accuracies.
     """
@@ -206,15 +204,15 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Pair
         var = 1/T^2 sum_t s^2_e(mean_s d_se - R_t w_e) / (n_t mean(w)^2) + s^2_s(macro average of seed s) / S
 
     The first is Cochran's ratio estimate (Sampling Techniques, 1977, eq. 6.13) over examples, the second the variance
-    between the seeds' averages. What belongs to a pair of seed and example is in both, so the interval is rather too
-    wide than too narrow. Its quantile is the mean of the t quantiles of all parts, each of its own degrees of freedom,
+    between the seeds' averages. The variance of a pair of seed and example is in both, so the interval tends to be too
+    wide. Its quantile is the mean of the t quantiles of all parts, each of its own degrees of freedom,
     weighted by their variances (Cochran and Cox, Experimental Designs, 1957, sec. 4.14): with three seeds that of
     Student's t with 2 where the seeds decide. (Satterthwaite's pooled degrees of freedom, themselves estimated from so
     few seeds, are too many: 9 % instead of 5 % of such intervals miss the truth.) With one seed its part is left out.
 
     Args:
         tasks: At least one, with the same seeds in the same order.
-        confidence: Of the interval.
+        confidence: Level of the interval.
     """
     num_seeds = len(tasks[0].first)
     assert all(len(task.first) == num_seeds for task in tasks), [task.first.shape for task in tasks]
@@ -243,7 +241,7 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Pair
 
 
 def _quantile(parts: Sequence[tuple[float, int]], level: float) -> float:
-    """Of the two-sided level; parts are (variance, degrees of freedom)."""
+    """Quantile of the two-sided level; parts are (variance, degrees of freedom)."""
     quantiles = sum(variance * float(stats.t.isf(level / 2, free)) for variance, free in parts)
     return quantiles / sum(variance for variance, _ in parts)
 

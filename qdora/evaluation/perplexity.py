@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from qdora.data.tokenize import encode_pair
+from qdora.data.encode import encode_pairs
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
-from qdora.evaluation.token_scores import Progress, Span, score_spans
+from qdora.evaluation.token_scores import Progress, Span, score_spans, strided_spans
 
 DEFAULT_WINDOW = 2048
 """Tokens of a window where the model allows as many: the length in published WikiText perplexities."""
@@ -49,37 +49,6 @@ class Perplexity:
         return {**asdict(self), "perplexity": self.perplexity, "nll_per_byte": self.nll_per_byte}
 
 
-def strided_spans(ids: Sequence[int], window: int, stride: int, first: int = 1) -> list[Span]:
-    """Windows over one text such that tokens first .. len-1 are scored exactly once.
-
-    The first window scores all that it can; every later one moves on by `stride` tokens and scores only the new ones.
-    Every scored token has at least window - stride + 1 tokens of context, or all there are.
-
-    Args:
-        ids: Token ids of the text.
-        window: Most tokens that are fed at once (the token predicted last is not fed).
-        stride: 1 <= stride <= window. stride == window gives windows that do not overlap.
-        first: The first token to score; nothing predicts token 0.
-    Returns:
-        Spans in text order; none if `first` lies behind the text.
-    """
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride {stride} must lie between 1 and the window, {window}")
-    assert first >= 1, first
-    spans: list[Span] = []
-    scored = first  # tokens before this one are scored, or only context
-    while scored < len(ids):
-        if spans:
-            end = min(len(ids), scored + stride)
-            begin = max(0, end - 1 - window)
-        else:
-            begin = max(0, scored - 1 - (window - stride))
-            end = min(len(ids), begin + 1 + window)
-        spans.append(Span(tuple(ids[begin:end]), scored - begin))
-        scored = end
-    return spans
-
-
 def text_perplexity(
     model: nn.Module,
     tokenizer: Any,
@@ -110,9 +79,9 @@ def text_perplexity(
         stride = max(window // 2, 1)
     faults = []
     if context is not None and window > context:
-        faults.append(f"perplexity window: {window} tokens, but the model has positions for {context}")
+        faults.append(f"perplexity window: must be at most the model's context, {context} tokens, got {window}")
     if not 1 <= stride <= window:
-        faults.append(f"perplexity stride: {stride}, must lie between 1 and the window, {window}")
+        faults.append(f"perplexity stride: must be 1 to the window, {window}, got {stride}")
     if faults:
         raise UserError(*faults)
     spans: list[Span] = []
@@ -120,10 +89,10 @@ def text_perplexity(
     for text in texts:
         num_texts += 1
         num_bytes += len(text.encode())
-        ids, _ = encode_pair(tokenizer, "", text)  # as training does
+        [(ids, _)] = encode_pairs(tokenizer, [("", text)])  # as training does
         spans.extend(strided_spans(ids, window, stride))
     if not spans:
-        raise UserError(f"perplexity: {num_texts} texts with {num_bytes} bytes hold no token that can be scored")
+        raise UserError(f"perplexity: no token can be scored in {num_texts} texts with {num_bytes} bytes")
     scores = score_spans(model, spans, max_batch_tokens=max_batch_tokens, progress=progress)
     return Perplexity(
         nll_sum=-float(scores.sum()),

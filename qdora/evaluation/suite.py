@@ -1,14 +1,12 @@
-"""Several tasks in one evaluation: per-task metrics, their averages, and tables that put evaluations side by side.
-
-Which tasks have become worse than the untrained base while the average over the tasks has become better.
-"""
+"""Several tasks in one evaluation: metrics of each, their averages, a table, and the tasks that training made worse."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -32,13 +30,14 @@ from qdora.evaluation.token_scores import Progress
 
 SuiteProgress = Callable[[str, int, int], None]
 """progress(task, num_done, num_total), called after every batch."""
-AccuracyMetric = Literal["acc", "acc_norm"]
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Metrics of one task, or their average over tasks. Accuracies lie in 0..1 and are None without choices; a standard
-    error is None for a single example. Definitions: `qdora.evaluation.metrics`."""
+    """Metrics of one task, or their average over tasks; definitions in `qdora.evaluation.metrics`.
+
+    Accuracies lie in 0..1 and are None without choices. A standard error is None for a single example.
+    """
 
     num_examples: int
     num_choice_examples: int
@@ -69,7 +68,7 @@ class EvaluationResult:
     average: TaskResult
     """Every task counts once. Counts are sums; accuracy is averaged over the tasks with choices, NLL over all."""
     settings: dict[str, Any]
-    """What was asked for and how it was run: limit, max_batch_tokens, path, model_dtype, device, seconds."""
+    """Options and conditions: limit, max_batch_tokens, path, model_dtype, device, seconds."""
     per_example: list[dict[str, Any]] = field(default_factory=list)
     """Scores of single examples, in task order, for paired tests; empty unless asked for."""
 
@@ -105,10 +104,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
 
-    The model is in eval mode meanwhile, and as it was afterwards.
-
     Args:
-        model: A causal language model, on the device where it is to run.
+        model: A causal language model, on the device where it is to run. Its mode is as before afterwards.
         tokenizer: Its tokenizer.
         examples_by_task: Task name -> its examples, at least one each; with or without choices.
         limit: Most examples of a task, spread evenly over its list (files are often ordered by origin); None for all.
@@ -123,7 +120,7 @@ def evaluate(
     if not examples_by_task:
         faults.append("eval: no task to evaluate")
     if limit is not None and limit < 1:
-        faults.append(f"eval.limit: {limit}, must be at least 1")
+        faults.append(f"eval.limit: must be at least 1, got {limit}")
     if faults:
         raise UserError(*faults)
     path = choose_path(model)
@@ -132,7 +129,7 @@ def evaluate(
     records: list[dict[str, Any]] = []
     for task, all_examples in examples_by_task.items():
         examples = spread(all_examples, limit)
-        report = None if progress is None else _task_progress(progress, task)
+        report = None if progress is None else partial(progress, task)
         choices, answers = _score(model, tokenizer, examples, path, max_batch_tokens, report)
         _check_finite(task, choices, answers)
         tasks[task] = _task_result(choices, answers)
@@ -158,24 +155,19 @@ def spread(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return [examples[index * len(examples) // limit] for index in range(limit)]
 
 
-def compare_table(results: Mapping[str, EvaluationResult], *, metric: AccuracyMetric = "acc") -> Table:
-    """Tasks as rows and, per label, accuracy in % ± standard error and answer NLL in nats per token, for a terminal."""
-    header, rows = _cells(results, metric)
+def compare_table(results: Mapping[str, EvaluationResult]) -> Table:
+    """A row per task and, per label, columns of accuracy in % ± standard error and answer NLL in nats per token."""
     table = Table(title="evaluation", title_justify="left")
-    for position, name in enumerate(header):
+    for position, name in enumerate(["task", "n", "chance", "majority"]):
         table.add_column(name, justify="left" if position == 0 else "right")
-    for row in rows[:-1]:
-        table.add_row(*row)
+    for label in results:
+        table.add_column(f"{label} acc %", justify="right")
+        table.add_column(f"{label} NLL/token", justify="right")
+    for task in dict.fromkeys(task for result in results.values() for task in result.tasks):
+        table.add_row(*_row(task, [result.tasks.get(task) for result in results.values()]))
     table.add_section()
-    table.add_row(*rows[-1], style="bold")
+    table.add_row(*_row("average", [result.average for result in results.values()]), style="bold")
     return table
-
-
-def compare_markdown(results: Mapping[str, EvaluationResult], *, metric: AccuracyMetric = "acc") -> str:
-    """The table of `compare_table` as markdown, with a final line break."""
-    header, rows = _cells(results, metric)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _score(
@@ -204,10 +196,6 @@ def _score(
     return choices, answers
 
 
-def _task_progress(progress: SuiteProgress, task: str) -> Progress:
-    return lambda done, total: progress(task, done, total)
-
-
 def _shifted(progress: Progress, offset: int, total: int) -> Progress:
     return lambda done, _: progress(offset + done, total)
 
@@ -228,24 +216,10 @@ def _task_result(choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]
         [-score.loglikelihoods[score.gold] for score in choices] + [-score.loglikelihood for score in answers],
         [int(score.num_tokens[score.gold]) for score in choices] + [score.num_tokens for score in answers],
     )
-    metrics = None
-    if choices:
-        metrics = choice_metrics(
-            [score.loglikelihoods for score in choices],
-            [score.num_chars for score in choices],
-            [score.gold for score in choices],
-        )
     return TaskResult(
+        **_accuracies(choices),
         num_examples=nll.num_examples,
         num_choice_examples=len(choices),
-        acc=metrics.acc.value if metrics else None,
-        acc_stderr=_number(metrics.acc.stderr) if metrics else None,
-        acc_norm=metrics.acc_norm.value if metrics else None,
-        acc_norm_stderr=_number(metrics.acc_norm.stderr) if metrics else None,
-        chance=metrics.chance if metrics else None,
-        majority=metrics.majority if metrics else None,
-        num_ties=metrics.num_ties if metrics else 0,
-        num_ties_norm=metrics.num_ties_norm if metrics else 0,
         nll=nll.per_example.value,
         nll_stderr=_number(nll.per_example.stderr),
         nll_per_token=nll.per_token.value,
@@ -255,32 +229,42 @@ def _task_result(choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]
     )
 
 
-def _average(results: Sequence[TaskResult]) -> TaskResult:
-    """Macro average over tasks; counts are summed."""
-    with_choices = [result for result in results if result.acc is not None]
-    acc, acc_norm = _mean(with_choices, "acc"), _mean(with_choices, "acc_norm")
-    nll, nll_per_token = _mean(results, "nll"), _mean(results, "nll_per_token")
-    assert nll is not None
-    assert nll_per_token is not None
-    chance, majority = _mean(with_choices, "chance"), _mean(with_choices, "majority")
-    return TaskResult(
-        num_examples=sum(result.num_examples for result in results),
-        num_choice_examples=sum(result.num_choice_examples for result in results),
-        acc=acc.value if acc else None,
-        acc_stderr=_number(acc.stderr) if acc else None,
-        acc_norm=acc_norm.value if acc_norm else None,
-        acc_norm_stderr=_number(acc_norm.stderr) if acc_norm else None,
-        chance=chance.value if chance else None,
-        majority=majority.value if majority else None,
-        num_ties=sum(result.num_ties for result in results),
-        num_ties_norm=sum(result.num_ties_norm for result in results),
-        nll=nll.value,
-        nll_stderr=_number(nll.stderr),
-        nll_per_token=nll_per_token.value,
-        nll_per_token_stderr=_number(nll_per_token.stderr),
-        num_answer_tokens=sum(result.num_answer_tokens for result in results),
-        num_truncated=sum(result.num_truncated for result in results),
+def _accuracies(choices: Sequence[ChoiceScores]) -> dict[str, Any]:
+    """The fields of a `TaskResult` that need examples with choices."""
+    if not choices:
+        names = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "majority")
+        return dict.fromkeys(names) | {"num_ties": 0, "num_ties_norm": 0}
+    metrics = choice_metrics(
+        [score.loglikelihoods for score in choices],
+        [score.num_chars for score in choices],
+        [score.gold for score in choices],
     )
+    return {
+        "acc": metrics.acc.value,
+        "acc_stderr": _number(metrics.acc.stderr),
+        "acc_norm": metrics.acc_norm.value,
+        "acc_norm_stderr": _number(metrics.acc_norm.stderr),
+        "chance": metrics.chance,
+        "majority": metrics.majority,
+        "num_ties": metrics.num_ties,
+        "num_ties_norm": metrics.num_ties_norm,
+    }
+
+
+def _average(results: Sequence[TaskResult]) -> TaskResult:
+    """Macro average over tasks. Counts are summed."""
+    with_choices = [result for result in results if result.acc is not None]
+    values: dict[str, Any] = {
+        each.name: sum(getattr(result, each.name) for result in results)
+        for each in fields(TaskResult)
+        if each.name.startswith("num_")
+    }
+    for name in ("acc", "acc_norm", "chance", "majority", "nll", "nll_per_token"):
+        mean = _mean(results if name.startswith("nll") else with_choices, name)
+        values[name] = mean.value if mean else None
+        if name not in ("chance", "majority"):
+            values[f"{name}_stderr"] = _number(mean.stderr) if mean else None
+    return TaskResult(**values)
 
 
 def _mean(results: Sequence[TaskResult], name: str) -> Estimate | None:
@@ -329,20 +313,8 @@ def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[Answe
     return records
 
 
-def _cells(results: Mapping[str, EvaluationResult], metric: AccuracyMetric) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison, the average last."""
-    if not results:
-        raise ValueError("a comparison needs at least one evaluation")
-    header = ["task", "n", "chance", "majority"]
-    for label in results:
-        header += [f"{label} {metric} %", f"{label} NLL/token"]
-    names = list(dict.fromkeys(task for result in results.values() for task in result.tasks))
-    rows = [_row(task, [result.tasks.get(task) for result in results.values()], metric) for task in names]
-    return header, [*rows, _row("average", [result.average for result in results.values()], metric)]
-
-
-def _row(name: str, results: Sequence[TaskResult | None], metric: AccuracyMetric) -> list[str]:
-    """Cells of one task; where evaluations differ in size or baseline, each one's value is shown."""
+def _row(name: str, results: Sequence[TaskResult | None]) -> list[str]:
+    """Cells of one task. Where evaluations differ in size or baseline, the value of each is shown."""
     known = [result for result in results if result is not None]
     row = [
         name,
@@ -353,10 +325,9 @@ def _row(name: str, results: Sequence[TaskResult | None], metric: AccuracyMetric
     for result in results:
         if result is None:
             row += ["–", "–"]
-            continue
-        value, stderr = getattr(result, metric), getattr(result, f"{metric}_stderr")
-        error = "" if stderr is None else f" ± {100 * stderr:.1f}"
-        row += [_percent(value) + error, f"{result.nll_per_token:.3f}"]
+        else:
+            error = "" if result.acc_stderr is None else f" ± {100 * result.acc_stderr:.1f}"
+            row += [_percent(result.acc) + error, f"{result.nll_per_token:.3f}"]
     return row
 
 
@@ -383,10 +354,10 @@ class WorseTask:
     """A task that training has made worse, beyond the noise of its examples.
 
     Attributes:
-        task, metric: Which; nll_per_token in nats, acc in 0..1.
-        base, now: Values before training and now.
-        lower: By how much it is worse at least: the end nearer to 0 of the 95 % interval of the difference.
-        average_base, average_now: Of all tasks; the better one is the second.
+        task, metric: The task and its worse metric: nll_per_token in nats, acc in 0..1.
+        base, now: The metric before training and now.
+        lower: The least loss: the end nearer to 0 of the 95 % interval of the difference.
+        average_base, average_now: The metric averaged over all tasks, which has become better.
     """
 
     task: str
@@ -409,9 +380,9 @@ class WorseTask:
 def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[WorseTask]:
     """The tasks that are worse than before training, by a metric whose average over the tasks is better.
 
-    Where both evaluations hold single examples, the interval is that of the paired difference over the same examples
-    (`paired_difference`); else it follows from both standard errors, as if the examples were others. Tasks that were
-    measured on another number of examples, or on a single one, are left out.
+    Where both evaluations hold single examples, the interval is that of the paired difference (`paired_difference`).
+    Otherwise it follows from both standard errors, as for different examples. Tasks that were measured on different
+    numbers of examples, or on a single one, are left out.
     """
     found: list[WorseTask] = []
     singles = _by_task(base.per_example), _by_task(now.per_example)

@@ -54,6 +54,37 @@ class Span:
         return len(self.ids) - self.start
 
 
+def strided_spans(ids: Sequence[int], window: int, stride: int, first: int = 1) -> list[Span]:
+    """Windows over one text such that tokens first .. len-1 are scored exactly once.
+
+    The first window scores all that it can; every later one moves on by `stride` tokens and scores only the new ones.
+    Every scored token has at least window - stride + 1 tokens of context, or all there are.
+
+    Args:
+        ids: Token ids of the text.
+        window: Most tokens that are fed at once (the token predicted last is not fed).
+        stride: 1 <= stride <= window. stride == window gives windows that do not overlap.
+        first: The first token to score; nothing predicts token 0.
+    Returns:
+        Spans in text order; none if `first` lies behind the text.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride {stride} must lie between 1 and the window, {window}")
+    assert first >= 1, first
+    spans: list[Span] = []
+    scored = first  # tokens before this one are scored, or only context
+    while scored < len(ids):
+        if spans:
+            end = min(len(ids), scored + stride)
+            begin = max(0, end - 1 - window)
+        else:
+            begin = max(0, scored - 1 - (window - stride))
+            end = min(len(ids), begin + 1 + window)
+        spans.append(Span(tuple(ids[begin:end]), scored - begin))
+        scored = end
+    return spans
+
+
 def score_spans(
     model: nn.Module,
     spans: Sequence[Span],
@@ -68,7 +99,7 @@ def score_spans(
         model: A causal language model; called under `scoring`.
         spans: In any order.
         max_batch_tokens: Most tokens of one batch, padding included; a longer span is a batch of its own.
-        path: From `choose_path`, if already chosen.
+        path: From `choose_path` (default: chosen here).
         progress: Called with spans done and all spans.
     Returns:
         (spans,) float64, nats, in the order given.
@@ -112,7 +143,7 @@ def score_groups(
         model: A causal language model; called under `scoring`.
         groups: The spans of a question's choices; spans of a group may have different lengths and starts.
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one row is longer.
-        path: From `choose_path`, if already chosen.
+        path: From `choose_path` (default: chosen here).
         progress: Called with groups done and all groups.
     Returns:
         Per group (spans,) float64, nats, in the order given.

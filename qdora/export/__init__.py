@@ -1,1 +1,1 @@
-"""Every form in which a trained model leaves, its verification and its audit."""
+"""Export a trained model in every form, verify it and audit it."""

@@ -1,9 +1,7 @@
-"""The forms in which a trained model can leave, as functions of the model in memory: what each one computes.
+"""The audit of an export (`--audit`): compare every form in which the model could be exported, and recommend one.
 
-Each adapted layer is replaced by a plain product with the dense weight that the form stands for, rounded as the form
-rounds. So forms are compared without writing any of them.
-
-The audit of an export: what every form of the trained model costs, side by side, and which one to ship.
+No form is written. Each adapted layer is replaced by a plain product with the dense weight that the form stands for,
+rounded as the form rounds.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,96 +21,137 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.evaluation.suite import EvaluationResult, evaluate
-from qdora.export.logit_comparison import LogitDifference, float32_arithmetic, logits_of, token_sequences
-from qdora.export.merged import OpenedMerge
-from qdora.export.nf4_lora import FOUR_BIT_KINDS, check_foldable
+from qdora.export.comparison_text import comparison_text
+from qdora.export.logit_comparison import LogitDifference, float32_arithmetic, logits_of
+from qdora.export.nf4_lora import check_foldable
+from qdora.export.streamed_merge import OpenedMerge
+from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.console import bar
+from qdora.files.markdown_table import markdown_table
 from qdora.model.inject import adapted_layers, frozen_layers, replace_module
 from qdora.model.stored_tensors import StoredPacked
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import block_scales, dequantize, quantize
 
+ADAPTER = "adapter"
+DESCRIPTIONS = {
+    "base": "quantised base, no adapter",
+    ADAPTER: "adapter on the quantised base: what was trained",
+    "merged": "merged on the dequantised base",
+    "original": "merged on the source's own weights",
+    "requantized": "merged, then quantised to 4 bits again",
+    "nf4-lora": "4 bits with the gain in the block scales, and LoRA",
+}
+_COMMANDS = {
+    "merged": "--format merged",
+    "original": "--format merged --base original",
+    "requantized": "--format merged --requantize",
+    "nf4-lora": "--format nf4-lora",
+}
+_NUM_EXAMPLES = 32
+"""Most examples of a task. Differences between forms are paired, so few examples are enough."""
+_WORST_LAYERS = 5
+_SAME_KL = 1e-4
+"""Mean KL in nats below which a form counts as the same model; fp16 rounding of a merge costs 1e-7 to 1e-6."""
+_KEPT_BYTES = 2 * 2**30
+"""Dense weights of a form are kept up to this; above it each is made again at every forward pass."""
+
 Layer = AdaptedLinear | FrozenLinear
 Weight = Callable[[str, Layer], Tensor | None]
 """Path and layer -> dense weight (out, in), float32; None leaves the layer as it is."""
-_KEPT_BYTES = 2 * 2**30
-"""Dense weights of a form are kept up to this; beyond it each is made anew at every forward pass."""
+
+
+@torch.no_grad()
+def audit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    opened: OpenedMerge | None,
+    *,
+    examples: Mapping[str, Sequence[Example]],
+    dtype: torch.dtype,
+    console: Console,
+) -> dict[str, Any]:
+    """Compare every form with the running adapter, all in float32 arithmetic.
+
+    Args:
+        model: The running model with its adapter.
+        tokenizer: Its tokenizer.
+        opened: Its base and adapter on disk; None for a pruned base, since the source's weights are not pruned.
+        examples: Held-out examples by task, for logits and NLL; may be empty.
+        dtype: The dtype to which merged weights are rounded.
+        console: For progress.
+    Returns:
+        JSON values: `forms` (differences of logits from the adapter, NLL by task, mean NLL difference per example with
+        its standard error), `layers` (quantisation error over update, worst first), `verdict`.
+    """
+    sequences = comparison_text(tokenizer, examples, max_tokens=1024, max_length=256).sequences
+    device = next(model.parameters()).device
+    tokens = [torch.tensor([ids], device=device) for ids in sequences]
+    forms: dict[str, dict[str, Any]] = {ADAPTER: {}}
+    results: dict[str, EvaluationResult] = {}
+    given = {task: found for task, found in examples.items() if found}
+
+    def score(name: str) -> None:
+        if given:
+            results[name] = evaluate(model, tokenizer, given, limit=_NUM_EXAMPLES, per_example=True)
+
+    found = export_forms(model, opened, dtype)
+    with float32_arithmetic(model), bar(console, "auditing") as progress:
+        reference = [logits_of(model, ids) for ids in tokens]
+        score(ADAPTER)
+        for number, form in enumerate(found):
+            progress(number + 1, len(found) + 1)
+            if form.weight is None:
+                forms[form.name] = {"why_not": form.why_not}
+                continue
+            with computing(model, form.weight):
+                difference = LogitDifference()
+                for ids, expected in zip(tokens, reference, strict=True):
+                    difference.add(expected, logits_of(model, ids))
+                if math.isfinite(difference.kl_sum):
+                    forms[form.name] = {"logits": difference.to_dict()}
+                    score(form.name)
+                else:
+                    forms[form.name] = {"why_not": f"its values are not finite in {dtype}"}
+        progress(len(found) + 1, len(found) + 1)
+    for name, result in results.items():
+        forms[name]["nll_per_token"] = {task: row.nll_per_token for task, row in result.tasks.items()}
+        forms[name]["nll_difference"] = _paired(result, results[ADAPTER])
+    layers = [] if opened is None else layer_errors(model, opened)
+    ordered = {name: forms[name] for name in DESCRIPTIONS}
+    return {
+        "num_positions": sum(len(ids) for ids in sequences),
+        "num_examples": len(results[ADAPTER].per_example) if given else 0,
+        "forms": ordered,
+        "layers": layers,
+        "verdict": recommendation(ordered, layers),
+    }
+
+
+def _paired(result: EvaluationResult, reference: EvaluationResult) -> dict[str, float | None]:
+    """Mean difference of the NLL of an answer, in nats, and its standard error over examples."""
+    gaps = [
+        first["nll"] - second["nll"] for first, second in zip(result.per_example, reference.per_example, strict=True)
+    ]
+    mean = math.fsum(gaps) / len(gaps)
+    if len(gaps) < 2:
+        return {"mean": mean, "stderr": None}
+    variance = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
+    return {"mean": mean, "stderr": math.sqrt(variance / len(gaps))}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A form and what it computes; `weight` is None where it is not possible, for the reason `why_not`."""
+class ExportForm:
+    """A form and what it computes; `weight` is None if the form is not possible, for the reason `why_not`."""
 
     name: str
     weight: Weight | None
     why_not: str = ""
 
 
-class _ComputedLinear(nn.Module):
-    """y = x W^T + bias with a W that is made when it is needed."""
-
-    def __init__(self, make: Callable[[], Tensor], bias: Tensor | None, keep: bool) -> None:
-        super().__init__()
-        self.make, self.keep = make, keep
-        self.kept: Tensor | None = None
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in x's dtype."""
-        weight = self.make() if self.kept is None else self.kept
-        if self.keep:
-            self.kept = weight
-        bias = self.get_buffer("bias") if self._buffers["bias"] is not None else None
-        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-@contextmanager
-def computing(model: PreTrainedModel, weight: Weight) -> Iterator[None]:
-    """Inside the block `model` computes what a form computes; afterwards it is as it was."""
-    layers: Mapping[str, Layer] = _outer_layers(model)
-    keep = sum(layer.in_features * layer.out_features * 4 for layer in layers.values()) <= _KEPT_BYTES
-    replaced: dict[str, Layer] = {}
-
-    def maker(path: str, layer: Layer, first: Tensor) -> Callable[[], Tensor]:
-        waiting = [first] if keep else []
-
-        def make() -> Tensor:
-            made = waiting.pop() if waiting else weight(path, layer)
-            assert made is not None
-            return made
-
-        return make
-
-    try:
-        for path, layer in layers.items():
-            first = weight(path, layer)
-            if first is None:
-                continue
-            bias = layer.base.bias if isinstance(layer, AdaptedLinear) else layer.bias
-            replace_module(model, path, _ComputedLinear(maker(path, layer, first), bias, keep))
-            replaced[path] = layer
-            del first
-        yield
-    finally:
-        for path, layer in replaced.items():
-            replace_module(model, path, layer)
-
-
-def _outer_layers(model: nn.Module) -> dict[str, Layer]:
-    adapted = adapted_layers(model)
-    bases = {f"{path}.base" for path in adapted}
-    return {**adapted, **{path: layer for path, layer in frozen_layers(model).items() if path not in bases}}
-
-
-def variants(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> list[Variant]:
-    """Every form of a LoRA or DoRA model.
-
-    Args:
-        model: The running model.
-        opened: Its base and adapter on disk; None for a pruned base, which the source's weights are not.
-        dtype: To which the merged weights are rounded.
-    """
+def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> list[ExportForm]:
+    """Every form of a LoRA or DoRA model; arguments as in `audit`."""
 
     def merged(path: str, layer: Layer) -> Tensor | None:
         return _rounded(layer.merged_weight(), dtype) if isinstance(layer, AdaptedLinear) else None
@@ -120,7 +160,8 @@ def variants(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dt
         weight = None if opened is None else source_weight(opened, path)
         if weight is None:
             return None
-        weight = weight.to(_device(layer))
+        base = layer.base if isinstance(layer, AdaptedLinear) else layer
+        weight = weight.to(base.stored_weight.device)
         if isinstance(layer, AdaptedLinear):
             weight = layer.merged_weight(base=weight)
         return _rounded(weight, dtype)
@@ -134,29 +175,30 @@ def variants(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dt
         again = quantize(layer.merged_weight(), packed.kind, packed.block_size, packed.nested is not None)
         return dequantize(again, torch.float32)
 
-    try:
-        check_foldable(model, torch.float32)
-        why_not = ""
-    except UserError as error:
-        why_not = error.faults[0]
     if opened is None:
         no_source = "the base is pruned, and the source's own weights are not"
     elif opened.merge.quant.kind == "none" or any(isinstance(item, StoredPacked) for item in opened.stored.values()):
-        no_source = "the source has no other weights than those that were trained on"
+        no_source = "the source has no other weights than those of training"
     else:
         no_source = ""
+    try:
+        check_foldable(model, torch.float32)
+        not_foldable = ""
+    except UserError as error:
+        not_foldable = error.faults[0]
     four_bits = any(layer.kind in FOUR_BIT_KINDS for layer in frozen_layers(model).values())
-    return [
-        Variant("base", _base),
-        Variant("merged", merged),
-        Variant("original", None, no_source) if no_source else Variant("original", original),
-        Variant("requantized", requantized) if four_bits else Variant("requantized", None, "the base is not in 4 bits"),
-        Variant("nf4-lora", None, why_not) if why_not else Variant("nf4-lora", _nf4_lora),
+    found: list[tuple[str, Weight, str]] = [
+        ("base", _base, ""),
+        ("merged", merged, ""),
+        ("original", original, no_source),
+        ("requantized", requantized, "" if four_bits else "the base is not in 4 bits"),
+        ("nf4-lora", _nf4_lora, not_foldable),
     ]
+    return [ExportForm(name, None if why_not else weight, why_not) for name, weight, why_not in found]
 
 
 def source_weight(opened: OpenedMerge, path: str) -> Tensor | None:
-    """The source's own weight of a quantised layer, (out, in) float32; None where it is dense or packed there."""
+    """The source's own weight of a quantised layer, (out, in) float32; None if training did not quantise it."""
     if path not in opened.quantized:
         return None
     item = opened.item(f"{path}.weight")
@@ -169,7 +211,7 @@ def _base(path: str, layer: Layer) -> Tensor | None:
 
 
 def _nf4_lora(path: str, layer: Layer) -> Tensor | None:
-    """g in the block scales, and s (g B) A beside it, each rounded to float32 as in the files."""
+    """The base with g in its block scales, plus s (g B) A; scales and g B are rounded to float32 as in the files."""
     if not isinstance(layer, AdaptedLinear):
         return None
     packed = layer.base.packed_weight
@@ -191,35 +233,61 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).float()
 
 
-def _device(layer: Layer) -> torch.device:
-    base = layer.base if isinstance(layer, AdaptedLinear) else layer
-    return base.stored_weight.device
+@contextmanager
+def computing(model: PreTrainedModel, weight: Weight) -> Iterator[None]:
+    """Inside the block `model` computes what a form computes; afterwards it is as it was."""
+    adapted = adapted_layers(model)
+    bases = {f"{path}.base" for path in adapted}
+    layers: dict[str, Layer] = {
+        **adapted,
+        **{path: layer for path, layer in frozen_layers(model).items() if path not in bases},
+    }
+    keep = sum(layer.in_features * layer.out_features * 4 for layer in layers.values()) <= _KEPT_BYTES
+    replaced: dict[str, Layer] = {}
+    try:
+        for path, layer in layers.items():
+            first = weight(path, layer)
+            if first is None:
+                continue
+            bias = layer.base.bias if isinstance(layer, AdaptedLinear) else layer.bias
+            make = partial(weight, path, layer)
+            replace_module(model, path, _ComputedLinear(make, bias, first if keep else None))
+            replaced[path] = layer
+            del first
+        yield
+    finally:
+        for path, layer in replaced.items():
+            replace_module(model, path, layer)
 
 
-@dataclass(frozen=True)
-class LayerError:
-    """What quantising a layer's base changed against what was learnt on it, as Frobenius norms of the weights.
+class _ComputedLinear(nn.Module):
+    """y = x W^T + bias with a W that is kept, or made at every forward pass."""
 
-    Attributes:
-        path: Of the layer.
-        quantization_error: ||dequantised base - source|| / ||source||.
-        update: ||merged - dequantised base|| / ||source||.
-    """
+    def __init__(self, make: Callable[[], Tensor | None], bias: Tensor | None, kept: Tensor | None) -> None:
+        super().__init__()
+        self.make, self.kept = make, kept
+        self.register_buffer("bias", bias)
 
-    path: str
-    quantization_error: float
-    update: float
-
-    @property
-    def ratio(self) -> float:
-        """Quantisation error over update: above 1 the rounding is larger than all that was learnt."""
-        return self.quantization_error / self.update if self.update > 0 else float("inf")
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in x's dtype."""
+        weight = self.make() if self.kept is None else self.kept
+        assert weight is not None  # it was not None when the layer was replaced
+        bias = self.get_buffer("bias").to(x.dtype) if self._buffers["bias"] is not None else None
+        # Flat: for a sliced 3-D input, as an output head gets, torch takes a batched product, 20 to 275 times slower.
+        flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), weight.to(x.dtype), bias)
+        return flat.reshape(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
-def layer_errors(model: PreTrainedModel, opened: OpenedMerge) -> list[LayerError]:
-    """Of every adapted layer whose source is at hand, the largest ratio first."""
-    found = []
+def layer_errors(model: PreTrainedModel, opened: OpenedMerge) -> list[dict[str, Any]]:
+    """Compare what quantising each adapted layer's base changed with what was learnt on it, largest ratio first.
+
+    Returns:
+        For each layer whose source weight exists: `path`; `quantization_error`, ||dequantised base - source|| /
+        ||source||; `update`, ||merged - dequantised base|| / ||source||; their `ratio`, which is above 1 if the
+        rounding is larger than everything that was learnt. All are Frobenius norms.
+    """
+    found: list[dict[str, Any]] = []
     for path, layer in adapted_layers(model).items():
         source = source_weight(opened, path)
         if source is None:
@@ -229,120 +297,13 @@ def layer_errors(model: PreTrainedModel, opened: OpenedMerge) -> list[LayerError
         size = float(source.norm())
         if size > 0:
             update = float((layer.merged_weight() - base).norm()) / size
-            found.append(LayerError(path, float((base - source).norm()) / size, update))
-    return sorted(found, key=lambda error: -error.ratio)
+            error = float((base - source).norm()) / size
+            ratio = error / update if update > 0 else math.inf
+            found.append({"path": path, "quantization_error": error, "update": update, "ratio": ratio})
+    return sorted(found, key=lambda each: -each["ratio"])
 
 
-ADAPTER = "adapter"
-DESCRIPTIONS = {
-    "base": "quantised base, no adapter",
-    ADAPTER: "adapter on the quantised base: what was trained",
-    "merged": "merged on the dequantised base",
-    "original": "merged on the source's own weights",
-    "requantized": "merged, then quantised to 4 bits again",
-    "nf4-lora": "4 bits with the gain in the block scales, and LoRA",
-}
-_COMMANDS = {
-    "merged": "--format merged",
-    "original": "--format merged --base original",
-    "requantized": "--format merged --requantize",
-    "nf4-lora": "--format nf4-lora",
-}
-_EXAMPLES = 32
-"""Of a task. Differences between forms are paired, so that few examples tell them apart."""
-_WORST_LAYERS = 5
-_SAME_KL = 1e-4
-"""Mean KL in nats below which a form counts as the same model; fp16 rounding of a merge is 1e-7 to 1e-6."""
-
-
-@torch.no_grad()
-def audit(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    opened: OpenedMerge | None,
-    *,
-    texts: Sequence[str],
-    examples: Mapping[str, Sequence[Example]],
-    dtype: torch.dtype,
-    limit: int = _EXAMPLES,
-    console: Console,
-) -> dict[str, Any]:
-    """Compare every form with the running adapter, all in float32 arithmetic.
-
-    Args:
-        model: The running model with its adapter.
-        tokenizer: Its tokenizer.
-        opened: Its base and adapter on disk; None for a pruned base: the source's own weights are another model's.
-        texts: Held-out text for the logits.
-        examples: Held-out examples by task for the NLL; may be empty.
-        dtype: To which merged weights are rounded.
-        limit: Most examples of a task.
-        console: For progress.
-    Returns:
-        JSON values: `forms` (differences of logits from the adapter, NLL by task, mean NLL difference per example with
-        its standard error), `layers` (quantisation error over update, worst first), `verdict`.
-    """
-    sequences = token_sequences(tokenizer, texts, None, max_tokens=1024, max_length=256)
-    device = next(model.parameters()).device
-    tokens = [torch.tensor([ids], device=device) for ids in sequences]
-    forms: dict[str, dict[str, Any]] = {}
-    results: dict[str, EvaluationResult] = {}
-    given = {task: found for task, found in examples.items() if found}
-
-    def score(name: str) -> None:
-        if given:
-            results[name] = evaluate(model, tokenizer, given, limit=limit, per_example=True)
-
-    found = [Variant(ADAPTER, None), *variants(model, opened, dtype)]
-    with float32_arithmetic(model), bar(console, "auditing") as progress:
-        reference = [logits_of(model, ids) for ids in tokens]
-        for number, form in enumerate(found):
-            if form.name == ADAPTER:
-                forms[ADAPTER] = {}
-                score(ADAPTER)
-            elif form.weight is None:
-                forms[form.name] = {"why_not": form.why_not}
-            else:
-                with computing(model, form.weight):
-                    difference = LogitDifference()
-                    for ids, expected in zip(tokens, reference, strict=True):
-                        difference.add(expected, logits_of(model, ids))
-                    forms[form.name] = {"logits": difference.to_dict()}
-                    if math.isfinite(difference.kl_sum):
-                        score(form.name)
-                    else:
-                        forms[form.name] = {"why_not": f"its values are not finite in {dtype}"}
-            progress(number + 1, len(found))
-    for name, result in results.items():
-        forms[name]["nll_per_token"] = {task: row.nll_per_token for task, row in result.tasks.items()}
-        forms[name]["nll_difference"] = _paired(result, results[ADAPTER])
-    layers = [
-        {"path": e.path, "quantization_error": e.quantization_error, "update": e.update, "ratio": e.ratio}
-        for e in ([] if opened is None else layer_errors(model, opened))
-    ]
-    ordered = {name: forms[name] for name in DESCRIPTIONS}
-    return {
-        "num_positions": sum(len(ids) for ids in sequences),
-        "num_examples": len(results[ADAPTER].per_example) if given else 0,
-        "forms": ordered,
-        "layers": layers,
-        "verdict": verdict(ordered, layers),
-    }
-
-
-def _paired(result: EvaluationResult, reference: EvaluationResult) -> dict[str, float | None]:
-    """Mean difference of the NLL of an answer, nats, and its standard error over examples."""
-    gaps = [
-        first["nll"] - second["nll"] for first, second in zip(result.per_example, reference.per_example, strict=True)
-    ]
-    mean = math.fsum(gaps) / len(gaps)
-    if len(gaps) < 2:
-        return {"mean": mean, "stderr": None}
-    variance = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
-    return {"mean": mean, "stderr": math.sqrt(variance / len(gaps))}
-
-
-def verdict(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> str:
+def recommendation(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> str:
     """Which form to ship, and why, in words."""
     same = [name for name in ("merged", "nf4-lora") if _is_same(forms[name])]
     parts = []
@@ -352,7 +313,10 @@ def verdict(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapping[str
         they = "both are" if len(same) == 2 else "it is"
         parts.append(f"Ship {named}: {they} the model that was trained (mean KL at most {kl:.1g} nats).")
     else:
-        parts.append("No form is the model that was trained within 1e-4 nats of KL: look at the table before shipping.")
+        parts.append(
+            f"No form is the model that was trained (mean KL at most {_SAME_KL:g} nats): look at the table before "
+            "shipping."
+        )
     parts += [_cost(name, forms[name]) for name in ("original", "requantized") if "logits" in forms[name]]
     parts += [
         f"`{_COMMANDS[name]}` is not possible: {forms[name]['why_not']}."
@@ -363,7 +327,7 @@ def verdict(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapping[str
         above = sum(layer["ratio"] > 1 for layer in layers)
         parts.append(
             f"In {above} of {len(layers)} layers the rounding of the base is larger than what was learnt on it"
-            + (": there a merge on other weights than those trained on is a different model." if above else ".")
+            + (": there a merge on other weights than those of training is a different model." if above else ".")
         )
     return " ".join(part.replace("..", ".") for part in parts)
 
@@ -383,7 +347,7 @@ def _cost(name: str, form: Mapping[str, Any]) -> str:
         return text + "."
     mean, twice = gap["mean"], 2 * gap["stderr"]
     if abs(mean) <= twice:
-        return text + f"; its answers are not told apart ({mean:+.3f} +- {twice:.3f} nats each)."
+        return text + f"; its answers do not differ significantly ({mean:+.3f} +- {twice:.3f} nats each)."
     return text + f"; its answers are {'worse' if mean > 0 else 'better'} by {abs(mean):.3f} +- {twice:.3f} nats each."
 
 
@@ -394,7 +358,7 @@ def audit_page(name: str, found: Mapping[str, Any]) -> str:
     columns += [f"NLL per token, {task}" for task in tasks]
     basis = f"{found['num_positions']:,} tokens of held-out text and {found['num_examples']:,} examples"
     lines = [f"# Audit of {name}", "", found["verdict"], "", f"On {basis}, in float32 arithmetic.", ""]
-    lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    rows = []
     for form, row in found["forms"].items():
         logits = row.get("logits")
         cells = [DESCRIPTIONS[form]]
@@ -404,12 +368,13 @@ def audit_page(name: str, found: Mapping[str, Any]) -> str:
             cells += [f"{logits[key]:.3g}" for key in ("max_logit_difference", "mean_logit_difference", "kl_mean")]
             cells.append(f"{100 * logits['argmax_agreement']:.2f} %")
         cells += [f"{row['nll_per_token'][task]:.4f}" if "nll_per_token" in row else "" for task in tasks]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines.append(markdown_table(columns, rows))
     if found["layers"]:
         lines += ["", "Layers in which the rounding of the base is largest against what was learnt:", ""]
-        lines += ["| layer | quantisation error | update | ratio |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {e['path']} | {e['quantization_error']:.3%} | {e['update']:.3%} | {e['ratio']:.2f} |"
+        worst = [
+            (e["path"], f"{e['quantization_error']:.3%}", f"{e['update']:.3%}", f"{e['ratio']:.2f}")
             for e in found["layers"][:_WORST_LAYERS]
         ]
+        lines.append(markdown_table(("layer", "quantisation error", "update", "ratio"), worst))
     return "\n".join(lines) + "\n"

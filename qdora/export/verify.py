@@ -1,101 +1,135 @@
-"""Whether a merged directory is the model that was trained: reloaded as a stranger would, and compared.
+"""Check an export: reload it as another user would, and compare it with the model that was trained.
 
-What is compared, and how far the logits may be off, stands in `logit_comparison`.
+transformers loads the merged model, bitsandbytes with it loads the 4-bit forms, PEFT loads the adapter of nf4-lora (if
+PEFT is not installed, qdora's own loader does). `logit_comparison` says what is compared and how far the logits may be
+off.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdora.errors import RunFailure, UserError
-from qdora.export.logit_comparison import ROUNDING, compare_logits, larger, token_sequences, verdict
-from qdora.model.inject import adapted_layers
+from qdora.export.comparison_text import ComparisonText
+from qdora.export.logit_comparison import ROUNDING, compare_logits, larger, verdict
+from qdora.export.targets import FOUR_BIT_KINDS
+from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
+from qdora.model.bnb_checkpoint import gather_packed
+from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import load_model
+from qdora.model.source import resolve
 from qdora.model.stored_tensors import Stored, open_safetensors, rename_to_model, shard_files
+from qdora.ops.packed import PackedWeight, dequantize
+from qdora.run.load_run import ADAPTER_DIRECTORY
 
-log = logging.getLogger("qdora")
+logger = logging.getLogger("qdora")
 
-# Memory of the reloaded model with its activations and logits, over its weights.
+PEFT_LOADER = "transformers, bitsandbytes, PEFT"
+OWN_LOADER = "qdora (PEFT is not installed)"
 _WORKSPACE = 1.3
-# Rows of each merged weight that are computed again in float64.
+"""Memory of the reloaded model with its activations and logits, over the bytes of its weights."""
 _ROWS = 64
+"""Rows of each merged weight that are computed again in float64."""
 
 
-def verify_merged(
-    model: PreTrainedModel,
-    merged_dir: Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    texts: Sequence[str] | None = None,
-    input_ids: Sequence[Sequence[int]] | None = None,
-    max_tokens: int = 2048,
-    max_length: int = 512,
-    device: torch.device | str | None = None,
-) -> dict[str, Any]:
-    """Reload `merged_dir` with plain transformers and compare its logits with those of the running adapter model.
+def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
+    """Reload a merged checkpoint with transformers and compare its logits with those of the running model, in float32.
 
     Passed means: every tensor found its place; the tokenizer gives the same ids; rows of every merged weight equal the
     float64 formula within one rounding; and the logits stay within the tolerance of `logit_comparison`.
 
     Args:
         model: The running model with its adapters; evaluated in eval mode, left as it was.
-        merged_dir: From `export_merged`.
-        tokenizer: For `texts`, and compared with the one in `merged_dir`.
-        texts, input_ids: What to compare on; exactly one of the two. Held-out text says most.
-        max_tokens: Tokens compared in all.
-        max_length: Tokens of one text.
-        device: Where the merged model runs; None is the running model's device. What does not fit there in float32 is
-            placed on the host or the disk.
+        directory: From `export_merged`. If it does not fit on the model's device in float32, part of it is placed on
+            the host or the disk.
+        text: What to compare on. Its tokenizer is compared with the one in `directory`.
     Returns:
         JSON values: the three differences, the check of the weights, the tolerance, `passed`, `faults` (why not).
     Raises:
-        UserError: Neither or both of texts and input_ids, nothing to compare, or a directory that transformers refuses.
+        UserError: transformers cannot load the directory.
     """
-    sequences = token_sequences(tokenizer, texts, input_ids, max_tokens, max_length)
-    there = torch.device(device) if device is not None else next(model.parameters()).device
     with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
-        merged, faults = _reload(merged_dir, model, there, Path(scratch))
-        total = compare_logits(model, merged, sequences, there)
-        stored = stored_dtype(merged_dir)
-        files = rename_to_model(open_safetensors(merged_dir), merged)
+        merged, faults = _reload(directory, model, Path(scratch))
+        total = compare_logits(model, merged, text.sequences)
+        stored = stored_dtype(directory)
+        files = rename_to_model(open_safetensors(directory), merged)
         weights = compare_weights(model, lambda path: _dense(files, path), stored)
         del merged
-    if not weights["max_error"] <= 1.0:
-        faults.append(f"{weights['worst_layer']}: its merged weight is {weights['max_error']:.3g} roundings off")
-    faults += tokenizer_faults(tokenizer, merged_dir, texts, sequences)
-    return verdict(total, faults, stored, model.dtype) | {"num_texts": len(sequences), "weights": weights}
+    faults += _weight_faults(weights, "merged") + tokenizer_faults(text, directory)
+    return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
+
+
+def verify_requantized(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
+    """The differences of `verify_merged` without a tolerance: this form rounds to 4 bits, and the figures say how far.
+
+    Passed means only: every tensor found its place, the tokenizer gives the same ids, all logits are finite.
+
+    Args and errors are those of `verify_merged`; `directory` is a merge with `requantize`.
+    """
+    exported, faults = load_with_bnb(directory, model)
+    total = compare_logits(model, exported, text.sequences)
+    faults += tokenizer_faults(text, directory)
+    return verdict(total, faults, torch.float32, model.dtype, lossy=True) | {"num_texts": len(text.sequences)}
+
+
+def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
+    """Reload base and adapter and compare their logits, in float32, with those of the running model.
+
+    Passed means: every tensor found its place; the tokenizer gives the same ids; rows of every scaled base + s B A
+    equal the float64 formula g (W + s B A) within float32's roundings; and the logits stay within the tolerance of
+    `logit_comparison` for a float32 export.
+
+    Args, result and errors are those of `verify_merged`; `directory` is from `export_nf4_lora`, and `loaded_by` in the
+    result names the loader.
+    """
+    if importlib.util.find_spec("peft") is not None:
+        loaded_by = PEFT_LOADER
+        exported, faults = load_with_peft(directory, model)
+    else:
+        loaded_by = OWN_LOADER
+        exported, faults = load_with_qdora(directory, model), []
+    total = compare_logits(model, exported, text.sequences)
+    del exported
+    weights = compare_weights(model, nf4_lora_weights(directory, model), torch.float32)
+    faults += _weight_faults(weights, "exported") + tokenizer_faults(text, directory)
+    found = verdict(total, faults, torch.float32, model.dtype)
+    return found | {"num_texts": len(text.sequences), "weights": weights, "loaded_by": loaded_by}
 
 
 @torch.no_grad()
 def compare_weights(
     model: PreTrainedModel, exported: Callable[[str], Tensor | None], stored: torch.dtype
 ) -> dict[str, Any]:
-    """Compute some 64 evenly spaced rows of every adapted layer again, in float64, and compare with those in the files.
+    """Compute about 64 evenly spaced rows of every adapted layer again, in float64, and compare them with the files.
 
     Args:
         model: The running model.
-        exported: Path of a layer -> the dense weight (out, in) that the files stand for, or None where it is missing.
+        exported: Path of a layer -> the dense weight (out, in) that the files stand for, or None if it is missing.
         stored: The export's dtype.
     Returns:
         JSON values: number of layers and rows; `max_error`, the largest error in units of what one rounding to `stored`
-        and the float32 merge may cost (1 or less is right); the layer it is in.
+        and the float32 merge may cost (1 or less is right); `worst_layer`, the layer with that error.
     """
     worst, worst_layer, num_rows = 0.0, "", 0
     layers = adapted_layers(model)
     for path, layer in layers.items():
         tensor = exported(path)
-        if tensor is None:  # named as missing already
+        if tensor is None:  # a fault of reloading already
             continue
         step = max(1, layer.out_features // _ROWS)
         base = layer.base.dequantized(layer.base.wide_dtype)[::step].double()
@@ -107,7 +141,8 @@ def compare_weights(
             gain = torch.where(norm > 0, layer.magnitude[::step].double() / norm, 0.0)
             expected = expected * gain.unsqueeze(1)
         found = tensor[::step].to(expected.device).double()
-        # float32 sums err by their largest term, not by their result; below the smallest normal number steps are fixed.
+        # The error of a float32 sum follows its largest term, not its result; below the smallest normal number the
+        # spacing of values is constant.
         scale = torch.maximum(expected.abs().amax(dim=1), base.abs().amax(dim=1)).unsqueeze(1)
         smallest = torch.finfo(stored).smallest_normal * ROUNDING[stored]
         allowed = ROUNDING[stored] * expected.abs() + 1e-6 * scale + smallest
@@ -118,6 +153,12 @@ def compare_weights(
     return {"num_layers": len(layers), "num_rows": num_rows, "max_error": worst, "worst_layer": worst_layer}
 
 
+def _weight_faults(weights: Mapping[str, Any], what: str) -> list[str]:
+    if weights["max_error"] <= 1.0:  # false for NaN
+        return []
+    return [f"{weights['worst_layer']}: its {what} weight is {weights['max_error']:.3g} roundings off"]
+
+
 def _dense(files: Mapping[str, Stored], path: str) -> Tensor | None:
     if f"{path}.weight" not in files:
         return None
@@ -126,19 +167,27 @@ def _dense(files: Mapping[str, Stored], path: str) -> Tensor | None:
     return tensor
 
 
-def _reload(
-    merged_dir: Path, model: PreTrainedModel, device: torch.device, scratch: Path
+def _reload(directory: Path, model: PreTrainedModel, scratch: Path) -> tuple[PreTrainedModel, list[str]]:
+    """A merged checkpoint as a float32 model, and the tensors that did not find their place.
+
+    It is wholly on the device of `model` if it fits there, else spread over device, host and disk.
+    """
+    device = next(model.parameters()).device
+    if not directory.is_dir() or fits_in_float32(directory, device):
+        merged, faults = load_with_transformers(directory, model)
+        return merged.to(device), faults
+    num_gib = _float32_bytes(directory) / 2**30
+    logger.info("The merged model needs %.1f GiB in float32: spread over device, host and disk.", num_gib)
+    room = get_max_memory()
+    limits = {place: int(size / _WORKSPACE) for place, size in room.items() if device.type != "cpu" or place == "cpu"}
+    options = {"device_map": "auto", "max_memory": limits, "offload_folder": str(scratch)}
+    return load_with_transformers(directory, model, **options)
+
+
+def load_with_transformers(
+    directory: Path, model: PreTrainedModel, **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The directory as a float32 model, and what did not find its place."""
-    options: dict[str, Any] = {}
-    if merged_dir.is_dir():
-        options = _placement(merged_dir, device, scratch)
-    merged, faults = load_plainly(merged_dir, model, **options)
-    return merged if "device_map" in options else merged.to(device), faults
-
-
-def load_plainly(directory: Path, model: PreTrainedModel, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The directory loaded by transformers in float32 with the attention of `model`, and what did not find its place.
+    """The directory as a float32 model with the attention of `model`, and the tensors that did not find their place.
 
     Raises:
         UserError: transformers refuses it.
@@ -166,52 +215,103 @@ def load_plainly(directory: Path, model: PreTrainedModel, **options: Any) -> tup
     return loaded, faults
 
 
-def _placement(merged_dir: Path, device: torch.device, scratch: Path) -> dict[str, Any]:
-    """How to load a model that may not fit: wholly on `device` where it does, else spread down to the disk."""
-    num_bytes, room = _needed(merged_dir), get_max_memory()
-    if fits_in_float32(merged_dir, device):
-        return {}
-    log.info("The merged model needs %.1f GiB in float32: spread over device, host and disk.", num_bytes / 2**30)
-    limits = {place: int(size / _WORKSPACE) for place, size in room.items() if device.type != "cpu" or place == "cpu"}
-    return {"device_map": "auto", "max_memory": limits, "offload_folder": str(scratch)}
-
-
 def fits_in_float32(directory: Path, device: torch.device) -> bool:
-    """Whether a dense checkpoint has room on `device` in float32, with its activations and logits."""
+    """Whether a dense checkpoint fits on `device` in float32, with its activations and logits."""
     here = "cpu" if device.type == "cpu" else device.index or 0
-    return bool(_needed(directory) * _WORKSPACE <= get_max_memory().get(here, 0))
+    return bool(_float32_bytes(directory) * _WORKSPACE <= get_max_memory().get(here, 0))
 
 
-def _needed(directory: Path) -> int:
+def _float32_bytes(directory: Path) -> int:
     num_bytes = sum(file.stat().st_size for file in shard_files(directory))
     return num_bytes // stored_dtype(directory).itemsize * torch.float32.itemsize
 
 
-def stored_dtype(merged_dir: Path) -> torch.dtype:
-    """The dtype that config.json names. Raises RunFailure where it names none."""
-    name = json.loads((merged_dir / "config.json").read_text(encoding="utf-8")).get("dtype")
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype that config.json names. Raises RunFailure if it names none."""
+    name = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
-        raise RunFailure(f"{merged_dir / 'config.json'}: dtype: is {name!r}, allowed: float16, bfloat16, float32.")
+        raise RunFailure(
+            f"{directory / 'config.json'}: dtype: must be one of float16, bfloat16, float32 (got {name!r})."
+        )
     return dtype
 
 
-def tokenizer_faults(
-    tokenizer: PreTrainedTokenizerBase | None,
-    directory: Path,
-    texts: Sequence[str] | None,
-    sequences: Sequence[Sequence[int]],
-) -> list[str]:
-    """Ways in which the tokenizer of the directory differs from the run's (None: it has none) on what was compared."""
-    if tokenizer is None:
+def load_with_peft(directory: Path, model: PreTrainedModel) -> tuple[Any, list[str]]:
+    """Base and adapter on the device of `model`, computing in float32, and what did not find its place."""
+    peft = importlib.import_module("peft")
+    base, faults = load_with_bnb(directory, model)
+    exported = peft.PeftModel.from_pretrained(base, str(directory / ADAPTER_DIRECTORY))
+    stored = load_file(directory / ADAPTER_DIRECTORY / WEIGHTS_FILE)
+    held = peft.get_peft_model_state_dict(exported)
+    if held.keys() != stored.keys():
+        differing = sorted(held.keys() ^ stored.keys())
+        faults.append(f"PEFT has other tensors than the adapter file: {', '.join(differing[:5])} ({len(differing)})")
+    return exported.eval(), faults
+
+
+def load_with_bnb(directory: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
+    """A bitsandbytes checkpoint on the device of `model`, computing in float32, and what did not find its place."""
+    base, faults = load_with_transformers(directory, model, device_map={"": next(model.parameters()).device})
+    for parameter in base.parameters():
+        # Beside quantised weights transformers keeps the file's dtype, whatever dtype is asked for.
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in base.modules():
+        if type(module).__name__ == "Linear4bit":
+            layer: Any = module
+            # The checkpoint names the dtype of deployment; the comparison is of float32 with float32.
+            layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
+            # Else bitsandbytes repacks the weight for a bf16 kernel at the first forward, on some CPUs.
+            layer.support_avx512bf16_for_cpu = False
+    return base, faults
+
+
+def load_with_qdora(directory: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """Base and adapter by qdora's own loader, in float32."""
+    first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
+    attention = model.config._attn_implementation
+    exported = load_model(
+        resolve(str(directory)),
+        quant=first.kind,
+        block_size=first.block_size,
+        double_quant=False,
+        device=next(model.parameters()).device,
+        compute_dtype=torch.float32,
+        attention=attention if attention in ("eager", "sdpa") else "auto",
+    )
+    load_adapter(exported, directory / ADAPTER_DIRECTORY)
+    return exported.eval()
+
+
+def nf4_lora_weights(directory: Path, model: PreTrainedModel) -> Callable[[str], Tensor | None]:
+    """Path of an adapted layer -> the dense weight that the files stand for, scaled base + s B A, in float64."""
+    files: Mapping[str, Stored] = rename_to_model(gather_packed(open_safetensors(directory)), model)
+    factors = load_file(directory / ADAPTER_DIRECTORY / WEIGHTS_FILE)
+    layers = adapted_layers(model)
+
+    def weight(path: str) -> Tensor | None:
+        item = files.get(f"{path}.weight")
+        name_a, name_b = factor_names(path)
+        if item is None or name_a not in factors or name_b not in factors:
+            return None
+        stored = item.read()
+        base = dequantize(stored, torch.float64) if isinstance(stored, PackedWeight) else stored.double()
+        return base + layers[path].scaling * (factors[name_b].double() @ factors[name_a].double())
+
+    return weight
+
+
+def tokenizer_faults(text: ComparisonText, directory: Path) -> list[str]:
+    """How the tokenizer of the directory differs from the run's on the texts."""
+    if text.tokenizer is None:
         return []
-    texts = texts or [tokenizer.decode(ids) for ids in sequences]
     try:
         reloaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:
         return [f"the tokenizer does not reload: {error}"]
-    if any(reloaded(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts):
+    if any(reloaded(each)["input_ids"] != text.tokenizer(each)["input_ids"] for each in text.texts):
         return ["the reloaded tokenizer gives other ids"]
-    if reloaded.chat_template != tokenizer.chat_template:
+    if reloaded.chat_template != text.tokenizer.chat_template:
         return ["the reloaded tokenizer has another chat template"]
     return []

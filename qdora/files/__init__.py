@@ -1,1 +1,1 @@
-"""What a run leaves on disk and what it says about its machine: run directory, atomic writes, environment, console."""
+"""Run directories, atomic writes, safetensors files, facts about the machine, consoles."""

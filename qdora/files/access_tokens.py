@@ -1,4 +1,4 @@
-"""Access tokens have no place in recipes, records and messages: finding them and blanking them out."""
+"""Finding access tokens, which must not stay in recipes, records or messages, and masking them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def masked(text: str) -> str:
 
 
 def token_paths(value: Any, steps: Steps = ()) -> Iterator[Steps]:
-    """The path of every key and every text in nested lists and dicts that holds an access token."""
+    """The path of every key and string with an access token in nested lists and dicts."""
     if isinstance(value, str) and _TOKEN.search(value):
         yield steps
     if len(steps) >= _MAX_DEPTH:

@@ -1,9 +1,7 @@
-"""Why a write failed, in words.
+"""Files and directories that appear whole or not at all: written under another name, flushed to the disk, renamed.
 
-Files and directories that appear whole or not at all: written aside, flushed to the disk, renamed.
-
-After a crash, a kill or a full disk there is either the old content or the new one, and perhaps a leftover of the
-writing, whose name begins with a dot and ends in .partial; `remove_leftovers` clears those away.
+After a crash, a kill or a full disk either the old or the new content is there. A leftover may stay, whose name begins
+with a dot and ends in .partial or .replaced; `remove_leftovers` clears it.
 """
 
 from __future__ import annotations
@@ -20,14 +18,17 @@ from typing import Any
 
 from qdora.files.access_tokens import masked
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_FULL = "the disk is full"
+PARTIAL = ".partial"
+REPLACED = ".replaced"
+_KEY_FILE = ".resume-key"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_reason(error: BaseException) -> str | None:
     """Why a write failed, or None for an error of another kind.
 
-    Libraries written in Rust or C++ report a full disk by an error class of their own with the system's text.
+    Libraries in Rust or C++ raise errors of their own for a full disk, with the system's text.
     """
     if isinstance(error, OSError):
         return DISK_FULL if error.errno in _FULL else masked(str(error))
@@ -35,30 +36,25 @@ def disk_reason(error: BaseException) -> str | None:
     return DISK_FULL if isinstance(error, Exception) and full else None
 
 
-PARTIAL = ".partial"
-REPLACED = ".replaced"
-_KEY_FILE = ".resume-key"
-
-
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON: NaN and infinities become null, paths text, tuples lists, numpy and torch scalars plain numbers.
+    """Strict JSON: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers.
 
     Raises:
-        TypeError: A value, or a key that is not text, that JSON has no word for.
+        TypeError: A key that is not a string, or a value that JSON cannot express.
     """
     return json.dumps(_json_value(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
-    """`json_text` as UTF-8 with a line end; half a surrogate pair, which UTF-8 has no bytes for, becomes its escape."""
+    """`json_text` as UTF-8 with a line end; half a surrogate pair, which UTF-8 cannot encode, becomes its escape."""
     return (json_text(value, indent=indent) + "\n").encode("utf-8", "backslashreplace")
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or all of the new one, whatever happens in between.
+    """Write a file; a reader sees the old content or all of the new content.
 
     Raises:
-        OSError: The disk is full, the directory is missing, ...; the old file is untouched.
+        OSError: The disk is full, the directory is missing, ...; the old file is unchanged.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -86,17 +82,16 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[Path]:
-    """A directory to fill; it gets the name `path` when the block ends, and is removed when the block raises.
+    """A directory to fill. It gets the name `path` when the block ends, and is removed if the block raises.
 
-    An older directory of that name is replaced; it goes only once the new one is whole.
+    An older directory of that name is removed once the new one is whole.
 
     Args:
         path: The final name.
-        resume_key: What the content follows from. With a key an interrupt (Ctrl-C, a kill) leaves what was written, and
-            the next call with the same key yields it again; with another key, or none, it is removed first.
-
+        resume_key: Stands for everything that determines the content. With a key, an interrupt (Ctrl-C, a kill) leaves
+            the written files, and the next call with the same key yields them again; any other call removes them.
     Raises:
-        OSError: From writing, flushing or renaming; `path` is as it was before.
+        OSError: From writing, flushing or renaming; `path` is unchanged.
     """
     aside = path.with_name(f".{path.name}{PARTIAL}")
     old = path.with_name(f".{path.name}{REPLACED}")
@@ -126,12 +121,12 @@ def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[P
             os.rename(old, path)
         raise
     sync(path.parent)
-    with suppress(OSError):  # the new one stands; a leftover is cleared at the next start
+    with suppress(OSError):  # the new directory is in place; the next start clears a leftover
         remove_directory(old)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Clear what an interrupted writer left in `folder`, and put back a directory that was being replaced."""
+    """Remove what an interrupted writer left in `folder`, and put back a directory that was being replaced."""
     if not folder.is_dir():
         return
     for entry in sorted(folder.iterdir()):
@@ -151,18 +146,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a name is that of an unfinished write."""
+    """Whether a path has the name of an unfinished write."""
     return path.name.startswith(".") and path.name.endswith((PARTIAL, REPLACED))
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory and all below it; nothing happens where there is none."""
+    """Remove a directory and everything below it, if it exists."""
     if path.exists():
         shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a directory's list of names, to the disk."""
+    """Flush a file's content, or a directory's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -178,7 +173,7 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         wrong = [key for key in value if not isinstance(key, str)]
         if wrong:
-            raise TypeError(f"JSON needs text as keys, got {wrong[0]!r}")
+            raise TypeError(f"JSON keys must be strings, got {wrong[0]!r}")
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(item) for item in value]
@@ -186,4 +181,4 @@ def _json_value(value: Any) -> Any:
         return os.fspath(value)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy or torch scalar
         return _json_value(value.item())
-    raise TypeError(f"JSON has no word for {type(value).__name__}: {value!r}")
+    raise TypeError(f"JSON cannot express {type(value).__name__}: {value!r}")

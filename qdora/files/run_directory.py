@@ -1,8 +1,8 @@
-"""When is a checkpoint whole: complete.json lists its files, and their sizes and check sums agree.
-
-The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
+"""The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
 
 recipe.yaml  environment.json  mix.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/  eval/*.json  README.md
+
+A checkpoint is whole if its complete.json lists its files and their sizes and check sums agree.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from qdora.errors import DiskFull, Interrupted, RunFailure, UserError
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import (
     DISK_FULL,
+    PARTIAL,
     atomic_directory,
     atomic_write_bytes,
     atomic_write_json,
@@ -37,64 +38,13 @@ from qdora.files.atomic import (
     remove_leftovers,
 )
 
-COMPLETE = "complete.json"
-
-
-def write_complete(path: Path, step: int) -> None:
-    """List the files below `path` in its complete.json: the last file to be written.
-
-    Raises:
-        ValueError: Something there is not a regular file.
-        OSError: From reading or writing.
-    """
-    files = sorted(file for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
-    for file in files:
-        if file.is_symlink() or not file.is_file():
-            raise ValueError(f"{file}: a checkpoint holds regular files only")
-    listed = {file.relative_to(path).as_posix(): _size_and_sum(file) for file in files}
-    atomic_write_json(path / COMPLETE, {"step": step, "files": listed})
-
-
-def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
-    """Why a checkpoint directory is not whole, or None if it is.
-
-    Args:
-        path: A step-N directory.
-        sums: Also compare the CRC-32 of every file, which reads all of it; else sizes only.
-    """
-    try:
-        listed = json.loads((path / COMPLETE).read_bytes())["files"]
-        for name, wanted in listed.items():
-            file = path / name
-            if not file.resolve().is_relative_to(path.resolve()):
-                return f"{name} is outside"
-            size = file.stat().st_size
-            if size != wanted["bytes"]:
-                return f"{name} has {size} bytes in place of {wanted['bytes']}"
-            if sums and _size_and_sum(file) != wanted:
-                return f"{name} has changed"
-    except OSError as error:
-        return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{COMPLETE} is damaged"
-    return None
-
-
-def _size_and_sum(file: Path) -> dict[str, Any]:
-    """Size and CRC-32: against torn writes and bad disks, not against malice."""
-    total = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            total = zlib.crc32(block, total)
-        return {"bytes": stream.tell(), "crc32": f"{total:08x}"}
-
-
 logger = logging.getLogger("qdora")
 
+COMPLETE = "complete.json"
 _STEP = re.compile(r"step-(\d+)")
 
-# What a resumed run may change. Most of it reaches no number of the training. Learning rate, clipping and what is done
-# about bad steps do: they are the way on after one, as the size of a micro-batch is after one that did not fit.
+# What a resumed run may change. Most of these settings do not change the training's numbers. Learning rate, clipping
+# and the treatment of bad steps do: changing them gets a run past a bad step.
 MAY_CHANGE = (
     "base.cache",
     "base.residency",
@@ -116,17 +66,17 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: the state after `step` optimizer steps, in directory `path`."""
+    """A whole checkpoint in the directory `path`: the state after `step` optimizer steps."""
 
     step: int
     path: Path
 
 
 class RunDirectory:
-    """One run's files. Made by `create_run`, `resume_run` or `open_run`.
+    """One run's files; made by `create_run`, `resume_run` or `open_run`.
 
     Args:
-        path: The directory; all that is written stays below it.
+        path: The directory; everything is written below it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -139,19 +89,19 @@ class RunDirectory:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the run has left anything that is not there before its first result."""
+        """Whether the run has written a result: metrics, checkpoints, an adapter or evaluations."""
         return any(path.exists() for path in (self.metrics_file, self.checkpoints, self.adapter, self.path / "eval"))
 
     def evaluation_file(self, step: int) -> Path:
-        """Where the evaluation of the state after `step` steps stands, eval/step-<step>.json."""
+        """eval/step-<step>.json, the evaluation of the state after `step` steps."""
         return self.inside("eval", f"step-{step}.json")
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint of the state after `step` steps stands, checkpoints/step-<step>."""
+        """checkpoints/step-<step>, the state after `step` steps."""
         return self.checkpoints / f"step-{step}"
 
     def last_step(self) -> int | None:
-        """The last step of metrics.jsonl."""
+        """The last step in metrics.jsonl, None if there is none."""
         lines = self.metrics()
         return int(lines[-1]["step"]) if lines else None
 
@@ -159,7 +109,7 @@ class RunDirectory:
         """A path below the run directory.
 
         Raises:
-            ValueError: The path would leave it, by .. or a symbolic link or because it is absolute.
+            ValueError: The path leaves it: by .., by a symbolic link, or because it is absolute.
         """
         path = self.path.joinpath(*parts)
         root = self.path.resolve()
@@ -168,10 +118,10 @@ class RunDirectory:
         return path
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write strict JSON, such as eval/final.json; NaN becomes null. Returns the file.
+        """Write strict JSON, such as eval/final.json; NaN becomes null. Returns the path.
 
         Raises:
-            RunFailure: The disk is full or cannot be written; an older file of that name is untouched.
+            RunFailure: The disk is full or cannot be written; an older file of that name is unchanged.
         """
         path = self.inside(name)
         with self._disk_failures(name):
@@ -183,11 +133,11 @@ class RunDirectory:
         """Add one line to metrics.jsonl; it has left this process when the call returns.
 
         Args:
-            values: With an int "step", the optimizer steps done. On a resume from checkpoint N all lines of steps
-                beyond N go, so whatever belongs to step N is written before its checkpoint. NaN becomes null.
+            values: With an int "step", the number of optimizer steps done. A resume from checkpoint N drops all lines
+                of later steps, so everything of step N is written before its checkpoint. NaN becomes null.
         Raises:
-            ValueError: No step.
-            RunFailure: The disk is full or cannot be written; no part of the line stays behind.
+            ValueError: There is no step.
+            RunFailure: The disk is full or cannot be written; no part of the line stays.
         """
         if _step_of(values) is None:
             raise ValueError(f"a line of metrics needs an int 'step', got {dict(values)!r}")
@@ -195,14 +145,15 @@ class RunDirectory:
             _append(self.metrics_file, json_bytes(values))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl, in order, without one that a kill has cut off."""
+        """All whole lines of metrics.jsonl, in order; a line that a kill has cut off is left out."""
         return [values for _, values in _metrics_lines(self.metrics_file)]
 
     def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> int:
-        """Drop lines of steps beyond `after_step` and lines that a kill has cut off; the rest stays byte for byte.
+        """Drop the lines of steps after `after_step` and lines that a kill has cut off; the rest stays byte for byte.
 
         Args:
-            evaluates_again: Whether the run evaluates the state after `after_step` again; that line goes, too.
+            after_step: The last step to keep.
+            evaluates_again: Also drop the evaluation of `after_step`, which the run repeats.
         Returns:
             Number of dropped lines.
         """
@@ -222,7 +173,7 @@ class RunDirectory:
         return len([line for line in content.split(b"\n") if line]) - len(kept)
 
     def log(self, text: str) -> None:
-        """Add a line to log.txt: UTC time and `text`, without access tokens.
+        """Add a line to log.txt: UTC time and `text` with access tokens masked.
 
         Raises:
             RunFailure: The disk is full or cannot be written.
@@ -233,13 +184,12 @@ class RunDirectory:
 
     @contextmanager
     def checkpoint_directory(self, step: int) -> Iterator[Path]:
-        """An empty directory to write the state after `step` steps into; a whole checkpoint when the block ends.
+        """An empty directory for the state after `step` steps; it becomes a whole checkpoint when the block ends.
 
-        Nothing of it is visible before, and nothing stays if the block raises. A checkpoint of the same step is
-        replaced.
+        It is not visible before, and it is removed if the block raises. An older checkpoint of this step is replaced.
 
         Raises:
-            RunFailure: The disk is full or cannot be written; names the newest whole checkpoint.
+            RunFailure: The disk is full or cannot be written; the message names the newest whole checkpoint.
         """
         with (
             self._disk_failures(f"the checkpoint of step {step}"),
@@ -253,16 +203,16 @@ class RunDirectory:
         """An empty directory that gets its name below the run when the block ends; an older one stays until then.
 
         Raises:
-            RunFailure: The disk is full or cannot be written; names the newest whole checkpoint.
+            RunFailure: The disk is full or cannot be written; the message names the newest whole checkpoint.
         """
         with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
             yield path
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The whole checkpoint of the largest step, checked byte for byte; None where there has never been one.
+        """The whole checkpoint of the largest step, checked byte for byte; None if there is no checkpoint.
 
         Raises:
-            RunFailure: There are checkpoints and all are damaged: going on from step 0 would hide that.
+            RunFailure: All checkpoints are damaged; a new start from step 0 would hide that.
         """
         damaged: list[str] = []
         for checkpoint in self._by_step():
@@ -277,15 +227,15 @@ class RunDirectory:
         return None
 
     def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
-        """Remove all but the newest `keep` checkpoints and those that they need; damaged ones are not counted, and go.
+        """Keep the newest `keep` whole checkpoints and those that they need; remove the others and damaged ones.
 
         Args:
             keep: At least 1.
-            needs: The step of another checkpoint that a run which goes on from this one may come back to, or None.
+            needs: Returns the step of another checkpoint to which a run resumed from this one may return, or None.
         Returns:
             Number of checkpoints removed.
         Raises:
-            ValueError: keep < 1: the newest is never removed.
+            ValueError: keep < 1.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
@@ -293,15 +243,15 @@ class RunDirectory:
         whole = [checkpoint for checkpoint in found if checkpoint_fault(checkpoint.path, sums=False) is None]
         needed = {needs(checkpoint.path) for checkpoint in whole[:keep]}
         kept = [checkpoint for index, checkpoint in enumerate(whole) if index < keep or checkpoint.step in needed]
-        # With nothing whole, the damaged ones are all there is to look at
+        # If none is whole, the damaged ones stay for inspection.
         removed = [checkpoint for checkpoint in found if checkpoint not in kept] if whole else []
         for checkpoint in removed:
             self._remove(checkpoint)
         return len(removed)
 
     def _remove(self, checkpoint: Checkpoint) -> None:
-        """Under a leftover's name first: a removal that is cut off leaves no half checkpoint."""
-        aside = checkpoint.path.with_name(f".{checkpoint.path.name}.partial")
+        """Rename to a leftover's name first, so that an interrupted removal leaves no half checkpoint."""
+        aside = checkpoint.path.with_name(f".{checkpoint.path.name}{PARTIAL}")
         remove_directory(aside)
         os.rename(checkpoint.path, aside)
         remove_directory(aside)
@@ -316,7 +266,7 @@ class RunDirectory:
 
     @contextmanager
     def _disk_failures(self, what: str) -> Iterator[None]:
-        """Turn a failed write into a RunFailure that says where the newest whole checkpoint is."""
+        """Turn a failed write into a RunFailure that names the newest whole checkpoint."""
         try:
             yield
         except BaseException as error:
@@ -329,46 +279,45 @@ class RunDirectory:
 
 
 def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
-    """Start a run in a directory that is new or empty, or holds a run that never got as far as a result.
+    """Start a run in a directory that is new or empty, or holds a run without a result.
 
     Args:
-        path: The directory; parents are made.
+        path: The directory; its parents are made.
         recipe: The resolved recipe, YAML.
-        environment: What `environment.environment()` returns.
+        environment: From `environment.environment()`.
     Raises:
-        UserError: The directory is a run already, or holds other files, or cannot be made.
+        UserError: The directory holds a run or other files, or cannot be made.
     """
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
-        raise UserError(f"{path}: holds a run. Go on with it by --resume, or choose another --run-dir.")
+        raise UserError(f"{path}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # Before the first result; the last two are trackers'
-        own_files = {run.recipe_file.name, run.log_file.name, "environment.json", "mix.json"}
-        early = own_files | {"base", "tensorboard", "wandb"}
-        own = early if run.recipe_file.exists() else {"environment.json"}  # written first: a kill can leave it alone
+        own = {"environment.json"}  # written first, so a kill can leave it alone there
+        if run.recipe_file.exists():  # what a run writes before its first result; the last two are trackers'
+            own |= {run.recipe_file.name, run.log_file.name, "mix.json", "base", "tensorboard", "wandb"}
         others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
         if others:
-            raise UserError(f"{path}: not empty and not a run, got {others[0]}, allowed: a new or empty --run-dir.")
+            raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
         remove_leftovers(path)
         atomic_write_json(path / "environment.json", environment)
         atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{path}: is in the way or below a file, allowed: a new or empty --run-dir.") from None
+        raise UserError(f"{path}: is a file, or below one. Fix: choose another --run-dir.") from None
     except PermissionError:
-        raise UserError(f"{path}: cannot be written, allowed: a --run-dir that can.") from None
+        raise UserError(f"{path}: cannot be written. Fix: choose another --run-dir.") from None
     except OSError as error:
         raise RunFailure(f"{path}: the run directory could not be written: {error.strerror}.") from error
     return run
 
 
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
-    """Go on with a run: clears leftovers, keeps what the new start changes about the environment.
+    """Resume a run: remove leftovers, and record what differs in the environment since the last start.
 
-    The caller then reads `newest_checkpoint` and calls `truncate_metrics` with its step.
+    The caller then calls `newest_checkpoint`, and `truncate_metrics` with its step.
 
     Raises:
-        UserError: No run there, or the recipe differs in a setting that changes the training.
+        UserError: There is no run, or the recipe differs in a setting that changes the training.
     """
     run = open_run(path)
     try:
@@ -379,8 +328,8 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
     changed = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key) and not _may_change(key)]
     if changed:
-        allowed = "allowed: what the run was started with."
-        raise UserError(*(f"{path}: {key}: got {new.get(key)!r}, was {old.get(key)!r}, {allowed}" for key in changed))
+        why = "as at the start of the run"
+        raise UserError(*(f"{path}: {key}: must be {old.get(key)!r}, {why} (got {new.get(key)!r})." for key in changed))
     remove_leftovers(path)
     remove_leftovers(run.checkpoints)
     if old_text != recipe:
@@ -395,23 +344,19 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
 
 
 def open_run(path: Path) -> RunDirectory:
-    """A finished or interrupted run, to read from.
-
-    Raises:
-        UserError: There is no run.
-    """
+    """Open a finished or interrupted run for reading. Raises UserError if there is no run."""
     run = RunDirectory(path)
     if not run.recipe_file.is_file():
         what = "no such directory" if not path.exists() else "not a run directory (it has no recipe.yaml)"
-        raise UserError(f"{path}: {what}, allowed: the --run-dir of an earlier 'qdora train'.")
+        raise UserError(f"{path}: {what}. Fix: name the --run-dir of an earlier 'qdora train'.")
     return run
 
 
 def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(line without its end, values) of every line that is whole: an object cut short is never valid JSON."""
+    """(line without its end, values) of every whole line; a JSON object that is cut off is never valid."""
     content = path.read_bytes() if path.exists() else b""
     for line in content.split(b"\n"):
-        with suppress(ValueError):  # JSONDecodeError and UnicodeDecodeError: a line that a kill has cut off
+        with suppress(ValueError):  # JSONDecodeError or UnicodeDecodeError: a kill has cut the line off
             values = json.loads(line)
             if isinstance(values, dict) and _step_of(values) is not None:
                 yield line, values
@@ -423,7 +368,7 @@ def _step_of(values: Mapping[str, Any]) -> int | None:
 
 
 def _append(path: Path, content: bytes) -> None:
-    """Append all of `content`, or nothing if that fails."""
+    """Append all of `content`, or nothing if writing fails."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab") as stream:
@@ -439,12 +384,61 @@ def _may_change(key: str) -> bool:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{'train': {'lr': 1}} -> {'train.lr': 1}; lists count as one value."""
+    """{'train': {'lr': 1}} -> {'train.lr': 1}; a list is one value."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {
         name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{prefix}.{key}".lstrip(".")).items()
     }
+
+
+def write_complete(path: Path, step: int) -> None:
+    """Write complete.json, which lists the files below `path`; it is the last file of a checkpoint.
+
+    Raises:
+        ValueError: A file is not a regular file.
+        OSError: From reading or writing.
+    """
+    files = sorted(file for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
+    for file in files:
+        if file.is_symlink() or not file.is_file():
+            raise ValueError(f"{file}: a checkpoint holds regular files only")
+    listed = {file.relative_to(path).as_posix(): _size_and_sum(file) for file in files}
+    atomic_write_json(path / COMPLETE, {"step": step, "files": listed})
+
+
+def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
+    """Why a checkpoint directory is not whole, or None if it is whole.
+
+    Args:
+        path: A step-N directory.
+        sums: Also compare the CRC-32 of every file, which reads the whole file; otherwise only sizes.
+    """
+    try:
+        listed = json.loads((path / COMPLETE).read_bytes())["files"]
+        for name, wanted in listed.items():
+            file = path / name
+            if not file.resolve().is_relative_to(path.resolve()):
+                return f"{name} is outside"
+            size = file.stat().st_size
+            if size != wanted["bytes"]:
+                return f"{name} has {size} bytes, not {wanted['bytes']}"
+            if sums and _size_and_sum(file) != wanted:
+                return f"{name} has changed"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{COMPLETE} is damaged"
+    return None
+
+
+def _size_and_sum(file: Path) -> dict[str, Any]:
+    """Size and CRC-32, against torn writes and bad disks, not against malice."""
+    total = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total = zlib.crc32(block, total)
+        return {"bytes": stream.tell(), "crc32": f"{total:08x}"}
 
 
 @contextmanager
@@ -464,13 +458,13 @@ def log_to(run: RunDirectory) -> Iterator[None]:
 
 @contextmanager
 def failures_logged(path: Path) -> Iterator[None]:
-    """Add the traceback of a failure to log.txt, if `path` is a run directory by then. An interrupt is no failure."""
+    """Add the traceback of a failure, not of an interrupt, to log.txt if `path` is a run directory by then."""
     try:
         yield
     except Exception as error:
         run = RunDirectory(path)
         if not isinstance(error, Interrupted) and run.recipe_file.is_file():
-            with suppress(RunFailure):  # a full disk: the failure itself is worth more
+            with suppress(RunFailure):  # a full disk must not hide the failure
                 run.log("".join(traceback.format_exception(error)).rstrip())
         raise
 

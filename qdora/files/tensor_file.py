@@ -1,10 +1,8 @@
-"""safetensors files written one tensor at a time, in memory bounded by the largest tensor.
+"""safetensors files: written one tensor at a time, and mapped into memory.
 
 The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, byte offsets), then the
-tensors back to back. All sizes are known before the first value is, so the header goes first and values are appended.
+tensors back to back. The header is written first, since all sizes are known before the values are.
 Source: huggingface/safetensors, README, "Format".
-
-A safetensors file mapped into memory: its tensors are views of the file, read from the disk where they are used.
 """
 
 from __future__ import annotations
@@ -37,16 +35,16 @@ _DTYPE_NAMES = {
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype of a name in a header. Raises ValueError for one that is never written here."""
+    """The dtype of a name in a header. Raises ValueError for a dtype that is never written here."""
     found = next((dtype for dtype, each in _DTYPE_NAMES.items() if each == name), None)
     if found is None:
-        raise ValueError(f"dtype '{name}', allowed: {', '.join(_DTYPE_NAMES.values())}.")
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPE_NAMES.values())} (got '{name}').")
     return found
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype and shape of a tensor that is still to be written."""
+    """Name, dtype and shape of a tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -58,23 +56,22 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the first value: length and JSON, padded with blanks so that the values start at 8 k.
+def _header(specs: Sequence[TensorSpec]) -> bytes:
+    """Length and JSON of the header, padded with blanks so that the values start at a multiple of 8 bytes.
 
     Raises:
-        ValueError: A name that occurs twice, a dtype that the format lacks, a tensor that would start unaligned.
+        ValueError: A name occurs twice, the format lacks a dtype, or a tensor would start unaligned.
     """
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     offset = 0
     for spec in specs:
         if spec.name in entries:
             raise ValueError(f"tensor name '{spec.name}' occurs twice.")
         if spec.dtype not in _DTYPE_NAMES:
-            raise ValueError(
-                f"tensor '{spec.name}' has dtype {spec.dtype}, allowed: {', '.join(_DTYPE_NAMES.values())}."
-            )
+            allowed = ", ".join(_DTYPE_NAMES.values())
+            raise ValueError(f"tensor '{spec.name}': dtype must be one of {allowed} (got {spec.dtype}).")
         if offset % spec.dtype.itemsize:
-            # Readers view the mapped file in the tensor's dtype, which an odd start does not allow.
+            # Readers view the mapped file in the tensor's dtype, which needs an aligned start.
             raise ValueError(f"tensor '{spec.name}' would start at byte {offset}; wider dtypes must come first.")
         end = offset + spec.num_bytes
         entries[spec.name] = {
@@ -92,28 +89,26 @@ def write_safetensors(
     path: Path,
     specs: Sequence[TensorSpec],
     tensors: Iterable[Tensor | Iterator[Tensor]],
-    metadata: Mapping[str, str] | None = None,
     *,
     order: Sequence[TensorSpec] | None = None,
 ) -> int:
-    """Write a file whose tensors are made while it is written; synced to disk on return.
+    """Write a file whose tensors are made one by one; on return it is flushed to the disk.
 
     Args:
         path: File to create; must not exist.
-        specs: What the tensors will be, in file order.
-        tensors: The tensors, each whole or as its flat parts in order; each is dropped before the next is asked for.
-        metadata: Strings for the header; by default {"format": "pt"}, which transformers asks for.
-        order: In which the tensors come; by default as in `specs`. The file does not depend on it.
+        specs: The tensors in file order.
+        tensors: The tensors, each whole or as its flat parts in order; each is dropped before the next is made.
+        order: Order in which the tensors come (default `specs`); the file does not depend on it.
     Returns:
         Bytes written.
     Raises:
-        ValueError: A tensor that is not what its spec says, too few, or too many.
+        ValueError: A tensor does not match its spec, or there are too few or too many.
         OSError: The disk is full.
     """
     order = specs if order is None else order
     remaining = iter(tensors)
     with path.open("xb") as file:
-        end = file.write(header(specs, {"format": "pt"} if metadata is None else metadata))
+        end = file.write(_header(specs))
         starts = {}
         for spec in specs:
             starts[spec.name] = end
@@ -136,6 +131,13 @@ def write_safetensors(
         return end
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Write tensors to a new file, wider dtypes first, which aligns all of them; otherwise as `write_safetensors`."""
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable
+    return write_safetensors(path, specs, (tensors[spec.name] for spec in specs))
+
+
 def _check(spec: TensorSpec, tensor: Tensor) -> None:
     if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
         raise ValueError(
@@ -156,13 +158,13 @@ def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> N
         raise ValueError(f"the parts of tensor '{spec.name}' have {written} bytes, announced are {spec.num_bytes}.")
 
 
-def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int, stem: str = "model") -> dict[str, list[TensorSpec]]:
+def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """Distribute tensors over files, in order; a tensor larger than the limit gets a file of its own.
 
     Within a file wider dtypes come first, which keeps every tensor aligned.
 
     Returns:
-        File name -> its tensors: `model.safetensors` where one file does, else `model-00001-of-0000N.safetensors`.
+        File name -> its tensors: a single `model.safetensors`, or `model-00001-of-0000N.safetensors`, ...
     """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
@@ -174,12 +176,12 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int, stem: str = "
         size += spec.num_bytes
     groups = [sorted(group, key=lambda spec: -spec.dtype.itemsize) for group in groups]  # stable
     if len(groups) == 1:
-        return {f"{stem}.safetensors": groups[0]}
-    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> dict[str, object]:
-    """The content of `model.safetensors.index.json`: total size in bytes and parameters, and tensor -> file."""
+    """The content of `model.safetensors.index.json`: total parameters and bytes, and tensor -> file."""
     specs = [spec for group in shards.values() for spec in group]
     return {
         "metadata": {
@@ -191,15 +193,15 @@ def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> dict[str, object]
 
 
 class MappedFile:
-    """The tensors of a file, whose pages the system reads when they are touched.
+    """A safetensors file mapped into memory: its tensors are views of the file, whose pages are read when touched.
 
-    Pages that were read count as memory of the process until `drop`; the tensors stay valid, and are read again.
+    Pages that were read count as memory of the process until `drop`; a dropped tensor stays valid and is read again.
 
     Args:
-        path: A safetensors file; it must not be written to while it is mapped.
+        path: The file; it must not be written to while it is mapped.
     Raises:
-        ValueError: It is not a whole safetensors file, or holds a dtype that this package does not write.
-        OSError: It cannot be read.
+        ValueError: The file is not a whole safetensors file, or has a dtype that this package does not write.
+        OSError: The file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -223,15 +225,11 @@ class MappedFile:
 
     @property
     def names(self) -> list[str]:
-        """Of its tensors."""
+        """Names of the tensors."""
         return list(self._entries)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file, which must not be written to: the process would be killed.
-
-        Raises:
-            KeyError: No such tensor.
-        """
+        """A view of the file. Writing to it kills the process. Raises KeyError if there is no such tensor."""
         dtype, shape, start, _ = self._entries[name]
         count = torch.Size(shape).numel()
         if count == 0:
@@ -242,11 +240,11 @@ class MappedFile:
         return flat.view(shape)
 
     def fetch(self, name: str) -> None:
-        """Ask the system to read a tensor's pages ahead of their use."""
+        """Ask the system to read a tensor's pages in advance."""
         self._advise(name, mmap.MADV_WILLNEED)
 
     def drop(self, name: str) -> None:
-        """Give a tensor's pages back; the next use reads them again, from the system's cache or from the disk."""
+        """Give a tensor's pages back; the next use reads them again."""
         self._advise(name, mmap.MADV_DONTNEED)
 
     def _advise(self, name: str, advice: int) -> None:

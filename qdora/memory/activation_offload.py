@@ -1,7 +1,7 @@
-"""The inputs of checkpointed blocks, kept in the host's memory between the forward and the backward pass.
+"""Activation offload: the inputs of checkpointed blocks, kept in the host's memory between forward and backward pass.
 
-A checkpoint keeps one tensor a block, its input. It is copied out while the block computes, and back while the block
-behind it goes through its backward pass, in the reverse order; the device holds the last two or three.
+A checkpoint keeps one tensor a block, its input. It is copied out while the block computes, and back during the
+backward pass of the block behind it; the device holds the last two or three.
 """
 
 from __future__ import annotations
@@ -17,28 +17,24 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
-from qdora.model.decoder_blocks import block_list
+from qdora.model.load import block_list
 
 # Smaller inputs are masks and positions.
 _LEAST_BYTES = 1 << 16
 
 
 class Away(Protocol):
-    """A tensor that is on its way to the host, there, or on its way back."""
+    """A tensor on its way to the host, there, or on its way back."""
 
     def fetch(self) -> None:
         """Begin to bring it back, unless that has begun."""
 
     def take(self) -> Tensor:
-        """The tensor on the device, for what is computed from now on; only once."""
+        """The tensor on the device, for later work; only once."""
 
 
 class CudaHost:
-    """Pinned buffers, and a stream on which tensors go out and come back in the order in which they are asked to.
-
-    Args:
-        device: Where the tensors belong.
-    """
+    """Pinned buffers for tensors of `device`, and a stream on which tensors go out and come back in call order."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -52,7 +48,7 @@ class CudaHost:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             buffer.copy_(tensor, non_blocking=True)
-        # Nobody else may get the memory before it has been copied.
+        # The allocator must not reuse the memory before it has been copied.
         tensor.record_stream(self.stream)
         return _OnHost(self, buffer, free)
 
@@ -63,7 +59,7 @@ def _pinned(like: Tensor) -> Tensor:
     except RuntimeError as error:
         size, reason = like.nbytes / 2**20, str(error).splitlines()[0]
         raise RunFailure(
-            f"memory.offload_activations: the system gives no {size:.0f} MiB of pinned host memory ({reason})."
+            f"memory.offload_activations: the system refuses {size:.0f} MiB of pinned host memory ({reason})."
         ) from error
 
 
@@ -86,14 +82,14 @@ class _OnHost:
         back, stream = self.back, torch.cuda.current_stream(self.host.device)
         stream.wait_event(self.arrived)
         back.record_stream(stream)
-        # The next tensor that goes into the buffer does so on the same stream, behind this copy.
+        # The next tensor is copied into the buffer on the same stream, behind this copy.
         self.free.append(self.buffer)
         return back
 
 
 @dataclass
 class _Kept:
-    """A block's input between its passes; None once it was taken."""
+    """A block's input between its passes; `away` is None after it was taken."""
 
     block: int
     away: Away | None
@@ -104,7 +100,7 @@ class ActivationOffload:
 
     Args:
         model: With checkpointing that is not reentrant.
-        send: Begins to copy a tensor out; by default a `CudaHost` of the model's device.
+        send: Begins to copy a tensor out (default: a `CudaHost` of the model's device).
     Raises:
         UserError: A model without a list of blocks that are checkpointed.
     """
@@ -113,18 +109,17 @@ class ActivationOffload:
         found = block_list(model)
         if found is None:
             raise UserError(
-                f"memory.offload_activations: {model.config.model_type} has no list of blocks that are checkpointed, "
-                "allowed: false."
+                f"memory.offload_activations: must be false, since {model.config.model_type} has no list of blocks "
+                "that are checkpointed."
             )
         self._send = send or CudaHost(model.device)
         self._kept: dict[int, _Kept] = {}
-        self.num_sent = 0
         for index, block in enumerate(list(found[1])[:-1]):
             plain: Any = block._gradient_checkpointing_func
             block._gradient_checkpointing_func = partial(self._checkpoint, index, plain)  # type: ignore[assignment]
 
     def _checkpoint(self, block: int, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A block's checkpoint, whose inputs are saved by way of the host; hooks inside it are the checkpoint's own."""
+        """A block's checkpoint with its inputs saved on the host; the checkpoint's own hooks apply inside the block."""
         with saved_tensors_hooks(partial(self._out, block), self._back):
             return plain(*args, **kwargs)
 
@@ -132,16 +127,13 @@ class ActivationOffload:
         if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
             return tensor
         kept = self._kept[block] = _Kept(block, self._send(tensor.detach()))
-        self.num_sent += 1
         return kept
 
     def _back(self, kept: Tensor | _Kept) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         if kept.away is None:
-            raise RunFailure(
-                "memory.offload_activations: a second backward pass through the same graph is not possible."
-            )
+            raise RunFailure("memory.offload_activations: a graph allows only one backward pass.")
         tensor, kept.away = kept.away.take(), None
         before = self._kept.get(kept.block - 1)
         if before is not None and before.away is not None:

@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep large blocks."""
+"""glibc's allocator: stop it from returning large freed blocks to the system."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _KEEP_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Stop glibc from giving blocks below 1 GiB back to the system at every free.
+    """Stop glibc from returning blocks below 1 GiB to the system at every free.
 
-    A training step frees and takes the same large buffers over and over; by default each one is mapped anew and every
-    page of it faults. Dequantising a 4096 x 4096 weight into a fresh buffer takes several times as long for that.
-    Peak memory does not change, memory after the peak stays with the process.
+    A training step frees and takes the same large buffers over and over. By default each is mapped anew and every page
+    faults: dequantising a 4096 x 4096 weight then takes several times as long. Peak memory does not change; after the
+    peak the memory stays with the process.
 
     Returns:
-        False where there is no glibc.
+        False without glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,26 +1,25 @@
-"""Frozen blocks that stay on disk: mapped into memory, read when they are computed with, and given back after it.
+"""A packed base that stays on disk: its files are mapped into memory, read for a computation and dropped after it.
 
-For machines without a GPU, whose memory is smaller than the packed base. The tensors of a layer are views of the files
-at any time, so nothing can read a wrong weight; what comes and goes are the pages behind them.
+For machines without a GPU and with less memory than the packed base. The tensors of a layer are views of the files at
+any time, so nothing can read a wrong weight; only the pages behind the views are loaded and dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.memory.streaming import Ring, Turns
-from qdora.model.load import Quantization, is_wide, place_dense, place_frozen, wide_names
-from qdora.model.packed_base import BaseCache, Part, StoredBase
-from qdora.model.stored_tensors import Stored, iterate_tensors
-from qdora.nn.frozen_linear import FrozenLinear
+from qdora.model.base_cache import BaseCache
+from qdora.model.load import Loading, is_wide, place_dense, place_frozen, wide_names
+from qdora.model.packed_base import PackedBase, Part
+from qdora.model.stored_tensors import iterate_tensors
 from qdora.ops.packed import PackedWeight
 
-# Smaller ones are copied: a page of their own each would save nothing.
+# Smaller tensors are copied, since dropping the rest of a page would save nothing.
 _LEAST_MAPPED_BYTES = 1 << 20
 
 
@@ -30,52 +29,41 @@ class DiskResidency:
     Args:
         cache: The `Reader` of the same load, with `mapped`.
         num_streamed: How many blocks stay on disk, spread evenly among the others; None for all.
+    Attributes:
+        ring: The slots of the loaded model.
     """
 
     def __init__(self, cache: BaseCache, num_streamed: int | None = None) -> None:
-        assert cache.mapped, "the weights have to be left in the files"
+        assert cache.mapped, "the weights must stay in the files"
         self.cache, self.num_streamed = cache, num_streamed
         self.ring: Ring | None = None
-        self._turn_of: dict[FrozenLinear, int] = {}
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        stored: Mapping[str, Stored],
-        layers: set[str],
-        wanted: Quantization,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Put the weights in.
+    def __call__(self, load: Loading) -> None:
+        """Put the weights into the model.
 
-        Args:
-            As of `load.place_all`.
         Raises:
             UserError: Another device than the CPU, a model without a list of blocks, more blocks than it has.
         """
+        model, device, progress = load.model, load.device, load.progress
         if device.type != "cpu":
-            raise UserError("base.residency: disk is for machines without a GPU, allowed: device, host.")
+            raise UserError("base.residency: must be one of device, host on a GPU, got disk.")
         base = self.cache.base
         assert base is not None, "the weights are read before they are placed"
         turns = Turns(model, self.num_streamed)
         blocks: list[list[Part]] = [[] for _ in range(len(turns))]
         others: list[Part] = []
-        wide = wide_names(model, compute_dtype)
-        for done, (name, value) in enumerate(iterate_tensors(stored), start=1):
+        wide = wide_names(model, load.compute_dtype)
+        for done, (name, value) in enumerate(iterate_tensors(load.stored), start=1):
             path, _, leaf = name.rpartition(".")
             turn = turns.of(name)
             if isinstance(value, PackedWeight) and turn is not None:
-                layer = place_frozen(model, path, value)
-                layer.residency = self
-                self._turn_of[layer] = turn
+                turns.add(place_frozen(model, path, value), turn)
                 blocks[turn] += base.parts(name)
             elif isinstance(value, PackedWeight):
                 place_frozen(model, path, value.clone())
                 _drop(base, name)
             else:
-                dtype = torch.float32 if is_wide(name, wide) else compute_dtype
+                dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
                 if value.dtype == dtype and value.nbytes >= _LEAST_MAPPED_BYTES:
                     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
                     others += base.parts(name)
@@ -84,18 +72,12 @@ class DiskResidency:
                     _drop(base, name)
             del value
             if progress is not None:
-                progress(done, len(stored))
-        self.ring = Ring(len(turns), _Pages(blocks, others))
-        turns.follow(self.ring)
-
-    def use(self, layer: FrozenLinear) -> None:
-        """See `FrozenLinear.residency`."""
-        assert self.ring is not None
-        self.ring.use(self._turn_of[layer], turns_back=False)
+                progress(done, len(load.stored))
+        self.ring = turns.start(_Pages(blocks, others))
 
 
 class _Pages:
-    """A copy engine without copies: it asks the system for the pages of a block, and gives those of another back."""
+    """A copy engine without copies: it asks the system for the pages of a block, and drops those of another."""
 
     def __init__(self, blocks: Sequence[Sequence[Part]], others: Sequence[Part]) -> None:
         self.blocks, self.others = blocks, others
@@ -106,13 +88,13 @@ class _Pages:
         for part in self.blocks[block]:
             part.file.fetch(part.name)
 
-    def wait(self, block: int, slot: int) -> None:
-        """Touching a page waits for it."""
+    def wait(self, slot: int) -> None:
+        """Nothing to do: reading a page waits for it."""
 
     def release(self, slot: int) -> None:
-        """What was computed has been computed."""
+        """Nothing to do: on a CPU issued work is done."""
 
 
-def _drop(base: StoredBase, name: str) -> None:
+def _drop(base: PackedBase, name: str) -> None:
     for part in base.parts(name):
         part.file.drop(part.name)

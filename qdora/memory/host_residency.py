@@ -1,16 +1,15 @@
-"""Frozen blocks that stay in the host's memory: copied into slots on the device while other blocks compute there.
+"""Frozen weights in the host's memory: streamed blocks, and the input embedding.
 
-Every block lies in one piece of pinned memory, so a block is one copy. A layer's tensors are views of the slot that its
-block is in, or of the host's piece while it is in none. Nothing is ever copied back.
+Blocks are copied into slots on the device while other blocks compute there. Every block lies in one piece of pinned
+memory, so a block is one copy. A layer's tensors are views of its block's slot, or of the host's piece while the block
+is in no slot. Nothing is ever copied back.
 
-Which models can have their input embedding in the host's memory, and putting it there.
-
-A vocabulary of 128,256 by 8,192 features takes 2.0 GiB, of which a micro-batch of 2,048 tokens reads 32 MiB.
+The embedding of 128,256 words by 8,192 features takes 2.0 GiB; a micro-batch of 2,048 tokens reads 32 MiB of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,38 +19,33 @@ from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
 from qdora.files.environment import available_memory_bytes
-from qdora.memory.streaming import Ring, Turns
+from qdora.memory.streaming import NUM_SLOTS, Ring, Turns
 from qdora.model.inject import replace_module
-from qdora.model.load import Quantization, is_wide, place_dense, place_frozen, wide_names
+from qdora.model.load import Loading, Quantization, is_wide, place_dense, place_frozen, wide_names
 from qdora.model.stored_tensors import Stored, StoredPacked, iterate_tensors, tied_weights
 from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.ops.packed import PackedWeight, empty_packed, from_tensors, quantize
 
+EMBEDDINGS_KEY = "memory.host_embeddings"
+
 _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's
 
 
 class Copies(Protocol):
-    """Copies pieces of host memory to the device, beside what the device computes."""
+    """Copies pieces of host memory to the device while the device computes; `wait` and `release` as in `CopyEngine`."""
 
     def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
-        """Copy once what was issued before the slot's last `release` has run."""
+        """Copy after the work that was issued before the slot's last `release`."""
 
-    def wait(self, slot: int) -> None:
-        """Let what is computed from now on see the slot's last copy."""
+    def wait(self, slot: int) -> None: ...
 
-    def release(self, slot: int) -> None:
-        """Say that nothing that is issued later reads the slot's present content."""
+    def release(self, slot: int) -> None: ...
 
 
 class CudaCopies:
-    """Copies on a stream of their own, ordered with the computation by events alone: the host never waits.
-
-    Args:
-        device: Where to.
-        slots: The targets.
-    """
+    """Copies into `slots` on a stream of their own; events alone order them with the computation: no host waits."""
 
     def __init__(self, device: torch.device, slots: Sequence[Tensor]) -> None:
         self.device = device
@@ -61,8 +55,8 @@ class CudaCopies:
             for _ in range(2)
         )
         for slot, target in enumerate(slots):
-            # The allocator may have taken the memory from tensors that queued kernels still read, and must not give it
-            # on while a copy is under way.
+            # Queued kernels may still read the memory for earlier tensors, and the allocator must not reuse it during a
+            # copy.
             self.release(slot)
             target.record_stream(self.stream)
 
@@ -84,7 +78,7 @@ class CudaCopies:
 
 @dataclass
 class Piece:
-    """A block in one piece of memory: where in it each tensor of each layer lies."""
+    """A block in one piece of memory, with the place of each tensor of each layer in it."""
 
     layout: dict[str, list[tuple[str, int, tuple[int, ...], torch.dtype]]] = field(default_factory=dict)
     num_bytes: int = 0
@@ -112,16 +106,15 @@ class Piece:
 class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
 
-    Training needs `memory.checkpointing`: what a backward pass reads must be in the slot then, and only the
+    Training needs `memory.checkpointing`: a block must be in its slot for its backward pass, and only the
     recomputation brings it back.
 
     Args:
-        num_streamed: How many blocks take turns, spread evenly among those on the device; None for all.
-        num_slots: Blocks that are on the device at a time.
-        free_bytes: Host memory that this process may take, asked for before any is taken; None where it is not known.
-        copies: Makes the copies from the device and the slots; by default `CudaCopies`.
+        num_streamed: How many blocks are streamed, spread evenly among those on the device; None for all.
+        free_bytes: Returns the host memory that this process may take, None if it is not known.
+        copies: Makes the copies from the device and the slots.
     Attributes:
-        ring: Of the loaded model.
+        ring: The slots of the loaded model.
         sample: The first block's piece and the first slot, (bytes,) uint8 each, for measurements.
     """
 
@@ -129,39 +122,28 @@ class HostResidency:
         self,
         num_streamed: int | None = None,
         *,
-        num_slots: int = 2,
         free_bytes: Callable[[], int | None] = available_memory_bytes,
         copies: Callable[[torch.device, Sequence[Tensor]], Copies] = CudaCopies,
     ) -> None:
-        self.num_streamed, self.num_slots = num_streamed, num_slots
+        self.num_streamed = num_streamed
         self.ring: Ring | None = None
         self.sample: tuple[Tensor, Tensor] | None = None
         self._make_copies = copies
         self._free_bytes = free_bytes
-        self._turn_of: dict[FrozenLinear, int] = {}
 
     @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        stored: Mapping[str, Stored],
-        layers: set[str],
-        wanted: Quantization,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Put the weights in; the device never holds more of the blocks than it will when they are used.
+    def __call__(self, load: Loading) -> None:
+        """Put the weights into the model; the device never holds more of the blocks than in training.
 
-        Args:
-            As of `load.place_all`.
         Raises:
             UserError: A model without a list of blocks, more blocks than it has, too little host memory.
         """
+        model, stored, layers, wanted, device = load.model, load.stored, load.layers, load.wanted, load.device
         turns = Turns(model, self.num_streamed)
         pieces = _pieces(stored, layers, wanted, turns)
-        _pin(pieces, device, self._free_bytes(), _table_bytes(model))
-        wide = wide_names(model, compute_dtype)
+        embeddings = (module.weight for module in model.modules() if isinstance(module, HostEmbedding))
+        _pin(pieces, device, self._free_bytes(), sum(table.nbytes for table in embeddings))
+        wide = wide_names(model, load.compute_dtype)
         for done, (name, read) in enumerate(iterate_tensors(stored), start=1):
             path, _, leaf = name.rpartition(".")
             value, turn = read, turns.of(name)
@@ -173,36 +155,30 @@ class HostResidency:
                 for part, tensor in value.tensors().items():
                     held[part].copy_(tensor)
                 layer = place_frozen(model, path, from_tensors(value.kind, value.shape, value.block_size, held))
-                layer.residency = self
                 piece.layers[path] = layer
-                self._turn_of[layer] = turn
+                turns.add(layer, turn)
             elif isinstance(value, PackedWeight):
                 place_frozen(model, path, value.to(device))
             else:
-                dtype = torch.float32 if is_wide(name, wide) else compute_dtype
+                dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
                 place_dense(model.get_submodule(path), leaf, value, device, dtype)
             del value, read
-            if progress is not None:
-                progress(done, len(stored))
+            if load.progress is not None:
+                load.progress(done, len(stored))
         most = max((piece.num_bytes for piece in pieces), default=0)
-        slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(self.num_slots)]
-        self.ring = Ring(len(pieces), _Moved(pieces, slots, self._make_copies(device, slots)), self.num_slots)
+        slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self.sample = pieces[0].host, slots[0]
-        turns.follow(self.ring)
+        self.ring = turns.start(_SlotCopies(pieces, slots, self._make_copies(device, slots)))
         for block in turns.blocks:
             block.register_forward_pre_hook(_before_block)
 
-    def use(self, layer: FrozenLinear) -> None:
-        """See `FrozenLinear.residency`."""
-        assert self.ring is not None
-        self.ring.use(self._turn_of[layer], turns_back=False)
 
-
-class _Moved:
-    """The copy engine of a ring: a block's layers read from its slot, until the slot is another block's."""
+class _SlotCopies:
+    """The copy engine: the layers of a block read its slot, until another block takes the slot."""
 
     def __init__(self, pieces: Sequence[Piece], slots: Sequence[Tensor], copies: Copies) -> None:
         self.pieces, self.slots, self.copies = pieces, slots, copies
+        self.wait, self.release = copies.wait, copies.release
 
     def start(self, block: int, slot: int, previous: int | None) -> None:
         if previous is not None:
@@ -211,14 +187,8 @@ class _Moved:
         self.copies.begin(piece.host, self.slots[slot][: piece.num_bytes], slot)
         self._read_from(piece, self.slots[slot])
 
-    def wait(self, block: int, slot: int) -> None:
-        self.copies.wait(slot)
-
-    def release(self, slot: int) -> None:
-        self.copies.release(slot)
-
     def _read_from(self, piece: Piece, memory: Tensor) -> None:
-        """Let the layers of a block read a slot, or the host's memory."""
+        """Let the layers of a block read from a slot, or from the host's memory."""
         # Outside of inference mode, whose tensors a training step could not use.
         with torch.inference_mode(False):
             for path, layer in piece.layers.items():
@@ -226,7 +196,7 @@ class _Moved:
 
 
 def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization, turns: Turns) -> list[Piece]:
-    """Where everything will lie, before anything is read."""
+    """The layout of each streamed block, before any weight is read."""
     pieces = [Piece() for _ in range(len(turns))]
     for name, item in stored.items():
         path, _, leaf = name.rpartition(".")
@@ -243,71 +213,61 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
     return pieces
 
 
-def _table_bytes(model: PreTrainedModel) -> int:
-    """Of an embedding that will be in the host's memory as well."""
-    return sum(module.weight.nbytes for module in model.modules() if isinstance(module, HostEmbedding))
-
-
-def _pin(pieces: Iterable[Piece], device: torch.device, free: int | None, others: int = 0) -> None:
-    """Give every block its piece of host memory; `others` bytes are taken from it later.
+def _pin(pieces: Sequence[Piece], device: torch.device, free: int | None, embedding_bytes: int) -> None:
+    """Give every block its piece of host memory; the embedding's bytes are taken from it later.
 
     Raises:
-        UserError: There is too little of it.
+        UserError: Too little host memory.
     """
-    pieces = list(pieces)
-    pinned = device.type == "cuda"
-    needed = sum(map(pinned_bytes, (piece.num_bytes for piece in pieces)))
+    needed = sum(pinned_bytes(piece.num_bytes) for piece in pieces)
     short = f"base.residency: host: {len(pieces)} blocks need {needed / 2**30:.1f} GiB of pinned host memory, "
-    way = "; allowed: fewer base.streamed_blocks, or more memory."
-    if free is not None and free < needed + others:
-        beside = f" beside the {others / 2**30:.1f} GiB of the embedding" if others else ""
-        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{beside}{way}")
+    fix = ". Fix: lower base.streamed_blocks, or take a machine with more memory."
+    if free is not None and free < needed + embedding_bytes:
+        beside = f" beside the {embedding_bytes / 2**30:.1f} GiB of the embedding" if embedding_bytes else ""
+        raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{beside}{fix}")
     for piece in pieces:
         try:
-            piece.host = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=pinned)
+            piece.host = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{short}and the system does not give them ({reason}){way}") from error
+            raise UserError(f"{short}and the system refuses them ({reason}){fix}") from error
 
 
 def pinned_bytes(num_bytes: int) -> int:
-    """What torch takes from the system for a pinned tensor: its allocator rounds up to a power of two."""
+    """The bytes that torch takes from the system for a pinned tensor: its allocator rounds up to a power of two."""
     return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
 
 
 def _before_block(block: nn.Module, _args: Any) -> None:
     """Compute the block's norms with one wait of the host, and refuse a backward pass that could read another block."""
-    layers = [module for module in block.modules() if isinstance(module, AdaptedLinear)]
     recomputed = block.training and getattr(block, "gradient_checkpointing", False)
     if torch.is_grad_enabled() and not recomputed and any(p.requires_grad for p in block.parameters()):
         raise RunFailure(
-            "base.residency: host: gradients without checkpointing would be those of another block's weights; train "
-            "with memory.checkpointing, or compute without gradients."
+            "base.residency: host: gradients without checkpointing would use another block's weights. Fix: train with "
+            "memory.checkpointing, or compute without gradients."
         )
-    prepare_gains(layers)
-
-
-SETTING = "memory.host_embeddings"
+    prepare_gains(module for module in block.modules() if isinstance(module, AdaptedLinear))
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why the embedding of `model` has to be on the device, as the end of a sentence about it; None if it has not."""
+    """Why the embedding of `model` must be on the device, as the end of a sentence about it; None if it need not."""
     kind = type(model.get_input_embeddings())
     shared = {name for pair in tied_weights(model).items() for name in pair}
     if f"{_path(model)}.weight" in shared:
         return "is its output head as well, which computes on the device"
-    return None if kind is nn.Embedding else f"does more than look rows up ({kind.__name__})"
+    return None if kind is nn.Embedding else f"does more than look up rows ({kind.__name__})"
 
 
 def check_host_embedding(model: PreTrainedModel) -> None:
-    """Raises UserError where the embedding of `model` cannot stay in the host's memory."""
+    """Raise UserError if the embedding of `model` cannot stay in the host's memory."""
     why = obstacle(model)
     if why is not None:
-        raise UserError(f"{SETTING}: the embedding of {model.config.model_type} {why}, got true, allowed: false.")
+        kind = model.config.model_type
+        raise UserError(f"{EMBEDDINGS_KEY}: must be false, since the embedding of {kind} {why}, got true.")
 
 
 def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None:
-    """Replace the input embedding of a model whose weights have not been read yet. Raises as `check_host_embedding`."""
+    """Replace the input embedding of a model before its weights are read. Raises as `check_host_embedding`."""
     check_host_embedding(model)
     embedding: Any = model.get_input_embeddings()
     replace_module(model, _path(model), HostEmbedding(embedding.weight.detach(), device))

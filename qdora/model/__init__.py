@@ -1,1 +1,1 @@
-"""Models: found, read, quantised, pruned, placed and adapted."""
+"""Models: find, read, quantise, prune, place and adapt them."""

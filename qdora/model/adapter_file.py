@@ -1,11 +1,11 @@
-"""Adapters on disk: PEFT's format, which `peft.PeftModel.from_pretrained` loads, and `qdora.json` beside it.
+"""Adapters on disk: PEFT's format, which `peft.PeftModel.from_pretrained` loads, plus `qdora.json`.
 
     adapter_model.safetensors    base_model.model.<path>.lora_A.weight (rank, in), .lora_B.weight (out, rank) as stored;
                                  .lora_magnitude_vector (out,) float32
     adapter_config.json          PEFT's settings
-    qdora.json                   what PEFT has no field for: exact scaling per layer, the base's quantisation
+    qdora.json                   facts without a PEFT field: exact scaling per layer, the base's quantisation
 
-The tensor names are the ones that PEFT writes: a magnitude has no `.weight` at its end.
+The tensor names are those that PEFT writes: a magnitude's name does not end in `.weight`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from qdora import __version__
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, json_text
-from qdora.files.tensor_file import TensorSpec, write_safetensors
-from qdora.model.inject import adapted_layers, as_frozen, check_masks, put_layers
+from qdora.files.tensor_file import write_tensors
+from qdora.model.inject import adapted_layers, as_frozen, check_masks, is_linear, put_layers
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
@@ -43,10 +43,7 @@ _MAGNITUDE_NOTE = (
 
 @dataclass(frozen=True)
 class AdapterDescription:
-    """What an adapter directory says about itself, read without a model.
-
-    `base_quant` and `extra` are None for an adapter that qdora did not write.
-    """
+    """The JSON files of an adapter. All but `layout` are None for an adapter that qdora did not write."""
 
     layout: AdapterLayout
     base_quant: dict[str, Any] | None
@@ -54,16 +51,15 @@ class AdapterDescription:
     scalings: dict[str, float] | None
 
 
-def adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    """File name of each tensor -> the parameter, magnitudes first (wider dtypes first keeps the file aligned)."""
-    magnitudes, factors = {}, {}
+def _adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
+    """Name in the file -> tensor, by name."""
+    tensors = {}
     for path, layer in layers.items():
         a_name, b_name, m_name = _names(path)
-        factors[a_name], factors[b_name] = layer.lora_A.detach(), layer.stored_B()
+        tensors[a_name], tensors[b_name] = layer.lora_A.detach(), layer.stored_B()
         if layer.magnitude is not None:
-            magnitudes[m_name] = layer.magnitude.detach().float()
-    ordered = sorted({**magnitudes, **factors}.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    return dict(ordered)
+            tensors[m_name] = layer.magnitude.detach().float()
+    return dict(sorted(tensors.items()))
 
 
 def save_adapter(
@@ -75,22 +71,21 @@ def save_adapter(
     base_quant: dict[str, Any],
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write the adapters of `model` as a directory that appears whole or not at all.
+    """Write the adapters of `model` as a directory that appears whole or not at all and replaces an older adapter.
 
-    The bytes depend on the arguments and the versions of qdora only. An adapter that is already at `directory` is
-    replaced; anything else there is left alone.
+    The bytes depend only on the arguments and the version of qdora.
 
     Args:
         model: Carries adapted layers.
         directory: Where to.
-        base_name_or_path: Hub id or path of the base, as PEFT's users would load it; None where others cannot.
+        base_name_or_path: Hub id or path of the base for PEFT's users; None if only this machine has it.
         revision: Commit of the base on the Hub, or None.
         base_quant: How the base was quantised ({"quant": "nf4", "block_size": 64, ...}).
-        extra: Further facts for qdora.json (step, data, metrics), JSON values only.
+        extra: More facts for qdora.json (step, data, metrics), JSON values.
     Raises:
-        ValueError: No adapted layers, or layers that differ in kind, dropout or rank stabilisation.
+        ValueError: There are no adapted layers, or they differ as `adapter_config` does not allow.
         UserError: `directory` holds something other than an adapter.
-        OSError: The disk is full; what was at `directory` is untouched.
+        OSError: The disk is full; `directory` is unchanged.
     """
     layers = adapted_layers(model)
     if not layers:
@@ -98,7 +93,7 @@ def save_adapter(
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: exists and is not a directory.")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
-        raise UserError(f"{directory}: is not empty and holds no adapter ({CONFIG_FILE}); allowed: a new directory.")
+        raise UserError(f"{directory}: is not empty and holds no adapter ({CONFIG_FILE}). Fix: name a new directory.")
     paths = [path for path, _ in model.named_modules()]
     config = adapter_config(layers, paths, base_name_or_path=base_name_or_path, revision=revision)
     record = {
@@ -112,10 +107,8 @@ def save_adapter(
         },
         "extra": extra or {},
     }
-    tensors = adapter_tensors(layers)
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with atomic_directory(directory) as partial:
-        write_safetensors(partial / WEIGHTS_FILE, specs, tensors.values())
+        write_tensors(partial / WEIGHTS_FILE, _adapter_tensors(layers))
         for name, content in ((CONFIG_FILE, config), (RECORD_FILE, record)):
             (partial / name).write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
@@ -124,14 +117,14 @@ def describe_adapter(directory: Path) -> AdapterDescription:
     """Read and check the two JSON files of an adapter.
 
     Raises:
-        UserError: A missing or malformed file, or settings that cannot be honoured; every one of them.
+        UserError: All missing or malformed files and all settings that are not supported.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory, allowed: a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        raise UserError(f"{directory}: no such directory. Fix: name a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
     faults = []
     if not (directory / WEIGHTS_FILE).is_file():
         pickled = (
-            f" {PICKLE_FILE} is a pickle, which can run code when it is read: load it in PEFT and save it again."
+            f" {PICKLE_FILE} is a pickle, which can run code when it is read. Fix: load it in PEFT and save it again."
             if (directory / PICKLE_FILE).exists()
             else ""
         )
@@ -144,8 +137,8 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         faults.extend(error.faults)
     if record is not None and record.get("format") != FORMAT:
         faults.append(
-            f"{directory / RECORD_FILE}: format: is {record.get('format')!r}, allowed: {FORMAT}. "
-            "It was written by another version of qdora."
+            f"{directory / RECORD_FILE}: format: must be {FORMAT} (got {record.get('format')!r}): "
+            "another version of qdora wrote it."
         )
     if faults or layout is None:
         raise UserError(*faults)
@@ -169,14 +162,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, allowed: a JSON object.")
+        raise UserError(f"{path}: must be a JSON object (got a {type(value).__name__}).")
     return value
 
 
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
     """Put the adapter of `directory`, written by qdora or by PEFT, on `model`; everything else is frozen.
 
-    Nothing of the model changes unless the whole adapter fits. No file but the three named ones is opened.
+    The model changes only if the whole adapter fits. No file but the three named ones is opened.
 
     Args:
         model: The base, quantised or not, without adapters.
@@ -185,12 +178,12 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     Returns:
         Path -> layer, in model order.
     Raises:
-        UserError: Settings that cannot be honoured, tensors that are missing, unexpected, mis-shaped or not finite: all
-            of them at once.
-        ValueError: The model carries adapters already.
+        UserError: All settings that are not supported, and all tensors that are missing, unexpected or not finite or
+            have a wrong shape or dtype.
+        ValueError: The model already carries adapters.
     """
     if adapted_layers(model):
-        raise ValueError("the model carries adapters already; load_adapter needs the bare base.")
+        raise ValueError("the model already carries adapters; load_adapter needs the bare base.")
     layout, stored = read_adapter(model, directory)
     adapted = {}
     for path, found in stored.items():
@@ -203,7 +196,7 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
             dropout=layout.dropout,
             dtype=torch.promote_types(found.lora_A.dtype, found.lora_B.dtype) if dtype is None else dtype,
             masked=layout.masked,
-            generator=torch.Generator().manual_seed(0),  # the start is overwritten; leave the caller's generator alone
+            generator=torch.Generator().manual_seed(0),  # overwritten below; the global generator stays as it is
         )
         with torch.no_grad():
             layer.lora_A.copy_(found.lora_A)
@@ -217,7 +210,7 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
 
 @dataclass(frozen=True, eq=False)
 class StoredLayer:
-    """The tensors of one layer in an adapter file, on the CPU; `scaling` is s, `magnitude` None for LoRA."""
+    """One layer of an adapter file, on the CPU; `magnitude` is None for LoRA, `scaling` is s."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -226,35 +219,25 @@ class StoredLayer:
 
 
 def read_adapter(model: nn.Module, directory: Path) -> tuple[AdapterLayout, dict[str, StoredLayer]]:
-    """The adapter of `directory` as it fits on `model`, of which only names and shapes are read (it may be on "meta").
+    """Read the adapter of `directory` for `model`, whose names and shapes are used (it may be on "meta").
 
     Returns:
-        Its settings; path -> tensors in model order.
-    Raises:
-        UserError: As of `load_adapter`.
+        Settings, and path -> tensors in model order. Raises UserError as `load_adapter`.
     """
     described = describe_adapter(directory)
     layout = described.layout
     linear, faults = _selected(model, layout, str(directory / CONFIG_FILE))
-    expected = _expected_shapes(linear, layout)
-    faults += _rank_faults(linear, layout, str(directory / CONFIG_FILE))
-    faults += _scaling_faults(described, linear, str(directory / RECORD_FILE))
+    expected, layer_faults = _expected_shapes(linear, described, directory)
     tensors, tensor_faults = _read_tensors(directory / WEIGHTS_FILE, expected)
-    if faults or tensor_faults:
-        raise UserError(*faults, *tensor_faults)
+    if faults or layer_faults or tensor_faults:
+        raise UserError(*faults, *layer_faults, *tensor_faults)
     if layout.masked:
         check_masks(linear, str(directory / CONFIG_FILE))
     found = {}
     for path in linear:
         a_name, b_name, m_name = _names(path)
-        scaling = _scaling(layout, path)
-        found[path] = StoredLayer(tensors[a_name], tensors[b_name], tensors.get(m_name), scaling)
+        found[path] = StoredLayer(tensors[a_name], tensors[b_name], tensors.get(m_name), layout.scaling_of(path))
     return layout, found
-
-
-def _scaling(layout: AdapterLayout, path: str) -> float:
-    rank = layout.rank_of(path)
-    return layout.alpha_of(path) / (math.sqrt(rank) if layout.rank_stabilized else rank)
 
 
 def factor_names(path: str) -> tuple[str, str]:
@@ -267,67 +250,58 @@ def _names(path: str) -> tuple[str, str, str]:
 
 
 def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict[str, nn.Module], list[str]]:
-    """The linear layers that the settings select, in model order, and what is wrong with the selection."""
+    """The linear layers that the settings select, in model order, and faults of the selection."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     chosen: dict[str, nn.Module] = {}
     others = []
     for path, module in model.named_modules():
-        is_linear = isinstance(module, FrozenLinear) or type(module) is nn.Linear
-        if path and layout.selects(path, is_linear=is_linear, is_head=module is head):
-            if is_linear:
+        linear = is_linear(module)
+        if path and layout.selects(path, is_linear=linear, is_head=module is head):
+            if linear:
                 chosen[path] = module
             else:
                 others.append(f"{path} ({type(module).__name__})")
     faults = []
     if others:
-        faults.append(f"{where}: target_modules: selects {_some(others)}, allowed: linear layers.")
+        faults.append(f"{where}: target_modules: must select linear layers (got {_some(others)}).")
     if not chosen:
         faults.append(f"{where}: target_modules: {layout.targets!r} matches no linear layer of this model.")
     return chosen, faults
 
 
-def _expected_shapes(linear: Mapping[str, nn.Module], layout: AdapterLayout) -> dict[str, tuple[int, ...]]:
-    expected: dict[str, tuple[int, ...]] = {}
+def _expected_shapes(
+    linear: Mapping[str, nn.Module], described: AdapterDescription, directory: Path
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shape of each tensor, and faults: layers with too large a rank or with another scaling than recorded.
+
+    qdora.json repeats the scaling that follows from PEFT's settings, which reveals edited or mixed-up files.
+    """
+    layout, recorded = described.layout, described.scalings
+    shapes: dict[str, tuple[int, ...]] = {}
+    too_large, differ = [], []
     for path, module in linear.items():
-        rows, columns = _features(module)
+        assert isinstance(module, (FrozenLinear, nn.Linear))
+        rows, columns, rank = module.out_features, module.in_features, layout.rank_of(path)
         a, b, m = _names(path)
-        rank = layout.rank_of(path)
-        expected[a], expected[b] = (rank, columns), (rows, rank)
+        shapes[a], shapes[b] = (rank, columns), (rows, rank)
         if layout.kind == "dora":
-            expected[m] = (rows,)
-    return expected
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    assert isinstance(module, (FrozenLinear, nn.Linear))
-    return module.out_features, module.in_features
-
-
-def _rank_faults(linear: Mapping[str, nn.Module], layout: AdapterLayout, where: str) -> list[str]:
-    limits = {path: min(_features(module)) for path, module in linear.items()}
-    too_large = [
-        f"{path} (rank {layout.rank_of(path)}, at most {limit})"
-        for path, limit in limits.items()
-        if layout.rank_of(path) > limit
-    ]
-    return [f"{where}: r or rank_pattern: too large for {_some(too_large)}."] if too_large else []
-
-
-def _scaling_faults(described: AdapterDescription, linear: Mapping[str, nn.Module], where: str) -> list[str]:
-    """qdora.json repeats the scaling that follows from PEFT's settings: an edited or mixed-up file shows here."""
+            shapes[m] = (rows,)
+        if rank > min(rows, columns):
+            too_large.append(f"{path} (rank {rank}, at most {min(rows, columns)})")
+        scaling = layout.scaling_of(path)
+        if recorded is not None and not math.isclose(recorded.get(path, math.nan), scaling, rel_tol=1e-12):
+            differ.append(f"{path} ({recorded.get(path)} recorded, {scaling} by {CONFIG_FILE})")
     faults = []
-    layout = described.layout
-    for path in linear if described.scalings is not None else ():
-        scaling = _scaling(layout, path)
-        recorded = (described.scalings or {}).get(path)
-        if recorded is None or not math.isclose(recorded, scaling, rel_tol=1e-12):
-            faults.append(f"{path} ({recorded} recorded, {scaling} by {CONFIG_FILE})")
-    return [f"{where}: layers: scaling differs for {_some(faults)}."] if faults else []
+    if too_large:
+        faults.append(f"{directory / CONFIG_FILE}: r or rank_pattern: too large for {_some(too_large)}.")
+    if differ:
+        faults.append(f"{directory / RECORD_FILE}: layers: scaling differs for {_some(differ)}.")
+    return shapes, faults
 
 
 def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of the file on the CPU, and one line for each way in which they differ from `expected`."""
+    """The tensors of the file on the CPU, and one line for each kind of difference from `expected`."""
     tensors: dict[str, Tensor] = {}
     wrong_shape, wrong_dtype, not_finite = [], [], []
     try:
@@ -361,14 +335,12 @@ def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[
         if names:
             faults.append(f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''} {what}: {_some(names)}.")
     if any(name.endswith(".lora_magnitude_vector") for name in missing):
-        faults.append(
-            f"{path}: {CONFIG_FILE} says use_dora; without its magnitudes a DoRA layer computes something else."
-        )
+        faults.append(f"{path}: {CONFIG_FILE} has use_dora: true, but the magnitudes of DoRA are missing.")
     return tensors, faults
 
 
 def _canonical(name: str) -> str:
-    """A magnitude may carry `.weight`, as in PEFT's own modules."""
+    """The name without the `.weight` that a magnitude may have, as in PEFT's own modules."""
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
 

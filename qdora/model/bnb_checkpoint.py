@@ -1,6 +1,6 @@
-"""Checkpoints that bitsandbytes quantised already: their packed bytes are taken over as they are.
+"""Checkpoints that bitsandbytes quantised; their packed bytes are used as they are.
 
-The keys beside each weight are those of `qdora.ops.bnb_state`.
+`qdora.ops.bnb_state` defines the keys of a weight's scales.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _SCALES_8BIT = "SCB"
 
 
 def stored_kind(settings: object) -> str | None:
-    """nf4, fp4 or int8 by config.quantization_config, or None for a checkpoint of full precision.
+    """nf4, fp4 or int8 from config.quantization_config; None for full precision.
 
     Raises:
-        UserError: Quantised by something else than bitsandbytes.
+        UserError: The checkpoint was quantised by another library than bitsandbytes.
     """
     if settings is None:
         return None
@@ -39,19 +39,19 @@ def stored_kind(settings: object) -> str | None:
     method = str(getattr(method, "value", method))
     if method != "bitsandbytes":
         raise UserError(
-            f"model.source: the checkpoint is quantised by {method!r}, allowed: bitsandbytes, or full precision. "
-            "Name the model it was made from."
+            f"model.source: the checkpoint must be quantised by bitsandbytes, or not at all (got {method!r}). "
+            "Fix: name the model from which it was made."
         )
     return "int8" if table.get("load_in_8bit") else str(table.get("bnb_4bit_quant_type", "fp4"))
 
 
 def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
-    """What makes transformers build bitsandbytes layers for all linear layers but the `dense` ones.
+    """The `quantization_config` with which transformers builds 4-bit bitsandbytes layers.
 
     Args:
         kind: "nf4" or "fp4".
         double_quant: Whether the block scales are double quantised.
-        dtype: In which bitsandbytes computes.
+        dtype: The dtype in which bitsandbytes computes.
         dense: Paths of the linear layers that are not quantised.
     """
     settings = BitsAndBytesConfig(
@@ -69,7 +69,7 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Join the parts of every quantised weight into one entry; dense tensors pass through.
 
     Raises:
-        UserError: Parts without a weight, or a quantisation that is none of nf4, fp4, int8.
+        UserError: Parts without a weight, or a quantisation other than nf4, fp4, int8.
     """
     parts: dict[str, dict[str, StoredTensor]] = {}
     dense: dict[str, StoredTensor] = {}
@@ -90,12 +90,12 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
     def read() -> PackedWeight:
         state = {"weight": weight.read(), **{part: item.read() for part, item in parts.items()}}
         shared = from_bnb_state(state, name=f"model.source: {weight.key}")
-        # Copies cut the tie to the mapped file, which may be replaced while the model lives.
+        # Copies, since the mapped file may be replaced while the model is in use.
         copies = {name: tensor.clone() for name, tensor in shared.tensors().items()}
         return from_tensors(shared.kind, shared.shape, shared.block_size, copies)
 
     if _SCALES_8BIT in parts:
-        return StoredPacked(weight.key, weight.shape, "int8", weight.shape[-1], False, read)
+        return StoredPacked(weight.key, weight.shape, "int8", weight.shape[-1], double_quant=False, read=read)
     state_part = next((part for part in parts if part.startswith(_STATE)), None)
     if state_part is None:
         raise UserError(f"model.source: '{weight.key}' is stored in 4 bits without its {_STATE}* entry.")
@@ -104,5 +104,5 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
         shape, block_size = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"model.source: the quantisation state of '{weight.key}' is broken: {error!r}") from error
-    nested = "weight.nested_absmax" in parts
-    return StoredPacked(weight.key, shape, state_part.removeprefix(_STATE), block_size, nested, read)
+    kind, nested = state_part.removeprefix(_STATE), "weight.nested_absmax" in parts
+    return StoredPacked(weight.key, shape, kind, block_size, double_quant=nested, read=read)

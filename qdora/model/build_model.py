@@ -1,4 +1,4 @@
-"""Bytes of a model with its adapter, as files would hold them: packed weights as packed, everything else in 16 bits."""
+"""From a recipe: device and dtype, source and tokenizer, adapters on the model, and their file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
@@ -16,10 +15,7 @@ from qdora.files.environment import cpu_has_bfloat16
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.loftq_start import start_from_error_
-from qdora.model.source import ModelSource, public_name, resolve
-from qdora.model.tokenizer import load_tokenizer
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
+from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -29,14 +25,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in which dtype the products run."""
+    """Device and dtype of the computation."""
 
     device: torch.device
     dtype: torch.dtype
 
 
 def choose_compute(dtype: str) -> Compute:
-    """The GPU where there is one; `auto` takes bfloat16 where the device multiplies in it, else float32. Logged."""
+    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])
@@ -47,31 +43,32 @@ def choose_compute(dtype: str) -> Compute:
 
 
 def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
-    """Where the recipe's model is. Without `weights` those of a model on the Hub are not fetched."""
+    """The source of the recipe's model; `weights` False does not download the weights of a model on the Hub."""
     model = recipe.model
     return resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
 
 
 def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """`find_source`, and the tokenizer: done before anything large is read."""
+    """`find_source`, and the tokenizer."""
     source, named = find_source(recipe, weights=weights), recipe.model.tokenizer
     return source, load_tokenizer(source if named is None else resolve(named, weights=False))
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    # transformers 5.2x renamed it; the old name warns there, the new one is missing in earlier releases.
+    """Turn on activation checkpointing of the decoder blocks."""
+    # transformers 5.2x renamed it: the old name warns there, and earlier releases do not have the new one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = None) -> None:
-    """Adapters as the recipe asks, or as they stand in the directory `adapter`."""
+    """Put fresh adapters on, or those of the directory `adapter` (default adapter.resume_from)."""
     settings = recipe.adapter
     if settings.kind == "none" or settings.kind == "full":
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
     if settings.kind == "magnitude":
-        # DoRA whose B stays 0, so any reader of DoRA adapters reads it.
+        # DoRA whose B stays 0, so every program that reads DoRA reads it.
         if directory is None:
             layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=_targets(recipe))
         else:
@@ -91,7 +88,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             targets=_targets(recipe),
             rank_pattern=settings.rank_pattern,
             same_scaling=settings.same_scaling,
-            init="gaussian" if settings.init == "gaussian" else "kaiming",  # loftq: replaced by `start_adapters`
+            init="gaussian" if settings.init == "gaussian" else "kaiming",  # `start_adapters` replaces it for loftq
             dtype=DTYPES[settings.dtype],
             masked=settings.mask == "keep",
             generator=torch.Generator().manual_seed(recipe.train.seed),
@@ -106,7 +103,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
 
 
 def start_adapters(model: PreTrainedModel, recipe: Recipe, source: ModelSource) -> None:
-    """Give fresh adapters a start that is read from the source, where the recipe asks for one."""
+    """Give fresh adapters LoftQ's start, which reads the source, if the recipe asks for it."""
     settings = recipe.adapter
     if settings.kind in ("lora", "dora") and settings.init == "loftq" and settings.resume_from is None:
         start_from_error_(model, source)
@@ -125,9 +122,12 @@ def write_adapter(
     shipped: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """The adapter of a run in PEFT's format, with the base that it belongs to. Raises as `save_adapter`.
+    """Write the adapter of a run in PEFT's format, with its base. Raises as `save_adapter`.
 
-    `shipped`: It leaves this machine, so that a base that only this machine has is not named. `extra`: For its record.
+    Args:
+        model, directory, extra: As in `save_adapter`.
+        recipe: Names the base.
+        shipped: The adapter leaves this machine; a base that only this machine has is not named.
     """
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
@@ -146,58 +146,8 @@ def write_adapter(
 
 
 def describe_adapters(model: PreTrainedModel) -> dict[str, int]:
-    """Number of adapted layers and of trainable and frozen parameters."""
+    """Numbers of adapted layers, of trainable parameters, and of base weights in adapted layers."""
     layers = adapted_layers(model)
     frozen = sum(layer.in_features * layer.out_features for layer in layers.values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"num_layers": len(layers), "num_trainable": trainable, "num_adapted": frozen}
-
-
-_DENSE_BYTES = 2  # a number, in whichever dtype this machine computes
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Counts of a model.
-
-    Attributes:
-        num_linear_weights: Of the linear layers but the output head: those that are quantised and pruned.
-        num_linear_bytes: Of these, scales included; of a simulated format, as tightly as its codes can be packed.
-        num_base_bytes: Of the whole base.
-        num_adapter_bytes: Of lora_A, lora_B (as stored) and the magnitudes.
-    """
-
-    num_linear_weights: int
-    num_linear_bytes: int
-    num_base_bytes: int
-    num_adapter_bytes: int
-
-
-def model_size(model: nn.Module) -> ModelSize:
-    """Count the bytes of a causal LM, with or without adapters; tied weights count once."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    seen: set[int] = set()
-    weights = linear = other = adapter = 0
-    for module in model.modules():
-        is_linear = isinstance(module, FrozenLinear) or type(module) is nn.Linear
-        if is_linear and module is not head:
-            assert isinstance(module, (FrozenLinear, nn.Linear))
-            packed = module.packed_weight if isinstance(module, FrozenLinear) else None
-            count = module.out_features * module.in_features
-            weights += count
-            linear += _DENSE_BYTES * count if packed is None else packed.num_packed_bytes
-            other += 0 if module.bias is None else _DENSE_BYTES * module.bias.numel()
-        elif isinstance(module, AdaptedLinear):
-            adapter += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
-        else:
-            other += sum(_DENSE_BYTES * each.numel() for each in _own(module, seen))
-    return ModelSize(weights, linear, linear + other, adapter)
-
-
-def _own(module: nn.Module, seen: set[int]) -> list[Tensor]:
-    """Tensors of the module itself that a file would hold and that no other module has shown yet."""
-    kept = [b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set]
-    found = [tensor for tensor in (*module._parameters.values(), *kept) if isinstance(tensor, torch.Tensor)]
-    new = [tensor for tensor in found if id(tensor) not in seen]
-    seen.update(map(id, new))
-    return new

@@ -1,12 +1,10 @@
-"""The header of a GGUF file: its few settings that matter here, and where each tensor lies.
+"""Reading GGUF files: the header, and tensors one at a time, dequantised to float32 in transformers' layout.
 
-The reader of the package `gguf` turns every word of the vocabulary into arrays, which takes seconds; this one steps
-over them. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+The header is read here, since the reader of the package `gguf` turns every word of the vocabulary into arrays, which
+takes seconds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 
-GGUF files, one tensor at a time: dequantised in float32 and put into the layout that transformers uses.
-
-Names come from the tables of the package `gguf`, layouts (llama.cpp interleaves the rows of q and k, and adds 1 to
-Gemma's norms) from transformers' own readers, so that they stay right with them.
+Names come from the tables of the package `gguf`. Layouts come from transformers' own readers (llama.cpp interleaves the
+rows of q and k, and adds 1 to Gemma's norms).
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ _ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: `shape` in torch's order, `offset` in bytes from the start of the file, `type` as gguf numbers it."""
+    """A tensor: `shape` in torch's order, `offset` in bytes from the start of the file, `type` by gguf's numbers."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,7 +43,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`settings` holds the scalars and strings of the metadata; arrays are left out."""
+    """`settings` holds the scalars and strings of the metadata, without arrays."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -53,15 +51,15 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """As llama.cpp names it: llama, qwen2, gemma2, ..."""
+        """Name in llama.cpp: llama, qwen2, gemma2, ..."""
         return str(self.settings.get("general.architecture", ""))
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the header of `path`; no tensor is touched.
+    """Read the header of a GGUF file.
 
     Raises:
-        UserError: Not a GGUF file, an unknown version, or cut short within the header.
+        UserError: The file is not GGUF, has an unknown version, or is cut short within the header.
     """
     try:
         with path.open("rb") as stream:
@@ -77,7 +75,7 @@ def _read(path: Path, stream: BinaryIO) -> GgufHeader:
     if magic != b"GGUF":
         raise UserError(f"model.source: {path} is not a GGUF file: it starts with {magic!r}.")
     if version not in _VERSIONS:
-        raise UserError(f"model.source: {path} is GGUF version {version}, allowed: 2, 3.")
+        raise UserError(f"model.source: {path} is GGUF version {version}; must be one of 2, 3.")
     settings: dict[str, Any] = {}
     for _ in range(num_settings):
         key = _string(stream)
@@ -129,12 +127,12 @@ log = logging.getLogger("qdora")
 
 GGUF_INSTALL = 'pip install "qdora[gguf]"'
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
-# Rotary factors of Llama 3.1 and later. transformers does not take them from a GGUF file.
+# Rotary factors of Llama 3.1 and later; transformers does not take them from a GGUF file.
 _ROTARY_FACTORS = "rope_freqs.weight"
-# Gemma 2 and 3 in 27B scale their attention by another width than the head's. No GGUF file says so: llama.cpp knows it
-# from the number of layers, transformers does not.
+# The 27B models of Gemma 2 and 3 scale their attention by another width than the head's. GGUF files do not store it;
+# llama.cpp knows it from the number of layers, transformers does not.
 _SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
-# Architectures whose tensors llama.cpp's converter changes as it does those of another, which transformers reads.
+# Architectures whose tensors llama.cpp's converter changes like those of another one, which transformers reads.
 _LAID_OUT_AS = {
     "arcee": "llama",
     "gemma": "gemma2",
@@ -143,7 +141,7 @@ _LAID_OUT_AS = {
     "olmo": "llama",
     "smollm3": "llama",
 }
-# Which it leaves as they are.
+# Architectures whose tensors the converter does not change.
 _UNCHANGED = ("cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "starcoder2")
 _ROWS_AT_ONCE = 4096
 
@@ -151,18 +149,18 @@ Values = np.ndarray[Any, np.dtype[Any]]
 
 
 def require_gguf() -> None:
-    """Raises a UserError that says what to install where the package `gguf` is missing."""
+    """Raise UserError, with the command to run, if the package `gguf` is missing."""
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UserError(f"model.source: reading a .gguf file needs the package gguf. Run: {GGUF_INSTALL}") from None
+        raise UserError(f"model.source: reading a .gguf file needs the package gguf. Fix: {GGUF_INSTALL}") from None
 
 
 def check_gguf(path: Path) -> None:
-    """Check that the file can be read to its end: a download that broke off is common and looks like a wrong shape.
+    """Check that all tensors are in the file; broken downloads are common and look like a wrong shape.
 
     Raises:
-        UserError: Package missing, not a GGUF file, cut short.
+        UserError: The package gguf is missing, or the file is not GGUF or cut short.
     """
     require_gguf()
     size = path.stat().st_size
@@ -170,15 +168,15 @@ def check_gguf(path: Path) -> None:
     if beyond:
         raise UserError(
             f"model.source: {path} is cut short: {len(beyond)} tensors, e.g. '{beyond[0]}', lie beyond its end. "
-            "Download or copy it again."
+            "Fix: download or copy it again."
         )
 
 
 def settle_head(path: Path, config: PreTrainedConfig) -> None:
-    """Tie the head where the file repeats the embedding as a head of its own, as Qwen's files do.
+    """Set `config.tie_word_embeddings` if the file repeats the embedding as the head, as Qwen's files do.
 
-    transformers takes any stored head for an untied one; trained and exported as such it would drift apart from the
-    embedding. Changes `config.tie_word_embeddings` in place; only a head that is equal byte for byte is tied.
+    transformers takes any stored head for an untied one, which would drift away from the embedding in training. Only a
+    head that is equal byte for byte is tied.
     """
     tensors = {tensor.name: tensor for tensor in read_header(path).tensors}
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
@@ -191,19 +189,19 @@ def settle_head(path: Path, config: PreTrainedConfig) -> None:
 
 
 def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Model name -> tensor of the file, from its header alone.
+    """Model name -> tensor of the file; only the header is read.
 
     Args:
         path: The .gguf file.
-        model: The skeleton that the file's config describes, for names and head counts.
+        model: The skeleton of the file's config.
     Raises:
-        UserError: An architecture or a tensor that has no counterpart in transformers.
+        UserError: The architecture or a tensor has no counterpart in transformers.
     """
     header = read_header(path)
     if (header.architecture, int(model.config.num_hidden_layers)) in _SCALE_NOT_STORED:
         raise UserError(
             f"model.source: {header.path}: the attention scale of this {header.architecture} is not in GGUF files. "
-            "Use the safetensors checkpoint of the model."
+            "Fix: use the safetensors checkpoint of the model."
         )
     processor = layout_processor(header, model)
     names = model_names(header, model, processor)
@@ -222,7 +220,7 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
         elif tensor.name.endswith(("_exps.weight", "_exps.bias")):
             faults.append(
                 f"model.source: {path}: '{tensor.name}' holds stacked experts, which are not read from GGUF. "
-                "Use the safetensors checkpoint of the model."
+                "Fix: use the safetensors checkpoint of the model."
             )
         else:
             stored[name] = StoredTensor(tensor.name, shapes[name], _reader(path, tensor, processor, shapes[name]))
@@ -232,13 +230,13 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
 
 
 def layout_processor(header: GgufHeader, model: PreTrainedModel) -> TensorProcessor:
-    """What puts the tensors of an architecture into transformers' layout."""
+    """transformers' converter from the file's layout to its own."""
     architecture = _LAID_OUT_AS.get(header.architecture, header.architecture)
     return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
 
 
 def knows_layout(header: GgufHeader) -> bool:
-    """Whether `layout_processor` is known to undo all that llama.cpp's converter does to this architecture."""
+    """Whether `layout_processor` is known to undo every change of llama.cpp's converter to this architecture."""
     return header.architecture in {*TENSOR_PROCESSORS, *_LAID_OUT_AS, *_UNCHANGED}
 
 
@@ -255,7 +253,7 @@ def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorPro
     if architecture is None:
         raise UserError(
             f"model.source: {header.path}: the installed package gguf does not know {header.architecture!r}. "
-            "Upgrade it: pip install -U gguf"
+            "Fix: pip install -U gguf"
         )
     table = gguf.get_tensor_name_map(architecture, num_layers)
     names: dict[str, str] = {}
@@ -263,7 +261,7 @@ def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorPro
         stem, dot, suffix = processor.preprocess_name(name).rpartition(".")
         if suffix not in ("weight", "bias"):
             stem, dot, suffix = name, "", ""
-        # Some architectures were converted from the model without its head, whose names lack the first part.
+        # Some architectures were converted from the model without its head; those names lack the first part.
         found = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
         if found is not None:
             names[f"{found}{dot}{suffix}"] = name
@@ -275,7 +273,7 @@ def _num_bytes(tensor: GgufTensor) -> int:
 
 
 def _byte_shape(tensor: GgufTensor) -> tuple[int, ...]:
-    """The tensor's shape with the last size counted in stored bytes."""
+    """The tensor's shape with the last size in stored bytes."""
     import gguf
 
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
@@ -283,17 +281,17 @@ def _byte_shape(tensor: GgufTensor) -> tuple[int, ...]:
 
 
 def _stored_rows(path: Path, tensor: GgufTensor) -> Values:
-    """The stored bytes as (rows, bytes per row), mapped; its pages are given back when it is dropped."""
+    """The stored bytes as (rows, bytes per row), mapped; dropping the array gives its pages back."""
     shape = _byte_shape(tensor)
     flat = np.memmap(path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(_num_bytes(tensor),))
-    # asarray: slicing the subclass of a mapped array costs more than dequantising a small slice.
+    # asarray: slicing a memmap costs more than dequantising a small slice.
     return np.asarray(flat).reshape(-1, shape[-1])
 
 
 def _reader(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
     def read() -> Tensor:
         values = processor.process(weights=_dequantized(path, tensor), name=tensor.name).weights
-        # A copy where the processor returned a transposed view.
+        # Copies if the processor returned a transposed view.
         result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
         if tuple(result.shape) != shape:
             raise UserError(
@@ -306,7 +304,7 @@ def _reader(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: t
 
 
 def _dequantized(path: Path, tensor: GgufTensor) -> Values:
-    """The values in float32; some rows at a time, since `gguf` alone would hold them twice."""
+    """The values in float32, some rows at a time, since `gguf` would hold them twice."""
     import gguf
 
     stored = _stored_rows(path, tensor)

@@ -1,4 +1,4 @@
-"""Putting adapters on a model: which linear layers, at which rank, and finding them again."""
+"""Putting adapters on the linear layers of a model, and finding adapted and frozen layers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from qdora.errors import UserError, nearest
+from qdora.model.peft_config import ALL_LINEAR
 from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
 
-ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
-"""In a list of layers to skip: the output head, whatever the model calls it."""
+"""Stands for the output head, under any name, in a list of layers to skip."""
 
 
 def inject(
@@ -28,7 +28,6 @@ def inject(
     rank_stabilized: bool = False,
     dropout: float = 0.0,
     targets: str | Sequence[str] = ALL_LINEAR,
-    skip: Sequence[str] = (HEAD,),
     rank_pattern: Mapping[str, int] | None = None,
     same_scaling: bool = False,
     init: Init = "kaiming",
@@ -39,24 +38,23 @@ def inject(
     """Replace linear layers of `model` by adapted ones, in place; everything else is frozen.
 
     Args:
-        model: Any transformers causal LM whose linear maps are nn.Linear or FrozenLinear.
+        model: A transformers causal LM with layers of nn.Linear or FrozenLinear.
         kind, rank, alpha, rank_stabilized, dropout, init, dtype, masked, generator: As in AdaptedLinear.
-        targets: "all-linear", or names: the last part of a module's path ("q_proj"), or a pattern over the whole path
-            ("model.layers.3.*.q_proj").
-        skip: Names or patterns left out of "all-linear"; "lm_head" is the output head under any name.
-        rank_pattern: Name or pattern -> rank, in place of `rank`; the longest matching key wins.
-        same_scaling: A layer of another rank gets the alpha with which its scaling is that of a layer of `rank`.
+        targets: "all-linear" (all but the output head), or names: the last part of a module's path ("q_proj"), or a
+            pattern over the whole path ("model.layers.3.*.q_proj").
+        rank_pattern: Name or pattern -> rank instead of `rank`; the longest matching key wins.
+        same_scaling: Layers of another rank get the alpha that gives them the scaling of `rank`.
     Returns:
         Path -> layer, in model order.
     Raises:
-        UserError: A target or pattern that matches nothing, a rank that is too large: all of them at once.
+        UserError: All targets and patterns that match nothing, or all ranks that are too large.
     """
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if HEAD in skip and callable(find_head) else None
-    # The head goes by what it is: GPT-NeoX calls it embed_out.
-    heads = [name for name, module in linear.items() if module is head]
-    chosen = _chosen(linear, targets, [*skip, *heads])
+    head = find_head() if callable(find_head) else None
+    # GPT-NeoX calls its head embed_out.
+    heads = [HEAD, *(name for name, module in linear.items() if module is head)]
+    chosen = _chosen(linear, targets, heads)
     ranks = _ranks(chosen, rank, rank_pattern or {})
     if masked:
         check_masks(chosen, "adapter.mask")
@@ -91,21 +89,21 @@ def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
 
 
 def _keep_base_out_of_broadcasts(model: nn.Module) -> None:
-    """The base is the same in every process: DistributedDataParallel need not send it before each forward pass."""
+    """Keep DistributedDataParallel from sending the base, the same in every process, before each forward pass."""
     kinds = FrozenLinear | AdaptedLinear | HostEmbedding
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     names = {f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)}
-    # What torch's own helper for it sets, which would search a list for each of the buffers.
+    # As torch's own helper does, which would search a list for each buffer.
     model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
 
 
 def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:
-    """Raise UserError where a layer that is to keep its zeros was not pruned."""
+    """Raise UserError if a layer that must keep its zeros was not pruned."""
     whole = [name for name, layer in chosen.items() if getattr(layer, "keep_bits", None) is None]
     if whole:
         raise UserError(
-            f"{where}: keep, but {len(whole)} adapted layers were not pruned (e.g. {whole[0]}), allowed: targets among "
-            "the pruned layers."
+            f"{where}: keep, but {len(whole)} adapted layers were not pruned (e.g. {whole[0]}). "
+            "Fix: choose targets among the pruned layers."
         )
 
 
@@ -120,8 +118,8 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Path -> trainable parameter, in model order: of the adapters, or of the whole model in full fine-tuning. Without
-    gates, which have an optimizer of their own (train/gates.py)."""
+    """Path -> trainable parameter, in model order, without gates, which have an optimizer of their own
+    (train/gates.py). In full fine-tuning these are the parameters of the model."""
     gates = {id(layer.gate) for layer in adapted_layers(model).values() if layer.gate is not None}
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: parameter for name, parameter in found.items() if id(parameter) not in gates}
@@ -134,7 +132,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def as_frozen(module: nn.Module) -> FrozenLinear:
-    """The layer itself if it is frozen already, else a FrozenLinear that shares the nn.Linear's weight."""
+    """A FrozenLinear as it is, or one that shares the weight of an nn.Linear."""
     if isinstance(module, FrozenLinear):
         return module
     assert isinstance(module, nn.Linear)
@@ -142,12 +140,13 @@ def as_frozen(module: nn.Module) -> FrozenLinear:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module path is meant by `pattern`: its last part, the path, or a shell pattern over the path."""
+    """Whether `pattern` is the last part of a module's path, the path, or a shell pattern that matches it."""
     return pattern in (name.rpartition(".")[2], name) or fnmatch.fnmatchcase(name, pattern)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    # Exact type for nn.Linear: subclasses (bitsandbytes' layers, tensor-parallel ones) compute something else.
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that can carry an adapter."""
+    # Exact type: subclasses of nn.Linear (bitsandbytes, tensor parallelism) compute something else.
     return isinstance(module, FrozenLinear) or type(module) is nn.Linear
 
 
@@ -157,25 +156,24 @@ def _chosen(linear: dict[str, nn.Module], targets: str | Sequence[str], skip: Se
         if not chosen:
             raise UserError(
                 "adapter.targets: 'all-linear' finds no linear layer in this model; transposed layers (GPT-2's Conv1D) "
-                "are not supported, allowed: models of nn.Linear (Llama, Qwen, Gemma, Mistral, Phi, ...)."
+                "are not supported. Fix: name a model of nn.Linear layers (Llama, Qwen, Gemma, Mistral, Phi, ...)."
             )
         return chosen
     patterns = [targets] if isinstance(targets, str) else list(targets)
     last_parts = sorted({name.rpartition(".")[2] for name in linear})
     missing = [pattern for pattern in patterns if not any(matches(name, pattern) for name in linear)]
     if missing:
-        allowed = f"allowed: {', '.join(last_parts)}, a full path or pattern, or 'all-linear'"
-        faults = [
-            f"adapter.targets: '{p}' matches no linear layer, {allowed}.{nearest(p, last_parts)}" for p in missing
-        ]
-        raise UserError(*faults)
+        allowed = f"must be one of {', '.join(last_parts)}, a full path or pattern, or 'all-linear'"
+        raise UserError(
+            *(f"adapter.targets: '{p}' matches no linear layer; {allowed}.{nearest(p, last_parts)}" for p in missing)
+        )
     return {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
 
 
 def _ranks(chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, int]) -> dict[str, int]:
     last_parts = sorted({name.rpartition(".")[2] for name in chosen})
     faults = [
-        f"adapter.rank_pattern: '{pattern}' matches no adapted layer, allowed: {', '.join(last_parts)}, "
+        f"adapter.rank_pattern: '{pattern}' matches no adapted layer; must be one of {', '.join(last_parts)}, "
         f"or a path or pattern.{nearest(pattern, last_parts)}"
         for pattern in rank_pattern
         if not any(matches(name, pattern) for name in chosen)
@@ -187,7 +185,7 @@ def _ranks(chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, i
         limit = min(int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
         if ranks[name] > limit:
             where = f"adapter.rank_pattern['{keys[-1]}']" if keys else "adapter.rank"
-            faults.append(f"{where}: {ranks[name]} is larger than layer {name} allows, allowed: at most {limit}.")
+            faults.append(f"{where}: must be at most {limit} for layer {name} (got {ranks[name]}).")
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return ranks

@@ -1,4 +1,4 @@
-"""Under which licence a base stands, as its own files say; what they do not say is left open, never guessed."""
+"""The licence of a base, as its own files state it; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import yaml
 from qdora.model.gguf_file import read_header
 from qdora.model.source import ModelSource
 
-FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""Names of the texts that a licence may ask to be passed on."""
+# Texts that a licence may require to be passed on.
+_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _LARGEST_FILE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence as the Hub writes it: `id` ("apache-2.0", or "other" with a `name`), `link` to its text."""
+    """A licence in the Hub's terms: `id` ("apache-2.0", or "other" with a `name`), `link` to its text."""
 
     id: str
     name: str | None = None
@@ -26,7 +26,7 @@ class Licence:
 
 
 def licence_of(source: ModelSource) -> Licence | None:
-    """The licence that the model card or the GGUF header of a base names; None where neither does."""
+    """The licence in the model card or the GGUF header of a base; None if there is none."""
     if source.is_gguf:
         settings = read_header(source.path).settings
         names = ("general.license", "general.license.name", "general.license.link")
@@ -39,10 +39,10 @@ def licence_of(source: ModelSource) -> Licence | None:
 
 
 def licence_files(source: ModelSource) -> dict[str, str]:
-    """Name -> text of the licence files beside a base."""
+    """Name -> text of the licence files in the directory of a base."""
     if source.is_gguf:
         return {}
-    found = {file for pattern in FILES for file in source.path.glob(pattern)}
+    found = {file for pattern in _FILES for file in source.path.glob(pattern)}
     return {
         file.name: file.read_text(encoding="utf-8", errors="replace")
         for file in sorted(found)
@@ -57,7 +57,7 @@ def _licence(id_: Any, name: Any, link: Any) -> Licence | None:
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """The settings at the head of a model card; empty where it has none that can be read."""
+    """The YAML at the head of a model card; empty if there is none, or it cannot be read."""
     if not card.is_file() or card.stat().st_size > _LARGEST_FILE:
         return {}
     parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)

@@ -1,8 +1,6 @@
-"""Putting read tensors into a model, in the dtype and at the place that it keeps them.
+"""Loading a frozen base: a skeleton without weights, then tensor by tensor read, quantise, place.
 
-Loading a frozen base: skeleton without weights, then tensor by tensor read, quantise, place.
-
-Host memory holds the model as it will be used, and one tensor of the checkpoint beside it; a GPU likewise.
+Host memory holds the model in its final form and one tensor of the checkpoint; so does a GPU.
 """
 
 from __future__ import annotations
@@ -11,12 +9,12 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available
 
@@ -24,7 +22,7 @@ from qdora.errors import UserError, nearest
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, matches, replace_module
-from qdora.model.source import ModelSource
+from qdora.model.source import ModelSource, first_line
 from qdora.model.stored_tensors import (
     Stored,
     StoredPacked,
@@ -41,64 +39,6 @@ from qdora.ops.codebooks import CODE_BITS, SIMULATED
 from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, quantize
 from qdora.ops.tiles import Weight
 
-
-def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> FrozenLinear:
-    """Put a frozen layer in the place of a linear one, whose bias it takes over, read or not."""
-    bias = model.get_submodule(layer).bias
-    frozen = FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits)
-    replace_module(model, layer, frozen)
-    return frozen
-
-
-def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    old = getattr(module, leaf)
-    if isinstance(module, HostEmbedding):
-        device = torch.device("cpu")
-    elif leaf in module._buffers and not isinstance(module, FrozenLinear):
-        dtype = old.dtype
-    elif not value.is_floating_point():
-        dtype = value.dtype
-    # copy: the value may be a view of the file.
-    placed = value.to(device=device, dtype=dtype, copy=True)
-    setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
-
-
-def settle(model: PreTrainedModel, device: torch.device) -> None:
-    """Tie what is tied, and move the buffers; to be called again when more is read."""
-    for target, origin in tied_weights(model).items():
-        _tie(model, target, origin)
-    for module in model.modules():
-        away = module.away if isinstance(module, FrozenLinear | HostEmbedding) else ()
-        for name, buffer in module._buffers.items():
-            if name not in away and buffer is not None and not buffer.is_meta and buffer.device != device:
-                module._buffers[name] = buffer.to(device)
-
-
-def _tie(model: PreTrainedModel, target: str, origin: str) -> None:
-    """Make two names one parameter, whichever of them was stored."""
-    first, second = (model.get_submodule(name.rpartition(".")[0]) for name in (target, origin))
-    target_leaf, origin_leaf = target.rpartition(".")[2], origin.rpartition(".")[2]
-    if getattr(second, origin_leaf).is_meta:
-        setattr(second, origin_leaf, getattr(first, target_leaf))
-    else:
-        setattr(first, target_leaf, getattr(second, origin_leaf))
-
-
-def wide_names(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """Parts of parameter names that the model wants in float32 when the rest is in `dtype`, as transformers does it."""
-    names: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        names |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return sorted(names)
-
-
-def is_wide(name: str, wide: Sequence[str]) -> bool:
-    """Whether a parameter is one of `wide_names`."""
-    return any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in wide)
-
-
 log = logging.getLogger("qdora")
 
 QUANT_KINDS = (*KINDS, "none")
@@ -106,10 +46,13 @@ ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEFAULT_SKIP = (HEAD,)
 
+Progress = Callable[[int, int], None]
+"""Called with (tensors done, all tensors)."""
+
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the linear layers are to be held: `kind` is one of `QUANT_KINDS`, none for dense in the compute dtype."""
+    """How to hold the linear layers. `kind` is one of `QUANT_KINDS`; "none" keeps them dense in the compute dtype."""
 
     kind: str
     block_size: int
@@ -117,21 +60,32 @@ class Quantization:
     skip: tuple[str, ...]
 
 
-class Placer(Protocol):
-    """Reads the stored tensors of a model and puts them in; `place_all`, unless the base is compressed otherwise."""
+@dataclass(frozen=True)
+class Loading:
+    """A model that is being filled.
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        stored: Mapping[str, Stored],
-        layers: set[str],
-        wanted: Quantization,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Args as of `place_all`; `layers` are all linear layers that are not skipped, also of a dense base."""
+    Attributes:
+        model: The skeleton.
+        stored: Model name -> tensor to read.
+        layers: Paths of all linear layers that are not skipped, even if `wanted.kind` is "none"; empty for a quantised
+            checkpoint.
+        wanted: How to hold these layers.
+        device: Where the weights go.
+        compute_dtype: Of all other floating-point tensors.
+        progress: Called after each tensor with (tensors done, all tensors).
+    """
 
+    model: PreTrainedModel
+    stored: Mapping[str, Stored]
+    layers: set[str]
+    wanted: Quantization
+    device: torch.device
+    compute_dtype: torch.dtype
+    progress: Progress | None = None
+
+
+Placer = Callable[[Loading], None]
+"""Reads the stored tensors and puts them into the model: `place_all`, or one that also prunes or streams."""
 
 Reader = Callable[[ModelSource, PreTrainedModel], dict[str, Stored]]
 """Source and skeleton -> model name -> stored tensor, as `stored_tensors`."""
@@ -147,34 +101,34 @@ def load_model(
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     reader: Reader | None = None,
     placer: Placer | None = None,
     before_reading: Callable[[PreTrainedModel, torch.device], None] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal LM with frozen weights, every linear layer but the skipped ones quantised.
+    """Load a causal LM with frozen weights; every linear layer is quantised except the skipped ones.
 
     A weight is quantised from the dtype of the file, without a rounding in between. Embeddings, norms, biases and
-    skipped layers are kept in `compute_dtype` (in float32 where the model demands that). Tied weights stay tied.
+    skipped layers are kept in `compute_dtype` (or float32 if the model demands it). Tied weights stay tied.
 
     Args:
         source: From `resolve`.
-        quant: One of `QUANT_KINDS`, "none" for a dense model; a checkpoint that is quantised already is taken as it is
-            and must be of this kind.
-        block_size, double_quant: For all but int8 and none, see `qdora.ops.packed.quantize`.
+        quant: One of `QUANT_KINDS`; "none" loads a dense model. A quantised checkpoint is taken as it is and must be of
+            this kind.
+        block_size, double_quant: See `qdora.ops.packed.quantize`; not used by int8 and none.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
-            head whatever the model calls it.
-        device: Where the weights go; quantised there.
+            head under any name.
+        device: Where the weights go and are quantised.
         compute_dtype: Of everything that is not quantised.
-        attention: "auto" takes flash_attention_2 on CUDA where it is installed, else transformers' choice.
-        progress: Called after each tensor with (tensors done, tensors in all).
-        reader: Finds the weights, where not in the source itself (model/base_cache.py).
-        placer: How the tensors get into the model, where they are not only to be quantised (model/compress.py).
-        before_reading: Called with the model and `device` when no weight has been read (memory/host_embedding.py).
+        attention: "auto" takes flash_attention_2 on CUDA if it is installed, else transformers' choice.
+        progress: Called after each tensor.
+        reader: Finds the weights (default `stored_tensors`; see model/base_cache.py).
+        placer: Puts the tensors into the model (default `place_all`; see model/pruning.py and memory/).
+        before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
     Returns:
         The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
     Raises:
-        UserError: Settings, architecture or checkpoint that do not fit, all faults of a stage at once.
+        UserError: Settings, architecture or checkpoint that do not fit; all faults of a stage at once.
     """
     wanted = Quantization(quant, block_size, double_quant, tuple(skip))
     _check_settings(wanted, compute_dtype, attention)
@@ -183,7 +137,7 @@ def load_model(
     config = load_config(source)
     kind = stored_kind(getattr(config, "quantization_config", None))
     if kind is not None:
-        # What is loaded here is no transformers quantisation: with the entry the model would refuse to be saved.
+        # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, torch.device(device))
     stored = (reader or stored_tensors)(source, model)
@@ -194,13 +148,22 @@ def load_model(
         layers = set()
     if before_reading is not None:
         before_reading(model, torch.device(device))
-    (placer or place_all)(model, stored, layers, wanted, torch.device(device), compute_dtype, progress)
-    finish(model, source, torch.device(device))
+    load = Loading(
+        model,
+        stored=stored,
+        layers=layers,
+        wanted=wanted,
+        device=torch.device(device),
+        compute_dtype=compute_dtype,
+        progress=progress,
+    )
+    (placer or place_all)(load)
+    _finish(model, source, load.device)
     return model
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The transformers config of a source; for a GGUF file made from its metadata."""
+    """The transformers config of a source; a GGUF file's config is made from its metadata."""
     try:
         if source.is_gguf:
             check_gguf(source.path)
@@ -211,17 +174,17 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model.source: {source.name}: its config cannot be used: {_first_line(error)}") from error
+        raise UserError(f"model.source: {source.name}: its config cannot be used: {first_line(error)}") from error
     return config
 
 
 def skeleton(
     config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str, device: torch.device
 ) -> PreTrainedModel:
-    """The model with its parameters on the meta device; buffers are real, since no checkpoint holds all of them.
+    """The model with its parameters on the meta device; buffers are real, since checkpoints do not hold all of them.
 
     Raises:
-        UserError: Not a causal LM, or an attention it does not have.
+        UserError: The model is not a causal LM, or does not have this attention.
     """
     choice = None if attention == "auto" else attention
     if attention == "auto" and device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
@@ -230,8 +193,8 @@ def skeleton(
         model = _empty(config, source, dtype, choice)
     except (ValueError, ImportError) as error:
         if attention != "auto" or choice is None:
-            raise UserError(f"model: {source.name}: cannot be built: {_first_line(error)}") from error
-        log.info("%s has no %s (%s).", source.name, choice, _first_line(error))
+            raise UserError(f"model: {source.name}: cannot be built: {first_line(error)}") from error
+        log.info("%s has no %s (%s).", source.name, choice, first_line(error))
         model = _empty(config, source, dtype, None)
     log.info("Attention of %s: %s.", source.name, model.config._attn_implementation)
     return model
@@ -248,15 +211,28 @@ def _empty(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, at
     return model
 
 
+def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Path and list of the decoder blocks, the units of checkpointing: the longest list of
+    `GradientCheckpointingLayer`s; None if the model has no such list."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(each, GradientCheckpointingLayer) for each in module)
+    ]
+    return max(found, key=lambda each: len(each[1]), default=None)
+
+
 def stored_tensors(source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
-    """Model name -> stored tensor, in the model's order; nothing is read yet. See `match_to_model` for what raises."""
+    """Model name -> stored tensor, in the model's order; nothing is read yet. Raises as `match_to_model`."""
     if source.is_gguf:
         return match_to_model(open_gguf(source.path, model), model)
     return match_to_model(rename_to_model(gather_packed(open_safetensors(source.path)), model), model)
 
 
 def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]:
-    """Paths of the linear layers that are to be quantised; none for a dense base. Raises as `chosen_layers`."""
+    """Paths of the linear layers to quantise; none for a dense base. Raises as `chosen_layers`."""
     return set() if wanted.kind == "none" else chosen_layers(model, wanted)
 
 
@@ -264,7 +240,7 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     """Paths of all linear layers that are not skipped.
 
     Raises:
-        UserError: A skip pattern that matches nothing, a tied head that is not skipped, GPT-2's transposed layers.
+        UserError: A skip pattern matches nothing, a tied head is not skipped, or the layers are transposed (GPT-2).
     """
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)
@@ -273,63 +249,107 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     if transposed:
         faults.append(
             f"base: {model.config.model_type} keeps its weights transposed (Conv1D, e.g. "
-            f"{transposed[0]}), which is not supported; allowed: base.quant: none with adapter.kind: full or none, or "
-            "a model with ordinary linear layers (Llama, Qwen, Gemma, Mistral, Phi, ...)."
+            f"{transposed[0]}), which is not supported. Fix: set base.quant: none and adapter.kind: full or none, or "
+            "name a model with ordinary linear layers (Llama, Qwen, Gemma, Mistral, Phi, ...)."
         )
     skipped = {name for name in linear if any(matches(name, pattern) for pattern in wanted.skip)}
     if HEAD in wanted.skip and head is not None:
         skipped.add(head)
     last_parts = sorted({name.rpartition(".")[2] for name in linear})
     faults.extend(
-        f"base.skip: '{pattern}' matches no linear layer, allowed: {', '.join(last_parts)}, "
+        f"base.skip: '{pattern}' matches no linear layer; must be one of {', '.join(last_parts)}, "
         f"or a path or pattern.{nearest(pattern, last_parts)}"
         for pattern in wanted.skip
         if pattern != HEAD and not any(matches(name, pattern) for name in linear)
     )
     shared = {name for pair in tied_weights(model).items() for name in pair}
     faults.extend(
-        f"base.skip: {name} shares its weight with the embedding and cannot be quantised alone. Add '{name}'."
+        f"base.skip: {name} shares its weight with the embedding and cannot be quantised alone. Fix: add '{name}'."
         for name in sorted(linear.keys() - skipped)
         if f"{name}.weight" in shared
     )
     if faults:
         raise UserError(*faults)
-    # What a model keeps in float32 beside float16 is too sensitive for 4 bits as well.
+    # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits as well.
     wide = wide_names(model, torch.float16)
     _report_experts(model)
     return {name for name in linear.keys() - skipped if not is_wide(f"{name}.weight", wide)}
 
 
-def place_all(
-    model: PreTrainedModel,
-    stored: Mapping[str, Stored],
-    layers: set[str],
-    wanted: Quantization,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Read every stored tensor and put it into the model, those of `layers` quantised."""
-    wide = wide_names(model, compute_dtype)
-    for done, (name, value) in enumerate(iterate_tensors(stored), start=1):
+def wide_names(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Parts of the names of parameters that the model keeps in float32 beside `dtype`, by transformers' rule."""
+    names: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        names |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return sorted(names)
+
+
+def is_wide(name: str, wide: Sequence[str]) -> bool:
+    """Whether a parameter is one of `wide_names`."""
+    return any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in wide)
+
+
+def place_all(load: Loading) -> None:
+    """A `Placer` that quantises the weights of `load.layers`."""
+    wide, wanted = wide_names(load.model, load.compute_dtype), load.wanted
+    for done, (name, value) in enumerate(iterate_tensors(load.stored), start=1):
         layer, _, leaf = name.rpartition(".")
         if isinstance(value, PackedWeight):
-            place_frozen(model, layer, value.to(device))
-        elif leaf == "weight" and layer in layers:
-            packed = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-            place_frozen(model, layer, packed)
+            place_frozen(load.model, layer, value.to(load.device))
+        elif leaf == "weight" and layer in load.layers and wanted.kind != "none":
+            packed = quantize(value.to(load.device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            place_frozen(load.model, layer, packed)
             del packed
         else:
-            dtype = torch.float32 if is_wide(name, wide) else compute_dtype
-            place_dense(model.get_submodule(layer), leaf, value, device, dtype)
-        # Dropped before the next read, or two tensors of the checkpoint would be in memory.
-        del value
-        if progress is not None:
-            progress(done, len(stored))
+            dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
+            place_dense(load.model.get_submodule(layer), leaf, value, load.device, dtype)
+        del value  # before the next read, or two tensors of the checkpoint would be in memory
+        if load.progress is not None:
+            load.progress(done, len(load.stored))
 
 
-def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
-    """Settle and freeze; afterwards nothing may be left on the meta device."""
+def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> FrozenLinear:
+    """Replace a linear layer by a frozen one with its bias, which may still be on the meta device."""
+    bias = model.get_submodule(layer).bias
+    frozen = FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits)
+    replace_module(model, layer, frozen)
+    return frozen
+
+
+def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Set a parameter or buffer of a module. Buffers and integers keep their dtype, a `HostEmbedding` its device."""
+    old = getattr(module, leaf)
+    if isinstance(module, HostEmbedding):
+        device = torch.device("cpu")
+    elif leaf in module._buffers and not isinstance(module, FrozenLinear):
+        dtype = old.dtype
+    elif not value.is_floating_point():
+        dtype = value.dtype
+    # copy: the value may be a view of the file.
+    placed = value.to(device=device, dtype=dtype, copy=True)
+    setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
+
+
+def settle(model: PreTrainedModel, device: torch.device) -> None:
+    """Tie the tied weights and move the buffers. Called again after more weights are read."""
+    for target, origin in tied_weights(model).items():
+        first, second = (model.get_submodule(name.rpartition(".")[0]) for name in (target, origin))
+        target_leaf, origin_leaf = target.rpartition(".")[2], origin.rpartition(".")[2]
+        if getattr(second, origin_leaf).is_meta:  # only the other name was stored
+            setattr(second, origin_leaf, getattr(first, target_leaf))
+        else:
+            setattr(first, target_leaf, getattr(second, origin_leaf))
+    for module in model.modules():
+        away = module.away if isinstance(module, FrozenLinear | HostEmbedding) else ()
+        for name, buffer in module._buffers.items():
+            if name not in away and buffer is not None and not buffer.is_meta and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+
+
+def _finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
+    """Settle and freeze the model, whose tensors are all read."""
     settle(model, device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -347,20 +367,21 @@ def finish(model: PreTrainedModel, source: ModelSource, device: torch.device) ->
 def check_stored_packed(
     packed: Mapping[str, StoredPacked], kind: str | None, wanted: Quantization, layers: set[str]
 ) -> None:
-    """Check that a checkpoint which is quantised already is what was asked for.
+    """Check that a quantised checkpoint has the form that the recipe asks for.
 
     Args:
         packed: Model name -> quantised weight.
-        kind: What the checkpoint's config says.
+        kind: Kind in the checkpoint's config.
+        wanted: What the recipe asks for.
         layers: Paths that would be quantised if the checkpoint were dense.
     Raises:
-        UserError: Another kind, block size or double quantisation, or a layer that should have stayed dense.
+        UserError: Another kind, block size or double quantisation, or a quantised layer that the recipe keeps dense.
     """
     kinds = sorted({item.kind for item in packed.values()}) or [str(kind)]
     if kinds != [wanted.kind]:
         raise UserError(
-            f"base.quant: {wanted.kind!r}, but the checkpoint is quantised in {', '.join(kinds)} already and is used "
-            f"as it is. Set base.quant: {kinds[0]}, or name the model in full precision."
+            f"base.quant: {wanted.kind!r}, but the checkpoint is already quantised in {', '.join(kinds)} and is used "
+            f"as it is. Fix: set base.quant: {kinds[0]}, or name the model in full precision."
         )
     faults: list[str] = []
     if wanted.kind != "int8":
@@ -371,7 +392,7 @@ def check_stored_packed(
     named = {name.removesuffix(".weight") for name in packed}
     if wanted.skip != DEFAULT_SKIP:
         faults.extend(
-            f"base.skip: {name} is to stay dense, but the checkpoint has it in {wanted.kind}."
+            f"base.skip: {name} must stay dense, but the checkpoint has it in {wanted.kind}."
             for name in sorted(named - layers)
         )
     if faults:
@@ -384,18 +405,16 @@ def check_stored_packed(
 def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention: str) -> None:
     faults = []
     if wanted.kind not in QUANT_KINDS:
-        faults.append(
-            f"base.quant: {wanted.kind!r}, allowed: {', '.join(QUANT_KINDS)}.{nearest(wanted.kind, QUANT_KINDS)}"
-        )
+        hint = nearest(wanted.kind, QUANT_KINDS)
+        faults.append(f"base.quant: must be one of {', '.join(QUANT_KINDS)} (got {wanted.kind!r}).{hint}")
     if wanted.kind in CODE_BITS and wanted.block_size not in BLOCK_SIZES:
-        faults.append(f"base.block_size: {wanted.block_size}, allowed: {', '.join(map(str, BLOCK_SIZES))}.")
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        faults.append(f"base.block_size: must be one of {sizes} (got {wanted.block_size}).")
     if attention not in ATTENTION_KINDS:
-        faults.append(
-            f"model.attention: {attention!r}, allowed: {', '.join(ATTENTION_KINDS)}."
-            f"{nearest(attention, ATTENTION_KINDS)}"
-        )
+        hint = nearest(attention, ATTENTION_KINDS)
+        faults.append(f"model.attention: must be one of {', '.join(ATTENTION_KINDS)} (got {attention!r}).{hint}")
     if compute_dtype not in COMPUTE_DTYPES:
-        faults.append(f"model.dtype: {compute_dtype}, allowed: bfloat16, float16, float32, float64.")
+        faults.append(f"model.dtype: must be one of bfloat16, float16, float32, float64 (got {compute_dtype}).")
     if faults:
         raise UserError(*faults)
 
@@ -405,13 +424,8 @@ def _report_experts(model: PreTrainedModel) -> None:
     if stacked:
         share = sum(p.numel() for p in stacked.values()) / max(1, sum(p.numel() for p in model.parameters()))
         log.warning(
-            "%d stacked expert weights (%.0f %% of the parameters, e.g. %s) are no linear layers and stay dense.",
+            "%d stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense.",
             len(stacked),
             100 * share,
             next(iter(stacked)),
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines: list[Any] = str(error).strip().splitlines()
-    return str(lines[0]) if lines else type(error).__name__

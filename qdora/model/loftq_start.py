@@ -1,9 +1,7 @@
-"""The nearest matrix of low rank, for adapters that start from what quantisation and pruning took away.
+"""LoftQ's start of an adapter: s B A is the matrix of its rank nearest to the error of the base, W - W_q.
 
-Adapters that start by making good what quantisation and pruning took away: s B A nearest to W - W_q.
-
-Source: LoftQ, arXiv 2310.08659, algorithm 1 with one step. There the base is quantised anew between the steps; here it
-stays what the recipe's `base` says, so that the adapter can be used on it anywhere.
+Source: LoftQ, arXiv 2310.08659, algorithm 1 with one step. The paper quantises the base anew between the steps; here
+the base stays what the recipe's `base` section says, so that the adapter can be used on it anywhere.
 """
 
 from __future__ import annotations
@@ -19,15 +17,17 @@ from qdora.model.inject import adapted_layers
 from qdora.model.load import load_config, skeleton, stored_tensors
 from qdora.model.source import ModelSource
 
+log = logging.getLogger("qdora")
+
 
 @torch.no_grad()
 def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors L R of the matrix of at most `rank` nearest to the given one in the Frobenius norm.
+    """Factors L R of the matrix of at most `rank` that is nearest to `matrix` in the Frobenius norm.
 
-    L = U sqrt(S), R = sqrt(S) V^T of the largest singular values, both of the same size.
+    L = U sqrt(S), R = sqrt(S) V^T of the largest singular values.
 
-    Found from the eigenvectors of the smaller Gram matrix, many times as fast as a full decomposition; singular values
-    below 1e-3 of the largest are inexact in float32, which costs nothing where they matter.
+    Computed from the eigenvectors of the smaller Gram matrix, many times faster than a full decomposition; in float32
+    singular values below 1e-3 of the largest are inexact, and too small to matter.
 
     Args:
         matrix: (out, in), float32 or float64.
@@ -47,22 +47,19 @@ def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return image * inverse, (vectors * root).T
 
 
-log = logging.getLogger("qdora")
-
-
 @torch.no_grad()
 def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, float]:
-    """Set lora_A and lora_B of every adapted layer to the nearest of their rank to W - W_q; m so that the gain is 1.
+    """Set lora_A and lora_B of every adapted layer so that s B A is nearest to W - W_q, and m so that the gain is 1.
 
-    A masked layer takes only the error of weights that were not pruned. One weight of the source is read at a time.
+    In a masked layer only weights that were not pruned count. One weight of the source is read at a time.
 
     Args:
         model: Carries fresh adapters.
         source: Where the base was read from.
     Returns:
-        Path -> ||W - W_q - s B A|| / ||W - W_q||, 1 where there is no error.
+        Path -> ||W - W_q - s B A|| / ||W - W_q||, 1 if there is no error.
     Raises:
-        UserError: A layer whose weight the source holds quantised.
+        UserError: The source holds a layer's weight quantised.
     """
     empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
     stored = stored_tensors(source, empty)
@@ -71,7 +68,7 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
         weight = stored[f"{path}.weight"].read()
         if not isinstance(weight, Tensor):
             raise UserError(
-                f"adapter.init: loftq: {path} is quantised in the source, allowed: a full-precision source."
+                f"adapter.init: loftq: {path} is quantised in the source. Fix: name a full-precision source."
             )
         base = layer.base.dequantized()
         error = weight.to(base.device).float() - base
@@ -89,5 +86,5 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
         size = float(error.norm())
         left[path] = float((error - update).norm()) / size if size else 1.0
     mean = sum(left.values()) / len(left)
-    log.info("The adapters start from the error of the base and leave %.1f %% of it, on average.", 100 * mean)
+    log.info("LoftQ: the adapters start from the error of the base and leave %.1f %% of it, on average.", 100 * mean)
     return left

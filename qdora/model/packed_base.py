@@ -1,420 +1,263 @@
-"""A packed base on disk, opened: what it is, and its weights, read or mapped.
+"""A packed base on disk: safetensors files with the tensors of each weight, and a record that says how to read them.
 
-base.json             what it was made from, and where each weight is
-00000.safetensors     `<path>.<part>` of each packed weight, other weights under their own name
+Two directories have this form:
 
-The packed base on disk (model/stored_base.py): quantised once, tensor by tensor, and read from there ever after.
+    a base cache (model/base_cache.py)    base.json        00000.safetensors, ...    all weights of a model
+    base/ in a run with base.prune        compressed.json  model.safetensors, ...    the pruned layers only
 
-Its directory is named for a key, which is made of the settings, of the names and shapes of the model, and of its files:
-their names, sizes, times and samples of their bytes. Weights that are not quantised are kept in the dtype of the
-checkpoint, so the compute dtype is not part of the key.
+The tensors of a packed weight are `<path>.packed`, `<path>.absmax`, ... (`PackedWeight.tensors`), its mask is
+`<path>.keep_bits`, and a dense weight has its own name.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
-from transformers import PreTrainedModel
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
 
 from qdora.errors import UserError
-from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_text
-from qdora.files.tensor_file import MappedFile, TensorSpec, write_safetensors
-from qdora.model.load import Quantization, check_stored_packed, layers_to_quantize, stored_tensors
-from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
-from qdora.ops.packed import PackedWeight, empty_packed, from_tensors, quantize
+from qdora.files.atomic import atomic_directory, disk_reason, json_text
+from qdora.files.tensor_file import MappedFile, write_tensors
+from qdora.model.load import Loading, place_all, place_frozen
+from qdora.model.pruning import PrunedLayer, layer_record
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import PackedWeight, from_tensors
+from qdora.ops.tiles import Weight
 
-RECORD_FILE = "base.json"
-FORMAT = 1
+PRUNED_RECORD_FILE = "compressed.json"
+PRUNED_FORMAT = 1
+_PRUNED_FILE_BYTES = 5 * 2**30
+_PARTS = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 
-_FileName = Annotated[str, Field(pattern=r"^[0-9]{5}\.safetensors$")]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+Record = TypeVar("Record", bound=BaseModel)
 
 
-class _Weight(_Strict):
-    """Where a weight is; `kind` is None for one that is not quantised."""
+class WeightForm(NamedTuple):
+    """Shape of a weight, its kind (None for a dense one) and its block size."""
 
-    file: _FileName
-    shape: list[int]
+    shape: tuple[int, ...]
     kind: str | None = None
     block_size: int = 0
-    double_quant: bool = False
 
 
-class _Record(_Strict):
-    """base.json."""
-
-    format: Literal[1]
-    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    source: str
-    settings: dict[str, Any]
-    files: dict[_FileName, int]
-    weights: dict[str, _Weight]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of a weight that is mapped."""
+class Part(NamedTuple):
+    """A tensor in a file."""
 
     file: MappedFile
     name: str
 
 
-class StoredBase:
-    """A packed base on disk, opened; its weights are read, or mapped, when they are asked for.
+class PackedBase:
+    """The weights in some files of a directory, by model name; each is read, or mapped, when it is asked for.
 
-    Args:
-        directory: Where it is.
-    Attributes:
-        directory: The same.
-        record: What base.json says.
     Raises:
-        UserError: Nothing there, or something that is damaged, in one line.
+        UserError: A file is damaged, or a tensor is in two files.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        file = directory / RECORD_FILE
-        try:
-            self.record = _Record.model_validate_json(file.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{directory}: holds no packed base ({RECORD_FILE} is missing).") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the document"
-            raise UserError(f"{file}: is damaged: {where}: {first['msg']}.") from error
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {disk_reason(error)}.") from error
-        for name, size in self.record.files.items():
-            path = directory / name
-            found = path.stat().st_size if path.is_file() else 0
-            if found != size:
-                raise UserError(f"{path}: is damaged: {found:,} bytes, expected {size:,}.")
-        self._files: dict[str, MappedFile] = {}
-        for name in self.record.files:
+    def __init__(self, directory: Path, files: Iterable[str], forms: Mapping[str, WeightForm]) -> None:
+        self.directory, self.forms = directory, forms
+        self._file_of: dict[str, MappedFile] = {}
+        for name in files:
             try:
-                self._files[name] = MappedFile(directory / name)
+                file = MappedFile(directory / name)
             except (ValueError, OSError, KeyError, TypeError) as error:
                 raise UserError(f"{directory / name}: is damaged: {one_line(error)}.") from error
-
-    def stored(self, *, mapped: bool = False) -> dict[str, Stored]:
-        """Model name -> weight, as a checkpoint's. `mapped`: what is read are views of the files, never to be written.
-
-        Raises:
-            UserError: From reading a weight that does not fit its record.
-        """
-        return {name: self._item(name, weight, mapped) for name, weight in self.record.weights.items()}
+            twice = self._file_of.keys() & set(file.names)
+            if twice:
+                raise UserError(f"{directory / name}: is damaged: tensor '{min(twice)}' is in another file, too.")
+            self._file_of.update(dict.fromkeys(file.names, file))
 
     def parts(self, name: str) -> list[Part]:
-        """The mapped tensors of a weight, whose pages can be fetched and dropped."""
-        weight = self.record.weights[name]
-        file = self._files[weight.file]
-        return [Part(file, each) for each in _names(name, weight, file)]
+        """The tensors of a weight, those that the files have; their pages can be fetched and dropped."""
+        path = name.removesuffix(".weight")
+        names = [name] if self.forms[name].kind is None else [f"{path}.{part}" for part in _PARTS]
+        return [Part(self._file_of[each], each) for each in names if each in self._file_of]
 
-    def _item(self, name: str, weight: _Weight, mapped: bool) -> Stored:
-        shape = tuple(weight.shape)
+    def read(self, name: str, *, mapped: bool = False) -> Weight:
+        """A weight; `mapped` as views of the files, which must not be written to, instead of copies.
 
-        def read() -> Any:
-            try:
-                file = self._files[weight.file]
-                tensors = {each: file.tensor(each) for each in _names(name, weight, file)}
+        Raises:
+            UserError: Tensors are missing, or do not fit the weight's form.
+        """
+        form, tensors = self.forms[name], {}
+        try:
+            for part in self.parts(name):
+                tensor = part.file.tensor(part.name)
+                tensors[part.name.rpartition(".")[2]] = tensor if mapped else tensor.clone()
                 if not mapped:
-                    tensors = {each: tensor.clone() for each, tensor in tensors.items()}
-                    for each in tensors:
-                        file.drop(each)
-                if weight.kind is None:
-                    return tensors[name].view(shape)
-                parts = {each.rpartition(".")[2]: tensor for each, tensor in tensors.items()}
-                return from_tensors(weight.kind, (shape[0], shape[1]), weight.block_size, parts)
-            except (KeyError, ValueError, RuntimeError, IndexError) as error:
-                raise UserError(f"{self.directory}: {name}: cannot be read: {one_line(error)}") from error
+                    part.file.drop(part.name)
+            if form.kind is not None:
+                return from_tensors(form.kind, (form.shape[0], form.shape[1]), form.block_size, tensors)
+            if not tensors:
+                raise ValueError("the tensor is missing")
+            return tensors[name.rpartition(".")[2]].view(form.shape)
+        except (KeyError, ValueError, RuntimeError, IndexError) as error:
+            raise UserError(f"{self.directory}: {name}: cannot be read: {one_line(error)}") from error
 
-        if weight.kind is None:
-            return StoredTensor(name, shape, read)
-        return StoredPacked(name, shape, weight.kind, weight.block_size, weight.double_quant, read)
+    def stored(self, *, mapped: bool = False) -> dict[str, Stored]:
+        """Model name -> weight, like those of a checkpoint; `mapped` as in `read`."""
+        return {name: self._item(name, form, mapped) for name, form in self.forms.items()}
 
-
-def _names(name: str, weight: _Weight, file: MappedFile) -> list[str]:
-    """Names in the file of the tensors of a weight."""
-    if weight.kind is None:
-        return [name]
-    path = name.removesuffix(".weight")
-    held = set(file.names)
-    parts = ["packed", "absmax"] + ["nested_absmax", "nested_code", "nested_offset"] * weight.double_quant
-    missing = [part for part in parts if f"{path}.{part}" not in held]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing in {file.path.name}")
-    return [f"{path}.{part}" for part in parts]
+    def _item(self, name: str, form: WeightForm, mapped: bool) -> Stored:
+        read: Any = partial(self.read, name, mapped=mapped)
+        if form.kind is None:
+            return StoredTensor(name, form.shape, read)
+        double_quant = f"{name.removesuffix('.weight')}.nested_absmax" in self._file_of
+        return StoredPacked(name, form.shape, form.kind, form.block_size, double_quant=double_quant, read=read)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-log = logging.getLogger("qdora")
-
-# Held in memory until it is written: little beside a block of a large model, and few files.
-_FILE_BYTES = 256 << 20
-_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
-
-
-def default_cache() -> Path:
-    """Where packed bases are kept unless a recipe says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdora" / "bases"
-
-
-class BaseCache:
-    """A `Reader` of `load_model` that quantises a source into a directory once and reads it from there.
-
-    Args:
-        root: Directory of all packed bases; made where it is missing.
-        wanted: How the linear layers are to be held, not "none".
-        device: Where weights are quantised.
-        mapped: Weights are left in the files and read where they are used.
-        progress: Called with (tensors done, tensors in all) while a base is written.
-    Attributes:
-        base: The one that was read last.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        wanted: Quantization,
-        device: torch.device,
-        *,
-        mapped: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        self.root, self.wanted, self.device, self.mapped, self.progress = root, wanted, device, mapped, progress
-        self.base: StoredBase | None = None
-
-    def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
-        """Model name -> weight.
-
-        Raises:
-            UserError: A source that does not fit, a full disk, the base of another model in this one's place.
-        """
-        key = cache_key(source, model, self.wanted)
-        directory = self.root / key[:20]
-        with _locked(self.root, directory.name) as refusal:
-            base = self._opened(directory, key)
-            if base is None and refusal is not None:
-                raise _unwritable(self.root, refusal) from refusal
-            if base is None:
-                self._write(directory, key, source, model)
-                base = StoredBase(directory)
-            else:
-                log.info("Reading the packed base from %s.", directory)
-        self.base = base
-        return match_to_model(base.stored(mapped=self.mapped), model)
-
-    def _opened(self, directory: Path, key: str) -> StoredBase | None:
-        if not directory.exists():
-            return None
-        try:
-            base = StoredBase(directory)
-        except UserError as error:
-            log.warning("%s It is made anew.", error)
-            return None
-        if base.record.key != key:
-            raise UserError(
-                f"{directory}: holds the packed base of {base.record.source!r} with {base.record.settings}, not the "
-                "one that belongs here. Delete the directory, or set another base.cache."
-            )
-        return base
-
-    def _write(self, directory: Path, key: str, source: ModelSource, model: PreTrainedModel) -> None:
-        stored = stored_tensors(source, model)
-        layers = layers_to_quantize(model, self.wanted)
-        packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
-        if packed:
-            check_stored_packed(packed, None, self.wanted, layers)
-        log.info("Writing the packed base to %s, for later starts.", directory)
-        write_base(
-            directory,
-            stored,
-            set() if packed else layers,
-            self.wanted,
-            key=key,
-            source=source.name,
-            device=self.device,
-            progress=self.progress,
-        )
-
-
-def cache_key(source: ModelSource, model: PreTrainedModel, wanted: Quantization) -> str:
-    """What a packed base follows from, as 64 hex digits. Only samples of the weights are read."""
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    content = {
-        "format": FORMAT,
-        "quantization": asdict(wanted),
-        "model": shapes,
-        "files": fingerprints(source),
-    }
-    return hashlib.sha256(json_text(content).encode()).hexdigest()
-
-
-def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
-    """What tells a model's files from others, as JSON values: others mean that what was made of them is made anew."""
-    files = [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]
-    return [_fingerprint(file) for file in files]
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    """Name, size, time and samples: all of the bytes of a 70B model would take minutes to read."""
-    facts = file.stat()
-    digest = hashlib.sha256()
-    step = max(1, facts.st_size // _SAMPLES)
-    with file.open("rb") as stream:
-        for start in range(0, facts.st_size, max(step, _SAMPLE_BYTES)):
-            stream.seek(start)
-            digest.update(stream.read(_SAMPLE_BYTES))
-    return {"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns, "samples": digest.hexdigest()}
-
-
-def write_base(
-    directory: Path,
-    stored: Mapping[str, Stored],
-    layers: set[str],
-    wanted: Quantization,
-    *,
-    key: str,
-    source: str,
-    device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Quantise a checkpoint into a directory, which appears whole or not at all.
-
-    Memory holds one tensor of the checkpoint, and the packed weights of a file of 256 MiB.
-
-    Args:
-        directory: Where to.
-        stored: Model name -> weight.
-        layers: Paths of the linear layers that are quantised.
-        wanted: How.
-        key, source: For the record.
-        device: Where they are quantised.
-        progress: Called after each tensor with (tensors done, tensors in all).
-    Raises:
-        UserError: The disk has too little room, or cannot be written to.
-    """
+def read_record(file: Path, kind: type[Record]) -> Record:
+    """The record of a packed base. Raises UserError, one line, if it is missing or damaged."""
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(directory) as partial:
-            _check_room(partial, stored, layers, wanted)  # here: what a killed write had left is gone
-            record = _write_files(partial, stored, layers, wanted, device, progress)
-            known = {"format": FORMAT, "key": key, "source": source, "settings": asdict(wanted)}
-            (partial / RECORD_FILE).write_text(json_text({**known, **record}, indent=1) + "\n", encoding="utf-8")
+        return kind.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file.parent}: holds no packed base ({file.name} is missing).") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise UserError(f"{file}: is damaged: {where}: {first['msg']} (got {str(first['input'])[:40]!r}).") from error
     except OSError as error:
-        raise UserError(f"base.cache: {directory}: cannot be written: {disk_reason(error)}.") from error
+        raise UserError(f"{file}: cannot be read: {disk_reason(error)}.") from error
 
 
-def _write_files(
-    directory: Path,
-    stored: Mapping[str, Stored],
-    layers: set[str],
-    wanted: Quantization,
-    device: torch.device,
-    progress: Callable[[int, int], None] | None,
+def write_weights(
+    folder: Path, weights: Iterable[tuple[str, Weight]], file_name: str, max_file_bytes: int
 ) -> dict[str, Any]:
-    """Write the files; returns `files` and `weights` of the record."""
+    """Write weights to safetensors files; memory holds the tensors of one file.
+
+    Args:
+        folder: Where to.
+        weights: (model name, weight), made one after the other.
+        file_name: Format of the files' names, such as "{:05d}.safetensors".
+        max_file_bytes: Upper bound of a file's tensors; a larger weight gets a file of its own.
+    Returns:
+        JSON values for a record: "files" (name -> bytes) and "weights" (model name -> file and form).
+    """
     files: dict[str, int] = {}
-    weights: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     held: dict[str, Tensor] = {}
 
     def flush() -> None:
         if held:
-            specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()]
-            specs.sort(key=lambda spec: -spec.dtype.itemsize)  # every tensor is then aligned
-            file = f"{len(files):05d}.safetensors"
-            files[file] = write_safetensors(directory / file, specs, (held[spec.name] for spec in specs))
+            file = file_name.format(len(files))
+            files[file] = write_tensors(folder / file, held)
             held.clear()
 
-    for done, (name, item) in enumerate(stored.items(), start=1):
-        path, _, leaf = name.rpartition(".")
-        value = item.read()
-        if isinstance(value, Tensor) and leaf == "weight" and path in layers:
-            value = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-        facts: dict[str, Any] = {"shape": list(item.shape)}
-        if isinstance(value, PackedWeight):
-            nested = value.nested is not None
-            facts |= {"kind": value.kind, "block_size": value.block_size, "double_quant": nested}
-            parts = {f"{path}.{part}": tensor for part, tensor in value.tensors().items()}
+    for name, weight in weights:
+        entry: dict[str, Any] = {"shape": list(weight.shape)}
+        if isinstance(weight, PackedWeight):
+            nested = weight.nested is not None
+            entry |= {"kind": weight.kind, "block_size": weight.block_size, "double_quant": nested}
+            parts = {f"{name.removesuffix('.weight')}.{part}": each for part, each in weight.tensors().items()}
         else:
-            parts = {name: value.clone()}  # what is read may be a view of the checkpoint's file
-        if sum(map(_num_bytes, [*held.values(), *parts.values()])) > _FILE_BYTES:
+            parts = {name: weight}
+        if sum(tensor.nbytes for tensor in (*held.values(), *parts.values())) > max_file_bytes:
             flush()
-        weights[name] = {"file": f"{len(files):05d}.safetensors", **facts}
+        entries[name] = {"file": file_name.format(len(files)), **entry}
         held.update(parts)
-        del value, parts
-        if progress is not None:
-            progress(done, len(stored))
+        del weight, parts  # before the next weight is made
     flush()
-    return {"files": files, "weights": weights}
+    return {"files": files, "weights": entries}
 
 
-def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wanted: Quantization) -> None:
-    """Raise UserError where the disk has less room than the packed weights and the others as they are take."""
-    needed = 0
-    for name, item in stored.items():
-        if name.removesuffix(".weight") in layers and name.endswith(".weight"):
-            shape = (item.shape[0], item.shape[1])
-            needed += empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta").num_bytes
-        else:
-            needed += torch.Size(item.shape).numel() * (1 if isinstance(item, StoredPacked) else item.itemsize)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"base.cache: {folder.parent}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
-            f"{needed / 2**30:.1f} GiB; allowed: a directory on another disk, or null where the base is not on disk."
-        )
+def save_pruned_base(
+    model: nn.Module, layers: Mapping[str, PrunedLayer], directory: Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the pruned layers of a base; the directory appears whole or not at all and replaces an older one.
 
-
-@contextmanager
-def _locked(root: Path, name: str) -> Iterator[OSError | None]:
-    """One process at a time: of several that start together one writes, and the others read what it wrote.
-
-    Yields:
-        Why nothing can be written here, or None. A base that is there can be read all the same, by many at a time.
+    Args:
+        model: Freshly loaded, without adapters.
+        layers: `Pruner.layers`.
+        directory: Where to.
+        settings: JSON values of the recipe.
+    Returns:
+        The content of compressed.json.
     """
-    path = root / f".{name}.lock"
-    descriptor: int | None = None
-    refusal: OSError | None = None
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        refusal = error
-        with suppress(OSError):  # a copy may lack the lock
-            descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if descriptor is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if refusal is None else fcntl.LOCK_SH)
-        yield refusal
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    num_weights = sum(layer.num_weights for layer in layers.values())
+    num_pruned = sum(layer.num_pruned for layer in layers.values())
+    record: dict[str, Any] = {
+        "format": PRUNED_FORMAT,
+        "settings": dict(settings),
+        "num_weights": num_weights,
+        "num_pruned": num_pruned,
+        "sparsity": num_pruned / num_weights,
+        "layers": {},
+    }
+
+    def weights() -> Iterator[tuple[str, Weight]]:
+        for path, report in layers.items():
+            layer = model.get_submodule(path)
+            assert isinstance(layer, FrozenLinear), path
+            assert layer.keep_bits is not None, path
+            shape = (layer.out_features, layer.in_features)
+            record["layers"][path] = layer_record(layer.kind, shape, layer.block_size, report)
+            yield f"{path}.weight", layer.stored_weight
+            yield f"{path}.keep_bits", layer.keep_bits
+
+    with atomic_directory(directory) as folder:
+        files = list(write_weights(folder, weights(), "model-{:05d}.safetensors", _PRUNED_FILE_BYTES)["files"])
+        if len(files) == 1:
+            (folder / files[0]).rename(folder / "model.safetensors")
+        (folder / PRUNED_RECORD_FILE).write_text(json_text(record, indent=2) + "\n", encoding="utf-8")
+    return record
 
 
-def _unwritable(root: Path, error: OSError) -> UserError:
-    return UserError(f"base.cache: {root}: cannot be written: {disk_reason(error)}.")
+class _LayerRecord(BaseModel):
+    kind: str
+    shape: tuple[int, int]
+    block_size: int
 
 
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+class _PrunedRecord(BaseModel):
+    """The part of compressed.json that is read."""
+
+    model_config = ConfigDict(strict=True)
+    format: Literal[1]
+    layers: dict[str, _LayerRecord]
+
+
+class PrunedBase:
+    """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`.
+
+    Raises:
+        UserError: There is no pruned base, or it is damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.layers = read_record(directory / PRUNED_RECORD_FILE, _PrunedRecord).layers
+        forms: dict[str, WeightForm] = {}
+        for path, each in self.layers.items():
+            kind = None if each.kind == "dense" else each.kind
+            forms[f"{path}.weight"] = WeightForm(each.shape, kind, each.block_size)
+            forms[f"{path}.keep_bits"] = WeightForm((-(-each.shape[0] * each.shape[1] // 8),))
+        self.base = PackedBase(directory, sorted(file.name for file in directory.glob("*.safetensors")), forms)
+
+    @torch.no_grad()
+    def __call__(self, load: Loading) -> None:
+        """Put the pruned layers in as they are stored, and the other tensors as `place_all` does.
+
+        Raises:
+            UserError: Layers that the model does not have, or tensors that do not fit.
+        """
+        base = self.base
+        missing = sorted(self.layers.keys() - load.layers)
+        if missing:
+            raise UserError(f"{base.directory}: {missing[0]} is not a layer that this model and recipe prune.")
+        place_all(replace(load, stored={name: item for name, item in load.stored.items() if name not in base.forms}))
+        for path in self.layers:
+            weight, keep_bits = base.read(f"{path}.weight"), base.read(f"{path}.keep_bits")
+            assert isinstance(keep_bits, Tensor)
+            moved = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
+            place_frozen(load.model, path, moved.to(load.device), keep_bits.to(load.device))

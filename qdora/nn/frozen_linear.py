@@ -8,36 +8,35 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qdora.ops.adapted_map import frozen_linear
+from qdora.ops.frozen_product import frozen_linear
 from qdora.ops.packed import PackedWeight, from_tensors
 from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, dense_weight
 
-# Block scales keep their own dtype when a model is cast: `model.to(torch.bfloat16)` would round every one of them.
+# Block scales keep their dtype when a model is cast: `model.to(torch.bfloat16)` would round every one of them.
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 
 
 class Residency(Protocol):
-    """Where the weights of some layers are while nobody computes with them."""
+    """Keeps the weights of some layers elsewhere while nothing computes with them."""
 
     def use(self, layer: FrozenLinear) -> None:
-        """To be called before a layer's packed tensors are read: when it returns, they are where they are read, and
-        stay there until a layer of another block is used."""
+        """Bring a layer's packed tensors before they are read; they stay until a layer of another block is used."""
 
 
 class FrozenLinear(nn.Module):
     """y = x W^T + bias, W and bias frozen.
 
     The weight is held in buffers, so no optimizer, weight decay or `requires_grad_` can reach it. Its tensors are never
-    repacked for a kernel's sake: what `dequantized` returns is the same before and after any number of forwards.
+    repacked for a kernel: `dequantized` returns the same before and after any number of forwards.
 
     Args:
         weight: (out, in), packed or dense.
         bias: (out,) or None.
-        keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (it is 0 where that is False), or
-            None where it was not.
+        keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (the weight is 0 where the mask
+            is False); None for a weight that was not pruned.
     Attributes:
-        residency: What brings the packed weight when it is to be read; None where it is always there.
+        residency: Brings the packed weight before it is read; None if it is always there.
     """
 
     keep_bits: Tensor | None
@@ -61,11 +60,11 @@ class FrozenLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("keep_bits", keep_bits)
 
-    def keep_mask(self, rows: slice | None = None) -> Tensor | None:
-        """The mask by which the weight was pruned, True = kept: (out, in) bool, or some rows of it; None without."""
+    def keep_mask(self) -> Tensor | None:
+        """The mask by which the weight was pruned, (out, in) bool; None if it was not pruned."""
         if self.keep_bits is None:
             return None
-        return mask_from_bits(self.keep_bits, (self.out_features, self.in_features), rows)
+        return mask_from_bits(self.keep_bits, (self.out_features, self.in_features))
 
     @property
     def packed_weight(self) -> PackedWeight | None:
@@ -75,19 +74,19 @@ class FrozenLinear(nn.Module):
         if self.residency is not None:
             self.residency.use(self)
         tensors = {name: self.get_buffer(name) for name in self._names}
-        # Kept, since checking the tensors anew at every forward costs as much as a kernel.
+        # Kept, since a check of the tensors at every forward costs as much as a kernel.
         if self._packed is None or any(tensors[n] is not t for n, t in self._packed.tensors().items()):
             self._packed = from_tensors(self.kind, (self.out_features, self.in_features), self.block_size, tensors)
         return self._packed
 
     @property
     def away(self) -> tuple[str, ...]:
-        """Names of the buffers that `residency` puts where they are; nobody else moves them."""
+        """Names of the buffers that only `residency` moves."""
         return () if self.residency is None else self._names
 
     @property
     def stored_weight(self) -> Weight:
-        """The weight as it is held: packed or dense, sharing memory with this layer."""
+        """The weight as stored, packed or dense, sharing memory with this layer."""
         packed = self.packed_weight
         if packed is not None:
             return packed

@@ -1,4 +1,4 @@
-"""The input embedding in the host's memory: a GPU gets the rows that its tokens ask for, not the table."""
+"""The input embedding in the host's memory: a GPU gets the rows of its tokens, not the table."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.nn import functional
 
 
 class HostEmbedding(nn.Module):
-    """Rows of a frozen table that stays on the CPU, where and in which dtype the model computes.
+    """A frozen embedding whose table stays on the CPU and whose rows go to the model's device.
 
     Args:
         weight: (words, features); on the meta device until it is read.
         device: Where the rows go.
     Attributes:
         weight: The table: a buffer, which `model.to` casts but does not move.
-        rows: Without entries, (0,), in the dtype and on the device of the rows. transformers reads the dtype and the
-            device of a model from its first parameter, which the table would be. No file has it.
+        rows: An empty parameter, (0,), with the dtype and the device of the rows. transformers reads the dtype and the
+            device of a model from its first parameter, which would be the table. It is in no file.
     """
 
     weight: Tensor

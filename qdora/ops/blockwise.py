@@ -2,9 +2,9 @@
 
 On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit. Its CUDA kernels differ in details:
 they compare with decimal constants that are off by an ulp here and there, send FP4's negative ties to the smaller
-magnitude, take the nearest nested code without the 16-bit grid, and divide by the absmax of a zero block, so that NF4
-stores such a block as -1 times 0, which double quantisation turns into small non-zero weights. What is defined here
-holds on every device: a zero weight always decodes to zero.
+magnitude, take the nearest nested code without the 16-bit grid, and divide by the absmax of a zero block: NF4 then
+stores the block as -1 times 0, which double quantisation turns into small non-zero weights. This definition holds on
+every device: a zero weight always decodes to zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qdora.ops.planned_device import device_kind
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
 
-# Keeps the division of a zero block finite. Below this, a subnormal block is not scaled up to 1.
+# Keeps the division of a zero block finite. Smaller, subnormal blocks are not scaled up to 1.
 _SMALLEST_SCALE = 1e-38
 
 
@@ -45,7 +45,7 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
         weight: Any shape and float dtype; rounded to float32 first.
         kind: One of `codebooks.CODE_BITS`.
         block_size: Weights per block, a power of two up to 4096.
-        name: What the weight is called in an error.
+        name: The weight's name in an error.
     Returns:
         Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32.
         The absmax of a zero block is 0 (1e-38 in a short last block).
@@ -62,7 +62,7 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
         unit, scale = _scale_to_unit(flat[start : start + chunk].float(), block_size)
         # Before the look-up: NaN has no cell, and on a GPU an index out of range ends the process.
         if not bool(scale.isfinite().all()):
-            _raise_not_finite(flat, name)
+            raise_not_finite(flat, name)
         cell = codebooks.cell(unit)
         rank = table.rank.index_select(0, cell).add_(unit > table.bound.index_select(0, cell))
         codes = rank if kind == "nf4" else table.code.index_select(0, rank.int())
@@ -71,7 +71,8 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
     return packed, absmax
 
 
-def _raise_not_finite(flat: Tensor, name: str) -> NoReturn:
+def raise_not_finite(flat: Tensor, name: str) -> NoReturn:
+    """Raise the error for a flat weight with NaN or infinite entries."""
     numel, chunk = flat.numel(), _chunk(flat.device)
     count = numel - sum(int(flat[at : at + chunk].float().isfinite().sum()) for at in range(0, numel, chunk))
     raise UserError(f"{name}: {count} of {numel} weights are not finite (NaN or infinite) and cannot be quantised.")
@@ -107,8 +108,7 @@ def quantize_scales(absmax: Tensor, code: Tensor, block_size: int) -> tuple[Tens
 
     Args:
         absmax: (blocks,) float32.
-        code: The dynamic map, (256,) float32, ascending.
-        block_size: Block scales per nested block.
+        code, block_size: See `quantize_8bit`.
     Returns:
         q (blocks,) uint8, nested_absmax (ceil(blocks / block_size),) float32, offset () float32.
     """
@@ -149,19 +149,11 @@ def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tenso
 
 @torch.no_grad()
 def dequantize_4bit(
-    packed: Tensor, absmax: Tensor, kind: str, block_size: int, shape: tuple[int, int], dtype: torch.dtype
+    packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The weight value[code] * absmax: a float32 product, then one cast.
+    """The weight value[code] * absmax, (out, in) in any float dtype: a float32 product, then one cast.
 
-    Args:
-        packed: (ceil(out * in / 2),) uint8.
-        absmax: (blocks,) float32.
-        kind: One of `codebooks.CODE_BITS`.
-        block_size: Weights per block scale, a divisor of 4096.
-        shape: (out, in).
-        dtype: Any float dtype.
-    Returns:
-        (out, in) in `dtype`.
+    `packed`, `absmax`, `kind` and `block_size` are those of `quantize_4bit`.
     """
     numel = shape[0] * shape[1]
     pairs = codebooks.code_pairs(kind, packed.device)
@@ -176,12 +168,7 @@ def dequantize_4bit(
 
 
 def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Multiply each run of `block_size` values by its scale, in place; the last run may be short.
-
-    Args:
-        values: (n,) float32.
-        absmax: (ceil(n / block_size),) float32.
-    """
+    """Multiply each run of `block_size` float32 values (n,) by its scale, in place; the last run may be short."""
     whole = values.numel() // block_size
     values[: whole * block_size].view(-1, block_size).mul_(absmax[:whole, None])
     if whole * block_size < values.numel():

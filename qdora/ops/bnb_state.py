@@ -24,28 +24,23 @@ _STATE = "weight.quant_state.bitsandbytes__"
 _TABLE_TOLERANCE = 1e-4
 
 
-def is_bnb_state(names: Mapping[str, Tensor]) -> bool:
-    """Whether a layer's tensors (names without the layer's prefix) are a bitsandbytes weight."""
-    return "SCB" in names or any(name.startswith(_STATE) for name in names)
-
-
 def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> PackedWeight:
     """Read a weight that bitsandbytes quantised. Nothing is quantised again, and large tensors share memory.
 
     Args:
         state: The layer's tensors, named without the layer's prefix ("weight", "weight.absmax", ..., "SCB"). Others,
-            such as "bias", are not looked at.
-        name: The layer in an error.
+            such as "bias", are ignored.
+        name: The layer's name in an error.
     Raises:
         ValueError: If a tensor is missing or does not fit the others, or the code book is not the kind's.
     """
     if "weight" not in state:
-        raise UserError(f"{name}: no tensor 'weight' among {sorted(state)}.")
+        raise UserError(f"{name}: the tensor 'weight' is missing; there are {sorted(state)}.")
     if "SCB" in state:
         return _from_int8(state, name)
     keys = [key for key in state if key.startswith(_STATE)]
     if len(keys) != 1:
-        raise UserError(f"{name}: expected one tensor '{_STATE}nf4' or '{_STATE}fp4', found {len(keys)}: {keys}.")
+        raise UserError(f"{name}: needs one tensor '{_STATE}nf4' or '{_STATE}fp4', got {len(keys)}: {keys}.")
     kind = keys[0].removeprefix(_STATE)
     stored = _read_json(state[keys[0]], name)
     faults = _faults(kind, stored, state)
@@ -59,8 +54,14 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
         tensors["nested_code"] = state["weight.nested_quant_map"]
         # Stored as decimal digits of a float32, so this is exact.
         tensors["nested_offset"] = torch.tensor(stored["nested_offset"], dtype=torch.float32, device=weight.device)
+    return _packed(kind, (rows, columns), int(stored["blocksize"]), tensors, name=name)
+
+
+def _packed(
+    kind: str, shape: tuple[int, int], block_size: int, tensors: Mapping[str, Tensor], *, name: str
+) -> PackedWeight:
     try:
-        return from_tensors(kind, (rows, columns), int(stored["blocksize"]), tensors)
+        return from_tensors(kind, shape, block_size, tensors)
     except ValueError as error:
         raise UserError(*(f"{name}: {fault}" for fault in str(error).splitlines())) from error
 
@@ -71,21 +72,21 @@ def _read_json(encoded: Tensor, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{name}: the quantisation state is not JSON: {error}.") from error
     if not isinstance(stored, dict):
-        raise UserError(f"{name}: the quantisation state is a {type(stored).__name__}, not a JSON object.")
+        raise UserError(f"{name}: the quantisation state must be a JSON object, got a {type(stored).__name__}.")
     return stored
 
 
 def _faults(kind: str, stored: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
-    """What makes a 4-bit state unreadable, one line per fault."""
+    """The faults of a 4-bit state, one line each."""
     if kind not in ("nf4", "fp4"):
-        return [f"unknown kind '{kind}'; allowed: nf4, fp4."]
+        return [f"the kind must be one of nf4, fp4, got '{kind}'."]
     faults = [f"'{key}' is missing." for key in ("weight.absmax", "weight.quant_map") if key not in state]
     faults += [f"the quantisation state has no '{key}'." for key in ("shape", "blocksize") if key not in stored]
     if stored.get("quant_type", kind) != kind:
         faults.append(f"the quantisation state says '{stored['quant_type']}', its name says '{kind}'.")
     shape = stored.get("shape")
     if shape is not None and len(shape) != 2:
-        faults.append(f"the weight has shape {shape}, not (out, in).")
+        faults.append(f"the weight must have shape (out, in), got {shape}.")
     table = state.get("weight.quant_map")
     if table is not None:
         expected = codebooks.code_values(kind, table.device)
@@ -97,7 +98,8 @@ def _faults(kind: str, stored: Mapping[str, Any], state: Mapping[str, Tensor]) -
         if "nested_offset" not in stored:
             faults.append("the quantisation state has no 'nested_offset'.")
         if stored.get("nested_blocksize") != NESTED_BLOCK_SIZE:
-            faults.append(f"nested block size {stored.get('nested_blocksize')} is not {NESTED_BLOCK_SIZE}.")
+            found = stored.get("nested_blocksize")
+            faults.append(f"the nested block size must be {NESTED_BLOCK_SIZE}, got {found}.")
     return faults
 
 
@@ -106,15 +108,12 @@ def _from_int8(state: Mapping[str, Tensor], name: str) -> PackedWeight:
     layout = state.get("weight_format")
     if layout is not None and bool((layout != 0).any()):
         raise UserError(
-            f"{name}: the int8 weight is stored tiled (weight_format {layout.tolist()}); only rows (0) work."
+            f"{name}: the int8 weight must be stored by rows (weight_format 0), got {layout.tolist()}, which is tiled."
         )
     if weight.ndim != 2:
-        raise UserError(f"{name}: the int8 weight has shape {tuple(weight.shape)}, not (out, in).")
-    try:
-        shape = (weight.shape[0], weight.shape[1])
-        return from_tensors("int8", shape, shape[1], {"packed": weight, "absmax": scales})
-    except ValueError as error:
-        raise UserError(*(f"{name}: {fault}" for fault in str(error).splitlines())) from error
+        raise UserError(f"{name}: the int8 weight must have shape (out, in), got {tuple(weight.shape)}.")
+    shape = (weight.shape[0], weight.shape[1])
+    return _packed("int8", shape, shape[1], {"packed": weight, "absmax": scales}, name=name)
 
 
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -122,12 +121,12 @@ def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> d
 
     Args:
         packed: nf4, fp4 or int8; large tensors share its memory.
-        dtype: What bitsandbytes dequantises to where it is not told otherwise.
+        dtype: The dtype that bitsandbytes dequantises to by default.
     Raises:
         ValueError: A kind that bitsandbytes does not have.
     """
     if packed.kind not in ("nf4", "fp4", "int8"):
-        raise ValueError(f"bitsandbytes has no {packed.kind}; allowed: nf4, fp4, int8.")
+        raise ValueError(f"a kind of bitsandbytes must be one of nf4, fp4, int8, got {packed.kind}.")
     if packed.kind == "int8":
         return {
             "weight": packed.packed,
@@ -148,7 +147,7 @@ def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> d
     if packed.nested is not None:
         state["weight.nested_absmax"] = packed.nested.absmax
         state["weight.nested_quant_map"] = packed.nested.code
-        stored["nested_blocksize"] = packed.nested.block_size
+        stored["nested_blocksize"] = NESTED_BLOCK_SIZE
         stored["nested_dtype"] = "float32"
         stored["nested_offset"] = packed.nested.offset.item()
     state[f"{_STATE}{packed.kind}"] = torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)

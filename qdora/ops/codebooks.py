@@ -1,7 +1,7 @@
 """The value tables of the low-bit formats: NF4, FP4, the research formats NF3, NF2 and INT4, and the dynamic map.
 
-NF3 and NF2 are simulated: their codes are held in 4 bits, so that one container and one decoder serve all of them. What
-they would take is `code_bits` a weight.
+NF3 and NF2 are simulated: their codes are held in 4 bits, so that one container and one decoder serve all formats.
+`CODE_BITS` has the bits that they need.
 """
 
 from __future__ import annotations
@@ -18,35 +18,23 @@ NESTED_BLOCK_SIZE = 256
 
 # Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0. Source: QLoRA, arXiv 2305.14314, appendix E.
 _NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 # Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
 # variant of FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as in bitsandbytes' table.
 _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
-"""Kinds whose weights are codes of a table -> bits that a code takes where it is packed tightly."""
+"""Kinds whose weights are codes of a table -> bits of a tightly packed code."""
 
 SIMULATED = ("nf3", "nf2")
-"""Kinds that are held in more bits than they would need."""
+"""Kinds that are held in more bits than they need."""
 
-# Cells per unit of the grid that finds a code with one comparison. The closest two bounds are FP4's 0 and 0.0026.
+# Cells per unit of the grid in `DecisionTable`. The closest two bounds are FP4's 0 and 0.0026.
 _CELLS_PER_UNIT = 1024
 
 
@@ -56,23 +44,18 @@ class DecisionTable(NamedTuple):
     [-1, 1] is cut into cells with at most one decision bound each. The rank of x among the ascending values is
     `rank[cell(x)]` plus 1 where x lies above `bound[cell(x)]`: exact, since `cell` never decreases, and 8 times as fast
     as torch.bucketize.
-
-    Attributes:
-        rank: Bounds in lower cells, (cells,) uint8.
-        bound: The bound in the cell, or 2 where there is none, (cells,) float32.
-        code: The code of each rank, (values,) uint8.
     """
 
-    rank: Tensor
-    bound: Tensor
-    code: Tensor
+    rank: Tensor  # (cells,) uint8: bounds in lower cells
+    bound: Tensor  # (cells,) float32: the bound in the cell, or 2 without one
+    code: Tensor  # (values,) uint8: the code of each rank
 
 
-# No tensor is cached in this file: one made under FakeTensorMode or inference mode would poison every later call.
+# No tensor is cached in this file: one made under FakeTensorMode or inference mode would break every later call.
 
 
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
-    """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1], 15 of int4; 0 is among them.
+    """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values), with a 0.
 
     Raises:
         ValueError: If `kind` is not in `CODE_BITS`.
@@ -86,7 +69,7 @@ def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
     if kind == "fp4":
         positive = torch.tensor(_FP4_TIMES_12, dtype=torch.float32, device=device) / 12.0
         return torch.cat([positive, 0.0 - positive])
-    raise ValueError(f"no code book for kind '{kind}'; allowed: {', '.join(CODE_BITS)}.")
+    raise ValueError(f"the kind of a code book must be one of {', '.join(CODE_BITS)}, got '{kind}'.")
 
 
 @functools.cache
@@ -94,9 +77,9 @@ def normal_quantiles(bits: int) -> tuple[float, ...]:
     """The NormalFloat values of a width: quantiles of N(0, 1) scaled to [-1, 1], ascending, with an exact 0.
 
     2^(bits - 1) positive values, one fewer negative, and 0. The outermost quantile is 1 - d with d halfway between
-    1 / 2^(bits + 1) and 1 / (2^(bits + 1) - 2); from there the probabilities run evenly to 1/2, where 0 stands.
+    1 / 2^(bits + 1) and 1 / (2^(bits + 1) - 2); from there the probabilities run evenly to 1/2, the quantile 0.
 
-    Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E, whose NF4 this gives to seven digits.
+    Source: QLoRA, arXiv 2305.14314, sec. 3 and appendix E; gives its NF4 to seven digits.
     """
     half = 2 ** (bits - 1)
     outermost = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
@@ -114,10 +97,10 @@ def normal_quantiles(bits: int) -> tuple[float, ...]:
 def code_pairs(kind: str, device: torch.device | str = "cpu") -> Tensor:
     """The two values of each byte: (256,) int64, each the bits of two float32, high nibble first.
 
-    One 8-byte element a byte, since gathering 64-bit scalars is 4 times as fast as gathering rows of two float32.
+    Gathering 64-bit scalars is 4 times as fast as gathering rows of two float32.
     """
     known = code_values(kind, device)
-    # Codes that no weight has, of tables below 16 values, decode to 0.
+    # Tables below 16 values: the codes that no weight has decode to 0.
     values = torch.cat([known, known.new_zeros(16 - len(known))])
     pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
     return pairs.view(torch.int64).view(256)
@@ -155,8 +138,8 @@ def decision_table(kind: str, device: torch.device | str = "cpu") -> DecisionTab
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """The signed 8-bit dynamic map, ascending, (256,) float32 in [-0.993, 1].
 
-    Seven decades, the decade of exponent e holding 2^e values: the midpoints of 2^e equal parts of [0.1, 1], times
-    10^(e - 6), with both signs; and 0 and 1.
+    Seven decades of both signs, and 0 and 1. The decade of exponent e has 2^e values: the midpoints of 2^e equal parts
+    of [0.1, 1], times 10^(e - 6).
 
     Source: 8-Bit Approximations for Parallelism in Deep Learning, arXiv 1511.04561, sec. 2.1.
     """

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qdora.ops.masked_update import row_blocks
 from qdora.ops.planned_device import device_kind
+from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, row_tiles, spans
 
-# Below this share of ||w||^2 the factored sum has cancelled: with W A^T from a bf16 product a row that is left with 0.1
-# of its length is 19 % off, one left with 0.33 up to 1.2 %, one left with 0.5 0.4 %, which is bf16's own rounding. Rows
-# shorter than that take the direct norm.
+# Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T from a bf16
+# product the norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, and at 0.5 0.4 %, which is
+# bf16's own rounding.
 CANCELLATION = 0.25
 
-# What a magnitude of exactly 0 counts as: small enough to add nothing to any sum, large enough that the output keeps
-# its digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
+# Replaces a magnitude of exactly 0: small enough to add nothing to any sum, large enough that the output keeps its
+# digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
 _SMALLEST_MAGNITUDE = 2.0**-100
 
 
@@ -33,17 +35,11 @@ def _wide(weight: Weight) -> torch.dtype:
 
 @torch.no_grad()
 def squared_row_norm(weight: Weight) -> Tensor:
-    """||w||^2 of each row.
-
-    Args:
-        weight: (out, in), packed or dense in any float dtype; read tile by tile.
-    Returns:
-        (out,) float32, or float64 for a float64 weight.
-    """
+    """||w||^2 of each row, read tile by tile: (out,) float32, or float64 for a float64 weight."""
     wide = _wide(weight)
     parts = []
     for _, tile in row_tiles(weight, wide):
-        # A dense weight comes whole; its squares must not be a second one.
+        # A dense weight comes as one tile; its squares must not take as much again.
         runs = spans(tile.shape[0], tile.shape[1], tile.itemsize, device_kind(tile.device))
         parts += [tile[rows].square().sum(dim=1) for rows in runs]
     return torch.cat(parts)
@@ -56,37 +52,26 @@ def row_norm(
     lora_B: Tensor,
     scaling: float,
     *,
-    base_squared: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    base_squared: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Euclidean norm of each row of W + s B A, without forming B A.
 
-    `factored_norm`, and `measure_cancelled_` where it is needed. On a GPU the host waits once for the answer.
-
-    Args:
-        As of `factored_norm`.
-    Returns:
-        (out,) float32 (float64 for a float64 weight), non-negative, detached.
-    Raises:
-        ValueError: If an inner size differs.
+    Calls `factored_norm`, and `measure_cancelled_` where a row has cancelled; a GPU's host waits once to know that.
+    Arguments and errors are those of `factored_norm`. Returns (out,) float32 (float64 for a float64 weight).
     """
     found = factored_norm(weight, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
-    # A fake tensor has no values to branch on; its bytes are those of the usual case, where no row has cancelled.
+    # A fake tensor has no values to branch on; a plan counts the usual case, in which no row has cancelled.
     if not isinstance(found.cancelled, FakeTensor) and bool(found.cancelled.any()):
         measure_cancelled_(found, weight, lora_A, lora_B, scaling, dtype=dtype)
     return found.norm
 
 
 class FactoredNorm(NamedTuple):
-    """Row norms from the factored sum.
+    """Row norms from the factored sum."""
 
-    Attributes:
-        norm: (out,), wrong in the rows that are `cancelled`.
-        cancelled: (out,) bool, rows whose sum has cancelled.
-    """
-
-    norm: Tensor
-    cancelled: Tensor
+    norm: Tensor  # (out,), wrong in the cancelled rows
+    cancelled: Tensor  # (out,) bool: rows whose sum has cancelled
 
 
 @torch.no_grad()
@@ -96,10 +81,10 @@ def factored_norm(
     lora_B: Tensor,
     scaling: float,
     *,
-    base_squared: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    base_squared: Tensor,
+    dtype: torch.dtype,
 ) -> FactoredNorm:
-    """Euclidean norm of each row of W + s B A from three terms; a GPU runs it without the host waiting.
+    """Euclidean norm of each row of W + s B A from three terms; a GPU computes it without a wait of the host.
 
     ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
 
@@ -112,19 +97,17 @@ def factored_norm(
         lora_A: (rank, in), any float dtype.
         lora_B: (out, rank), any float dtype.
         scaling: s = alpha / rank.
-        base_squared: ||w||^2 per row where it is already known (W is frozen), (out,).
-        dtype: Of the tiles of W and of the product W A^T. None: W's own, or float32 for a packed one.
+        base_squared: ||w||^2 of each row, (out,), constant since W is frozen.
+        dtype: Of the tiles of W and of the product W A^T; all else is summed in float32 or wider.
     Raises:
         ValueError: If an inner size differs.
     """
     if lora_A.shape != (lora_B.shape[1], weight.shape[1]) or lora_B.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"shapes do not chain: weight {tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}, "
-            f"lora_B {tuple(lora_B.shape)}; allowed: (out, in), (rank, in), (out, rank)."
+            f"weight, lora_A and lora_B must be (out, in), (rank, in) and (out, rank), got {tuple(weight.shape)}, "
+            f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
         )
     wide = _wide(weight)
-    dtype = dtype or (weight.dtype if isinstance(weight, Tensor) else wide)
-    base_squared = squared_row_norm(weight) if base_squared is None else base_squared
     a = lora_A.to(wide)
     gram = (a @ a.T) * scaling  # (rank, rank)
     a_narrow = lora_A.to(dtype)
@@ -147,14 +130,13 @@ def measure_cancelled_(
     lora_B: Tensor,
     scaling: float,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
 ) -> None:
-    """Form the cancelled rows of W + s B A and put their own norms in place of the factored ones.
+    """Form the cancelled rows of W + s B A and write their norms over the factored ones.
 
-    So a row that the adapter removes does not come out as rounding noise. Arguments as of `factored_norm`.
+    So the norm of a row that the adapter removes is not rounding noise. Arguments are those of `factored_norm`.
     """
     a = lora_A.to(_wide(weight))
-    dtype = dtype or (weight.dtype if isinstance(weight, Tensor) else a.dtype)
     for span, tile in row_tiles(weight, dtype):
         rows = found.cancelled[span].nonzero().squeeze(1)
         if len(rows):
@@ -163,23 +145,44 @@ def measure_cancelled_(
         del tile
 
 
-class Gain(NamedTuple):
-    """What a DoRA layer multiplies with in one state of its parameters.
+@torch.no_grad()
+def masked_row_norm(
+    weight: Weight, keep_bits: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype
+) -> Tensor:
+    """Euclidean norm of each row of W + s M o (B A), formed block by block of rows.
 
-    Attributes:
-        value: g = m / ||W + s B A||_row, (out,), 0 where the row is zero.
-        inverse_magnitude: 1 / m, (out,), finite.
+    Args:
+        keep_bits: The mask M in the form of `ops.sparsity.mask_bits`.
+        dtype: Of the tiles of W. The sum with B A is formed and added up in float32 (float64 for float64 tiles).
+    Returns:
+        (out,) float32 or float64.
     """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    norm = torch.empty(weight.shape[0], dtype=wide, device=lora_A.device)
+    shape = (weight.shape[0], weight.shape[1])
+    a = lora_A.to(wide)
+    for rows, tile in row_tiles(weight, dtype):
+        for some in row_blocks(rows.stop, rows.start):
+            delta = (lora_B[some].to(wide) @ a).mul_(mask_from_bits(keep_bits, shape, some))
+            adapted = delta.mul_(scaling).add_(tile[some.start - rows.start : some.stop - rows.start])
+            norm[some] = adapted.square_().sum(dim=1).sqrt_()
+            del delta, adapted
+        del tile
+    return norm
 
-    value: Tensor
-    inverse_magnitude: Tensor
+
+class Gain(NamedTuple):
+    """The gain of a DoRA layer in one state of its parameters."""
+
+    value: Tensor  # g = m / ||W + s B A||_row, (out,), 0 where the row is zero
+    inverse_magnitude: Tensor  # 1 / m, (out,), finite
 
 
 @torch.no_grad()
 def gain(magnitude: Tensor, norm: Tensor) -> Gain:
-    """g = m / n per row, with g = 0 where the row is zero (n = 0), so that a pruned row stays zero and is no NaN.
+    """g = m / n per row, and g = 0 where the row is zero (n = 0), so that a pruned row stays zero and is no NaN.
 
-    A live row with m = 0 gets m = 2^-100: its output is zero for every purpose but its own gradient.
+    A live row with m = 0 gets m = 2^-100: its output counts as zero everywhere but in its own gradient.
 
     Args:
         magnitude: m, (out,), float32 or float64.
@@ -200,17 +203,14 @@ def merged_weight(
     magnitude: Tensor | None = None,
     keep_mask: Tensor | None = None,
 ) -> Tensor:
-    """The one dense weight that equals base and adapter: g * (W + s B A), or W + s B A for LoRA.
+    """The dense weight that equals base and adapter: g * (W + s B A), or W + s B A for LoRA.
 
-    The norm is taken from the dense sum itself, not from the factored form: here it is at hand.
+    The norm is that of the dense sum, which is at hand here, not the factored one.
 
     Args:
         weight: Dequantised base, (out, in), float32 or float64 (the merge runs in this dtype).
-        lora_A: (rank, in).
-        lora_B: (out, rank).
-        scaling: s = alpha / rank.
         magnitude: m, (out,), or None for LoRA.
-        keep_mask: (out, in) bool; B A counts only where it is True. None: everywhere.
+        keep_mask: (out, in) bool; B A counts only where it is True (default: everywhere).
     Returns:
         (out, in) in weight's dtype, a new tensor.
     """
@@ -227,9 +227,9 @@ def merged_weight(
 
 @torch.no_grad()
 def gain_of_sum(total: Tensor, magnitude: Tensor) -> Tensor:
-    """g = m / ||total||_row, with the norm taken from the dense sum W + s B A itself; 0 where the row is zero.
+    """g = m / ||total||_row from the dense sum W + s B A; 0 where the row is zero.
 
-    Not `gain`: nothing is read back from the result, and a row with m = 0 is to be exactly zero.
+    Unlike `gain` it leaves a row with m = 0 exactly zero: no gradient is read from the result.
 
     Args:
         total: W + s B A, (out, in), float32 or float64.

@@ -1,9 +1,9 @@
-"""Dropout that costs what it drops: the zeroed positions are drawn, not a number for every element.
+"""Dropout that draws the zeroed positions, not a random number for every element.
 
-Positions that a Poisson(-n log(1 - p)) number of uniform draws out of n hits are Bernoulli(p), independently of each
-other: the hits of one position are Poisson(-log(1 - p)), and it stays with probability exp(log(1 - p)) = 1 - p. At
-p = 0.05 that takes 0.051 draws an element; on a CPU, where random numbers are drawn one after the other, a mask of
-256 x 4096 takes 4.3 ms and the positions 0.15 ms.
+Draw a Poisson(-n log(1 - p)) number of positions uniformly out of n. The hits of one position are then
+Poisson(-log(1 - p)), independently of all others, and it stays with probability exp(log(1 - p)) = 1 - p. At p = 0.05
+that takes 0.051 draws an element. On a CPU, which draws random numbers one after the other, a mask of 256 x 4096 takes
+4.3 ms and the positions 0.15 ms.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qdora.ops.planned_device import device_kind, is_planning
 
-# Elements handled at a time: bounds the workspace, and on a CPU the writes at random positions stay in the cache. A GPU
-# wants few launches, of which a slice takes nine: with 2^20 elements those of 4,096 tokens of 14336 would be 500.
+# Elements handled at a time: bounds the workspace, and on a CPU the writes at random positions stay in the cache. A
+# slice takes nine launches, so a GPU gets long ones: with 2^20 elements 4,096 tokens of 14336 would take 500.
 _ELEMENTS_PER_SLICE = 1 << 20
 _GPU_ELEMENTS_PER_SLICE = 1 << 24
 
@@ -28,7 +28,7 @@ def draw_seed() -> int:
 
 
 def tokens_per_slice(in_features: int, device_type: str) -> int:
-    """Tokens whose zeros are drawn at a time, at least 1."""
+    """Tokens whose zeros are drawn together, at least 1."""
     elements = _ELEMENTS_PER_SLICE if device_type == "cpu" else _GPU_ELEMENTS_PER_SLICE
     return max(1, elements // in_features)
 
@@ -36,7 +36,7 @@ def tokens_per_slice(in_features: int, device_type: str) -> int:
 def dropped_slices(
     num_tokens: int, in_features: int, dropout: float, seed: int, device: torch.device
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Runs of tokens with the positions to zero in them; the same ones for the same arguments.
+    """Runs of tokens with the positions to zero in them; the same arguments always give the same ones.
 
     Args:
         num_tokens, in_features: Shape of the input.
@@ -44,7 +44,7 @@ def dropped_slices(
         seed: From `draw_seed`.
         device: Where the positions are made. Their number is drawn on the host, so a GPU never waits.
     Yields:
-        (tokens, positions): positions in the flattened run, int64, some of them twice; without dropout one run of all
+        (tokens, positions): positions in the flattened run, int64, some of them twice. Without dropout one run of all
         tokens with None.
     """
     if dropout == 0.0:
@@ -66,6 +66,18 @@ def dropped_slices(
         bits.random_(-(2**63), None, generator=draws)
         halves = bits.view(torch.int32)[:number].to(torch.int64).bitwise_and_(0xFFFFFFFF)
         yield slice(start, stop), halves.mul_(size).bitwise_right_shift_(32)
+
+
+def dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """drop(x) without the factor 1 / (1 - p), (tokens, features); x itself without dropout."""
+    return x if dropout == 0.0 else drop_(x.clone(memory_format=torch.contiguous_format), dropout, seed)
+
+
+def drop_(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Zero the positions of a contiguous (tokens, features) tensor in place and return it."""
+    for tokens, positions in dropped_slices(x.shape[0], x.shape[1], dropout, seed, x.device):
+        zeroed_(x[tokens], positions)
+    return x
 
 
 def zeroed(values: Tensor, positions: Tensor | None) -> Tensor:

@@ -1,10 +1,10 @@
-"""One gate per rank component: diag(gate) between B and A, folded into B.
+"""Gates of rank components: a factor per component between B and A, and hard-concrete gates that reach exactly 0 and 1.
 
     W + s B diag(gate) A = W + s B' A,        B' = B diag(gate)
 
 Everything that takes B (forward, norm, merge, the file) takes B' instead, so there is no second formula.
 
-Hard-concrete gates: random numbers in [0, 1] that are exactly 0 or 1 with positive probability.
+Hard-concrete gates are random numbers in [0, 1] that are exactly 0 or 1 with positive probability:
 
     s = sigmoid((log u - log(1 - u) + log_alpha) / beta)        z = clip(s (zeta - gamma) + gamma, 0, 1)
 
@@ -20,20 +20,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qdora.ops.adapted_map import rounded
+from qdora.ops.low_rank_factors import rounded
+
+BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
+_SHIFT = BETA * math.log(-GAMMA / ZETA)
+ALWAYS_ON = math.log((1.0 - GAMMA) / (ZETA - 1.0))
+"""From this log_alpha on the deterministic gate is exactly 1."""
 
 
 def fold_gate(lora_B: Tensor, gate: Tensor) -> Tensor:
-    """B' = B diag(gate), rounded to B's dtype and held in float32 or wider.
+    """B' = B diag(gate), rounded to B's dtype and held in float32 or wider; B itself with gate 1.
 
-    Rounded, so that the products, the norm, the merge and the stored adapter have the same numbers; held wide, so that
-    its gradient is not rounded on the way back. With gate 1 it is B itself.
+    The rounding gives the products, the norm, the merge and the stored adapter the same numbers. The wide dtype keeps
+    the gradient from being rounded.
 
     Args:
         lora_B: (out, rank).
         gate: (rank,), float32 or wider.
     Returns:
-        (out, rank), differentiable with respect to both; the rounding counts as the identity.
+        (out, rank), differentiable with respect to both, as if the rounding were the identity.
     """
     folded: Tensor = _FoldGate.apply(lora_B, gate)  # type: ignore[no-untyped-call, unused-ignore]
     return folded
@@ -56,19 +61,12 @@ class _FoldGate(torch.autograd.Function):
         return grad * gate.to(grad.dtype) if need_b else None, d_gate
 
 
-BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
-_SHIFT = BETA * math.log(-GAMMA / ZETA)
-ALWAYS_ON = math.log((1.0 - GAMMA) / (ZETA - 1.0))
-"""From this log_alpha on the deterministic gate is exactly 1."""
-
-
 def gate_value(log_alpha: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The gate z of a draw, or the deterministic one of evaluation (eq. 13: clip(sigmoid(log_alpha) (zeta - gamma) +
-    gamma, 0, 1)).
+    """The gate z of a draw, or for evaluation clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1), eq. 13.
 
     Args:
         log_alpha: Any shape, float.
-        noise: u, uniform in (0, 1), same shape; None: no draw.
+        noise: u of the draw, uniform in (0, 1), same shape; None for evaluation.
     """
     return (_concrete(log_alpha, noise) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdora.errors import UserError
+from qdora.ops.blockwise import raise_not_finite
 
-# Weights handled at a time; bounds the workspace to a few times 4 bytes a weight of the chunk.
+# Weights handled at a time: the workspace is a few times 4 bytes a weight of the chunk.
 _CHUNK = 1 << 20
 
 # The factor of bitsandbytes: a multiplication by it and a division by 127 differ in the last bit.
@@ -25,7 +25,7 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
 
     Args:
         weight: (out, in), any float dtype; products in float32.
-        name: What the weight is called in an error.
+        name: The weight's name in an error.
     Returns:
         Codes (out, in) int8 and absmax (out,) float32. A zero row has absmax 0 and codes 0.
     Raises:
@@ -38,30 +38,18 @@ def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tens
         part = weight[start : start + rows].float()
         scale = part.abs().amax(dim=1)
         absmax[start : start + rows] = scale
-        # 127 / scale overflows for a scale below 4e-37; such a row is as good as zero, and inf * 0 would be NaN.
-        # The reciprocal first, rounded, then times 127, as bitsandbytes forms it.
+        # 127 / scale overflows for a scale below 4e-37; such a row counts as zero, and inf * 0 would be NaN.
+        # The rounded reciprocal times 127, as bitsandbytes forms it.
         factor = (scale.reciprocal() * 127.0).nan_to_num_(posinf=0.0)
         packed[start : start + rows] = torch.round(part * factor[:, None]).to(torch.int8)
     if not bool(absmax.isfinite().all()):
-        starts = range(0, weight.shape[0], rows)
-        count = weight.numel() - sum(int(weight[at : at + rows].float().isfinite().sum()) for at in starts)
-        raise UserError(
-            f"{name}: {count} of {weight.numel()} weights are not finite (NaN or infinite) and cannot be quantised."
-        )
+        raise_not_finite(weight.reshape(-1), name)
     return packed, absmax
 
 
 @torch.no_grad()
 def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight packed * absmax / 127: float32 products, then one cast.
-
-    Args:
-        packed: (out, in) int8.
-        absmax: (out,) float32.
-        dtype: Any float dtype.
-    Returns:
-        (out, in) in `dtype`.
-    """
+    """The weight packed * absmax / 127, (out, in) in any float dtype: float32 products, then one cast."""
     if dtype == torch.float32:
         return (packed * absmax[:, None]).mul_(_ONE_127TH)
     out = torch.empty(packed.shape, dtype=dtype, device=packed.device)

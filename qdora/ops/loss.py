@@ -1,9 +1,10 @@
-"""Negative log-likelihood, summed: the loss of a step is a ratio of sums, never a mean of means.
+"""Negative log-likelihood per token, from logits or from hidden states and a frozen output head in chunks of tokens.
 
-Cross-entropy of a frozen output head, a chunk of tokens at a time: the logits of all tokens never exist at once.
+The loss of a step is a ratio of sums, never a mean of means, so nothing is averaged here.
 
-Loss and gradient come from one pass. A chunk's logits are made, turned in place into their own gradient, and multiplied
-with the head again; what stays for the backward pass is one gradient of the size of the hidden states.
+In chunks the logits of all tokens never exist at once. Loss and gradient come from one pass: the logits of a chunk are
+made, turned in place into their own gradient, and multiplied with the head again. One gradient of the size of the
+hidden states remains for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,6 +17,15 @@ from torch.nn import functional
 
 from qdora.ops.planned_device import device_kind
 from qdora.ops.tiles import Weight, dense_weight
+
+CHUNK_BYTES = 2**27
+"""Logits of an automatic chunk: 523 tokens of a 128k vocabulary in bf16."""
+LEAST_CHUNK = 16
+"""Tokens of the shortest automatic chunk. Every chunk reads the whole head twice: with 16 tokens of a 49k vocabulary
+that took 3 times as long on a CPU as with 256."""
+# Logits widened to float32 at a time. On a CPU 4 MiB, which stay in its cache: 1.5 times as fast as 128 MiB.
+_SLICE_LOGITS = 2**23
+_CPU_SLICE_LOGITS = 2**20
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -31,18 +41,8 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(wide, labels, reduction="none")
 
 
-CHUNK_BYTES = 2**27
-"""Logits of an automatic chunk: 523 tokens of a 128k vocabulary in bf16."""
-LEAST_CHUNK = 16
-"""Tokens of the shortest automatic chunk. Every chunk reads the whole head twice: with 16 tokens of a 49k vocabulary
-that took 3 times as long on a CPU as with 256."""
-# Logits widened to float32 at a time. On a CPU 4 MiB, which stay in its cache: 1.5 times as fast as 128 MiB.
-_SLICE_LOGITS = 2**23
-_CPU_SLICE_LOGITS = 2**20
-
-
 def auto_chunk(vocabulary: int, bytes_per_logit: int) -> int:
-    """Tokens of which the logits take `CHUNK_BYTES`, at least `LEAST_CHUNK`."""
+    """Tokens whose logits take `CHUNK_BYTES`, at least `LEAST_CHUNK`."""
     return max(CHUNK_BYTES // (vocabulary * bytes_per_logit), LEAST_CHUNK)
 
 
@@ -58,19 +58,19 @@ def chunked_nll(
 ) -> Tensor:
     """-log softmax(logits)[label] of each token, with z = h W^T + bias and logits = c tanh(scale z / c), or scale z.
 
-    Peak beside the result: the logits of one chunk in hidden's dtype (their gradient takes their place), and 32 MiB
+    Peak beside the result: the logits of one chunk in hidden's dtype (their gradient overwrites them), and 32 MiB
     (4 MiB on a CPU; twice that with a softcap) of them in float32. The head is frozen; its gradient is not formed.
 
     Args:
         hidden: (num_tokens, in), any float dtype; both products run in it, the softmax in float32 (float64 for
-            float64). Its gradient is rounded once per token to this dtype, and again when it is multiplied with the
+            float64). Its gradient is rounded once per token to this dtype, and again after the product with the
             upstream gradient.
-        weight: Head W, (vocabulary, in), dense or packed. A packed one is dequantised once, whole, for the call.
+        weight: Head W, (vocabulary, in), dense or packed. A packed one is dequantised whole, once a call.
         labels: (num_tokens,) int64, each a vocabulary index.
         bias: (vocabulary,) or None.
         scale: Factor of all logits (Cohere's logit_scale; 1 / logits_scaling of Granite).
         softcap: c, above 0 (Gemma 2, arXiv 2408.00118, sec. 2), or None.
-        chunk: Tokens whose logits exist at once, or None for `auto_chunk`.
+        chunk: Tokens whose logits exist at once (default: `auto_chunk`).
     Returns:
         (num_tokens,) float32 (float64 for float64), nats; differentiable once, with respect to hidden only.
     Raises:
@@ -80,8 +80,8 @@ def chunked_nll(
     if chunk is None:
         chunk = auto_chunk(weight.shape[0], hidden.element_size())
     if chunk < 1:
-        raise ValueError(f"a chunk of {chunk} tokens; allowed: 1 or more.")
-    # Inside the function gradients are off, so it has to be told.
+        raise ValueError(f"a chunk must have 1 token or more, got {chunk}.")
+    # Asked here, since gradients are off inside the function.
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
     trainable = [each for each in (weight, bias) if isinstance(each, Tensor) and each.requires_grad]
     assert not (torch.is_grad_enabled() and trainable), "the gradient of a trainable head would be lost"
@@ -127,7 +127,7 @@ class _ChunkedNll(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # once_differentiable would not notice: the saved gradient looks like a constant
             raise RuntimeError(
-                "the chunked loss has no second derivative; for curvature take token_nll of the model's logits."
+                "the chunked loss has no second derivative. Fix: take token_nll of the model's logits for curvature."
             )
         (upstream,) = grads
         (gradient,) = ctx.saved_tensors
@@ -136,7 +136,7 @@ class _ChunkedNll(torch.autograd.Function):
 
 
 def _nll_and_gradient_(z: Tensor, labels: Tensor, scale: float, softcap: float | None, wants_gradient: bool) -> Tensor:
-    """NLL of raw logits z (tokens, vocabulary), (tokens,) float32; z becomes d nll / d z where it is wanted."""
+    """NLL of raw logits z (tokens, vocabulary), (tokens,) float32; z becomes d nll / d z if a gradient is wanted."""
     wide = torch.promote_types(z.dtype, torch.float32)
     nll = z.new_empty(len(z), dtype=wide)
     limit = _CPU_SLICE_LOGITS if device_kind(z.device) == "cpu" else _SLICE_LOGITS
@@ -144,7 +144,7 @@ def _nll_and_gradient_(z: Tensor, labels: Tensor, scale: float, softcap: float |
     for start in range(0, len(z), num_rows):
         rows = slice(start, start + num_rows)
         label = labels[rows, None]
-        values = z[rows].to(wide)  # z itself where it is wide already
+        values = z[rows].to(wide)  # z itself if it is wide already
         slope = None
         if scale != 1.0:
             values.mul_(scale)

@@ -1,7 +1,7 @@
-"""What a plan pretends while it runs the real code on fake tensors: the device that they stand for.
+"""The device that fake tensors stand for while a plan runs the real code on them.
 
 Fake tensors of a GPU need a GPU build of torch, so a plan's tensors say "cpu" wherever they will live. Code whose tiles
-or kernels differ between devices asks here, and a plan for a GPU then takes a GPU's tiles.
+or kernels differ between devices asks here, and a plan for a GPU then counts a GPU's tiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PLANNED: ContextVar[str | None] = ContextVar("planned_device_type", default=Non
 
 @contextmanager
 def planned_on(device_type: str) -> Iterator[None]:
-    """While active, tensors are taken for fake ones that stand for tensors of this device type ("cpu" or "cuda")."""
+    """Inside, all tensors are fake and stand for tensors of this device type ("cpu" or "cuda")."""
     token = _PLANNED.set(device_type)
     try:
         yield
@@ -26,10 +26,10 @@ def planned_on(device_type: str) -> Iterator[None]:
 
 
 def is_planning() -> bool:
-    """Whether tensors have no values to be read: numbers that depend on them are taken at what is expected."""
+    """Whether tensors are fake: a number that depends on their values must be replaced by its expectation."""
     return _PLANNED.get() is not None
 
 
 def device_kind(device: torch.device) -> str:
-    """The type of the device that a tensor lives on, or stands for."""
+    """The type of the device that a tensor is on, or that a fake one stands for."""
     return _PLANNED.get() or device.type

@@ -1,8 +1,8 @@
-"""Pruning a weight: what removing a weight costs by three rules, and the inputs from which two of them learn it.
+"""Pruning a dense weight by magnitude, Wanda or SparseGPT, and the statistics of inputs that two of them need.
 
-    magnitude   w_ij^2
+    magnitude   removing w_ij costs w_ij^2
     Wanda       w_ij^2 ||x_j||^2           inputs x measured on calibration text
-    SparseGPT   w_ij^2 / [H^-1]_jj, and the error is pushed on to the weights that stay (`sparsegpt`)
+    SparseGPT   w_ij^2 / [H^-1]_jj         and the weights that stay are corrected, see `sparsegpt`
 
 Squares order the weights as the magnitudes of the papers do, and add up to the cost of a row or column.
 """
@@ -15,30 +15,34 @@ import torch
 from torch import Tensor
 
 from qdora.errors import UserError, nearest
-from qdora.ops import codebooks, sparsegpt
-from qdora.ops.packed import PackedWeight, from_tensors
-from qdora.ops.sparsity import Group, SparsityPattern, check_shape, keep_mask
+from qdora.ops.sparsity import Group, SparsityPattern, check_shape, keep_mask, lowest, num_pruned
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
+
+DAMPING = 0.01
+"""Added to H's diagonal, as a share of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
+
+BLOCK_COLUMNS = 128
+"""Columns whose mask SparseGPT chooses together. Source: SparseGPT, arXiv 2301.00774, sec. 3.3 and 4."""
 
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
 
 
 class Pruned(NamedTuple):
-    """A pruned weight: (out, in) in the dtype given, exactly 0 where `keep_mask` (out, in) is False."""
+    """A pruned weight: (out, in) in its dtype, exactly 0 where `keep_mask` (out, in) is False."""
 
     weight: Tensor
     keep_mask: Tensor
 
 
 class InputStatistics:
-    """What pruning learns about a layer's inputs, added up over batches of calibration text in float32.
+    """Statistics of a layer's inputs, added up over batches of calibration text in float32.
 
     Args:
         in_features: Columns of the layer.
-        method: "wanda" adds up squares per column, "sparsegpt" the whole of X^T X.
-        device: Where the sums lie.
+        method: "wanda" adds up squares per column, "sparsegpt" all of X^T X.
+        device: Holds the sums.
     """
 
     def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
@@ -66,31 +70,6 @@ class InputStatistics:
 
 
 @torch.no_grad()
-def magnitude_scores(weight: Tensor) -> Tensor:
-    """w_ij^2, (out, in) float32 (float64 for float64 weights)."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
-
-
-@torch.no_grad()
-def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
-    """(|w_ij| ||x_j||)^2, (out, in) float32 (float64 for float64 weights).
-
-    Source: Wanda, arXiv 2306.11695, eq. 1.
-
-    Args:
-        weight: (out, in).
-        column_squares: ||x_j||^2 over the calibration tokens, (in,). All 0 (an expert that no token came to): every
-            column counts the same.
-    """
-    scores = magnitude_scores(weight)
-    largest = column_squares.max()
-    if largest == 0:
-        return scores
-    # Divided by the largest, which changes no order: sums over many tokens would leave float32's range.
-    return scores.mul_(column_squares.to(scores.dtype) / largest)
-
-
-@torch.no_grad()
 def prune_weight(
     weight: Tensor,
     method: str,
@@ -98,26 +77,25 @@ def prune_weight(
     *,
     statistics: InputStatistics | None = None,
     group: Group | None = None,
-    damping: float = sparsegpt.DAMPING,
-    block_columns: int = sparsegpt.BLOCK_COLUMNS,
+    damping: float = DAMPING,
     name: str = "weight",
 ) -> Pruned:
     """Prune a dense weight.
 
     Args:
         weight: (out, in), any float dtype; not changed.
-        method: "magnitude", "wanda" or "sparsegpt".
-        pattern: What is to be zero.
-        statistics: Of the layer's inputs, for wanda and sparsegpt of that method.
-        group: What an unstructured pattern compares. None: the whole tensor for magnitude, each row for Wanda (its
-            paper, sec. 3). sparsegpt compares within blocks of columns.
-        damping, block_columns: Of `sparsegpt.prune`.
-        name: What the weight is called in an error.
+        method: One of `METHODS`.
+        pattern: The pattern of the zeros.
+        statistics: Statistics of the layer's inputs for this method; required by wanda and sparsegpt.
+        group: The weights that an unstructured pattern compares (default: the whole tensor for magnitude, each row for
+            Wanda, its paper, sec. 3). sparsegpt compares within blocks of columns and takes none.
+        damping: See `sparsegpt`.
+        name: The weight's name in an error.
     Raises:
         ValueError: Weights that are not finite, a pattern that does not fit, arguments that are missing or too many.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown method '{method}'; allowed: {', '.join(METHODS)}.{nearest(method, METHODS)}")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got '{method}'.{nearest(method, METHODS)}")
     if (statistics is None) != (method == "magnitude"):
         needs = "needs" if statistics is None else "takes no"
         raise ValueError(f"{name}: {method} {needs} statistics of the layer's inputs.")
@@ -132,38 +110,143 @@ def prune_weight(
     if method == "sparsegpt":
         assert statistics is not None
         if group is not None:
-            raise ValueError("sparsegpt compares within blocks of columns; allowed: no group.")
-        pruned, keep = sparsegpt.prune(
-            weight, statistics.sums, pattern, damping=damping, block_columns=block_columns, name=name
-        )
-        return Pruned(pruned, keep)
+            raise ValueError("sparsegpt takes no group: it compares within blocks of columns.")
+        return sparsegpt(weight, statistics.sums, pattern, damping=damping, name=name)
     scores = magnitude_scores(weight) if statistics is None else wanda_scores(weight, statistics.column_squares)
     keep = keep_mask(scores, pattern, group or ("tensor" if method == "magnitude" else "row"))
     return Pruned(weight.masked_fill(~keep, 0), keep)
 
 
 @torch.no_grad()
-def zero_packed(packed: PackedWeight, keep_mask: Tensor) -> PackedWeight:
-    """A quantised weight with the pruned entries set to the code of 0; scales and all other codes stay.
-
-    Args:
-        packed: (out, in).
-        keep_mask: (out, in) bool.
-    """
-    tensors = packed.tensors()
-    codes = packed.packed
-    if packed.kind == "int8":
-        tensors["packed"] = codes.masked_fill(~keep_mask, 0)
-    else:
-        zero = int((codebooks.code_values(packed.kind) == 0).nonzero()[0])
-        keep = torch.nn.functional.pad(keep_mask.reshape(-1), (0, keep_mask.numel() % 2), value=True)
-        high = torch.where(keep[0::2], codes & 0xF0, zero << 4)
-        tensors["packed"] = high | torch.where(keep[1::2], codes & 0x0F, zero)
-    return from_tensors(packed.kind, packed.shape, packed.block_size, tensors)
+def magnitude_scores(weight: Tensor) -> Tensor:
+    """w_ij^2, (out, in) float32 (float64 for float64 weights)."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
 
 
 @torch.no_grad()
-def layer_loss(weight: Tensor, pruned: Tensor, input_products: Tensor) -> float:
-    """||X W^T - X W'^T||^2 on the calibration inputs, from X^T X (in, in), summed in float64."""
-    difference = weight.double() - pruned.double()
-    return float((difference @ input_products.double()).mul_(difference).sum())
+def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
+    """(|w_ij| ||x_j||)^2, (out, in) float32 (float64 for float64 weights).
+
+    Source: Wanda, arXiv 2306.11695, eq. 1.
+
+    Args:
+        weight: (out, in).
+        column_squares: ||x_j||^2 over the calibration tokens, (in,). If all are 0 (an expert without tokens), every
+            column counts the same.
+    """
+    scores = magnitude_scores(weight)
+    largest = column_squares.max()
+    if largest == 0:
+        return scores
+    # Divided by the largest, which changes no order: sums over many tokens would leave float32's range.
+    return scores.mul_(column_squares.to(scores.dtype) / largest)
+
+
+@torch.no_grad()
+def sparsegpt(
+    weight: Tensor,
+    input_products: Tensor,
+    pattern: SparsityPattern,
+    *,
+    damping: float = DAMPING,
+    name: str = "weight",
+) -> Pruned:
+    """Remove weights column by column, and move each error on to the columns behind it.
+
+    With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, removing w_ij costs w_ij^2 / V_jj^2, and
+    w_i,j: -= (w_ij / V_jj) V_j,j: compensates best. V_jj^2 is the entry of the inverse of H restricted to columns j and
+    later. Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1. V comes from the Cholesky factor of H with its
+    order reversed and one triangular inverse; H itself is never inverted.
+
+    An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, over all rows, from the weights as corrected
+    so far; an n:m mask for m columns at a time. Whole columns are chosen before the first one is removed. Whole rows
+    leave nothing to correct. A column whose inputs were all zero costs nothing, so it goes first; weights of it that
+    stay do not change.
+
+    Args:
+        weight: (out, in), any float dtype; not changed.
+        input_products: X^T X over the calibration tokens, (in, in), float32 or float64; the sums run in its dtype.
+        pattern: An unstructured one has round(sparsity * out * in) zeros.
+        damping: Added to the diagonal, as a share of its mean; above 0.
+        name: The weight's name in an error.
+    Raises:
+        UserError: If the damped H is not positive definite.
+    """
+    if not damping > 0:
+        raise ValueError(f"damping must be above 0, got {damping}.")
+    factor = _inverse_factor(input_products, damping, name)
+    work = weight.to(input_products.dtype, copy=True)
+    if pattern.kind == "rows":
+        energy = (work @ input_products).mul_(work).sum(dim=1, keepdim=True)
+        # It cannot be negative; rounding could make it so.
+        keep = keep_mask(energy.clamp_(min=0), pattern).expand(work.shape).contiguous()
+        return Pruned(weight.masked_fill(~keep, 0), keep)
+    if pattern.kind == "columns":
+        # The whole inverse's diagonal: the columns are chosen before any is removed.
+        mask = keep_mask(work.square() * _cost(factor.square().sum(dim=0), input_products), pattern)
+    else:
+        mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    cost = _cost(factor.diagonal().square(), input_products)
+    num_columns, block_columns = work.shape[1], BLOCK_COLUMNS
+    if pattern.kind == "n:m":
+        block_columns = -(-block_columns // pattern.of) * pattern.of
+    for start in range(0, num_columns, block_columns):
+        columns = slice(start, min(start + block_columns, num_columns))
+        if pattern.kind == "unstructured":
+            mask[:, columns] = _block_mask(work, cost, pattern.sparsity, columns)
+        errors = _remove_columns(work, factor, cost, mask, columns=columns, pattern=pattern)
+        work[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
+    return Pruned(work.masked_fill_(~mask, 0).to(weight.dtype), mask)
+
+
+def _inverse_factor(input_products: Tensor, damping: float, name: str) -> Tensor:
+    """V, upper triangular, with V^T V = (X^T X + damping)^-1."""
+    diagonal = input_products.diagonal()
+    mean = diagonal.mean()
+    # If nothing was measured, every input counts the same.
+    added = torch.where(mean > 0, damping * mean, 1.0)
+    damped = input_products + torch.diag(added.expand(len(diagonal)))
+    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(info):
+        raise UserError(
+            f"{name}: X^T X of the calibration text is not positive definite with damping {damping}. "
+            "Fix: raise base.prune.damping, or use more calibration text."
+        )
+    eye = torch.eye(len(diagonal), dtype=lower.dtype, device=lower.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
+    return factor
+
+
+def _cost(inverse_diagonal: Tensor, input_products: Tensor) -> Tensor:
+    """The cost of a squared weight of each column, (in,): 0 in a dead column, unless all are dead."""
+    dead = input_products.diagonal() == 0
+    return inverse_diagonal.reciprocal().masked_fill_(dead & ~dead.all(), 0)
+
+
+def _block_mask(work: Tensor, cost: Tensor, sparsity: float, columns: slice) -> Tensor:
+    """The keep mask of a block of columns over all rows; the counts of all blocks add up to that of the tensor."""
+    rows = work.shape[0]
+    count = num_pruned(sparsity, rows * columns.stop) - num_pruned(sparsity, rows * columns.start)
+    scores = work[:, columns].square() * cost[columns]
+    return ~lowest(scores.reshape(1, -1), count).view(scores.shape)
+
+
+def _remove_columns(
+    work: Tensor, factor: Tensor, cost: Tensor, mask: Tensor, *, columns: slice, pattern: SparsityPattern
+) -> Tensor:
+    """Remove the pruned weights of a block and correct its later columns, in place; choose an n:m mask on the way.
+
+    Returns:
+        w / V_jj of every removed weight at its removal, (out, columns of the block); it corrects the columns behind the
+        block.
+    """
+    errors = torch.empty_like(work[:, columns])
+    for column in range(columns.start, columns.stop):
+        if pattern.kind == "n:m" and column % pattern.of == 0:
+            group = slice(column, column + pattern.of)
+            mask[:, group] = ~lowest(work[:, group].square() * cost[group], pattern.of - pattern.keep)
+        error = (work[:, column] / factor[column, column]).masked_fill_(mask[:, column], 0)
+        rest = slice(column, columns.stop)
+        work[:, rest].addr_(error, factor[column, rest], alpha=-1.0)
+        errors[:, column - columns.start] = error
+    return errors

@@ -1,7 +1,7 @@
-"""Which weights stay: sparsity patterns, exact counts, and masks as bits.
+"""Sparsity patterns, keep masks with exact counts, and masks as bits.
 
 A pattern cuts the scores of a weight into comparison groups. In each group the same number of entries is pruned, those
-of the lowest score; of equal scores the one that comes first in the group is pruned first.
+of the lowest score; of equal scores the first in the group is pruned first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PatternKind = Literal["unstructured", "n:m", "rows", "columns"]
 Group = Literal["tensor", "row"]
 
 PATTERNS = ("unstructured", "2:4", "4:8", "rows", "columns")
-"""Patterns by name; any other n:m, such as 1:4, is taken, too."""
+"""Examples of pattern names; any other n:m, such as 1:4, is a pattern, too."""
 
 _N_OF_M = re.compile(r"(\d{1,3}):(\d{1,3})")
 _BIT = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -27,49 +27,42 @@ _BIT = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class SparsityPattern:
-    """What a pruned weight looks like.
-
-    Attributes:
-        kind: "unstructured" (any weights), "n:m" (`keep` of every `of` neighbours in a row), "rows" or "columns"
-            (whole outputs or inputs).
-        sparsity: Share of zeros, in [0, 1).
-        keep, of: n and m of "n:m"; 0 for the other kinds.
-    """
+    """The zeros of a pruned weight: any weights, m - n of every m neighbours in a row, or whole outputs or inputs."""
 
     kind: PatternKind
-    sparsity: float
-    keep: int = 0
-    of: int = 0
+    sparsity: float  # share of zeros, in [0, 1)
+    keep: int = 0  # n of "n:m"
+    of: int = 0  # m of "n:m"
 
 
 def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
     """A pattern by name: "unstructured", "rows", "columns" with a sparsity, or "n:m" (n of m kept), which implies it.
 
     Raises:
-        ValueError: An unknown name, a sparsity that is missing, out of range, or given beside n:m.
+        ValueError: An unknown name, a sparsity that is missing, out of range, or given with n:m.
     """
     found = _N_OF_M.fullmatch(name)
     if found:
         keep, of = int(found[1]), int(found[2])
         if not 1 <= keep < of:
-            raise ValueError(f"pattern '{name}': n of m weights are kept, allowed: 1 <= n < m.")
+            raise ValueError(f"pattern n:m (n of m weights are kept) must have 1 <= n < m, got '{name}'.")
         if sparsity is not None:
-            raise ValueError(f"pattern '{name}' has a sparsity of its own, got {sparsity}, allowed: leave it out.")
+            raise ValueError(f"pattern '{name}' implies its sparsity, got {sparsity}. Fix: remove it.")
         return SparsityPattern("n:m", 1 - keep / of, keep, of)
     if name not in ("unstructured", "rows", "columns"):
-        raise ValueError(f"unknown pattern '{name}'; allowed: {', '.join(PATTERNS)}.{nearest(name, PATTERNS)}")
+        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got '{name}'.{nearest(name, PATTERNS)}")
     if sparsity is None or not 0 <= sparsity < 1:
-        raise ValueError(f"pattern '{name}' needs a sparsity, got {sparsity}, allowed: at least 0 and below 1.")
+        raise ValueError(f"the sparsity of pattern '{name}' must be at least 0 and below 1, got {sparsity}.")
     return SparsityPattern(name, sparsity)  # type: ignore[arg-type]
 
 
 def num_pruned(sparsity: float, size: int) -> int:
-    """Entries of a group of `size` that are pruned: sparsity * size, rounded to the nearest whole number."""
+    """Entries to prune in a group of `size`: sparsity * size, rounded to the nearest whole number."""
     return round(sparsity * size)
 
 
 def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "weight") -> None:
-    """Raise ValueError where a weight (out, in) cannot have the pattern."""
+    """Raise ValueError if a weight (out, in) cannot have the pattern."""
     if pattern.kind == "n:m" and shape[1] % pattern.of:
         raise ValueError(
             f"{name}: pattern {pattern.keep}:{pattern.of} needs in_features divisible by {pattern.of}, got {shape[1]}."
@@ -78,7 +71,7 @@ def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "w
 
 @torch.no_grad()
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """The `count` lowest entries of each group; of equal ones the first.
+    """The `count` lowest entries of each group; of equal entries the first.
 
     Args:
         scores: (groups, size), float32 or float64, finite.
@@ -102,13 +95,13 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") -> Tensor:
-    """The mask of the given pattern that keeps the highest scores.
+    """The mask of a pattern that keeps the highest scores.
 
     Args:
         scores: Cost of removing each weight, (out, in), finite, not negative. The cost of a row or column is the sum
             over its weights.
-        pattern: Its counts are exact: per group round(sparsity * size) are pruned, and m - n of every m.
-        group: What "unstructured" compares: the whole tensor, or each row.
+        pattern: Its counts are exact: round(sparsity * size) per group are pruned, and m - n of every m.
+        group: Of an unstructured pattern: the whole tensor, or each row.
     Returns:
         (out, in) bool, True = keep.
     Raises:
@@ -143,11 +136,11 @@ def mask_from_bits(bits: Tensor, shape: tuple[int, int], rows: slice | None = No
     """The inverse of `mask_bits`, or only some of its rows: (rows, in) bool.
 
     Raises:
-        ValueError: If the number of bytes does not fit the shape.
+        ValueError: If the bits do not fit the shape.
     """
     numel = shape[0] * shape[1]
     if bits.dtype != torch.uint8 or bits.shape != (-(-numel // 8),):
-        raise ValueError(f"a mask of {shape} takes ({-(-numel // 8)},) uint8, got {tuple(bits.shape)} {bits.dtype}.")
+        raise ValueError(f"a mask of {shape} must be ({-(-numel // 8)},) uint8, got {tuple(bits.shape)} {bits.dtype}.")
     first, last = (0, shape[0]) if rows is None else (rows.start, rows.stop)
     start, stop = first * shape[1], last * shape[1]
     bit = torch.tensor(_BIT, dtype=torch.uint8, device=bits.device)

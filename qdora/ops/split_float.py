@@ -1,9 +1,9 @@
 """A float32 number kept as a bfloat16 and 16 more bits, so that bf16 storage loses no update.
 
-The bf16 half is the float32 rounded to nearest, which is what the layers multiply with; the int16 half holds the
-distance of the two bit patterns. Joining them gives the float32 back, bit for bit. An optimizer that joins, updates in
-float32 and splits again trains exactly as with float32 parameters, at 4 bytes a parameter in place of the 6 of a bf16
-copy beside a float32 master.
+The bf16 half is the float32 rounded to nearest, and the layers multiply with it. The int16 half is the distance of the
+two bit patterns. Joining them gives the float32 back, bit for bit. An optimizer that joins, updates in float32 and
+splits again trains exactly as with float32 parameters, at 4 bytes a parameter in place of the 6 of a bf16 copy beside a
+float32 master.
 """
 
 from __future__ import annotations
@@ -30,13 +30,6 @@ def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_float32(high: Tensor, low: Tensor) -> Tensor:
-    """(bfloat16, int16) -> the float32 that `split_float32` took apart, bit for bit.
-
-    Args:
-        high: bfloat16, any shape.
-        low: int16, same shape.
-    Returns:
-        float32, a new tensor.
-    """
+    """(bfloat16, int16) -> the float32 that `split_float32` was given, bit for bit, as a new tensor."""
     bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
     return bits.view(torch.float32)

@@ -1,7 +1,7 @@
-"""A frozen weight as a sequence of dense tiles, so that no product needs the whole of it at once.
+"""A frozen weight as a sequence of dense tiles, so that no product needs the whole dense weight at once.
 
-A factor per row rides along where it costs nothing: in the block scales of a packed weight whose blocks do not cross
-rows. Dequantising with absmax * g gives the tile of diag(g) W with the roundings of a tile of W.
+A factor per row costs nothing in the block scales of a packed weight whose blocks do not cross rows: dequantising with
+absmax * g gives the tile of diag(g) W with the roundings of a tile of W.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qdora.ops import blockwise, bnb_kernels, int8
-from qdora.ops.packed import PackedWeight, block_scales, choose_backend, dequantize
+from qdora.ops import blockwise, int8
+from qdora.ops.packed import PackedWeight, block_scales, decode_4bit, dequantize
 from qdora.ops.planned_device import device_kind
 
 Weight = PackedWeight | Tensor
@@ -22,26 +22,26 @@ Weight = PackedWeight | Tensor
 Tile = tuple[slice, Tensor]
 """The rows (or columns) that a dense tile covers, and the tile."""
 
-# Most bytes of a dense tile. On a CPU 16 MiB keep the workspace of a 4096 -> 11008 layer below 25 MiB. A GPU wants few,
+# Most bytes of a dense tile. On a CPU 16 MiB keep the workspace of a 4096 -> 11008 layer below 25 MiB. A GPU needs few,
 # large products: with 64 MiB a layer of 4096 x 14336 has two tiles and one of 8192 x 28672 eight.
 _CPU_TILE_BYTES = 16 << 20
 _GPU_TILE_BYTES = 64 << 20
 
-# A weight that is cut on a CPU is cut into tiles of about this size: what was just dequantised is then still in the
-# cache when it is multiplied with. Tiles of 16 MiB take longer (benchmarks/results/tried.json).
+# A weight that must be cut on a CPU is cut into tiles of about this size, which are still in the cache when they are
+# multiplied. Tiles of 16 MiB take longer (benchmarks/results/tried.json).
 _CPU_CUT_BYTES = 8 << 20
 
 # Rows (or columns) of a tile on a CPU. oneDNN's bf16 product of 1,024 tokens reaches 2.2 TFLOP/s with 1,024 outputs and
 # 1.9 with 256, but 1.1 with 384 to 768 on a CPU with AMX and two threads.
 _LONG, _SHORT = 1024, 256
 
-# On a GPU the runs are equally long: a short last one would leave most of the chip idle for a whole launch. Multiples
-# of the output tile of cuBLAS's 16-bit kernels.
+# On a GPU the runs are equally long, since a short last one would leave most of the chip idle for a whole launch, and
+# multiples of the output tile of cuBLAS's 16-bit kernels.
 _GPU_STEP = 128
 
 
 def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The whole dense (out, in) weight in `dtype`: dequantised, or the given tensor cast."""
+    """The whole dense (out, in) weight in `dtype`; a dense weight is cast."""
     return weight.to(dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype)
 
 
@@ -66,7 +66,7 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
     long *= min(fits // long, max(1, _CPU_CUT_BYTES // (other * itemsize * long)))
     runs, start = [], 0
     while start < total:
-        # What is left over by the long runs is cut into short ones.
+        # The rest behind the long runs is cut into short ones.
         length = long if 0 < long <= total - start else short
         runs.append(slice(start, min(start + length, total)))
         start += length
@@ -74,7 +74,7 @@ def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 
 
 
 def _equal_runs(total: int, fits: int, step: int) -> list[slice]:
-    """As few runs of at most `fits` as there can be, all but the last of one length, a multiple of `step`."""
+    """The fewest runs of at most `fits`; all but the last have one length, a multiple of `step`."""
     longest = max(fits // step, 1) * step
     length = _round_up(-(-total // -(-total // longest)), step)
     return [slice(start, min(start + length, total)) for start in range(0, total, length)]
@@ -92,8 +92,8 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
         dtype: Of the tiles, any float dtype. Products of codes, scales and factors are float32, then cast once.
         row_factor: (out,) float32 (float64 for float64 weights), or None for 1.
     Yields:
-        (rows, tile (rows, in)). Read the tile before the next one is taken; it may share memory with the weight. A loop
-        that ends with `del tile` has one at a time; else the last one lives until the next one is made.
+        (rows, tile (rows, in)). Read the tile before taking the next one; it may share memory with the weight. A loop
+        that ends with `del tile` holds one at a time; else each tile lives until the next one is made.
     """
     if isinstance(weight, Tensor):
         if row_factor is None and weight.dtype == dtype:
@@ -116,13 +116,11 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
 def with_own_scales(weight: Weight, row_factor: Tensor | None = None) -> PackedWeight | None:
     """diag(row_factor) W as a packed weight that shares W's codes and has decoded block scales of its own.
 
-    Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without the work on the scales that every
-    call does there. For products of few rows, where that work shows; 32 bits for each block is what it takes.
+    Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without decoding the scales in each call.
+    This pays for products of few rows and takes 32 bits for each block.
 
-    Args:
-        weight, row_factor: As of `row_tiles`.
     Returns:
-        None for a dense weight, and where blocks cross rows: no scale there belongs to one row.
+        None for a dense weight, and if blocks cross rows: a scale then does not belong to one row.
     """
     if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
         return None
@@ -133,7 +131,7 @@ def with_own_scales(weight: Weight, row_factor: Tensor | None = None) -> PackedW
 def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
     """Dense tiles of whole columns of diag(row_factor) W, in order; see `row_tiles`.
 
-    A weight whose blocks cross rows comes as one tile: blocks of 64 do that to no common model.
+    A weight whose blocks cross rows comes as one tile; with blocks of 64 no common model has one.
 
     Yields:
         (columns, tile (out, columns)).
@@ -169,31 +167,30 @@ def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
     if row_factor is None:
         return scales
     factor = (row_factor if row_factor.dtype == scales.dtype else row_factor.to(scales.dtype)).unsqueeze(1)
-    # Scales behind double quantisation have just been decoded into memory of their own.
+    # Double quantised scales have just been decoded into memory of their own.
     return scales * factor if weight.nested is None else scales.mul_(factor)
 
 
 def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """A dense tile of the codes and scales of some rows or columns, whose blocks are whole."""
+    """A dense tile from the codes and scales of some rows or columns; their blocks are whole."""
     if weight.kind == "int8":
         return int8.dequantize_rows(codes, scales.squeeze(1), dtype)
-    rows, columns = codes.shape[0], 2 * codes.shape[1]
-    backend = choose_backend(weight.kind, weight.device, block_size=weight.block_size, in_features=columns, dtype=dtype)
-    decode = bnb_kernels.dequantize_4bit if backend == "bnb" else blockwise.dequantize_4bit
-    return decode(codes.reshape(-1), scales.reshape(-1), weight.kind, weight.block_size, (rows, columns), dtype)
+    shape = (codes.shape[0], 2 * codes.shape[1])
+    flat = codes.reshape(-1), scales.reshape(-1)
+    return decode_4bit(*flat, weight.kind, weight.block_size, shape=shape, dtype=dtype)
 
 
 def _crossing_rows(
     weight: PackedWeight, scales: Tensor, rows: slice, row_factor: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Rows of a weight whose blocks cross rows; the run starts at the start of a block."""
+    """Rows of a weight whose blocks cross rows; the first row starts a block."""
     in_features = weight.shape[1]
     start, stop = rows.start * in_features, rows.stop * in_features
     codes = weight.packed[start // 2 : (stop + 1) // 2]
     some = scales[start // weight.block_size : -(-stop // weight.block_size)]
     shape = (rows.stop - rows.start, in_features)
     wide = dtype if row_factor is None else torch.promote_types(dtype, torch.float32)
-    tile = blockwise.dequantize_4bit(codes, some, weight.kind, weight.block_size, shape, wide)
+    tile = blockwise.dequantize_4bit(codes, some, weight.kind, weight.block_size, shape=shape, dtype=wide)
     return _scaled_rows(tile, None if row_factor is None else row_factor[rows], dtype)
 
 

@@ -1,8 +1,8 @@
-"""The decoder blocks of a model: which of them may be left out of a measurement, and how it is drawn out again.
+"""Repeated decoder blocks: measure a model with few of them, and extrapolate to all.
 
-Models repeat a block, or a short sequence of blocks (five with a sliding window, one without). A step's live bytes are
-linear in the number of repetitions: each adds its weights, its states, and what it keeps between forward and backward.
-So two measurements, of models that differ by one repetition, give those of any number.
+Models repeat a block, or a short sequence of blocks (such as five with a sliding window, one without). The live bytes
+of a step are linear in the number of repetitions: each adds its weights, its states, and what it keeps between forward
+and backward. So two measurements, of models that differ by one repetition, give the bytes for any number.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from qdora.plan.peak import Moment
+from qdora.plan.plan_contents import Moment
 
-# Two on either side of the place where repetitions are put in: the first block of a model (whose input needs no
-# gradient) and the last one (behind which the loss is) are unlike the others, and must not be repeated.
+# Two on either side of the place where repetitions are inserted. The first block of a model (its input needs no
+# gradient) and the last one (the loss follows) differ from the others and must not be repeated.
 _KEPT_PERIODS = 4
-# Blocks of another kind that models begin with (dense ones before mixtures of experts: 1 to 3).
+# Most blocks of another kind at the start (such as 1 to 3 dense ones before mixtures of experts).
 _LONGEST_PREFIX = 8
 
 
@@ -33,30 +33,30 @@ class BlockPattern:
 
     @property
     def num_blocks(self) -> int:
-        """Of the whole model."""
+        """Number of blocks of the whole model."""
         return self.prefix + self.period * self.repetitions + self.suffix
 
     def kept(self, repetitions: int) -> list[int]:
-        """The blocks of a model with so many repetitions; those in the middle are left out."""
+        """Numbers of the blocks of a model with this many repetitions, without the others in the middle."""
         front = self.prefix + (repetitions - _KEPT_PERIODS // 2) * self.period
         back = self.suffix + _KEPT_PERIODS // 2 * self.period
         return [*range(front), *range(self.num_blocks - back, self.num_blocks)]
 
     @property
     def insertion(self) -> int:
-        """Blocks before the place where repetitions are put in."""
+        """Number of blocks before the place where repetitions are inserted."""
         return self.prefix + _KEPT_PERIODS // 2 * self.period
 
 
 def signature(block: nn.Module, kind: Any) -> Hashable:
-    """What makes two blocks need the same: classes, shapes and dtypes inside them, and the attention's `kind`."""
+    """Equal for blocks that need the same bytes: classes, shapes and dtypes inside them, and the attention's `kind`."""
     modules = tuple((name, type(each).__name__) for name, each in block.named_modules())
     parameters = tuple((name, tuple(each.shape), each.dtype) for name, each in block.named_parameters())
     return modules, parameters, kind
 
 
 def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
-    """The pattern of which the fewest blocks have to be measured; None where leaving blocks out saves nothing."""
+    """The pattern with the fewest blocks to measure; None if leaving blocks out saves nothing."""
     total = len(signatures)
     best, cost = None, total
     for prefix in range(min(total, _LONGEST_PREFIX + 1)):
@@ -70,7 +70,7 @@ def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
 
 
 def keep_blocks_(model: Any, path: str, kept: Sequence[int]) -> None:
-    """Leave only these blocks in a model, and in every list of its config that has an entry for each."""
+    """Keep only these blocks in a model, and their entries in every list of its config with one entry a block."""
     blocks = model.get_submodule(path)
     total = len(blocks)
     parent, _, leaf = path.rpartition(".")
@@ -84,13 +84,13 @@ def keep_blocks_(model: Any, path: str, kept: Sequence[int]) -> None:
             config.num_hidden_layers = len(kept)
 
 
-def drawn_out(short: Sequence[Moment], longer: Sequence[Moment], pattern: BlockPattern) -> list[Moment]:
-    """Moments of the whole model from those of models with 4 and 5 repetitions, in the order of a step.
+def extrapolated(short: Sequence[Moment], longer: Sequence[Moment], pattern: BlockPattern) -> list[Moment]:
+    """Extrapolate the moments of the whole model from those with 4 and 5 repetitions, in the order of a step.
 
-    The repetitions in between are left out: what is alive in them lies between what is alive in their neighbours.
+    The repetitions in between have no moments: their live bytes lie between those of their neighbours.
 
     Raises:
-        ValueError: If the two do not have the same moments.
+        ValueError: The two do not have the same moments.
     """
     more = pattern.repetitions - _KEPT_PERIODS
     found = {(moment.phase, moment.block): moment.by_component for moment in longer}

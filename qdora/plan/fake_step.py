@@ -1,26 +1,45 @@
-"""A training step on fake tensors: the real layers, loss and optimizer run, and the bytes of each moment are noted."""
+"""A training step on fake tensors: the real layers, loss and optimizer run, and the live bytes of each part are noted.
+
+The model is made from its config alone: every tensor has its shape, dtype and component, but no memory.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from qdora.model.inject import adapted_layers, adapter_parameters
+from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
+from qdora.model.load import Quantization, block_list, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
+from qdora.model.peft_config import AdapterLayout
+from qdora.model.source import ModelSource
+from qdora.model.stored_tensors import tied_weights
 from qdora.nn.adapted_linear import prepare_gains
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import PackedWeight, empty_packed
+from qdora.ops.tiles import Weight
+from qdora.plan.block_pattern import keep_blocks_
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.peak import (
+from qdora.plan.plan_contents import (
     ADAPTERS,
     BACKWARD,
+    BASE,
     CHECKPOINTS,
+    DENSE,
     FORWARD,
     GRADIENTS,
     LOSS,
+    MASKS,
     OPTIMIZER,
     OTHER,
+    SCALES,
     UPDATE,
     MicroBatchShape,
     Moment,
@@ -28,15 +47,142 @@ from qdora.plan.peak import (
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 from qdora.train.output_head import head_nll, proposed_form, tapped
 
+_UNMASKED = "sdpa_without_padding"
+
+# bitsandbytes pages only states with at least this many elements, and never the scales of 8-bit states.
+_PAGED_ELEMENTS = 100_000
+_PAGED_STATE_BYTES = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}
+
+
+def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A model with its parameters on the meta device; `config` is not changed.
+
+    Args:
+        source: Names the model in messages, and says whether code from the Hub may run.
+        dtype: Dtype of the activations.
+        attention: As in a recipe. flash_attention_2 needs a GPU and is planned as sdpa, which keeps the same tensors.
+    Raises:
+        UserError: The model is not a causal LM.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    planned = "sdpa" if attention == "flash_attention_2" else attention
+    return skeleton(config, source, dtype, planned, torch.device("cpu"))
+
+
+def fill_(
+    model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, live: LiveBytes, *, pruned: bool = False
+) -> None:
+    """Replace meta tensors by fake ones, as `load_model` does by real ones; call it within a FakeTensorMode.
+
+    With `pruned`, every linear layer that is not skipped gets a mask, as `model.pruning` makes it.
+    """
+    layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
+    whole = wanted.kind == "none"
+    linear = {f"{name}.weight" for name, each in model.named_modules() if type(each) is nn.Linear} if whole else set()
+    head: Any = model.get_output_embeddings()
+    wide = wide_names(model, dtype)
+
+    def empty(name: str, like: Tensor) -> Tensor:
+        kept = torch.float32 if is_wide(name, wide) else dtype
+        return torch.empty(like.shape, dtype=kept if like.is_floating_point() else like.dtype)
+
+    for name in sorted(layers):
+        module: Any = model.get_submodule(name)
+        shape = tuple(module.weight.shape)
+        with live.label(BASE):
+            weight: Weight = (
+                empty(f"{name}.weight", module.weight)
+                if whole
+                else empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
+            )
+        if isinstance(weight, PackedWeight):
+            live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], SCALES)
+        with live.label(MASKS):
+            bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8) if pruned else None
+        with live.label(DENSE):
+            bias = None if module.bias is None else empty(f"{name}.bias", module.bias)
+        replace_module(model, name, FrozenLinear(weight, bias, bits))
+    tied = tied_weights(model)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name in tied:
+            continue
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        with live.label(BASE if name in linear and module is not head else DENSE):
+            made = empty(name, parameter)
+        setattr(module, leaf, nn.Parameter(made, requires_grad=False))
+    for target, origin in tied.items():
+        module, leaf = model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]
+        setattr(module, leaf, model.get_parameter(origin))
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and not isinstance(module, FrozenLinear):
+                with live.label(DENSE):
+                    module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def shortened(
+    config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str, kept: list[int] | None
+) -> PreTrainedModel:
+    """`empty_model` with only the blocks in `kept`; None keeps all."""
+    model = empty_model(config, source, dtype, attention)
+    found = block_list(model)
+    if kept is not None and found is not None:
+        keep_blocks_(model, found[0], kept)
+    return model
+
+
+def set_unmasked_(model: PreTrainedModel) -> None:
+    """Let sdpa run without a mask. transformers leaves it out if nothing is padded, which fake tensors cannot show.
+
+    A sliding window that is shorter than the text keeps its mask. Other attention implementations are not changed.
+    """
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+        AttentionMaskInterface.register(_UNMASKED, _mask_of_window)
+        model.set_attn_implementation(_UNMASKED)
+
+
+def _mask_of_window(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    if local_size is None or kwargs["kv_length"] < local_size:
+        return None
+    mask: Tensor | None = sdpa_mask(*args, local_size=local_size, **kwargs)
+    return mask
+
+
+def ranks_of_adapter(
+    layout: AdapterLayout, model: PreTrainedModel, blocks: str | None, kept: Sequence[int] | None
+) -> dict[str, int]:
+    """Path of a layer in a shortened model -> rank of its adapter in the whole model; only layers that have one.
+
+    Args:
+        layout: Of an existing adapter.
+        model: The model with only the blocks in `kept`.
+        blocks: Path of its list of blocks.
+        kept: Numbers of these blocks in the whole model; None for all.
+    """
+    head = model.get_output_embeddings()
+    ranks = {}
+    for name, module in model.named_modules():
+        original = name
+        if blocks is not None and kept is not None and name.startswith(f"{blocks}."):
+            index, dot, rest = name.removeprefix(f"{blocks}.").partition(".")
+            original = f"{blocks}.{kept[int(index)]}{dot}{rest}"
+        is_linear = isinstance(module, nn.Linear | FrozenLinear)
+        if is_linear and layout.selects(original, is_linear=True, is_head=module is head):
+            ranks[name] = layout.rank_of(original)
+    return ranks
+
 
 class StepRecorder:
     """Runs steps of a model and notes the peak of each part, by component.
 
     Args:
-        model: On fake tensors, its adapters in place.
+        model: A model on fake tensors, with its adapters.
         blocks: Its decoder blocks.
-        live: Active, as is the FakeTensorMode around it and `planned_on`.
-        checkpointing: Whether the blocks' inputs are all that is kept of them.
+        live: The active counter, inside an active FakeTensorMode and `planned_on`.
+        checkpointing: Whether only the inputs of the blocks are kept for the backward pass.
     """
 
     def __init__(self, model: Any, blocks: Sequence[nn.Module], live: LiveBytes, *, checkpointing: bool) -> None:
@@ -54,12 +200,12 @@ class StepRecorder:
             block.register_forward_pre_hook(self._entering(index), with_kwargs=True)
 
     def record(self, optimizer: AdapterOptimizer, shape: MicroBatchShape, chunk: int | None) -> None:
-        """The moments of a later step, when states, gradients of an earlier micro-batch and norms are there.
+        """Record a later step: optimizer states, gradients of an earlier micro-batch and norms already exist.
 
         Args:
             optimizer: Over the model's trainable parameters.
             shape: The micro-batch.
-            chunk: As `memory.loss_chunk`; None for auto.
+            chunk: `memory.loss_chunk`; None for auto.
         """
         layers = adapted_layers(self.model).values()
         with self.live.label(ADAPTERS):
@@ -78,7 +224,7 @@ class StepRecorder:
             pass
 
     def _make_gradients(self) -> None:
-        """As an earlier micro-batch leaves them."""
+        """Gradients, as an earlier micro-batch leaves them."""
         for parameter in self.parameters.values():
             parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype or parameter.dtype)
             self.live.register(parameter.grad, GRADIENTS)
@@ -112,10 +258,11 @@ class StepRecorder:
         self.live.reset_peak()
 
     def _entering(self, index: int) -> Any:
-        """A hook that notes a block's input, and the moments that end with it: before it, and its backward pass."""
+        """A hook at the start of a block: it registers the input and ends the moment before the block. The input's own
+        hook ends the block's backward pass."""
 
         def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._recording:  # the recomputation of a checkpoint
+            if not self._recording:  # a checkpoint is being recomputed
                 return
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
             self.live.register(hidden, self._kept_as)
@@ -132,7 +279,7 @@ class StepRecorder:
 
 
 def fake_batch(shape: MicroBatchShape) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """What a model is given of a micro-batch, and rows, columns and targets of its labelled positions."""
+    """The model's inputs for a micro-batch, and rows, columns and targets of its labelled positions."""
     ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
     inputs = {"input_ids": ids}
     if shape.packed:
@@ -146,14 +293,14 @@ def fake_batch(shape: MicroBatchShape) -> tuple[dict[str, Tensor], Tensor, Tenso
 def update_bytes(
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: OptimizerName, live: LiveBytes
 ) -> int:
-    """What an update needs at its peak beside parameters, gradients and states.
+    """Peak bytes of an update beside parameters, gradients and states.
 
     Args:
         shapes: Path -> shape and dtype of every trainable parameter of the whole model.
-        name: Of the optimizer.
-        live: Active, within a FakeTensorMode.
+        name: Name of the optimizer.
+        live: The active counter, within a FakeTensorMode.
     """
-    # Groups are updated one after the other, so the largest ones say it: of matrices, and of vectors.
+    # Groups are updated one after the other, so the largest group of matrices and the largest of vectors suffice.
     sizes = {path: torch.Size(shape).numel() for path, (shape, _) in shapes.items()}
     largest: dict[bool, list[str]] = {}
     for keys, is_matrix in groups_of({path: shape for path, (shape, _) in shapes.items()}):
@@ -164,7 +311,7 @@ def update_bytes(
     optimizer = AdapterOptimizer(parameters, name=name)
     for parameter in parameters.values():
         parameter.grad = torch.empty(parameter.shape, dtype=torch.float32)
-    optimizer.step(1e-4)  # makes the states
+    optimizer.step(1e-4)  # creates the states
     live.reset_peak()
     optimizer.scale_gradients_(optimizer.gradient_norm())
     optimizer.step(1e-4)
@@ -172,11 +319,6 @@ def update_bytes(
 
 
 def pageable_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: OptimizerName) -> int:
-    """What of the optimizer's states a driver can move to the host: those of large matrices."""
+    """Bytes of optimizer states that the driver can move to the host: those of large matrices."""
     sizes = [torch.Size(shape).numel() for shape, _ in shapes.values() if len(shape) >= 2]
     return sum(size for size in sizes if size >= _PAGED_ELEMENTS) * _PAGED_STATE_BYTES.get(name, 0)
-
-
-# bitsandbytes pages only states of at least so many elements, and not the scales of 8-bit ones.
-_PAGED_ELEMENTS = 100_000
-_PAGED_STATE_BYTES = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}

@@ -1,7 +1,7 @@
-"""Counts the bytes of live tensors, operation by operation: on fake tensors, what a run would need without running it.
+"""A counter of the bytes of live tensors. On fake tensors it tells what a run would need, without running it.
 
-torch's own MemTracker refuses any parameter that is frozen. This one knows tensors only by their storages, so whoever
-keeps one alive (a module, autograd's saved tensors, an optimizer, a closure) is seen alike.
+torch's own MemTracker does not accept frozen parameters. This counter knows tensors only by their storages, so it does
+not matter who keeps one alive: a module, autograd's saved tensors, an optimizer or a closure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass
 class _CountedStorage:
-    """A live storage. The reference is held for its callback, which takes the bytes off again."""
+    """A live storage. The weak reference is kept for its callback, which subtracts the bytes."""
 
     reference: weakref.ref[UntypedStorage]
     num_bytes: int
@@ -28,7 +28,7 @@ class _CountedStorage:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, bytes of the storages that operations made and that are still alive, and their peak.
+    """While active, counts the live bytes of storages that operations created, and their peak.
 
         with FakeTensorMode(), LiveBytes() as live:
             with live.label("base"):
@@ -37,19 +37,19 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ...
         live.peak_bytes, live.peak_by_label
 
-    Enter it inside a FakeTensorMode, not around one. A storage is counted once, whatever views of it there are, from
-    the operation that makes it until its last owner lets go of it; operations that custom autograd functions and the
-    autograd engine run are among them. Real and fake tensors count alike, tensors on the meta device not at all.
+    Enter it inside a FakeTensorMode, not around one. A storage is counted once, however many views it has, from the
+    operation that creates it until its last owner releases it. Operations of custom autograd functions and of the
+    autograd engine are included. Real and fake tensors count alike; tensors on the meta device do not count.
 
-    Not seen: tensors from before, unless they are registered; sparse ones; what a kernel allocates and frees within one
-    operation (its workspace); the rounding up and fragmentation of an allocator; a storage resized behind torch's
-    operations, until it is written again or `live_bytes` is read. While any such mode is active, autograd sums two
-    gradients of one tensor into a third, where it would else add in place: up to one such tensor more than without.
+    Not counted: earlier tensors, unless they are registered; sparse tensors; what a kernel allocates and frees within
+    one operation (its workspace); rounding and fragmentation of an allocator; a storage resized without a torch
+    operation, until it is written again or `live_bytes` is read. While any such mode is active, autograd adds two
+    gradients of one tensor into a third instead of in place, which takes up to one such tensor more.
 
     Args:
-        label: Of what is made outside `label` blocks.
+        label: Label of tensors that are created outside `label` blocks.
     Attributes:
-        peak_bytes: Most bytes alive after any operation since the start or `reset_peak`.
+        peak_bytes: The most bytes alive after any operation since the start or `reset_peak`.
         peak_by_label: Label -> bytes alive at that moment.
     """
 
@@ -70,13 +70,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def live_by_label(self) -> dict[str, int]:
-        """Label -> bytes alive now, without those that have none."""
+        """Label -> bytes alive now, if there are any."""
         self._refresh()
         return {label: num_bytes for label, num_bytes in self._by_label.items() if num_bytes}
 
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
-        """What is made within the block is counted under `name`; the innermost block decides."""
+        """Count tensors created within the block under `name`; the innermost block decides."""
         outer, self._label = self._label, name
         try:
             yield
@@ -84,12 +84,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._label = outer
 
     def register(self, what: nn.Module | Tensor | Iterable[Tensor], label: str) -> None:
-        """Count tensors that are there already, or count known ones under another label from now on.
+        """Count tensors that already exist, or give known ones another label.
 
         Args:
-            what: Tensors, or a module: its parameters, their gradients, and its buffers. What a module keeps in other
-                attributes (bitsandbytes' quant_state) has to be given by itself.
-            label: Where their bytes are counted.
+            what: Tensors, or a module: its parameters, their gradients, and its buffers. Tensors in other attributes
+                of a module (bitsandbytes' quant_state) must be registered separately.
+            label: The label that their bytes count under.
         """
         if isinstance(what, nn.Module):
             parameters = list(what.parameters())
@@ -109,7 +109,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note_peak()
 
     def reset_peak(self) -> None:
-        """Let the peak start anew from what is alive now."""
+        """Restart the peak at what is alive now."""
         self._refresh()
         self.peak_bytes, self.peak_by_label = 0, {}
         self._note_peak()
@@ -117,7 +117,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation, then count what it made."""
+        """Run the operation, then count the storages that it created."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given: set[int] | None = None
@@ -131,7 +131,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if given is None:
                 found = (_storage(each) for each in _tensors((args, kwargs)))
                 given = {id(each) for each in found if each is not None}
-            # A view of, or a write into, a tensor from before is no new memory.
+            # A view of an earlier tensor, or a write into it, is no new memory
             if id(storage) not in given:
                 self._count(storage, self._label)
         self._note_peak()
@@ -169,8 +169,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storage(tensor: Tensor) -> UntypedStorage | None:
-    """The memory behind a tensor; None for one on the meta device, and for a sparse one, which has several."""
-    # A fake tensor says which device it stands for; its storage is always on meta.
+    """The memory behind a tensor; None on the meta device, and for a sparse tensor, which has several storages."""
+    # A fake tensor has the device that it stands for; only its storage is on meta
     if tensor.device.type == "meta" or tensor.layout != torch.strided:
         return None
     return tensor.untyped_storage()

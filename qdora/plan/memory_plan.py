@@ -1,6 +1,7 @@
-"""The memory plan of a recipe: from the config of its model, without weights and without a GPU.
+"""The memory plan of a recipe, from the config of its model: no weights are loaded and no GPU is needed.
 
-The budget of a run, before anything of its model is loaded: refused over it, or changed to keep to it.
+`plan` predicts what a run needs and proposes changes if that is over the budget; `within_budget` refuses or changes a
+run before anything is loaded. A plan runs one step of the model on fake tensors (`fake_step`) and counts live bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +20,45 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qdora.data.build_data import micro_batch_tokens
-from qdora.data.loader import StepLoader
 from qdora.errors import UserError
 from qdora.files.environment import available_memory_bytes, cpu_has_bfloat16
 from qdora.memory.host_residency import check_host_embedding, obstacle
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import DTYPES, Compute, put_adapters, recompute_activations
-from qdora.model.decoder_blocks import block_list
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
-from qdora.model.load import Quantization, load_config
+from qdora.model.load import Quantization, block_list, load_config
+from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource, resolve
 from qdora.ops.planned_device import planned_on
-from qdora.plan.block_pattern import BlockPattern, drawn_out, find_pattern, signature
-from qdora.plan.fake_model import empty_model, fill_, ranks_of_adapter, set_unmasked_, shortened
-from qdora.plan.fake_step import StepRecorder, pageable_bytes, update_bytes
+from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, signature
+from qdora.plan.changes_to_fit import with_changes
+from qdora.plan.device_rates import known_rates
+from qdora.plan.fake_step import (
+    StepRecorder,
+    empty_model,
+    fill_,
+    pageable_bytes,
+    ranks_of_adapter,
+    set_unmasked_,
+    shortened,
+    update_bytes,
+)
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.peak import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan, over_budget
-from qdora.plan.proposals import with_changes
-from qdora.plan.step_time import (
+from qdora.plan.off_device_bytes import (
     StreamedBlocks,
-    Work,
-    known_rates,
-    step_seconds,
     streamed_blocks,
     with_offloaded,
     with_streamed,
     without_embedding,
 )
+from qdora.plan.plan_contents import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan, over_budget
+from qdora.plan.step_time import Work, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
 from qdora.train.optimizer import AdapterOptimizer
+
+logger = logging.getLogger("qdora")
 
 _Shape = tuple[tuple[int, ...], torch.dtype]
 _Shapes = dict[str, _Shape]
@@ -63,17 +72,17 @@ def plan(
     device_kind: DeviceKind = "cuda",
     workload: Workload = assumed_workload,
 ) -> Plan:
-    """What a run needs, by component, and if that is more than the budget, what to change.
+    """What a run needs, by component, and what to change if that is over the budget.
 
     Args:
         recipe: The run.
-        budget: Bytes, or a size such as "40GiB"; None: the recipe's own `memory.budget`, if that is a size.
-        config: Of the model; read from `model.source` (on the Hub its config.json alone) if left out.
-        device_kind: Where it is to run; this machine need not have it.
-        workload: The micro-batches of a recipe, of which the one that needs the most counts. Left out: rows of
-            data.max_length, every token labelled.
+        budget: Bytes, or a size such as "40GiB" (default: the recipe's `memory.budget`, unless that is auto).
+        config: Config of the model (default: read from `model.source`; from the Hub only config.json).
+        device_kind: Device of the run; this machine need not have it.
+        workload: The micro-batches of a recipe; the one that needs the most memory counts (default: rows of
+            data.max_length with every token labelled).
     Raises:
-        UserError: A model or settings that a run would refuse, too.
+        UserError: The model or a setting is one that a run would refuse, too.
     """
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
@@ -88,28 +97,77 @@ def planned(
     device_kind: DeviceKind,
     workload: Workload,
 ) -> tuple[Recipe, Plan]:
-    """`plan`, and the recipe with the changes that leave its numbers alone, as far as they were needed to fit."""
+    """The recipe with the neutral changes that it needs to fit, and its `plan`."""
     source = local_source(recipe.model.source)
     if config is None:
         named = recipe.model
         source = resolve(named.source, named.revision, trust_remote_code=named.trust_remote_code, weights=False)
         config = load_config(source)
-    given = config
     if recipe.memory.host_embeddings and device_kind == "cuda":
         with _quiet():
             check_host_embedding(empty_model(config, source, torch.bfloat16, recipe.model.attention))
 
-    def plan_of(changed: Recipe) -> Plan:
+    def step_plans(changed: Recipe) -> list[_StepPlan]:
         shapes, count = workload(changed)
-        plans = [_Measurement(changed, given, source, device_kind, shape, count).plan() for shape in shapes]
+        common = partial(_StepPlan, changed, config, source, device_kind=device_kind, num_micro_batches=count)
+        return [common(shape=shape) for shape in shapes]
+
+    def plan_of(changed: Recipe) -> Plan:
+        plans = [each.plan() for each in step_plans(changed)]
         return replace(max(plans, key=lambda each: each.peak_bytes), budget_bytes=budget)
 
     def seconds_of(changed: Recipe) -> float:
-        shapes, count = workload(changed)
-        return _Measurement(changed, given, source, device_kind, shapes[0], count).seconds(first.num_trainable)
+        return step_plans(changed)[0].seconds(first.num_trainable)
 
     first = plan_of(recipe)
     return (recipe, first) if first.fits is not False else with_changes(recipe, first, plan_of, seconds_of)
+
+
+def within_budget(
+    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False
+) -> tuple[Recipe, Plan | None]:
+    """Check a run against `memory.budget`.
+
+    Args:
+        recipe: The run.
+        compute: Device of the run.
+        workload: Its micro-batches.
+        force: Only warn if the plan is over the budget.
+    Returns:
+        The recipe, and its plan (None without a budget). With budget auto the recipe has the neutral changes that it
+        needs to fit.
+    Raises:
+        UserError: The plan is over the budget; the message says what to change.
+    """
+    asked = recipe.memory.budget
+    if asked is None:
+        return recipe, None
+    budget = free_bytes(compute.device) if asked == "auto" else parse_size(asked)
+    changed, plan = planned(recipe, budget, None, "cuda" if compute.device.type == "cuda" else "cpu", workload)
+    if plan.fits:
+        return recipe, plan
+    if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):
+        for change in plan.changes:
+            logger.info("memory.budget auto: %s.", change.setting)
+        return changed, plan
+    if not force:
+        raise UserError(over_budget(plan))
+    logger.warning("%s", over_budget(plan))
+    return recipe, plan
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free bytes of a device.
+
+    Raises:
+        UserError: The system does not say what is free.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = available_memory_bytes()
+    if available is None:
+        raise UserError("memory.budget: must be a size, since this system does not say what is free, got 'auto'.")
+    return available
 
 
 def measured(
@@ -121,33 +179,39 @@ def measured(
     device_kind: DeviceKind,
     whole: bool = False,
 ) -> Plan:
-    """The plan of one shape of micro-batch; `whole`: all blocks are run, where else equal ones are drawn out."""
+    """The plan for one shape of micro-batch. `whole` measures all blocks instead of extrapolating over equal ones."""
     source = local_source(recipe.model.source)
-    return _Measurement(recipe, config, source, device_kind, shape, num_micro_batches).plan(whole=whole)
+    step = _StepPlan(recipe, config, source, device_kind=device_kind, shape=shape, num_micro_batches=num_micro_batches)
+    return step.plan(whole=whole)
 
 
-class _Measurement:
-    def __init__(
-        self,
-        recipe: Recipe,
-        config: PreTrainedConfig,
-        source: ModelSource,
-        device_kind: DeviceKind,
-        shape: MicroBatchShape,
-        num_micro_batches: int,
-    ) -> None:
-        self.recipe, self.config, self.source = recipe, config, source
-        self.device_kind: DeviceKind = device_kind
-        self.shape, self.num_micro_batches = shape, num_micro_batches
-        asked = recipe.model.dtype
+@dataclass
+class _StepPlan:
+    """Plans a step of a recipe for one shape of micro-batch."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    source: ModelSource
+    device_kind: DeviceKind
+    shape: MicroBatchShape
+    num_micro_batches: int
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        asked = self.recipe.model.dtype
         if asked == "auto":
-            asked = "bfloat16" if device_kind == "cuda" or cpu_has_bfloat16() else "float32"
-        self.dtype = DTYPES[asked]
-        before = recipe.adapter.resume_from
-        self.adapter = None if before is None else describe_adapter(Path(before)).layout
+            asked = "bfloat16" if self.device_kind == "cuda" or cpu_has_bfloat16() else "float32"
+        return DTYPES[asked]
+
+    @cached_property
+    def adapter(self) -> AdapterLayout | None:
+        """Layout of the adapter that the run resumes from."""
+        before = self.recipe.adapter.resume_from
+        return None if before is None else describe_adapter(Path(before)).layout
 
     def plan(self, *, whole: bool = False) -> Plan:
-        """Of the model; `whole` measures all of its blocks, and draws out no shortened one."""
+        """The plan; `whole` measures all blocks."""
         with _quiet():
             skeleton = empty_model(self.config, self.source, self.dtype, self.recipe.model.attention)
         found = block_list(skeleton)
@@ -171,7 +235,7 @@ class _Measurement:
             else:
                 short, few = self._moments(pattern.kept(4))
                 longer, _ = self._moments(pattern.kept(5))
-                moments = drawn_out(short, longer, pattern)
+                moments = extrapolated(short, longer, pattern)
                 shapes = _repeated(few, found[0], pattern)
             workspace = 0
             if shapes:
@@ -211,14 +275,14 @@ class _Measurement:
         return streamed_blocks(skeleton, self._wanted, base.residency, base.streamed_blocks)
 
     def _embedding_bytes(self, skeleton: PreTrainedModel) -> int:
-        """Of an embedding that is not on the device."""
+        """Bytes of an input embedding on the host; 0 if it is on the device."""
         wanted = self.recipe.memory.host_embeddings and self.device_kind == "cuda"
         if not wanted or obstacle(skeleton) is not None:
             return 0
         return int(skeleton.get_input_embeddings().weight.numel()) * self.dtype.itemsize
 
     def _block_bytes(self, skeleton: PreTrainedModel) -> int:
-        """Of the largest block that could come and go; of a pruned base none can."""
+        """Bytes of the largest block that could be streamed; blocks of a pruned base cannot."""
         base = self.recipe.base
         if base.quant == "none" or base.prune is not None or block_list(skeleton) is None:
             return 0
@@ -230,7 +294,7 @@ class _Measurement:
         return Quantization(base.quant, base.block_size, base.double_quant, base.skip)
 
     def seconds(self, num_trainable: int) -> float:
-        """Predicted time of a step with so many trainable parameters."""
+        """Predicted time of a step with this many trainable parameters."""
         with _quiet():
             skeleton: Any = empty_model(self.config, self.source, self.dtype, self.recipe.model.attention)
         found, streamed = block_list(skeleton), self._streamed(skeleton)
@@ -255,7 +319,7 @@ class _Measurement:
         return step_seconds(work, self.shape, self.num_micro_batches, known_rates(self.device_kind))
 
     def _moments(self, kept: list[int] | None) -> tuple[list[Moment], _Shapes]:
-        """Of a step of the model with these blocks, and the shapes of its trainable parameters."""
+        """Moments of a step of the model with the blocks `kept`, and the shapes of its trainable parameters."""
         recipe = self.recipe
         gc.collect()
         model = shortened(self.config, self.source, self.dtype, recipe.model.attention, kept)
@@ -289,7 +353,7 @@ class _Measurement:
         return recorder.moments, shapes
 
     def _put_adapters(self, model: Any, kept: list[int] | None) -> None:
-        """As a run does, without reading the values of an adapter that it goes on from."""
+        """Put adapters in as a run does, but do not read the values of the adapter that it resumes from."""
         if self.adapter is None:
             put_adapters(model, self.recipe)
             return
@@ -312,7 +376,7 @@ def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:
 
 
 def _repeated(shapes: _Shapes, path: str, pattern: BlockPattern) -> _Shapes:
-    """Parameters of the whole model, in its order, from those of one with 4 repetitions."""
+    """Parameters of the whole model, in its order, from those of a model with 4 repetitions."""
     before: list[tuple[str, _Shape]] = []
     repeated: list[tuple[str, _Shape]] = []
     after: list[tuple[str, _Shape]] = []
@@ -338,72 +402,17 @@ def _attention_kind(model: nn.Module, index: int) -> object:
     return kinds[index] if kinds and index < len(kinds) else None
 
 
+def local_source(name: str = "config") -> ModelSource:
+    """A source for a model whose config is known."""
+    return ModelSource("directory", Path(name), name)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what a load says: a plan loads a shortened model several times."""
-    logger = logging.getLogger("qdora")
+    """Silence the messages of loading: a plan loads a shortened model several times."""
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
-
-
-def local_source(name: str = "config") -> ModelSource:
-    """Of a config that was made in code."""
-    return ModelSource("directory", Path(name), name)
-
-
-logger = logging.getLogger("qdora")
-
-
-def within_budget(
-    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False
-) -> tuple[Recipe, Plan | None]:
-    """The recipe as it may be run, and its plan; both as they were and None without a budget.
-
-    Args:
-        recipe: The run.
-        compute: Where it is to run.
-        workload: Its micro-batches.
-        force: Only warn where the plan is over the budget.
-    Returns:
-        With budget auto, the recipe with the changes that it needs to fit.
-    Raises:
-        UserError: Over the budget; what to change is said.
-    """
-    asked = recipe.memory.budget
-    if asked is None:
-        return recipe, None
-    budget = free_bytes(compute.device) if asked == "auto" else parse_size(asked)
-    changed, plan = planned(recipe, budget, None, "cuda" if compute.device.type == "cuda" else "cpu", workload)
-    if plan.fits:
-        return recipe, plan
-    if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):
-        for change in plan.changes:
-            logger.info("memory.budget auto: %s.", change.setting)
-        return changed, plan
-    if not force:
-        raise UserError(over_budget(plan))
-    logger.warning("%s", over_budget(plan))
-    return recipe, plan
-
-
-def free_bytes(device: torch.device) -> int:
-    """What a new process can take on a device.
-
-    Raises:
-        UserError: Where the system does not say.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = available_memory_bytes()
-    if available is None:
-        raise UserError("memory.budget: 'auto', but this system does not say what is free, allowed: a size.")
-    return available
-
-
-def apply_micro_batch_(loader: StepLoader, recipe: Recipe) -> None:
-    """Let a loader cut micro-batches of the recipe's size; its steps stay what they are."""
-    loader.micro_batch_tokens = micro_batch_tokens(recipe)

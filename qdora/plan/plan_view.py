@@ -1,11 +1,7 @@
-"""A memory plan on the terminal and as a figure: a bar for each component, the budget, and what to change.
-
-qdora plan: what a run will need and what it will see of its data, without loading the model.
-"""
+"""`qdora plan`, and a memory plan for people: as a table with a bar for each component, and as a figure."""
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 from dataclasses import replace
@@ -18,12 +14,12 @@ from rich.table import Table
 from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.data.mix_plan import MixPlan, large_step_warning, plan_mix, show_mix
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_write_text
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
+from qdora.files.svg_figure import svg_file
 from qdora.model.build_model import find_model
 from qdora.plan.memory_plan import plan
-from qdora.plan.peak import CONTEXT, GIB, SLACK, DeviceKind, Plan
+from qdora.plan.plan_contents import CONTEXT, GIB, SLACK, DeviceKind, Plan
 from qdora.plan.workload import Workload, assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files
@@ -35,100 +31,6 @@ _BAR = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def show_plan(console: Console, plan: Plan) -> None:
-    """The table of components, then where the peak is, whether it fits, what was assumed, what to change."""
-    table = Table(title=f"memory on {plan.device_kind} at the peak: {plan.peak.name}", title_justify="left")
-    table.add_column("component")
-    table.add_column("size", justify="right")
-    table.add_column("of the peak", justify="left", no_wrap=True)
-    largest = max(plan.components.values(), default=1)
-    for name, num_bytes in plan.components.items():
-        table.add_row(name, size_text(num_bytes), bar_text(num_bytes / largest))
-    table.add_section()
-    table.add_row("in all", size_text(plan.peak_bytes), _verdict(plan))
-    console.print(table)
-    for line in plan_lines(plan):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def plan_lines(plan: Plan) -> list[str]:
-    """What the table does not say, a sentence each."""
-    shape = plan.shape
-    lines = [
-        f"Micro-batch: {shape.rows} x {shape.length} tokens{', packed' if shape.packed else ''}, {shape.num_labels:,} "
-        f"labelled; {plan.num_micro_batches} a step. {plan.num_blocks} blocks, {plan.num_weights:,} weights, "
-        f"{plan.num_trainable:,} trainable."
-    ]
-    if plan.step_seconds is not None:
-        lines.append(f"About {plan.step_seconds:.2g} s a step by the rates of {plan.rates['name']}.")
-    if plan.pageable_bytes:
-        lines.append(
-            f"Of the optimizer's states {size_text(plan.pageable_bytes)} can move to the host between updates."
-        )
-    if plan.host_bytes:
-        lines.append(f"In pinned host memory: {size_text(plan.host_bytes)}.")
-    if plan.embedding_bytes:
-        lines.append(f"In the host's memory, not pinned: the embedding, {size_text(plan.embedding_bytes)}.")
-    lines += [f"Assumed: {text}" for text in plan.assumptions]
-    if plan.fits is False:
-        lines.append("To fit, cheapest first:" if plan.changes else "Nothing that is known here makes it smaller.")
-        for change in plan.changes:
-            neutral = "" if change.neutral else "; changes what is trained"
-            lines.append(f"  -s {change.setting}: {size_text(change.peak_bytes)}, {change.step_seconds:.2g} s{neutral}")
-        if plan.changes and plan.changes[-1].peak_bytes > (plan.budget_bytes or 0):
-            lines.append("  and even then it does not fit.")
-    return lines
-
-
-def bar_text(share: float) -> str:
-    """A bar of up to 40 characters."""
-    eighths = round(share * _BAR * 8)
-    whole, rest = divmod(eighths, 8)
-    return "█" * whole + (_EIGHTHS[rest] if rest else "")
-
-
-def _verdict(plan: Plan) -> str:
-    if plan.budget_bytes is None:
-        return ""
-    left = plan.budget_bytes - plan.peak_bytes
-    said = f"{size_text(left)} left" if left >= 0 else f"{size_text(-left)} too much"
-    return f"{'fits' if plan.fits else 'does not fit'} in {size_text(plan.budget_bytes)}: {said}"
-
-
-def draw_plan(plan: Plan, path: Path) -> None:
-    """The same as an SVG: a row a component, stacked from left to right as they add up to the peak."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.hashsalt": "qdora"}):  # the same plan draws the same bytes
-        found = plan.components
-        figure = Figure(figsize=(8, 0.6 + 0.34 * (len(found) + 1)), layout="constrained")
-        axes = figure.add_subplot()
-        start = 0.0
-        for row, (name, num_bytes) in enumerate(found.items()):
-            size = num_bytes / GIB
-            axes.barh(row, size, left=start, color="0.6" if name in (CONTEXT, SLACK) else "C0")
-            axes.text(start + size, row, f" {size_text(num_bytes)}", va="center", fontsize=8)
-            start += size
-        axes.set_yticks(range(len(found)), list(found))
-        if plan.budget_bytes is not None:
-            axes.axvline(plan.budget_bytes / GIB, color="C3", linestyle="--", linewidth=1)
-        axes.set_xlim(0, 1.15 * max(start, (plan.budget_bytes or 0) / GIB))
-        axes.invert_yaxis()
-        axes.set_xlabel("GiB")
-        axes.set_title(f"{size_text(plan.peak_bytes)} at the peak: {plan.peak.name}", fontsize=10)
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, svg.getvalue())
-
-
-def keep_plan(run: RunDirectory, plan: Plan) -> None:
-    """The plan in the run directory: plan.json and figures/memory_plan.svg."""
-    run.write_json("plan.json", plan.to_dict())
-    draw_plan(plan, run.inside("figures") / "memory_plan.svg")
-
-
 def plan_run(
     recipe: Recipe,
     where: str,
@@ -138,22 +40,21 @@ def plan_run(
     figure: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Read and tokenise the data where it can be read, count what each step takes, and plan the memory of a step.
+    """Read and tokenise the data, count what the run takes from each source, and plan the memory of a step.
 
-    Of the model only the config and the tokenizer are loaded.
+    Only the config and the tokenizer of the model are loaded.
 
     Args:
         recipe: The run.
-        where: Its name in error lines.
-        budget: A size such as 40GiB; None: the recipe's own.
-        device_kind: Where the run is to be.
-        figure: An SVG to draw the plan to.
-        console: Where the tables are shown; standard error by default.
+        where: Name of the recipe in error lines.
+        budget: A size such as 40GiB (default: that of the recipe).
+        device_kind: Device of the run.
+        figure: SVG file to draw the plan to.
+        console: Where the tables are shown; default standard output.
     Returns:
-        JSON values: "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null where the data could not be
-        read.
+        JSON values: "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null if the data cannot be read.
     Raises:
-        UserError: What `train_run` refuses about the data or the model's config; a budget that is no size.
+        UserError: The budget is not a size, or `train_run` would refuse the data or the config of the model.
     """
     _, results = consoles(console)
     faults = missing_files(recipe, where)
@@ -177,30 +78,118 @@ def plan_run(
     return {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}
 
 
+def _workload(recipe: Recipe) -> tuple[MixPlan | None, Workload, list[str]]:
+    """The mix and the micro-batches of the data, and what is assumed if it cannot be read."""
+    full = "every micro-batch is full of rows of data.max_length with all tokens labelled"
+    try:
+        _, tokenizer = find_model(recipe, weights=False)
+        train, _ = read_data(recipe.data)
+    except UserError as error:
+        return None, assumed_workload, [f"{full}, because the data cannot be read: {error.faults[0]}"]
+    mix = tokenized_mix(recipe, tokenizer, train)
+    loader = make_loader(recipe, mix, tokenizer)
+    found = plan_mix(mix, loader, num_steps_of(recipe, loader))
+    return (
+        found,
+        workload_of_data(recipe, mix, tokenizer),
+        [f"{full}, because the data is streamed"] if loader.streams else [],
+    )
+
+
 def _after_gates(recipe: Recipe, device_kind: DeviceKind, workload: Workload) -> list[str]:
-    """What a run with gates needs after the last removal: the plan itself is of all components."""
+    """For a run with gates: say that the plan has all components, and what the run needs after the last removal."""
     gates = recipe.adapter.gates
     if gates is None:
         return []
-    text = "all components, as before adapter.gates removes any"
+    text = "all components are there, as before adapter.gates removes any"
     if gates.mean_rank is None or recipe.adapter.resume_from is not None:
         return [text]
     rank = math.ceil(gates.mean_rank)
     changes = {"rank": rank, "rank_pattern": {}, "same_scaling": False, "gates": None}
     adapter = recipe.adapter.model_copy(update=changes)
     later = plan(recipe.model_copy(update={"adapter": adapter}), device_kind=device_kind, workload=workload)
-    return [f"{text}; with rank {rank} in all layers, as it may be at the end, {size_text(later.peak_bytes)}"]
+    return [f"{text}; with rank {rank} in all layers, as may be at the end, the peak is {size_text(later.peak_bytes)}"]
 
 
-def _workload(recipe: Recipe) -> tuple[MixPlan | None, Workload, list[str]]:
-    """The mix and the micro-batches of the data; where it cannot be read, what is assumed."""
-    full = "every micro-batch is full of rows of data.max_length, all of their tokens labelled"
-    try:
-        _, tokenizer = find_model(recipe, weights=False)
-        train, _ = read_data(recipe.data)
-    except UserError as error:
-        return None, assumed_workload, [f"{full}, since the data cannot be read: {error.faults[0]}"]
-    mix = tokenized_mix(recipe, tokenizer, train)
-    loader = make_loader(recipe, mix, tokenizer)
-    found = plan_mix(mix, loader, num_steps_of(recipe, loader))
-    return found, workload_of_data(recipe, mix, tokenizer), [f"{full}: the data is streamed"] if loader.streams else []
+def show_plan(console: Console, plan: Plan) -> None:
+    """Print the table of components and whether they fit, then the sentences of `plan_lines`."""
+    table = Table(title=f"memory on {plan.device_kind} at the peak: {plan.peak.name}", title_justify="left")
+    table.add_column("component")
+    table.add_column("size", justify="right")
+    table.add_column("of the peak", justify="left", no_wrap=True)
+    largest = max(plan.components.values(), default=1)
+    for name, num_bytes in plan.components.items():
+        table.add_row(name, size_text(num_bytes), bar_text(num_bytes / largest))
+    table.add_section()
+    table.add_row("total", size_text(plan.peak_bytes), _verdict(plan))
+    console.print(table)
+    for line in plan_lines(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Micro-batch, time, host memory, assumptions and what to change, one sentence each."""
+    shape = plan.shape
+    lines = [
+        f"Micro-batch: {shape.rows} x {shape.length} tokens{', packed' if shape.packed else ''}, {shape.num_labels:,} "
+        f"labelled; {plan.num_micro_batches} in a step. {plan.num_blocks} blocks, {plan.num_weights:,} weights, "
+        f"{plan.num_trainable:,} trainable."
+    ]
+    if plan.step_seconds is not None:
+        lines.append(f"Predicted time: {plan.step_seconds:.2g} s per step at the rates of {plan.rates['name']}.")
+    if plan.pageable_bytes:
+        lines.append(f"Between updates {size_text(plan.pageable_bytes)} of optimizer states can move to the host.")
+    if plan.host_bytes:
+        lines.append(f"Pinned host memory: {size_text(plan.host_bytes)}.")
+    if plan.embedding_bytes:
+        lines.append(f"Host memory that is not pinned: {size_text(plan.embedding_bytes)} for the embedding.")
+    lines += [f"Assumed: {text}" for text in plan.assumptions]
+    if plan.fits is False:
+        lines.append("To fit, change (cheapest first):" if plan.changes else "No known change makes it smaller.")
+        for change in plan.changes:
+            neutral = "" if change.neutral else "; changes what is trained"
+            lines.append(f"  -s {change.setting}: {size_text(change.peak_bytes)}, {change.step_seconds:.2g} s{neutral}")
+        if plan.changes and plan.changes[-1].peak_bytes > (plan.budget_bytes or 0):
+            lines.append("  Even with all of these it does not fit.")
+    return lines
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.budget_bytes is None:
+        return ""
+    left = plan.budget_bytes - plan.peak_bytes
+    said = f"{size_text(left)} left" if left >= 0 else f"{size_text(-left)} too much"
+    return f"{'fits' if plan.fits else 'does not fit'} in {size_text(plan.budget_bytes)}: {said}"
+
+
+def bar_text(share: float) -> str:
+    """A bar of up to 40 characters."""
+    eighths = round(share * _BAR * 8)
+    whole, rest = divmod(eighths, 8)
+    return "█" * whole + (_EIGHTHS[rest] if rest else "")
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Draw a plan as an SVG: one row a component, each bar starting where the one before ends, up to the peak."""
+    found = plan.components
+    with svg_file(path, 8, 0.6 + 0.34 * (len(found) + 1)) as figure:
+        axes = figure.add_subplot()
+        start = 0.0
+        for row, (name, num_bytes) in enumerate(found.items()):
+            size = num_bytes / GIB
+            axes.barh(row, size, left=start, color="0.6" if name in (CONTEXT, SLACK) else "C0")
+            axes.text(start + size, row, f" {size_text(num_bytes)}", va="center", fontsize=8)
+            start += size
+        axes.set_yticks(range(len(found)), list(found))
+        if plan.budget_bytes is not None:
+            axes.axvline(plan.budget_bytes / GIB, color="C3", linestyle="--", linewidth=1)
+        axes.set_xlim(0, 1.15 * max(start, (plan.budget_bytes or 0) / GIB))
+        axes.invert_yaxis()
+        axes.set_xlabel("GiB")
+        axes.set_title(f"{size_text(plan.peak_bytes)} at the peak: {plan.peak.name}", fontsize=10)
+
+
+def keep_plan(run: RunDirectory, plan: Plan) -> None:
+    """Write a plan into a run directory: plan.json and figures/memory_plan.svg."""
+    run.write_json("plan.json", plan.to_dict())
+    draw_plan(plan, run.inside("figures") / "memory_plan.svg")

@@ -1,4 +1,4 @@
-"""The micro-batches that a plan counts with: those of the data where it can be read, else full ones."""
+"""The micro-batches that a plan assumes: those of the data if it can be read, else full ones."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from qdora.data.batching import IGNORED, MicroBatch
 from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
-from qdora.plan.peak import MicroBatchShape
+from qdora.plan.plan_contents import MicroBatchShape
 from qdora.recipe.settings import Recipe
 
 _MOST_STEPS = 200
-"""Steps whose micro-batches are looked at."""
-
+"""Most steps whose micro-batches are examined."""
 
 Workload = Callable[[Recipe], tuple[list[MicroBatchShape], int]]
-"""A recipe -> its largest micro-batches, at least one, and how many a step has."""
+"""workload(recipe) -> its largest micro-batches (at least one), and the most that a step has."""
 
 
 def assumed_workload(recipe: Recipe) -> tuple[list[MicroBatchShape], int]:
-    """A micro-batch of rows as long as they may be, every token of them labelled; and how many of them a step has."""
+    """A micro-batch of rows of data.max_length with every token labelled, and the number of them in a step."""
     longest = recipe.data.max_length
     step_rows = recipe.train.batch or max(1, -(-(recipe.train.tokens_per_step or 1) // longest))
     rows = min(max(1, micro_batch_tokens(recipe) // longest), step_rows)
@@ -32,9 +31,9 @@ def assumed_workload(recipe: Recipe) -> tuple[list[MicroBatchShape], int]:
 
 
 def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
-    """The micro-batches that tokenised data makes of a recipe; full ones where it is streamed.
+    """The workload of tokenised data; full micro-batches if the data is streamed.
 
-    The mix belongs to `recipe.data`. For a recipe with other data (shorter examples) full ones are assumed, too.
+    `mix` belongs to `recipe.data`. For a recipe with other data settings, full micro-batches are assumed, too.
     """
 
     def workload(changed: Recipe) -> tuple[list[MicroBatchShape], int]:
@@ -47,11 +46,11 @@ def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
 
 
 def largest_shapes(loader: StepLoader, num_steps: int) -> tuple[list[MicroBatchShape], int]:
-    """The shapes of a run's first steps that no other one exceeds in every respect, and most micro-batches of a step.
+    """The largest shapes in a run's first steps (`not_exceeded`), and the most micro-batches of a step.
 
     Args:
-        loader: At its start; it is moved.
-        num_steps: Of the run.
+        loader: At its start; its position moves.
+        num_steps: Steps of the run.
     """
     found: set[MicroBatchShape] = set()
     most = 1
@@ -65,17 +64,17 @@ def largest_shapes(loader: StepLoader, num_steps: int) -> tuple[list[MicroBatchS
 
 
 def shape_of(batch: MicroBatch, *, accumulated: bool) -> MicroBatchShape:
-    """What of a micro-batch, not the first of its step or the first, its memory depends on."""
+    """The shape of a micro-batch; `accumulated` if it is not the first of its step."""
     rows, length = batch.input_ids.shape
     num_labels = int((batch.labels[:, 1:] != IGNORED).sum())
     packed = batch.packing is not None
     # An unpadded batch has a mask of ones, which transformers leaves out.
     masked = packed or not bool(batch.attention_mask.all())
-    return MicroBatchShape(rows, length, max(num_labels, 1), masked, packed, accumulated)
+    return MicroBatchShape(rows, length, max(num_labels, 1), masked, packed=packed, accumulated=accumulated)
 
 
 def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
-    """Those of which no other one has at least as many tokens, squared lengths, labels, masks and gradients."""
+    """The shapes that no other one equals or exceeds in all of tokens, squared lengths, labels, masks and gradients."""
 
     def sizes(shape: MicroBatchShape) -> tuple[int, ...]:
         return (

@@ -11,16 +11,17 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as '40GiB', '40 GB' or '512MiB'.
+    """Bytes of a size such as '40GiB', '40 GB' or '512MiB'; a number without a unit is bytes, upper case is optional.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: The text is not a size, or less than a byte.
     """
     match = _SIZE.fullmatch(text)
     unit = match[2].upper() if match else ""
-    if match is None or unit not in UNITS or not 0 < float(match[1]) < 1e18:
-        raise ValueError(f"not a size, got {text!r}, allowed: a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB.")
-    return round(float(match[1]) * UNITS[unit])
+    size = float(match[1]) * UNITS[unit] if match and unit in UNITS else 0.0
+    if not 0.5 < size < 1e30:
+        raise ValueError(f"must be a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 40GiB, got {text!r}.")
+    return round(size)
 
 
 def size_text(num_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""The `data` section of a recipe: which sources are mixed, how, and how an example becomes tokens."""
+"""The section `data` of a recipe: the sources, how they are mixed, and how an example becomes tokens."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e"
 """The eight tasks of the LoRA and DoRA papers' commonsense average."""
 
 DEMO_TASKS = ("demo/facts", "demo/odd", "demo/cause", "demo/howto", "demo/next")
-"""The sets that ship inside the package."""
+"""The demo tasks inside the package."""
 
 TASKS = (*COMMONSENSE_TASKS, *DEMO_TASKS)
 """All built-in tasks."""
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".md", ".gz", ".zst", ".csv")
-"""File endings that make a `source` a file and never a Hub id."""
+"""A `source` with one of these endings is a file, never a Hub id."""
 
 STREAMED_SUFFIXES = (".parquet", ".jsonl")
-"""File endings that can be read in parts."""
+"""Endings of files that can be read in parts."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
@@ -42,49 +42,49 @@ TaskName = Annotated[Text, AfterValidator(_task_name)]
 
 
 def is_path(source: str) -> bool:
-    """Whether a source is written as a path: /x, ./x, ../x, ~/x, with the ending of a file, or not as a Hub id."""
+    """Whether a source is a path: /x, ./x, ../x, ~/x, anything with the ending of a file, or no valid Hub id."""
     return source.startswith(("/", ".", "~")) or has_file_ending(source) or not _HUB_ID.fullmatch(source)
 
 
 def has_file_ending(source: str) -> bool:
-    """Whether a source names one file, by its ending (`DATA_SUFFIXES` or .gguf)."""
+    """Whether a source ends as a file does (`DATA_SUFFIXES` or .gguf)."""
     return source.lower().endswith((*DATA_SUFFIXES, ".gguf"))
 
 
 class SourceConfig(Section):
-    """One source of the mix: a built-in task, or the user's own data."""
+    """One source of the mix: a built-in task, or your own data."""
 
     task: TaskName | None = None
     """Built-in task: boolq, piqa, siqa, hellaswag, winogrande, arc_e, arc_c, obqa, or a demo/<family>."""
     source: Text | None = None
-    """Own data: a file, a directory of <split> files, or a Hub id."""
+    """Your own data: a file, a directory of <split> files, or a Hub id."""
     path: Text | None = None
-    """For `task`: a directory that holds <split>.parquet or <split>.jsonl. None: the task's pinned set on the Hub."""
+    """For a task: directory with <split>.parquet or <split>.jsonl (null: the task's pinned data set on the Hub)."""
     format: Literal["auto", "choices", "completion", "messages", "text", "commonsense170k"] = "auto"
-    """Layout of the rows of `source`. auto: from the names of the columns. For the eight commonsense tasks: auto
-    asks for the text of a choice; commonsense170k, as LLM-Adapters and the DoRA paper do, for its name."""
+    """Layout of the rows of source. auto: found from the names of the columns. For the eight commonsense tasks: auto
+    asks for the text of a choice; commonsense170k asks for its name, as LLM-Adapters and the DoRA paper do."""
     split: Text = "train"
     """Split to train on."""
     validation: Text | None = None
-    """Split, or file, to validate on. None: the validation split, or the end of the train split where there is none."""
+    """Split or file to validate on (null: the validation split; if there is none, the end of the train split)."""
     weight: Positive | None = None
-    """For data.strategy weights: share of this source in the examples that are seen, relative to the others."""
+    """Share of the examples that are drawn from this source, relative to the others; for data.strategy weights."""
     loss_weight: Positive | None = None
-    """What a token of this source counts in the loss, relative to those of others. None: 1."""
+    """Weight of a token of this source in the loss, relative to other sources (null: 1)."""
     limit: Whole | None = None
-    """Use at most so many training examples, drawn with data.seed. None: all."""
+    """Most training examples to use; they are drawn with data.seed (null: all)."""
     max_epochs: Positive | None = None
-    """Most passes over this source; then its share goes to the others, in their proportions. None: no end."""
+    """Most passes over this source. After that the other sources share its part of the mix (null: no limit)."""
     stream: Flag = False
-    """Read `source` while training, a part at a time: for data larger than memory. Parquet, JSON-lines, or the Hub."""
+    """Read source in parts during training, for data larger than memory. For Parquet, JSON lines and the Hub."""
     size: Whole | None = None
-    """Examples of a stream, for shares by size and max_epochs. None: as Parquet footers or the Hub say, if they do."""
+    """Number of examples in a stream, for shares by size and for max_epochs (null: from Parquet footers or the Hub)."""
     shuffle_window: Whole = 4096
-    """Rows of a stream that are shuffled together and kept in memory; its files come in another order each pass."""
+    """Rows of a stream that are kept in memory and shuffled together. Each pass also reads the files in a new order."""
     name: Text | None = None
-    """Name in metrics and tables. None: the task, or the last part of the source."""
+    """Name in metrics and tables (null: the task, or the last part of source)."""
     revision: Text | None = None
-    """Branch, tag or commit of a Hub data set. None: the pinned one of a task, the main branch of a source."""
+    """Branch, tag or commit of a Hub data set (null: the pinned commit of a task, the main branch of a source)."""
 
     @property
     def label(self) -> str:
@@ -94,20 +94,20 @@ class SourceConfig(Section):
     def unused(self) -> dict[str, str]:
         found = {}
         if self.stream:
-            found["limit"] = "a stream is not counted beforehand (max_epochs is the cap)"
+            found["limit"] = "the examples of a stream are not counted in advance (max_epochs limits it)"
         else:
             found |= dict.fromkeys(("size", "shuffle_window"), "the source is not streamed")
         if self.task is not None:
             found["stream"] = f"task {self.task} is read into memory"
             if self.task not in COMMONSENSE_TASKS or self.format not in ("auto", "commonsense170k"):
-                found["format"] = f"task {self.task} has a layout of its own"
+                found["format"] = f"task {self.task} has its own layout"
             if self.task.startswith("demo/"):
                 found["path"] = f"{self.task} ships inside the package"
                 found["revision"] = f"{self.task} ships inside the package"
             elif self.path is not None:
                 found["revision"] = "the data comes from path"
         elif self.source is not None:
-            found["path"] = "it belongs to task; the data comes from source"
+            found["path"] = "it is for a task, and the data comes from source"
             if is_path(self.source):
                 found["revision"] = "source is not on the Hub"
             if has_file_ending(self.source):
@@ -117,34 +117,37 @@ class SourceConfig(Section):
     def faults(self) -> Iterator[Fault]:
         if (self.task is None) == (self.source is None):
             got = "neither" if self.task is None else "both"
-            yield "", f"what to read, got {got} of task and source, allowed: exactly one of task, source."
+            yield "", f"exactly one of task and source must be set, got {got}."
         source = self.source or ""
         if self.stream and has_file_ending(source) and not source.lower().endswith(STREAMED_SUFFIXES):
-            yield "stream", f"{source} cannot be read in parts, got True, allowed: {', '.join(STREAMED_SUFFIXES)}."
+            endings = " or ".join(STREAMED_SUFFIXES)
+            yield "stream", f"a file that is read in parts must end in {endings}, got {source}."
 
 
 class DataConfig(Section):
     """The combined training data."""
 
     mix: tuple[SourceConfig, ...]
-    """The sources, trained on together; at least one."""
+    """The sources to train on together; at least one."""
     strategy: Literal["proportional", "equal", "temperature", "weights"] = "proportional"
-    """Share of each source: by its size, the same for each, by size^(1 / temperature), or by its `weight`."""
+    """Share of each source in the examples: proportional to its size, equal for all, size^(1 / temperature), or its
+    weight."""
     temperature: Positive | None = None
-    """For strategy temperature: 1 is proportional, large is equal. T5, arXiv 1910.10683, sec. 3.5.2."""
+    """For strategy temperature: 1 is proportional, large values approach equal. T5, arXiv 1910.10683, sec. 3.5.2."""
     max_length: Annotated[int, Strict(), Field(ge=2), allowed("a whole number of tokens, 2 or more")] = 512
-    """Tokens of the longest example."""
+    """Most tokens of an example."""
     too_long: Literal["error", "truncate", "drop"] = "error"
-    """What happens to a longer one: stop before training, cut the front of its prompt, or leave it out (counted)."""
+    """What to do with a longer example: stop before training, cut the front of its prompt, or drop it and count it."""
     packing: Flag = False
-    """Put several examples into one row of at most max_length tokens: less padding. Each is trained as if it were
-    alone; a model that cannot keep them apart is refused."""
+    """Put several examples into one row of at most max_length tokens, which saves padding. Each example is trained as
+    if it were alone. A model that cannot keep them apart is refused."""
     loss_on: Literal["answer", "all"] = "answer"
-    """Tokens that are learnt: the answer's, or the prompt's too."""
+    """Tokens to learn: those of the answer, or also those of the prompt."""
     validation_fraction: Share = 0.05
-    """Share that is cut from the end of a train split without a validation split."""
+    """Share to cut off the end of a train split that has no validation split."""
     seed: Seed = 0
-    """Seed of the order and of `limit`; apart from train.seed, so that arms of a comparison see the same data."""
+    """Seed of the order of the examples and of limit. It is separate from train.seed, so that all runs of a comparison
+    see the same data."""
 
     def unused(self) -> dict[str, str]:
         found = {}
@@ -156,22 +159,18 @@ class DataConfig(Section):
 
     def faults(self) -> Iterator[Fault]:
         if self.strategy == "temperature" and self.temperature is None:
-            yield "temperature", "missing for data.strategy temperature, got None, allowed: a finite number above 0."
+            yield "temperature", "must be a finite number above 0 with data.strategy temperature, got None."
         if not self.mix:
-            yield "mix", "nothing to train on, got [], allowed: at least one source."
+            yield "mix", "must have at least one source, got []."
         if self.too_long == "error" and any(source.stream for source in self.mix):
-            what = "a stream is not read before training, got 'error', allowed: truncate, drop."
-            yield "too_long", what
+            yield "too_long", "must be truncate or drop with a stream, which is not read before training, got 'error'."
         seen: dict[str, int] = {}
         for index, source in enumerate(self.mix):
             if self.strategy != "weights":
                 reason = {"weight": f"data.strategy is {self.strategy}"}
                 yield from ignored_faults(source, reason, prefix=f"mix[{index}].")
             elif source.weight is None:
-                yield f"mix[{index}].weight", "missing for data.strategy weights, got None, allowed: a number above 0."
+                yield f"mix[{index}].weight", "must be a number above 0 with data.strategy weights, got None."
             first = seen.setdefault(source.label, index)
             if first != index:
-                yield (
-                    f"mix[{index}].name",
-                    f"the same as that of mix[{first}], got {source.label!r}, allowed: a name of its own.",
-                )
+                yield f"mix[{index}].name", f"must differ from that of mix[{first}], got {source.label!r}."

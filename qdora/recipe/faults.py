@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, one line per fault: `path.to.key: what is wrong, got ..., allowed: ... nearest name`."""
+"""The faults of a recipe, one line each: `path.to.key: what is wrong, got ..., allowed: ..., nearest name`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _PLAIN_TYPES = {"tuple_type": "a list", "too_short": "at least one entry", "dict
 
 
 def dotted(steps: Sequence[int | str]) -> str:
-    """('data', 'mix', 0, 'limit') -> 'data.mix[0].limit': on one line, without access tokens."""
+    """('data', 'mix', 0, 'limit') -> 'data.mix[0].limit', on one line and without access tokens."""
     names = [step if isinstance(step, int) or step.isprintable() else repr(step) for step in steps]
     return masked("".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix("."))
 
 
 def one_line(text: str) -> str:
-    """Text of someone else's in a fault: on one line, without access tokens."""
+    """Text from a library in a fault: on one line, without access tokens."""
     return masked(" ".join(text.split()))
 
 
 def shown(value: Any) -> str:
-    """A given value as a fault repeats it: short, on one line, without access tokens."""
+    """A given value in a fault: short, on one line, without access tokens."""
     try:
         text = masked(repr(value))
     except ValueError:  # Python prints no integer of more than 4,300 digits
@@ -40,12 +40,12 @@ def shown(value: Any) -> str:
 
 
 def fault_lines(error: ValidationError, root: type[Section] = Recipe) -> list[tuple[str, str]]:
-    """(path, 'path: what is wrong, ...') for everything that pydantic found in a document of type `root`."""
+    """(path, 'path: what is wrong, ...') for every error that pydantic found in a document of type `root`."""
     return [line for detail in error.errors(include_url=False) for line in _lines(detail, root)]
 
 
 def unknown_key(section: type[Section], key: str, root: type[Section] = Recipe) -> str:
-    """'unknown key, allowed: ...' with the nearest key of this section, or the section where the key belongs."""
+    """'unknown key, allowed: ...' with the nearest key of this section, or the section that has this key."""
     names = list(section.model_fields)
     close = nearest(key, names)
     if not close:
@@ -55,7 +55,7 @@ def unknown_key(section: type[Section], key: str, root: type[Section] = Recipe) 
 
 
 def container(annotation: Any) -> Any:
-    """The part of a field's type that has parts of its own: a section, `tuple[...]` or `dict[...]`; else the type."""
+    """The section, `tuple[...]` or `dict[...]` within a field's type; the type itself if it has none."""
     if get_origin(annotation) is Annotated:
         return container(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -86,10 +86,10 @@ def _section_at(steps: Sequence[int | str], root: type[Section]) -> type[Section
 
 def _lines(detail: ErrorDetails, root: type[Section]) -> Iterator[tuple[str, str]]:
     steps, kind, context = detail["loc"], detail["type"], detail.get("ctx", {})
-    if steps[-1:] == ("[key]",):  # pydantic's mark for a name, not a value, of a table
+    if steps[-1:] == ("[key]",):  # pydantic's mark for the key of a table
         steps = steps[:-1]
     path, got = dotted(steps), f"got {shown(detail['input'])}"
-    if kind == "faults":  # of a section's own checks
+    if kind == "faults":  # from Section._check
         for key, what in context["faults"]:
             inner = f"{path}.{key}".strip(".")
             yield inner, f"{inner}: {masked(what)}"
@@ -114,7 +114,7 @@ def _lines(detail: ErrorDetails, root: type[Section]) -> Iterator[tuple[str, str
 
 
 def _wanted(steps: Sequence[int | str], root: type[Section]) -> str:
-    """What belongs at a path where nothing is."""
+    """What is missing at a path."""
     field = _section_at(steps[:-1], root).model_fields[str(steps[-1])]
     keys = _keys(field.annotation)
     return f"a section of {', '.join(keys)}." if keys else str(field.description)

@@ -1,8 +1,8 @@
-"""Recipes as text: reading YAML, `-s` overrides, and the resolved recipe that can be run again.
+"""Recipes as text: read YAML, apply `-s` overrides, and write the resolved recipe, which can be run again.
 
-Relative paths. In a recipe file they start at the folder of that file, so that a recipe and its data move together; in
-an override, and in a shipped recipe, at the current directory. A bare name (`org/name`) is a path where something of
-that name exists there, else a Hub id. A checked recipe has absolute paths only.
+Relative paths in a recipe file start at the folder of that file, so that a recipe and its data can move together. In an
+override and in a shipped recipe they start at the current directory. A bare name (`org/name`) is a path if it exists
+there, else a Hub id. A checked recipe has only absolute paths.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a shipped recipe or a YAML file, apply `key=value` overrides, check everything.
+    """Read a shipped recipe or a YAML file, apply `key=value` overrides, and check everything.
 
     Args:
-        name_or_path: A name of `recipe_names()`, else a file (./name for a file that has the name of a shipped recipe).
-        overrides: Such as "train.lr=1e-4" or "data.mix[0].limit=5"; see `apply_overrides`.
+        name_or_path: A name from `recipe_names()`, or a file; ./name is a file even if a shipped recipe has that name.
+        overrides: For example "train.lr=1e-4" or "data.mix[0].limit=5"; see `apply_overrides`.
     Raises:
         UserError: All faults, one line each.
     """
@@ -43,7 +43,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
-    """A recipe as it is written, unchecked but with absolute paths, and its name in messages.
+    """A recipe as written, not checked but with absolute paths, and its name for messages.
 
     Raises:
         UserError: There is no such recipe, or it is not YAML.
@@ -55,19 +55,19 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
-    """Check plain data and make it a recipe; relative paths start at the current directory.
+    """Check plain data and make a recipe from it; relative paths start at the current directory.
 
     Args:
-        data: A mapping as YAML gives it; it is not changed.
-        where: File or recipe name, the first word of every fault.
-        overrides: Already applied; a fault in a key that they set begins with -s in place of `where`.
+        data: A mapping from YAML; it is not changed.
+        where: Name of the file or recipe; every fault begins with it.
+        overrides: Overrides that were already applied; a fault in one of their keys begins with -s instead of `where`.
     Raises:
         UserError: All faults, one line each: `<where>: <path.to.key>: what is wrong, got ..., allowed: ...`.
     """
     secrets = [dotted(steps) for steps in token_paths(data)]
     if secrets:
-        what = "holds an access token, allowed: none in a recipe. Run 'hf auth login' or set HF_TOKEN"
-        raise UserError(*(f"{where}: {path}: {what}, and revoke this one if the file was shared." for path in secrets))
+        what = "holds an access token, which must not be in a recipe. Fix: run 'hf auth login' or set HF_TOKEN"
+        raise UserError(*(f"{where}: {path}: {what}; revoke this token if the file was shared." for path in secrets))
     data = copy.deepcopy(data)
     _make_absolute_(data, Path.cwd())
     try:
@@ -79,7 +79,7 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """Another recipe with some settings changed, checked as a whole.
+    """A copy of a recipe with some settings changed, checked as a whole.
 
     Raises:
         UserError: All faults, one line each.
@@ -88,13 +88,13 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Every setting that has an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
+    """All settings that have an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
     plain: dict[str, Any] = _plain(recipe)
     return plain
 
 
 def resolved_yaml(recipe: Recipe) -> str:
-    """The recipe with its defaults written out, as YAML that can be run again."""
+    """The recipe with all defaults as YAML, which can be run again."""
     text: str = yaml.safe_dump(settings(recipe), sort_keys=False, allow_unicode=True, width=120)
     return text
 
@@ -111,10 +111,10 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a shipped recipe, comments included: a start for one's own.
+    """The YAML of a shipped recipe with its comments.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: There is no recipe of that name.
     """
     names = recipe_names()
     if name not in names:
@@ -123,7 +123,7 @@ def recipe_text(name: str) -> str:
 
 
 def missing_files(recipe: Recipe, where: str) -> list[str]:
-    """One line for every path of a recipe that does not exist; the checks of the recipe itself never read the disk."""
+    """One line for every path of a recipe that does not exist; checking a recipe itself does not read the disk."""
     named = [("model.source", recipe.model.source), ("model.tokenizer", recipe.model.tokenizer)]
     named.append(("adapter.resume_from", recipe.adapter.resume_from))
     if recipe.base.prune is not None and recipe.base.prune.calibration.text != "mix":
@@ -139,7 +139,7 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people read it: 2:4 is a pattern, not the 124 that YAML 1.1 takes it for, sixties and ones."""
+    """A YAML loader that keeps 2:4 as text; YAML 1.1 reads it as a number to base 60, which is 124."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
@@ -148,10 +148,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
-    """Parse one YAML mapping; a syntax error or a key given twice is a fault with its line number.
+    """Parse one YAML mapping.
 
     Raises:
-        UserError: All faults of that kind, one line each.
+        UserError: A syntax error, or every key that is given twice, one line each with the line number.
     """
     try:
         loader = _Loader(text)
@@ -177,10 +177,10 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `data` with `key=value` settings put in, in order.
+    """A copy of `data` with `key=value` settings applied in order.
 
-    Keys are dotted paths, with [i] into lists; values are YAML. null takes a key out again, so that its default holds,
-    except where null is a setting of its own (train.clip).
+    Keys are dotted paths, with [i] into lists; values are YAML. null removes a key, so that its default holds; only
+    where null differs from the default (train.clip) it is a value.
 
     Raises:
         UserError: All malformed or unknown keys, one line each.
@@ -192,7 +192,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         key = key.strip()
         try:
             if not equals or not _KEY.fullmatch(key):
-                raise UserError("not a setting, allowed: key=value such as train.lr=1e-4 or data.mix[0].limit=5.")
+                raise UserError("must be key=value, such as train.lr=1e-4 or data.mix[0].limit=5.")
             steps = [int(step[1:-1]) if step.startswith("[") else step for step in _STEP.findall(key)]
             _assign_(changed, Recipe, steps, read_yaml(f"value: {text}", "value")["value"])
         except UserError as error:
@@ -203,7 +203,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _assign_(node: Any, kind: Any, steps: Sequence[int | str], value: Any) -> None:
-    """Put `value` at the end of `steps` below `node`, whose type in the recipe is `kind`; UserError has the reason."""
+    """Put `value` at the path `steps` inside `node`, whose type in the recipe is `kind`; UserError if that fails."""
     step, rest = steps[0], steps[1:]
     if is_section(kind) and isinstance(step, str) and isinstance(node, dict):
         field = kind.model_fields.get(step)
@@ -219,21 +219,20 @@ def _assign_(node: Any, kind: Any, steps: Sequence[int | str], value: Any) -> No
             node[step] = value
     elif get_origin(kind) is tuple and isinstance(step, int) and isinstance(node, list):
         if step >= len(node):
-            raise UserError(f"no entry [{step}], allowed: one of the {len(node)} entries, from [0].")
+            raise UserError(f"the index must be below the number of entries ({len(node)}), got [{step}].")
         if rest:
             _assign_(node[step], container(get_args(kind)[0]), rest, value)
         else:
             node[step] = value
-    elif get_origin(kind) is dict and isinstance(
-        node, dict
-    ):  # adapter.rank_pattern: the rest is one name, dots and all
+    elif get_origin(kind) is dict and isinstance(node, dict):
+        # adapter.rank_pattern: the rest is one name, with its dots
         node[".".join(map(str, steps))] = value
     else:
         raise UserError(f"there is nothing called {dotted([step])} inside it.")
 
 
 def _make_absolute_(data: Any, folder: Path | None) -> None:
-    """Make relative paths absolute, from `folder` on; what is malformed is left for the checks."""
+    """Make relative paths absolute, starting at `folder`; malformed values are left to the checks."""
     if folder is None or not isinstance(data, dict):
         return
     _make_key_absolute_(data.get("model"), "source", folder)
@@ -262,31 +261,31 @@ def _make_key_absolute_(section: Any, key: str, folder: Path, *, always: bool = 
         return
     try:
         path = os.path.abspath(folder / Path(value).expanduser())
-    except RuntimeError:  # ~name where there is no such user: stays, and is reported as a path that does not exist
+    except RuntimeError:  # ~name without such a user: it stays, and is reported as a missing path
         return
     if always or is_path(value) or os.path.exists(path):
         section[key] = path
 
 
 def _find(name: str) -> tuple[str, str, Path | None]:
-    """Text of a recipe, its name in messages, and the folder where its relative paths start (None: a shipped one)."""
+    """Text of a recipe, its name for messages, and the folder of its relative paths (None for a shipped recipe)."""
     names = recipe_names()
     if name in names:
         return recipe_text(name), name, None
     path = Path(name)
-    where, allowed = masked(name), f"allowed: a YAML file, or one of {', '.join(names)}."
+    where, allowed = masked(name), f"must be a YAML file, or one of {', '.join(names)}."
     try:
         path = path.expanduser()
         return path.read_text(encoding="utf-8-sig"), where, Path(os.path.abspath(path)).parent
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start} is not UTF-8 text, {allowed}") from None
+        raise UserError(f"{where}: byte {error.start} is not UTF-8 text; {allowed}") from None
     except IsADirectoryError:
-        raise UserError(f"{where}: a directory, {allowed}") from None
+        raise UserError(f"{where}: is a directory; {allowed}") from None
     except (FileNotFoundError, NotADirectoryError, ValueError, RuntimeError):
         close = nearest(name, [*names, *_recipes_beside(path)]) or nearest(path.stem, names)
-        raise UserError(f"{where}: no such file, {allowed}{close}") from None
+        raise UserError(f"{where}: no such file; {allowed}{close}") from None
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}), {allowed}") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror}); {allowed}") from None
 
 
 def _recipes_beside(path: Path) -> list[str]:

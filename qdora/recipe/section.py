@@ -1,4 +1,4 @@
-"""What every section of a recipe shares: the field types, each with the text of what it allows, and the base class."""
+"""The base class of all sections of a recipe, and their field types, each with a text that says what it allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qdora.recipe.byte_size import parse_size
 
 
 def allowed(text: str, *names: str) -> WrapValidator:
-    """Every fault below this type becomes one that says what is allowed; the nearest of `names` is offered."""
+    """Replace every fault inside this type by one that says what is allowed and names the nearest of `names`."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
@@ -36,7 +36,7 @@ def allowed(text: str, *names: str) -> WrapValidator:
 
 
 def _as_number(value: Any) -> Any:
-    """PyYAML reads 1e-4 as text (YAML 1.1 wants 1.0e-4): read it as a number. A bool is not a number."""
+    """Read text such as 1e-4 as a number: to PyYAML it is text, since YAML 1.1 wants 1.0e-4. A bool is not a number."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "not a number")
     return float(value) if isinstance(value, str) else value  # pydantic makes a fault of float's ValueError
@@ -90,16 +90,16 @@ Targets = Annotated[
 ]
 
 Fault = tuple[str, str]
-"""Path of a key inside its section ('' for the section itself), and what is wrong with it."""
+"""(path of a key inside its section, or '' for the section itself; what is wrong with it)."""
 
 
 class Section(BaseModel):
-    """A group of settings: frozen, no unknown keys, no setting that would be ignored."""
+    """A group of settings: frozen, without unknown keys and without settings that would be ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def unused(self) -> dict[str, str]:
-        """Fields without effect under the other settings of this section -> why, as in '... because <reason>'."""
+        """Field that has no effect under the other settings of this section -> the reason, as in 'because <reason>'."""
         return {}
 
     def faults(self) -> Iterator[Fault]:
@@ -116,11 +116,9 @@ class Section(BaseModel):
 
 
 def ignored_faults(section: Section, unused: dict[str, str], prefix: str = "") -> Iterator[Fault]:
-    """A fault for every field in `unused` that was set; null counts as not set."""
+    """A fault for every field in `unused` that is set; null counts as not set."""
     for name, reason in unused.items():
         value = getattr(section, name)
         if name in section.model_fields_set and value is not None:
-            yield (
-                f"{prefix}{name}",
-                f"would be ignored because {reason}, got {value!r}, allowed: leave it out (an override of null does).",
-            )
+            what = f"would be ignored because {reason}, got {value!r}. Fix: remove it (in an override: set it to null)."
+            yield f"{prefix}{name}", what

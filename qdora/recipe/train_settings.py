@@ -1,4 +1,4 @@
-"""The `train` and `eval` sections of a recipe: optimizer, schedule, what is saved and evaluated on the way."""
+"""The sections `train`, `eval` and `interference` of a recipe: optimizer, schedule, checkpoints, evaluation."""
 
 from __future__ import annotations
 
@@ -25,109 +25,108 @@ from qdora.recipe.section import (
 )
 
 MACRO = "macro"
-"""eval.best_by: the average in which every task counts once."""
+"""eval.best_by: the average over the tasks, each counting once."""
 
 
 class TrainConfig(Section):
-    """Optimizer, schedule and what is saved on the way."""
+    """Optimizer, schedule and checkpoints."""
 
     steps: WholeOrZero | None = None
-    """Optimizer steps. Either this or epochs."""
+    """Number of optimizer steps. Set either this or epochs."""
     epochs: Positive | None = None
-    """Passes over the combined data. Either this or steps."""
+    """Passes over the combined data. Set either this or steps."""
     lr: Positive = 2e-4
     """Peak learning rate. QLoRA, arXiv 2305.14314, table 9 (7B and 13B)."""
     lr_ratio_B: Positive | None = None
-    """Learning rate of lora_B in units of lr. None: 1. LoRA+ (arXiv 2402.12354) takes 16."""
+    """Learning rate of lora_B as a multiple of lr (null: 1). LoRA+ (arXiv 2402.12354) uses 16."""
     lr_ratio_magnitude: Positive | None = None
-    """Learning rate of the magnitudes in units of lr. None: 1."""
+    """Learning rate of the magnitudes as a multiple of lr (null: 1)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after warm-up."""
+    """Shape of the learning rate after the warm-up."""
     lr_end: NotNegative = 0.0
-    """Learning rate that linear and cosine end at."""
+    """Learning rate at the end of linear and cosine."""
     warmup: Warmup = 0.05
-    """Steps (whole number) or share of all steps (below 1) over which the learning rate rises from 0."""
+    """Steps (a whole number), or share of all steps (below 1), over which the learning rate rises from 0."""
     tokens_per_step: Whole | None = None
-    """Tokens of an optimizer step, padding not counted. Either this or batch."""
+    """Tokens in an optimizer step, without padding. Set either this or batch."""
     batch: Whole | None = None
-    """Examples of an optimizer step. Either this or tokens_per_step."""
+    """Examples in an optimizer step. Set either this or tokens_per_step."""
     micro_batch_tokens: AutoTokens = "auto"
-    """Tokens, padding counted, of one forward pass; the rest of the step is accumulated. auto: 2,048 or max_length."""
+    """Tokens, with padding, in one forward pass; a step accumulates as many passes as it needs. auto: 2,048, or
+    data.max_length if that is larger."""
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = "paged_adamw_8bit"
-    """AdamW, or Lion (arXiv 2302.06675; its lr is 3 to 10 times smaller), with 8- or 32-bit states. paged: on CUDA they
-    can move to the host (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
+    """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
+    the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay of lora_A and lora_B (of all matrices under kind full); never of magnitudes."""
+    """Decoupled weight decay of lora_A and lora_B (of all matrices with adapter.kind full). Magnitudes have none."""
     betas: Annotated[tuple[Beta, Beta], allowed("two numbers, at least 0 and below 1")] | None = None
-    """Decay of the two averages. None: 0.9, 0.999 (Adam, arXiv 1412.6980, sec. 2), or 0.9, 0.99 (Lion, sec. 5)."""
+    """Decay rates of the two averages (null: [0.9, 0.999] for Adam, arXiv 1412.6980, sec. 2; [0.9, 0.99] for Lion,
+    sec. 5)."""
     eps: Positive = 1e-8
     """Adam's epsilon. Adam, arXiv 1412.6980, sec. 2."""
     clip: Positive | None = 1.0
-    """Largest norm of the whole gradient; null: no clipping."""
+    """Largest norm of the whole gradient (null: no clipping)."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite, or whose loss is a spike, is never applied; its examples are kept in
-    bad-steps/. stop: the run ends before it. skip: the run goes on with the next step."""
+    """What happens at a bad step: its loss or gradient is not finite, or its loss is a spike. A bad step is never
+    applied, and its examples are kept in bad-steps/. stop: the run ends. skip: the run continues with the next step."""
     max_skips: Whole = 5
-    """Steps that may be skipped in a row; at the next bad one the run stops."""
+    """Bad steps in a row that may be skipped; at one more the run ends."""
     spike: Factor | None = None
-    """A loss above so many times the median loss of the last 32 applied steps (8 at the least) is a spike. None: none
-    is."""
+    """A loss is a spike if it is more than this many times the median of the last 32 applied steps (at least 8)
+    (null: no loss is a spike)."""
     seed: Seed = 0
-    """Seed of lora_A's start and of dropout."""
+    """Seed of the initial lora_A and of dropout."""
     log_every: Whole = 1
     """Steps between lines in metrics.jsonl."""
     checkpoint_every: Whole | None = 100
-    """Steps between checkpoints; null: only at the end, on an interrupt and on a failed step."""
+    """Steps between checkpoints (null: only at the end, on an interrupt and at a failed step)."""
     keep_checkpoints: Whole = 2
-    """Checkpoints that stay on disk; older ones are removed, but for the best one (eval.best_by)."""
+    """Checkpoints to keep on disk. Older ones are removed, except the best one (eval.best_by)."""
 
     def unused(self) -> dict[str, str]:
         found = {"eps": f"train.optimizer {self.optimizer} has none"} if "lion" in self.optimizer else {}
-        found |= {"max_skips": "train.on_bad_step stop skips none"} if self.on_bad_step == "stop" else {}
-        return found | ({"lr_end": "train.schedule constant does not fall"} if self.schedule == "constant" else {})
+        found |= {"max_skips": "train.on_bad_step stop skips no step"} if self.on_bad_step == "stop" else {}
+        return found | ({"lr_end": "train.schedule is constant"} if self.schedule == "constant" else {})
 
     def faults(self) -> Iterator[Fault]:
         for first, second in (("steps", "epochs"), ("tokens_per_step", "batch")):
             given = [name for name in (first, second) if getattr(self, name) is not None]
             if len(given) != 1:
                 got = "both" if given else "neither"
-                yield first, f"contradiction, got {got} of {first} and {second}, allowed: exactly one of them."
+                yield first, f"exactly one of {first} and {second} must be set, got {got}."
         if self.steps and isinstance(self.warmup, int) and self.warmup > self.steps:
-            yield (
-                "warmup",
-                f"longer than the run, got {self.warmup} of {self.steps} steps, allowed: at most train.steps.",
-            )
+            yield "warmup", f"must be at most train.steps ({self.steps}), got {self.warmup}."
         if self.lr_end > self.lr:
-            yield "lr_end", f"larger than the peak, got {self.lr_end}, allowed: at most train.lr ({self.lr})."
+            yield "lr_end", f"must be at most train.lr ({self.lr}), got {self.lr_end}."
         micro, whole = self.micro_batch_tokens, self.tokens_per_step
         if isinstance(micro, int) and whole is not None and micro > whole:
-            what = f"more than a whole step, got {micro}, allowed: at most train.tokens_per_step ({whole})."
-            yield "micro_batch_tokens", what
+            yield "micro_batch_tokens", f"must be at most train.tokens_per_step ({whole}), got {micro}."
 
 
 class EvalConfig(Section):
-    """Evaluation inside a training run; `qdora eval` does it afterwards."""
+    """Evaluation during a training run; `qdora eval` evaluates afterwards."""
 
     tasks: tuple[Text, ...] | None = None
-    """Names of sources in the mix. None: all that have validation data; []: no evaluation."""
+    """Names of sources in the mix to evaluate (null: all with validation data; []: no evaluation)."""
     limit: Whole | None = None
-    """Examples of each task. None: all of them."""
+    """Most examples of each task (null: all)."""
     method: Literal["loglikelihood", "generate"] = "loglikelihood"
-    """loglikelihood: choices and answers are scored. generate: beside that the model answers in its own words, as in
-    the DoRA paper (arXiv 2402.09353, sec. 5.1); only where choices differ in one word."""
+    """loglikelihood: score the given choices and answers. generate: in addition let the model write its answers, as in
+    the DoRA paper (arXiv 2402.09353, sec. 5.1); only for tasks whose choices differ in one word."""
     every: Whole | None = None
-    """Optimizer steps between evaluations. None: none while training."""
+    """Optimizer steps between evaluations (null: no evaluation during training)."""
     at_start: Flag = True
-    """Evaluate before the first step: the quantised base."""
+    """Evaluate before the first step, that is, the quantised base."""
     at_end: Flag = True
     """Evaluate after the last step."""
     best_by: Text | None = None
-    """What the best of the evaluated steps is chosen by: macro (average over the tasks) or the name of one task. Its
-    checkpoint is kept, and adapter/ is that one. None: adapter/ is the last step's."""
+    """Choose the best of the evaluated steps by macro (the average over the tasks) or by the task of this name. Its
+    checkpoint is kept and becomes adapter/ (null: adapter/ is the last step)."""
     best_metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
-    """The metric that best_by compares. nll_per_token: lowest is best; the accuracies, of choices only: highest."""
+    """Metric of best_by. nll_per_token: the lowest is best. acc, acc_norm: the highest is best; only for tasks with
+    choices."""
     patience: Whole | None = None
-    """Evaluations in a row without a better one after which the run stops early. None: it never does."""
+    """End the run after this many evaluations in a row without improvement (null: never)."""
 
     def unused(self) -> dict[str, str]:
         best = ("best_by", "best_metric", "patience")
@@ -138,27 +137,20 @@ class EvalConfig(Section):
         if self.best_by is None:
             found = dict.fromkeys(best[1:], "eval.best_by is not set")
         elif self.every is None:
-            found = dict.fromkeys(best, "eval.every is not set: there is one evaluation after training, or none")
+            found = dict.fromkeys(best, "eval.every is not set, so there is nothing to choose from")
         if self.every is None and not self.at_start and not self.at_end:
-            reason = "nothing is evaluated: every, at_start and at_end are off"
+            reason = "nothing is evaluated (every, at_start and at_end are off)"
             found |= dict.fromkeys(("tasks", "limit", "method"), reason)
         return found
 
 
 class InterferenceConfig(Section):
-    """What tasks do to each other in one adapter: measured, and what is done about it."""
+    """Measurement of tasks that pull the adapter in different directions. It does not change the training."""
 
     every: Whole | None = None
-    """Optimizer steps between measurements of the cosines between the tasks' gradients. None: none. Training itself
-    stays the same, bit for bit."""
+    """Optimizer steps between measurements of the cosines between the tasks' gradients (null: no measurement)."""
     examples: Annotated[int, Strict(), Field(ge=2), allowed("a whole number, 2 or more")] = 16
-    """Validation examples of each task that gradients are measured on; with fewer, cosines are noisier and cheaper."""
-    gradients: Literal["pcgrad"] | None = None
-    """How the gradients of a step's tasks become one. None: their sum. pcgrad: each is projected off those it is in
-    conflict with first (arXiv 2001.06782); keeps a float32 gradient for each task, and a micro-batch has one task."""
-    loss_weights: Literal["progress"] | None = None
-    """What a token of each task counts. None: `loss_weight` of its source. progress: more where the validation NLL
-    falls more slowly from one evaluation to the next (Dynamic Weight Average, arXiv 1803.10704)."""
+    """Validation examples of each task to measure gradients on. Fewer are cheaper, but the cosines are noisier."""
 
     def unused(self) -> dict[str, str]:
         return {"examples": "interference.every is not set"} if self.every is None else {}

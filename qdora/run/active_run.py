@@ -10,12 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.loader import StepLoader
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
-from qdora.train.bad_steps import BadSteps
 from qdora.train.best import BestSoFar
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
-from qdora.train.objective import Objective
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.step_checks import BadSteps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,4 +41,3 @@ class TrainingState:
     bad_steps: BadSteps
     best: BestSoFar | None
     """Chooses the best step by the evaluations; None without eval.best_by."""
-    objective: Objective

@@ -17,9 +17,8 @@ from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.load import load_config, load_model
-from qdora.model.source import ModelSource, resolve
+from qdora.model.source import ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import StoredPacked, open_safetensors
-from qdora.model.tokenizer import load_tokenizer
 from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base, residency_here

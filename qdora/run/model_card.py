@@ -15,6 +15,7 @@ from qdora.data.commonsense_hub import HUB_TASKS
 from qdora.errors import UserError
 from qdora.evaluation.suite import worse_than_base
 from qdora.files.environment import package_versions
+from qdora.files.markdown_table import markdown_cell, markdown_table
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_source
 from qdora.model.licence import Licence, licence_files, licence_of
@@ -220,17 +221,21 @@ def model_card(facts: CardFacts) -> str:
         f"Fine-tuned from `{facts.base_name}`{revision} with qdora {qdora.__version__}. {_CONTENTS[facts.form]}",
     ]
     if facts.method:
-        parts.append("## Training\n\n" + _table(("setting", "value"), [(k, str(v)) for k, v in facts.method.items()]))
+        parts.append(
+            "## Training\n\n" + markdown_table(("setting", "value"), [(k, str(v)) for k, v in facts.method.items()])
+        )
     if facts.data:
-        parts.append("## Data\n\n" + "\n".join(f"- {_plain(name)}" for name in facts.data))
+        parts.append("## Data\n\n" + "\n".join(f"- {markdown_cell(name)}" for name in facts.data))
     if facts.metrics:
-        parts += ["## Results", _metrics(facts), *(f"**{_plain(note)}**" for note in facts.notes)]
+        parts += ["## Results", _metrics(facts), *(f"**{markdown_cell(note)}**" for note in facts.notes)]
     if facts.interference:
         parts.append("## Interference\n\n" + facts.interference)
     if facts.verification is not None:
         parts.append("## Verification\n\n" + _verification(facts.verification, _CHECKED[facts.form]))
     if facts.versions:
-        parts.append("## Versions\n\n" + ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in facts.versions.items()))
+        parts.append(
+            "## Versions\n\n" + ", ".join(f"{markdown_cell(k)} {markdown_cell(v)}" for k, v in facts.versions.items())
+        )
     parts.append("## Licence\n\n" + _licence(facts))
     return "\n\n".join(parts) + "\n"
 
@@ -253,7 +258,7 @@ def _metrics(facts: CardFacts) -> str:
         if len(values) != len(facts.metric_names):
             raise ValueError(f"metrics of {name!r}: {len(values)} values for {len(facts.metric_names)} columns.")
     rows = [(name, *("" if v is None else f"{v:.4g}" for v in values)) for name, values in facts.metrics.items()]
-    return _table(("", *facts.metric_names), rows)
+    return markdown_table(("", *facts.metric_names), rows)
 
 
 def _verification(verification: Mapping[str, Any], form: str) -> str:
@@ -272,16 +277,6 @@ def _verification(verification: Mapping[str, Any], form: str) -> str:
         )
         for key, label in compared.items()
     ]
-    table = _table(("compared", "largest logit difference", "mean", "mean KL (nats)", "same argmax"), rows)
+    table = markdown_table(("compared", "largest logit difference", "mean", "mean KL (nats)", "same argmax"), rows)
     result = "passed" if verification["passed"] else "FAILED"
     return f"{result} on {verification['num_positions']} tokens.\n\n{table}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
-
-
-def _plain(text: str) -> str:
-    """Text for a cell or a list item: one line, no cell borders."""
-    return " ".join(str(text).split()).replace("|", "\\|")

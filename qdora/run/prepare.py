@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
+from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of, read_data, tokenized_mix
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix_plan import MixPlan, plan_mix
@@ -20,8 +20,8 @@ from qdora.evaluation.generation import generation_faults
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
-from qdora.plan.memory_plan import apply_micro_batch_, within_budget
-from qdora.plan.peak import Plan
+from qdora.plan.memory_plan import within_budget
+from qdora.plan.plan_contents import Plan
 from qdora.plan.workload import workload_of_data
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
@@ -31,7 +31,7 @@ from qdora.run.load_base import NO_GPU
 from qdora.run.task_conflicts import interference_faults
 from qdora.run.validation import selection_faults
 from qdora.train.distributed import Processes
-from qdora.train.objective import objective_faults
+from qdora.train.task_weights import task_weight_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, force: boo
     applied, memory_plan = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
     if memory_plan is not None:
         source = find_source(applied)
-        apply_micro_batch_(loader, applied)
+        loader.micro_batch_tokens = micro_batch_tokens(applied)
     pruned = applied.base.prune is not None
     return PreparedRun(
         given=recipe,
@@ -115,7 +115,7 @@ def _check(
         faults += generation_faults(evaluated)
     faults += selection_faults(recipe, evaluated, num_steps)
     faults += interference_faults(recipe, validation)
-    faults += objective_faults(recipe, loader, list(evaluated))
+    faults += task_weight_faults(recipe, loader)
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, must be one of {known}."

@@ -19,13 +19,12 @@ from transformers import PreTrainedModel
 from qdora.files.atomic import atomic_directory
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory
+from qdora.model.base_cache import fingerprints
 from qdora.model.build_model import Compute
-from qdora.model.packed_base import fingerprints
-from qdora.model.pruned_file import StoredCompression, save_compressed
-from qdora.model.pruning import Compression, PruneSettings
+from qdora.model.packed_base import PrunedBase, save_pruned_base
+from qdora.model.pruning import Pruner
 from qdora.model.source import ModelSource
-from qdora.ops.sparsity import pattern_from
-from qdora.recipe.settings import PruneConfig, Recipe
+from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
 from qdora.run.prepare import PreparedRun
 from qdora.train.distributed import Processes
@@ -51,17 +50,17 @@ def compress_base(
     """Prune and quantise the base of a recipe and write it to `directory`; returns what compressed.json says.
 
     Raises:
-        As `load_model` and `Compression`.
+        As `load_model` and `Pruner`.
     """
     prune = recipe.base.prune
     assert prune is not None
-    compression = Compression(prune_settings(prune), calibration)
-    model = load_base(recipe, source, compute, progress, placer=compression)
+    pruner = Pruner(prune, calibration)
+    model = load_base(recipe, source, compute, progress, placer=pruner)
     settings = {"prune": prune.model_dump(mode="json", exclude=set(prune.unused())), "quant": recipe.base.quant}
-    record = save_compressed(model, compression.layers, directory, settings)
+    record = save_pruned_base(model, pruner.layers, directory, settings)
     logger.info(
         "Pruned %d layers by %s: %.2f %% of their %s weights are zero.",
-        len(compression.layers),
+        len(pruner.layers),
         prune.method,
         100 * record["sparsity"],
         f"{record['num_weights']:,}",
@@ -78,8 +77,8 @@ def load_pruned_base(
     directory: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
-    """The base as `compress_base` wrote it. Raises as `load_model` and `StoredCompression`."""
-    return load_base(recipe, source, compute, progress, placer=StoredCompression(directory))
+    """The base as `compress_base` wrote it. Raises as `load_model` and `PrunedBase`."""
+    return load_base(recipe, source, compute, progress, placer=PrunedBase(directory))
 
 
 def base_of_run(
@@ -141,14 +140,3 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
-
-
-def prune_settings(prune: PruneConfig) -> PruneSettings:
-    """A recipe's section as the model package takes it."""
-    return PruneSettings(
-        method=prune.method,
-        pattern=pattern_from(prune.pattern, prune.sparsity),
-        group=None if prune.group == "auto" else prune.group,
-        order=prune.order,
-        damping=prune.damping,
-    )

@@ -15,24 +15,24 @@ from safetensors.torch import load_file
 from qdora.data.example import Example
 from qdora.evaluation.suite import compare_table
 from qdora.files.atomic import atomic_write_text
-from qdora.model.build_model import describe_adapters, model_size
+from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
+from qdora.model.model_size import model_size
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources
 from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
 from qdora.run.validation import RunValidation, adapter_record, best_in_words, best_so_far, selection_value
 from qdora.run.writer import RunWriter
-from qdora.train.bad_steps import BadSteps
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.figures import draw_figures
-from qdora.train.first_updates import MovedCheck
 from qdora.train.gates import Gates
 from qdora.train.interrupt import stop_on_signal
-from qdora.train.loop import Evaluated, FitSettings, Hooks, fit
-from qdora.train.objective import Objective, make_objective, weigh_by_progress
+from qdora.train.loop import Evaluated, Hooks, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
+from qdora.train.step_checks import BadSteps, MissingGradientCheck
+from qdora.train.task_weights import task_weights
 
 logger = logging.getLogger("qdora")
 
@@ -45,9 +45,9 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
         evaluated: Names of the sources that are evaluated.
     """
     recipe, settings = active.recipe, active.recipe.train
-    bad_steps = BadSteps(settings.on_bad_step, max_skips=settings.max_skips, spike=settings.spike)
+    bad_steps = BadSteps(settings)
     if recipe.adapter.kind == "none":
-        return TrainingState(optimizer=None, gates=None, bad_steps=bad_steps, best=None, objective=Objective())
+        return TrainingState(optimizer=None, gates=None, bad_steps=bad_steps, best=None)
     gates = None
     if recipe.adapter.gates is not None:
         gates = Gates(adapted_layers(active.model), recipe.adapter.gates, active.num_steps, settings.seed)
@@ -70,7 +70,6 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
         gates=gates,
         bad_steps=bad_steps,
         best=best_so_far(recipe, evaluated),
-        objective=make_objective(recipe, active.loader, optimizer.parameters),
     )
 
 
@@ -159,8 +158,7 @@ class Training:
         optimizer, best = self.state.optimizer, self.state.best
         if start == 0 and asked.at_start and self.validation.examples:
             base = self.active.processes.first(lambda: self.validation.measure(0, "base")) or {}
-            weights = weigh_by_progress(self.state.objective, base.get("eval", {}), self.active.processes)
-            self.writer.write_metrics({"step": 0, **base, **weights})
+            self.writer.write_metrics({"step": 0, **base})
         if optimizer is not None and start < num_steps and not self._is_over():
             self._num_done = self._fit(optimizer, start)
             self._log_streams()
@@ -185,29 +183,17 @@ class Training:
         """Take the optimizer steps after `start`. Returns the number of steps done."""
         active, gates = self.active, self.state.gates
         recipe, chunk = active.recipe, active.recipe.memory.loss_chunk
-        settings = FitSettings(
-            num_steps=active.num_steps,
-            lr=recipe.train.lr,
-            schedule=recipe.train.schedule,
-            warmup=recipe.train.warmup,
-            lr_end=recipe.train.lr_end,
-            clip=recipe.train.clip,
-            checkpoint_every=recipe.train.checkpoint_every,
-            evaluate_every=recipe.eval.every,
-            probe_every=recipe.interference.every,
-            log_every=recipe.train.log_every,
-            loss_chunk=None if chunk == "auto" else chunk,
-            objective=self.state.objective,
-        )
         hooks = Hooks(
             write_metrics=self.writer.write_metrics,
             save=self.writer.save_checkpoint,
             evaluate=self._evaluate if self.validation.examples else None,
+            evaluate_every=recipe.eval.every,
             keep_batch=self.writer.keep_batch,
             probe=self._probe(optimizer),
+            probe_every=recipe.interference.every,
             begin_step=None if gates is None else gates.begin,
             end_step=None if gates is None else partial(gates.end, optimizer=optimizer, processes=active.processes),
-            updated=None if recipe.base.residency == "device" else MovedCheck(optimizer).updated,
+            updated=None if recipe.base.residency == "device" else MissingGradientCheck(optimizer).updated,
         )
         with (
             stop_on_signal(active.processes) as stop,
@@ -217,14 +203,17 @@ class Training:
                 active.model,
                 optimizer,
                 active.loader,
-                settings,
+                recipe.train,
                 hooks,
+                num_steps=active.num_steps,
                 device=active.model.device,
                 progress=progress,
                 stop=stop,
                 start_step=start,
                 processes=active.processes,
                 bad_steps=self.state.bad_steps,
+                loss_chunk=None if chunk == "auto" else chunk,
+                task_weights=task_weights(recipe, active.loader),
             )
 
     def _probe(self, optimizer: AdapterOptimizer) -> Callable[[int], None] | None:
@@ -237,7 +226,6 @@ class Training:
         """Evaluate after `step` steps, and decide whether that is the best step and whether the run is over."""
         processes, best = self.active.processes, self.state.best
         line = processes.first(lambda: self.validation.measure(step)) or {}
-        line |= weigh_by_progress(self.state.objective, line.get("eval", {}), processes)
         if best is None:
             return Evaluated(line)
         found = self.validation.results["adapter"] if processes.is_first else None

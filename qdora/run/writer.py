@@ -22,10 +22,10 @@ from qdora.recipe.recipe_file import settings
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.experiment_trackers import tracking
 from qdora.run.validation import BEST_FILE
-from qdora.train.bad_steps import BadStep
 from qdora.train.best import best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
-from qdora.train.loop import Metrics
+from qdora.train.step_checks import BadStep
+from qdora.train.step_gradient import Metrics
 
 logger = logging.getLogger("qdora")
 
@@ -95,7 +95,7 @@ class RunWriter:
         return self.run.inside(*place)
 
     def take_policies(self, policies: dict[str, Any]) -> None:
-        """Continue with a checkpoint's micro-batch size, bad steps, task weights and best step.
+        """Continue with a checkpoint's micro-batch size, bad steps and best step.
 
         If train.micro_batch_tokens has changed, the recipe's value is used.
         """
@@ -104,8 +104,6 @@ class RunWriter:
             self.active.loader.micro_batch_tokens = micro["used"]
         if "bad_steps" in policies:
             self.state.bad_steps.load_state_dict(policies["bad_steps"])
-        if self.state.objective.weights is not None and "task_weights" in policies:
-            self.state.objective.weights.load_state_dict(policies["task_weights"])
         if self.state.best is not None:
             known = policies.get("best")
             fault = self.processes.gather(self.processes.first(lambda: self._best_fault(known)))[0]
@@ -126,12 +124,7 @@ class RunWriter:
 
     def _policies(self) -> dict[str, Any]:
         micro = {"asked": self._asked_micro_batch_tokens, "used": self.active.loader.micro_batch_tokens}
-        parts = {
-            "bad_steps": self.state.bad_steps,
-            "best": self.state.best,
-            "task_weights": self.state.objective.weights,
-            "gates": self.state.gates,
-        }
+        parts = {"bad_steps": self.state.bad_steps, "best": self.state.best, "gates": self.state.gates}
         return {"micro_batch_tokens": micro} | {
             name: part.state_dict() for name, part in parts.items() if part is not None
         }

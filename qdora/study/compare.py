@@ -1,16 +1,15 @@
-"""From finished cells to the arms that are compared: the tuned value of each, and which cells it stands for.
+"""Compares the arms of a study: tunes each arm, tests it against the reference, and says who wins, if anyone does.
 
-Arms side by side: effects with intervals and tests, and a winner only where the data show one.
-
-What the comparisons say, in words made from their numbers.
+An arm is one value of the axis that is compared (such as LoRA or DoRA) in one context (such as a base). It stands for
+its cells over all seeds, with the tuned value (such as the learning rate) that scored best on other examples.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,25 +28,29 @@ from qdora.study.statistics import (
     seed_differences,
     seed_permutation_p,
 )
-from qdora.study.store import StudyDirectory
+from qdora.study.study_directory import StudyDirectory
 
 BASE_ARM = "no adapter"
 """Name of the arm of a base that the grid did not name."""
 
+CONFIDENCE = 0.95
+Part = Literal["all", "compare"]
+
 
 @dataclass(frozen=True)
 class Arm:
-    """One value of the arm axis in one surrounding.
+    """One value of the compared axis in one context.
 
     Attributes:
-        context: Axis -> label, without the arm's, the tuned and the seed's axis.
-        name: Label of the arm axis.
+        context: Axis -> label, without the axes that are compared, tuned or seeds.
+        name: Label on the compared axis.
         chosen: Tuned axis -> label that was chosen.
-        swept: Whether there was anything to choose from.
-        at_edge: The chosen value is the least or the largest number that was tried.
+        swept: Whether there was more than one value to choose from.
+        at_edge: Whether a chosen number is the smallest or the largest that was tried.
         seeds: Seed label -> key of the cell.
-        num_missing: Cells of this arm without result.
-        base_key, dense_key: As of its cells.
+        num_missing: Cells of this arm without a result.
+        base_key, dense_key: Keys of the cells that evaluate its base and the uncompressed base.
+        is_trained: False for a base that is only evaluated.
     """
 
     context: dict[str, str]
@@ -63,11 +66,11 @@ class Arm:
 
 
 class Results:
-    """Finished cells of a study, read once.
+    """Results and scores of a study's finished cells, each read once.
 
     Args:
         store: The study's directory.
-        split: Split that arms are compared on: validation (its halves), or test.
+        split: Split that arms are compared on: validation (or its halves), or test.
     """
 
     def __init__(self, store: StudyDirectory, split: str) -> None:
@@ -76,30 +79,26 @@ class Results:
         self._results: dict[str, dict[str, Any] | None] = {}
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """What a cell gave, or None."""
+        """The result of a cell; None if it is not finished."""
         if key not in self._results:
             self._results[key] = self.store.result(key)
         return self._results[key]
 
     def scores(self, key: str, split: str | None = None) -> CellScores:
-        """Scores of a finished cell; on the split of the comparison if none is named."""
+        """Scores of a finished cell (default: on the split of the comparison)."""
         split = split or self.split
         if (key, split) not in self._scores:
             result = self.result(key)
             assert result is not None, key
-            self._scores[key, split] = read_scores(self.cell(key), result["files"], split)
+            self._scores[key, split] = read_scores(self.store.cell(key), result["files"], split)
         return self._scores[key, split]
-
-    def cell(self, key: str) -> Path:
-        """Run directory of a cell."""
-        return self.store.cell(key)
 
 
 def find_arms(cells: Sequence[Mapping[str, Any]], compare: CompareConfig, results: Results) -> list[Arm]:
-    """Arms with at least one finished cell, in the order of the grid; bases first.
+    """Arms with at least one finished cell, in the order of the grid, bases first.
 
-    The tuned value of an arm is the one with the best average over seeds on the choosing examples, among the values
-    that have most seeds.
+    The tuned value of an arm has the best average over seeds on the choosing examples, among the values with the most
+    finished seeds. Of equally good values the first in the grid is chosen.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     tuned = (compare.arm, compare.seed, *compare.choose)
@@ -126,16 +125,7 @@ def _arm(
     most = max(len(seeds) for seeds in done.values())
     if most == 0:
         return None
-    candidates = [value for value, seeds in done.items() if len(seeds) == most]
-    best = candidates[0]
-    if len(candidates) > 1:
-        part: Literal["choose", "all"] = "choose" if compare.split == "halves" else "all"
-        means = {
-            value: mean_score([results.scores(k, "validation") for k in done[value].values()], compare.metric, part)
-            for value in candidates
-        }
-        sign = -1.0 if HIGHER_IS_BETTER[compare.metric] else 1.0
-        best = min(candidates, key=lambda value: sign * (means[value] or 0.0))
+    best = _best([value for value, seeds in done.items() if len(seeds) == most], done, compare, results)
     axes = [axis for axis in compare.choose if axis in members[0]["labels"]]
     return Arm(
         context=context,
@@ -151,8 +141,27 @@ def _arm(
     )
 
 
+def _best(
+    values: Sequence[tuple[str, ...]],
+    cells: Mapping[tuple[str, ...], Mapping[str, str]],
+    compare: CompareConfig,
+    results: Results,
+) -> tuple[str, ...]:
+    """The tuned value with the best mean on the choosing examples; the first of equal ones."""
+    if len(values) == 1:
+        return values[0]
+    part: Literal["choose", "all"] = "choose" if compare.split == "halves" else "all"
+    sign = -1.0 if HIGHER_IS_BETTER[compare.metric] else 1.0
+
+    def loss(value: tuple[str, ...]) -> float:
+        scores = [results.scores(key, "validation") for key in cells[value].values()]
+        return sign * (mean_score(scores, compare.metric, part) or 0.0)
+
+    return min(values, key=loss)
+
+
 def _at_edge(chosen: str, tried: Sequence[str]) -> bool:
-    """Whether a number is the least or the largest of several that were tried."""
+    """Whether a number is the smallest or the largest of several that were tried."""
     try:
         numbers = {float(text) for text in tried}
     except ValueError:
@@ -160,21 +169,17 @@ def _at_edge(chosen: str, tried: Sequence[str]) -> bool:
     return len(numbers) > 1 and float(chosen) in (min(numbers), max(numbers))
 
 
-CONFIDENCE = 0.95
-Part = Literal["all", "compare"]
-
-
 def part_of(compare: CompareConfig, arms: Sequence[Arm]) -> Part:
-    """The examples that arms are compared on: a half where the other half chose something."""
+    """The examples that arms are compared on: one half if the other half chose something, else all."""
     return "compare" if compare.split == "halves" and any(arm.swept for arm in arms) else "all"
 
 
 def comparisons(
     arms: Sequence[Arm], compare: CompareConfig, results: Results, reference: str, measures: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """One row for every trained arm beside the reference in its surroundings and every measure, Holm-corrected.
+    """One row for each measure and each trained arm next to the reference of its context, with Holm's correction.
 
-    Positive improvements are better, whatever the measure. `winner` is empty where `reason` says why there is none.
+    A positive improvement is better, whatever the measure. `winner` is empty if there is none; `reason` says why.
     """
     part = part_of(compare, arms)
     rows: list[dict[str, Any]] = []
@@ -186,10 +191,10 @@ def comparisons(
     ]
     for arm, other in pairs:
         for measure in measures:
-            row = _row(arm, other, compare, results, measure, part)
+            row = _row((arm, other), compare, results, measure, part)
             if row is not None:
                 rows.append(row)
-    # Of both, the chance of examples with the seeds as they are, and that of examples and seeds, the larger one counts
+    # The larger p-value counts: of examples with the seeds as they are, and of examples and seeds
     larger = [row["p_examples"] if math.isnan(row["p_t"]) else max(row["p_examples"], row["p_t"]) for row in rows]
     for row, adjusted in zip(rows, holm(larger), strict=True):
         row["p_holm"] = adjusted
@@ -200,54 +205,16 @@ def comparisons(
     return rows
 
 
-def quality(
-    arm: Arm, compare: CompareConfig, results: Results, measure: str, part: Part
-) -> tuple[Interval, int] | None:
-    """Mean of a measure over the arm's seeds with its band, and the number of examples; None where not measured."""
-    tasks = stacked([[results.scores(key) for key in arm.seeds.values()]], measure, part)
-    if not tasks:
-        return None
-    interval = bca_interval(
-        tasks, first, confidence=CONFIDENCE, num_resamples=compare.num_resamples, generator=np.random.default_rng(0)
-    )
-    return interval, sum(len(task.weights) for task in tasks)
-
-
-def repair(arm: Arm, compare: CompareConfig, results: Results, part: Part) -> tuple[Interval, str]:
-    """Share of what compressing lost that the arm made good, and why there is none (then the interval is nan)."""
-    nothing = Interval(math.nan, math.nan, math.nan)
-    if not arm.is_trained:
-        return nothing, "not trained"
-    if arm.base_key == arm.dense_key:
-        return nothing, "the base is not compressed"
-    for key, name in ((arm.base_key, "base"), (arm.dense_key, "uncompressed base")):
-        if key is None or results.result(key) is None:
-            return nothing, f"the {name} was not evaluated"
-    assert arm.base_key is not None
-    assert arm.dense_key is not None
-    base, dense = [results.scores(arm.base_key)], [results.scores(arm.dense_key)]
-    trained = [results.scores(key) for key in arm.seeds.values()]
-    options: dict[str, Any] = {"confidence": CONFIDENCE, "num_resamples": compare.num_resamples}
-    sign = 1.0 if HIGHER_IS_BETTER[compare.metric] else -1.0
-    loss = bca_interval(
-        stacked([dense, base], compare.metric, part), difference, generator=np.random.default_rng(0), **options
-    )
-    if not (loss.excludes_zero and sign * loss.value > 0):
-        return nothing, "compressing lost nothing that the data show"
-    tasks = stacked([base, trained, dense], compare.metric, part)
-    return bca_interval(tasks, repaired, generator=np.random.default_rng(0), **options), ""
-
-
 def _row(
-    arm: Arm, other: Arm, compare: CompareConfig, results: Results, measure: str, part: Part
+    pair: tuple[Arm, Arm], compare: CompareConfig, results: Results, measure: str, part: Part
 ) -> dict[str, Any] | None:
+    arm, other = pair
     shared = [seed for seed in arm.seeds if seed in other.seeds]
     if not shared:
         return None
-    pair = [[results.scores(each.seeds[seed]) for seed in shared] for each in (arm, other)]
-    higher = HIGHER_IS_BETTER[measure]
-    # Improvements: the better one first, so that a positive difference is one of the arm
-    tasks = stacked(pair if higher else pair[::-1], measure, part)
+    series = [[results.scores(each.seeds[seed]) for seed in shared] for each in pair]
+    # The better one first, so that a positive difference is an improvement by the arm
+    tasks = stacked(series if HIGHER_IS_BETTER[measure] else series[::-1], measure, part)
     if not tasks:
         return None
     options: dict[str, Any] = {"num_resamples": compare.num_resamples}
@@ -273,32 +240,67 @@ def _row(
         "num_examples": sum(len(task.weights) for task in tasks),
         "num_missing": arm.num_missing + other.num_missing,
         "is_swept": arm.swept and other.swept,
-        "at_edge": ", ".join(each.name for each in (arm, other) if each.at_edge),
+        "at_edge": ", ".join(each.name for each in pair if each.at_edge),
     }
 
 
 def _against_a_winner(row: dict[str, Any], compare: CompareConfig) -> list[str]:
-    """Why the data call no winner; empty where they do."""
+    """Why no winner is called; empty if one is."""
     reasons = []
     if row["num_missing"]:
         reasons.append(f"{row['num_missing']} cells have no result yet")
     if not row["is_swept"]:
-        reasons.append("no value was tuned for each arm by itself")
+        reasons.append("nothing was tuned for each arm separately")
     if row["at_edge"]:
-        reasons.append(f"the tuned value of {row['at_edge']} is at the end of those tried")
+        reasons.append(f"the tuned value of {row['at_edge']} is the smallest or largest that was tried")
     if row["num_seeds"] < compare.min_seeds:
-        reasons.append(f"{row['num_seeds']} of at least {compare.min_seeds} seeds")
+        reasons.append(f"{row['num_seeds']} seeds, at least {compare.min_seeds} are needed")
     if row["p_holm"] >= compare.alpha:
         reasons.append(f"p = {row['p_holm']:.4f} after Holm's correction")
     intervals = [(row["lower"], row["upper"]), (row["lower_t"], row["upper_t"])]
     if not all(lower > 0 or upper < 0 for lower, upper in intervals):
-        reasons.append("an interval over examples and seeds holds zero")
+        reasons.append("an interval over examples and seeds contains zero")
     if row["num_seeds"] not in (row["num_seeds_better"], row["num_seeds_worse"]):
         reasons.append(f"{row['num_seeds_better']} of {row['num_seeds']} seeds are better")
     return reasons
 
 
-_OF_SHARES = "share of answers"
+def quality(
+    arm: Arm, compare: CompareConfig, results: Results, measure: str, part: Part
+) -> tuple[Interval, int] | None:
+    """Mean of a measure over the arm's seeds with its interval, and the number of examples; None if not measured."""
+    tasks = stacked([[results.scores(key) for key in arm.seeds.values()]], measure, part)
+    if not tasks:
+        return None
+    interval = bca_interval(
+        tasks, first, confidence=CONFIDENCE, num_resamples=compare.num_resamples, generator=np.random.default_rng(0)
+    )
+    return interval, sum(len(task.weights) for task in tasks)
+
+
+def repair(arm: Arm, compare: CompareConfig, results: Results, part: Part) -> tuple[Interval, str]:
+    """Share of the loss from compression that the arm recovered; if there is none, a nan interval and the reason."""
+    nothing = Interval(math.nan, math.nan, math.nan)
+    if not arm.is_trained:
+        return nothing, "not trained"
+    if arm.base_key == arm.dense_key:
+        return nothing, "the base is not compressed"
+    for key, name in ((arm.base_key, "base"), (arm.dense_key, "uncompressed base")):
+        if key is None or results.result(key) is None:
+            return nothing, f"the {name} was not evaluated"
+    assert arm.base_key is not None
+    assert arm.dense_key is not None
+    base, dense = [results.scores(arm.base_key)], [results.scores(arm.dense_key)]
+    trained = [results.scores(key) for key in arm.seeds.values()]
+    options: dict[str, Any] = {"confidence": CONFIDENCE, "num_resamples": compare.num_resamples}
+    sign = 1.0 if HIGHER_IS_BETTER[compare.metric] else -1.0
+    loss = bca_interval(
+        stacked([dense, base], compare.metric, part), difference, generator=np.random.default_rng(0), **options
+    )
+    if not (loss.excludes_zero and sign * loss.value > 0):
+        return nothing, "compression caused no significant loss"
+    tasks = stacked([base, trained, dense], compare.metric, part)
+    return bca_interval(tasks, repaired, generator=np.random.default_rng(0), **options), ""
 
 
 def verdict(
@@ -308,54 +310,55 @@ def verdict(
     compare: CompareConfig,
     label: str,
 ) -> list[str]:
-    """One sentence over all comparisons of each measure, the study's own first, and one for each comparison.
+    """One sentence about all comparisons of each measure (the study's metric first), then one for each comparison.
 
     Args:
-        pairs: Rows of `compare.comparisons`.
+        pairs: Rows of `comparisons`.
         cells: Rows of the table of cells.
-        axes: What is named of each comparison beside the arms.
-        label: Of the metric.
+        axes: Axes that name the context of a comparison.
+        label: The metric in words.
     """
-    sentences = [_overall([row for row in pairs if row["measure"] == compare.metric], label, compare.alpha)]
-    for measure in dict.fromkeys(row["measure"] for row in pairs if row["measure"] != compare.metric):
-        part = [row for row in pairs if row["measure"] == measure]
-        sentences.append(_overall(part, f"{_OF_SHARES} that are {measure}", compare.alpha))
+    names = {row["measure"]: f"share of {row['measure']} answers" for row in pairs} | {compare.metric: label}
+    measures = dict.fromkeys([compare.metric, *(row["measure"] for row in pairs)])
+    sentences = [
+        _overall([row for row in pairs if row["measure"] == measure], names[measure], compare.alpha)
+        for measure in measures
+    ]
     lacking = [row for row in cells if row["status"] != "done"]
     if lacking:
         failed = sum(row["status"] == "failed" for row in lacking)
         sentences.append(
-            f"{len(lacking)} of {len(cells)} cells have no result, {failed} of them because they failed; "
-            "no winner is called from arms that lack cells."
+            f"{len(lacking)} of {len(cells)} cells have no result; {failed} of them failed. An arm with missing cells "
+            "cannot win or lose."
         )
-    return sentences + [_sentence(row, axes, compare, label) for row in pairs]
+    return sentences + [_sentence(row, axes, names[row["measure"]]) for row in pairs]
 
 
 def _overall(pairs: Sequence[Mapping[str, Any]], label: str, alpha: float) -> str:
     if not pairs:
-        return "There is nothing to compare: no surrounding has two trained arms with results of the same seeds."
+        return "There is nothing to compare: no context has two trained arms with results for the same seeds."
     won = [row for row in pairs if row["winner"]]
     if not won:
         unclear = sum(row["p_holm"] >= alpha for row in pairs)
         return (
-            f"No winner is called in any of {len(pairs)} comparisons ({label}); in {unclear} of them the data show no "
-            "difference after Holm's correction."
+            f"No winner in {len(pairs)} comparisons of {label}; in {unclear} of them the arms do not differ "
+            "significantly after Holm's correction."
         )
-    by_name: dict[str, int] = {}
-    for row in won:
-        by_name[row["winner"]] = by_name.get(row["winner"], 0) + 1
-    counts = ", ".join(f"{name} in {count}" for name, count in sorted(by_name.items()))
+    counts = ", ".join(f"{name} in {count}" for name, count in sorted(Counter(row["winner"] for row in won).items()))
     rest = len(pairs) - len(won)
-    tail = f" In the other {rest} they show no winner." if rest else ""
-    return f"Of {len(pairs)} comparisons the data show a winner in {len(won)}: {counts} ({label}).{tail}"
+    tail = f" The other {rest} have no winner." if rest else ""
+    return f"{len(won)} of {len(pairs)} comparisons of {label} have a winner: {counts}.{tail}"
 
 
-def _sentence(row: Mapping[str, Any], axes: Sequence[str], compare: CompareConfig, label: str) -> str:
+def _sentence(row: Mapping[str, Any], axes: Sequence[str], label: str) -> str:
     where = ", ".join(f"{axis} {row[axis]}" for axis in axes if axis in row)
-    what = label if row["measure"] == compare.metric else f"{_OF_SHARES} that are {row['measure']}"
-    numbers = f"improvement {row['improvement']:.4f} in {what}, interval {row['lower']:.4f} to {row['upper']:.4f}"
     head = f"{where}: " if where else ""
-    if row["winner"]:
-        loser = row["reference"] if row["winner"] == row["arm"] else row["arm"]
-        by = f"p = {row['p_holm']:.4f} after Holm's correction, {row['num_seeds']} seeds"
-        return f"{head}{row['winner']} beats {loser} ({row['arm']} over {row['reference']}: {numbers}, {by})."
-    return f"{head}no winner between {row['arm']} and {row['reference']} ({numbers}): {row['reason']}."
+    change = (
+        f"improvement of {row['arm']} over {row['reference']} in {label}: {row['improvement']:.4f}, "
+        f"interval {row['lower']:.4f} to {row['upper']:.4f}"
+    )
+    if not row["winner"]:
+        return f"{head}no winner between {row['arm']} and {row['reference']} ({change}): {row['reason']}."
+    loser = row["reference"] if row["winner"] == row["arm"] else row["arm"]
+    by = f"p = {row['p_holm']:.4f} after Holm's correction, {row['num_seeds']} seeds"
+    return f"{head}{row['winner']} beats {loser} ({change}, {by})."

@@ -1,4 +1,4 @@
-"""A study file: the recipe that all cells start from, what varies between them, and how they are compared.
+"""A study file (recipe, axes, comparison) and its cells: checked recipes, each named by its hash.
 
     recipe: demo
     settings: {train.steps: 200}
@@ -12,9 +12,8 @@
     exclude:
       - {base.quant: nf3, train.lr: 1e-4}
 
-An axis is either a key of a recipe with its values, or a name with labelled groups of settings that change together.
-
-From a study to its cells: checked recipes, each with the hash that names it.
+Every combination of the axes' values is a cell. An axis is a key of a recipe with its values, or a name with labelled
+groups of settings that change together.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,56 +53,58 @@ layer kind format shape block_size num_weights num_pruned num_zeros relative_err
 fact value text
 """
 COLUMNS = frozenset(_COLUMNS.split())
-"""Columns of the report's tables; an axis of that name would be one of them twice."""
+"""Columns of the report's tables. An axis must not have one of these names."""
 
 
 class CompareConfig(Section):
-    """Which cells are compared with which, and what it takes to call a difference."""
+    """Which cells are compared, and when a winner is called."""
 
     arm: Text = "adapter"
-    """Axis whose values are compared, in the same surroundings: the other axes but `choose` and `seed`."""
+    """Axis whose values are compared, separately for each combination of the other axes but `choose` and `seed`."""
     choose: tuple[Text, ...] = ("train.lr",)
-    """Axes tuned for each arm by itself: their best value is chosen on other examples than the arms are compared on."""
+    """Axes tuned for each arm separately. The best value is chosen on examples that are not used in the comparison."""
     seed: Text = "train.seed"
-    """Axis over which a result is repeated."""
+    """Axis of the repetitions."""
     reference: Text | None = None
-    """Value of `arm` that the others are compared with. None: the first that is trained."""
+    """Value of `arm` that the others are compared with (null: the first one with training)."""
     metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
-    """What is compared, averaged over tasks. nll_per_token: lower is better; accuracies, of choices only: higher."""
+    """What is compared, averaged over tasks. nll_per_token: lower is better. acc, acc_norm: higher is better; only for
+    tasks with choices."""
     split: Literal["halves", "test"] = "halves"
-    """halves: half of the validation examples chooses, the rest compares. test: validation chooses, test compares."""
+    """halves: one half of the validation examples is for choosing, the other for comparing. test: the validation
+    examples are for choosing, the test examples for comparing."""
     alpha: Share = 0.05
-    """Chance of calling any difference of the study where there is none (Holm's correction over all of them)."""
+    """Chance that the study calls any false winner (after Holm's correction over all comparisons)."""
     min_seeds: Whole = 3
-    """Fewer seeds than this call no winner."""
+    """Seeds needed to call a winner."""
     num_resamples: Annotated[Whole, Field(ge=100)] = 10_000
-    """Bootstrap samples and permutations of each comparison."""
+    """Bootstrap samples, and permutations, of each comparison."""
 
 
 class Study(Section):
     """A study file."""
 
     recipe: Text
-    """Shipped recipe, or YAML file (its path starts at the folder of the study file), that every cell starts from."""
+    """Recipe that every cell starts from: a shipped name, or a YAML file relative to the folder of the study file."""
     settings: Choice = Field(default_factory=dict)
-    """Changes to it in every cell: recipe key -> value."""
+    """Changes in every cell: recipe key -> value."""
     product: Annotated[dict[Text, Axis], Field(min_length=1)]
-    """Axes; every combination of their values is a cell."""
+    """The axes. Every combination of their values is a cell."""
     include: tuple[Choice, ...] = ()
-    """Further cells: axis -> value or list of values; over the axes that are not named, all their values."""
+    """More cells: axis -> value or list of values. Axes that are not named take all their values."""
     exclude: tuple[Choice, ...] = ()
-    """Cells left out: those that have these values (or one of a list) on these axes."""
+    """Cells to leave out: those with these values (or one of a list) on these axes."""
     compare: CompareConfig = CompareConfig()
-    """Which cells are compared with which."""
+    """Which cells are compared, and when a winner is called."""
     bases: Flag = True
-    """Also evaluate the base of every trained cell and the uncompressed one, once each, to measure repair by."""
+    """Also evaluate the base of every cell and the uncompressed base, once each, to measure how much is repaired."""
     retries: WholeOrZero = 1
     """Times that a failed cell is tried again."""
 
     def faults(self) -> Iterator[Fault]:
         axes = list(self.product)
         for name in sorted(COLUMNS.intersection(axes)):
-            yield f"product.{name}", f"is a column of the report, got {name!r}, allowed: another name for the axis."
+            yield f"product.{name}", f"is a column of the report, got {name!r}. Fix: use another name for the axis."
         for part in ("include", "exclude"):
             for index, entry in enumerate(getattr(self, part)):
                 yield from self._entry_faults(f"{part}[{index}]", entry, may_be_new=part == "include")
@@ -112,35 +114,38 @@ class Study(Section):
             given = key.partition(".")[2] in compare.model_fields_set
             for name in names:
                 if name not in axes and (given or key == "compare.arm"):
-                    what = f"no axis of the product, got {name!r}, allowed: {', '.join(axes)}.{nearest(name, axes)}"
+                    what = f"must be an axis of the product, got {name!r}, allowed: {', '.join(axes)}."
+                    what += nearest(name, axes)
                     yield key, what
         roles = [name for name in (compare.arm, compare.seed, *compare.choose) if name in axes]
         for name in sorted({name for name in roles if roles.count(name) > 1}):
-            yield "compare", f"one axis cannot be two of arm, choose and seed, got {name!r}, allowed: different axes."
+            yield "compare", f"arm, choose and seed must be different axes, got {name!r} twice."
         if compare.arm in axes and compare.reference is not None:
             labels = [label for label, _ in choices(self.product[compare.arm], compare.arm)]
             if compare.reference not in labels:
                 close = nearest(compare.reference, labels)
-                what = f"no value of {compare.arm}, got {compare.reference!r}, allowed: {', '.join(labels)}.{close}"
+                got = f"got {compare.reference!r}, allowed: {', '.join(labels)}.{close}"
+                what = f"must be a value of the axis {compare.arm}, {got}"
                 yield "compare.reference", what
 
     def _entry_faults(self, where: str, entry: Choice, *, may_be_new: bool) -> Iterator[Fault]:
         if not entry:
-            yield where, "names no axis, got {}, allowed: axis: value."
+            yield where, "must name an axis and its value, got {}."
         for name, value in entry.items():
             axis = self.product.get(name)
             if axis is None:
-                yield f"{where}.{name}", f"no axis, allowed: {', '.join(self.product)}.{nearest(name, self.product)}"
+                what = f"must be an axis, allowed: {', '.join(self.product)}.{nearest(name, self.product)}"
+                yield f"{where}.{name}", what
                 continue
             labels = [label for label, _ in choices(axis, name)]
             wrong = [text for text in map(label_of, as_list(value)) if text not in labels]
             if wrong and (isinstance(axis, dict) or not may_be_new):
                 got = f"got {shown(wrong[0])}, allowed: {', '.join(labels)}.{nearest(wrong[0], labels)}"
-                yield f"{where}.{name}", f"no value of that axis, {got}"
+                yield f"{where}.{name}", f"must be a value of that axis, {got}"
 
 
 def load_study(path: Path) -> Study:
-    """Read and check a study file; its `recipe` becomes absolute where it is a file.
+    """Read and check a study file. A `recipe` that is a file gets an absolute path.
 
     Raises:
         UserError: All faults, one line each.
@@ -150,7 +155,7 @@ def load_study(path: Path) -> Study:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{where}: cannot be read ({reason}), allowed: a YAML file of a study.") from None
+        raise UserError(f"{where}: cannot be read ({reason}); must be a YAML file of a study.") from None
     data = read_yaml(text, where)
     recipe = data.get("recipe")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
@@ -159,10 +164,10 @@ def load_study(path: Path) -> Study:
 
 
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
-    """Check plain data and make it a study.
+    """Check plain data and make a study from it.
 
     Raises:
-        UserError: All faults, one line each: `<where>: <path.to.key>: what is wrong, got ..., allowed: ...`.
+        UserError: All faults, one line each: `<where>: <path.to.key>: what is wrong, got ...`.
     """
     try:
         return Study.model_validate(data)
@@ -172,19 +177,19 @@ def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
 
 
 def choices(axis: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
-    """(label, settings) of every value of an axis."""
+    """(label, settings) for every value of an axis."""
     if isinstance(axis, dict):
         return list(axis.items())
     return [(label_of(value), {name: value}) for value in axis]
 
 
 def as_list(value: Any) -> list[Any]:
-    """A value of an entry, or its list of values."""
+    """A value as a list, which it may already be."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def label_of(value: Any) -> str:
-    """A value as the report shows it; 1e-4, 1.0e-4 and 0.0001 are one label."""
+    """A value as the report shows it; 1e-4, 1.0e-4 and 0.0001 have the same label."""
     if isinstance(value, str):
         try:
             return value if value.isidentifier() else f"{float(value):.12g}"  # nan and inf are names
@@ -195,7 +200,7 @@ def label_of(value: Any) -> str:
 
 _KEY_LENGTH = 16  # hex digits: two of a million recipes share one with a chance of 3e-8
 
-# What the evaluation of a bare base depends on beside model, base and data.
+# Fields of `eval` that the evaluation of a base depends on.
 _EVALUATION = ("tasks", "limit", "method")
 
 
@@ -204,12 +209,12 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        key: Hash of the resolved recipe; names the run directory.
-        labels: Axis -> label. A base has no label on the axes that only training depends on.
-        recipe: What is run.
+        key: Hash of the resolved recipe; name of the run directory.
+        labels: Axis -> label. A base has no labels on axes that affect only training.
+        recipe: The recipe that runs.
         is_trained: False for a base that is only evaluated.
-        base_key: Of the cell that evaluates the same base without adapter.
-        dense_key: Of the cell that evaluates the uncompressed base.
+        base_key: Key of the cell that evaluates the same base without an adapter.
+        dense_key: Key of the cell that evaluates the uncompressed base.
     """
 
     key: str
@@ -220,13 +225,13 @@ class Cell:
     dense_key: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """For JSON: all but the recipe."""
+        """JSON values: everything but the recipe."""
         fields = ("key", "labels", "is_trained", "base_key", "dense_key")
         return {name: getattr(self, name) for name in fields}
 
 
 def expand(study: Study) -> list[Cell]:
-    """The cells of a study, bases first, each recipe once.
+    """The cells of a study, bases first, each recipe once; of equal cells the first keeps its labels.
 
     Raises:
         UserError: Recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
@@ -234,10 +239,10 @@ def expand(study: Study) -> list[Cell]:
     start, where = recipe_document(study.recipe)
     cells: dict[str, Cell] = {}
     bases: dict[str, Cell] = {}
-    uncompressed: dict[str, Cell] = {}  # without labels, unless the grid has it
+    uncompressed: dict[str, Cell] = {}  # has labels only if the grid has this base
     faults: dict[str, list[str]] = {}
     known: dict[str, Cell] = {}
-    base_of: dict[tuple[tuple[str, str], ...], str] = {}  # arm and surroundings -> key of its one base
+    base_of: dict[tuple[tuple[str, str], ...], str] = {}  # arm and context -> key of its one base
     for labels, changes in _combinations(study):
         try:
             recipe = _recipe(start, study.settings | changes, study.compare.split)
@@ -249,32 +254,35 @@ def expand(study: Study) -> list[Cell]:
         base = _base(recipe, dense=False, known=known)
         dense = _base(recipe, dense=True, known=known)
         tuned = (study.compare.seed, *study.compare.choose)
-        surroundings = {axis: label for axis, label in labels.items() if axis not in tuned}
-        if base_of.setdefault(tuple(surroundings.items()), base.key) != base.key:
+        context = {axis: label for axis, label in labels.items() if axis not in tuned}
+        if base_of.setdefault(tuple(context.items()), base.key) != base.key:
             varied = ", ".join(axis for axis in tuned if axis in labels)
-            fault = f"compare: one of {varied} changes the base or its evaluation, allowed: only settings of training."
+            fault = f"compare: {varied} must change only training, but one of them changes the base or its evaluation."
             named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
             faults.setdefault(fault, []).append(named)
             continue
+        bare = partial(Cell, is_trained=False, dense_key=dense.key)
         if recipe.adapter.kind == "none":
-            bases[base.key] = Cell(base.key, surroundings, base.recipe, False, base.key, dense.key)
+            if base.key not in bases or study.compare.arm not in bases[base.key].labels:
+                bases[base.key] = bare(base.key, context, base.recipe, base_key=base.key)
         else:
             trained = _without_start(recipe)
-            cells.setdefault(key_of(trained), Cell(key_of(trained), labels, trained, True, base.key, dense.key))
-            surroundings = {axis: label for axis, label in surroundings.items() if axis != study.compare.arm}
+            cell = Cell(key_of(trained), labels, trained, base_key=base.key, dense_key=dense.key)
+            cells.setdefault(cell.key, cell)
+            context = {axis: label for axis, label in context.items() if axis != study.compare.arm}
             if study.bases:
-                bases.setdefault(base.key, Cell(base.key, surroundings, base.recipe, False, base.key, dense.key))
+                bases.setdefault(base.key, bare(base.key, context, base.recipe, base_key=base.key))
         if study.bases:
-            uncompressed[dense.key] = Cell(dense.key, {}, dense.recipe, False, dense.key, dense.key)
+            uncompressed[dense.key] = bare(dense.key, {}, dense.recipe, base_key=dense.key)
     if faults:
         raise UserError(*(f"{where} ({_first(named)}): {fault}" for fault, named in faults.items()))
     if not cells and not bases:
-        raise UserError(f"{where}: exclude leaves no cell, allowed: at least one.")
+        raise UserError(f"{where}: exclude leaves no cell, at least one is needed.")
     return [*(uncompressed | bases).values(), *cells.values()]
 
 
 def key_of(recipe: Recipe) -> str:
-    """Hash of a resolved recipe: of every setting that has an effect, whatever the order or spelling it came in."""
+    """Hash of every setting that has an effect; the order and spelling in the file do not matter."""
     text = json.dumps(settings(recipe), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
 
@@ -313,34 +321,27 @@ def _recipe(start: dict[str, Any], changes: dict[str, Any], split: str) -> Recip
     overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     recipe = recipe_from(apply_overrides(start, overrides), "recipe", overrides)
     if recipe.eval.tasks == ():
-        raise UserError("eval.tasks: a study compares evaluations, got [], allowed: at least one task.")
-    if split == "halves":
-        faults = [
-            f"{key}: goes by all validation examples, half of which compare the arms, got {value}, allowed: "
-            "compare.split: test, or the recipe without it."
-            for key, value in (
-                ("eval.best_by", recipe.eval.best_by),
-                ("interference.loss_weights", recipe.interference.loss_weights),
-            )
-            if value is not None
-        ]
-        if faults:
-            raise UserError(*faults)
+        raise UserError("eval.tasks: must name at least one task, since a study compares evaluations, got [].")
+    if split == "halves" and recipe.eval.best_by is not None:
+        raise UserError(
+            "eval.best_by: uses all validation examples, but compare.split halves keeps half of them for the "
+            f"comparison, got {recipe.eval.best_by}. Fix: remove it, or set compare.split to test."
+        )
     return recipe
 
 
 def _without_start(recipe: Recipe) -> Recipe:
-    """A trained cell does not evaluate its base: one cell does that for all."""
+    """The recipe of a trained cell without the evaluation of its base: a cell of its own does that."""
     return recipe_from(apply_overrides(settings(recipe), ["eval.at_start=false", "eval.at_end=true"]))
 
 
 def _without_weight(source: dict[str, Any]) -> dict[str, Any]:
-    """A weight in the loss means nothing to a base that is only evaluated."""
+    """A source without its weight in the loss, which has no effect on a base that is only evaluated."""
     return {name: value for name, value in source.items() if name != "loss_weight"}
 
 
 def _base(recipe: Recipe, *, dense: bool, known: dict[str, Cell]) -> Cell:
-    """The recipe that evaluates the recipe's base, or the uncompressed one, and nothing else."""
+    """A cell that only evaluates the recipe's base, or the uncompressed base."""
     whole = settings(recipe)
     document: dict[str, Any] = {
         "model": whole["model"],

@@ -1,10 +1,8 @@
-"""Runs the cells of a study, each once, among any number of processes; what fails is recorded and tried again.
+"""Runs a study: its cells, each once, by any number of processes on one or more machines.
 
-Several processes on one study through submitit: jobs of SLURM, or processes of this machine.
-
-One cell of a study: train (or only evaluate) a recipe, and keep what the comparison needs.
-
-qdora study: check a grid, run its cells, say where it stands.
+`study_run` checks the study and runs its cells in this process; `submit_study` starts several such processes through
+submitit. A cell trains (or only evaluates) one recipe and keeps what the report needs. A failed cell is recorded and
+tried again; a finished one never runs again.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from qdora.data.build_data import source_spec
 from qdora.data.sources import has_split
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.access_tokens import masked
@@ -45,29 +42,31 @@ from qdora.run.pruned_base import SharedBases
 from qdora.run.train import train_run
 from qdora.run.validation import adapter_step
 from qdora.study.grid import Cell, Study, expand, load_study
-from qdora.study.store import Claim, StudyDirectory
+from qdora.study.study_directory import Claim, StudyDirectory
 
 logger = logging.getLogger("qdora")
 
 Work = Callable[[Cell, Path], Mapping[str, Any]]
-"""work(cell, run directory) -> JSON values. Called anew for a cell whose work did not end; it may find its files."""
+"""work(cell, run directory) -> JSON values. It is called again if it was cut off, and then finds its earlier files."""
 Event = Literal["done", "failed"]
-Report = Callable[[Cell, Event, float], None]
-"""report(cell, what became of this attempt, seconds), after every attempt of this process."""
+AfterAttempt = Callable[[Cell, Event, float], None]
+"""after(cell, result of this attempt, seconds), called after every attempt of this process."""
 
+_SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 _TRACEBACK_LINES = 12
 _POLL_SECONDS = 0.2
+_COMPRESSED = "base/compressed.json"
 
 
 @dataclass(frozen=True)
 class CellTally:
-    """Where a study stands when a process has nothing left to do.
+    """How far a study is.
 
     Attributes:
-        num_cells: Cells asked for.
-        num_done: Those with a result, whoever got it.
-        failed: Those given up -> the last reason.
-        num_elsewhere: Those that another process is at.
+        num_cells: Number of cells asked for.
+        num_done: Cells with a result from any process.
+        failed: Key of a cell that was given up -> its last reason.
+        num_elsewhere: Cells that another process works on.
     """
 
     num_cells: int
@@ -76,21 +75,223 @@ class CellTally:
     num_elsewhere: int
 
 
+def study_run(
+    file: Path,
+    directory: Path | None = None,
+    *,
+    shard: str | None = None,
+    retry_failed: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run the cells of a study that have no result and that no other process works on.
+
+    Args:
+        file: The study file.
+        directory: Where results are written; default runs/studies/<name of the file>.
+        shard: "i/n": only every n-th cell, starting with the i-th.
+        retry_failed: Also run cells that were given up.
+        dry_run: Check every cell and write nothing.
+        console: Where progress and counts are shown; default standard error for progress, standard output for counts.
+    Returns:
+        JSON values: the directory and the counts of cells.
+    Raises:
+        UserError: The study, one of its recipes, or the shard is wrong.
+        RunFailure: Some cells were given up; all others are done.
+        Interrupted, KeyboardInterrupt: Finished cells are kept.
+    """
+    progress, results = consoles(console)
+    study, directory, cells = _checked(file, directory)
+    index, count = _shard(shard)
+    mine = shard_of(cells, index, count)
+    results.print(
+        f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training"
+        + (f"; {len(mine)} in shard {shard}" if shard else ""),
+        highlight=False,
+    )
+    if dry_run:
+        return {"directory": str(directory), "num_cells": len(cells), "cells": [cell.record() for cell in mine]}
+    store = StudyDirectory(directory, retries=study.retries)
+    store.write_index(study, cells)
+    if retry_failed:
+        store.forget_failures([cell.key for cell in mine])
+
+    with cells_bar(progress, mine, store) as report, _quiet_runs():
+        found = run_cells(mine, store, cell_work(study.compare.split, store), report)
+    return _concluded(found, mine, directory, results)
+
+
+def submit_study(
+    file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
+) -> dict[str, Any]:
+    """Check a study and start processes through submitit that run it together.
+
+    Args:
+        directory: As in `study_run`.
+        num_jobs, cluster: As in `submit_jobs`.
+        options: Parameters of submitit, each "key=value".
+    Raises:
+        UserError: As in `study_run` and `submit_jobs`.
+    """
+    study, directory, cells = _checked(file, directory)
+    StudyDirectory(directory, retries=study.retries).write_index(study, cells)
+    parameters = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals or not key:
+            raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {option!r}.")
+        parameters[key.strip()] = read_yaml(f"value: {text}", f"--job-option {option}")["value"]
+    command = [sys.executable, "-m", "qdora.cli", "--quiet", "study", str(file.resolve()), "--dir", str(directory)]
+    jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
+    return {"directory": str(directory), "jobs": [job.job_id for job in jobs]}
+
+
+def submit_jobs(
+    command: Sequence[str],
+    directory: Path,
+    num_jobs: int,
+    *,
+    cluster: str = "slurm",
+    parameters: Mapping[str, Any] | None = None,
+) -> list[Any]:
+    """Start the same command several times; each process claims the next free cell of the study.
+
+    Args:
+        command: Program and arguments. All jobs must see the study's directory under the same path.
+        directory: The study's directory; the output of the jobs goes to slurm/ inside it.
+        num_jobs: At least 1.
+        cluster: slurm, or local for processes on this machine.
+        parameters: Parameters of submitit: timeout_min, gpus_per_node, slurm_partition, ...
+    Returns:
+        submitit's jobs.
+    Raises:
+        UserError: submitit is missing, or does not know a parameter or the cluster.
+    """
+    try:
+        import submitit
+        from submitit.helpers import CommandFunction
+    except ImportError:
+        raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
+    try:
+        executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
+        executor.update_parameters(name="qdora-study", **dict(parameters or {}))
+    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--jobs: {reason}") from None
+    with executor.batch():
+        return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
+
+
+def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, list[Cell]]:
+    study = load_study(file)
+    cells = expand(study)
+    faults = [fault for cell in cells for fault in missing_files(cell.recipe, str(file))]
+    if study.compare.split == "test":
+        faults += [
+            f"{file}: compare.split: {source.label} has no test split. Fix: set compare.split to halves."
+            for cell in cells
+            for source in cell.recipe.data.mix
+            if not has_split(source, "test")
+        ]
+    if faults:
+        raise UserError(*dict.fromkeys(faults))
+    return study, (directory or Path("runs") / "studies" / file.stem).absolute(), cells
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    match = _SHARD.fullmatch(text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UserError(f"--shard: must be I/N with I from 1 to N, such as 2/8, got {text!r}.")
+    return int(match[1]), int(match[2])
+
+
 def shard_of(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
-    """Part `index` of `count` (from 1) of the cells, every count-th one: long and short ones are spread."""
+    """Shard `index` (from 1) of `count`: every count-th cell, so that long and short cells are spread evenly."""
     if not 1 <= index <= count:
-        raise ValueError(f"shard {index}/{count}: allowed are 1/{count} to {count}/{count}")
+        raise ValueError(f"shard {index}/{count}: must be one of 1/{count} to {count}/{count}")
     return list(cells[index - 1 :: count])
 
 
-def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: Report | None = None) -> CellTally:
-    """Run every cell that has no result and that no other process is at, until there is none left.
+@contextmanager
+def _quiet_runs() -> Iterator[None]:
+    """Messages of a run go to its own log.txt only; the console shows one line a cell."""
+    handlers = logging.getLogger().handlers
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(max(handler.level, logging.WARNING))
+    try:
+        yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
 
-    An exception of `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times.
-    A process that dies leaves its claim; whoever finds it runs the cell again.
+
+@contextmanager
+def cells_bar(console: Console, cells: Sequence[Cell], store: StudyDirectory) -> Iterator[AfterAttempt]:
+    """Progress over the cells with the time left: a bar on a terminal, otherwise one line a cell.
+
+    Cells that other processes finish count, too, so the time left is that of all processes together.
+    """
+    keys, began = {cell.key for cell in cells}, time.monotonic()
+    before = store.num_done(keys)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    names = {cell.key: " ".join(cell.labels.values()) or "uncompressed base" for cell in cells}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("cells", total=len(cells), completed=before, left="")
+
+        def report(cell: Cell, event: Event, seconds: float) -> None:
+            done = store.num_done(keys)
+            left = ""
+            if done > before:
+                left = f"{in_words((len(cells) - done) * (time.monotonic() - began) / (done - before))} left"
+            progress.update(task, completed=done, left=left)
+            text = f"{done}/{len(cells)} {event}: {names[cell.key]} ({cell.key}), {in_words(seconds)}; {left}"
+            if event == "failed" or not console.is_terminal:
+                console.print(text.removesuffix("; "), markup=False, highlight=False, soft_wrap=True)
+
+        yield report
+
+
+def in_words(seconds: float) -> str:
+    """A duration in words: 42 s, 3 min, 2 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _concluded(found: CellTally, cells: Sequence[Cell], directory: Path, console: Console) -> dict[str, Any]:
+    console.print(f"study: {directory}", highlight=False, soft_wrap=True)
+    if found.num_elsewhere:
+        console.print(f"Other processes work on {found.num_elsewhere} cells.", highlight=False)
+    if found.failed:
+        named = {cell.key: " ".join(cell.labels.values()) for cell in cells}
+        key, reason = next(iter(found.failed.items()))
+        raise RunFailure(
+            f"{len(found.failed)} of {found.num_cells} cells failed; the first is {named[key]} ({key}): {reason}. "
+            "The reasons are in failures/. Fix: mend the cause, then run again with --retry-failed.",
+            safe=[directory],
+        )
+    return {
+        "directory": str(directory),
+        "num_cells": found.num_cells,
+        "num_done": found.num_done,
+        "num_elsewhere": found.num_elsewhere,
+    }
+
+
+def run_cells(
+    cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt | None = None
+) -> CellTally:
+    """Run every cell that has no result and that no other process works on, until none is left.
+
+    An exception in `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times.
+    A process that dies leaves its claim; the next process that finds the claim runs the cell again.
 
     Raises:
-        Interrupted, KeyboardInterrupt: From `work`; its claim is given back and its files stay.
+        Interrupted, KeyboardInterrupt: From `work`; its claim is released and its files stay.
     """
     busy = True
     while busy:
@@ -103,7 +304,7 @@ def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: 
                 continue
             try:
                 _record_death(store, claim)
-                # Between the look and the claim another process may have finished it
+                # Another process may have finished the cell just before this one claimed it
                 if not store.is_done(cell.key) and not store.is_given_up(cell.key):
                     _attempt(cell, store, claim, work, report)
                     busy = True
@@ -113,47 +314,24 @@ def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: 
 
 
 def tally(cells: Sequence[Cell], store: StudyDirectory) -> CellTally:
-    """Where these cells stand now."""
+    """How far these cells are now."""
     open_ = [cell.key for cell in cells if not store.is_done(cell.key)]
     failed = {key: store.failures(key)[-1]["reason"] for key in open_ if store.is_given_up(key)}
     return CellTally(len(cells), len(cells) - len(open_), failed, len(open_) - len(failed))
 
 
-def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
-    """A directory that cells share, such as a compressed base: made by the first that asks, awaited by the others.
-
-    Args:
-        stage: Kind of thing, a file name.
-        key: What it depends on, a file name.
-        make: Fills an empty directory. If it raises, nothing stays, and the next that asks tries again.
-    """
-    path = store.path / "shared" / stage / key
-    while not path.is_dir():
-        claim = store.claims.take(f"{stage}-{key}")
-        if claim is None:
-            time.sleep(_POLL_SECONDS)
-            continue
-        try:
-            if not path.is_dir():
-                with store.claims.renewed(claim), atomic_directory(path) as directory:
-                    make(directory)
-        finally:
-            claim.release()
-    return path
-
-
-def _attempt(cell: Cell, store: StudyDirectory, claim: Claim, work: Work, report: Report | None) -> None:
+def _attempt(cell: Cell, store: StudyDirectory, claim: Claim, work: Work, report: AfterAttempt | None) -> None:
     began = time.perf_counter()
     event: Event = "done"
     try:
         with store.claims.renewed(claim):
             result = dict(work(cell, store.cell(cell.key)))
         if not claim.is_mine():
-            raise RunFailure("the claim was taken over: this process was silent for too long")
+            raise RunFailure("another process took over this cell: this process was silent for too long")
         store.write_result(cell.key, {"seconds": round(time.perf_counter() - began, 3), **result})
     except Interrupted:
         raise
-    except Exception as error:  # whatever it is, the other cells are worth running; it is recorded and shown
+    except Exception as error:  # the other cells must still run; the error is recorded and shown
         event = "failed"
         if claim.is_mine():
             store.add_failure(cell.key, _failure(error))
@@ -181,47 +359,8 @@ def _reason(error: Exception) -> str:
     return masked(f"{type(error).__name__}: {first}")
 
 
-def submit_jobs(
-    command: Sequence[str],
-    directory: Path,
-    num_jobs: int,
-    *,
-    cluster: str = "slurm",
-    parameters: Mapping[str, Any] | None = None,
-) -> list[Any]:
-    """Start the same command several times; the claims of the study share the cells out as they come.
-
-    Args:
-        command: Program and arguments; all jobs must see the study's directory under the same path.
-        directory: Of the study; the jobs' output is in slurm/.
-        num_jobs: At least 1.
-        cluster: slurm, or local for processes of this machine.
-        parameters: What submitit takes: timeout_min, gpus_per_node, slurm_partition, ...
-    Returns:
-        submitit's jobs.
-    Raises:
-        UserError: submitit is missing, or does not know a parameter or the cluster.
-    """
-    try:
-        import submitit
-        from submitit.helpers import CommandFunction
-    except ImportError:
-        raise UserError("--submit: submitit is not installed. Run: pip install 'qdora[slurm]'") from None
-    try:
-        executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-        executor.update_parameters(name="qdora-study", **dict(parameters or {}))
-    except (RuntimeError, NameError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--submit: {reason}") from None
-    with executor.batch():
-        return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
-
-
-_COMPRESSED = "base/compressed.json"
-
-
 def cell_work(split: str, store: StudyDirectory) -> Work:
-    """The work of a cell; with split "test" its adapter is also evaluated on the test examples.
+    """The work of a cell: train and evaluate its recipe; with split "test" also evaluate on the test examples.
 
     Pruned bases are made once in the study's directory and shared by all cells that start from the same one.
     """
@@ -229,7 +368,7 @@ def cell_work(split: str, store: StudyDirectory) -> Work:
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         try:
             return _run(cell, directory, split, partial(once, store, "bases"))
-        finally:  # the next cell loads a model of its own
+        finally:  # make room for the model of the next cell
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -261,7 +400,7 @@ def _run(cell: Cell, directory: Path, split: str, shared_bases: SharedBases) -> 
 
 
 def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
-    """What pruning left of every layer, where the base was pruned; of a base by itself also what quantising left."""
+    """Errors of every layer of a pruned base; for a cell without training, also of a base that is only quantised."""
     file = run.inside(_COMPRESSED)
     if file.is_file():
         found: dict[str, Any] = json.loads(file.read_bytes())
@@ -274,167 +413,24 @@ def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
     return {"layers": layers} if layers else None
 
 
-_SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
-
-
-def study_run(
-    file: Path,
-    directory: Path | None = None,
-    *,
-    shard: str | None = None,
-    retry_failed: bool = False,
-    dry_run: bool = False,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Run the cells of a study that no process has run and none is at.
+def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
+    """A directory that cells share, such as a compressed base: the first caller makes it, the others wait for it.
 
     Args:
-        file: The study.
-        directory: Where it is written; runs/studies/<name of the file> by default.
-        shard: "i/n": only every n-th cell from the i-th on.
-        retry_failed: Give cells that were given up another chance.
-        dry_run: Check every cell and write nothing.
-        console: Where progress is shown; standard error by default.
-    Returns:
-        JSON values: directory, counts of cells, and the reasons of those that failed.
-    Raises:
-        UserError: The study, one of its recipes, or the shard is wrong.
-        RunFailure: Cells failed as often as they may; all others are done.
-        Interrupted, KeyboardInterrupt: Everything finished is kept.
+        stage: Kind of content; a file name.
+        key: Identifies the content; a file name.
+        make: Fills an empty directory. If it raises, the directory is removed, and the next caller tries again.
     """
-    console, results = consoles(console)
-    study, directory, cells = _checked(file, directory)
-    index, count = _shard(shard)
-    mine = shard_of(cells, index, count)
-    results.print(
-        f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} of them trained"
-        + (f"; {len(mine)} in shard {shard}" if shard else ""),
-        highlight=False,
-    )
-    if dry_run:
-        return {"directory": str(directory), "num_cells": len(cells), "cells": [cell.record() for cell in mine]}
-    store = StudyDirectory(directory, retries=study.retries)
-    store.write_index(study, cells)
-    if retry_failed:
-        store.forget_failures([cell.key for cell in mine])
-
-    with cells_bar(console, mine, store) as report, _quiet_runs():
-        found = run_cells(mine, store, cell_work(study.compare.split, store), report)
-    return _concluded(found, mine, directory, results)
-
-
-def submit_study(
-    file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
-) -> dict[str, Any]:
-    """Check a study and start processes that run it together, through submitit.
-
-    Args:
-        options: "key=value" of submitit.
-    Raises:
-        UserError: As `study_run` and `submit_jobs`.
-    """
-    study, directory, cells = _checked(file, directory)
-    StudyDirectory(directory, retries=study.retries).write_index(study, cells)
-    parameters = {}
-    for option in options:
-        key, equals, text = option.partition("=")
-        if not equals or not key:
-            raise UserError(f"--job-option {option}: allowed: key=value such as timeout_min=600.")
-        parameters[key.strip()] = read_yaml(f"value: {text}", f"--job-option {option}")["value"]
-    command = [sys.executable, "-m", "qdora.cli", "--quiet", "study", str(file.resolve()), "--dir", str(directory)]
-    jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
-    return {"directory": str(directory), "jobs": [job.job_id for job in jobs]}
-
-
-@contextmanager
-def cells_bar(console: Console, cells: Sequence[Cell], store: StudyDirectory) -> Iterator[Report]:
-    """Progress over the cells with the time left: a bar on a terminal, one line a cell elsewhere.
-
-    Cells that other processes finish meanwhile count, too, so the time left is that of all of them together.
-    """
-    keys, began = {cell.key for cell in cells}, time.monotonic()
-    before = store.num_done(keys)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    names = {cell.key: " ".join(cell.labels.values()) or "uncompressed base" for cell in cells}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("cells", total=len(cells), completed=before, left="")
-
-        def report(cell: Cell, event: Event, seconds: float) -> None:
-            done = store.num_done(keys)
-            left = ""
-            if done > before:
-                left = f"{in_words((len(cells) - done) * (time.monotonic() - began) / (done - before))} left"
-            progress.update(task, completed=done, left=left)
-            text = f"{done}/{len(cells)} {event}: {names[cell.key]} ({cell.key}), {in_words(seconds)}; {left}"
-            if event == "failed" or not console.is_terminal:
-                console.print(text.removesuffix("; "), markup=False, highlight=False, soft_wrap=True)
-
-        yield report
-
-
-def in_words(seconds: float) -> str:
-    """A duration as a person says it: 42 s, 3 min, 2 h 05 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, list[Cell]]:
-    study = load_study(file)
-    cells = expand(study)
-    faults = [fault for cell in cells for fault in missing_files(cell.recipe, str(file))]
-    if study.compare.split == "test":
-        what = "has no test split, allowed: halves, or sources with one."
-        faults += [
-            f"{file}: compare.split: {source.label} {what}"
-            for cell in cells
-            for source in cell.recipe.data.mix
-            if not has_split(source_spec(source, cell.recipe.data), "test")
-        ]
-    if faults:
-        raise UserError(*dict.fromkeys(faults))
-    return study, (directory or Path("runs") / "studies" / file.stem).absolute(), cells
-
-
-def _shard(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return 1, 1
-    match = _SHARD.fullmatch(text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise UserError(f"--shard: got {text!r}, allowed: I/N with I from 1 to N, such as 2/8.")
-    return int(match[1]), int(match[2])
-
-
-@contextmanager
-def _quiet_runs() -> Iterator[None]:
-    """What a run says goes to its own log.txt; the console has one line a cell."""
-    handlers = logging.getLogger().handlers
-    levels = [handler.level for handler in handlers]
-    for handler in handlers:
-        handler.setLevel(max(handler.level, logging.WARNING))
-    try:
-        yield
-    finally:
-        for handler, level in zip(handlers, levels, strict=True):
-            handler.setLevel(level)
-
-
-def _concluded(found: CellTally, cells: Sequence[Cell], directory: Path, console: Console) -> dict[str, Any]:
-    console.print(f"study: {directory}", highlight=False, soft_wrap=True)
-    if found.num_elsewhere:
-        console.print(f"{found.num_elsewhere} cells are with other processes.", highlight=False)
-    if found.failed:
-        named = {cell.key: " ".join(cell.labels.values()) for cell in cells}
-        key, reason = next(iter(found.failed.items()))
-        raise RunFailure(
-            f"{len(found.failed)} of {found.num_cells} cells were given up, first {named[key]} ({key}): {reason}. "
-            "Their reasons are in failures/; --retry-failed tries them again.",
-            safe=[directory],
-        )
-    return {
-        "directory": str(directory),
-        "num_cells": found.num_cells,
-        "num_done": found.num_done,
-        "num_elsewhere": found.num_elsewhere,
-    }
+    path = store.path / "shared" / stage / key
+    while not path.is_dir():
+        claim = store.claims.take(f"{stage}-{key}")
+        if claim is None:
+            time.sleep(_POLL_SECONDS)
+            continue
+        try:
+            if not path.is_dir():
+                with store.claims.renewed(claim), atomic_directory(path) as directory:
+                    make(directory)
+        finally:
+            claim.release()
+    return path

@@ -1,4 +1,4 @@
-"""Scores of single examples, as the cells of a study left them, put side by side for statistics."""
+"""Scores of single examples: read from the cells of a study and aligned for the statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qdora.errors import UserError
 from qdora.study.statistics import Array, TaskScores
 
 Measure = Literal["nll_per_token", "acc", "acc_norm", "right", "unparsable"]
-"""right and unparsable are shares of generated answers: one that keeps to no format is not a wrong one."""
+"""right and unparsable are shares of generated answers. An answer that cannot be parsed is not counted as wrong."""
 HIGHER_IS_BETTER = {"nll_per_token": False, "acc": True, "acc_norm": True, "right": True, "unparsable": False}
 
 _Scores = dict[str, dict[str, float]]
@@ -25,11 +25,11 @@ _Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class CellScores:
-    """What one cell scored.
+    """Scores of one cell.
 
     Attributes:
-        values: Measure -> task -> example -> score; a summed NLL for nll_per_token. Tasks without choices have no
-            accuracy.
+        values: Measure -> task -> example -> score; the summed NLL for nll_per_token. Only tasks with choices have
+            accuracies.
         weights: Measure -> task -> example -> weight.
     """
 
@@ -38,12 +38,12 @@ class CellScores:
 
 
 def read_scores(cell: Path, files: Mapping[str, str], split: str) -> CellScores:
-    """Scores of a cell's run directory.
+    """Read the scores of a cell.
 
     Args:
-        cell: The run directory.
-        files: From the cell's result: "validation", perhaps "test" and "generated" -> file below it.
-        split: Which of them to read; generated answers are those of the validation examples.
+        cell: Its run directory.
+        files: From the cell's result: "validation", optionally "test" and "generated" -> file below the directory.
+        split: The one to read. Generated answers belong to the validation examples.
     Raises:
         UserError: The evaluation is missing, damaged, or without scores of single examples.
     """
@@ -69,7 +69,7 @@ def read_scores(cell: Path, files: Mapping[str, str], split: str) -> CellScores:
 def half(examples: Sequence[str], which: Literal["choose", "compare"]) -> list[str]:
     """One half of a task's examples: every second one in the order of their hashes, the same in every study.
 
-    Of an odd number the larger half compares.
+    With an odd number of examples, the larger half is the one that compares.
     """
     shuffled = sorted(
         examples, key=lambda example: hashlib.sha256(example.encode("utf-8", "backslashreplace")).digest()
@@ -84,11 +84,10 @@ def stacked(
     """Scores of several series on the same examples, task by task.
 
     Args:
-        series: Arms or bases, each with one cell a seed; a base's single cell stands for every seed.
-        measure: What is taken.
+        series: Arms or bases, each with one cell a seed; the single cell of a base is repeated for every seed.
         part: All examples, or one half.
     Raises:
-        UserError: The cells were evaluated on different examples, or a task has too few to halve.
+        UserError: The cells were evaluated on different examples, or a task has only one example.
     """
     num_seeds = max(len(cells) for cells in series)
     known = series[0][0]
@@ -96,7 +95,7 @@ def stacked(
     for task, weights in known.weights.get(measure, {}).items():
         examples = list(weights) if part == "all" else half(list(weights), part)
         if not examples:
-            raise UserError(f"compare.split: task {task!r} has 1 example, which has no halves, allowed: 2 or more.")
+            raise UserError(f"compare.split: task {task!r} has 1 example, halves need at least 2.")
         rows = [[_row(cell, measure, task, examples) for cell in cells] for cells in series]
         full = [row * num_seeds if len(row) == 1 else row for row in rows]
         tasks.append(TaskScores(np.array(full), np.array([weights[example] for example in examples], dtype=float)))
@@ -104,7 +103,7 @@ def stacked(
 
 
 def mean_score(cells: Sequence[CellScores], measure: str, part: Literal["all", "choose", "compare"]) -> float | None:
-    """Macro average over tasks of a measure, over all cells; None where nothing was scored by it."""
+    """Average of a measure over the cells, every task counting once; None if no cell was scored by it."""
     tasks = stacked([cells], measure, part)
     if not tasks:
         return None
@@ -116,19 +115,19 @@ def _row(cell: CellScores, measure: str, task: str, examples: Sequence[str]) -> 
     missing = [example for example in examples if example not in found]
     if missing:
         raise UserError(
-            f"study: task {task!r}, example {missing[0]!r} was not evaluated in every cell; "
-            "allowed: cells with the same data and eval settings."
+            f"study: task {task!r}, example {missing[0]!r} was not evaluated in every cell. "
+            "All cells must have the same data and eval settings."
         )
     return np.array([found[example] for example in examples], dtype=float)
 
 
 def _rows(cell: Path, file: str | None, what: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name of the example, its record); an id that occurs again in its task is told apart."""
+    """(name of the example, its record); the name is the id with a number, since ids can repeat within a task."""
     if file is None:
-        raise UserError(f"{cell}: has no {what} scores. Run 'qdora study' again with compare.split as it is now.")
+        raise UserError(f"{cell}: has no {what} scores. Fix: run 'qdora study' again with this compare.split.")
     path = cell / file
     if not path.resolve().is_relative_to(cell.resolve()):
-        raise UserError(f"{path}: is outside its cell, allowed: files of the run.")
+        raise UserError(f"{path}: must be a file inside the run directory of its cell.")
     try:
         rows = json.loads(path.read_bytes())["per_example"]
     except (OSError, ValueError, KeyError) as error:

@@ -1,6 +1,6 @@
-"""Is a difference real? Intervals and tests over the same examples and seeds. Pure numpy and scipy.
+"""Intervals and tests for differences between series of scores on the same examples and seeds.
 
-What is resampled: examples within each task, and seeds, independently of each other; every task counts once.
+The bootstrap resamples examples within each task, and seeds, independently of each other. Every task counts once.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from scipy import stats
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
-"""statistic(means): (..., series) macro averages over tasks -> (...,). What an interval is of."""
+"""statistic(means): (..., series) macro averages over tasks -> (...,)."""
 
-_CHUNK_NUMBERS = 8_000_000  # resampled counts that exist at once: 64 MB
-_ROUNDING = 1e-12  # of equal sums in another order
+_CHUNK_NUMBERS = 8_000_000  # resampled counts in memory at once: 64 MB
+_ROUNDING = 1e-12  # sums in another order may differ by this share
 _MAX_SEEDS_EXACT = 16
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of one task, of several series (arms, bases) on the same examples.
+    """Scores of one task for several series (arms, bases) on the same examples.
 
     Attributes:
         scores: (series, seeds, examples) float64; a series without seeds repeats its row.
-        weights: (examples,) above 0: answer tokens for summed NLLs, so that a mean is per token; ones for accuracies.
+        weights: (examples,), positive: answer tokens for summed NLLs, so that a mean is per token; 1 for accuracies.
     """
 
     scores: Array
@@ -43,7 +43,7 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its confidence interval; they are nan where it has none."""
+    """An estimate and the ends of its confidence interval, which are nan if it has none."""
 
     value: float
     lower: float
@@ -51,12 +51,12 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside; False without an interval."""
+        """Whether 0 lies outside the interval; False if there is none."""
         return self.lower > 0 or self.upper < 0
 
 
 def difference(means: Array) -> Array:
-    """The first series less the second."""
+    """The first series minus the second."""
     return means[..., 0] - means[..., 1]
 
 
@@ -68,7 +68,7 @@ def first(means: Array) -> Array:
 def repaired(means: Array) -> Array:
     """(compressed base - adapter) / (compressed base - uncompressed base); the series are base, adapter, uncompressed.
 
-    1: the adapter made good what compressing lost; above 1: more than that, since it was trained for the task.
+    1: the adapter recovered all that compression lost. Above 1: more, since the adapter was also trained for the task.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio: Array = (means[..., 0] - means[..., 1]) / (means[..., 0] - means[..., 2])
@@ -85,9 +85,9 @@ def bca_interval(
 ) -> Interval:
     """Bias-corrected and accelerated bootstrap interval of a statistic of macro averages.
 
-    Examples of every task and the seeds (the same in all tasks) are resampled as independent samples; the acceleration
-    is that of several samples, from leaving out one example or one seed at a time. With one seed the interval covers
-    the choice of examples alone; with few seeds it is too narrow: S resampled ones have (S - 1) / S of their variance.
+    Examples of every task and the seeds (shared by all tasks) are resampled as independent samples. The acceleration is
+    the one for several samples: it leaves out one example or one seed at a time. With one seed the interval covers only
+    the choice of examples. With few seeds it is too narrow: S resampled seeds have (S - 1) / S of their variance.
 
     Source: Efron, Better bootstrap confidence intervals, JASA 82 (1987), 171; several samples: Davison and Hinkley,
     Bootstrap methods and their application (1997), eq. 5.26.
@@ -95,7 +95,7 @@ def bca_interval(
     Args:
         tasks: At least one, with the same series and seeds.
     Returns:
-        nan ends where a task has a single example or the statistic is not finite.
+        nan ends if a task has a single example or the statistic is not finite.
     """
     value = float(statistic(_means(tasks)))
     if any(len(task.weights) < 2 for task in tasks) or not math.isfinite(value):
@@ -105,7 +105,7 @@ def bca_interval(
         return Interval(value, math.nan, math.nan)
     if resampled[-1] - resampled[0] <= _ROUNDING * max(1.0, abs(value)):
         return Interval(value, value, value)
-    # Half of the ties: means of accuracies are often exactly equal
+    # Ties count half: means of accuracies are often exactly equal
     below = float((resampled < value).mean() + (resampled <= value).mean()) / 2
     if not 0 < below < 1:
         return Interval(value, math.nan, math.nan)
@@ -119,8 +119,8 @@ def bca_interval(
 def permutation_p(tasks: Sequence[TaskScores], *, num_resamples: int, generator: np.random.Generator) -> float:
     """Two-sided p-value of the difference of two series, from swapping them example by example.
 
-    An example is swapped in all its seeds at once. Exact where there are no more than `num_resamples` ways to swap,
-    else (1 + as extreme ones) / (1 + drawn ones), which is never 0.
+    An example is swapped in all its seeds at once. The test is exact if there are at most `num_resamples` ways to swap.
+    Otherwise swaps are drawn, and p = (1 + number as extreme) / (1 + number drawn), which is never 0.
 
     Source: Phipson and Smyth, Permutation P-values should never be zero, SAGMB 9 (2010), 39.
     """
@@ -138,7 +138,7 @@ def permutation_p(tasks: Sequence[TaskScores], *, num_resamples: int, generator:
 
 
 def seed_permutation_p(tasks: Sequence[TaskScores]) -> float:
-    """Two-sided exact p-value from swapping two series seed by seed; S seeds give no less than 2 / 2^S."""
+    """Two-sided exact p-value from swapping two series seed by seed; with S seeds it is at least 2 / 2^S."""
     values = seed_differences(tasks)[:_MAX_SEEDS_EXACT]
     signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(values))))
     observed = abs(values.sum()) * (1 - 1e-9) - _ROUNDING * np.abs(values).max()
@@ -146,14 +146,14 @@ def seed_permutation_p(tasks: Sequence[TaskScores]) -> float:
 
 
 def seed_differences(tasks: Sequence[TaskScores]) -> Array:
-    """(seeds,) macro average of the first series less the second, of each seed."""
+    """(seeds,) macro average of the first series minus the second, for each seed."""
     parts = [(task.scores[0] - task.scores[1]).sum(axis=1) / task.weights.sum() for task in tasks]
     averaged: Array = np.mean(parts, axis=0)
     return averaged
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: rejecting those below alpha keeps the chance of any false rejection at alpha.
+    """Holm's adjusted p-values: rejecting those below alpha keeps the chance of any false rejection at alpha.
 
     Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6 (1979), 65.
     """
@@ -188,7 +188,7 @@ def _resampled_means(tasks: Sequence[TaskScores], number: int, generator: np.ran
 
 
 def _drawn(count: int, size: int, generator: np.random.Generator) -> Array:
-    """(count, size) how often each of `size` was drawn, with replacement, in each of `count` samples of that size."""
+    """(count, size): how often each of `size` items occurs in each of `count` samples with replacement."""
     places = generator.integers(0, size, (count, size)) + size * np.arange(count)[:, None]
     return np.bincount(places.ravel(), minlength=count * size).reshape(count, size).astype(np.float64)
 
@@ -203,7 +203,7 @@ def _acceleration(tasks: Sequence[TaskScores], statistic: Statistic) -> float:
 
 
 def _left_out(tasks: Sequence[TaskScores], statistic: Statistic) -> Iterator[Array]:
-    """The statistic without each example of each task, and without each seed where there are several."""
+    """The statistic without each example of each task, and without each seed if there are several."""
     whole = _means(tasks)
     for task in tasks:
         by_example = task.scores.mean(axis=1)  # (series, examples)

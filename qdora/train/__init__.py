@@ -1,1 +1,1 @@
-"""Training: the loop, the optimizer with exact bf16 storage, gates and checkpoints."""
+"""Training: the loop, the optimizer with exact bf16 storage, gates, several processes, checkpoints."""

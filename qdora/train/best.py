@@ -1,4 +1,4 @@
-"""Which evaluated step of a run is the best one so far, and when enough evaluations brought nothing better."""
+"""The best of a run's evaluations so far, and early stopping."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 class BestSoFar:
-    """The best value among a run's evaluations. A value has to be strictly better than all before it.
+    """The best value among a run's evaluations; in a tie the earlier one.
 
     Args:
-        question: JSON values: what the values are (metric, tasks, examples). Values of another question cannot be
-            compared with these.
-        higher: Whether more is better.
-        patience: Evaluations in a row without a better value after which the run is over; None: it never is.
+        question: JSON values that define what is compared (metric, tasks, examples); values of another question are not
+            comparable.
+        higher: Whether higher is better.
+        patience: Evaluations in a row without a better value that end the run; None: they never do.
     """
 
     def __init__(self, question: Mapping[str, Any], *, higher: bool, patience: int | None) -> None:
@@ -25,7 +25,7 @@ class BestSoFar:
         self.num_since = 0
 
     def judge(self, step: int, value: float) -> bool:
-        """Take the value after `step` steps, a finite number; returns whether it is the best so far."""
+        """Take the finite value of the evaluation after `step` steps; returns whether it is the best so far."""
         assert math.isfinite(value), value
         better = self.value is None or (value > self.value if self.higher else value < self.value)
         if better:
@@ -36,20 +36,20 @@ class BestSoFar:
 
     @property
     def is_over(self) -> bool:
-        """Whether so many evaluations as `patience` says have brought nothing better."""
+        """Whether the last `patience` evaluations brought nothing better."""
         return self.patience is not None and self.num_since >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; JSON values."""
+        """State for a checkpoint; JSON values."""
         return {"question": self.question, "step": self.step, "value": self.value, "num_since": self.num_since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; its question must be this one's."""
+        """Restore the state of a checkpoint; it must be of the same question."""
         assert state["question"] == self.question, (state["question"], self.question)
         self.step, self.value, self.num_since = state["step"], state["value"], state["num_since"]
 
 
 def best_step_in(policies: Mapping[str, Any]) -> int | None:
-    """The best step that a checkpoint's policies name, or None."""
+    """The best step in a checkpoint's policies, or None."""
     found: int | None = policies.get("best", {}).get("step")
     return found

@@ -1,11 +1,9 @@
-"""The state of torch's generators, to go back to: a retried or resumed step draws what it would have drawn.
-
-What a checkpoint of a run holds, and taking it back: safetensors and JSON, no pickle.
+"""What a checkpoint of a run holds, written and restored: safetensors and JSON, no pickle.
 
 adapter/                  the adapter in PEFT's format, usable by itself (full fine-tuning: parameters.safetensors)
 optimizer.safetensors     optimizer states and the low bits of bf16 parameters
-random.safetensors        state of torch's generators, of every process
-state.json                step, data position, what the run has found out about itself (policies)
+random.safetensors        state of torch's generators in every process, so that a resumed step draws the same numbers
+state.json                step, data position, and what the run has learnt about itself (policies)
 """
 
 from __future__ import annotations
@@ -25,22 +23,6 @@ from qdora.errors import UserError
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
 
-
-def random_state() -> dict[str, Tensor]:
-    """Generator ("cpu", and "cuda", this process's GPU, where there is one) -> its state, uint8."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_state(states: Mapping[str, Tensor]) -> None:
-    """Take back `random_state`; a state of a GPU that is not there is left out."""
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 FORMAT = 2
 PARAMETERS_FILE = "parameters.safetensors"
 
@@ -56,14 +38,13 @@ def write_state(
     random: Sequence[Mapping[str, str]],
     policies: Mapping[str, Any],
 ) -> None:
-    """Write everything but the parameters themselves into an existing directory.
+    """Write everything but the parameters into an existing directory.
 
     Args:
-        directory: Where to.
         step: Steps done.
         optimizer, loader_state: Equal in all processes.
         random: `random_text` of every process, in the order of ranks.
-        policies: JSON values by name: what the run has found out and a resumed one goes on with.
+        policies: Name -> JSON values that a resumed run continues with.
     """
     _save(optimizer.state_tensors(), directory / "optimizer.safetensors")
     _save(_random_tensors(random), directory / "random.safetensors")
@@ -72,7 +53,7 @@ def write_state(
 
 
 def write_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Write the trainable parameters by their path (full fine-tuning)."""
+    """Write the trainable parameters under their paths (full fine-tuning)."""
     _save({key: parameter.detach() for key, parameter in parameters.items()}, file)
 
 
@@ -81,7 +62,7 @@ def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.P
     """Copy tensors into the trainable parameters of the same path.
 
     Raises:
-        UserError: For every missing, unknown or mis-shaped tensor.
+        UserError: A tensor is missing, unknown or of another shape; one line for each of the first ten.
     """
     faults = [f"{where}: parameter {key} is missing" for key in parameters if key not in tensors]
     faults += [f"{where}: {key} belongs to no trainable parameter" for key in tensors if key not in parameters]
@@ -103,18 +84,18 @@ def read_state(
     processes: Processes,
     seed: int,
 ) -> tuple[int, dict[str, Any]]:
-    """Take back `write_state`; the parameters must be in place already.
+    """Restore `write_state`; the parameters must be loaded already.
 
-    A process that the checkpoint does not know (there are more now) starts its random numbers anew, from `seed`.
+    A process without a random state in the checkpoint (there are more processes now) seeds its generators from `seed`.
 
     Returns:
         The number of steps done, and the policies.
     Raises:
-        UserError: If the checkpoint belongs to another run or format.
+        UserError: The checkpoint belongs to another run or format.
     """
     state = json.loads((directory / "state.json").read_text())
     if state.get("format") != FORMAT:
-        raise UserError(f"{directory / 'state.json'}: format {state.get('format')}, allowed: {FORMAT}.")
+        raise UserError(f"{directory / 'state.json'}: format must be {FORMAT} (got {state.get('format')}).")
     load_loader(state["loader"])
     try:
         optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
@@ -126,7 +107,9 @@ def read_state(
         before = sum(name.startswith("cpu") for name in names)
         if before != processes.size:
             logger.warning(
-                "The checkpoint is of %d processes, this is %d: the same data, another dropout.", before, processes.size
+                "The checkpoint is from %d processes, this run has %d: same data, different dropout.",
+                before,
+                processes.size,
             )
         places = {kind: _numbered(kind, processes.rank) for kind in ("cpu", "cuda")}
         mine = {kind: file.get_tensor(name) for kind, name in places.items() if name in names}
@@ -138,12 +121,27 @@ def read_state(
 
 
 def read_policies(directory: Path) -> dict[str, Any]:
-    """The policies of a whole checkpoint, without anything else of it."""
+    """The policies of a checkpoint, read without the rest of it."""
     return dict(json.loads((directory / "state.json").read_text())["policies"])
 
 
+def random_state() -> dict[str, Tensor]:
+    """Generator ("cpu", and "cuda" for this process's GPU, if any) -> its state, uint8."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Restore `random_state`; a GPU's state is skipped on a machine without one."""
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
 def random_text() -> dict[str, str]:
-    """The state of this process's generators in hexadecimal: JSON, for the process that writes it."""
+    """The state of this process's generators in hexadecimal, as JSON for the process that writes the checkpoint."""
     return {kind: state.numpy().tobytes().hex() for kind, state in random_state().items()}
 
 

@@ -1,12 +1,12 @@
-"""Several processes, one run: each holds the frozen base and a share of every step's examples.
+"""Data-parallel training: each process holds the frozen base and trains on a share of every step's examples.
 
-What the processes tell each other in a step is the sum of the adapters' gradients (a few million numbers, in one
-all-reduce after the last micro-batch) and one line of JSON. There is no wrapper around the model: one that reduces
-each gradient as it comes, as torch's DistributedDataParallel does, would do so for every micro-batch of the step, needs
-its buffers for the whole run, and hides nothing worth hiding: 20 M float32 gradients take milliseconds.
+In each step the processes exchange the sum of the adapters' gradients (a few million numbers, in one all-reduce after
+the last micro-batch) and one line of JSON. The model has no wrapper: torch's DistributedDataParallel reduces gradients
+in every micro-batch and keeps buffers for the whole run, and there is little time to hide: 20 M float32 gradients take
+milliseconds.
 
-The parameters stay equal because all processes start from the same, add up the same sums and take the same step;
-`require_equal` checks it before every checkpoint.
+The parameters stay equal because all processes start from the same parameters, compute the same sums and take the same
+step; `require_equal` checks it before every checkpoint.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from qdora.files.environment import available_memory_bytes
 
 T = TypeVar("T")
 
-# Elements of gradients that are copied into one message: 64 MiB of float32.
+# Gradient elements in one message: 64 MiB of float32.
 _MESSAGE_ELEMENTS = 1 << 24
-# While the first process evaluates, the others wait in a collective. One that dies is noticed at once by the launcher
-# and by the broken connection, not by this time.
+# The others wait in a collective while the first process evaluates. A process that dies is noticed at once, by the
+# launcher and by the broken connection, not by this timeout.
 _PATIENCE = timedelta(days=1)
 
 
 class OtherProcessFailed(RunFailure):
-    """The first process could not do something that all wait for; it says itself what that was."""
+    """The first process failed in an action that all wait for; that process reports the cause."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train one run together; the default is one that trains alone and tells nobody anything.
+    """The processes that train one run together; by default a single one, which communicates with none.
 
-    Every method must be called by all of them, in the same order.
+    Every method must be called by all processes, in the same order.
 
     Attributes:
-        rank: Of this one, from 0.
+        rank: Number of this process, from 0.
         size: Number of processes.
     """
 
@@ -60,7 +60,7 @@ class Processes:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, in the order of ranks; JSON types, NaN and infinities allowed."""
+        """The values of all processes, in the order of ranks; JSON types, and NaN and infinities."""
         if self.size == 1:
             return [value]
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -73,14 +73,14 @@ class Processes:
         return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in pairs]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in at least one process."""
+        """Whether at least one process sets the flag."""
         return any(self.gather(flag))
 
     def first(self, action: Callable[[], T]) -> T | None:
-        """Let the first process act while the others wait; None in these.
+        """Run the action in the first process while the others wait; returns its result there, None elsewhere.
 
         Raises:
-            OtherProcessFailed: In the others, where the action raised in the first.
+            OtherProcessFailed: In the others, if the action raised in the first.
         """
         if self.size == 1:
             return action()
@@ -93,14 +93,14 @@ class Processes:
             raise
         fault = self.gather("")[0]
         if fault:
-            raise OtherProcessFailed(f"process {self.rank}: stopped, because process 0 did ({fault}).")
+            raise OtherProcessFailed(f"process {self.rank}: stopped because process 0 failed ({fault}).")
         return result
 
     @torch.no_grad()
     def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes; no gradient counts as zeros.
+        """Replace every gradient by its sum over the processes, equal bit for bit in all of them.
 
-        A parameter without a gradient anywhere stays without. The sums are equal bit for bit in all processes.
+        A missing gradient counts as zeros, unless it is missing in all processes.
         """
         if self.size == 1:
             return
@@ -118,18 +118,18 @@ class Processes:
 
     @torch.no_grad()
     def share_first_(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give all processes the parameters of the first: two devices may start from norms that differ by rounding."""
+        """Copy the first process's parameters to all: on two devices, the norms at the start may differ by rounding."""
         if self.size > 1:
             for parameter in parameters:
                 value = parameter.detach().clone()
                 dist.broadcast(value, 0)
-                parameter.copy_(value)  # raises the version, by which a cached norm is known to be old
+                parameter.copy_(value)  # raises the version, so that a cached norm is computed again
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Check that all processes hold the same values, by a sum over the bits of each tensor.
 
         Raises:
-            RunFailure: In all of them, if one does not.
+            RunFailure: In all processes, if one of them differs.
         """
         if self.size == 1:
             return
@@ -138,20 +138,20 @@ class Processes:
             differing = [key for key, mine, other in zip(parameters, sums[0], theirs, strict=True) if mine != other]
             if differing:
                 raise RunFailure(
-                    f"process {rank} holds another {differing[0]} than process 0 ({len(differing)} parameters differ); "
-                    "the processes have drifted apart. Go on from the last checkpoint with --resume."
+                    f"process {rank} has another {differing[0]} than process 0 ({len(differing)} parameters differ): "
+                    "the processes have drifted apart. Fix: resume from the last checkpoint with --resume."
                 )
 
 
 @contextmanager
 def processes_of_launch() -> Iterator[Processes]:
-    """The processes that torchrun or `accelerate launch` has started (by their environment variables), connected.
+    """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
 
-    On CUDA each takes the GPU of its local rank; gradients go through NCCL, all else through gloo on the host, so that
-    no GPU waits for it.
+    On CUDA each process takes the GPU of its local rank. Gradients go through NCCL; everything else goes through gloo
+    on the host, so that no GPU waits for it.
 
     Raises:
-        UserError: More processes on this machine than it has GPUs.
+        UserError: This machine has fewer GPUs than processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -161,7 +161,7 @@ def processes_of_launch() -> Iterator[Processes]:
     if torch.cuda.is_available():
         here, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", size)), torch.cuda.device_count()
         if here > num_gpus:
-            raise UserError(f"qdora train: started as {here} processes on {num_gpus} GPUs, allowed: one for each GPU.")
+            raise UserError(f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs).")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=_PATIENCE)
@@ -172,9 +172,9 @@ def processes_of_launch() -> Iterator[Processes]:
 
 
 def free_host_bytes() -> int | None:
-    """This process's share of the host memory that is free; None where the system does not say.
+    """This process's share of the free host memory; None if the system does not report it.
 
-    To be called by all processes of a launch together: none goes on, and takes memory, before all have asked.
+    All processes of a launch must call this together, so that none takes memory before all have measured.
     """
     free = available_memory_bytes()
     if not dist.is_initialized():
@@ -186,14 +186,15 @@ def free_host_bytes() -> int | None:
 
 
 def seed_of(seed: int, rank: int, step: int = 0) -> int:
-    """The seed of a process's own random numbers (its dropout); that of the first from the start is the run's."""
+    """The seed of a process's own random numbers (its dropout); the run's own `seed` for the first process at step
+    0."""
     if rank == 0 and step == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:7])
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one dtype and device, at most `_MESSAGE_ELEMENTS` in sum (or one larger tensor)."""
+    """Runs of tensors of one dtype and device, with at most `_MESSAGE_ELEMENTS` together (or one larger tensor)."""
     run: list[Tensor] = []
     for tensor in tensors:
         alike = run and (run[0].dtype, run[0].device) == (tensor.dtype, tensor.device)

@@ -6,7 +6,6 @@ The picture of an interference report: cosines between tasks, those beyond noise
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.files.atomic import atomic_write_text
+from qdora.files.svg_figure import svg_file
 from qdora.train.interference import CERTAIN
 
 if TYPE_CHECKING:
@@ -79,19 +78,11 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
 
 
 def _draw(lines: Lines, plot: Callable[[Axes, Lines, NDArray[np.float64]], None], path: Path) -> None:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.hashsalt": "qdora"}):  # the same run draws the same bytes
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+    with svg_file(path, 8, 4.5) as figure:
         axes = figure.add_subplot()
         plot(axes, lines, np.array([line["step"] for line in lines], dtype=float))
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, svg.getvalue())
 
 
 def _loss_per_task(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
@@ -189,26 +180,20 @@ def draw_heat_map(report: Mapping[str, Any], path: Path) -> bool:
         Whether it was drawn.
     """
     try:
-        text = _svg(report)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(path, text)
+        _draw_cosines(report, path)
     except Exception as error:  # as in figures.py: the run is worth more than its pictures
         logger.warning("figures/%s was not drawn: %s: %s", path.name, type(error).__name__, error)
         return False
     return True
 
 
-def _svg(report: Mapping[str, Any]) -> str:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
+def _draw_cosines(report: Mapping[str, Any], path: Path) -> None:
     names = report["tasks"]
     cosines = np.array(report["cosines"], dtype=float)  # None becomes nan
     noise = np.array(report["noise"], dtype=float)
     np.fill_diagonal(cosines, np.array(report["own_cosines"], dtype=float))
     side = 2.5 + 0.6 * len(names)
-    with mpl.rc_context({"svg.hashsalt": "qdora"}):  # the same run draws the same bytes
-        figure = Figure(figsize=(side + 1, side), layout="constrained")
+    with svg_file(path, side + 1, side) as figure:
         axes = figure.add_subplot()
         image = axes.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
@@ -224,6 +209,3 @@ def _svg(report: Mapping[str, Any]) -> str:
                 axes.text(column, row, text, ha="center", va="center", fontsize="small", **style)
         axes.set_title(f"cosines between the tasks' gradients, step {report['step']}", fontsize="medium")
         figure.colorbar(image, label="cosine; diagonal: between halves of a probe")
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-    return svg.getvalue()

@@ -1,12 +1,11 @@
-"""How many components may be left at a step, which ones have to go, and by how much: pure functions on flat vectors.
+"""Trainable gates on rank components: their own Adam, the falling budget that they keep, the removal of dead
+components.
 
-All vectors have one entry for each component that still exists, over all layers: `cost` is what it takes of the budget,
-`layer` the number of its layer, `alive` whether its gate is not 0.
+Between steps every gate has its deterministic value, so evaluations and files do not depend on draws. The values are
+float64 on the CPU, one flat vector over all layers; the gates of the layers are copies.
 
-Gates in training: their own Adam, the budget that they are held to, and the removal of what has died.
-
-Between steps every gate has its deterministic value, so evaluations and files know nothing of draws. The values are
-kept in float64 on the CPU, one flat vector over all layers; the layers' own gates are copies.
+The functions at the end are pure. Their vectors have one entry for each component that still exists, over all layers:
+`cost` is its share of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
 """
 
 from __future__ import annotations
@@ -29,121 +28,14 @@ from qdora.recipe.settings import GateConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
 
-LARGEST_LOGIT = 8.0
-"""log_alpha beyond which a hard-concrete gate is as good as decided."""
-
-
-def allowed_cost(step: int, full: float, target: float, num_warmup: int, num_anneal: int) -> float:
-    """The budget after `step` steps: full in warm-up, then down to the target along (1 - t)^3, so that what is pruned
-    late, when the gates are best known, is little (arXiv 2303.10512, eq. 15).
-
-    Args:
-        step: Steps done.
-        full, target: Budget at the start and at the end.
-        num_warmup, num_anneal: Steps of each phase.
-    """
-    t = min(max((step - num_warmup) / num_anneal, 0.0), 1.0)
-    return target + (full - target) * (1.0 - t) ** 3
-
-
-def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: float) -> Tensor:
-    """The components that have to go so that the others fit: the lowest in `order`, but the highest of each layer.
-
-    Args:
-        order: (n,) what a component is worth per unit of cost; any order-preserving number.
-        cost, layer, alive: (n,).
-        allowed: Cost that may be left.
-    Returns:
-        (n,) bool. What is left costs at most `allowed`, and less by less than one component, unless the best ones of
-        all layers cost more.
-    """
-    going = torch.zeros_like(alive)
-    excess = float(cost[alive].sum()) - allowed
-    if excess <= 0:
-        return going
-    candidates = (alive & ~_best_of_layers(order, layer, alive)).nonzero().squeeze(1)
-    lowest = candidates[order[candidates].argsort(stable=True)]
-    before = cost[lowest].cumsum(0) - cost[lowest]
-    # Sums of whole numbers: exact
-    going[lowest[before < excess]] = True
-    return going
-
-
-def _best_of_layers(order: Tensor, layer: Tensor, alive: Tensor) -> Tensor:
-    """(n,) bool: the highest living component of each layer; of equal ones the first."""
-    down = torch.where(alive, order, float("-inf")).argsort(descending=True, stable=True)
-    place = torch.full((int(layer.max()) + 1,), len(order)).scatter_reduce(
-        0, layer[down], torch.arange(len(order)), "amin"
-    )
-    best = torch.zeros_like(alive)
-    best[down[place[place < len(order)]]] = True
-    return best & alive
-
-
-def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
-    """The weight of the L1 penalty at which a proximal step takes a gate to 0: |c| / (p cost), (n,).
-
-    The proximal step of lambda sum cost |c| in the metric diag(1 / p) takes lambda p cost off |c|. With Adam's step
-    size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient, so it stays the same if a
-    component is scaled and its gate divided by that: what the loss changes, to first order, when the component goes.
-
-    Args:
-        values: Gates c.
-        step_size: p, positive.
-        cost: (n,), positive.
-    """
-    return values.abs() / (step_size * cost)
-
-
-def proximal_step(values: Tensor, step_size: Tensor, cost: Tensor, penalty: float, chosen: Tensor) -> Tensor:
-    """argmin over z of penalty cost |z| + (z - c)^2 / (2 p), for the chosen ones: |c| less penalty p cost, at least 0.
-
-    Args:
-        values: Gates c.
-        step_size, cost: As of `death_penalty`.
-        penalty: lambda.
-        chosen: (n,) bool.
-    Returns:
-        (n,), the others as they were.
-    """
-    shrunk = values.sign() * (values.abs() - penalty * step_size * cost).clamp_min(0.0)
-    return torch.where(chosen, shrunk, values)
-
-
-def shifted_to_budget(log_alpha: Tensor, cost: Tensor, alive: Tensor, allowed: float) -> Tensor:
-    """log_alpha + delta cost for the living, so that their expected cost is `allowed`: the nearest distribution (in KL
-    divergence) of independent gates that keeps the budget on average.
-
-    Args:
-        log_alpha: (n,).
-        cost: (n,), on average about 1.
-        alive: (n,) bool.
-        allowed: Expected cost; at or above that of all living, they are all on.
-    Returns:
-        (n,), kept within `LARGEST_LOGIT`.
-    """
-
-    def moved(delta: float) -> Tensor:
-        return (log_alpha + delta * cost).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
-
-    def expected(delta: float) -> float:
-        return float((probability_on(moved(delta)) * cost)[alive].sum())
-
-    # Far enough to bring every gate to either end
-    high = 2.0 * LARGEST_LOGIT / float(cost.min())
-    low = -high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected(middle) < allowed else (low, middle)
-    return torch.where(alive, moved(high), log_alpha)
-
-
 GATES_FILE = "gates.safetensors"
+LARGEST_LOGIT = 8.0
+"""Bound of log_alpha; beyond it a hard-concrete gate is practically always on or off."""
 # The second average is the metric in which components are compared: over the last 100 steps, not 1,000.
 _BETAS, _EPS = (0.9, 0.99), 1e-8
-# A component is faded out over this share of the anneal before its turn comes to go.
+# A component is faded out over this share of the anneal before it is removed.
 _FADE = 0.1
-# Of draws: apart from what other parts of a run draw with the same seed.
+# Keeps the draws of gates apart from other draws with the same seed.
 _STREAM = 0x67617465
 
 logger = logging.getLogger("qdora")
@@ -156,11 +48,11 @@ class Gates:
 
     Args:
         layers: Path -> layer. Each gets a gate of ones.
-        settings: The recipe's.
-        num_steps: Of the run.
-        seed: Of the draws.
+        settings: `adapter.gates` of the recipe.
+        num_steps: Length of the run.
+        seed: Seed of the draws.
     Raises:
-        UserError: An anneal that is longer than the run.
+        UserError: The anneal is longer than the run.
     """
 
     def __init__(self, layers: Mapping[str, AdaptedLinear], settings: GateConfig, num_steps: int, seed: int) -> None:
@@ -171,7 +63,9 @@ class Gates:
             layer.add_gate()
         self.num_updates, self.is_over = 0, False
         self.full = float(self._costs().sum())
-        self.target = self._target()
+        # Mean ranks are rounded down to whole components.
+        ranks = math.floor((settings.mean_rank or 0) * len(self.layers) + 1e-9)
+        self.target = float(ranks if settings.parameters is None else settings.parameters)
         self.died: dict[str, list[int | None]] = {path: [None] * layer.rank for path, layer in self.layers.items()}
         start = 1.0 if settings.mode == "l1" else LARGEST_LOGIT / 2
         self._value = torch.full_like(self._costs(), start)
@@ -184,55 +78,57 @@ class Gates:
             raise UserError(f"adapter.gates.anneal: {fault}")
 
     def check_budget(self) -> None:
-        """Raise UserError for a budget that fresh adapters keep already, or cannot keep."""
+        """Raise UserError for a budget that all components keep already, or that one component a layer exceeds."""
         least = sum(each.min().item() for each in torch.split(self._costs(), self._ranks()))
         if not least <= self.target < self.full:
             name, unit = ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
             low, high = (f"{each / unit:,.10g}" for each in (least, self.full))
             given = f"adapter.gates.{name}: got {getattr(self.settings, name):,.10g}"
             raise UserError(
-                f"{given}, allowed: at least {low} (one component a layer), less than {high} (all of them)."
+                f"{given}, must be at least {low} (one component a layer) and less than {high} (all components)."
             )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The layers' gates, in order; none once the budget is reached."""
+        """The gates, in the order of the layers; none after the budget is reached."""
         return [layer.gate for layer in self.layers.values() if layer.gate is not None]
 
     @property
     def mean_rank(self) -> float:
-        """Living components of a layer on average."""
+        """Average number of living components of a layer."""
         return int(self._alive.sum()) / len(self.layers)
 
     @property
     def num_parameters(self) -> int:
-        """Of lora_A and lora_B, living components only."""
+        """Parameters of lora_A and lora_B in living components."""
         sizes = [float(layer.in_features + layer.out_features) for layer in self.layers.values()]
         return int((self._per_component(sizes) * self._alive).sum())
 
     def begin(self, step: int) -> None:
-        """Before the gradient of the step that follows `step` steps, at every attempt: no gradients, and a draw."""
+        """Clear gradients and draw gates for the step that follows `step` steps; called before each attempt at it."""
         for gate in self.parameters:
             gate.grad = None
         if self.settings.mode == "hard_concrete" and self._is_annealing(step):
             generator = torch.Generator().manual_seed(((self.seed + _STREAM) * 1_000_003 + step) % 2**63)
-            noise = torch.rand(self._count_at_start(), generator=generator, dtype=torch.float64)
-            # By the component's number at the start, so that a removal changes no other one's draws
-            self._noise = noise[self._place_at_start()].clamp(1e-6, 1 - 1e-6)
+            first = list(itertools.accumulate((len(each) for each in self.died.values()), initial=0))
+            noise = torch.rand(first.pop(), generator=generator, dtype=torch.float64)
+            # Indexed by the component's number at the start, so that a removal changes no other component's draws.
+            place = self._origin + torch.tensor(first)[self._layer_numbers()]
+            self._noise = noise[place].clamp(1e-6, 1 - 1e-6)
             self._write(gate_value(self._value, self._noise))
 
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
-        """After an update, or where it was left out; the gates are updated and what is dead is removed when it is due.
+        """Update the gates after a step, and remove dead components when due.
 
-        The last step of a run keeps the budget even where it was left out, since none comes after it.
+        The last step of a run keeps the budget even if it was skipped, since no step follows.
 
         Args:
             step: Steps done before this one.
-            applied: Whether the update was made.
-            optimizer: Of the layers' parameters.
-            processes: That train together; all call this.
+            applied: Whether the step's update was made.
+            optimizer: Optimizer of the layers' parameters.
+            processes: All processes of the run; each calls this.
         Returns:
-            For the step's line of metrics.
+            Numbers for the step's line of metrics.
         """
         if not self.is_over:
             is_last = step + 1 == self.num_steps
@@ -250,14 +146,14 @@ class Gates:
         return {"gates": {"mean_rank": self.mean_rank, "num_parameters": self.num_parameters}}
 
     def settle(self) -> None:
-        """Give every gate its deterministic value: exactly 0 where it is dead."""
+        """Give every gate its deterministic value, exactly 0 if it is dead."""
         self._noise = None
         for gate in self.parameters:
             gate.grad = None
         self._write(self._value if self.settings.mode == "l1" else gate_value(self._value))
 
     def remove_dead(self, optimizer: AdapterOptimizer) -> None:
-        """Take dead components out of layers, optimizer and vectors; the function stays, to rounding."""
+        """Remove dead components from layers, optimizer and vectors; outputs stay the same, to rounding."""
         if bool(self._alive.all()):
             return
         for (path, layer), keep in zip(self.layers.items(), torch.split(self._alive, self._ranks()), strict=True):
@@ -272,7 +168,7 @@ class Gates:
 
     @torch.no_grad()
     def _fold(self, optimizer: AdapterOptimizer) -> None:
-        """The budget is reached: multiply lora_B by what is left of the gates and go on without them."""
+        """Multiply lora_B by the remaining gates and drop them: the budget is reached."""
         for path, layer in self.layers.items():
             assert layer.gate is not None
             optimizer.fold_(f"{path}.lora_B", layer.gate.detach())
@@ -281,13 +177,14 @@ class Gates:
         self.is_over = True
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values that a checkpoint keeps beside the tensors; the same in all processes."""
+        """JSON values for a checkpoint, beside the tensors of `save`; the same in all processes."""
         died = {path: list(each) for path, each in self.died.items()}
         numbers = {"num_updates": self.num_updates, "full": self.full, "target": self.target}
         return {**numbers, "is_over": self.is_over, "died": died}
 
     def record(self) -> dict[str, Any]:
-        """JSON values for the adapter's own record: layer -> after which step each component went, and its cost."""
+        """JSON values for the adapter's record: layer -> its cost per component, and when each component was
+        removed."""
         return {
             path: {
                 "parameters_per_rank": layer.in_features + layer.out_features,
@@ -297,20 +194,20 @@ class Gates:
         }
 
     def save(self, directory: Path) -> None:
-        """Write gates.safetensors: the vectors, and lora_B before its gate, since adapter/ holds it behind."""
+        """Write gates.safetensors: the vectors, and lora_B without its gate, since adapter/ holds the product."""
         tensors = {name: getattr(self, f"_{name}") for name in _VECTORS}
         tensors |= {name: factor.detach().cpu() for name, factor in self._raw_factors().items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / GATES_FILE)
 
     @torch.no_grad()
     def load(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """Take back `save` and `state_dict`, the checkpoint's adapter being in place already.
+        """Restore `save` and `state_dict`; the checkpoint's adapter must be loaded already.
 
         Args:
-            directory: Of the checkpoint.
-            state: From its policies.
+            directory: The checkpoint.
+            state: Its `state_dict`.
         Raises:
-            UserError: Tensors that do not fit the adapter.
+            UserError: The tensors do not fit the adapter.
         """
         self.num_updates, self.full, self.target = state["num_updates"], state["full"], state["target"]
         self.is_over = state["is_over"]
@@ -328,8 +225,7 @@ class Gates:
         for name, factor in factors.items():
             factor.copy_(tensors[name])
         self.died = {path: list(each) for path, each in state["died"].items()}
-        numbers = zip(self._paths(), self._origin.tolist(), strict=True)
-        self._alive = torch.tensor([self.died[path][number] is None for path, number in numbers])
+        self._alive = torch.tensor([self.died[path][number] is None for path, number in self._names()])
         self.settle()
 
     def _raw_factors(self) -> dict[str, nn.Parameter]:
@@ -359,22 +255,23 @@ class Gates:
             self._keep_budget(step + 1, step_size)
 
     def _step_size(self) -> Tensor:
-        """Of every component in Adam: the rate over the root of the second average."""
+        """Adam's step size of every component: the rate divided by the root of the second average."""
         second = self._exp_avg_sq / (1 - _BETAS[1] ** max(self.num_updates, 1))
         return self.settings.lr / (second.sqrt() + _EPS)
 
     def _keep_budget(self, done: int, step_size: Tensor) -> None:
-        """Remove what the budget after `done` steps has no room for, and push what it will soon have none for."""
+        """Kill the components that exceed the budget after `done` steps, and shrink those that soon will."""
         cost, layer = self._costs(), self._layer_numbers()
         fade = max(1, round(_FADE * self.num_anneal))
-        now, soon = (self._allowed(step) for step in (done, done + fade))
+        phases = (self.full, self.target, self.num_warmup, self.num_anneal)
+        now, soon = (allowed_cost(step, *phases) for step in (done, done + fade))
         if self.settings.mode == "hard_concrete":
             dying = surplus(self._value, cost, layer, self._alive, now)
             self._alive &= ~dying
-            if now <= self.target:  # nothing more goes: what is left is on for good
+            if now <= self.target:  # the remaining gates stay on
                 self._value[self._alive] = LARGEST_LOGIT
             elif soon < float(cost[self._alive].sum()):
-                # Relative, so that a shift is of the size of log_alpha
+                # Relative costs, so that the shift has the size of log_alpha
                 unit = float(cost.mean())
                 self._value = shifted_to_budget(self._value, cost / unit, self._alive, soon / unit)
         else:
@@ -382,34 +279,25 @@ class Gates:
             dying = surplus(worth, cost, layer, self._alive, now)
             fading = surplus(worth, cost, layer, self._alive, soon)
             if bool(fading.any()):
-                # Half of those that fade are at 0 when their turn comes; the rest are taken there.
+                # Half of the fading gates reach 0 before their removal is due; the others are set to 0 then.
                 needed = float(worth[dying].max()) if bool(dying.any()) else 0.0
                 penalty = max(needed, float(worth[fading].median()) / fade)
                 self._value = proximal_step(self._value, step_size, cost, penalty, fading)
                 dying |= fading & (self._value == 0)
                 self._value[dying] = 0.0
             self._alive &= ~dying
-        for path, number in self._named(dying):
-            self.died[path][number] = done
-
-    def _allowed(self, step: int) -> float:
-        return allowed_cost(step, self.full, self.target, self.num_warmup, self.num_anneal)
+        for (path, number), is_dying in zip(self._names(), dying.tolist(), strict=True):
+            if is_dying:
+                self.died[path][number] = done
 
     @torch.no_grad()
     def _write(self, values: Tensor) -> None:
         gates: list[Tensor] = [*self.parameters]
-        if not gates:  # the budget is reached
+        if not gates:
             return
         living = torch.where(self._alive, values, 0.0).to(gates[0])
-        # In place: raises the versions, by which cached norms are known to be old
+        # In place, which raises the versions, so that cached norms are computed again.
         torch._foreach_copy_(gates, torch.split(living, self._ranks()))
-
-    def _target(self) -> float:
-        if self.settings.parameters is not None:
-            return float(self.settings.parameters)
-        assert self.settings.mean_rank is not None
-        # Whole components; no more than asked for
-        return float(math.floor(self.settings.mean_rank * len(self.layers) + 1e-9))
 
     def _ranks(self) -> list[int]:
         return [layer.rank for layer in self.layers.values()]
@@ -418,7 +306,7 @@ class Gates:
         return torch.tensor(of_layers, dtype=torch.float64).repeat_interleave(torch.tensor(self._ranks()))
 
     def _costs(self) -> Tensor:
-        """What each component takes of the budget: its parameters, or 1 where ranks are counted."""
+        """Each component's share of the budget: its parameters, or 1 if the budget counts ranks."""
         if self.settings.parameters is None:
             return self._per_component([1.0] * len(self.layers))
         return self._per_component([float(each.in_features + each.out_features) for each in self.layers.values()])
@@ -426,18 +314,114 @@ class Gates:
     def _layer_numbers(self) -> Tensor:
         return torch.arange(len(self.layers)).repeat_interleave(torch.tensor(self._ranks()))
 
-    def _paths(self) -> list[str]:
-        return [path for path, layer in self.layers.items() for _ in range(layer.rank)]
+    def _names(self) -> list[tuple[str, int]]:
+        """(path of the layer, number at the start) of each component."""
+        paths = [path for path, layer in self.layers.items() for _ in range(layer.rank)]
+        return list(zip(paths, self._origin.tolist(), strict=True))
 
-    def _named(self, chosen: Tensor) -> list[tuple[str, int]]:
-        """(path, number at the start) of the chosen components."""
-        flags = zip(self._paths(), self._origin.tolist(), chosen.tolist(), strict=True)
-        return [(path, number) for path, number, flag in flags if flag]
 
-    def _count_at_start(self) -> int:
-        return sum(len(each) for each in self.died.values())
+def allowed_cost(step: int, full: float, target: float, num_warmup: int, num_anneal: int) -> float:
+    """The budget after `step` steps: full during warm-up, then down to the target along (1 - t)^3 (arXiv 2303.10512,
+    eq. 15), so that little is removed late, when the gates are known best.
 
-    def _place_at_start(self) -> Tensor:
-        """Index of each component in a vector over all that there were at the start."""
-        offsets = list(itertools.accumulate((len(each) for each in self.died.values()), initial=0))
-        return self._origin + torch.tensor(offsets[:-1])[self._layer_numbers()]
+    Args:
+        step: Steps done.
+        full, target: Budget at the start and at the end.
+        num_warmup, num_anneal: Steps of each phase.
+    """
+    t = min(max((step - num_warmup) / num_anneal, 0.0), 1.0)
+    return target + (full - target) * (1.0 - t) ** 3
+
+
+def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: float) -> Tensor:
+    """The components to remove so that the others fit the budget: the lowest in `order`, but never a layer's highest.
+
+    Args:
+        order: (n,) worth per unit of cost, or any number of the same order.
+        cost, layer, alive: (n,).
+        allowed: Budget.
+    Returns:
+        (n,) bool. The others cost at most `allowed`, and fall short of it by less than one component, unless the
+        highest components of all layers cost more.
+    """
+    going = torch.zeros_like(alive)
+    excess = float(cost[alive].sum()) - allowed
+    if excess <= 0:
+        return going
+    candidates = (alive & ~_best_of_layers(order, layer, alive)).nonzero().squeeze(1)
+    lowest = candidates[order[candidates].argsort(stable=True)]
+    before = cost[lowest].cumsum(0) - cost[lowest]
+    # Exact: sums of whole numbers.
+    going[lowest[before < excess]] = True
+    return going
+
+
+def _best_of_layers(order: Tensor, layer: Tensor, alive: Tensor) -> Tensor:
+    """(n,) bool: the highest living component of each layer, the first one in a tie."""
+    down = torch.where(alive, order, float("-inf")).argsort(descending=True, stable=True)
+    place = torch.full((int(layer.max()) + 1,), len(order)).scatter_reduce(
+        0, layer[down], torch.arange(len(order)), "amin"
+    )
+    best = torch.zeros_like(alive)
+    best[down[place[place < len(order)]]] = True
+    return best & alive
+
+
+def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
+    """The weight of the L1 penalty at which a proximal step takes a gate to 0: |c| / (p cost), (n,).
+
+    The proximal step of lambda sum cost |c| in the metric diag(1 / p) takes lambda p cost off |c|. With Adam's step
+    size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient: to first order, the change of
+    the loss when the component is removed. It stays the same if a component is scaled and its gate divided by the
+    scale.
+
+    Args:
+        values: Gates c, (n,).
+        step_size: p, (n,), positive.
+        cost: (n,), positive.
+    """
+    return values.abs() / (step_size * cost)
+
+
+def proximal_step(values: Tensor, step_size: Tensor, cost: Tensor, penalty: float, chosen: Tensor) -> Tensor:
+    """argmin over z of penalty cost |z| + (z - c)^2 / (2 p): |c| shrinks by penalty p cost, to 0 at the least.
+
+    Args:
+        values: Gates c.
+        step_size, cost: As in `death_penalty`.
+        penalty: lambda.
+        chosen: (n,) bool, the gates that shrink.
+    Returns:
+        (n,); other gates unchanged.
+    """
+    shrunk = values.sign() * (values.abs() - penalty * step_size * cost).clamp_min(0.0)
+    return torch.where(chosen, shrunk, values)
+
+
+def shifted_to_budget(log_alpha: Tensor, cost: Tensor, alive: Tensor, allowed: float) -> Tensor:
+    """log_alpha + delta cost of the living gates, with delta such that their expected cost is `allowed`.
+
+    Among distributions of independent gates that keep the budget on average it is the nearest in KL divergence.
+
+    Args:
+        log_alpha: (n,).
+        cost: (n,), about 1 on average.
+        alive: (n,) bool.
+        allowed: Expected cost; all living gates are on if it is their whole cost or more.
+    Returns:
+        (n,), within `LARGEST_LOGIT`.
+    """
+
+    def moved(delta: float) -> Tensor:
+        return (log_alpha + delta * cost).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+
+    def expected(delta: float) -> float:
+        return float((probability_on(moved(delta)) * cost)[alive].sum())
+
+    # Far enough to bring every gate to either bound.
+    high = 2.0 * LARGEST_LOGIT / float(cost.min())
+    low = -high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected(middle) < allowed else (low, middle)
+    return torch.where(alive, moved(high), log_alpha)

@@ -1,11 +1,12 @@
 """Which data sets pull the adapter in different directions: cosines between the gradients of tasks, with their noise.
 
-A gradient is that of a task's mean NLL per answer token, by all adapter parameters, on a few examples that stay the
-same. How far chance alone moves a cosine is seen from two halves of these examples.
+A task's gradient is that of its mean NLL per answer token, for all adapter parameters, on a few fixed examples. The
+difference between two halves of these examples shows how far chance alone moves a cosine.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,21 +30,22 @@ Array = NDArray[np.float64]
 ALL = "all"
 """The group of all adapter parameters."""
 MIN_EXAMPLES = 2
-"""Of a task: one for each half."""
+"""Fewest examples of a task: one for each half."""
 CERTAIN = 2.0
-"""Noises below 0 from which on two tasks are said to be in conflict."""
-
+"""Two tasks are in conflict if their cosine is more than so many times its noise below 0."""
+# A task whose two halves have a lower cosine has too few examples: its cosines to other tasks are mostly noise.
+_CLEAR = 0.3
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
 class GradientProbe:
-    """The examples that gradients are measured on: task -> the micro-batches of each of its two halves."""
+    """The examples on which gradients are measured: task -> the micro-batches of each of its two halves."""
 
     halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]]
 
     def num_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
-        """Host memory that a measurement takes: two gradients for each task, in bf16."""
+        """Host memory of a measurement: two bf16 gradients for each task."""
         return 2 * len(self.halves) * 2 * sum(parameter.numel() for parameter in parameters.values())
 
 
@@ -55,21 +57,20 @@ def measure(
     device: torch.device,
     loss_chunk: int | None = None,
 ) -> dict[str, Any]:
-    """Cosines between the tasks' gradients, over all adapter parameters, for A, B and m each, and block by block.
+    """Cosines between the tasks' gradients: over all adapter parameters, for A, B and m each, and for each block.
 
-    Nothing that training goes on with is touched: dropout is off meanwhile, the generators are put back, and so are
-    gradients that are there already. Two gradients a task are held on the host (`Probe.num_bytes`): rounded to bf16,
-    which moves a cosine by less than 1e-3.
+    Training is not affected: dropout is off during the measurement, and generators and gradients are restored. Two
+    gradients a task are held on the host (`GradientProbe.num_bytes`), in bf16, which moves a cosine by less than 1e-3.
 
     Args:
-        model: Its mode stays: activations are recomputed as in training.
+        model: In training mode, so that activations are recomputed as in training.
         probe: At least two tasks.
         parameters: Path -> adapter parameter.
         device: Of the model.
-        loss_chunk: As for the loop.
+        loss_chunk: As for `fit`.
     Returns:
-        JSON values: `tasks`, `seconds`, `bytes`, `norms` (of each task's gradient), `cosines` (see `Agreement`: of all
-        parameters), `groups` (A, B, magnitude -> cosines) and `blocks` (number of a block -> cosines).
+        JSON values: `tasks`, `seconds`, `bytes`, the fields of `Agreement` over all parameters, `groups` (A, B,
+        magnitude -> cosines) and `blocks` (number of a block -> cosines).
     """
     began = time.perf_counter()
     names = list(probe.halves)
@@ -78,7 +79,7 @@ def measure(
     gradients: list[dict[str, Tensor]] = []
     tokens: list[int] = []
     try:
-        torch.manual_seed(0)  # where a model drops out by itself: the same each time
+        torch.manual_seed(0)  # a model may draw random numbers of its own: the same in each measurement
         with _without_dropout(model):
             prepare_gains(adapted_layers(model).values())
             for name in names:
@@ -109,14 +110,14 @@ def measure(
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the gradients of tasks lie to each other.
+    """How far the gradients of tasks agree.
 
     Attributes:
         cosines: (tasks, tasks).
         noise: (tasks, tasks): standard error of each cosine from the choice of examples; nan on the diagonal.
-        own_cosines: (tasks,): between the two halves of one task. Near 1 the examples of a task agree; near 0 there are
-            too few of them, and cosines to other tasks are drawn towards 0.
-        norms: (tasks,).
+        own_cosines: (tasks,): between the two halves of a task. Near 1 its examples agree; near 0 they are too few, and
+            cosines to other tasks are drawn towards 0.
+        norms: (tasks,) norms of the tasks' gradients.
     """
 
     cosines: Array
@@ -130,15 +131,15 @@ class Agreement:
 
 
 def agreement(gram: Array, num_tokens: Array) -> Agreement:
-    """Cosines, and their noise, from the inner products of half gradients.
+    """Cosines and their noise, from the inner products of half gradients.
 
     With h1, h2 the gradients of a task's halves (means over n1 and n2 tokens) and w = n1 / (n1 + n2), the task's
     gradient is g = w h1 + (1 - w) h2, and e = sqrt(w (1 - w)) (h1 - h2) is a draw of its error: E |e|^2 is its
-    variance. The error of cos(g_i, g_j) by task i is, to first order, <e, g_j / |g_j| - cos g_i / |g_i|> / |g_i|; its
-    size is taken over all other tasks j, since one draw says little. Both tasks' errors add up in squares.
+    variance. To first order, task i contributes the error <e, g_j / |g_j| - cos g_i / |g_i|> / |g_i| to cos(g_i, g_j).
+    Its size is averaged over all other tasks j, since one draw says little. The errors of both tasks add in squares.
 
     Args:
-        gram: (2 tasks, 2 tasks), inner products of the halves: both of the first task, both of the second, ...
+        gram: (2 tasks, 2 tasks), inner products of the halves: both of the first task, both of the second, and so on.
         num_tokens: (tasks, 2), answer tokens of each half.
     """
     num_tasks = len(num_tokens)
@@ -152,7 +153,7 @@ def agreement(gram: Array, num_tokens: Array) -> Agreement:
     scale = np.outer(norms, norms)
     with np.errstate(divide="ignore", invalid="ignore"):
         cosines = products / scale
-        along = error @ gram @ mean.T / scale  # (tasks, tasks): row i, the draw of task i's error along each g_j
+        along = error @ gram @ mean.T / scale  # (tasks, tasks): row i is task i's error along each g_j
         errors = along - cosines * along.diagonal()[:, None]
         halves = gram.diagonal().reshape(num_tasks, 2)
         own = np.array([gram[2 * task, 2 * task + 1] for task in range(num_tasks)]) / np.sqrt(halves.prod(axis=1))
@@ -164,47 +165,61 @@ def agreement(gram: Array, num_tokens: Array) -> Agreement:
 
 
 def gram_matrices(gradients: Sequence[Mapping[str, Tensor]], keys: Sequence[str]) -> dict[str, Array]:
-    """Group -> (gradients, gradients) inner products in float64: of `ALL` parameters, of each kind (the last part of a
-    path) and of each block (the first number in a path, where there is one).
+    """Group -> (gradients, gradients) inner products in float64. Groups are `ALL` parameters, each kind (the last part
+    of a path) and each block (the first number in a path).
 
     Args:
-        gradients: Path -> gradient, on the host; a path that is missing counts as zeros.
+        gradients: Path -> gradient, on the host; a missing path counts as zeros.
         keys: Paths of all parameters.
     """
     grams: dict[str, Array] = {}
     for key in keys:
-        if all(key not in each for each in gradients):
-            continue  # a group of parameters that nobody moves has no row in the report
-        product = inner_products([each.get(key) for each in gradients]).cpu().numpy()
+        places = [number for number, each in enumerate(gradients) if key in each]
+        if not places:
+            continue  # parameters without any gradient have no row in the report
+        stacked = torch.stack([gradients[place][key].flatten() for place in places]).double()
+        product = np.zeros((len(gradients), len(gradients)))
+        product[np.ix_(places, places)] = (stacked @ stacked.T).numpy()
         block = _BLOCK.search(key)
         for group in (ALL, key.rpartition(".")[2], *([block[1]] if block else [])):
             grams[group] = grams.get(group, np.zeros_like(product)) + product
     return grams
 
 
-def inner_products(rows: Sequence[Tensor | None]) -> Tensor:
-    """(rows, rows) float64, on their device; None counts as zeros."""
-    known = [number for number, row in enumerate(rows) if row is not None]
-    flat = [row.flatten() for row in rows if row is not None]
-    if not flat:
-        return torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    stacked = torch.stack(flat).double()
-    products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=stacked.device)
-    places = torch.tensor(known, device=stacked.device)
-    products[places[:, None], places] = stacked @ stacked.T
-    return products
-
-
 def conflicts(report: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
-    """(task, task, cosine, noise) of every pair whose cosine is below 0 by more than `CERTAIN` noises, worst first."""
+    """(task, task, cosine, noise) of every pair in conflict (see `CERTAIN`), worst first."""
+    found = [each for each in _pairs(report) if each[2] < -CERTAIN * each[3]]
+    return sorted(found, key=lambda each: each[2])
+
+
+def in_words(report: Mapping[str, Any], step: int) -> str:
+    """A paragraph for people: the tasks in conflict, the two that agree most, and those with too few examples.
+
+    Args:
+        report: From `measure`.
+        step: Optimizer steps before it.
+    """
+    found = [f"{first} and {second} ({cosine:.2f} ± {noise:.2f})" for first, second, cosine, noise in conflicts(report)]
+    text = f"Cosines between the tasks' gradients on validation examples after step {step}, ± their noise. "
+    text += f"In conflict: {', '.join(found)}." if found else "No two tasks are in conflict beyond noise."
+    pairs = [(cosine, f"{first} and {second}") for first, second, cosine, _ in _pairs(report)]
+    if pairs:
+        text += " Most alike: {1} ({0:.2f}).".format(*max(pairs))
+    own_cosines = zip(report["tasks"], report["own_cosines"], strict=True)
+    unclear = [name for name, own in own_cosines if own is None or own < _CLEAR]
+    if unclear:
+        text += f" Too few examples to tell: {', '.join(unclear)} (the two halves of their examples disagree)."
+    return text
+
+
+def _pairs(report: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
+    """(task, task, cosine, noise) of every pair of tasks with a known cosine."""
     names = report["tasks"]
-    found = [
+    return [
         (names[i], names[j], report["cosines"][i][j], report["noise"][i][j])
-        for i in range(len(names))
-        for j in range(i + 1, len(names))
+        for i, j in itertools.combinations(range(len(names)), 2)
         if report["cosines"][i][j] is not None
     ]
-    return sorted((each for each in found if each[2] < -CERTAIN * each[3]), key=lambda each: each[2])
 
 
 def _gradient(
@@ -214,13 +229,13 @@ def _gradient(
     device: torch.device,
     loss_chunk: int | None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Gradient of the mean NLL per answer token, in bf16 on the host, and the number of these tokens."""
+    """Gradient of the mean NLL per answer token, bf16 on the host, and the number of answer tokens."""
     num_tokens = sum(int((micro.labels != IGNORED).sum()) for micro in batches)
     for parameter in parameters.values():
         parameter.grad = None
     for micro in batches:
         input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
-        loss = batch_loss(model, input_ids, attention_mask, micro.labels, loss_chunk, micro.packing)
+        loss = batch_loss(model, input_ids, attention_mask, micro.labels, chunk=loss_chunk, packing=micro.packing)
         (loss.nll_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
     found = {key: p.grad.to("cpu", torch.bfloat16) for key, p in parameters.items() if p.grad is not None}
     return found, num_tokens
@@ -228,8 +243,8 @@ def _gradient(
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout off and the model otherwise in its mode: checkpointing needs training mode, and a change of an adapted
-    layer's mode would forget its norm."""
+    """Turn off dropout only. Checkpointing needs training mode, and an adapted layer that changes its mode drops its
+    cached norm."""
     layers = list(adapted_layers(model).values())
     shares = [layer.dropout for layer in layers]
     others = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
@@ -247,7 +262,7 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _in_short(names: Sequence[str], found: Agreement) -> dict[str, Any]:
-    """What a chart can show: mean and lowest cosine of two tasks, and the number of conflicts."""
+    """Numbers for charts: mean and lowest cosine of two tasks, and the number of conflicts."""
     pairs = found.cosines[np.triu_indices(len(names), 1)]
     report = {"tasks": names, **found.to_dict()}
     return {
@@ -266,32 +281,3 @@ def _plain(values: Array) -> Any:
     if values.ndim > 1:
         return [_plain(row) for row in values]
     return [None if np.isnan(value) else float(f"{value:.6g}") for value in values]
-
-
-def in_words(report: Mapping[str, Any], step: int) -> str:
-    """A paragraph for people: which tasks are in conflict, which agree most, where there is too little to tell.
-
-    Args:
-        report: From `measure`.
-        step: Optimizer steps before it.
-    """
-    names = report["tasks"]
-    found = [f"{first} and {second} ({cosine:.2f} ± {noise:.2f})" for first, second, cosine, noise in conflicts(report)]
-    pairs = [
-        (report["cosines"][i][j], f"{names[i]} and {names[j]}")
-        for i in range(len(names))
-        for j in range(i + 1, len(names))
-        if report["cosines"][i][j] is not None
-    ]
-    said = f"Cosines between the tasks' gradients on validation examples after step {step}, ± their noise. "
-    said += f"In conflict: {', '.join(found)}." if found else "No two tasks are in conflict beyond noise."
-    if pairs:
-        said += " Most alike: {1} ({0:.2f}).".format(*max(pairs))
-    unclear = [name for name, own in zip(names, report["own_cosines"], strict=True) if own is None or own < _CLEAR]
-    if unclear:
-        said += f" Too few examples to tell much: {', '.join(unclear)} (half a probe says little of the other half)."
-    return said
-
-
-_CLEAR = 0.3
-"""Cosine between the halves of a probe below which its cosines to other tasks are mostly noise."""

@@ -1,4 +1,4 @@
-"""Stopping a run without losing it: Ctrl-C, SIGTERM and a lost terminal finish the step, save, and leave."""
+"""Stop requests: after Ctrl-C, SIGTERM or a lost terminal, a run finishes its step, saves, and exits."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from qdora.train.distributed import Processes
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-# A launcher passes on what the terminal has already sent to the whole group: so soon, it is the same request.
+# A launcher repeats the signal that the terminal has sent to the whole group: within this time it is the same request.
 SAME_REQUEST_SECONDS = 1.0
 
-_SAID = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
+_MESSAGE = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
 
 
 class StopRequest:
-    """Whether someone has asked the run to stop; of several processes, any of them."""
+    """Whether one of the processes has been asked to stop."""
 
     def __init__(self, processes: Processes | None = None) -> None:
         self.requested = False
         self._processes = processes or Processes()
 
     def agreed(self) -> bool:
-        """Whether one of the processes has been asked, told to all of them alike; to be called by all."""
+        """Whether one of the processes has been asked; must be called by all, and all get the same answer."""
         return self._processes.any(self.requested)
 
 
 @contextmanager
 def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and SIGHUP set the request; a second one, a second or more later, raises KeyboardInterrupt.
+    """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt.
 
-    What is being written then is taken back: a checkpoint appears whole or not at all.
+    A checkpoint that is being written then does not appear.
     """
     request = StopRequest(processes)
     asked_at = 0.0
@@ -46,7 +46,7 @@ def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
         if not request.requested:
             request.requested, asked_at = True, now
             with suppress(OSError):
-                os.write(2, _SAID)  # not by a logger, in whose lock or buffer the signal may have come
+                os.write(2, _MESSAGE)  # no logger: the signal may have come while one holds its lock
         elif now - asked_at >= SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
 

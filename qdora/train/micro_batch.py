@@ -1,4 +1,4 @@
-"""One micro-batch through the model: negative log-likelihood at the labelled positions only."""
+"""The loss of one micro-batch: negative log-likelihood at the labelled positions only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
 
 logger = logging.getLogger(__name__)
 
-# What each model does to its logits, learnt from its first labelled batch; None: not known.
+# Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
 _FORMS: WeakKeyDictionary[nn.Module, LogitForm | None] = WeakKeyDictionary()
-# Peak bytes of a logit where all exist at once: 16 bits, and float32 ones of the widening, the log-softmax and its
-# gradient.
+# Peak bytes for each logit when all exist at once: 16 bits, and three float32 copies (widened, log-softmax, gradient).
 _PLAIN_BYTES = 14
 
 
@@ -29,8 +28,8 @@ class BatchLoss:
     """Losses of a micro-batch.
 
     Attributes:
-        nll_sum: Scalar float32, nats summed over the labelled tokens, weighted if asked; differentiable.
-        example_nll: (examples,) float32, the same sum per example; detached.
+        nll_sum: Scalar float32, nats summed over the labelled tokens, times their weights; differentiable.
+        example_nll: (examples,) float32, the unweighted sum of each example; detached.
         example_tokens: (examples,) int64, labelled tokens per example, on the labels' device.
     """
 
@@ -44,28 +43,29 @@ def batch_loss(
     input_ids: Tensor,
     attention_mask: Tensor,
     labels: Tensor,
+    *,
     chunk: int | None = None,
     packing: Packing | None = None,
     weights: Tensor | None = None,
 ) -> BatchLoss:
     """Run the model and sum the NLL of labels[:, 1:] given the tokens before them.
 
-    Only the labelled positions count, so an answer of 5 tokens after a prompt of 200 costs 5 rows of logits, and of
-    those only a chunk exists at once. For that the model's head is left out: its inputs are kept, and the head and what
-    the model does to its output are done here. A model's first batch is compared with the model's own logits; where
-    they differ, this batch is run again, and from then on all labelled positions go through the model, with a warning.
+    Logits are computed at labelled positions only, a chunk at a time: an answer of 5 tokens after a prompt of 200 takes
+    5 rows of logits. The model's head is skipped for that; the head, and what the model does to its output, are applied
+    here to the head's inputs. The result for a model's first batch is compared with the model's own logits. If they
+    differ, the batch is run again, and from then on the model itself computes all logits at once, with a warning.
 
     Args:
         model: A transformers causal LM.
         input_ids: (rows, length) int64, on the model's device.
         attention_mask: (rows, length), 1 on real tokens, on the model's device. With `packing` the model does not get
             it: transformers then keeps attention inside each run of positions.
-        labels: (rows, length) int64, -100 where a token does not count, as the first of an example never does; not
-            shifted. Left on the CPU, no position is looked up on the GPU, which would make the host wait for it.
+        labels: (rows, length) int64, not shifted; -100 where a token does not count, such as the first of an example.
+            They stay on the CPU, so that the host does not wait for a GPU to look up positions.
         chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
-        packing: Which tokens are whose in rows of several examples; None: a row is an example. The model must have
-            passed `packed_attention.packed_layout`.
-        weights: (examples,) what each example's tokens count in `nll_sum`; None: 1.
+        packing: Which example each token belongs to, in rows of several examples; None: a row is an example. The model
+            must have passed `packed_attention.packed_layout`.
+        weights: (examples,) weight of each example's tokens in `nll_sum`; None: 1.
     Returns:
         BatchLoss; a batch without a labelled token gives a zero sum.
     """
@@ -82,9 +82,9 @@ def batch_loss(
         inputs["position_ids"] = packing.position_ids.to(input_ids.device)
         owner = packing.example_index.to(labels.device)[places]
         num_examples = int(packing.example_index.max()) + 1
-    nll = _chunked(model, inputs, rows, columns, targets, chunk)  # (num_labelled,)
+    nll = _chunked(model, inputs, (rows, columns), targets, chunk)  # (num_labelled,)
     if nll is None:
-        nll = _plain(model, inputs, rows, columns, targets)
+        nll = _plain(model, inputs, (rows, columns), targets)
     zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
     example_nll = zeros.index_add(0, owner.to(nll.device), nll.detach())
     nll_sum = nll.sum() if weights is None else (nll * weights.to(nll.device)[owner.to(nll.device)]).sum()
@@ -92,16 +92,16 @@ def batch_loss(
 
 
 def _chunked(
-    model: nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tensor, targets: Tensor, chunk: int | None
+    model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor, chunk: int | None
 ) -> Tensor | None:
-    """NLL of the labelled positions without the model's logits, or None where those cannot be reproduced."""
+    """NLL of the labelled positions without the model's logits, or None if no known form reproduces those."""
     known = model in _FORMS
     form = _FORMS.get(model, LogitForm())
     if form is None:
         return None
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     random = None if known else random_state()
-    with tapped(head, rows, columns, probing=not known) as tap:
+    with tapped(head, *labelled, probing=not known) as tap:
         logits = model(**inputs).logits
     if not known and len(targets):
         form = learn_form(model, head, tap, logits, targets)
@@ -114,12 +114,12 @@ def _chunked(
     return head_nll(head, tap.hidden, targets, form, chunk)
 
 
-def _plain(model: nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
+def _plain(model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
     """NLL of the labelled positions from the model's own logits, all of them at once."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
 
     def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][rows, columns].unsqueeze(0), *args[1:])
+        return (args[0][labelled].unsqueeze(0), *args[1:])
 
     hook = head.register_forward_pre_hook(select)
     try:
@@ -132,7 +132,7 @@ def _plain(model: nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tens
 def _warn(model: nn.Module, num_tokens: int, logits: Tensor) -> None:
     config = getattr(model, "config", None)
     logger.warning(
-        "%s: what this model does to its logits is not known here, so memory.loss_chunk has no effect: the logits of "
+        "%s: the operations after this model's head are not known, so memory.loss_chunk has no effect: the logits of "
         "all labelled tokens exist at once, about %.2f GiB for the %d of this micro-batch.",
         getattr(config, "model_type", type(model).__name__),
         num_tokens * logits.shape[-1] * _PLAIN_BYTES / 2**30,

@@ -1,21 +1,19 @@
-"""The averages in an optimizer's state as numbers: float32 in torch's and bitsandbytes' 32-bit states, codes and block
-scales in its 8-bit ones.
+"""AdamW and Lion for adapters stored in bf16, with no update lost to rounding.
 
-A paged state of bitsandbytes is a tensor of the CPU over memory that a GPU reads, too; block scales are on the GPU.
-Numbers are worked with on the device of the parameter, whatever the state is on.
+The 16 bits that bf16 drops from a float32 parameter are kept in an int16 beside it (ops/split_float.py). Each step
+joins the two to float32, updates there and splits again, so training runs as with float32 parameters while the layers
+read bf16. Gradients arrive and accumulate in float32 (`Tensor.grad_dtype`).
 
-AdamW and Lion for adapters stored in bf16, with no update lost to rounding.
-
-A bf16 parameter keeps the 16 bits that bf16 drops in an int16 beside it (ops/split_float.py). At each step the two are
-joined to float32, updated there and split again, so training runs as with float32 parameters while the layers read
-bf16. Gradients arrive and accumulate in float32 (`Tensor.grad_dtype`).
+The optimizer's averages are float32 in torch's and bitsandbytes' 32-bit states, and codes with block scales in its
+8-bit states. A paged state is a CPU tensor over memory that a GPU can read; its block scales are on the GPU.
+Calculations with averages run on the parameter's device.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,72 +27,20 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qdora.ops.planned_device import is_planning
 from qdora.ops.split_float import join_float32, split_float32
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
-"""Of a parameter's shape: torch's names, and bitsandbytes'."""
-FIRST_MOMENTS = ("exp_avg", "state1")
-"""Averages of the gradient; the others are of its square."""
-_BLOCK = 256
-
-
-def widened_state(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A parameter's averages in float32, new tensors on `device`, and its count of steps; empty for an empty state."""
-    wide: dict[str, Any] = {}
-    for name, value in state.items():
-        if name == "step":
-            wide[name] = value
-        elif name in MOMENTS:
-            is_wide = value.dtype == torch.float32
-            wide[name] = value.to(device, copy=True) if is_wide else _dequantized(state, name).to(device)
-    return wide
-
-
-def fill_state_(state: dict[str, Any], wide: Mapping[str, Any]) -> None:
-    """Put `widened_state`'s numbers, or a part of them, into a state that is there, in its own format."""
-    for name, value in wide.items():
-        place = state[name]
-        if not isinstance(place, Tensor):
-            state[name] = int(value)
-        elif place.dtype == torch.uint8:
-            number = name.removeprefix("state")
-            codes, quantized = F.quantize_blockwise(value.contiguous(), code=state[f"qmap{number}"], blocksize=_BLOCK)
-            place.copy_(codes.view_as(place))
-            state[f"absmax{number}"].copy_(quantized.absmax)
-        else:
-            place.copy_(value)
-
-
-def _dequantized(state: Mapping[str, Any], name: str) -> Tensor:
-    number = name.removeprefix("state")
-    absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
-    codes = state[name].to(absmax.device)
-    found: Tensor = F.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=_BLOCK)
-    return found.view_as(codes)
-
-
-def page_as(page: Any, like: Tensor) -> Tensor:
-    """The start of a paged tensor's memory as one of another shape and dtype; its marks go along.
-
-    bitsandbytes never frees a page, so a state that shrinks stays in the one it has.
-
-    Args:
-        page: From bitsandbytes, or from this function.
-        like: Has the shape and dtype, contiguous; no more bytes than bitsandbytes made the page with.
-    """
-    found: Any = torch.empty(0, dtype=like.dtype).set_(page.untyped_storage(), 0, like.shape, like.stride())
-    found.is_paged, found.page_deviceid = True, page.page_deviceid
-    tensor: Tensor = found
-    return tensor
-
-
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
-logger = logging.getLogger("qdora")
-
-# Constants of bitsandbytes' 8-bit format; they are made anew, not stored.
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
+"""Averages in a parameter's state, of the parameter's shape: torch's names, then bitsandbytes'."""
+# Averages of the gradient; the other two are of its square.
+_FIRST_MOMENTS = ("exp_avg", "state1")
+# Code books of bitsandbytes' 8-bit format: constants, made again instead of stored.
 _NOT_STORED = ("qmap1", "qmap2")
-
-# Parameters that are in float32 at the same time while they are updated: 64 MiB of them (or one, if that is larger).
+# Values per block scale in bitsandbytes' 8-bit states.
+_BLOCK = 256
+# Parameters that are joined to float32 at the same time: 64 MiB of them (or one, if that is larger).
 _GROUP_ELEMENTS = 1 << 24
+
+logger = logging.getLogger("qdora")
 
 
 @dataclass(frozen=True)
@@ -112,24 +58,24 @@ class AdapterOptimizer:
 
     AdamW: arXiv 1711.05101, algorithm 2. Lion: arXiv 2302.06675, algorithm 2 (sec. 5 there: its rate is 3 to 10 times
     smaller than AdamW's, its decay that much larger). The decay is decoupled, p <- (1 - lr * weight_decay) p before the
-    update, and done here: bitsandbytes' kernels do it in other ways on other devices (its issues 1992 and 2010).
+    update, and applied here: bitsandbytes' kernels differ between devices (its issues 1992 and 2010).
 
-    Matrices take the named optimizer. Vectors (magnitudes, biases, norms) take the same one with float32 states, never
-    paged, and no weight decay: 8-bit states start at 4,096 elements in bitsandbytes, and a magnitude has one number a
-    row that must not be quantised away.
+    Matrices use the named optimizer. Vectors (magnitudes, biases, norms) use the same one with float32 states, never
+    paged, without weight decay: bitsandbytes would give vectors of 4,096 elements or more 8-bit states, which are too
+    coarse for a magnitude.
 
     Args:
         parameters: Path -> trainable parameter, bf16 or float32.
         name: paged_adamw_8bit, paged_adamw_32bit, paged_lion_8bit (bitsandbytes; paged on CUDA, the same arithmetic
             unpaged elsewhere), lion (bitsandbytes, 32-bit) or adamw (torch, fused).
-        lr: Learning rate; `step` takes the one that counts.
+        lr: Learning rate until `step` is given another.
         lr_ratios: Last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv 2402.12354);
             1 for all others.
         betas: Decay of the averages; None: 0.9, 0.999 for AdamW and 0.9, 0.99 for Lion, as in their papers.
-        eps: Of AdamW; Lion has none.
-        weight_decay: Of matrices.
+        eps: Epsilon of AdamW; Lion has none.
+        weight_decay: Decay of matrices.
     Raises:
-        ValueError: For another storage dtype, or a ratio that belongs to no parameter.
+        ValueError: A parameter has another dtype, or a ratio belongs to no parameter.
     """
 
     def __init__(
@@ -154,14 +100,16 @@ class AdapterOptimizer:
             elif parameter.dtype == torch.float32:
                 self._masters[key] = parameter
             else:
-                raise ValueError(f"{key} is stored in {parameter.dtype}; allowed: bfloat16, float32.")
-        options: dict[str, Any] = {"lr": lr, "betas": betas or ((0.9, 0.99) if _is_lion(name) else (0.9, 0.999))}
-        if not _is_lion(name):
+                raise ValueError(f"{key} is stored in {parameter.dtype}, must be bfloat16 or float32.")
+        options: dict[str, Any] = {"lr": lr, "betas": betas or ((0.9, 0.99) if "lion" in name else (0.9, 0.999))}
+        if "lion" not in name:
             options["eps"] = eps
         self._groups: list[_Group] = []
-        for keys, is_matrix, ratio in _grouped(self.parameters, lr_ratios or {}):
+        rates = _rates(self.parameters, lr_ratios or {})
+        shapes = {key: tuple(parameter.shape) for key, parameter in self.parameters.items()}
+        for keys, is_matrix in groups_of(shapes, rates):
             inner = _inner_optimizer(name, [self._masters[key] for key in keys], is_matrix, options)
-            self._groups.append(_Group(keys, inner, ratio, weight_decay if is_matrix else 0.0))
+            self._groups.append(_Group(keys, inner, rates[keys[0]], weight_decay if is_matrix else 0.0))
         if name.startswith("paged") and not is_planning() and not any(_can_page(p) for p in self.parameters.values()):
             logger.warning("%s: no CUDA here, so its states are not paged; the arithmetic is the same.", name)
 
@@ -169,7 +117,7 @@ class AdapterOptimizer:
     def step(self, lr: float) -> None:
         """One update with learning rate `lr`; parameters without a gradient stay as they are.
 
-        Meanwhile some parameters (2^24 elements, or the largest one) are there in float32.
+        Takes memory for 2^24 elements in float32, or for the largest parameter.
         """
         for group in self._groups:
             keys = [key for key in group.keys if self.parameters[key].grad is not None]
@@ -184,8 +132,8 @@ class AdapterOptimizer:
                 inner_group["lr"] = rate
             group.inner.step()
             self._split(keys)
-            # Neither bitsandbytes nor torch's fused AdamW says that it has written into a parameter, and what was
-            # computed from the old value (a cached row norm) is told from the version.
+            # Neither bitsandbytes nor torch's fused AdamW raises the version of a parameter that it writes, and caches
+            # (of row norms) go by the version.
             torch.autograd.graph.increment_version([self.parameters[key] for key in keys])
 
     def zero_grad(self) -> None:
@@ -195,9 +143,9 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients together, a float32 scalar on their device (0 where there are none)."""
+        """Euclidean norm of all gradients together, a float32 scalar on their device (0 if there are none)."""
         grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        # A few kernels on CUDA, not one a parameter.
+        # A few kernels on CUDA instead of one for each parameter.
         return torch.nn.utils.get_total_norm(grads)
 
     @torch.no_grad()
@@ -208,20 +156,20 @@ class AdapterOptimizer:
                 parameter.grad.mul_(factor)
 
     def master(self, key: str) -> Tensor:
-        """The full float32 value of a parameter, a new tensor."""
+        """The full float32 value of a parameter, as a new tensor."""
         parameter = self.parameters[key].detach()
         return join_float32(parameter, self._residuals[key]) if key in self._residuals else parameter.clone()
 
     @torch.no_grad()
     def cut_(self, key: str, kept: Tensor, dim: int) -> None:
-        """Cut low bits and states of a parameter that has been cut in place already; 8-bit states are quantised anew.
+        """Cut the low bits and states of a parameter that was itself cut already; 8-bit states are quantised again.
 
         Args:
-            key: Of the parameter.
-            kept: Indices of what it kept, (n,).
-            dim: Along which dimension.
+            key: Path of the parameter.
+            kept: Indices that it kept, (n,).
+            dim: Dimension of the cut.
         """
-        group = next(group for group in self._groups if key in group.keys)
+        group = self._group_of(key)
         index, master = group.keys.index(key), self._masters[key]
         before = group.inner.state.pop(master, {})
         wide = widened_state(before, master.device)
@@ -230,19 +178,19 @@ class AdapterOptimizer:
         if wide:
             self._join([key])
             cut = {name: each.index_select(dim, kept) if name in MOMENTS else each for name, each in wide.items()}
-            fill_state_(_shrunk_state(group.inner, master, index, before), cut)
+            _fill_state_(_shrunk_state(group.inner, master, index, before), cut)
             self._release(key)
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
-        """Put a parameter, as it is read, times `factor` in its place; averages become those of the new gradient, which
-        is the old one divided by the factor.
+        """Multiply a parameter, as the layer reads it, by `factor`. Its gradient is then the old one divided by the
+        factor, so the averages are divided by it, too (by its square, for squares).
 
         Args:
-            key: Of the parameter.
+            key: Path of the parameter.
             factor: Broadcast over it, nowhere 0.
         """
-        group = next(group for group in self._groups if key in group.keys)
+        group = self._group_of(key)
         parameter, master = self.parameters[key], self._masters[key]
         product = parameter.detach().float() * factor
         if key in self._residuals:
@@ -252,12 +200,12 @@ class AdapterOptimizer:
         else:
             parameter.copy_(product)
         state = group.inner.state.get(master, {})
-        powers = {name: 1 if name in FIRST_MOMENTS else 2 for name in MOMENTS}
+        powers = {name: 1 if name in _FIRST_MOMENTS else 2 for name in MOMENTS}
         wide = widened_state(state, master.device)
-        fill_state_(state, {n: each / factor ** powers[n] if n in powers else each for n, each in wide.items()})
+        _fill_state_(state, {n: each / factor ** powers[n] if n in powers else each for n, each in wide.items()})
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resume needs beside the parameters: 'residual/<path>' and 'state/<path>/<name>'."""
+        """All tensors that a resume needs beside the parameters: 'residual/<path>' and 'state/<path>/<name>'."""
         tensors = {f"residual/{key}": residual for key, residual in self._residuals.items()}
         for group in self._groups:
             for key in group.keys:
@@ -269,45 +217,33 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state_tensors` gave, into states that bitsandbytes has made itself, so they stay paged.
+        """Restore `state_tensors`, by copying into states that bitsandbytes has made itself, so that they stay paged.
 
-        Its own `load_state_dict` would put the stored tensors in their place, which are in pageable memory no more.
+        Its own `load_state_dict` would replace the paged states by the stored tensors, which are not paged.
 
         Raises:
-            ValueError: If a tensor is missing, unknown or of another shape or dtype: the first five of them at once.
+            ValueError: A tensor is missing, unknown or of another shape or dtype; names the first five.
         """
-        faults = self._name_faults(tensors)
-        if not faults:
-            for key, residual in self._residuals.items():
-                residual.copy_(tensors[f"residual/{key}"])
+        places: dict[str, tuple[dict[str, Any], str]] = {f"residual/{k}": (self._residuals, k) for k in self._residuals}
+        # A run saved before its first step has no states. Otherwise a missing one would silently start anew.
+        if any(name.startswith("state/") for name in tensors):
             for group in self._groups:
                 for index, key in enumerate(group.keys):
-                    prefix = f"state/{key}/"
-                    stored = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-                    if stored:
-                        self._join([key])
-                        faults += _load_state(group.inner, self._masters[key], index, stored, where=f"state/{key}")
-                        self._release(key)
+                    self._join([key])
+                    state = _fresh_state(group.inner, self._masters[key], index)
+                    self._release(key)
+                    places |= {f"state/{key}/{name}": (state, name) for name in state if name not in _NOT_STORED}
+        faults = [fault for name in sorted({*places, *tensors}) for fault in _load_fault(name, places, tensors)]
         if faults:
             raise ValueError("optimizer state does not fit these parameters: " + "; ".join(faults[:5]))
+        for name, (state, key) in places.items():
+            if isinstance(state[key], Tensor):
+                state[key].copy_(tensors[name])
+            else:
+                state[key] = int(tensors[name])
 
-    def _name_faults(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        prefixes = [f"state/{key}/" for key in self.parameters]
-        faults = [f"residual/{key} is missing" for key in self._residuals if f"residual/{key}" not in tensors]
-        for name, tensor in tensors.items():
-            key = name.removeprefix("residual/")
-            if name.startswith("residual/"):
-                if key not in self._residuals:
-                    faults.append(f"{name} belongs to no parameter")
-                elif tensor.shape != self._residuals[key].shape:
-                    faults.append(f"{name} is {tuple(tensor.shape)}, not {tuple(self._residuals[key].shape)}")
-            elif not name.startswith(tuple(prefixes)):
-                faults.append(f"{name} belongs to no parameter")
-        # A missing state would silently start Adam anew for its parameter. A run saved before its first step has none.
-        started = [key for key in self.parameters if any(n.startswith(f"state/{key}/") for n in tensors)]
-        if started:
-            faults += [f"state/{key} is missing" for key in self.parameters if key not in started]
-        return faults
+    def _group_of(self, key: str) -> _Group:
+        return next(group for group in self._groups if key in group.keys)
 
     def _join(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -331,30 +267,27 @@ class AdapterOptimizer:
             master.data = torch.empty(0, device=master.device)
 
 
-def _grouped(
-    parameters: Mapping[str, nn.Parameter], lr_ratios: Mapping[str, float]
-) -> list[tuple[list[str], bool, float]]:
-    """(keys, whether they are matrices, rate in units of lr), in order, at most _GROUP_ELEMENTS elements (or one key).
-
-    Every parameter is updated by itself, so what stands beside it in a group changes nothing.
-    """
-    parts = {key.rpartition(".")[2] for key in parameters}
-    unknown = [part for part in lr_ratios if part not in parts]
+def _rates(keys: Iterable[str], lr_ratios: Mapping[str, float]) -> dict[str, float]:
+    """Key -> its rate in units of lr."""
+    parts = {key: key.rpartition(".")[2] for key in keys}
+    unknown = [part for part in lr_ratios if part not in parts.values()]
     if unknown:
-        raise ValueError(f"lr_ratios: {', '.join(unknown)} names no parameter; allowed: {', '.join(sorted(parts))}.")
-    shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
-    ratios = {key: lr_ratios.get(key.rpartition(".")[2], 1.0) for key in parameters}
-    return [(keys, is_matrix, ratios[keys[0]]) for keys, is_matrix in groups_of(shapes, ratios)]
+        known = ", ".join(sorted(set(parts.values())))
+        raise ValueError(f"lr_ratios: {', '.join(unknown)} names no parameter, must be one of {known}.")
+    return {key: lr_ratios.get(part, 1.0) for key, part in parts.items()}
 
 
 def groups_of(
     shapes: Mapping[str, tuple[int, ...]], ratios: Mapping[str, float] | None = None
 ) -> list[tuple[list[str], bool]]:
-    """(keys, whether they are matrices) of parameters that are updated together.
+    """(keys, whether they are matrices) of the parameters that are updated together, in order.
+
+    A group has at most _GROUP_ELEMENTS elements, or one key. The grouping changes no number, since every parameter is
+    updated by itself.
 
     Args:
         shapes: Key -> shape.
-        ratios: Key -> rate in units of lr; other rates make other groups.
+        ratios: Key -> rate in units of lr; all parameters of a group have one rate.
     """
     groups: list[tuple[list[str], bool]] = []
     newest: dict[tuple[bool, float], list[str]] = {}
@@ -369,10 +302,6 @@ def groups_of(
     return groups
 
 
-def _is_lion(name: OptimizerName) -> bool:
-    return name in ("paged_lion_8bit", "lion")
-
-
 def _can_page(parameter: Tensor) -> bool:
     return parameter.device.type == "cuda"
 
@@ -381,7 +310,7 @@ def _inner_optimizer(
     name: OptimizerName, masters: list[nn.Parameter], is_matrix: bool, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     made: torch.optim.Optimizer
-    if name == "lion" or (_is_lion(name) and not is_matrix):
+    if name == "lion" or ("lion" in name and not is_matrix):
         made = bnb.optim.Lion32bit(masters, **options, weight_decay=0.0)
     elif name == "adamw" or not is_matrix:
         made = torch.optim.AdamW(masters, **options, weight_decay=0.0, fused=True)
@@ -392,7 +321,8 @@ def _inner_optimizer(
             "paged_lion_8bit": (bnb.optim.PagedLion8bit, bnb.optim.Lion8bit),
         }[name]
         kind = paged if _can_page(masters[0]) else plain
-        # The code books of 8-bit states are computed from values; a plan then counts tensors of their size.
+        # The code books of 8-bit states are computed from values, so outside the fake mode of a plan; the plan then
+        # counts tensors of their size.
         with _disable_current_modes() if is_planning() else nullcontext():
             made = kind(masters, **options, weight_decay=0.0)
         if is_planning():
@@ -401,7 +331,7 @@ def _inner_optimizer(
 
 
 def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter, index: int) -> dict[str, Any]:
-    """The state that a first step would make; bitsandbytes makes its own, so that it can be paged."""
+    """The state that a first step would make; bitsandbytes makes its own, which may be paged."""
     if isinstance(inner, torch.optim.AdamW):
         zeros = torch.zeros_like(master)
         step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -415,36 +345,81 @@ def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter, index: int)
 def _shrunk_state(
     inner: torch.optim.Optimizer, master: nn.Parameter, index: int, before: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """As `_fresh_state`, in the pages of the state from before the parameter shrank, where it had any."""
+    """`_fresh_state` of a parameter that shrank, in the pages of its state `before`, if that has any."""
     pages = {name: value for name, value in before.items() if getattr(value, "is_paged", False)}
     if not pages:
         return _fresh_state(inner, master, index)
-    inner.is_paged = False  # type: ignore[attr-defined]  # or bitsandbytes takes new pages, which it never gives back
+    inner.is_paged = False  # type: ignore[attr-defined]  # else bitsandbytes takes new pages, which it never frees
     try:
         state = _fresh_state(inner, master, index)
     finally:
         inner.is_paged = True  # type: ignore[attr-defined]
     for name, page in pages.items():
-        state[name] = page_as(page, state[name])
+        state[name] = _page_as(page, state[name])
     return state
 
 
-def _load_state(
-    inner: torch.optim.Optimizer, master: nn.Parameter, index: int, stored: dict[str, Tensor], where: str
-) -> list[str]:
-    """Copy a parameter's stored state into the state that a first step would make; what does not fit, in words."""
-    state = _fresh_state(inner, master, index)
-    names = [name for name in state if name not in _NOT_STORED]
-    faults = [f"{where}/{name} is missing" for name in names if name not in stored]
-    for name, tensor in stored.items():
-        place = state[name] if name in names else None
-        if place is None:
-            faults.append(f"{where}/{name} is no part of this optimizer's state")
-        elif not isinstance(place, Tensor):
-            state[name] = int(tensor)
-        elif (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+def _load_fault(
+    name: str, places: Mapping[str, tuple[dict[str, Any], str]], tensors: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """What keeps the tensor `name` from being copied into its place, if anything."""
+    if name not in tensors:
+        yield f"{name} is missing"
+    elif name not in places:
+        yield f"{name} is unknown"
+    else:
+        state, key = places[name]
+        place, tensor = state[key], tensors[name]
+        if isinstance(place, Tensor) and (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
             got, wanted = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, place))
-            faults.append(f"{where}/{name} is {got}, not {wanted}")
+            yield f"{name} is {got}, not {wanted}"
+
+
+def widened_state(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A parameter's averages in float32, as new tensors on `device`, and its step count; empty for an empty state."""
+    wide: dict[str, Any] = {}
+    for name, value in state.items():
+        if name == "step":
+            wide[name] = value
+        elif name in MOMENTS:
+            is_wide = value.dtype == torch.float32
+            wide[name] = value.to(device, copy=True) if is_wide else _dequantized(state, name).to(device)
+    return wide
+
+
+def _fill_state_(state: dict[str, Any], wide: Mapping[str, Any]) -> None:
+    """Write the numbers of a `widened_state`, or a part of them, into an existing state, in the state's own format."""
+    for name, value in wide.items():
+        place = state[name]
+        if not isinstance(place, Tensor):
+            state[name] = int(value)
+        elif place.dtype == torch.uint8:
+            number = name.removeprefix("state")
+            codes, quantized = F.quantize_blockwise(value.contiguous(), code=state[f"qmap{number}"], blocksize=_BLOCK)
+            place.copy_(codes.view_as(place))
+            state[f"absmax{number}"].copy_(quantized.absmax)
         else:
-            place.copy_(tensor)
-    return faults
+            place.copy_(value)
+
+
+def _dequantized(state: Mapping[str, Any], name: str) -> Tensor:
+    number = name.removeprefix("state")
+    absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
+    codes = state[name].to(absmax.device)
+    found: Tensor = F.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=_BLOCK)
+    return found.view_as(codes)
+
+
+def _page_as(page: Any, like: Tensor) -> Tensor:
+    """A paged tensor of the shape and dtype of `like`, at the start of the memory of `page`.
+
+    bitsandbytes never frees a page, so a state that shrinks stays in its page.
+
+    Args:
+        page: From bitsandbytes, or from this function.
+        like: Contiguous; no more bytes than the page has.
+    """
+    found: Any = torch.empty(0, dtype=like.dtype).set_(page.untyped_storage(), 0, like.shape, like.stride())
+    found.is_paged, found.page_deviceid = True, page.page_deviceid
+    tensor: Tensor = found
+    return tensor

@@ -1,7 +1,7 @@
-"""What a model does behind its last hidden state, learnt from its own logits, and the loss without those logits.
+"""From the last hidden state to the loss: what a model does to its logits, and the loss without all logits at once.
 
-Models differ behind their output head: Gemma caps its logits, Granite divides them, Cohere multiplies them, others will
-do what nobody has thought of. What the config says is taken for a proposal; what the model does decides.
+Models differ in what follows the output head: Gemma caps its logits, Granite divides them, Cohere multiplies them. The
+config proposes forms, and a comparison with the model's own logits decides.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from torch.utils.checkpoint import checkpoint
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.loss import auto_chunk, chunked_nll, token_nll
 
-# Fields of transformers' configs. A scale may be multiplied with (Cohere, Falcon-H1) or divided by (Granite), and
-# HyperCLOVA X multiplies with a field that bears Granite's name: both are tried.
+# Fields of transformers' configs. Cohere and Falcon-H1 multiply by their scale, Granite divides, and HyperCLOVA X
+# multiplies by a field with Granite's name, so both are tried.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
-# Positions that show what follows the head, each also with its hidden state many times as large: a cap of 30 leaves no
-# trace in logits near 1.
+# Positions at which logits are compared, each also with a hidden state many times as large: a cap of 30 does not show
+# in logits near 1.
 _PROBED = 4
 _PROBE_FACTORS = (1.0, 16.0, 256.0)
-# Logits of the checkpointed route: two 16-bit copies, and float32 ones of the widening, the log-softmax and its
-# gradient.
+# Bytes per logit of a checkpointed head: two 16-bit copies, and three in float32 (widened, log-softmax, gradient).
 _CHECKPOINTED_BYTES = 16
 
 
@@ -40,7 +39,7 @@ class LogitForm:
     softcap: float | None = None
 
     def apply(self, z: Tensor) -> Tensor:
-        """The logits, in float32 (float64 for float64); z itself where nothing is done to it."""
+        """The logits, in float32 (float64 for float64); z itself if the form changes nothing."""
         if self == LogitForm():
             return z
         scaled = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
@@ -49,12 +48,12 @@ class LogitForm:
 
 @dataclass
 class Tap:
-    """What went into the output head during one forward pass.
+    """Inputs and output of the head in one forward pass.
 
     Attributes:
         hidden: (num_labelled, hidden) states of all labelled positions, with their graph.
-        probe: (num_probed, hidden) states that the head was given in their place; detached.
-        raw: (num_probed, vocabulary) output of the head, before anything that the model does to it; detached.
+        probe: (num_probed, hidden) states that the head got instead; detached.
+        raw: (num_probed, vocabulary) output of the head for `probe`, before the model changes it; detached.
         num_calls: How often the model called its head.
     """
 
@@ -66,13 +65,13 @@ class Tap:
 
 @contextmanager
 def tapped(head: nn.Module, rows: Tensor, columns: Tensor, *, probing: bool) -> Iterator[Tap]:
-    """While active, the head's inputs at (rows[i], columns[i]) are kept; it sees a few of them, as (1, n, hidden).
+    """Record the head's inputs at (rows[i], columns[i]); the head itself computes only a few positions, (1, n, hidden).
 
     Args:
         head: Called by the model with (batch, length, hidden).
         rows, columns: (num_labelled,) int64, on the model's device.
-        probing: Give the head what `learn_form` needs; else the first position alone, so that the model's forward has
-            something to work on.
+        probing: Give the head the positions that `learn_form` needs; otherwise only the first one, which is enough for
+            the model's forward to run.
     """
     tap = Tap()
 
@@ -98,16 +97,16 @@ def tapped(head: nn.Module, rows: Tensor, columns: Tensor, *, probing: bool) -> 
 
 @torch.no_grad()
 def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targets: Tensor) -> LogitForm | None:
-    """What the model made of its head's output, or None where that, or the head itself, is not reproduced.
+    """The form of the model's logits, or None if no known form reproduces them.
 
-    The form whose logits are nearest to the model's is taken if it differs by no more than rounding; then the loss of
-    the same positions must be that of the model's logits.
+    The form whose logits are nearest to the model's must differ by no more than rounding, and so must the loss that
+    `head_nll` computes for the same positions.
 
     Args:
         model: Its config proposes forms.
         head: Its output head.
-        tap: Of a forward pass with `probing`.
-        logits: The model's, (1, num_probed, vocabulary).
+        tap: From a forward pass with `probing`.
+        logits: The model's own, (1, num_probed, vocabulary).
         targets: (num_labelled,) int64.
     """
     if tap.num_calls != 1 or logits.shape != (1, *tap.raw.shape):
@@ -118,7 +117,7 @@ def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targ
 
     def error(form: LogitForm) -> float:
         difference = (form.apply(tap.raw) - given).abs().amax(dim=1).double()
-        return float((difference / largest.clamp_min(1e-30)).max())  # NaN compares as neither small nor smaller
+        return float((difference / largest.clamp_min(1e-30)).max())  # NaN fails every comparison
 
     errors = {form: error(form) for form in _proposals(getattr(model, "config", None))}
     form = min(errors, key=errors.__getitem__)
@@ -126,16 +125,16 @@ def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targ
         return None
     labels = targets[: len(tap.probe) // len(_PROBE_FACTORS)].repeat(len(_PROBE_FACTORS))
     if not _is_frozen_linear(head):
-        return form  # the loss goes through the module itself
+        return form  # head_nll calls the module itself
     ours = head_nll(head, tap.probe, labels, form, None)
-    allowed = max(rounding, 1e-4) * largest  # 1e-4: sums in another order
+    allowed = max(rounding, 1e-4) * largest  # 1e-4: other order of sums
     return form if bool(((ours - token_nll(given, labels)).abs() <= allowed).all()) else None
 
 
 def _proposals(config: Any) -> list[LogitForm]:
-    """Every scale of the config, its inverse, and 1, with every softcap and none.
+    """Forms with every scale of the config, its inverse, and 1, and with every softcap and none.
 
-    Those of the config first: they win where a head of zeros makes all of them equal.
+    The config's own come first, so that they win if a head of zeros makes all equal.
     """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -149,36 +148,29 @@ def _proposals(config: Any) -> list[LogitForm]:
 
 
 def proposed_form(config: Any) -> LogitForm:
-    """What a model's config says that it does to its logits."""
+    """The form of the logits that a model's config states."""
     return _proposals(config)[0]
 
 
 def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, chunk: int | None) -> Tensor:
-    """NLL of each token from its last hidden state, the logits made a chunk at a time.
+    """NLL of each token from its last hidden state, with the logits of a chunk of tokens at a time.
 
-    A frozen linear head takes `chunked_nll`: one pass. Through any other one (adapted, trained whole, of a class of its
-    own) each chunk is run under a checkpoint and once more in the backward pass, so its parameters get gradients.
+    A frozen linear head uses `chunked_nll`, which reads it once. Any other head (adapted, trained, of its own class)
+    runs under a checkpoint, chunk by chunk, and again in the backward pass, so that its parameters get gradients.
 
     Args:
         head: The model's output head.
         hidden: (num_tokens, hidden).
         targets: (num_tokens,) int64.
         form: From `learn_form`.
-        chunk: Tokens whose logits exist at once; None: as many as make `CHUNK_BYTES`.
+        chunk: Tokens whose logits exist at once; None: as many as make 128 MiB.
     Returns:
         (num_tokens,) float32, nats.
     """
     if _is_frozen_linear(head):
         weight = head.stored_weight if isinstance(head, FrozenLinear) else head.weight
-        return chunked_nll(
-            hidden,
-            weight,  # type: ignore[arg-type]
-            targets,
-            bias=head.bias,  # type: ignore[arg-type]
-            scale=form.scale,
-            softcap=form.softcap,
-            chunk=chunk,
-        )
+        options: Any = {"bias": head.bias, "scale": form.scale, "softcap": form.softcap, "chunk": chunk}
+        return chunked_nll(hidden, weight, targets, **options)  # type: ignore[arg-type]
     if chunk is None:
         chunk = auto_chunk(int(getattr(head, "out_features", 2**16)), _CHECKPOINTED_BYTES)
 
@@ -190,7 +182,7 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:
-    """Whether the head is h W^T + bias and nothing else, with nothing to train."""
+    """Whether the head is h W^T + bias and nothing else, without trainable parameters."""
     linear = isinstance(head, FrozenLinear) or type(head) is nn.Linear
-    replaced = "forward" in vars(head)  # as accelerate's offloading does
+    replaced = "forward" in vars(head)  # accelerate's offloading does that
     return linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters())

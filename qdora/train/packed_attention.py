@@ -1,4 +1,4 @@
-"""Packed rows on a given model: in which layout it takes them, and whether it keeps their examples apart."""
+"""Packed rows: the layout that a model's attention takes, and a check that their examples do not see each other."""
 
 from __future__ import annotations
 
@@ -12,49 +12,45 @@ from transformers import PreTrainedModel
 
 from qdora.data.batching import PackedLayout
 from qdora.errors import UserError
+from qdora.nn.evaluation_mode import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
-# Tokens of the probed example, of those before it in two rows, and of one behind it. Rows whose borders differ: a model
-# that reads the positions of the first row only is found, too.
+# Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
+# differ between the rows, so that a model that reads the positions of the first row only fails, too.
 _PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
-# How far two ways to compute the same may be apart, in units of the rounding that was measured (SmolLM2-135M in bf16:
-# 1.5): by the root mean square, which varies less than the largest of many differences. The same shapes with
-# other neighbours give the same bits, but perhaps for mixtures of experts; they get one unit.
+# Largest root mean square between a packed example and the same one alone, in units of measured rounding (SmolLM2-135M
+# in bf16: 1.5). Root mean squares vary less than the largest of many differences. Other neighbours in rows of the same
+# shape should change no bit, except perhaps in mixtures of experts, and may change a logit by one unit.
 _SPREAD = 8.0
 
 
 def packed_layout(model: PreTrainedModel) -> PackedLayout:
-    """The layout that the model's attention takes, logged, once it is shown that examples do not see each other.
+    """The layout of packed rows for the model, after a check that its examples do not see each other; it is logged.
 
-    transformers finds the borders by the positions, which start again at 0: it masks the rest of the row (sdpa, eager,
-    flex), for any number of rows, or calls a kernel for variable lengths (flash attention), for a single row. Whether
-    this model's code takes part in that is tried out, not looked up: models with a state that runs through the row
-    (Mamba, linear attention), or with positions of their own, do not.
+    transformers finds the borders of examples by positions that start again at 0. It masks the rest of the row (sdpa,
+    eager, flex; any number of rows) or calls a kernel for variable lengths (flash attention; a single row). Models with
+    a state that runs through the row (Mamba, linear attention), or with positions of their own, do not support that, so
+    each model is tried.
 
     Args:
-        model: As it will be trained. Four forward passes of at most 40 tokens are run; no random numbers are drawn
-            from the global generators, and each module's mode is as before.
+        model: As it will be trained. Runs four forward passes of at most 40 tokens; draws nothing from the global
+            generators, and restores each module's mode.
     Raises:
-        UserError: If an example's outputs depend on its neighbours, or differ from those of the example alone by more
-            than rounding.
+        UserError: An example's outputs depend on its neighbours, or differ from those of the example alone by more than
+            rounding.
     """
     attention = model.config.get_text_config()._attn_implementation or "its own code"
     layout = layout_for(attention)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluation_mode(model):
         _check(model, layout, attention)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     rows = "one row without padding" if layout == "single" else "rows with a mask"
     logger.info("Packing for attention by %s: a micro-batch is %s.", attention, rows)
     return layout
 
 
 def layout_for(attention: str) -> PackedLayout:
-    """What an attention implementation of transformers takes."""
+    """The layout for an attention implementation of transformers."""
     return "single" if "flash" in attention else "rows"
 
 
@@ -62,7 +58,7 @@ def layout_for(attention: str) -> PackedLayout:
 def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> None:
     name = model.config.model_type
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UserError(f"data.packing: {name} takes no position_ids, got true, allowed: false for this model.")
+        raise UserError(f"data.packing: must be false for {name}, which takes no position_ids (got true).")
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
 
@@ -71,7 +67,7 @@ def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> None
 
     probe = text(_PROBED)
     alone = model(input_ids=probe[None].to(model.device), use_cache=False).logits[0].float()
-    # What follows has no effect in a causal model, so this is the rounding error of a row of another length.
+    # In a causal model later tokens have no effect, so this is the rounding error of a row of another length.
     longer = torch.cat([probe, text(_BEHIND)])[None].to(model.device)
     rounding = model(input_ids=longer, use_cache=False).logits[0, :_PROBED].float() - alone
     first, second = (
@@ -80,7 +76,7 @@ def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> None
     eps = torch.finfo(model.dtype).eps
     seen, most_seen = float((first - second).abs().max()), _most(rounding.abs().max(), eps * alone.abs().max())
     wrong, most_wrong = float(_rms(first - alone)), _SPREAD * _most(_rms(rounding), eps * _rms(alone))
-    if seen <= most_seen and wrong <= most_wrong:  # NaN is neither
+    if seen <= most_seen and wrong <= most_wrong:  # NaN fails both
         return
     if seen <= most_seen:
         fault = f"logits of a packed example differ from those of the example alone by {wrong:.2g} (root mean square)"
@@ -88,10 +84,10 @@ def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> None
     else:
         fault = f"other tokens in a packed example change logits of the next one by {seen:.2g}"
         most = most_seen
-    instead = "" if attention == "sdpa" else ", or true with model.attention sdpa where the model has it"
+    instead = "" if attention == "sdpa" else ", or model.attention: sdpa if the model has it"
     raise UserError(
         f"data.packing: {name} (attention by {attention}) does not keep packed examples apart: {fault}, where "
-        f"rounding is {most:.2g}; got true, allowed: false for this model{instead}."
+        f"rounding is {most:.2g}. Fix: data.packing: false{instead}."
     )
 
 
@@ -104,7 +100,7 @@ def _most(*numbers: Tensor) -> float:
 
 
 def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Logits of the second example of each row, (rows, length, vocabulary) float32; the rows may differ in length."""
+    """Logits of the second example of each row, (rows, length, vocabulary) float32; rows may differ in length."""
     width = max(sum(map(len, row)) for row in rows)
     packed = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live line in a terminal, plain lines elsewhere."""
+"""Progress of a training run: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+_SECONDS_BETWEEN_LINES = 10.0
+
 
 def memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU where there is one, else resident."""
+    """Peak memory of this process: allocated on the GPU, or resident on a machine without one."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -33,7 +35,7 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step as it is shown."""
+    """The numbers of one optimizer step that are shown."""
 
     step: int
     num_steps: int
@@ -43,7 +45,7 @@ class StepReport:
     seconds_left: float
 
     def text(self) -> str:
-        """One line."""
+        """The numbers as one line."""
         return (
             f"step {self.step}/{self.num_steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  "
             f"{self.tokens_per_second:,.0f} tok/s  {memory_bytes() / 2**30:.2f} GiB  left {duration(self.seconds_left)}"
@@ -51,21 +53,18 @@ class StepReport:
 
 
 class TrainingProgress:
-    """Shows steps; a rich bar on a terminal, else one plain line every `seconds_between` seconds and at the end.
+    """Shows steps: a bar on a terminal, otherwise one plain line every 10 seconds and at the end.
 
     Args:
         num_steps: Length of the run.
         start: Steps already done (after a resume).
-        console: Where to write; standard error by default, so that standard output stays for results.
-        seconds_between: Pause between plain lines.
+        console: Output; standard error by default, since standard output is for results.
     """
 
-    def __init__(
-        self, num_steps: int, *, start: int = 0, console: Console | None = None, seconds_between: float = 10.0
-    ) -> None:
+    def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._num_steps, self._start = num_steps, start
-        self._seconds_between, self._last_line = seconds_between, float("-inf")
+        self._last_line = float("-inf")
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -94,10 +93,6 @@ class TrainingProgress:
             self._bar.update(self._task, completed=report.step, description=report.text())
             return
         now = time.monotonic()
-        if now - self._last_line >= self._seconds_between or report.step == report.num_steps:
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or report.step == report.num_steps:
             self._last_line = now
-            self.line(report.text())
-
-    def line(self, text: str) -> None:
-        """A line of text above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(report.text(), markup=False, highlight=False, soft_wrap=True)

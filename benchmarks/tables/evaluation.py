@@ -1,0 +1,29 @@
+"""Tables of evaluation: the output head's share."""
+
+from __future__ import annotations
+
+from tables.table import markdown, percent, read
+
+
+def output_head() -> str:
+    """The head's share of an evaluation and the time, given a slice of the hidden state and given a flat copy."""
+    document = read("output_head")
+    rows = []
+    for case in document["cases"]:
+        whole, head = case["sliced / flat"], case["head, sliced / flat"]
+        share = {arm: percent(case["head_share"][arm]["median"]) for arm in ("sliced", "flat")}
+        rows.append(
+            [
+                f"{case['model']}, {case['case']}, {case['dtype']}",
+                f"{case['head'][0]:,} x {case['head'][1]:,}",
+                share["sliced"],
+                share["flat"],
+                f"{head['median']:.1f} ({head['lower']:.1f}–{head['upper']:.1f})",
+                f"{whole['median']:.2f} ({whole['lower']:.2f}–{whole['upper']:.2f})",
+                f"{case['equal_scores']} of {document['examples']}",
+            ]
+        )
+    header = ["evaluation", "head", "head %, slice", "head %, flat", "head, ratio", "whole, ratio", "equal"]
+    largest = max(case["largest_difference"] for case in document["cases"])
+    note = f"{document['examples']} examples of the demo tasks, in turns. Ratios: slice / flat, median and quartiles. "
+    return markdown(header, rows) + f"\n{note}Largest difference of an example's NLL: {largest:.1g} nats.\n"

@@ -1,0 +1,256 @@
+"""Write a checkpoint directory: weights cast and written shard by shard, then config, tokenizer and other files.
+
+Every export that writes weights goes through `checkpoint_directory`. One tensor of the output is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qdora.errors import RunFailure, UserError
+from qdora.export.tensor_plan import CheckpointPlan, Planned
+from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, json_text
+from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, write_safetensors
+from qdora.model.stored_tensors import INDEX_FILE
+
+MAX_SHARD_BYTES = 5 * 2**30
+_DONE_FILE = ".done.json"
+_SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are checked, cast and written
+_FAULTS_SHOWN = 8
+
+Progress = Callable[[int, int], None]
+"""Called after each tensor with (bytes written, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """What was written. `max_abs` is the largest |w|, in the tensor `max_abs_tensor`; `num_underflowed` counts weights
+    that were not zero and became zero in the output's dtype."""
+
+    files: tuple[str, ...]
+    num_tensors: int
+    num_bytes: int
+    max_abs: float
+    max_abs_tensor: str
+    num_underflowed: int
+
+
+def check_new_directory(out_dir: Path) -> None:
+    """Raise UserError unless `out_dir` is a directory that is empty or does not exist."""
+    if out_dir.is_symlink() or (out_dir.exists() and not out_dir.is_dir()):
+        raise UserError(f"{out_dir}: exists and is not a directory; must be a new or empty directory.")
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        raise UserError(f"{out_dir}: is not empty; must be a new or empty directory.")
+
+
+@contextmanager
+def checkpoint_directory(
+    plan: CheckpointPlan,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out_dir: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    resume_key: str | None = None,
+) -> Iterator[tuple[Path, WrittenWeights]]:
+    """Write a checkpoint; the block gets the unfinished directory and may add files to it.
+
+    The directory is `.<name>.partial` beside `out_dir` until the block ends, then it is renamed to `out_dir`. A failure
+    leaves nothing.
+
+    Args:
+        plan: The tensors and the config.
+        tokenizer: Written beside the weights with its chat template, or None.
+        out_dir: New or empty directory.
+        max_shard_bytes: Size of a weights file. A larger tensor gets a file of its own.
+        progress: For a progress bar.
+        extra_files: Name -> text of further files (a model card).
+        resume_key: What all bytes follow from. With a key an interrupt leaves the partial directory, and the next call
+            with the same key resumes after the last complete shard.
+    Raises:
+        UserError: `out_dir` is not new or empty, or a weight is outside the range of its dtype (the message names it).
+        RunFailure: A weight is NaN or infinite, or the disk is full.
+    """
+    check_new_directory(out_dir)
+    _check_space(out_dir, plan.tensors)
+    try:
+        with atomic_directory(out_dir, resume_key=resume_key) as partial:
+            written = _write_weights(partial, plan.tensors, max_shard_bytes, progress, resumable=resume_key is not None)
+            _write_rest(partial, plan, tokenizer, extra_files or {})
+            yield partial, written
+    except OSError as error:
+        raise RunFailure(f"{out_dir}: cannot be written: {error}. Nothing is left there.") from error
+
+
+def _check_space(out_dir: Path, planned: Sequence[Planned]) -> None:
+    num_bytes = sum(item.spec.num_bytes for item in planned)
+    existing = next(parent for parent in out_dir.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise RunFailure(
+            f"{out_dir}: the exported model needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free."
+        )
+
+
+def _write_weights(
+    partial: Path, planned: Sequence[Planned], max_shard_bytes: int, progress: Progress | None, *, resumable: bool
+) -> WrittenWeights:
+    """Write the shards and their index. If `resumable`, shards that `_DONE_FILE` names are kept."""
+    shards = plan_shards([item.spec for item in planned], max_shard_bytes)
+    total_bytes = sum(item.spec.num_bytes for item in planned)
+    makers = {item.spec.name: item.make for item in planned}
+    complete = _complete_shards(partial) if resumable else {}
+    done = 0
+
+    def count(spec: TensorSpec) -> None:
+        nonlocal done
+        done += spec.num_bytes
+        if progress is not None:
+            progress(done, total_bytes)
+
+    def values(specs: Sequence[TensorSpec], seen: ValueSummary) -> Iterator[Iterator[Tensor]]:
+        for spec in specs:
+            yield cast_parts(spec, makers[spec.name](), seen)
+            count(spec)
+
+    for file, specs in shards.items():
+        if file in complete:
+            for spec in specs:
+                count(spec)
+            continue
+        names = {spec.name for spec in specs}
+        # In the order of the plan: tensors that are made together are next to each other there.
+        order = [item.spec for item in planned if item.spec.name in names]
+        aside = partial / f".{file}{PARTIAL}"
+        aside.unlink(missing_ok=True)
+        seen = ValueSummary()
+        write_safetensors(aside, specs, values(order, seen), order=order)
+        os.replace(aside, partial / file)
+        complete[file] = seen
+        if resumable:
+            atomic_write_json(partial / _DONE_FILE, {name: asdict(found) for name, found in complete.items()})
+    total = ValueSummary()
+    for file in shards:
+        total.add(complete[file])
+    total.raise_faults()
+    if len(shards) > 1:
+        (partial / INDEX_FILE).write_text(json_text(shard_index(shards), indent=2) + "\n", encoding="utf-8")
+    (partial / _DONE_FILE).unlink(missing_ok=True)
+    return WrittenWeights(
+        files=tuple(shards),
+        num_tensors=len(planned),
+        num_bytes=total_bytes,
+        max_abs=total.max_abs,
+        max_abs_tensor=total.max_abs_tensor,
+        num_underflowed=total.num_underflowed,
+    )
+
+
+def _complete_shards(partial: Path) -> dict[str, ValueSummary]:
+    """The shards that an interrupted export finished, with the summary of their values."""
+    file = partial / _DONE_FILE
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {name: ValueSummary(**seen) for name, seen in found.items() if (partial / name).is_file()}
+
+
+@dataclass
+class ValueSummary:
+    """Range and faults of written values. All tensors are checked after a first fault, so one run names all faults."""
+
+    max_abs: float = 0.0
+    max_abs_tensor: str = ""
+    num_underflowed: int = 0
+    too_large: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+
+    def add(self, other: ValueSummary) -> None:
+        """Include the values of another summary."""
+        if other.max_abs > self.max_abs:
+            self.max_abs, self.max_abs_tensor = other.max_abs, other.max_abs_tensor
+        self.num_underflowed += other.num_underflowed
+        self.too_large += other.too_large
+        self.not_finite += other.not_finite
+
+    def raise_faults(self) -> None:
+        """Raise the faults; those of NaN first, which no other dtype would fix."""
+        if self.not_finite:
+            faults = " ".join(_first_faults(self.not_finite))
+            raise RunFailure(f"The merged model is broken, nothing was written. {faults}")
+        if self.too_large:
+            raise UserError(*_first_faults(self.too_large))
+
+
+def cast_parts(spec: TensorSpec, tensor: Tensor, seen: ValueSummary) -> Iterator[Tensor]:
+    """Yield flat parts of `tensor` in the dtype of `spec`, on the CPU; add their values to `seen`.
+
+    An integer tensor is one part, unchanged.
+    """
+    if not tensor.is_floating_point():
+        yield tensor.cpu().reshape(-1)
+        return
+    flat = tensor.detach().reshape(-1)
+    largest, num_bad, num_underflowed = 0.0, 0, 0
+    for start in range(0, flat.numel(), _SLICE):
+        part = flat[start : start + _SLICE]
+        bad, part_largest = _extent(part)
+        num_bad += bad
+        largest = max(largest, part_largest)
+        cast = part.to(spec.dtype)
+        if cast.dtype != part.dtype:
+            num_underflowed += int(part.count_nonzero()) - int(cast.count_nonzero())
+        del part
+        yield cast.cpu()
+        del cast
+    found = ValueSummary(largest, spec.name, num_underflowed)
+    limit = torch.finfo(spec.dtype).max
+    if num_bad:
+        found.not_finite.append(f"{spec.name}: {num_bad} of {flat.numel()} values are NaN or infinite.")
+    elif largest > limit:
+        found.too_large.append(
+            f"{spec.name}: largest |w| is {largest:.6g}, must be at most {limit:.6g} in "
+            f"{str(spec.dtype).removeprefix('torch.')}. Fix: export in bfloat16 or float32."
+        )
+    seen.add(found)
+
+
+def _extent(part: Tensor) -> tuple[int, float]:
+    """Number of values that are NaN or infinite, and the largest |value| of the others."""
+    low, high = (float(end) for end in part.aminmax())  # NaN if any value is NaN: one pass, without a mask
+    if math.isfinite(low) and math.isfinite(high):
+        return 0, max(-low, high)
+    finite = part.isfinite()
+    return part.numel() - int(finite.sum()), float(torch.where(finite, part, 0).abs().max())
+
+
+def _first_faults(faults: list[str]) -> list[str]:
+    more = len(faults) - _FAULTS_SHOWN
+    return faults[:_FAULTS_SHOWN] + ([f"... and {more} more tensors like these."] if more > 0 else [])
+
+
+def _write_rest(
+    partial: Path, plan: CheckpointPlan, tokenizer: PreTrainedTokenizerBase | None, extra_files: Mapping[str, str]
+) -> None:
+    plan.config.to_json_file(partial / "config.json")
+    if plan.model.can_generate() and plan.model.generation_config is not None:
+        # Not save_pretrained: it refuses settings that publishers' own files have (a temperature without sampling).
+        plan.model.generation_config.to_json_file(partial / "generation_config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(partial))
+    for name, text in extra_files.items():
+        if Path(name).name != name:
+            raise ValueError(f"extra file {name!r}: must be a plain file name.")
+        (partial / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,46 @@
+"""Figures as SVG: the same data give the same bytes, and letters are drawn as paths, so no font is needed."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdora.files.atomic import atomic_write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure (sizes in inches) that no global state of matplotlib refers to, so it needs no closing."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+@contextmanager
+def svg_file(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw on; at the end of the block it is written to `path`, whose directory is made if needed."""
+    figure = new_figure(width, height)
+    yield figure
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, _svg(figure, "qdora"))
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """The <svg> element of a figure for an HTML page; another name keeps the ids of two figures on a page apart."""
+    text = re.sub(r"<metadata>.*?</metadata>", "", _svg(figure, f"qdora {name}"), flags=re.DOTALL)
+    return text[text.index("<svg") :]
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    import matplotlib as mpl
+
+    stream = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()

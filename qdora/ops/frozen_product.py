@@ -1,0 +1,112 @@
+"""y = x W^T + bias with a frozen W, read tile by tile; differentiable any number of times with respect to x.
+
+The backward pass of x W^T is y W, and that of y W is x W^T again. No graph keeps a dequantised weight, not even the
+graph over a graph that a curvature product takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdora.ops.tiles import Weight, column_tiles, row_tiles
+
+
+def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias with a frozen W.
+
+    Args:
+        x: (..., in), a float dtype; the product runs in it, or in the dtype of an active autocast.
+        weight: Frozen base, (out, in), dense or packed.
+        bias: Frozen, (out,).
+    Returns:
+        (..., out) in the dtype of the product.
+    """
+    if is_plain(x):
+        out = with_bias(product(x.reshape(-1, x.shape[-1]), weight), bias, is_kept=False)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+    x = x.to(product_dtype(x))
+    flat = x.reshape(-1, x.shape[-1])
+    mapped: Tensor = _FrozenProduct.apply(flat, weight, bias, False)  # type: ignore[no-untyped-call, unused-ignore]
+    return mapped.reshape(*x.shape[:-1], mapped.shape[-1])
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether products of `x` run in its own dtype and without a graph, which would slow down a single token."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the products of an input: its own, or that of an active autocast, as in torch's own linear map."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def product(x: Tensor, weight: Weight) -> Tensor:
+    """x W^T in x's dtype: (tokens, in) -> (tokens, out), without a graph."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for rows, tile in row_tiles(weight, x.dtype):
+        torch.mm(x, tile.T, out=out[:, rows])
+        del tile
+    return out
+
+
+def transposed_product(y: Tensor, weight: Weight) -> Tensor:
+    """y W in y's dtype: (tokens, out) -> (tokens, in), without a graph."""
+    out = y.new_empty(y.shape[0], weight.shape[1])
+    for columns, tile in column_tiles(weight, y.dtype):
+        torch.mm(y, tile, out=out[:, columns])
+        del tile
+    return out
+
+
+def add_product_(out: Tensor, x: Tensor, weight: Weight, gain: Tensor | None) -> None:
+    """Add x (diag(g) W)^T to `out`, (tokens, out), one tile of rows at a time; g is (out,), or None for 1."""
+    for rows, tile in row_tiles(weight, x.dtype, gain):
+        out[:, rows].addmm_(x, tile.T)
+        del tile
+
+
+def add_transposed_product_(dx: Tensor, dy: Tensor, weight: Weight, gain: Tensor | None) -> None:
+    """Add dy diag(g) W to `dx`, (tokens, in), one tile of columns at a time; g is (out,), or None for 1."""
+    for columns, tile in column_tiles(weight, dy.dtype, gain):
+        dx[:, columns].addmm_(dy, tile)
+        del tile
+
+
+def with_bias(out: Tensor, bias: Tensor | None, *, is_kept: bool) -> Tensor:
+    """The output plus its bias: in place, unless `out` is kept.
+
+    The gradient of the magnitude needs the output without its bias. Subtracting the bias again would leave the rounding
+    of the sum (Qwen's key biases are hundreds of times the rest).
+    """
+    if bias is None:
+        return out
+    return out + bias.to(out.dtype) if is_kept else out.add_(bias.to(out.dtype))
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + bias, or x W where `transposed`: each is the backward pass of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, transposed: bool) -> Tensor:
+        ctx.weight, ctx.transposed = weight, transposed
+        if ctx.needs_input_grad[0]:
+            # The backward pass needs no values. But the request for saved tensors makes a checkpoint recompute its
+            # block, and only that brings a streamed weight back to its slot.
+            ctx.save_for_backward(x.new_empty(0))
+        if transposed:
+            return transposed_product(x, weight)
+        return with_bias(product(x, weight), bias, is_kept=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        _ = ctx.saved_tensors
+        dx: Tensor = _FrozenProduct.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            grads[0], ctx.weight, None, not ctx.transposed
+        )
+        return dx, None, None, None

@@ -1,0 +1,57 @@
+"""The low-rank factors A and B as the products take them: rounded to the dtype of the products, B scaled by s g."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qdora.ops.planned_device import device_kind
+from qdora.ops.split_float import split_float32
+
+# Entries of lora_B that are scaled at a time, in float32: 4 MiB, and 32 MiB on a GPU, where launches cost more.
+_ENTRIES_PER_SLICE = 1 << 20
+_GPU_ENTRIES_PER_SLICE = 1 << 23
+
+
+def factors_of_products(
+    lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and diag(s g) B (out, rank) in the dtype of the products."""
+    return rounded(lora_A, dtype), scaled_B(lora_B, row_factor(gain, scaling), dtype)
+
+
+def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A low-rank factor in the dtype of the products.
+
+    float32 goes to bfloat16 as `split_float32` rounds. So an adapter stored in float32 and one stored in bfloat16 with
+    its low bits beside it multiply with the same numbers and train alike, bit for bit.
+    """
+    if factor.dtype == torch.float32 and dtype == torch.bfloat16:
+        return split_float32(factor)[0]
+    return factor.to(dtype)
+
+
+def row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
+    """s g, the factor of each row of B: (out, 1), or a number for LoRA."""
+    return scaling if gain is None else (gain * scaling).unsqueeze(1)
+
+
+def scaled_B(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
+    entries = _ENTRIES_PER_SLICE if device_kind(lora_B.device) == "cpu" else _GPU_ENTRIES_PER_SLICE
+    if lora_B.numel() <= entries:
+        return _times(rounded(lora_B, dtype), factor, dtype)
+    scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
+    step = max(1, entries // lora_B.shape[1])
+    for start in range(0, lora_B.shape[0], step):
+        rows = slice(start, start + step)
+        some = factor if isinstance(factor, float) else factor[rows]
+        scaled[rows] = _times(rounded(lora_B[rows], dtype), some, dtype)
+    return scaled
+
+
+def _times(values: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(factor, float):
+        return (values * factor).to(dtype)
+    # Widened first: torch multiplies tensors of two dtypes entry by entry, at half the speed.
+    return (values.to(factor.dtype) * factor).to(dtype)

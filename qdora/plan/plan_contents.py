@@ -1,0 +1,244 @@
+"""What a memory plan contains: the live bytes of each moment of a step by component, the peak, and whether it fits.
+
+A plan is a list of moments (a block's forward or backward pass, the loss, the update). Each has the bytes of every
+component that are alive at its own peak. The largest moment is the peak of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qdora.recipe.byte_size import size_text
+
+GIB, MIB = 2**30, 2**20
+
+DeviceKind = Literal["cuda", "cpu"]
+
+BASE = "packed base"
+SCALES = "block scales"
+MASKS = "masks"
+DENSE = "embeddings, head, norms"
+ADAPTERS = "adapters"
+OPTIMIZER = "optimizer state"
+GRADIENTS = "gradients"
+CHECKPOINTS = "checkpoints"
+FORWARD = "activations"
+BACKWARD = "workspace of a block"
+TILE = "dequantised tile"
+LOSS = "logits and loss"
+UPDATE = "workspace of the update"
+STREAMING = "streaming slots"
+CONTEXT = "context and libraries"
+SLACK = "allocator slack"
+OTHER = "other"
+
+COMPONENTS = {
+    BASE: "codes of the quantised linear layers, or their 16-bit weights if they are not quantised",
+    SCALES: "scales of the quantised layers",
+    MASKS: "masks of a pruned base: a bit for each weight",
+    DENSE: "all other frozen weights",
+    ADAPTERS: "lora_A, lora_B, magnitudes, and the norms that DoRA keeps",
+    OPTIMIZER: "optimizer states, and the low bits of bf16 parameters",
+    GRADIENTS: "gradients of the trainable parameters, float32",
+    CHECKPOINTS: "inputs of the blocks, from which their activations are recomputed",
+    FORWARD: "other tensors that the forward pass keeps for the backward pass",
+    BACKWARD: "tensors of the backward pass of one block, with its recomputed activations",
+    TILE: "the dense part of a frozen weight that is in use",
+    LOSS: "one chunk of logits, and the gradient of the hidden states",
+    UPDATE: "parameters of a group in float32 while they are updated",
+    STREAMING: "slots of the streamed blocks",
+    CONTEXT: "memory of the process before the first tensor: a constant",
+    SLACK: "rounding and fragmentation of the allocator: a constant share",
+    OTHER: "ids, masks, positions",
+}
+"""Component, in the order of the table -> its content."""
+
+CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
+"""cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: the interpreter
+with torch, transformers and bitsandbytes imported, measured in benchmarks/results/plan_accuracy.json."""
+
+SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
+"""Bytes that the allocator holds beside the tensors at the peak, as a share of their bytes. A GPU's caching allocator
+rounds blocks up and cannot join all freed ones; an estimate, not yet measured."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A part of a step, with the bytes that are alive at its own peak.
+
+    Attributes:
+        phase: "load", "gains", "forward", "loss", "backward" or "update".
+        block: Number of the decoder block, from 0, or None.
+        by_component: Component -> bytes; components without bytes are left out.
+    """
+
+    phase: str
+    block: int | None
+    by_component: Mapping[str, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all components."""
+        return sum(self.by_component.values())
+
+    @property
+    def name(self) -> str:
+        """The moment in words, such as 'backward pass of block 79'."""
+        said = {"load": "loading", "gains": "the norms before a step", "loss": "output head and loss"}
+        passes = {"forward": "forward pass", "backward": "backward pass", "update": "the update"}
+        text = said.get(self.phase) or passes[self.phase]
+        return text if self.block is None else f"{text} of block {self.block}"
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """The micro-batch that a plan assumes.
+
+    Attributes:
+        rows, length: Shape of the token ids, with padding.
+        num_labels: Labelled positions.
+        masked: Whether attention gets a mask, for padded or packed rows.
+        packed: Whether rows hold several examples.
+        accumulated: Whether the step has earlier micro-batches, whose gradients already exist.
+    """
+
+    rows: int
+    length: int
+    num_labels: int
+    masked: bool
+    packed: bool = False
+    accumulated: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, with padding."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the recipe that needs less memory.
+
+    Attributes:
+        setting: Override of the recipe, such as "memory.checkpointing=true".
+        peak_bytes: Peak with this change and all earlier ones.
+        step_seconds: Predicted time of a step with these changes.
+        neutral: Whether the trained numbers stay the same, up to rounding.
+    """
+
+    setting: str
+    peak_bytes: int
+    step_seconds: float
+    neutral: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory and time that a run needs.
+
+    Attributes:
+        device_kind: The device of the run.
+        moments: The moments of a step, in order.
+        shape: The micro-batch.
+        num_micro_batches: The most micro-batches of a step.
+        assumptions: One sentence for each thing that could not be known.
+        pageable_bytes: Bytes of the optimizer's state that the driver can move to the host between updates.
+        host_bytes: Pinned host memory of streamed blocks and checkpoints.
+        embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
+        block_bytes: Packed weights of the largest block that could be streamed; 0 if none can.
+        num_blocks, num_trainable, num_weights: Blocks, trainable parameters and weights of the model.
+        step_seconds: Predicted time of an optimizer step.
+        rates: The rates of the prediction.
+        budget_bytes: The budget, or None.
+        changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
+    """
+
+    device_kind: DeviceKind
+    moments: Sequence[Moment]
+    shape: MicroBatchShape
+    num_micro_batches: int
+    assumptions: Sequence[str] = ()
+    pageable_bytes: int = 0
+    host_bytes: int = 0
+    embedding_bytes: int = 0
+    block_bytes: int = 0
+    num_blocks: int = 0
+    num_trainable: int = 0
+    num_weights: int = 0
+    step_seconds: float | None = None
+    rates: Mapping[str, Any] = field(default_factory=dict)
+    budget_bytes: int | None = None
+    changes: Sequence[Change] = ()
+
+    @property
+    def peak(self) -> Moment:
+        """The moment with the most bytes."""
+        return max(self.moments, key=lambda moment: moment.num_bytes)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of live tensors at the peak."""
+        return self.peak.num_bytes
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Component -> bytes at the peak, constants included, in the order of `COMPONENTS`."""
+        constants = {
+            CONTEXT: CONTEXT_BYTES[self.device_kind],
+            SLACK: round(self.tensor_bytes * SLACK_SHARE[self.device_kind]),
+        }
+        found = {**self.peak.by_component, **constants}
+        return {name: found[name] for name in COMPONENTS if found.get(name)}
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak, constants included."""
+        return sum(self.components.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the budget; None without a budget."""
+        return None if self.budget_bytes is None else self.peak_bytes <= self.budget_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        phases: dict[str, int] = {}
+        for moment in self.moments:
+            phases[moment.phase] = max(phases.get(moment.phase, 0), moment.num_bytes)
+        return {
+            "device": self.device_kind,
+            "peak_bytes": self.peak_bytes,
+            "tensor_bytes": self.tensor_bytes,
+            "peak_in": self.peak.name,
+            "components": self.components,
+            "phase_peak_bytes": phases,
+            "budget_bytes": self.budget_bytes,
+            "fits": self.fits,
+            "pageable_bytes": self.pageable_bytes,
+            "host_bytes": self.host_bytes,
+            "embedding_bytes": self.embedding_bytes,
+            "block_bytes": self.block_bytes,
+            "micro_batch": {**vars(self.shape), "num_tokens": self.shape.num_tokens},
+            "num_micro_batches": self.num_micro_batches,
+            "num_blocks": self.num_blocks,
+            "num_trainable": self.num_trainable,
+            "num_weights": self.num_weights,
+            "step_seconds": self.step_seconds,
+            "rates": dict(self.rates),
+            "assumptions": list(self.assumptions),
+            "changes": [vars(change) for change in self.changes],
+        }
+
+
+def over_budget(plan: Plan) -> str:
+    """The error of a run over its budget, in one line."""
+    parts = sorted(plan.components.items(), key=lambda each: -each[1])[:3]
+    largest = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
+    changes = "; ".join(change.setting for change in plan.changes)
+    fix = f"change, cheapest first: {changes}; or start anyway with --force" if changes else "start anyway with --force"
+    return (
+        f"memory.budget: {size_text(plan.budget_bytes or 0)}, but the run needs about {size_text(plan.peak_bytes)} in "
+        f"the {plan.peak.name} ({largest}). Fix: {fix}."
+    )

@@ -1,0 +1,268 @@
+"""The directory of a study: one run directory a cell, and files that say which cells are done, failed and claimed.
+
+    study.json  cells/<key>/  results/<key>.json  failures/<key>.json  claims/<key>.json  shared/<stage>/<key>/  report/
+
+Any number of processes may share it. A process claims a cell by creating its claim file (O_EXCL) and removes the file
+after the work. A claim that was left behind is taken over: on the same machine when its process has ended (a paused
+process keeps it), on another machine when it was not renewed for long. All times are those of the file system, so the
+clocks of the machines do not matter.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdora.errors import UserError
+from qdora.files.atomic import atomic_write_json
+from qdora.study.grid import Cell, Study
+
+_RENEWALS = 20  # number of renewals within the time after which a claim is stale
+_UNREADABLE_SECONDS = 30.0  # an empty claim older than this was left by a process killed before it wrote the file
+_FOLDERS = ("cells", "results", "failures", "claims", "shared")
+
+MAX_DEATHS = 8
+"""Times that a cell may take its whole process down (out of memory, kill -9) before it is given up."""
+
+
+class StudyDirectory:
+    """The files of a study; missing folders are made.
+
+    Args:
+        path: The directory.
+        retries: Times that a failed cell is tried again before it is given up.
+        stale_seconds: Silence after which a claim from another machine counts as dead.
+    """
+
+    def __init__(self, path: Path, *, retries: int = 1, stale_seconds: float = 3600.0) -> None:
+        self.path, self.retries = path, retries
+        for name in _FOLDERS:
+            (path / name).mkdir(parents=True, exist_ok=True)
+        self.claims = Claims(path / "claims", stale_seconds=stale_seconds)
+
+    def cell(self, key: str) -> Path:
+        """The run directory of a cell."""
+        return self.path / "cells" / key
+
+    def is_done(self, key: str) -> bool:
+        """Whether the cell has a result."""
+        return self._result(key).is_file()
+
+    def result(self, key: str) -> dict[str, Any] | None:
+        """The result of the cell, or None."""
+        return _read(self._result(key))
+
+    def write_result(self, key: str, value: Mapping[str, Any]) -> None:
+        """Write a result atomically."""
+        atomic_write_json(self._result(key), value)
+
+    def num_done(self, keys: set[str]) -> int:
+        """How many of these cells have a result from any process."""
+        return len(keys & {file.stem for file in (self.path / "results").glob("[!.]*.json")})
+
+    def failures(self, key: str) -> list[dict[str, Any]]:
+        """All failed attempts, oldest first: kind (error or died), reason, time, host, pid, traceback."""
+        found = _read(self._failures(key))
+        return [] if found is None else list(found["attempts"])
+
+    def add_failure(self, key: str, attempt: Mapping[str, Any]) -> None:
+        """Record a failed attempt; only the holder of the claim may do so."""
+        stamp = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        atomic_write_json(self._failures(key), {"attempts": [*self.failures(key), stamp | dict(attempt)]})
+
+    def is_given_up(self, key: str) -> bool:
+        """Whether the cell has no attempts left."""
+        kinds = [attempt["kind"] for attempt in self.failures(key)]
+        return kinds.count("error") > self.retries or kinds.count("died") > MAX_DEATHS
+
+    def forget_failures(self, keys: Sequence[str]) -> int:
+        """Let cells that were given up run again; returns how many there are."""
+        again = [key for key in keys if not self.is_done(key) and self.is_given_up(key)]
+        for key in again:
+            self._failures(key).unlink(missing_ok=True)
+        return len(again)
+
+    def write_index(self, study: Study, cells: Sequence[Cell]) -> None:
+        """Write study.json for the report: the study as it was given, and its cells."""
+        plain = study.model_dump(mode="json", exclude_unset=True)
+        atomic_write_json(self.path / "study.json", {"study": plain, "cells": [cell.record() for cell in cells]})
+
+    def _result(self, key: str) -> Path:
+        return self.path / "results" / f"{key}.json"
+
+    def _failures(self, key: str) -> Path:
+        return self.path / "failures" / f"{key}.json"
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read study.json: `study` and `cells` (`Cell.record`).
+
+    Raises:
+        UserError: There is none.
+    """
+    found = _read(path / "study.json")
+    if found is None:
+        raise UserError(f"{path}: must be a directory that 'qdora study' made (no study.json there).")
+    return found
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}). Fix: delete it; the cell then runs again.") from None
+    return found
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to work on a key until `release`.
+
+    Attributes:
+        key: Names the work.
+        left_by: The dead claim that this one took over, as its process wrote it; None if the key was free.
+    """
+
+    key: str
+    token: str
+    path: Path
+    left_by: dict[str, Any] | None = None
+
+    def is_mine(self) -> bool:
+        """False once another process has taken the claim over."""
+        return (_read_claim(self.path) or {}).get("token") == self.token
+
+    def release(self) -> None:
+        """Remove the claim, unless another process has taken it over."""
+        if self.is_mine():
+            self.path.unlink(missing_ok=True)
+
+
+class Claims:
+    """The claims of this process in a directory.
+
+    Args:
+        directory: An existing directory.
+        stale_seconds: Silence after which a claim from another machine counts as dead.
+    """
+
+    def __init__(self, directory: Path, *, stale_seconds: float = 3600.0) -> None:
+        self.directory, self.stale_seconds = directory, stale_seconds
+        self.host, self.started = socket.gethostname(), _start_time(os.getpid())
+
+    def take(self, key: str) -> Claim | None:
+        """Claim a key; None if another process has it."""
+        path = self.directory / f"{key}.json"
+        token = uuid.uuid4().hex
+        if self._create(path, token):
+            return Claim(key, token, path)
+        left = _read_claim(path)
+        if not self._is_stale(path, left):
+            return None
+        # Two processes that find one dead claim must not both remove it: the second would remove the first's new claim.
+        with self._takeover():
+            if not path.exists():  # released meanwhile; the first process to create it has it
+                return Claim(key, token, path) if self._create(path, token) else None
+            left = _read_claim(path)
+            if not self._is_stale(path, left):
+                return None
+            path.unlink(missing_ok=True)
+            return Claim(key, token, path, left or {}) if self._create(path, token) else None
+
+    @contextmanager
+    def renewed(self, claim: Claim) -> Iterator[None]:
+        """While the block runs, show other machines that this process is alive."""
+        stop = threading.Event()
+
+        def renew() -> None:
+            while not stop.wait(self.stale_seconds / _RENEWALS):
+                with suppress(OSError):
+                    os.utime(claim.path)
+
+        thread = threading.Thread(target=renew, daemon=True, name=f"claim {claim.key}")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _create(self, path: Path, token: str) -> bool:
+        owner = {"token": token, "pid": os.getpid(), "host": self.host, "started": self.started, "time": time.time()}
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(owner))
+        # If this process was paused before writing, another may have taken over the empty file
+        return (_read_claim(path) or {}).get("token") == token
+
+    def _is_stale(self, path: Path, owner: dict[str, Any] | None) -> bool:
+        now = self._now()
+        try:
+            age = now - path.stat().st_mtime
+        except FileNotFoundError:
+            return True  # released meanwhile
+        if owner is None:
+            return age > _UNREADABLE_SECONDS
+        if owner.get("host") != self.host:
+            return age > self.stale_seconds
+        return not _is_alive(int(owner["pid"]), owner.get("started"))
+
+    def _now(self) -> float:
+        """The time of the file system."""
+        clock = self.directory / f".clock-{self.host}-{os.getpid()}-{threading.get_ident()}"
+        clock.touch()
+        now = clock.stat().st_mtime
+        clock.unlink(missing_ok=True)
+        return now
+
+    @contextmanager
+    def _takeover(self) -> Iterator[None]:
+        with (self.directory / ".takeover").open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # released when the process ends, however it ends
+            yield
+
+
+def _read_claim(path: Path) -> dict[str, Any] | None:
+    """What the owner of a claim wrote; None if the file is incomplete or missing."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_alive(pid: int, started: str | None) -> bool:
+    """Whether the process still runs; a new process with the same number does not count."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    now = _start_time(pid)
+    return started is None or now is None or now == started
+
+
+def _start_time(pid: int) -> str | None:
+    """Start of a process in clock ticks since boot; '' if it is a zombie, None if the system does not say."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *rest = text.rpartition(")")[2].split()
+    return "" if state == "Z" else rest[18]

@@ -1,0 +1,144 @@
+"""Checks of training steps: a loss that is not finite or a spike, and a matrix that gets no gradient."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdora.data.loader import Step
+from qdora.recipe.train_settings import TrainConfig
+from qdora.train.optimizer import AdapterOptimizer
+
+# A loss is compared with the median of the last _WINDOW applied steps; with fewer than _LEAST, no loss is a spike.
+_WINDOW, _LEAST = 32, 8
+# lora_A gets no gradient while lora_B is zero, that is, in the first update.
+_NUM_UPDATES = 3
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that was not applied, with what this process knows of it.
+
+    Attributes:
+        step: Its number, from 1.
+        reason: What was wrong.
+        batch: Its examples.
+        loss, gradient_norm: Over all processes; NaN if unknown.
+        example_nll: Summed NLL of each example, in the batch's order; NaN if unknown.
+    """
+
+    step: int
+    reason: str
+    batch: Step
+    loss: float
+    gradient_norm: float
+    example_nll: list[float]
+
+
+class BadSteps:
+    """Decides which steps are bad and whether they are skipped (`train.on_bad_step`, `max_skips`, `spike`).
+
+    A step is bad if its loss or gradient is not finite, or if its loss is more than `spike` times the median of the
+    last 32 applied steps. All processes decide alike, since they see the same numbers.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._train = train
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._in_a_row = 0
+        self.num_skipped = 0
+
+    def fault(self, loss: float, gradient_norm: float) -> str | None:
+        """What is wrong with a step of these numbers, or None."""
+        if not math.isfinite(loss):
+            return f"loss {loss} is not finite"
+        if not math.isfinite(gradient_norm):
+            return f"gradient norm {gradient_norm} is not finite"
+        if self._train.spike is not None and len(self._losses) >= _LEAST:
+            usual = statistics.median(self._losses)
+            if loss > self._train.spike * usual:
+                return (
+                    f"loss {loss:.4g} is more than {self._train.spike:g} times {usual:.4g}, the median of the last "
+                    f"{len(self._losses)} steps"
+                )
+        return None
+
+    def applied(self, loss: float) -> None:
+        """Count a step that was applied."""
+        self._losses.append(loss)
+        self._in_a_row = 0
+
+    def skip(self) -> bool:
+        """Whether a bad step is skipped, and then counted; otherwise the run has to stop before it."""
+        if self._train.on_bad_step == "stop" or self._in_a_row >= self._train.max_skips:
+            return False
+        self._in_a_row += 1
+        self.num_skipped += 1
+        return True
+
+    @property
+    def advice(self) -> str:
+        """What a user can do after a stop."""
+        if self._train.on_bad_step == "skip":
+            return f"The {self._in_a_row} steps before it were skipped. Fix: lower train.lr or train.clip"
+        return "Fix: look at the kept batch, lower train.lr or train.clip, or set train.on_bad_step to skip"
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint; JSON values."""
+        return {"losses": list(self._losses), "in_a_row": self._in_a_row, "num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of a checkpoint."""
+        self._losses = deque(state["losses"], maxlen=_WINDOW)
+        self._in_a_row, self.num_skipped = state["in_a_row"], state["num_skipped"]
+
+
+class MissingGradientCheck:
+    """Checks in the first updates of a run that every trainable matrix gets a gradient other than zero.
+
+    With streamed blocks, a backward pass that reads wrong bytes, or none, can leave a finite loss and factors that
+    never change; other trainers have trained a lora_B of zeros that way. The check reads gradients, not parameters: a
+    healthy update can be too small to show in float32, at the end of a cosine or the start of a slow warm-up.
+
+    Args:
+        optimizer: Over the parameters.
+    """
+
+    def __init__(self, optimizer: AdapterOptimizer) -> None:
+        self._parameters = optimizer.parameters
+        self._updates = 0
+        self._arrived: dict[str, Tensor] = {}
+
+    def updated(self, lr: float) -> str | None:
+        """Must be called after each update, while its gradients exist.
+
+        Args:
+            lr: Learning rate of the update; one of 0, at the start of a warm-up, does not count.
+        Returns:
+            After the third update, what is wrong if a matrix had no gradient in any of them; otherwise None.
+        """
+        if lr == 0.0 or self._updates == _NUM_UPDATES:
+            return None
+        self._updates += 1
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                some = parameter.grad.any()  # stays on the device, so that the host does not wait for it
+                self._arrived[name] = self._arrived.get(name, some) | some
+        if self._updates < _NUM_UPDATES:
+            return None
+        flags = torch.stack(list(self._arrived.values())).tolist() if self._arrived else []
+        arrived = {name for name, flag in zip(self._arrived, flags, strict=True) if flag}
+        missing = [name for name in self._parameters if name not in arrived]
+        if not missing:
+            return None
+        return (
+            f"in {_NUM_UPDATES} updates {len(missing)} of {len(self._parameters)} trainable tensors had no gradient, "
+            f"e.g. {missing[0]}. Fix: train with base.residency: device in a new run, and report it."
+        )

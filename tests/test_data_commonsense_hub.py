@@ -1,0 +1,193 @@
+"""Rows as the Hub has them -> schema rows; the Hub itself is a folder here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pandas as pd
+import pytest
+
+from qdora.data.commonsense import TEMPLATES
+from qdora.data.commonsense_hub import HUB_TASKS, hub_task_rows, without_wikihow_marks
+from qdora.data.sources import has_split, load_source
+from qdora.errors import UserError
+from qdora.recipe.data_settings import SourceConfig
+
+HUB_ROWS: dict[str, tuple[dict[str, Any], str, tuple[str, ...], int]] = {
+    # task: (row of the Hub, prompt, choices, gold)
+    "boolq": (
+        {"question": "is ice cold", "answer": True, "passage": "Ice."},
+        "Ice.\nQuestion: is ice cold?\nAnswer:",
+        (" no", " yes"),
+        1,
+    ),
+    "piqa": (
+        {"goal": "open a jar", "sol1": "bite", "sol2": "twist", "label": 1},
+        "Question: open a jar\nAnswer:",
+        (" bite", " twist"),
+        1,
+    ),
+    "siqa": (
+        {"context": "C.", "question": "Q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3\n"},
+        "Question: C. Q?\nAnswer:",
+        (" a", " b", " c"),
+        2,
+    ),
+    "hellaswag": (
+        {"ind": 4, "activity_label": "Ski", "ctx": "[header] How to ski", "endings": ["a", "b [step] c"], "label": "0"},
+        "Ski: How to ski",
+        (" a", " b c"),
+        0,
+    ),
+    "winogrande": (
+        {"sentence": "Jo met Al, _ left.", "option1": "Jo", "option2": "Al", "answer": "2"},
+        "Jo met Al, _ left.\nQuestion: What does the blank _ stand for, Jo or Al?\nAnswer:",
+        (" Jo", " Al"),
+        1,
+    ),
+    "arc_e": (
+        {
+            "id": "M1",
+            "question": "Q?",
+            "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]},
+            "answerKey": "3",
+        },
+        "Question: Q?\nAnswer:",
+        (" a", " b", " c"),
+        2,
+    ),
+    "arc_c": (
+        {"id": "M2", "question": "Q?", "choices": {"text": list("abcde"), "label": list("ABCDE")}, "answerKey": "E"},
+        "Question: Q?\nAnswer:",
+        (" a", " b", " c", " d", " e"),
+        4,
+    ),
+    "obqa": (
+        {"id": "7", "question_stem": "Q", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "B"},
+        "Question: Q\nAnswer:",
+        (" a", " b", " c", " d"),
+        1,
+    ),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A folder in place of the Hub; hub(task, split, rows) writes the files of one task."""
+
+    def download(id: str, *, repo_type: str, revision: str, allow_patterns: list[str]) -> str:
+        assert repo_type == "dataset"
+        folder = tmp_path / id / revision
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no {id}@{revision}\nin the cache")
+        assert len(allow_patterns) == 1
+        return str(folder)
+
+    def write(task: str, split: str, rows: list[dict[str, Any]]) -> None:
+        place = HUB_TASKS[task]
+        name = place.files.format(split=split).replace("*", "00000-of-00001")
+        path: Path = tmp_path / place.id / place.revision / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_parquet(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return write
+
+
+def test_all_eight_tasks_have_a_pinned_place():
+    assert set(HUB_TASKS) == set(TEMPLATES) == set(HUB_ROWS)
+    for place in HUB_TASKS.values():
+        assert len(place.revision) == 40
+        assert int(place.revision, 16) > 0
+
+
+@pytest.mark.parametrize("task", HUB_ROWS)
+def test_a_row_of_the_hub(task, hub):
+    row, prompt, choices, gold = HUB_ROWS[task]
+    hub(task, "train", [row, row])
+    examples = load_source(SourceConfig(task=task))
+    assert len(examples) == 2
+    assert (examples[1].prompt, examples[1].choices, examples[1].gold) == (prompt, choices, gold)
+    assert examples[1].task == task
+
+
+@pytest.mark.parametrize("task", HUB_ROWS)
+def test_our_test_split_has_labels(task, hub):
+    """Where the official test split has none, the official validation split is read."""
+    secret = task in ("boolq", "piqa", "siqa", "hellaswag", "winogrande")
+    hub(task, "validation" if secret else "test", [HUB_ROWS[task][0]])
+    assert len(load_source(SourceConfig(task=task), "test")) == 1
+    assert has_split(SourceConfig(task=task), "validation") == (not secret)
+
+
+def test_rows_without_labels_are_named(hub):
+    row = HUB_ROWS["piqa"][0]
+    hub("piqa", "train", [row, row | {"label": -1}, row | {"sol2": None}])
+    with pytest.raises(UserError) as error:
+        hub_task_rows("piqa", "train")
+    assert len(error.value.faults) == 1
+    assert error.value.faults[0].endswith(
+        "row 1: label: must be 0 to 1 (a split without labels cannot be used), got -1"
+    )
+    hub("piqa", "train", [row | {"sol2": None}])
+    with pytest.raises(UserError, match=r"row 0: choices\[1\]: must be text that is not empty, got None"):
+        load_source(SourceConfig(task="piqa"))
+
+
+def test_no_connection_is_one_line(hub):
+    with pytest.raises(
+        UserError, match=r"^google/boolq@35b2\w+: cannot be read from the Hub .*FileNotFoundError.*path"
+    ) as error:
+        load_source(SourceConfig(task="boolq"))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_split(hub):
+    with pytest.raises(UserError, match=r"boolq \(google/boolq\): no split 'validation', allowed: train, test"):
+        load_source(SourceConfig(task="boolq"), "validation")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("[header] How to ski [title] Go up [step] Go down. [substeps] Rest.", "How to ski. Go up Go down. Rest."),
+        ("[header] How to ski? [title] Go up.", "How to ski. Go up."),
+        ("A man  sits. he", "A man sits. he"),
+        ("A [style | cut] stays.", "A [style | cut] stays."),
+    ],
+)
+def test_wikihow_marks(text, expected):
+    assert without_wikihow_marks(text) == expected
+
+
+def test_own_data_on_the_hub(monkeypatch):
+    calls = []
+
+    def load_dataset(source, split, revision):
+        calls.append((source, split, revision))
+        return datasets.Dataset.from_list([{"prompt": "1+1=", "completion": " 2"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    [example] = load_source(SourceConfig(source="me/sums", split="dev", revision="v1"))
+    assert (example.prompt, example.answer, example.task) == ("1+1=", " 2", "sums")
+    assert calls == [("me/sums", "dev", "v1")]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Unknown split"), ConnectionError("no\nnetwork"), RuntimeError("scripts")]
+)
+def test_own_data_that_the_hub_does_not_give(monkeypatch, error, tmp_path):
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^me/sums: cannot be read from the Hub") as caught:
+        load_source(SourceConfig(source="me/sums"))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "me/sums").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"write \./me/sums"):
+        load_source(SourceConfig(source="me/sums"))

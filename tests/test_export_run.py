@@ -1,0 +1,197 @@
+"""qdora export of a whole run, in every format."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qdora.errors import UserError
+from qdora.export import export_run as export_module
+from qdora.export.export_run import check_servable, export_run
+from qdora.export.options import ExportOptions, check_options
+from qdora.model.inject import adapted_layers
+from qdora.run.load_run import load_target
+from qdora.run.train import train_run
+from tests import tiny_adapted, tiny_run, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of DoRA on a model whose rows are whole blocks of 64."""
+    root = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 400}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(root / "model")
+    tiny_tokenizer.make().save_pretrained(root / "model")
+    train_run(tiny_run.recipe(root, train__steps=3, train__lr=0.02), root / "run")
+    return root / "run"
+
+
+def test_nf4_lora(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    exported = export_run(run, out, ExportOptions(format_="nf4-lora"))
+    check = exported["verification"]
+    assert check["passed"], check["faults"]
+    assert check["exported_vs_reference"]["max_logit_difference"] < 1e-5
+    assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(exported))
+    assert exported["directory"] == "out"
+    assert exported["dtype"] == "float32"
+    assert exported["scale_error_if_double_quantised"]["mean"] > 1e-4
+    card = (out / "README.md").read_text()
+    assert "PeftModel.from_pretrained" in card
+    assert "| 4-bit base and LoRA, adapter in float32 |" in card
+    assert json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    nothing_local(out, tmp_path, run)
+
+
+def nothing_local(directory: Path, *places: Path) -> None:
+    """No text file of an export tells where it was made."""
+    texts = [path for path in directory.rglob("*") if path.suffix in (".json", ".md", ".jinja")]
+    assert len(texts) > 1
+    for path in texts:
+        for place in (*places, *(place.parent for place in places)):
+            assert str(place) not in path.read_text(), path
+
+
+def test_a_moved_nf4_lora_directory_is_the_same_model(run: Path, tmp_path: Path) -> None:
+    export_run(run, tmp_path / "out", ExportOptions(format_="nf4-lora"))
+    before = with_adapter(tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").rename(tmp_path / "elsewhere/model")
+    after = with_adapter(tmp_path / "elsewhere/model")
+    assert torch.equal(before, after)
+    target = load_target(str(tmp_path / "elsewhere/model"), verb="eval")
+    assert adapted_layers(target.model)
+
+
+def with_adapter(directory: Path) -> Tensor:
+    """Logits of base and adapter as the card says to load them."""
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    for module in base.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    model = peft.PeftModel.from_pretrained(base, str(directory / "adapter")).eval()
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=torch.arange(5, 25).unsqueeze(0)).logits
+    return logits
+
+
+def test_an_export_that_is_pushed_names_itself_as_the_base(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "push", lambda directory, name, private: f"https://hub/{name}")
+    options = ExportOptions(format_="nf4-lora", push="me/mine")
+    assert export_run(run, tmp_path / "out", options)["pushed"] == "https://hub/me/mine"
+    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/mine"
+
+
+def test_the_adapter_alone(run: Path, tmp_path: Path) -> None:
+    exported = export_run(run, tmp_path / "out", ExportOptions(format_="peft", audit=True))
+    assert exported["audit"]["forms"]["merged"]["logits"]["kl_mean"] < 1e-5
+    assert json.loads((tmp_path / "out/export.json").read_text()) == json.loads(json.dumps(exported))
+    assert "\nlibrary_name: peft\n" in (tmp_path / "out/README.md").read_text()
+    assert (run / "exports/out.md").is_file()
+    nothing_local(tmp_path / "out", tmp_path, run)
+
+
+def test_a_server_that_cannot_load_dora(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--for vllm: vLLM does not load DoRA adapters\. Fix: use --format merged"):
+        export_run(run, tmp_path / "out", ExportOptions(format_="peft", target="vllm"))
+    assert not (tmp_path / "out").exists()
+    exported = export_run(run, tmp_path / "out", ExportOptions(target="vllm"))
+    assert exported["format"] == "merged"
+
+
+def test_the_licence_of_the_base_goes_with_the_model(run: Path, tmp_path: Path) -> None:
+    model = run.parent / "model"
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    (model / "LICENSE").write_text("Permission is hereby granted")
+    try:
+        export_run(run, tmp_path / "out", ExportOptions())
+    finally:
+        (model / "README.md").unlink()
+        (model / "LICENSE").unlink()
+    assert (tmp_path / "out/LICENSE").read_text() == "Permission is hereby granted"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "\nlicense: mit\n" in card
+    assert "Its texts are beside this card: `LICENSE`." in card
+    assert "Fine-tuned from `model` with" in card
+    assert "| steps | 3, 12 examples |" in card
+    assert re.search(r"^- sums \(\d examples, \d\d\.\d% of all\)$", card, re.MULTILINE)
+    nothing_local(tmp_path / "out", tmp_path, run)
+
+
+def test_options_without_effect_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--dtype: has no effect on --format peft"):
+        export_run(run, tmp_path / "out", ExportOptions(format_="peft", dtype="float16"))
+    with pytest.raises(
+        UserError, match=r"must be one of merged, peft, nf4-lora, gguf \(got 'nf4lora'\)\. Did you mean 'nf4-lora'\?"
+    ):
+        export_run(run, tmp_path / "out", ExportOptions(format_="nf4lora"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, row",
+    [
+        (ExportOptions(dtype="bfloat16", shard_size="30KB"), "| merged, adapter in float32 |"),
+        (ExportOptions(dtype="float32", base="original"), "| merged on the original weights, adapter in float32 |"),
+        (ExportOptions(requantize=True), "| merged and quantised again, adapter in float32 |"),
+    ],
+)
+def test_the_merges(run: Path, tmp_path: Path, options: ExportOptions, row: str) -> None:
+    out = tmp_path / "out"
+    exported = export_run(run, out, options)
+    check = exported["verification"]
+    assert check["passed"], check["faults"]
+    assert row in (out / "README.md").read_text()
+    assert (len(exported["files"]) > 3) == (options.shard_size is not None)
+    assert (exported["base"], exported["requantized"]) == (options.base or "dequantized", options.requantize)
+    difference = check["exported_vs_reference"]["mean_logit_difference"]
+    if options.requantize:
+        assert difference > 1e-3
+        assert "quantization_config" in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("text, size", [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("2TB", 2 * 10**12)])
+def test_shard_sizes(text: str, size: int) -> None:
+    assert ExportOptions(shard_size=text).shard_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "2", "GB", "-1GB", "0GB", "2 shards"])
+def test_what_is_no_shard_size(text: str) -> None:
+    with pytest.raises(UserError, match=r"--shard-size: (must be a number with B, KB, .*, got|must be at least 1KB)"):
+        check_options(ExportOptions(shard_size=text))
+
+
+def test_bases_and_requantisation_are_of_the_merge_alone(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        export_run(run, tmp_path / "out", ExportOptions(format_="nf4-lora", base="original", requantize=True))
+    assert raised.value.faults[:2] == (
+        "--base: has no effect on --format nf4-lora.",
+        "--requantize: has no effect on --format nf4-lora.",
+    )
+    with pytest.raises(
+        UserError, match=r"--base: must be one of dequantized, original \(got 'orignal'\)\. Did you mean 'orig"
+    ):
+        export_run(run, tmp_path / "out", ExportOptions(base="orignal"))
+
+
+def test_zero_rows_are_refused_for_peft_which_would_compute_nan() -> None:
+    model = tiny_adapted.adapted()
+    check_servable(model)
+    layer = adapted_layers(model)["model.layers.1.mlp.up_proj"]
+    layer.base.stored_weight[3] = 0.0  # type: ignore[index]
+    with torch.no_grad():
+        layer.lora_B[3] = 0.0
+    layer.base_squared[3] = 0.0  # type: ignore[index]
+    with pytest.raises(UserError, match=r"up_proj: 1 of 48 rows .* Fix: use --format merged or --format nf4-lora"):
+        check_servable(model)

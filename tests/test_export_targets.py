@@ -1,0 +1,151 @@
+"""Exports and the programs that are to run them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdora.errors import UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions, check_options
+from qdora.export.targets import TARGETS, check_scalings, check_target
+from qdora.model.adapter_file import AdapterDescription
+from qdora.model.peft_config import AdapterLayout
+from qdora.run.train import train_run
+from tests import tiny_run
+
+SERVERS = [name for name in TARGETS if name != "transformers"]
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_no_server_loads_dora(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"does not load DoRA adapters\. Fix: use --format ") as raised:
+        check_target(name, "peft", tiny_run.recipe(tmp_path))
+    assert len(raised.value.faults) == 1
+    assert "--format peft" not in str(raised.value)
+    best = ExportOptions(target=name)
+    check_options(best)
+    assert f"use --format {best.format}" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_plain_lora_is_let_through(tmp_path: Path, name: str) -> None:
+    check_target(name, "peft", tiny_run.recipe(tmp_path, adapter__kind="lora"))
+
+
+def test_the_adapter_of_trained_magnitudes_is_dora(tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(
+        tmp_path,
+        adapter__kind="magnitude",
+        **dict.fromkeys(("adapter__rank", "adapter__alpha", "adapter__dropout"), ...),
+    )
+    with pytest.raises(UserError, match="vLLM does not load DoRA adapters"):
+        check_target("vllm", "peft", recipe)
+    check_target("transformers", "peft", recipe)
+
+
+def test_four_bits_only_where_there_are_four_bits(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"use --format merged or --format nf4-lora \(4 bits\) or .* --req"):
+        check_target("vllm", "peft", tiny_run.recipe(tmp_path))
+    with pytest.raises(UserError, match=r"use --format merged\.$"):
+        check_target("vllm", "peft", tiny_run.recipe(tmp_path, base__quant="int8"))
+
+
+@pytest.mark.parametrize(
+    "name, form, message",
+    [
+        (
+            "llama.cpp",
+            "merged",
+            r"--for llama.cpp: llama.cpp does not load a merged checkpoint\. Fix: use --format g",
+        ),
+        (
+            "ollama",
+            "nf4-lora",
+            "Ollama does not load a bitsandbytes checkpoint with an adapter. Fix: use --format gg",
+        ),
+        ("tensorrt-llm", "requantized", r"does not load a bitsandbytes checkpoint. Fix: use --format merged\.$"),
+        ("vllm", "gguf", "vLLM does not load GGUF files. Fix: use --format merged"),
+    ],
+)
+def test_other_forms(tmp_path: Path, name: str, form: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_target(name, form, tiny_run.recipe(tmp_path))
+
+
+def described(scaling: Callable[[int], float], *, rank_stabilized: bool = False) -> AdapterDescription:
+    """Most layers have rank 8, two have 4 and 2; their alphas are those of the scaling that a rank shall have."""
+    ranks = {"up": 8, "down": 8, "gate": 8, "q": 4, "k": 2}
+    root = math.sqrt if rank_stabilized else float
+    alphas = {path: scaling(rank) * root(rank) for path, rank in ranks.items()}
+    layout = AdapterLayout(
+        kind="lora",
+        rank=8,
+        alpha=alphas["up"],
+        rank_stabilized=rank_stabilized,
+        rank_pattern={path: rank for path, rank in ranks.items() if rank != 8},
+        alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != alphas["up"]},
+    )
+    return AdapterDescription(layout, None, None, {path: scaling(rank) for path, rank in ranks.items()})
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "scaling, rank_stabilized, right",
+    [
+        # One scaling for all: what alpha / rank of the settings gives without a look at the patterns
+        (lambda rank: 2.0, False, {"transformers", "vllm", "sglang"}),
+        (lambda rank: 2.0, True, {"transformers", "vllm"}),
+        # One alpha for all: what is left to each layer is its own rank
+        (lambda rank: 16.0 / rank, False, {"transformers", "llama.cpp", "ollama", "tensorrt-llm"}),
+        (lambda rank: 16.0 / math.sqrt(rank), True, {"transformers", "tensorrt-llm"}),
+        (lambda rank: float(rank), False, {"transformers"}),
+    ],
+)
+def test_scalings_that_a_program_would_not_see(
+    name: str, scaling: Callable[[int], float], rank_stabilized: bool, right: set[str]
+) -> None:
+    adapter = described(scaling, rank_stabilized=rank_stabilized)
+    if name in right:
+        check_scalings(name, adapter)
+        return
+    with pytest.raises(UserError, match=rf"--for {name}: .* of 5 layers wrongly: ") as raised:
+        check_scalings(name, adapter)
+    assert "--format peft" not in str(raised.value)
+    best = ExportOptions(target=name)
+    check_options(best)
+    assert f"use --format {best.format}" in str(raised.value)
+
+
+def test_an_export_looks_at_the_scalings_of_its_run(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"adapter__kind": "lora", "adapter__rank_pattern": {"q_proj": 2}}
+    changes: dict[str, Any] = {"train__steps": 1, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    train_run(tiny_run.recipe(tmp_path, **asked, **changes), tmp_path / "run")
+    options = ExportOptions(target="vllm", format_="peft")
+    with pytest.raises(
+        UserError, match=r"vLLM has one alpha for all layers, .* 2 of 14 .*q_proj by 2, trained with 4\. Fix: use"
+    ):
+        export_run(tmp_path / "run", tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+    export_run(tmp_path / "run", tmp_path / "out", ExportOptions(target="llama.cpp", format_="peft"))
+
+
+def test_a_run_without_an_adapter_has_no_scalings(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"base__quant": "none", "train__optimizer": ..., "eval__limit": ...}
+    asked |= {f"adapter__{name}": ... for name in ("rank", "alpha", "dropout")} | {"adapter__kind": "full"}
+    changes = {"train__steps": 1, "eval__at_start": False, "eval__at_end": False}
+    train_run(tiny_run.recipe(tmp_path, **asked, **changes), tmp_path / "run")
+    options = ExportOptions(target="transformers", format_="peft")
+    with pytest.raises(UserError, match=r"the run has no adapter \(adapter\.kind: full\)"):
+        export_run(tmp_path / "run", tmp_path / "out", options)
+
+
+def test_an_unknown_program() -> None:
+    with pytest.raises(
+        UserError, match=r"--for: must be one of transformers, vllm, .* \(got 'vlm'\)\. Did you mean 'vllm'\?"
+    ):
+        check_options(ExportOptions(target="vlm"))

@@ -1,0 +1,149 @@
+"""A budget: a run over it does not start unless forced, or changes what leaves its numbers alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from qdora.data.build_data import read_data, tokenized_mix
+from qdora.errors import UserError
+from qdora.model.build_model import Compute, find_model
+from qdora.plan import device_rates, memory_plan, step_time
+from qdora.plan.plan_contents import MicroBatchShape
+from qdora.plan.plan_view import bar_text, plan_run
+from qdora.plan.workload import workload_of_data
+from qdora.recipe.byte_size import parse_size, size_text
+from qdora.run import load_base
+from qdora.run.train import train_run
+from tests import tiny_run
+
+
+def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_evaluation = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    recipe = tiny_run.recipe(tmp_path, memory__budget="100MiB", train__steps=1, **no_evaluation)
+    with monkeypatch.context() as patched:
+        patched.setattr(load_base, "load_model", None)  # nothing may call it
+        with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
+            train_run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train_run(recipe, tmp_path / "run", force=True)
+    kept = json.loads((tmp_path / "run/plan.json").read_text())
+    assert kept["fits"] is False
+    assert kept["device"] == "cpu"
+    assert (tmp_path / "run/figures/memory_plan.svg").read_text().startswith("<?xml")
+
+
+def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_run.recipe(
+        tmp_path, memory__budget="auto", memory__checkpointing=False, train__batch=24, train__steps=1
+    )
+    compute = Compute(torch.device("cpu"), torch.float32)
+
+    def within(free: int):  # type: ignore[no-untyped-def]
+        monkeypatch.setattr(memory_plan, "available_memory_bytes", lambda: free)
+        _, tokenizer = find_model(recipe)
+        train, _ = read_data(recipe.data)
+        mix = tokenized_mix(recipe, tokenizer, train)
+        return memory_plan.within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer))
+
+    changed, plan = within(10 * 2**30)
+    assert changed == recipe
+    assert plan is not None
+    assert plan.fits
+    changed, tight = within(plan.peak_bytes - 1000)
+    assert tight is not None
+    assert tight.changes
+    assert changed != recipe
+    assert changed.adapter == recipe.adapter
+    assert changed.train.optimizer == recipe.train.optimizer
+    with pytest.raises(UserError, match="Fix: change, cheapest first"):
+        within(plan.peak_bytes // 2)
+
+
+def test_a_plan_is_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # this machine's own rates, if it has any
+    recipe = tiny_run.recipe(tmp_path, train__steps=2, train__batch=24)
+    shown = io.StringIO()
+    console = Console(file=shown, width=130)
+    found = plan_run(recipe, "r.yaml", budget="1GiB", figure=tmp_path / "p.svg", console=console)["memory"]
+    text = shown.getvalue()
+    for part in ("packed base", "total", "fits in 1.00 GiB", "Micro-batch: ", "A100 40GB (stated)", "█"):
+        assert part in text
+    assert sum(found["components"].values()) == found["peak_bytes"]
+    assert "packed base" in (tmp_path / "p.svg").read_text()
+    shown.truncate(0)
+    tight = plan_run(recipe, "r.yaml", budget="1MiB", console=console)["memory"]
+    assert tight["fits"] is False
+    assert tight["changes"]
+    for part in (
+        "does not fit in 1.0 MiB",
+        "To fit, change (cheapest first):",
+        "Even with all of these it does not fit",
+    ):
+        assert part in shown.getvalue()
+    with pytest.raises(UserError, match=r"^--budget: must be a number with B, KB, .*, got 'much'"):
+        plan_run(recipe, "r.yaml", budget="much")
+
+
+def test_a_plan_does_without_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    recipe = tiny_run.recipe(tmp_path, data__mix=[{"source": "nobody/has-this"}])
+    found = plan_run(recipe, "r.yaml", console=Console(file=io.StringIO()))
+    assert found["mix"] is None
+    assert found["memory"]["micro_batch"]["length"] == recipe.data.max_length
+    assert "cannot be read" in found["memory"]["assumptions"][0]
+
+
+def test_measured_rates_take_the_place_of_the_stated_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert device_rates.known_rates("cuda") == device_rates.STATED["cuda"]
+    found = device_rates.measure_rates(seconds=0.05)
+    mine = device_rates.known_rates("cpu")
+    assert mine.measured
+    assert mine.flops > 1e8
+    assert mine.bytes > 1e7
+    assert "TFLOP/s" in device_rates.rates_text(found)
+    device_rates.rates_file().write_text("[")
+    assert device_rates.known_rates("cpu") == device_rates.STATED["cpu"]
+
+
+def test_time_of_a_step_by_hand() -> None:
+    work = step_time.Work(1000, 500, 10, 0, quantised=True, checkpointing=True)
+    rates = device_rates.Rates("x", flops=1e3, bytes=1e6, copied=1e3)
+    shape = MicroBatchShape(2, 5, 8, masked=False)
+    # Three passes over the base, four over the adapters; the head twice forward and backward.
+    flops = 10 * 2 * (3 * 1000 + 4 * 10) + 4 * 500 * 8
+    num_bytes = 3 * 4.6 * 1000
+    expected = 3 * (flops / 1e3 + num_bytes / 1e6) + 300 / 1e6
+    assert step_time.step_seconds(work, shape, 3, rates) == pytest.approx(expected, rel=1e-12)
+    # All blocks come and go, and copying takes the time: 50 in each pass, less the two that are there already.
+    away = replace(work, num_blocks=50, num_streamed=50, block_bytes=10**6)
+    streamed = 3 * (48 * 2 * 1e6 / 1e3)
+    assert step_time.step_seconds(away, shape, 3, rates) == pytest.approx(streamed, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("40GiB", 40 * 2**30), ("1.5 gb", 1_500_000_000), ("2e9", 2_000_000_000), ("512 MiB", 2**29), ("2TB", 2 * 10**12)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "40 GiB of it", "1 XB", "nan", "1e999", "0.1B"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="must be a number with B, KB"):
+        parse_size(text)
+
+
+def test_sizes_are_shown() -> None:
+    assert [size_text(n) for n in (2048, 3 * 2**20, 5 * 2**30)] == ["2 KiB", "3.0 MiB", "5.00 GiB"]
+    assert bar_text(0.5) == "█" * 20
+    assert bar_text(0.0) == ""

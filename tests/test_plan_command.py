@@ -1,0 +1,89 @@
+"""qdora plan: the mix of a run beforehand, by the same numbers as the run's own mix.json, without its model."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qdora.errors import UserError
+from qdora.plan.plan_view import plan_run
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.run import load_base
+from qdora.run.train import train_run
+from tests import tiny_run
+from tests.run_files import trained
+
+
+def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_run.recipe(tmp_path, train__steps=12, data__strategy="equal", eval__at_start=False)
+    train_run(recipe, tmp_path / "run")
+    monkeypatch.setattr(load_base, "load_model", None)  # nothing may call it
+    shown = io.StringIO()
+    found = plan_run(recipe, "r.yaml", console=Console(file=shown, width=130))
+    assert found["mix"] == json.loads((tmp_path / "run/mix.json").read_text())
+    assert [part["num_draws"] for part in found["mix"]["sources"]] == [24, 24]
+    assert [part["num_examples"] for part in found["mix"]["sources"]] == [28, 22]  # without those held out
+    steps = trained(tmp_path / "run")
+    assert sum(line["num_tokens"] for line in steps) == sum(part["num_tokens_seen"] for part in found["mix"]["sources"])
+    for text in ("12 steps, 48 examples", "sums", "letters", "50.0%", "1.09"):
+        assert text in shown.getvalue()
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "letters: examples 22, tokens " in log
+    assert ", asked 50.0%, seen 50.0%, " in log
+
+
+def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(tmp_path, train__steps=12)
+    mix = [{"source": part.source, "max_epochs": 0.5} for part in recipe.data.mix]
+    short = tiny_run.recipe(tmp_path, train__steps=12, data__mix=mix)
+    with pytest.raises(UserError, match=r"^train.steps: must be at most .* max_epochs .* leaves 25 .* got 12"):
+        plan_run(short, "r.yaml")
+    with pytest.raises(UserError, match=r"^train.steps: must be at most .* got 12"):
+        train_run(short, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    seven = tiny_run.recipe(tmp_path, train__steps=7, data__mix=mix, eval__at_start=False)
+    train_run(seven, tmp_path / "run")
+    steps = trained(tmp_path / "run")
+    assert [line["num_examples"] for line in steps] == [4, 4, 4, 4, 4, 4, 1]
+
+
+def test_a_step_that_repeats_the_data_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """train.epochs: 1 is one step that fills itself with the same examples again and again."""
+    size: dict[str, Any] = {
+        "train__steps": ...,
+        "train__batch": ...,
+        "train__epochs": 1,
+        "train__tokens_per_step": 2500,
+    }
+    recipe = tiny_run.recipe(tmp_path, **size, train__checkpoint_every=..., eval__at_start=False)
+    plan_run(recipe, "r.yaml", console=Console(file=io.StringIO()))
+    (record,) = [each for each in caplog.records if "each step repeats the data" in each.getMessage()]
+    assert record.levelname == "WARNING"
+    train_run(recipe, tmp_path / "run", console=Console(file=io.StringIO()))
+    assert (tmp_path / "run/log.txt").read_text().count(record.getMessage()) == 1
+    (step,) = trained(tmp_path / "run")
+    assert f"An optimizer step takes {step['num_examples']} examples, but the training data" in record.getMessage()
+    caplog.clear()
+    plan_run(tiny_run.recipe(tmp_path), "r.yaml", console=Console(file=io.StringIO()))
+    assert not caplog.records
+
+
+def test_plan_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(resolved_yaml(tiny_run.recipe(tmp_path)))
+    command = [sys.executable, "-m", "qdora.cli", "plan", str(file), "--json", "-s", "train.steps=3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["mix"]["num_steps"] == 3
+    done = subprocess.run(
+        [*command[:4], str(file), "-s", "data.mix[0].source=nowhere.jsonl"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "data.mix[0].source: no such file" in done.stderr

@@ -1,0 +1,224 @@
+"""The memory plan: its numbers against a counted run of the real step, and a shortened model against the whole one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from qdora.data.batching import MicroBatch
+from qdora.model.adapter_file import save_adapter
+from qdora.model.inject import inject
+from qdora.plan import plan_contents as parts
+from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern
+from qdora.plan.memory_plan import measured, plan
+from qdora.plan.plan_contents import MicroBatchShape, Moment, Plan
+from qdora.plan.workload import assumed_workload, largest_shapes
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def a_recipe(**changes: Any) -> Recipe:
+    document: dict[str, Any] = {
+        "model": {"source": "org/model", "dtype": "bfloat16"},
+        "adapter": {"rank": 4},
+        "data": {"mix": [{"source": "org/data"}], "max_length": 64},
+        "train": {"steps": 2, "batch": 4, "micro_batch_tokens": 128},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            document.setdefault(section, {})[key] = value
+        else:
+            document[section] = value
+    return recipe_from(document)
+
+
+def a_config(**changes: Any) -> PreTrainedConfig:
+    return LlamaConfig(**(SIZES | {"num_hidden_layers": 10} | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"memory__checkpointing": False, "adapter__kind": "lora", "train__optimizer": "adamw"},
+        pytest.param({"adapter__dropout": 0.1, "data__packing": True, "base__quant": "int8"}, marks=pytest.mark.slow),
+        pytest.param({"base__quant": "none", "adapter": {"kind": "full"}}, marks=pytest.mark.slow),
+    ],
+    ids=["checkpointed", "all kept", "dropout, packed", "full"],
+)
+def test_a_shortened_model_is_extrapolated_to_the_whole(changes: dict[str, Any]) -> None:
+    recipe = a_recipe(**changes)
+    (shape,), count = assumed_workload(recipe)
+    drawn, whole = (
+        measured(recipe, a_config(), shape, count, device_kind="cuda", whole=each) for each in (False, True)
+    )
+    found = {(moment.phase, moment.block): moment.by_component for moment in whole.moments}
+    assert len(drawn.moments) < len(whole.moments)
+    for moment in drawn.moments:
+        assert found[moment.phase, moment.block] == moment.by_component, moment.name
+    assert drawn.peak.num_bytes == whole.peak.num_bytes
+    assert (drawn.num_trainable, drawn.pageable_bytes) == (whole.num_trainable, whole.pageable_bytes)
+
+
+def test_components_are_those_of_the_formats() -> None:
+    recipe = a_recipe(train__optimizer="adamw")
+    found = plan(recipe, config=a_config(num_hidden_layers=3, tie_word_embeddings=False)).components
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    weights = 3 * sum(out * in_ for out, in_ in shapes)
+    rows = 3 * sum(out for out, _ in shapes)
+    lora = 3 * 4 * sum(out + in_ for out, in_ in shapes)
+    assert found[parts.BASE] == weights // 2
+    blocks = weights // 64
+    nested = 3 * sum(-(-out * in_ // 64 // 256) for out, in_ in shapes)
+    assert found[parts.SCALES] == blocks + 4 * nested + 3 * len(shapes) * (256 + 1) * 4
+    # Embedding, head and norms in bf16, and the two float32 buffers of the rotary frequencies.
+    assert 0 < found[parts.DENSE] - 2 * (2 * 512 * 64 + 7 * 64) <= 2 * 4 * 16
+    # bf16 factors; magnitude, ||W||^2, norm, gain and 1 / m of each row.
+    assert found[parts.ADAPTERS] == 2 * lora + 20 * rows
+    # Two float32 states a parameter, a step count a tensor, and the low half of each bf16 one.
+    assert found[parts.OPTIMIZER] == 8 * (lora + rows) + 4 * 3 * 3 * len(shapes) + 2 * lora
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_a_pruned_base_has_a_bit_for_each_weight_and_stays_where_it_is(quant: str) -> None:
+    half = {"method": "magnitude", "sparsity": 0.5}
+    base = {"base__quant": quant}
+    whole = plan(a_recipe(**base), config=a_config())
+    pruned = plan(a_recipe(**base, base__prune=half), config=a_config())
+    masked = plan(a_recipe(**base, base__prune=half, adapter__mask="keep"), config=a_config())
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    bits = pruned.num_blocks * sum(out * in_ // 8 for out, in_ in shapes)
+    assert {**pruned.components, parts.SLACK: 0} == {**whole.components, parts.MASKS: bits, parts.SLACK: 0}
+    assert masked.components[parts.MASKS] == bits
+    assert pruned.block_bytes == 0
+    assert not any(
+        "residency" in change.setting
+        for change in plan(a_recipe(**base, base__prune=half), 1, config=a_config()).changes
+    )
+
+
+def test_a_pattern_is_found_where_it_saves_something() -> None:
+    assert find_pattern(["a"] * 9) is None
+    assert find_pattern(["a"] * 80) == BlockPattern(0, 1, 80, 0)
+    assert find_pattern(["d"] * 3 + ["m"] * 58) == BlockPattern(3, 1, 58, 0)
+    six = [*"sssssf"] * 10 + [*"ss"]
+    assert find_pattern(six) == BlockPattern(0, 6, 10, 2)
+    assert find_pattern([str(index) for index in range(60)]) is None
+    pattern = BlockPattern(1, 2, 6, 1)
+    assert pattern.num_blocks == 14
+    assert pattern.kept(4) == [0, 1, 2, 3, 4, 9, 10, 11, 12, 13]
+    assert pattern.kept(5) == [0, 1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13]
+
+
+def test_drawing_out_is_linear_and_needs_the_same_moments() -> None:
+    short = [Moment("forward", 0, {"x": 10}), Moment("forward", 3, {"x": 40, "y": 1})]
+    longer = [Moment("forward", 0, {"x": 11}), Moment("forward", 4, {"x": 50})]
+    found = extrapolated(short, longer, BlockPattern(0, 1, 10, 0))
+    assert found == [Moment("forward", 0, {"x": 16}), Moment("forward", 9, {"x": 100, "y": -5})]
+    with pytest.raises(ValueError, match="forward of block 4"):
+        extrapolated(short, longer[:1], BlockPattern(0, 1, 10, 0))
+
+
+def test_a_plan_says_what_to_change_cheapest_first() -> None:
+    recipe = a_recipe(memory__checkpointing=False, train__micro_batch_tokens=256, train__optimizer="adamw")
+    config = a_config(vocab_size=32000, num_hidden_layers=2)
+    first = plan(recipe, config=config)
+    assert (first.fits, first.changes) == (None, ())
+    tight = plan(recipe, first.peak_bytes - 100_000, config=config)
+    assert tight.fits is False
+    assert len(tight.changes) == 1
+    less = plan(recipe, 1, config=config)
+    settings = [change.setting for change in less.changes]
+    assert "memory.checkpointing=true" in settings
+    assert any(setting.startswith("train.micro_batch_tokens=") for setting in settings)
+    assert [change.neutral for change in less.changes] == sorted((c.neutral for c in less.changes), reverse=True)
+    peaks = [first.peak_bytes, *(change.peak_bytes for change in less.changes)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_more_than_one_micro_batch_has_gradients_beside_the_activations() -> None:
+    one, two = (plan(a_recipe(train__batch=batch), config=a_config(num_hidden_layers=2)) for batch in (2, 4))
+    assert (one.num_micro_batches, two.num_micro_batches) == (1, 2)
+    backward = [
+        next(m for m in each.moments if (m.phase, m.block) == ("backward", 1)).by_component for each in (one, two)
+    ]
+    assert backward[0].get(parts.GRADIENTS, 0) < backward[1][parts.GRADIENTS]
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    config = a_config(num_hidden_layers=2, tie_word_embeddings=True)
+    tied, untied = (plan(a_recipe(), config=each) for each in (config, a_config(num_hidden_layers=2)))
+    assert untied.components[parts.DENSE] - tied.components[parts.DENSE] == 2 * 512 * 64
+
+
+def test_biases_and_other_models_are_planned() -> None:
+    config = Qwen2Config(**SIZES, num_hidden_layers=2)
+    found = plan(a_recipe(), config=config)
+    assert found.num_blocks == 2
+    assert isinstance(found, Plan)
+
+
+def test_assumed_micro_batches() -> None:
+    (shape,), count = assumed_workload(a_recipe())
+    assert (shape, count) == (MicroBatchShape(2, 64, 126, masked=True, accumulated=True), 2)
+    (shape,), count = assumed_workload(a_recipe(train__micro_batch_tokens=64))
+    assert (shape, count) == (MicroBatchShape(1, 64, 63, masked=False, accumulated=True), 4)
+
+
+def a_batch(rows: int, length: int) -> MicroBatch:
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    return MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(rows, dtype=torch.int64), ["mix"], ["0"] * rows)
+
+
+class Steps:
+    """A loader of given micro-batches."""
+
+    def __init__(self, *steps: list[MicroBatch]) -> None:
+        self.steps, self.position = steps, 0
+        self.order = SimpleNamespace(length=len(steps))
+
+    def next_step(self) -> SimpleNamespace:
+        self.position += 1
+        return SimpleNamespace(micro_batches=self.steps[self.position - 1])
+
+
+def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_step() -> None:
+    steps = [[a_batch(4, 9), a_batch(2, 9)], [a_batch(3, 9)], [a_batch(1, 9), a_batch(3, 9), a_batch(1, 4)]]
+    found, most = largest_shapes(Steps(*steps), 3)  # type: ignore[arg-type]
+    assert most == 3
+    assert found == [
+        MicroBatchShape(4, 9, 32, masked=False),
+        MicroBatchShape(3, 9, 24, masked=False, accumulated=True),
+    ]
+    few = plan(a_recipe(), config=a_config(num_hidden_layers=2), workload=lambda _recipe: ([found[0]], 3))
+    more = replace(found[0], accumulated=True)
+    many = plan(a_recipe(), config=a_config(num_hidden_layers=2), workload=lambda _recipe: ([more], 3))
+    assert many.tensor_bytes > few.tensor_bytes
+
+
+def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(a_config())
+    inject(model, rank=4, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 8})
+    save_adapter(model, tmp_path / "adapter", base_name_or_path="x", revision=None, base_quant={"quant": "none"})
+    recipe = a_recipe(adapter={"kind": "dora", "resume_from": str(tmp_path / "adapter")})
+    (shape,), count = assumed_workload(recipe)
+    drawn, whole = (measured(recipe, a_config(), shape, count, device_kind="cpu", whole=each) for each in (False, True))
+    assert drawn.num_trainable == whole.num_trainable == 10 * (4 * 128 + 64 + 8 * (64 + 128) + 128)
+    assert drawn.components == whole.components

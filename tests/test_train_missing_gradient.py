@@ -1,0 +1,117 @@
+"""The check of a run's first updates: quiet where gradients arrive, one line where one does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qdora.errors import RunFailure, UserError
+from qdora.files.run_directory import RunDirectory
+from qdora.model.inject import adapter_parameters
+from qdora.run import training
+from qdora.run.train import train_run
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.step_checks import MissingGradientCheck
+from tests import tiny_adapted, tiny_run
+
+Rate = Callable[[int], float]
+
+
+def told(frozen: str | None, rate: Rate = lambda _: 1e-5, *, num_updates: int = 3, magnitude: float = 1.0) -> list[str]:
+    """What the check says of updates of which one matrix gets no gradient."""
+    model = tiny_adapted.adapted("llama", quant="nf4", dtype=torch.float32)
+    parameters = adapter_parameters(model)
+    for name, parameter in parameters.items():
+        if name.endswith("magnitude"):
+            parameter.data.fill_(magnitude)
+    optimizer = AdapterOptimizer(parameters, name="adamw", weight_decay=0.1)
+    check = MissingGradientCheck(optimizer)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for step in range(num_updates):
+        for name, parameter in parameters.items():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient * (0.0 if name == frozen else 1.0)
+        optimizer.step(rate(step))
+        found.append(check.updated(rate(step)))
+    return [each for each in found if each is not None]
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-8, 1e-12])
+def test_updates_smaller_than_the_parameters_show_are_no_fault(rate: float) -> None:
+    assert told(None, lambda _: rate, num_updates=5, magnitude=100.0) == []
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "magnitude"])
+def test_a_matrix_without_a_gradient_is_named_once(part: str) -> None:
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    (said,) = told(name, num_updates=5)
+    assert f"1 of 42 trainable tensors had no gradient, e.g. {name}." in said
+
+
+def test_without_any_gradient() -> None:
+    optimizer = AdapterOptimizer(adapter_parameters(tiny_adapted.adapted("llama", quant="nf4")), name="adamw")
+    check = MissingGradientCheck(optimizer)
+    said = [check.updated(1e-5) for _ in range(3)]
+    assert said[:2] == [None, None]
+    assert "42 of 42" in str(said[2])
+
+
+def test_updates_of_a_rate_of_zero_do_not_count() -> None:
+    name = "model.layers.0.mlp.up_proj.lora_B"
+
+    def warm(step: int) -> float:
+        return 1e-5 if step else 0.0
+
+    assert told(name, warm, num_updates=3) == []
+    assert len(told(name, warm, num_updates=4)) == 1
+
+
+def test_a_failed_check_leaves_a_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MissingGradientCheck, "updated", lambda _self, _lr: "no gradients.")
+    changes = {"train__steps": 2, "eval__at_start": False, "base__residency": "disk"}
+    recipe = tiny_run.recipe(root, **changes, base__cache=str(tmp_path / "cache"))
+    with pytest.raises(RunFailure, match=r"step 1: no gradients\. Safe on disk: .*step-1"):
+        train_run(recipe, tmp_path / "run")
+    newest = RunDirectory(tmp_path / "run").newest_checkpoint()
+    assert newest is not None
+    assert newest.step == 1
+
+
+def test_a_run_on_disk_is_checked_and_one_on_the_device_is_not(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    class Noted:
+        def __init__(self, _optimizer: Any) -> None: ...
+
+        def updated(self, lr: float) -> None:
+            seen.append(lr)
+
+    monkeypatch.setattr(training, "MissingGradientCheck", Noted)
+    changes: dict[str, Any] = {"train__steps": 2, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    train_run(tiny_run.recipe(root, **changes), tmp_path / "device")
+    assert seen == []
+    changes |= {"base__residency": "disk", "base__cache": str(tmp_path / "cache")}
+    train_run(tiny_run.recipe(root, **changes), tmp_path / "disk")
+    assert len(seen) == 2
+    assert seen[1] > 0
+
+
+def test_host_needs_a_gpu(root: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(root, base__residency="host")
+    with pytest.raises(UserError, match=r"base\.residency: got host, must be device or disk .*without a GPU"):
+        train_run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_on_the_host_need_a_gpu(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"memory\.offload_activations: needs a GPU"):
+        train_run(tiny_run.recipe(root, memory__offload_activations=True), tmp_path / "run")
+    with pytest.raises(UserError, match=r"offload_activations: would be ignored because memory"):
+        tiny_run.recipe(root, memory__offload_activations=True, memory__checkpointing=False)
