@@ -289,8 +289,14 @@ def test_options_that_would_do_nothing_are_refused(whole: Path, tmp_path: Path) 
     ):
         with pytest.raises(UserError, match=message):
             evaluate_target(str(whole), EvalOptions(**options))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="--limit"):
-        evaluate_target(str(root_model(whole)), EvalOptions(texts=[text], limit=3))
+    for model_options, message in (
+        (EvalOptions(texts=[text], limit=3), "--limit: counts examples of tasks, got only --text"),
+        (EvalOptions(), "is not a run .*Fix: add --tasks, --text, --harness or --like RUN"),
+        (EvalOptions(texts=[text], step=2), "--step and --base are used only with a run"),
+        (EvalOptions(tasks=["boolqq"]), "--tasks: got 'boolqq', must be one of .*Did you mean 'boolq'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_target(str(root_model(whole)), model_options)
     document = evaluate_target(str(root_model(whole)), EvalOptions(texts=[text]))
     assert document["perplexity"]["num_tokens"] > 3
 
@@ -352,7 +358,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("missing file", {"data__mix": [{"source": "/nowhere/x.jsonl"}]}, r"data\.mix\[0\].*/nowhere/x\.jsonl"),
     ("too long", {"data__max_length": 4}, r"sums: .*longest.*data\.max_length"),
     ("target", {"adapter__targets": ["q_porj"]}, r"adapter\.targets: 'q_porj' matches no .*Did you mean 'q_proj'"),
-    ("rank", {"adapter__rank": 100}, r"adapter\.rank: 100 is larger than .*at most"),
+    ("rank", {"adapter__rank": 100}, r"adapter\.rank: must be at most 64 for layer .*got 100"),
     ("float16", {"model__dtype": "float16"}, r"model\.dtype: got float16, must be bfloat16 or float32 .*underflow"),
     ("eval task", {"eval__tasks": ["letters", "sum"]}, r"eval\.tasks\[1\]: .*'sum'.*Did you mean 'sums'"),
 ]
