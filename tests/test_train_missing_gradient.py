@@ -111,7 +111,7 @@ def test_host_needs_a_gpu(root: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_on_the_host_need_a_gpu(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"memory\.offload_activations: got true, must be false on a machine without a GPU"):
+    with pytest.raises(UserError, match=r"memory\.offload_activations: got true, must be false .*without a GPU"):
         train_run(tiny_run.recipe(root, memory__offload_activations=True), tmp_path / "run")
     with pytest.raises(UserError, match=r"offload_activations: would be ignored because memory"):
         tiny_run.recipe(root, memory__offload_activations=True, memory__checkpointing=False)
