@@ -23,7 +23,7 @@ from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.train.checkpoint import random_state, set_random_state
-from qdora.train.micro_batch import batch_loss
+from qdora.train.loop import batch_loss
 
 Array = NDArray[np.float64]
 
