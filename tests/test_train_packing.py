@@ -36,7 +36,7 @@ from qdora.train import loop, packed_attention
 from qdora.train.loop import batch_loss
 from qdora.train.packed_attention import packed_layout
 from tests import reference, tiny
-from tests.test_data_pack import examples_of
+from tests.test_data_batching import examples_of
 
 LENGTHS = (17, 12, 9, 9, 8, 5, 3, 1, 6, 2)
 SIZES: dict[str, Any] = {

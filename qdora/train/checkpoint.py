@@ -38,11 +38,9 @@ def write_state(
     random: Sequence[Mapping[str, str]],
     policies: Mapping[str, Any],
 ) -> None:
-    """Write everything but the parameters into an existing directory.
+    """Write everything but the parameters into an existing directory; `step` steps are done.
 
     Args:
-        step: Steps done.
-        optimizer, loader_state: Equal in all processes.
         random: `random_text` of every process, in the order of ranks.
         policies: Name -> JSON values that a resumed run continues with.
     """
@@ -106,11 +104,8 @@ def read_state(
         names = set(file.keys())
         before = sum(name.startswith("cpu") for name in names)
         if before != processes.size:
-            logger.warning(
-                "The checkpoint is from %d processes, this run has %d: same data, different dropout.",
-                before,
-                processes.size,
-            )
+            text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
+            logger.warning(text, before, processes.size)
         places = {kind: _numbered(kind, processes.rank) for kind in ("cpu", "cuda")}
         mine = {kind: file.get_tensor(name) for kind, name in places.items() if name in names}
     if mine:

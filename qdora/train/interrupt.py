@@ -33,10 +33,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt.
-
-    A checkpoint that is being written then does not appear.
-    """
+    """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt."""
     request = StopRequest(processes)
     asked_at = 0.0
 
