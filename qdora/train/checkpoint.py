@@ -45,7 +45,12 @@ def write_state(
         policies: Name -> JSON values that a resumed run continues with.
     """
     _save(optimizer.state_tensors(), directory / "optimizer.safetensors")
-    _save(_random_tensors(random), directory / "random.safetensors")
+    tensors = {
+        _numbered(kind, rank): torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+        for rank, states in enumerate(random)
+        for kind, text in states.items()
+    }
+    _save(tensors, directory / "random.safetensors")
     state = {"format": FORMAT, "step": step, "loader": dict(loader_state), "policies": dict(policies)}
     (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
 
@@ -138,14 +143,6 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
 def random_text() -> dict[str, str]:
     """The state of this process's generators in hexadecimal, as JSON for the process that writes the checkpoint."""
     return {kind: state.numpy().tobytes().hex() for kind, state in random_state().items()}
-
-
-def _random_tensors(random: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-    return {
-        _numbered(kind, rank): torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
-        for rank, states in enumerate(random)
-        for kind, state in states.items()
-    }
 
 
 def _numbered(kind: str, rank: int) -> str:

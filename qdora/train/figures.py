@@ -174,14 +174,11 @@ def _draw_cosines(report: Mapping[str, Any], path: Path) -> None:
         image = axes.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axes.set_yticks(range(len(names)), names)
-        for row in range(len(names)):
-            for column in range(len(names)):
-                value = cosines[row, column]
-                certain = abs(value) > CERTAIN * noise[row, column]
-                text = "" if np.isnan(value) else f"{value:.2f}"
-                style: dict[str, Any] = {"fontweight": "bold"} if certain else {}
-                if row == column:
-                    style = {"fontstyle": "italic"}
-                axes.text(column, row, text, ha="center", va="center", fontsize="small", **style)
+        for row, column in np.ndindex(cosines.shape):
+            value, is_own = cosines[row, column], row == column
+            text = "" if np.isnan(value) else f"{value:.2f}"
+            style = "italic" if is_own else "normal"
+            weight = "bold" if abs(value) > CERTAIN * noise[row, column] and not is_own else "normal"
+            axes.text(column, row, text, ha="center", va="center", fontsize="small", fontstyle=style, fontweight=weight)
         axes.set_title(f"cosines between the tasks' gradients, step {report['step']}", fontsize="medium")
         figure.colorbar(image, label="cosine; diagonal: between halves of a probe")

@@ -50,17 +50,14 @@ logger = logging.getLogger("qdora")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The result of an evaluation during training; `save` and `stop` are the same in all processes.
-
-    Attributes:
-        line: Its line of metrics, without the step; the first process's counts.
-        save: Whether the state is worth a checkpoint.
-        stop: Whether the run ends here.
-    """
+    """The result of an evaluation during training."""
 
     line: Metrics
+    """Its line of metrics, without the step; the first process's counts."""
     save: bool = False
+    """Whether the state is worth a checkpoint; the same in all processes, like `stop`."""
     stop: bool = False
+    """Whether the run ends here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,54 +413,37 @@ def batch_loss(
         inputs["position_ids"] = packing.position_ids.to(input_ids.device)
         owner = packing.example_index.to(labels.device)[places]
         num_examples = int(packing.example_index.max()) + 1
-    nll = _chunked(model, inputs, (rows, columns), targets, chunk)  # (num_labelled,)
-    if nll is None:
-        nll = _all_at_once(model, inputs, (rows, columns), targets)
+    nll = _labelled_nll(model, inputs, (rows, columns), targets, chunk)
     zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
     example_nll = zeros.index_add(0, owner.to(nll.device), nll.detach())
     nll_sum = nll.sum() if weights is None else (nll * weights.to(nll.device)[owner.to(nll.device)]).sum()
     return BatchLoss(nll_sum, example_nll, torch.bincount(owner, minlength=num_examples))
 
 
-def _chunked(
+def _labelled_nll(
     model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor, chunk: int | None
-) -> Tensor | None:
-    """NLL of the labelled positions without the model's logits, or None if no known form reproduces those."""
-    known = model in _FORMS
-    form = _FORMS.get(model, LogitForm())
-    if form is None:
-        return None
+) -> Tensor:
+    """NLL of the labelled positions, (num_labelled,): without the model's logits if a known form reproduces those."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    random = None if known else random_state()
-    with tapped(head, *labelled, probing=not known) as tap:
+    known, form = model in _FORMS, _FORMS.get(model, LogitForm())
+    if form is not None:
+        random = None if known else random_state()
+        with tapped(head, *labelled, probing=not known) as tap:
+            logits = model(**inputs).logits
+        if random is not None and len(targets):
+            form = _FORMS[model] = learn_form(model, head, tap, logits, targets)
+        if form is not None:
+            return head_nll(head, tap.hidden, targets, form, chunk)
+        logger.warning(
+            "%s: the operations after this model's head are not known, so memory.loss_chunk has no effect: the "
+            "logits of all labelled tokens exist at once, about %.2f GiB for the %d of this micro-batch.",
+            getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+            len(targets) * logits.shape[-1] * _PLAIN_BYTES / 2**30,
+            len(targets),
+        )
+        assert random is not None
+        set_random_state(random)  # as if the model had run once: a resumed run draws the same
+        del tap, logits  # and their graph
+    with tapped(head, *labelled, whole=True):
         logits = model(**inputs).logits
-    if not known and len(targets):
-        form = learn_form(model, head, tap, logits, targets)
-        _FORMS[model] = form
-        if form is None:
-            logger.warning(
-                "%s: the operations after this model's head are not known, so memory.loss_chunk has no effect: the "
-                "logits of all labelled tokens exist at once, about %.2f GiB for the %d of this micro-batch.",
-                getattr(getattr(model, "config", None), "model_type", type(model).__name__),
-                len(targets) * logits.shape[-1] * _PLAIN_BYTES / 2**30,
-                len(targets),
-            )
-            assert random is not None
-            set_random_state(random)  # as if the model had run once: a resumed run draws the same
-            return None
-    return head_nll(head, tap.hidden, targets, form, chunk)
-
-
-def _all_at_once(model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
-    """NLL of the labelled positions from the model's own logits."""
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-
-    def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][labelled].unsqueeze(0), *args[1:])
-
-    hook = head.register_forward_pre_hook(select)
-    try:
-        logits = model(**inputs).logits
-    finally:
-        hook.remove()
     return token_nll(logits.reshape(-1, logits.shape[-1]), targets)
