@@ -65,10 +65,6 @@ class Processes:
         pairs = zip(padded, lengths, strict=True)
         return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in pairs]
 
-    def any(self, flag: bool) -> bool:
-        """Whether at least one process sets the flag."""
-        return any(self.gather(flag))
-
     def first(self, action: Callable[[], T]) -> T | None:
         """Run the action in the first process while the others wait; returns its result there, None elsewhere.
 

@@ -26,12 +26,8 @@ _Plot = Callable[["Axes", Lines, NDArray[np.float64]], None]
 def smooth(values: NDArray[np.float64], weights: NDArray[np.float64], half_life: float) -> NDArray[np.float64]:
     """Running ratio of exponentially faded sums, sum(values) / sum(weights): a mean over tokens, not over steps.
 
-    Args:
-        values: (steps,) summed NLL.
-        weights: (steps,) number of tokens; a step without tokens keeps the last value.
-        half_life: Steps after which a contribution counts half.
-    Returns:
-        (steps,), NaN before the first token.
+    `values` are summed NLL and `weights` numbers of tokens, (steps,). After `half_life` steps a contribution counts
+    half. Returns (steps,), NaN before the first token; a step without tokens keeps the last value.
     """
     keep = 0.5 ** (1.0 / half_life)
     total = count = 0.0
@@ -101,7 +97,9 @@ def _loss_per_task(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> No
     axes.legend(fontsize="small", ncols=2)
 
 
-def _curve(value: Callable[[Mapping[str, Any]], float], label: str, *, from_zero: bool = False) -> _Plot:
+def _curve(
+    value: Callable[[Mapping[str, Any]], float], label: str, *, from_zero: bool = False, has_spikes: bool = False
+) -> _Plot:
     """A plot of one number a step."""
 
     def plot(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
@@ -109,14 +107,10 @@ def _curve(value: Callable[[Mapping[str, Any]], float], label: str, *, from_zero
         axes.set_ylabel(label)
         if from_zero:
             axes.set_ylim(bottom=0)
+        if has_spikes:
+            axes.set_yscale("symlog", linthresh=1e-3)  # spikes are decades above the rest; zero is possible
 
     return plot
-
-
-def _gradient_norm(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
-    axes.plot(numbers, [line["gradient_norm"] for line in steps], gid="values")
-    axes.set_ylabel("gradient norm before clipping")
-    axes.set_yscale("symlog", linthresh=1e-3)  # spikes are decades above the rest; zero is possible
 
 
 def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *, metric: str, label: str) -> None:
@@ -141,7 +135,7 @@ def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *,
 _PLOTS: dict[str, _Plot] = {
     "loss_per_task": _loss_per_task,
     "learning_rate": _curve(lambda line: line["lr"], "learning rate"),
-    "gradient_norm": _gradient_norm,
+    "gradient_norm": _curve(lambda line: line["gradient_norm"], "gradient norm before clipping", has_spikes=True),
     "memory": _curve(lambda line: line["time"]["peak_memory_bytes"] / 2**30, "peak memory so far, GiB", from_zero=True),
     "tokens_per_second": _curve(
         lambda line: line["num_tokens"] / line["time"]["step_seconds"],

@@ -78,10 +78,8 @@ class Gates:
         if not least <= self.target < self.full:
             name, unit = ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
             low, high = (f"{each / unit:,.10g}" for each in (least, self.full))
-            given = f"adapter.gates.{name}: got {getattr(self.settings, name):,.10g}"
-            raise UserError(
-                f"{given}, must be at least {low} (one component a layer) and less than {high} (all components)."
-            )
+            text = f"must be at least {low} (one component a layer) and less than {high} (all components)."
+            raise UserError(f"adapter.gates.{name}: got {getattr(self.settings, name):,.10g}, {text}")
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -88,9 +88,7 @@ def measure(
     pairs = whole.cosines[np.triu_indices(len(names), 1)]
     report = {
         "tasks": names,
-        "num_examples": {
-            name: [sum(len(micro.example_ids) for micro in half) for half in probe.halves[name]] for name in names
-        },
+        "num_examples": {n: [sum(len(m.example_ids) for m in half) for half in probe.halves[n]] for n in names},
         "num_label_tokens": dict(zip(names, share.sum(axis=1).astype(int).tolist(), strict=True)),
         **{name: _plain(values) for name, values in vars(whole).items()},
         "groups": {name: cosines for name, cosines in parts.items() if not name.isdigit()},
@@ -108,11 +106,10 @@ class Agreement:
     """How far the gradients of tasks agree.
 
     Attributes:
-        cosines: (tasks, tasks).
+        cosines, norms: (tasks, tasks) and (tasks,).
         noise: (tasks, tasks): standard error of each cosine from the choice of examples; nan on the diagonal.
         own_cosines: (tasks,): between the two halves of a task. Near 1 its examples agree; near 0 they are too few, and
             cosines to other tasks are drawn towards 0.
-        norms: (tasks,) norms of the tasks' gradients.
     """
 
     cosines: Array
@@ -129,9 +126,8 @@ def agreement(gram: Array, num_tokens: Array) -> Agreement:
     variance. To first order, task i contributes the error <e, g_j / |g_j| - cos g_i / |g_i|> / |g_i| to cos(g_i, g_j).
     Its size is averaged over all other tasks j, since one draw says little. The errors of both tasks add in squares.
 
-    Args:
-        gram: (2 tasks, 2 tasks), inner products of the halves: both of the first task, both of the second, and so on.
-        num_tokens: (tasks, 2), answer tokens of each half.
+    `gram` holds the inner products of the halves, (2 tasks, 2 tasks): both of the first task, both of the second, and
+    so on. `num_tokens`, (tasks, 2), are the answer tokens of each half.
     """
     num_tasks = len(num_tokens)
     weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)

@@ -28,7 +28,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether one of the processes has been asked; must be called by all, and all get the same answer."""
-        return self._processes.any(self.requested)
+        return any(self._processes.gather(self.requested))
 
 
 @contextmanager

@@ -117,9 +117,8 @@ def fit(
         Steps done; a checkpoint of that state has been written.
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
-        RunFailure: A step cannot be computed (one example alone does not fit into memory), or is bad and not skipped; a
-            checkpoint of the state before that step has been written. Or `hooks.updated` finds an update wrong; a
-            checkpoint of the state after it has been written.
+        RunFailure: A step cannot be computed (one example alone does not fit into memory), or is bad and not skipped,
+            after a checkpoint of the state before it; or `hooks.updated` finds an update wrong, after a checkpoint with it.
     """
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
     compute = partial(step_gradient, model, device=device, loss_chunk=loss_chunk, weights=task_weights)
@@ -212,7 +211,7 @@ def _after_step(
     """
 
     def due(every: int | None) -> bool:
-        return bool(every) and done % (every or 1) == 0
+        return every is not None and done % every == 0
 
     last = done == num_steps
     found = Evaluated({})
@@ -266,7 +265,7 @@ def _gradient_of_next_step(
     try:
         metrics, example_nll = compute(batch)
     except OutOfMemory as error:
-        shortage = error.shortage
+        shortage = error.args[0]
     except RuntimeError as error:
         reason = first_line(error)
         fault = f"cannot be computed: {reason} The update was not applied. Fix the cause, then resume with --resume."
@@ -293,12 +292,10 @@ def step_gradient(
     """Accumulate the gradient of this process's part of a step's loss into the parameters.
 
     Args:
-        model: In training mode.
         loss_chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
-        weights: Weights of each task's tokens in the loss; None: all count the same.
+        weights: Weight of each task's tokens in the loss; None: all count the same.
     Returns:
-        The step's numbers, with the NLL per task, always unweighted; and the NLL of each example, (examples,) of each
-        micro-batch.
+        The step's numbers, with the unweighted NLL per task; and the NLL of each micro-batch's examples, (examples,).
     Raises:
         OutOfMemory: A micro-batch did not fit.
     """
@@ -386,19 +383,17 @@ def batch_loss(
     5 rows of logits. The model's head is skipped for that; the head, and what the model does to its output, are applied
     here to the head's inputs. The result for a model's first batch is compared with the model's own logits. If they
     differ, the batch is run again, and from then on the model itself computes all logits at once, with a warning.
+    A batch without a labelled token gives a zero sum.
 
     Args:
         model: A transformers causal LM.
         input_ids, attention_mask: (rows, length) on the model's device; 1 on real tokens. With `packing` the model
             gets no mask: transformers then keeps attention inside each run of positions.
-        labels: (rows, length) int64, not shifted; -100 where a token does not count, such as the first of an example.
-            They stay on the CPU, so that the host does not wait for a GPU to look up positions.
+        labels: (rows, length) int64 on the CPU, where positions are looked up; not shifted; -100 where a token does
+            not count, such as the first of an example.
         chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
-        packing: Which example each token belongs to, in rows of several examples; None: a row is an example. The model
-            must have passed `packed_attention.packed_layout`.
+        packing: The example of each token, if the model has passed `packed_attention.packed_layout`; None: a row each.
         weights: (examples,) weight of each example's tokens in `nll_sum`; None: 1.
-    Returns:
-        A batch without a labelled token gives a zero sum.
     """
     wanted = torch.zeros_like(labels, dtype=torch.bool)
     wanted[:, :-1] = labels[:, 1:] != IGNORED

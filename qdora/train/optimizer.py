@@ -70,8 +70,6 @@ class AdapterOptimizer:
         lr_ratios: Last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv 2402.12354);
             1 for all others.
         betas: Decay of the averages; None: 0.9, 0.999 for AdamW and 0.9, 0.99 for Lion, as in their papers.
-        eps: Not used by Lion.
-        weight_decay: Of matrices.
     Raises:
         ValueError: A parameter has another dtype, or a ratio belongs to no parameter.
     """
@@ -341,7 +339,10 @@ def _shrunk_state(
     finally:
         inner.is_paged = True  # type: ignore[attr-defined]
     for name, page in pages.items():
-        state[name] = _page_as(page, state[name])
+        like = state[name]
+        found: Any = torch.empty(0, dtype=like.dtype).set_(page.untyped_storage(), 0, like.shape, like.stride())
+        found.is_paged, found.page_deviceid = True, page.page_deviceid
+        state[name] = found
     return state
 
 
@@ -352,8 +353,13 @@ def widened_state(state: Mapping[str, Any], device: torch.device) -> dict[str, A
         if name == "step":
             wide[name] = value
         elif name in MOMENTS:
-            is_wide = value.dtype == torch.float32
-            wide[name] = value.to(device, copy=True) if is_wide else _dequantized(state, name).to(device)
+            if value.dtype == torch.float32:
+                wide[name] = value.to(device, copy=True)
+                continue
+            number = name.removeprefix("state")
+            absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
+            found = F.dequantize_blockwise(value.to(absmax.device), absmax=absmax, code=code, blocksize=_BLOCK)
+            wide[name] = found.view_as(value).to(device)
     return wide
 
 
@@ -370,22 +376,3 @@ def _fill_state_(state: dict[str, Any], wide: Mapping[str, Any]) -> None:
             state[f"absmax{number}"].copy_(quantized.absmax)
         else:
             place.copy_(value)
-
-
-def _dequantized(state: Mapping[str, Any], name: str) -> Tensor:
-    number = name.removeprefix("state")
-    absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
-    codes = state[name].to(absmax.device)
-    found: Tensor = F.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=_BLOCK)
-    return found.view_as(codes)
-
-
-def _page_as(page: Any, like: Tensor) -> Tensor:
-    """A paged tensor of the shape and dtype of `like`, at the start of the memory of `page`.
-
-    bitsandbytes never frees a page, so a state that shrinks stays in its page. `like` is contiguous.
-    """
-    found: Any = torch.empty(0, dtype=like.dtype).set_(page.untyped_storage(), 0, like.shape, like.stride())
-    found.is_paged, found.page_deviceid = True, page.page_deviceid
-    tensor: Tensor = found
-    return tensor

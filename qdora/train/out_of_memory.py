@@ -40,11 +40,7 @@ class Shortage(NamedTuple):
 
 
 class OutOfMemory(Exception):
-    """Carries a Shortage. It keeps the frames that it passed, and their tensors, alive."""
-
-    def __init__(self, shortage: Shortage) -> None:
-        super().__init__(shortage.reason)
-        self.shortage = shortage
+    """Its argument is a Shortage. It keeps the frames that it passed, and their tensors, alive."""
 
 
 @contextmanager

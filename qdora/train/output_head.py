@@ -132,8 +132,7 @@ def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targ
 
 
 def _proposals(config: Any) -> list[LogitForm]:
-    """All forms with a scale of the config, its inverse or 1, and a softcap or none; the config's own first, to win
-    if a head of zeros makes all equal."""
+    """Forms with a scale of the config, its inverse or 1, and a softcap or none; its own first, to win ties."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def numbers(names: tuple[str, ...]) -> list[float]:

@@ -37,10 +37,7 @@ def duration(seconds: float) -> str:
 class TrainingProgress:
     """Shows steps: a bar on a terminal, otherwise one plain line every 10 seconds and at the end.
 
-    Args:
-        num_steps: Length of the run.
-        start: Steps already done (after a resume).
-        console: Output; standard error by default, since standard output is for results.
+    After a resume, `start` steps are done already. The console is standard error by default: results go to stdout.
     """
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:

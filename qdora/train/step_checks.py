@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qdora.data.loader import Step
@@ -123,9 +122,7 @@ class MissingGradientCheck:
                 self._arrived[name] = self._arrived.get(name, some) | some
         if self._updates < _NUM_UPDATES:
             return None
-        flags = torch.stack(list(self._arrived.values())).tolist() if self._arrived else []
-        arrived = {name for name, flag in zip(self._arrived, flags, strict=True) if flag}
-        missing = [name for name in self._parameters if name not in arrived]
+        missing = [name for name in self._parameters if name not in self._arrived or not bool(self._arrived[name])]
         if not missing:
             return None
         return (
