@@ -117,8 +117,8 @@ def fit(
         Steps done; a checkpoint of that state has been written.
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
-        RunFailure: A step cannot be computed (one example alone does not fit into memory), or is bad and not skipped,
-            after a checkpoint of the state before it; or `hooks.updated` finds an update wrong, after a checkpoint with it.
+        RunFailure: A step cannot be computed (one example alone does not fit into memory), or is bad and not skipped; a
+            checkpoint of the state before it has been written. Or `hooks.updated` rejects an update; one with it has.
     """
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
     compute = partial(step_gradient, model, device=device, loss_chunk=loss_chunk, weights=task_weights)
