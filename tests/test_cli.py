@@ -182,7 +182,7 @@ def test_a_failure_while_training_is_in_the_log(root: Path, tmp_path: Path, monk
     def fail(*_: Any, **__: Any) -> None:
         raise Unforeseen("in the loop")
 
-    monkeypatch.setattr("qdora.run.training.fit", fail)
+    monkeypatch.setattr("qdora.run.train.fit", fail)
     found = invoke("train", root / "recipe.yaml", "--run-dir", tmp_path / "run")
     assert found.exit_code == 1
     log = (tmp_path / "run/log.txt").read_text()
