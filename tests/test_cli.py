@@ -50,7 +50,7 @@ RESULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "generate": (("{root}/run", "--prompt", "1 + 1 =", "--raw", "--max-new-tokens", "2"), ""),
     "plan": (("{root}/recipe.yaml", "--device", "cpu"), "letters"),
     "rank": (("{root}/run", "--method", "svd", "--budget", "50%"), "layer"),
-    "study": (("{root}/grid.yaml", "--dir", "{tmp}/study", "--dry-run"), "cells, 2 of them trained"),
+    "study": (("{root}/grid.yaml", "--dir", "{tmp}/study", "--dry-run"), "4 cells, 2 with training"),
     "validate": (("{root}/recipe.yaml",), "rank: 4"),
     "recipes": ((), "quickstart"),
     "doctor": ((), "torch"),
