@@ -73,11 +73,7 @@ class Checkpoint:
 
 
 class RunDirectory:
-    """One run's files; made by `create_run`, `resume_run` or `open_run`.
-
-    Args:
-        path: The directory; everything is written below it.
-    """
+    """One run's files, all below `path`; made by `create_run`, `resume_run` or `open_run`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,8 +104,7 @@ class RunDirectory:
     def inside(self, *parts: str) -> Path:
         """A path below the run directory.
 
-        Raises:
-            ValueError: The path leaves it: by .., by a symbolic link, or because it is absolute.
+        Raises ValueError if the path leaves it: by .., by a symbolic link, or because it is absolute.
         """
         path = self.path.joinpath(*parts)
         root = self.path.resolve()
@@ -120,8 +115,7 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> Path:
         """Write strict JSON, such as eval/final.json; NaN becomes null. Returns the path.
 
-        Raises:
-            RunFailure: The disk is full or cannot be written; an older file of that name is unchanged.
+        Raises RunFailure if the disk is full or cannot be written; an older file of that name is unchanged.
         """
         path = self.inside(name)
         with self._disk_failures(name):
@@ -130,11 +124,11 @@ class RunDirectory:
         return path
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; it has left this process when the call returns.
+        """Add one line to metrics.jsonl; it has left this process when the call returns. NaN becomes null.
 
-        Args:
-            values: With an int "step", the number of optimizer steps done. A resume from checkpoint N drops all lines
-                of later steps, so everything of step N is written before its checkpoint. NaN becomes null.
+        The values have an int "step", the number of optimizer steps done. A resume from checkpoint N drops all lines of
+        later steps, so everything of step N is written before its checkpoint.
+
         Raises:
             ValueError: There is no step.
             RunFailure: The disk is full or cannot be written; no part of the line stays.
@@ -151,11 +145,8 @@ class RunDirectory:
     def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> int:
         """Drop the lines of steps after `after_step` and lines that a kill has cut off; the rest stays byte for byte.
 
-        Args:
-            after_step: The last step to keep.
-            evaluates_again: Also drop the evaluation of `after_step`, which the run repeats.
-        Returns:
-            Number of dropped lines.
+        `evaluates_again` also drops the evaluation of `after_step`, which the run repeats. Returns the number of
+        dropped lines.
         """
         if not self.metrics_file.exists():
             return 0
@@ -173,11 +164,7 @@ class RunDirectory:
         return len([line for line in content.split(b"\n") if line]) - len(kept)
 
     def log(self, text: str) -> None:
-        """Add a line to log.txt: UTC time and `text` with access tokens masked.
-
-        Raises:
-            RunFailure: The disk is full or cannot be written.
-        """
+        """Add a line to log.txt: UTC time and `text` with access tokens masked. Raises RunFailure as `write_json`."""
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(masked(text).splitlines())}\n"
         with self._disk_failures(self.log_file.name):
             _append(self.log_file, line.encode("utf-8", "backslashreplace"))
@@ -186,10 +173,8 @@ class RunDirectory:
     def checkpoint_directory(self, step: int) -> Iterator[Path]:
         """An empty directory for the state after `step` steps; it becomes a whole checkpoint when the block ends.
 
-        It is not visible before, and it is removed if the block raises. An older checkpoint of this step is replaced.
-
-        Raises:
-            RunFailure: The disk is full or cannot be written; the message names the newest whole checkpoint.
+        It is not visible before, and is removed if the block raises. It replaces an older checkpoint of this step.
+        Raises RunFailure if it cannot be written; the message names the newest whole checkpoint.
         """
         with (
             self._disk_failures(f"the checkpoint of step {step}"),
@@ -202,8 +187,7 @@ class RunDirectory:
     def result_directory(self, *parts: str) -> Iterator[Path]:
         """An empty directory that gets its name below the run when the block ends; an older one stays until then.
 
-        Raises:
-            RunFailure: The disk is full or cannot be written; the message names the newest whole checkpoint.
+        Raises RunFailure as `checkpoint_directory`.
         """
         with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
             yield path
@@ -211,8 +195,7 @@ class RunDirectory:
     def newest_checkpoint(self) -> Checkpoint | None:
         """The whole checkpoint of the largest step, checked byte for byte; None if there is no checkpoint.
 
-        Raises:
-            RunFailure: All checkpoints are damaged; a new start from step 0 would hide that.
+        Raises RunFailure if all checkpoints are damaged; a new start from step 0 would hide that.
         """
         damaged: list[str] = []
         for checkpoint in self._by_step():
@@ -229,13 +212,8 @@ class RunDirectory:
     def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
         """Keep the newest `keep` whole checkpoints and those that they need; remove the others and damaged ones.
 
-        Args:
-            keep: At least 1.
-            needs: Returns the step of another checkpoint to which a run resumed from this one may return, or None.
-        Returns:
-            Number of checkpoints removed.
-        Raises:
-            ValueError: keep < 1.
+        `needs` returns the step of another checkpoint to which a run resumed from this one may return, or None.
+        Returns the number of removed checkpoints. Raises ValueError if keep < 1.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
@@ -314,10 +292,8 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
     """Resume a run: remove leftovers, and record what differs in the environment since the last start.
 
-    The caller then calls `newest_checkpoint`, and `truncate_metrics` with its step.
-
-    Raises:
-        UserError: There is no run, or the recipe differs in a setting that changes the training.
+    The caller then calls `newest_checkpoint`, and `truncate_metrics` with its step. Raises UserError if there is no
+    run, or the recipe differs in a setting that changes the training.
     """
     run = open_run(path)
     try:
@@ -393,11 +369,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_complete(path: Path, step: int) -> None:
-    """Write complete.json, which lists the files below `path`; it is the last file of a checkpoint.
+    """Write complete.json, the last file of a checkpoint, which lists the files below `path`.
 
-    Raises:
-        ValueError: A file is not a regular file.
-        OSError: From reading or writing.
+    Raises ValueError for a file that is not regular, OSError from reading or writing.
     """
     files = sorted(file for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
     for file in files:
@@ -408,11 +382,9 @@ def write_complete(path: Path, step: int) -> None:
 
 
 def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
-    """Why a checkpoint directory is not whole, or None if it is whole.
+    """Why a step-N directory is not a whole checkpoint, or None if it is whole.
 
-    Args:
-        path: A step-N directory.
-        sums: Also compare the CRC-32 of every file, which reads the whole file; otherwise only sizes.
+    `sums` also compares the CRC-32 of every file, which reads the whole file; otherwise only sizes are compared.
     """
     try:
         listed = json.loads((path / COMPLETE).read_bytes())["files"]

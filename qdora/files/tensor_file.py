@@ -59,8 +59,7 @@ class TensorSpec:
 def _header(specs: Sequence[TensorSpec]) -> bytes:
     """Length and JSON of the header, padded with blanks so that the values start at a multiple of 8 bytes.
 
-    Raises:
-        ValueError: A name occurs twice, the format lacks a dtype, or a tensor would start unaligned.
+    Raises ValueError if a name occurs twice, the format lacks a dtype, or a tensor would start unaligned.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     offset = 0
@@ -92,15 +91,13 @@ def write_safetensors(
     *,
     order: Sequence[TensorSpec] | None = None,
 ) -> int:
-    """Write a file whose tensors are made one by one; on return it is flushed to the disk.
+    """Write a new file whose tensors are made one by one, and flush it to the disk. Returns the bytes written.
 
     Args:
-        path: File to create; must not exist.
+        path: Must not exist.
         specs: The tensors in file order.
         tensors: The tensors, each whole or as its flat parts in order; each is dropped before the next is made.
         order: Order in which the tensors come (default `specs`); the file does not depend on it.
-    Returns:
-        Bytes written.
     Raises:
         ValueError: A tensor does not match its spec, or there are too few or too many.
         OSError: The disk is full.
@@ -159,12 +156,9 @@ def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> N
 
 
 def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Distribute tensors over files, in order; a tensor larger than the limit gets a file of its own.
+    """File name -> its tensors, in order: a single `model.safetensors`, or `model-00001-of-0000N.safetensors`, ...
 
-    Within a file wider dtypes come first, which keeps every tensor aligned.
-
-    Returns:
-        File name -> its tensors: a single `model.safetensors`, or `model-00001-of-0000N.safetensors`, ...
+    A tensor larger than the limit gets a file of its own. In a file wider dtypes come first, which aligns every tensor.
     """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
@@ -196,9 +190,8 @@ class MappedFile:
     """A safetensors file mapped into memory: its tensors are views of the file, whose pages are read when touched.
 
     Pages that were read count as memory of the process until `drop`; a dropped tensor stays valid and is read again.
+    The file must not be written to while it is mapped.
 
-    Args:
-        path: The file; it must not be written to while it is mapped.
     Raises:
         ValueError: The file is not a whole safetensors file, or has a dtype that this package does not write.
         OSError: The file cannot be read.

@@ -76,8 +76,7 @@ def save_adapter(
     The bytes depend only on the arguments and the version of qdora.
 
     Args:
-        model: Carries adapted layers.
-        directory: Where to.
+        model, directory: Carries adapted layers; where to write.
         base_name_or_path: Hub id or path of the base for PEFT's users; None if only this machine has it.
         revision: Commit of the base on the Hub, or None.
         base_quant: How the base was quantised ({"quant": "nf4", "block_size": 64, ...}).
@@ -116,8 +115,7 @@ def save_adapter(
 def describe_adapter(directory: Path) -> AdapterDescription:
     """Read and check the two JSON files of an adapter.
 
-    Raises:
-        UserError: All missing or malformed files and all settings that are not supported.
+    Raises UserError with all missing or malformed files and all settings that are not supported.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory. Fix: name a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
@@ -172,8 +170,7 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     The model changes only if the whole adapter fits. No file but the three named ones is opened.
 
     Args:
-        model: The base, quantised or not, without adapters.
-        directory: Holds adapter_config.json and adapter_model.safetensors.
+        model, directory: The base, quantised or not, without adapters; what `save_adapter` wrote.
         dtype: Storage of lora_A and lora_B; None keeps the file's (the wider of the two). Magnitudes are float32.
     Returns:
         Path -> layer, in model order.
@@ -219,10 +216,9 @@ class StoredLayer:
 
 
 def read_adapter(model: nn.Module, directory: Path) -> tuple[AdapterLayout, dict[str, StoredLayer]]:
-    """Read the adapter of `directory` for `model`, whose names and shapes are used (it may be on "meta").
+    """The settings, and path -> tensors in model order, of the adapter of `directory`. Raises as `load_adapter`.
 
-    Returns:
-        Settings, and path -> tensors in model order. Raises UserError as `load_adapter`.
+    Only names and shapes of `model` are used; it may be on "meta".
     """
     described = describe_adapter(directory)
     layout = described.layout

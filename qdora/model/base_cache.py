@@ -101,8 +101,7 @@ class BaseCache:
     def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
         """Model name -> weight.
 
-        Raises:
-            UserError: The source does not fit, the disk is full, or the directory holds the base of another model.
+        Raises UserError if the source does not fit, the disk is full, or the directory holds the base of another model.
         """
         key = cache_key(source, model, self.wanted)
         directory = self.root / key[:20]
@@ -195,14 +194,9 @@ def write_base(
 ) -> None:
     """Quantise a checkpoint into a directory, which appears whole or not at all.
 
-    Memory holds one tensor of the checkpoint and the packed weights of one file (256 MiB).
-
-    Args:
-        directory: Where to.
-        stored, layers, wanted, device, progress: As in `Loading`.
-        made_from: `key` and `source` for the record.
-    Raises:
-        UserError: The disk has too little room, or cannot be written to.
+    Memory holds one tensor of the checkpoint and the packed weights of one file (256 MiB). `made_from` is the `key`
+    and `source` for the record; the other arguments are as in `Loading`. Raises UserError if the disk has too little
+    room or cannot be written to.
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -256,8 +250,7 @@ def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wa
 def _locked(root: Path, name: str) -> Iterator[OSError | None]:
     """Let one process at a time in: one of several that start together writes, and the others read what it wrote.
 
-    Yields:
-        Why nothing can be written here, or None. A base that exists can be read all the same, by many processes.
+    Yields why nothing can be written here, or None. A base that exists can be read all the same, by many processes.
     """
     path = root / f".{name}.lock"
     descriptor: int | None = None

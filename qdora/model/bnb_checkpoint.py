@@ -1,7 +1,4 @@
-"""Checkpoints that bitsandbytes quantised; their packed bytes are used as they are.
-
-`qdora.ops.bnb_state` defines the keys of a weight's scales.
-"""
+"""Checkpoints that bitsandbytes quantised; their packed bytes are used as they are (keys: `qdora.ops.bnb_state`)."""
 
 from __future__ import annotations
 
@@ -29,8 +26,7 @@ _SCALES_8BIT = "SCB"
 def stored_kind(settings: object) -> str | None:
     """nf4, fp4 or int8 from config.quantization_config; None for full precision.
 
-    Raises:
-        UserError: The checkpoint was quantised by another library than bitsandbytes.
+    Raises UserError if another library than bitsandbytes quantised the checkpoint.
     """
     if settings is None:
         return None
@@ -46,13 +42,9 @@ def stored_kind(settings: object) -> str | None:
 
 
 def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` with which transformers builds 4-bit bitsandbytes layers.
+    """The `quantization_config` with which transformers builds 4-bit bitsandbytes layers ("nf4" or "fp4").
 
-    Args:
-        kind: "nf4" or "fp4".
-        double_quant: Whether the block scales are double quantised.
-        dtype: The dtype in which bitsandbytes computes.
-        dense: Paths of the linear layers that are not quantised.
+    bitsandbytes computes in `dtype`; `dense` holds the paths of the linear layers that are not quantised.
     """
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -68,8 +60,7 @@ def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, de
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Join the parts of every quantised weight into one entry; dense tensors pass through.
 
-    Raises:
-        UserError: Parts without a weight, or a quantisation other than nf4, fp4, int8.
+    Raises UserError for parts without a weight, or a quantisation other than nf4, fp4, int8.
     """
     parts: dict[str, dict[str, StoredTensor]] = {}
     dense: dict[str, StoredTensor] = {}

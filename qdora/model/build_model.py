@@ -124,10 +124,7 @@ def write_adapter(
 ) -> None:
     """Write the adapter of a run in PEFT's format, with its base. Raises as `save_adapter`.
 
-    Args:
-        model, directory, extra: As in `save_adapter`.
-        recipe: Names the base.
-        shipped: The adapter leaves this machine; a base that only this machine has is not named.
+    If `shipped`, the adapter leaves this machine; a base that only this machine has is not named.
     """
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}

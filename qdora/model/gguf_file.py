@@ -2,7 +2,6 @@
 
 The header is read here, since the reader of the package `gguf` turns every word of the vocabulary into arrays, which
 takes seconds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
-
 Names come from the tables of the package `gguf`. Layouts come from transformers' own readers (llama.cpp interleaves the
 rows of q and k, and adds 1 to Gemma's norms).
 """
@@ -58,8 +57,7 @@ class GgufHeader:
 def read_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file.
 
-    Raises:
-        UserError: The file is not GGUF, has an unknown version, or is cut short within the header.
+    Raises UserError if the file is not GGUF, has an unknown version, or is cut short within the header.
     """
     try:
         with path.open("rb") as stream:
@@ -159,8 +157,7 @@ def require_gguf() -> None:
 def check_gguf(path: Path) -> None:
     """Check that all tensors are in the file; broken downloads are common and look like a wrong shape.
 
-    Raises:
-        UserError: The package gguf is missing, or the file is not GGUF or cut short.
+    Raises UserError if the package gguf is missing, or the file is not GGUF or cut short.
     """
     require_gguf()
     size = path.stat().st_size
@@ -189,13 +186,9 @@ def settle_head(path: Path, config: PreTrainedConfig) -> None:
 
 
 def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Model name -> tensor of the file; only the header is read.
+    """Model name -> tensor of the file; only the header is read. `model` is the skeleton of the file's config.
 
-    Args:
-        path: The .gguf file.
-        model: The skeleton of the file's config.
-    Raises:
-        UserError: The architecture or a tensor has no counterpart in transformers.
+    Raises UserError if the architecture or a tensor has no counterpart in transformers.
     """
     header = read_header(path)
     if (header.architecture, int(model.config.num_hidden_layers)) in _SCALE_NOT_STORED:
@@ -241,11 +234,7 @@ def knows_layout(header: GgufHeader) -> bool:
 
 
 def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
-    """Name in the file -> name in the model.
-
-    Raises:
-        UserError: The package gguf does not know the architecture.
-    """
+    """Name in the file -> name in the model. Raises UserError if the package gguf does not know the architecture."""
     import gguf
 
     architecture = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None)

@@ -62,17 +62,14 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Loading:
-    """A model that is being filled.
+    """A model that is being filled. `progress` is called after each tensor.
 
     Attributes:
-        model: The skeleton.
-        stored: Model name -> tensor to read.
+        model, stored: The skeleton; model name -> tensor to read.
         layers: Paths of all linear layers that are not skipped, even if `wanted.kind` is "none"; empty for a quantised
             checkpoint.
-        wanted: How to hold these layers.
-        device: Where the weights go.
+        wanted, device: How to hold these layers; where the weights go.
         compute_dtype: Of all other floating-point tensors.
-        progress: Called after each tensor with (tensors done, all tensors).
     """
 
     model: PreTrainedModel
@@ -113,13 +110,11 @@ def load_model(
 
     Args:
         source: From `resolve`.
-        quant: One of `QUANT_KINDS`; "none" loads a dense model. A quantised checkpoint is taken as it is and must be of
-            this kind.
+        quant: One of `QUANT_KINDS`; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
         block_size, double_quant: See `qdora.ops.packed.quantize`; not used by int8 and none.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
         device: Where the weights go and are quantised.
-        compute_dtype: Of everything that is not quantised.
         attention: "auto" takes flash_attention_2 on CUDA if it is installed, else transformers' choice.
         progress: Called after each tensor.
         reader: Finds the weights (default `stored_tensors`; see model/base_cache.py).
@@ -183,8 +178,7 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device; buffers are real, since checkpoints do not hold all of them.
 
-    Raises:
-        UserError: The model is not a causal LM, or does not have this attention.
+    Raises UserError if the model is not a causal LM, or does not have this attention.
     """
     choice = None if attention == "auto" else attention
     if attention == "auto" and device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
@@ -239,8 +233,7 @@ def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]
 def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     """Paths of all linear layers that are not skipped.
 
-    Raises:
-        UserError: A skip pattern matches nothing, a tied head is not skipped, or the layers are transposed (GPT-2).
+    Raises UserError if a skip pattern matches nothing, a tied head is not skipped, or layers are transposed (GPT-2).
     """
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)

@@ -53,9 +53,6 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
 
     In a masked layer only weights that were not pruned count. One weight of the source is read at a time.
 
-    Args:
-        model: Carries fresh adapters.
-        source: Where the base was read from.
     Returns:
         Path -> ||W - W_q - s B A|| / ||W - W_q||, 1 if there is no error.
     Raises:

@@ -57,8 +57,7 @@ class Part(NamedTuple):
 class PackedBase:
     """The weights in some files of a directory, by model name; each is read, or mapped, when it is asked for.
 
-    Raises:
-        UserError: A file is damaged, or a tensor is in two files.
+    Raises UserError if a file is damaged, or a tensor is in two files.
     """
 
     def __init__(self, directory: Path, files: Iterable[str], forms: Mapping[str, WeightForm]) -> None:
@@ -83,8 +82,7 @@ class PackedBase:
     def read(self, name: str, *, mapped: bool = False) -> Weight:
         """A weight; `mapped` as views of the files, which must not be written to, instead of copies.
 
-        Raises:
-            UserError: Tensors are missing, or do not fit the weight's form.
+        Raises UserError if tensors are missing, or do not fit the weight's form.
         """
         form, tensors = self.forms[name], {}
         try:
@@ -177,13 +175,8 @@ def save_pruned_base(
 ) -> dict[str, Any]:
     """Write the pruned layers of a base; the directory appears whole or not at all and replaces an older one.
 
-    Args:
-        model: Freshly loaded, without adapters.
-        layers: `Pruner.layers`.
-        directory: Where to.
-        settings: JSON values of the recipe.
-    Returns:
-        The content of compressed.json.
+    `model` is freshly loaded, without adapters; `layers` is `Pruner.layers`; `settings` are JSON values of the recipe.
+    Returns the content of compressed.json.
     """
     num_weights = sum(layer.num_weights for layer in layers.values())
     num_pruned = sum(layer.num_pruned for layer in layers.values())
@@ -231,8 +224,7 @@ class _PrunedRecord(BaseModel):
 class PrunedBase:
     """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`.
 
-    Raises:
-        UserError: There is no pruned base, or it is damaged.
+    Raises UserError if there is no pruned base, or it is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -248,8 +240,7 @@ class PrunedBase:
     def __call__(self, load: Loading) -> None:
         """Put the pruned layers in as they are stored, and the other tensors as `place_all` does.
 
-        Raises:
-            UserError: Layers that the model does not have, or tensors that do not fit.
+        Raises UserError for layers that the model does not have, or tensors that do not fit.
         """
         base = self.base
         missing = sorted(self.layers.keys() - load.layers)

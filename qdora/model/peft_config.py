@@ -172,13 +172,9 @@ def _first_match(patterns: Collection[str], path: str) -> str:
 
 
 def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout:
-    """Read the settings that matter.
+    """Read the settings that matter from the JSON object of the file `where`.
 
-    Args:
-        config: The parsed JSON object.
-        where: Name of the file, for messages.
-    Raises:
-        UserError: One line for each setting that is malformed, unknown and set, or not supported.
+    Raises UserError with one line for each setting that is malformed, unknown and set, or not supported.
     """
     faults = [*_value_faults(config), *_method_faults(config)]
     if faults:

@@ -72,11 +72,8 @@ class PrunedLayer:
 class Pruner:
     """A `Placer` that prunes the linear layers of the blocks.
 
-    Args:
-        settings: How to prune.
-        calibration: Token ids (sequences, length) for methods that measure inputs; None for magnitude.
-    Attributes:
-        layers: Path -> counts and error of each pruned layer, after the load.
+    `calibration` holds token ids (sequences, length) for methods that measure inputs, None for magnitude. After the
+    load `layers` holds path -> counts and error of each pruned layer.
     """
 
     def __init__(self, settings: PruneConfig, calibration: Tensor | None = None) -> None:
@@ -90,9 +87,8 @@ class Pruner:
     def __call__(self, load: Loading) -> None:
         """Read every stored tensor and put it into the model.
 
-        Raises:
-            UserError: The checkpoint is quantised, or the model's blocks are not found.
-            ValueError: A weight's shape does not fit the pattern.
+        Raises UserError if the checkpoint is quantised or the model's blocks are not found, ValueError if a weight's
+        shape does not fit the pattern.
         """
         packed = [name for name, item in load.stored.items() if isinstance(item, StoredPacked)]
         if packed:
@@ -125,11 +121,7 @@ class Pruner:
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the model's blocks, whether they can be checkpointed (`load.block_list`) or not.
-
-    Raises:
-        UserError: There is no such list.
-    """
+    """Path and list of the model's blocks, whether they can be checkpointed (`load.block_list`) or not."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -281,15 +273,9 @@ def _joined(outputs: list[Any]) -> Any:
 
 
 def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
-    """Counts and error of each linear layer that is quantised without pruning; one weight is in memory at a time.
+    """Path -> `layer_record` of each linear layer that is quantised without pruning; one weight is in memory at a time.
 
-    Args:
-        source: From `resolve`.
-        wanted: How the layers are held.
-    Returns:
-        Path -> `layer_record`; empty for kind "none" and for a quantised checkpoint.
-    Raises:
-        UserError: As `load_model`.
+    Empty for kind "none" and for a quantised checkpoint. Raises UserError as `load_model`.
     """
     config = load_config(source)
     if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:

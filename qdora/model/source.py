@@ -89,8 +89,7 @@ def resolve(
         trust_remote_code: Run the model's own Python code; only for a Hub id at a full commit.
         weights: False if only config and tokenizer are wanted.
     Raises:
-        UserError: The model is not found, or is not downloaded and the Hub cannot be reached, or has only pickled
-            weights or a broken index.
+        UserError: The model is not found, the Hub cannot be reached, or the weights are pickled or have a broken index.
     """
     path = Path(source).expanduser()
     if source == BUILTIN or path.exists():
@@ -120,10 +119,8 @@ def public_name(source: str) -> str | None:
 def builtin_file() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the installed package, checked by its SHA-256.
 
-    The package is not imported, since that needs a program that compiles for a quarter of an hour.
-
-    Raises:
-        UserError: The package is not installed, or the file is another one; with the command to run.
+    The package is not imported, since that needs a program that compiles for a quarter of an hour. Raises UserError,
+    with the command to run, if the package is not installed or the file is another one.
     """
     how = f'Fix: {BUILTIN_INSTALL}   and: pip install "qdora[gguf]"'
     try:
@@ -243,11 +240,9 @@ def first_line(error: BaseException) -> str:
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a source and make sure that it has a pad token.
 
-    It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the end
-    token. The vocabulary is never extended, since the model has no embedding for a new token.
-
-    Raises:
-        UserError: There are no tokenizer files, they cannot be used, or there is no token to pad with.
+    It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the
+    end token. The vocabulary is never extended, since the model has no embedding for a new token. Raises UserError if
+    there are no usable tokenizer files or no token to pad with.
     """
     if not source.is_gguf and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(

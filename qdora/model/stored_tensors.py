@@ -59,13 +59,10 @@ Stored = StoredTensor | StoredPacked
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The safetensors files of the model in `directory`.
+    """The safetensors files of the model in `directory`. model.safetensors wins over an index, as in transformers.
 
-    model.safetensors wins over an index, as in transformers. An index may only name plain files in the directory, since
-    it comes with the download and must not point elsewhere.
-
-    Raises:
-        UserError: There are no weights, or the index has faults (all of them).
+    An index may only name plain files in the directory, since it comes with the download and must not point elsewhere.
+    Raises UserError if there are no weights, or with all faults of the index.
     """
     single = directory / "model.safetensors"
     if single.is_file():
@@ -105,11 +102,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """Checkpoint key -> tensor; only the headers of the shards are read.
-
-    Raises:
-        UserError: Shards cannot be read, or two hold the same key.
-    """
+    """Checkpoint key -> tensor; only headers are read. Raises UserError for unreadable shards and a key in two shards."""
     stored: dict[str, StoredTensor] = {}
     faults = []
     for file in shard_files(directory):
@@ -152,8 +145,7 @@ def iterate_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor 
 def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
     """Model name -> tensor, by transformers' renames for this model.
 
-    Raises:
-        UserError: A tensor needs more than another name (experts to be stacked, projections to be split).
+    Raises UserError if a tensor needs more than another name (experts to be stacked, projections to be split).
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -178,16 +170,11 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
 
 
 def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
-    """The stored tensors that the model needs, in the model's order.
+    """The stored tensors that the model needs, in the model's order; `stored` has model names.
 
     If a tied weight is stored twice, equal copies count as one. If they differ the model is untied, as in transformers,
-    and `model.config.tie_word_embeddings` becomes False.
-
-    Args:
-        stored: Model name -> tensor.
-        model: The skeleton, its parameters on the meta device.
-    Raises:
-        UserError: All tensors that are missing or unexpected or have a wrong shape.
+    and `model.config.tie_word_embeddings` becomes False. Raises UserError with all tensors that are missing or
+    unexpected or have a wrong shape.
     """
     expected: dict[str, Tensor] = model.state_dict()
     redundant = _settle_tied_weights(stored, model)
