@@ -158,9 +158,9 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        wrong = [key for key in value if not isinstance(key, str)]
-        if wrong:
-            raise TypeError(f"JSON keys must be strings, got {wrong[0]!r}")
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"JSON keys must be strings, got {key!r}")
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(item) for item in value]

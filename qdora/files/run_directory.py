@@ -45,23 +45,9 @@ _STEP = re.compile(r"step-(\d+)")
 
 # What a resumed run may change. Most of these settings do not change the training's numbers. Learning rate, clipping
 # and the treatment of bad steps do: changing them gets a run past a bad step.
-MAY_CHANGE = (
-    "base.cache",
-    "base.residency",
-    "base.streamed_blocks",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.micro_batch_tokens",
-    "train.lr",
-    "train.clip",
-    "train.on_bad_step",
-    "train.max_skips",
-    "train.spike",
-    "eval",
-    "memory",
-    "trackers",
-)
+MAY_CHANGE: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "eval", "memory", "trackers")
+MAY_CHANGE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch_tokens")
+MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
 
 
 @dataclass(frozen=True)
@@ -176,10 +162,8 @@ class RunDirectory:
         It is not visible before, and is removed if the block raises. It replaces an older checkpoint of this step.
         Raises RunFailure if it cannot be written; the message names the newest whole checkpoint.
         """
-        with (
-            self._disk_failures(f"the checkpoint of step {step}"),
-            atomic_directory(self.checkpoint_path(step)) as path,
-        ):
+        what = f"the checkpoint of step {step}"
+        with self._disk_failures(what), atomic_directory(self.checkpoint_path(step)) as path:
             yield path
             write_complete(path, step)
 
@@ -223,16 +207,13 @@ class RunDirectory:
         kept = [checkpoint for index, checkpoint in enumerate(whole) if index < keep or checkpoint.step in needed]
         # If none is whole, the damaged ones stay for inspection.
         removed = [checkpoint for checkpoint in found if checkpoint not in kept] if whole else []
-        for checkpoint in removed:
-            self._remove(checkpoint)
+        for path in (checkpoint.path for checkpoint in removed):
+            # Renamed to a leftover's name first, so that an interrupted removal leaves no half checkpoint.
+            aside = path.with_name(f".{path.name}{PARTIAL}")
+            remove_directory(aside)
+            os.rename(path, aside)
+            remove_directory(aside)
         return len(removed)
-
-    def _remove(self, checkpoint: Checkpoint) -> None:
-        """Rename to a leftover's name first, so that an interrupted removal leaves no half checkpoint."""
-        aside = checkpoint.path.with_name(f".{checkpoint.path.name}{PARTIAL}")
-        remove_directory(aside)
-        os.rename(checkpoint.path, aside)
-        remove_directory(aside)
 
     def _by_step(self) -> list[Checkpoint]:
         """All checkpoints, whole or not, newest first."""
@@ -280,10 +261,9 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         remove_leftovers(path)
         atomic_write_json(path / "environment.json", environment)
         atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{path}: is a file, or below one. Fix: choose another --run-dir.") from None
-    except PermissionError:
-        raise UserError(f"{path}: cannot be written. Fix: choose another --run-dir.") from None
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        what = "cannot be written" if isinstance(error, PermissionError) else "is a file, or below one"
+        raise UserError(f"{path}: {what}. Fix: choose another --run-dir.") from None
     except OSError as error:
         raise RunFailure(f"{path}: the run directory could not be written: {error.strerror}.") from error
     return run
@@ -302,7 +282,8 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         record: dict[str, Any] = json.loads((path / "environment.json").read_bytes())
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
-    changed = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key) and not _may_change(key)]
+    keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
+    changed = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)]
     if changed:
         why = "as at the start of the run"
         raise UserError(*(f"{path}: {key}: must be {old.get(key)!r}, {why} (got {new.get(key)!r})." for key in changed))
@@ -353,10 +334,6 @@ def _append(path: Path, content: bytes) -> None:
         with suppress(OSError):
             os.truncate(path, size)
         raise
-
-
-def _may_change(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -416,9 +393,7 @@ def _size_and_sum(file: Path) -> dict[str, Any]:
 @contextmanager
 def log_to(run: RunDirectory) -> Iterator[None]:
     """Copy what qdora logs into the run's log.txt."""
-    handler = _RunLog(run)
-    logger = logging.getLogger("qdora")
-    level = logger.level
+    handler, level = _RunLog(run), logger.level
     logger.addHandler(handler)
     logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:

@@ -32,14 +32,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The dtype of a name in a header. Raises ValueError for a dtype that is never written here."""
-    found = next((dtype for dtype, each in _DTYPE_NAMES.items() if each == name), None)
-    if found is None:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPE_NAMES.values())} (got '{name}').")
-    return found
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -67,18 +60,13 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
         if spec.name in entries:
             raise ValueError(f"tensor name '{spec.name}' occurs twice.")
         if spec.dtype not in _DTYPE_NAMES:
-            allowed = ", ".join(_DTYPE_NAMES.values())
-            raise ValueError(f"tensor '{spec.name}': dtype must be one of {allowed} (got {spec.dtype}).")
+            raise ValueError(f"tensor '{spec.name}': dtype must be one of {', '.join(_DTYPES)} (got {spec.dtype}).")
         if offset % spec.dtype.itemsize:
             # Readers view the mapped file in the tensor's dtype, which needs an aligned start.
             raise ValueError(f"tensor '{spec.name}' would start at byte {offset}; wider dtypes must come first.")
-        end = offset + spec.num_bytes
-        entries[spec.name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        start, offset = offset, offset + spec.num_bytes
+        placed = {"shape": list(spec.shape), "data_offsets": [start, offset]}
+        entries[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], **placed}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -117,7 +105,9 @@ def write_safetensors(
             if tensor is None:
                 raise ValueError(f"no tensor for '{spec.name}'.")
             if isinstance(tensor, Tensor):
-                _check(spec, tensor)
+                if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                    found = f"{tensor.dtype} {tuple(tensor.shape)}"
+                    raise ValueError(f"tensor '{spec.name}' is {found}, announced as {spec.dtype} {spec.shape}.")
                 tensor = iter([tensor])
             _write_parts(file, spec, tensor)
             del tensor
@@ -133,13 +123,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     specs.sort(key=lambda spec: -spec.dtype.itemsize)  # stable
     return write_safetensors(path, specs, (tensors[spec.name] for spec in specs))
-
-
-def _check(spec: TensorSpec, tensor: Tensor) -> None:
-    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-        raise ValueError(
-            f"tensor '{spec.name}' is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec.dtype} {spec.shape}."
-        )
 
 
 def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> None:
@@ -210,9 +193,12 @@ class MappedFile:
             header = json.loads(file.read(size))
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header.pop("__metadata__", None)
+        unknown = {entry["dtype"] for entry in header.values()} - _DTYPES.keys()
+        if unknown:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} (got '{min(unknown)}').")
         self._start = 8 + size
         self._entries: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {
-            name: (dtype_named(entry["dtype"]), tuple(entry["shape"]), *entry["data_offsets"])
+            name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
             for name, entry in header.items()
         }
 

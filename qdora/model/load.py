@@ -197,10 +197,7 @@ def skeleton(
 def _empty(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=source.trust_remote_code,
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
         )
     return model
 

@@ -196,13 +196,7 @@ class _PruningTask:
         # SparseGPT's corrected weights are not rounded to the file's dtype before they are quantised.
         wide = value.float() if settings.method == "sparsegpt" else value
         pruned, mask = prune_weight(
-            wide,
-            settings.method,
-            pattern,
-            statistics=statistics,
-            group=group,
-            damping=settings.damping,
-            name=name,
+            wide, settings.method, pattern, statistics=statistics, group=group, damping=settings.damping, name=name
         )
         if wanted.kind == "none":
             return pruned.to(self.load.compute_dtype), mask

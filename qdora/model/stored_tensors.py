@@ -102,7 +102,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """Checkpoint key -> tensor; only headers are read. Raises UserError for unreadable shards and a key in two shards."""
+    """Checkpoint key -> tensor; only headers are read. Raises UserError for unreadable shards or a key in two."""
     stored: dict[str, StoredTensor] = {}
     faults = []
     for file in shard_files(directory):
