@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,29 +43,17 @@ _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
 _FileName = Annotated[str, Field(pattern=r"^[0-9]{5}\.safetensors$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _Weight(_Strict):
-    """File and form of a weight; `kind` is None for one that is not quantised."""
-
-    file: _FileName
-    shape: list[int]
-    kind: str | None = None
-    block_size: int = 0
-    double_quant: bool = False
-
-
-class CacheRecord(_Strict):
+class CacheRecord(BaseModel):
     """The content of base.json: what the base was made from, its files with their bytes, and its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal[1]
     key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     source: str
     settings: dict[str, Any]
     files: dict[_FileName, int]
-    weights: dict[str, _Weight]
+    weights: dict[str, WeightForm]
 
 
 def default_cache() -> Path:
@@ -73,30 +61,21 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdora" / "bases"
 
 
+@dataclass
 class BaseCache:
     """A `Reader` of `load_model` that quantises a source into a directory once and reads it from there later.
 
-    Args:
-        root: Directory of all packed bases; made if it is missing.
-        wanted: How to hold the linear layers; not "none".
-        device: Where weights are quantised.
-        mapped: Leave the weights in the files, to be read where they are used.
-        progress: Called while a base is written.
-    Attributes:
-        base: The base that was read last.
+    `root` holds all packed bases; it is made if it is missing. `wanted` says how to hold the linear layers (not
+    "none"), `device` where they are quantised. `mapped` leaves the weights in the files, to be read where they are
+    used. `base` is the base that was read last.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        wanted: Quantization,
-        device: torch.device,
-        *,
-        mapped: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
-        self.root, self.wanted, self.device, self.mapped, self.progress = root, wanted, device, mapped, progress
-        self.base: PackedBase | None = None
+    root: Path
+    wanted: Quantization
+    device: torch.device
+    mapped: bool = False
+    progress: Progress | None = None
+    base: PackedBase | None = None
 
     def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
         """Model name -> weight.
@@ -137,8 +116,7 @@ def open_cached_base(directory: Path) -> tuple[CacheRecord, PackedBase]:
         found = path.stat().st_size if path.is_file() else 0
         if found != size:
             raise UserError(f"{path}: is damaged: {found:,} bytes, expected {size:,}.")
-    forms = {name: WeightForm(tuple(each.shape), each.kind, each.block_size) for name, each in record.weights.items()}
-    return record, PackedBase(directory, record.files, forms)
+    return record, PackedBase(directory, record.files, record.weights)
 
 
 def _open_if_whole(directory: Path, key: str) -> PackedBase | None:
@@ -166,20 +144,17 @@ def cache_key(source: ModelSource, model: PreTrainedModel, wanted: Quantization)
 
 def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
     """Name, size, time and samples of each of a model's files, as JSON values."""
-    files = [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]
-    return [_fingerprint(file) for file in files]
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    """Samples, since reading all bytes of a 70B model would take minutes."""
-    facts = file.stat()
-    digest = hashlib.sha256()
-    step = max(1, facts.st_size // _SAMPLES)
-    with file.open("rb") as stream:
-        for start in range(0, facts.st_size, max(step, _SAMPLE_BYTES)):
-            stream.seek(start)
-            digest.update(stream.read(_SAMPLE_BYTES))
-    return {"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns, "samples": digest.hexdigest()}
+    found = []
+    for file in [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]:
+        facts, digest = file.stat(), hashlib.sha256()
+        with file.open("rb") as stream:
+            # Samples, since reading all bytes of a 70B model would take minutes.
+            for start in range(0, facts.st_size, max(facts.st_size // _SAMPLES, _SAMPLE_BYTES)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE_BYTES))
+        known = {"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns}
+        found.append({**known, "samples": digest.hexdigest()})
+    return found
 
 
 def write_base(
@@ -253,8 +228,7 @@ def _locked(root: Path, name: str) -> Iterator[OSError | None]:
     Yields why nothing can be written here, or None. A base that exists can be read all the same, by many processes.
     """
     path = root / f".{name}.lock"
-    descriptor: int | None = None
-    refusal: OSError | None = None
+    descriptor, refusal = None, None
     try:
         root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -53,8 +53,7 @@ def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, de
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(dense),
     )
-    found: dict[str, Any] = settings.to_dict()
-    return found
+    return dict(settings.to_dict())
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
@@ -69,11 +68,13 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
             parts.setdefault(f"{match['layer']}.weight", {})[match["part"]] = item
         else:
             dense[key] = item
-    lone = [key for key in parts if key not in dense]
+    lone = [
+        f"model.source: the checkpoint has block scales for '{key}', but not the weight."
+        for key in parts
+        if key not in dense
+    ]
     if lone:
-        raise UserError(
-            *(f"model.source: the checkpoint has block scales for '{key}', but not the weight." for key in lone)
-        )
+        raise UserError(*lone)
     return {key: _packed(item, parts[key]) if key in parts else item for key, item in dense.items()}
 
 

@@ -70,7 +70,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
     if settings.kind == "magnitude":
         # DoRA whose B stays 0, so every program that reads DoRA reads it.
         if directory is None:
-            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=_targets(recipe))
+            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=settings.targets)
         else:
             layers = load_adapter(model, directory)
         for layer in layers.values():
@@ -85,7 +85,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             alpha=settings.alpha,
             rank_stabilized=settings.rank_stabilized,
             dropout=settings.dropout,
-            targets=_targets(recipe),
+            targets=settings.targets,
             rank_pattern=settings.rank_pattern,
             same_scaling=settings.same_scaling,
             init="gaussian" if settings.init == "gaussian" else "kaiming",  # `start_adapters` replaces it for loftq
@@ -107,11 +107,6 @@ def start_adapters(model: PreTrainedModel, recipe: Recipe, source: ModelSource) 
     settings = recipe.adapter
     if settings.kind in ("lora", "dora") and settings.init == "loftq" and settings.resume_from is None:
         start_from_error_(model, source)
-
-
-def _targets(recipe: Recipe) -> str | list[str]:
-    targets = recipe.adapter.targets
-    return targets if isinstance(targets, str) else list(targets)
 
 
 def write_adapter(

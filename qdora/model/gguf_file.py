@@ -87,17 +87,15 @@ def _read(path: Path, stream: BinaryIO) -> GgufHeader:
         name = _string(stream)
         (num_dims,) = _unpack(stream, "I")
         sizes = _unpack(stream, f"{num_dims}Q")
-        kind, offset = _unpack(stream, "IQ")
-        entries.append(GgufTensor(name, tuple(reversed(sizes)), kind, offset))
+        entries.append((name, tuple(reversed(sizes)), *_unpack(stream, "IQ")))
     alignment = int(settings.get("general.alignment", _ALIGNMENT))
     data = -(-stream.tell() // alignment) * alignment
-    tensors = tuple(GgufTensor(entry.name, entry.shape, entry.type, data + entry.offset) for entry in entries)
+    tensors = tuple(GgufTensor(name, shape, kind, data + offset) for name, shape, kind, offset in entries)
     return GgufHeader(path, settings, tensors)
 
 
 def _unpack(stream: BinaryIO, form: str) -> tuple[Any, ...]:
-    form = "<" + form
-    return struct.unpack(form, stream.read(struct.calcsize(form)))
+    return struct.unpack(f"<{form}", stream.read(struct.calcsize(f"<{form}")))
 
 
 def _string(stream: BinaryIO) -> str:
@@ -110,15 +108,14 @@ def _string(stream: BinaryIO) -> str:
 
 def _skip_array(stream: BinaryIO) -> None:
     kind, length = _unpack(stream, "IQ")
-    if kind == _STRING:
-        for _ in range(length):
-            (size,) = _unpack(stream, "Q")
-            stream.seek(size, 1)
-    elif kind == _ARRAY:
-        for _ in range(length):
-            _skip_array(stream)
-    else:
+    if kind not in (_STRING, _ARRAY):
         stream.seek(length * struct.calcsize(_SCALARS[kind]), 1)
+        return
+    for _ in range(length):
+        if kind == _ARRAY:
+            _skip_array(stream)
+        else:
+            stream.seek(_unpack(stream, "Q")[0], 1)
 
 
 log = logging.getLogger("qdora")
@@ -131,14 +128,7 @@ _ROTARY_FACTORS = "rope_freqs.weight"
 # llama.cpp knows it from the number of layers, transformers does not.
 _SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
 # Architectures whose tensors llama.cpp's converter changes like those of another one, which transformers reads.
-_LAID_OUT_AS = {
-    "arcee": "llama",
-    "gemma": "gemma2",
-    "granite": "llama",
-    "mistral3": "llama",
-    "olmo": "llama",
-    "smollm3": "llama",
-}
+_LAID_OUT_AS = {"gemma": "gemma2"} | dict.fromkeys(("arcee", "granite", "mistral3", "olmo", "smollm3"), "llama")
 # Architectures whose tensors the converter does not change.
 _UNCHANGED = ("cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "starcoder2")
 _ROWS_AT_ONCE = 4096

@@ -125,7 +125,7 @@ def load_model(
     Raises:
         UserError: Settings, architecture or checkpoint that do not fit; all faults of a stage at once.
     """
-    wanted = Quantization(quant, block_size, double_quant, tuple(skip))
+    wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
     _check_settings(wanted, compute_dtype, attention)
     if quant in SIMULATED:
         log.info("%s is simulated: its codes of %d bits are held in 4.", quant, CODE_BITS[quant])
@@ -134,7 +134,7 @@ def load_model(
     if kind is not None:
         # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
         del config.quantization_config
-    model = skeleton(config, source, compute_dtype, attention, torch.device(device))
+    model = skeleton(config, source, compute_dtype, attention, device)
     stored = (reader or stored_tensors)(source, model)
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
@@ -142,34 +142,26 @@ def load_model(
         check_stored_packed(packed, kind, wanted, layers)
         layers = set()
     if before_reading is not None:
-        before_reading(model, torch.device(device))
-    load = Loading(
-        model,
-        stored=stored,
-        layers=layers,
-        wanted=wanted,
-        device=torch.device(device),
-        compute_dtype=compute_dtype,
-        progress=progress,
-    )
+        before_reading(model, device)
+    load = Loading(model, stored, layers, wanted, device=device, compute_dtype=compute_dtype, progress=progress)
     (placer or place_all)(load)
-    _finish(model, source, load.device)
+    _finish(model, source, device)
     return model
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """The transformers config of a source; a GGUF file's config is made from its metadata."""
+    if source.is_gguf:
+        check_gguf(source.path)
     try:
         if source.is_gguf:
-            check_gguf(source.path)
             config = AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
-            settle_head(source.path, config)
         else:
             config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"model.source: {source.name}: its config cannot be used: {first_line(error)}") from error
+    if source.is_gguf:
+        settle_head(source.path, config)
     return config
 
 
@@ -196,22 +188,16 @@ def skeleton(
 
 def _empty(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
         )
-    return model
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Path and list of the decoder blocks, the units of checkpointing: the longest list of
     `GradientCheckpointingLayer`s; None if the model has no such list."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(isinstance(each, GradientCheckpointingLayer) for each in module)
-    ]
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
+    found = [each for each in lists if all(isinstance(block, GradientCheckpointingLayer) for block in each[1])]
     return max(found, key=lambda each: len(each[1]), default=None)
 
 
@@ -394,15 +380,15 @@ def check_stored_packed(
 
 def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention: str) -> None:
     faults = []
-    if wanted.kind not in QUANT_KINDS:
-        hint = nearest(wanted.kind, QUANT_KINDS)
-        faults.append(f"base.quant: must be one of {', '.join(QUANT_KINDS)} (got {wanted.kind!r}).{hint}")
+    for key, given, allowed in (
+        ("base.quant", wanted.kind, QUANT_KINDS),
+        ("model.attention", attention, ATTENTION_KINDS),
+    ):
+        if given not in allowed:
+            faults.append(f"{key}: must be one of {', '.join(allowed)} (got {given!r}).{nearest(given, allowed)}")
     if wanted.kind in CODE_BITS and wanted.block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         faults.append(f"base.block_size: must be one of {sizes} (got {wanted.block_size}).")
-    if attention not in ATTENTION_KINDS:
-        hint = nearest(attention, ATTENTION_KINDS)
-        faults.append(f"model.attention: must be one of {', '.join(ATTENTION_KINDS)} (got {attention!r}).{hint}")
     if compute_dtype not in COMPUTE_DTYPES:
         faults.append(f"model.dtype: must be one of bfloat16, float16, float32, float64 (got {compute_dtype}).")
     if faults:
@@ -412,10 +398,6 @@ def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention:
 def _report_experts(model: PreTrainedModel) -> None:
     stacked = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
     if stacked:
-        share = sum(p.numel() for p in stacked.values()) / max(1, sum(p.numel() for p in model.parameters()))
-        log.warning(
-            "%d stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense.",
-            len(stacked),
-            100 * share,
-            next(iter(stacked)),
-        )
+        percent = 100 * sum(p.numel() for p in stacked.values()) / sum(p.numel() for p in model.parameters())
+        what = "stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense."
+        log.warning(f"%d {what}", len(stacked), percent, next(iter(stacked)))

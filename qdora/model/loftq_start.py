@@ -60,7 +60,7 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
     """
     empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
     stored = stored_tensors(source, empty)
-    left = {}
+    left: dict[str, float] = {}
     for path, layer in adapted_layers(model).items():
         weight = stored[f"{path}.weight"].read()
         if not isinstance(weight, Tensor):

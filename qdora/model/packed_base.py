@@ -39,12 +39,16 @@ _PARTS = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 Record = TypeVar("Record", bound=BaseModel)
 
 
-class WeightForm(NamedTuple):
-    """Shape of a weight, its kind (None for a dense one) and its block size."""
+class WeightForm(BaseModel):
+    """Shape of a weight, its kind (None for a dense one), and how it is packed; in a base cache also its file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     shape: tuple[int, ...]
     kind: str | None = None
     block_size: int = 0
+    double_quant: bool = False
+    file: str = ""
 
 
 class Part(NamedTuple):
@@ -232,8 +236,8 @@ class PrunedBase:
         forms: dict[str, WeightForm] = {}
         for path, each in self.layers.items():
             kind = None if each.kind == "dense" else each.kind
-            forms[f"{path}.weight"] = WeightForm(each.shape, kind, each.block_size)
-            forms[f"{path}.keep_bits"] = WeightForm((-(-each.shape[0] * each.shape[1] // 8),))
+            forms[f"{path}.weight"] = WeightForm(shape=each.shape, kind=kind, block_size=each.block_size)
+            forms[f"{path}.keep_bits"] = WeightForm(shape=(-(-each.shape[0] * each.shape[1] // 8),))
         self.base = PackedBase(directory, sorted(file.name for file in directory.glob("*.safetensors")), forms)
 
     @torch.no_grad()

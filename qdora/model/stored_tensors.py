@@ -177,8 +177,7 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
     unexpected or have a wrong shape.
     """
     expected: dict[str, Tensor] = model.state_dict()
-    redundant = _settle_tied_weights(stored, model)
-    tied = tied_weights(model)
+    redundant, tied = _settle_tied_weights(stored, model), tied_weights(model)
     may_lack = tuple(model._keys_to_ignore_on_load_missing or ())
     # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
     may_hold = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -225,16 +224,11 @@ def _settle_tied_weights(stored: Mapping[str, Stored], model: PreTrainedModel) -
     for target, origin in tied_weights(model).items():
         if target not in stored or origin not in stored:
             continue
-        if _same_values(stored[target], stored[origin]):
+        values = [item.read() for item in (stored[target], stored[origin]) if isinstance(item, StoredTensor)]
+        if len(values) == 2 and torch.equal(values[0], values[1]):
             redundant.add(target)
             continue
         log.warning("%s and %s differ in the checkpoint although config.json ties them: not tied.", target, origin)
         model.all_tied_weights_keys.pop(target)
         model.config.tie_word_embeddings = False
     return redundant
-
-
-def _same_values(first: Stored, second: Stored) -> bool:
-    if first.shape != second.shape or isinstance(first, StoredPacked) or isinstance(second, StoredPacked):
-        return False
-    return torch.equal(first.read(), second.read())
