@@ -112,14 +112,11 @@ class RunDirectory:
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; it has left this process when the call returns. NaN becomes null.
 
-        The values have an int "step", the number of optimizer steps done. A resume from checkpoint N drops all lines of
-        later steps, so everything of step N is written before its checkpoint.
-
-        Raises:
-            ValueError: There is no step.
-            RunFailure: The disk is full or cannot be written; no part of the line stays.
+        The int "step" is the number of optimizer steps done. A resume from checkpoint N drops all lines of later steps,
+        so everything of step N is written before its checkpoint. Raises ValueError if there is no step, RunFailure if
+        the disk is full or cannot be written; no part of the line stays.
         """
-        if _step_of(values) is None:
+        if not _has_step(values):
             raise ValueError(f"a line of metrics needs an int 'step', got {dict(values)!r}")
         with self._disk_failures(self.metrics_file.name):
             _append(self.metrics_file, json_bytes(values))
@@ -238,14 +235,9 @@ class RunDirectory:
 
 
 def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
-    """Start a run in a directory that is new or empty, or holds a run without a result.
+    """Start a run in a directory that is new or empty, or holds a run without a result; its parents are made.
 
-    Args:
-        path: The directory; its parents are made.
-        recipe: The resolved recipe, YAML.
-        environment: From `environment.environment()`.
-    Raises:
-        UserError: The directory holds a run or other files, or cannot be made.
+    `recipe` is the resolved one, YAML. Raises UserError if the directory holds a run or other files, or cannot be made.
     """
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
@@ -315,13 +307,12 @@ def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for line in content.split(b"\n"):
         with suppress(ValueError):  # JSONDecodeError or UnicodeDecodeError: a kill has cut the line off
             values = json.loads(line)
-            if isinstance(values, dict) and _step_of(values) is not None:
+            if isinstance(values, dict) and _has_step(values):
                 yield line, values
 
 
-def _step_of(values: Mapping[str, Any]) -> int | None:
-    step = values.get("step")
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
+def _has_step(values: Mapping[str, Any]) -> bool:
+    return type(values.get("step")) is int  # a bool is no step
 
 
 def _append(path: Path, content: bytes) -> None:

@@ -82,13 +82,11 @@ def write_safetensors(
     """Write a new file whose tensors are made one by one, and flush it to the disk. Returns the bytes written.
 
     Args:
-        path: Must not exist.
-        specs: The tensors in file order.
+        path, specs: Must not exist; the tensors in file order.
         tensors: The tensors, each whole or as its flat parts in order; each is dropped before the next is made.
         order: Order in which the tensors come (default `specs`); the file does not depend on it.
     Raises:
         ValueError: A tensor does not match its spec, or there are too few or too many.
-        OSError: The disk is full.
     """
     order = specs if order is None else order
     remaining = iter(tensors)
@@ -173,11 +171,8 @@ class MappedFile:
     """A safetensors file mapped into memory: its tensors are views of the file, whose pages are read when touched.
 
     Pages that were read count as memory of the process until `drop`; a dropped tensor stays valid and is read again.
-    The file must not be written to while it is mapped.
-
-    Raises:
-        ValueError: The file is not a whole safetensors file, or has a dtype that this package does not write.
-        OSError: The file cannot be read.
+    The file must not be written to while it is mapped. Raises ValueError if the file is not a whole safetensors file or
+    has a dtype that this package does not write, OSError if it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:

@@ -64,7 +64,6 @@ def save_adapter(
     The bytes depend only on the arguments and the version of qdora.
 
     Args:
-        model, directory: Carries adapted layers; where to write.
         base_name_or_path: Hub id or path of the base for PEFT's users; None if only this machine has it.
         revision: Commit of the base on the Hub, or None.
         base_quant: How the base was quantised ({"quant": "nf4", "block_size": 64, ...}).
@@ -158,11 +157,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
     """Put the adapter of `directory`, written by qdora or by PEFT, on `model`; everything else is frozen.
 
-    The model changes only if the whole adapter fits. No file but the three named ones is opened.
+    The model changes only if the whole adapter fits. No file but the three named ones is opened. lora_A and lora_B get
+    `dtype`, by default the file's (the wider of the two); magnitudes are float32.
 
-    Args:
-        model, directory: The base, quantised or not, without adapters; what `save_adapter` wrote.
-        dtype: Storage of lora_A and lora_B; None keeps the file's (the wider of the two). Magnitudes are float32.
     Returns:
         Path -> layer, in model order.
     Raises:
@@ -238,8 +235,7 @@ def _names(path: str) -> tuple[str, str, str]:
 
 def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict[str, nn.Module], list[str]]:
     """The linear layers that the settings select, in model order, and faults of the selection."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     modules = {path: module for path, module in model.named_modules() if path}
     selected = {
         path: module

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -206,7 +207,8 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
                 "Fix: use the safetensors checkpoint of the model."
             )
         else:
-            stored[name] = StoredTensor(tensor.name, shapes[name], _reader(path, tensor, processor, shapes[name]))
+            read = partial(_read_tensor, path, tensor, processor, shapes[name])
+            stored[name] = StoredTensor(tensor.name, shapes[name], read)
     if faults:
         raise UserError(*shorten(faults))
     return stored
@@ -267,19 +269,14 @@ def _stored_rows(path: Path, tensor: GgufTensor) -> Values:
     return np.asarray(flat).reshape(-1, shape[-1])
 
 
-def _reader(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        values = processor.process(weights=_dequantized(path, tensor), name=tensor.name).weights
-        # Copies if the processor returned a transposed view.
-        result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-        if tuple(result.shape) != shape:
-            raise UserError(
-                f"model.source: tensor '{tensor.name}' has shape {list(result.shape)}, "
-                f"the config asks for {list(shape)}."
-            )
-        return result
-
-    return read
+def _read_tensor(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Tensor:
+    values = processor.process(weights=_dequantized(path, tensor), name=tensor.name).weights
+    # Copies if the processor returned a transposed view.
+    result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    if tuple(result.shape) != shape:
+        found = f"tensor '{tensor.name}' has shape {list(result.shape)}"
+        raise UserError(f"model.source: {found}, the config asks for {list(shape)}.")
+    return result
 
 
 def _dequantized(path: Path, tensor: GgufTensor) -> Values:

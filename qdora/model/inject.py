@@ -50,8 +50,7 @@ def inject(
         UserError: All targets and patterns that match nothing, or all ranks that are too large.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     # GPT-NeoX calls its head embed_out.
     heads = [HEAD, *(name for name, module in linear.items() if module is head)]
     chosen = _chosen(linear, targets, heads)

@@ -62,14 +62,10 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Loading:
-    """A model that is being filled. `progress` is called after each tensor.
+    """A model that is being filled. `stored` holds model name -> tensor to read.
 
-    Attributes:
-        model, stored: The skeleton; model name -> tensor to read.
-        layers: Paths of all linear layers that are not skipped, even if `wanted.kind` is "none"; empty for a quantised
-            checkpoint.
-        wanted, device: How to hold these layers; where the weights go.
-        compute_dtype: Of all other floating-point tensors.
+    `layers` are the paths of all linear layers that are not skipped, even if `wanted.kind` is "none", and empty for a
+    quantised checkpoint; `compute_dtype` is that of all other floating-point tensors.
     """
 
     model: PreTrainedModel
@@ -109,15 +105,13 @@ def load_model(
     skipped layers are kept in `compute_dtype` (or float32 if the model demands it). Tied weights stay tied.
 
     Args:
-        source: From `resolve`.
+        source, device: From `resolve`; where the weights go and are quantised.
         quant: One of `QUANT_KINDS`; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
         block_size, double_quant: See `qdora.ops.packed.quantize`; not used by int8 and none.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
-        device: Where the weights go and are quantised.
         attention: "auto" takes flash_attention_2 on CUDA if it is installed, else transformers' choice.
-        progress: Called after each tensor.
-        reader: Finds the weights (default `stored_tensors`; see model/base_cache.py).
+        reader: Finds the weights (default `stored_tensors`; see model/packed_base.py).
         placer: Puts the tensors into the model (default `place_all`; see model/pruning.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
     Returns:
@@ -248,7 +242,11 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
         raise UserError(*faults)
     # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits as well.
     wide = wide_names(model, torch.float16)
-    _report_experts(model)
+    stacked = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
+    if stacked:
+        percent = 100 * sum(p.numel() for p in stacked.values()) / sum(p.numel() for p in model.parameters())
+        text = "%d stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense."
+        log.warning(text, len(stacked), percent, next(iter(stacked)))
     return {name for name in linear.keys() - skipped if not is_wide(f"{name}.weight", wide)}
 
 
@@ -345,13 +343,8 @@ def check_stored_packed(
 ) -> None:
     """Check that a quantised checkpoint has the form that the recipe asks for.
 
-    Args:
-        packed: Model name -> quantised weight.
-        kind: Kind in the checkpoint's config.
-        wanted: What the recipe asks for.
-        layers: Paths that would be quantised if the checkpoint were dense.
-    Raises:
-        UserError: Another kind, block size or double quantisation, or a quantised layer that the recipe keeps dense.
+    `kind` is that of the checkpoint's config; `layers` would be quantised if the checkpoint were dense. Raises
+    UserError for another kind, block size or double quantisation, or a quantised layer that the recipe keeps dense.
     """
     kinds = sorted({item.kind for item in packed.values()}) or [str(kind)]
     if kinds != [wanted.kind]:
@@ -393,11 +386,3 @@ def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention:
         faults.append(f"model.dtype: must be one of bfloat16, float16, float32, float64 (got {compute_dtype}).")
     if faults:
         raise UserError(*faults)
-
-
-def _report_experts(model: PreTrainedModel) -> None:
-    stacked = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
-    if stacked:
-        percent = 100 * sum(p.numel() for p in stacked.values()) / sum(p.numel() for p in model.parameters())
-        what = "stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense."
-        log.warning(f"%d {what}", len(stacked), percent, next(iter(stacked)))

@@ -227,10 +227,8 @@ def adapter_config(
     `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path.
 
     Args:
-        layers: Path -> layer, at least one.
-        all_paths: Paths of all modules of the model.
-        base_name_or_path: Where PEFT users load the base from; None if they must name it.
-        revision: Commit of the base on the Hub, or None.
+        layers, all_paths: Path -> layer, at least one; paths of all modules of the model.
+        base_name_or_path, revision: Where PEFT users load the base from, and its commit on the Hub, or None.
     Raises:
         ValueError: Layers differ in kind, mask, dropout or rank stabilisation; the format has one value for all.
     """

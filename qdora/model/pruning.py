@@ -51,11 +51,9 @@ _TOKENS_AT_ONCE = 4096
 class PrunedLayer:
     """Counts and error of a pruned and quantised layer.
 
-    Attributes:
-        num_weights, num_pruned: All weights, and those that the mask removes.
-        num_zeros: All zeros of the result; a weight can also be quantised to 0.
-        relative_error: ||W' - W|| / ||W||, Frobenius norm; W the dense weight, W' the result.
-        num_packed_bytes: Bytes of the result in its format (`PackedWeight.num_packed_bytes`); zeros are stored, too.
+    `num_zeros` counts all zeros of the result, since a weight can also be quantised to 0. `relative_error` is
+    ||W' - W|| / ||W|| (Frobenius norm) of the dense weight W and the result W'. `num_packed_bytes` are the bytes of the
+    result in its format (`PackedWeight.num_packed_bytes`), which stores zeros, too.
     """
 
     num_weights: int

@@ -85,8 +85,13 @@ def resolve(
         UserError: The model is not found, the Hub cannot be reached, or the weights are pickled or have a broken index.
     """
     path = Path(source).expanduser()
-    if source == BUILTIN or path.exists():
-        _refuse_hub_settings(source, revision, trust_remote_code)
+    faults = []
+    if revision is not None:
+        faults.append(f"model.revision: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
+    if trust_remote_code:
+        faults.append(f"model.trust_remote_code: must be false (got true): {source} is local. Fix: remove it.")
+    if faults and (source == BUILTIN or path.exists()):
+        raise UserError(*faults)
     if source == BUILTIN:
         return ModelSource("builtin", builtin_file(), BUILTIN)
     if path.is_dir():
@@ -155,16 +160,6 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
                 shard_files(path)
             except UserError as error:
                 faults.extend(error.faults)
-    if faults:
-        raise UserError(*faults)
-
-
-def _refuse_hub_settings(source: str, revision: str | None, trust_remote_code: bool) -> None:
-    faults = []
-    if revision is not None:
-        faults.append(f"model.revision: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
-    if trust_remote_code:
-        faults.append(f"model.trust_remote_code: must be false (got true): {source} is local. Fix: remove it.")
     if faults:
         raise UserError(*faults)
 

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,7 +114,7 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
                         faults.append(f"{file}: tensor '{key}' is in two shards.")
                     piece = shard.get_slice(key)
                     shape = tuple(int(size) for size in piece.get_shape())
-                    stored[key] = StoredTensor(key, shape, _reader(file, key), _itemsize(piece.get_dtype()))
+                    stored[key] = StoredTensor(key, shape, partial(_read, file, key), _itemsize(piece.get_dtype()))
         except (SafetensorError, OSError) as error:
             faults.append(f"{file}: cannot be read: {error}. It may be cut short. Fix: download or copy it again.")
     if faults:
@@ -121,13 +122,10 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def _reader(file: Path, key: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        with safe_open(str(file), framework="pt", device="cpu") as shard:
-            tensor: Tensor = shard.get_tensor(key)
-            return tensor
-
-    return read
+def _read(file: Path, key: str) -> Tensor:
+    with safe_open(str(file), framework="pt", device="cpu") as shard:
+        tensor: Tensor = shard.get_tensor(key)
+        return tensor
 
 
 def _itemsize(dtype: str) -> int:
