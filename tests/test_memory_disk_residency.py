@@ -14,9 +14,9 @@ from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.memory.disk_residency import DiskResidency
-from qdora.model.base_cache import BaseCache
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_model
+from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
 from qdora.run.evaluate import evaluate_target
 from qdora.run.train import train_run

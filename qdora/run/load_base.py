@@ -16,9 +16,9 @@ from qdora.files.run_directory import RunDirectory
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
-from qdora.model.base_cache import BaseCache, default_cache
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, Quantization, load_model
+from qdora.model.packed_base import BaseCache, default_cache
 from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import free_host_bytes

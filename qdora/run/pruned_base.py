@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from qdora.files.atomic import atomic_directory
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory
-from qdora.model.base_cache import fingerprints
 from qdora.model.build_model import Compute
-from qdora.model.packed_base import PrunedBase, save_pruned_base
+from qdora.model.packed_base import PrunedBase, fingerprints, save_pruned_base
 from qdora.model.pruning import Pruner
 from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
