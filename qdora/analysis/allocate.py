@@ -55,13 +55,10 @@ def allocate(spectra: Mapping[str, LayerSpectrum], budget: int, *, least: int = 
     take from each list; the bound is the same problem with the last component cut to fit.
 
     Args:
-        spectra: Layer -> worth of its components.
         budget: Parameters of all components together.
         least: Rank that every layer gets first, at most its largest.
-    Returns:
-        Layer -> rank, in the order given. Beyond `least` no component without energy is given.
-    Raises:
-        UserError: The budget is too small for `least` everywhere.
+    Returns: Layer -> rank, in the order given. Beyond `least` no component without energy is given.
+    Raises: UserError: The budget is too small for `least` everywhere.
     """
     ranks = {name: min(least, len(spectrum.energies)) for name, spectrum in spectra.items()}
     needed = sum(rank * spectra[name].cost for name, rank in ranks.items())

@@ -154,9 +154,7 @@ def layer_directions(
     Args:
         model, batches, norm: As in `update_gradients`.
         num_new: Path of a layer -> number of new components, as in `directions`.
-        cache: Directory where each layer's components are kept.
         state: `fingerprint` of the model and the batches; needed with a cache.
-        progress: Called with (done, all) layers that are not in the cache.
     """
     adapted = adapted_layers(model)
     keys = {name: ["directions", name, norm, number, state] for name, number in num_new.items()}
@@ -242,7 +240,6 @@ class Curvatures:
     """The curvatures of the components of a layer.
 
     Attributes:
-        values: (components,) q_i >= 0.
         errors: (components,) standard errors, from the spread over the draws; 0 for exact values. Where a value is too
             small by chance, so is its error.
     """
@@ -265,10 +262,7 @@ def exact_curvatures(
 
     Args:
         model, batches, norm: As in `curvature_of`.
-        directions: Path of a layer -> its components.
-        cache: Directory where each layer's curvatures are kept.
         state: `fingerprint` of the model and the batches; needed with a cache.
-        progress: Called with (done, all) layers.
     """
     found: dict[str, Curvatures] = {}
     for name, each in directions.items():
@@ -296,13 +290,9 @@ def drawn_curvatures(
 
     Args:
         model, directions, batches, norm, state: As in `exact_curvatures`; the model runs as in `update_gradients`.
-        draws: Labels drawn for each labelled token, `LEAST_DRAWS` or more. The relative error falls with
-            sqrt(draws x rows).
-        seed: Seed of the labels.
-        cache: Directory where the sums of each micro-batch are kept.
-        progress: Called with (done, all) micro-batches.
-    Raises:
-        ValueError: Too few draws; also as `curvature_of`.
+        draws: Labels drawn for each labelled token, `LEAST_DRAWS` or more. The relative error falls with sqrt(draws x
+            rows).
+    Raises: ValueError: Too few draws; also as `curvature_of`.
     """
     if draws < LEAST_DRAWS:
         raise ValueError(f"draws must be {LEAST_DRAWS} or more, got {draws}.")
@@ -402,13 +392,9 @@ def squared_slopes(
     """For each set of labels, the squared slope of their NLL along each component, summed over the rows.
 
     Args:
-        model: With adapters; run in eval mode.
-        probes: Path of a layer -> its probe.
         batch: Without packing.
         labels: From the logits, (labelled, vocabulary), to the sets of labels, (sets, labelled) int64.
-        device: Of the model.
-    Returns:
-        Path -> (sets, components) float64 on the CPU.
+    Returns: Path -> (sets, components) float64 on the CPU.
     """
     slopes: dict[str, Tensor] = {}
 

@@ -47,8 +47,6 @@ class CurvatureOperator:
 
     Args:
         leaves: Name -> parameter that the logits depend on, float32 or float64.
-        batches: The micro-batches to run, the same in every product.
-        curvature: "hessian" or "gauss_newton".
         norm: Whether the graph holds the norm; here only a name, for the result.
     """
 
@@ -156,9 +154,7 @@ def curvature_of(
         model: A causal LM with adapters, in float32 or float64.
         layers, norm, parts: As in `plain_model`.
         batches: Without packing; at least one labelled token.
-        curvature: "hessian" or "gauss_newton".
-    Raises:
-        ValueError: As `plain_model`; a packed batch; no labelled token.
+    Raises: ValueError: As `plain_model`; a packed batch; no labelled token.
     """
     check_batches(batches)
     with plain_model(model, layers, norm=norm, parts=parts) as leaves:
@@ -178,8 +174,7 @@ def check_batches(batches: Sequence[MicroBatch]) -> None:
 def labelled_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     """The model's own logits at the labelled positions alone, and their targets.
 
-    Returns:
-        (num_labelled, vocabulary) with their graph, float32 or wider; (num_labelled,) int64.
+    Returns: (num_labelled, vocabulary) with their graph, float32 or wider; (num_labelled,) int64.
     """
     wanted = batch.labels[:, 1:] != IGNORED
     rows, columns = (index.to(device) for index in wanted.nonzero(as_tuple=True))
@@ -215,11 +210,7 @@ class CurvatureSettings:
     """What is computed for each set of layers.
 
     Attributes:
-        curvature, norm, parts: The matrix; see `curvature_of`.
-        num_eigenvalues: Eigenvalues of largest magnitude; at most the rows of the matrix less one.
-        tolerance: Relative tolerance of the eigenvalues.
         lanczos_steps, num_probes: Steps and random starts of the density.
-        seed: Seed of the start vectors.
     """
 
     curvature: Curvature
@@ -283,9 +274,6 @@ def curvature_spectrum(
     """Eigenpairs and density of the curvature by the adapters of `layers`, computed or from the cache.
 
     Args:
-        model, layers, batches: As in `curvature_of`.
-        settings: What is computed.
-        cache: Directory where the result is kept; made if needed.
         state: `fingerprint` of the model and the batches (default: computed here).
     """
     key = ["curvature", list(layers), asdict(settings), state or fingerprint(model, batches)]

@@ -76,13 +76,10 @@ def plain_model(
 
     Args:
         model: A causal LM with adapters, its activations in float32 or float64.
-        layers: Paths of the adapted layers whose parameters are to be differentiated.
         norm: "attached" or "held" in these layers; "none" for LoRA. In other layers the norm is constant.
         parts: The parameters to differentiate by, or `UPDATE`.
-    Yields:
-        "<layer>.<part>" -> leaf, in model order.
-    Raises:
-        ValueError: A layer that is not there, a norm that does not fit the kind, a model in 16 bits.
+    Yields: "<layer>.<part>" -> leaf, in model order.
+    Raises: ValueError: A layer that is not there, a norm that does not fit the kind, a model in 16 bits.
     """
     adapted = adapted_layers(model)
     check_layers(model, layers, norm=norm, parts=parts)

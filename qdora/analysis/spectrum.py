@@ -42,8 +42,6 @@ class Density:
     Attributes:
         nodes: (points,) Ritz values.
         weights: (points,) shares of the spectrum, sum 1.
-        size: Rows of the matrix.
-        num_probes: Random starts.
     """
 
     nodes: Array
@@ -63,18 +61,15 @@ def top_eigenpairs(
 
     In exact arithmetic Lanczos from one start sees one copy of an eigenvalue, however often it comes, and stops with
     small residuals all the same. So it is repeated across what was found, (1 - Q Q^T) M (1 - Q Q^T), from new random
-    starts, until a search finds nothing larger than the k-th: a start that has no share in what is left has
-    probability 0. Rayleigh-Ritz over all that was found gives the pairs.
+    starts, until a search finds nothing larger than the k-th: a start that has no share in what is left has probability
+    0. Rayleigh-Ritz over all that was found gives the pairs.
 
     Source: Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13.
 
     Args:
         product: (size,) float64 -> the matrix times it.
-        size: Rows, at least 2.
-        k: 1 to size - 1.
         seed: Seed of the start vectors. The same seed takes the same products.
         tolerance: Relative accuracy of the values; 0 is machine precision.
-        max_restarts: Most restarts of a search before it gives up.
     Raises:
         ValueError: If k does not lie in its range.
         RunFailure: A search in which no pair converged.
@@ -149,10 +144,7 @@ def spectral_density(product: Product, size: int, *, num_steps: int, num_probes:
     Source: Golub & Welsch, Math. Comp. 23, 1969; Ghorbani et al., arXiv 1901.10159, sec. 2.
 
     Args:
-        product, size: As in `top_eigenpairs`.
-        num_steps: Products for each start; at most size are taken.
         num_probes: Starts, entries +1 or -1: the mean of v^T M v is then the trace.
-        seed: Seed of the starts.
     """
     generator = np.random.default_rng(seed)
     nodes, weights = [], []

@@ -26,9 +26,7 @@ def keep_tensors(cache: Path | None, key: Sequence[object], tensors: dict[str, T
     """Write them atomically; the directory is made if needed. Without a cache nothing happens.
 
     Args:
-        cache: Directory.
         key: JSON values: all that the tensors depend on within one run.
-        tensors: Name -> tensor, on any device.
     """
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)

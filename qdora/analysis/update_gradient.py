@@ -46,15 +46,11 @@ def update_gradients(
 
     Args:
         model: With adapters, in float32 or float64; run in eval mode, otherwise as it trains.
-        layers: Paths of adapted layers.
         batches: Without packing; at least one labelled token.
         use: Called with the path and the gradient, (out, in), float32 or wider.
         norm: "attached" goes through the row norm of W + s B A, too; "held" and "none" (LoRA) do not.
-        progress: Called with (done, all) layers.
-    Returns:
-        Path -> what `use` made of it.
-    Raises:
-        ValueError: As `curvature_of`.
+    Returns: Path -> what `use` made of it.
+    Raises: ValueError: As `curvature_of`.
     """
     check_batches(batches)
     check_layers(model, layers, norm=norm)
@@ -157,9 +153,8 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
 
     The product is not formed: they are those of the small matrix between the factors' orthogonal bases.
 
-    Raises:
-        ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those of
-            rank components.
+    Raises: ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those
+        of rank components.
     """
     if layer.masked:
         raise ValueError("update_spectrum must be given an adapter without a mask.")
@@ -185,10 +180,6 @@ def gradient_spectra(
     """Squared singular values of dL/d(s B A) of each layer: see `update_gradients`.
 
     At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
-
-    Args:
-        model, layers, batches, norm, progress: As in `update_gradients`.
-        most: Most components of a layer.
     """
     return update_gradients(
         model, layers, batches, lambda _, gradient: _spectrum(gradient, most), norm=norm, progress=progress

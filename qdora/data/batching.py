@@ -39,10 +39,8 @@ def packed_rows(examples: Sequence[TokenizedExample], row_tokens: int) -> list[P
     same examples in the same order give the same rows.
 
     Args:
-        examples: The examples of one step.
         row_tokens: Most tokens of a row; a longer example is a row of its own.
-    Returns:
-        The rows, in the order of their longest examples. Every example is in exactly one.
+    Returns: The rows, in the order of their longest examples. Every example is in exactly one.
     """
     rows: list[list[TokenizedExample]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted: of equally full rows the oldest is first
@@ -166,7 +164,6 @@ def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     one after the other get 0.36 (five groups a step instead of three).
 
     Args:
-        rows: The rows of one step, of one or more examples.
         max_tokens: Most tokens of a group, padding counted, unless it is a single longer row.
     """
     ordered = sorted(rows, key=len, reverse=True)

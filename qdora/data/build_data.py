@@ -23,8 +23,7 @@ AUTO_MICRO_BATCH_TOKENS = 2048
 def read_data(data: DataConfig) -> tuple[list[list[Example]], dict[str, list[Example]]]:
     """Training examples per source, and validation examples by the source's name where there are any.
 
-    Raises:
-        UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source.
+    Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source.
     """
     train: list[list[Example]] = []
     validation: dict[str, list[Example]] = {}
@@ -46,8 +45,7 @@ def read_data(data: DataConfig) -> tuple[list[list[Example]], dict[str, list[Exa
 def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:
     """The examples of a run's sources in one split: train and validation as in training, or test.
 
-    Raises:
-        UserError: A source without that split. Its training examples are never taken instead.
+    Raises: UserError: A source without that split. Its training examples are never taken instead.
     """
     sources = {source.label: source for source in recipe.data.mix}
     streamed = [label for label, source in sources.items() if source.stream]
@@ -70,8 +68,6 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
     """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files.
 
     Args:
-        task: One of TASKS.
-        split: train, validation or test.
         data: Folder of the tasks; None takes the Hub.
         by_name: The commonsense tasks ask for the name of a choice, as the DoRA paper does, not for its text.
     """

@@ -27,10 +27,8 @@ def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
     Args:
         row: question, choices and answer are required; context, passage and id may be absent, null or empty.
         task: Chooses the template: one of TEMPLATES, any other name gets the general one.
-        label: The example's task name.
         id: Its id where the row has none.
-    Raises:
-        RowFault: If a field is missing or has the wrong type, or the answer is no index of the choices.
+    Raises: RowFault if a field is missing or has the wrong type, or the answer is no index of the choices.
     """
     question = text_field(row, "question")
     choices = _choices(row)
@@ -180,11 +178,7 @@ _BOOLQ = "Please answer the following question with true or false, question: "
 def instruction_row(row: Row, task: str) -> dict[str, str]:
     """A row with id, instruction, output and answer, as commonsense_170k.json has them.
 
-    Args:
-        row: As for `example_of_row`.
-        task: One of the eight commonsense tasks.
-    Raises:
-        RowFault: As `example_of_row`.
+    Raises: RowFault: As `example_of_row`.
     """
     example = example_of_row(row, task=task, label=task, id="")  # checks the row
     assert example.gold is not None

@@ -45,11 +45,8 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
     """The schema rows of a task's split; downloaded once, then read from the cache of huggingface_hub, offline too.
 
     Args:
-        task: One of HUB_TASKS.
-        split: train, test, or validation where the task has one.
         revision: Branch, tag or commit in place of the pinned one.
-    Raises:
-        UserError: If the task has no such split, the Hub cannot be reached or a row is faulty.
+    Raises: UserError if the task has no such split, the Hub cannot be reached or a row is faulty.
     """
     import huggingface_hub
 

@@ -55,16 +55,14 @@ class Draft:
 def examples(family: str, split: str) -> list[Example]:
     """The examples of one split of one family: 400 for train, 80 for validation, 160 for test.
 
-    A pure function of the tables: the same list on every machine, Python and hash seed, in a shuffled order that
-    is fixed.
+    A pure function of the tables: the same list on every machine, Python and hash seed, in a shuffled order that is
+    fixed.
 
     Args:
         family: One of `FAMILIES`, without the demo/.
         split: train, validation or test.
-    Returns:
-        Examples with 2 or 4 choices, choices[gold] == answer, each choice starting with its own space.
-    Raises:
-        UserError: If the family or the split does not exist.
+    Returns: Examples with 2 or 4 choices, choices[gold] == answer, each choice starting with its own space.
+    Raises: UserError if the family or the split does not exist.
     """
     faults = []
     known = next((name for name in SPLITS if name == split), None)

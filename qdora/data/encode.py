@@ -20,10 +20,8 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     beginning-of-sequence token if it adds one by default; they have no end-of-sequence token.
 
     Args:
-        tokenizer: A transformers tokenizer. It is called twice.
         pairs: (prompt, answer); the prompt may be empty, the answer starts with its own space.
-    Returns:
-        (ids, start) of each: ids[start:] belongs to the answer. start is 0 for an empty prompt without
+    Returns: (ids, start) of each: ids[start:] belongs to the answer. start is 0 for an empty prompt without
         beginning-of-sequence token: nothing predicts the first token then.
     """
     prompts = [prompt.rstrip(" ") for prompt, _ in pairs]
@@ -52,12 +50,11 @@ def encode_chats(
     """Render and encode each chat; (ids, mask), or what is wrong with it.
 
     The mask is True on each assistant turn: what the template adds from the end of the generation prompt before the
-    turn to the end of the turn, its end mark included. The text up to any turn must begin the text of the whole chat.
-    A template that rewrites earlier turns (some strip their reasoning) is refused, not masked by a guess.
+    turn to the end of the turn, its end mark included. The text up to any turn must begin the text of the whole chat. A
+    template that rewrites earlier turns (some strip their reasoning) is refused, not masked by a guess.
 
     Args:
         tokenizer: With a chat template; beginning and end marks come from the template alone.
-        chats: (role, content) of each turn.
         masked: False takes any template; the mask is then True everywhere.
     """
     rendered = [_render(tokenizer, chat, masked) for chat in chats]

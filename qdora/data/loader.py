@@ -39,9 +39,7 @@ class Step:
             memory fails at once.
         num_label_tokens: Labels, at least 1: the denominator of the loss.
         num_tokens: Real tokens, padding not counted.
-        num_examples: Examples.
         position_after: Draws of the order that are used up after this step.
-        task_label_tokens: Labels by task.
     """
 
     micro_batches: list[MicroBatch]
@@ -56,8 +54,6 @@ class StepLoader:
     """Optimizer steps from a position in an order; the position is all of its state.
 
     Args:
-        tokenised: The sources, in the order's numbering.
-        order: Which example comes next.
         tokens_per_step: A step takes examples until it has at least so many real tokens (at most one example more).
             Exactly one of this and `batch`.
         batch: Examples of a step.
@@ -147,8 +143,7 @@ class StepLoader:
 
         Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
 
-        Raises:
-            UserError: If the order ends before, because all sources have a cap.
+        Raises: UserError if the order ends before, because all sources have a cap.
         """
         num_draws = max(1, round(epochs * self.order.epoch_length))
         length = self.order.length
@@ -177,8 +172,7 @@ class StepLoader:
     def draws_for_steps(self, num_steps: int) -> int:
         """Draws that the first `num_steps` steps use; a guess where `counts_draws` is False.
 
-        Raises:
-            UserError: If the order ends before, because all sources have a cap.
+        Raises: UserError if the order ends before, because all sources have a cap.
         """
         length = self.order.length
         if length is not None and not self.counts_draws:
@@ -207,9 +201,8 @@ class StepLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
 
-        Raises:
-            UserError: If the data, the mix or the size of a step differ from those of the state: other examples would
-                follow, and some would be seen twice.
+        Raises: UserError if the data, the mix or the size of a step differ from those of the state: other examples
+            would follow, and some would be seen twice.
         """
         stored, mine = dict(state["fingerprint"]), self.fingerprint()
         faults = [

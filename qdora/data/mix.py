@@ -38,7 +38,6 @@ def mix_shares(
 
     Args:
         sizes: Examples of each source; equal and weights do not look at them.
-        strategy: How the shares follow from sizes or weights.
         temperature: For strategy temperature, above 0.
         weights: For strategy weights, each above 0.
     """
@@ -84,7 +83,6 @@ class MixOrder:
     Args:
         sizes: Examples of each source, each above 0. None: a stream, whose index is the number of the draw from it.
         shares: (sources,) from `mix_shares`.
-        seed: Seed of all shuffles.
         caps: Most draws of each source, each above 0; None, as a whole or for one source, without an end.
     """
 
@@ -198,9 +196,7 @@ class Mix:
     """Tokenised sources and the order in which they are drawn.
 
     Attributes:
-        sets: The sources.
         shares: Asked share of each source in the draws, (sources,) summing to 1.
-        order: Which example of which source comes next.
     """
 
     sets: tuple[Source, ...]
@@ -220,12 +216,9 @@ def make_mix(
     """Put sources together.
 
     Args:
-        sets: At least one.
         strategy, temperature, weights: See `mix_shares`.
         max_epochs: Most passes over each source; None, as a whole or for one source, without an end.
-        seed: Seed of the order.
-    Raises:
-        UserError: If a stream has no known size and the strategy or its max_epochs needs one.
+    Raises: UserError if a stream has no known size and the strategy or its max_epochs needs one.
     """
     most = max_epochs or [None] * len(sets)
     sizes = [_known_size(part) for part in sets]

@@ -19,7 +19,6 @@ class SourcePlan:
     """One source over the steps of a run.
 
     Attributes:
-        name: Name of the source.
         num_examples, num_tokens: Examples and tokens of the source; None where not known, as for streams.
         num_truncated: Examples that were cut to data.max_length; None for a stream.
         num_dropped: Examples that were left out; None for a stream.
@@ -47,11 +46,8 @@ class MixPlan:
     """All sources over the steps of a run.
 
     Attributes:
-        num_steps: Optimizer steps.
-        num_draws: Examples that they take.
         is_exact: False where the draws are an estimate: steps of a number of tokens, from a stream whose lengths are
             estimated from its first rows.
-        sources: In the order of the recipe.
     """
 
     num_steps: int
@@ -67,8 +63,7 @@ class MixPlan:
 def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
     """What `num_steps` steps from position 0 take from each source.
 
-    Raises:
-        UserError: If the sources have fewer steps.
+    Raises: UserError if the sources have fewer steps.
     """
     num_draws = loader.draws_for_steps(num_steps)
     counts = mix.order.counts(num_draws).tolist()

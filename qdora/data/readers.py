@@ -45,8 +45,7 @@ Reader = Callable[[int], Iterator[PlacedRow]]
 def read_rows(path: Path) -> Rows:
     """All rows of a file. Its ending says the format.
 
-    Raises:
-        UserError: If the file is missing, has an unknown ending, is empty or damaged.
+    Raises: UserError if the file is missing, has an unknown ending, is empty or damaged.
     """
     reader = READERS.get(path.suffix.lower())
     if not path.is_file():
@@ -65,8 +64,7 @@ def read_rows(path: Path) -> Rows:
 def split_file(directory: Path, split: str) -> Path | None:
     """The file <split>.<ending> of a directory; None where there is none.
 
-    Raises:
-        UserError: If two files could be meant.
+    Raises: UserError if two files could be meant.
     """
     found = [path for suffix in READERS if (path := directory / f"{split}{suffix}").is_file()]
     if len(found) > 1:
@@ -183,8 +181,7 @@ def local_shards(source: Path, split: str) -> Shards:
 
     Only footers of Parquet files are read.
 
-    Raises:
-        UserError: If there is no such file, or it is of another kind or damaged.
+    Raises: UserError if there is no such file, or it is of another kind or damaged.
     """
     files = [source] if source.is_file() else _files_of_split(source, split)
     wrong = [file for file in files if file.suffix.lower() not in STREAMED_SUFFIXES]
@@ -322,8 +319,7 @@ def _object(value: Any) -> dict[str, Any]:
 def hub_rows(source: str, *, split: str, revision: str | None, hint: str = "") -> Rows:
     """The rows of a data set on the Hub, in its default configuration.
 
-    Raises:
-        UserError: As `hub_shards`, and where the data set is empty.
+    Raises: UserError: As `hub_shards`, and where the data set is empty.
     """
     loaded = _load_dataset(source, hint, split=split, revision=revision)
     return _not_empty(Rows(source, "row", list(range(len(loaded))), [dict(row) for row in loaded]))
@@ -332,9 +328,8 @@ def hub_rows(source: str, *, split: str, revision: str | None, hint: str = "") -
 def hub_shards(source: str, *, split: str, revision: str | None, hint: str = "") -> Shards:
     """The files of a data set on the Hub, in its default configuration, streamed by `datasets`.
 
-    Raises:
-        UserError: With the reason that `datasets` gives and `hint`, if there is no such data set or split, no
-            connection, or the data set is a loading script.
+    Raises: UserError: With the reason that `datasets` gives and `hint`, if there is no such data set or split, no
+        connection, or the data set is a loading script.
     """
     stream = _load_dataset(source, hint, split=split, revision=revision, streaming=True)
     num_shards = stream.num_shards

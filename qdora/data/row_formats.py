@@ -44,8 +44,7 @@ def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> lis
         label: Task name of the examples. A row's own task (in commonsense170k, the one found from its wording) comes
             first unless `named`.
         named: The user chose the label.
-    Raises:
-        UserError: If no format fits the columns, or rows are faulty: the first few are named, the rest counted.
+    Raises: UserError if no format fits the columns, or rows are faulty: the first few are named, the rest counted.
     """
     chosen = choose_format(list(rows.rows[0]), format, rows.where)
     examples, faults = [], []
@@ -61,8 +60,7 @@ def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> lis
 def choose_format(columns: Collection[str], format: str, where: str) -> str:
     """`format`, or for auto the one that fits the columns.
 
-    Raises:
-        UserError: If none fits.
+    Raises: UserError if none fits.
     """
     chosen = detect_format(columns) if format == "auto" else format
     if chosen is None:
@@ -76,8 +74,7 @@ def choose_format(columns: Collection[str], format: str, where: str) -> str:
 def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str) -> Example:
     """One row as an Example; label and named as in `examples_of_rows`.
 
-    Raises:
-        RowFault: If a column is missing or holds the wrong thing.
+    Raises: RowFault if a column is missing or holds the wrong thing.
     """
     layout = FORMATS[format]
     absent = [column for column in layout.required if column not in row]

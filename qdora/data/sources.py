@@ -32,11 +32,9 @@ def load_source(source: SourceConfig, split: str | None = None) -> list[Example]
     """All examples of one split of a source; `source.limit` is not applied.
 
     Args:
-        source: What to read.
         split: Split to read (default `source.split`); a single file has only one and ignores it.
-    Raises:
-        UserError: One line per fault, each with file and line or row: a missing file or split, a damaged file, a faulty
-            row, an empty data set.
+    Raises: UserError: One line per fault, each with file and line or row: a missing file or split, a damaged file, a
+        faulty row, an empty data set.
     """
     split = split or source.split
     if source.task is None:
@@ -56,8 +54,7 @@ def load_train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[l
 
     Returns:
         (train, validation). A stream gives no training examples, and no validation but what is named or has a file.
-    Raises:
-        UserError: As `load_source`.
+    Raises: UserError: As `load_source`.
     """
     validation, single_file = source.validation, _is_single_file(source)
     if validation is not None and not is_path(validation) and (single_file or validation == source.split):
@@ -80,8 +77,7 @@ def load_train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[l
 def open_shards(source: SourceConfig) -> Shards:
     """The training split of a streamed source. Its rows are not read yet.
 
-    Raises:
-        UserError: A missing file or split, a damaged file.
+    Raises: UserError: A missing file or split, a damaged file.
     """
     place = str(source.source)
     if is_path(place):
@@ -107,8 +103,7 @@ def has_split(source: SourceConfig, split: str) -> bool:
 def split_off(examples: Sequence[Example], fraction: float, *, name: str) -> tuple[list[Example], list[Example]]:
     """Cut the last `fraction` of the examples off, at least one: (train, validation). No randomness.
 
-    Raises:
-        UserError: If nothing would be left to train on.
+    Raises: UserError if nothing would be left to train on.
     """
     if fraction == 0.0:
         return list(examples), []

@@ -57,10 +57,8 @@ class ExampleStream:
     not be entered anywhere; here the position says where the window begins, and only that window is read again.
 
     Args:
-        shards: Where the rows are.
         data: Settings; `data.mix[number]` is the source. All examples have its name as their task.
         number: Place of the source in the mix. Two sources have different orders.
-        tokenizer: A transformers tokenizer.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
@@ -83,8 +81,7 @@ class ExampleStream:
     def next(self) -> TokenizedExample:
         """The next example.
 
-        Raises:
-            UserError: If a row is faulty, or a whole pass has no example.
+        Raises: UserError if a row is faulty, or a whole pass has no example.
         """
         while True:
             if not self._ready:

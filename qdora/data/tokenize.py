@@ -26,8 +26,6 @@ class TokenizedExample:
     """The token ids of an example, and which of them are learnt.
 
     Attributes:
-        task: Name under which the loss is counted.
-        id: The example's id.
         input_ids: (length,) int32, with the tokenizer's beginning-of-sequence token if it adds one.
         loss_mask: (length,) bool, True where the token is a label: it is predicted from those before it. The first is
             always False.
@@ -47,8 +45,6 @@ class TokenizedSet:
     """The tokenised examples of one source, in their old order.
 
     Attributes:
-        name: Name of the source.
-        examples: At least one.
         num_truncated: Examples that were cut to `max_length`.
         num_dropped: Examples that were left out because they are longer.
     """
@@ -88,17 +84,13 @@ def tokenize_all(
     template instead.
 
     Args:
-        examples: The examples.
-        tokenizer: A transformers tokenizer with an end-of-sequence token.
-        name: Name of the source, for error lines.
         max_length: Most tokens of an example, special tokens included.
         loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "all" the prompt's as well.
         too_long: What happens to longer ones. "error": one error with their number. "truncate": cut the front of the
-            prompt, then the end of the answer (of a chat its end), and drop an example that has no token left to
-            learn. "drop": leave them out.
-    Raises:
-        UserError: If examples are too long or have no token to learn, a chat does not fit the chat template or there
-            is no template, or no example is left; all faults at once.
+            prompt, then the end of the answer (of a chat its end), and drop an example that has no token left to learn.
+            "drop": leave them out.
+    Raises: UserError if examples are too long or have no token to learn, a chat does not fit the chat template or there
+        is no template, or no example is left; all faults at once.
     """
     tally = ExampleTally(name, max_length, too_long)
     done: list[TokenizedExample] = []

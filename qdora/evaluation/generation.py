@@ -116,13 +116,10 @@ def evaluate_generated(
     """Let the model answer every task's examples; count right, wrong and unparsable answers.
 
     Args:
-        model: A causal language model, on the device where it is to run. Its mode is as before afterwards.
-        tokenizer: Its tokenizer.
         examples_by_task: Task name -> its examples, at least one each, whose choices differ in one word.
         limit: Most examples of a task, the same ones as `suite.evaluate` takes; None for all.
         max_new_tokens: Most tokens of one answer.
         max_batch_tokens: Most tokens of one batch, padding and new tokens included.
-        progress: Called with the task, its examples done and all its examples.
     Raises:
         UserError: If there is no task or no example, a choice has no name of one word, or the model's context is too
             short for any prompt.
@@ -371,19 +368,14 @@ def decode_greedily(
     states, no explicit positions) runs row by row and whole for every token, which is slow.
 
     Args:
-        model: A causal language model; called under `scoring`.
         prompts: Token ids, at least one each, in any order.
         max_new_tokens: Most tokens of one continuation.
         stop_ids: Ends of sequence. A row is done at the first, which is not part of its result.
         finished: Called after every new token; a row is done where it returns True.
         max_batch_tokens: Most tokens of one batch with `max_new_tokens` for every row, padding counted, unless a single
             row is longer.
-        path: From `find_path` (default: found here).
-        progress: Called with prompts done and all prompts.
-    Returns:
-        Per prompt its new ids, in the order given.
-    Raises:
-        RunFailure: If the model gives logits that are not finite.
+    Returns: Per prompt its new ids, in the order given.
+    Raises: RunFailure if the model gives logits that are not finite.
     """
     path = path or find_path(model)
     found: list[list[int]] = [[] for _ in prompts]

@@ -21,7 +21,6 @@ class HarnessTasks:
     """Tasks that exist.
 
     Attributes:
-        names: Names of tasks, groups and tags, patterns resolved.
         manager: The lm_eval.tasks.TaskManager that knows them.
     """
 
@@ -38,8 +37,7 @@ def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> Har
     Args:
         asked: Names or patterns (`mmlu_*`) of tasks, groups or tags.
         include: Folder of further tasks in YAML.
-    Raises:
-        UserError: The harness is not installed, `include` is no folder, or nothing bears a name.
+    Raises: UserError: The harness is not installed, `include` is no folder, or nothing bears a name.
     """
     if find_spec("lm_eval") is None:
         raise UserError(f"--harness: {INSTALL}")
@@ -65,11 +63,8 @@ def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_s
     """The model as the harness takes it, an lm_eval.models.huggingface.HFLM; the model itself is not copied.
 
     Args:
-        model: Any transformers causal LM, with or without adapters; put into eval mode.
-        tokenizer: Its own.
         batch_size: Sequences of a forward pass, whose logits exist all at once in float32.
-    Raises:
-        UserError: The harness is not installed.
+    Raises: UserError: The harness is not installed.
     """
     if find_spec("lm_eval") is None:
         raise UserError(INSTALL)
@@ -88,14 +83,9 @@ def evaluate_harness(
 ) -> dict[str, Any]:
     """Run tasks; the shots are those of each task, the metrics those of the harness.
 
-    Args:
-        model, tokenizer, batch_size: As in `as_lm`.
-        tasks: From `find_harness_tasks`.
-        limit: Most examples of a task.
-    Returns:
-        JSON values: lm_eval (its version), and for every task and group `metrics` (name -> number; the filter is part
-        of the name where there is one; null where the harness gives none), `num_examples` and `num_fewshot` (null for
-        groups).
+    Returns: JSON values: lm_eval (its version), and for every task and group `metrics` (name -> number; the filter is
+        part of the name where there is one; null where the harness gives none), `num_examples` and `num_fewshot` (null
+        for groups).
     """
     lm = as_lm(model, tokenizer, batch_size=batch_size)
     import lm_eval

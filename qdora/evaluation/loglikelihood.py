@@ -66,17 +66,10 @@ def score_choices(
     lm-evaluation-harness (but it keeps a beginning-of-sequence token, as in training). The result counts them.
 
     Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
         examples: Each with choices and `gold`.
-        max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
-        path: From `choose_path` (default: chosen here).
-        progress: Called with examples done and all examples.
-    Returns:
-        In the order of `examples`.
-    Raises:
-        UserError: If an example has no choices or no gold, a choice has no token to score, or one with its border
-            alone exceeds the context; all faults at once.
+    Returns: In the order of `examples`.
+    Raises: UserError if an example has no choices or no gold, a choice has no token to score, or one with its border
+        alone exceeds the context; all faults at once.
     """
     path = path or choose_path(model)
     groups, truncated = _choice_groups(tokenizer, examples, context_length(model))
@@ -111,13 +104,8 @@ def score_answers(
     than the model's context is cut at the left of its prompt as in `score_choices`. An answer that is too long by
     itself (plain text is all answer) is scored in windows that overlap by half, each token once.
 
-    Args:
-        model, tokenizer, max_batch_tokens, path, progress: As in `score_choices`.
-        examples: They need no choices.
-    Returns:
-        In the order of `examples`.
-    Raises:
-        UserError: If an example has no token to score or does not fit the chat template; all faults at once.
+    Returns: In the order of `examples`.
+    Raises: UserError if an example has no token to score or does not fit the chat template; all faults at once.
     """
     path = path or choose_path(model)
     spans, truncated = _answer_spans(tokenizer, examples, context_length(model))
@@ -229,8 +217,7 @@ def _fitted_choices(
         encoded: (ids, start) of each choice behind the same prompt.
         prefix: Special tokens in front, which are never cut.
         context: Most tokens that the model is fed (the last token of a span is not), or None.
-    Returns:
-        Spans, tokens cut, and what is wrong ("" if nothing; else there are no spans).
+    Returns: Spans, tokens cut, and what is wrong ("" if nothing; else there are no spans).
     """
     empty = [index for index, (ids, start) in enumerate(encoded) if start >= len(ids)]
     if empty:

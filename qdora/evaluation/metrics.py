@@ -101,8 +101,7 @@ def choice_metrics(
         loglikelihoods: Per example (choices,) summed log-likelihoods, nats; finite.
         num_chars: Per example (choices,) characters of each choice; 0 counts as 1.
         gold: Per example the index of the right choice.
-    Raises:
-        ValueError: If there is no example, the lengths differ, or a log-likelihood is not finite.
+    Raises: ValueError if there is no example, the lengths differ, or a log-likelihood is not finite.
     """
     if not len(loglikelihoods) == len(num_chars) == len(gold):
         raise ValueError(f"{len(loglikelihoods)} log-likelihoods, {len(num_chars)} lengths, {len(gold)} right answers")
@@ -129,7 +128,6 @@ def answer_nll(nll: ArrayLike, num_tokens: ArrayLike) -> AnswerNll:
     """Mean answer NLL of one task.
 
     Args:
-        nll: (examples,) summed nll of each right answer, nats.
         num_tokens: (examples,) scored tokens of each.
     """
     nlls: NDArray[np.float64] = np.asarray(nll, dtype=np.float64)
@@ -205,14 +203,13 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Pair
 
     The first is Cochran's ratio estimate (Sampling Techniques, 1977, eq. 6.13) over examples, the second the variance
     between the seeds' averages. The variance of a pair of seed and example is in both, so the interval tends to be too
-    wide. Its quantile is the mean of the t quantiles of all parts, each of its own degrees of freedom,
-    weighted by their variances (Cochran and Cox, Experimental Designs, 1957, sec. 4.14): with three seeds that of
-    Student's t with 2 where the seeds decide. (Satterthwaite's pooled degrees of freedom, themselves estimated from so
-    few seeds, are too many: 9 % instead of 5 % of such intervals miss the truth.) With one seed its part is left out.
+    wide. Its quantile is the mean of the t quantiles of all parts, each of its own degrees of freedom, weighted by
+    their variances (Cochran and Cox, Experimental Designs, 1957, sec. 4.14): with three seeds that of Student's t with
+    2 where the seeds decide. (Satterthwaite's pooled degrees of freedom, themselves estimated from so few seeds, are
+    too many: 9 % instead of 5 % of such intervals miss the truth.) With one seed its part is left out.
 
     Args:
         tasks: At least one, with the same seeds in the same order.
-        confidence: Level of the interval.
     """
     num_seeds = len(tasks[0].first)
     assert all(len(task.first) == num_seeds for task in tasks), [task.first.shape for task in tasks]

@@ -105,13 +105,9 @@ def evaluate(
     """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
 
     Args:
-        model: A causal language model, on the device where it is to run. Its mode is as before afterwards.
-        tokenizer: Its tokenizer.
         examples_by_task: Task name -> its examples, at least one each; with or without choices.
         limit: Most examples of a task, spread evenly over its list (files are often ordered by origin); None for all.
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
-        per_example: Keep the scores of single examples.
-        progress: Called with the task, its examples done and all its examples.
     Raises:
         UserError: If there is no task, a task has no example, or an example cannot be scored.
         RunFailure: If the model gives a log-likelihood that is not finite.

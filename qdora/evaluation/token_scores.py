@@ -61,12 +61,10 @@ def strided_spans(ids: Sequence[int], window: int, stride: int, first: int = 1) 
     Every scored token has at least window - stride + 1 tokens of context, or all there are.
 
     Args:
-        ids: Token ids of the text.
         window: Most tokens that are fed at once (the token predicted last is not fed).
         stride: 1 <= stride <= window. stride == window gives windows that do not overlap.
         first: The first token to score; nothing predicts token 0.
-    Returns:
-        Spans in text order; none if `first` lies behind the text.
+    Returns: Spans in text order; none if `first` lies behind the text.
     """
     if not 1 <= stride <= window:
         raise ValueError(f"stride {stride} must lie between 1 and the window, {window}")
@@ -96,13 +94,9 @@ def score_spans(
     """Summed log-likelihood of every span's scored tokens, each span run whole, batched by length, right-padded.
 
     Args:
-        model: A causal language model; called under `scoring`.
         spans: In any order.
         max_batch_tokens: Most tokens of one batch, padding included; a longer span is a batch of its own.
-        path: From `choose_path` (default: chosen here).
-        progress: Called with spans done and all spans.
-    Returns:
-        (spans,) float64, nats, in the order given.
+    Returns: (spans,) float64, nats, in the order given.
     """
     path = path or choose_path(model)
     device = input_device(model)
@@ -140,13 +134,9 @@ def score_groups(
     """Summed log-likelihood of every span of every group; the tokens that a group's spans share are run once.
 
     Args:
-        model: A causal language model; called under `scoring`.
         groups: The spans of a question's choices; spans of a group may have different lengths and starts.
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one row is longer.
-        path: From `choose_path` (default: chosen here).
-        progress: Called with groups done and all groups.
-    Returns:
-        Per group (spans,) float64, nats, in the order given.
+    Returns: Per group (spans,) float64, nats, in the order given.
     """
     path = path or choose_path(model)
     shared = [_shared_length(group) if path.shared_prefix and len(group) > 1 else 0 for group in groups]
@@ -282,9 +272,6 @@ def _score_rest(
     """Scores of the tokens from the second one after the prefix on, right-padded -> (spans,) float64.
 
     Args:
-        spans: Each with at least two tokens after its prefix.
-        prefix_rows: (spans,) row of `cache` and `prefix_mask` that holds each span's prefix.
-        cache: Of the prefixes; left as it is.
         prefix_mask: (prefixes, longest prefix) int64, left-padded.
     """
     device = input_device(model)
