@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qdora.data.rows import RowFault, Rows, shown
+from qdora.data.rows import RowFault, Rows, each_made, shown
 from qdora.errors import UserError, nearest
 from qdora.recipe.data_settings import STREAMED_SUFFIXES
 
@@ -90,22 +90,13 @@ def missing(path: Path) -> str:
 
 
 def _parquet(path: Path) -> Rows:
-    rows = Rows(str(path), "row")
-    for group, first, _ in _row_groups(path):
-        for place, row in _row_group(path, group, first):
-            rows.add(place, row)
-    return rows
+    groups = _row_groups(path)
+    return Rows(str(path), "row", [placed for group in groups for placed in _row_group(path, *group[:2])])
 
 
 def _json_lines(path: Path) -> Rows:
-    rows, faults = Rows(str(path), "line"), []
-    for number, _, line in _lines(path, 0, path.stat().st_size):
-        try:
-            rows.add(number, _parsed(line))
-        except RowFault as fault:
-            faults.append(rows.fault(number, fault))
-    rows.raise_faults(faults)
-    return rows
+    lines = ((number, line) for number, _, line in _lines(path, 0, path.stat().st_size))
+    return Rows(str(path), "line", each_made(str(path), "line", lines, lambda _, line: _parsed(line)))
 
 
 def _json(path: Path) -> Rows:
@@ -121,19 +112,12 @@ def _json(path: Path) -> Rows:
         value = [value]
     if not isinstance(value, list):
         raise UserError(f"{path}: must be a list of objects, or one object a line, got {shown(value)}")
-    rows, faults = Rows(str(path), "row"), []
-    for number, entry in enumerate(value):
-        try:
-            rows.add(number, _object(entry))
-        except RowFault as fault:
-            faults.append(rows.fault(number, fault))
-    rows.raise_faults(faults)
-    return rows
+    return Rows(str(path), "row", each_made(str(path), "row", enumerate(value), lambda _, entry: _object(entry)))
 
 
 def _text(path: Path) -> Rows:
     """One row {"text": ...} for each document; documents are separated by blank lines."""
-    rows = Rows(str(path), "line")
+    rows = Rows(str(path), "line", [])
     start, lines = 1, list[str]()
     for number, line in enumerate([*path.read_text(encoding="utf-8-sig").split("\n"), ""], start=1):
         if line.strip():
@@ -141,7 +125,7 @@ def _text(path: Path) -> Rows:
                 start = number
             lines.append(line.rstrip("\r"))
         elif lines:
-            rows.add(start, {"text": "\n".join(lines)})
+            rows.placed.append((start, {"text": "\n".join(lines)}))
             lines = []
     return rows
 
@@ -322,7 +306,7 @@ def hub_rows(source: str, *, split: str, revision: str | None, hint: str = "") -
     Raises: UserError: As `hub_shards`, and where the data set is empty.
     """
     loaded = _load_dataset(source, hint, split=split, revision=revision)
-    return _not_empty(Rows(source, "row", list(range(len(loaded))), [dict(row) for row in loaded]))
+    return _not_empty(Rows(source, "row", [(number, dict(row)) for number, row in enumerate(loaded)]))
 
 
 def hub_shards(source: str, *, split: str, revision: str | None, hint: str = "") -> Shards:
@@ -364,6 +348,6 @@ def _hub_shard(source: str, stream: Any, number: int, skip: int) -> Iterator[Pla
 
 
 def _not_empty(rows: Rows) -> Rows:
-    if not rows.rows:
+    if not rows.placed:
         raise UserError(f"{rows.where}: the data set is empty, allowed: at least one row")
     return rows

@@ -30,11 +30,6 @@ class Format:
     example: Callable[[Row, str, str, str], Example]
 
 
-def detect_format(columns: Collection[str]) -> str | None:
-    """The format whose required columns are all there, or None."""
-    return next((name for name, layout in FORMATS.items() if set(layout.required) <= set(columns)), None)
-
-
 def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> list[Example]:
     """Every row as an Example.
 
@@ -46,15 +41,8 @@ def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> lis
         named: The user chose the label.
     Raises: UserError if no format fits the columns, or rows are faulty: the first few are named, the rest counted.
     """
-    chosen = choose_format(list(rows.rows[0]), format, rows.where)
-    examples, faults = [], []
-    for place, row in rows:
-        try:
-            examples.append(example_of_format(row, chosen, label=label, named=named, id=str(place)))
-        except RowFault as fault:
-            faults.append(rows.fault(place, fault))
-    rows.raise_faults(faults)
-    return examples
+    chosen = choose_format(list(rows.placed[0][1]), format, rows.where)
+    return rows.examples(lambda place, row: example_of_format(row, chosen, label=label, named=named, id=str(place)))
 
 
 def choose_format(columns: Collection[str], format: str, where: str) -> str:
@@ -62,7 +50,8 @@ def choose_format(columns: Collection[str], format: str, where: str) -> str:
 
     Raises: UserError if none fits.
     """
-    chosen = detect_format(columns) if format == "auto" else format
+    fitting = (name for name, layout in FORMATS.items() if set(layout.required) <= set(columns))
+    chosen = next(fitting, None) if format == "auto" else format
     if chosen is None:
         allowed = "; ".join(f"{name}: {', '.join(layout.required)}" for name, layout in FORMATS.items())
         known = [column for layout in FORMATS.values() for column in layout.required]

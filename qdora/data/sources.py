@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from qdora.data import demo
-from qdora.data.commonsense import example_of_row, instruction_row
-from qdora.data.commonsense_hub import HUB_TASKS, hub_task_rows
+from qdora.data.commonsense import HUB_TASKS, example_of_row, hub_task_rows, instruction_row
 from qdora.data.example import Example
 from qdora.data.readers import (
     Shards,
@@ -23,7 +22,7 @@ from qdora.data.readers import (
     split_names,
 )
 from qdora.data.row_formats import FORMATS, examples_of_rows
-from qdora.data.rows import RowFault, Rows
+from qdora.data.rows import Row, Rows
 from qdora.errors import UserError, nearest
 from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path
 
@@ -127,18 +126,13 @@ def draw(examples: list[Example], limit: int | None, seed: int) -> list[Example]
 def _task_examples(source: SourceConfig, task: str, split: str) -> list[Example]:
     """One of the eight commonsense tasks."""
     rows = _directory_rows(source.path, split) if source.path else hub_task_rows(task, split, source.revision)
-    examples, faults = [], []
-    for place, row in rows:
-        try:
-            if source.format == "commonsense170k":
-                instruction = instruction_row(row, task)
-                examples.append(FORMATS[source.format].example(instruction, task, source.label, str(place)))
-            else:
-                examples.append(example_of_row(row, task=task, label=source.label, id=str(place)))
-        except RowFault as fault:
-            faults.append(rows.fault(place, fault))
-    rows.raise_faults(faults)
-    return examples
+
+    def make(place: int, row: Row) -> Example:
+        if source.format == "commonsense170k":
+            return FORMATS[source.format].example(instruction_row(row, task), task, source.label, str(place))
+        return example_of_row(row, task=task, label=source.label, id=str(place))
+
+    return rows.examples(make)
 
 
 def _own_rows(place: str, split: str, revision: str | None) -> Rows:
