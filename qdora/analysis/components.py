@@ -68,13 +68,14 @@ from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import check_batches, curvature_of, labelled_logits
 from qdora.analysis.differentiable import UPDATE, Norm, check_layers
 from qdora.analysis.tensor_cache import keep_tensors, kept_tensors, made_once
-from qdora.analysis.update_gradient import row_directions, update_gradients, watch_output
+from qdora.analysis.update_gradient import row_directions, update_gradients, watched_outputs
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
 
 Array = NDArray[np.float64]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -101,41 +102,40 @@ class Components:
     """The components of a layer and their worth.
 
     Attributes:
-        sizes, slopes, tail: As in `Directions`.
         curvatures: (components,) q_i = <E_i, H E_i> >= 0.
-        errors: (components,) standard errors of the curvatures; 0 where they are exact.
+        errors: (components,) standard errors of the curvatures, from the spread over the draws; 0 where they are exact.
+            Where a curvature is too small by chance, so is its error.
     """
 
-    sizes: Array
-    slopes: Array
+    directions: Directions
     curvatures: Array
     errors: Array
-    tail: float
 
     def worths(self) -> Array:
         """(components,) in nats of mean NLL; 0 where the curvature is within rounding of 0."""
         flat = self.curvatures <= 1e-7 * self.curvatures.max(initial=0.0)
         safe = np.where(flat, 1.0, self.curvatures)
-        worths: Array = np.where(flat, 0.0, (safe * self.sizes - self.slopes) ** 2 / (2.0 * safe))
+        at_zero = safe * self.directions.sizes - self.directions.slopes
+        worths: Array = np.where(flat, 0.0, at_zero**2 / (2.0 * safe))
         return worths
 
     def spectrum(self, most: int, cost: int) -> LayerSpectrum:
         """The worths, the greatest first, at most `most`. The total has the tail at the mean rate of new ones."""
         worths = self.worths()
-        new = self.sizes == 0.0
-        slope = float((self.slopes[new] ** 2).sum())
-        rest = self.tail * float(worths[new].sum()) / slope if slope > 0 else 0.0
+        new = self.directions.sizes == 0.0
+        slope = float((self.directions.slopes[new] ** 2).sum())
+        rest = self.directions.tail * float(worths[new].sum()) / slope if slope > 0 else 0.0
         return LayerSpectrum(np.sort(worths)[::-1][:most].copy(), float(worths.sum()) + rest, cost)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "sizes": self.sizes.tolist(),
-            "slopes": self.slopes.tolist(),
+            "sizes": self.directions.sizes.tolist(),
+            "slopes": self.directions.slopes.tolist(),
             "curvatures": self.curvatures.tolist(),
             "curvature_errors": self.errors.tolist(),
             "worths": self.worths().tolist(),
-            "tail": self.tail,
+            "tail": self.directions.tail,
         }
 
 
@@ -147,7 +147,7 @@ def layer_directions(
     norm: Norm,
     cache: Path | None = None,
     state: str = "",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Directions]:
     """The components of layers, from one gradient or from the cache.
 
@@ -229,23 +229,9 @@ def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     return (second, values, first) if tall else (first, values, second)
 
 
-Progress = Callable[[int, int], None]
 LEAST_DRAWS = 8
 _CHUNK = 64
 """Tokens whose probabilities are summed up at once in float64."""
-
-
-@dataclass(frozen=True)
-class Curvatures:
-    """The curvatures of the components of a layer.
-
-    Attributes:
-        errors: (components,) standard errors, from the spread over the draws; 0 for exact values. Where a value is too
-            small by chance, so is its error.
-    """
-
-    values: Array
-    errors: Array
 
 
 def exact_curvatures(
@@ -257,18 +243,18 @@ def exact_curvatures(
     cache: Path | None = None,
     state: str = "",
     progress: Progress | None = None,
-) -> dict[str, Curvatures]:
+) -> dict[str, Components]:
     """Curvatures from one product with H per component.
 
     Args:
         model, batches, norm: As in `curvature_of`.
         state: `fingerprint` of the model and the batches; needed with a cache.
     """
-    found: dict[str, Curvatures] = {}
+    found: dict[str, Components] = {}
     for name, each in directions.items():
         key = ["exact curvatures", name, norm, len(each.sizes), state]
         values = made_once(cache, key, functools.partial(_exact, model, name, each, batches, norm))["values"]
-        found[name] = Curvatures(values.numpy(), np.zeros(len(values)))
+        found[name] = Components(each, values.numpy(), np.zeros(len(values)))
         if progress is not None:
             progress(len(found), len(directions))
     return found
@@ -285,7 +271,7 @@ def drawn_curvatures(
     cache: Path | None = None,
     state: str = "",
     progress: Progress | None = None,
-) -> dict[str, Curvatures]:
+) -> dict[str, Components]:
     """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once.
 
     Args:
@@ -321,9 +307,9 @@ def drawn_curvatures(
         if progress is not None:
             progress(number + 1, len(batches))
     found = {}
-    for name in directions:
+    for name, each_layer in directions.items():
         values: Array = (sums[name] / num_tokens).numpy()
-        found[name] = Curvatures(values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws))
+        found[name] = Components(each_layer, values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws))
     return found
 
 
@@ -406,24 +392,20 @@ def squared_slopes(
     def see(name: str, x: Tensor, output: Tensor) -> Callable[[Tensor], None]:
         return probes[name].see(x, output, rows, functools.partial(take, name))
 
-    hooks = [watch_output(probe.layer, functools.partial(see, name)) for name, probe in probes.items()]
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
-    try:
-        with evaluation_mode(model):
-            logits, _ = labelled_logits(model, batch, device)
-            drawn = labels(logits.detach())
-            probabilities = torch.softmax(logits.detach(), dim=-1)
-            wanted = [probe.layer.lora_B for probe in probes.values()]
-            for number, each in enumerate(drawn):
-                slopes.clear()
-                upstream = probabilities.clone()
-                upstream[torch.arange(len(each), device=device), each.to(device)] -= 1.0
-                torch.autograd.grad(logits, wanted, upstream, retain_graph=number + 1 < len(drawn))
-                for name in probes:
-                    found[name].append(slopes[name].double().square().sum(dim=0).cpu())
-    finally:
-        for each_hook in hooks:
-            each_hook.remove()
+    layers = {name: probe.layer for name, probe in probes.items()}
+    with watched_outputs(layers, see), evaluation_mode(model):
+        logits, _ = labelled_logits(model, batch, device)
+        drawn = labels(logits.detach())
+        probabilities = torch.softmax(logits.detach(), dim=-1)
+        wanted = [layer.lora_B for layer in layers.values()]
+        for number, each in enumerate(drawn):
+            slopes.clear()
+            upstream = probabilities.clone()
+            upstream[torch.arange(len(each), device=device), each.to(device)] -= 1.0
+            torch.autograd.grad(logits, wanted, upstream, retain_graph=number + 1 < len(drawn))
+            for name in probes:
+                found[name].append(slopes[name].double().square().sum(dim=0).cpu())
     return {name: torch.stack(each) for name, each in found.items()}
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from qdora.analysis.differentiable import FACTORS, Norm, plain_model
 from qdora.analysis.spectrum import Density, Eigenpairs, spectral_density, top_eigenpairs
-from qdora.analysis.tensor_cache import keep_tensors, kept_tensors
+from qdora.analysis.tensor_cache import made_once
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.ops.loss import token_nll
@@ -47,17 +48,14 @@ class CurvatureOperator:
 
     Args:
         leaves: Name -> parameter that the logits depend on, float32 or float64.
-        norm: Whether the graph holds the norm; here only a name, for the result.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor], batches: Sequence[Logits], *, curvature: Curvature, norm: Norm):
+    def __init__(self, leaves: Mapping[str, Tensor], batches: Sequence[Logits], curvature: Curvature) -> None:
         self.leaves = dict(leaves)
         self.curvature: Curvature = curvature
-        self.norm: Norm = norm
         self.num_matvecs = 0
         """Number of products so far."""
         self._batches = tuple(batches)
-        self._num_tokens = 0
         self._kept: Any = None
 
     @property
@@ -79,32 +77,19 @@ class CurvatureOperator:
         sizes = [leaf.numel() for leaf in self.leaves.values()]
         pieces = torch.split(wide, sizes)
         parts = [part.view_as(leaf) for part, leaf in zip(pieces, self.leaves.values(), strict=True)]
-        one = self._hessian if self.curvature == "hessian" else self._gauss_newton
         total = torch.zeros(self.size, dtype=self.dtype, device=device)
-        self._num_tokens = 0
+        num_tokens = 0
         keep = len(self._batches) == 1
         for batch in self._batches:
             graph = self._kept
             if graph is None:
                 graph = self._graph(batch)
             self._kept = graph if keep else None
-            total += torch.cat([each.reshape(-1) for each in one(graph, parts, keep)])
-            self._num_tokens += len(graph[0])
+            total += torch.cat([each.reshape(-1) for each in self._image(graph, parts, keep)])
+            num_tokens += len(graph[0])
             del graph
         self.num_matvecs += 1
-        return (total / max(self._num_tokens, 1)).to(device=vector.device, dtype=vector.dtype)
-
-    def gradient(self) -> Tensor:
-        """dL/dw at the point itself: (size,) in `dtype`, on the leaves' device."""
-        leaves = list(self.leaves.values())
-        total = torch.zeros(self.size, dtype=self.dtype, device=leaves[0].device)
-        num_tokens = 0
-        for batch in self._batches:
-            logits, targets = batch()
-            parts = torch.autograd.grad(token_nll(logits, targets).sum(), leaves, materialize_grads=True)
-            total += torch.cat([each.reshape(-1) for each in parts])
-            num_tokens += len(targets)
-        return total / max(num_tokens, 1)
+        return (total / max(num_tokens, 1)).to(device=vector.device, dtype=vector.dtype)
 
     def _graph(self, batch: Logits) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Logits, the vector that stands for the gradient by them, and the gradient by the leaves with its graph."""
@@ -118,23 +103,19 @@ class CurvatureOperator:
         back = torch.autograd.grad(logits, leaves, upstream, create_graph=True, materialize_grads=True)
         return logits, upstream, back
 
-    def _hessian(
+    def _image(
         self, graph: tuple[Tensor, Tensor, Sequence[Tensor]], vector: Sequence[Tensor], keep: bool
     ) -> Sequence[Tensor]:
-        gradient = graph[2]
+        """The matrix of one micro-batch, from its `_graph`, times a vector in the shapes of the leaves."""
         leaves = list(self.leaves.values())
-        return torch.autograd.grad(gradient, leaves, list(vector), retain_graph=keep, materialize_grads=True)
-
-    def _gauss_newton(
-        self, graph: tuple[Tensor, Tensor, Sequence[Tensor]], vector: Sequence[Tensor], keep: bool
-    ) -> Sequence[Tensor]:
         logits, upstream, back = graph
+        if self.curvature == "hessian":
+            return torch.autograd.grad(back, leaves, list(vector), retain_graph=keep, materialize_grads=True)
         (along,) = torch.autograd.grad(back, upstream, list(vector), retain_graph=True, materialize_grads=True)
         with torch.no_grad():
             probability = torch.softmax(logits, dim=-1)
             weighted = probability * along
             weighted -= probability * weighted.sum(dim=-1, keepdim=True)
-        leaves = list(self.leaves.values())
         return torch.autograd.grad(logits, leaves, weighted, retain_graph=keep, materialize_grads=True)
 
 
@@ -159,8 +140,8 @@ def curvature_of(
     check_batches(batches)
     with plain_model(model, layers, norm=norm, parts=parts) as leaves:
         device = next(iter(leaves.values())).device
-        runs = [_run(model, batch, device) for batch in batches]
-        yield CurvatureOperator(leaves, runs, curvature=curvature, norm=norm)
+        runs = [partial(labelled_logits, model, batch, device) for batch in batches]
+        yield CurvatureOperator(leaves, runs, curvature)
 
 
 def check_batches(batches: Sequence[MicroBatch]) -> None:
@@ -190,10 +171,6 @@ def labelled_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -
     finally:
         hook.remove()
     return logits.reshape(-1, logits.shape[-1]), batch.labels[:, 1:][wanted].to(device)
-
-
-def _run(model: nn.Module, batch: MicroBatch, device: torch.device) -> Logits:
-    return lambda: labelled_logits(model, batch, device)
 
 
 Array = NDArray[np.float64]
@@ -277,9 +254,22 @@ def curvature_spectrum(
         state: `fingerprint` of the model and the batches (default: computed here).
     """
     key = ["curvature", list(layers), asdict(settings), state or fingerprint(model, batches)]
-    kept = kept_tensors(cache, key)
-    if kept is not None:
-        return _from_tensors(kept, settings)
+    tensors = made_once(cache, key, lambda: _spectrum_tensors(model, layers, batches, settings))
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    size, num_rounds, next_magnitude, num_matvecs, seconds = (float(arrays[name][0]) for name in _COUNTS)
+    vectors = arrays["eigenvectors"].T.astype(np.float64)
+    top = Eigenpairs(arrays["eigenvalues"], vectors, arrays["residuals"], int(num_rounds), next_magnitude)
+    density = Density(arrays["density_nodes"], arrays["density_weights"], int(size))
+    return CurvatureSpectrum(settings, top, density, int(size), int(num_matvecs), seconds)
+
+
+_COUNTS = ("size", "num_rounds", "next_magnitude", "num_matvecs", "seconds")
+
+
+def _spectrum_tensors(
+    model: nn.Module, layers: Sequence[str], batches: Sequence[MicroBatch], settings: CurvatureSettings
+) -> dict[str, Tensor]:
+    """A `CurvatureSpectrum` as the cache holds it, the eigenvectors in float32."""
     began = time.perf_counter()
     with curvature_of(
         model, layers, batches, curvature=settings.curvature, norm=settings.norm, parts=settings.parts
@@ -289,16 +279,22 @@ def curvature_spectrum(
             image: Array = operator.product(torch.from_numpy(np.ascontiguousarray(vector))).numpy()
             return image
 
-        size = operator.size
-        k = min(settings.num_eigenvalues, size - 1)
-        top = top_eigenpairs(product, size, k, seed=settings.seed, tolerance=settings.tolerance)
-        density = spectral_density(
-            product, size, num_steps=settings.lanczos_steps, num_probes=settings.num_probes, seed=settings.seed
+        size, seed = operator.size, settings.seed
+        top = top_eigenpairs(
+            product, size, min(settings.num_eigenvalues, size - 1), seed=seed, tolerance=settings.tolerance
         )
-        spent = operator.num_matvecs
-    found = CurvatureSpectrum(settings, top, density, size, spent, time.perf_counter() - began)
-    keep_tensors(cache, key, _to_tensors(found))
-    return found
+        density = spectral_density(
+            product, size, num_steps=settings.lanczos_steps, num_probes=settings.num_probes, seed=seed
+        )
+    counts = (size, top.num_rounds, top.next_magnitude, operator.num_matvecs, time.perf_counter() - began)
+    return {
+        "eigenvalues": torch.from_numpy(top.values),
+        "eigenvectors": torch.from_numpy(top.vectors.T.astype(np.float32)),
+        "residuals": torch.from_numpy(top.residuals),
+        "density_nodes": torch.from_numpy(density.nodes),
+        "density_weights": torch.from_numpy(density.weights),
+        **{name: torch.tensor([value], dtype=torch.float64) for name, value in zip(_COUNTS, counts, strict=True)},
+    }
 
 
 def fingerprint(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
@@ -316,27 +312,3 @@ def fingerprint(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
         for tensor in (batch.input_ids, batch.attention_mask, batch.labels):
             digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-_COUNTS = ("size", "num_rounds", "next_magnitude", "num_matvecs", "seconds")
-
-
-def _to_tensors(found: CurvatureSpectrum) -> dict[str, Tensor]:
-    counts = (found.size, found.top.num_rounds, found.top.next_magnitude, found.num_matvecs, found.seconds)
-    return {
-        "eigenvalues": torch.from_numpy(found.top.values),
-        "eigenvectors": torch.from_numpy(found.top.vectors.T.astype(np.float32)),
-        "residuals": torch.from_numpy(found.top.residuals),
-        "density_nodes": torch.from_numpy(found.density.nodes),
-        "density_weights": torch.from_numpy(found.density.weights),
-        **{name: torch.tensor([value], dtype=torch.float64) for name, value in zip(_COUNTS, counts, strict=True)},
-    }
-
-
-def _from_tensors(tensors: Mapping[str, Tensor], settings: CurvatureSettings) -> CurvatureSpectrum:
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    size, num_rounds, next_magnitude, num_matvecs, seconds = (float(arrays[name][0]) for name in _COUNTS)
-    vectors = arrays["eigenvectors"].T.astype(np.float64)
-    top = Eigenpairs(arrays["eigenvalues"], vectors, arrays["residuals"], int(num_rounds), next_magnitude)
-    density = Density(arrays["density_nodes"], arrays["density_weights"], int(size), settings.num_probes)
-    return CurvatureSpectrum(settings, top, density, int(size), int(num_matvecs), seconds)

@@ -47,7 +47,6 @@ class Density:
     nodes: Array
     weights: Array
     size: int
-    num_probes: int
 
     def total(self, function: Callable[[Array], Array]) -> float:
         """Estimate of the sum of function(lambda) over all eigenvalues."""
@@ -155,7 +154,7 @@ def spectral_density(product: Product, size: int, *, num_steps: int, num_probes:
         values, vectors = np.linalg.eigh(tridiagonal)
         nodes.append(values)
         weights.append(vectors[0] ** 2 / num_probes)
-    return Density(np.concatenate(nodes), np.concatenate(weights), size, num_probes)
+    return Density(np.concatenate(nodes), np.concatenate(weights), size)
 
 
 def _lanczos(product: Product, start: Array, num_steps: int) -> tuple[Array, Array]:

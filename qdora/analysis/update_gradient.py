@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import check_batches, labelled_logits
@@ -65,19 +64,27 @@ def update_gradients(
     return found
 
 
-def watch_output(layer: nn.Module, see: Callable[[Tensor, Tensor], Callable[[Tensor], None]]) -> RemovableHandle:
-    """Call `see(x, y)` in every forward pass of a layer, and what it returns with dL/dy in every backward pass.
+@contextmanager
+def watched_outputs(
+    layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Call `see(name, x, y)` in every forward pass of a layer, and what it returns with dL/dy in every backward pass.
 
     The model goes on with a copy of y, which costs its size: what it writes into its layers' outputs would carry the
     gradient past the hook.
     """
 
-    def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def forward(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         passed_on = output.clone()
-        passed_on.register_hook(see(args[0].detach(), output.detach()))  # type: ignore[no-untyped-call]
+        passed_on.register_hook(see(name, args[0].detach(), output.detach()))  # type: ignore[no-untyped-call]
         return passed_on
 
-    return layer.register_forward_hook(forward)
+    hooks = [layer.register_forward_hook(functools.partial(forward, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -121,18 +128,13 @@ def _of_group(
 
         return backward
 
-    hooks = [watch_output(layer, functools.partial(see, name)) for name, layer in layers.items()]
     wanted = [layer.lora_B for layer in layers.values()]
-    device = wanted[0].device
     num_tokens = 0
-    try:
+    with watched_outputs(layers, see):
         for batch in batches:
-            logits, targets = labelled_logits(model, batch, device)
+            logits, targets = labelled_logits(model, batch, wanted[0].device)
             torch.autograd.grad(token_nll(logits, targets).sum(), wanted)
             num_tokens += len(targets)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name, layer in layers.items():
         total = sums[name]
         if norm == "attached":
@@ -181,15 +183,12 @@ def gradient_spectra(
 
     At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
     """
-    return update_gradients(
-        model, layers, batches, lambda _, gradient: _spectrum(gradient, most), norm=norm, progress=progress
-    )
 
+    def spectrum(_name: str, gradient: Tensor) -> LayerSpectrum:
+        # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
+        short = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
+        wide = short.double()
+        values = torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp_min(0.0)
+        return LayerSpectrum(values[:most].cpu().numpy(), float(values.sum()), sum(gradient.shape))
 
-def _spectrum(gradient: Tensor, most: int) -> LayerSpectrum:
-    # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
-    short = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
-    wide = short.double()
-    values = torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp_min(0.0)
-    energies: np.ndarray[tuple[int], np.dtype[np.float64]] = values[:most].cpu().numpy()
-    return LayerSpectrum(energies, float(values.sum()), sum(gradient.shape))
+    return update_gradients(model, layers, batches, spectrum, norm=norm, progress=progress)

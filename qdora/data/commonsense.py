@@ -1,4 +1,4 @@
-"""The eight commonsense tasks: their prompts, as cloze questions and as LLM-Adapters asks, and where they are on the Hub.
+"""The eight commonsense tasks: prompts as cloze questions and in LLM-Adapters' wording, and their places on the Hub.
 
 A row holds task, id, context, question, choices (list), answer (index of the right choice) and sometimes passage. One
 schema serves local files and what `hub_task_rows` reads from the Hub.

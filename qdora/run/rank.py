@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.analysis.allocate import LayerSpectrum, allocate, effective_rank
-from qdora.analysis.components import LEAST_DRAWS, Components, drawn_curvatures, exact_curvatures, layer_directions
+from qdora.analysis.components import LEAST_DRAWS, drawn_curvatures, exact_curvatures, layer_directions
 from qdora.analysis.curvature import CURVATURES, Curvature, CurvatureSettings, curvature_spectrum, fingerprint
 from qdora.analysis.differentiable import NORMS, Norm
 from qdora.analysis.rank_figures import draw_rank_map, draw_spectra
@@ -253,14 +253,12 @@ def _curvature(
     given |= {"draws": draws} if draws else {}
     with bar(console, f"their curvature, {draws} draws" if draws else "their curvature, exact") as progress:
         along = drawn_curvatures if draws else exact_curvatures
-        curvatures = along(trained.model, directions, batches, progress=progress, **given)
+        components = along(trained.model, directions, batches, progress=progress, **given)
     spectra: dict[str, LayerSpectrum] = {}
     details: dict[str, dict[str, Any]] = {"": {**about, "norm": norm, "draws": draws}}
     for name, layer in chosen.items():
-        found, curvature = directions[name], curvatures[name]
-        components = Components(found.sizes, found.slopes, curvature.values, curvature.errors, found.tail)
-        spectra[name] = components.spectrum(limits[name], layer.in_features + layer.out_features)
-        details[name] = {"components": components.to_dict()}
+        spectra[name] = components[name].spectrum(limits[name], layer.in_features + layer.out_features)
+        details[name] = {"components": components[name].to_dict()}
     for name, spectrum in _eigenvalues(trained, asked, list(chosen), batches, norm, state, console).items():
         details[name]["spectrum" if name else "over_all"] = spectrum
     return spectra, details
