@@ -199,7 +199,6 @@ def a_model(kind: str, variant: str) -> Any:
         rank=2,
         alpha=3.0,
         targets=targets.get(variant, list(LAYERS)),
-        skip=(),
         dtype=torch.float64,
         dropout=0.5,
         generator=torch.Generator().manual_seed(1),

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,8 @@ from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
 from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, input_device, scoring
 from qdora.evaluation.metrics import Estimate, macro_average, mean_stderr
-from qdora.evaluation.suite import SuiteProgress, spread
-from qdora.evaluation.token_scores import Progress, length_batches
+from qdora.evaluation.suite import SuiteProgress, conditions, percent, results_table, spread
+from qdora.evaluation.token_scores import Progress, length_batches, padded
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,6 @@ def evaluate_generated(
         found = generate_answers(model, tokenizer, chosen, max_new_tokens, max_batch_tokens, path, report)
         tasks[task] = _counted(found, [len(example.choices) for example in chosen])
         answers.extend(found)
-    parameter = next(model.parameters())
     settings = {
         "method": "generate",
         "decoding": "greedy",
@@ -148,9 +147,7 @@ def evaluate_generated(
         "max_new_tokens": max_new_tokens,
         "max_batch_tokens": max_batch_tokens,
         "batched": bool(path.cache_keyword),
-        "model_dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": str(parameter.device),
-        "seconds": round(time.perf_counter() - began, 3),
+        **conditions(model, began),
     }
     return GenerationResult(tasks, _average(list(tasks.values())), settings, answers)
 
@@ -220,35 +217,13 @@ def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list
 
 def generation_table(results: Mapping[str, GenerationResult]) -> Table:
     """Tasks as rows and, per label, accuracy in % ± standard error with right / wrong / unparsable, for a terminal."""
-    table = Table(title="answers generated", title_justify="left")
-    for position, name in enumerate(["task", "n", "chance"]):
-        table.add_column(name, justify="left" if position == 0 else "right")
-    for label in results:
-        table.add_column(f"{label} acc %", justify="right")
-        table.add_column("right / wrong / unparsable", justify="right")
-    names = list(dict.fromkeys(task for result in results.values() for task in result.tasks))
-    for name in names:
-        table.add_row(*_row(name, [result.tasks.get(name) for result in results.values()]))
-    table.add_section()
-    table.add_row(*_row("average", [result.average for result in results.values()]), style="bold")
-    return table
 
+    def cells(result: GeneratedResult) -> tuple[list[str], list[str]]:
+        counts = f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
+        return [str(result.num_examples), percent(result.chance)], [percent(result.acc, result.acc_stderr), counts]
 
-def _row(name: str, results: Sequence[GeneratedResult | None]) -> list[str]:
-    known = [result for result in results if result is not None]
-    row = [name, *("/".join(dict.fromkeys(cells)) for cells in zip(*(_shared_cells(r) for r in known), strict=True))]
-    for result in results:
-        if result is None:
-            row += ["–", "–"]
-            continue
-        error = "" if result.acc_stderr is None else f" ± {100 * result.acc_stderr:.1f}"
-        row.append(f"{100 * result.acc:.1f}{error}")
-        row.append(f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}")
-    return row
-
-
-def _shared_cells(result: GeneratedResult) -> tuple[str, str]:
-    return str(result.num_examples), f"{100 * result.chance:.1f}"
+    measures = ["{label} acc %", "right / wrong / unparsable"]
+    return results_table("answers generated", ["n", "chance"], measures, results, cells)
 
 
 def _prompts(
@@ -296,16 +271,12 @@ def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> 
 def _average(results: Sequence[GeneratedResult]) -> GeneratedResult:
     errors = [float("nan") if result.acc_stderr is None else result.acc_stderr for result in results]
     acc = macro_average([Estimate(result.acc, error) for result, error in zip(results, errors, strict=True)])
+    counts = [each.name for each in fields(GeneratedResult) if each.name.startswith("num_")]
     return GeneratedResult(
-        num_examples=sum(result.num_examples for result in results),
-        num_right=sum(result.num_right for result in results),
-        num_wrong=sum(result.num_wrong for result in results),
-        num_unparsable=sum(result.num_unparsable for result in results),
+        **{name: sum(getattr(result, name) for result in results) for name in counts},
         acc=acc.value,
         acc_stderr=None if np.isnan(acc.stderr) else acc.stderr,
         chance=float(np.mean([result.chance for result in results])),
-        num_truncated=sum(result.num_truncated for result in results),
-        num_new_tokens=sum(result.num_new_tokens for result in results),
     )
 
 
@@ -435,15 +406,9 @@ class _Rows:
     """One batch of sequences that grow by a token a call: the cache and mask of the rows that are still fed."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], path: ForwardPath) -> None:
-        longest = max(map(len, prompts))
         self._model, self._path = model, path
-        self._ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        self._mask = torch.zeros_like(self._ids)
-        for row, prompt in enumerate(prompts):
-            self._ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            self._mask[row, longest - len(prompt) :] = 1
         device = input_device(model)
-        self._ids, self._mask = self._ids.to(device), self._mask.to(device)
+        self._ids, self._mask = (each.to(device) for each in padded(prompts, left=True))
         self._cache = DynamicCache(config=getattr(model, "config", None)) if path.cache_keyword else None
 
     def first(self) -> Tensor:

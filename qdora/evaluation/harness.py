@@ -115,8 +115,9 @@ def harness_table(result: dict[str, Any]) -> Table:
     for task, found in result["tasks"].items():
         metrics = found["metrics"]
         for name, value in metrics.items():
-            if not _is_stderr(name):
-                stderr = metrics.get(_stderr_of(name))
+            metric, comma, filter_ = name.partition(",")
+            if not metric.endswith("_stderr"):
+                stderr = metrics.get(f"{metric}_stderr{comma}{filter_}")
                 size = "–" if found["num_examples"] is None else f"{found['num_examples']:,}"
                 table.add_row(task, name, size, _shown(value), _shown(stderr))
     return table
@@ -126,15 +127,6 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float | None]:
     """{"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": "x"} -> {"acc": 0.5, "acc_stderr": None}."""
     given = {key.removesuffix(",none"): value for key, value in numbers.items() if "," in key}
     return {key: float(value) if isinstance(value, int | float) else None for key, value in given.items()}
-
-
-def _is_stderr(name: str) -> bool:
-    return name.partition(",")[0].endswith("_stderr")
-
-
-def _stderr_of(name: str) -> str:
-    metric, comma, filter_ = name.partition(",")
-    return f"{metric}_stderr{comma}{filter_}"
 
 
 def _shown(value: float | None) -> str:

@@ -160,9 +160,8 @@ def _answer_spans(
     chats = [example for example in examples if example.messages]
     if chats:
         require_chat_template(tokenizer, chats[0].task)
-    encoded_chats = encode_chats(tokenizer, [chat.messages for chat in chats], masked=True) if chats else []
-    encoded_texts = encode_pairs(tokenizer, [(text.prompt, text.answer) for text in texts]) if texts else []
-    chat_iterator, text_iterator = iter(encoded_chats), iter(encoded_texts)
+    chat_iterator = iter(encode_chats(tokenizer, [chat.messages for chat in chats]))
+    text_iterator = iter(encode_pairs(tokenizer, [(text.prompt, text.answer) for text in texts]))
     text_prefix = len(special_prefix(tokenizer))
     spans: list[list[Span]] = []
     truncated: list[int] = []
@@ -221,11 +220,8 @@ def _fitted_choices(
     """
     empty = [index for index, (ids, start) in enumerate(encoded) if start >= len(ids)]
     if empty:
-        return (
-            [],
-            0,
-            f"choices[{empty[0]}] has no token to score: it is empty, or a single token with no prompt before it",
-        )
+        what = f"choices[{empty[0]}] has no token to score: it is empty, or a single token with no prompt before it"
+        return [], 0, what
     cut = 0 if context is None else max(max(len(ids) for ids, _ in encoded) - 1 - context, 0)
     if cut > min(start for _, start in encoded) - max(prefix, 1):
         return [], 0, f"a choice does not fit the model's context of {context} tokens, even without its prompt"
@@ -234,20 +230,14 @@ def _fitted_choices(
 
 def _raise_faults(faults: Sequence[str]) -> None:
     """All faults at once; the first few in full, the others counted."""
-    if not faults:
-        return
-    if len(faults) > _SHOWN_FAULTS:
-        raise UserError(*faults[:_SHOWN_FAULTS], f"{len(faults) - _SHOWN_FAULTS} more examples that cannot be scored")
-    raise UserError(*faults)
+    rest = len(faults) - _SHOWN_FAULTS
+    if faults:
+        raise UserError(*faults[:_SHOWN_FAULTS], *([f"{rest} more examples that cannot be scored"] if rest > 0 else []))
 
 
 def _log_truncation(truncated: Sequence[int]) -> None:
     """One line where prompts were cut."""
     num_cut = sum(cut > 0 for cut in truncated)
     if num_cut:
-        logger.warning(
-            "%d of %d examples exceed the model's context; up to %d tokens were cut from the left of the prompt",
-            num_cut,
-            len(truncated),
-            max(truncated),
-        )
+        what = "%d of %d examples exceed the model's context; up to %d tokens were cut from the left of the prompt"
+        logger.warning(what, num_cut, len(truncated), max(truncated))
