@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from qdora.data.build_data import plan_mix
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
-from qdora.data.mix_plan import plan_mix
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,6 @@ class StepLoader:
             np.fromiter(map(len, part.examples), dtype=np.int64) if isinstance(part, TokenizedSet) else None
             for part in self.tokenised
         ]
-        self._fingerprint: dict[str, str] | None = None
 
     @property
     def batching(self) -> Batching:
@@ -194,9 +194,8 @@ class StepLoader:
     def state_dict(self) -> dict[str, Any]:
         """Position, where the streams stand, and what these are positions in; JSON types only."""
         streams = {part.name: part.state_dict() for part in self.streams}
-        return {"position": self.position, "fingerprint": self.fingerprint()} | (
-            {"streams": streams} if streams else {}
-        )
+        state = {"position": self.position, "fingerprint": dict(self.fingerprint)}
+        return state | ({"streams": streams} if streams else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -204,7 +203,7 @@ class StepLoader:
         Raises: UserError if the data, the mix or the size of a step differ from those of the state: other examples
             would follow, and some would be seen twice.
         """
-        stored, mine = dict(state["fingerprint"]), self.fingerprint()
+        stored, mine = dict(state["fingerprint"]), self.fingerprint
         faults = [
             f"resume: {_WHAT[key]} changed since the checkpoint (then {stored.get(key)}, now {value}). "
             "Fix: restore it, or start a new run."
@@ -217,19 +216,17 @@ class StepLoader:
         for part in self.streams:
             part.load_state_dict(state["streams"][part.name])
 
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What decides which examples follow a position: a part for each thing that a user can change."""
-        if self._fingerprint is None:
-            # The first draws stand for the shuffling itself, which numpy may change between versions
-            first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
-            shares = self.order.shares.tolist(), self.order.caps
-            size = f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples"
-            self._fingerprint = {
-                "data": _hash_sets(self.tokenised),
-                "mix": hashlib.sha256(f"{shares} {self.order.seed} {first.tolist()}".encode()).hexdigest()[:16],
-                "step": size,
-            }
-        return dict(self._fingerprint)
+        # The first draws stand for the shuffling itself, which numpy may change between versions
+        first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
+        shares = self.order.shares.tolist(), self.order.caps
+        return {
+            "data": _hash_sets(self.tokenised),
+            "mix": hashlib.sha256(f"{shares} {self.order.seed} {first.tolist()}".encode()).hexdigest()[:16],
+            "step": f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples",
+        }
 
     def _is_full(self, num_examples: int, num_tokens: int) -> bool:
         if self.batch is not None:
@@ -293,10 +290,5 @@ def _hash_sets(tokenised: Sequence[Source]) -> str:
         digest.update(f"{part.name} {len(part)}".encode())
         for example in part.examples:
             digest.update(f"\n{example.task} {len(example)} ".encode())
-            digest.update(_bytes(example.input_ids))
-            digest.update(_bytes(example.loss_mask))
+            digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _bytes(array: NDArray[Any]) -> bytes:
-    return np.ascontiguousarray(array).tobytes()

@@ -21,12 +21,10 @@ class Format:
 
     Attributes:
         required: Columns that every row must have.
-        optional: Columns that are read where they are.
         example: (row, task of the row, label, id) -> Example.
     """
 
     required: tuple[str, ...]
-    optional: tuple[str, ...]
     example: Callable[[Row, str, str, str], Example]
 
 
@@ -70,9 +68,8 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
     if absent:
         what = f"no {', '.join(absent)}, got columns {', '.join(row)}, needed for format {format}: "
         raise RowFault(what + f"{', '.join(layout.required)}.{nearest(absent[0], list(row))}")
-    task = optional_text(row, "task") if "task" in layout.optional else ""
-    if format == "commonsense170k":
-        task = commonsense_task(str(row["instruction"]))
+    named_by_row = format != "commonsense170k"
+    task = optional_text(row, "task") if named_by_row else commonsense_task(str(row["instruction"]))
     return layout.example(row, task, label if named else task or label, id)
 
 
@@ -175,10 +172,10 @@ def commonsense_task(instruction: str) -> str:
 
 
 FORMATS: dict[str, Format] = {
-    "choices": Format(("question", "choices", "answer"), ("task", "id", "context", "passage"), _choices),
-    "messages": Format(("messages",), ("task", "id"), _messages),
-    "completion": Format(("prompt", "completion"), ("task", "id"), _completion),
-    "commonsense170k": Format(("instruction", "output"), ("id", "input", "answer"), _commonsense170k),
-    "text": Format(("text",), ("task", "id"), _text),
+    "choices": Format(("question", "choices", "answer"), _choices),
+    "messages": Format(("messages",), _messages),
+    "completion": Format(("prompt", "completion"), _completion),
+    "commonsense170k": Format(("instruction", "output"), _commonsense170k),
+    "text": Format(("text",), _text),
 }
 """Format -> layout; `auto` takes the first whose required columns are there."""

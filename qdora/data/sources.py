@@ -11,16 +11,7 @@ import numpy as np
 from qdora.data import demo
 from qdora.data.commonsense import HUB_TASKS, example_of_row, hub_task_rows, instruction_row
 from qdora.data.example import Example
-from qdora.data.readers import (
-    Shards,
-    hub_rows,
-    hub_shards,
-    local_shards,
-    missing,
-    read_rows,
-    split_file,
-    split_names,
-)
+from qdora.data.readers import Shards, hub_rows, hub_shards, local_shards, missing, read_rows, split_file, split_names
 from qdora.data.row_formats import FORMATS, examples_of_rows
 from qdora.data.rows import Row, Rows
 from qdora.errors import UserError, nearest

@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from qdora.data.encode import encode_batch, special_prefix
 from qdora.data.example import Example
+from qdora.data.tokenize import encode_batch, special_prefix
 from qdora.errors import RunFailure, UserError
 from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, input_device, scoring
 from qdora.evaluation.metrics import Estimate, macro_average, mean_stderr

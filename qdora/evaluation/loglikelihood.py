@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from qdora.data.encode import encode_chats, encode_pairs, require_chat_template, special_prefix
 from qdora.data.example import Example
+from qdora.data.tokenize import encode_chats, encode_pairs, require_chat_template, special_prefix
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import ForwardPath, choose_path, context_length
 from qdora.evaluation.token_scores import Progress, Span, score_groups, score_spans, strided_spans

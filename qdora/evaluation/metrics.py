@@ -44,19 +44,6 @@ class ChoiceMetrics:
     """Accuracy of always answering the index that is right most often in these examples."""
 
 
-@dataclass(frozen=True)
-class AnswerNll:
-    """Negative log-likelihood of the right answers of one task, nats."""
-
-    nll_sum: float
-    num_tokens: int
-    num_examples: int
-    per_example: Estimate
-    """Mean over examples of the answer's nll."""
-    per_token: Estimate
-    """nll_sum / num_tokens: every token counts the same, as in training."""
-
-
 def mean_stderr(values: ArrayLike) -> Estimate:
     """Mean and s / sqrt(n) with s^2 = sum (x - mean)^2 / (n - 1); for 0/1 values that is sqrt(p (1 - p) / (n - 1))."""
     array = np.asarray(values, dtype=np.float64)
@@ -121,23 +108,6 @@ def choice_metrics(
         num_ties_norm=sum(tied for _, tied in credits_norm),
         chance=float(np.mean([1.0 / size for size in sizes])),
         majority=max(Counter(gold).values()) / len(gold),
-    )
-
-
-def answer_nll(nll: ArrayLike, num_tokens: ArrayLike) -> AnswerNll:
-    """Mean answer NLL of one task.
-
-    Args:
-        num_tokens: (examples,) scored tokens of each.
-    """
-    nlls: NDArray[np.float64] = np.asarray(nll, dtype=np.float64)
-    tokens = np.asarray(num_tokens)
-    return AnswerNll(
-        nll_sum=float(nlls.sum()),
-        num_tokens=int(tokens.sum()),
-        num_examples=int(nlls.size),
-        per_example=mean_stderr(nlls),
-        per_token=ratio_stderr(nlls, tokens),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from qdora.data.encode import encode_pairs
+from qdora.data.tokenize import encode_pairs
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.evaluation.token_scores import Progress, Span, score_spans, strided_spans

@@ -21,10 +21,11 @@ from qdora.evaluation.loglikelihood import AnswerScore, ChoiceScores, score_answ
 from qdora.evaluation.metrics import (
     Estimate,
     Paired,
-    answer_nll,
     choice_metrics,
     macro_average,
+    mean_stderr,
     paired_difference,
+    ratio_stderr,
     tie_credit,
 )
 from qdora.evaluation.token_scores import Progress
@@ -241,17 +242,15 @@ def _check_finite(task: str, choices: Sequence[ChoiceScores], answers: Sequence[
 
 
 def _task_result(choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> TaskResult:
-    nll = answer_nll(
-        [-score.loglikelihoods[score.gold] for score in choices] + [-score.loglikelihood for score in answers],
-        [int(score.num_tokens[score.gold]) for score in choices] + [score.num_tokens for score in answers],
-    )
+    nlls = [-score.loglikelihoods[score.gold] for score in choices] + [-score.loglikelihood for score in answers]
+    num_tokens = [int(score.num_tokens[score.gold]) for score in choices] + [score.num_tokens for score in answers]
     return TaskResult(
         **_accuracies(choices),
-        **_estimated("nll", nll.per_example),
-        **_estimated("nll_per_token", nll.per_token),
-        num_examples=nll.num_examples,
+        **_estimated("nll", mean_stderr(nlls)),
+        **_estimated("nll_per_token", ratio_stderr(nlls, num_tokens)),
+        num_examples=len(nlls),
         num_choice_examples=len(choices),
-        num_answer_tokens=nll.num_tokens,
+        num_answer_tokens=sum(num_tokens),
         num_truncated=sum(s.num_truncated > 0 for s in choices) + sum(s.num_truncated > 0 for s in answers),
     )
 

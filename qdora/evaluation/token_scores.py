@@ -193,11 +193,7 @@ def _score_whole(model: nn.Module, rows: list[Span], path: ForwardPath, device: 
 
 
 def _score_shared(
-    model: nn.Module,
-    groups: list[Sequence[Span]],
-    prefix_lengths: list[int],
-    path: ForwardPath,
-    max_batch_tokens: int,
+    model: nn.Module, groups: list[Sequence[Span]], prefix_lengths: list[int], path: ForwardPath, max_batch_tokens: int
 ) -> list[NDArray[np.float64]]:
     """One batch of groups: the prefixes left-padded in one pass, then the rest of every span from the copied cache.
 

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of, read_data, tokenized_mix
+from qdora.data.build_data import (
+    MixPlan,
+    make_loader,
+    micro_batch_tokens,
+    num_steps_of,
+    plan_mix,
+    read_data,
+    tokenized_mix,
+)
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
-from qdora.data.mix_plan import MixPlan, plan_mix
 from qdora.errors import UserError
 from qdora.evaluation.generation import generation_faults
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qdora.data.mix_plan import keep_mix, show_mix
+from qdora.data.build_data import keep_mix, show_mix
 from qdora.errors import Interrupted
 from qdora.files.console import consoles
 from qdora.files.environment import environment
