@@ -122,10 +122,7 @@ def _best_counts(pools: Sequence[Array], costs: Sequence[int], budget: int) -> l
 
 
 def _bound(pools: Sequence[Array], costs: Sequence[int]) -> tuple[Array, Array]:
-    """(parameters, energy) of the best components by energy per parameter, from none to all.
-
-    The line through these points is concave and lies above everything that whole components reach.
-    """
+    """(parameters, energy) of the best components by energy per parameter: a concave bound of what can be reached."""
     cost = np.concatenate([np.full(len(energies), float(cost)) for energies, cost in zip(pools, costs, strict=True)])
     energy = np.concatenate(list(pools))
     order = np.argsort(-energy / cost, kind="stable")

@@ -21,12 +21,9 @@ worths of those left out. (The model is a sum over i.) Its cases:
     F = c ||W + D - T||^2 / 2            c tau_i^2 / 2, tau_i the singular values of T - W that the components share:
                                          what Eckart and Young say that a rank leaves out, each once, also at B = 0
 
-Why not the eigenvalues of the Hessian by (A, B): its eigenvectors are directions of all components' factors together.
-At B = 0 it is s [[0, G^T], [G, 0]] on each of the r components, plus a block of B alone, so without that block each
-singular value of G comes 2 r times, r of them negative: 2 r eigenvalues say one thing about one component. And why the
-Gauss-Newton matrix by D: with it q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
+With the Gauss-Newton matrix by D q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
 a shift of all of them, so that g_i = 0, too, and the component is worth 0. Nothing here changes with the basis of A and
-B, (R^-1 A, B R).
+B, (R^-1 A, B R). What the eigenvalues of the Hessian by (A, B) say instead: `curvature.CurvatureSpectrum`.
 
 Exact curvatures q_i take one product with H per component. Estimated ones take one backward pass per draw for all
 components of all layers. With labels y_t drawn from the model's own p_t, independently for each labelled token t, and
@@ -163,15 +160,20 @@ def layer_directions(
     def use(name: str, gradient: Tensor) -> dict[str, Tensor]:
         made = directions(held_components(adapted[name]), gradient, num_new[name])
         numbers = {"sizes": made.sizes, "slopes": made.slopes, "tail": np.array([made.tail])}
-        tensors = {"left": made.left, "right": made.right}
-        tensors |= {each: torch.from_numpy(values) for each, values in numbers.items()}
+        tensors = {each: torch.from_numpy(values) for each, values in numbers.items()}
+        tensors = {"left": made.left, "right": made.right, **tensors}
         keep_tensors(cache, keys[name], tensors)
         return tensors
 
     missing = [name for name in num_new if name not in found]
     if missing:
         found |= update_gradients(model, missing, batches, use, norm=norm, progress=progress)
-    return {name: _from_tensors(found[name], adapted[name].lora_A.device) for name in num_new}
+    made_of: dict[str, Directions] = {}
+    for name in num_new:
+        left, right = (found[name][side].to(adapted[name].lora_A.device) for side in ("left", "right"))
+        sizes, slopes, tail = (found[name][each].numpy() for each in ("sizes", "slopes", "tail"))
+        made_of[name] = Directions(left, right, sizes, slopes, float(tail[0]))
+    return made_of
 
 
 def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
@@ -207,13 +209,6 @@ def held_components(layer: AdaptedLinear) -> tuple[Tensor, Tensor, Tensor]:
     scale = torch.linalg.matrix_norm(first, 2) * torch.linalg.matrix_norm(second, 2)
     kept = sizes > 1e-12 * scale
     return (left @ u)[:, kept], sizes[kept], (right @ vh.T)[:, kept]
-
-
-def _from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Directions:
-    numbers = {name: tensors[name].numpy() for name in ("sizes", "slopes")}
-    return Directions(
-        tensors["left"].to(device), tensors["right"].to(device), **numbers, tail=float(tensors["tail"][0])
-    )
 
 
 def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

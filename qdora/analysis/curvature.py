@@ -244,16 +244,13 @@ class CurvatureOperator:
             raise ValueError(f"a vector of shape {tuple(vector.shape)}; allowed: ({self.size},).")
         device = next(iter(self.leaves.values())).device
         wide = vector.to(device=device, dtype=self.dtype)
-        sizes = [leaf.numel() for leaf in self.leaves.values()]
-        pieces = torch.split(wide, sizes)
+        pieces = torch.split(wide, [leaf.numel() for leaf in self.leaves.values()])
         parts = [part.view_as(leaf) for part, leaf in zip(pieces, self.leaves.values(), strict=True)]
         total = torch.zeros(self.size, dtype=self.dtype, device=device)
         num_tokens = 0
         keep = len(self._batches) == 1
         for batch in self._batches:
-            graph = self._kept
-            if graph is None:
-                graph = self._graph(batch)
+            graph = self._kept or self._graph(batch)
             self._kept = graph if keep else None
             total += torch.cat([each.reshape(-1) for each in self._image(graph, parts, keep)])
             num_tokens += len(graph[0])

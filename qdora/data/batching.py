@@ -20,10 +20,7 @@ padding, as attention kernels for variable lengths take it."""
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Examples that stand one behind the other in a row; at least one.
-
-    The first token of an example is never a label, so nothing is predicted across a border.
-    """
+    """Examples behind each other in a row; the first token of each is no label, so none is predicted across a border."""
 
     examples: tuple[TokenizedExample, ...]
 
@@ -89,12 +86,10 @@ class MicroBatch:
     """Examples of one forward pass, padded on the right. Without packing each is a row.
 
     Attributes:
-        input_ids: (rows, length) int64.
-        attention_mask: (rows, length) int64, 1 on real tokens.
+        input_ids, attention_mask: (rows, length) int64.
         labels: (rows, length) int64, the token's own id where it counts and -100 elsewhere; not shifted.
         task_ids: (examples,) int64, into `task_names`.
         task_names: All tasks of the loader, the same list in every micro-batch.
-        example_ids: (examples,) ids, to find an example again.
         packing: Which tokens are whose, or None where a row is an example.
     """
 
@@ -139,10 +134,7 @@ class Batching:
 def micro_batches(
     examples: Sequence[TokenizedExample], batching: Batching, task_names: Sequence[str]
 ) -> list[MicroBatch]:
-    """The examples of a step, or of a process's share of one, in micro-batches, the longest rows first.
-
-    `task_names` holds every task that an example may have.
-    """
+    """The examples of a step, or of a process's share of one, in micro-batches, the longest rows first."""
     if batching.packed is None:
         alone = [PackedRow((example,)) for example in examples]
         groups = micro_groups(alone, batching.max_tokens)

@@ -154,8 +154,7 @@ class SourcePlan:
 
     Attributes:
         num_examples, num_tokens: Examples and tokens of the source; None where not known, as for streams.
-        num_truncated: Examples that were cut to data.max_length; None for a stream.
-        num_dropped: Examples that were left out; None for a stream.
+        num_truncated, num_dropped: Examples that were cut to data.max_length, or left out; None for a stream.
         share_asked: Share of the draws that the strategy gives it.
         share_seen: Share of the draws that come from it: less than asked once it is used up, more once others are.
         num_draws: Examples that the run takes from it.

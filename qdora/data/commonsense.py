@@ -77,24 +77,13 @@ def _spaced(choices: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _question(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """piqa, arc_e, arc_c, obqa and any other task with choices:
-
-    <passage, if there is one>
-    <context, if there is one>
-    Question: <question>
-    Answer: <choice>
-    """
+    """piqa, arc_e, arc_c, obqa and any other task: passage and context, where there are any, question, choice."""
     lines = [line for line in (optional_text(row, "passage"), optional_text(row, "context")) if line]
     return "\n".join([*lines, f"Question: {question}", "Answer:"]), _spaced(choices)
 
 
 def _boolq(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """boolq; the choices false and true are said as "no" and "yes", one question mark ends the question:
-
-    <passage, if there is one>
-    Question: <question>?
-    Answer: yes
-    """
+    """boolq: as `_question`; false and true are said as "no" and "yes", one question mark ends the question."""
     words = {"false": "no", "no": "no", "true": "yes", "yes": "yes"}
     unknown = [choice for choice in choices if choice.lower() not in words]
     if unknown:
@@ -104,31 +93,19 @@ def _boolq(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tupl
 
 
 def _siqa(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """siqa; the situation stands before the question:
-
-    Question: <context> <question>
-    Answer: <choice>
-    """
+    """siqa: the situation stands before the question."""
     context = optional_text(row, "context")
     return f"Question: {context} {question}".replace("  ", " ") + "\nAnswer:", _spaced(choices)
 
 
 def _hellaswag(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """hellaswag; the schema's context is the activity, its question the beginning of a story:
-
-    <activity>: <beginning> <ending>
-    """
+    """hellaswag: the schema's context is the activity, its question the beginning of a story."""
     activity = optional_text(row, "context")
     return f"{activity}: {question}" if activity else question, _spaced(choices)
 
 
 def _winogrande(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """winogrande; the blank stays in the sentence, so that both choices continue one and the same prompt:
-
-    <sentence with _>
-    Question: What does the blank _ stand for, <first choice> or <second choice>?
-    Answer: <choice>
-    """
+    """winogrande: the blank stays in the sentence, so that both choices continue one and the same prompt."""
     if "_" not in question:
         raise RowFault(f"question: must be a sentence with a blank '_' for winogrande, got {shown(question)}")
     listed = " or ".join(choices)
@@ -224,8 +201,7 @@ class HubTask:
 def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
     """The schema rows of a task's split; downloaded once, then read from the cache of huggingface_hub, offline too.
 
-    Args:
-        revision: Branch, tag or commit in place of the pinned one.
+    `revision` is a branch, tag or commit in place of the pinned one.
     Raises: UserError if the task has no such split, the Hub cannot be reached or a row is faulty.
     """
     import huggingface_hub

@@ -60,7 +60,6 @@ class StepLoader:
         batch: Examples of a step.
         micro_batch_tokens, pad_id, packed, row_tokens: See `Batching`. They have no influence on which examples a step
             contains, and may be changed between steps.
-        position: Draws already used.
         rank, num_processes: Number of this process, and of all. All draw the same steps; each pads its share.
     """
 
@@ -75,7 +74,6 @@ class StepLoader:
         pad_id: int,
         packed: PackedLayout | None = None,
         row_tokens: int | None = None,
-        position: int = 0,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -85,7 +83,6 @@ class StepLoader:
         known = tuple(len(part) if isinstance(part, TokenizedSet) else None for part in tokenised)
         assert known == order.sizes, "sources and order differ"
         self.streams = [part for part in tokenised if isinstance(part, ExampleStream)]
-        assert position == 0 or not self.streams, "a stream has a position of its own; see load_state_dict"
         self.tokenised = tuple(tokenised)
         self.order = order
         self.tokens_per_step = tokens_per_step
@@ -94,7 +91,7 @@ class StepLoader:
         self.pad_id = pad_id
         self.packed = packed
         self.row_tokens = row_tokens
-        self.position = position
+        self.position = 0
         self.rank, self.num_processes = rank, num_processes
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
         # None for a stream; the lengths of its examples are not known beforehand

@@ -38,21 +38,15 @@ def mix_shares(
 
     Args:
         sizes: Examples of each source; equal and weights do not look at them.
-        temperature: For strategy temperature, above 0.
-        weights: For strategy weights, each above 0.
+        temperature, weights: For the strategy of that name, above 0.
     """
-    assert len(sizes) > 0, sizes
     assert (strategy == "weights") == (weights is not None), (strategy, weights)
     if weights is not None:
         raw = np.asarray(weights, dtype=np.float64)
-        assert len(raw) == len(sizes), (sizes, weights)
-        assert raw.min() > 0, weights
         raw = raw / raw.max()  # weights near the largest float would sum to infinity
     elif strategy == "equal":
         raw = np.ones(len(sizes))
     else:
-        assert min(sizes) > 0, sizes
-        assert strategy != "temperature" or (temperature is not None and temperature > 0), temperature
         exponent = 1.0 if strategy == "proportional" else 1.0 / (temperature or 1.0)
         # Divided by the largest first: 111,043^(1/T) overflows for a temperature near 0
         raw = (np.asarray(sizes, dtype=np.float64) / max(sizes)) ** exponent
@@ -93,7 +87,6 @@ class MixOrder:
         seed: int,
         caps: Sequence[int | None] | None = None,
     ) -> None:
-        assert len(sizes) > 0, sizes
         assert min(size for size in [1, *sizes] if size is not None) > 0, sizes
         self.sizes = tuple(sizes)
         self.seed = seed

@@ -39,9 +39,6 @@ Reader = Callable[[int], Iterator[PlacedRow]]
 """The rows of one shard, without its first `skip` rows."""
 
 
-# Whole files
-
-
 def read_rows(path: Path) -> Rows:
     """All rows of a file. Its ending says the format.
 
@@ -140,9 +137,6 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 """Ending of a file -> its reader."""
 
 
-# Shards of files
-
-
 @dataclass(frozen=True)
 class Shards:
     """The shards of one split.
@@ -214,9 +208,6 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return sorted(found)
 
 
-# Parquet
-
-
 def _row_groups(path: Path) -> list[tuple[int, int, int]]:
     """(number, its first row's number in the file, rows) of each row group that has rows."""
     import pyarrow as pa
@@ -250,9 +241,6 @@ def _row_group(path: Path, group: int, first: int, skip: int = 0) -> Iterator[tu
 
 def _placed(label: str, read: Callable[[int], Iterator[tuple[int, dict[str, Any]]]], skip: int) -> Iterator[PlacedRow]:
     return ((f"{label} {number}", row) for number, row in read(skip))
-
-
-# JSON-lines
 
 
 def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, int, bytes]]:
@@ -295,9 +283,6 @@ def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowFault(f"must be an object {{column: value}}, got {shown(value)}")
     return value
-
-
-# The Hub
 
 
 def hub_rows(source: str, *, split: str, revision: str | None, hint: str = "") -> Rows:

@@ -134,9 +134,8 @@ _ALPACA_INPUT = (
 def _commonsense170k(row: Row, task: str, label: str, id: str) -> Example:
     """LLM-Adapters (arXiv 2304.01933) and other Alpaca-type rows: instruction, output, maybe input and answer.
 
-    The prompt is the Alpaca template in its published wording, without the indentation that the published script
-    leaves in it. Where the instruction ends in "Answer format: answer1/answer2/..." and `answer` is one of these, the
-    other names become the wrong choices, so that the example can be scored.
+    The prompt is the Alpaca template as published, without the indentation of the published script. Where `answer` is
+    one of the names in "Answer format: answer1/answer2/...", the other names become the wrong choices.
     """
     instruction, output = text_field(row, "instruction"), text_field(row, "output")
     given = optional_text(row, "input")

@@ -46,7 +46,8 @@ def load_train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[l
         (train, validation). A stream gives no training examples, and no validation but what is named or has a file.
     Raises: UserError: As `load_source`.
     """
-    validation, single_file = source.validation, _is_single_file(source)
+    validation, own = source.validation, source.source
+    single_file = own is not None and is_path(own) and Path(own).expanduser().is_file()
     if validation is not None and not is_path(validation) and (single_file or validation == source.split):
         why = "is a single file, without splits" if single_file else "is trained on"
         place = source.source if single_file else source.split
@@ -147,10 +148,6 @@ def _directory_rows(directory: str, split: str) -> Rows:
         there = f"there are {', '.join(names)}" if names else "there is no data file at all"
         raise UserError(f"{folder}: no file for split {split!r}; {there}.{nearest(split, names)}")
     return read_rows(file)
-
-
-def _is_single_file(source: SourceConfig) -> bool:
-    return source.source is not None and is_path(source.source) and Path(source.source).expanduser().is_file()
 
 
 def _from_file(source: SourceConfig, file: str) -> list[Example]:

@@ -162,13 +162,8 @@ class ExampleStream:
                     f"{self.name}: {self.shards.where} gives no example ({here.num_dropped:,} rows are longer than "
                     f"data.max_length, {self.data.max_length})."
                 )
-            self.position = StreamPosition(
-                epoch=here.epoch + 1,
-                num_drawn=here.num_drawn,
-                num_truncated=here.num_truncated,
-                num_dropped=here.num_dropped,
-                num_drawn_before=here.num_drawn,
-            )
+            begin = {"window": 0, "shard": 0, "row": 0, "taken": 0}
+            self.position = replace(here, epoch=here.epoch + 1, num_drawn_before=here.num_drawn, **begin)
             self._rows = None
             rows = self._window_rows()
         order = self._generator(3, self.position.window).permutation(len(rows))

@@ -27,14 +27,11 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     Returns: (ids, start) of each: ids[start:] belongs to the answer. start is 0 for an empty prompt without
         beginning-of-sequence token: nothing predicts the first token then.
     """
-    prompts = [prompt.rstrip(" ") for prompt, _ in pairs]
     prefix = special_prefix(tokenizer)
     whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
-    alone = encode_batch(tokenizer, prompts)
-    return [
-        (prefix + ids, len(prefix) + _shared_length(ids, prompt_ids))
-        for ids, prompt_ids in zip(whole, alone, strict=True)
-    ]
+    alone = encode_batch(tokenizer, [prompt.rstrip(" ") for prompt, _ in pairs])
+    both = zip(whole, alone, strict=True)
+    return [(prefix + ids, len(prefix) + _shared_length(ids, prompt_ids)) for ids, prompt_ids in both]
 
 
 def require_chat_template(tokenizer: Any, name: str) -> None:
@@ -163,8 +160,7 @@ class TokenizedSet:
     """The tokenised examples of one source, in their old order.
 
     Attributes:
-        num_truncated: Examples that were cut to `max_length`.
-        num_dropped: Examples that were left out because they are longer.
+        num_truncated, num_dropped: Examples that were cut to `max_length`, or left out because they are longer.
     """
 
     name: str
@@ -321,10 +317,7 @@ def _encode(examples: Sequence[Example], tokenizer: Any, name: str, loss_on: Los
 
 
 def _cut(encoded: _Encoded, max_length: int) -> _Encoded:
-    """At most `max_length` tokens: the front of the prompt goes first, then the end of the answer.
-
-    One token stays before the answer, so that all of it is predicted from something.
-    """
+    """The front of the prompt goes first, but for one token that predicts the answer, then the end of the answer."""
     ids, mask, prefix, start = encoded.ids, encoded.mask, encoded.prefix, encoded.start
     num_cut = min(len(ids) - max_length, max(0, start - max(prefix, 1)))
     ids = (ids[:prefix] + ids[prefix + num_cut :])[:max_length]

@@ -28,8 +28,17 @@ from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix
 from qdora.errors import RunFailure, UserError
 from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, input_device, scoring
-from qdora.evaluation.metrics import Estimate, macro_average, mean_stderr
-from qdora.evaluation.suite import SuiteProgress, conditions, percent, results_table, spread
+from qdora.evaluation.metrics import mean_stderr
+from qdora.evaluation.suite import (
+    SuiteProgress,
+    averaged,
+    conditions,
+    estimated,
+    percent,
+    result_document,
+    results_table,
+    spread,
+)
 from qdora.evaluation.token_scores import Progress, length_batches, padded
 
 logger = logging.getLogger(__name__)
@@ -93,14 +102,8 @@ class GenerationResult:
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
         """For JSON: dicts, lists, numbers, strings and None only."""
-        document: dict[str, Any] = {
-            "tasks": {task: asdict(result) for task, result in self.tasks.items()},
-            "average": asdict(self.average),
-            "settings": dict(self.settings),
-        }
-        if per_example:
-            document["per_example"] = [asdict(each) | {"outcome": each.outcome} for each in self.per_example]
-        return document
+        singles = [asdict(each) | {"outcome": each.outcome} for each in self.per_example] if per_example else None
+        return result_document(self, singles)
 
 
 def evaluate_generated(
@@ -252,15 +255,13 @@ def _stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 
 def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> GeneratedResult:
     outcomes = [answer.outcome for answer in answers]
-    acc = mean_stderr([outcome == "right" for outcome in outcomes])
     lost = [answer for answer in answers if answer.answer is None]
     return GeneratedResult(
         num_examples=len(answers),
         num_right=outcomes.count("right"),
         num_wrong=outcomes.count("wrong"),
         num_unparsable=outcomes.count("unparsable"),
-        acc=acc.value,
-        acc_stderr=None if np.isnan(acc.stderr) else acc.stderr,
+        **estimated("acc", mean_stderr([outcome == "right" for outcome in outcomes])),
         chance=float(np.mean([1.0 / count for count in num_choices])),
         num_truncated=sum(answer.num_truncated > 0 for answer in answers),
         num_new_tokens=sum(answer.num_new_tokens for answer in answers),
@@ -269,18 +270,13 @@ def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> 
 
 
 def _average(results: Sequence[GeneratedResult]) -> GeneratedResult:
-    errors = [float("nan") if result.acc_stderr is None else result.acc_stderr for result in results]
-    acc = macro_average([Estimate(result.acc, error) for result, error in zip(results, errors, strict=True)])
     counts = [each.name for each in fields(GeneratedResult) if each.name.startswith("num_")]
     return GeneratedResult(
         **{name: sum(getattr(result, name) for result in results) for name in counts},
-        acc=acc.value,
-        acc_stderr=None if np.isnan(acc.stderr) else acc.stderr,
+        **estimated("acc", averaged(results, "acc")),
         chance=float(np.mean([result.chance for result in results])),
     )
 
-
-# The names of choices in a text
 
 _NAME = re.compile(r"[^\W_][\w'-]*")
 
@@ -314,8 +310,6 @@ def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     index = [name.casefold() for name in names].index(found[0].casefold())
     return index, found.end() == len(text)  # the word may go on
 
-
-# Greedy decoding
 
 Finished = Callable[[int, Sequence[int]], bool]
 """finished(prompt, new ids): whether the continuation of this prompt is long enough."""

@@ -195,11 +195,7 @@ def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int
 
 
 def _fitted_answer(ids: Sequence[int], start: int, prefix: int, context: int | None) -> tuple[list[Span], int]:
-    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack.
-
-    A prompt loses tokens behind its `prefix` special ones. An answer that is too long by itself, or plain text, is
-    scored in windows that overlap by half.
-    """
+    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack."""
     cut = 0 if context is None else max(len(ids) - 1 - context, 0)
     if context is not None and cut > start - max(prefix, 1):
         spans = strided_spans(ids, context, max(context // 2, 1), first=start)
@@ -210,14 +206,7 @@ def _fitted_answer(ids: Sequence[int], start: int, prefix: int, context: int | N
 def _fitted_choices(
     encoded: Sequence[tuple[Sequence[int], int]], prefix: int, context: int | None
 ) -> tuple[list[Span], int, str]:
-    """One span per choice, each fed at most `context` tokens, the same number of prompt tokens cut from all.
-
-    Args:
-        encoded: (ids, start) of each choice behind the same prompt.
-        prefix: Special tokens in front, which are never cut.
-        context: Most tokens that the model is fed (the last token of a span is not), or None.
-    Returns: Spans, tokens cut, and what is wrong ("" if nothing; else there are no spans).
-    """
+    """(a span per choice, tokens cut from the prompt behind its `prefix` special ones, what is wrong or "")."""
     empty = [index for index, (ids, start) in enumerate(encoded) if start >= len(ids)]
     if empty:
         what = f"choices[{empty[0]}] has no token to score: it is empty, or a single token with no prompt before it"

@@ -109,15 +109,13 @@ def read_texts(paths: Sequence[Path | str]) -> list[str]:
     for path in map(Path, paths):
         try:
             text = path.read_text(encoding="utf-8")
+            texts.append(text)
+            if not text:
+                faults.append(f"{path}: the file is empty")
         except UnicodeDecodeError as error:
             faults.append(f"{path}: not UTF-8 text (byte {error.start})")
-            continue
         except OSError as error:
             faults.append(f"{path}: {error.strerror or error}")
-            continue
-        if not text:
-            faults.append(f"{path}: the file is empty")
-        texts.append(text)
     if faults:
         raise UserError(*faults)
     return texts

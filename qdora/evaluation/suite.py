@@ -76,12 +76,7 @@ class EvaluationResult:
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
         """For JSON: dicts, lists, numbers, strings and None only."""
-        document = {
-            "tasks": {task: asdict(result) for task, result in self.tasks.items()},
-            "average": asdict(self.average),
-            "settings": dict(self.settings),
-        }
-        return {**document, "per_example": self.per_example} if per_example else document
+        return result_document(self, self.per_example if per_example else None)
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> EvaluationResult:
@@ -141,6 +136,13 @@ def evaluate(
         **conditions(model, started),
     }
     return EvaluationResult(tasks, _average(list(tasks.values())), settings, records)
+
+
+def result_document(result: Any, per_example: Sequence[Any] | None) -> dict[str, Any]:
+    """A result with `tasks`, `average` and `settings` as JSON values."""
+    tasks = {task: asdict(each) for task, each in result.tasks.items()}
+    document = {"tasks": tasks, "average": asdict(result.average), "settings": dict(result.settings)}
+    return document if per_example is None else {**document, "per_example": per_example}
 
 
 def conditions(model: nn.Module, started: float) -> dict[str, Any]:
@@ -246,8 +248,8 @@ def _task_result(choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]
     num_tokens = [int(score.num_tokens[score.gold]) for score in choices] + [score.num_tokens for score in answers]
     return TaskResult(
         **_accuracies(choices),
-        **_estimated("nll", mean_stderr(nlls)),
-        **_estimated("nll_per_token", ratio_stderr(nlls, num_tokens)),
+        **estimated("nll", mean_stderr(nlls)),
+        **estimated("nll_per_token", ratio_stderr(nlls, num_tokens)),
         num_examples=len(nlls),
         num_choice_examples=len(choices),
         num_answer_tokens=sum(num_tokens),
@@ -259,14 +261,14 @@ def _accuracies(choices: Sequence[ChoiceScores]) -> dict[str, Any]:
     """The fields of a `TaskResult` that need examples with choices."""
     if not choices:
         without = {"chance": None, "majority": None, "num_ties": 0, "num_ties_norm": 0}
-        return without | _estimated("acc", None) | _estimated("acc_norm", None)
+        return without | estimated("acc", None) | estimated("acc_norm", None)
     metrics = choice_metrics(
         [score.loglikelihoods for score in choices],
         [score.num_chars for score in choices],
         [score.gold for score in choices],
     )
     found = {name: getattr(metrics, name) for name in ("chance", "majority", "num_ties", "num_ties_norm")}
-    return found | _estimated("acc", metrics.acc) | _estimated("acc_norm", metrics.acc_norm)
+    return found | estimated("acc", metrics.acc) | estimated("acc_norm", metrics.acc_norm)
 
 
 def _average(results: Sequence[TaskResult]) -> TaskResult:
@@ -278,14 +280,14 @@ def _average(results: Sequence[TaskResult]) -> TaskResult:
         if each.name.startswith("num_")
     }
     for name in ("acc", "acc_norm", "nll", "nll_per_token"):
-        values |= _estimated(name, _mean(results if name.startswith("nll") else with_choices, name))
+        values |= estimated(name, averaged(results if name.startswith("nll") else with_choices, name))
     for name in ("chance", "majority"):
-        mean = _mean(with_choices, name)
+        mean = averaged(with_choices, name)
         values[name] = mean.value if mean else None
     return TaskResult(**values)
 
 
-def _mean(results: Sequence[TaskResult], name: str) -> Estimate | None:
+def averaged(results: Sequence[Any], name: str) -> Estimate | None:
     """Macro average of the field `name` with the error from `name`_stderr; None over no tasks."""
     if not results:
         return None
@@ -318,7 +320,7 @@ def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[Answe
     return records
 
 
-def _estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
+def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
     """The two fields of a `TaskResult`; JSON has no nan, so an error of nan is None."""
     if estimate is None:
         return {name: None, f"{name}_stderr": None}

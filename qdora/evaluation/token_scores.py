@@ -148,8 +148,8 @@ def score_groups(
         for batch in length_batches(
             order, shared.__getitem__, lambda batch: len(batch) * shared[batch[0]] <= max_batch_tokens
         ):
-            prefix_lengths = [shared[i] for i in batch]
-            found = _score_shared(model, [groups[i] for i in batch], prefix_lengths, path, max_batch_tokens)
+            rows = [groups[i] for i in batch]
+            found = _score_shared(model, rows, [shared[i] for i in batch], path, max_batch_tokens)
             for i, group_scores in zip(batch, found, strict=True):
                 scores[i] = group_scores
             num_done += len(batch)
@@ -252,11 +252,7 @@ def _score_rest(
     prefix_mask: Tensor,
     path: ForwardPath,
 ) -> NDArray[np.float64]:
-    """Scores of the tokens from the second one after the prefix on, right-padded -> (spans,) float64.
-
-    Args:
-        prefix_mask: (prefixes, longest prefix) int64, left-padded.
-    """
+    """Scores of the tokens from the second one after the prefix on, right-padded -> (spans,) float64."""
     device = input_device(model)
     lengths = prefix_mask.sum(-1)[prefix_rows].tolist()
     input_ids, mask = padded([span.ids[length:-1] for span, length in zip(spans, lengths, strict=True)])
@@ -276,12 +272,7 @@ def _score_rest(
 
 
 def _summed(logits: Tensor, targets: Tensor) -> NDArray[np.float64]:
-    """Sum over positions of log softmax(logits)[target], where target >= 0; float32 terms, float64 sums.
-
-    Args:
-        logits: (rows, positions, vocabulary), any float dtype.
-        targets: (rows, positions) int64, -1 where nothing is scored.
-    """
+    """Sum over positions of log softmax(logits)[target], where target >= 0; float32 terms, float64 sums."""
     rows, positions = torch.nonzero(targets >= 0, as_tuple=True)
     flat_rows = rows * targets.shape[1] + positions
     terms = _log_probabilities(logits.reshape(-1, logits.shape[-1]), flat_rows, targets[rows, positions])
