@@ -80,8 +80,7 @@ class Directions:
     """The components E_i = u_i v_i^T of a layer: first the held ones, by size, then the new ones, by slope.
 
     Attributes:
-        left: U, (out, components), columns of length 1.
-        right: V, (in, components), the same.
+        left, right: U, (out, components), and V, (in, components), columns of length 1.
         sizes: (components,) sigma_i >= 0; 0 for a new one.
         slopes: (components,) g_i = <G, E_i>.
         tail: Squared Frobenius norm of the gradient across held and new components.

@@ -349,11 +349,7 @@ MULTIPLICITY = (
 
 @dataclass(frozen=True)
 class CurvatureSettings:
-    """What is computed for each set of layers.
-
-    Attributes:
-        lanczos_steps, num_probes: Steps and random starts of the density.
-    """
+    """What is computed for each set of layers; the density takes `lanczos_steps` from each of `num_probes` starts."""
 
     curvature: Curvature
     norm: Norm
@@ -415,8 +411,7 @@ def curvature_spectrum(
 ) -> CurvatureSpectrum:
     """Eigenpairs and density of the curvature by the adapters of `layers`, computed or from the cache.
 
-    Args:
-        state: `fingerprint` of the model and the batches (default: computed here).
+    `state` is the `fingerprint` of the model and the batches (default: computed here).
     """
     key = ["curvature", list(layers), asdict(settings), state or fingerprint(model, batches)]
     tensors = made_once(cache, key, lambda: _spectrum_tensors(model, layers, batches, settings))

@@ -84,7 +84,6 @@ def plain_model(
     adapted = adapted_layers(model)
     check_layers(model, layers, norm=norm, parts=parts)
     leaves: dict[str, Tensor] = {}
-    patched: list[nn.Module] = []
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
     try:
@@ -95,12 +94,11 @@ def plain_model(
             if name in layers:
                 leaves |= {f"{name}.{part}": plain.values[part].requires_grad_(True) for part in parts}
             vars(layer)["forward"] = partial(plain_forward, layer, plain)
-            patched.append(layer)
         with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
             yield leaves
     finally:
-        for module in patched:
-            vars(module).pop("forward", None)
+        for layer in adapted.values():
+            vars(layer).pop("forward", None)
         if attention not in (None, "eager", "sdpa"):
             model.set_attn_implementation(attention)  # type: ignore[operator]
 

@@ -20,7 +20,7 @@ padding, as attention kernels for variable lengths take it."""
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Examples behind each other in a row; the first token of each is no label, so none is predicted across a border."""
+    """Examples behind each other in a row. The first token of each is no label: none is predicted across a border."""
 
     examples: tuple[TokenizedExample, ...]
 

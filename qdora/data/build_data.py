@@ -176,12 +176,7 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class MixPlan:
-    """All sources over the steps of a run.
-
-    Attributes:
-        is_exact: False where the draws are an estimate: steps of a number of tokens, from a stream whose lengths are
-            estimated from its first rows.
-    """
+    """All sources over the steps of a run; not exact where steps count tokens and a stream is among the sources."""
 
     num_steps: int
     num_draws: int

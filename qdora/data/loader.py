@@ -57,7 +57,6 @@ class StepLoader:
     Args:
         tokens_per_step: A step takes examples until it has at least so many real tokens (at most one example more).
             Exactly one of this and `batch`.
-        batch: Examples of a step.
         micro_batch_tokens, pad_id, packed, row_tokens: See `Batching`. They have no influence on which examples a step
             contains, and may be changed between steps.
         rank, num_processes: Number of this process, and of all. All draw the same steps; each pads its share.

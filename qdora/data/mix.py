@@ -186,11 +186,7 @@ Source = TokenizedSet | ExampleStream
 
 @dataclass(frozen=True)
 class Mix:
-    """Tokenised sources and the order in which they are drawn.
-
-    Attributes:
-        shares: Asked share of each source in the draws, (sources,) summing to 1.
-    """
+    """Tokenised sources, the share asked for each, (sources,) summing to 1, and the order in which they are drawn."""
 
     sets: tuple[Source, ...]
     shares: NDArray[np.float64]

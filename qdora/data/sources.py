@@ -21,8 +21,8 @@ from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path
 def load_source(source: SourceConfig, split: str | None = None) -> list[Example]:
     """All examples of one split of a source; `source.limit` is not applied.
 
-    Args:
-        split: Split to read (default `source.split`); a single file has only one and ignores it.
+    The split is `source.split` by default; a single file has only one and ignores it.
+
     Raises: UserError: One line per fault, each with file and line or row: a missing file or split, a damaged file, a
         faulty row, an empty data set.
     """

@@ -157,11 +157,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """The tokenised examples of one source, in their old order.
-
-    Attributes:
-        num_truncated, num_dropped: Examples that were cut to `max_length`, or left out because they are longer.
-    """
+    """The tokenised examples of one source, in their old order; how many were cut to `max_length`, or left out."""
 
     name: str
     examples: tuple[TokenizedExample, ...]

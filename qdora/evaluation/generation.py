@@ -80,7 +80,6 @@ class GeneratedResult:
     acc: float
     """num_right / num_examples; in the average the mean over tasks."""
     acc_stderr: float | None
-    """None for a single example."""
     chance: float
     """Expected accuracy of a random choice."""
     num_truncated: int

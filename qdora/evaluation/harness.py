@@ -18,11 +18,7 @@ INSTALL = "lm-evaluation-harness is not installed. Fix: pip install 'qdora[lm-ev
 
 @dataclass(frozen=True)
 class HarnessTasks:
-    """Tasks that exist.
-
-    Attributes:
-        manager: The lm_eval.tasks.TaskManager that knows them.
-    """
+    """Names of tasks, groups and tags that exist, and the lm_eval.tasks.TaskManager that knows them."""
 
     names: tuple[str, ...]
     manager: Any

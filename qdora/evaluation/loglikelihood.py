@@ -65,8 +65,6 @@ def score_choices(
     longer than the model's context loses tokens at the left of its prompt, the same number for all its choices, as in
     lm-evaluation-harness (but it keeps a beginning-of-sequence token, as in training). The result counts them.
 
-    Args:
-        examples: Each with choices and `gold`.
     Returns: In the order of `examples`.
     Raises: UserError if an example has no choices or no gold, a choice has no token to score, or one with its border
         alone exceeds the context; all faults at once.
