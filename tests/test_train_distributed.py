@@ -27,7 +27,7 @@ from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run import writer as run_writer
+from qdora.run import writer
 from qdora.run.train import train_run
 from qdora.train import distributed, loop, step_gradient
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
@@ -236,7 +236,7 @@ def full_disk(rank: int, settings: Recipe, directory: Path) -> None:
     def full(*_args: Any, **_rest: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    run_writer.write_state = full
+    writer.write_state = full
     expected = (RunFailure, "the disk is full") if rank == 0 else (OtherProcessFailed, "process 1: .*process 0 failed")
     with pytest.raises(expected[0], match=expected[1]):
         train_run(settings, directory)
@@ -385,7 +385,7 @@ def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode != 0
-    assert errors.count("Go on with --resume") == 1
+    assert errors.count("Continue with --resume") == 1
     newest = open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(lines(run))

@@ -14,7 +14,7 @@ import pytest
 from qdora.cli.verb import explain
 from qdora.errors import Interrupted, RunFailure
 from qdora.files.run_directory import RunDirectory
-from qdora.run import writer as run_writer
+from qdora.run import writer
 from qdora.run.train import train_run
 from qdora.train import interrupt, step_gradient
 from tests import tiny_run
@@ -43,14 +43,14 @@ def send(*numbers: int) -> Callable[[], None]:
 
 def in_save(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Do something in the middle of writing the checkpoint of `step`: the adapter is there, the rest is not."""
-    real = run_writer.write_state
+    real = writer.write_state
 
     def acting(directory: Path, **state: Any) -> None:
         if state["step"] == step:
             action()
         real(directory, **state)
 
-    monkeypatch.setattr(run_writer, "write_state", acting)
+    monkeypatch.setattr(writer, "write_state", acting)
 
 
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)

@@ -84,8 +84,7 @@ def plain_model(
     adapted = adapted_layers(model)
     check_layers(model, layers, norm=norm, parts=parts)
     leaves: dict[str, Tensor] = {}
-    config = getattr(model, "config", None)
-    attention = getattr(config, "_attn_implementation", None)
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     try:
         if attention not in (None, "eager", "sdpa"):
             model.set_attn_implementation("eager")  # type: ignore[operator]

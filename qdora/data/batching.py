@@ -25,7 +25,6 @@ class PackedRow:
     examples: tuple[TokenizedExample, ...]
 
     def __len__(self) -> int:
-        """Tokens of all its examples."""
         return sum(map(len, self.examples))
 
 

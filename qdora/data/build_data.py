@@ -157,8 +157,7 @@ class SourcePlan:
         num_truncated, num_dropped: Examples that were cut to data.max_length, or left out; None for a stream.
         share_asked: Share of the draws that the strategy gives it.
         share_seen: Share of the draws that come from it: less than asked once it is used up, more once others are.
-        num_draws: Examples that the run takes from it.
-        num_tokens_seen: Tokens that the run takes from it; None for a stream.
+        num_draws, num_tokens_seen: Examples and tokens that the run takes from it; None tokens for a stream.
         epochs: How often its examples are seen on average. Below 1, some are never seen.
     """
 
@@ -215,6 +214,20 @@ def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
             )
         )
     return MixPlan(num_steps, num_draws, loader.counts_draws, tuple(sources))
+
+
+def large_step_warning(plan: MixPlan) -> str | None:
+    """A warning if an optimizer step takes more examples than all sources have, so that it repeats some; else None."""
+    sizes = [source.num_examples for source in plan.sources]
+    num_examples = sum(size or 0 for size in sizes)
+    if None in sizes or plan.num_draws <= plan.num_steps * num_examples:
+        return None
+    per_step = plan.num_draws / plan.num_steps
+    return (
+        f"An optimizer step takes {'' if plan.is_exact else 'about '}{per_step:,.0f} examples, but the training data "
+        f"has only {num_examples:,}: each step repeats the data {per_step / num_examples:.1f} times. "
+        "Fix: lower train.tokens_per_step or train.batch."
+    )
 
 
 def show_mix(console: Console, plan: MixPlan) -> None:

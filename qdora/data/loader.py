@@ -111,7 +111,10 @@ class StepLoader:
         assert self.position != self.order.length, "no example is left"
         while not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length:
             source, index = self.order[self.position + len(examples)]
-            examples.append(self._example(source, index))
+            part = self.tokenised[source]
+            if isinstance(part, ExampleStream):
+                assert part.position.num_drawn == index, (part.name, part.position, index)
+            examples.append(part.next() if isinstance(part, ExampleStream) else part.examples[index])
             num_tokens += len(examples[-1])
         self.position += len(examples)
         mine = share_of(examples, self.rank, self.num_processes)
@@ -126,13 +129,6 @@ class StepLoader:
             position_after=self.position,
             task_label_tokens=labels,
         )
-
-    def _example(self, source: int, index: int) -> TokenizedExample:
-        part = self.tokenised[source]
-        if isinstance(part, TokenizedSet):
-            return part.examples[index]
-        assert part.position.num_drawn == index, (part.name, part.position, index)
-        return part.next()
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.

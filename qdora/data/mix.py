@@ -210,7 +210,7 @@ def make_mix(
     Raises: UserError if a stream has no known size and the strategy or its max_epochs needs one.
     """
     most = max_epochs or [None] * len(sets)
-    sizes = [_known_size(part) for part in sets]
+    sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
     needed = {"proportional", "temperature"} & {strategy}
     faults = [
         f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not known. "
@@ -229,10 +229,6 @@ def make_mix(
     caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
     drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]
     return Mix(tuple(sets), shares, MixOrder(drawn_from, shares, seed, caps))
-
-
-def _known_size(part: Source) -> int | None:
-    return part.num_examples if isinstance(part, ExampleStream) else len(part)
 
 
 class _Clock:

@@ -68,8 +68,7 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
     if absent:
         what = f"no {', '.join(absent)}, got columns {', '.join(row)}, needed for format {format}: "
         raise RowFault(what + f"{', '.join(layout.required)}.{nearest(absent[0], list(row))}")
-    named_by_row = format != "commonsense170k"
-    task = optional_text(row, "task") if named_by_row else commonsense_task(str(row["instruction"]))
+    task = commonsense_task(str(row["instruction"])) if format == "commonsense170k" else optional_text(row, "task")
     return layout.example(row, task, label if named else task or label, id)
 
 

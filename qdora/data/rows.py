@@ -37,8 +37,7 @@ class Rows:
 
     def examples(self, make: Callable[[int, Row], Made]) -> list[Made]:
         """make(place, row) of every row; see `each_made`."""
-        made = each_made(self.where, self.unit, self.placed, make)
-        return [each for _, each in made]
+        return [each for _, each in each_made(self.where, self.unit, self.placed, make)]
 
 
 def each_made(
