@@ -11,8 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
-from qdora.data.mix_plan import MixPlan, large_step_warning, plan_mix, show_mix
+from qdora.data.build_data import (
+    MixPlan,
+    large_step_warning,
+    make_loader,
+    num_steps_of,
+    plan_mix,
+    read_data,
+    show_mix,
+    tokenized_mix,
+)
 from qdora.errors import UserError
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory

@@ -13,10 +13,20 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of, read_data, tokenized_mix
+from qdora.data.build_data import (
+    MixPlan,
+    keep_mix,
+    large_step_warning,
+    make_loader,
+    micro_batch_tokens,
+    num_steps_of,
+    plan_mix,
+    read_data,
+    show_mix,
+    tokenized_mix,
+)
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
-from qdora.data.mix_plan import MixPlan, keep_mix, large_step_warning, plan_mix, show_mix
 from qdora.errors import UserError
 from qdora.evaluation.generation import generation_faults
 from qdora.files.run_directory import RunDirectory
