@@ -100,8 +100,8 @@ def write_model(folder: Path, shape: dict[str, Any]) -> int:
     import torch
     from transformers import LlamaConfig
 
-    from qdora.model.base_cache import write_base
     from qdora.model.load import Quantization, layers_to_quantize, load_config, skeleton
+    from qdora.model.packed_base import write_base
     from qdora.model.source import ModelSource
     from qdora.model.stored_tensors import StoredPacked, StoredTensor
     from qdora.ops.packed import PackedWeight, from_tensors, quantize
@@ -151,13 +151,13 @@ def trained(folder: Path, residency: str, group: str) -> None:
 
     from qdora.memory.allocator import keep_freed_memory
     from qdora.memory.disk_residency import DiskResidency
-    from qdora.model.base_cache import BaseCache, open_cached_base
     from qdora.model.build_model import recompute_activations
     from qdora.model.inject import adapter_parameters, inject
     from qdora.model.load import Quantization, load_model
+    from qdora.model.packed_base import BaseCache, open_cached_base
     from qdora.model.source import ModelSource
     from qdora.model.stored_tensors import match_to_model
-    from qdora.train.micro_batch import batch_loss
+    from qdora.train.loop import batch_loss
     from qdora.train.optimizer import AdapterOptimizer
 
     keep_freed_memory()

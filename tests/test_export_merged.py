@@ -548,7 +548,7 @@ def test_the_card() -> None:
     assert "| boolq | 0.25 |  |" in text
     assert "passed on 85 tokens." in text
     assert "| merged, adapter in float32 | 0.0362 | 0.0045 | 1.6e-06 | 100.00 % |" in text
-    assert "licensed as `apache-2.0`, which applies to this model, too. Its own texts are beside this card: `LI" in text
+    assert "has the licence `apache-2.0`, which also applies to this model. Its texts are beside this card: `LI" in text
     assert "base_model" not in model_card(CardFacts(base_name="/data/private/model")).split("---")[1]
     with pytest.raises(ValueError, match="'boolq': 1 values for 2 columns"):
         model_card(CardFacts(base_name="b", metric_names=("a", "b"), metrics={"boolq": (1.0,)}))

@@ -16,9 +16,9 @@ from qdora.errors import RunFailure, UserError
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.memory import host_residency
 from qdora.memory.host_residency import HostResidency, pinned_bytes
-from qdora.model.base_cache import BaseCache
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_model
+from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
 from tests import tiny_streamed
 

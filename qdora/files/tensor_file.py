@@ -32,14 +32,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The dtype of a name in a header. Raises ValueError for a dtype that is never written here."""
-    found = next((dtype for dtype, each in _DTYPE_NAMES.items() if each == name), None)
-    if found is None:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPE_NAMES.values())} (got '{name}').")
-    return found
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -59,8 +52,7 @@ class TensorSpec:
 def _header(specs: Sequence[TensorSpec]) -> bytes:
     """Length and JSON of the header, padded with blanks so that the values start at a multiple of 8 bytes.
 
-    Raises:
-        ValueError: A name occurs twice, the format lacks a dtype, or a tensor would start unaligned.
+    Raises ValueError if a name occurs twice, the format lacks a dtype, or a tensor would start unaligned.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     offset = 0
@@ -68,18 +60,13 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
         if spec.name in entries:
             raise ValueError(f"tensor name '{spec.name}' occurs twice.")
         if spec.dtype not in _DTYPE_NAMES:
-            allowed = ", ".join(_DTYPE_NAMES.values())
-            raise ValueError(f"tensor '{spec.name}': dtype must be one of {allowed} (got {spec.dtype}).")
+            raise ValueError(f"tensor '{spec.name}': dtype must be one of {', '.join(_DTYPES)} (got {spec.dtype}).")
         if offset % spec.dtype.itemsize:
             # Readers view the mapped file in the tensor's dtype, which needs an aligned start.
             raise ValueError(f"tensor '{spec.name}' would start at byte {offset}; wider dtypes must come first.")
-        end = offset + spec.num_bytes
-        entries[spec.name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        start, offset = offset, offset + spec.num_bytes
+        placed = {"shape": list(spec.shape), "data_offsets": [start, offset]}
+        entries[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], **placed}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -92,18 +79,14 @@ def write_safetensors(
     *,
     order: Sequence[TensorSpec] | None = None,
 ) -> int:
-    """Write a file whose tensors are made one by one; on return it is flushed to the disk.
+    """Write a new file whose tensors are made one by one, and flush it to the disk. Returns the bytes written.
 
     Args:
-        path: File to create; must not exist.
-        specs: The tensors in file order.
+        path, specs: Must not exist; the tensors in file order.
         tensors: The tensors, each whole or as its flat parts in order; each is dropped before the next is made.
         order: Order in which the tensors come (default `specs`); the file does not depend on it.
-    Returns:
-        Bytes written.
     Raises:
         ValueError: A tensor does not match its spec, or there are too few or too many.
-        OSError: The disk is full.
     """
     order = specs if order is None else order
     remaining = iter(tensors)
@@ -120,7 +103,9 @@ def write_safetensors(
             if tensor is None:
                 raise ValueError(f"no tensor for '{spec.name}'.")
             if isinstance(tensor, Tensor):
-                _check(spec, tensor)
+                if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                    found = f"{tensor.dtype} {tuple(tensor.shape)}"
+                    raise ValueError(f"tensor '{spec.name}' is {found}, announced as {spec.dtype} {spec.shape}.")
                 tensor = iter([tensor])
             _write_parts(file, spec, tensor)
             del tensor
@@ -138,13 +123,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
     return write_safetensors(path, specs, (tensors[spec.name] for spec in specs))
 
 
-def _check(spec: TensorSpec, tensor: Tensor) -> None:
-    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-        raise ValueError(
-            f"tensor '{spec.name}' is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec.dtype} {spec.shape}."
-        )
-
-
 def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> None:
     written = 0
     for part in parts:
@@ -159,12 +137,9 @@ def _write_parts(file: BinaryIO, spec: TensorSpec, parts: Iterator[Tensor]) -> N
 
 
 def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Distribute tensors over files, in order; a tensor larger than the limit gets a file of its own.
+    """File name -> its tensors, in order: a single `model.safetensors`, or `model-00001-of-0000N.safetensors`, ...
 
-    Within a file wider dtypes come first, which keeps every tensor aligned.
-
-    Returns:
-        File name -> its tensors: a single `model.safetensors`, or `model-00001-of-0000N.safetensors`, ...
+    A tensor larger than the limit gets a file of its own. In a file wider dtypes come first, which aligns every tensor.
     """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
@@ -196,12 +171,8 @@ class MappedFile:
     """A safetensors file mapped into memory: its tensors are views of the file, whose pages are read when touched.
 
     Pages that were read count as memory of the process until `drop`; a dropped tensor stays valid and is read again.
-
-    Args:
-        path: The file; it must not be written to while it is mapped.
-    Raises:
-        ValueError: The file is not a whole safetensors file, or has a dtype that this package does not write.
-        OSError: The file cannot be read.
+    The file must not be written to while it is mapped. Raises ValueError if the file is not a whole safetensors file or
+    has a dtype that this package does not write, OSError if it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -217,9 +188,12 @@ class MappedFile:
             header = json.loads(file.read(size))
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header.pop("__metadata__", None)
+        unknown = {entry["dtype"] for entry in header.values()} - _DTYPES.keys()
+        if unknown:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} (got '{min(unknown)}').")
         self._start = 8 + size
         self._entries: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {
-            name: (dtype_named(entry["dtype"]), tuple(entry["shape"]), *entry["data_offsets"])
+            name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
             for name, entry in header.items()
         }
 

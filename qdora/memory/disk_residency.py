@@ -13,9 +13,8 @@ from torch import nn
 
 from qdora.errors import UserError
 from qdora.memory.streaming import Ring, Turns
-from qdora.model.base_cache import BaseCache
 from qdora.model.load import Loading, is_wide, place_dense, place_frozen, wide_names
-from qdora.model.packed_base import PackedBase, Part
+from qdora.model.packed_base import BaseCache, PackedBase, Part
 from qdora.model.stored_tensors import iterate_tensors
 from qdora.ops.packed import PackedWeight
 

@@ -46,20 +46,8 @@ class AdapterDescription:
     """The JSON files of an adapter. All but `layout` are None for an adapter that qdora did not write."""
 
     layout: AdapterLayout
-    base_quant: dict[str, Any] | None
-    extra: dict[str, Any] | None
-    scalings: dict[str, float] | None
-
-
-def _adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    """Name in the file -> tensor, by name."""
-    tensors = {}
-    for path, layer in layers.items():
-        a_name, b_name, m_name = _names(path)
-        tensors[a_name], tensors[b_name] = layer.lora_A.detach(), layer.stored_B()
-        if layer.magnitude is not None:
-            tensors[m_name] = layer.magnitude.detach().float()
-    return dict(sorted(tensors.items()))
+    extra: dict[str, Any] | None = None
+    scalings: dict[str, float] | None = None
 
 
 def save_adapter(
@@ -76,8 +64,6 @@ def save_adapter(
     The bytes depend only on the arguments and the version of qdora.
 
     Args:
-        model: Carries adapted layers.
-        directory: Where to.
         base_name_or_path: Hub id or path of the base for PEFT's users; None if only this machine has it.
         revision: Commit of the base on the Hub, or None.
         base_quant: How the base was quantised ({"quant": "nf4", "block_size": 64, ...}).
@@ -107,8 +93,14 @@ def save_adapter(
         },
         "extra": extra or {},
     }
+    tensors = {}
+    for path, layer in layers.items():
+        a_name, b_name, m_name = _names(path)
+        tensors[a_name], tensors[b_name] = layer.lora_A.detach(), layer.stored_B()
+        if layer.magnitude is not None:
+            tensors[m_name] = layer.magnitude.detach().float()
     with atomic_directory(directory) as partial:
-        write_tensors(partial / WEIGHTS_FILE, _adapter_tensors(layers))
+        write_tensors(partial / WEIGHTS_FILE, dict(sorted(tensors.items())))
         for name, content in ((CONFIG_FILE, config), (RECORD_FILE, record)):
             (partial / name).write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
@@ -116,19 +108,16 @@ def save_adapter(
 def describe_adapter(directory: Path) -> AdapterDescription:
     """Read and check the two JSON files of an adapter.
 
-    Raises:
-        UserError: All missing or malformed files and all settings that are not supported.
+    Raises UserError with all missing or malformed files and all settings that are not supported.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory. Fix: name a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
     faults = []
     if not (directory / WEIGHTS_FILE).is_file():
-        pickled = (
+        advice = (
             f" {PICKLE_FILE} is a pickle, which can run code when it is read. Fix: load it in PEFT and save it again."
-            if (directory / PICKLE_FILE).exists()
-            else ""
         )
-        faults.append(f"{directory / WEIGHTS_FILE}: missing.{pickled}")
+        faults.append(f"{directory / WEIGHTS_FILE}: missing.{advice if (directory / PICKLE_FILE).exists() else ''}")
     layout, record = None, None
     try:
         layout = parse_adapter_config(_read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
@@ -143,15 +132,14 @@ def describe_adapter(directory: Path) -> AdapterDescription:
     if faults or layout is None:
         raise UserError(*faults)
     if record is None:
-        return AdapterDescription(layout, None, None, None)
-    base, layers = record.get("base"), record.get("layers")
+        return AdapterDescription(layout)
+    layers = record.get("layers")
     scalings = {
         path: entry["scaling"]
         for path, entry in (layers.items() if isinstance(layers, dict) else ())
         if isinstance(entry, dict) and isinstance(entry.get("scaling"), (int, float))
     }
-    quant = base.get("quant") if isinstance(base, dict) else None
-    return AdapterDescription(layout, quant, record.get("extra"), scalings)
+    return AdapterDescription(layout, record.get("extra"), scalings)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -169,12 +157,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
     """Put the adapter of `directory`, written by qdora or by PEFT, on `model`; everything else is frozen.
 
-    The model changes only if the whole adapter fits. No file but the three named ones is opened.
+    The model changes only if the whole adapter fits. No file but the three named ones is opened. lora_A and lora_B get
+    `dtype`, by default the file's (the wider of the two); magnitudes are float32.
 
-    Args:
-        model: The base, quantised or not, without adapters.
-        directory: Holds adapter_config.json and adapter_model.safetensors.
-        dtype: Storage of lora_A and lora_B; None keeps the file's (the wider of the two). Magnitudes are float32.
     Returns:
         Path -> layer, in model order.
     Raises:
@@ -219,10 +204,9 @@ class StoredLayer:
 
 
 def read_adapter(model: nn.Module, directory: Path) -> tuple[AdapterLayout, dict[str, StoredLayer]]:
-    """Read the adapter of `directory` for `model`, whose names and shapes are used (it may be on "meta").
+    """The settings, and path -> tensors in model order, of the adapter of `directory`. Raises as `load_adapter`.
 
-    Returns:
-        Settings, and path -> tensors in model order. Raises UserError as `load_adapter`.
+    Only names and shapes of `model` are used; it may be on "meta".
     """
     described = describe_adapter(directory)
     layout = described.layout
@@ -251,17 +235,15 @@ def _names(path: str) -> tuple[str, str, str]:
 
 def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict[str, nn.Module], list[str]]:
     """The linear layers that the settings select, in model order, and faults of the selection."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    chosen: dict[str, nn.Module] = {}
-    others = []
-    for path, module in model.named_modules():
-        linear = is_linear(module)
-        if path and layout.selects(path, is_linear=linear, is_head=module is head):
-            if linear:
-                chosen[path] = module
-            else:
-                others.append(f"{path} ({type(module).__name__})")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    modules = {path: module for path, module in model.named_modules() if path}
+    selected = {
+        path: module
+        for path, module in modules.items()
+        if layout.selects(path, is_linear=is_linear(module), is_head=module is head)
+    }
+    chosen = {path: module for path, module in selected.items() if is_linear(module)}
+    others = [f"{path} ({type(module).__name__})" for path, module in selected.items() if not is_linear(module)]
     faults = []
     if others:
         faults.append(f"{where}: target_modules: must select linear layers (got {_some(others)}).")

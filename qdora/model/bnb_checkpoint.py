@@ -1,7 +1,4 @@
-"""Checkpoints that bitsandbytes quantised; their packed bytes are used as they are.
-
-`qdora.ops.bnb_state` defines the keys of a weight's scales.
-"""
+"""Checkpoints that bitsandbytes quantised; their packed bytes are used as they are (keys: `qdora.ops.bnb_state`)."""
 
 from __future__ import annotations
 
@@ -29,8 +26,7 @@ _SCALES_8BIT = "SCB"
 def stored_kind(settings: object) -> str | None:
     """nf4, fp4 or int8 from config.quantization_config; None for full precision.
 
-    Raises:
-        UserError: The checkpoint was quantised by another library than bitsandbytes.
+    Raises UserError if another library than bitsandbytes quantised the checkpoint.
     """
     if settings is None:
         return None
@@ -46,13 +42,9 @@ def stored_kind(settings: object) -> str | None:
 
 
 def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` with which transformers builds 4-bit bitsandbytes layers.
+    """The `quantization_config` with which transformers builds 4-bit bitsandbytes layers ("nf4" or "fp4").
 
-    Args:
-        kind: "nf4" or "fp4".
-        double_quant: Whether the block scales are double quantised.
-        dtype: The dtype in which bitsandbytes computes.
-        dense: Paths of the linear layers that are not quantised.
+    bitsandbytes computes in `dtype`; `dense` holds the paths of the linear layers that are not quantised.
     """
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -61,15 +53,13 @@ def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, de
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(dense),
     )
-    found: dict[str, Any] = settings.to_dict()
-    return found
+    return dict(settings.to_dict())
 
 
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Join the parts of every quantised weight into one entry; dense tensors pass through.
 
-    Raises:
-        UserError: Parts without a weight, or a quantisation other than nf4, fp4, int8.
+    Raises UserError for parts without a weight, or a quantisation other than nf4, fp4, int8.
     """
     parts: dict[str, dict[str, StoredTensor]] = {}
     dense: dict[str, StoredTensor] = {}
@@ -78,11 +68,13 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
             parts.setdefault(f"{match['layer']}.weight", {})[match["part"]] = item
         else:
             dense[key] = item
-    lone = [key for key in parts if key not in dense]
+    lone = [
+        f"model.source: the checkpoint has block scales for '{key}', but not the weight."
+        for key in parts
+        if key not in dense
+    ]
     if lone:
-        raise UserError(
-            *(f"model.source: the checkpoint has block scales for '{key}', but not the weight." for key in lone)
-        )
+        raise UserError(*lone)
     return {key: _packed(item, parts[key]) if key in parts else item for key, item in dense.items()}
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.loftq_start import start_from_error_
+from qdora.model.load import load_config, skeleton, stored_tensors
 from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
 from qdora.recipe.settings import Recipe
 
@@ -70,7 +71,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
     if settings.kind == "magnitude":
         # DoRA whose B stays 0, so every program that reads DoRA reads it.
         if directory is None:
-            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=_targets(recipe))
+            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=settings.targets)
         else:
             layers = load_adapter(model, directory)
         for layer in layers.values():
@@ -85,7 +86,7 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
             alpha=settings.alpha,
             rank_stabilized=settings.rank_stabilized,
             dropout=settings.dropout,
-            targets=_targets(recipe),
+            targets=settings.targets,
             rank_pattern=settings.rank_pattern,
             same_scaling=settings.same_scaling,
             init="gaussian" if settings.init == "gaussian" else "kaiming",  # `start_adapters` replaces it for loftq
@@ -109,9 +110,64 @@ def start_adapters(model: PreTrainedModel, recipe: Recipe, source: ModelSource) 
         start_from_error_(model, source)
 
 
-def _targets(recipe: Recipe) -> str | list[str]:
-    targets = recipe.adapter.targets
-    return targets if isinstance(targets, str) else list(targets)
+@torch.no_grad()
+def nearest_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors L (out, rank), R (rank, in) of the matrix of at most `rank` nearest to `matrix` in the Frobenius norm.
+
+    L = U sqrt(S), R = sqrt(S) V^T of the largest singular values; `matrix` (out, in) is float32 or float64.
+
+    Computed from the eigenvectors of the smaller Gram matrix, many times faster than a full decomposition; in float32
+    singular values below 1e-3 of the largest are inexact, and too small to matter.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    gram = matrix @ matrix.T if wide else matrix.T @ matrix
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    image = matrix.T @ vectors if wide else matrix @ vectors  # S V, or U S
+    values = image.norm(dim=0)
+    root = values.sqrt()
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    if wide:
+        return vectors * root, (image * inverse).T
+    return image * inverse, (vectors * root).T
+
+
+@torch.no_grad()
+def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, float]:
+    """Set lora_A and lora_B of every adapted layer so that s B A is nearest to W - W_q, and m so that the gain is 1.
+
+    Source: LoftQ, arXiv 2310.08659, algorithm 1 with one step. The paper quantises the base anew between the steps;
+    here it stays what the recipe's `base` section says, so that the adapter can be used on it anywhere.
+
+    In a masked layer only weights that were not pruned count. One weight of the source is read at a time. Returns path
+    -> ||W - W_q - s B A|| / ||W - W_q||, 1 if there is no error. Raises UserError if the source is quantised.
+    """
+    empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
+    stored = stored_tensors(source, empty)
+    left: dict[str, float] = {}
+    for path, layer in adapted_layers(model).items():
+        weight = stored[f"{path}.weight"].read()
+        if not isinstance(weight, Tensor):
+            raise UserError(
+                f"adapter.init: loftq: {path} is quantised in the source. Fix: name a full-precision source."
+            )
+        base = layer.base.dequantized()
+        error = weight.to(base.device).float() - base
+        keep = layer.base.keep_mask() if layer.masked else None
+        if keep is not None:
+            error.masked_fill_(~keep, 0)
+        lora_B, lora_A = nearest_low_rank(error / layer.scaling, layer.rank)
+        layer.lora_A.copy_(lora_A)
+        layer.lora_B.copy_(lora_B)
+        if layer.magnitude is not None:
+            layer.magnitude.copy_(layer.row_norm())
+        update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())
+        if keep is not None:
+            update.masked_fill_(~keep, 0)
+        size = float(error.norm())
+        left[path] = float((error - update).norm()) / size if size else 1.0
+    mean = sum(left.values()) / len(left)
+    logger.info("LoftQ: the adapters start from the error of the base and leave %.1f %% of it, on average.", 100 * mean)
+    return left
 
 
 def write_adapter(
@@ -124,10 +180,7 @@ def write_adapter(
 ) -> None:
     """Write the adapter of a run in PEFT's format, with its base. Raises as `save_adapter`.
 
-    Args:
-        model, directory, extra: As in `save_adapter`.
-        recipe: Names the base.
-        shipped: The adapter leaves this machine; a base that only this machine has is not named.
+    If `shipped`, the adapter leaves this machine; a base that only this machine has is not named.
     """
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}

@@ -2,7 +2,6 @@
 
 The header is read here, since the reader of the package `gguf` turns every word of the vocabulary into arrays, which
 takes seconds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
-
 Names come from the tables of the package `gguf`. Layouts come from transformers' own readers (llama.cpp interleaves the
 rows of q and k, and adds 1 to Gemma's norms).
 """
@@ -11,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,8 +58,7 @@ class GgufHeader:
 def read_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file.
 
-    Raises:
-        UserError: The file is not GGUF, has an unknown version, or is cut short within the header.
+    Raises UserError if the file is not GGUF, has an unknown version, or is cut short within the header.
     """
     try:
         with path.open("rb") as stream:
@@ -89,17 +88,15 @@ def _read(path: Path, stream: BinaryIO) -> GgufHeader:
         name = _string(stream)
         (num_dims,) = _unpack(stream, "I")
         sizes = _unpack(stream, f"{num_dims}Q")
-        kind, offset = _unpack(stream, "IQ")
-        entries.append(GgufTensor(name, tuple(reversed(sizes)), kind, offset))
+        entries.append((name, tuple(reversed(sizes)), *_unpack(stream, "IQ")))
     alignment = int(settings.get("general.alignment", _ALIGNMENT))
     data = -(-stream.tell() // alignment) * alignment
-    tensors = tuple(GgufTensor(entry.name, entry.shape, entry.type, data + entry.offset) for entry in entries)
+    tensors = tuple(GgufTensor(name, shape, kind, data + offset) for name, shape, kind, offset in entries)
     return GgufHeader(path, settings, tensors)
 
 
 def _unpack(stream: BinaryIO, form: str) -> tuple[Any, ...]:
-    form = "<" + form
-    return struct.unpack(form, stream.read(struct.calcsize(form)))
+    return struct.unpack(f"<{form}", stream.read(struct.calcsize(f"<{form}")))
 
 
 def _string(stream: BinaryIO) -> str:
@@ -112,15 +109,14 @@ def _string(stream: BinaryIO) -> str:
 
 def _skip_array(stream: BinaryIO) -> None:
     kind, length = _unpack(stream, "IQ")
-    if kind == _STRING:
-        for _ in range(length):
-            (size,) = _unpack(stream, "Q")
-            stream.seek(size, 1)
-    elif kind == _ARRAY:
-        for _ in range(length):
-            _skip_array(stream)
-    else:
+    if kind not in (_STRING, _ARRAY):
         stream.seek(length * struct.calcsize(_SCALARS[kind]), 1)
+        return
+    for _ in range(length):
+        if kind == _ARRAY:
+            _skip_array(stream)
+        else:
+            stream.seek(_unpack(stream, "Q")[0], 1)
 
 
 log = logging.getLogger("qdora")
@@ -133,14 +129,7 @@ _ROTARY_FACTORS = "rope_freqs.weight"
 # llama.cpp knows it from the number of layers, transformers does not.
 _SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
 # Architectures whose tensors llama.cpp's converter changes like those of another one, which transformers reads.
-_LAID_OUT_AS = {
-    "arcee": "llama",
-    "gemma": "gemma2",
-    "granite": "llama",
-    "mistral3": "llama",
-    "olmo": "llama",
-    "smollm3": "llama",
-}
+_LAID_OUT_AS = {"gemma": "gemma2"} | dict.fromkeys(("arcee", "granite", "mistral3", "olmo", "smollm3"), "llama")
 # Architectures whose tensors the converter does not change.
 _UNCHANGED = ("cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "starcoder2")
 _ROWS_AT_ONCE = 4096
@@ -159,8 +148,7 @@ def require_gguf() -> None:
 def check_gguf(path: Path) -> None:
     """Check that all tensors are in the file; broken downloads are common and look like a wrong shape.
 
-    Raises:
-        UserError: The package gguf is missing, or the file is not GGUF or cut short.
+    Raises UserError if the package gguf is missing, or the file is not GGUF or cut short.
     """
     require_gguf()
     size = path.stat().st_size
@@ -189,13 +177,9 @@ def settle_head(path: Path, config: PreTrainedConfig) -> None:
 
 
 def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Model name -> tensor of the file; only the header is read.
+    """Model name -> tensor of the file; only the header is read. `model` is the skeleton of the file's config.
 
-    Args:
-        path: The .gguf file.
-        model: The skeleton of the file's config.
-    Raises:
-        UserError: The architecture or a tensor has no counterpart in transformers.
+    Raises UserError if the architecture or a tensor has no counterpart in transformers.
     """
     header = read_header(path)
     if (header.architecture, int(model.config.num_hidden_layers)) in _SCALE_NOT_STORED:
@@ -223,7 +207,8 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
                 "Fix: use the safetensors checkpoint of the model."
             )
         else:
-            stored[name] = StoredTensor(tensor.name, shapes[name], _reader(path, tensor, processor, shapes[name]))
+            read = partial(_read_tensor, path, tensor, processor, shapes[name])
+            stored[name] = StoredTensor(tensor.name, shapes[name], read)
     if faults:
         raise UserError(*shorten(faults))
     return stored
@@ -241,11 +226,7 @@ def knows_layout(header: GgufHeader) -> bool:
 
 
 def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
-    """Name in the file -> name in the model.
-
-    Raises:
-        UserError: The package gguf does not know the architecture.
-    """
+    """Name in the file -> name in the model. Raises UserError if the package gguf does not know the architecture."""
     import gguf
 
     architecture = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None)
@@ -288,19 +269,14 @@ def _stored_rows(path: Path, tensor: GgufTensor) -> Values:
     return np.asarray(flat).reshape(-1, shape[-1])
 
 
-def _reader(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        values = processor.process(weights=_dequantized(path, tensor), name=tensor.name).weights
-        # Copies if the processor returned a transposed view.
-        result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-        if tuple(result.shape) != shape:
-            raise UserError(
-                f"model.source: tensor '{tensor.name}' has shape {list(result.shape)}, "
-                f"the config asks for {list(shape)}."
-            )
-        return result
-
-    return read
+def _read_tensor(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Tensor:
+    values = processor.process(weights=_dequantized(path, tensor), name=tensor.name).weights
+    # Copies if the processor returned a transposed view.
+    result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    if tuple(result.shape) != shape:
+        found = f"tensor '{tensor.name}' has shape {list(result.shape)}"
+        raise UserError(f"model.source: {found}, the config asks for {list(shape)}.")
+    return result
 
 
 def _dequantized(path: Path, tensor: GgufTensor) -> Values:

@@ -50,8 +50,7 @@ def inject(
         UserError: All targets and patterns that match nothing, or all ranks that are too large.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     # GPT-NeoX calls its head embed_out.
     heads = [HEAD, *(name for name, module in linear.items() if module is head)]
     chosen = _chosen(linear, targets, heads)
@@ -61,7 +60,7 @@ def inject(
     adapted: dict[str, AdaptedLinear] = {}
     for name, module in chosen.items():
         share = ranks[name] / rank if same_scaling else 1.0
-        layer = AdaptedLinear(
+        adapted[name] = AdaptedLinear(
             as_frozen(module),
             kind=kind,
             rank=ranks[name],
@@ -73,7 +72,6 @@ def inject(
             masked=masked,
             generator=generator,
         )
-        adapted[name] = layer
     put_layers(model, adapted)
     return adapted
 
@@ -85,11 +83,7 @@ def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
-    _keep_base_out_of_broadcasts(model)
-
-
-def _keep_base_out_of_broadcasts(model: nn.Module) -> None:
-    """Keep DistributedDataParallel from sending the base, the same in every process, before each forward pass."""
+    # DistributedDataParallel must not send the base, the same in every process, before each forward pass.
     kinds = FrozenLinear | AdaptedLinear | HostEmbedding
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     names = {f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)}

@@ -62,17 +62,10 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Loading:
-    """A model that is being filled.
+    """A model that is being filled. `stored` holds model name -> tensor to read.
 
-    Attributes:
-        model: The skeleton.
-        stored: Model name -> tensor to read.
-        layers: Paths of all linear layers that are not skipped, even if `wanted.kind` is "none"; empty for a quantised
-            checkpoint.
-        wanted: How to hold these layers.
-        device: Where the weights go.
-        compute_dtype: Of all other floating-point tensors.
-        progress: Called after each tensor with (tensors done, all tensors).
+    `layers` are the paths of all linear layers that are not skipped, even if `wanted.kind` is "none", and empty for a
+    quantised checkpoint; `compute_dtype` is that of all other floating-point tensors.
     """
 
     model: PreTrainedModel
@@ -112,17 +105,13 @@ def load_model(
     skipped layers are kept in `compute_dtype` (or float32 if the model demands it). Tied weights stay tied.
 
     Args:
-        source: From `resolve`.
-        quant: One of `QUANT_KINDS`; "none" loads a dense model. A quantised checkpoint is taken as it is and must be of
-            this kind.
+        source, device: From `resolve`; where the weights go and are quantised.
+        quant: One of `QUANT_KINDS`; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
         block_size, double_quant: See `qdora.ops.packed.quantize`; not used by int8 and none.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
-        device: Where the weights go and are quantised.
-        compute_dtype: Of everything that is not quantised.
         attention: "auto" takes flash_attention_2 on CUDA if it is installed, else transformers' choice.
-        progress: Called after each tensor.
-        reader: Finds the weights (default `stored_tensors`; see model/base_cache.py).
+        reader: Finds the weights (default `stored_tensors`; see model/packed_base.py).
         placer: Puts the tensors into the model (default `place_all`; see model/pruning.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
     Returns:
@@ -130,7 +119,7 @@ def load_model(
     Raises:
         UserError: Settings, architecture or checkpoint that do not fit; all faults of a stage at once.
     """
-    wanted = Quantization(quant, block_size, double_quant, tuple(skip))
+    wanted, device = Quantization(quant, block_size, double_quant, tuple(skip)), torch.device(device)
     _check_settings(wanted, compute_dtype, attention)
     if quant in SIMULATED:
         log.info("%s is simulated: its codes of %d bits are held in 4.", quant, CODE_BITS[quant])
@@ -139,7 +128,7 @@ def load_model(
     if kind is not None:
         # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
         del config.quantization_config
-    model = skeleton(config, source, compute_dtype, attention, torch.device(device))
+    model = skeleton(config, source, compute_dtype, attention, device)
     stored = (reader or stored_tensors)(source, model)
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
@@ -147,34 +136,26 @@ def load_model(
         check_stored_packed(packed, kind, wanted, layers)
         layers = set()
     if before_reading is not None:
-        before_reading(model, torch.device(device))
-    load = Loading(
-        model,
-        stored=stored,
-        layers=layers,
-        wanted=wanted,
-        device=torch.device(device),
-        compute_dtype=compute_dtype,
-        progress=progress,
-    )
+        before_reading(model, device)
+    load = Loading(model, stored, layers, wanted, device=device, compute_dtype=compute_dtype, progress=progress)
     (placer or place_all)(load)
-    _finish(model, source, load.device)
+    _finish(model, source, device)
     return model
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """The transformers config of a source; a GGUF file's config is made from its metadata."""
+    if source.is_gguf:
+        check_gguf(source.path)
     try:
         if source.is_gguf:
-            check_gguf(source.path)
             config = AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
-            settle_head(source.path, config)
         else:
             config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"model.source: {source.name}: its config cannot be used: {first_line(error)}") from error
+    if source.is_gguf:
+        settle_head(source.path, config)
     return config
 
 
@@ -183,8 +164,7 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device; buffers are real, since checkpoints do not hold all of them.
 
-    Raises:
-        UserError: The model is not a causal LM, or does not have this attention.
+    Raises UserError if the model is not a causal LM, or does not have this attention.
     """
     choice = None if attention == "auto" else attention
     if attention == "auto" and device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
@@ -202,25 +182,16 @@ def skeleton(
 
 def _empty(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=source.trust_remote_code,
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
         )
-    return model
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Path and list of the decoder blocks, the units of checkpointing: the longest list of
     `GradientCheckpointingLayer`s; None if the model has no such list."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(isinstance(each, GradientCheckpointingLayer) for each in module)
-    ]
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
+    found = [each for each in lists if all(isinstance(block, GradientCheckpointingLayer) for block in each[1])]
     return max(found, key=lambda each: len(each[1]), default=None)
 
 
@@ -239,8 +210,7 @@ def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]
 def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     """Paths of all linear layers that are not skipped.
 
-    Raises:
-        UserError: A skip pattern matches nothing, a tied head is not skipped, or the layers are transposed (GPT-2).
+    Raises UserError if a skip pattern matches nothing, a tied head is not skipped, or layers are transposed (GPT-2).
     """
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)
@@ -272,7 +242,11 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
         raise UserError(*faults)
     # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits as well.
     wide = wide_names(model, torch.float16)
-    _report_experts(model)
+    stacked = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
+    if stacked:
+        percent = 100 * sum(p.numel() for p in stacked.values()) / sum(p.numel() for p in model.parameters())
+        text = "%d stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense."
+        log.warning(text, len(stacked), percent, next(iter(stacked)))
     return {name for name in linear.keys() - skipped if not is_wide(f"{name}.weight", wide)}
 
 
@@ -369,13 +343,8 @@ def check_stored_packed(
 ) -> None:
     """Check that a quantised checkpoint has the form that the recipe asks for.
 
-    Args:
-        packed: Model name -> quantised weight.
-        kind: Kind in the checkpoint's config.
-        wanted: What the recipe asks for.
-        layers: Paths that would be quantised if the checkpoint were dense.
-    Raises:
-        UserError: Another kind, block size or double quantisation, or a quantised layer that the recipe keeps dense.
+    `kind` is that of the checkpoint's config; `layers` would be quantised if the checkpoint were dense. Raises
+    UserError for another kind, block size or double quantisation, or a quantised layer that the recipe keeps dense.
     """
     kinds = sorted({item.kind for item in packed.values()}) or [str(kind)]
     if kinds != [wanted.kind]:
@@ -404,28 +373,16 @@ def check_stored_packed(
 
 def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention: str) -> None:
     faults = []
-    if wanted.kind not in QUANT_KINDS:
-        hint = nearest(wanted.kind, QUANT_KINDS)
-        faults.append(f"base.quant: must be one of {', '.join(QUANT_KINDS)} (got {wanted.kind!r}).{hint}")
+    for key, given, allowed in (
+        ("base.quant", wanted.kind, QUANT_KINDS),
+        ("model.attention", attention, ATTENTION_KINDS),
+    ):
+        if given not in allowed:
+            faults.append(f"{key}: must be one of {', '.join(allowed)} (got {given!r}).{nearest(given, allowed)}")
     if wanted.kind in CODE_BITS and wanted.block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         faults.append(f"base.block_size: must be one of {sizes} (got {wanted.block_size}).")
-    if attention not in ATTENTION_KINDS:
-        hint = nearest(attention, ATTENTION_KINDS)
-        faults.append(f"model.attention: must be one of {', '.join(ATTENTION_KINDS)} (got {attention!r}).{hint}")
     if compute_dtype not in COMPUTE_DTYPES:
         faults.append(f"model.dtype: must be one of bfloat16, float16, float32, float64 (got {compute_dtype}).")
     if faults:
         raise UserError(*faults)
-
-
-def _report_experts(model: PreTrainedModel) -> None:
-    stacked = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
-    if stacked:
-        share = sum(p.numel() for p in stacked.values()) / max(1, sum(p.numel() for p in model.parameters()))
-        log.warning(
-            "%d stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense.",
-            len(stacked),
-            100 * share,
-            next(iter(stacked)),
-        )

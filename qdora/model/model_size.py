@@ -16,13 +16,9 @@ _DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts of a model.
+    """Weights of the linear layers without the output head, and bytes of these, the whole base and the adapter.
 
-    Attributes:
-        num_linear_weights: Weights of the linear layers without the output head.
-        num_linear_bytes: Their bytes, scales included; codes of simulated formats count as tightly packed.
-        num_base_bytes: Bytes of the whole base.
-        num_adapter_bytes: Bytes of lora_A, lora_B (as stored) and the magnitudes.
+    Bytes include scales; codes of simulated formats count as tightly packed, lora_B as stored.
     """
 
     num_linear_weights: int

@@ -1,50 +1,82 @@
 """A packed base on disk: safetensors files with the tensors of each weight, and a record that says how to read them.
 
-Two directories have this form:
-
-    a base cache (model/base_cache.py)    base.json        00000.safetensors, ...    all weights of a model
-    base/ in a run with base.prune        compressed.json  model.safetensors, ...    the pruned layers only
+    a base cache                      base.json        00000.safetensors, ...    all weights of a model
+    base/ in a run with base.prune    compressed.json  model.safetensors, ...    the pruned layers only
 
 The tensors of a packed weight are `<path>.packed`, `<path>.absmax`, ... (`PackedWeight.tensors`), its mask is
 `<path>.keep_bits`, and a dense weight has its own name.
+
+A base cache holds each source that was quantised, tensor by tensor, in a directory named for a key of the settings, the
+names and shapes of the model's tensors, and the model's files (names, sizes, times, samples of their bytes). Weights
+that are not quantised keep the checkpoint's dtype, so the compute dtype is not part of the key.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_directory, disk_reason, json_text
+from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_text
 from qdora.files.tensor_file import MappedFile, write_tensors
-from qdora.model.load import Loading, place_all, place_frozen
+from qdora.model.load import (
+    Loading,
+    Progress,
+    Quantization,
+    check_stored_packed,
+    layers_to_quantize,
+    place_all,
+    place_frozen,
+    stored_tensors,
+)
 from qdora.model.pruning import PrunedLayer, layer_record
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
+from qdora.model.source import ModelSource
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import PackedWeight, from_tensors
+from qdora.ops.packed import PackedWeight, empty_packed, from_tensors, quantize
 from qdora.ops.tiles import Weight
+from qdora.recipe.faults import one_line
 
+log = logging.getLogger("qdora")
+
+CACHE_RECORD_FILE = "base.json"
+CACHE_FORMAT = 1
+# A file's tensors are in memory until it is written; this is less than a block of a large model.
+_FILE_BYTES = 256 << 20
+_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
 PRUNED_RECORD_FILE = "compressed.json"
 PRUNED_FORMAT = 1
 _PRUNED_FILE_BYTES = 5 * 2**30
 _PARTS = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 
+_FileName = Annotated[str, Field(pattern=r"^[0-9]{5}\.safetensors$")]
 Record = TypeVar("Record", bound=BaseModel)
 
 
-class WeightForm(NamedTuple):
-    """Shape of a weight, its kind (None for a dense one) and its block size."""
+class WeightForm(BaseModel):
+    """Shape of a weight, its kind (None for a dense one), and how it is packed; in a base cache also its file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     shape: tuple[int, ...]
     kind: str | None = None
     block_size: int = 0
+    double_quant: bool = False
+    file: _FileName | None = None
 
 
 class Part(NamedTuple):
@@ -57,8 +89,7 @@ class Part(NamedTuple):
 class PackedBase:
     """The weights in some files of a directory, by model name; each is read, or mapped, when it is asked for.
 
-    Raises:
-        UserError: A file is damaged, or a tensor is in two files.
+    Raises UserError if a file is damaged, or a tensor is in two files.
     """
 
     def __init__(self, directory: Path, files: Iterable[str], forms: Mapping[str, WeightForm]) -> None:
@@ -68,7 +99,7 @@ class PackedBase:
             try:
                 file = MappedFile(directory / name)
             except (ValueError, OSError, KeyError, TypeError) as error:
-                raise UserError(f"{directory / name}: is damaged: {one_line(error)}.") from error
+                raise UserError(f"{directory / name}: is damaged: {one_line(str(error))}.") from error
             twice = self._file_of.keys() & set(file.names)
             if twice:
                 raise UserError(f"{directory / name}: is damaged: tensor '{min(twice)}' is in another file, too.")
@@ -83,8 +114,7 @@ class PackedBase:
     def read(self, name: str, *, mapped: bool = False) -> Weight:
         """A weight; `mapped` as views of the files, which must not be written to, instead of copies.
 
-        Raises:
-            UserError: Tensors are missing, or do not fit the weight's form.
+        Raises UserError if tensors are missing, or do not fit the weight's form.
         """
         form, tensors = self.forms[name], {}
         try:
@@ -99,7 +129,7 @@ class PackedBase:
                 raise ValueError("the tensor is missing")
             return tensors[name.rpartition(".")[2]].view(form.shape)
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"{self.directory}: {name}: cannot be read: {one_line(error)}") from error
+            raise UserError(f"{self.directory}: {name}: cannot be read: {one_line(str(error))}") from error
 
     def stored(self, *, mapped: bool = False) -> dict[str, Stored]:
         """Model name -> weight, like those of a checkpoint; `mapped` as in `read`."""
@@ -111,11 +141,6 @@ class PackedBase:
             return StoredTensor(name, form.shape, read)
         double_quant = f"{name.removesuffix('.weight')}.nested_absmax" in self._file_of
         return StoredPacked(name, form.shape, form.kind, form.block_size, double_quant=double_quant, read=read)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_record(file: Path, kind: type[Record]) -> Record:
@@ -135,15 +160,11 @@ def read_record(file: Path, kind: type[Record]) -> Record:
 def write_weights(
     folder: Path, weights: Iterable[tuple[str, Weight]], file_name: str, max_file_bytes: int
 ) -> dict[str, Any]:
-    """Write weights to safetensors files; memory holds the tensors of one file.
+    """Write (model name, weight), made one after the other, to safetensors files; memory holds the tensors of one file.
 
-    Args:
-        folder: Where to.
-        weights: (model name, weight), made one after the other.
-        file_name: Format of the files' names, such as "{:05d}.safetensors".
-        max_file_bytes: Upper bound of a file's tensors; a larger weight gets a file of its own.
-    Returns:
-        JSON values for a record: "files" (name -> bytes) and "weights" (model name -> file and form).
+    A file's name is `file_name` ("{:05d}.safetensors") with its number. Its tensors have at most `max_file_bytes`; a
+    larger weight gets a file of its own. Returns JSON values for a record: "files" (name -> bytes) and "weights"
+    (model name -> file and form).
     """
     files: dict[str, int] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -177,24 +198,13 @@ def save_pruned_base(
 ) -> dict[str, Any]:
     """Write the pruned layers of a base; the directory appears whole or not at all and replaces an older one.
 
-    Args:
-        model: Freshly loaded, without adapters.
-        layers: `Pruner.layers`.
-        directory: Where to.
-        settings: JSON values of the recipe.
-    Returns:
-        The content of compressed.json.
+    `model` is freshly loaded, without adapters; `layers` is `Pruner.layers`; `settings` are JSON values of the recipe.
+    Returns the content of compressed.json.
     """
     num_weights = sum(layer.num_weights for layer in layers.values())
     num_pruned = sum(layer.num_pruned for layer in layers.values())
-    record: dict[str, Any] = {
-        "format": PRUNED_FORMAT,
-        "settings": dict(settings),
-        "num_weights": num_weights,
-        "num_pruned": num_pruned,
-        "sparsity": num_pruned / num_weights,
-        "layers": {},
-    }
+    counts = {"num_weights": num_weights, "num_pruned": num_pruned, "sparsity": num_pruned / num_weights}
+    record: dict[str, Any] = {"format": PRUNED_FORMAT, "settings": dict(settings), **counts, "layers": {}}
 
     def weights() -> Iterator[tuple[str, Weight]]:
         for path, report in layers.items():
@@ -231,8 +241,7 @@ class _PrunedRecord(BaseModel):
 class PrunedBase:
     """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`.
 
-    Raises:
-        UserError: There is no pruned base, or it is damaged.
+    Raises UserError if there is no pruned base, or it is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -240,16 +249,15 @@ class PrunedBase:
         forms: dict[str, WeightForm] = {}
         for path, each in self.layers.items():
             kind = None if each.kind == "dense" else each.kind
-            forms[f"{path}.weight"] = WeightForm(each.shape, kind, each.block_size)
-            forms[f"{path}.keep_bits"] = WeightForm((-(-each.shape[0] * each.shape[1] // 8),))
+            forms[f"{path}.weight"] = WeightForm(shape=each.shape, kind=kind, block_size=each.block_size)
+            forms[f"{path}.keep_bits"] = WeightForm(shape=(-(-each.shape[0] * each.shape[1] // 8),))
         self.base = PackedBase(directory, sorted(file.name for file in directory.glob("*.safetensors")), forms)
 
     @torch.no_grad()
     def __call__(self, load: Loading) -> None:
         """Put the pruned layers in as they are stored, and the other tensors as `place_all` does.
 
-        Raises:
-            UserError: Layers that the model does not have, or tensors that do not fit.
+        Raises UserError for layers that the model does not have, or tensors that do not fit.
         """
         base = self.base
         missing = sorted(self.layers.keys() - load.layers)
@@ -261,3 +269,204 @@ class PrunedBase:
             assert isinstance(keep_bits, Tensor)
             moved = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
             place_frozen(load.model, path, moved.to(load.device), keep_bits.to(load.device))
+
+
+class CacheRecord(BaseModel):
+    """The content of base.json: what the base was made from, its files with their bytes, and its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: Literal[1]
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    source: str
+    settings: dict[str, Any]
+    files: dict[_FileName, int]
+    weights: dict[str, WeightForm]
+
+
+def default_cache() -> Path:
+    """Where packed bases are kept unless a recipe says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdora" / "bases"
+
+
+@dataclass
+class BaseCache:
+    """A `Reader` of `load_model` that quantises a source into a directory once and reads it from there later.
+
+    `root` holds all packed bases; it is made if it is missing. `wanted` says how to hold the linear layers (not
+    "none"), `device` where they are quantised. `mapped` leaves the weights in the files, to be read where they are
+    used. `base` is the base that was read last.
+    """
+
+    root: Path
+    wanted: Quantization
+    device: torch.device
+    mapped: bool = False
+    progress: Progress | None = None
+    base: PackedBase | None = None
+
+    def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
+        """Model name -> weight.
+
+        Raises UserError if the source does not fit, the disk is full, or the directory holds the base of another model.
+        """
+        key = cache_key(source, model, self.wanted)
+        directory = self.root / key[:20]
+        with _locked(self.root, directory.name) as refusal:
+            base = _open_if_whole(directory, key)
+            if base is None and refusal is not None:
+                raise UserError(f"base.cache: {self.root}: cannot be written: {disk_reason(refusal)}.") from refusal
+            if base is not None:
+                log.info("Reading the packed base from %s.", directory)
+            else:
+                self._write(directory, key, source, model)
+                _, base = open_cached_base(directory)
+        self.base = base
+        return match_to_model(base.stored(mapped=self.mapped), model)
+
+    def _write(self, directory: Path, key: str, source: ModelSource, model: PreTrainedModel) -> None:
+        stored, layers = stored_tensors(source, model), layers_to_quantize(model, self.wanted)
+        packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
+        if packed:
+            check_stored_packed(packed, None, self.wanted, layers)
+            layers = set()
+        log.info("Writing the packed base to %s, for later starts.", directory)
+        made_from = {"key": key, "source": source.name}
+        write_base(directory, stored, layers, self.wanted, made_from, device=self.device, progress=self.progress)
+
+
+def open_cached_base(directory: Path) -> tuple[CacheRecord, PackedBase]:
+    """Open a directory of `write_base`. Raises UserError, one line, if there is no base or it is damaged."""
+    record = read_record(directory / CACHE_RECORD_FILE, CacheRecord)
+    for name, size in record.files.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size:
+            raise UserError(f"{path}: is damaged: {found:,} bytes, expected {size:,}.")
+    return record, PackedBase(directory, record.files, record.weights)
+
+
+def _open_if_whole(directory: Path, key: str) -> PackedBase | None:
+    if not directory.exists():
+        return None
+    try:
+        record, base = open_cached_base(directory)
+    except UserError as error:
+        log.warning("%s The base is quantised again.", error)
+        return None
+    if record.key != key:
+        raise UserError(
+            f"{directory}: holds the packed base of {record.source!r} with {record.settings}, not the one that belongs "
+            "here. Fix: delete the directory, or set another base.cache."
+        )
+    return base
+
+
+def cache_key(source: ModelSource, model: PreTrainedModel, wanted: Quantization) -> str:
+    """Hash of everything that determines a packed base, 64 hex digits. Only samples of the weights are read."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    content = {"format": CACHE_FORMAT, "quantization": asdict(wanted), "model": shapes, "files": fingerprints(source)}
+    return hashlib.sha256(json_text(content).encode()).hexdigest()
+
+
+def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
+    """Name, size, time and samples of each of a model's files, as JSON values."""
+    found = []
+    for file in [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]:
+        facts, digest = file.stat(), hashlib.sha256()
+        with file.open("rb") as stream:
+            # Samples, since reading all bytes of a 70B model would take minutes.
+            for start in range(0, facts.st_size, max(facts.st_size // _SAMPLES, _SAMPLE_BYTES)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE_BYTES))
+        known = {"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns}
+        found.append({**known, "samples": digest.hexdigest()})
+    return found
+
+
+def write_base(
+    directory: Path,
+    stored: Mapping[str, Stored],
+    layers: set[str],
+    wanted: Quantization,
+    made_from: Mapping[str, str],
+    *,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> None:
+    """Quantise a checkpoint into a directory, which appears whole or not at all.
+
+    Memory holds one tensor of the checkpoint and the packed weights of one file (256 MiB). `made_from` is the `key`
+    and `source` for the record; the other arguments are as in `Loading`. Raises UserError if the disk has too little
+    room or cannot be written to.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(directory) as partial:
+            _check_room(partial, stored, layers, wanted)  # here, since the leftover of a killed write is gone now
+            weights = _quantized(stored, layers, wanted, device, progress)
+            written = write_weights(partial, weights, "{:05d}.safetensors", _FILE_BYTES)
+            record = {"format": CACHE_FORMAT, **made_from, "settings": asdict(wanted), **written}
+            (partial / CACHE_RECORD_FILE).write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"base.cache: {directory}: cannot be written: {disk_reason(error)}.") from error
+
+
+def _quantized(
+    stored: Mapping[str, Stored],
+    layers: set[str],
+    wanted: Quantization,
+    device: torch.device,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Weight]]:
+    for done, (name, item) in enumerate(stored.items(), start=1):
+        value = item.read()
+        if isinstance(value, Tensor) and name.endswith(".weight") and name.removesuffix(".weight") in layers:
+            value = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+        elif isinstance(value, Tensor):
+            value = value.clone()  # it may be a view of the checkpoint's file
+        yield name, value
+        del value
+        if progress is not None:
+            progress(done, len(stored))
+
+
+def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wanted: Quantization) -> None:
+    """Raise UserError if the disk has less room than the packed weights and the other tensors take."""
+    needed = 0
+    for name, item in stored.items():
+        if name.removesuffix(".weight") in layers and name.endswith(".weight"):
+            shape = (item.shape[0], item.shape[1])
+            needed += empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta").num_bytes
+        else:
+            needed += torch.Size(item.shape).numel() * (1 if isinstance(item, StoredPacked) else item.itemsize)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"base.cache: {folder.parent}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
+            f"{needed / 2**30:.1f} GiB. Fix: name a directory on another disk, or set null if the base is not on disk."
+        )
+
+
+@contextmanager
+def _locked(root: Path, name: str) -> Iterator[OSError | None]:
+    """Let one process at a time in: one of several that start together writes, and the others read what it wrote.
+
+    Yields why nothing can be written here, or None. A base that exists can be read all the same, by many processes.
+    """
+    path = root / f".{name}.lock"
+    descriptor, refusal = None, None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        refusal = error
+        with suppress(OSError):  # a copied cache may lack the lock
+            descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if refusal is None else fcntl.LOCK_SH)
+        yield refusal
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

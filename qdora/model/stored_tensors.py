@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,13 +60,10 @@ Stored = StoredTensor | StoredPacked
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The safetensors files of the model in `directory`.
+    """The safetensors files of the model in `directory`. model.safetensors wins over an index, as in transformers.
 
-    model.safetensors wins over an index, as in transformers. An index may only name plain files in the directory, since
-    it comes with the download and must not point elsewhere.
-
-    Raises:
-        UserError: There are no weights, or the index has faults (all of them).
+    An index may only name plain files in the directory, since it comes with the download and must not point elsewhere.
+    Raises UserError if there are no weights, or with all faults of the index.
     """
     single = directory / "model.safetensors"
     if single.is_file():
@@ -105,11 +103,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """Checkpoint key -> tensor; only the headers of the shards are read.
-
-    Raises:
-        UserError: Shards cannot be read, or two hold the same key.
-    """
+    """Checkpoint key -> tensor; only headers are read. Raises UserError for unreadable shards or a key in two."""
     stored: dict[str, StoredTensor] = {}
     faults = []
     for file in shard_files(directory):
@@ -120,7 +114,7 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
                         faults.append(f"{file}: tensor '{key}' is in two shards.")
                     piece = shard.get_slice(key)
                     shape = tuple(int(size) for size in piece.get_shape())
-                    stored[key] = StoredTensor(key, shape, _reader(file, key), _itemsize(piece.get_dtype()))
+                    stored[key] = StoredTensor(key, shape, partial(_read, file, key), _itemsize(piece.get_dtype()))
         except (SafetensorError, OSError) as error:
             faults.append(f"{file}: cannot be read: {error}. It may be cut short. Fix: download or copy it again.")
     if faults:
@@ -128,13 +122,10 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def _reader(file: Path, key: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        with safe_open(str(file), framework="pt", device="cpu") as shard:
-            tensor: Tensor = shard.get_tensor(key)
-            return tensor
-
-    return read
+def _read(file: Path, key: str) -> Tensor:
+    with safe_open(str(file), framework="pt", device="cpu") as shard:
+        tensor: Tensor = shard.get_tensor(key)
+        return tensor
 
 
 def _itemsize(dtype: str) -> int:
@@ -152,8 +143,7 @@ def iterate_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor 
 def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
     """Model name -> tensor, by transformers' renames for this model.
 
-    Raises:
-        UserError: A tensor needs more than another name (experts to be stacked, projections to be split).
+    Raises UserError if a tensor needs more than another name (experts to be stacked, projections to be split).
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -178,20 +168,14 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
 
 
 def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
-    """The stored tensors that the model needs, in the model's order.
+    """The stored tensors that the model needs, in the model's order; `stored` has model names.
 
     If a tied weight is stored twice, equal copies count as one. If they differ the model is untied, as in transformers,
-    and `model.config.tie_word_embeddings` becomes False.
-
-    Args:
-        stored: Model name -> tensor.
-        model: The skeleton, its parameters on the meta device.
-    Raises:
-        UserError: All tensors that are missing or unexpected or have a wrong shape.
+    and `model.config.tie_word_embeddings` becomes False. Raises UserError with all tensors that are missing or
+    unexpected or have a wrong shape.
     """
     expected: dict[str, Tensor] = model.state_dict()
-    redundant = _settle_tied_weights(stored, model)
-    tied = tied_weights(model)
+    redundant, tied = _settle_tied_weights(stored, model), tied_weights(model)
     may_lack = tuple(model._keys_to_ignore_on_load_missing or ())
     # Old checkpoints hold the rotary frequencies of every layer, which are computed from the config now.
     may_hold = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -238,16 +222,11 @@ def _settle_tied_weights(stored: Mapping[str, Stored], model: PreTrainedModel) -
     for target, origin in tied_weights(model).items():
         if target not in stored or origin not in stored:
             continue
-        if _same_values(stored[target], stored[origin]):
+        values = [item.read() for item in (stored[target], stored[origin]) if isinstance(item, StoredTensor)]
+        if len(values) == 2 and torch.equal(values[0], values[1]):
             redundant.add(target)
             continue
         log.warning("%s and %s differ in the checkpoint although config.json ties them: not tied.", target, origin)
         model.all_tied_weights_keys.pop(target)
         model.config.tie_word_embeddings = False
     return redundant
-
-
-def _same_values(first: Stored, second: Stored) -> bool:
-    if first.shape != second.shape or isinstance(first, StoredPacked) or isinstance(second, StoredPacked):
-        return False
-    return torch.equal(first.read(), second.read())
