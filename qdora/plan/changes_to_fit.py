@@ -27,13 +27,9 @@ def with_changes(
 ) -> tuple[Recipe, Plan]:
     """Change a recipe until its plan fits: first by neutral changes, then by others, the faster ones first.
 
-    A change is neutral if the trained numbers stay the same, up to rounding.
+    A change is neutral if the trained numbers stay the same, up to rounding. `first` is the recipe's plan, `plan_of`
+    plans a changed recipe for the same budget, and `seconds_of` predicts the time of its step without a plan.
 
-    Args:
-        recipe: The recipe to change.
-        first: Its plan, which is over the budget.
-        plan_of: Plans a changed recipe for the same budget.
-        seconds_of: Predicts the time of a step of a changed recipe, without a plan.
     Returns:
         The recipe with the neutral changes that it needed, and `first` with all changes.
     """

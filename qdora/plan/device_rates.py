@@ -24,14 +24,8 @@ BYTES_PER_DEQUANTISED = 4.6
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second.
-
-    Attributes:
-        name: Name of the device.
-        flops: FLOPs reached (not the peak) in a 16-bit matrix product of a layer's shape.
-        bytes: Bytes of memory that an elementwise kernel reads and writes.
-        copied: Bytes of blocks copied from host memory, or read from disk on a CPU.
-        measured: False for stated rates.
+    """What a device does in a second: FLOPs reached (not the peak) in a 16-bit product of a layer's shape, bytes of
+    memory that an elementwise kernel moves, and bytes copied from host memory (read from disk on a CPU).
     """
 
     name: str
@@ -80,9 +74,6 @@ def measure_rates(*, seconds: float = _SECONDS) -> dict[str, dict[str, Any]]:
 
     FLOPs: a product of bf16 matrices of a layer's shape. Bytes: dequantising an NF4 weight, which moves most of a
     step's bytes. Copies, on a GPU: from pinned host memory. Each rate is the median over `seconds`.
-
-    Returns:
-        Device type -> `Rates.to_dict`.
     """
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = {kind: _measure(kind, seconds).to_dict() for kind in kinds}

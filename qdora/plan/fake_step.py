@@ -1,6 +1,6 @@
 """A training step on fake tensors: the real layers, loss and optimizer run, and the live bytes of each part are noted.
 
-The model is made from its config alone: every tensor has its shape, dtype and component, but no memory.
+The model is made from its config: every tensor has its shape, dtype and component, but no memory.
 """
 
 from __future__ import annotations
@@ -55,14 +55,10 @@ _PAGED_STATE_BYTES = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion
 
 
 def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A model with its parameters on the meta device; `config` is not changed.
+    """A model with its parameters on the meta device; `config` is not changed. UserError if it is not a causal LM.
 
-    Args:
-        source: Names the model in messages, and says whether code from the Hub may run.
-        dtype: Dtype of the activations.
-        attention: As in a recipe. flash_attention_2 needs a GPU and is planned as sdpa, which keeps the same tensors.
-    Raises:
-        UserError: The model is not a causal LM.
+    `dtype` is that of the activations. flash_attention_2 needs a GPU and is planned as sdpa, which keeps the same
+    tensors.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -76,7 +72,7 @@ def fill_(
 ) -> None:
     """Replace meta tensors by fake ones, as `load_model` does by real ones; call it within a FakeTensorMode.
 
-    With `pruned`, every linear layer that is not skipped gets a mask, as `model.pruning` makes it.
+    With `pruned`, every linear layer that is not skipped gets a mask.
     """
     layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
     whole = wanted.kind == "none"
@@ -156,11 +152,7 @@ def ranks_of_adapter(
 ) -> dict[str, int]:
     """Path of a layer in a shortened model -> rank of its adapter in the whole model; only layers that have one.
 
-    Args:
-        layout: Of an existing adapter.
-        model: The model with only the blocks in `kept`.
-        blocks: Path of its list of blocks.
-        kept: Numbers of these blocks in the whole model; None for all.
+    `blocks` is the path of the list of blocks, `kept` their numbers in the whole model (None: all).
     """
     head = model.get_output_embeddings()
     ranks = {}
@@ -176,13 +168,10 @@ def ranks_of_adapter(
 
 
 class StepRecorder:
-    """Runs steps of a model and notes the peak of each part, by component.
+    """Runs steps of a model on fake tensors, with its adapters, and notes the peak of each part, by component.
 
-    Args:
-        model: A model on fake tensors, with its adapters.
-        blocks: Its decoder blocks.
-        live: The active counter, inside an active FakeTensorMode and `planned_on`.
-        checkpointing: Whether only the inputs of the blocks are kept for the backward pass.
+    `live` is the active counter, inside an active FakeTensorMode and `planned_on`. With `checkpointing` only the inputs
+    of the blocks are kept for the backward pass.
     """
 
     def __init__(self, model: Any, blocks: Sequence[nn.Module], live: LiveBytes, *, checkpointing: bool) -> None:
@@ -200,13 +189,7 @@ class StepRecorder:
             block.register_forward_pre_hook(self._entering(index), with_kwargs=True)
 
     def record(self, optimizer: AdapterOptimizer, shape: MicroBatchShape, chunk: int | None) -> None:
-        """Record a later step: optimizer states, gradients of an earlier micro-batch and norms already exist.
-
-        Args:
-            optimizer: Over the model's trainable parameters.
-            shape: The micro-batch.
-            chunk: `memory.loss_chunk`; None for auto.
-        """
+        """Record a later step: optimizer states, gradients of an earlier micro-batch and norms already exist."""
         layers = adapted_layers(self.model).values()
         with self.live.label(ADAPTERS):
             for layer in layers:
@@ -258,8 +241,7 @@ class StepRecorder:
         self.live.reset_peak()
 
     def _entering(self, index: int) -> Any:
-        """A hook at the start of a block: it registers the input and ends the moment before the block. The input's own
-        hook ends the block's backward pass."""
+        """A hook at the start of a block ends the moment before it; the hook of the input ends its backward pass."""
 
         def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._recording:  # a checkpoint is being recomputed
@@ -293,12 +275,9 @@ def fake_batch(shape: MicroBatchShape) -> tuple[dict[str, Tensor], Tensor, Tenso
 def update_bytes(
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: OptimizerName, live: LiveBytes
 ) -> int:
-    """Peak bytes of an update beside parameters, gradients and states.
+    """Peak bytes of an update beside parameters, gradients and states; call it within a FakeTensorMode.
 
-    Args:
-        shapes: Path -> shape and dtype of every trainable parameter of the whole model.
-        name: Name of the optimizer.
-        live: The active counter, within a FakeTensorMode.
+    `shapes` has the shape and dtype of every trainable parameter of the whole model.
     """
     # Groups are updated one after the other, so the largest group of matrices and the largest of vectors suffice.
     sizes = {path: torch.Size(shape).numel() for path, (shape, _) in shapes.items()}

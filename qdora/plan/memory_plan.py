@@ -75,14 +75,11 @@ def plan(
     """What a run needs, by component, and what to change if that is over the budget.
 
     Args:
-        recipe: The run.
         budget: Bytes, or a size such as "40GiB" (default: the recipe's `memory.budget`, unless that is auto).
         config: Config of the model (default: read from `model.source`; from the Hub only config.json).
         device_kind: Device of the run; this machine need not have it.
-        workload: The micro-batches of a recipe; the one that needs the most memory counts (default: rows of
-            data.max_length with every token labelled).
-    Raises:
-        UserError: The model or a setting is one that a run would refuse, too.
+        workload: The micro-batches of a recipe; the one that needs the most memory counts (default: full ones).
+    Raises UserError for a model or setting that a run would refuse, too.
     """
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
@@ -126,18 +123,10 @@ def planned(
 def within_budget(
     recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False
 ) -> tuple[Recipe, Plan | None]:
-    """Check a run against `memory.budget`.
+    """Check a run against `memory.budget`; returns the recipe, and its plan (None without a budget).
 
-    Args:
-        recipe: The run.
-        compute: Device of the run.
-        workload: Its micro-batches.
-        force: Only warn if the plan is over the budget.
-    Returns:
-        The recipe, and its plan (None without a budget). With budget auto the recipe has the neutral changes that it
-        needs to fit.
-    Raises:
-        UserError: The plan is over the budget; the message says what to change.
+    With budget auto the recipe has the neutral changes that it needs to fit. Over the budget: a warning with `force`,
+    else UserError, which says what to change.
     """
     asked = recipe.memory.budget
     if asked is None:
@@ -157,11 +146,7 @@ def within_budget(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free bytes of a device.
-
-    Raises:
-        UserError: The system does not say what is free.
-    """
+    """Free bytes of a device; UserError if the system does not say what is free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = available_memory_bytes()

@@ -1,7 +1,4 @@
-"""What a plan saves and spends when blocks, checkpoints or the embedding are not on the device.
-
-All of it is arithmetic on sizes: the moments of a plan with everything on the device are changed.
-"""
+"""What a plan saves and spends when blocks, checkpoints or the embedding are not on the device, from sizes alone."""
 
 from __future__ import annotations
 
@@ -20,13 +17,8 @@ from qdora.plan.plan_contents import BASE, CHECKPOINTS, DENSE, SCALES, STREAMING
 
 @dataclass(frozen=True)
 class StreamedBlocks:
-    """Sizes of the streamed blocks.
-
-    Attributes:
-        num_streamed: Number of streamed blocks.
-        codes, scales: Bytes of their packed tensors in all.
-        block_bytes: Bytes of the largest block, in one piece.
-        host_bytes: Pinned host memory, as torch's allocator rounds it; 0 for blocks on disk.
+    """Sizes of the streamed blocks: bytes of all packed tensors (`codes`, `scales`), of the largest block in one piece,
+    and of pinned host memory, as torch's allocator rounds it (0 for blocks on disk).
     """
 
     num_streamed: int
@@ -44,15 +36,9 @@ class StreamedBlocks:
 def streamed_blocks(
     model: PreTrainedModel, wanted: Quantization, residency: Literal["host", "disk"], num_streamed: int | None
 ) -> StreamedBlocks:
-    """Sizes of the streamed blocks of a model.
+    """Sizes of the streamed blocks of a model on the meta device, whose linear layers are not yet replaced.
 
-    Args:
-        model: Parameters on the meta device, linear layers not yet replaced.
-        wanted: How the layers are quantised.
-        residency: Where the blocks live.
-        num_streamed: Number of streamed blocks; None for all.
-    Raises:
-        UserError: The model has fewer blocks.
+    `num_streamed` None is all blocks; UserError if the model has fewer.
     """
     turns = Turns(model, num_streamed)
     pieces = [Piece() for _ in range(len(turns))]

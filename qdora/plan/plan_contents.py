@@ -1,7 +1,7 @@
 """What a memory plan contains: the live bytes of each moment of a step by component, the peak, and whether it fits.
 
-A plan is a list of moments (a block's forward or backward pass, the loss, the update). Each has the bytes of every
-component that are alive at its own peak. The largest moment is the peak of the run.
+A plan is a list of moments. Each has the bytes of every component that are alive at its own peak. The largest moment is
+the peak of the run.
 """
 
 from __future__ import annotations
@@ -66,12 +66,9 @@ rounds blocks up and cannot join all freed ones; an estimate, not yet measured."
 
 @dataclass(frozen=True)
 class Moment:
-    """A part of a step, with the bytes that are alive at its own peak.
+    """A part of a step, with the bytes that are alive at its own peak; components without bytes are left out.
 
-    Attributes:
-        phase: "load", "gains", "forward", "loss", "backward" or "update".
-        block: Number of the decoder block, from 0, or None.
-        by_component: Component -> bytes; components without bytes are left out.
+    `phase` is "load", "gains", "forward", "loss", "backward" or "update"; `block` a number from 0, or None.
     """
 
     phase: str
@@ -94,14 +91,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """The micro-batch that a plan assumes.
+    """The micro-batch that a plan assumes: (rows, length) token ids with padding, and `num_labels` labelled positions.
 
-    Attributes:
-        rows, length: Shape of the token ids, with padding.
-        num_labels: Labelled positions.
-        masked: Whether attention gets a mask, for padded or packed rows.
-        packed: Whether rows hold several examples.
-        accumulated: Whether the step has earlier micro-batches, whose gradients already exist.
+    masked: Attention gets a mask, for padded or packed rows. packed: Rows hold several examples. accumulated: The step
+    has earlier micro-batches, whose gradients already exist.
     """
 
     rows: int
@@ -119,13 +112,9 @@ class MicroBatchShape:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the recipe that needs less memory.
+    """A change of the recipe that needs less memory, and its peak and step time with all earlier changes.
 
-    Attributes:
-        setting: Override of the recipe, such as "memory.checkpointing=true".
-        peak_bytes: Peak with this change and all earlier ones.
-        step_seconds: Predicted time of a step with these changes.
-        neutral: Whether the trained numbers stay the same, up to rounding.
+    `neutral` if the trained numbers stay the same, up to rounding.
     """
 
     setting: str
@@ -139,19 +128,12 @@ class Plan:
     """Memory and time that a run needs.
 
     Attributes:
-        device_kind: The device of the run.
-        moments: The moments of a step, in order.
-        shape: The micro-batch.
         num_micro_batches: The most micro-batches of a step.
         assumptions: One sentence for each thing that could not be known.
         pageable_bytes: Bytes of the optimizer's state that the driver can move to the host between updates.
         host_bytes: Pinned host memory of streamed blocks and checkpoints.
         embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
         block_bytes: Packed weights of the largest block that could be streamed; 0 if none can.
-        num_blocks, num_trainable, num_weights: Blocks, trainable parameters and weights of the model.
-        step_seconds: Predicted time of an optimizer step.
-        rates: The rates of the prediction.
-        budget_bytes: The budget, or None.
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
     """
 

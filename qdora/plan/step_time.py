@@ -16,13 +16,9 @@ class Work:
 
     Attributes:
         num_linear: Weights of the linear layers inside the blocks.
-        num_head: Weights of the output head.
-        num_trainable: Trainable parameters.
         attention_width: Query features of all blocks together: heads * head size * blocks.
-        quantised: Whether the linear weights are quantised.
-        checkpointing: Whether the forward pass is computed twice.
         full: Whether the base itself is trained.
-        num_blocks, num_streamed, block_bytes: Blocks, streamed blocks, and bytes of the largest streamed block.
+        block_bytes: Bytes of the largest streamed block.
         row_bytes: Bytes of a row of an embedding on the host; 0 if the embedding is on the device.
     """
 
@@ -74,12 +70,7 @@ def _waiting_seconds(work: Work, num_tokens: int, rates: Rates) -> float:
 class SimulatedCopies:
     """A simulated device: one channel that copies a block at a time, and one stream that computes.
 
-    Args:
-        copy_seconds: Time to copy a block.
-    Attributes:
-        seconds: End of everything that was computed so far.
-        copying_seconds: Time spent copying so far.
-        waiting_seconds: Time that the computation waited for copies.
+    `seconds` is the end of everything computed so far; `waiting_seconds` is the time that it waited for copies.
     """
 
     def __init__(self, copy_seconds: float) -> None:
@@ -118,16 +109,10 @@ def simulated_step(
     *,
     num_steps: int = 3,
 ) -> SimulatedCopies:
-    """Simulate forward and backward passes of a model with streamed blocks; the last step counts.
+    """Simulate forward and backward passes of a model with streamed blocks, whose numbers are given.
 
-    Args:
-        num_blocks: Blocks of the model.
-        streamed: Numbers of the streamed blocks.
-        copy_seconds, forward_seconds: Time of a block.
-        backward_seconds: Time of a block, its recomputation included.
-        num_steps: Steps to simulate; earlier ones bring the ring into its steady state.
-    Returns:
-        `seconds`, `copying_seconds` and `waiting_seconds` of the last step alone.
+    The times are those of a block; `backward_seconds` includes the recomputation. Earlier steps bring the ring into its
+    steady state: the three times of the result are of the last step alone.
     """
     order = sorted(streamed)
     engine = SimulatedCopies(copy_seconds)
