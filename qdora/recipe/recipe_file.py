@@ -32,11 +32,7 @@ _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe or a YAML file, apply `key=value` overrides, and check everything.
 
-    Args:
-        name_or_path: A name from `recipe_names()`, or a file; ./name is a file even if a shipped recipe has that name.
-        overrides: For example "train.lr=1e-4" or "data.mix[0].limit=5"; see `apply_overrides`.
-    Raises:
-        UserError: All faults, one line each.
+    ./name is a file even if a shipped recipe has that name. UserError lists all faults, one line each.
     """
     data, where = recipe_document(name_or_path)
     return recipe_from(apply_overrides(data, overrides), where, overrides)
@@ -45,8 +41,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     """A recipe as written, not checked but with absolute paths, and its name for messages.
 
-    Raises:
-        UserError: There is no such recipe, or it is not YAML.
+    UserError: There is no such recipe, or it is not YAML.
     """
     text, where, folder = _find(str(name_or_path))
     data = read_yaml(text, where)
@@ -55,14 +50,10 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
-    """Check plain data and make a recipe from it; relative paths start at the current directory.
+    """Check plain data and make a recipe from it; relative paths start at the current directory. `data` is not changed.
 
-    Args:
-        data: A mapping from YAML; it is not changed.
-        where: Name of the file or recipe; every fault begins with it.
-        overrides: Overrides that were already applied; a fault in one of their keys begins with -s instead of `where`.
-    Raises:
-        UserError: All faults, one line each: `<where>: <path.to.key>: what is wrong, got ..., allowed: ...`.
+    UserError lists all faults, one line each: `<where>: <path.to.key>: what is wrong, got ..., allowed: ...`. A fault
+    in a key of `overrides`, which were already applied, begins with -s instead of `where`.
     """
     secrets = [dotted(steps) for steps in token_paths(data)]
     if secrets:
@@ -79,11 +70,7 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A copy of a recipe with some settings changed, checked as a whole.
-
-    Raises:
-        UserError: All faults, one line each.
-    """
+    """A copy of a recipe with some settings changed, checked as a whole; UserError lists all faults."""
     return recipe_from(apply_overrides(settings(recipe), overrides), "recipe", overrides)
 
 
@@ -111,11 +98,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a shipped recipe with its comments.
-
-    Raises:
-        UserError: There is no recipe of that name.
-    """
+    """The YAML of a shipped recipe with its comments; UserError if there is none of that name."""
     names = recipe_names()
     if name not in names:
         raise UserError(f"{masked(name)}: no such recipe, allowed: {', '.join(names)}.{nearest(name, names)}")
@@ -148,11 +131,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
-    """Parse one YAML mapping.
-
-    Raises:
-        UserError: A syntax error, or every key that is given twice, one line each with the line number.
-    """
+    """Parse one YAML mapping; UserError has the line of a syntax error, or of every key that is given twice."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -177,13 +156,10 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `data` with `key=value` settings applied in order.
+    """A copy of `data` with `key=value` settings applied in order; UserError lists the malformed and unknown keys.
 
     Keys are dotted paths, with [i] into lists; values are YAML. null removes a key, so that its default holds; only
     where null differs from the default (train.clip) it is a value.
-
-    Raises:
-        UserError: All malformed or unknown keys, one line each.
     """
     changed = copy.deepcopy(data)
     faults = []

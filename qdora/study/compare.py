@@ -1,7 +1,7 @@
 """Compares the arms of a study: tunes each arm, tests it against the reference, and says who wins, if anyone does.
 
-An arm is one value of the axis that is compared (such as LoRA or DoRA) in one context (such as a base). It stands for
-its cells over all seeds, with the tuned value (such as the learning rate) that scored best on other examples.
+An arm is one value of the axis that is compared (such as LoRA or DoRA) in one context (such as a base): its cells over
+all seeds, with the tuned value (such as the learning rate) that scored best on other examples.
 """
 
 from __future__ import annotations
@@ -39,18 +39,15 @@ Part = Literal["all", "compare"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One value of the compared axis in one context.
+    """One value of the compared axis in one context: the labels of the axes that are not compared, tuned or seeds.
 
     Attributes:
-        context: Axis -> label, without the axes that are compared, tuned or seeds.
-        name: Label on the compared axis.
         chosen: Tuned axis -> label that was chosen.
         swept: Whether there was more than one value to choose from.
         at_edge: Whether a chosen number is the smallest or the largest that was tried.
         seeds: Seed label -> key of the cell.
         num_missing: Cells of this arm without a result.
         base_key, dense_key: Keys of the cells that evaluate its base and the uncompressed base.
-        is_trained: False for a base that is only evaluated.
     """
 
     context: dict[str, str]
@@ -68,9 +65,7 @@ class Arm:
 class Results:
     """Results and scores of a study's finished cells, each read once.
 
-    Args:
-        store: The study's directory.
-        split: Split that arms are compared on: validation (or its halves), or test.
+    `split` is the one that arms are compared on: validation (or its halves), or test.
     """
 
     def __init__(self, store: StudyDirectory, split: str) -> None:
@@ -312,11 +307,7 @@ def verdict(
 ) -> list[str]:
     """One sentence about all comparisons of each measure (the study's metric first), then one for each comparison.
 
-    Args:
-        pairs: Rows of `comparisons`.
-        cells: Rows of the table of cells.
-        axes: Axes that name the context of a comparison.
-        label: The metric in words.
+    `pairs` are the rows of `comparisons`, `axes` name the context of a comparison, `label` is the metric in words.
     """
     names = {row["measure"]: f"share of {row['measure']} answers" for row in pairs} | {compare.metric: label}
     measures = dict.fromkeys([compare.metric, *(row["measure"] for row in pairs)])

@@ -145,11 +145,7 @@ class Study(Section):
 
 
 def load_study(path: Path) -> Study:
-    """Read and check a study file. A `recipe` that is a file gets an absolute path.
-
-    Raises:
-        UserError: All faults, one line each.
-    """
+    """Read and check a study file; a `recipe` that is a file gets an absolute path. UserError lists all faults."""
     where = str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -164,11 +160,7 @@ def load_study(path: Path) -> Study:
 
 
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
-    """Check plain data and make a study from it.
-
-    Raises:
-        UserError: All faults, one line each: `<where>: <path.to.key>: what is wrong, got ...`.
-    """
+    """Check plain data and make a study from it. UserError lists all faults: `<where>: <path.to.key>: ...`."""
     try:
         return Study.model_validate(data)
     except ValidationError as error:
@@ -206,15 +198,10 @@ _EVALUATION = ("tasks", "limit", "method")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study.
+    """One run of a study. `key`, the hash of the resolved recipe, names its run directory.
 
-    Attributes:
-        key: Hash of the resolved recipe; name of the run directory.
-        labels: Axis -> label. A base has no labels on axes that affect only training.
-        recipe: The recipe that runs.
-        is_trained: False for a base that is only evaluated.
-        base_key: Key of the cell that evaluates the same base without an adapter.
-        dense_key: Key of the cell that evaluates the uncompressed base.
+    A base, which is only evaluated, has no labels on axes that affect only training. `base_key` and `dense_key` are the
+    cells that evaluate the same base without an adapter, and the uncompressed base.
     """
 
     key: str
@@ -233,8 +220,7 @@ class Cell:
 def expand(study: Study) -> list[Cell]:
     """The cells of a study, bases first, each recipe once; of equal cells the first keeps its labels.
 
-    Raises:
-        UserError: Recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
+    UserError: recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
     """
     start, where = recipe_document(study.recipe)
     cells: dict[str, Cell] = {}

@@ -42,16 +42,9 @@ _DEFAULT_DIGITS = 4
 
 
 def report_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
-    """Write the report of a study, whether or not all of its cells are finished.
+    """Write the report of a study, whether or not all of its cells are finished; default `directory`/report.
 
-    Args:
-        directory: The study's directory.
-        out: Where the files go; default `directory`/report.
-        console: Where the verdict is shown; default standard output.
-    Returns:
-        JSON values: the page, all files, the verdict, and the comparisons.
-    Raises:
-        UserError: There is no study, or none of its cells is finished.
+    Returns the page, all files, the verdict, and the comparisons. UserError: no study, or no finished cell.
     """
     _, results = consoles(console)
     report = read_report(directory)
@@ -68,12 +61,7 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
 
 
 def write_report(report: Report, directory: Path, title: str) -> list[Path]:
-    """Write index.html, report.md, and each table as .csv and .parquet; returns the files.
-
-    Args:
-        directory: Made if needed; files of the same names are replaced.
-        title: Heading of the page.
-    """
+    """Write index.html, report.md, and each table as .csv and .parquet; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for name, rows in report.tables.items():

@@ -36,12 +36,9 @@ _LABELS = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy", "acc_norm
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report shows; every number of its page is in one of the tables.
+    """All that a report shows; every number of its page is in one of the tables, which are named for their data files.
 
-    Attributes:
-        tables: Name of the data file -> rows.
-        verdict: Sentences made from the comparisons.
-        axes: Names of the axes of a context: those that are neither compared, tuned nor seeds.
+    `axes` are those of a context: neither compared, tuned nor seeds.
     """
 
     tables: dict[str, Rows]
@@ -53,11 +50,7 @@ class Report:
 
 
 def read_report(directory: Path) -> Report:
-    """Read a study's directory and compute all tables from the cells that are finished.
-
-    Raises:
-        UserError: There is no study, or no cell is finished.
-    """
+    """All tables from the finished cells of a study's directory. UserError: no study, or no finished cell."""
     index = read_index(directory)
     study = Study.model_validate(index["study"])
     compare, cells = study.compare, index["cells"]

@@ -1,8 +1,7 @@
 """Runs a study: its cells, each once, by any number of processes on one or more machines.
 
-`study_run` checks the study and runs its cells in this process; `submit_study` starts several such processes through
-submitit. A cell trains (or only evaluates) one recipe and keeps what the report needs. A failed cell is recorded and
-tried again; a finished one never runs again.
+A cell trains (or only evaluates) one recipe and keeps what the report needs. A failed cell is recorded and tried again;
+a finished one never runs again.
 """
 
 from __future__ import annotations
@@ -60,13 +59,8 @@ _COMPRESSED = "base/compressed.json"
 
 @dataclass(frozen=True)
 class CellTally:
-    """How far a study is.
-
-    Attributes:
-        num_cells: Number of cells asked for.
-        num_done: Cells with a result from any process.
-        failed: Key of a cell that was given up -> its last reason.
-        num_elsewhere: Cells that another process works on.
+    """How far a study is: cells with a result from any process, cells that were given up (key -> last reason), and
+    cells that another process works on.
     """
 
     num_cells: int
@@ -87,18 +81,15 @@ def study_run(
     """Run the cells of a study that have no result and that no other process works on.
 
     Args:
-        file: The study file.
         directory: Where results are written; default runs/studies/<name of the file>.
         shard: "i/n": only every n-th cell, starting with the i-th.
         retry_failed: Also run cells that were given up.
         dry_run: Check every cell and write nothing.
-        console: Where progress and counts are shown; default standard error for progress, standard output for counts.
     Returns:
-        JSON values: the directory and the counts of cells.
+        The directory and the counts of cells.
     Raises:
         UserError: The study, one of its recipes, or the shard is wrong.
         RunFailure: Some cells were given up; all others are done.
-        Interrupted, KeyboardInterrupt: Finished cells are kept.
     """
     progress, results = consoles(console)
     study, directory, cells = _checked(file, directory)
@@ -124,15 +115,7 @@ def study_run(
 def submit_study(
     file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
 ) -> dict[str, Any]:
-    """Check a study and start processes through submitit that run it together.
-
-    Args:
-        directory: As in `study_run`.
-        num_jobs, cluster: As in `submit_jobs`.
-        options: Parameters of submitit, each "key=value".
-    Raises:
-        UserError: As in `study_run` and `submit_jobs`.
-    """
+    """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
     study, directory, cells = _checked(file, directory)
     StudyDirectory(directory, retries=study.retries).write_index(study, cells)
     parameters = {}
@@ -154,18 +137,11 @@ def submit_jobs(
     cluster: str = "slurm",
     parameters: Mapping[str, Any] | None = None,
 ) -> list[Any]:
-    """Start the same command several times; each process claims the next free cell of the study.
+    """Start the same command several times through submitit; each process claims the next free cell of the study.
 
-    Args:
-        command: Program and arguments. All jobs must see the study's directory under the same path.
-        directory: The study's directory; the output of the jobs goes to slurm/ inside it.
-        num_jobs: At least 1.
-        cluster: slurm, or local for processes on this machine.
-        parameters: Parameters of submitit: timeout_min, gpus_per_node, slurm_partition, ...
-    Returns:
-        submitit's jobs.
-    Raises:
-        UserError: submitit is missing, or does not know a parameter or the cluster.
+    All jobs must see the study's directory under the same path; their output goes to slurm/ inside it. `cluster` is
+    slurm, or local for processes on this machine. `parameters` of submitit: timeout_min, gpus_per_node,
+    slurm_partition, ... UserError: submitit is missing, or does not know a parameter or the cluster.
     """
     try:
         import submitit
@@ -287,11 +263,9 @@ def run_cells(
 ) -> CellTally:
     """Run every cell that has no result and that no other process works on, until none is left.
 
-    An exception in `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times.
-    A process that dies leaves its claim; the next process that finds the claim runs the cell again.
-
-    Raises:
-        Interrupted, KeyboardInterrupt: From `work`; its claim is released and its files stay.
+    An exception in `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times. A
+    process that dies leaves its claim; the next process that finds the claim runs the cell again. An interrupt releases
+    the claim, and the files stay.
     """
     busy = True
     while busy:
@@ -416,10 +390,8 @@ def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
 def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
     """A directory that cells share, such as a compressed base: the first caller makes it, the others wait for it.
 
-    Args:
-        stage: Kind of content; a file name.
-        key: Identifies the content; a file name.
-        make: Fills an empty directory. If it raises, the directory is removed, and the next caller tries again.
+    `stage` (the kind of content) and `key` are file names. `make` fills an empty directory; if it raises, the directory
+    is removed, and the next caller tries again.
     """
     path = store.path / "shared" / stage / key
     while not path.is_dir():

@@ -25,11 +25,9 @@ _MAX_SEEDS_EXACT = 16
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of one task for several series (arms, bases) on the same examples.
+    """Scores of one task for several series (arms, bases) on the same examples: (series, seeds, examples) float64.
 
-    Attributes:
-        scores: (series, seeds, examples) float64; a series without seeds repeats its row.
-        weights: (examples,), positive: answer tokens for summed NLLs, so that a mean is per token; 1 for accuracies.
+    weights: (examples,), positive: answer tokens for summed NLLs, so that a mean is per token; 1 for accuracies.
     """
 
     scores: Array
@@ -87,15 +85,11 @@ def bca_interval(
 
     Examples of every task and the seeds (shared by all tasks) are resampled as independent samples. The acceleration is
     the one for several samples: it leaves out one example or one seed at a time. With one seed the interval covers only
-    the choice of examples. With few seeds it is too narrow: S resampled seeds have (S - 1) / S of their variance.
+    the choice of examples. With few seeds it is too narrow: S resampled seeds have (S - 1) / S of their variance. The
+    ends are nan if a task has a single example or the statistic is not finite.
 
     Source: Efron, Better bootstrap confidence intervals, JASA 82 (1987), 171; several samples: Davison and Hinkley,
     Bootstrap methods and their application (1997), eq. 5.26.
-
-    Args:
-        tasks: At least one, with the same series and seeds.
-    Returns:
-        nan ends if a task has a single example or the statistic is not finite.
     """
     value = float(statistic(_means(tasks)))
     if any(len(task.weights) < 2 for task in tasks) or not math.isfinite(value):

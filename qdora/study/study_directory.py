@@ -36,13 +36,7 @@ MAX_DEATHS = 8
 
 
 class StudyDirectory:
-    """The files of a study; missing folders are made.
-
-    Args:
-        path: The directory.
-        retries: Times that a failed cell is tried again before it is given up.
-        stale_seconds: Silence after which a claim from another machine counts as dead.
-    """
+    """The files of a study; missing folders are made, and a failed cell is given up after `retries` more attempts."""
 
     def __init__(self, path: Path, *, retries: int = 1, stale_seconds: float = 3600.0) -> None:
         self.path, self.retries = path, retries
@@ -105,11 +99,7 @@ class StudyDirectory:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Read study.json: `study` and `cells` (`Cell.record`).
-
-    Raises:
-        UserError: There is none.
-    """
+    """Read study.json: `study` and `cells` (`Cell.record`); UserError if there is none."""
     found = _read(path / "study.json")
     if found is None:
         raise UserError(f"{path}: must be a directory that 'qdora study' made (no study.json there).")
@@ -130,9 +120,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 class Claim:
     """The right to work on a key until `release`.
 
-    Attributes:
-        key: Names the work.
-        left_by: The dead claim that this one took over, as its process wrote it; None if the key was free.
+    `left_by` is the dead claim that this one took over, as its process wrote it; None if the key was free.
     """
 
     key: str
@@ -151,12 +139,7 @@ class Claim:
 
 
 class Claims:
-    """The claims of this process in a directory.
-
-    Args:
-        directory: An existing directory.
-        stale_seconds: Silence after which a claim from another machine counts as dead.
-    """
+    """This process's claims in a directory. A claim of another machine is dead after `stale_seconds` of silence."""
 
     def __init__(self, directory: Path, *, stale_seconds: float = 3600.0) -> None:
         self.directory, self.stale_seconds = directory, stale_seconds
