@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
-from qdora.model.load import Quantization, block_list, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
+from qdora.model.load import Quantization, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
@@ -25,33 +25,13 @@ from qdora.nn.adapted_linear import prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.ops.tiles import Weight
-from qdora.plan.block_pattern import keep_blocks_
+from qdora.plan import plan_contents as parts
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan_contents import (
-    ADAPTERS,
-    BACKWARD,
-    BASE,
-    CHECKPOINTS,
-    DENSE,
-    FORWARD,
-    GRADIENTS,
-    LOSS,
-    MASKS,
-    OPTIMIZER,
-    OTHER,
-    SCALES,
-    UPDATE,
-    MicroBatchShape,
-    Moment,
-)
+from qdora.plan.plan_contents import MicroBatchShape, Moment
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 from qdora.train.output_head import head_nll, proposed_form, tapped
 
 _UNMASKED = "sdpa_without_padding"
-
-# bitsandbytes pages only states with at least this many elements, and never the scales of 8-bit states.
-_PAGED_ELEMENTS = 100_000
-_PAGED_STATE_BYTES = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}
 
 
 def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -87,17 +67,17 @@ def fill_(
     for name in sorted(layers):
         module: Any = model.get_submodule(name)
         shape = tuple(module.weight.shape)
-        with live.label(BASE):
+        with live.label(parts.BASE):
             weight: Weight = (
                 empty(f"{name}.weight", module.weight)
                 if whole
                 else empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
             )
         if isinstance(weight, PackedWeight):
-            live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], SCALES)
-        with live.label(MASKS):
+            live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], parts.SCALES)
+        with live.label(parts.MASKS):
             bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8) if pruned else None
-        with live.label(DENSE):
+        with live.label(parts.DENSE):
             bias = None if module.bias is None else empty(f"{name}.bias", module.bias)
         replace_module(model, name, FrozenLinear(weight, bias, bits))
     tied = tied_weights(model)
@@ -105,7 +85,7 @@ def fill_(
         if name in tied:
             continue
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        with live.label(BASE if name in linear and module is not head else DENSE):
+        with live.label(parts.BASE if name in linear and module is not head else parts.DENSE):
             made = empty(name, parameter)
         setattr(module, leaf, nn.Parameter(made, requires_grad=False))
     for target, origin in tied.items():
@@ -114,19 +94,8 @@ def fill_(
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and not isinstance(module, FrozenLinear):
-                with live.label(DENSE):
+                with live.label(parts.DENSE):
                     module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def shortened(
-    config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str, kept: list[int] | None
-) -> PreTrainedModel:
-    """`empty_model` with only the blocks in `kept`; None keeps all."""
-    model = empty_model(config, source, dtype, attention)
-    found = block_list(model)
-    if kept is not None and found is not None:
-        keep_blocks_(model, found[0], kept)
-    return model
 
 
 def set_unmasked_(model: PreTrainedModel) -> None:
@@ -178,12 +147,12 @@ class StepRecorder:
         self.model, self.blocks, self.live = model, blocks, live
         self.parameters = adapter_parameters(model)
         self.moments: list[Moment] = []
-        self._kept_as = CHECKPOINTS if checkpointing else FORWARD
+        self._kept_as = parts.CHECKPOINTS if checkpointing else parts.FORWARD
         self._now: tuple[str, int | None] = ("forward", None)
         self._recording = False
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda each: live.register(each.grad, GRADIENTS)
+                lambda each: live.register(each.grad, parts.GRADIENTS)
             )
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(self._entering(index), with_kwargs=True)
@@ -191,40 +160,40 @@ class StepRecorder:
     def record(self, optimizer: AdapterOptimizer, shape: MicroBatchShape, chunk: int | None) -> None:
         """Record a later step: optimizer states, gradients of an earlier micro-batch and norms already exist."""
         layers = adapted_layers(self.model).values()
-        with self.live.label(ADAPTERS):
+        with self.live.label(parts.ADAPTERS):
             for layer in layers:
                 layer.gain(self.model.dtype)
         self._make_gradients()
         optimizer.step(1e-4)
         optimizer.zero_grad()
-        self.live.register(optimizer.state_tensors().values(), OPTIMIZER)
-        with self._part("gains", None, ADAPTERS):
+        self.live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
+        with self._part("gains", None, parts.ADAPTERS):
             prepare_gains(layers)
         if shape.accumulated:
             self._make_gradients()
         self._gradient(shape, chunk)
-        with self._part("update", None, UPDATE):
+        with self._part("update", None, parts.UPDATE):
             pass
 
     def _make_gradients(self) -> None:
         """Gradients, as an earlier micro-batch leaves them."""
         for parameter in self.parameters.values():
             parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype or parameter.dtype)
-            self.live.register(parameter.grad, GRADIENTS)
+            self.live.register(parameter.grad, parts.GRADIENTS)
 
     def _gradient(self, shape: MicroBatchShape, chunk: int | None) -> None:
         """One micro-batch forward and backward."""
-        with self.live.label(OTHER):
+        with self.live.label(parts.OTHER):
             inputs, rows, columns, targets = fake_batch(shape)
         head = self.model.get_output_embeddings()
-        with self._part("forward", None, FORWARD):
+        with self._part("forward", None, parts.FORWARD):
             self._recording = True
             with tapped(head, rows, columns, probing=False) as tap:
                 self.model(**inputs, use_cache=False)
             self._recording = False
-        with self._part("loss", None, LOSS):
+        with self._part("loss", None, parts.LOSS):
             loss = head_nll(head, tap.hidden, targets, proposed_form(self.model.config), chunk).sum() / len(targets)
-        with self._part("backward", len(self.blocks) - 1 if self.blocks else None, BACKWARD):
+        with self._part("backward", len(self.blocks) - 1 if self.blocks else None, parts.BACKWARD):
             loss.backward()  # type: ignore[no-untyped-call]
             del loss, tap
 
@@ -295,9 +264,3 @@ def update_bytes(
     optimizer.scale_gradients_(optimizer.gradient_norm())
     optimizer.step(1e-4)
     return live.peak_bytes - live.live_bytes
-
-
-def pageable_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: OptimizerName) -> int:
-    """Bytes of optimizer states that the driver can move to the host: those of large matrices."""
-    sizes = [torch.Size(shape).numel() for shape, _ in shapes.values() if len(shape) >= 2]
-    return sum(size for size in sizes if size >= _PAGED_ELEMENTS) * _PAGED_STATE_BYTES.get(name, 0)

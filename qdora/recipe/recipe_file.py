@@ -74,16 +74,27 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return recipe_from(apply_overrides(settings(recipe), overrides), "recipe", overrides)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """All settings that have an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
-    plain: dict[str, Any] = _plain(recipe)
+def settings(section: Section) -> dict[str, Any]:
+    """All settings of a recipe that have an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
+    plain, left_out = {}, section.unused()
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if name not in left_out and (value is not None or field.default is not None):
+            plain[name] = _plain(value)
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Section):
+        return settings(value)
+    return dict(value) if isinstance(value, dict) else value
 
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with all defaults as YAML, which can be run again."""
-    text: str = yaml.safe_dump(settings(recipe), sort_keys=False, allow_unicode=True, width=120)
-    return text
+    return str(yaml.safe_dump(settings(recipe), sort_keys=False, allow_unicode=True, width=120))
 
 
 def json_schema() -> dict[str, Any]:
@@ -217,12 +228,11 @@ def _make_absolute_(data: Any, folder: Path | None) -> None:
     calibration = _inner(_inner(data.get("base"), "prune"), "calibration")
     if _inner(calibration, "text") != "mix":
         _make_key_absolute_(calibration, "text", folder, always=True)
-    section = data.get("data")
-    mix = section.get("mix") if isinstance(section, dict) else None
+    mix = _inner(data.get("data"), "mix")
     for source in mix if isinstance(mix, list) else ():
         _make_key_absolute_(source, "source", folder)
         _make_key_absolute_(source, "path", folder, always=True)
-        validation = source.get("validation") if isinstance(source, dict) else None
+        validation = _inner(source, "validation")
         if isinstance(validation, str) and (validation.startswith((".", "~")) or has_file_ending(validation)):
             _make_key_absolute_(source, "validation", folder, always=True)  # else it names a split
 
@@ -232,7 +242,7 @@ def _inner(section: Any, key: str) -> Any:
 
 
 def _make_key_absolute_(section: Any, key: str, folder: Path, *, always: bool = False) -> None:
-    value = section.get(key) if isinstance(section, dict) else None
+    value = _inner(section, key)
     if not isinstance(value, str) or not value.isprintable() or value in ("", "builtin"):
         return
     try:
@@ -287,20 +297,3 @@ def _keys_given_twice(node: yaml.Node, seen: set[int]) -> Iterator[tuple[str, in
                     yield key.value, key.start_mark.line + 1
                 keys.add((key.tag, key.value))
             yield from _keys_given_twice(child, seen)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Section):
-        left_out = value.unused()
-        fields = type(value).model_fields.items()
-        given = {name: getattr(value, name) for name, field in fields if name not in left_out}
-        return {
-            name: _plain(item) for name, item in given.items() if item is not None or _default(value, name) is not None
-        }
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return dict(value) if isinstance(value, dict) else value
-
-
-def _default(section: Section, name: str) -> Any:
-    return type(section).model_fields[name].default

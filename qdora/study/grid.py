@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError
 
 from qdora.errors import UserError, nearest
 from qdora.recipe.faults import fault_lines, shown
-from qdora.recipe.recipe_file import apply_overrides, read_yaml, recipe_document, recipe_from, settings
+from qdora.recipe.recipe_file import apply_overrides, override, read_yaml, recipe_document, recipe_from, settings
 from qdora.recipe.section import Fault, Flag, Section, Share, Text, Whole, WholeOrZero, allowed
 from qdora.recipe.settings import Recipe
 
@@ -230,11 +230,11 @@ def expand(study: Study) -> list[Cell]:
     known: dict[str, Cell] = {}
     base_of: dict[tuple[tuple[str, str], ...], str] = {}  # arm and context -> key of its one base
     for labels, changes in _combinations(study):
+        named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
         try:
             recipe = _recipe(start, study.settings | changes, study.compare.split)
         except UserError as error:
             for fault in error.faults:
-                named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
                 faults.setdefault(fault.removeprefix("recipe: "), []).append(named)
             continue
         base = _base(recipe, dense=False, known=known)
@@ -244,7 +244,6 @@ def expand(study: Study) -> list[Cell]:
         if base_of.setdefault(tuple(context.items()), base.key) != base.key:
             varied = ", ".join(axis for axis in tuned if axis in labels)
             fault = f"compare: {varied} must change only training, but one of them changes the base or its evaluation."
-            named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
             faults.setdefault(fault, []).append(named)
             continue
         bare = partial(Cell, is_trained=False, dense_key=dense.key)
@@ -252,7 +251,8 @@ def expand(study: Study) -> list[Cell]:
             if base.key not in bases or study.compare.arm not in bases[base.key].labels:
                 bases[base.key] = bare(base.key, context, base.recipe, base_key=base.key)
         else:
-            trained = _without_start(recipe)
+            # The evaluation before the first step is that of the base, which has a cell of its own
+            trained = override(recipe, ["eval.at_start=false", "eval.at_end=true"])
             cell = Cell(key_of(trained), labels, trained, base_key=base.key, dense_key=dense.key)
             cells.setdefault(cell.key, cell)
             context = {axis: label for axis, label in context.items() if axis != study.compare.arm}
@@ -316,24 +316,16 @@ def _recipe(start: dict[str, Any], changes: dict[str, Any], split: str) -> Recip
     return recipe
 
 
-def _without_start(recipe: Recipe) -> Recipe:
-    """The recipe of a trained cell without the evaluation of its base: a cell of its own does that."""
-    return recipe_from(apply_overrides(settings(recipe), ["eval.at_start=false", "eval.at_end=true"]))
-
-
-def _without_weight(source: dict[str, Any]) -> dict[str, Any]:
-    """A source without its weight in the loss, which has no effect on a base that is only evaluated."""
-    return {name: value for name, value in source.items() if name != "loss_weight"}
-
-
 def _base(recipe: Recipe, *, dense: bool, known: dict[str, Cell]) -> Cell:
     """A cell that only evaluates the recipe's base, or the uncompressed base."""
     whole = settings(recipe)
+    # The weight in the loss has no effect on a base that is only evaluated
+    mix = [{name: value for name, value in source.items() if name != "loss_weight"} for source in whole["data"]["mix"]]
     document: dict[str, Any] = {
         "model": whole["model"],
         "base": {"quant": "none"} if dense else whole["base"],
         "adapter": {"kind": "none"},
-        "data": whole["data"] | {"mix": [_without_weight(source) for source in whole["data"]["mix"]]},
+        "data": whole["data"] | {"mix": mix},
         "train": {"steps": 0, "batch": 1},
         "eval": {name: value for name, value in whole["eval"].items() if name in _EVALUATION},
     }

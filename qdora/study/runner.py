@@ -37,7 +37,6 @@ from qdora.model.load import Quantization
 from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml
 from qdora.run.evaluate import evaluate_target
-from qdora.run.pruned_base import SharedBases
 from qdora.run.train import train_run
 from qdora.run.validation import adapter_step
 from qdora.study.grid import Cell, Study, expand, load_study
@@ -93,8 +92,7 @@ def study_run(
     """
     progress, results = consoles(console)
     study, directory, cells = _checked(file, directory)
-    index, count = _shard(shard)
-    mine = shard_of(cells, index, count)
+    mine = shard_of(cells, shard)
     results.print(
         f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training"
         + (f"; {len(mine)} in shard {shard}" if shard else ""),
@@ -130,12 +128,7 @@ def submit_study(
 
 
 def submit_jobs(
-    command: Sequence[str],
-    directory: Path,
-    num_jobs: int,
-    *,
-    cluster: str = "slurm",
-    parameters: Mapping[str, Any] | None = None,
+    command: Sequence[str], directory: Path, num_jobs: int, *, cluster: str, parameters: Mapping[str, Any]
 ) -> list[Any]:
     """Start the same command several times through submitit; each process claims the next free cell of the study.
 
@@ -150,10 +143,9 @@ def submit_jobs(
         raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
     try:
         executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-        executor.update_parameters(name="qdora-study", **dict(parameters or {}))
+        executor.update_parameters(name="qdora-study", **parameters)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--jobs: {reason}") from None
+        raise UserError(f"--jobs: {' '.join(str(error).split())}") from None
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
 
@@ -174,20 +166,12 @@ def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, list[Cell
     return study, (directory or Path("runs") / "studies" / file.stem).absolute(), cells
 
 
-def _shard(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return 1, 1
-    match = _SHARD.fullmatch(text)
+def shard_of(cells: Sequence[Cell], shard: str | None) -> list[Cell]:
+    """Shard "i/n": every n-th cell, so that long and short cells are spread evenly; None is all."""
+    match = _SHARD.fullmatch(shard or "1/1")
     if match is None or int(match[1]) > int(match[2]):
-        raise UserError(f"--shard: must be I/N with I from 1 to N, such as 2/8, got {text!r}.")
-    return int(match[1]), int(match[2])
-
-
-def shard_of(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
-    """Shard `index` (from 1) of `count`: every count-th cell, so that long and short cells are spread evenly."""
-    if not 1 <= index <= count:
-        raise ValueError(f"shard {index}/{count}: must be one of 1/{count} to {count}/{count}")
-    return list(cells[index - 1 :: count])
+        raise UserError(f"--shard: must be I/N with I from 1 to N, such as 2/8, got {shard!r}.")
+    return list(cells[int(match[1]) - 1 :: int(match[2])])
 
 
 @contextmanager
@@ -250,12 +234,7 @@ def _concluded(found: CellTally, cells: Sequence[Cell], directory: Path, console
             "The reasons are in failures/. Fix: mend the cause, then run again with --retry-failed.",
             safe=[directory],
         )
-    return {
-        "directory": str(directory),
-        "num_cells": found.num_cells,
-        "num_done": found.num_done,
-        "num_elsewhere": found.num_elsewhere,
-    }
+    return {"directory": str(directory)} | {key: value for key, value in vars(found).items() if key != "failed"}
 
 
 def run_cells(
@@ -341,7 +320,7 @@ def cell_work(split: str, store: StudyDirectory) -> Work:
 
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         try:
-            return _run(cell, directory, split, partial(once, store, "bases"))
+            return _run(cell, directory, split, store)
         finally:  # make room for the model of the next cell
             gc.collect()
             if torch.cuda.is_available():
@@ -350,9 +329,8 @@ def cell_work(split: str, store: StudyDirectory) -> Work:
     return work
 
 
-def _run(cell: Cell, directory: Path, split: str, shared_bases: SharedBases) -> dict[str, Any]:
-    quiet = Console(quiet=True)
-    run = RunDirectory(directory)
+def _run(cell: Cell, directory: Path, split: str, store: StudyDirectory) -> dict[str, Any]:
+    run, quiet, shared_bases = RunDirectory(directory), Console(quiet=True), partial(once, store, "bases")
     resume = run.recipe_file.is_file() and run.has_begun
     summary = train_run(cell.recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0

@@ -120,11 +120,9 @@ def permutation_p(tasks: Sequence[TaskScores], *, num_resamples: int, generator:
     """
     parts = [(task.scores[0] - task.scores[1]).mean(axis=0) / (task.weights.sum() * len(tasks)) for task in tasks]
     values = np.concatenate(parts)
-    observed = abs(values.sum()) * (1 - 1e-9) - _ROUNDING * np.abs(values).max(initial=0.0)
     if values.size < 60 and 2**values.size <= num_resamples:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=values.size)))
-        return float((np.abs(signs @ values) >= observed).mean())
-    extreme = 0
+        return _exact_p(values)
+    extreme, observed = 0, _observed(values)
     for count in _chunks(num_resamples, values.size):
         signs = generator.integers(0, 2, (count, values.size)) * 2.0 - 1.0
         extreme += int((np.abs(signs @ values) >= observed).sum())
@@ -133,10 +131,17 @@ def permutation_p(tasks: Sequence[TaskScores], *, num_resamples: int, generator:
 
 def seed_permutation_p(tasks: Sequence[TaskScores]) -> float:
     """Two-sided exact p-value from swapping two series seed by seed; with S seeds it is at least 2 / 2^S."""
-    values = seed_differences(tasks)[:_MAX_SEEDS_EXACT]
-    signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(values))))
-    observed = abs(values.sum()) * (1 - 1e-9) - _ROUNDING * np.abs(values).max()
-    return float((np.abs(signs @ values) >= observed).mean())
+    return _exact_p(seed_differences(tasks)[:_MAX_SEEDS_EXACT])
+
+
+def _exact_p(values: Array) -> float:
+    """Share of all choices of signs whose sum is as extreme as the observed one."""
+    signs = np.array(list(itertools.product((1.0, -1.0), repeat=values.size)))
+    return float((np.abs(signs @ values) >= _observed(values)).mean())
+
+
+def _observed(values: Array) -> float:
+    return float(abs(values.sum()) * (1 - 1e-9) - _ROUNDING * np.abs(values).max(initial=0.0))
 
 
 def seed_differences(tasks: Sequence[TaskScores]) -> Array:
