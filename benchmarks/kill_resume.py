@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qdora.files.atomic import is_leftover
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.recipe_file import recipe_from
-from qdora.run import writer as run_writer
+from qdora.run import writer
 from qdora.run.train import train_run
 
 STEPS, FULL_AT = 12, 7
@@ -189,14 +189,14 @@ def full_disk(root: Path) -> dict[str, Any]:
     half = (root / f"whole/checkpoints/step-{STEPS}/optimizer.safetensors").stat().st_size // 2
 
     def train_short_of_room() -> None:
-        real = run_writer.write_state
+        real = writer.write_state
 
         def filling(directory: Path, **state: Any) -> None:
             if state["step"] >= FULL_AT:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
             real(directory, **state)
 
-        run_writer.write_state = filling
+        writer.write_state = filling
         train(root, run)
 
     _, status = os.waitpid(started(train_short_of_room, said), 0)

@@ -53,7 +53,7 @@ def recipe(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[s
 def run_arm(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one arm in this process, then score the test split once, base and adapter."""
     from qdora.recipe.recipe_file import recipe_from
-    from qdora.run.evaluate import evaluate_target
+    from qdora.run.evaluate import EvalOptions, evaluate_target
     from qdora.run.train import train_run
 
     directory = Path(args.runs) / f"{kind}-seed{seed}"
@@ -61,7 +61,7 @@ def run_arm(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[
     resume = (directory / "recipe.yaml").exists()
     summary = train_run(recipe_from(recipe(data, kind, seed, args)), directory, resume=resume)
     seconds = time.perf_counter() - started
-    after = evaluate_target(str(directory), split="test", limit=args.test_limit)
+    after = evaluate_target(str(directory), EvalOptions(split="test", limit=args.test_limit))
     result = {
         "kind": kind,
         "seed": seed,
@@ -72,7 +72,7 @@ def run_arm(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[
         "test": {"adapter": _short(after["evaluation"])},
     }
     if kind == "lora" and seed == 0:  # the base is the same for all
-        before = evaluate_target(str(directory), split="test", limit=args.test_limit, base_only=True)
+        before = evaluate_target(str(directory), EvalOptions(split="test", limit=args.test_limit, base_only=True))
         result["test"]["base"] = _short(before["evaluation"])
     return result
 

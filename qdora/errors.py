@@ -10,7 +10,7 @@ from pathlib import Path
 class UserError(ValueError):
     """A mistake in what the user gave: a file, a recipe, an argument. The command line exits with 2.
 
-    The message is one line per fault: where, what is wrong, what was given, what is allowed, the nearest name.
+    The message has one line per fault: where it is, what is wrong, what was given, what it must be, the nearest name.
     """
 
     def __init__(self, *faults: str) -> None:
@@ -19,11 +19,11 @@ class UserError(ValueError):
 
 
 class RunFailure(RuntimeError):
-    """A run that could not go on: a full disk, a NaN loss, a failed check. The command line exits with 1.
+    """A run that cannot continue: a full disk, a NaN loss, a failed check. The command line exits with 1.
 
     Args:
         message: What happened, in one line.
-        safe: Paths that hold finished work; they are named in the message so that nobody has to search for it.
+        safe: Paths that hold finished work. The message names them.
     """
 
     def __init__(self, message: str, safe: Sequence[Path | str] = ()) -> None:
@@ -33,30 +33,36 @@ class RunFailure(RuntimeError):
 
 
 class DiskFull(RunFailure):
-    """A RunFailure that more room on the disk would have spared."""
+    """A RunFailure because the disk is full."""
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop and did; the command exits with 130.
+    """A run that was asked to stop and stopped. The command line exits with 130.
 
     Args:
         step: Optimizer steps in `checkpoint`.
-        checkpoint: The newest whole checkpoint, or None where there is none.
-        saved: Whether it holds all that was done; not so after a second signal.
+        checkpoint: The newest whole checkpoint, or None if there is none.
+        saved: Whether the checkpoint holds all finished steps. After a second signal it may not.
     """
 
     def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True) -> None:
         self.step, self.checkpoint = step, checkpoint
         if saved:
-            text = f"stopped after step {step}; saved to {checkpoint}. Go on with --resume."
+            text = f"stopped after step {step}; saved to {checkpoint}. Continue with --resume."
         elif checkpoint is not None:
-            text = f"stopped at once. Safe on disk: {checkpoint} (step {step}). Go on with --resume."
+            text = f"stopped at once. Safe on disk: {checkpoint} (step {step}). Continue with --resume."
         else:
             text = "stopped at once; no checkpoint was written yet. --resume starts at step 0."
         super().__init__(text)
 
 
+def not_one_of(where: str, value: object, allowed: Iterable[str]) -> str:
+    """The fault of a value that is not in a list: '--split: got 'tset', must be one of train, test. Did you ...?'"""
+    names = list(allowed)
+    return f"{where}: got {value!r}, must be one of {', '.join(names)}.{nearest(str(value), names)}"
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """The allowed name closest to `name` as ' Did you mean ...?', or '' where none is close."""
+    """The allowed name closest to `name` as ' Did you mean ...?', or '' if none is close."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""

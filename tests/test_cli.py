@@ -129,7 +129,7 @@ def test_a_shipped_recipe_is_printed_as_it_stands() -> None:
 
 
 class Unforeseen(Exception):
-    """Of no class that the program knows."""
+    """A class that the program does not know."""
 
 
 @pytest.mark.parametrize(

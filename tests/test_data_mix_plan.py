@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
-from qdora.data.mix_plan import plan_mix
+from qdora.data.mix_plan import large_step_warning, plan_mix
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 
 
@@ -52,3 +53,33 @@ def test_exact_epochs():
     assert (a.num_draws, a.share_asked, a.share_seen, a.epochs, a.num_tokens_seen) == (60, 0.75, 0.75, 2.0, 120)
     assert (b.num_draws, b.epochs) == (20, 2.0)
     assert [part.num_draws for part in plan_mix(mix, loader, 0).sources] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "size, max_epochs, times",
+    [
+        ({"batch": 40, "tokens_per_step": None}, None, None),
+        (
+            {"batch": 100, "tokens_per_step": None},
+            None,
+            "100 examples, .* only 40: each step repeats the data 2.5 times",
+        ),
+        ({"batch": 100, "tokens_per_step": None}, [1.0, 1.0], None),  # the step ends with the data
+        ({"batch": None, "tokens_per_step": 90}, None, None),
+        (
+            {"batch": None, "tokens_per_step": 270},
+            None,
+            "120 examples, .* only 40: each step repeats the data 3.0 times",
+        ),
+    ],
+)
+def test_a_step_larger_than_the_data_is_warned_of(size, max_epochs, times):
+    sets = [tokenised("a", [2] * 30), tokenised("b", [3] * 10)]
+    mix = make_mix(sets, max_epochs=max_epochs or [None, None])
+    loader = StepLoader(sets, mix.order, **size, micro_batch_tokens=500, pad_id=0)
+    warning = large_step_warning(plan_mix(mix, loader, 1))
+    if times is None:
+        assert warning is None
+    else:
+        assert re.search(times, warning)
+        assert "Fix: lower train.tokens_per_step" in warning

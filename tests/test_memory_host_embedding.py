@@ -22,7 +22,7 @@ from qdora.plan.plan_contents import DENSE, Plan
 from qdora.plan.step_time import STATED
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
-from qdora.run import load_base as base_loading
+from qdora.run import load_base
 from qdora.run.train import train_run
 from tests import tiny_run, tiny_streamed
 from tests.checkpoints import SMALL
@@ -109,10 +109,10 @@ def test_a_run_on_a_gpu_loads_it_there(monkeypatch: pytest.MonkeyPatch, device: 
         asked.append(before_reading)
         return torch.nn.Module()
 
-    monkeypatch.setattr(base_loading, "load_model", load)
+    monkeypatch.setattr(load_base, "load_model", load)
     recipe = a_recipe(host_embeddings=True, checkpointing=False)
-    compute = base_loading.Compute(torch.device(device), torch.bfloat16)
-    base_loading.load_base(recipe, local_source(), compute)
+    compute = load_base.Compute(torch.device(device), torch.bfloat16)
+    load_base.load_base(recipe, local_source(), compute)
     assert asked == [keep_embedding_on_host if wanted else None]
 
 

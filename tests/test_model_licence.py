@@ -39,7 +39,7 @@ def test_a_file_on_the_hub_gets_its_address(tmp_path: Path) -> None:
     assert found == Licence("other", "llama3", "https://huggingface.co/org/name/blob/abc/LICENSE")
     text = model_card(CardFacts(base_name="org/name", licence=found))
     assert "\nlicense: other\nlicense_link: https://huggingface.co/org/name/blob/abc/LICENSE\nlicense_name: ll" in text
-    assert "licensed as [`llama3`](https://huggingface.co/org/name/blob/abc/LICENSE), which applies" in text
+    assert "has the licence [`llama3`](https://huggingface.co/org/name/blob/abc/LICENSE), which also applies" in text
 
 
 def test_the_texts_that_are_passed_on(tmp_path: Path) -> None:

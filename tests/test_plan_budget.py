@@ -19,7 +19,7 @@ from qdora.plan.plan_contents import MicroBatchShape
 from qdora.plan.plan_view import bar_text, plan_run
 from qdora.plan.workload import workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
-from qdora.run import load_base as base_loading
+from qdora.run import load_base
 from qdora.run.train import train_run
 from tests import tiny_run
 
@@ -28,7 +28,7 @@ def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: p
     no_evaluation = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     recipe = tiny_run.recipe(tmp_path, memory__budget="100MiB", train__steps=1, **no_evaluation)
     with monkeypatch.context() as patched:
-        patched.setattr(base_loading, "load_model", None)  # nothing may call it
+        patched.setattr(load_base, "load_model", None)  # nothing may call it
         with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
             train_run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()

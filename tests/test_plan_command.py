@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.console import Console
 from qdora.errors import UserError
 from qdora.plan.plan_view import plan_run
 from qdora.recipe.recipe_file import resolved_yaml
-from qdora.run import load_base as base_loading
+from qdora.run import load_base
 from qdora.run.train import train_run
 from tests import tiny_run
 from tests.run_files import trained
@@ -23,7 +24,7 @@ from tests.run_files import trained
 def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_run.recipe(tmp_path, train__steps=12, data__strategy="equal", eval__at_start=False)
     train_run(recipe, tmp_path / "run")
-    monkeypatch.setattr(base_loading, "load_model", None)  # nothing may call it
+    monkeypatch.setattr(load_base, "load_model", None)  # nothing may call it
     shown = io.StringIO()
     found = plan_run(recipe, "r.yaml", console=Console(file=shown, width=130))
     assert found["mix"] == json.loads((tmp_path / "run/mix.json").read_text())
@@ -51,6 +52,27 @@ def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> Non
     train_run(seven, tmp_path / "run")
     steps = trained(tmp_path / "run")
     assert [line["num_examples"] for line in steps] == [4, 4, 4, 4, 4, 4, 1]
+
+
+def test_a_step_that_repeats_the_data_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """train.epochs: 1 is one step that fills itself with the same examples again and again."""
+    size: dict[str, Any] = {
+        "train__steps": ...,
+        "train__batch": ...,
+        "train__epochs": 1,
+        "train__tokens_per_step": 2500,
+    }
+    recipe = tiny_run.recipe(tmp_path, **size, train__checkpoint_every=..., eval__at_start=False)
+    plan_run(recipe, "r.yaml", console=Console(file=io.StringIO()))
+    (record,) = [each for each in caplog.records if "each step repeats the data" in each.getMessage()]
+    assert record.levelname == "WARNING"
+    train_run(recipe, tmp_path / "run", console=Console(file=io.StringIO()))
+    assert (tmp_path / "run/log.txt").read_text().count(record.getMessage()) == 1
+    (step,) = trained(tmp_path / "run")
+    assert f"An optimizer step takes {step['num_examples']} examples, but the training data" in record.getMessage()
+    caplog.clear()
+    plan_run(tiny_run.recipe(tmp_path), "r.yaml", console=Console(file=io.StringIO()))
+    assert not caplog.records
 
 
 def test_plan_on_the_command_line(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from qdora.errors import Interrupted, UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.recipe.settings import Recipe
-from qdora.run import validation
-from qdora.run import writer as run_writer
+from qdora.run import validation, writer
 from qdora.run.evaluate import evaluate_target
 from qdora.run.train import train_run
 from qdora.train.best import BestSoFar
@@ -79,7 +78,7 @@ def test_the_best_step_is_kept_and_the_run_stops_when_nothing_better_comes(root:
     assert all(line["best"]["value"] == min(list(found.values())[: line["step"]]) for line in lines)
     said = f"step {best}, the best by macro nll_per_token ({found[best]:.4g})"
     log = (stopped_run / "log.txt").read_text()
-    assert f"Stopped early after step {last} of {STEPS}: {PATIENCE} evaluations in a row brought nothing better." in log
+    assert f"Stopped early after step {last} of {STEPS}: the last {PATIENCE} evaluations were not better." in log
     assert f"adapter/ is {said}." in log
     assert f"{said} of {last} steps, stopped early" in (stopped_run / "README.md").read_text()
 
@@ -94,14 +93,14 @@ def test_eval_and_export_take_the_best_step(stopped_run: Path, tmp_path: Path) -
 
 def killed_in_checkpoint(settings: Recipe, run: Path, step: int) -> None:
     """SIGKILL while the checkpoint of a step is being written."""
-    real = run_writer.write_state
+    real = writer.write_state
 
     def killing(directory: Path, **state: Any) -> None:
         real(directory, **state)
         if state["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run_writer.write_state = killing
+    writer.write_state = killing
     train_run(settings, run, resume=run.exists(), console=Console(quiet=True))
 
 
@@ -162,7 +161,7 @@ def test_another_question_is_asked_anew(root: Path, tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     changed = recipe(root, train__lr=1e-3, train__steps=4, eval__every=1, eval__patience=..., eval__best_metric="acc")
     summary = train_run(changed, tmp_path / "run", resume=True, console=Console(quiet=True))
-    assert "The best step was chosen in another way before" in (tmp_path / "run/log.txt").read_text()
+    assert "The run chose the best step in another way before" in (tmp_path / "run/log.txt").read_text()
     found = {step: value for step, value in values(tmp_path / "run", metric="acc").items() if step > 2}
     assert summary["best"]["value"] == max(found.values())
     assert summary["best"]["step"] == max(found, key=lambda step: found[step])
@@ -207,8 +206,11 @@ def test_what_would_choose_nothing_is_a_fault(root: Path, changes: dict[str, Any
 @pytest.mark.parametrize(
     "changes, fault",
     [
-        ({"eval__best_by": "sums", "eval__best_metric": "acc"}, "eval.best_metric: acc needs choices, sums has none"),
-        ({"eval__every": STEPS}, "eval.every: evaluated only at the end, .*got 12 in a run of 12 steps"),
+        (
+            {"eval__best_by": "sums", "eval__best_metric": "acc"},
+            "eval.best_metric: got acc, must be nll_per_token for sums, whose",
+        ),
+        ({"eval__every": STEPS}, "eval.every: got 12, must be less than the run's 12 steps"),
     ],
 )
 def test_what_only_the_data_show_is_said_before_anything_is_written(

@@ -10,7 +10,7 @@ import pytest
 
 from qdora.errors import UserError
 from qdora.recipe.recipe_file import recipe_from
-from qdora.run.evaluate import evaluate_target
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
 from tests import tiny_run
 
@@ -45,11 +45,11 @@ def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(run: Path) -> 
 
 
 def test_eval_takes_the_method_of_the_run_or_another(run: Path) -> None:
-    own = evaluate_target(str(run), tasks=["letters"])
+    own = evaluate_target(str(run), EvalOptions(tasks=["letters"]))
     assert own["generation"]["tasks"] == read(run / "eval/step-6-generated.json")["tasks"]
     assert read(run / "eval/final-validation-generated.json")["tasks"] == own["generation"]["tasks"]
     assert read(run / "eval/final-validation.json")["tasks"] == own["evaluation"]["tasks"]
-    other = evaluate_target(str(run), tasks=["letters"], method="loglikelihood")
+    other = evaluate_target(str(run), EvalOptions(tasks=["letters"], method="loglikelihood"))
     assert "generation" not in other
     assert other["evaluation"]["tasks"] == own["evaluation"]["tasks"]
 
@@ -67,13 +67,13 @@ def test_sources_that_cannot_be_generated_are_refused_before_anything_is_loaded(
         train_run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="got task 'sums'"):
-        evaluate_target(str(run), tasks=["sums"])
-    with pytest.raises(UserError, match="--method: 'generation', allowed: loglikelihood, generate"):
-        evaluate_target(str(run), method="generation")
+        evaluate_target(str(run), EvalOptions(tasks=["sums"]))
+    with pytest.raises(UserError, match="--method: got 'generation', must be one of loglikelihood, generate"):
+        evaluate_target(str(run), EvalOptions(method="generation"))
     text = tmp_path / "a.txt"
     text.write_text("text")
-    with pytest.raises(UserError, match="--method: generate answers the examples of tasks, got only --text"):
-        evaluate_target(str(root / "model"), texts=[text], method="generate")
+    with pytest.raises(UserError, match="--method: applies to examples of tasks, got only --text"):
+        evaluate_target(str(root / "model"), EvalOptions(texts=[text], method="generate"))
 
 
 def test_a_task_is_trained_and_asked_by_name(root: Path, tmp_path: Path) -> None:
@@ -100,5 +100,5 @@ def test_a_task_is_trained_and_asked_by_name(root: Path, tmp_path: Path) -> None
     document["data"]["mix"] = [{key: value for key, value in task.items() if key != "format"}]
     with pytest.raises(UserError, match="piqa', whose example 1 has choices such as 'add a ice'"):
         train_run(recipe_from(document), tmp_path / "other")
-    bare = evaluate_target(str(root / "model"), tasks=["piqa"], data=tmp_path, method="generate", limit=2)
+    bare = evaluate_target(str(root / "model"), EvalOptions(tasks=["piqa"], data=tmp_path, method="generate", limit=2))
     assert bare["generation"]["tasks"]["piqa"]["num_examples"] == 2

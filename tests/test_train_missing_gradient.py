@@ -105,13 +105,13 @@ def test_a_run_on_disk_is_checked_and_one_on_the_device_is_not(
 
 def test_host_needs_a_gpu(root: Path, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(root, base__residency="host")
-    with pytest.raises(UserError, match=r"base\.residency: host is for a GPU"):
+    with pytest.raises(UserError, match=r"base\.residency: got host, must be device or disk .*without a GPU"):
         train_run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_checkpoints_on_the_host_need_a_gpu(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"memory\.offload_activations: needs a GPU"):
+    with pytest.raises(UserError, match=r"memory\.offload_activations: got true, must be false .*without a GPU"):
         train_run(tiny_run.recipe(root, memory__offload_activations=True), tmp_path / "run")
     with pytest.raises(UserError, match=r"offload_activations: would be ignored because memory"):
         tiny_run.recipe(root, memory__offload_activations=True, memory__checkpointing=False)

@@ -21,9 +21,9 @@ from qdora.export.options import ExportOptions
 from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run.evaluate import evaluate_target
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
-from qdora.train import step_gradient
+from qdora.train import loop
 from tests import tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless, trained
 
@@ -139,7 +139,7 @@ def test_nan_loss_stops_with_the_state_before_it_and_the_batch(
     root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_run.recipe(root)
-    real, calls = step_gradient.batch_loss, {"n": 0}
+    real, calls = loop.batch_loss, {"n": 0}
 
     def poisoned(*args: Any, **settings: Any) -> Any:
         result = real(*args, **settings)
@@ -148,7 +148,7 @@ def test_nan_loss_stops_with_the_state_before_it_and_the_batch(
             return type(result)(result.nll_sum * float("nan"), result.example_nll * float("nan"), result.example_tokens)
         return result
 
-    monkeypatch.setattr(step_gradient, "batch_loss", poisoned)
+    monkeypatch.setattr(loop, "batch_loss", poisoned)
     with pytest.raises(RunFailure, match=r"step 4: loss nan is not finite.*Safe on disk: .*step-3, .*bad-steps/step-4"):
         train_run(recipe, tmp_path / "run")
     kept = json.loads((tmp_path / "run/bad-steps/step-4/batch.json").read_text())
@@ -199,7 +199,7 @@ def test_export_equals_the_running_model_and_evaluates_alike(whole: Path, tmp_pa
     assert check["passed"]
     assert check["exported_vs_running"]["max_logit_difference"] < 1e-4
     assert json.loads((tmp_path / "merged/export.json").read_text()) == json.loads(json.dumps(exported))
-    merged = evaluate_target(str(tmp_path / "merged"), like=whole)["evaluation"]["average"]
+    merged = evaluate_target(str(tmp_path / "merged"), EvalOptions(like=whole))["evaluation"]["average"]
     run = evaluate_target(str(whole))["evaluation"]["average"]
     assert merged["nll_per_token"] == pytest.approx(run["nll_per_token"], rel=0.05)
     adapter = export_run(whole, tmp_path / "adapter", ExportOptions(format_="peft"))
@@ -228,13 +228,13 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
 def test_the_recipe_says_how_many_tokens_have_logits_at_once(
     root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Any, chunk: int | None
 ) -> None:
-    real, chunks = step_gradient.batch_loss, []
+    real, chunks = loop.batch_loss, []
 
     def spying(*args: Any, **settings: Any) -> Any:
         chunks.append(settings["chunk"])
         return real(*args, **settings)
 
-    monkeypatch.setattr(step_gradient, "batch_loss", spying)
+    monkeypatch.setattr(loop, "batch_loss", spying)
     train_run(
         tiny_run.recipe(root, memory__loss_chunk=setting, train__steps=2, eval__tasks=[], eval__limit=...), tmp_path
     )
@@ -270,8 +270,8 @@ def test_a_terminal_shows_a_bar_while_it_trains_and_evaluates(root: Path, tmp_pa
 
 def test_splits_that_a_source_does_not_have_are_refused(whole: Path, root: Path) -> None:
     with pytest.raises(UserError, match="--split: sums has no test split"):
-        evaluate_target(str(whole), split="test")
-    shown = evaluate_target(str(whole), split="train", limit=3)["evaluation"]["tasks"]
+        evaluate_target(str(whole), EvalOptions(split="test"))
+    shown = evaluate_target(str(whole), EvalOptions(split="train", limit=3))["evaluation"]["tasks"]
     assert {task: row["num_examples"] for task, row in shown.items()} == {"sums": 3, "letters": 3}
 
 
@@ -280,18 +280,24 @@ def test_options_that_would_do_nothing_are_refused(whole: Path, tmp_path: Path) 
     text.write_text("the quick brown fox")
     for options, message in (
         ({"like": whole}, "--like"),
-        ({"step": 4, "base_only": True}, "exclude each other"),
-        ({"data": tmp_path / "nowhere"}, "--data: .*no directory"),
+        ({"step": 4, "base_only": True}, "--step: is not used with --base"),
+        ({"data": tmp_path / "nowhere"}, "--data: .*nowhere is not a directory"),
         ({"data": tmp_path}, "--data: holds the commonsense tasks"),
-        ({"texts": [tmp_path / "nowhere.txt"]}, "--text: .*no file"),
-        ({"split": "tset"}, "Did you mean 'test'"),
+        ({"texts": [tmp_path / "nowhere.txt"]}, "--text: .*nowhere.txt is not a file"),
+        ({"split": "tset"}, "--split: got 'tset', must be one of validation, test, train.*Did you mean 'test'"),
         ({"quant": "nf4"}, "--quant"),
     ):
         with pytest.raises(UserError, match=message):
-            evaluate_target(str(whole), **options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="--limit"):
-        evaluate_target(str(root_model(whole)), texts=[text], limit=3)
-    document = evaluate_target(str(root_model(whole)), texts=[text])
+            evaluate_target(str(whole), EvalOptions(**options))  # type: ignore[arg-type]
+    for model_options, message in (
+        (EvalOptions(texts=[text], limit=3), "--limit: counts examples of tasks, got only --text"),
+        (EvalOptions(), "is not a run .*Fix: add --tasks, --text, --harness or --like RUN"),
+        (EvalOptions(texts=[text], step=2), "--step and --base are used only with a run"),
+        (EvalOptions(tasks=["boolqq"]), "--tasks: got 'boolqq', must be one of .*Did you mean 'boolq'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_target(str(root_model(whole)), model_options)
+    document = evaluate_target(str(root_model(whole)), EvalOptions(texts=[text]))
     assert document["perplexity"]["num_tokens"] > 3
 
 
@@ -302,7 +308,7 @@ def root_model(run: Path) -> Path:
 def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_run(tiny_run.recipe(root, train__steps=4, eval__every=2), run)
-    assert evaluate_target(str(run), step=2)["label"] == "step-2"
+    assert evaluate_target(str(run), EvalOptions(step=2))["label"] == "step-2"
     exported = export_run(run, tmp_path / "out", ExportOptions(dtype="float32", step=2))
     assert exported["state"] == "step-2"
     card = (tmp_path / "out/README.md").read_text()
@@ -340,7 +346,7 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "Go on with --resume" in errors
+    assert "Continue with --resume" in errors
     assert "Traceback" not in errors
     newest = open_run(tmp_path / "run").newest_checkpoint()
     assert newest is not None
@@ -352,8 +358,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("missing file", {"data__mix": [{"source": "/nowhere/x.jsonl"}]}, r"data\.mix\[0\].*/nowhere/x\.jsonl"),
     ("too long", {"data__max_length": 4}, r"sums: .*longest.*data\.max_length"),
     ("target", {"adapter__targets": ["q_porj"]}, r"adapter\.targets: 'q_porj' matches no .*Did you mean 'q_proj'"),
-    ("rank", {"adapter__rank": 100}, r"adapter\.rank: 100 is larger than .*at most"),
-    ("float16", {"model__dtype": "float16"}, r"model\.dtype: float16 gradients underflow.*allowed: bfloat16, float32"),
+    ("rank", {"adapter__rank": 100}, r"adapter\.rank: must be at most 64 for layer .*got 100"),
+    ("float16", {"model__dtype": "float16"}, r"model\.dtype: got float16, must be bfloat16 or float32 .*underflow"),
     ("eval task", {"eval__tasks": ["letters", "sum"]}, r"eval\.tasks\[1\]: .*'sum'.*Did you mean 'sums'"),
 ]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from qdora.errors import Interrupted, UserError
 from qdora.plan.plan_view import plan_run
-from qdora.run.evaluate import evaluate_target
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
 from tests import tiny_run
 from tests.run_files import stop_after
@@ -43,10 +43,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
     assert states[0]["streams"]["sums"]["num_drawn"] == 12
     log = (tmp_path / "whole/log.txt").read_text()
     assert "sums: examples unknown, tokens unknown, asked 50.0%, seen 50.0%, tokens seen unknown, passes unknown" in log
-    assert "sums: 12 examples seen, 0 cut, 0 dropped, 0 passes over." in log
+    assert "sums: 12 examples seen, 0 cut, 0 dropped, 0 complete passes." in log
     assert sorted(json.loads((tmp_path / "whole/eval/step-6.json").read_text())["tasks"]) == ["letters"]
     with pytest.raises(UserError, match=r"--split: a stream \(sums\) has only the splits validation, test"):
-        evaluate_target(str(tmp_path / "whole"), split="train")
+        evaluate_target(str(tmp_path / "whole"), EvalOptions(split="train"))
     same = recipe(tmp_path)
     (tmp_path / "data/sums.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
     with pytest.raises(UserError, match="resume: the tokenised data changed since the checkpoint"):

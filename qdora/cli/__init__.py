@@ -1,4 +1,4 @@
-"""The command line: one file a verb. A verb imports what it needs when it runs, so `qdora --help` stays fast."""
+"""The command line, one file a verb. A verb imports what it needs when it runs, so that `qdora --help` is fast."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def root(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options that may stand before the verb, too."""
+    """Options that are also accepted before the verb."""
     ask(debug=debug, quiet=quiet, json=json_)
 
 
 def main() -> None:
-    """Entry point."""
+    """The entry point of the `qdora` command."""
     app()

@@ -1,4 +1,4 @@
-"""python -m qdora.cli, as launchers of several processes call it."""
+"""`python -m qdora.cli`, which launchers of several processes call."""
 
 from qdora.cli import main
 

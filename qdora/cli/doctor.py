@@ -12,10 +12,11 @@ from qdora.cli.verb import emit, verb
 @verb
 def doctor(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure for a minute the rates that `qdora plan` predicts times with.")
+        bool,
+        typer.Option("--measure", help="Also measure the speeds that `qdora plan` uses to predict times (1 minute)."),
     ] = False,
 ) -> None:
-    """Report what this machine has and what is missing."""
+    """Report what this machine has, what is missing, and how to fix it."""
     from qdora.run.doctor import report, report_text
 
     found = report()

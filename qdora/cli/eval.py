@@ -24,7 +24,9 @@ def evaluate(
         list[Path] | None, typer.Option(help="Measure the perplexity of this text file; repeatable.")
     ] = None,
     step: Step = None,
-    like: Annotated[Path | None, typer.Option(help="Use the data of this run and show its results beside.")] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="For a model: use the data of this run, and show its results too.")
+    ] = None,
     quant: Annotated[
         str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
     ] = None,
@@ -42,22 +44,21 @@ def evaluate(
 ) -> None:
     """Score a run, a merged directory or a bare model: accuracy, answer NLL, perplexity."""
     from qdora.files.run_directory import failures_logged
-    from qdora.run.evaluate import evaluate_target
+    from qdora.run.evaluate import EvalOptions, evaluate_target
 
+    options = EvalOptions(
+        tasks=tasks,
+        limit=limit,
+        split=split,
+        data=data,
+        texts=text or (),
+        step=step,
+        base_only=base,
+        like=like,
+        quant=quant,
+        method=method,
+        harness=harness or (),
+        harness_include=harness_include,
+    )
     with failures_logged(Path(target)):
-        result = evaluate_target(
-            target,
-            tasks=tasks,
-            limit=limit,
-            split=split,
-            data=data,
-            texts=text or [],
-            step=step,
-            base_only=base,
-            like=like,
-            quant=quant,
-            method=method,
-            harness=harness or [],
-            harness_include=harness_include,
-        )
-    emit(result)
+        emit(evaluate_target(target, options))

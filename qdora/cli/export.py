@@ -29,7 +29,7 @@ def export(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Merge on the dequantized base (default; it was trained) or on the original weights."),
+        typer.Option(help="Weights to merge on: dequantized (default; the adapter was trained on them) or original."),
     ] = None,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Quantise the merged model to 4 bits again.")
@@ -37,7 +37,7 @@ def export(
     shard_size: Annotated[str | None, typer.Option(help="Largest weights file, such as 2GB; default: 5GiB.")] = None,
     step: Step = None,
     audit: Annotated[
-        bool, typer.Option("--audit", help="Also compare all forms of the model, and say which one to ship (slow).")
+        bool, typer.Option("--audit", help="Also compare all forms of the model, and name the best one to ship (slow).")
     ] = False,
     push: Annotated[
         str | None, typer.Option(help="Upload it to this repository of the Hub; a new one is private.")
@@ -47,8 +47,8 @@ def export(
         str | None,
         typer.Option(
             "--for",
-            help="Program that will run it: transformers, vllm, sglang, tensorrt-llm, llama.cpp or ollama. Chooses the "
-            "format, or refuses one that the program does not load.",
+            help="Program that will load it: transformers, vllm, sglang, tensorrt-llm, llama.cpp or ollama. Sets the "
+            "format, and refuses one that the program cannot load.",
         ),
     ] = None,
     gguf_type: Annotated[
@@ -59,7 +59,7 @@ def export(
         typer.Option(help="With --format gguf: folder of llama.cpp; default: QDORA_LLAMA_CPP, then PATH."),
     ] = None,
 ) -> None:
-    """Write the model in a form to deploy, load it as a stranger would, and compare it with the trained model."""
+    """Write the model in a form to deploy, load it with other libraries, and compare it with the trained model."""
     from qdora.export.export_run import export_run
     from qdora.export.options import ExportOptions
     from qdora.files.run_directory import failures_logged

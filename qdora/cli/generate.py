@@ -15,7 +15,7 @@ from qdora.cli.verb import emit, verb, wants_json
 @verb
 def generate(
     target: Target,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The user's text; - reads standard input.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The user's text; - reads it from standard input.")],
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without a chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many new tokens.")] = 256,
@@ -31,9 +31,11 @@ def generate(
         str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
     ] = None,
 ) -> None:
-    """Stream the answer of a run, an export or a bare model to a prompt."""
+    """Print the answer of a run, an export or a bare model to a prompt, word by word."""
     from qdora.files.run_directory import failures_logged
     from qdora.run.generate import Sampling, generate_from
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens)
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -43,7 +45,7 @@ def generate(
         result = generate_from(
             target,
             sys.stdin.read() if prompt == "-" else prompt,
-            Sampling(temperature, top_p, top_k, seed, max_new_tokens),
+            sampling,
             system=system,
             raw=raw,
             step=step,

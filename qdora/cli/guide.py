@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from qdora.cli.verb import emit, verb, wants_json
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, not_one_of
 
 
 @verb
 def guide(
-    topic: Annotated[str | None, typer.Argument(help="Print this guide; by default list all of them.")] = None,
+    topic: Annotated[str | None, typer.Argument(help="Print this guide; default: list all.")] = None,
 ) -> None:
     """List the guides, or print one."""
     texts = {
@@ -27,7 +27,7 @@ def guide(
         emit({"guides": titles}, plain="".join(f"{name:<{width}}  {title}\n" for name, title in titles.items()))
         return
     if topic not in texts:
-        raise UserError(f"guide: got {topic!r}, must be one of {', '.join(texts)}.{nearest(topic, texts)}")
+        raise UserError(not_one_of("guide", topic, texts))
     if wants_json():
         emit({"topic": topic, "text": texts[topic]})
         return

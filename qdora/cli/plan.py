@@ -9,7 +9,7 @@ import typer
 
 from qdora.cli.options import Recipe, Set
 from qdora.cli.verb import emit, verb
-from qdora.errors import UserError
+from qdora.errors import UserError, not_one_of
 
 
 @verb
@@ -19,17 +19,17 @@ def plan(
     budget: Annotated[
         str | None, typer.Option(help="Memory that the run may use, such as 40GiB; default: memory.budget.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the run will be: cuda or cpu. This machine need not have it.")] = (
+    device: Annotated[str, typer.Option(help="Device of the run, cuda or cpu; this machine need not have it.")] = (
         "cuda"
     ),
     figure: Annotated[Path | None, typer.Option(help="Draw the plan to this SVG file.")] = None,
 ) -> None:
-    """Predict the memory of a run by component and what it sees of each source, without loading the model."""
+    """Predict the memory of a run and how much of each data source it uses, without loading the model."""
     from qdora.recipe.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
     if device not in ("cuda", "cpu"):
-        raise UserError(f"--device: got {device!r}, must be one of cuda, cpu.")
+        raise UserError(not_one_of("--device", device, ("cuda", "cpu")))
     kind = cast(Literal["cuda", "cpu"], device)
     from qdora.plan.plan_view import plan_run
 

@@ -47,7 +47,7 @@ def rank(
     ] = False,
     step: Step = None,
 ) -> None:
-    """Choose a rank for each layer of a run, and write a recipe with these ranks into it."""
+    """Choose a rank for each layer of a run, and write a recipe with these ranks to its rank/ folder."""
     from qdora.files.run_directory import failures_logged
     from qdora.run.rank import RankSettings, rank_run
 

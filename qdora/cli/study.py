@@ -13,13 +13,13 @@ from qdora.errors import UserError
 
 @verb
 def study(
-    study: Annotated[Path, typer.Argument(help="A YAML file: a recipe, axes, and what is compared.")],
+    study: Annotated[Path, typer.Argument(help="A YAML file with a recipe, axes, and what to compare.")],
     directory: Annotated[
         Path | None, typer.Option("--dir", "-d", help="Directory of the study; default: runs/studies/<name>.")
     ] = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Run only part I of N of the cells.")] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run cells again that have failed too often.")
+        bool, typer.Option("--retry-failed", help="Run cells again that failed too often.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell and print what would run.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Submit this many processes and end.")] = None,

@@ -19,7 +19,7 @@ def train(
         Path | None, typer.Option("--run-dir", "-d", help="Directory of the run; default: runs/<recipe>.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start although the plan is over memory.budget.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even if the plan exceeds memory.budget.")] = False,
 ) -> None:
     """Train an adapter: load the base in 4 bits, train on the mix, evaluate, save."""
     from qdora.recipe.recipe_file import load_recipe
@@ -29,5 +29,5 @@ def train(
     from qdora.run.train import train_run
 
     result = train_run(loaded, directory, resume=resume, force=force)
-    if result:  # empty in all processes of a launch but the first
+    if result:  # only the first process of a launch has one
         emit(result)

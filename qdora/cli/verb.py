@@ -1,4 +1,4 @@
-"""How every verb runs: the options that all of them take, errors as one line and an exit code, results on stdout."""
+"""How every verb runs: the options of all verbs, errors as one line and an exit code, results on stdout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOISY = ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "mat
 
 @dataclass
 class _Asked:
-    """What was asked of this process, before the verb or after it."""
+    """The options of this process, given before or after the verb."""
 
     debug: bool = False
     quiet: bool = False
@@ -39,12 +39,12 @@ _asked = _Asked()
 
 
 def ask(*, debug: bool, quiet: bool, json: bool) -> None:
-    """Options that stand before the verb; those after it are added to them."""
+    """Set the options of this process. Those given after the verb are added to those before it."""
     _asked.debug, _asked.quiet, _asked.json = debug, quiet, json
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb --debug, --quiet and --json, and turn what it raises into one line and an exit code."""
+    """Add --debug, --quiet and --json to a verb, and turn its errors into one line and an exit code."""
     signature = inspect.signature(function)
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
@@ -59,11 +59,11 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except typer.Exit:
             raise
-        except (Exception, KeyboardInterrupt) as error:  # the border: whatever it is, a person gets one line
+        except (Exception, KeyboardInterrupt) as error:  # any error becomes one line
             if _asked.debug:
                 raise
             text, code = explain(error)
-            # All processes of a launch read the same recipe and files: one a machine is enough to say what is wrong.
+            # All processes of a launch find the same mistake, so one per machine reports it.
             if not isinstance(error, UserError | Interrupted) or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(text, file=sys.stderr)
             raise typer.Exit(code) from None
@@ -76,7 +76,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 def _set_up_output() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    # On the handler: a run lowers the level of its logger, so that log.txt has everything.
+    # The level is set on the handler: a run lowers that of its logger, so that log.txt gets everything.
     logging.getLogger().handlers[0].setLevel(logging.WARNING if _asked.quiet else logging.INFO)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -85,7 +85,7 @@ def _set_up_output() -> None:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """The line of an error (one per fault of a UserError) and its exit code."""
+    """The message of an error (one line; one per fault of a UserError) and its exit code."""
     if isinstance(error, UserError):
         return str(error), USER_MISTAKE
     if isinstance(error, Interrupted):
@@ -99,7 +99,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def emit(result: dict[str, Any], *, plain: str | None = None) -> None:
-    """Print the result: one JSON document with --json, else `plain`, if the verb has not shown it yet."""
+    """Print the result: with --json as one JSON document, else `plain`, unless the verb has printed it itself."""
     if _asked.json:
         print(json_text(result, indent=2))
     elif plain is not None:
@@ -107,5 +107,5 @@ def emit(result: dict[str, Any], *, plain: str | None = None) -> None:
 
 
 def wants_json() -> bool:
-    """Whether standard output is for one JSON document alone."""
+    """Whether --json was given: standard output is then one JSON document."""
     return _asked.json

@@ -94,6 +94,20 @@ def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
     return MixPlan(num_steps, num_draws, loader.counts_draws, tuple(sources))
 
 
+def large_step_warning(plan: MixPlan) -> str | None:
+    """A warning if an optimizer step takes more examples than all sources have, so that it repeats some; else None."""
+    sizes = [source.num_examples for source in plan.sources]
+    num_examples = sum(size or 0 for size in sizes)
+    if None in sizes or plan.num_draws <= plan.num_steps * num_examples:
+        return None
+    per_step = plan.num_draws / plan.num_steps
+    return (
+        f"An optimizer step takes {'' if plan.is_exact else 'about '}{per_step:,.0f} examples, but the training data "
+        f"has only {num_examples:,}: each step repeats the data {per_step / num_examples:.1f} times. "
+        "Fix: lower train.tokens_per_step or train.batch."
+    )
+
+
 def show_mix(console: Console, plan: MixPlan) -> None:
     """Print the plan as a table."""
     table = Table(title=_mix_title(plan), title_justify="left")

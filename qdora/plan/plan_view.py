@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
-from qdora.data.mix_plan import MixPlan, plan_mix, show_mix
+from qdora.data.mix_plan import MixPlan, large_step_warning, plan_mix, show_mix
 from qdora.errors import UserError
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
@@ -23,6 +24,8 @@ from qdora.plan.workload import Workload, assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
+
+logger = logging.getLogger("qdora")
 
 _BAR = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -59,6 +62,9 @@ def plan_run(
     mix, workload, assumed = _workload(recipe)
     if mix is not None:
         show_mix(results, mix)
+        warning = large_step_warning(mix)
+        if warning is not None:
+            logger.warning(warning)
     assumed += _after_gates(recipe, device_kind, workload)
     found = replace(plan(recipe, limit, device_kind=device_kind, workload=workload), assumptions=assumed)
     show_plan(results, found)

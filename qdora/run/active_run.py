@@ -1,4 +1,4 @@
-"""The parts of a run that is in memory: those that stay, and the state that changes with its steps."""
+"""A run in memory: its fixed parts, and the state that changes with its steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qdora.train.step_checks import BadSteps
 
 @dataclass(frozen=True, kw_only=True)
 class ActiveRun:
-    """The parts of a run that stay the same while it trains."""
+    """The parts of a run that do not change while it trains."""
 
     recipe: Recipe
     directory: RunDirectory
@@ -33,11 +33,11 @@ class ActiveRun:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """The parts of a run that change with its steps; a checkpoint holds the state of each."""
+    """The parts of a run that change with its steps. A checkpoint holds the state of each."""
 
     optimizer: AdapterOptimizer | None
-    """None where nothing is trained."""
+    """None if nothing is trained."""
     gates: Gates | None
     bad_steps: BadSteps
     best: BestSoFar | None
-    """Judge of the evaluations, where the best step is kept."""
+    """Chooses the best step by the evaluations; None without eval.best_by."""

@@ -1,4 +1,4 @@
-"""The text on which pruning measures a base: pieces of the training mix, or of a text file."""
+"""Calibration text for pruning: pieces of the training mix, or of a text file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,10 @@ from qdora.recipe.settings import CalibrationConfig, Recipe
 def calibration_tokens(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mix: Mix, config: PreTrainedConfig
 ) -> Tensor | None:
-    """Pieces of the calibration text, (sequences, length) int64; None where nothing is measured.
+    """Pieces of the calibration text, (sequences, length) int64; None if the pruning method needs none.
 
-    Args:
-        recipe: With base.prune.
-        tokenizer: Of the model.
-        mix: The tokenised training data.
-        config: Of the model.
     Raises:
-        UserError: Text that is shorter than a piece, or pieces longer than the context.
+        UserError: Text that is shorter than a piece, or pieces longer than the model's context.
     """
     prune = recipe.base.prune
     assert prune is not None
@@ -38,24 +33,24 @@ def calibration_tokens(
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and settings.length > context:
         raise UserError(
-            f"base.prune.calibration.length: {settings.length} tokens, allowed: at most {context}, the model's context."
+            f"base.prune.calibration.length: got {settings.length}, must be at most {context}, the model's context."
         )
     if settings.text == "mix":
-        ids = _mix_tokens([part for part in mix.sets if isinstance(part, TokenizedSet)], settings.seed)
+        ids = _mix_tokens(mix, settings.seed)
     else:
         (ids,) = encode_batch(tokenizer, read_texts([settings.text]))
     return pieces(ids, special_prefix(tokenizer), settings)
 
 
-def _mix_tokens(sets: Sequence[TokenizedSet], seed: int) -> list[int]:
-    """The training examples of all sources in a random order, so that a piece spans several of them."""
-    examples = [example for part in sets for example in part.examples]
+def _mix_tokens(mix: Mix, seed: int) -> list[int]:
+    """The training examples of all sources but streams, in a random order so that a piece spans several of them."""
+    examples = [example for part in mix.sets if isinstance(part, TokenizedSet) for example in part.examples]
     order = np.random.default_rng(seed).permutation(len(examples))
     return [int(token) for index in order for token in examples[index].input_ids]
 
 
 def pieces(ids: Sequence[int], prefix: Sequence[int], settings: CalibrationConfig) -> Tensor:
-    """Runs of a text from random places, each behind the tokens with which the model's texts begin.
+    """Runs of tokens from random places of a text, each after the prefix with which the model's texts begin.
 
     Raises:
         UserError: The text is shorter than a piece.
@@ -63,8 +58,8 @@ def pieces(ids: Sequence[int], prefix: Sequence[int], settings: CalibrationConfi
     length = settings.length - len(prefix)
     if length < 1 or len(ids) < length:
         raise UserError(
-            f"base.prune.calibration.length: {settings.length} tokens, but the text has {len(ids)}; "
-            "allowed: shorter pieces, or more text."
+            f"base.prune.calibration.length: got {settings.length}, but the text has only {len(ids)} tokens. "
+            "Fix: shorter pieces, or more text."
         )
     starts = np.random.default_rng(settings.seed).integers(0, len(ids) - length + 1, settings.sequences)
     return torch.tensor([[*prefix, *ids[start : start + length]] for start in starts], dtype=torch.int64)

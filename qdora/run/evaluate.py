@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,17 @@ from rich.console import Console
 
 from qdora.data.build_data import run_examples, task_examples
 from qdora.data.example import Example
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, not_one_of
 from qdora.evaluation.generation import evaluate_generated, generation_faults, generation_table
-from qdora.evaluation.harness import HarnessTasks, evaluate_harness, find_harness_tasks, harness_table
+from qdora.evaluation.harness import evaluate_harness, find_harness_tasks, harness_table
 from qdora.evaluation.perplexity import read_texts, text_perplexity
-from qdora.evaluation.suite import EvaluationResult, compare_table, evaluate
+from qdora.evaluation.suite import compare_table, evaluate
 from qdora.files.console import consoles, suite_bar
 from qdora.files.run_directory import open_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.settings import Recipe
 from qdora.run.load_run import LoadedModel, is_run, load_target
 from qdora.run.validation import stored_results
 
@@ -28,185 +29,153 @@ SPLITS = ("validation", "test", "train")
 METHODS = ("loglikelihood", "generate")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What `qdora eval` is asked for."""
+
+    tasks: Sequence[str] | None = None
+    """Sources of the run or built-in tasks. None: all sources of the run, but none with texts or harness."""
+    limit: int | None = None
+    """Most examples of a task. None: the run's eval.limit, or all."""
+    split: str = "validation"
+    data: Path | None = None
+    """Folder of <task>/<split> files for the eight commonsense tasks. None: the Hub."""
+    texts: Sequence[Path] = ()
+    """Text files whose perplexity is measured."""
+    step: int | None = None
+    """Checkpoint of a run. None: the finished adapter."""
+    base_only: bool = False
+    """Leave the adapter of a run out."""
+    like: Path | None = None
+    """For a model that is not a run: use this run's data and limit, and show this run's results beside."""
+    quant: str | None = None
+    """For a model that is not a run: hold its linear layers in nf4, fp4 or int8. None: dense."""
+    method: str | None = None
+    """loglikelihood, or generate: the model also answers in words. None: the run's eval.method."""
+    harness: Sequence[str] = ()
+    """Tasks of lm-evaluation-harness."""
+    harness_include: Path | None = None
+    """Folder of further tasks for the harness."""
+
+    @property
+    def reads_tasks(self) -> bool:
+        """Whether examples of tasks are scored, not only texts or tasks of the harness."""
+        return bool(self.tasks) or not (self.texts or self.harness)
+
+    def check(self, target: str) -> None:
+        """Raise UserError with all faults that show before anything is loaded."""
+        faults = []
+        if self.split not in SPLITS:
+            faults.append(not_one_of("--split", self.split, SPLITS))
+        if self.method is not None and self.method not in METHODS:
+            faults.append(not_one_of("--method", self.method, METHODS))
+        if self.like is not None and is_run(target):
+            faults.append(f"--like: {target} is a run and has data of its own. Fix: remove --like.")
+        if self.step is not None and self.base_only:
+            faults.append("--step: is not used with --base, since the base has no steps. Fix: remove one of them.")
+        if self.harness_include is not None and not self.harness:
+            faults.append("--harness-include: is used only with --harness. Fix: name a task with --harness.")
+        if not self.reads_tasks:
+            used = "--harness" if self.harness else "--text"
+            if self.limit is not None and not self.harness:
+                faults.append("--limit: counts examples of tasks, got only --text. Fix: remove --limit or add --tasks.")
+            if self.method is not None:
+                faults.append(
+                    f"--method: applies to examples of tasks, got only {used}. Fix: remove --method or add --tasks."
+                )
+        if self.data is not None and not self.data.is_dir():
+            faults.append(f"--data: {self.data} is not a directory. Fix: name a folder of <task>/<split> files.")
+        elif self.data is not None and not set(self.tasks or ()) & set(COMMONSENSE_TASKS):
+            faults.append(
+                f"--data: holds the commonsense tasks, got --tasks {', '.join(self.tasks or ()) or 'none'}. "
+                f"Fix: add --tasks with one of {', '.join(COMMONSENSE_TASKS)}."
+            )
+        faults += [f"--text: {file} is not a file." for file in self.texts if not file.is_file()]
+        if not (is_run(target) or self.like or self.tasks or self.texts or self.harness):
+            faults.append(
+                f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
+                "Fix: add --tasks, --text, --harness or --like RUN."
+            )
+        if faults:
+            raise UserError(*faults)
+
+
 def evaluate_target(
-    target: str,
-    *,
-    tasks: Sequence[str] | None = None,
-    limit: int | None = None,
-    split: str = "validation",
-    data: Path | None = None,
-    texts: Sequence[Path] = (),
-    step: int | None = None,
-    base_only: bool = False,
-    like: Path | None = None,
-    quant: str | None = None,
-    method: str | None = None,
-    harness: Sequence[str] = (),
-    harness_include: Path | None = None,
-    console: Console | None = None,
+    target: str, options: EvalOptions = EvalOptions(), *, console: Console | None = None
 ) -> dict[str, Any]:
     """Evaluate a run (its adapter on its base), a model directory, a Hub id or builtin.
 
+    A run keeps the results in its eval/.
+
     Args:
         target: What to evaluate.
-        tasks: Names from the run's mix, or built-in tasks; None takes the run's mix.
-        limit: Most examples of a task; None takes the run's eval.limit, or all (of the harness's tasks: all).
-        split: validation, test or train.
-        data: Folder of <task>/<split> files for the eight commonsense tasks; None takes the Hub.
-        texts: Text files whose perplexity is measured.
-        step, base_only: Of a run, see `load_run`.
-        quant: Of a model that is no run: hold its linear layers in nf4, fp4 or int8; None keeps them dense.
-        like: A run whose data and limit are used; its own results stand beside in the table.
-        method: loglikelihood, or generate: beside it the model answers in its own words; None takes the run's.
-        harness: Tasks of lm-evaluation-harness; with them, as with texts, the run's mix is left out unless asked for.
-        harness_include: Folder of further tasks for it.
-        console: Where progress and tables are shown; default: standard error and standard output.
+        options: What to measure.
+        console: For progress and tables; default: standard error and standard output.
     Returns:
-        JSON values: the evaluation, those that stand beside it, the generated answers, the perplexity, and what
-        `evaluate_harness` gives.
+        JSON values: the evaluation, stored results beside it, generated answers, perplexity, results of the harness.
+    Raises:
+        UserError: Options that do not fit the target, unknown tasks, or what `load_target` refuses.
     """
-    shown = consoles(console)
-    results = shown[1]
+    options.check(target)
+    progress, results = consoles(console)
     keep_freed_memory()
-    run_path = Path(target) if is_run(target) else like
-    recipe = None if run_path is None else load_recipe(open_run(run_path).recipe_file)
-    if is_run(target) and like is not None:
-        raise UserError(f"--like: {target} is a run and has data of its own, allowed: only for a model that is no run.")
-    if step is not None and base_only:
-        raise UserError("--step and --base exclude each other: the base has no steps.")
-    if harness_include is not None and not harness:
-        raise UserError("--harness-include: holds tasks for --harness, got none.")
-    found = find_harness_tasks(harness, harness_include) if harness else None
-    others_only = not tasks and (bool(texts) or found is not None)
-    has_run = run_path is not None
-    _check_data_options(
-        target,
-        tasks=tasks,
-        limit=limit,
-        split=split,
-        data=data,
-        texts=texts,
-        method=method,
-        has_run=has_run,
-        has_harness=bool(harness),
-    )
-    method = method or ("loglikelihood" if recipe is None else recipe.eval.method)
-    known = {} if recipe is None or others_only else run_examples(recipe, split)
-    by_name = method == "generate"
-    chosen = {} if others_only else _chosen(known, tasks, split, data, by_name)
-    faults = generation_faults(chosen) if by_name else ()
+    data_run = Path(target) if is_run(target) else options.like
+    recipe = None if data_run is None else load_recipe(open_run(data_run).recipe_file)
+    harness = find_harness_tasks(options.harness, options.harness_include) if options.harness else None
+    generates = (options.method or ("loglikelihood" if recipe is None else recipe.eval.method)) == "generate"
+    examples = _examples(options, recipe, by_name=generates)
+    faults = generation_faults(examples) if generates else ()
     if faults:
         raise UserError(*faults)
-    own_limit = limit if limit is not None or recipe is None else recipe.eval.limit
-    loaded = load_target(target, step=step, base_only=base_only, quant=quant, verb="eval")
+    split = options.split
+    limit = recipe.eval.limit if options.limit is None and recipe is not None else options.limit
+    loaded = load_target(target, step=options.step, base_only=options.base_only, quant=options.quant, verb="eval")
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
-    if chosen:
-        beside = stored_results(open_run(like)) if like is not None and split == "validation" else {}
-        document |= _scored(loaded, chosen, beside, limit=own_limit, split=split, shown=shown)
-    if chosen and by_name:
-        document["generation"] = _generated(loaded, chosen, limit=own_limit, split=split, shown=shown)
-    if texts:
-        scored = text_perplexity(loaded.model, loaded.tokenizer, read_texts(texts))
-        document["perplexity"] = asdict(scored)
-        results.print(f"perplexity {scored.perplexity:.3f} over {scored.num_tokens:,} tokens", highlight=False)
-    if found is not None:
-        document["harness"] = _harness(loaded, found, limit, results)
+    if examples:
+        beside = stored_results(open_run(options.like)) if options.like is not None and split == "validation" else {}
+        with suite_bar(progress, f"evaluating {loaded.label}") as update:
+            scored = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, per_example=True, progress=update)
+        results.print(compare_table(beside | {loaded.label: scored}))
+        _keep(loaded, split, scored.to_dict(per_example=True))
+        document["evaluation"] = scored.to_dict()
+        document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
+    if examples and generates:
+        with suite_bar(progress, f"answers of {loaded.label}") as update:
+            answers = evaluate_generated(loaded.model, loaded.tokenizer, examples, limit=limit, progress=update)
+        results.print(generation_table({loaded.label: answers}))
+        _keep(loaded, f"{split}-generated", answers.to_dict(per_example=True))
+        document["generation"] = answers.to_dict()
+    if options.texts:
+        found = text_perplexity(loaded.model, loaded.tokenizer, read_texts(options.texts))
+        document["perplexity"] = asdict(found)
+        results.print(f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens", highlight=False)
+    if harness is not None:
+        document["harness"] = evaluate_harness(loaded.model, loaded.tokenizer, harness, limit=options.limit)
+        results.print(harness_table(document["harness"]))
+        _keep(loaded, "harness", document["harness"] | {"limit": options.limit})
     return document
 
 
-def _check_data_options(
-    target: str,
-    *,
-    tasks: Sequence[str] | None,
-    limit: int | None,
-    split: str,
-    data: Path | None,
-    texts: Sequence[Path],
-    method: str | None,
-    has_run: bool,
-    has_harness: bool,
-) -> None:
-    """Options of `evaluate_target` that contradict each other or would do nothing; `has_run`: a run gives the data."""
-    for name, given, allowed in (("--split", split, SPLITS), ("--method", method or METHODS[0], METHODS)):
-        if given not in allowed:
-            raise UserError(f"{name}: {given!r}, allowed: {', '.join(allowed)}.{nearest(given, allowed)}")
-    if (texts or has_harness) and not tasks:
-        if limit is not None and not has_harness:
-            raise UserError("--limit: counts examples of tasks, got only --text.")
-        if method is not None:
-            got, does = "--harness" if has_harness else "--text", "answers" if method == "generate" else "scores"
-            raise UserError(f"--method: {method} {does} the examples of tasks, got only {got}.")
-    if data is not None and not data.is_dir():
-        raise UserError(f"--data: {data} is no directory, allowed: a folder of <task>/<split> files.")
-    if data is not None and not any(task in COMMONSENSE_TASKS for task in tasks or ()):
-        raise UserError(
-            f"--data: holds the commonsense tasks, got --tasks {list(tasks or [])}, allowed: with one of them."
-        )
-    for file in texts:
-        if not file.is_file():
-            raise UserError(f"--text: {file} is no file.")
-    if not has_run and not tasks and not texts and not has_harness:
-        raise UserError(
-            f"eval: {target} is no run (no recipe.yaml there); say what to evaluate: --tasks, --text, --harness or "
-            "--like RUN."
-        )
-
-
-def _scored(
-    loaded: LoadedModel,
-    examples: dict[str, list[Example]],
-    beside: dict[str, EvaluationResult],
-    *,
-    limit: int | None,
-    split: str,
-    shown: tuple[Console, Console],
-) -> dict[str, Any]:
-    """Log-likelihoods: shown with what stands beside them, and kept in the run."""
-    with suite_bar(shown[0], f"evaluating {loaded.label}") as progress:
-        result = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, per_example=True, progress=progress)
-    shown[1].print(compare_table(beside | {loaded.label: result}))
+def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
+    """Write eval/<label>-<name>.json of a run; a model that is not a run keeps nothing."""
     if loaded.run is not None:
-        loaded.run.write_json(f"eval/{loaded.label}-{split}.json", result.to_dict(per_example=True))
-    return {
-        "evaluation": result.to_dict(),
-        "beside": {label: stored.to_dict() for label, stored in beside.items()},
-    }
+        loaded.run.write_json(f"eval/{loaded.label}-{name}.json", document)
 
 
-def _generated(
-    loaded: LoadedModel,
-    examples: dict[str, list[Example]],
-    *,
-    limit: int | None,
-    split: str,
-    shown: tuple[Console, Console],
-) -> dict[str, Any]:
-    """Generated answers: shown, and kept in the run beside the log-likelihoods."""
-    with suite_bar(shown[0], f"answers of {loaded.label}") as progress:
-        result = evaluate_generated(loaded.model, loaded.tokenizer, examples, limit=limit, progress=progress)
-    shown[1].print(generation_table({loaded.label: result}))
-    if loaded.run is not None:
-        loaded.run.write_json(f"eval/{loaded.label}-{split}-generated.json", result.to_dict(per_example=True))
-    return result.to_dict()
-
-
-def _harness(loaded: LoadedModel, tasks: HarnessTasks, limit: int | None, results: Console) -> dict[str, Any]:
-    """Tasks of lm-evaluation-harness: shown, and kept in the run."""
-    result = evaluate_harness(loaded.model, loaded.tokenizer, tasks, limit=limit)
-    results.print(harness_table(result))
-    if loaded.run is not None:
-        loaded.run.write_json(f"eval/{loaded.label}-harness.json", result | {"limit": limit})
-    return result
-
-
-def _chosen(
-    known: dict[str, list[Example]], tasks: Sequence[str] | None, split: str, data: Path | None, by_name: bool
-) -> dict[str, list[Example]]:
-    if tasks is None:
+def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:
+    """Task -> its examples: of the run's sources, and of the built-in tasks that are named."""
+    if not options.reads_tasks:
+        return {}
+    known = {} if recipe is None else run_examples(recipe, options.split)
+    if options.tasks is None:
         return known
-    built_in = list(TASKS)
-    unknown = [task for task in tasks if task not in known and task not in built_in]
+    names = list(dict.fromkeys([*known, *TASKS]))
+    unknown = [task for task in options.tasks if task not in names]
     if unknown:
-        allowed = list(dict.fromkeys([*known, *built_in]))
-        raise UserError(*(f"--tasks: {t!r}, allowed: {', '.join(allowed)}.{nearest(t, allowed)}" for t in unknown))
-    return {t: known[t] if t in known else task_examples(t, split=split, data=data, by_name=by_name) for t in tasks}
+        raise UserError(*(not_one_of("--tasks", task, names) for task in unknown))
+    return {
+        task: known[task]
+        if task in known
+        else task_examples(task, split=options.split, data=options.data, by_name=by_name)
+        for task in options.tasks
+    }

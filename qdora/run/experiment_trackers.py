@@ -1,4 +1,4 @@
-"""Experiment trackers, through accelerate: which are installed, and what they are told."""
+"""Experiment trackers, through accelerate: start them, send them the metrics, close them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
 
 
 def is_installed(name: str) -> bool:
-    """Whether a tracker's package is there."""
+    """Whether a tracker's package is installed."""
     return find_spec(name) is not None
 
 
@@ -37,24 +37,24 @@ def is_installed(name: str) -> bool:
 def tracking(
     names: Sequence[str], run: Path, settings: Mapping[str, Any], *, cpu: bool
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Start trackers, hand them lines of metrics, and close them whatever happens.
+    """Start trackers, send them lines of metrics, and close them in any case.
 
-    A tracker that fails later (its server cannot be reached) is told no more, with a warning; the run goes on.
+    A tracker that fails later (its server cannot be reached) gets nothing more, with a warning. The run continues.
 
     Args:
-        names: tensorboard, trackio, wandb, mlflow; each is set up in its own way (environment variables, a login).
-        run: The run directory: tensorboard and wandb write into it, and its name is the name of the run.
-        settings: The recipe, kept beside the metrics; nested.
+        names: tensorboard, trackio, wandb, mlflow. Each has its own setup (environment variables, a login).
+        run: The run directory. tensorboard and wandb write into it; its name is the name of the run.
+        settings: The recipe, stored beside the metrics; nested.
         cpu: Whether the run computes on the CPU.
     Yields:
-        Takes one line of metrics, with its "step".
+        A function that takes one line of metrics, with its "step".
     Raises:
         UserError: A tracker does not start.
     """
     if not names:
         yield lambda line: None
         return
-    PartialState(cpu=cpu)  # what accelerate's trackers ask whether this is the main process
+    PartialState(cpu=cpu)  # accelerate's trackers ask it whether this is the main process
     started: dict[str, GeneralTracker] = {}
     try:
         for name in names:
@@ -65,31 +65,36 @@ def tracking(
             _attempt(started, name, lambda tracker: tracker.finish())
 
 
-def flat_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """{"tasks": {"boolq": {"nll_sum": 3.0}}} -> {"tasks/boolq/nll_sum": 3.0}; what is no number is left out."""
-    flat: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flat_numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[f"{prefix}{key}"] = float(value)
-    return flat
+def flat_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """{"tasks": {"boolq": {"nll_sum": 3.0}}} -> {"tasks/boolq/nll_sum": 3.0}; only numbers are kept."""
+    return {
+        key: float(value)
+        for key, value in _flat(values, "/")
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
-def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
+def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
     """{"train": {"lr": 1e-3, "betas": [0.9, 0.99]}} -> {"train.lr": 1e-3, "train.betas": "[0.9, 0.99]"}.
 
-    Without null, which trackers do not take, and without access tokens.
+    Leaves out null, which trackers refuse, and access tokens.
     """
-    flat: dict[str, bool | float | str] = {}
+    return {
+        key: value
+        if isinstance(value, bool | int | float)
+        else masked(value if isinstance(value, str) else json.dumps(value))
+        for key, value in _flat(values, ".")
+        if value is not None
+    }
+
+
+def _flat(values: Mapping[str, Any], separator: str) -> Iterator[tuple[str, Any]]:
+    """(joined keys, value) of a nested mapping."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= flat_settings(value, f"{prefix}{key}.")
-        elif isinstance(value, bool | int | float):
-            flat[f"{prefix}{key}"] = value
-        elif value is not None:
-            flat[f"{prefix}{key}"] = masked(value if isinstance(value, str) else json.dumps(value))
-    return flat
+            yield from ((f"{key}{separator}{inner}", each) for inner, each in _flat(value, separator))
+        else:
+            yield key, value
 
 
 def _started(name: str, run: Path, settings: Mapping[str, Any]) -> GeneralTracker:
@@ -97,7 +102,7 @@ def _started(name: str, run: Path, settings: Mapping[str, Any]) -> GeneralTracke
         tracker = _MAKE[name](run)
         tracker.start()
         tracker.store_init_configuration(flat_settings(settings))
-    except Exception as error:  # others' code, with error classes of its own
+    except Exception as error:  # third-party code raises classes of its own
         raise UserError(f"trackers: {name} did not start: {_reason(error)}.") from error
     return tracker
 
@@ -111,9 +116,9 @@ def _tell(started: dict[str, GeneralTracker], line: Mapping[str, Any]) -> None:
 def _attempt(started: dict[str, GeneralTracker], name: str, action: Callable[[GeneralTracker], None]) -> None:
     try:
         action(started[name])
-    except Exception as error:  # others' code; a chart is not worth a run of hours
+    except Exception as error:  # third-party code; a chart is not worth a run of hours
         del started[name]
-        logger.warning("trackers: %s failed and is told no more: %s.", name, _reason(error))
+        logger.warning("trackers: %s failed and gets no more metrics: %s.", name, _reason(error))
 
 
 def _reason(error: Exception) -> str:

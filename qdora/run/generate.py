@@ -1,4 +1,4 @@
-"""qdora generate: let a run or a model go on from a prompt, and stream what it says."""
+"""qdora generate: stream the answer of a run or a model to a prompt."""
 
 from __future__ import annotations
 
@@ -20,44 +20,40 @@ from qdora.run.load_run import LoadedModel, load_target
 Write = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 takes the most likely token; else the logits are divided by it.
-        top_p: Keep the likeliest tokens up to this probability.
-        top_k: Keep this many of the likeliest tokens.
-        seed: Of the draws.
-        max_new_tokens: Most tokens of the answer.
-    """
+    """How the next token is chosen."""
 
     temperature: float = 0.0
+    """0 takes the most likely token; otherwise the logits are divided by it."""
     top_p: float | None = None
+    """Sample from the most likely tokens up to this total probability."""
     top_k: int | None = None
+    """Sample from this many of the most likely tokens."""
     seed: int = 0
     max_new_tokens: int = 256
 
     def faults(self) -> list[str]:
-        """What is not allowed, one line each."""
+        """What is wrong with the settings, one line each."""
         found = []
         if not 0 <= self.temperature <= 100:
-            found.append(f"--temperature: {self.temperature:g}, allowed: 0 to 100; 0 takes the most likely token.")
+            found.append(f"--temperature: got {self.temperature:g}, must be 0 to 100 (0 takes the most likely token).")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"--top-p: {self.top_p:g}, allowed: more than 0, at most 1.")
+            found.append(f"--top-p: got {self.top_p:g}, must be above 0 and at most 1.")
         if self.top_k is not None and self.top_k < 1:
-            found.append(f"--top-k: {self.top_k}, allowed: at least 1.")
+            found.append(f"--top-k: got {self.top_k}, must be at least 1.")
         if self.max_new_tokens < 1:
-            found.append(f"--max-new-tokens: {self.max_new_tokens}, allowed: at least 1.")
+            found.append(f"--max-new-tokens: got {self.max_new_tokens}, must be at least 1.")
         if self.temperature == 0:
-            names = [("--top-p", self.top_p), ("--top-k", self.top_k)]
             found += [
-                f"{name}: has no effect at temperature 0; give --temperature." for name, x in names if x is not None
+                f"{name}: has no effect at temperature 0. Fix: add --temperature 0.7, or remove {name}."
+                for name, value in (("--top-p", self.top_p), ("--top-k", self.top_k))
+                if value is not None
             ]
         return found
 
     def settings(self) -> dict[str, Any]:
-        """For transformers' `generate`; whatever the model's own generation config says is replaced."""
+        """For transformers' `generate`; they replace the model's own generation config."""
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {
@@ -80,52 +76,45 @@ def generate_from(
     quant: str | None = None,
     write: Write | None = None,
 ) -> dict[str, Any]:
-    """Load what `target` names and let it answer.
+    """Load a run or a model and let it answer a prompt.
 
     Args:
         target: Run directory, model directory, Hub id, or builtin.
-        prompt: What the user says.
-        sampling: How.
+        prompt: The user's text.
+        sampling: How tokens are chosen.
         system: System message, for a model with a chat template.
-        raw: Give the prompt to the model as it is, without the chat template.
-        step, base_only, quant: As of `load_target`.
+        raw: Use the prompt as it is, without the chat template.
+        step, base_only, quant: See `load_target`.
         write: Called with each piece of text as soon as it is known.
     Returns:
-        As of `answer`.
+        JSON values: the text, token counts, seconds, tokens per second after the first, why it stopped ("end" or
+        "length").
     Raises:
-        UserError: Settings or a target that cannot be used, an empty prompt.
+        UserError: Settings or a target that cannot be used, a prompt that is empty or leaves no room in the context.
     """
     faults = sampling.faults()
     if not prompt:
-        faults.append("--prompt: is empty, allowed: some text.")
+        faults.append("--prompt: is empty. Fix: give some text.")
     if system is not None and raw:
-        faults.append("--system: has no effect with --raw, which leaves the chat template out.")
+        faults.append("--system: is not used with --raw, which skips the chat template. Fix: remove one of them.")
     if faults:
         raise UserError(*faults)
     keep_freed_memory()
     loaded = load_target(target, step=step, base_only=base_only, quant=quant, verb="generate")
     prepare_decoding(adapted_layers(loaded.model).values())
-    return {"target": target, "label": loaded.label, **answer(loaded, prompt, sampling, system, raw, write)}
-
-
-def answer(
-    loaded: LoadedModel, prompt: str, sampling: Sampling, system: str | None, raw: bool, write: Write | None
-) -> dict[str, Any]:
-    """Let a model in memory answer.
-
-    Returns:
-        JSON values: the text, numbers of tokens, seconds, tokens per second after the first, why it stopped
-        ("end" or "length").
-    Raises:
-        UserError: A system message without a chat template, or a prompt that leaves no room in the context.
-    """
     ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
-    model = loaded.model
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if isinstance(limit, int) and len(ids) >= limit:
-        raise UserError(f"--prompt: has {len(ids)} tokens, allowed: fewer than {limit}, the context of the model.")
-    stops = _stop_ids(model, loaded.tokenizer)
-    streamer = _Streamer(loaded.tokenizer, write or (lambda text: None))
+        raise UserError(f"--prompt: got {len(ids)} tokens, must be fewer than {limit}, the context of the model.")
+    found = _answer(loaded, ids, sampling, write or (lambda text: None))
+    return {"target": target, "label": loaded.label, "prompt": prompt, **found}
+
+
+def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write) -> dict[str, Any]:
+    """The answer of a model in memory to the tokens of a prompt, as JSON values."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    stops = _stop_ids(model, tokenizer)
+    streamer = _Streamer(tokenizer, write)
     device = next(model.parameters()).device
     tokens = torch.tensor([ids], device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -139,7 +128,7 @@ def answer(
             max_new_tokens=sampling.max_new_tokens,
             max_length=None,
             eos_token_id=sorted(stops) or None,
-            pad_token_id=loaded.tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
             **sampling.settings(),
         )
@@ -148,8 +137,7 @@ def answer(
     ended = bool(new) and new[-1] in stops
     after_first = streamer.last_time - streamer.first_time
     return {
-        "prompt": prompt,
-        "text": str(loaded.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)),
+        "text": str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)),
         "num_prompt_tokens": len(ids),
         "num_new_tokens": len(new),
         "stopped": "end" if ended else "length",
@@ -159,31 +147,31 @@ def answer(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
-    """The tokens that the model is given: through the chat template where there is one, unless `raw`.
+    """The tokens of a prompt: through the chat template if there is one, unless `raw`.
 
     Raises:
-        UserError: A system message for a tokenizer that has no chat template.
+        UserError: A system message for a tokenizer without a chat template.
     """
     if raw or not tokenizer.chat_template:
         if system is not None:
-            raise UserError("--system: the tokenizer has no chat template to put it in; leave it out.")
+            raise UserError("--system: the tokenizer has no chat template. Fix: remove --system.")
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # The template writes the beginning mark itself.
+    # The template writes the begin-of-text token itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Ends of sequence of the tokenizer and of the model's own settings (chat models have several)."""
+    """End-of-sequence tokens of the tokenizer and of the model's generation config (chat models have several)."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])}
     return {int(stop) for stop in stops if stop is not None}
 
 
 class _Streamer:
-    """Hands on text as soon as its words are whole, and keeps the time."""
+    """Writes text as soon as a word is complete, and records when the first and the last token came."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
         self.text: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

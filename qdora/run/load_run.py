@@ -1,7 +1,4 @@
-"""A finished or interrupted run, loaded again with its adapter.
-
-What `qdora eval` and `qdora generate` are pointed at: a run, an exported directory, or any model.
-"""
+"""Load a run again with its adapter, or any model that `qdora eval` and `qdora generate` are given."""
 
 from __future__ import annotations
 
@@ -28,8 +25,11 @@ from qdora.run.load_base import load_base, residency_here
 from qdora.run.pruned_base import FOLDER, load_pruned_base
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
+ADAPTER_DIRECTORY = "adapter"
+"""In an export as 4-bit base and LoRA: the LoRA."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class TrainedRun:
     """A run and its model in memory."""
 
@@ -38,7 +38,19 @@ class TrainedRun:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     state: str
-    """Which state was loaded: "final", "step-120" or "base"."""
+    """The state that was loaded: "final", "step-120" or "base"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A run or a model in memory."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    label: str
+    """The state of a run, or the last part of a model's name."""
+    run: RunDirectory | None
+    """None for a model."""
 
 
 def load_run(
@@ -48,13 +60,13 @@ def load_run(
 
     Args:
         path: Run directory.
-        step: Load this checkpoint; None takes the finished adapter, or the newest checkpoint of an unfinished run.
+        step: Checkpoint; None: the finished adapter, or the newest checkpoint of an unfinished run.
         base_only: Leave the adapter out.
         original: Put the adapter on the source's own weights, dense in the dtype that its config names.
-        widened: Compute in float32 whatever the recipe says, with an attention that takes it, and on a GPU with the
-            whole base there: graphs over graphs read any block at any time.
+        widened: Compute in float32 with an attention that supports it, whatever the recipe says. A GPU holds the whole
+            base, since second derivatives read any block at any time.
     Raises:
-        UserError: No run, no such checkpoint, nothing trained yet.
+        UserError: There is no run, no such checkpoint, or nothing trained yet.
     """
     run = open_run(path)
     recipe = load_recipe(run.recipe_file)
@@ -79,46 +91,29 @@ def load_run(
         copy_parameters(load_file(trained / PARAMETERS_FILE), adapter_parameters(model), trained)
     else:
         put_adapters(model, recipe, trained if trained == run.adapter else trained / "adapter")
-    return TrainedRun(run, recipe, model.eval(), tokenizer, state)
+    return TrainedRun(run=run, recipe=recipe, model=model.eval(), tokenizer=tokenizer, state=state)
 
 
 def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[Path, str]:
-    """Directory with the trained parameters, and its name; raises as `load_run`."""
+    """The directory with the trained parameters, and the name of the state. Raises as `load_run`."""
     if recipe.adapter.kind == "none":
         return run.path, "base"
     if step is not None:
         path = run.inside("checkpoints", f"step-{step}")
         if not path.is_dir():
             steps = sorted(int(each.name.removeprefix("step-")) for each in run.checkpoints.glob("step-*"))
-            raise UserError(
-                f"{run.path}: no checkpoint of step {step}, allowed: {', '.join(map(str, steps)) or 'none'}."
-            )
+            raise UserError(f"--step: got {step}, must be one of {', '.join(map(str, steps)) or 'none'} in {run.path}.")
         return path, f"step-{step}"
     if run.adapter.is_dir():
         return run.adapter, "final"
     newest = run.newest_checkpoint()
     if newest is None:
-        raise UserError(
-            f"{run.path}: nothing is trained yet (no adapter, no checkpoint). Run: qdora train with --resume"
-        )
+        raise UserError(f"{run.path}: has no adapter and no checkpoint yet. Fix: continue qdora train with --resume.")
     return newest.path, newest.path.name
 
 
-ADAPTER_DIRECTORY = "adapter"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory; `label` is the state of a run, or the name of a directory; `run` is None for a model."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    label: str
-    run: RunDirectory | None
-
-
 def is_run(target: str) -> bool:
-    """Whether `target` is a run's directory."""
+    """Whether `target` is a run directory."""
     return (Path(target) / "recipe.yaml").is_file()
 
 
@@ -127,24 +122,26 @@ def load_target(
 ) -> LoadedModel:
     """Load a run with its adapter, or a model: a directory, a Hub id, builtin, a GGUF file.
 
-    A checkpoint that bitsandbytes quantised is held as it is stored; a directory of `qdora export --format nf4-lora`
-    gets its adapter.
+    A checkpoint that bitsandbytes quantised stays as it is stored. A directory of `qdora export --format nf4-lora` gets
+    its adapter.
 
     Args:
         target: What to load.
-        step, base_only: Of a run, see `load_run`.
-        quant: Of a model in full precision: hold its linear layers in nf4, fp4 or int8; None keeps them dense.
-        verb: For messages.
+        step, base_only: For a run, see `load_run`.
+        quant: For a model in full precision: hold its linear layers in nf4, fp4 or int8. None: dense.
+        verb: The command, for messages.
     Raises:
-        UserError: Options that do not belong to such a target, or what loading refuses.
+        UserError: Options that do not fit the target, or what loading refuses.
     """
     if is_run(target):
         if quant is not None:
-            raise UserError(f"--quant: a run has a base of its own, got {quant!r} for {target}.")
+            raise UserError(
+                f"--quant: is not used with a run, whose recipe says it, got {target}. Fix: remove --quant."
+            )
         trained = load_run(Path(target), step=step, base_only=base_only)
-        return LoadedModel(trained.model, trained.tokenizer, trained.state, trained.run)
+        return LoadedModel(model=trained.model, tokenizer=trained.tokenizer, label=trained.state, run=trained.run)
     if step is not None or base_only:
-        raise UserError(f"{verb}: --step and --base belong to a run, got {target}.")
+        raise UserError(f"{verb}: --step and --base are used only with a run, got {target}. Fix: remove them.")
     source = resolve(target)
     compute = choose_compute("auto")
     tokenizer = load_tokenizer(source)
@@ -154,11 +151,11 @@ def load_target(
     if source.kind == "directory" and (adapter / CONFIG_FILE).is_file():
         load_adapter(model, adapter)
         model.eval()
-    return LoadedModel(model, tokenizer, Path(target).name, None)
+    return LoadedModel(model=model, tokenizer=tokenizer, label=Path(target).name, run=None)
 
 
 def _stored_form(source: ModelSource) -> dict[str, Any]:
-    """How the checkpoint holds its linear layers, as settings of `load_model`."""
+    """The quantisation of the checkpoint, as settings of `load_model`."""
     kind = None if source.is_gguf else stored_kind(getattr(load_config(source), "quantization_config", None))
     if kind is None:
         return {"quant": "none"}

@@ -1,7 +1,4 @@
-"""The model card of an exported model: README.md with the Hub's front matter.
-
-The model card of a run and of what is exported from it.
-"""
+"""The model card of a run or of an export: README.md with the Hub's front matter."""
 
 from __future__ import annotations
 
@@ -30,27 +27,29 @@ from qdora.run.task_conflicts import interference_in_words
 from qdora.run.validation import adapter_in_words, stored_results
 
 Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf", "peft"]
+"""What the directory of a card holds."""
 
 _CONTENTS: dict[Form, str] = {
-    "run": "This directory is the run: `adapter/` is what was trained, in PEFT's format, on the quantised base.",
+    "run": "This is a run directory. `adapter/` holds the trained adapter in PEFT's format, for the quantised base.",
     "merged": (
-        "Base and adapter are merged into one dense weight per layer: the quantised base was dequantised and the "
-        "adapter applied in float32, and the result rounded once."
+        "Base and adapter are merged into one dense weight per layer. The quantised base was dequantised, the adapter "
+        "was applied in float32, and the result was rounded once."
     ),
     "original": (
-        "The adapter is merged on the original weights of the base, with the norm of DoRA taken anew there; it was "
-        "trained on the quantised base, so this is a relative of the trained model and not that model."
+        "The adapter is merged into the original weights of the base; the norm of DoRA was computed again there. The "
+        "adapter was trained on the quantised base, so this is not exactly the trained model."
     ),
     "requantized": (
-        "Base and adapter are merged in float32 and quantised again to 4 bits, as a bitsandbytes checkpoint: a second "
-        "rounding on top of the one that the adapter was trained on."
+        "Base and adapter are merged in float32 and quantised to 4 bits again, as a bitsandbytes checkpoint. This "
+        "rounds a second time, after the rounding that the adapter was trained on."
     ),
     "peft": (
-        "This is the adapter alone, in PEFT's format, as it was trained. It belongs on the base quantised as the table "
-        "says, by bitsandbytes: on other weights it is another model. `qdora.json` has the exact scale of every layer."
+        "This is the trained adapter alone, in PEFT's format. Load it on the base that the table names, quantised by "
+        "bitsandbytes as the table says; on other weights it is another model. `qdora.json` holds the exact scale of "
+        "every layer."
     ),
     "gguf": (
-        "Base and adapter are merged into one dense weight per layer in float32, and written by llama.cpp's own "
+        "Base and adapter are merged in float32 into one dense weight per layer, and written by llama.cpp's own "
         "converter. Every tensor was compared with the merge.\n\n"
         "```bash\n"
         "llama-server -m model-*.gguf\n"
@@ -58,10 +57,10 @@ _CONTENTS: dict[Form, str] = {
         "```"
     ),
     "nf4-lora": (
-        "The base is a bitsandbytes 4-bit checkpoint into whose block scales the gain of DoRA is multiplied; "
-        "`adapter/` is the plain LoRA that belongs on it. Together they are the trained model without a further "
-        "rounding to 4 bits. The block scales are not double quantised, and must not be: that rounds each of them to "
-        "8 bits. The base without the adapter is not the model that training started from.\n\n"
+        "The base is a bitsandbytes 4-bit checkpoint. Its block scales are multiplied by the gain of DoRA, and "
+        "`adapter/` is the plain LoRA for it. Together they are the trained model, without another rounding to 4 bits. "
+        "Do not double quantise the block scales: that rounds each of them to 8 bits. The base without the adapter is "
+        "not the model that training started from.\n\n"
         "```python\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
@@ -70,134 +69,21 @@ _CONTENTS: dict[Form, str] = {
     ),
 }
 _CHECKED: dict[Form, str] = {
-    "run": "",
     "merged": "merged",
     "original": "merged on the original weights",
     "requantized": "merged and quantised again",
     "nf4-lora": "4-bit base and LoRA",
     "gguf": "GGUF",
-    "peft": "",
 }
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card says. Everything is optional but the base; what is not known is left out, never guessed."""
-
-    base_name: str
-    base_revision: str | None = None
-    title: str = "Merged model"
-    form: Form = "merged"
-    """What the directory holds."""
-    licence: Licence | None = None
-    """Of the base; the data's licences are the reader's to check."""
-    licence_files: Sequence[str] = ()
-    """Names of the base's licence texts that lie beside the card."""
-    method: Mapping[str, Any] = field(default_factory=dict)
-    """Setting -> value: adapter kind, rank, alpha, base quantisation, steps, learning rate."""
-    data: Sequence[str] = ()
-    data_ids: Sequence[str] = ()
-    """Those of the data sets that are on the Hub."""
-    metric_names: Sequence[str] = ()
-    """Columns of the table: "base", "adapter", "merged"."""
-    metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """Row of the table -> one number a column."""
-    notes: Sequence[str] = ()
-    """Sentences that a reader of the table has to know, below it."""
-    verification: Mapping[str, Any] | None = None
-    """From the verification of the export."""
-    interference: str = ""
-    """What the tasks do to each other, in words."""
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-
-def model_card(facts: CardFacts) -> str:
-    """The text of README.md; the same facts give the same text.
-
-    Raises:
-        ValueError: A row of metrics with another number of values than there are columns.
-    """
-    library = facts.form if facts.form in ("gguf", "peft") else "transformers"
-    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["qdora"]}
-    if not facts.base_name.startswith((".", "/")) and "/" in facts.base_name:
-        front["base_model"] = facts.base_name
-        front["base_model_relation"] = "adapter" if facts.form == "peft" else "finetune"
-    if facts.data_ids:
-        front["datasets"] = sorted(set(facts.data_ids))
-    if facts.licence is not None:
-        front["license"] = facts.licence.id
-        front |= {key: value for key, value in _licence_details(facts.licence).items() if value is not None}
-    parts = [f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---", f"# {facts.title}"]
-    revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
-    parts.append(
-        f"Fine-tuned from `{facts.base_name}`{revision} with qdora {qdora.__version__}. " + _CONTENTS[facts.form]
-    )
-    if facts.method:
-        parts.append(
-            "## Training\n\n" + markdown_table(("setting", "value"), [(k, str(v)) for k, v in facts.method.items()])
-        )
-    if facts.data:
-        parts.append("## Data\n\n" + "\n".join(f"- {markdown_cell(name)}" for name in facts.data))
-    if facts.metrics:
-        parts.append(
-            "\n\n".join(["## Results", _metrics(facts), *(f"**{markdown_cell(note)}**" for note in facts.notes)])
-        )
-    if facts.interference:
-        parts.append("## Interference\n\n" + facts.interference)
-    if facts.verification is not None:
-        parts.append("## Verification\n\n" + _verification(facts.verification, _CHECKED[facts.form]))
-    if facts.versions:
-        parts.append(
-            "## Versions\n\n" + ", ".join(f"{markdown_cell(k)} {markdown_cell(v)}" for k, v in facts.versions.items())
-        )
-    parts.append("## Licence\n\n" + _licence(facts))
-    return "\n\n".join(parts) + "\n"
-
-
-def _licence_details(licence: Licence) -> dict[str, str | None]:
-    return {"license_name": licence.name, "license_link": licence.link}
-
-
-def _licence(facts: CardFacts) -> str:
-    licence = facts.licence
-    if licence is None:
-        text = "The licence of the base applies to this model, too; its files do not name it."
-    else:
-        named = f"`{licence.name or licence.id}`"
-        text = f"The base is licensed as {f'[{named}]({licence.link})' if licence.link else named}"
-        text += ", which applies to this model, too."
-    if facts.licence_files:
-        text += f" Its own texts are beside this card: {', '.join(f'`{name}`' for name in facts.licence_files)}."
-    return text + " The data sets carry licences of their own."
-
-
-def _metrics(facts: CardFacts) -> str:
-    for name, values in facts.metrics.items():
-        if len(values) != len(facts.metric_names):
-            raise ValueError(f"metrics of {name!r}: {len(values)} values for {len(facts.metric_names)} columns.")
-    rows = [(name, *("" if v is None else f"{v:.4g}" for v in values)) for name, values in facts.metrics.items()]
-    return markdown_table(("", *facts.metric_names), rows)
-
-
-def _verification(verification: Mapping[str, Any], name: str) -> str:
-    rows = [
-        (
-            label,
-            *(
-                f"{verification[key][name]:.3g}"
-                for name in ("max_logit_difference", "mean_logit_difference", "kl_mean")
-            ),
-            f"{100 * verification[key]['argmax_agreement']:.2f} %",
-        )
-        for key, label in (
-            ("exported_vs_reference", f"{name}, adapter in float32"),
-            ("exported_vs_running", f"{name}, adapter in {verification['running_dtype']}"),
-            ("reference_vs_running", f"adapter in float32, adapter in {verification['running_dtype']}"),
-        )
-    ]
-    table = markdown_table(("compared", "largest logit difference", "mean", "mean KL (nats)", "same argmax"), rows)
-    result = "passed" if verification["passed"] else "FAILED"
-    return f"{result} on {verification['num_positions']} tokens.\n\n{table}"
+def card_files(
+    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, *, form: Form
+) -> dict[str, str]:
+    """Name -> text of the card of an export and of the licence files of its base. Arguments as of `run_card`."""
+    source = _source(recipe)
+    files = {} if source is None else licence_files(source)
+    return files | {"README.md": run_card(run, recipe, state, check, form=form)}
 
 
 def run_card(
@@ -206,37 +92,45 @@ def run_card(
     """README.md of a run or of an export.
 
     Args:
-        run: For the name and the kept evaluations.
-        recipe: Of the run.
-        state: "final" or "step-N": which evaluation stands for the adapter.
-        form: What the directory holds: the run, or one of the export formats.
+        run: For its name and the evaluations that it keeps.
+        recipe: The recipe of the run.
+        state: "final" or "step-N": the state of the adapter that the card describes.
         check: What the verification of an export returned.
+        form: What the directory holds.
     """
     adapter, base = recipe.adapter, recipe.base
-    versions = package_versions(("torch", "transformers"))
     source = _source(recipe)
+    name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
     ids = [_data_id(each) for each in recipe.data.mix]
-    seen = _seen(run)
-    step = int(state.removeprefix("step-")) if state.startswith("step-") else None
-    results = stored_results(run, step)
+    mix, plan = _read(run, "mix.json"), _read(run, "plan.json")
+    seen = {
+        each["name"]: f" ({each['num_draws']:,} examples, {each['share_seen']:.1%} of all)"
+        for each in mix.get("sources", ())
+    }
+    results = stored_results(run, int(state.removeprefix("step-")) if state.startswith("step-") else None)
     tasks = list(results["adapter"].tasks) if "adapter" in results else []
     worse = worse_than_base(results["base"], results["adapter"]) if len(results) == 2 else []
     sizes = f", rank {adapter.rank}, alpha {adapter.alpha:g}" if adapter.kind in ("lora", "dora") else ""
+    method: dict[str, Any] = {
+        "adapter": adapter.kind + sizes,
+        "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
+        "learning rate": recipe.train.lr,
+        "state": adapter_in_words(run) if state == "final" else state,
+    }
+    if mix:
+        method["steps"] = f"{mix['num_steps']:,}, {mix['num_draws']:,} examples"
+    if plan:
+        method["planned peak"] = f"{size_text(plan['peak_bytes'])} on {plan['device']}"
+    versions = package_versions(("torch", "transformers"))
     return model_card(
         CardFacts(
-            base_name=base_name(recipe),
+            base_name=name or Path(recipe.model.source).name,
             base_revision=recipe.model.revision if source is None else source.revision,
             title=run.path.resolve().name,
             form=form,
             licence=None if source is None else licence_of(source),
             licence_files=() if source is None or form == "run" else list(licence_files(source)),
-            method={
-                "adapter": adapter.kind + sizes,
-                "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
-                "learning rate": recipe.train.lr,
-                "state": adapter_in_words(run) if state == "final" else state,
-                **_planned(run),
-            },
+            method=method,
             data=[_data(each, id_) + seen.get(each.label, "") for each, id_ in zip(recipe.data.mix, ids, strict=True)],
             data_ids=[id_ for id_ in ids if id_ is not None],
             metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],
@@ -249,31 +143,15 @@ def run_card(
     )
 
 
-def card_files(
-    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, *, form: Form
-) -> dict[str, str]:
-    """Name -> text of the card of an export and of the licence files of its base."""
-    source = _source(recipe)
-    files = {} if source is None else licence_files(source)
-    return files | {"README.md": run_card(run, recipe, state, check, form=form)}
-
-
-def base_name(recipe: Recipe) -> str:
-    """The base as strangers know it: its Hub id, or the last part of its path here."""
-    source = recipe.model.source
-    if source == BUILTIN:
-        return BUILTIN_HUB_ID
-    return public_name(source) or Path(source).name
-
-
 def _source(recipe: Recipe) -> ModelSource | None:
     try:
         return find_source(recipe, weights=False)
-    except UserError:  # moved, or not to be reached: the card says less
+    except UserError:  # moved or not reachable: the card says less
         return None
 
 
 def _data_id(source: SourceConfig) -> str | None:
+    """The data set's id on the Hub; None for a file or a built-in demo."""
     if source.task in HUB_TASKS:
         return HUB_TASKS[source.task].id
     return None if source.source is None or is_path(source.source) else source.source
@@ -283,26 +161,122 @@ def _data(source: SourceConfig, id_: str | None) -> str:
     return source.label if id_ is None else f"{source.label}: [{id_}](https://huggingface.co/datasets/{id_})"
 
 
-def _planned(run: RunDirectory) -> dict[str, str]:
-    """Of the run's plans: its steps, and its peak of memory where it was planned."""
-    mix, plan = _read(run, "mix.json"), _read(run, "plan.json")
-    found = {"steps": f"{mix['num_steps']:,}, {mix['num_draws']:,} examples"} if mix else {}
-    if plan:
-        found["planned peak"] = f"{size_text(plan['peak_bytes'])} on {plan['device']}"
-    return found
-
-
-def _seen(run: RunDirectory) -> dict[str, str]:
-    """Source -> how much of it the run has seen."""
-    return {
-        each["name"]: f" ({each['num_draws']:,} examples, {each['share_seen']:.1%} of all)"
-        for each in (_read(run, "mix.json") or {}).get("sources", ())
-    }
-
-
-def _read(run: RunDirectory, name: str) -> dict[str, Any] | None:
+def _read(run: RunDirectory, name: str) -> dict[str, Any]:
+    """A JSON file of the run; empty if there is none."""
     file = run.inside(name)
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card says. All but the base is optional: what is not known is left out, never guessed."""
+
+    base_name: str
+    base_revision: str | None = None
+    title: str = "Merged model"
+    form: Form = "merged"
+    licence: Licence | None = None
+    """Licence of the base."""
+    licence_files: Sequence[str] = ()
+    """Names of the base's licence files that are beside the card."""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """Setting -> value: adapter kind, rank, alpha, base quantisation, steps, learning rate."""
+    data: Sequence[str] = ()
+    data_ids: Sequence[str] = ()
+    """Ids of the data sets that are on the Hub."""
+    metric_names: Sequence[str] = ()
+    """Columns of the table: "base", "adapter", "merged"."""
+    metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """Row of the table -> one number a column."""
+    notes: Sequence[str] = ()
+    """Warnings below the table."""
+    verification: Mapping[str, Any] | None = None
+    """Result of the verification of the export."""
+    interference: str = ""
+    """How the tasks influence each other, in words."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def model_card(facts: CardFacts) -> str:
+    """The text of README.md; the same facts give the same text.
+
+    Raises:
+        ValueError: A row of metrics has another number of values than there are columns.
+    """
+    library = facts.form if facts.form in ("gguf", "peft") else "transformers"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["qdora"]}
+    if not facts.base_name.startswith((".", "/")) and "/" in facts.base_name:
+        front["base_model"] = facts.base_name
+        front["base_model_relation"] = "adapter" if facts.form == "peft" else "finetune"
+    if facts.data_ids:
+        front["datasets"] = sorted(set(facts.data_ids))
+    if facts.licence is not None:
+        named = {"license": facts.licence.id, "license_name": facts.licence.name, "license_link": facts.licence.link}
+        front |= {key: value for key, value in named.items() if value is not None}
+    revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
+        f"# {facts.title}",
+        f"Fine-tuned from `{facts.base_name}`{revision} with qdora {qdora.__version__}. {_CONTENTS[facts.form]}",
+    ]
+    if facts.method:
+        parts.append(
+            "## Training\n\n" + markdown_table(("setting", "value"), [(k, str(v)) for k, v in facts.method.items()])
+        )
+    if facts.data:
+        parts.append("## Data\n\n" + "\n".join(f"- {markdown_cell(name)}" for name in facts.data))
+    if facts.metrics:
+        parts += ["## Results", _metrics(facts), *(f"**{markdown_cell(note)}**" for note in facts.notes)]
+    if facts.interference:
+        parts.append("## Interference\n\n" + facts.interference)
+    if facts.verification is not None:
+        parts.append("## Verification\n\n" + _verification(facts.verification, _CHECKED[facts.form]))
+    if facts.versions:
+        parts.append(
+            "## Versions\n\n" + ", ".join(f"{markdown_cell(k)} {markdown_cell(v)}" for k, v in facts.versions.items())
+        )
+    parts.append("## Licence\n\n" + _licence(facts))
+    return "\n\n".join(parts) + "\n"
+
+
+def _licence(facts: CardFacts) -> str:
+    licence = facts.licence
+    if licence is None:
+        text = "The licence of the base also applies to this model; its files do not name one."
+    else:
+        named = f"`{licence.name or licence.id}`"
+        text = f"The base has the licence {f'[{named}]({licence.link})' if licence.link else named}, which also applies"
+        text += " to this model."
+    if facts.licence_files:
+        text += f" Its texts are beside this card: {', '.join(f'`{name}`' for name in facts.licence_files)}."
+    return text + " The data sets have their own licences."
+
+
+def _metrics(facts: CardFacts) -> str:
+    for name, values in facts.metrics.items():
+        if len(values) != len(facts.metric_names):
+            raise ValueError(f"metrics of {name!r}: {len(values)} values for {len(facts.metric_names)} columns.")
+    rows = [(name, *("" if v is None else f"{v:.4g}" for v in values)) for name, values in facts.metrics.items()]
+    return markdown_table(("", *facts.metric_names), rows)
+
+
+def _verification(verification: Mapping[str, Any], form: str) -> str:
+    running = f"adapter in {verification['running_dtype']}"
+    compared = {
+        "exported_vs_reference": f"{form}, adapter in float32",
+        "exported_vs_running": f"{form}, {running}",
+        "reference_vs_running": f"adapter in float32, {running}",
+    }
+    numbers = ("max_logit_difference", "mean_logit_difference", "kl_mean")
+    rows = [
+        (
+            label,
+            *(f"{verification[key][name]:.3g}" for name in numbers),
+            f"{100 * verification[key]['argmax_agreement']:.2f} %",
+        )
+        for key, label in compared.items()
+    ]
+    table = markdown_table(("compared", "largest logit difference", "mean", "mean KL (nats)", "same argmax"), rows)
+    result = "passed" if verification["passed"] else "FAILED"
+    return f"{result} on {verification['num_positions']} tokens.\n\n{table}"

@@ -1,4 +1,4 @@
-"""Before a run loads its model: data, loader, number of steps, plan, and every fault that is known by then."""
+"""What happens before a run loads its model: read the data, plan, and check the recipe against both."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from qdora.train.task_weights import task_weight_faults
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that may start."""
+    """A run that passed all checks and can start."""
 
     given: Recipe
-    """The recipe as it was given, which the run directory keeps."""
+    """The recipe as it was given; the run directory keeps it."""
     recipe: Recipe
-    """The recipe as it is run: `memory.budget: auto` may have changed it."""
+    """The recipe that runs: `memory.budget: auto` may have changed it."""
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     compute: Compute
@@ -53,24 +53,24 @@ class PreparedRun:
     memory_plan: Plan | None
     """None without memory.budget."""
     calibration: Tensor | None
-    """What pruning measures on, (sequences, length) int64; None where it measures nothing."""
+    """Token ids on which pruning measures inputs, (sequences, length) int64; None if it measures none."""
 
 
 def prepare(recipe: Recipe, directory: Path, processes: Processes, *, force: bool) -> PreparedRun:
-    """Read the data, plan the run, and check both against the machine; loads no weights and writes nothing.
+    """Read the data, plan the run, and check both against the machine. Loads no weights and writes nothing.
 
     Args:
         recipe: What to run.
         directory: The run directory, for messages.
-        processes: The processes that train the run; each loads its share of the data.
-        force: Only warn where the plan is over memory.budget.
+        processes: The processes that train the run; each takes its share of the data.
+        force: Only warn if the plan is over memory.budget.
     Raises:
-        UserError: All faults of the recipe, of its data or of the plan.
+        UserError: All faults of the recipe, its data or the plan.
     """
     faults = missing_files(recipe, str(directory))
     if faults:
         raise UserError(*faults)
-    # Without a plan the weights are fetched first: a model that is not there fails before the data is read.
+    # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source, tokenizer = find_model(recipe, weights=recipe.memory.budget is None)
     train, validation = read_data(recipe.data)
     mix = tokenized_mix(recipe, tokenizer, train)
@@ -79,14 +79,14 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, force: boo
     mix_plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
     _check(recipe, compute, validation, num_steps, loader)
-    allowed, memory_plan = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
+    applied, memory_plan = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
     if memory_plan is not None:
-        source = find_source(allowed)
-        loader.micro_batch_tokens = micro_batch_tokens(allowed)
-    pruned = allowed.base.prune is not None
+        source = find_source(applied)
+        loader.micro_batch_tokens = micro_batch_tokens(applied)
+    pruned = applied.base.prune is not None
     return PreparedRun(
         given=recipe,
-        recipe=allowed,
+        recipe=applied,
         source=source,
         tokenizer=tokenizer,
         compute=compute,
@@ -95,19 +95,19 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, force: boo
         num_steps=num_steps,
         mix_plan=mix_plan,
         memory_plan=memory_plan,
-        calibration=calibration_tokens(allowed, tokenizer, mix, load_config(source)) if pruned else None,
+        calibration=calibration_tokens(applied, tokenizer, mix, load_config(source)) if pruned else None,
     )
 
 
 def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:
-    """Names of the sources that are evaluated: eval.tasks, or by default all with validation data."""
+    """Names of the sources that are evaluated: eval.tasks; by default all with validation data."""
     return list(validation) if recipe.eval.tasks is None else recipe.eval.tasks
 
 
 def _check(
     recipe: Recipe, compute: Compute, validation: dict[str, list[Example]], num_steps: int, loader: StepLoader
 ) -> None:
-    """Raise all that the machine and the data have against the recipe."""
+    """Raise UserError with all settings that do not fit the machine or the data."""
     faults = _machine_faults(recipe, compute)
     asked = evaluated_sources(recipe, validation)
     evaluated = {name: validation[name] for name in asked if name in validation}
@@ -118,7 +118,7 @@ def _check(
     faults += task_weight_faults(recipe, loader)
     known = ", ".join(validation) or "none"
     faults += [
-        f"eval.tasks: {name!r} has no validation data in this mix, allowed: {known}."
+        f"eval.tasks: {name!r} has no validation data in this mix, must be one of {known}."
         for name in recipe.eval.tasks or ()
         if name not in validation
     ]
@@ -134,15 +134,17 @@ def _check(
 def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
     faults = []
     if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
-        faults.append("model.dtype: float16 gradients underflow without loss scaling, allowed: bfloat16, float32.")
+        faults.append(
+            "model.dtype: got float16, must be bfloat16 or float32 for training: float16 gradients underflow."
+        )
     if recipe.base.residency == "host" and compute.device.type != "cuda":
         faults.append(NO_GPU)
     if recipe.base.residency == "disk" and compute.device.type != "cpu":
-        faults.append("base.residency: disk is for machines without a GPU, allowed here: device, host.")
-    needs_gpu = {
-        "memory.offload_activations": recipe.memory.offload_activations,
-        "memory.host_embeddings": recipe.memory.host_embeddings,
-    }
+        faults.append("base.residency: got disk, must be device or host on a machine with a GPU.")
     if compute.device.type != "cuda":
-        faults += [f"{name}: needs a GPU, got true, allowed here: false." for name, on in needs_gpu.items() if on]
+        faults += [
+            f"memory.{name}: got true, must be false on a machine without a GPU."
+            for name in ("offload_activations", "host_embeddings")
+            if getattr(recipe.memory, name)
+        ]
     return faults

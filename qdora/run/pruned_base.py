@@ -1,4 +1,4 @@
-"""The base of a run as it trains: loaded, or pruned once and read from the run directory ever after."""
+"""The base of a run: loaded, or with base.prune pruned once into the run directory and read from there."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from qdora.train.distributed import Processes
 logger = logging.getLogger("qdora")
 
 FOLDER = "base"
-"""Folder of a run directory that holds its compressed base."""
+"""Folder of a run directory that holds its pruned base."""
 
 SharedBases = Callable[[str, Callable[[Path], None]], Path]
-"""Of several runs: (key, what fills an empty directory) -> that directory, made by the first run that asks."""
+"""Bases that several runs share: (key, function that fills an empty directory) -> that directory."""
 
 
 def compress_base(
@@ -90,9 +90,9 @@ def base_of_run(
     resume: bool,
     shared: SharedBases | None = None,
 ) -> PreTrainedModel:
-    """The frozen base of a run; the first process prunes it where the recipe asks for that, and all read its files.
+    """The frozen base of a run. With base.prune the first process prunes it, and all processes read its files.
 
-    With `shared` it is pruned once for all runs with the same key; each run has the files in its own directory.
+    With `shared` it is pruned once for all runs with the same key. Each run has the files in its own directory.
     """
     recipe, source, compute = prepared.recipe, prepared.source, prepared.compute
     if recipe.base.prune is None:
@@ -104,14 +104,15 @@ def base_of_run(
         if resume and directory.is_dir():
             return
         with bar(console, "pruning the base") as progress:
+
+            def fill(path: Path) -> None:
+                compress_base(recipe, source, compute, prepared.calibration, path, progress=progress)
+
             if shared is None:
-                compress_base(recipe, source, compute, prepared.calibration, directory, progress=progress)
+                fill(directory)
                 return
-
-            def make(path: Path) -> None:
-                compress_base(recipe, source, compute, prepared.calibration, path / FOLDER, progress=progress)
-
-            made = shared(compression_key(recipe, source, compute, prepared.calibration), make) / FOLDER
+            key = compression_key(recipe, source, compute, prepared.calibration)
+            made = shared(key, lambda path: fill(path / FOLDER)) / FOLDER
         with atomic_directory(directory) as unfinished:
             shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=_link_or_copy)
 
@@ -121,7 +122,7 @@ def base_of_run(
 
 
 def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:
-    """What a compressed base follows from, as 16 hex digits: the model, base.*, the dtype, the calibration tokens."""
+    """A hash of all that decides a pruned base, 16 hex digits: the model, base.*, the dtype, the calibration tokens."""
     facts = {
         "files": fingerprints(source),
         "base": recipe.base.model_dump(mode="json"),
@@ -134,7 +135,7 @@ def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calib
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """The files are only ever replaced, never written to: a second name costs no room."""
+    """Link the file, which takes no room: files of a base are replaced, never changed in place."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without links

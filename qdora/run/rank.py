@@ -1,13 +1,4 @@
-"""What `qdora rank` can be asked for, and what of it does not go together.
-
-Chosen ranks as a recipe: the run's own with another rank_pattern, and the fragment to put into any other.
-
-qdora rank --method gates: the ranks that a run's gates have come to, read from its adapter without the model.
-
-What `qdora rank` measures of a run: the spectrum of each layer, and what else is said of it.
-
-qdora rank: a rank for each layer of a run, from curvature, from the trained update, the gradient or gates.
-"""
+"""qdora rank: a rank for each layer of a run, from its curvature, gradient, trained update or gates, as a recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +20,7 @@ from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
 from qdora.data.batching import MicroBatch
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.loader import StepLoader
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, nearest, not_one_of
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
@@ -41,266 +32,305 @@ from qdora.recipe.recipe_file import load_recipe, recipe_from, resolved_yaml, se
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, load_run, trained_state
 
+logger = logging.getLogger("qdora")
+
 METHODS = ("curvature", "svd", "gradient", "gates")
+NUM_EXAMPLES = 64
+NUM_DRAWS = 16
+MICRO_BATCH_TOKENS = 512
+"""A graph over a graph (eigenvalues, exact curvature) recomputes nothing: about 8 MiB a token of a 135M model."""
+THRESHOLD = 0.9
+"""Share of the energy for the effective ranks that are shown."""
+
+_MEASURES = {
+    "curvature": "worth in nats",
+    "svd": "squared singular value of the update",
+    "gradient": "squared singular value of the gradient",
+}
+
+_USED_BY = {
+    **dict.fromkeys(("budget", "threshold", "max_rank", "layers"), ("curvature", "svd", "gradient")),
+    **dict.fromkeys(("examples", "micro_batch_tokens"), ("curvature", "gradient")),
+    **dict.fromkeys(("draws", "eigenvalues", "curvature", "norm", "over_all"), ("curvature",)),
+}
+"""Field of `RankSettings` -> the methods that use it."""
+
+Spectra = dict[str, LayerSpectrum]
+Details = dict[str, dict[str, Any]]
+"""Layer -> JSON values about it; under "" those about all layers together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankSettings:
-    """What `qdora rank` was asked for; None where an option was left out.
-
-    Attributes:
-        method: curvature, svd, gradient or gates; the last has been chosen while training, so no other option counts.
-        budget: Parameters of the low-rank factors of the chosen layers, or a share of the run's own ("50%"); the
-            run's own if left out.
-        threshold: In place of a budget, each layer gets the fewest components that hold this share of its energy.
-        max_rank: Largest rank of a layer; twice the largest of the run, and with svd that of the layer.
-        draws: Labels drawn for each labelled token, to estimate the curvature along each component; 16. 0 computes it
-            exactly, by one product with the curvature a component (benchmarks/curvature_draws.py compares them).
-        eigenvalues: How many of the curvature by A and B are written beside the ranks, which do not depend on them and
-            cost far less; 0.
-        curvature: Of which matrix they are; hessian.
-        norm: Of DoRA, attached or held, in worths and eigenvalues; attached.
-        layers: Names or patterns; all adapted layers if left out. Those left out keep their rank.
-        examples: Of the run's training mix, from its start; 64.
-        micro_batch_tokens: Most tokens of a micro-batch, padding counted; its graph is most of the memory beyond the
-            model's, with the gradients (`update_gradients`) and the components' directions.
-        over_all: Also the eigenvalues of all chosen layers together.
-    """
+    """What `qdora rank` is asked for."""
 
     method: str = "curvature"
+    """curvature, svd (of the trained update), gradient, or gates (the ranks that the run's own gates chose)."""
     budget: str | None = None
+    """Parameters of the low-rank factors of the chosen layers, or a share of the run's own ("50%"). None: 100%."""
     threshold: float | None = None
+    """Instead of a budget: each layer gets the fewest components that hold this share of its energy."""
     max_rank: int | None = None
+    """Largest rank of a layer. None: twice the largest of the run; svd finds no more than the layer's own."""
     draws: int | None = None
+    """Label samples per token, to estimate the curvature along each component. None: 16. 0: exact, one product with
+    the curvature per component (benchmarks/curvature_draws.py compares them)."""
     eigenvalues: int | None = None
+    """Also compute this many eigenvalues of the curvature by A and B. Slow; they do not influence the ranks."""
     curvature: str | None = None
+    """Matrix of the eigenvalues, one of CURVATURES. None: hessian."""
     norm: str | None = None
+    """Norm of DoRA in worths and eigenvalues: attached or held. None: attached."""
     layers: Sequence[str] = ()
+    """Names or patterns of the layers to choose ranks for; default: all. The others keep their rank."""
     examples: int | None = None
+    """Examples from the start of the run's training mix. None: 64."""
     micro_batch_tokens: int | None = None
+    """Most tokens of a micro-batch, with padding. Its graph takes most of the memory beside the model. None: 512."""
     over_all: bool = False
+    """Also compute the eigenvalues of all chosen layers together."""
 
     def check(self) -> None:
-        """Raises UserError with every fault that shows without the run."""
-        faults = []
+        """Raise UserError with all faults that show without the run."""
         if self.method not in METHODS:
-            faults.append(f"--method: {self.method!r}, allowed: {', '.join(METHODS)}.{nearest(self.method, METHODS)}")
-        for option, value, allowed in (("--curvature", self.curvature, CURVATURES), ("--norm", self.norm, NORMS)):
-            if value is not None and value not in allowed:
-                faults.append(f"{option}: {value!r}, allowed: {', '.join(allowed)}.{nearest(value, allowed)}")
-            if value is not None and self.method != "curvature":
-                faults.append(f"{option}: has no effect with --method {self.method}, allowed: --method curvature.")
-        with_number = (("--draws", self.draws is not None), ("--eigenvalues", self.eigenvalues is not None))
-        for option, given in (("--over-all", self.over_all), *with_number):
-            if given and self.method != "curvature":
-                faults.append(f"{option}: has no effect with --method {self.method}, allowed: --method curvature.")
+            raise UserError(not_one_of("--method", self.method, METHODS))
+        faults = [
+            f"{option}: is used only with --method {' or '.join(methods)}, got --method {self.method}. "
+            f"Fix: remove {option}."
+            for name, methods in _USED_BY.items()
+            for option in [f"--{name.replace('_', '-')}"]
+            if getattr(self, name) != getattr(RankSettings, name) and self.method not in methods
+        ]
+        for option, value, known in (("--curvature", self.curvature, CURVATURES), ("--norm", self.norm, NORMS)):
+            if value is not None and value not in known:
+                faults.append(not_one_of(option, value, known))
         for option, given in (("--over-all", self.over_all), ("--curvature", self.curvature is not None)):
             if given and not self.eigenvalues:
-                faults.append(f"{option}: has no effect without --eigenvalues, allowed: with --eigenvalues 20.")
+                faults.append(f"{option}: is used only with --eigenvalues. Fix: add --eigenvalues 20.")
         if self.draws is not None and self.draws != 0 and self.draws < LEAST_DRAWS:
-            faults.append(f"--draws: {self.draws}, allowed: 0 (exact), or {LEAST_DRAWS} and more.")
-        for option, number in (("--examples", self.examples), ("--micro-batch-tokens", self.micro_batch_tokens)):
-            if number is not None and self.method == "svd":
-                faults.append(f"{option}: --method svd reads no data, allowed: --method curvature or gradient.")
-        if self.method == "gates":
-            options: dict[str, Any] = {"--budget": self.budget, "--threshold": self.threshold}
-            options |= {"--max-rank": self.max_rank, "--layers": self.layers or None, "--examples": self.examples}
-            options |= {"--micro-batch-tokens": self.micro_batch_tokens}
-            chosen = "has no effect with --method gates, whose ranks the run has chosen, allowed: leave it out."
-            faults += [f"{option}: {chosen}" for option, value in options.items() if value is not None]
-        elif self.budget is not None and self.threshold is not None:
-            faults.append("--threshold: given with --budget, allowed: one of them.")
+            faults.append(f"--draws: got {self.draws}, must be 0 (exact) or at least {LEAST_DRAWS}.")
+        if self.budget is not None and self.threshold is not None:
+            faults.append("--threshold: is not used with --budget. Fix: remove one of them.")
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            faults.append(f"--threshold: {self.threshold:g}, allowed: above 0, at most 1.")
+            faults.append(f"--threshold: got {self.threshold:g}, must be above 0 and at most 1.")
         if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
             faults.append(
-                "--budget: an update of the run's ranks says nothing of larger ones, so all ranks would stay; "
-                "allowed: less than 100%, such as 50%, or --threshold."
+                f"--budget: got {self.budget or '100% (default)'}, must be less than 100% with --method svd: an update "
+                "has no components beyond the run's ranks, so all ranks would stay. Fix: --budget 50%, or --threshold."
             )
         if faults:
             raise UserError(*faults)
 
 
-def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Write rank/<method>.yaml: the run's recipe with these ranks and without gates.
+def rank_run(
+    path: Path, asked: RankSettings, *, step: int | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Measure each layer's spectrum, choose the ranks, write them as a recipe.
+
+    Everything is computed in float32 on the dequantised base, whatever dtype the run used. The run itself does not
+    change: results go to <run>/rank/, and curvatures are cached there for the next call.
 
     Args:
-        run: Where to.
-        recipe: Of the run.
-        method: How the ranks were found.
-        ranks: Path -> rank, of all adapted layers.
+        path: Run directory with an adapter.
+        asked: How to choose.
+        step: Checkpoint of the run; None: the finished adapter.
+        console: For progress and ranks; default: standard error and standard output.
     Returns:
-        "fragment" and "recipe", the file's path.
-    """
-    pattern = {name: rank for name, rank in ranks.items() if rank != recipe.adapter.rank}
-    plain = settings(recipe)
-    fragment: dict[str, Any] = {"rank": recipe.adapter.rank, "rank_pattern": pattern}
-    if pattern and not recipe.adapter.rank_pattern:
-        # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
-        fragment["same_scaling"] = True
-    elif pattern:
-        # Another value would also change alpha / rank of the layers that were left out
-        fragment["same_scaling"] = recipe.adapter.same_scaling
-    kept = {key: value for key, value in plain["adapter"].items() if key not in ("same_scaling", "gates")}
-    plain["adapter"] = kept | fragment
-    folder = run.inside("rank")
-    folder.mkdir(exist_ok=True)
-    out = folder / f"{method}.yaml"
-    atomic_write_text(out, resolved_yaml(recipe_from(plain)))
-    return {"fragment": {"adapter": fragment}, "recipe": str(out)}
-
-
-def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None, console: Console) -> dict[str, Any]:
-    """Write the ranks of a run with gates as a recipe and as a map over depth and kind of layer.
-
-    Args:
-        run: Of which.
-        recipe: Its recipe.
-        step: Checkpoint; None: the finished adapter.
-        console: Where the ranks are shown.
-    Returns:
-        JSON values, as in rank/gates.json; "removed_after" has one entry for each component of the start: the steps
-        that had been done when it went, or null.
+        JSON values, as in <run>/rank/<method>.json.
     Raises:
-        UserError: A run without gates, or whose layers differ in alpha / rank.
+        UserError: Wrong arguments, or a run without low-rank adapters.
     """
-    if recipe.adapter.gates is None:
-        raise UserError(f"{run.path}: has no gates, allowed with --method gates: a run with adapter.gates.")
-    if recipe.adapter.rank_pattern and not recipe.adapter.same_scaling:
-        # Each layer has kept the alpha / rank that it started with, and a recipe has one alpha
-        raise UserError(
-            f"{run.path}: adapter.rank_pattern without same_scaling: a recipe cannot say with which scaling the layers "
-            "that have shrunk were trained, allowed with --method gates: runs whose layers start with the same one."
-        )
-    trained, state = trained_state(run, recipe, step)
-    extra = describe_adapter(trained if trained == run.adapter else trained / "adapter").extra or {}
-    layers = extra["gates"]
-    ranks = {name: each["removed_after"].count(None) for name, each in layers.items()}
-    cost = {name: each["parameters_per_rank"] for name, each in layers.items()}
-    starts = {name: len(each["removed_after"]) for name, each in layers.items()}
-    figure = run.inside("rank") / "gates-ranks.svg"
-    document = {
-        "run": str(run.path),
-        "state": state,
-        "method": "gates",
-        "mode": recipe.adapter.gates.mode,
-        "num_parameters": sum(rank * cost[name] for name, rank in ranks.items()),
-        "num_parameters_of_run": sum(rank * cost[name] for name, rank in starts.items()),
-        "layers": {name: {"rank": ranks[name], "rank_of_run": starts[name], **each} for name, each in layers.items()},
-        **write_recipe(run, recipe, "gates", ranks),
-        "figures": [str(figure)],
-    }
-    draw_rank_map(ranks, figure)
-    run.write_json("rank/gates.json", document)
-    title = f"gates: {document['num_parameters']:,} parameters in the factors, at the start "
-    table = Table(title=f"{title}{document['num_parameters_of_run']:,}", title_justify="left")
-    for name in ("layer", "rank", "at the start"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
-    for name, rank in ranks.items():
-        table.add_row(name, str(rank), str(starts[name]))
-    console.print(table)
-    hint = f"to train with these ranks: qdora train {document['recipe']}"
-    console.print(hint, markup=False, highlight=False, soft_wrap=True)
+    asked.check()
+    progress, results = consoles(console)
+    keep_freed_memory()
+    run = open_run(path)
+    recipe = load_recipe(run.recipe_file)
+    faults = rank_faults(path, recipe, asked)
+    if faults:
+        raise UserError(*faults)
+    if asked.method == "gates":
+        document = ranks_of_gates(run, recipe, step)
+    else:
+        document = _measured_ranks(load_run(path, step=step, widened=True), recipe, asked, progress)
+    run.write_json(f"rank/{asked.method}.json", document)
+    _show(results, document)
     return document
 
 
-logger = logging.getLogger("qdora")
+def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
+    """Why no ranks can be chosen for a run with this recipe; empty if they can."""
+    adapter = recipe.adapter
+    if adapter.kind not in ("dora", "lora"):
+        return [f"{path}: adapter.kind: got {adapter.kind}, which has no ranks, must be dora or lora."]
+    faults = []
+    if asked.method == "gates" and adapter.gates is None:
+        faults.append(f"{path}: has no gates. Fix: name a run with adapter.gates, or use another --method.")
+    elif asked.method == "gates" and adapter.rank_pattern and not adapter.same_scaling:
+        # Each layer keeps the alpha / rank that it started with, but a recipe has one alpha.
+        faults.append(
+            f"{path}: adapter.rank_pattern without adapter.same_scaling: the layers started with different scalings, "
+            "which a recipe of the new ranks cannot express. Fix: name a run with adapter.same_scaling: true."
+        )
+    if asked.method != "gates" and adapter.resume_from is not None:
+        faults.append(
+            f"{path}: its ranks come from adapter.resume_from, not from its recipe. "
+            "Fix: name a run without adapter.resume_from."
+        )
+    if asked.norm is not None and adapter.kind == "lora":
+        faults.append("--norm: is not used with LoRA, which has no norm. Fix: remove --norm.")
+    if adapter.mask == "keep" and asked.method == "svd":
+        faults.append(
+            f"{path}: --method svd: with adapter.mask keep the rank of the update is not that of B A, so its singular "
+            "values say nothing about ranks. Fix: --method curvature or gradient."
+        )
+    return faults
 
-NUM_EXAMPLES = 64
-NUM_DRAWS = 16
-MICRO_BATCH_TOKENS = 512
-"""Of a graph over a graph (eigenvalues, exact curvature) nothing is recomputed: about 8 MiB a token of a 135M model."""
 
-
-def measured_spectra(
-    trained: TrainedRun, asked: RankSettings, chosen: Mapping[str, AdaptedLinear], most: int, console: Console
-) -> tuple[dict[str, LayerSpectrum], dict[str, dict[str, Any]]]:
-    """The spectrum of each layer, and what else is said of it; under "" what is said of all."""
-    if asked.method == "svd":
-        found = {name: update_spectrum(layer) for name, layer in chosen.items()}
-        return {name: _first(each, most) for name, each in found.items()}, {}
-    batches, about = training_batches(
-        trained, asked.examples or NUM_EXAMPLES, asked.micro_batch_tokens or MICRO_BATCH_TOKENS
+def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, progress: Console) -> dict[str, Any]:
+    """Ranks from the spectra of the layers, as the document of <run>/rank/<method>.json; writes recipe and figures."""
+    adapted = adapted_layers(trained.model)
+    layers = _chosen(adapted, asked.layers)
+    ranks_now = {name: layer.rank for name, layer in adapted.items()}
+    budget = _budget(asked, layers)
+    measured = _Measured(
+        trained=trained,
+        asked=asked,
+        layers=layers,
+        most=asked.max_rank or 2 * max(ranks_now.values()),
+        norm=cast(Norm, asked.norm or "attached") if recipe.adapter.kind == "dora" else "none",
+        progress=progress,
     )
-    kind = next(iter(chosen.values())).kind
-    limits = {name: min(most, layer.in_features, layer.out_features) for name, layer in chosen.items()}
-    if asked.method == "gradient":
-        with bar(console, "gradients") as progress:
-            # Held is what training follows
-            norm: Norm = "held" if kind == "dora" else "none"
-            found = gradient_spectra(trained.model, list(chosen), batches, most, norm=norm, progress=progress)
-        return {name: _first(each, limits[name]) for name, each in found.items()}, {"": {**about, "norm": norm}}
-    norm = cast(Norm, asked.norm or "attached") if kind == "dora" else "none"
-    return _curvature(trained, asked, chosen, batches, limits, norm, about, console)
+    spectra, details = _MEASURE[asked.method](measured)
+    threshold = asked.threshold or THRESHOLD
+    effective = {name: effective_rank(spectrum, threshold) for name, spectrum in spectra.items()}
+    if asked.threshold is None:
+        ranks = allocate(spectra, budget)
+    else:
+        ranks = {name: rank or len(spectra[name].energies) for name, rank in effective.items()}
+    written = write_recipe(trained.run, recipe, asked.method, {**ranks_now, **ranks})
+    figures = [trained.run.inside("rank") / f"{asked.method}-{kind}.svg" for kind in ("spectra", "ranks")]
+    draw_spectra(spectra, ranks, figures[0], measure=_MEASURES[asked.method])
+    draw_rank_map({**ranks_now, **ranks}, figures[1])
+    return {
+        "run": str(trained.run.path),
+        "state": trained.state,
+        "method": asked.method,
+        **details.pop("", {}),
+        "budget": budget if asked.threshold is None else None,
+        "threshold": threshold,
+        "num_parameters": sum(rank * spectra[name].cost for name, rank in ranks.items()),
+        "num_parameters_of_run": sum(ranks_now[name] * spectra[name].cost for name in ranks),
+        "layers": {
+            name: {
+                "rank": ranks[name],
+                "rank_of_run": ranks_now[name],
+                "effective_rank": effective[name],
+                "parameters_per_rank": spectrum.cost,
+                "total_energy": spectrum.total,
+                "energies": spectrum.energies.tolist(),
+                **details.get(name, {}),
+            }
+            for name, spectrum in spectra.items()
+        },
+        **written,
+        "figures": [str(each) for each in figures],
+    }
 
 
-def _curvature(
-    trained: TrainedRun,
-    asked: RankSettings,
-    chosen: Mapping[str, AdaptedLinear],
-    batches: list[MicroBatch],
-    limits: Mapping[str, int],
-    norm: Norm,
-    about: Mapping[str, Any],
-    console: Console,
-) -> tuple[dict[str, LayerSpectrum], dict[str, dict[str, Any]]]:
-    """The worths of each layer's components; beside them, where asked for, eigenvalues of the curvature by A and B."""
-    state = fingerprint(trained.model, batches)
-    given: dict[str, Any] = {"norm": norm, "cache": trained.run.inside("rank", "cache"), "state": state}
-    draws = NUM_DRAWS if asked.draws is None else asked.draws
-    with bar(console, f"components, norm {norm}") as progress:
-        directions = layer_directions(trained.model, limits, batches, progress=progress, **given)
-    given |= {"draws": draws} if draws else {}
-    with bar(console, f"their curvature, {draws} draws" if draws else "their curvature, exact") as progress:
-        along = drawn_curvatures if draws else exact_curvatures
-        curvatures = along(trained.model, directions, batches, progress=progress, **given)
-    spectra: dict[str, LayerSpectrum] = {}
-    details: dict[str, dict[str, Any]] = {"": {**about, "norm": norm, "draws": draws}}
-    for name, layer in chosen.items():
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """A run whose layers are measured."""
+
+    trained: TrainedRun
+    asked: RankSettings
+    layers: Mapping[str, AdaptedLinear]
+    """Those that get a rank."""
+    most: int
+    """Largest rank that is asked for."""
+    norm: Norm
+    progress: Console
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Layer -> its largest possible rank, at most `most`."""
+        return {name: min(self.most, each.in_features, each.out_features) for name, each in self.layers.items()}
+
+    def batches(self) -> tuple[list[MicroBatch], dict[str, Any]]:
+        """As `training_batches`."""
+        asked = self.asked
+        return training_batches(
+            self.trained, asked.examples or NUM_EXAMPLES, asked.micro_batch_tokens or MICRO_BATCH_TOKENS
+        )
+
+
+def _by_update(run: _Measured) -> tuple[Spectra, Details]:
+    """Squared singular values of each layer's trained update."""
+    return {name: _first(update_spectrum(layer), run.most) for name, layer in run.layers.items()}, {}
+
+
+def _by_gradient(run: _Measured) -> tuple[Spectra, Details]:
+    """Squared singular values of the gradient by each layer's weight."""
+    batches, about = run.batches()
+    norm: Norm = "none" if run.norm == "none" else "held"  # training follows the gradient with the norm held
+    with bar(run.progress, "gradients") as progress:
+        found = gradient_spectra(run.trained.model, list(run.layers), batches, run.most, norm=norm, progress=progress)
+    limits = run.limits
+    return {name: _first(each, limits[name]) for name, each in found.items()}, {"": {**about, "norm": norm}}
+
+
+def _by_curvature(run: _Measured) -> tuple[Spectra, Details]:
+    """Worths of each layer's components; beside them, if asked for, eigenvalues of the curvature by A and B."""
+    batches, about = run.batches()
+    model, limits = run.trained.model, run.limits
+    state = fingerprint(model, batches)
+    given: dict[str, Any] = {"norm": run.norm, "cache": run.trained.run.inside("rank", "cache"), "state": state}
+    draws = NUM_DRAWS if run.asked.draws is None else run.asked.draws
+    with bar(run.progress, f"components, norm {run.norm}") as progress:
+        directions = layer_directions(model, limits, batches, progress=progress, **given)
+    with bar(run.progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as progress:
+        if draws:
+            curvatures = drawn_curvatures(model, directions, batches, draws=draws, progress=progress, **given)
+        else:
+            curvatures = exact_curvatures(model, directions, batches, progress=progress, **given)
+    spectra: Spectra = {}
+    details: Details = {"": {**about, "norm": run.norm, "draws": draws}}
+    for name, layer in run.layers.items():
         found, curvature = directions[name], curvatures[name]
         components = Components(found.sizes, found.slopes, curvature.values, curvature.errors, found.tail)
         spectra[name] = components.spectrum(limits[name], layer.in_features + layer.out_features)
         details[name] = {"components": components.to_dict()}
-    for name, spectrum in _eigenvalues(trained, asked, list(chosen), batches, norm, state, console).items():
-        details[name]["spectrum" if name else "over_all"] = spectrum
+    if run.asked.eigenvalues:
+        for name, spectrum in _eigenvalues(run, batches, state).items():
+            details[name]["spectrum" if name else "over_all"] = spectrum
     return spectra, details
 
 
-def _eigenvalues(
-    trained: TrainedRun,
-    asked: RankSettings,
-    names: list[str],
-    batches: list[MicroBatch],
-    norm: Norm,
-    state: str,
-    console: Console,
-) -> dict[str, dict[str, Any]]:
-    """Layer -> the largest eigenvalues of the curvature by its factors; under "" of all layers' together."""
-    if not asked.eigenvalues:
-        return {}
-    settings = CurvatureSettings(cast(Curvature, asked.curvature or "hessian"), norm, num_eigenvalues=asked.eigenvalues)
-    cache = trained.run.inside("rank", "cache")
-    scopes = {name: [name] for name in names} | ({"": names} if asked.over_all else {})
-    found = {}
-    with bar(console, f"{settings.curvature}, norm {norm}") as progress:
+_MEASURE = {"svd": _by_update, "gradient": _by_gradient, "curvature": _by_curvature}
+
+
+def _eigenvalues(run: _Measured, batches: list[MicroBatch], state: str) -> Details:
+    """Layer -> the largest eigenvalues of the curvature by its factors; under "" those of all layers together."""
+    asked = run.asked
+    settings = CurvatureSettings(
+        cast(Curvature, asked.curvature or "hessian"), run.norm, num_eigenvalues=cast(int, asked.eigenvalues)
+    )
+    cache = run.trained.run.inside("rank", "cache")
+    scopes = {name: [name] for name in run.layers} | ({"": list(run.layers)} if asked.over_all else {})
+    found: Details = {}
+    with bar(run.progress, f"{settings.curvature}, norm {run.norm}") as progress:
         for number, (scope, layers) in enumerate(scopes.items()):
             progress(number, len(scopes))
-            result = curvature_spectrum(trained.model, layers, batches, settings, cache=cache, state=state)
+            result = curvature_spectrum(run.trained.model, layers, batches, settings, cache=cache, state=state)
             found[scope] = result.to_dict()
-            logger.info(
-                "%s: largest eigenvalue %.4g, %d products, %.1f s.",
-                scope or "all layers",
-                result.top.values[0],
-                result.num_matvecs,
-                result.seconds,
-            )
+            text = "%s: largest eigenvalue %.4g, %d products, %.1f s."
+            logger.info(text, scope or "all layers", result.top.values[0], result.num_matvecs, result.seconds)
     return found
 
 
 def training_batches(
     trained: TrainedRun, num_examples: int, micro_batch_tokens: int
 ) -> tuple[list[MicroBatch], dict[str, Any]]:
-    """The first examples of the run's training mix in micro-batches, and how many tokens they are."""
+    """The first examples of the run's training mix in micro-batches, and their counts."""
     recipe = trained.recipe
     train, _ = read_data(recipe.data)
     mix = tokenized_mix(recipe, trained.tokenizer, train)
@@ -326,95 +356,10 @@ def _first(spectrum: LayerSpectrum, most: int) -> LayerSpectrum:
     return LayerSpectrum(spectrum.energies[:most], spectrum.total, spectrum.cost)
 
 
-THRESHOLD = 0.9
-
-_MEASURES = {
-    "curvature": "worth in nats",
-    "svd": "squared singular value of the update",
-    "gradient": "squared singular value of the gradient",
-}
-
-
-def rank_run(
-    path: Path, asked: RankSettings, *, step: int | None = None, console: Console | None = None
-) -> dict[str, Any]:
-    """Measure each layer's spectrum, choose the ranks, write them as a recipe.
-
-    Everything is computed in float32 on the dequantised base, whatever the run computed in. Nothing of the run itself
-    changes; results go to <run>/rank/, and what curvature has computed is kept there for a next call.
-
-    Args:
-        path: Run directory with an adapter.
-        asked: What to do.
-        step: Checkpoint of the run; None takes the finished adapter.
-        console: Where progress and ranks are shown; standard error by default.
-    Returns:
-        JSON values, as in <run>/rank/<method>.json.
-    Raises:
-        UserError: Wrong arguments, or a run without adapters.
-    """
-    asked.check()
-    console, results = consoles(console)
-    keep_freed_memory()
-    recipe = load_recipe(open_run(path).recipe_file)
-    if recipe.adapter.kind not in ("dora", "lora"):
-        raise UserError(f"{path}: adapter.kind {recipe.adapter.kind} has no ranks, allowed: a run of dora or lora.")
-    if asked.method == "gates":
-        return ranks_of_gates(open_run(path), recipe, step, results)
-    if recipe.adapter.resume_from is not None:
-        raise UserError(f"{path}: its ranks come from adapter.resume_from, allowed: a run that made its own adapter.")
-    if asked.norm is not None and recipe.adapter.kind == "lora":
-        raise UserError("--norm: LoRA has no norm, allowed: leave it out.")
-    if recipe.adapter.mask == "keep" and asked.method == "svd":
-        raise UserError(
-            f"{path}: --method svd: under adapter.mask keep the update is not of the rank of B A, so its singular "
-            "values say nothing of ranks, allowed: --method curvature or gradient."
-        )
-    trained = load_run(path, step=step, widened=True)
-    adapted = adapted_layers(trained.model)
-    chosen = _chosen(adapted, asked.layers)
-    ranks_now = {name: layer.rank for name, layer in adapted.items()}
-    budget = _budget(asked, chosen)
-    most = asked.max_rank or 2 * max(ranks_now.values())
-    spectra, details = measured_spectra(trained, asked, chosen, most, console)
-    threshold = asked.threshold or THRESHOLD
-    effective = {name: effective_rank(spectrum, threshold) for name, spectrum in spectra.items()}
-    if asked.threshold is None:
-        ranks = allocate(spectra, budget)
-    else:
-        ranks = {name: rank or len(spectra[name].energies) for name, rank in effective.items()}
-    document = {
-        "run": str(path),
-        "state": trained.state,
-        "method": asked.method,
-        **details.pop("", {}),
-        "budget": budget if asked.threshold is None else None,
-        "threshold": threshold,
-        "num_parameters": sum(rank * spectra[name].cost for name, rank in ranks.items()),
-        "num_parameters_of_run": sum(ranks_now[name] * spectra[name].cost for name in ranks),
-        "layers": {
-            name: {
-                "rank": ranks[name],
-                "rank_of_run": ranks_now[name],
-                "effective_rank": effective[name],
-                "parameters_per_rank": spectrum.cost,
-                "total_energy": spectrum.total,
-                "energies": spectrum.energies.tolist(),
-                **details.get(name, {}),
-            }
-            for name, spectrum in spectra.items()
-        },
-    }
-    document |= _write(trained, asked, recipe, {**ranks_now, **ranks}, spectra)
-    trained.run.write_json(f"rank/{asked.method}.json", document)
-    _show(results, document)
-    return document
-
-
 def _chosen(adapted: Mapping[str, AdaptedLinear], patterns: Sequence[str]) -> dict[str, AdaptedLinear]:
     last_parts = sorted({name.rpartition(".")[2] for name in adapted})
     faults = [
-        f"--layers: {pattern!r} is no adapted layer, allowed: {', '.join(last_parts)}, a path or a pattern."
+        f"--layers: {pattern!r} matches no adapted layer, must be {', '.join(last_parts)}, a path or a pattern."
         f"{nearest(pattern, last_parts)}"
         for pattern in patterns
         if not any(matches(name, pattern) for name in adapted)
@@ -432,37 +377,84 @@ def _budget(asked: RankSettings, chosen: Mapping[str, AdaptedLinear]) -> int:
     except ValueError:
         budget = 0
     if budget < 1:
-        raise UserError(f"--budget: {text!r}, allowed: parameters ({own:,} are the run's own) or a share such as 50%.")
+        raise UserError(
+            f"--budget: got {text!r}, must be a number of parameters (the run has {own:,}) or a share such as 50%."
+        )
     return budget
 
 
-def _write(
-    trained: TrainedRun,
-    asked: RankSettings,
-    recipe: Recipe,
-    ranks: Mapping[str, int],
-    spectra: Mapping[str, LayerSpectrum],
-) -> dict[str, Any]:
-    """The run's recipe with the new ranks, as a file to train; the fragment; the figures."""
-    written = write_recipe(trained.run, recipe, asked.method, ranks)
-    folder = trained.run.inside("rank")
-    figures = {kind: folder / f"{asked.method}-{kind}.svg" for kind in ("spectra", "ranks")}
-    chosen = {name: ranks[name] for name in spectra}
-    draw_spectra(spectra, chosen, figures["spectra"], measure=_MEASURES[asked.method])
-    draw_rank_map(ranks, figures["ranks"])
-    return {**written, "figures": [str(each) for each in figures.values()]}
+def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[str, Any]:
+    """The ranks that the gates of a run chose, read from its adapter without the model; writes a recipe and a map.
+
+    Args:
+        run: A run with gates.
+        recipe: Its recipe.
+        step: Checkpoint; None: the finished adapter.
+    Returns:
+        JSON values, as in rank/gates.json. "removed_after" has an entry for each component of the start: the number
+        of steps after which it was removed, or null.
+    """
+    assert recipe.adapter.gates is not None
+    trained, state = trained_state(run, recipe, step)
+    extra = describe_adapter(trained if trained == run.adapter else trained / "adapter").extra or {}
+    layers = extra["gates"]
+    ranks = {name: each["removed_after"].count(None) for name, each in layers.items()}
+    cost = {name: each["parameters_per_rank"] for name, each in layers.items()}
+    starts = {name: len(each["removed_after"]) for name, each in layers.items()}
+    figure = run.inside("rank") / "gates-ranks.svg"
+    document = {
+        "run": str(run.path),
+        "state": state,
+        "method": "gates",
+        "mode": recipe.adapter.gates.mode,
+        "num_parameters": sum(rank * cost[name] for name, rank in ranks.items()),
+        "num_parameters_of_run": sum(rank * cost[name] for name, rank in starts.items()),
+        "layers": {name: {"rank": ranks[name], "rank_of_run": starts[name], **each} for name, each in layers.items()},
+        **write_recipe(run, recipe, "gates", ranks),
+        "figures": [str(figure)],
+    }
+    draw_rank_map(ranks, figure)
+    return document
+
+
+def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Write rank/<method>.yaml: the run's recipe with these ranks of all adapted layers, and without gates.
+
+    Returns:
+        "fragment", to put into other recipes, and "recipe", the file's path.
+    """
+    pattern = {name: rank for name, rank in ranks.items() if rank != recipe.adapter.rank}
+    plain = settings(recipe)
+    fragment: dict[str, Any] = {"rank": recipe.adapter.rank, "rank_pattern": pattern}
+    if pattern and not recipe.adapter.rank_pattern:
+        # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
+        fragment["same_scaling"] = True
+    elif pattern:
+        # Another value would also change alpha / rank of the layers that keep their rank
+        fragment["same_scaling"] = recipe.adapter.same_scaling
+    kept = {key: value for key, value in plain["adapter"].items() if key not in ("same_scaling", "gates")}
+    plain["adapter"] = kept | fragment
+    folder = run.inside("rank")
+    folder.mkdir(exist_ok=True)
+    out = folder / f"{method}.yaml"
+    atomic_write_text(out, resolved_yaml(recipe_from(plain)))
+    return {"fragment": {"adapter": fragment}, "recipe": str(out)}
 
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:
-    title = f"{document['method']}: {document['num_parameters']:,} parameters in the factors, the run has "
+    """A row for each layer, and the command that trains with the new ranks."""
+    threshold = document.get("threshold")  # gates have no energies
+    before = "in the run" if threshold else "at the start"
+    title = f"{document['method']}: {document['num_parameters']:,} parameters in the factors, {before} "
     table = Table(title=f"{title}{document['num_parameters_of_run']:,}", title_justify="left")
-    for name in ("layer", "rank", "in the run", f"for {document['threshold']:.0%} of the energy"):
+    for name in ("layer", "rank", before, *([f"for {threshold:.0%} of the energy"] if threshold else [])):
         table.add_column(name, justify="left" if name == "layer" else "right")
     for name, layer in document["layers"].items():
-        effective = layer["effective_rank"]
-        reached = f"over {len(layer['energies'])}" if effective is None else str(effective)
-        table.add_row(name, str(layer["rank"]), str(layer["rank_of_run"]), reached)
+        cells = [name, str(layer["rank"]), str(layer["rank_of_run"])]
+        if threshold:
+            effective = layer["effective_rank"]
+            cells.append(f"over {len(layer['energies'])}" if effective is None else str(effective))
+        table.add_row(*cells)
     console.print(table)
-    console.print(
-        f"to train with these ranks: qdora train {document['recipe']}", markup=False, highlight=False, soft_wrap=True
-    )
+    hint = f"To train with these ranks: qdora train {document['recipe']}"
+    console.print(hint, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What `qdora train` does about interference: the probe's examples, its report, and what the run directory says."""
+"""Interference between the tasks of a run: the examples that measure it, the measurements, and their report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import nn
 
 from qdora.data.batching import MicroBatch, micro_batches
 from qdora.data.example import Example
-from qdora.data.loader import StepLoader
 from qdora.data.tokenize import TokenizedExample, tokenize_all
 from qdora.errors import UserError
 from qdora.evaluation.suite import spread
@@ -26,28 +25,26 @@ Tokenised = dict[str, list[TokenizedExample]]
 
 
 def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Example]]) -> list[str]:
-    """What is missing for a report: two tasks, and for each of them validation examples."""
+    """What is missing for a measurement: two tasks, and validation examples for each of them."""
     if recipe.interference.every is None:
         return []
     faults = []
     if len(recipe.data.mix) < 2:
-        faults.append(
-            "interference.every: one source has no other to disturb, allowed: two sources or more in data.mix."
-        )
+        faults.append("interference.every: needs at least two sources in data.mix, got 1.")
     for source in recipe.data.mix:
         found = len(validation.get(source.label, ()))
         if found < MIN_EXAMPLES:
             faults.append(
-                f"interference.every: {source.label} has {found} validation examples, allowed: {MIN_EXAMPLES} or more."
+                f"interference.every: {source.label} has {found} validation examples, must be at least {MIN_EXAMPLES}."
             )
     return faults
 
 
 def probe_examples(recipe: Recipe, tokenizer: Any, validation: Mapping[str, Sequence[Example]]) -> Tokenised:
-    """The examples of every task, evenly spread over its validation data, as they would be trained on.
+    """Validation examples of every task, evenly spread over its data, tokenised as in training.
 
-    Validation and not training examples: what is asked is whether learning one task helps another in general, and
-    gradients on examples that were learnt by heart no longer say so.
+    Not training examples: the question is whether learning one task helps another in general, which gradients on
+    memorised examples no longer show.
     """
     data = recipe.data
     examples = {
@@ -64,7 +61,7 @@ def probe_examples(recipe: Recipe, tokenizer: Any, validation: Mapping[str, Sequ
         for source in data.mix
     }
     faults = [
-        f"interference.every: {name} has {len(found)} validation examples to learn, allowed: {MIN_EXAMPLES} or more."
+        f"interference.every: {name} has {len(found)} validation examples with labels, must be at least {MIN_EXAMPLES}."
         for name, found in examples.items()
         if len(found) < MIN_EXAMPLES
     ]
@@ -73,26 +70,38 @@ def probe_examples(recipe: Recipe, tokenizer: Any, validation: Mapping[str, Sequ
     return examples
 
 
-def interference_report(
-    recipe: Recipe, model: nn.Module, parameters: Mapping[str, nn.Parameter], loader: StepLoader, examples: Tokenised
-) -> dict[str, Any]:
-    """The line of metrics of one measurement (see `qdora.train.interference.measure`), without its step."""
-    chunk = recipe.memory.loss_chunk
-    halves = {name: (_batches(found[0::2], loader), _batches(found[1::2], loader)) for name, found in examples.items()}
-    device = next(iter(parameters.values())).device
-    report = measure(
-        model, GradientProbe(halves), parameters, device=device, loss_chunk=None if chunk == "auto" else chunk
-    )
-    return {"interference": report, "time": {"interference_seconds": report.pop("seconds")}}
+def probe_hook(
+    active: ActiveRun,
+    parameters: Mapping[str, nn.Parameter],
+    examples: Tokenised,
+    write: Callable[[dict[str, Any]], None],
+) -> Callable[[int], None]:
+    """A function for the loop: after a step the first process measures, and all processes call `write`."""
+    loader, chunk = active.loader, active.recipe.memory.loss_chunk
 
+    def batches(examples: Sequence[TokenizedExample]) -> list[MicroBatch]:
+        return micro_batches(examples, loader.batching, list(dict.fromkeys(example.task for example in examples)))
 
-def _batches(examples: Sequence[TokenizedExample], loader: StepLoader) -> list[MicroBatch]:
-    return micro_batches(examples, loader.batching, list(dict.fromkeys(example.task for example in examples)))
+    def report() -> dict[str, Any]:
+        halves = {name: (batches(found[0::2]), batches(found[1::2])) for name, found in examples.items()}
+        found = measure(
+            active.model,
+            GradientProbe(halves),
+            parameters,
+            device=next(iter(parameters.values())).device,
+            loss_chunk=None if chunk == "auto" else chunk,
+        )
+        return {"interference": found, "time": {"interference_seconds": found.pop("seconds")}}
+
+    def probe(step: int) -> None:
+        write({"step": step, **(active.processes.first(report) or {})})
+
+    return probe
 
 
 def write_interference(run: RunDirectory) -> None:
-    """interference.json and its figure, from the lines of metrics; nothing where nothing was measured."""
-    lines = [line for line in run.metrics() if "interference" in line]
+    """Write interference.json and its figure from the lines of metrics, if anything was measured."""
+    lines = _measurements(run)
     if not lines:
         return
     found = [
@@ -104,23 +113,10 @@ def write_interference(run: RunDirectory) -> None:
 
 
 def interference_in_words(run: RunDirectory) -> str:
-    """The last measurement of a run, for its card; empty where there is none."""
-    lines = [line for line in run.metrics() if "interference" in line]
+    """The last measurement of a run, for its card; empty if there is none."""
+    lines = _measurements(run)
     return in_words(lines[-1]["interference"], lines[-1]["step"]) if lines else ""
 
 
-def probe_hook(
-    active: ActiveRun,
-    parameters: Mapping[str, nn.Parameter],
-    examples: Tokenised,
-    write: Callable[[dict[str, Any]], None],
-) -> Callable[[int], None]:
-    """For the loop: after a step the first process measures and all call `write` (`RunWriter.write_metrics`)."""
-
-    def report() -> dict[str, Any]:
-        return interference_report(active.recipe, active.model, parameters, active.loader, examples)
-
-    def probe(step: int) -> None:
-        write({"step": step, **(active.processes.first(report) or {})})
-
-    return probe
+def _measurements(run: RunDirectory) -> list[dict[str, Any]]:
+    return [line for line in run.metrics() if "interference" in line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qdora.data.mix_plan import keep_mix, show_mix
+from qdora.data.mix_plan import keep_mix, large_step_warning, show_mix
 from qdora.errors import Interrupted
 from qdora.files.console import consoles
 from qdora.files.environment import environment
@@ -27,6 +28,8 @@ from qdora.run.pruned_base import SharedBases, base_of_run
 from qdora.run.training import Training
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.packed_attention import packed_layout
+
+logger = logging.getLogger("qdora")
 
 
 def train_run(
@@ -46,7 +49,7 @@ def train_run(
         resume: Continue from the newest whole checkpoint, or from the start where there is none.
         force: Start although the plan is over memory.budget.
         console: Where progress and results are shown; default: standard error and standard output.
-        shared_bases: Where several runs keep the pruned bases that they have in common.
+        shared_bases: Keeps pruned bases that several runs share.
     Returns:
         JSON values: the run directory, steps, last loss, evaluations. Empty in all processes but the first.
     Raises:
@@ -87,17 +90,20 @@ def _open_directory(prepared: PreparedRun, directory: Path, processes: Processes
 
 
 def _show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console) -> None:
-    """Show and keep what the run will see of its data and, with memory.budget, what memory it will need."""
+    """Show and keep what the run will see of its data and, with memory.budget, the memory that it will need."""
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
     processes.first(lambda: keep_mix(run, mix))
+    warning = large_step_warning(mix)
+    if warning is not None and processes.is_first:
+        logger.warning(warning)
     if memory is not None:
         show_plan(console, memory)
         processes.first(lambda: keep_plan(run, memory))
 
 
 def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
-    """What the first process finds, so that all processes continue from the same checkpoint."""
+    """The checkpoint that the first process finds: all processes continue from the same one."""
     found = processes.first(run.newest_checkpoint)
     step = processes.gather(found.step if found else None)[0]
     return None if step is None else Checkpoint(step, run.checkpoint_path(step))

@@ -1,4 +1,4 @@
-"""Fit, evaluate, save: a run whose model is in memory."""
+"""Train a run whose model is in memory: fit, evaluate, save."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ logger = logging.getLogger("qdora")
 
 
 def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
-    """The state before step 1; the first process's adapters are sent to all processes.
+    """The state before step 1. The first process sends its adapters to all processes.
 
     Args:
-        active: The run, with its adapters in the model.
+        active: The run, with adapters in its model.
         evaluated: Names of the sources that are evaluated.
     """
     recipe, settings = active.recipe, active.recipe.train
@@ -74,7 +74,7 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
 
 
 class Training:
-    """Trains an active run: steps, evaluations between them, and what they leave in the run directory.
+    """Trains an active run: optimizer steps, evaluations between them, files in the run directory.
 
     Args:
         active: The run; its model is on its device, with adapters.
@@ -93,7 +93,7 @@ class Training:
         self._num_done = 0
 
     def restore(self, checkpoint: Path) -> int:
-        """Take the state of a checkpoint whose adapter is already in the model; returns its step."""
+        """Load the state of a checkpoint whose adapter is already in the model. Returns its step."""
         optimizer, gates = self.state.optimizer, self.state.gates
         assert optimizer is not None
         if self.active.recipe.adapter.kind == "full":
@@ -113,7 +113,7 @@ class Training:
         return step
 
     def evaluates_again(self, step: int) -> bool:
-        """Whether a run that continues after `step` steps evaluates that state, though it may have done so before."""
+        """Whether a run that continues after `step` steps evaluates there, which it may have done before."""
         asked = self.active.recipe.eval
         return (step == 0 and asked.at_start) or (step == self.active.num_steps and asked.at_end)
 
@@ -125,13 +125,13 @@ class Training:
         with self.writer.trackers():
             try:
                 self._fit_and_evaluate(start)
-            finally:  # also of a run that is interrupted or fails
+            finally:  # also if the run is interrupted or fails
                 if self.active.processes.is_first:
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
                     write_interference(self.active.directory)
 
     def conclude(self, results: Console) -> dict[str, Any]:
-        """Write the model card, show the results, return the summary as JSON values; for the first process."""
+        """Write the model card, show the results and return the summary as JSON values. For the first process."""
         active, best = self.active, self.state.best
         run = active.directory
         atomic_write_text(run.inside("README.md"), run_card(run, active.recipe, "final"))
@@ -148,7 +148,7 @@ class Training:
             "num_skipped": self.state.bad_steps.num_skipped,
             "best": adapter_record(run),
             "final_loss": losses[-1] if losses else None,
-            **describe_adapters(active.model),  # gates may have removed some since
+            **describe_adapters(active.model),  # gates may have removed components
             "size": asdict(model_size(active.model)),
             "evaluations": {label: result.to_dict() for label, result in self.validation.results.items()},
         }
@@ -166,9 +166,9 @@ class Training:
             self.writer.save_final(self._num_done)
         if asked.at_end and self.validation.examples and num_steps > 0 and not self._is_over():
             self.writer.write_metrics({"step": num_steps, **self._evaluate(num_steps).line})
-        if best is not None:  # the last evaluation had a say, too
+        if best is not None:  # after the last evaluation, which may be the best
             if self._is_over():
-                text = "Stopped early after step %d of %d: the last %d evaluations brought nothing better."
+                text = "Stopped early after step %d of %d: the last %d evaluations were not better."
                 logger.info(text, self._num_done, num_steps, best.num_since)
             if best.step is not None:
                 logger.info("adapter/ is %s.", best_in_words(best.state_dict()))
@@ -180,7 +180,7 @@ class Training:
         return best is not None and best.is_over and self._num_done < self.active.num_steps
 
     def _fit(self, optimizer: AdapterOptimizer, start: int) -> int:
-        """Take the optimizer steps from `start` on; returns the number of steps that the run has come to."""
+        """Take the optimizer steps after `start`. Returns the number of steps done."""
         active, gates = self.active, self.state.gates
         recipe, chunk = active.recipe, active.recipe.memory.loss_chunk
         hooks = Hooks(
@@ -217,13 +217,13 @@ class Training:
             )
 
     def _probe(self, optimizer: AdapterOptimizer) -> Callable[[int], None] | None:
-        """What measures interference between tasks, where the recipe asks for it."""
+        """The measurement of interference between tasks, if the recipe asks for it."""
         if not self._probed:
             return None
         return probe_hook(self.active, optimizer.parameters, self._probed, self.writer.write_metrics)
 
     def _evaluate(self, step: int) -> Evaluated:
-        """Evaluate after `step` steps, and judge whether that is the best so far and whether the run is over."""
+        """Evaluate after `step` steps, and decide whether that is the best step and whether the run is over."""
         processes, best = self.active.processes, self.state.best
         line = processes.first(lambda: self.validation.measure(step)) or {}
         if best is None:
@@ -238,4 +238,4 @@ class Training:
         for part in self.active.loader.streams:
             seen = part.position
             counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
-            logger.info("%s: %s examples seen, %s cut, %s dropped, %s passes over.", part.name, *counts)
+            logger.info("%s: %s examples seen, %s cut, %s dropped, %s complete passes.", part.name, *counts)

@@ -1,4 +1,4 @@
-"""The evaluations inside a run: measured, kept in the run directory, and the best step chosen by them."""
+"""The evaluations of a run while it trains: measure, keep in the run directory, choose the best step by them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from qdora.train.best import BestSoFar
 logger = logging.getLogger("qdora")
 
 BEST_FILE = "best.json"
-"""In adapter/, where it was chosen: the step that it is of, and by what."""
+"""In adapter/ if a best step was chosen: which step, and by which metric."""
 
 
 class RunValidation:
-    """What the first process of a run evaluates on, and what has come of it so far.
+    """Evaluates a run, in its first process.
 
     Args:
         active: The run.
-        examples: Validation examples of each task that is evaluated, perhaps of none.
+        examples: Task -> its validation examples; empty if nothing is evaluated.
 
     Attributes:
-        results: "base" before the first step, and "adapter" last.
+        results: "base": before the first step; "adapter": the last evaluation.
     """
 
     def __init__(self, active: ActiveRun, examples: Mapping[str, Sequence[Example]]) -> None:
@@ -42,13 +42,13 @@ class RunValidation:
         self.results: dict[str, EvaluationResult] = {}
 
     def take_back(self, label: str, step: int) -> None:
-        """Take the evaluation after `step` steps from the run directory, where it is there."""
+        """Read the evaluation after `step` steps from the run directory, if it is there."""
         file = self.active.directory.evaluation_file(step)
         if file.is_file():
             self.results[label] = read_result(file)
 
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
-        """Evaluate the model after `step` steps and keep the result; returns its part of a line of metrics."""
+        """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics."""
         active, limit = self.active, self.active.recipe.eval.limit
         with suite_bar(active.console, f"evaluating, step {step}") as progress:
             result = evaluate(
@@ -64,7 +64,7 @@ class RunValidation:
         return {"eval": metrics, "average": asdict(result.average)} | self._against_base(step, result)
 
     def _against_base(self, step: int, result: EvaluationResult) -> dict[str, Any]:
-        """The tasks that are worse than before training while the average is better, for the metrics; warns of them."""
+        """The tasks that are worse than before training although the average is better, for the metrics. Warns."""
         base = self.results.get("base")
         worse = [] if step == 0 or base is None else worse_than_base(base, result)
         for each in worse:
@@ -72,7 +72,7 @@ class RunValidation:
         return {"worse_than_base": [asdict(each) for each in worse]} if worse else {}
 
     def _generate(self, step: int) -> dict[str, Any]:
-        """Let the model answer, keep the answers beside the log-likelihoods; the counts per task."""
+        """Let the model answer and keep the answers beside the log-likelihoods. Returns the counts per task."""
         active, limit = self.active, self.active.recipe.eval.limit
         with suite_bar(active.console, f"answers, step {step}") as progress:
             result = evaluate_generated(active.model, active.tokenizer, self.examples, limit=limit, progress=progress)
@@ -85,9 +85,9 @@ class RunValidation:
 
 
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
-    """What a run kept of its validation: "base" before the first step, "adapter" after `step` (None: that of adapter/).
+    """The evaluations that a run kept: "base" before step 1, and "adapter" after `step` (None: the step of adapter/).
 
-    Where the two cover other tasks or numbers of examples, only "adapter" is given: they could not be compared.
+    Only "adapter" if the two have different tasks or numbers of examples, since they cannot be compared.
     """
     step = adapter_step(run) if step is None else step
     found = {
@@ -103,12 +103,12 @@ def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, Eval
 
 
 def read_result(file: Path) -> EvaluationResult:
-    """An evaluation that a run has written."""
+    """Read an evaluation that a run wrote."""
     return EvaluationResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def best_so_far(recipe: Recipe, tasks: Sequence[str]) -> BestSoFar | None:
-    """The judge that the recipe asks for, over the tasks that are evaluated; None where it asks for none."""
+    """The choice of the best step by the recipe's eval.best_by; None without it."""
     asked = recipe.eval
     if asked.best_by is None:
         return None
@@ -122,45 +122,49 @@ def best_so_far(recipe: Recipe, tasks: Sequence[str]) -> BestSoFar | None:
 
 
 def selection_value(recipe: Recipe, result: EvaluationResult) -> float:
-    """What `best_so_far` compares, of one evaluation."""
+    """The number of one evaluation that the best step is chosen by."""
     asked = recipe.eval
     assert asked.best_by is not None
     numbers = result.average if asked.best_by == MACRO else result.tasks[asked.best_by]
     value = getattr(numbers, asked.best_metric)
-    assert value is not None, asked  # selection_faults has looked for choices
+    assert value is not None, asked  # selection_faults checks that there are choices
     return float(value)
 
 
 def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]], num_steps: int) -> list[str]:
-    """Why no best step can be chosen, given the validation examples and the length of the run; none as a rule."""
+    """Why no best step can be chosen by the recipe's eval settings, from these examples in a run of this length."""
     by, every, metric = recipe.eval.best_by, recipe.eval.every, recipe.eval.best_metric
     if by is None or every is None:
         return []
     faults = []
     known = (MACRO, *evaluated) if evaluated else ()
     if by not in known:
-        allowed = ", ".join(known) or "none"
-        faults.append(f"eval.best_by: {by!r} has no validation data, allowed: {allowed}.{nearest(by, known)}")
+        faults.append(
+            f"eval.best_by: {by!r} has no validation data, must be one of {', '.join(known) or 'none'}."
+            f"{nearest(by, known)}"
+        )
     elif metric != "nll_per_token":
         tasks = list(evaluated) if by == MACRO else [by]
         if not any(example.choices for task in tasks for example in evaluated[task]):
-            faults.append(f"eval.best_metric: {metric} needs choices, {by} has none, allowed: nll_per_token.")
+            faults.append(
+                f"eval.best_metric: got {metric}, must be nll_per_token for {by}, whose examples have no choices."
+            )
     if every >= num_steps:
         faults.append(
-            f"eval.every: evaluated only at the end, so there is nothing to choose from by eval.best_by, got {every} "
-            f"in a run of {num_steps} steps, allowed: fewer than these."
+            f"eval.every: got {every}, must be less than the run's {num_steps} steps with eval.best_by: an evaluation "
+            "at the end alone leaves nothing to choose from."
         )
     return faults
 
 
 def best_in_words(state: Mapping[str, Any]) -> str:
-    """'step 6, the best by macro nll_per_token (1.234)' of a judge's state."""
+    """'step 6, the best by macro nll_per_token (1.234)', from the state of a `BestSoFar`."""
     question = state["question"]
     return f"step {state['step']}, the best by {question['best_by']} {question['best_metric']} ({state['value']:.4g})"
 
 
 def adapter_in_words(run: RunDirectory) -> str:
-    """Which step adapter/ is of: 'final' for the last one."""
+    """Which step adapter/ holds: 'final' for the last one."""
     record = adapter_record(run)
     if record is None:
         return "final"
@@ -169,7 +173,7 @@ def adapter_in_words(run: RunDirectory) -> str:
 
 
 def adapter_record(run: RunDirectory) -> dict[str, Any] | None:
-    """What adapter/best.json says; None where adapter/ is of the last step.
+    """The content of adapter/best.json; None if adapter/ holds the last step.
 
     Raises:
         UserError: The file is damaged.
@@ -185,6 +189,6 @@ def adapter_record(run: RunDirectory) -> dict[str, Any] | None:
 
 
 def adapter_step(run: RunDirectory) -> int | None:
-    """The step that adapter/ is of: the best one, or the last."""
+    """The step that adapter/ holds: the best one, or the last."""
     record = adapter_record(run)
     return run.last_step() if record is None else int(record["step"])

@@ -1,10 +1,4 @@
-"""The examples of a step that was not applied, kept to be looked at and to be run again.
-
-batch.json           why, the loss, and of each example its id, task, text, summed NLL, token ids and labels
-batch.safetensors    input_ids, attention_mask, labels (examples, longest) int64; nll_sum (examples,) float64
-
-What a run writes while it trains: metrics, trackers, checkpoints, the adapter, and batches to look at.
-"""
+"""What a run writes while it trains: metrics, trackers, checkpoints, the adapter, and the examples of bad steps."""
 
 from __future__ import annotations
 
@@ -30,57 +24,8 @@ from qdora.run.experiment_trackers import tracking
 from qdora.run.validation import BEST_FILE
 from qdora.train.best import best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
+from qdora.train.loop import Metrics
 from qdora.train.step_checks import BadStep
-from qdora.train.step_gradient import Metrics
-
-
-def bad_examples(bad: BadStep) -> list[dict[str, Any]]:
-    """This process's examples of the step, as JSON values."""
-    found: list[dict[str, Any]] = []
-    losses = iter(bad.example_nll)
-    for micro in bad.batch.micro_batches:
-        tasks = [micro.task_names[index] for index in micro.task_ids.tolist()]
-        for task, (name, ids, labels) in zip(tasks, micro.examples(), strict=True):
-            found.append(
-                {
-                    "id": name,
-                    "task": task,
-                    "nll_sum": next(losses),
-                    "num_label_tokens": int((labels != IGNORED).sum()),
-                    "input_ids": ids.tolist(),
-                    "labels": labels.tolist(),
-                }
-            )
-    return found
-
-
-def write_bad_batch(directory: Path, bad: BadStep, examples: list[dict[str, Any]], tokenizer: Any) -> None:
-    """Write the step's examples, of all processes, into an existing directory; NaN is null in the JSON file.
-
-    Args:
-        directory: Where to.
-        bad: What was wrong.
-        examples: `bad_examples` of all processes, one after the other.
-        tokenizer: For the texts, and the padding in batch.safetensors.
-    """
-    document = {
-        "step": bad.step,
-        "reason": bad.reason,
-        "loss": bad.loss,
-        "gradient_norm": bad.gradient_norm,
-        "examples": [{"text": tokenizer.decode(each["input_ids"]), **each} for each in examples],
-    }
-    (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
-    ids = [torch.tensor(each["input_ids"]) for each in examples]
-    labels = [torch.tensor(each["labels"]) for each in examples]
-    tensors = {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-        "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        "nll_sum": torch.tensor([each["nll_sum"] for each in examples], dtype=torch.float64),
-    }
-    save_file(tensors, directory / "batch.safetensors")
-
 
 logger = logging.getLogger("qdora")
 
@@ -101,7 +46,7 @@ class RunWriter:
 
     @contextmanager
     def trackers(self) -> Iterator[None]:
-        """The recipe's trackers, open in the block. Raises as `tracking`."""
+        """Open the recipe's trackers for the block. Raises as `tracking`."""
         names, on_cpu = self.active.recipe.trackers, self.active.model.device.type == "cpu"
         with ExitStack() as stack:
             opened = tracking(names, self.run.path, settings(self.active.recipe), cpu=on_cpu)
@@ -109,39 +54,51 @@ class RunWriter:
             yield
 
     def write_metrics(self, metrics: Metrics) -> None:
-        """Add a line to metrics.jsonl and tell the trackers. Raises as `RunDirectory.append_metrics`."""
+        """Add a line to metrics.jsonl and send it to the trackers. Raises as `RunDirectory.append_metrics`."""
         self.processes.first(lambda: self._append_metrics(metrics))
 
     def save_checkpoint(self, step: int) -> Path:
-        """Write the state after `step` steps, remove what is older than the recipe keeps; returns the directory.
+        """Write the state after `step` steps and remove the oldest checkpoints. Returns the directory.
 
         Raises:
-            RunFailure: The processes have drifted apart, or the disk cannot be written.
+            RunFailure: The processes have different parameters, or the disk cannot be written.
         """
         assert self.state.optimizer is not None
         self.processes.require_equal(self.state.optimizer.parameters)
         random = self.processes.gather(random_text())
-        self.processes.first(lambda: self._write_checkpoint(step, random))
+
+        def write() -> None:
+            self._with_room(lambda: self._write_checkpoint(step, random))
+            self.run.prune_checkpoints(self.active.recipe.train.keep_checkpoints, _best_step)
+
+        self.processes.first(write)
         return self.run.checkpoint_path(step)
 
     def save_final(self, num_done: int) -> None:
-        """Write adapter/: that of the best checkpoint, or where none was chosen, that of the model.
+        """Write adapter/ after `num_done` steps: from the best checkpoint, or from the model if none was chosen.
 
-        Args:
-            num_done: Steps that the run has come to.
         Raises:
             RunFailure: The disk cannot be written, or the best checkpoint is damaged.
         """
         self.processes.first(lambda: self._with_room(lambda: self._write_final(num_done)))
 
     def keep_batch(self, bad: BadStep) -> Path:
-        """Write the examples of a step that was not applied, of all processes; returns the directory."""
-        every = [example for share in self.processes.gather(bad_examples(bad)) for example in share]
-        self.processes.first(lambda: self._with_room(lambda: self._write_bad(bad, every)))
-        return self.run.inside(*_bad_step(bad))
+        """Write all processes' examples of a step that was not applied. Returns the directory."""
+        every = [example for share in self.processes.gather(_bad_examples(bad)) for example in share]
+        place = "bad-steps", f"step-{bad.step}"
+
+        def write() -> None:
+            with self.run.result_directory(*place) as directory:
+                _write_bad_batch(directory, bad, every, self.active.tokenizer)
+
+        self.processes.first(lambda: self._with_room(write))
+        return self.run.inside(*place)
 
     def take_policies(self, policies: dict[str, Any]) -> None:
-        """Go on with what a checkpoint's run had found out. A size that the recipe asks for anew counts."""
+        """Continue with a checkpoint's micro-batch size, bad steps and best step.
+
+        If train.micro_batch_tokens has changed, the recipe's value is used.
+        """
         micro = policies["micro_batch_tokens"]
         if micro["asked"] == self._asked_micro_batch_tokens:
             self.active.loader.micro_batch_tokens = micro["used"]
@@ -153,15 +110,15 @@ class RunWriter:
             if known is not None and fault is None:
                 self.state.best.load_state_dict(known)
             else:
-                logger.warning("%s, so the best step is chosen from the evaluations to come.", fault)
+                logger.warning("%s. The best step is chosen from the evaluations that follow.", fault)
 
     def _best_fault(self, known: dict[str, Any] | None) -> str | None:
-        """Why a judge's state from a checkpoint cannot be gone on with; None where it can."""
+        """Why the choice of the best step cannot continue from a checkpoint's state; None if it can."""
         assert self.state.best is not None
         if known is None:
-            return "No best step was chosen before"
+            return "The run chose no best step before"
         if known["question"] != self.state.best.question:
-            return "The best step was chosen in another way before"
+            return "The run chose the best step in another way before"
         fault = None if known["step"] is None else checkpoint_fault(self.run.checkpoint_path(known["step"]))
         return None if fault is None else f"The best checkpoint, step-{known['step']}, is not whole ({fault})"
 
@@ -177,16 +134,8 @@ class RunWriter:
         if self._tell_trackers is not None:
             self._tell_trackers(metrics)
 
-    def _write_bad(self, bad: BadStep, examples: list[dict[str, Any]]) -> None:
-        with self.run.result_directory(*_bad_step(bad)) as directory:
-            write_bad_batch(directory, bad, examples, self.active.tokenizer)
-
-    def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
-        self._with_room(lambda: self._fill_checkpoint(step, random))
-        self.run.prune_checkpoints(self.active.recipe.train.keep_checkpoints, _best_step)
-
     def _with_room(self, write: Callable[[], None]) -> None:
-        """Write; where the disk is full, once more without the checkpoints that are older than the newest one."""
+        """Write; if the disk is full, remove all checkpoints but the newest and the best, and write again."""
         try:
             write()
         except DiskFull:
@@ -194,9 +143,9 @@ class RunWriter:
             if not removed:
                 raise
             write()
-            logger.warning("The disk is full: %d older checkpoints were removed to go on.", removed)
+            logger.warning("The disk is full: removed %d older checkpoints to continue.", removed)
 
-    def _fill_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
+    def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
         assert self.state.optimizer is not None
         with self.run.checkpoint_directory(step) as directory:
             self._write_trained(directory, directory / "adapter")
@@ -238,15 +187,56 @@ class RunWriter:
             return
         extra = None
         if self.state.gates is not None:
-            self.state.gates.settle()  # a step that failed leaves them as they were drawn
+            self.state.gates.settle()  # after a failed step they have their drawn values
             extra = {"gates": self.state.gates.record()}
         write_adapter(self.active.model, self.active.recipe, adapter, extra=extra)
 
 
-def _bad_step(bad: BadStep) -> tuple[str, str]:
-    return "bad-steps", f"step-{bad.step}"
-
-
 def _best_step(checkpoint: Path) -> int | None:
-    """The best step by what a whole checkpoint knows: a run that goes on from it may end with that one."""
+    """The best step that a whole checkpoint records: a run that continues from it may end with that step."""
     return best_step_in(read_policies(checkpoint))
+
+
+def _bad_examples(bad: BadStep) -> list[dict[str, Any]]:
+    """This process's examples of the step, as JSON values."""
+    found: list[dict[str, Any]] = []
+    losses = iter(bad.example_nll)
+    for micro in bad.batch.micro_batches:
+        tasks = [micro.task_names[index] for index in micro.task_ids.tolist()]
+        for task, (name, ids, labels) in zip(tasks, micro.examples(), strict=True):
+            found.append(
+                {
+                    "id": name,
+                    "task": task,
+                    "nll_sum": next(losses),
+                    "num_label_tokens": int((labels != IGNORED).sum()),
+                    "input_ids": ids.tolist(),
+                    "labels": labels.tolist(),
+                }
+            )
+    return found
+
+
+def _write_bad_batch(directory: Path, bad: BadStep, examples: list[dict[str, Any]], tokenizer: Any) -> None:
+    """Write the examples of a step that was not applied, to look at them and to run them again.
+
+    batch.json           why, the loss, and of each example its id, task, text, summed NLL (null for NaN), ids, labels
+    batch.safetensors    input_ids, attention_mask, labels (examples, longest) int64; nll_sum (examples,) float64
+    """
+    document = {
+        "step": bad.step,
+        "reason": bad.reason,
+        "loss": bad.loss,
+        "gradient_norm": bad.gradient_norm,
+        "examples": [{"text": tokenizer.decode(each["input_ids"]), **each} for each in examples],
+    }
+    (directory / "batch.json").write_bytes(json_bytes(document, indent=1))
+    ids = [torch.tensor(each["input_ids"]) for each in examples]
+    labels = [torch.tensor(each["labels"]) for each in examples]
+    tensors = {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        "nll_sum": torch.tensor([each["nll_sum"] for each in examples], dtype=torch.float64),
+    }
+    save_file(tensors, directory / "batch.safetensors")

@@ -36,7 +36,7 @@ from qdora.model.build_model import find_model
 from qdora.model.load import Quantization
 from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml
-from qdora.run.evaluate import evaluate_target
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
 from qdora.run.validation import adapter_step
 from qdora.study.grid import Cell, Study, expand, load_study
@@ -336,7 +336,7 @@ def _run(cell: Cell, directory: Path, split: str, store: StudyDirectory) -> dict
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
     files = {"validation": run.evaluation_file(step)}
     if split == "test":
-        evaluate_target(str(directory), split="test", console=quiet)
+        evaluate_target(str(directory), EvalOptions(split="test"), console=quiet)
         files["test"] = run.inside("eval", f"{'final' if cell.is_trained else 'base'}-test.json")
     generated = run.inside("eval", f"step-{step}-generated.json")
     if generated.is_file():

@@ -22,7 +22,7 @@ from qdora.plan.memory_plan import plan
 from qdora.plan.plan_view import plan_run
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import load_run
-from qdora.run.rank import RankSettings, rank_run, ranks_of_gates
+from qdora.run.rank import RankSettings, rank_faults, rank_run, ranks_of_gates
 from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run
 
@@ -104,10 +104,11 @@ def test_ranks_as_a_recipe_that_trains_and_a_map(run: Path, root: Path, tmp_path
 def test_layers_of_different_scalings_are_no_recipe(run: Path, root: Path) -> None:
     """A recipe has one alpha: a layer that has shrunk from rank 4 to 2 would be retrained with twice its scaling."""
     pattern: dict[str, Any] = {"adapter__gates": GATES, "adapter__rank": 6, "adapter__rank_pattern": {"q_proj": 4}}
-    with pytest.raises(UserError, match="rank_pattern without same_scaling: a recipe cannot say with which scaling"):
-        ranks_of_gates(RunDirectory(run), tiny_run.recipe(root, **pattern), None, quiet())
+    (fault,) = rank_faults(run, tiny_run.recipe(root, **pattern), RankSettings(method="gates"))
+    assert "adapter.rank_pattern without adapter.same_scaling: the layers started with different scalings" in fault
     same = tiny_run.recipe(root, **pattern, adapter__same_scaling=True)
-    fragment = ranks_of_gates(RunDirectory(run), same, None, quiet())["fragment"]["adapter"]
+    assert not rank_faults(run, same, RankSettings(method="gates"))
+    fragment = ranks_of_gates(RunDirectory(run), same, None)["fragment"]["adapter"]
     assert fragment["same_scaling"]
 
 

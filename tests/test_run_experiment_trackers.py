@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdora.errors import UserError
-from qdora.run import experiment_trackers as module
-from qdora.run import prepare
+from qdora.run import experiment_trackers, prepare
 from qdora.run.experiment_trackers import flat_numbers, flat_settings, is_installed, tracking
 from qdora.run.train import train_run
 from tests import launched, tiny_run
@@ -58,7 +57,7 @@ class Told(GeneralTracker):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Told]:
     found = {"one": Told(), "bad": Told("log"), "broken": Told("start"), "last": Told("finish")}
-    monkeypatch.setattr(module, "_MAKE", {name: lambda run, name=name: found[name] for name in found})
+    monkeypatch.setattr(experiment_trackers, "_MAKE", {name: lambda run, name=name: found[name] for name in found})
     monkeypatch.setattr(prepare, "is_installed", lambda name: True)
     return found
 
@@ -120,7 +119,7 @@ def test_a_tracker_that_fails_is_told_no_more_and_the_others_go_on(
     assert made["one"].lines[0][1]["loss"] == lines_of(tmp_path / "run")[0]["loss"]
     assert (made["bad"].finished, made["one"].finished, made["last"].finished) == (0, 1, 1)
     log = (tmp_path / "run/log.txt").read_text()
-    assert log.count("trackers: bad failed and is told no more: KeyError: 'no log with hf_***") == 1
+    assert log.count("trackers: bad failed and gets no more metrics: KeyError: 'no log with hf_***") == 1
     assert log.count("trackers: last failed") == 1
     assert TOKEN not in log
 

@@ -12,8 +12,8 @@ from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import frozen_layers
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
-from qdora.run import train
-from qdora.run.evaluate import evaluate_target
+from qdora.run import prepare
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_base import FILE, keep_residency, residency_here
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
@@ -78,19 +78,19 @@ def test_a_run_is_loaded_and_resumed_with_what_was_chosen_and_on_a_machine_witho
     changes = {"train__steps": 2, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     recipe = tiny_run.recipe(root, **changes, base__cache=str(tmp_path / "cache"))
     chosen = ["base.residency=disk", "base.streamed_blocks=1"]
-    monkeypatch.setattr(train, "within_budget", lambda given, *_, **__: (override(given, chosen), None))
+    monkeypatch.setattr(prepare, "within_budget", lambda given, *_, **__: (override(given, chosen), None))
     run = tmp_path / "run"
     train_run(recipe, run)
     assert load_recipe(run / "recipe.yaml").base.residency == "device"
     model = load_run(run).model
     away = {name for name, layer in frozen_layers(model).items() if layer.residency is not None}
     assert len(away) == 7
-    expected = evaluate_target(str(run), limit=4)["evaluation"]["tasks"]
+    expected = evaluate_target(str(run), EvalOptions(limit=4))["evaluation"]["tasks"]
     (run / FILE).unlink()
     host = override(recipe, ["base.residency=host"])
     (run / "recipe.yaml").write_text(resolved_yaml(host))
     assert all(layer.residency is not None for layer in frozen_layers(load_run(run).model).values())
-    assert evaluate_target(str(run), limit=4)["evaluation"]["tasks"] == expected
+    assert evaluate_target(str(run), EvalOptions(limit=4))["evaluation"]["tasks"] == expected
     train_run(recipe, run, resume=True)
     assert load_recipe(run / "recipe.yaml").base.residency == "device"
     assert (run / FILE).exists()

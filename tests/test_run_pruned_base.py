@@ -20,7 +20,7 @@ from qdora.model.inject import adapted_layers
 from qdora.model.source import resolve
 from qdora.recipe.settings import CalibrationConfig
 from qdora.run import calibration, pruned_base
-from qdora.run.evaluate import evaluate_target
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from tests import tiny_run
@@ -66,7 +66,7 @@ def test_evaluation_and_export_take_the_base_that_was_trained_on(run: Path, tmp_
         assert packed is not None
         assert torch.equal(packed.packed, stored[f"{path}.packed"])
         assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
-    evaluated = evaluate_target(str(run), split="validation")
+    evaluated = evaluate_target(str(run), EvalOptions(split="validation"))
     at_end = json.loads((run / "eval/step-3.json").read_text())
     assert evaluated["evaluation"]["tasks"]["sums"]["nll_per_token"] == at_end["tasks"]["sums"]["nll_per_token"]
     assert export_run(run, tmp_path / "merged", ExportOptions(dtype="float32"))["verification"]["passed"]
@@ -110,13 +110,13 @@ def test_pieces_of_text() -> None:
     assert found[:, 1].min() == 10
     assert found[:, 4].max() == 29
     assert torch.equal(found, calibration.pieces(list(range(10, 30)), [1], settings))
-    with pytest.raises(UserError, match="5 tokens, but the text has 3"):
+    with pytest.raises(UserError, match="got 5, but the text has only 3 tokens"):
         calibration.pieces([1, 2, 3], [1], settings)
 
 
 def test_pieces_longer_than_the_context_are_refused(root: Path, tmp_path: Path) -> None:
     long = {**PRUNE, "calibration": {"sequences": 1, "length": 4096}}
-    with pytest.raises(UserError, match=r"base\.prune\.calibration\.length: 4096 tokens, allowed: at most 128"):
+    with pytest.raises(UserError, match=r"base\.prune\.calibration\.length: got 4096, must be at most 128"):
         train_run(recipe(root, long), tmp_path / "run")
 
 

@@ -14,7 +14,7 @@ from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.run.evaluate import evaluate_target
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, generate_from, prompt_ids
 from qdora.run.load_run import load_target
 from qdora.run.train import train_run
@@ -110,7 +110,7 @@ def test_an_export_says_what_the_run_says(run: Path, tmp_path: Path, options: Ex
     found = generate_from(str(tmp_path / "out"), "Which letter follows c?", SHORT)
     assert found["text"] == expected["text"]
     assert found["label"] == "out"
-    evaluated = evaluate_target(str(tmp_path / "out"), like=run)["evaluation"]["average"]
+    evaluated = evaluate_target(str(tmp_path / "out"), EvalOptions(like=run))["evaluation"]["average"]
     of_run = evaluate_target(str(run))["evaluation"]["average"]
     assert evaluated["nll_per_token"] == pytest.approx(of_run["nll_per_token"], rel=0.02)
 

@@ -167,36 +167,51 @@ def test_faults(whole: Path, root: Path) -> None:
     for asked, message in [
         (
             RankSettings(method="curvatur"),
-            r"--method: 'curvatur', allowed: curvature, svd, gradient, gates\. .*curvature",
+            r"--method: got 'curvatur', must be one of curvature, svd, gradient, gates\. .*curvature",
         ),
-        (RankSettings(curvature="fisher"), "--curvature: 'fisher', allowed: hessian, gauss_newton"),
-        (RankSettings(norm="none"), "--norm: 'none', allowed: attached, held"),
-        (RankSettings(method="svd", budget="50%", norm="held"), "--norm: has no effect with --method svd"),
-        (RankSettings(method="svd", budget="50%", examples=3), "--examples: --method svd reads no data"),
-        (RankSettings(method="gradient", over_all=True), "--over-all: has no effect"),
-        (RankSettings(method="gradient", eigenvalues=4), "--eigenvalues: has no effect with --method gradient"),
-        (RankSettings(curvature="hessian"), "--curvature: has no effect without --eigenvalues"),
-        (RankSettings(eigenvalues=0, over_all=True), "--over-all: has no effect without --eigenvalues"),
-        (RankSettings(method="gradient", draws=4), "--draws: has no effect with --method gradient"),
-        (RankSettings(draws=7), r"--draws: 7, allowed: 0 \(exact\), or 8 and more"),
-        (RankSettings(draws=-1), r"--draws: -1, allowed: 0 \(exact\), or 8 and more"),
-        (RankSettings(method="svd"), "allowed: less than 100%"),
+        (RankSettings(curvature="fisher"), "--curvature: got 'fisher', must be one of hessian, gauss_newton"),
+        (RankSettings(norm="none"), "--norm: got 'none', must be one of attached, held"),
+        (
+            RankSettings(method="svd", budget="50%", norm="held"),
+            "--norm: is used only with --method curvature, got --method svd",
+        ),
+        (
+            RankSettings(method="svd", budget="50%", examples=3),
+            "--examples: is used only with --method curvature or gradient, got --method svd",
+        ),
+        (
+            RankSettings(method="gradient", over_all=True),
+            "--over-all: is used only with --method curvature, got --method gradient",
+        ),
+        (
+            RankSettings(method="gradient", eigenvalues=4),
+            "--eigenvalues: is used only with --method curvature, got --method gradient",
+        ),
+        (RankSettings(curvature="hessian"), "--curvature: is used only with --eigenvalues"),
+        (RankSettings(eigenvalues=0, over_all=True), "--over-all: is used only with --eigenvalues"),
+        (
+            RankSettings(method="gradient", draws=4),
+            "--draws: is used only with --method curvature, got --method gradient",
+        ),
+        (RankSettings(draws=7), r"--draws: got 7, must be 0 \(exact\) or at least 8"),
+        (RankSettings(draws=-1), r"--draws: got -1, must be 0 \(exact\) or at least 8"),
+        (RankSettings(method="svd"), r"--budget: got 100% \(default\), must be less than 100%"),
         (
             RankSettings(method="gates", budget="50%"),
-            "--budget: has no effect with --method gates, whose ranks the run",
+            "--budget: is used only with --method curvature or svd or gradient, got --method gates",
         ),
-        (RankSettings(method="gates", norm="held"), "--norm: has no effect with --method gates"),
-        (RankSettings(method="gates"), "has no gates, allowed with --method gates: a run with adapter.gates"),
-        (RankSettings(budget="50%", threshold=0.5), "--threshold: given with --budget"),
-        (RankSettings(threshold=1.5), "--threshold: 1.5, allowed: above 0, at most 1"),
-        (RankSettings(budget="half"), "--budget: 'half', allowed: parameters"),
+        (RankSettings(method="gates", norm="held"), "--norm: is used only with --method curvature, got --method gates"),
+        (RankSettings(method="gates"), r"has no gates\. Fix: name a run with adapter\.gates"),
+        (RankSettings(budget="50%", threshold=0.5), "--threshold: is not used with --budget"),
+        (RankSettings(threshold=1.5), "--threshold: got 1.5, must be above 0 and at most 1"),
+        (RankSettings(budget="half"), "--budget: got 'half', must be a number of parameters"),
         (RankSettings(method="svd", budget="1"), "too few for rank 1 everywhere"),
-        (RankSettings(layers=["q_prj"]), r"--layers: 'q_prj' is no adapted layer, allowed: .*q_proj"),
+        (RankSettings(layers=["q_prj"]), r"--layers: 'q_prj' matches no adapted layer, must be .*q_proj"),
     ]:
         with pytest.raises(UserError, match=message):
             rank_run(whole, asked, console=quiet())
     train_run(tiny_run.recipe(root, adapter__kind="lora", train__steps=1), root / "lora", console=quiet())
-    with pytest.raises(UserError, match="--norm: LoRA has no norm"):
+    with pytest.raises(UserError, match="--norm: is not used with LoRA, which has no norm"):
         rank_run(root / "lora", RankSettings(norm="held"), console=quiet())
     found = rank_run(
         root / "lora", RankSettings(layers=["k_proj"], max_rank=2, examples=2, eigenvalues=3), console=quiet()
@@ -227,7 +242,7 @@ def test_a_masked_run(root: Path) -> None:
     prune = {"method": "magnitude", "pattern": "unstructured", "sparsity": 0.5}
     run = root / "masked"
     train_run(tiny_run.recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=quiet())
-    with pytest.raises(UserError, match=r"--method svd: under adapter\.mask keep"):
+    with pytest.raises(UserError, match=r"--method svd: with adapter\.mask keep"):
         rank_run(run, RankSettings(method="svd", budget="50%"), console=quiet())
     for method in ("gradient", "curvature"):
         asked = RankSettings(method=method, layers=["k_proj"], max_rank=4, examples=2)
