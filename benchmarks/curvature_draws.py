@@ -23,8 +23,6 @@ from measure import RESULTS, facts, peak_rss_bytes, write
 from qdora.analysis.allocate import LayerSpectrum, allocate
 from qdora.analysis.components import (
     Components,
-    Curvatures,
-    Directions,
     drawn_curvatures,
     exact_curvatures,
     layer_directions,
@@ -67,13 +65,10 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
             began = time.process_time()
             (exact,) = exact_curvatures(trained.model, {name: directions[name]}, batches, norm="attached").values()
             seconds = time.process_time() - began
-            layers.append(
-                {"layer": name, "exact_cpu_seconds": seconds, **deviation(directions[name], drawn[name], exact)}
-            )
+            layers.append({"layer": name, "exact_cpu_seconds": seconds, **deviation(drawn[name], exact)})
             print(layers[-1], flush=True)
             for way, found in (("drawn", drawn[name]), ("exact", exact)):
-                components = with_curvatures(directions[name], found)
-                spectra[way][name] = components.spectrum(RANK, sum(adapted[name].merged_weight().shape))
+                spectra[way][name] = found.spectrum(RANK, sum(adapted[name].merged_weight().shape))
     budget = sum(spectrum.cost for spectrum in spectra["exact"].values()) * RANK // 2
     ranks = {way: allocate(each, budget) for way, each in spectra.items()}
     return {
@@ -82,22 +77,17 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def with_curvatures(directions: Directions, found: Curvatures) -> Components:
-    """What is known of them with the curvatures of one of the two ways."""
-    return Components(directions.sizes, directions.slopes, found.values, found.errors, directions.tail)
-
-
-def deviation(directions: Directions, drawn: Curvatures, exact: Curvatures) -> dict[str, Any]:
+def deviation(drawn: Components, exact: Components) -> dict[str, Any]:
     """What the draws are off by, in their own standard errors, too; by how much they make the components worth more."""
-    off = np.abs(drawn.values - exact.values)
-    drawn_worths, exact_worths = (with_curvatures(directions, each).worths() for each in (drawn, exact))
+    off = np.abs(drawn.curvatures - exact.curvatures)
+    drawn_worths, exact_worths = drawn.worths(), exact.worths()
     return {
-        "num_components": len(exact.values),
+        "num_components": len(exact.curvatures),
         "relative_error": {
-            "median": float(np.median(off / exact.values)),
-            "largest": float((off / exact.values).max()),
+            "median": float(np.median(off / exact.curvatures)),
+            "largest": float((off / exact.curvatures).max()),
         },
-        "own_error": float(np.median(drawn.errors / drawn.values)),
+        "own_error": float(np.median(drawn.errors / drawn.curvatures)),
         "root_mean_square_in_own_errors": float(np.sqrt(np.mean((off / drawn.errors) ** 2))),
         "summed_worth_drawn_by_exact": float(drawn_worths.sum() / exact_worths.sum()),
     }

@@ -122,7 +122,7 @@ def one_way(settings: Recipe, num_steps: int) -> dict[str, Any]:
     with part("tokenise"):
         mix = tokenized_mix(settings, tokenizer, train)
         loader = make_loader(settings, mix, tokenizer)
-        loader.fingerprint()
+        _ = loader.fingerprint
     with part("load base"):
         model = load_base(settings, source, choose_compute("auto"))
     with part("adapters"):

@@ -157,7 +157,7 @@ def trained(folder: Path, residency: str, group: str) -> None:
     from qdora.model.packed_base import BaseCache, open_cached_base
     from qdora.model.source import ModelSource
     from qdora.model.stored_tensors import match_to_model
-    from qdora.train.micro_batch import batch_loss
+    from qdora.train.loop import batch_loss
     from qdora.train.optimizer import AdapterOptimizer
 
     keep_freed_memory()

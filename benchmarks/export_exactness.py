@@ -37,9 +37,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qdora.export.comparison_text import texts_of, validation_examples
 from qdora.export.export_run import export_run
-from qdora.export.logit_comparison import LogitDifference
+from qdora.export.logit_comparison import LogitDifference, texts_of, validation_examples
 from qdora.export.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.run.load_run import load_run

@@ -34,7 +34,7 @@ from qdora.plan.live_bytes import LiveBytes
 from qdora.recipe.settings import GateConfig
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.gates import Gates
-from qdora.train.micro_batch import batch_loss
+from qdora.train.loop import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
 
 SCALING, LR = 2.0, 5e-4

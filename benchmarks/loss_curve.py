@@ -54,7 +54,7 @@ from qdora.model.inject import adapted_layers, adapter_parameters, replace_modul
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
-from qdora.train.micro_batch import batch_loss
+from qdora.train.loop import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
 
 RANK, LR = 16, 5e-4

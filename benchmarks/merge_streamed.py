@@ -71,8 +71,7 @@ def export(folder: Path, out: Path, shard_bytes: int, stop_at: float | None) -> 
     """Run in a fresh process: merge, or stop once this share of the bytes is written."""
     import torch
 
-    from qdora.export.merged import export_merged
-    from qdora.export.streamed_merge import StreamedMerge
+    from qdora.export.merged import StreamedMerge, export_merged
     from qdora.memory.allocator import keep_freed_memory
     from qdora.model.load import Quantization
     from qdora.model.source import resolve
@@ -91,7 +90,12 @@ def export(folder: Path, out: Path, shard_bytes: int, stop_at: float | None) -> 
     except KeyboardInterrupt:
         return {"interrupted": True, "left": sorted(path.name for path in out.parent.glob(".*.partial"))}
     seconds = time.perf_counter() - began
-    return {"peak_bytes": peak_rss_bytes(), "seconds": seconds, "num_bytes": result.num_bytes, "files": result.files}
+    return {
+        "peak_bytes": peak_rss_bytes(),
+        "seconds": seconds,
+        "num_bytes": result["num_bytes"],
+        "files": result["files"],
+    }
 
 
 def copy_synced(source: Path, target: Path) -> float:

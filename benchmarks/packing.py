@@ -33,7 +33,7 @@ from qdora.data.tokenize import TokenizedExample
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import find_model
 from qdora.model.inject import adapter_parameters
-from qdora.train.micro_batch import batch_loss
+from qdora.train.loop import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.data.build_data import read_data
-from qdora.data.encode import encode_batch, special_prefix
 from qdora.data.example import Example
+from qdora.data.tokenize import encode_batch, special_prefix
 from qdora.evaluation.perplexity import text_perplexity
 from qdora.model.load import load_model
 from qdora.model.pruning import Pruner

@@ -49,7 +49,7 @@ def of_quadratic(missing: Tensor, sizes: Tensor, curvature: float, num_new: int)
 
 
 def with_curvatures(found: Directions, curvatures: Any) -> Components:
-    return Components(found.sizes, found.slopes, curvatures, curvatures * 0.0, found.tail)
+    return Components(found, curvatures, curvatures * 0.0)
 
 
 @pytest.mark.parametrize("sizes", [[], [1.0, 2.5, 0.3], [9.0]], ids=["b=0", "three", "far-off"])
@@ -144,13 +144,13 @@ def test_of_a_model_against_the_definition(kind: str, norm: Any, masked: bool, m
     for direction in matrices:
         _, along = torch.func.jvp(logits, (update,), (direction,))
         expected.append(float(((p * along.square()).sum(-1) - (p * along).sum(-1).square()).mean()))
-    np.testing.assert_allclose(exact.values, expected, rtol=1e-6)
+    np.testing.assert_allclose(exact.curvatures, expected, rtol=1e-6)
     assert not exact.errors.any()
     assert directions_found.tail == pytest.approx(float(slopes[6:].square().sum()), rel=1e-6)
     drawn = drawn_curvatures(model, found, batches, norm=norm, draws=800)[name]
-    np.testing.assert_allclose(drawn.values, expected, rtol=0.5)
-    assert np.abs((drawn.values - expected) / drawn.errors).max() < 4.5
-    assert (drawn.errors < 0.15 * drawn.values).all()
+    np.testing.assert_allclose(drawn.curvatures, expected, rtol=0.5)
+    assert np.abs((drawn.curvatures - expected) / drawn.errors).max() < 4.5
+    assert (drawn.errors < 0.15 * drawn.curvatures).all()
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ def test_drawing_every_label_once_by_its_chance_is_exact(kind: str, norm: Any, v
     squares = squared_slopes(model, probes, batch, every_label, device=torch.device("cpu"))
     assert model.training
     for name in layers:
-        assert len(exact[name].values) == 2 + 3
-        np.testing.assert_allclose((chances[0] @ squares[name]).numpy(), exact[name].values, rtol=1e-8)
+        assert len(exact[name].curvatures) == 2 + 3
+        np.testing.assert_allclose((chances[0] @ squares[name]).numpy(), exact[name].curvatures, rtol=1e-8)
 
 
 def a_model(kind: str, variant: str) -> Any:
@@ -199,7 +199,6 @@ def a_model(kind: str, variant: str) -> Any:
         rank=2,
         alpha=3.0,
         targets=targets.get(variant, list(LAYERS)),
-        skip=(),
         dtype=torch.float64,
         dropout=0.5,
         generator=torch.Generator().manual_seed(1),
@@ -246,7 +245,7 @@ def test_of_a_layer_without_rows_the_mean_is_right() -> None:
         exact = exact_curvatures(model, found, batches, norm="attached")
         drawn = drawn_curvatures(model, found, batches, norm="attached", draws=800)
         for name in found:
-            assert np.abs((drawn[name].values - exact[name].values) / drawn[name].errors).max() < 4.5
+            assert np.abs((drawn[name].curvatures - exact[name].curvatures) / drawn[name].errors).max() < 4.5
 
 
 def test_micro_batches_get_labels_of_their_own() -> None:
@@ -272,7 +271,7 @@ def test_micro_batches_get_labels_of_their_own() -> None:
     num_tokens = 2 * int((batch.labels[:, 1:] != -100).sum())
     for name in LAYERS:
         each = ((values[0][name] + values[1][name]) / num_tokens).numpy()
-        np.testing.assert_allclose(drawn[name].values, each.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(drawn[name].curvatures, each.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(drawn[name].errors, each.std(axis=0, ddof=1) / np.sqrt(8), rtol=1e-12)
 
 
@@ -352,8 +351,8 @@ def test_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 found[name].left.tolist(),
                 found[name].slopes.tolist(),
                 found[name].tail,
-                exact[name].values.tolist(),
-                drawn[name].values.tolist(),
+                exact[name].curvatures.tolist(),
+                drawn[name].curvatures.tolist(),
                 drawn[name].errors.tolist(),
             )
             for name in LAYERS

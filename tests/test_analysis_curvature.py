@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qdora.analysis.curvature import CurvatureOperator, curvature_of, fingerprint, labelled_logits
+from qdora.analysis.curvature import CurvatureOperator, curvature_of, fingerprint, labelled_logits, top_eigenpairs
 from qdora.analysis.differentiable import FACTORS, PARTS, plain_model
-from qdora.analysis.spectrum import top_eigenpairs
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject
 from qdora.ops.frozen_product import frozen_linear

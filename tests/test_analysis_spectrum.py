@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdora.analysis.spectrum import spectral_density, top_eigenpairs
+from qdora.analysis.curvature import spectral_density, top_eigenpairs
 from qdora.errors import RunFailure
 
 VALUES = np.array([9.0, -7.0, 5.0, 3.0, -1.0, *np.linspace(0.001, 0.5, 55)])

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from qdora.errors import UserError
-from qdora.export.llama_cpp import find_llama_cpp
+from qdora.export.gguf import find_llama_cpp
 from qdora.model.source import builtin_file
 
 ROOT = Path(__file__).parent.parent

@@ -50,7 +50,7 @@ RESULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "generate": (("{root}/run", "--prompt", "1 + 1 =", "--raw", "--max-new-tokens", "2"), ""),
     "plan": (("{root}/recipe.yaml", "--device", "cpu"), "letters"),
     "rank": (("{root}/run", "--method", "svd", "--budget", "50%"), "layer"),
-    "study": (("{root}/grid.yaml", "--dir", "{tmp}/study", "--dry-run"), "cells, 2 of them trained"),
+    "study": (("{root}/grid.yaml", "--dir", "{tmp}/study", "--dry-run"), "4 cells, 2 with training"),
     "validate": (("{root}/recipe.yaml",), "rank: 4"),
     "recipes": ((), "quickstart"),
     "doctor": ((), "torch"),
@@ -182,7 +182,7 @@ def test_a_failure_while_training_is_in_the_log(root: Path, tmp_path: Path, monk
     def fail(*_: Any, **__: Any) -> None:
         raise Unforeseen("in the loop")
 
-    monkeypatch.setattr("qdora.run.training.fit", fail)
+    monkeypatch.setattr("qdora.run.train.fit", fail)
     found = invoke("train", root / "recipe.yaml", "--run-dir", tmp_path / "run")
     assert found.exit_code == 1
     log = (tmp_path / "run/log.txt").read_text()

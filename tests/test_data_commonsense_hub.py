@@ -10,8 +10,7 @@ import huggingface_hub
 import pandas as pd
 import pytest
 
-from qdora.data.commonsense import TEMPLATES
-from qdora.data.commonsense_hub import HUB_TASKS, hub_task_rows, without_wikihow_marks
+from qdora.data.commonsense import HUB_TASKS, TEMPLATES, hub_task_rows, without_wikihow_marks
 from qdora.data.sources import has_split, load_source
 from qdora.errors import UserError
 from qdora.recipe.data_settings import SourceConfig

@@ -33,15 +33,9 @@ def tokenised(name, lengths, seed=0):
 
 def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", seed=0, position=0, max_epochs=None):
     mix = make_mix(sets, strategy=strategy, seed=seed, max_epochs=max_epochs)
-    return StepLoader(
-        sets,
-        mix.order,
-        tokens_per_step=tokens,
-        batch=batch,
-        micro_batch_tokens=micro,
-        pad_id=PAD,
-        position=position,
-    )
+    made = StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, micro_batch_tokens=micro, pad_id=PAD)
+    made.position = position
+    return made
 
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=30)

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.data import readers
+from qdora.data.build_data import plan_mix
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
-from qdora.data.mix_plan import plan_mix
 from qdora.data.readers import hub_shards, local_shards
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all

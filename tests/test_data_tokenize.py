@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data.encode import encode_pairs, special_prefix
 from qdora.data.example import Example
-from qdora.data.tokenize import TokenizedSet, tokenize_all
+from qdora.data.tokenize import TokenizedSet, encode_pairs, special_prefix, tokenize_all
 from qdora.errors import UserError
 from tests import tiny_tokenizer
 

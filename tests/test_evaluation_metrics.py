@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from qdora.evaluation.metrics import (
     Estimate,
-    answer_nll,
     choice_metrics,
     macro_average,
     mean_stderr,
@@ -85,16 +84,14 @@ def test_empty_choice_counts_as_one_character() -> None:
     assert choice_metrics([[-1.0, -3.0]], [[0, 2]], [0]).acc_norm.value == 1.0
 
 
-def test_answer_nll_by_hand() -> None:
-    found = answer_nll([2.0, 6.0, 1.0], [1, 4, 1])
-    assert found.nll_sum == 9.0
-    assert found.num_tokens == 6
-    assert found.num_examples == 3
-    assert found.per_example.value == 3.0
-    assert found.per_example.stderr == pytest.approx(math.sqrt((1 + 9 + 4) / 2 / 3))
+def test_nll_of_answers_by_hand() -> None:
+    per_example = mean_stderr([2.0, 6.0, 1.0])
+    assert per_example.value == 3.0
+    assert per_example.stderr == pytest.approx(math.sqrt((1 + 9 + 4) / 2 / 3))
     # R = 1.5; residuals 2 - 1.5, 6 - 6, 1 - 1.5 = 0.5, 0, -0.5; s^2 = 0.5 / 2; mean tokens 2; se = 0.5 / (2 sqrt 3)
-    assert found.per_token.value == 1.5
-    assert found.per_token.stderr == pytest.approx(0.5 / (2 * math.sqrt(3)))
+    per_token = ratio_stderr([2.0, 6.0, 1.0], [1, 4, 1])
+    assert per_token.value == 1.5
+    assert per_token.stderr == pytest.approx(0.5 / (2 * math.sqrt(3)))
 
 
 def test_ratio_of_proportional_values_is_certain() -> None:

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qdora.export.audit import DESCRIPTIONS, audit_page, computing, export_forms, layer_errors, recommendation
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import float32_arithmetic
-from qdora.export.merged import merge_of
+from qdora.export.merged import merge_of, open_merge
 from qdora.export.options import ExportOptions
-from qdora.export.streamed_merge import open_merge
 from qdora.files.run_directory import open_run
 from qdora.model.adapter_file import load_adapter
 from qdora.model.load import load_model
@@ -72,9 +71,9 @@ def test_a_form_in_memory_is_the_form_in_the_files(
         load_adapter(exported, tmp_path / "out/adapter")
     model = load_run(run).model
     before = tiny_adapted.logits(model, IDS)
-    form = next(each for each in export_forms(model, opened(run), torch.float16) if each.name == name)
-    assert form.weight is not None
-    with float32_arithmetic(model), computing(model, form.weight):
+    form = export_forms(model, opened(run), torch.float16)[name]
+    assert not isinstance(form, str)
+    with float32_arithmetic(model), computing(model, form):
         found = tiny_adapted.logits(model, IDS)
     expected = tiny_adapted.logits(exported, IDS)
     tolerance = 5e-3 if name in ("merged", "original") else 2e-5  # fp16 also rounds the embeddings of the files
@@ -97,9 +96,9 @@ def test_the_original_form_has_the_layers_own_formula(monkeypatch: pytest.Monkey
     model: Any = torch.nn.ModuleDict({"layer": layer})
     merge = SimpleNamespace(quant=SimpleNamespace(kind="nf4"))
     given: Any = SimpleNamespace(merge=merge, stored={}, quantized={"layer"})
-    form = next(each for each in export_forms(model, given, torch.float32) if each.name == "original")
-    assert form.weight is not None
-    found = form.weight("layer", layer)
+    form = export_forms(model, given, torch.float32)["original"]
+    assert not isinstance(form, str)
+    found = form("layer", layer)
     keep = layer.base.keep_mask()
     assert keep is not None
     product = (layer.lora_B.detach() * layer.gate.detach()).double() @ layer.lora_A.detach().double()

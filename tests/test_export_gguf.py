@@ -16,9 +16,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.errors import RunFailure, UserError
-from qdora.export import llama_cpp
+from qdora.export import gguf as gguf_export
 from qdora.export.export_run import export_run
-from qdora.export.llama_cpp import find_llama_cpp
+from qdora.export.gguf import find_llama_cpp
 from qdora.export.options import ExportOptions, check_options
 from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
@@ -177,13 +177,13 @@ def test_where_the_programs_are_looked_for(
     installed.write_text("#!/bin/sh\n")
     installed.chmod(0o755)
     monkeypatch.setenv("PATH", str(installed.parent))
-    assert find_llama_cpp(None, "q8_0") == llama_cpp.LlamaCpp((str(installed),), None)
+    assert find_llama_cpp(None, "q8_0") == gguf_export.LlamaCpp((str(installed),), None)
 
 
 def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QDORA_LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", os.devnull)
-    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"converter is not on this machine\. Fix: run  git clone --depth") as raised:
         find_llama_cpp(None, "f16")
     assert len(str(raised.value).splitlines()) == 1
@@ -198,7 +198,7 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path: Path, monkeypa
     monkeypatch.setenv("QDORA_LLAMA_CPP", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"QDORA_LLAMA_CPP: must be .*nowhere does not exist"):
         find_llama_cpp(None, "f16")
-    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(gguf_export.importlib.util, "find_spec", lambda name: object())
     quantizer = find_llama_cpp(CONVERTER, "q4_0").quantizer
     assert quantizer is not None
     assert quantizer[0] == sys.executable

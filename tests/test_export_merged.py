@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
 from qdora.export import checkpoint_writer
-from qdora.export.comparison_text import ComparisonText, comparison_text
-from qdora.export.logit_comparison import LogitDifference, float32_arithmetic
+from qdora.export.logit_comparison import ComparisonText, LogitDifference, comparison_text, float32_arithmetic
 from qdora.export.merged import export_merged
 from qdora.export.verify import verify_merged
 from qdora.files.tensor_file import TensorSpec
@@ -62,7 +61,7 @@ def test_merged_weights_are_the_float64_formula_rounded_once(
     result = export_merged(model, None, tmp_path / "out", dtype=dtype)
     tensors = stored(tmp_path / "out")
     layers = adapted_layers(model)
-    assert len(layers) == result.num_merged_layers == 4
+    assert len(layers) == result["num_merged_layers"] == 4
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     for path, layer in layers.items():
         expected = tiny_adapted.expected_weight(layer)
@@ -91,7 +90,7 @@ def test_reloaded_by_transformers_it_gives_the_adapters_logits(
 def test_a_bare_base_is_written_dequantised(tmp_path: Path) -> None:
     model = tiny_adapted.base(quant="nf4")
     result = export_merged(model, None, tmp_path / "out", dtype=torch.float32)
-    assert result.num_merged_layers == 0
+    assert result["num_merged_layers"] == 0
     assert torch.equal(tiny_adapted.logits(reload(tmp_path / "out")), tiny_adapted.logits(model))
 
 
@@ -128,7 +127,7 @@ def test_shards_index_config_and_tokenizer(tmp_path: Path) -> None:
     out = tmp_path / "out"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in out.glob("*.safetensors"))
-    assert files == list(result.files)
+    assert files == list(result["files"])
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     for file in files:
@@ -139,8 +138,8 @@ def test_shards_index_config_and_tokenizer(tmp_path: Path) -> None:
     tensors = stored(out)
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
     assert index["metadata"] == {"total_parameters": num_parameters, "total_size": 2 * num_parameters}
-    assert result.num_bytes == 2 * num_parameters == steps[-1][0] == steps[-1][1]
-    assert result.num_tensors == len(tensors) == len(steps)
+    assert result["num_bytes"] == 2 * num_parameters == steps[-1][0] == steps[-1][1]
+    assert result["num_tensors"] == len(tensors) == len(steps)
     assert "lm_head.weight" not in tensors  # tied, written once
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
@@ -151,8 +150,8 @@ def test_shards_index_config_and_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.chat_template == tiny_tokenizer.CHATML
     assert tokenizer("the answer")["input_ids"] == tiny_tokenizer.make()("the answer")["input_ids"]
     largest = max(tensors, key=lambda name: tensors[name].abs().max())
-    assert result.max_abs_tensor == largest
-    assert result.max_abs == pytest.approx(float(tensors[largest].abs().max()), rel=1e-3)
+    assert result["max_abs_tensor"] == largest
+    assert result["max_abs"] == pytest.approx(float(tensors[largest].abs().max()), rel=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -225,7 +224,7 @@ def test_weights_outside_float16_are_named_and_nothing_is_left(tmp_path: Path) -
     )
     assert list(tmp_path.iterdir()) == []
     result = export_merged(model, None, tmp_path / "out", dtype=torch.bfloat16)
-    assert result.max_abs_tensor == "model.layers.1.mlp.up_proj.weight"
+    assert result["max_abs_tensor"] == "model.layers.1.mlp.up_proj.weight"
 
 
 def test_the_largest_float16_is_allowed(tmp_path: Path) -> None:
@@ -233,8 +232,8 @@ def test_the_largest_float16_is_allowed(tmp_path: Path) -> None:
     model.model.norm.weight.data[0] = -65504.0
     model.model.norm.weight.data[1] = 1e-9
     result = export_merged(model, None, tmp_path / "out")
-    assert result.max_abs == 65504.0
-    assert result.num_underflowed == 1
+    assert result["max_abs"] == 65504.0
+    assert result["num_underflowed"] == 1
     assert stored(tmp_path / "out")["model.norm.weight"][0] == -65504.0
 
 

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
-from qdora.export.comparison_text import ComparisonText
-from qdora.export.logit_comparison import float32_arithmetic
+from qdora.export.logit_comparison import ComparisonText, float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import OWN_LOADER, PEFT_LOADER, verify_nf4_lora
 from qdora.model.inject import adapted_layers, inject
@@ -58,8 +57,8 @@ def test_transformers_bitsandbytes_and_peft_give_the_running_logits(
 ) -> None:
     model = tiny_adapted.adapted(architecture, quant="nf4", kind=kind, dtype=dtype)
     result = export_nf4_lora(model, None, tmp_path / "out")
-    assert result.num_adapted_layers == 14
-    assert result.num_folded_layers == (14 if kind == "dora" else 0)
+    assert result["num_adapted_layers"] == 14
+    assert result["num_folded_layers"] == (14 if kind == "dora" else 0)
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["use_dora"] is False
     with float32_arithmetic(model):
@@ -135,7 +134,7 @@ def test_exporting_changes_nothing_in_the_model(tmp_path: Path) -> None:
 
 def test_double_quantising_the_scales_again_would_lose_what_is_reported(tmp_path: Path) -> None:
     result = export_nf4_lora(tiny_adapted.adapted(quant="nf4"), None, tmp_path / "out")
-    found = result.scale_error_if_double_quantised
+    found = result["scale_error_if_double_quantised"]
     scales = load_file(tmp_path / "out" / "model.safetensors")[f"{found['layer']}.weight.absmax"].double().numpy()
     code = np.array(reference_quant.dynamic_map())
     shifted = scales - scales.mean()

@@ -325,14 +325,6 @@ def test_every_rule_and_pattern_has_its_count(rows, columns, method, name, spars
 def test_what_cannot_be_pruned_is_named():
     weight = torch.from_numpy(matrix())
     half = pattern_of("unstructured")
-    with pytest.raises(ValueError, match=r"must be one of magnitude, wanda, sparsegpt, got 'wandb'.*you mean 'wanda'"):
-        prune_weight(weight, "wandb", half)
-    with pytest.raises(ValueError, match="wanda needs statistics"):
-        prune_weight(weight, "wanda", half)
-    with pytest.raises(ValueError, match="magnitude takes no statistics"):
-        prune_weight(weight, "magnitude", half, statistics=statistics_of(correlated(), "wanda"))
-    with pytest.raises(ValueError, match="takes no group"):
-        prune_weight(weight, "sparsegpt", half, statistics=statistics_of(correlated(), "sparsegpt"), group="row")
     with pytest.raises(ValueError, match=r"up_proj: pattern 2:5 needs in_features divisible by 5, got 24"):
         prune_weight(weight, "magnitude", pattern_of("2:5"), name="up_proj")
     broken = weight.clone()
@@ -344,8 +336,6 @@ def test_what_cannot_be_pruned_is_named():
     with pytest.raises(UserError, match="inputs measured"):
         prune_weight(weight, "wanda", half, statistics=statistics)
     statistics = statistics_of(correlated(), "sparsegpt")
-    with pytest.raises(ValueError, match=r"damping must be above 0, got 0"):
-        prune_weight(weight, "sparsegpt", half, statistics=statistics, damping=0.0)
     statistics.sums = -statistics.sums
     with pytest.raises(UserError, match="not positive definite"):
         prune_weight(weight, "sparsegpt", half, statistics=statistics)

@@ -22,7 +22,7 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.recipe.recipe_file import settings
 from qdora.study import runner as study_verb
-from qdora.study.report_tables import read_report
+from qdora.study.report import read_report
 from qdora.study.runner import in_words, study_run
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import tiny_run

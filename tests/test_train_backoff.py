@@ -14,8 +14,8 @@ from qdora.data.loader import StepLoader
 from qdora.errors import Interrupted, RunFailure
 from qdora.run import prepare
 from qdora.run.train import train_run
-from qdora.train import step_gradient
-from qdora.train.step_gradient import is_out_of_memory
+from qdora.train import loop
+from qdora.train.out_of_memory import is_out_of_memory
 from tests import tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless
 
@@ -45,7 +45,7 @@ def small_memory(
     monkeypatch: pytest.MonkeyPatch, most_tokens: int, error: Callable[[], BaseException], *, backward: bool = False
 ) -> list[int]:
     """An allocator that fails for micro-batches of more tokens; the tokens of those that it let pass come back."""
-    real, passed = step_gradient.batch_loss, []
+    real, passed = loop.batch_loss, []
 
     def hungry(model: Any, input_ids: torch.Tensor, *rest: Any, **settings: Any) -> Any:
         result = real(model, input_ids, *rest, **settings)
@@ -60,7 +60,7 @@ def small_memory(
     def fail(_gradient: torch.Tensor) -> None:
         raise error()
 
-    monkeypatch.setattr(step_gradient, "batch_loss", hungry)
+    monkeypatch.setattr(loop, "batch_loss", hungry)
     return passed
 
 

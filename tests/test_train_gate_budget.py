@@ -42,7 +42,8 @@ def test_hard_concrete_values_slopes_and_probabilities() -> None:
 
 
 def test_the_deterministic_gate_is_exactly_0_and_1_at_its_ends() -> None:
-    on, off = hard_concrete.ALWAYS_ON, -hard_concrete.ALWAYS_ON
+    on = math.log((1.0 - hard_concrete.GAMMA) / (hard_concrete.ZETA - 1.0))  # from here on the gate is exactly 1
+    off = -on
     log_alpha = wide([off - 1e-6, off + 1e-3, 0.0, on - 1e-3, on + 1e-6])
     values = hard_concrete.gate_value(log_alpha).tolist()
     assert [values[0], values[2], values[4]] == [0.0, pytest.approx(0.5), 1.0]

@@ -16,7 +16,7 @@ from qdora.errors import Interrupted, RunFailure
 from qdora.files.run_directory import RunDirectory
 from qdora.run import writer
 from qdora.run.train import train_run
-from qdora.train import interrupt, step_gradient
+from qdora.train import interrupt, loop
 from tests import tiny_run
 from tests.run_files import assert_same_run, trained
 
@@ -25,7 +25,7 @@ STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 def in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Do something in the middle of a step: its batch is computed, its update is not made."""
-    real, calls = step_gradient.batch_loss, {"n": 0}
+    real, calls = loop.batch_loss, {"n": 0}
 
     def acting(*args: Any, **settings: Any) -> Any:
         result = real(*args, **settings)
@@ -34,7 +34,7 @@ def in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
             action()
         return result
 
-    monkeypatch.setattr(step_gradient, "batch_loss", acting)
+    monkeypatch.setattr(loop, "batch_loss", acting)
 
 
 def send(*numbers: int) -> Callable[[], None]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from qdora.ops.split_float import join_float32, split_float32
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import optimizer as optimizer_module
-from qdora.train.loop import learning_rate
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName
+from qdora.train.schedule import learning_rate
 from tests import reference, tiny
 
 NAMES = get_args(OptimizerName)

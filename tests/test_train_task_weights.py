@@ -14,7 +14,7 @@ from qdora.data.loader import Step
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters
 from qdora.run.train import train_run
-from qdora.train.step_gradient import step_gradient
+from qdora.train.loop import step_gradient
 from tests import launched, reference, tiny_adapted, tiny_run
 from tests.run_files import timeless
 from tests.test_data_loader import loader, tokenised

@@ -55,13 +55,10 @@ def allocate(spectra: Mapping[str, LayerSpectrum], budget: int, *, least: int = 
     take from each list; the bound is the same problem with the last component cut to fit.
 
     Args:
-        spectra: Layer -> worth of its components.
         budget: Parameters of all components together.
         least: Rank that every layer gets first, at most its largest.
-    Returns:
-        Layer -> rank, in the order given. Beyond `least` no component without energy is given.
-    Raises:
-        UserError: The budget is too small for `least` everywhere.
+    Returns: Layer -> rank, in the order given. Beyond `least` no component without energy is given.
+    Raises: UserError: The budget is too small for `least` everywhere.
     """
     ranks = {name: min(least, len(spectrum.energies)) for name, spectrum in spectra.items()}
     needed = sum(rank * spectra[name].cost for name, rank in ranks.items())
@@ -125,10 +122,7 @@ def _best_counts(pools: Sequence[Array], costs: Sequence[int], budget: int) -> l
 
 
 def _bound(pools: Sequence[Array], costs: Sequence[int]) -> tuple[Array, Array]:
-    """(parameters, energy) of the best components by energy per parameter, from none to all.
-
-    The line through these points is concave and lies above everything that whole components reach.
-    """
+    """(parameters, energy) of the best components by energy per parameter: a concave bound of what can be reached."""
     cost = np.concatenate([np.full(len(energies), float(cost)) for energies, cost in zip(pools, costs, strict=True)])
     energy = np.concatenate(list(pools))
     order = np.argsort(-energy / cost, kind="stable")

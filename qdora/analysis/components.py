@@ -21,12 +21,9 @@ worths of those left out. (The model is a sum over i.) Its cases:
     F = c ||W + D - T||^2 / 2            c tau_i^2 / 2, tau_i the singular values of T - W that the components share:
                                          what Eckart and Young say that a rank leaves out, each once, also at B = 0
 
-Why not the eigenvalues of the Hessian by (A, B): its eigenvectors are directions of all components' factors together.
-At B = 0 it is s [[0, G^T], [G, 0]] on each of the r components, plus a block of B alone, so without that block each
-singular value of G comes 2 r times, r of them negative: 2 r eigenvalues say one thing about one component. And why the
-Gauss-Newton matrix by D: with it q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
+With the Gauss-Newton matrix by D q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
 a shift of all of them, so that g_i = 0, too, and the component is worth 0. Nothing here changes with the basis of A and
-B, (R^-1 A, B R).
+B, (R^-1 A, B R). What the eigenvalues of the Hessian by (A, B) say instead: `curvature.CurvatureSpectrum`.
 
 Exact curvatures q_i take one product with H per component. Estimated ones take one backward pass per draw for all
 components of all layers. With labels y_t drawn from the model's own p_t, independently for each labelled token t, and
@@ -68,13 +65,14 @@ from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import check_batches, curvature_of, labelled_logits
 from qdora.analysis.differentiable import UPDATE, Norm, check_layers
 from qdora.analysis.tensor_cache import keep_tensors, kept_tensors, made_once
-from qdora.analysis.update_gradient import row_directions, update_gradients, watch_output
+from qdora.analysis.update_gradient import row_directions, update_gradients, watched_outputs
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
 
 Array = NDArray[np.float64]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,7 @@ class Directions:
     """The components E_i = u_i v_i^T of a layer: first the held ones, by size, then the new ones, by slope.
 
     Attributes:
-        left: U, (out, components), columns of length 1.
-        right: V, (in, components), the same.
+        left, right: U, (out, components), and V, (in, components), columns of length 1.
         sizes: (components,) sigma_i >= 0; 0 for a new one.
         slopes: (components,) g_i = <G, E_i>.
         tail: Squared Frobenius norm of the gradient across held and new components.
@@ -101,41 +98,40 @@ class Components:
     """The components of a layer and their worth.
 
     Attributes:
-        sizes, slopes, tail: As in `Directions`.
         curvatures: (components,) q_i = <E_i, H E_i> >= 0.
-        errors: (components,) standard errors of the curvatures; 0 where they are exact.
+        errors: (components,) standard errors of the curvatures, from the spread over the draws; 0 where they are exact.
+            Where a curvature is too small by chance, so is its error.
     """
 
-    sizes: Array
-    slopes: Array
+    directions: Directions
     curvatures: Array
     errors: Array
-    tail: float
 
     def worths(self) -> Array:
         """(components,) in nats of mean NLL; 0 where the curvature is within rounding of 0."""
         flat = self.curvatures <= 1e-7 * self.curvatures.max(initial=0.0)
         safe = np.where(flat, 1.0, self.curvatures)
-        worths: Array = np.where(flat, 0.0, (safe * self.sizes - self.slopes) ** 2 / (2.0 * safe))
+        at_zero = safe * self.directions.sizes - self.directions.slopes
+        worths: Array = np.where(flat, 0.0, at_zero**2 / (2.0 * safe))
         return worths
 
     def spectrum(self, most: int, cost: int) -> LayerSpectrum:
         """The worths, the greatest first, at most `most`. The total has the tail at the mean rate of new ones."""
         worths = self.worths()
-        new = self.sizes == 0.0
-        slope = float((self.slopes[new] ** 2).sum())
-        rest = self.tail * float(worths[new].sum()) / slope if slope > 0 else 0.0
+        new = self.directions.sizes == 0.0
+        slope = float((self.directions.slopes[new] ** 2).sum())
+        rest = self.directions.tail * float(worths[new].sum()) / slope if slope > 0 else 0.0
         return LayerSpectrum(np.sort(worths)[::-1][:most].copy(), float(worths.sum()) + rest, cost)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "sizes": self.sizes.tolist(),
-            "slopes": self.slopes.tolist(),
+            "sizes": self.directions.sizes.tolist(),
+            "slopes": self.directions.slopes.tolist(),
             "curvatures": self.curvatures.tolist(),
             "curvature_errors": self.errors.tolist(),
             "worths": self.worths().tolist(),
-            "tail": self.tail,
+            "tail": self.directions.tail,
         }
 
 
@@ -147,16 +143,14 @@ def layer_directions(
     norm: Norm,
     cache: Path | None = None,
     state: str = "",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Directions]:
     """The components of layers, from one gradient or from the cache.
 
     Args:
         model, batches, norm: As in `update_gradients`.
         num_new: Path of a layer -> number of new components, as in `directions`.
-        cache: Directory where each layer's components are kept.
         state: `fingerprint` of the model and the batches; needed with a cache.
-        progress: Called with (done, all) layers that are not in the cache.
     """
     adapted = adapted_layers(model)
     keys = {name: ["directions", name, norm, number, state] for name, number in num_new.items()}
@@ -165,15 +159,20 @@ def layer_directions(
     def use(name: str, gradient: Tensor) -> dict[str, Tensor]:
         made = directions(held_components(adapted[name]), gradient, num_new[name])
         numbers = {"sizes": made.sizes, "slopes": made.slopes, "tail": np.array([made.tail])}
-        tensors = {"left": made.left, "right": made.right}
-        tensors |= {each: torch.from_numpy(values) for each, values in numbers.items()}
+        tensors = {each: torch.from_numpy(values) for each, values in numbers.items()}
+        tensors = {"left": made.left, "right": made.right, **tensors}
         keep_tensors(cache, keys[name], tensors)
         return tensors
 
     missing = [name for name in num_new if name not in found]
     if missing:
         found |= update_gradients(model, missing, batches, use, norm=norm, progress=progress)
-    return {name: _from_tensors(found[name], adapted[name].lora_A.device) for name in num_new}
+    made_of: dict[str, Directions] = {}
+    for name in num_new:
+        left, right = (found[name][side].to(adapted[name].lora_A.device) for side in ("left", "right"))
+        sizes, slopes, tail = (found[name][each].numpy() for each in ("sizes", "slopes", "tail"))
+        made_of[name] = Directions(left, right, sizes, slopes, float(tail[0]))
+    return made_of
 
 
 def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
@@ -211,13 +210,6 @@ def held_components(layer: AdaptedLinear) -> tuple[Tensor, Tensor, Tensor]:
     return (left @ u)[:, kept], sizes[kept], (right @ vh.T)[:, kept]
 
 
-def _from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Directions:
-    numbers = {name: tensors[name].numpy() for name in ("sizes", "slopes")}
-    return Directions(
-        tensors["left"].to(device), tensors["right"].to(device), **numbers, tail=float(tensors["tail"][0])
-    )
-
-
 def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Left vectors (out, n), largest singular values (n,) and right vectors (in, n), from the Gram matrix of the short
     side. Values below 1e-6 of the largest are left out: the Gram matrix loses them."""
@@ -231,24 +223,9 @@ def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     return (second, values, first) if tall else (first, values, second)
 
 
-Progress = Callable[[int, int], None]
 LEAST_DRAWS = 8
 _CHUNK = 64
 """Tokens whose probabilities are summed up at once in float64."""
-
-
-@dataclass(frozen=True)
-class Curvatures:
-    """The curvatures of the components of a layer.
-
-    Attributes:
-        values: (components,) q_i >= 0.
-        errors: (components,) standard errors, from the spread over the draws; 0 for exact values. Where a value is too
-            small by chance, so is its error.
-    """
-
-    values: Array
-    errors: Array
 
 
 def exact_curvatures(
@@ -260,21 +237,18 @@ def exact_curvatures(
     cache: Path | None = None,
     state: str = "",
     progress: Progress | None = None,
-) -> dict[str, Curvatures]:
+) -> dict[str, Components]:
     """Curvatures from one product with H per component.
 
     Args:
         model, batches, norm: As in `curvature_of`.
-        directions: Path of a layer -> its components.
-        cache: Directory where each layer's curvatures are kept.
         state: `fingerprint` of the model and the batches; needed with a cache.
-        progress: Called with (done, all) layers.
     """
-    found: dict[str, Curvatures] = {}
+    found: dict[str, Components] = {}
     for name, each in directions.items():
         key = ["exact curvatures", name, norm, len(each.sizes), state]
         values = made_once(cache, key, functools.partial(_exact, model, name, each, batches, norm))["values"]
-        found[name] = Curvatures(values.numpy(), np.zeros(len(values)))
+        found[name] = Components(each, values.numpy(), np.zeros(len(values)))
         if progress is not None:
             progress(len(found), len(directions))
     return found
@@ -291,18 +265,14 @@ def drawn_curvatures(
     cache: Path | None = None,
     state: str = "",
     progress: Progress | None = None,
-) -> dict[str, Curvatures]:
+) -> dict[str, Components]:
     """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once.
 
     Args:
         model, directions, batches, norm, state: As in `exact_curvatures`; the model runs as in `update_gradients`.
-        draws: Labels drawn for each labelled token, `LEAST_DRAWS` or more. The relative error falls with
-            sqrt(draws x rows).
-        seed: Seed of the labels.
-        cache: Directory where the sums of each micro-batch are kept.
-        progress: Called with (done, all) micro-batches.
-    Raises:
-        ValueError: Too few draws; also as `curvature_of`.
+        draws: Labels drawn for each labelled token, `LEAST_DRAWS` or more. The relative error falls with sqrt(draws x
+            rows).
+    Raises: ValueError: Too few draws; also as `curvature_of`.
     """
     if draws < LEAST_DRAWS:
         raise ValueError(f"draws must be {LEAST_DRAWS} or more, got {draws}.")
@@ -331,9 +301,9 @@ def drawn_curvatures(
         if progress is not None:
             progress(number + 1, len(batches))
     found = {}
-    for name in directions:
+    for name, each_layer in directions.items():
         values: Array = (sums[name] / num_tokens).numpy()
-        found[name] = Curvatures(values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws))
+        found[name] = Components(each_layer, values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws))
     return found
 
 
@@ -402,13 +372,9 @@ def squared_slopes(
     """For each set of labels, the squared slope of their NLL along each component, summed over the rows.
 
     Args:
-        model: With adapters; run in eval mode.
-        probes: Path of a layer -> its probe.
         batch: Without packing.
         labels: From the logits, (labelled, vocabulary), to the sets of labels, (sets, labelled) int64.
-        device: Of the model.
-    Returns:
-        Path -> (sets, components) float64 on the CPU.
+    Returns: Path -> (sets, components) float64 on the CPU.
     """
     slopes: dict[str, Tensor] = {}
 
@@ -420,24 +386,20 @@ def squared_slopes(
     def see(name: str, x: Tensor, output: Tensor) -> Callable[[Tensor], None]:
         return probes[name].see(x, output, rows, functools.partial(take, name))
 
-    hooks = [watch_output(probe.layer, functools.partial(see, name)) for name, probe in probes.items()]
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
-    try:
-        with evaluation_mode(model):
-            logits, _ = labelled_logits(model, batch, device)
-            drawn = labels(logits.detach())
-            probabilities = torch.softmax(logits.detach(), dim=-1)
-            wanted = [probe.layer.lora_B for probe in probes.values()]
-            for number, each in enumerate(drawn):
-                slopes.clear()
-                upstream = probabilities.clone()
-                upstream[torch.arange(len(each), device=device), each.to(device)] -= 1.0
-                torch.autograd.grad(logits, wanted, upstream, retain_graph=number + 1 < len(drawn))
-                for name in probes:
-                    found[name].append(slopes[name].double().square().sum(dim=0).cpu())
-    finally:
-        for each_hook in hooks:
-            each_hook.remove()
+    layers = {name: probe.layer for name, probe in probes.items()}
+    with watched_outputs(layers, see), evaluation_mode(model):
+        logits, _ = labelled_logits(model, batch, device)
+        drawn = labels(logits.detach())
+        probabilities = torch.softmax(logits.detach(), dim=-1)
+        wanted = [layer.lora_B for layer in layers.values()]
+        for number, each in enumerate(drawn):
+            slopes.clear()
+            upstream = probabilities.clone()
+            upstream[torch.arange(len(each), device=device), each.to(device)] -= 1.0
+            torch.autograd.grad(logits, wanted, upstream, retain_graph=number + 1 < len(drawn))
+            for name in probes:
+                found[name].append(slopes[name].double().square().sum(dim=0).cpu())
     return {name: torch.stack(each) for name, each in found.items()}
 
 

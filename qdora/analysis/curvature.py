@@ -17,20 +17,191 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
 from qdora.analysis.differentiable import FACTORS, Norm, plain_model
-from qdora.analysis.spectrum import Density, Eigenpairs, spectral_density, top_eigenpairs
-from qdora.analysis.tensor_cache import keep_tensors, kept_tensors
+from qdora.analysis.tensor_cache import made_once
 from qdora.data.batching import IGNORED, MicroBatch
+from qdora.errors import RunFailure
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.ops.loss import token_nll
+
+Array = NDArray[np.float64]
+Product = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """The eigenvalues of largest magnitude; a multiple eigenvalue is listed as often as it comes.
+
+    Attributes:
+        values: (k,), by falling magnitude; both signs.
+        vectors: (size, k), columns of length 1.
+        residuals: (k,) ||M v - lambda v||: each value is at most that far from an eigenvalue. A small residual does not
+            say that none is missing; `next_magnitude` does.
+        num_rounds: Searches from a new start, each orthogonal to all that was found before.
+        next_magnitude: The largest of the last search, orthogonal to all others: not above the k-th of `values`.
+    """
+
+    values: Array
+    vectors: Array
+    residuals: Array
+    num_rounds: int
+    next_magnitude: float
+
+
+@dataclass(frozen=True)
+class Density:
+    """The spectral density as a sum of points, the mean over random starts.
+
+    Attributes:
+        nodes: (points,) Ritz values.
+        weights: (points,) shares of the spectrum, sum 1.
+    """
+
+    nodes: Array
+    weights: Array
+    size: int
+
+    def total(self, function: Callable[[Array], Array]) -> float:
+        """Estimate of the sum of function(lambda) over all eigenvalues."""
+        return float(self.size * (self.weights * function(self.nodes)).sum())
+
+
+def top_eigenpairs(
+    product: Product, size: int, k: int, *, seed: int = 0, tolerance: float = 1e-4, max_restarts: int = 30
+) -> Eigenpairs:
+    """The k eigenpairs of largest magnitude of a symmetric matrix, by implicitly restarted Lanczos (ARPACK), repeated.
+
+    In exact arithmetic Lanczos from one start sees one copy of an eigenvalue, however often it comes, and stops with
+    small residuals all the same. So it is repeated across what was found, (1 - Q Q^T) M (1 - Q Q^T), from new random
+    starts, until a search finds nothing larger than the k-th: a start that has no share in what is left has probability
+    0. Rayleigh-Ritz over all that was found gives the pairs.
+
+    Source: Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13.
+
+    Args:
+        product: (size,) float64 -> the matrix times it.
+        seed: Seed of the start vectors. The same seed takes the same products.
+        tolerance: Relative accuracy of the values; 0 is machine precision.
+    Raises:
+        ValueError: If k does not lie in its range.
+        RunFailure: A search in which no pair converged.
+    """
+    if not 1 <= k < size:
+        raise ValueError(f"{k} eigenvalues of a matrix of {size} rows; allowed: 1 to {size - 1}.")
+    generator = np.random.default_rng(seed)
+    found = np.zeros((size, 0))
+    magnitudes = np.zeros(0)
+    num_rounds, wanted, next_magnitude = 0, k, 0.0
+
+    def across(vector: Array) -> Array:
+        vector = _across(found, vector)
+        return _across(found, product(vector))
+
+    while found.shape[1] < size - 1:
+        start = _across(found, generator.standard_normal(size))
+        if num_rounds and np.linalg.norm(across(start)) <= 1e-12 * magnitudes[0] * np.linalg.norm(start):
+            next_magnitude = 0.0
+            break
+        wanted = min(wanted, size - 1 - found.shape[1])
+        values, vectors = _eigsh(across, size, wanted, start, tolerance, max_restarts)
+        num_rounds += 1
+        next_magnitude = float(np.abs(values).max())
+        nothing_larger = len(magnitudes) >= k and next_magnitude <= magnitudes[k - 1] * (1.0 + max(tolerance, 1e-12))
+        complete = nothing_larger and len(values) == wanted
+        found = np.linalg.qr(np.concatenate([found, vectors], axis=1))[0]
+        magnitudes = np.sort(np.concatenate([magnitudes, np.abs(values)]))[::-1]
+        if complete:
+            break
+        wanted = max(1, k // 4)
+    images = np.stack([product(column) for column in found.T], axis=1)
+    small = found.T @ images
+    values, rotation = np.linalg.eigh((small + small.T) / 2)
+    order = np.argsort(-np.abs(values), kind="stable")[:k]
+    values, rotation = values[order], rotation[:, order]
+    vectors = found @ rotation
+    residuals = np.linalg.norm(images @ rotation - vectors * values, axis=0)
+    return Eigenpairs(values, vectors, residuals, num_rounds, next_magnitude)
+
+
+def _eigsh(
+    product: Product, size: int, k: int, start: Array, tolerance: float, max_restarts: int
+) -> tuple[Array, Array]:
+    """One search: k pairs, or at least one of them, where copies or a dense bulk keep the others from converging."""
+    operator: LinearOperator[np.float64] = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    try:
+        values, vectors = eigsh(operator, k=k, which="LM", v0=start, tol=tolerance, maxiter=max_restarts)
+    except ArpackNoConvergence as error:
+        if not len(error.eigenvalues):
+            raise RunFailure(
+                f"eigsh: none of {k} eigenvalues converged in {max_restarts} restarts; "
+                "ask for fewer of them, or for a larger tolerance."
+            ) from None
+        return np.real(error.eigenvalues), np.real(error.eigenvectors)  # of a symmetric matrix they are real
+    return values, vectors
+
+
+def _across(found: Array, vector: Array) -> Array:
+    """The part of a vector that is orthogonal to the columns of `found`."""
+    for _ in range(2):  # once is not enough in floating point
+        vector = vector - found @ (found.T @ vector)
+    return vector
+
+
+def spectral_density(product: Product, size: int, *, num_steps: int, num_probes: int, seed: int = 0) -> Density:
+    """Stochastic Lanczos quadrature: from each random start, the Ritz values weighted by the start's share of them.
+
+    With full reorthogonalisation, so no Ritz value comes twice. Exact where `num_steps` reaches the number of distinct
+    eigenvalues, but for the random start.
+
+    Source: Golub & Welsch, Math. Comp. 23, 1969; Ghorbani et al., arXiv 1901.10159, sec. 2.
+
+    Args:
+        num_probes: Starts, entries +1 or -1: the mean of v^T M v is then the trace.
+    """
+    generator = np.random.default_rng(seed)
+    nodes, weights = [], []
+    for _ in range(num_probes):
+        start = generator.choice([-1.0, 1.0], size=size) / np.sqrt(size)
+        diagonal, off_diagonal = _lanczos(product, start, min(num_steps, size))
+        tridiagonal = np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
+        values, vectors = np.linalg.eigh(tridiagonal)
+        nodes.append(values)
+        weights.append(vectors[0] ** 2 / num_probes)
+    return Density(np.concatenate(nodes), np.concatenate(weights), size)
+
+
+def _lanczos(product: Product, start: Array, num_steps: int) -> tuple[Array, Array]:
+    """Diagonal and off-diagonal of the tridiagonal matrix; shorter where the start's space is used up."""
+    basis = [start]
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    scale = 0.0
+    while True:
+        image = product(basis[-1])
+        diagonal.append(float(basis[-1] @ image))
+        scale = max(scale, float(np.linalg.norm(image)))
+        if len(diagonal) == num_steps:
+            break
+        known = np.stack(basis)
+        for _ in range(2):  # once is not enough in floating point
+            image = image - known.T @ (known @ image)
+        length = float(np.linalg.norm(image))
+        if length <= 1e-10 * scale:
+            break
+        off_diagonal.append(length)
+        basis.append(image / length)
+    return np.array(diagonal), np.array(off_diagonal)
+
 
 Curvature = Literal["hessian", "gauss_newton"]
 CURVATURES: tuple[Curvature, ...] = ("hessian", "gauss_newton")
@@ -47,19 +218,14 @@ class CurvatureOperator:
 
     Args:
         leaves: Name -> parameter that the logits depend on, float32 or float64.
-        batches: The micro-batches to run, the same in every product.
-        curvature: "hessian" or "gauss_newton".
-        norm: Whether the graph holds the norm; here only a name, for the result.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor], batches: Sequence[Logits], *, curvature: Curvature, norm: Norm):
+    def __init__(self, leaves: Mapping[str, Tensor], batches: Sequence[Logits], curvature: Curvature) -> None:
         self.leaves = dict(leaves)
         self.curvature: Curvature = curvature
-        self.norm: Norm = norm
         self.num_matvecs = 0
         """Number of products so far."""
         self._batches = tuple(batches)
-        self._num_tokens = 0
         self._kept: Any = None
 
     @property
@@ -78,35 +244,19 @@ class CurvatureOperator:
             raise ValueError(f"a vector of shape {tuple(vector.shape)}; allowed: ({self.size},).")
         device = next(iter(self.leaves.values())).device
         wide = vector.to(device=device, dtype=self.dtype)
-        sizes = [leaf.numel() for leaf in self.leaves.values()]
-        pieces = torch.split(wide, sizes)
+        pieces = torch.split(wide, [leaf.numel() for leaf in self.leaves.values()])
         parts = [part.view_as(leaf) for part, leaf in zip(pieces, self.leaves.values(), strict=True)]
-        one = self._hessian if self.curvature == "hessian" else self._gauss_newton
         total = torch.zeros(self.size, dtype=self.dtype, device=device)
-        self._num_tokens = 0
+        num_tokens = 0
         keep = len(self._batches) == 1
         for batch in self._batches:
-            graph = self._kept
-            if graph is None:
-                graph = self._graph(batch)
+            graph = self._kept or self._graph(batch)
             self._kept = graph if keep else None
-            total += torch.cat([each.reshape(-1) for each in one(graph, parts, keep)])
-            self._num_tokens += len(graph[0])
+            total += torch.cat([each.reshape(-1) for each in self._image(graph, parts, keep)])
+            num_tokens += len(graph[0])
             del graph
         self.num_matvecs += 1
-        return (total / max(self._num_tokens, 1)).to(device=vector.device, dtype=vector.dtype)
-
-    def gradient(self) -> Tensor:
-        """dL/dw at the point itself: (size,) in `dtype`, on the leaves' device."""
-        leaves = list(self.leaves.values())
-        total = torch.zeros(self.size, dtype=self.dtype, device=leaves[0].device)
-        num_tokens = 0
-        for batch in self._batches:
-            logits, targets = batch()
-            parts = torch.autograd.grad(token_nll(logits, targets).sum(), leaves, materialize_grads=True)
-            total += torch.cat([each.reshape(-1) for each in parts])
-            num_tokens += len(targets)
-        return total / max(num_tokens, 1)
+        return (total / max(num_tokens, 1)).to(device=vector.device, dtype=vector.dtype)
 
     def _graph(self, batch: Logits) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Logits, the vector that stands for the gradient by them, and the gradient by the leaves with its graph."""
@@ -120,23 +270,19 @@ class CurvatureOperator:
         back = torch.autograd.grad(logits, leaves, upstream, create_graph=True, materialize_grads=True)
         return logits, upstream, back
 
-    def _hessian(
+    def _image(
         self, graph: tuple[Tensor, Tensor, Sequence[Tensor]], vector: Sequence[Tensor], keep: bool
     ) -> Sequence[Tensor]:
-        gradient = graph[2]
+        """The matrix of one micro-batch, from its `_graph`, times a vector in the shapes of the leaves."""
         leaves = list(self.leaves.values())
-        return torch.autograd.grad(gradient, leaves, list(vector), retain_graph=keep, materialize_grads=True)
-
-    def _gauss_newton(
-        self, graph: tuple[Tensor, Tensor, Sequence[Tensor]], vector: Sequence[Tensor], keep: bool
-    ) -> Sequence[Tensor]:
         logits, upstream, back = graph
+        if self.curvature == "hessian":
+            return torch.autograd.grad(back, leaves, list(vector), retain_graph=keep, materialize_grads=True)
         (along,) = torch.autograd.grad(back, upstream, list(vector), retain_graph=True, materialize_grads=True)
         with torch.no_grad():
             probability = torch.softmax(logits, dim=-1)
             weighted = probability * along
             weighted -= probability * weighted.sum(dim=-1, keepdim=True)
-        leaves = list(self.leaves.values())
         return torch.autograd.grad(logits, leaves, weighted, retain_graph=keep, materialize_grads=True)
 
 
@@ -156,15 +302,13 @@ def curvature_of(
         model: A causal LM with adapters, in float32 or float64.
         layers, norm, parts: As in `plain_model`.
         batches: Without packing; at least one labelled token.
-        curvature: "hessian" or "gauss_newton".
-    Raises:
-        ValueError: As `plain_model`; a packed batch; no labelled token.
+    Raises: ValueError: As `plain_model`; a packed batch; no labelled token.
     """
     check_batches(batches)
     with plain_model(model, layers, norm=norm, parts=parts) as leaves:
         device = next(iter(leaves.values())).device
-        runs = [_run(model, batch, device) for batch in batches]
-        yield CurvatureOperator(leaves, runs, curvature=curvature, norm=norm)
+        runs = [partial(labelled_logits, model, batch, device) for batch in batches]
+        yield CurvatureOperator(leaves, runs, curvature)
 
 
 def check_batches(batches: Sequence[MicroBatch]) -> None:
@@ -178,8 +322,7 @@ def check_batches(batches: Sequence[MicroBatch]) -> None:
 def labelled_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     """The model's own logits at the labelled positions alone, and their targets.
 
-    Returns:
-        (num_labelled, vocabulary) with their graph, float32 or wider; (num_labelled,) int64.
+    Returns: (num_labelled, vocabulary) with their graph, float32 or wider; (num_labelled,) int64.
     """
     wanted = batch.labels[:, 1:] != IGNORED
     rows, columns = (index.to(device) for index in wanted.nonzero(as_tuple=True))
@@ -197,12 +340,6 @@ def labelled_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -
     return logits.reshape(-1, logits.shape[-1]), batch.labels[:, 1:][wanted].to(device)
 
 
-def _run(model: nn.Module, batch: MicroBatch, device: torch.device) -> Logits:
-    return lambda: labelled_logits(model, batch, device)
-
-
-Array = NDArray[np.float64]
-
 MULTIPLICITY = (
     "Eigenvalues of the factors' directions, not of rank components: near B = 0 each singular value of the gradient "
     "comes about 2 x rank times. Copies are listed one by one; searches were repeated until none was above the last "
@@ -212,15 +349,7 @@ MULTIPLICITY = (
 
 @dataclass(frozen=True)
 class CurvatureSettings:
-    """What is computed for each set of layers.
-
-    Attributes:
-        curvature, norm, parts: The matrix; see `curvature_of`.
-        num_eigenvalues: Eigenvalues of largest magnitude; at most the rows of the matrix less one.
-        tolerance: Relative tolerance of the eigenvalues.
-        lanczos_steps, num_probes: Steps and random starts of the density.
-        seed: Seed of the start vectors.
-    """
+    """What is computed for each set of layers; the density takes `lanczos_steps` from each of `num_probes` starts."""
 
     curvature: Curvature
     norm: Norm
@@ -282,16 +411,25 @@ def curvature_spectrum(
 ) -> CurvatureSpectrum:
     """Eigenpairs and density of the curvature by the adapters of `layers`, computed or from the cache.
 
-    Args:
-        model, layers, batches: As in `curvature_of`.
-        settings: What is computed.
-        cache: Directory where the result is kept; made if needed.
-        state: `fingerprint` of the model and the batches (default: computed here).
+    `state` is the `fingerprint` of the model and the batches (default: computed here).
     """
     key = ["curvature", list(layers), asdict(settings), state or fingerprint(model, batches)]
-    kept = kept_tensors(cache, key)
-    if kept is not None:
-        return _from_tensors(kept, settings)
+    tensors = made_once(cache, key, lambda: _spectrum_tensors(model, layers, batches, settings))
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    size, num_rounds, next_magnitude, num_matvecs, seconds = (float(arrays[name][0]) for name in _COUNTS)
+    vectors = arrays["eigenvectors"].T.astype(np.float64)
+    top = Eigenpairs(arrays["eigenvalues"], vectors, arrays["residuals"], int(num_rounds), next_magnitude)
+    density = Density(arrays["density_nodes"], arrays["density_weights"], int(size))
+    return CurvatureSpectrum(settings, top, density, int(size), int(num_matvecs), seconds)
+
+
+_COUNTS = ("size", "num_rounds", "next_magnitude", "num_matvecs", "seconds")
+
+
+def _spectrum_tensors(
+    model: nn.Module, layers: Sequence[str], batches: Sequence[MicroBatch], settings: CurvatureSettings
+) -> dict[str, Tensor]:
+    """A `CurvatureSpectrum` as the cache holds it, the eigenvectors in float32."""
     began = time.perf_counter()
     with curvature_of(
         model, layers, batches, curvature=settings.curvature, norm=settings.norm, parts=settings.parts
@@ -301,16 +439,22 @@ def curvature_spectrum(
             image: Array = operator.product(torch.from_numpy(np.ascontiguousarray(vector))).numpy()
             return image
 
-        size = operator.size
-        k = min(settings.num_eigenvalues, size - 1)
-        top = top_eigenpairs(product, size, k, seed=settings.seed, tolerance=settings.tolerance)
-        density = spectral_density(
-            product, size, num_steps=settings.lanczos_steps, num_probes=settings.num_probes, seed=settings.seed
+        size, seed = operator.size, settings.seed
+        top = top_eigenpairs(
+            product, size, min(settings.num_eigenvalues, size - 1), seed=seed, tolerance=settings.tolerance
         )
-        spent = operator.num_matvecs
-    found = CurvatureSpectrum(settings, top, density, size, spent, time.perf_counter() - began)
-    keep_tensors(cache, key, _to_tensors(found))
-    return found
+        density = spectral_density(
+            product, size, num_steps=settings.lanczos_steps, num_probes=settings.num_probes, seed=seed
+        )
+    counts = (size, top.num_rounds, top.next_magnitude, operator.num_matvecs, time.perf_counter() - began)
+    return {
+        "eigenvalues": torch.from_numpy(top.values),
+        "eigenvectors": torch.from_numpy(top.vectors.T.astype(np.float32)),
+        "residuals": torch.from_numpy(top.residuals),
+        "density_nodes": torch.from_numpy(density.nodes),
+        "density_weights": torch.from_numpy(density.weights),
+        **{name: torch.tensor([value], dtype=torch.float64) for name, value in zip(_COUNTS, counts, strict=True)},
+    }
 
 
 def fingerprint(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
@@ -328,27 +472,3 @@ def fingerprint(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
         for tensor in (batch.input_ids, batch.attention_mask, batch.labels):
             digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-_COUNTS = ("size", "num_rounds", "next_magnitude", "num_matvecs", "seconds")
-
-
-def _to_tensors(found: CurvatureSpectrum) -> dict[str, Tensor]:
-    counts = (found.size, found.top.num_rounds, found.top.next_magnitude, found.num_matvecs, found.seconds)
-    return {
-        "eigenvalues": torch.from_numpy(found.top.values),
-        "eigenvectors": torch.from_numpy(found.top.vectors.T.astype(np.float32)),
-        "residuals": torch.from_numpy(found.top.residuals),
-        "density_nodes": torch.from_numpy(found.density.nodes),
-        "density_weights": torch.from_numpy(found.density.weights),
-        **{name: torch.tensor([value], dtype=torch.float64) for name, value in zip(_COUNTS, counts, strict=True)},
-    }
-
-
-def _from_tensors(tensors: Mapping[str, Tensor], settings: CurvatureSettings) -> CurvatureSpectrum:
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    size, num_rounds, next_magnitude, num_matvecs, seconds = (float(arrays[name][0]) for name in _COUNTS)
-    vectors = arrays["eigenvectors"].T.astype(np.float64)
-    top = Eigenpairs(arrays["eigenvalues"], vectors, arrays["residuals"], int(num_rounds), next_magnitude)
-    density = Density(arrays["density_nodes"], arrays["density_weights"], int(size), settings.num_probes)
-    return CurvatureSpectrum(settings, top, density, int(size), int(num_matvecs), seconds)

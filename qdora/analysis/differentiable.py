@@ -76,20 +76,15 @@ def plain_model(
 
     Args:
         model: A causal LM with adapters, its activations in float32 or float64.
-        layers: Paths of the adapted layers whose parameters are to be differentiated.
         norm: "attached" or "held" in these layers; "none" for LoRA. In other layers the norm is constant.
         parts: The parameters to differentiate by, or `UPDATE`.
-    Yields:
-        "<layer>.<part>" -> leaf, in model order.
-    Raises:
-        ValueError: A layer that is not there, a norm that does not fit the kind, a model in 16 bits.
+    Yields: "<layer>.<part>" -> leaf, in model order.
+    Raises: ValueError: A layer that is not there, a norm that does not fit the kind, a model in 16 bits.
     """
     adapted = adapted_layers(model)
     check_layers(model, layers, norm=norm, parts=parts)
     leaves: dict[str, Tensor] = {}
-    patched: list[nn.Module] = []
-    config = getattr(model, "config", None)
-    attention = getattr(config, "_attn_implementation", None)
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     try:
         if attention not in (None, "eager", "sdpa"):
             model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -98,12 +93,11 @@ def plain_model(
             if name in layers:
                 leaves |= {f"{name}.{part}": plain.values[part].requires_grad_(True) for part in parts}
             vars(layer)["forward"] = partial(plain_forward, layer, plain)
-            patched.append(layer)
         with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
             yield leaves
     finally:
-        for module in patched:
-            vars(module).pop("forward", None)
+        for layer in adapted.values():
+            vars(layer).pop("forward", None)
         if attention not in (None, "eager", "sdpa"):
             model.set_attn_implementation(attention)  # type: ignore[operator]
 

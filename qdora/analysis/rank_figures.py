@@ -15,18 +15,13 @@ _DEPTH = re.compile(r"^(?P<before>.*?)\.(?P<depth>\d+)\.(?P<kind>.+)$")
 
 
 def place_of(name: str) -> tuple[int, str]:
-    """Depth and kind of a layer by its path: model.layers.3.self_attn.q_proj -> (3, self_attn.q_proj); 0 without a
-    number."""
+    """Depth and kind of a layer: model.layers.3.self_attn.q_proj -> (3, self_attn.q_proj); 0 without a number."""
     found = _DEPTH.match(name)
     return (0, name) if found is None else (int(found["depth"]), found["kind"])
 
 
 def draw_spectra(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int], path: Path, *, measure: str) -> None:
-    """One panel a kind of layer, one line a depth (dark is early); a dot where the chosen rank cuts. SVG.
-
-    Args:
-        measure: What an energy is, for the axis.
-    """
+    """One panel a kind of layer, one line a depth (dark is early); a dot where the chosen rank cuts. SVG."""
     from matplotlib import colormaps
 
     kinds = list(dict.fromkeys(place_of(name)[1] for name in spectra))

@@ -23,13 +23,7 @@ def kept_tensors(cache: Path | None, key: Sequence[object]) -> dict[str, Tensor]
 
 
 def keep_tensors(cache: Path | None, key: Sequence[object], tensors: dict[str, Tensor]) -> None:
-    """Write them atomically; the directory is made if needed. Without a cache nothing happens.
-
-    Args:
-        cache: Directory.
-        key: JSON values: all that the tensors depend on within one run.
-        tensors: Name -> tensor, on any device.
-    """
+    """Write them atomically under a key of JSON values, all that they depend on; without a cache nothing happens."""
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(_file(cache, key), save({name: each.cpu().contiguous() for name, each in tensors.items()}))

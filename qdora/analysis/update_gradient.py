@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import check_batches, labelled_logits
@@ -46,15 +45,11 @@ def update_gradients(
 
     Args:
         model: With adapters, in float32 or float64; run in eval mode, otherwise as it trains.
-        layers: Paths of adapted layers.
         batches: Without packing; at least one labelled token.
         use: Called with the path and the gradient, (out, in), float32 or wider.
         norm: "attached" goes through the row norm of W + s B A, too; "held" and "none" (LoRA) do not.
-        progress: Called with (done, all) layers.
-    Returns:
-        Path -> what `use` made of it.
-    Raises:
-        ValueError: As `curvature_of`.
+    Returns: Path -> what `use` made of it.
+    Raises: ValueError: As `curvature_of`.
     """
     check_batches(batches)
     check_layers(model, layers, norm=norm)
@@ -69,19 +64,27 @@ def update_gradients(
     return found
 
 
-def watch_output(layer: nn.Module, see: Callable[[Tensor, Tensor], Callable[[Tensor], None]]) -> RemovableHandle:
-    """Call `see(x, y)` in every forward pass of a layer, and what it returns with dL/dy in every backward pass.
+@contextmanager
+def watched_outputs(
+    layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Call `see(name, x, y)` in every forward pass of a layer, and what it returns with dL/dy in every backward pass.
 
     The model goes on with a copy of y, which costs its size: what it writes into its layers' outputs would carry the
     gradient past the hook.
     """
 
-    def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def forward(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         passed_on = output.clone()
-        passed_on.register_hook(see(args[0].detach(), output.detach()))  # type: ignore[no-untyped-call]
+        passed_on.register_hook(see(name, args[0].detach(), output.detach()))  # type: ignore[no-untyped-call]
         return passed_on
 
-    return layer.register_forward_hook(forward)
+    hooks = [layer.register_forward_hook(functools.partial(forward, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -125,18 +128,13 @@ def _of_group(
 
         return backward
 
-    hooks = [watch_output(layer, functools.partial(see, name)) for name, layer in layers.items()]
     wanted = [layer.lora_B for layer in layers.values()]
-    device = wanted[0].device
     num_tokens = 0
-    try:
+    with watched_outputs(layers, see):
         for batch in batches:
-            logits, targets = labelled_logits(model, batch, device)
+            logits, targets = labelled_logits(model, batch, wanted[0].device)
             torch.autograd.grad(token_nll(logits, targets).sum(), wanted)
             num_tokens += len(targets)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name, layer in layers.items():
         total = sums[name]
         if norm == "attached":
@@ -157,9 +155,8 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
 
     The product is not formed: they are those of the small matrix between the factors' orthogonal bases.
 
-    Raises:
-        ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those of
-            rank components.
+    Raises: ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those
+        of rank components.
     """
     if layer.masked:
         raise ValueError("update_spectrum must be given an adapter without a mask.")
@@ -185,20 +182,13 @@ def gradient_spectra(
     """Squared singular values of dL/d(s B A) of each layer: see `update_gradients`.
 
     At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
-
-    Args:
-        model, layers, batches, norm, progress: As in `update_gradients`.
-        most: Most components of a layer.
     """
-    return update_gradients(
-        model, layers, batches, lambda _, gradient: _spectrum(gradient, most), norm=norm, progress=progress
-    )
 
+    def spectrum(_name: str, gradient: Tensor) -> LayerSpectrum:
+        # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
+        short = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
+        wide = short.double()
+        values = torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp_min(0.0)
+        return LayerSpectrum(values[:most].cpu().numpy(), float(values.sum()), sum(gradient.shape))
 
-def _spectrum(gradient: Tensor, most: int) -> LayerSpectrum:
-    # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
-    short = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
-    wide = short.double()
-    values = torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp_min(0.0)
-    energies: np.ndarray[tuple[int], np.dtype[np.float64]] = values[:most].cpu().numpy()
-    return LayerSpectrum(energies, float(values.sum()), sum(gradient.shape))
+    return update_gradients(model, layers, batches, spectrum, norm=norm, progress=progress)

@@ -20,15 +20,11 @@ padding, as attention kernels for variable lengths take it."""
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Examples that stand one behind the other in a row; at least one.
-
-    The first token of an example is never a label, so nothing is predicted across a border.
-    """
+    """Examples behind each other in a row. The first token of each is no label: none is predicted across a border."""
 
     examples: tuple[TokenizedExample, ...]
 
     def __len__(self) -> int:
-        """Tokens of all its examples."""
         return sum(map(len, self.examples))
 
 
@@ -39,10 +35,8 @@ def packed_rows(examples: Sequence[TokenizedExample], row_tokens: int) -> list[P
     same examples in the same order give the same rows.
 
     Args:
-        examples: The examples of one step.
         row_tokens: Most tokens of a row; a longer example is a row of its own.
-    Returns:
-        The rows, in the order of their longest examples. Every example is in exactly one.
+    Returns: The rows, in the order of their longest examples. Every example is in exactly one.
     """
     rows: list[list[TokenizedExample]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted: of equally full rows the oldest is first
@@ -91,12 +85,10 @@ class MicroBatch:
     """Examples of one forward pass, padded on the right. Without packing each is a row.
 
     Attributes:
-        input_ids: (rows, length) int64.
-        attention_mask: (rows, length) int64, 1 on real tokens.
+        input_ids, attention_mask: (rows, length) int64.
         labels: (rows, length) int64, the token's own id where it counts and -100 elsewhere; not shifted.
         task_ids: (examples,) int64, into `task_names`.
         task_names: All tasks of the loader, the same list in every micro-batch.
-        example_ids: (examples,) ids, to find an example again.
         packing: Which tokens are whose, or None where a row is an example.
     """
 
@@ -141,10 +133,7 @@ class Batching:
 def micro_batches(
     examples: Sequence[TokenizedExample], batching: Batching, task_names: Sequence[str]
 ) -> list[MicroBatch]:
-    """The examples of a step, or of a process's share of one, in micro-batches, the longest rows first.
-
-    `task_names` holds every task that an example may have.
-    """
+    """The examples of a step, or of a process's share of one, in micro-batches, the longest rows first."""
     if batching.packed is None:
         alone = [PackedRow((example,)) for example in examples]
         groups = micro_groups(alone, batching.max_tokens)
@@ -166,7 +155,6 @@ def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     one after the other get 0.36 (five groups a step instead of three).
 
     Args:
-        rows: The rows of one step, of one or more examples.
         max_tokens: Most tokens of a group, padding counted, unless it is a single longer row.
     """
     ordered = sorted(rows, key=len, reverse=True)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
@@ -39,13 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Draft:
-    """A question before the position of its answer is chosen.
-
-    Attributes:
-        prompt: Text before the answer; {choices} stands for the listed choices.
-        answer: The right choice, without leading space.
-        wrong: The other choices.
-    """
+    """A question before the position of its answer is chosen. In the prompt {choices} stands for the listed choices."""
 
     prompt: str
     answer: str
@@ -55,27 +49,22 @@ class Draft:
 def examples(family: str, split: str) -> list[Example]:
     """The examples of one split of one family: 400 for train, 80 for validation, 160 for test.
 
-    A pure function of the tables: the same list on every machine, Python and hash seed, in a shuffled order that
-    is fixed.
+    A pure function of the tables: the same list on every machine, Python and hash seed, in a fixed, shuffled order.
 
     Args:
         family: One of `FAMILIES`, without the demo/.
-        split: train, validation or test.
-    Returns:
-        Examples with 2 or 4 choices, choices[gold] == answer, each choice starting with its own space.
-    Raises:
-        UserError: If the family or the split does not exist.
+    Returns: Examples with 2 or 4 choices, choices[gold] == answer, each choice starting with its own space.
+    Raises: UserError if the family or the split does not exist.
     """
     faults = []
-    known = next((name for name in SPLITS if name == split), None)
     if family not in FAMILIES:
         names = ", ".join(f"demo/{name}" for name in FAMILIES)
         faults.append(f"demo/{family}: no such task, allowed: {names}.{nearest(family, FAMILIES)}")
-    if known is None:
+    if split not in SPLITS:
         faults.append(f"demo/{family}: no split {split!r}, allowed: {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
-    if faults or known is None:
+    if faults:
         raise UserError(*faults)
-    return list(_examples(family, known))
+    return list(_examples(family, cast(Split, split)))
 
 
 @cache
@@ -109,11 +98,7 @@ def _examples(family: str, split: Split) -> tuple[Example, ...]:
 
 
 def _facts(split: Split, rng: random.Random) -> Iterator[Draft]:
-    """Two people, one relation; each passage is asked twice, once with the answer yes and once no.
-
-    Three of four "no" values are not in the passage, so finding the word earns most of the score; the fourth belongs
-    to the other person, so the rest needs its owner.
-    """
+    """Two people, one relation; each passage is asked twice, once with the answer yes and once no."""
     table = _table("facts")
     people = _part(table["people"], split, (12, 5, 7))
     passages: set[str] = set()
@@ -126,6 +111,8 @@ def _facts(split: Split, rng: random.Random) -> Iterator[Draft]:
         if passage in passages:
             continue
         passages.add(passage)
+        # Three of four "no" values are not in the passage: finding the word earns most of the score. The fourth belongs
+        # to the other person, so the rest needs its owner.
         for answer, wrong, asked in (("yes", "no", value), ("no", "yes", absent if len(passages) % 4 else others)):
             question = f"Does the {one} {relation['asked']} {asked}?"
             yield Draft(f"{passage}\nQuestion: {question}\nAnswer:", answer, (wrong,))

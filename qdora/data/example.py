@@ -18,11 +18,8 @@ class Example:
     Attributes:
         task: Name under which losses and scores are counted.
         id: Names the example inside its source, for error lines.
-        prompt: What the model is given.
-        answer: What it should say.
         choices: For multiple choice, every continuation of `prompt` that may be chosen; else empty.
         gold: Index of the right choice, choices[gold] == answer; None without choices.
-        messages: (role, content) of each turn of a chat; else empty.
     """
 
     task: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,7 @@ class Step:
             memory fails at once.
         num_label_tokens: Labels, at least 1: the denominator of the loss.
         num_tokens: Real tokens, padding not counted.
-        num_examples: Examples.
         position_after: Draws of the order that are used up after this step.
-        task_label_tokens: Labels by task.
     """
 
     micro_batches: list[MicroBatch]
@@ -56,14 +55,10 @@ class StepLoader:
     """Optimizer steps from a position in an order; the position is all of its state.
 
     Args:
-        tokenised: The sources, in the order's numbering.
-        order: Which example comes next.
         tokens_per_step: A step takes examples until it has at least so many real tokens (at most one example more).
             Exactly one of this and `batch`.
-        batch: Examples of a step.
         micro_batch_tokens, pad_id, packed, row_tokens: See `Batching`. They have no influence on which examples a step
             contains, and may be changed between steps.
-        position: Draws already used.
         rank, num_processes: Number of this process, and of all. All draw the same steps; each pads its share.
     """
 
@@ -78,7 +73,6 @@ class StepLoader:
         pad_id: int,
         packed: PackedLayout | None = None,
         row_tokens: int | None = None,
-        position: int = 0,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -88,7 +82,6 @@ class StepLoader:
         known = tuple(len(part) if isinstance(part, TokenizedSet) else None for part in tokenised)
         assert known == order.sizes, "sources and order differ"
         self.streams = [part for part in tokenised if isinstance(part, ExampleStream)]
-        assert position == 0 or not self.streams, "a stream has a position of its own; see load_state_dict"
         self.tokenised = tuple(tokenised)
         self.order = order
         self.tokens_per_step = tokens_per_step
@@ -97,7 +90,7 @@ class StepLoader:
         self.pad_id = pad_id
         self.packed = packed
         self.row_tokens = row_tokens
-        self.position = position
+        self.position = 0
         self.rank, self.num_processes = rank, num_processes
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
         # None for a stream; the lengths of its examples are not known beforehand
@@ -105,7 +98,6 @@ class StepLoader:
             np.fromiter(map(len, part.examples), dtype=np.int64) if isinstance(part, TokenizedSet) else None
             for part in self.tokenised
         ]
-        self._fingerprint: dict[str, str] | None = None
 
     @property
     def batching(self) -> Batching:
@@ -119,7 +111,10 @@ class StepLoader:
         assert self.position != self.order.length, "no example is left"
         while not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length:
             source, index = self.order[self.position + len(examples)]
-            examples.append(self._example(source, index))
+            part = self.tokenised[source]
+            if isinstance(part, ExampleStream):
+                assert part.position.num_drawn == index, (part.name, part.position, index)
+            examples.append(part.next() if isinstance(part, ExampleStream) else part.examples[index])
             num_tokens += len(examples[-1])
         self.position += len(examples)
         mine = share_of(examples, self.rank, self.num_processes)
@@ -135,20 +130,12 @@ class StepLoader:
             task_label_tokens=labels,
         )
 
-    def _example(self, source: int, index: int) -> TokenizedExample:
-        part = self.tokenised[source]
-        if isinstance(part, TokenizedSet):
-            return part.examples[index]
-        assert part.position.num_drawn == index, (part.name, part.position, index)
-        return part.next()
-
     def steps_for_epochs(self, epochs: float) -> int:
         """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
 
         Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
 
-        Raises:
-            UserError: If the order ends before, because all sources have a cap.
+        Raises: UserError if the order ends before, because all sources have a cap.
         """
         num_draws = max(1, round(epochs * self.order.epoch_length))
         length = self.order.length
@@ -177,8 +164,7 @@ class StepLoader:
     def draws_for_steps(self, num_steps: int) -> int:
         """Draws that the first `num_steps` steps use; a guess where `counts_draws` is False.
 
-        Raises:
-            UserError: If the order ends before, because all sources have a cap.
+        Raises: UserError if the order ends before, because all sources have a cap.
         """
         length = self.order.length
         if length is not None and not self.counts_draws:
@@ -200,18 +186,16 @@ class StepLoader:
     def state_dict(self) -> dict[str, Any]:
         """Position, where the streams stand, and what these are positions in; JSON types only."""
         streams = {part.name: part.state_dict() for part in self.streams}
-        return {"position": self.position, "fingerprint": self.fingerprint()} | (
-            {"streams": streams} if streams else {}
-        )
+        state = {"position": self.position, "fingerprint": dict(self.fingerprint)}
+        return state | ({"streams": streams} if streams else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
 
-        Raises:
-            UserError: If the data, the mix or the size of a step differ from those of the state: other examples would
-                follow, and some would be seen twice.
+        Raises: UserError if the data, the mix or the size of a step differ from those of the state: other examples
+            would follow, and some would be seen twice.
         """
-        stored, mine = dict(state["fingerprint"]), self.fingerprint()
+        stored, mine = dict(state["fingerprint"]), self.fingerprint
         faults = [
             f"resume: {_WHAT[key]} changed since the checkpoint (then {stored.get(key)}, now {value}). "
             "Fix: restore it, or start a new run."
@@ -224,19 +208,17 @@ class StepLoader:
         for part in self.streams:
             part.load_state_dict(state["streams"][part.name])
 
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What decides which examples follow a position: a part for each thing that a user can change."""
-        if self._fingerprint is None:
-            # The first draws stand for the shuffling itself, which numpy may change between versions
-            first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
-            shares = self.order.shares.tolist(), self.order.caps
-            size = f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples"
-            self._fingerprint = {
-                "data": _hash_sets(self.tokenised),
-                "mix": hashlib.sha256(f"{shares} {self.order.seed} {first.tolist()}".encode()).hexdigest()[:16],
-                "step": size,
-            }
-        return dict(self._fingerprint)
+        # The first draws stand for the shuffling itself, which numpy may change between versions
+        first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
+        shares = self.order.shares.tolist(), self.order.caps
+        return {
+            "data": _hash_sets(self.tokenised),
+            "mix": hashlib.sha256(f"{shares} {self.order.seed} {first.tolist()}".encode()).hexdigest()[:16],
+            "step": f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples",
+        }
 
     def _is_full(self, num_examples: int, num_tokens: int) -> bool:
         if self.batch is not None:
@@ -300,10 +282,5 @@ def _hash_sets(tokenised: Sequence[Source]) -> str:
         digest.update(f"{part.name} {len(part)}".encode())
         for example in part.examples:
             digest.update(f"\n{example.task} {len(example)} ".encode())
-            digest.update(_bytes(example.input_ids))
-            digest.update(_bytes(example.loss_mask))
+            digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _bytes(array: NDArray[Any]) -> bytes:
-    return np.ascontiguousarray(array).tobytes()

@@ -38,22 +38,15 @@ def mix_shares(
 
     Args:
         sizes: Examples of each source; equal and weights do not look at them.
-        strategy: How the shares follow from sizes or weights.
-        temperature: For strategy temperature, above 0.
-        weights: For strategy weights, each above 0.
+        temperature, weights: For the strategy of that name, above 0.
     """
-    assert len(sizes) > 0, sizes
     assert (strategy == "weights") == (weights is not None), (strategy, weights)
     if weights is not None:
         raw = np.asarray(weights, dtype=np.float64)
-        assert len(raw) == len(sizes), (sizes, weights)
-        assert raw.min() > 0, weights
         raw = raw / raw.max()  # weights near the largest float would sum to infinity
     elif strategy == "equal":
         raw = np.ones(len(sizes))
     else:
-        assert min(sizes) > 0, sizes
-        assert strategy != "temperature" or (temperature is not None and temperature > 0), temperature
         exponent = 1.0 if strategy == "proportional" else 1.0 / (temperature or 1.0)
         # Divided by the largest first: 111,043^(1/T) overflows for a temperature near 0
         raw = (np.asarray(sizes, dtype=np.float64) / max(sizes)) ** exponent
@@ -84,7 +77,6 @@ class MixOrder:
     Args:
         sizes: Examples of each source, each above 0. None: a stream, whose index is the number of the draw from it.
         shares: (sources,) from `mix_shares`.
-        seed: Seed of all shuffles.
         caps: Most draws of each source, each above 0; None, as a whole or for one source, without an end.
     """
 
@@ -95,7 +87,6 @@ class MixOrder:
         seed: int,
         caps: Sequence[int | None] | None = None,
     ) -> None:
-        assert len(sizes) > 0, sizes
         assert min(size for size in [1, *sizes] if size is not None) > 0, sizes
         self.sizes = tuple(sizes)
         self.seed = seed
@@ -195,13 +186,7 @@ Source = TokenizedSet | ExampleStream
 
 @dataclass(frozen=True)
 class Mix:
-    """Tokenised sources and the order in which they are drawn.
-
-    Attributes:
-        sets: The sources.
-        shares: Asked share of each source in the draws, (sources,) summing to 1.
-        order: Which example of which source comes next.
-    """
+    """Tokenised sources, the share asked for each, (sources,) summing to 1, and the order in which they are drawn."""
 
     sets: tuple[Source, ...]
     shares: NDArray[np.float64]
@@ -220,15 +205,12 @@ def make_mix(
     """Put sources together.
 
     Args:
-        sets: At least one.
         strategy, temperature, weights: See `mix_shares`.
         max_epochs: Most passes over each source; None, as a whole or for one source, without an end.
-        seed: Seed of the order.
-    Raises:
-        UserError: If a stream has no known size and the strategy or its max_epochs needs one.
+    Raises: UserError if a stream has no known size and the strategy or its max_epochs needs one.
     """
     most = max_epochs or [None] * len(sets)
-    sizes = [_known_size(part) for part in sets]
+    sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
     needed = {"proportional", "temperature"} & {strategy}
     faults = [
         f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not known. "
@@ -247,10 +229,6 @@ def make_mix(
     caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
     drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]
     return Mix(tuple(sets), shares, MixOrder(drawn_from, shares, seed, caps))
-
-
-def _known_size(part: Source) -> int | None:
-    return part.num_examples if isinstance(part, ExampleStream) else len(part)
 
 
 class _Clock:

@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qdora.data.rows import RowFault, Rows, shown
+from qdora.data.rows import RowFault, Rows, each_made, shown
 from qdora.errors import UserError, nearest
 from qdora.recipe.data_settings import STREAMED_SUFFIXES
 
@@ -39,14 +39,10 @@ Reader = Callable[[int], Iterator[PlacedRow]]
 """The rows of one shard, without its first `skip` rows."""
 
 
-# Whole files
-
-
 def read_rows(path: Path) -> Rows:
     """All rows of a file. Its ending says the format.
 
-    Raises:
-        UserError: If the file is missing, has an unknown ending, is empty or damaged.
+    Raises: UserError if the file is missing, has an unknown ending, is empty or damaged.
     """
     reader = READERS.get(path.suffix.lower())
     if not path.is_file():
@@ -65,8 +61,7 @@ def read_rows(path: Path) -> Rows:
 def split_file(directory: Path, split: str) -> Path | None:
     """The file <split>.<ending> of a directory; None where there is none.
 
-    Raises:
-        UserError: If two files could be meant.
+    Raises: UserError if two files could be meant.
     """
     found = [path for suffix in READERS if (path := directory / f"{split}{suffix}").is_file()]
     if len(found) > 1:
@@ -92,22 +87,13 @@ def missing(path: Path) -> str:
 
 
 def _parquet(path: Path) -> Rows:
-    rows = Rows(str(path), "row")
-    for group, first, _ in _row_groups(path):
-        for place, row in _row_group(path, group, first):
-            rows.add(place, row)
-    return rows
+    groups = _row_groups(path)
+    return Rows(str(path), "row", [placed for group in groups for placed in _row_group(path, *group[:2])])
 
 
 def _json_lines(path: Path) -> Rows:
-    rows, faults = Rows(str(path), "line"), []
-    for number, _, line in _lines(path, 0, path.stat().st_size):
-        try:
-            rows.add(number, _parsed(line))
-        except RowFault as fault:
-            faults.append(rows.fault(number, fault))
-    rows.raise_faults(faults)
-    return rows
+    lines = ((number, line) for number, _, line in _lines(path, 0, path.stat().st_size))
+    return Rows(str(path), "line", each_made(str(path), "line", lines, lambda _, line: _parsed(line)))
 
 
 def _json(path: Path) -> Rows:
@@ -123,19 +109,12 @@ def _json(path: Path) -> Rows:
         value = [value]
     if not isinstance(value, list):
         raise UserError(f"{path}: must be a list of objects, or one object a line, got {shown(value)}")
-    rows, faults = Rows(str(path), "row"), []
-    for number, entry in enumerate(value):
-        try:
-            rows.add(number, _object(entry))
-        except RowFault as fault:
-            faults.append(rows.fault(number, fault))
-    rows.raise_faults(faults)
-    return rows
+    return Rows(str(path), "row", each_made(str(path), "row", enumerate(value), lambda _, entry: _object(entry)))
 
 
 def _text(path: Path) -> Rows:
     """One row {"text": ...} for each document; documents are separated by blank lines."""
-    rows = Rows(str(path), "line")
+    rows = Rows(str(path), "line", [])
     start, lines = 1, list[str]()
     for number, line in enumerate([*path.read_text(encoding="utf-8-sig").split("\n"), ""], start=1):
         if line.strip():
@@ -143,7 +122,7 @@ def _text(path: Path) -> Rows:
                 start = number
             lines.append(line.rstrip("\r"))
         elif lines:
-            rows.add(start, {"text": "\n".join(lines)})
+            rows.placed.append((start, {"text": "\n".join(lines)}))
             lines = []
     return rows
 
@@ -156,9 +135,6 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".md": _text,
 }
 """Ending of a file -> its reader."""
-
-
-# Shards of files
 
 
 @dataclass(frozen=True)
@@ -183,8 +159,7 @@ def local_shards(source: Path, split: str) -> Shards:
 
     Only footers of Parquet files are read.
 
-    Raises:
-        UserError: If there is no such file, or it is of another kind or damaged.
+    Raises: UserError if there is no such file, or it is of another kind or damaged.
     """
     files = [source] if source.is_file() else _files_of_split(source, split)
     wrong = [file for file in files if file.suffix.lower() not in STREAMED_SUFFIXES]
@@ -233,9 +208,6 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return sorted(found)
 
 
-# Parquet
-
-
 def _row_groups(path: Path) -> list[tuple[int, int, int]]:
     """(number, its first row's number in the file, rows) of each row group that has rows."""
     import pyarrow as pa
@@ -269,9 +241,6 @@ def _row_group(path: Path, group: int, first: int, skip: int = 0) -> Iterator[tu
 
 def _placed(label: str, read: Callable[[int], Iterator[tuple[int, dict[str, Any]]]], skip: int) -> Iterator[PlacedRow]:
     return ((f"{label} {number}", row) for number, row in read(skip))
-
-
-# JSON-lines
 
 
 def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, int, bytes]]:
@@ -316,25 +285,20 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-# The Hub
-
-
 def hub_rows(source: str, *, split: str, revision: str | None, hint: str = "") -> Rows:
     """The rows of a data set on the Hub, in its default configuration.
 
-    Raises:
-        UserError: As `hub_shards`, and where the data set is empty.
+    Raises: UserError: As `hub_shards`, and where the data set is empty.
     """
     loaded = _load_dataset(source, hint, split=split, revision=revision)
-    return _not_empty(Rows(source, "row", list(range(len(loaded))), [dict(row) for row in loaded]))
+    return _not_empty(Rows(source, "row", [(number, dict(row)) for number, row in enumerate(loaded)]))
 
 
 def hub_shards(source: str, *, split: str, revision: str | None, hint: str = "") -> Shards:
     """The files of a data set on the Hub, in its default configuration, streamed by `datasets`.
 
-    Raises:
-        UserError: With the reason that `datasets` gives and `hint`, if there is no such data set or split, no
-            connection, or the data set is a loading script.
+    Raises: UserError: With the reason that `datasets` gives and `hint`, if there is no such data set or split, no
+        connection, or the data set is a loading script.
     """
     stream = _load_dataset(source, hint, split=split, revision=revision, streaming=True)
     num_shards = stream.num_shards
@@ -369,6 +333,6 @@ def _hub_shard(source: str, stream: Any, number: int, skip: int) -> Iterator[Pla
 
 
 def _not_empty(rows: Rows) -> Rows:
-    if not rows.rows:
+    if not rows.placed:
         raise UserError(f"{rows.where}: the data set is empty, allowed: at least one row")
     return rows

@@ -21,18 +21,11 @@ class Format:
 
     Attributes:
         required: Columns that every row must have.
-        optional: Columns that are read where they are.
         example: (row, task of the row, label, id) -> Example.
     """
 
     required: tuple[str, ...]
-    optional: tuple[str, ...]
     example: Callable[[Row, str, str, str], Example]
-
-
-def detect_format(columns: Collection[str]) -> str | None:
-    """The format whose required columns are all there, or None."""
-    return next((name for name, layout in FORMATS.items() if set(layout.required) <= set(columns)), None)
 
 
 def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> list[Example]:
@@ -44,27 +37,19 @@ def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> lis
         label: Task name of the examples. A row's own task (in commonsense170k, the one found from its wording) comes
             first unless `named`.
         named: The user chose the label.
-    Raises:
-        UserError: If no format fits the columns, or rows are faulty: the first few are named, the rest counted.
+    Raises: UserError if no format fits the columns, or rows are faulty: the first few are named, the rest counted.
     """
-    chosen = choose_format(list(rows.rows[0]), format, rows.where)
-    examples, faults = [], []
-    for place, row in rows:
-        try:
-            examples.append(example_of_format(row, chosen, label=label, named=named, id=str(place)))
-        except RowFault as fault:
-            faults.append(rows.fault(place, fault))
-    rows.raise_faults(faults)
-    return examples
+    chosen = choose_format(list(rows.placed[0][1]), format, rows.where)
+    return rows.examples(lambda place, row: example_of_format(row, chosen, label=label, named=named, id=str(place)))
 
 
 def choose_format(columns: Collection[str], format: str, where: str) -> str:
     """`format`, or for auto the one that fits the columns.
 
-    Raises:
-        UserError: If none fits.
+    Raises: UserError if none fits.
     """
-    chosen = detect_format(columns) if format == "auto" else format
+    fitting = (name for name, layout in FORMATS.items() if set(layout.required) <= set(columns))
+    chosen = next(fitting, None) if format == "auto" else format
     if chosen is None:
         allowed = "; ".join(f"{name}: {', '.join(layout.required)}" for name, layout in FORMATS.items())
         known = [column for layout in FORMATS.values() for column in layout.required]
@@ -76,17 +61,14 @@ def choose_format(columns: Collection[str], format: str, where: str) -> str:
 def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str) -> Example:
     """One row as an Example; label and named as in `examples_of_rows`.
 
-    Raises:
-        RowFault: If a column is missing or holds the wrong thing.
+    Raises: RowFault if a column is missing or holds the wrong thing.
     """
     layout = FORMATS[format]
     absent = [column for column in layout.required if column not in row]
     if absent:
         what = f"no {', '.join(absent)}, got columns {', '.join(row)}, needed for format {format}: "
         raise RowFault(what + f"{', '.join(layout.required)}.{nearest(absent[0], list(row))}")
-    task = optional_text(row, "task") if "task" in layout.optional else ""
-    if format == "commonsense170k":
-        task = commonsense_task(str(row["instruction"]))
+    task = commonsense_task(str(row["instruction"])) if format == "commonsense170k" else optional_text(row, "task")
     return layout.example(row, task, label if named else task or label, id)
 
 
@@ -151,9 +133,8 @@ _ALPACA_INPUT = (
 def _commonsense170k(row: Row, task: str, label: str, id: str) -> Example:
     """LLM-Adapters (arXiv 2304.01933) and other Alpaca-type rows: instruction, output, maybe input and answer.
 
-    The prompt is the Alpaca template in its published wording, without the indentation that the published script
-    leaves in it. Where the instruction ends in "Answer format: answer1/answer2/..." and `answer` is one of these, the
-    other names become the wrong choices, so that the example can be scored.
+    The prompt is the Alpaca template as published, without the indentation of the published script. Where `answer` is
+    one of the names in "Answer format: answer1/answer2/...", the other names become the wrong choices.
     """
     instruction, output = text_field(row, "instruction"), text_field(row, "output")
     given = optional_text(row, "input")
@@ -189,10 +170,10 @@ def commonsense_task(instruction: str) -> str:
 
 
 FORMATS: dict[str, Format] = {
-    "choices": Format(("question", "choices", "answer"), ("task", "id", "context", "passage"), _choices),
-    "messages": Format(("messages",), ("task", "id"), _messages),
-    "completion": Format(("prompt", "completion"), ("task", "id"), _completion),
-    "commonsense170k": Format(("instruction", "output"), ("id", "input", "answer"), _commonsense170k),
-    "text": Format(("text",), ("task", "id"), _text),
+    "choices": Format(("question", "choices", "answer"), _choices),
+    "messages": Format(("messages",), _messages),
+    "completion": Format(("prompt", "completion"), _completion),
+    "commonsense170k": Format(("instruction", "output"), _commonsense170k),
+    "text": Format(("text",), _text),
 }
 """Format -> layout; `auto` takes the first whose required columns are there."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from qdora.errors import UserError
 
 Row = Mapping[str, Any]
 """Column -> value."""
+Entry = TypeVar("Entry")
+Made = TypeVar("Made")
 
 MAX_SHOWN_FAULTS = 5
 """Faulty rows that are named; the rest is counted. A wrong column is wrong in all 100,000 rows."""
@@ -19,40 +21,43 @@ class RowFault(ValueError):
     """What is wrong with one row. The caller adds the file and the line."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rows:
     """The rows of one file or split.
 
     Attributes:
         where: File or Hub address, for error lines.
         unit: "line" (counted from 1, as editors do) or "row" (from 0, as data frames do).
-        places: Line or row number of each row.
-        rows: Column -> value.
+        placed: (line or row number, column -> value) of each row.
     """
 
     where: str
     unit: str
-    places: list[int] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    placed: list[tuple[int, dict[str, Any]]]
 
-    def add(self, place: int, row: dict[str, Any]) -> None:
-        """Append one row."""
-        self.places.append(place)
-        self.rows.append(row)
+    def examples(self, make: Callable[[int, Row], Made]) -> list[Made]:
+        """make(place, row) of every row; see `each_made`."""
+        return [each for _, each in each_made(self.where, self.unit, self.placed, make)]
 
-    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        return zip(self.places, self.rows, strict=True)
 
-    def fault(self, place: int, what: object) -> str:
-        """An error line: file: line 17: what."""
-        return f"{self.where}: {self.unit} {place}: {what}"
+def each_made(
+    where: str, unit: str, entries: Iterable[tuple[int, Entry]], make: Callable[[int, Entry], Made]
+) -> list[tuple[int, Made]]:
+    """(place, make(place, entry)) of every entry.
 
-    def raise_faults(self, faults: list[str]) -> None:
-        """Raise the gathered faults as a UserError, if there are any: the first few, and how many more there are."""
-        if faults:
-            rest = len(faults) - MAX_SHOWN_FAULTS
-            more = [f"{self.where}: {rest} more faulty rows"] if rest > 0 else []
-            raise UserError(*faults[:MAX_SHOWN_FAULTS], *more)
+    Raises: UserError for every RowFault of `make`: "file: line 17: what" of the first few, and how many more there are.
+    """
+    found, faults = [], []
+    for place, entry in entries:
+        try:
+            found.append((place, make(place, entry)))
+        except RowFault as fault:
+            faults.append(f"{where}: {unit} {place}: {fault}")
+    if faults:
+        rest = len(faults) - MAX_SHOWN_FAULTS
+        more = [f"{where}: {rest} more faulty rows"] if rest > 0 else []
+        raise UserError(*faults[:MAX_SHOWN_FAULTS], *more)
+    return found
 
 
 def text_field(row: Row, name: str) -> str:

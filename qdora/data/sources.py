@@ -9,21 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from qdora.data import demo
-from qdora.data.commonsense import example_of_row, instruction_row
-from qdora.data.commonsense_hub import HUB_TASKS, hub_task_rows
+from qdora.data.commonsense import HUB_TASKS, example_of_row, hub_task_rows, instruction_row
 from qdora.data.example import Example
-from qdora.data.readers import (
-    Shards,
-    hub_rows,
-    hub_shards,
-    local_shards,
-    missing,
-    read_rows,
-    split_file,
-    split_names,
-)
+from qdora.data.readers import Shards, hub_rows, hub_shards, local_shards, missing, read_rows, split_file, split_names
 from qdora.data.row_formats import FORMATS, examples_of_rows
-from qdora.data.rows import RowFault, Rows
+from qdora.data.rows import Row, Rows
 from qdora.errors import UserError, nearest
 from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path
 
@@ -31,12 +21,10 @@ from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path
 def load_source(source: SourceConfig, split: str | None = None) -> list[Example]:
     """All examples of one split of a source; `source.limit` is not applied.
 
-    Args:
-        source: What to read.
-        split: Split to read (default `source.split`); a single file has only one and ignores it.
-    Raises:
-        UserError: One line per fault, each with file and line or row: a missing file or split, a damaged file, a faulty
-            row, an empty data set.
+    The split is `source.split` by default; a single file has only one and ignores it.
+
+    Raises: UserError: One line per fault, each with file and line or row: a missing file or split, a damaged file, a
+        faulty row, an empty data set.
     """
     split = split or source.split
     if source.task is None:
@@ -56,10 +44,10 @@ def load_train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[l
 
     Returns:
         (train, validation). A stream gives no training examples, and no validation but what is named or has a file.
-    Raises:
-        UserError: As `load_source`.
+    Raises: UserError: As `load_source`.
     """
-    validation, single_file = source.validation, _is_single_file(source)
+    validation, own = source.validation, source.source
+    single_file = own is not None and is_path(own) and Path(own).expanduser().is_file()
     if validation is not None and not is_path(validation) and (single_file or validation == source.split):
         why = "is a single file, without splits" if single_file else "is trained on"
         place = source.source if single_file else source.split
@@ -80,8 +68,7 @@ def load_train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[l
 def open_shards(source: SourceConfig) -> Shards:
     """The training split of a streamed source. Its rows are not read yet.
 
-    Raises:
-        UserError: A missing file or split, a damaged file.
+    Raises: UserError: A missing file or split, a damaged file.
     """
     place = str(source.source)
     if is_path(place):
@@ -107,8 +94,7 @@ def has_split(source: SourceConfig, split: str) -> bool:
 def split_off(examples: Sequence[Example], fraction: float, *, name: str) -> tuple[list[Example], list[Example]]:
     """Cut the last `fraction` of the examples off, at least one: (train, validation). No randomness.
 
-    Raises:
-        UserError: If nothing would be left to train on.
+    Raises: UserError if nothing would be left to train on.
     """
     if fraction == 0.0:
         return list(examples), []
@@ -132,18 +118,13 @@ def draw(examples: list[Example], limit: int | None, seed: int) -> list[Example]
 def _task_examples(source: SourceConfig, task: str, split: str) -> list[Example]:
     """One of the eight commonsense tasks."""
     rows = _directory_rows(source.path, split) if source.path else hub_task_rows(task, split, source.revision)
-    examples, faults = [], []
-    for place, row in rows:
-        try:
-            if source.format == "commonsense170k":
-                instruction = instruction_row(row, task)
-                examples.append(FORMATS[source.format].example(instruction, task, source.label, str(place)))
-            else:
-                examples.append(example_of_row(row, task=task, label=source.label, id=str(place)))
-        except RowFault as fault:
-            faults.append(rows.fault(place, fault))
-    rows.raise_faults(faults)
-    return examples
+
+    def make(place: int, row: Row) -> Example:
+        if source.format == "commonsense170k":
+            return FORMATS[source.format].example(instruction_row(row, task), task, source.label, str(place))
+        return example_of_row(row, task=task, label=source.label, id=str(place))
+
+    return rows.examples(make)
 
 
 def _own_rows(place: str, split: str, revision: str | None) -> Rows:
@@ -167,10 +148,6 @@ def _directory_rows(directory: str, split: str) -> Rows:
         there = f"there are {', '.join(names)}" if names else "there is no data file at all"
         raise UserError(f"{folder}: no file for split {split!r}; {there}.{nearest(split, names)}")
     return read_rows(file)
-
-
-def _is_single_file(source: SourceConfig) -> bool:
-    return source.source is not None and is_path(source.source) and Path(source.source).expanduser().is_file()
 
 
 def _from_file(source: SourceConfig, file: str) -> list[Example]:

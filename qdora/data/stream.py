@@ -57,10 +57,8 @@ class ExampleStream:
     not be entered anywhere; here the position says where the window begins, and only that window is read again.
 
     Args:
-        shards: Where the rows are.
         data: Settings; `data.mix[number]` is the source. All examples have its name as their task.
         number: Place of the source in the mix. Two sources have different orders.
-        tokenizer: A transformers tokenizer.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
@@ -83,8 +81,7 @@ class ExampleStream:
     def next(self) -> TokenizedExample:
         """The next example.
 
-        Raises:
-            UserError: If a row is faulty, or a whole pass has no example.
+        Raises: UserError if a row is faulty, or a whole pass has no example.
         """
         while True:
             if not self._ready:
@@ -165,13 +162,8 @@ class ExampleStream:
                     f"{self.name}: {self.shards.where} gives no example ({here.num_dropped:,} rows are longer than "
                     f"data.max_length, {self.data.max_length})."
                 )
-            self.position = StreamPosition(
-                epoch=here.epoch + 1,
-                num_drawn=here.num_drawn,
-                num_truncated=here.num_truncated,
-                num_dropped=here.num_dropped,
-                num_drawn_before=here.num_drawn,
-            )
+            begin = {"window": 0, "shard": 0, "row": 0, "taken": 0}
+            self.position = replace(here, epoch=here.epoch + 1, num_drawn_before=here.num_drawn, **begin)
             self._rows = None
             rows = self._window_rows()
         order = self._generator(3, self.position.window).permutation(len(rows))

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,22 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from qdora.data.encode import encode_batch, special_prefix
 from qdora.data.example import Example
+from qdora.data.tokenize import encode_batch, special_prefix
 from qdora.errors import RunFailure, UserError
 from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, input_device, scoring
-from qdora.evaluation.metrics import Estimate, macro_average, mean_stderr
-from qdora.evaluation.suite import SuiteProgress, spread
-from qdora.evaluation.token_scores import Progress, length_batches
+from qdora.evaluation.metrics import mean_stderr
+from qdora.evaluation.suite import (
+    SuiteProgress,
+    averaged,
+    conditions,
+    estimated,
+    percent,
+    result_document,
+    results_table,
+    spread,
+)
+from qdora.evaluation.token_scores import Progress, length_batches, padded
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +80,6 @@ class GeneratedResult:
     acc: float
     """num_right / num_examples; in the average the mean over tasks."""
     acc_stderr: float | None
-    """None for a single example."""
     chance: float
     """Expected accuracy of a random choice."""
     num_truncated: int
@@ -93,14 +101,8 @@ class GenerationResult:
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
         """For JSON: dicts, lists, numbers, strings and None only."""
-        document: dict[str, Any] = {
-            "tasks": {task: asdict(result) for task, result in self.tasks.items()},
-            "average": asdict(self.average),
-            "settings": dict(self.settings),
-        }
-        if per_example:
-            document["per_example"] = [asdict(each) | {"outcome": each.outcome} for each in self.per_example]
-        return document
+        singles = [asdict(each) | {"outcome": each.outcome} for each in self.per_example] if per_example else None
+        return result_document(self, singles)
 
 
 def evaluate_generated(
@@ -116,13 +118,10 @@ def evaluate_generated(
     """Let the model answer every task's examples; count right, wrong and unparsable answers.
 
     Args:
-        model: A causal language model, on the device where it is to run. Its mode is as before afterwards.
-        tokenizer: Its tokenizer.
         examples_by_task: Task name -> its examples, at least one each, whose choices differ in one word.
         limit: Most examples of a task, the same ones as `suite.evaluate` takes; None for all.
         max_new_tokens: Most tokens of one answer.
         max_batch_tokens: Most tokens of one batch, padding and new tokens included.
-        progress: Called with the task, its examples done and all its examples.
     Raises:
         UserError: If there is no task or no example, a choice has no name of one word, or the model's context is too
             short for any prompt.
@@ -143,7 +142,6 @@ def evaluate_generated(
         found = generate_answers(model, tokenizer, chosen, max_new_tokens, max_batch_tokens, path, report)
         tasks[task] = _counted(found, [len(example.choices) for example in chosen])
         answers.extend(found)
-    parameter = next(model.parameters())
     settings = {
         "method": "generate",
         "decoding": "greedy",
@@ -151,9 +149,7 @@ def evaluate_generated(
         "max_new_tokens": max_new_tokens,
         "max_batch_tokens": max_batch_tokens,
         "batched": bool(path.cache_keyword),
-        "model_dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": str(parameter.device),
-        "seconds": round(time.perf_counter() - began, 3),
+        **conditions(model, began),
     }
     return GenerationResult(tasks, _average(list(tasks.values())), settings, answers)
 
@@ -223,35 +219,13 @@ def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list
 
 def generation_table(results: Mapping[str, GenerationResult]) -> Table:
     """Tasks as rows and, per label, accuracy in % ± standard error with right / wrong / unparsable, for a terminal."""
-    table = Table(title="answers generated", title_justify="left")
-    for position, name in enumerate(["task", "n", "chance"]):
-        table.add_column(name, justify="left" if position == 0 else "right")
-    for label in results:
-        table.add_column(f"{label} acc %", justify="right")
-        table.add_column("right / wrong / unparsable", justify="right")
-    names = list(dict.fromkeys(task for result in results.values() for task in result.tasks))
-    for name in names:
-        table.add_row(*_row(name, [result.tasks.get(name) for result in results.values()]))
-    table.add_section()
-    table.add_row(*_row("average", [result.average for result in results.values()]), style="bold")
-    return table
 
+    def cells(result: GeneratedResult) -> tuple[list[str], list[str]]:
+        counts = f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
+        return [str(result.num_examples), percent(result.chance)], [percent(result.acc, result.acc_stderr), counts]
 
-def _row(name: str, results: Sequence[GeneratedResult | None]) -> list[str]:
-    known = [result for result in results if result is not None]
-    row = [name, *("/".join(dict.fromkeys(cells)) for cells in zip(*(_shared_cells(r) for r in known), strict=True))]
-    for result in results:
-        if result is None:
-            row += ["–", "–"]
-            continue
-        error = "" if result.acc_stderr is None else f" ± {100 * result.acc_stderr:.1f}"
-        row.append(f"{100 * result.acc:.1f}{error}")
-        row.append(f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}")
-    return row
-
-
-def _shared_cells(result: GeneratedResult) -> tuple[str, str]:
-    return str(result.num_examples), f"{100 * result.chance:.1f}"
+    measures = ["{label} acc %", "right / wrong / unparsable"]
+    return results_table("answers generated", ["n", "chance"], measures, results, cells)
 
 
 def _prompts(
@@ -280,15 +254,13 @@ def _stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 
 def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> GeneratedResult:
     outcomes = [answer.outcome for answer in answers]
-    acc = mean_stderr([outcome == "right" for outcome in outcomes])
     lost = [answer for answer in answers if answer.answer is None]
     return GeneratedResult(
         num_examples=len(answers),
         num_right=outcomes.count("right"),
         num_wrong=outcomes.count("wrong"),
         num_unparsable=outcomes.count("unparsable"),
-        acc=acc.value,
-        acc_stderr=None if np.isnan(acc.stderr) else acc.stderr,
+        **estimated("acc", mean_stderr([outcome == "right" for outcome in outcomes])),
         chance=float(np.mean([1.0 / count for count in num_choices])),
         num_truncated=sum(answer.num_truncated > 0 for answer in answers),
         num_new_tokens=sum(answer.num_new_tokens for answer in answers),
@@ -297,22 +269,13 @@ def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> 
 
 
 def _average(results: Sequence[GeneratedResult]) -> GeneratedResult:
-    errors = [float("nan") if result.acc_stderr is None else result.acc_stderr for result in results]
-    acc = macro_average([Estimate(result.acc, error) for result, error in zip(results, errors, strict=True)])
+    counts = [each.name for each in fields(GeneratedResult) if each.name.startswith("num_")]
     return GeneratedResult(
-        num_examples=sum(result.num_examples for result in results),
-        num_right=sum(result.num_right for result in results),
-        num_wrong=sum(result.num_wrong for result in results),
-        num_unparsable=sum(result.num_unparsable for result in results),
-        acc=acc.value,
-        acc_stderr=None if np.isnan(acc.stderr) else acc.stderr,
+        **{name: sum(getattr(result, name) for result in results) for name in counts},
+        **estimated("acc", averaged(results, "acc")),
         chance=float(np.mean([result.chance for result in results])),
-        num_truncated=sum(result.num_truncated for result in results),
-        num_new_tokens=sum(result.num_new_tokens for result in results),
     )
 
-
-# The names of choices in a text
 
 _NAME = re.compile(r"[^\W_][\w'-]*")
 
@@ -347,8 +310,6 @@ def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     return index, found.end() == len(text)  # the word may go on
 
 
-# Greedy decoding
-
 Finished = Callable[[int, Sequence[int]], bool]
 """finished(prompt, new ids): whether the continuation of this prompt is long enough."""
 
@@ -371,19 +332,14 @@ def decode_greedily(
     states, no explicit positions) runs row by row and whole for every token, which is slow.
 
     Args:
-        model: A causal language model; called under `scoring`.
         prompts: Token ids, at least one each, in any order.
         max_new_tokens: Most tokens of one continuation.
         stop_ids: Ends of sequence. A row is done at the first, which is not part of its result.
         finished: Called after every new token; a row is done where it returns True.
         max_batch_tokens: Most tokens of one batch with `max_new_tokens` for every row, padding counted, unless a single
             row is longer.
-        path: From `find_path` (default: found here).
-        progress: Called with prompts done and all prompts.
-    Returns:
-        Per prompt its new ids, in the order given.
-    Raises:
-        RunFailure: If the model gives logits that are not finite.
+    Returns: Per prompt its new ids, in the order given.
+    Raises: RunFailure if the model gives logits that are not finite.
     """
     path = path or find_path(model)
     found: list[list[int]] = [[] for _ in prompts]
@@ -443,15 +399,9 @@ class _Rows:
     """One batch of sequences that grow by a token a call: the cache and mask of the rows that are still fed."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], path: ForwardPath) -> None:
-        longest = max(map(len, prompts))
         self._model, self._path = model, path
-        self._ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        self._mask = torch.zeros_like(self._ids)
-        for row, prompt in enumerate(prompts):
-            self._ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            self._mask[row, longest - len(prompt) :] = 1
         device = input_device(model)
-        self._ids, self._mask = self._ids.to(device), self._mask.to(device)
+        self._ids, self._mask = (each.to(device) for each in padded(prompts, left=True))
         self._cache = DynamicCache(config=getattr(model, "config", None)) if path.cache_keyword else None
 
     def first(self) -> Tensor:

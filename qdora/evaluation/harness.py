@@ -18,12 +18,7 @@ INSTALL = "lm-evaluation-harness is not installed. Fix: pip install 'qdora[lm-ev
 
 @dataclass(frozen=True)
 class HarnessTasks:
-    """Tasks that exist.
-
-    Attributes:
-        names: Names of tasks, groups and tags, patterns resolved.
-        manager: The lm_eval.tasks.TaskManager that knows them.
-    """
+    """Names of tasks, groups and tags that exist, and the lm_eval.tasks.TaskManager that knows them."""
 
     names: tuple[str, ...]
     manager: Any
@@ -38,8 +33,7 @@ def find_harness_tasks(asked: Sequence[str], include: Path | None = None) -> Har
     Args:
         asked: Names or patterns (`mmlu_*`) of tasks, groups or tags.
         include: Folder of further tasks in YAML.
-    Raises:
-        UserError: The harness is not installed, `include` is no folder, or nothing bears a name.
+    Raises: UserError: The harness is not installed, `include` is no folder, or nothing bears a name.
     """
     if find_spec("lm_eval") is None:
         raise UserError(f"--harness: {INSTALL}")
@@ -65,11 +59,8 @@ def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_s
     """The model as the harness takes it, an lm_eval.models.huggingface.HFLM; the model itself is not copied.
 
     Args:
-        model: Any transformers causal LM, with or without adapters; put into eval mode.
-        tokenizer: Its own.
         batch_size: Sequences of a forward pass, whose logits exist all at once in float32.
-    Raises:
-        UserError: The harness is not installed.
+    Raises: UserError: The harness is not installed.
     """
     if find_spec("lm_eval") is None:
         raise UserError(INSTALL)
@@ -88,14 +79,9 @@ def evaluate_harness(
 ) -> dict[str, Any]:
     """Run tasks; the shots are those of each task, the metrics those of the harness.
 
-    Args:
-        model, tokenizer, batch_size: As in `as_lm`.
-        tasks: From `find_harness_tasks`.
-        limit: Most examples of a task.
-    Returns:
-        JSON values: lm_eval (its version), and for every task and group `metrics` (name -> number; the filter is part
-        of the name where there is one; null where the harness gives none), `num_examples` and `num_fewshot` (null for
-        groups).
+    Returns: JSON values: lm_eval (its version), and for every task and group `metrics` (name -> number; the filter is
+        part of the name where there is one; null where the harness gives none), `num_examples` and `num_fewshot` (null
+        for groups).
     """
     lm = as_lm(model, tokenizer, batch_size=batch_size)
     import lm_eval
@@ -125,8 +111,9 @@ def harness_table(result: dict[str, Any]) -> Table:
     for task, found in result["tasks"].items():
         metrics = found["metrics"]
         for name, value in metrics.items():
-            if not _is_stderr(name):
-                stderr = metrics.get(_stderr_of(name))
+            metric, comma, filter_ = name.partition(",")
+            if not metric.endswith("_stderr"):
+                stderr = metrics.get(f"{metric}_stderr{comma}{filter_}")
                 size = "–" if found["num_examples"] is None else f"{found['num_examples']:,}"
                 table.add_row(task, name, size, _shown(value), _shown(stderr))
     return table
@@ -136,15 +123,6 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float | None]:
     """{"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": "x"} -> {"acc": 0.5, "acc_stderr": None}."""
     given = {key.removesuffix(",none"): value for key, value in numbers.items() if "," in key}
     return {key: float(value) if isinstance(value, int | float) else None for key, value in given.items()}
-
-
-def _is_stderr(name: str) -> bool:
-    return name.partition(",")[0].endswith("_stderr")
-
-
-def _stderr_of(name: str) -> str:
-    metric, comma, filter_ = name.partition(",")
-    return f"{metric}_stderr{comma}{filter_}"
 
 
 def _shown(value: float | None) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from qdora.data.encode import encode_chats, encode_pairs, require_chat_template, special_prefix
 from qdora.data.example import Example
+from qdora.data.tokenize import encode_chats, encode_pairs, require_chat_template, special_prefix
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import ForwardPath, choose_path, context_length
 from qdora.evaluation.token_scores import Progress, Span, score_groups, score_spans, strided_spans
@@ -65,18 +65,9 @@ def score_choices(
     longer than the model's context loses tokens at the left of its prompt, the same number for all its choices, as in
     lm-evaluation-harness (but it keeps a beginning-of-sequence token, as in training). The result counts them.
 
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        examples: Each with choices and `gold`.
-        max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
-        path: From `choose_path` (default: chosen here).
-        progress: Called with examples done and all examples.
-    Returns:
-        In the order of `examples`.
-    Raises:
-        UserError: If an example has no choices or no gold, a choice has no token to score, or one with its border
-            alone exceeds the context; all faults at once.
+    Returns: In the order of `examples`.
+    Raises: UserError if an example has no choices or no gold, a choice has no token to score, or one with its border
+        alone exceeds the context; all faults at once.
     """
     path = path or choose_path(model)
     groups, truncated = _choice_groups(tokenizer, examples, context_length(model))
@@ -111,13 +102,8 @@ def score_answers(
     than the model's context is cut at the left of its prompt as in `score_choices`. An answer that is too long by
     itself (plain text is all answer) is scored in windows that overlap by half, each token once.
 
-    Args:
-        model, tokenizer, max_batch_tokens, path, progress: As in `score_choices`.
-        examples: They need no choices.
-    Returns:
-        In the order of `examples`.
-    Raises:
-        UserError: If an example has no token to score or does not fit the chat template; all faults at once.
+    Returns: In the order of `examples`.
+    Raises: UserError if an example has no token to score or does not fit the chat template; all faults at once.
     """
     path = path or choose_path(model)
     spans, truncated = _answer_spans(tokenizer, examples, context_length(model))
@@ -172,9 +158,8 @@ def _answer_spans(
     chats = [example for example in examples if example.messages]
     if chats:
         require_chat_template(tokenizer, chats[0].task)
-    encoded_chats = encode_chats(tokenizer, [chat.messages for chat in chats], masked=True) if chats else []
-    encoded_texts = encode_pairs(tokenizer, [(text.prompt, text.answer) for text in texts]) if texts else []
-    chat_iterator, text_iterator = iter(encoded_chats), iter(encoded_texts)
+    chat_iterator = iter(encode_chats(tokenizer, [chat.messages for chat in chats]))
+    text_iterator = iter(encode_pairs(tokenizer, [(text.prompt, text.answer) for text in texts]))
     text_prefix = len(special_prefix(tokenizer))
     spans: list[list[Span]] = []
     truncated: list[int] = []
@@ -208,11 +193,7 @@ def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int
 
 
 def _fitted_answer(ids: Sequence[int], start: int, prefix: int, context: int | None) -> tuple[list[Span], int]:
-    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack.
-
-    A prompt loses tokens behind its `prefix` special ones. An answer that is too long by itself, or plain text, is
-    scored in windows that overlap by half.
-    """
+    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack."""
     cut = 0 if context is None else max(len(ids) - 1 - context, 0)
     if context is not None and cut > start - max(prefix, 1):
         spans = strided_spans(ids, context, max(context // 2, 1), first=start)
@@ -223,22 +204,11 @@ def _fitted_answer(ids: Sequence[int], start: int, prefix: int, context: int | N
 def _fitted_choices(
     encoded: Sequence[tuple[Sequence[int], int]], prefix: int, context: int | None
 ) -> tuple[list[Span], int, str]:
-    """One span per choice, each fed at most `context` tokens, the same number of prompt tokens cut from all.
-
-    Args:
-        encoded: (ids, start) of each choice behind the same prompt.
-        prefix: Special tokens in front, which are never cut.
-        context: Most tokens that the model is fed (the last token of a span is not), or None.
-    Returns:
-        Spans, tokens cut, and what is wrong ("" if nothing; else there are no spans).
-    """
+    """(a span per choice, tokens cut from the prompt behind its `prefix` special ones, what is wrong or "")."""
     empty = [index for index, (ids, start) in enumerate(encoded) if start >= len(ids)]
     if empty:
-        return (
-            [],
-            0,
-            f"choices[{empty[0]}] has no token to score: it is empty, or a single token with no prompt before it",
-        )
+        what = f"choices[{empty[0]}] has no token to score: it is empty, or a single token with no prompt before it"
+        return [], 0, what
     cut = 0 if context is None else max(max(len(ids) for ids, _ in encoded) - 1 - context, 0)
     if cut > min(start for _, start in encoded) - max(prefix, 1):
         return [], 0, f"a choice does not fit the model's context of {context} tokens, even without its prompt"
@@ -247,20 +217,14 @@ def _fitted_choices(
 
 def _raise_faults(faults: Sequence[str]) -> None:
     """All faults at once; the first few in full, the others counted."""
-    if not faults:
-        return
-    if len(faults) > _SHOWN_FAULTS:
-        raise UserError(*faults[:_SHOWN_FAULTS], f"{len(faults) - _SHOWN_FAULTS} more examples that cannot be scored")
-    raise UserError(*faults)
+    rest = len(faults) - _SHOWN_FAULTS
+    if faults:
+        raise UserError(*faults[:_SHOWN_FAULTS], *([f"{rest} more examples that cannot be scored"] if rest > 0 else []))
 
 
 def _log_truncation(truncated: Sequence[int]) -> None:
     """One line where prompts were cut."""
     num_cut = sum(cut > 0 for cut in truncated)
     if num_cut:
-        logger.warning(
-            "%d of %d examples exceed the model's context; up to %d tokens were cut from the left of the prompt",
-            num_cut,
-            len(truncated),
-            max(truncated),
-        )
+        what = "%d of %d examples exceed the model's context; up to %d tokens were cut from the left of the prompt"
+        logger.warning(what, num_cut, len(truncated), max(truncated))

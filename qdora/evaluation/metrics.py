@@ -44,19 +44,6 @@ class ChoiceMetrics:
     """Accuracy of always answering the index that is right most often in these examples."""
 
 
-@dataclass(frozen=True)
-class AnswerNll:
-    """Negative log-likelihood of the right answers of one task, nats."""
-
-    nll_sum: float
-    num_tokens: int
-    num_examples: int
-    per_example: Estimate
-    """Mean over examples of the answer's nll."""
-    per_token: Estimate
-    """nll_sum / num_tokens: every token counts the same, as in training."""
-
-
 def mean_stderr(values: ArrayLike) -> Estimate:
     """Mean and s / sqrt(n) with s^2 = sum (x - mean)^2 / (n - 1); for 0/1 values that is sqrt(p (1 - p) / (n - 1))."""
     array = np.asarray(values, dtype=np.float64)
@@ -101,8 +88,7 @@ def choice_metrics(
         loglikelihoods: Per example (choices,) summed log-likelihoods, nats; finite.
         num_chars: Per example (choices,) characters of each choice; 0 counts as 1.
         gold: Per example the index of the right choice.
-    Raises:
-        ValueError: If there is no example, the lengths differ, or a log-likelihood is not finite.
+    Raises: ValueError if there is no example, the lengths differ, or a log-likelihood is not finite.
     """
     if not len(loglikelihoods) == len(num_chars) == len(gold):
         raise ValueError(f"{len(loglikelihoods)} log-likelihoods, {len(num_chars)} lengths, {len(gold)} right answers")
@@ -122,24 +108,6 @@ def choice_metrics(
         num_ties_norm=sum(tied for _, tied in credits_norm),
         chance=float(np.mean([1.0 / size for size in sizes])),
         majority=max(Counter(gold).values()) / len(gold),
-    )
-
-
-def answer_nll(nll: ArrayLike, num_tokens: ArrayLike) -> AnswerNll:
-    """Mean answer NLL of one task.
-
-    Args:
-        nll: (examples,) summed nll of each right answer, nats.
-        num_tokens: (examples,) scored tokens of each.
-    """
-    nlls: NDArray[np.float64] = np.asarray(nll, dtype=np.float64)
-    tokens = np.asarray(num_tokens)
-    return AnswerNll(
-        nll_sum=float(nlls.sum()),
-        num_tokens=int(tokens.sum()),
-        num_examples=int(nlls.size),
-        per_example=mean_stderr(nlls),
-        per_token=ratio_stderr(nlls, tokens),
     )
 
 
@@ -205,14 +173,13 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Pair
 
     The first is Cochran's ratio estimate (Sampling Techniques, 1977, eq. 6.13) over examples, the second the variance
     between the seeds' averages. The variance of a pair of seed and example is in both, so the interval tends to be too
-    wide. Its quantile is the mean of the t quantiles of all parts, each of its own degrees of freedom,
-    weighted by their variances (Cochran and Cox, Experimental Designs, 1957, sec. 4.14): with three seeds that of
-    Student's t with 2 where the seeds decide. (Satterthwaite's pooled degrees of freedom, themselves estimated from so
-    few seeds, are too many: 9 % instead of 5 % of such intervals miss the truth.) With one seed its part is left out.
+    wide. Its quantile is the mean of the t quantiles of all parts, each of its own degrees of freedom, weighted by
+    their variances (Cochran and Cox, Experimental Designs, 1957, sec. 4.14): with three seeds that of Student's t with
+    2 where the seeds decide. (Satterthwaite's pooled degrees of freedom, themselves estimated from so few seeds, are
+    too many: 9 % instead of 5 % of such intervals miss the truth.) With one seed its part is left out.
 
     Args:
         tasks: At least one, with the same seeds in the same order.
-        confidence: Level of the interval.
     """
     num_seeds = len(tasks[0].first)
     assert all(len(task.first) == num_seeds for task in tasks), [task.first.shape for task in tasks]

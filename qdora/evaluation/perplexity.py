@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from qdora.data.encode import encode_pairs
+from qdora.data.tokenize import encode_pairs
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.evaluation.token_scores import Progress, Span, score_spans, strided_spans
@@ -62,15 +62,11 @@ def text_perplexity(
     """Perplexity of whole texts, each on its own.
 
     Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer; its beginning-of-sequence token is there if it adds one by default.
         texts: At least one, with at least two tokens in all.
         window: Tokens fed at once; None takes the model's context, at most 2,048.
         stride: Tokens by which a window moves; None takes half of the window.
         max_batch_tokens: Most tokens of a forward pass; a longer window is a batch of its own.
-        progress: Called with windows done and all windows.
-    Raises:
-        UserError: If the window exceeds the model's context, the stride the window, or nothing can be scored.
+    Raises: UserError if the window exceeds the model's context, the stride the window, or nothing can be scored.
     """
     context = context_length(model)
     if window is None:
@@ -107,22 +103,19 @@ def text_perplexity(
 def read_texts(paths: Sequence[Path | str]) -> list[str]:
     """The texts of UTF-8 files; all faulty files are named at once.
 
-    Raises:
-        UserError: If a file is missing, is no file, is not UTF-8 or is empty.
+    Raises: UserError if a file is missing, is no file, is not UTF-8 or is empty.
     """
     texts, faults = [], []
     for path in map(Path, paths):
         try:
             text = path.read_text(encoding="utf-8")
+            texts.append(text)
+            if not text:
+                faults.append(f"{path}: the file is empty")
         except UnicodeDecodeError as error:
             faults.append(f"{path}: not UTF-8 text (byte {error.start})")
-            continue
         except OSError as error:
             faults.append(f"{path}: {error.strerror or error}")
-            continue
-        if not text:
-            faults.append(f"{path}: the file is empty")
-        texts.append(text)
     if faults:
         raise UserError(*faults)
     return texts

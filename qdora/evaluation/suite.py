@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -20,10 +21,11 @@ from qdora.evaluation.loglikelihood import AnswerScore, ChoiceScores, score_answ
 from qdora.evaluation.metrics import (
     Estimate,
     Paired,
-    answer_nll,
     choice_metrics,
     macro_average,
+    mean_stderr,
     paired_difference,
+    ratio_stderr,
     tie_credit,
 )
 from qdora.evaluation.token_scores import Progress
@@ -74,12 +76,7 @@ class EvaluationResult:
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
         """For JSON: dicts, lists, numbers, strings and None only."""
-        document = {
-            "tasks": {task: asdict(result) for task, result in self.tasks.items()},
-            "average": asdict(self.average),
-            "settings": dict(self.settings),
-        }
-        return {**document, "per_example": self.per_example} if per_example else document
+        return result_document(self, self.per_example if per_example else None)
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> EvaluationResult:
@@ -105,13 +102,9 @@ def evaluate(
     """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
 
     Args:
-        model: A causal language model, on the device where it is to run. Its mode is as before afterwards.
-        tokenizer: Its tokenizer.
         examples_by_task: Task name -> its examples, at least one each; with or without choices.
         limit: Most examples of a task, spread evenly over its list (files are often ordered by origin); None for all.
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
-        per_example: Keep the scores of single examples.
-        progress: Called with the task, its examples done and all its examples.
     Raises:
         UserError: If there is no task, a task has no example, or an example cannot be scored.
         RunFailure: If the model gives a log-likelihood that is not finite.
@@ -135,17 +128,31 @@ def evaluate(
         tasks[task] = _task_result(choices, answers)
         if per_example:
             records.extend(_records(task, choices, answers))
-    parameter = next(model.parameters())
     settings = {
         "limit": limit,
         "max_batch_tokens": max_batch_tokens,
         "shared_prefix": path.shared_prefix,
         "path": path.reason,
+        **conditions(model, started),
+    }
+    return EvaluationResult(tasks, _average(list(tasks.values())), settings, records)
+
+
+def result_document(result: Any, per_example: Sequence[Any] | None) -> dict[str, Any]:
+    """A result with `tasks`, `average` and `settings` as JSON values."""
+    tasks = {task: asdict(each) for task, each in result.tasks.items()}
+    document = {"tasks": tasks, "average": asdict(result.average), "settings": dict(result.settings)}
+    return document if per_example is None else {**document, "per_example": per_example}
+
+
+def conditions(model: nn.Module, started: float) -> dict[str, Any]:
+    """Dtype and device of the model, and the seconds since `started` (of time.perf_counter)."""
+    parameter = next(model.parameters())
+    return {
         "model_dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    return EvaluationResult(tasks, _average(list(tasks.values())), settings, records)
 
 
 def spread(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -157,17 +164,51 @@ def spread(examples: Sequence[Example], limit: int | None) -> list[Example]:
 
 def compare_table(results: Mapping[str, EvaluationResult]) -> Table:
     """A row per task and, per label, columns of accuracy in % ± standard error and answer NLL in nats per token."""
-    table = Table(title="evaluation", title_justify="left")
-    for position, name in enumerate(["task", "n", "chance", "majority"]):
-        table.add_column(name, justify="left" if position == 0 else "right")
-    for label in results:
-        table.add_column(f"{label} acc %", justify="right")
-        table.add_column(f"{label} NLL/token", justify="right")
+
+    def cells(result: TaskResult) -> tuple[list[str], list[str]]:
+        shared = [str(result.num_examples), percent(result.chance), percent(result.majority)]
+        return shared, [percent(result.acc, result.acc_stderr), f"{result.nll_per_token:.3f}"]
+
+    measures = ["{label} acc %", "{label} NLL/token"]
+    return results_table("evaluation", ["n", "chance", "majority"], measures, results, cells)
+
+
+def results_table(
+    title: str,
+    baselines: Sequence[str],
+    measures: Sequence[str],
+    results: Mapping[str, Any],
+    cells: Callable[[Any], tuple[list[str], list[str]]],
+) -> Table:
+    """A row per task and one of averages, for results with `tasks` and `average`.
+
+    Args:
+        baselines: Columns that all results share; where they differ, the value of each is shown.
+        measures: Columns of each result, with {label}.
+        cells: One task's result -> its cells in these columns.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("task", justify="left")
+    for name in [*baselines, *(measure.format(label=label) for label in results for measure in measures)]:
+        table.add_column(name, justify="right")
+
+    def add(name: str, found: Sequence[Any], style: str | None = None) -> None:
+        both = [None if each is None else cells(each) for each in found]
+        shared = zip(*(pair[0] for pair in both if pair is not None), strict=True)
+        own = (["–"] * len(measures) if pair is None else pair[1] for pair in both)
+        table.add_row(name, *("/".join(dict.fromkeys(each)) for each in shared), *chain(*own), style=style)
+
     for task in dict.fromkeys(task for result in results.values() for task in result.tasks):
-        table.add_row(*_row(task, [result.tasks.get(task) for result in results.values()]))
+        add(task, [result.tasks.get(task) for result in results.values()])
     table.add_section()
-    table.add_row(*_row("average", [result.average for result in results.values()]), style="bold")
+    add("average", [result.average for result in results.values()], style="bold")
     return table
+
+
+def percent(share: float | None, stderr: float | None = None) -> str:
+    """`12.3`, or `12.3 ± 0.4`."""
+    error = "" if stderr is None else f" ± {100 * stderr:.1f}"
+    return "–" if share is None else f"{100 * share:.1f}{error}"
 
 
 def _score(
@@ -181,23 +222,14 @@ def _score(
     """Scores of the examples with choices and of those without; progress runs over both."""
     with_choices = [example for example in examples if example.choices]
     without = [example for example in examples if not example.choices]
-    choices: list[ChoiceScores] = []
-    answers: list[AnswerScore] = []
-    if with_choices:
-        report = None if progress is None else _shifted(progress, 0, len(examples))
-        choices = score_choices(
-            model, tokenizer, with_choices, max_batch_tokens=max_batch_tokens, path=path, progress=report
-        )
-    if without:
-        report = None if progress is None else _shifted(progress, len(with_choices), len(examples))
-        answers = score_answers(
-            model, tokenizer, without, max_batch_tokens=max_batch_tokens, path=path, progress=report
-        )
+
+    def after(num_before: int) -> dict[str, Any]:
+        report = None if progress is None else lambda done, _: progress(num_before + done, len(examples))
+        return {"max_batch_tokens": max_batch_tokens, "path": path, "progress": report}
+
+    choices = score_choices(model, tokenizer, with_choices, **after(0)) if with_choices else []
+    answers = score_answers(model, tokenizer, without, **after(len(with_choices))) if without else []
     return choices, answers
-
-
-def _shifted(progress: Progress, offset: int, total: int) -> Progress:
-    return lambda done, _: progress(offset + done, total)
 
 
 def _check_finite(task: str, choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> None:
@@ -212,19 +244,15 @@ def _check_finite(task: str, choices: Sequence[ChoiceScores], answers: Sequence[
 
 
 def _task_result(choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> TaskResult:
-    nll = answer_nll(
-        [-score.loglikelihoods[score.gold] for score in choices] + [-score.loglikelihood for score in answers],
-        [int(score.num_tokens[score.gold]) for score in choices] + [score.num_tokens for score in answers],
-    )
+    nlls = [-score.loglikelihoods[score.gold] for score in choices] + [-score.loglikelihood for score in answers]
+    num_tokens = [int(score.num_tokens[score.gold]) for score in choices] + [score.num_tokens for score in answers]
     return TaskResult(
         **_accuracies(choices),
-        num_examples=nll.num_examples,
+        **estimated("nll", mean_stderr(nlls)),
+        **estimated("nll_per_token", ratio_stderr(nlls, num_tokens)),
+        num_examples=len(nlls),
         num_choice_examples=len(choices),
-        nll=nll.per_example.value,
-        nll_stderr=_number(nll.per_example.stderr),
-        nll_per_token=nll.per_token.value,
-        nll_per_token_stderr=_number(nll.per_token.stderr),
-        num_answer_tokens=nll.num_tokens,
+        num_answer_tokens=sum(num_tokens),
         num_truncated=sum(s.num_truncated > 0 for s in choices) + sum(s.num_truncated > 0 for s in answers),
     )
 
@@ -232,23 +260,15 @@ def _task_result(choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]
 def _accuracies(choices: Sequence[ChoiceScores]) -> dict[str, Any]:
     """The fields of a `TaskResult` that need examples with choices."""
     if not choices:
-        names = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "majority")
-        return dict.fromkeys(names) | {"num_ties": 0, "num_ties_norm": 0}
+        without = {"chance": None, "majority": None, "num_ties": 0, "num_ties_norm": 0}
+        return without | estimated("acc", None) | estimated("acc_norm", None)
     metrics = choice_metrics(
         [score.loglikelihoods for score in choices],
         [score.num_chars for score in choices],
         [score.gold for score in choices],
     )
-    return {
-        "acc": metrics.acc.value,
-        "acc_stderr": _number(metrics.acc.stderr),
-        "acc_norm": metrics.acc_norm.value,
-        "acc_norm_stderr": _number(metrics.acc_norm.stderr),
-        "chance": metrics.chance,
-        "majority": metrics.majority,
-        "num_ties": metrics.num_ties,
-        "num_ties_norm": metrics.num_ties_norm,
-    }
+    found = {name: getattr(metrics, name) for name in ("chance", "majority", "num_ties", "num_ties_norm")}
+    return found | estimated("acc", metrics.acc) | estimated("acc_norm", metrics.acc_norm)
 
 
 def _average(results: Sequence[TaskResult]) -> TaskResult:
@@ -259,25 +279,21 @@ def _average(results: Sequence[TaskResult]) -> TaskResult:
         for each in fields(TaskResult)
         if each.name.startswith("num_")
     }
-    for name in ("acc", "acc_norm", "chance", "majority", "nll", "nll_per_token"):
-        mean = _mean(results if name.startswith("nll") else with_choices, name)
+    for name in ("acc", "acc_norm", "nll", "nll_per_token"):
+        values |= estimated(name, averaged(results if name.startswith("nll") else with_choices, name))
+    for name in ("chance", "majority"):
+        mean = averaged(with_choices, name)
         values[name] = mean.value if mean else None
-        if name not in ("chance", "majority"):
-            values[f"{name}_stderr"] = _number(mean.stderr) if mean else None
     return TaskResult(**values)
 
 
-def _mean(results: Sequence[TaskResult], name: str) -> Estimate | None:
+def averaged(results: Sequence[Any], name: str) -> Estimate | None:
     """Macro average of the field `name` with the error from `name`_stderr; None over no tasks."""
     if not results:
         return None
-    errors = [getattr(result, f"{name}_stderr", None) for result in results]
-    return macro_average(
-        [
-            Estimate(getattr(result, name), math.nan if error is None else error)
-            for result, error in zip(results, errors, strict=True)
-        ]
-    )
+    errors = (getattr(result, f"{name}_stderr", None) for result in results)
+    known = (math.nan if error is None else error for error in errors)
+    return macro_average([Estimate(getattr(result, name), error) for result, error in zip(results, known, strict=True)])
 
 
 def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> list[dict[str, Any]]:
@@ -290,9 +306,7 @@ def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[Answe
                 "task": task,
                 "id": score.id,
                 "gold": score.gold,
-                "loglikelihoods": score.loglikelihoods.tolist(),
-                "num_tokens": score.num_tokens.tolist(),
-                "num_chars": score.num_chars.tolist(),
+                **{name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")},
                 "acc": tie_credit(score.loglikelihoods, score.gold)[0],
                 "acc_norm": tie_credit(per_char, score.gold)[0],
                 "nll": -float(score.loglikelihoods[score.gold]),
@@ -300,44 +314,17 @@ def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[Answe
                 "num_truncated": score.num_truncated,
             }
         )
-    records.extend(
-        {
-            "task": task,
-            "id": answer.id,
-            "nll": -answer.loglikelihood,
-            "num_answer_tokens": answer.num_tokens,
-            "num_truncated": answer.num_truncated,
-        }
-        for answer in answers
-    )
+    for answer in answers:
+        counts = {"num_answer_tokens": answer.num_tokens, "num_truncated": answer.num_truncated}
+        records.append({"task": task, "id": answer.id, "nll": -answer.loglikelihood, **counts})
     return records
 
 
-def _row(name: str, results: Sequence[TaskResult | None]) -> list[str]:
-    """Cells of one task. Where evaluations differ in size or baseline, the value of each is shown."""
-    known = [result for result in results if result is not None]
-    row = [
-        name,
-        "/".join(dict.fromkeys(str(result.num_examples) for result in known)),
-        "/".join(dict.fromkeys(_percent(result.chance) for result in known)),
-        "/".join(dict.fromkeys(_percent(result.majority) for result in known)),
-    ]
-    for result in results:
-        if result is None:
-            row += ["–", "–"]
-        else:
-            error = "" if result.acc_stderr is None else f" ± {100 * result.acc_stderr:.1f}"
-            row += [_percent(result.acc) + error, f"{result.nll_per_token:.3f}"]
-    return row
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
-
-
-def _number(value: float) -> float | None:
-    """None for nan: JSON has no nan."""
-    return None if math.isnan(value) else value
+def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
+    """The two fields of a `TaskResult`; JSON has no nan, so an error of nan is None."""
+    if estimate is None:
+        return {name: None, f"{name}_stderr": None}
+    return {name: estimate.value, f"{name}_stderr": None if math.isnan(estimate.stderr) else estimate.stderr}
 
 
 LossOrAccuracy = Literal["nll_per_token", "acc"]

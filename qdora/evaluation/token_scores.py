@@ -61,12 +61,10 @@ def strided_spans(ids: Sequence[int], window: int, stride: int, first: int = 1) 
     Every scored token has at least window - stride + 1 tokens of context, or all there are.
 
     Args:
-        ids: Token ids of the text.
         window: Most tokens that are fed at once (the token predicted last is not fed).
         stride: 1 <= stride <= window. stride == window gives windows that do not overlap.
         first: The first token to score; nothing predicts token 0.
-    Returns:
-        Spans in text order; none if `first` lies behind the text.
+    Returns: Spans in text order; none if `first` lies behind the text.
     """
     if not 1 <= stride <= window:
         raise ValueError(f"stride {stride} must lie between 1 and the window, {window}")
@@ -96,13 +94,9 @@ def score_spans(
     """Summed log-likelihood of every span's scored tokens, each span run whole, batched by length, right-padded.
 
     Args:
-        model: A causal language model; called under `scoring`.
         spans: In any order.
         max_batch_tokens: Most tokens of one batch, padding included; a longer span is a batch of its own.
-        path: From `choose_path` (default: chosen here).
-        progress: Called with spans done and all spans.
-    Returns:
-        (spans,) float64, nats, in the order given.
+    Returns: (spans,) float64, nats, in the order given.
     """
     path = path or choose_path(model)
     device = input_device(model)
@@ -140,13 +134,9 @@ def score_groups(
     """Summed log-likelihood of every span of every group; the tokens that a group's spans share are run once.
 
     Args:
-        model: A causal language model; called under `scoring`.
         groups: The spans of a question's choices; spans of a group may have different lengths and starts.
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one row is longer.
-        path: From `choose_path` (default: chosen here).
-        progress: Called with groups done and all groups.
-    Returns:
-        Per group (spans,) float64, nats, in the order given.
+    Returns: Per group (spans,) float64, nats, in the order given.
     """
     path = path or choose_path(model)
     shared = [_shared_length(group) if path.shared_prefix and len(group) > 1 else 0 for group in groups]
@@ -158,54 +148,44 @@ def score_groups(
         for batch in length_batches(
             order, shared.__getitem__, lambda batch: len(batch) * shared[batch[0]] <= max_batch_tokens
         ):
-            prefix_lengths = [shared[i] for i in batch]
-            found = _score_shared(model, [groups[i] for i in batch], prefix_lengths, path, max_batch_tokens)
+            rows = [groups[i] for i in batch]
+            found = _score_shared(model, rows, [shared[i] for i in batch], path, max_batch_tokens)
             for i, group_scores in zip(batch, found, strict=True):
                 scores[i] = group_scores
             num_done += len(batch)
             if progress is not None:
                 progress(num_done, len(groups))
-    if whole:
-        _score_groups_whole(model, groups, whole, scores, path, max_batch_tokens, progress)
-    return scores
-
-
-def _score_groups_whole(
-    model: nn.Module,
-    groups: Sequence[Sequence[Span]],
-    whole: list[int],
-    scores: list[NDArray[np.float64]],
-    path: ForwardPath,
-    max_batch_tokens: int,
-    progress: Progress | None,
-) -> None:
-    """Fill the scores of the groups named by `whole`, which are run without a shared prefix."""
+    # The others run without a shared prefix
     flat = [(i, j) for i in whole for j in range(len(groups[i]))]
-    finished = len(groups) - len(whole)
 
     def report(done: int, total: int) -> None:
         if progress is not None:  # spans are turned into groups: rounded down, all of them at the end
-            progress(finished + len(whole) * done // total, len(groups))
+            progress(num_done + len(whole) * done // total, len(groups))
 
-    flat_scores = score_spans(
-        model, [groups[i][j] for i, j in flat], max_batch_tokens=max_batch_tokens, path=path, progress=report
-    )
+    spans = [groups[i][j] for i, j in flat]
+    flat_scores = score_spans(model, spans, max_batch_tokens=max_batch_tokens, path=path, progress=report)
     for (i, j), score in zip(flat, flat_scores, strict=True):
         scores[i][j] = score
+    return scores
+
+
+def padded(rows: Sequence[Sequence[int]], *, left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """The rows as one tensor with `fill` behind (left: before) the shorter ones, and a mask that is 1 on the rows' own;
+    (rows, longest) int64 both."""
+    lengths = torch.tensor([len(row) for row in rows])
+    places = torch.arange(int(lengths.max())).expand(len(rows), -1)
+    mask = places >= lengths.max() - lengths[:, None] if left else places < lengths[:, None]
+    ids = torch.full(mask.shape, fill)
+    ids[mask] = torch.tensor([each for row in rows for each in row], dtype=torch.long)
+    return ids, mask.long()
 
 
 def _score_whole(model: nn.Module, rows: list[Span], path: ForwardPath, device: torch.device) -> NDArray[np.float64]:
     """One right-padded batch of whole spans -> (rows,) float64."""
-    longest = max(len(row.ids) for row in rows) - 1  # the last token is predicted, never fed
+    input_ids, attention_mask = padded([row.ids[:-1] for row in rows])  # the last token is predicted, never fed
+    targets, _ = padded([(-1,) * (row.start - 1) + row.ids[row.start :] for row in rows], fill=-1)
+    longest = input_ids.shape[1]
     first = min(row.start for row in rows) - 1  # the first position whose logits are needed
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full((len(rows), longest), -1)
-    for r, row in enumerate(rows):
-        ids = torch.tensor(row.ids)
-        input_ids[r, : len(ids) - 1] = ids[:-1]
-        attention_mask[r, : len(ids) - 1] = 1
-        targets[r, row.start - 1 : len(ids) - 1] = ids[row.start :]
     kwargs: dict[str, Any] = {"logits_to_keep": longest - first} if path.keeps_logits else {}
     output = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False, **kwargs)
     logits = output.logits[:, first - longest :]  # (rows, longest - first, vocabulary)
@@ -213,11 +193,7 @@ def _score_whole(model: nn.Module, rows: list[Span], path: ForwardPath, device: 
 
 
 def _score_shared(
-    model: nn.Module,
-    groups: list[Sequence[Span]],
-    prefix_lengths: list[int],
-    path: ForwardPath,
-    max_batch_tokens: int,
+    model: nn.Module, groups: list[Sequence[Span]], prefix_lengths: list[int], path: ForwardPath, max_batch_tokens: int
 ) -> list[NDArray[np.float64]]:
     """One batch of groups: the prefixes left-padded in one pass, then the rest of every span from the copied cache.
 
@@ -225,12 +201,9 @@ def _score_shared(
     no hole between prefix and continuation: 0..0 1..1 | 1..1 0..0.
     """
     device = input_device(model)
+    prefixes = [group[0].ids[:length] for group, length in zip(groups, prefix_lengths, strict=True)]
+    prefix_ids, prefix_mask = padded(prefixes, left=True)
     longest = max(prefix_lengths)
-    prefix_ids = torch.zeros(len(groups), longest, dtype=torch.long)
-    prefix_mask = torch.zeros_like(prefix_ids)
-    for g, (group, length) in enumerate(zip(groups, prefix_lengths, strict=True)):
-        prefix_ids[g, longest - length :] = torch.tensor(group[0].ids[:length])
-        prefix_mask[g, longest - length :] = 1
     cache = DynamicCache()
     kwargs: dict[str, Any] = {path.cache_keyword: cache, "use_cache": True}
     if path.keeps_logits:
@@ -279,31 +252,19 @@ def _score_rest(
     prefix_mask: Tensor,
     path: ForwardPath,
 ) -> NDArray[np.float64]:
-    """Scores of the tokens from the second one after the prefix on, right-padded -> (spans,) float64.
-
-    Args:
-        spans: Each with at least two tokens after its prefix.
-        prefix_rows: (spans,) row of `cache` and `prefix_mask` that holds each span's prefix.
-        cache: Of the prefixes; left as it is.
-        prefix_mask: (prefixes, longest prefix) int64, left-padded.
-    """
+    """Scores of the tokens from the second one after the prefix on, right-padded -> (spans,) float64."""
     device = input_device(model)
     lengths = prefix_mask.sum(-1)[prefix_rows].tolist()
-    longest = max(len(span.ids) - 1 - length for span, length in zip(spans, lengths, strict=True))
-    input_ids = torch.zeros(len(spans), longest, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, -1)
-    for r, (span, length) in enumerate(zip(spans, lengths, strict=True)):
-        ids = torch.tensor(span.ids)
-        width = len(ids) - 1 - length
-        input_ids[r, :width] = ids[length:-1]
-        mask[r, :width] = 1
+    input_ids, mask = padded([span.ids[length:-1] for span, length in zip(spans, lengths, strict=True)])
+    scored = []
+    for span, length in zip(spans, lengths, strict=True):
         skipped = max(span.start - 1 - length, 0)  # common tokens that a merge at the boundary put behind the prefix
-        targets[r, skipped:width] = ids[length + 1 + skipped :]
+        scored.append((-1,) * skipped + span.ids[length + 1 + skipped :])
+    targets, _ = padded(scored, fill=-1)
     output = model(
         input_ids=input_ids.to(device),
         attention_mask=torch.cat([prefix_mask[prefix_rows], mask], dim=1).to(device),
-        position_ids=(torch.tensor(lengths)[:, None] + torch.arange(longest)).to(device),
+        position_ids=(torch.tensor(lengths)[:, None] + torch.arange(input_ids.shape[1])).to(device),
         use_cache=True,
         **{path.cache_keyword: _copied_rows(cache, prefix_rows)},
     )
@@ -311,12 +272,7 @@ def _score_rest(
 
 
 def _summed(logits: Tensor, targets: Tensor) -> NDArray[np.float64]:
-    """Sum over positions of log softmax(logits)[target], where target >= 0; float32 terms, float64 sums.
-
-    Args:
-        logits: (rows, positions, vocabulary), any float dtype.
-        targets: (rows, positions) int64, -1 where nothing is scored.
-    """
+    """Sum over positions of log softmax(logits)[target], where target >= 0; float32 terms, float64 sums."""
     rows, positions = torch.nonzero(targets >= 0, as_tuple=True)
     flat_rows = rows * targets.shape[1] + positions
     terms = _log_probabilities(logits.reshape(-1, logits.shape[-1]), flat_rows, targets[rows, positions])

@@ -1,7 +1,6 @@
 """The audit of an export (`--audit`): compare every form in which the model could be exported, and recommend one.
 
-No form is written. Each adapted layer is replaced by a plain product with the dense weight that the form stands for,
-rounded as the form rounds.
+No form is written: each adapted layer becomes a plain product with the form's dense weight, rounded as the form rounds.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.evaluation.suite import EvaluationResult, evaluate
-from qdora.export.comparison_text import comparison_text
-from qdora.export.logit_comparison import LogitDifference, float32_arithmetic, logits_of
+from qdora.export.logit_comparison import LogitDifference, comparison_text, float32_arithmetic, logits_of
+from qdora.export.merged import OpenedMerge
 from qdora.export.nf4_lora import check_foldable
-from qdora.export.streamed_merge import OpenedMerge
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.console import bar
 from qdora.files.markdown_table import markdown_table
@@ -75,15 +73,11 @@ def audit(
     """Compare every form with the running adapter, all in float32 arithmetic.
 
     Args:
-        model: The running model with its adapter.
-        tokenizer: Its tokenizer.
-        opened: Its base and adapter on disk; None for a pruned base, since the source's weights are not pruned.
+        opened: The base and adapter on disk; None for a pruned base, since the source's weights are not pruned.
         examples: Held-out examples by task, for logits and NLL; may be empty.
         dtype: The dtype to which merged weights are rounded.
-        console: For progress.
-    Returns:
-        JSON values: `forms` (differences of logits from the adapter, NLL by task, mean NLL difference per example with
-        its standard error), `layers` (quantisation error over update, worst first), `verdict`.
+    Returns: JSON values: `forms` (differences of logits from the adapter, NLL by task, mean NLL difference per example
+        with its standard error), `layers` (quantisation error over update, worst first), `verdict`.
     """
     sequences = comparison_text(tokenizer, examples, max_tokens=1024, max_length=256).sequences
     device = next(model.parameters()).device
@@ -100,20 +94,20 @@ def audit(
     with float32_arithmetic(model), bar(console, "auditing") as progress:
         reference = [logits_of(model, ids) for ids in tokens]
         score(ADAPTER)
-        for number, form in enumerate(found):
-            progress(number + 1, len(found) + 1)
-            if form.weight is None:
-                forms[form.name] = {"why_not": form.why_not}
+        for number, (name, form) in enumerate(found.items(), start=1):
+            progress(number, len(found) + 1)
+            if isinstance(form, str):
+                forms[name] = {"why_not": form}
                 continue
-            with computing(model, form.weight):
+            with computing(model, form):
                 difference = LogitDifference()
                 for ids, expected in zip(tokens, reference, strict=True):
                     difference.add(expected, logits_of(model, ids))
                 if math.isfinite(difference.kl_sum):
-                    forms[form.name] = {"logits": difference.to_dict()}
-                    score(form.name)
+                    forms[name] = {"logits": difference.to_dict()}
+                    score(name)
                 else:
-                    forms[form.name] = {"why_not": f"its values are not finite in {dtype}"}
+                    forms[name] = {"why_not": f"its values are not finite in {dtype}"}
         progress(len(found) + 1, len(found) + 1)
     for name, result in results.items():
         forms[name]["nll_per_token"] = {task: row.nll_per_token for task, row in result.tasks.items()}
@@ -131,9 +125,7 @@ def audit(
 
 def _paired(result: EvaluationResult, reference: EvaluationResult) -> dict[str, float | None]:
     """Mean difference of the NLL of an answer, in nats, and its standard error over examples."""
-    gaps = [
-        first["nll"] - second["nll"] for first, second in zip(result.per_example, reference.per_example, strict=True)
-    ]
+    gaps = [own["nll"] - other["nll"] for own, other in zip(result.per_example, reference.per_example, strict=True)]
     mean = math.fsum(gaps) / len(gaps)
     if len(gaps) < 2:
         return {"mean": mean, "stderr": None}
@@ -141,17 +133,8 @@ def _paired(result: EvaluationResult, reference: EvaluationResult) -> dict[str, 
     return {"mean": mean, "stderr": math.sqrt(variance / len(gaps))}
 
 
-@dataclass(frozen=True)
-class ExportForm:
-    """A form and what it computes; `weight` is None if the form is not possible, for the reason `why_not`."""
-
-    name: str
-    weight: Weight | None
-    why_not: str = ""
-
-
-def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> list[ExportForm]:
-    """Every form of a LoRA or DoRA model; arguments as in `audit`."""
+def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> dict[str, Weight | str]:
+    """What each form of a LoRA or DoRA model computes, or why the form is not possible; arguments as in `audit`."""
 
     def merged(path: str, layer: Layer) -> Tensor | None:
         return _rounded(layer.merged_weight(), dtype) if isinstance(layer, AdaptedLinear) else None
@@ -187,14 +170,13 @@ def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torc
     except UserError as error:
         not_foldable = error.faults[0]
     four_bits = any(layer.kind in FOUR_BIT_KINDS for layer in frozen_layers(model).values())
-    found: list[tuple[str, Weight, str]] = [
-        ("base", _base, ""),
-        ("merged", merged, ""),
-        ("original", original, no_source),
-        ("requantized", requantized, "" if four_bits else "the base is not in 4 bits"),
-        ("nf4-lora", _nf4_lora, not_foldable),
-    ]
-    return [ExportForm(name, None if why_not else weight, why_not) for name, weight, why_not in found]
+    return {
+        "base": _base,
+        "merged": merged,
+        "original": no_source or original,
+        "requantized": requantized if four_bits else "the base is not in 4 bits",
+        "nf4-lora": not_foldable or _nf4_lora,
+    }
 
 
 def source_weight(opened: OpenedMerge, path: str) -> Tensor | None:
@@ -236,12 +218,8 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def computing(model: PreTrainedModel, weight: Weight) -> Iterator[None]:
     """Inside the block `model` computes what a form computes; afterwards it is as it was."""
-    adapted = adapted_layers(model)
-    bases = {f"{path}.base" for path in adapted}
-    layers: dict[str, Layer] = {
-        **adapted,
-        **{path: layer for path, layer in frozen_layers(model).items() if path not in bases},
-    }
+    layers: dict[str, Layer] = {**adapted_layers(model)}
+    layers |= {path: layer for path, layer in frozen_layers(model).items() if path.removesuffix(".base") not in layers}
     keep = sum(layer.in_features * layer.out_features * 4 for layer in layers.values()) <= _KEPT_BYTES
     replaced: dict[str, Layer] = {}
     try:
@@ -282,10 +260,8 @@ class _ComputedLinear(nn.Module):
 def layer_errors(model: PreTrainedModel, opened: OpenedMerge) -> list[dict[str, Any]]:
     """Compare what quantising each adapted layer's base changed with what was learnt on it, largest ratio first.
 
-    Returns:
-        For each layer whose source weight exists: `path`; `quantization_error`, ||dequantised base - source|| /
-        ||source||; `update`, ||merged - dequantised base|| / ||source||; their `ratio`, which is above 1 if the
-        rounding is larger than everything that was learnt. All are Frobenius norms.
+    Returns: For each layer whose source weight exists: `path`; `quantization_error`, ||dequantised base - source|| /
+        ||source||; `update`, ||merged - dequantised base|| / ||source||; and their `ratio`. All are Frobenius norms.
     """
     found: list[dict[str, Any]] = []
     for path, layer in adapted_layers(model).items():
@@ -305,7 +281,11 @@ def layer_errors(model: PreTrainedModel, opened: OpenedMerge) -> list[dict[str, 
 
 def recommendation(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> str:
     """Which form to ship, and why, in words."""
-    same = [name for name in ("merged", "nf4-lora") if _is_same(forms[name])]
+    same = [
+        name
+        for name in ("merged", "nf4-lora")
+        if "logits" in forms[name] and forms[name]["logits"]["kl_mean"] <= _SAME_KL
+    ]
     parts = []
     if same:
         kl = max(forms[name]["logits"]["kl_mean"] for name in same)
@@ -313,10 +293,8 @@ def recommendation(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapp
         they = "both are" if len(same) == 2 else "it is"
         parts.append(f"Ship {named}: {they} the model that was trained (mean KL at most {kl:.1g} nats).")
     else:
-        parts.append(
-            f"No form is the model that was trained (mean KL at most {_SAME_KL:g} nats): look at the table before "
-            "shipping."
-        )
+        what = "No form is the model that was trained"
+        parts.append(f"{what} (mean KL at most {_SAME_KL:g} nats): look at the table before shipping.")
     parts += [_cost(name, forms[name]) for name in ("original", "requantized") if "logits" in forms[name]]
     parts += [
         f"`{_COMMANDS[name]}` is not possible: {forms[name]['why_not']}."
@@ -332,16 +310,10 @@ def recommendation(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapp
     return " ".join(part.replace("..", ".") for part in parts)
 
 
-def _is_same(form: Mapping[str, Any]) -> bool:
-    return "logits" in form and form["logits"]["kl_mean"] <= _SAME_KL
-
-
 def _cost(name: str, form: Mapping[str, Any]) -> str:
     logits = form["logits"]
-    text = (
-        f"`{_COMMANDS[name]}` is another model: mean KL {logits['kl_mean']:.2g} nats, same next token "
-        f"{logits['argmax_agreement']:.1%}"
-    )
+    kl, agreement = logits["kl_mean"], logits["argmax_agreement"]
+    text = f"`{_COMMANDS[name]}` is another model: mean KL {kl:.2g} nats, same next token {agreement:.1%}"
     gap = form.get("nll_difference")
     if gap is None or gap["stderr"] is None:
         return text + "."

@@ -1,10 +1,12 @@
-"""Write a checkpoint directory: weights cast and written shard by shard, then config, tokenizer and other files.
+"""Plan and write a checkpoint directory: weights cast and written shard by shard, config, tokenizer and other files.
 
+A plan has each tensor's published name, shape and dtype, and the function that makes it when the writer asks for it.
 Every export that writes weights goes through `checkpoint_directory`. One tensor of the output is in memory at a time.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -13,37 +15,166 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from qdora.errors import RunFailure, UserError
-from qdora.export.tensor_plan import CheckpointPlan, Planned
 from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, json_text
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, write_safetensors
-from qdora.model.stored_tensors import INDEX_FILE
+from qdora.model.stored_tensors import INDEX_FILE, shorten
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
 
 MAX_SHARD_BYTES = 5 * 2**30
 _DONE_FILE = ".done.json"
 _SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are checked, cast and written
-_FAULTS_SHOWN = 8
 
 Progress = Callable[[int, int], None]
 """Called after each tensor with (bytes written, bytes in all)."""
 
 
 @dataclass(frozen=True)
-class WrittenWeights:
-    """What was written. `max_abs` is the largest |w|, in the tensor `max_abs_tensor`; `num_underflowed` counts weights
-    that were not zero and became zero in the output's dtype."""
+class Planned:
+    """A tensor of the output and the function that makes it, in float32 or in the dtype that it is stored in."""
 
-    files: tuple[str, ...]
-    num_tensors: int
-    num_bytes: int
-    max_abs: float
-    max_abs_tensor: str
-    num_underflowed: int
+    spec: TensorSpec
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Everything that a checkpoint directory holds; `model` gives the generation config and may be on "meta"."""
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    tensors: list[Planned]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the model before it has a name in the output: a meta tensor of its shape, and what returns it.
+
+    `held` is the tensor itself if the model holds it dense: tied weights are recognised by it. `dtype` is that of the
+    output if the format fixes it (packed weights, block scales), else that of the export.
+    """
+
+    shaped: Tensor
+    make: Callable[[], Tensor]
+    held: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+
+WeightSources = Callable[[AdaptedLinear | FrozenLinear], Mapping[str, Source]]
+"""Layer -> the tensors that stand for its weight, by their names in the layer: "weight", "weight.absmax", ..."""
+
+
+def plan_export(model: PreTrainedModel, dtype: torch.dtype, weights: WeightSources | None = None) -> CheckpointPlan:
+    """Plan the checkpoint of a model in memory; `weights` gives the tensors of a layer (default: one dense)."""
+    return plan_sources(model, dict(_sources(model, weights or dense_weight_sources)), dtype)
+
+
+def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: torch.dtype) -> CheckpointPlan:
+    """Plan a checkpoint of tensors by their names in the model; the model gives names and config, and may be on "meta".
+
+    Tensors are in the order of `sources`, under the names of the model's published checkpoints. Float tensors whose
+    source does not fix a dtype get `dtype`. Tied weights are listed once if the config ties them. A head that got a
+    weight of its own (it was quantised or adapted) is listed, and the config no longer ties it.
+    """
+    config = _plain_config(model, dtype)
+    redundant = set()
+    for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target not in sources or origin not in sources:
+            continue
+        first, second = sources[target].held, sources[origin].held
+        if first is not None and second is not None and _memory(first) == _memory(second):
+            redundant.add(target)
+        else:
+            config.tie_word_embeddings = False
+    names = _checkpoint_names(model, {name: source.shaped for name, source in sources.items() if name not in redundant})
+    planned = []
+    for name, stored_name in names.items():
+        source = sources[name]
+        kept = source.shaped.dtype if not source.shaped.is_floating_point() else source.dtype
+        planned.append(Planned(TensorSpec(stored_name, kept or dtype, tuple(source.shaped.shape)), source.make))
+    return CheckpointPlan(model, config, planned)
+
+
+def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, Source]]:
+    adapted: set[str] = set()
+    for path, module in model.named_modules():
+        dot = f"{path}." if path else ""
+        if isinstance(module, AdaptedLinear):
+            adapted.add(f"{path}.base")
+        elif isinstance(module, FrozenLinear):
+            if path in adapted:
+                continue
+        else:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield f"{dot}{name}", held(parameter.detach())
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    yield f"{dot}{name}", held(buffer)
+            continue
+        for name, source in weights(module).items():
+            yield f"{dot}{name}", source
+        bias = (module.base if isinstance(module, AdaptedLinear) else module).bias
+        if bias is not None:
+            yield f"{dot}bias", held(bias)
+
+
+def dense_weight_sources(layer: AdaptedLinear | FrozenLinear) -> dict[str, Source]:
+    """One dense weight: merged, dequantised, or as the layer holds it."""
+    if isinstance(layer, FrozenLinear) and isinstance(layer.stored_weight, Tensor):
+        return {"weight": held(layer.stored_weight)}
+    shaped = torch.empty(layer.out_features, layer.in_features, dtype=torch.float32, device="meta")
+    if isinstance(layer, AdaptedLinear):
+        return {"weight": Source(shaped, lambda: layer.merged_weight(layer.base.wide_dtype))}
+    return {"weight": Source(shaped, lambda: layer.dequantized(layer.wide_dtype))}
+
+
+def held(tensor: Tensor) -> Source:
+    """The source of a tensor that is written as the model holds it."""
+    return Source(tensor.to("meta"), lambda: tensor, tensor)
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict[str, str]:
+    """Module name -> name in the model's published checkpoints; transformers renames some tensors on loading.
+
+    If the published form stacks or splits tensors, the module's names stay: transformers reads those, too.
+    """
+    by_identity = {id(tensor): name for name, tensor in shaped.items()}
+    stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(shaped)).items()}
+    if stored.keys() != by_identity.keys():
+        return {name: name for name in shaped}
+    return {name: stored[id(tensor)] for name, tensor in shaped.items()}
+
+
+def _plain_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
+    """The config of a dense model in `dtype`: without quantisation, with the name of the architecture."""
+    config: PreTrainedConfig = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    for part in [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]:
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+        part.dtype = str(dtype).removeprefix("torch.")
+    return config
+
+
+class WriteOptions(TypedDict, total=False):
+    """Options of `checkpoint_directory` that every export takes."""
+
+    max_shard_bytes: int
+    progress: Progress | None
+    extra_files: Mapping[str, str] | None
 
 
 def check_new_directory(out_dir: Path) -> None:
@@ -64,18 +195,17 @@ def checkpoint_directory(
     progress: Progress | None = None,
     extra_files: Mapping[str, str] | None = None,
     resume_key: str | None = None,
-) -> Iterator[tuple[Path, WrittenWeights]]:
-    """Write a checkpoint; the block gets the unfinished directory and may add files to it.
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Write a checkpoint; the block gets the unfinished directory, and may add files to it, and what was written.
 
     The directory is `.<name>.partial` beside `out_dir` until the block ends, then it is renamed to `out_dir`. A failure
-    leaves nothing.
+    leaves nothing. What was written are JSON values: `files`, `num_tensors`, `num_bytes`, `max_abs`, the largest |w|,
+    in the tensor `max_abs_tensor`, and `num_underflowed`, the weights that became zero in the output's dtype only.
 
     Args:
-        plan: The tensors and the config.
         tokenizer: Written beside the weights with its chat template, or None.
         out_dir: New or empty directory.
         max_shard_bytes: Size of a weights file. A larger tensor gets a file of its own.
-        progress: For a progress bar.
         extra_files: Name -> text of further files (a model card).
         resume_key: What all bytes follow from. With a key an interrupt leaves the partial directory, and the next call
             with the same key resumes after the last complete shard.
@@ -106,7 +236,7 @@ def _check_space(out_dir: Path, planned: Sequence[Planned]) -> None:
 
 def _write_weights(
     partial: Path, planned: Sequence[Planned], max_shard_bytes: int, progress: Progress | None, *, resumable: bool
-) -> WrittenWeights:
+) -> dict[str, Any]:
     """Write the shards and their index. If `resumable`, shards that `_DONE_FILE` names are kept."""
     shards = plan_shards([item.spec for item in planned], max_shard_bytes)
     total_bytes = sum(item.spec.num_bytes for item in planned)
@@ -148,14 +278,14 @@ def _write_weights(
     if len(shards) > 1:
         (partial / INDEX_FILE).write_text(json_text(shard_index(shards), indent=2) + "\n", encoding="utf-8")
     (partial / _DONE_FILE).unlink(missing_ok=True)
-    return WrittenWeights(
-        files=tuple(shards),
-        num_tensors=len(planned),
-        num_bytes=total_bytes,
-        max_abs=total.max_abs,
-        max_abs_tensor=total.max_abs_tensor,
-        num_underflowed=total.num_underflowed,
-    )
+    return {
+        "files": tuple(shards),
+        "num_tensors": len(planned),
+        "num_bytes": total_bytes,
+        "max_abs": total.max_abs,
+        "max_abs_tensor": total.max_abs_tensor,
+        "num_underflowed": total.num_underflowed,
+    }
 
 
 def _complete_shards(partial: Path) -> dict[str, ValueSummary]:
@@ -188,17 +318,14 @@ class ValueSummary:
     def raise_faults(self) -> None:
         """Raise the faults; those of NaN first, which no other dtype would fix."""
         if self.not_finite:
-            faults = " ".join(_first_faults(self.not_finite))
+            faults = " ".join(shorten(self.not_finite))
             raise RunFailure(f"The merged model is broken, nothing was written. {faults}")
         if self.too_large:
-            raise UserError(*_first_faults(self.too_large))
+            raise UserError(*shorten(self.too_large))
 
 
 def cast_parts(spec: TensorSpec, tensor: Tensor, seen: ValueSummary) -> Iterator[Tensor]:
-    """Yield flat parts of `tensor` in the dtype of `spec`, on the CPU; add their values to `seen`.
-
-    An integer tensor is one part, unchanged.
-    """
+    """Yield flat parts of `tensor` in the dtype of `spec`, on the CPU (an integer tensor as one part). Fill `seen`."""
     if not tensor.is_floating_point():
         yield tensor.cpu().reshape(-1)
         return
@@ -234,11 +361,6 @@ def _extent(part: Tensor) -> tuple[int, float]:
         return 0, max(-low, high)
     finite = part.isfinite()
     return part.numel() - int(finite.sum()), float(torch.where(finite, part, 0).abs().max())
-
-
-def _first_faults(faults: list[str]) -> list[str]:
-    more = len(faults) - _FAULTS_SHOWN
-    return faults[:_FAULTS_SHOWN] + ([f"... and {more} more tensors like these."] if more > 0 else [])
 
 
 def _write_rest(

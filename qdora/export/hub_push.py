@@ -22,19 +22,13 @@ def check_repository(name: str) -> None:
 
 
 def push(directory: Path, name: str, *, private: bool = True) -> str:
-    """Upload every file of `directory` as one commit, with the account that `hf auth login` has set up.
+    """Upload every file of a complete export as one commit, with the account of `hf auth login`; returns its address.
 
-    A missing repository is created. An existing one keeps its visibility; a public one is refused for a private upload,
-    which would publish the model.
+    A missing repository is created, private or public. An existing one keeps its visibility; a public one is refused
+    for a private upload, which would publish the model.
 
-    Args:
-        directory: A complete export.
-        name: NAME or ORGANISATION/NAME.
-        private: Visibility of a new repository.
-    Returns:
-        Address of the commit.
     Raises:
-        UserError: The repository is public and `private` is asked for.
+        UserError: The repository `name` (NAME or ORGANISATION/NAME) is public and `private` is asked for.
         RunFailure: The Hub refuses or cannot be reached; nothing on this machine changes.
     """
     api = HfApi()

@@ -1,6 +1,6 @@
 """How far the logits of an exported model are from those of the running one, and how far they may be.
 
-Three sets of logits on the same tokens:
+Three sets of logits on the same held-out text:
 
     running     the adapter model as it runs, in its compute dtype
     reference   the same model, computed in float32
@@ -12,18 +12,25 @@ arithmetic costs. A right export is closer to the reference than the running mod
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.data.build_data import run_examples
+from qdora.data.example import Example
+from qdora.errors import UserError
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.recipe.settings import Recipe
+
+logger = logging.getLogger("qdora")
 
 _POSITIONS = 64  # compared at a time: bounds the float64 copies of the logits to 64 x vocabulary
 # Relative error of one rounding to the dtype.
@@ -39,6 +46,60 @@ _MAX_OVER_MEAN = 40.0
 # error there, scaled from its dtype to the stored one. Over 579 positions of SmolLM2-135M, float16 and bfloat16 exports
 # were at 0.26 in the median and at most at 0.78. The limit is above 1, since each of the two errors is one draw.
 _OVER_OWN_NOISE = 2.0
+_NUM_TEXTS = 24
+"""About 2,000 tokens: enough for a maximum over positions to be meaningful."""
+_FALLBACK = "The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."
+
+
+@dataclass(frozen=True)
+class ComparisonText:
+    """Token ids to compare logits on, and their texts if they come from a tokenizer."""
+
+    sequences: Sequence[Sequence[int]]
+    texts: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __post_init__(self) -> None:
+        if not any(self.sequences):
+            raise UserError("There are no tokens to compare the export on.")
+
+
+def comparison_text(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, Sequence[Example]],
+    *,
+    max_tokens: int = 2048,
+    max_length: int = 512,
+) -> ComparisonText:
+    """The text of 24 examples, at most `max_length` tokens of each and `max_tokens` in total."""
+    texts = texts_of(examples)
+    sequences: list[list[int]] = []
+    left = max_tokens
+    for text in texts:
+        ids = list(tokenizer(text)["input_ids"])[: min(max_length, left)]
+        if ids:
+            sequences.append(ids)
+            left -= len(ids)
+    return ComparisonText(sequences, texts, tokenizer)
+
+
+def validation_examples(recipe: Recipe) -> dict[str, list[Example]]:
+    """The validation examples of a run by task; empty, with a warning, if its data cannot be read."""
+    try:
+        return run_examples(recipe, "validation")
+    except UserError as error:
+        logger.warning("The run's data cannot be read (%s); the check uses a fixed sentence.", error.faults[0])
+        return {}
+
+
+def texts_of(by_task: Mapping[str, Sequence[Example]]) -> list[str]:
+    """The texts of 24 examples with their answers, spread over the tasks; a fixed sentence if there are none."""
+    picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
+    texts = [
+        "\n".join(content for _, content in example.messages) if example.messages else example.prompt + example.answer
+        for example in picked[:_NUM_TEXTS]
+    ]
+    return [text for text in texts if text] or [_FALLBACK]
 
 
 @dataclass
@@ -54,12 +115,11 @@ class LogitDifference:
     num_positions: int = 0
 
     def add(self, logits: Tensor, other: Tensor) -> list[float]:
-        """Add positions. KL(logits || other), in nats, is computed in float64: it is of second order in the difference.
+        """Add positions; `logits` and `other` are (positions, vocabulary) in any float dtype.
 
-        Args:
-            logits, other: (positions, vocabulary), any float dtype.
-        Returns:
-            The largest |difference| at each position.
+        KL(logits || other), in nats, is computed in float64: it is of second order in the difference.
+
+        Returns: The largest |difference| at each position.
         """
         largest: list[float] = []
         for start in range(0, len(logits), _POSITIONS):
@@ -97,29 +157,18 @@ def larger(first: float, second: float) -> float:
 
 @dataclass
 class Comparison:
-    """The three differences, summed over sequences.
-
-    Attributes:
-        spread_sum: Standard deviation over the vocabulary, summed over positions.
-        errors, noises: Largest |exported - reference| and |reference - running| at each position.
-    """
+    """The three differences over all sequences, and by position the largest errors of exported and running model."""
 
     exported_vs_running: LogitDifference = field(default_factory=LogitDifference)
     exported_vs_reference: LogitDifference = field(default_factory=LogitDifference)
     reference_vs_running: LogitDifference = field(default_factory=LogitDifference)
-    spread_sum: float = 0.0
-    errors: list[float] = field(default_factory=list)
-    noises: list[float] = field(default_factory=list)
+    spread_sum: float = 0.0  # standard deviation over the vocabulary, summed over positions
+    errors: list[float] = field(default_factory=list)  # largest |exported - reference| at each position
+    noises: list[float] = field(default_factory=list)  # largest |reference - running|
 
 
 def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Comparison:
-    """Compare all three sets of logits on every sequence.
-
-    Args:
-        model: The running model; evaluated in eval mode, left as it was.
-        exported: The reloaded model, in float32; it takes its inputs on the device of `model`.
-        sequences: Token ids.
-    """
+    """Compare all three sets of logits on every sequence of token ids; `exported` is in float32."""
     device = next(model.parameters()).device
     total = Comparison()
     with evaluation_mode(model):
@@ -142,14 +191,11 @@ def verdict(
     """Decide whether an export passes.
 
     Args:
-        total: From `compare_logits`.
         faults: What was wrong on reloading.
         stored: The dtype to which the export rounded its weights.
-        running_dtype: The dtype in which the running model computes.
         lossy: The format rounds more than to `stored`: the difference is reported, and only NaN is a fault.
-    Returns:
-        JSON values: the three differences, the tolerance, `passed`, `faults` (those given and those found here), and
-        `ill_conditioned`, the number of positions whose error is above the tolerance but explained by the running
+    Returns: JSON values: the three differences, the tolerance, `passed`, `faults` (those given and those found here),
+        and `ill_conditioned`, the number of positions whose error is above the tolerance but explained by the running
         model's own error there.
     """
     error, noise = total.exported_vs_reference.to_dict(), total.reference_vs_running.to_dict()
@@ -157,14 +203,24 @@ def verdict(
     tolerance = _tolerance(noise["mean_logit_difference"], spread, stored, running_dtype)
     if lossy:
         tolerance = dict.fromkeys(tolerance, math.inf)
-    over, explained = _positions_over(total, tolerance["max_logit_difference"], stored, running_dtype)
+    # The running model's own error at a position explains up to _OVER_OWN_NOISE times as much, scaled between dtypes.
+    # A model that runs in float32 has no such error, so it explains nothing.
+    ratio = _OVER_OWN_NOISE * ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
+    over: list[int] = []
+    num_explained = 0
+    for position, (own, noise_here) in enumerate(zip(total.errors, total.noises, strict=True)):
+        if not own <= tolerance["max_logit_difference"]:  # not >: NaN is over
+            if own <= ratio * noise_here:
+                num_explained += 1
+            else:
+                over.append(position)
     faults = faults + [
         f"{name} between exported and reference is {error[name]:.3g}, must be at most {tolerance[name]:.3g}"
         for name in ("mean_logit_difference", "kl_mean")
         if not error[name] <= tolerance[name]  # not >: NaN fails
     ]
     if over:
-        worst = over[0]
+        worst = max(reversed(over), key=lambda at: math.inf if math.isnan(total.errors[at]) else total.errors[at])
         faults.append(
             f"max_logit_difference between exported and reference is {total.errors[worst]:.3g} at position {worst} of "
             f"{len(total.errors)}, must be at most {tolerance['max_logit_difference']:.3g} (the running model's own "
@@ -176,7 +232,7 @@ def verdict(
         "dtype": str(stored).removeprefix("torch."),
         "running_dtype": str(running_dtype).removeprefix("torch."),
         "num_positions": total.exported_vs_reference.num_positions,
-        "ill_conditioned": len(explained),
+        "ill_conditioned": num_explained,
         "logit_spread": spread,
         "exported_vs_running": total.exported_vs_running.to_dict(),
         "exported_vs_reference": error,
@@ -188,7 +244,7 @@ def verdict(
 def _tolerance(mean_noise: float, spread: float, stored: torch.dtype, running_dtype: torch.dtype) -> dict[str, float]:
     """The largest difference between exported and reference that rounding each weight once can explain.
 
-    The mean difference of the logits may be 16 roundings of their spread. In models that amplify errors more, it may be
+    The mean difference of the logits may be 16 roundings of their spread, or, in models that amplify errors more,
     `mean_noise` (mean |reference - running|) scaled from the running dtype to the stored one. float32's own noise is
     added. The mean KL is at most of the order of the squared difference.
     """
@@ -198,30 +254,12 @@ def _tolerance(mean_noise: float, spread: float, stored: torch.dtype, running_dt
     return {"mean_logit_difference": mean, "max_logit_difference": _MAX_OVER_MEAN * mean, "kl_mean": mean * mean}
 
 
-def _positions_over(
-    total: Comparison, limit: float, stored: torch.dtype, running_dtype: torch.dtype
-) -> tuple[list[int], list[int]]:
-    """Positions with an error above `limit`: those that nothing explains, largest first, and those that are explained.
-
-    The running model's own error at a position explains up to `_OVER_OWN_NOISE` times as much. A model that runs in
-    float32 has no such error, so it explains nothing.
-    """
-    ratio = _OVER_OWN_NOISE * ROUNDING[stored] / ROUNDING.get(running_dtype, 1.0)
-    over: list[int] = []
-    explained: list[int] = []
-    for position, (error, noise) in enumerate(zip(total.errors, total.noises, strict=True)):
-        if not error <= limit:  # not >: NaN is over
-            (explained if error <= ratio * noise else over).append(position)
-    over.sort(key=lambda position: math.inf if math.isnan(total.errors[position]) else total.errors[position])
-    return over[::-1], explained
-
-
 @contextmanager
 def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     """Run `model` in float32 inside the block: every 16-bit parameter and buffer is widened, which is exact.
 
-    Frozen layers stay as they are: they compute in the dtype of the activations. Afterwards the model has its old
-    tensors back. The cost is a float32 copy of what is not packed (embeddings, head, adapters).
+    Frozen layers stay as they are: they compute in the dtype of the activations. The cost is a float32 copy of what is
+    not packed (embeddings, head, adapters).
     """
     narrow = (torch.float16, torch.bfloat16)
     parameters: list[tuple[torch.nn.Parameter, Tensor]] = []

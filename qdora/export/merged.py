@@ -1,51 +1,73 @@
-"""Base and adapter as one dense checkpoint.
+"""Base and adapter as one checkpoint.
 
 The merge is exact: the base is dequantised in float32, the adapter applied in float32, and the result cast once. The
-tensors come from a model in memory or from the files of base and adapter (`streamed_merge`); the bytes are the same.
+tensors come from a model in memory or, with the same bytes, from the files of base and adapter (`StreamedMerge`): each
+is read, quantised as in training and merged when it is written, and memory is bounded by the largest weight and a few
+slices of it. Besides the merge on the dequantised base, which is the model that was trained, there are two others:
+
+    original      m (W + s B A) / ||W + s B A|| on the source's own 16-bit weights W, with the norm of that sum: free of
+                  the base's quantisation error, but not the model that the adapter was fitted to
+    requantised   the merge quantised to 4 bits again, as a bitsandbytes checkpoint: small, but rounded a second time
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import qdora
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import MAX_SHARD_BYTES, Progress, WrittenWeights, checkpoint_directory
-from qdora.export.options import ExportOptions
-from qdora.export.streamed_merge import StreamedMerge, check_merge, open_merge
-from qdora.export.tensor_plan import plan_export
+from qdora.export.checkpoint_writer import (
+    MAX_SHARD_BYTES,
+    CheckpointPlan,
+    Source,
+    WriteOptions,
+    checkpoint_directory,
+    held,
+    plan_export,
+    plan_sources,
+)
+from qdora.export.options import ExportOptions, MergeBase
+from qdora.export.targets import FOUR_BIT_KINDS
+from qdora.files.atomic import json_text
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
+from qdora.model.adapter_file import StoredLayer, read_adapter
+from qdora.model.bnb_checkpoint import quantization_config, stored_kind
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers
-from qdora.model.load import Quantization
+from qdora.model.load import (
+    Quantization,
+    check_stored_packed,
+    is_wide,
+    layers_to_quantize,
+    load_config,
+    skeleton,
+    stored_tensors,
+    wide_names,
+)
+from qdora.model.source import ModelSource
+from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
+from qdora.ops.bnb_state import STATE_NAME, to_bnb_state
+from qdora.ops.dora import merged_weight
+from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, load_run, trained_state
 from qdora.run.model_card import card_files
 
-
-@dataclass(frozen=True, kw_only=True)
-class ExportResult(WrittenWeights):
-    """What was written, for export.json."""
-
-    directory: str
-    dtype: str
-    num_merged_layers: int
-    num_parameters: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
+_STATE_BYTES = 256
+"""Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""
 
 
 def export_merged(
@@ -54,69 +76,45 @@ def export_merged(
     out_dir: Path,
     *,
     dtype: torch.dtype = torch.float16,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
-    extra_files: dict[str, str] | None = None,
-) -> ExportResult:
-    """Write the merged model as a plain transformers checkpoint.
+    **options: Unpack[WriteOptions],
+) -> dict[str, Any]:
+    """Write the merged model as a plain transformers checkpoint; `options` are those of `checkpoint_directory`.
 
     An interrupted streamed merge resumes after its last complete shard when it is called again.
 
     Args:
-        source: A model with adapted layers or without (then its dequantised base is written; the model is not changed),
-            or files to be merged.
-        tokenizer, out_dir, max_shard_bytes, progress, extra_files: See `checkpoint_directory`.
+        source: A model with adapted layers or without (then its dequantised base is written), or files to be merged.
         dtype: float16, bfloat16 or float32, for all float tensors.
-    Raises:
-        UserError, RunFailure: See `checkpoint_directory` and `open_merge`.
+    Returns: What was written, for export.json.
+    Raises UserError, RunFailure: See `checkpoint_directory` and `open_merge`.
     """
     start = time.perf_counter()
     key = None
     if isinstance(source, StreamedMerge):
         opened = open_merge(source)
         plan, num_layers, num_parameters = opened.plan(dtype), len(opened.adapter), opened.num_parameters()
-        key = source.resume_key(plan, dtype, max_shard_bytes)
+        key = source.resume_key(plan, dtype, options.get("max_shard_bytes", MAX_SHARD_BYTES))
     else:
         plan, num_layers = plan_export(source, dtype), len(adapted_layers(source))
         num_parameters = sum(torch.Size(item.spec.shape).numel() for item in plan.tensors)
-    with checkpoint_directory(
-        plan,
-        tokenizer,
-        out_dir,
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-        extra_files=extra_files,
-        resume_key=key,
-    ) as (_, written):
+    with checkpoint_directory(plan, tokenizer, out_dir, **options, resume_key=key) as (_, written):
         pass  # nothing else belongs in the directory
-    return ExportResult(
-        directory=str(out_dir),
-        dtype=str(dtype).removeprefix("torch."),
-        num_merged_layers=num_layers,
-        num_parameters=num_parameters,
-        seconds=time.perf_counter() - start,
-        **asdict(written),
-    )
+    return written | {
+        "directory": str(out_dir),
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_merged_layers": num_layers,
+        "num_parameters": num_parameters,
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def write_merge(
     run: Path, out: Path, options: ExportOptions, dtype: torch.dtype, console: Console, *, with_card: bool
-) -> tuple[ExportResult, Callable[[], TrainedRun]]:
-    """Write the merged model of a run.
+) -> tuple[dict[str, Any], Callable[[], TrainedRun]]:
+    """Write the merged model of a run, `with_card` with the model card and the licence texts.
 
-    A pruned base and a fully trained model are loaded; any other merge is streamed.
-
-    Args:
-        run: Run directory.
-        out: New or empty directory.
-        options: base, requantize, shard_size and step.
-        dtype: Of the weights.
-        console: For progress.
-        with_card: Write the model card and the licence texts beside the weights.
-    Returns:
-        What was written, and a function that gives the running model with its adapter on the base of the merge.
-    Raises:
-        UserError, RunFailure: See `export_merged`.
+    A pruned base and a fully trained model are loaded; any other merge is streamed. Raises as `export_merged`. Returns
+    what was written, and a function that gives the running model with its adapter on the base of the merge.
     """
     opened = open_run(run)
     recipe = load_recipe(opened.recipe_file)
@@ -130,7 +128,6 @@ def write_merge(
         source, tokenizer = load().model, load().tokenizer
     else:
         source, tokenizer = merge_of(opened, recipe, where, options)
-        check_merge(source)
     with bar(console, "merging") as progress:
         result = export_merged(
             source,
@@ -162,3 +159,205 @@ def merge_of(
         requantize=options.requantize,
     )
     return merge, tokenizer
+
+
+@dataclass(frozen=True)
+class StreamedMerge:
+    """A merge that needs no model in memory: of the adapter in a directory, or of the base alone.
+
+    Attributes:
+        quant, compute_dtype: How training held the base, and what is not quantised.
+        base: The weights on which the adapter is merged.
+        requantize: Write the layers that were quantised as nf4 or fp4 again.
+    """
+
+    source: ModelSource
+    adapter: Path | None
+    quant: Quantization
+    compute_dtype: torch.dtype
+    base: MergeBase = "dequantized"
+    requantize: bool = False
+
+    def resume_key(self, plan: CheckpointPlan, dtype: torch.dtype, max_shard_bytes: int) -> str:
+        """A digest of everything that the bytes of the export follow from; the base's files count by size and time."""
+        adapter = ""
+        if self.adapter is not None:
+            files = sorted(path for path in self.adapter.iterdir() if path.is_file())
+            adapter = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        base = self.source.path
+        files = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        held_as = [asdict(self.quant), self.base, self.requantize, str(self.compute_dtype)]
+        specs = [(item.spec.name, str(item.spec.dtype), item.spec.shape) for item in plan.tensors]
+        content = [qdora.__version__, str(base.resolve()), stats, adapter, *held_as, str(dtype), max_shard_bytes, specs]
+        return hashlib.sha256(json_text(content).encode()).hexdigest()
+
+
+def check_merge(merge: StreamedMerge) -> None:
+    """Raise UserError if this base does not allow the merge, before any weight is read."""
+    faults, name, original = [], merge.source.name, merge.base == "original"
+    if original and merge.quant.kind == "none":
+        faults.append("--base original: the base was not quantised in training. Fix: remove the option.")
+    elif original and merge.source.is_gguf:
+        faults.append(f"--base original: {name} is a GGUF file, not the 16-bit model. Fix: use --base dequantized.")
+    elif original:
+        kind = stored_kind(getattr(load_config(merge.source), "quantization_config", None))
+        if kind is not None:
+            fix = "Fix: use --base dequantized, or train on the model it was made from."
+            faults.append(f"--base original: {name} is stored in {kind} and has no 16-bit weights. {fix}")
+    if merge.requantize and merge.quant.kind not in FOUR_BIT_KINDS:
+        faults.append(
+            f"--requantize: the base must be held in nf4 or fp4 (got {merge.quant.kind}). Fix: remove the option."
+        )
+    if faults:
+        raise UserError(*faults)
+
+
+def open_merge(merge: StreamedMerge) -> OpenedMerge:
+    """Read the adapter and the headers of all files, but no weight of the base.
+
+    Raises UserError: What `check_merge` refuses, or a checkpoint that does not fit its model.
+    """
+    check_merge(merge)
+    config = load_config(merge.source)
+    kind = stored_kind(getattr(config, "quantization_config", None))
+    if kind is not None:
+        del config.quantization_config
+    model = skeleton(config, merge.source, merge.compute_dtype, "auto", torch.device("cpu"))
+    stored = stored_tensors(merge.source, model)
+    layers = layers_to_quantize(model, merge.quant)
+    packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
+    if packed or kind is not None:
+        check_stored_packed(packed, kind, merge.quant, layers)
+        layers = set()
+    linear = [path for path, module in model.named_modules() if type(module) is torch.nn.Linear]
+    adapter = {} if merge.adapter is None else read_adapter(model, merge.adapter)[1]
+    if not merge.source.is_gguf and (merge.source.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(merge.source.path))
+    model.config._name_or_path = merge.source.name
+    wide = wide_names(model, merge.compute_dtype)
+    return OpenedMerge(merge, model, stored=stored, adapter=adapter, linear=linear, quantized=layers, wide=wide)
+
+
+@dataclass(frozen=True)
+class OpenedMerge:
+    """A skeleton of the model (its weights are on "meta"), where its tensors are stored, and what happens to each."""
+
+    merge: StreamedMerge
+    model: PreTrainedModel
+    stored: Mapping[str, Stored]  # name in the model -> place in the files of the base
+    adapter: Mapping[str, StoredLayer]  # path of a layer -> its adapter
+    linear: Sequence[str]  # paths of all linear layers
+    quantized: set[str]  # paths of those that training quantised from dense weights
+    wide: Sequence[str]  # names of the tensors that stay in float32
+
+    @property
+    def packed_paths(self) -> set[str]:
+        """Paths of the layers that training held in low precision."""
+        stored = {name.rpartition(".")[0] for name, item in self.stored.items() if isinstance(item, StoredPacked)}
+        return self.quantized | stored
+
+    def plan(self, dtype: torch.dtype) -> CheckpointPlan:
+        """The checkpoint with float tensors in `dtype`."""
+        plan = plan_sources(self.model, self._sources(), dtype)
+        if self.merge.requantize:
+            quant = self.merge.quant
+            dense = [path for path in self.linear if path not in self.packed_paths]
+            plan.config.quantization_config = quantization_config(
+                quant.kind, double_quant=quant.double_quant, dtype=dtype, dense=dense
+            )
+        return plan
+
+    def num_parameters(self) -> int:
+        """Parameters of the merged model, quantised or not."""
+        items = [self.item(name) or tensor for name, tensor in self.model.state_dict().items()]
+        return sum(torch.Size(item.shape).numel() for item in items if not isinstance(item, Tensor) or not item.is_meta)
+
+    def item(self, name: str) -> Stored | None:
+        """Where a tensor is stored; None for a copy that stays tied, and for what no checkpoint holds."""
+        if name in self.stored or not self._is_changed(name):
+            return self.stored.get(name)
+        partners = tied_weights(self.model)
+        partners |= {origin: target for target, origin in partners.items()}
+        return self.stored.get(partners.get(name, ""))
+
+    def _is_changed(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        return leaf == "weight" and (path in self.adapter or path in self.packed_paths)
+
+    def _sources(self) -> dict[str, Source]:
+        """Name in the model -> tensor of the output, in model order."""
+        sources: dict[str, Source] = {}
+        for name, tensor in self.model.state_dict().items():
+            path = name.rpartition(".")[0]
+            item = self.item(name)
+            if item is None:
+                if not tensor.is_meta:
+                    sources[name] = held(tensor)
+            elif not self._is_changed(name):
+                sources[name] = Source(tensor.to("meta"), partial(self._dense, name, item))
+            elif self.merge.requantize and path in self.packed_paths:
+                sources |= {f"{path}.{part}": source for part, source in self._packed_sources(path, item).items()}
+            else:
+                shaped = torch.empty(item.shape, dtype=torch.float32, device="meta")
+                sources[name] = Source(shaped, partial(self._merged, path, item))
+        return sources
+
+    def _dense(self, name: str, item: Stored) -> Tensor:
+        value = item.read()
+        assert isinstance(value, Tensor)
+        if self.merge.base == "original" or not value.is_floating_point():
+            return value
+        return value.to(torch.float32 if is_wide(name, self.wide) else self.merge.compute_dtype)
+
+    def _base(self, path: str, item: Stored) -> Tensor:
+        value = item.read()
+        if isinstance(value, PackedWeight):
+            return dequantize(value, torch.float32)
+        if self.merge.base == "original":
+            return value.float()
+        if path in self.quantized:
+            return dequantize(self._quantized(f"{path}.weight", value), torch.float32)
+        return value.to(self.merge.compute_dtype).float()
+
+    def _merged(self, path: str, item: Stored) -> Tensor:
+        """The merged or dequantised weight in float32."""
+        base, layer = self._base(path, item), self.adapter.get(path)
+        if layer is None:
+            return base
+        return merged_weight(base, layer.lora_A, layer.lora_B, layer.scaling, layer.magnitude)
+
+    def _quantized(self, name: str, weight: Tensor) -> PackedWeight:
+        quant = self.merge.quant
+        return quantize(weight, quant.kind, quant.block_size, quant.double_quant, name=name)
+
+    def _packed_sources(self, path: str, item: Stored) -> dict[str, Source]:
+        """The merge in 4 bits; a layer without an adapter keeps the bytes that training used."""
+        kept: dict[str, Tensor] = {}
+        quant = self.merge.quant
+
+        def part(name: str) -> Callable[[], Tensor]:
+            def make() -> Tensor:
+                if not kept:
+                    kept.update(self._packed_state(path, item))
+                return kept.pop(name)  # the writer asks for each part once, one after the other
+
+            return make
+
+        # Only the shapes and dtypes of these tensors are read.
+        layout = to_bnb_state(
+            empty_packed(quant.kind, (item.shape[0], item.shape[1]), quant.block_size, quant.double_quant),
+            self.merge.compute_dtype,
+        )
+        layout[f"{STATE_NAME}{quant.kind}"] = torch.empty(_STATE_BYTES, dtype=torch.uint8)
+        return {name: Source(tensor.to("meta"), part(name), dtype=tensor.dtype) for name, tensor in layout.items()}
+
+    def _packed_state(self, path: str, item: Stored) -> dict[str, Tensor]:
+        value = self._merged(path, item) if path in self.adapter else item.read()
+        state = to_bnb_state(
+            self._quantized(path, value) if isinstance(value, Tensor) else value, self.merge.compute_dtype
+        )
+        name = f"{STATE_NAME}{self.merge.quant.kind}"
+        blanks = torch.full((_STATE_BYTES - state[name].numel(),), ord(" "), dtype=torch.uint8)
+        state[name] = torch.cat([state[name], blanks])
+        return state

@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
-from qdora.export.checkpoint_writer import MAX_SHARD_BYTES, Progress, checkpoint_directory
+from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_directory, dense_weight_sources, plan_export
 from qdora.export.targets import FOUR_BIT_KINDS
-from qdora.export.tensor_plan import Source, dense_weight_sources, plan_export
 from qdora.files.atomic import json_text
-from qdora.files.tensor_file import TensorSpec, write_safetensors
+from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_names
 from qdora.model.bnb_checkpoint import quantization_config
 from qdora.model.inject import adapted_layers, frozen_layers
@@ -39,33 +38,6 @@ from qdora.ops.bnb_state import to_bnb_state
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, block_scales
 from qdora.run.load_run import ADAPTER_DIRECTORY
-
-
-@dataclass(frozen=True)
-class Nf4LoraResult:
-    """What was written, for export.json.
-
-    `scale_error_if_double_quantised` is ||change of the scales|| / ||scales|| if the scales were stored in 8 bits, over
-    the layers with a gain: the mean, the maximum, and the layer with the maximum.
-    """
-
-    directory: str
-    adapter: str
-    kind: str
-    block_size: int
-    dtype: str
-    files: tuple[str, ...]
-    num_tensors: int
-    num_folded_layers: int
-    num_adapted_layers: int
-    num_bytes: int
-    num_adapter_bytes: int
-    scale_error_if_double_quantised: dict[str, Any]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 @dataclass
@@ -102,14 +74,14 @@ class _Folding:
             assert weight is not None
             return weight
 
-        def codes() -> Tensor:
-            return packed_now().packed.view(state["weight"].shape)
-
         def scales() -> Tensor:
             scales = block_scales(packed_now())
             return scales if adapted is None else self._scaled_blocks(scales, adapted)
 
-        makers: dict[str, Callable[[], Tensor]] = {"weight": codes, "weight.absmax": scales}
+        makers: dict[str, Callable[[], Tensor]] = {
+            "weight": lambda: packed_now().packed.view(state["weight"].shape),
+            "weight.absmax": scales,
+        }
         return {
             name: Source(tensor.to("meta"), makers.get(name, tensor.detach), dtype=tensor.dtype)
             for name, tensor in state.items()
@@ -136,24 +108,23 @@ def export_nf4_lora(
     out_dir: Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
-    extra_files: dict[str, str] | None = None,
     published_as: str | None = None,
-) -> Nf4LoraResult:
+    **options: Unpack[WriteOptions],
+) -> dict[str, Any]:
     """Write a bitsandbytes checkpoint of the scaled base, and the LoRA that belongs on it under `adapter/`.
 
     The adapter is in PEFT's format with use_dora off: lora_A as it is stored, lora_B = g B in float32.
 
     Args:
         model: LoRA or DoRA on an nf4 or fp4 base. Not changed.
-        tokenizer, out_dir, max_shard_bytes, progress, extra_files: See `checkpoint_directory`.
+        tokenizer, out_dir, options: See `checkpoint_directory`.
         dtype: For what is not quantised (embeddings, norms, head), and for the products of bitsandbytes. None: the
             model's own, which rounds nothing.
         published_as: Hub id that `out_dir` will have, for the adapter's file. None: the file names no base, since a
             path would be wrong as soon as the directory is moved.
-    Raises:
-        UserError, RunFailure: See `check_foldable` and `checkpoint_directory`.
+    Returns: What was written, for export.json. `scale_error_if_double_quantised` is ||change of the scales|| /
+        ||scales|| if the scales were stored in 8 bits, over the layers with a gain: mean, maximum, and its layer.
+    Raises UserError, RunFailure: See `check_foldable` and `checkpoint_directory`.
     """
     start = time.perf_counter()
     dtype = dtype or model.dtype
@@ -165,36 +136,33 @@ def export_nf4_lora(
     plan.config.quantization_config = quantization_config(
         first.kind, double_quant=False, dtype=dtype, dense=_dense_layers(model)
     )
-    with checkpoint_directory(
-        plan, tokenizer, out_dir, max_shard_bytes=max_shard_bytes, progress=progress, extra_files=extra_files
-    ) as (directory, written):
+    with checkpoint_directory(plan, tokenizer, out_dir, **options) as (directory, written):
         num_adapter_bytes = _write_lora(directory / ADAPTER_DIRECTORY, model, folding, published_as)
-    return Nf4LoraResult(
-        directory=str(out_dir),
-        adapter=ADAPTER_DIRECTORY,
-        kind=first.kind,
-        block_size=first.block_size,
-        dtype=str(dtype).removeprefix("torch."),
-        files=written.files,
-        num_tensors=written.num_tensors,
-        num_folded_layers=sum(gain is not None for gain in folding.gains.values()),
-        num_adapted_layers=len(layers),
-        num_bytes=written.num_bytes,
-        num_adapter_bytes=num_adapter_bytes,
-        scale_error_if_double_quantised=_error_summary(layers, folding.scale_errors),
-        seconds=time.perf_counter() - start,
-    )
+    lost = {
+        path: folding.scale_errors[id(layer)] for path, layer in layers.items() if id(layer) in folding.scale_errors
+    }
+    worst = max(lost, key=lost.__getitem__, default="")
+    return {
+        "directory": str(out_dir),
+        "adapter": ADAPTER_DIRECTORY,
+        "kind": first.kind,
+        "block_size": first.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "files": written["files"],
+        "num_tensors": written["num_tensors"],
+        "num_folded_layers": sum(gain is not None for gain in folding.gains.values()),
+        "num_adapted_layers": len(layers),
+        "num_bytes": written["num_bytes"],
+        "num_adapter_bytes": num_adapter_bytes,
+        "scale_error_if_double_quantised": (
+            {"mean": sum(lost.values()) / len(lost), "max": lost[worst], "layer": worst} if lost else {}
+        ),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Refuse a model whose gain cannot go into block scales without loss.
-
-    Args:
-        model: With its adapters.
-        dtype: Of the dense tensors of the export.
-    Raises:
-        UserError: All reasons, each with the format to use instead.
-    """
+    """Raise UserError with all reasons why the gain cannot go into block scales without loss, each with a fix."""
     layers = adapted_layers(model)
     if not layers:
         raise UserError("--format nf4-lora: the run has no LoRA or DoRA adapter. Fix: use --format merged.")
@@ -230,13 +198,10 @@ def _dense_layers(model: nn.Module) -> list[str]:
     """Paths of the linear layers that stay dense."""
     packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.packed_weight}
     inside = tuple(f"{path}." for path in adapted_layers(model))
-    return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | FrozenLinear | AdaptedLinear)
-        and path not in packed
-        and not path.startswith(inside)
+    linear = [
+        path for path, each in model.named_modules() if isinstance(each, nn.Linear | FrozenLinear | AdaptedLinear)
     ]
+    return [path for path in linear if path not in packed and not path.startswith(inside)]
 
 
 def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str | None) -> int:
@@ -250,17 +215,7 @@ def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str 
         gain = folding.gain(layer)
         tensors[name_a] = layer.lora_A.detach()
         tensors[name_b] = layer.stored_B() if gain is None else layer.stored_B().float() * gain.unsqueeze(1)
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()]
     directory.mkdir()
-    write_safetensors(directory / WEIGHTS_FILE, specs, ordered.values())
+    write_tensors(directory / WEIGHTS_FILE, dict(sorted(tensors.items())))
     (directory / CONFIG_FILE).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
-    return sum(spec.num_bytes for spec in specs)
-
-
-def _error_summary(layers: Mapping[str, AdaptedLinear], errors: Mapping[int, float]) -> dict[str, Any]:
-    by_path = {path: errors[id(layer)] for path, layer in layers.items() if id(layer) in errors}
-    if not by_path:
-        return {}
-    worst = max(by_path, key=lambda path: by_path[path])
-    return {"mean": sum(by_path.values()) / len(by_path), "max": by_path[worst], "layer": worst}
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from qdora.errors import UserError, nearest
 from qdora.export.checkpoint_writer import MAX_SHARD_BYTES
 from qdora.export.hub_push import check_repository
-from qdora.export.llama_cpp import GgufType
 from qdora.export.targets import TARGETS, check_target_name
 from qdora.model.build_model import DTYPES
 from qdora.recipe.byte_size import parse_size
@@ -17,6 +16,7 @@ from qdora.run.model_card import Form
 
 Format = Literal["merged", "peft", "nf4-lora", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 MergeBase = Literal["dequantized", "original"]
 BASES: tuple[MergeBase, ...] = get_args(MergeBase)
@@ -39,11 +39,9 @@ class ExportOptions:
         shard_size: Size of a weights file ("5GB"). None: 5 GiB.
         step: Checkpoint of the run. None: the finished adapter.
         audit: Compare all forms of the model, and recommend one. It takes longer than the export itself.
-        push: Hub repository to which an export that passed its check is uploaded. None: no upload.
-        public: Make that repository public.
+        push, public: Hub repository to which an export that passed its check is uploaded; make it a public one.
         target: Program that is to run the export, one of TARGETS: a form that it cannot load is refused. None: any.
-        gguf: For "gguf": type of the matrices, one of GGUF_TYPES. None: f16.
-        llama_cpp: For "gguf": llama.cpp's folder, or its converter. None: `find_llama_cpp` searches.
+        gguf, llama_cpp: For "gguf": type of the matrices (default f16), and `given` of `find_llama_cpp`.
     """
 
     format_: str | None = None
@@ -69,9 +67,8 @@ class ExportOptions:
     @property
     def form(self) -> Form:
         """What the directory will hold."""
-        forms: dict[str, Form] = {"nf4-lora": "nf4-lora", "gguf": "gguf", "peft": "peft"}
-        if self.format in forms:
-            return forms[self.format]
+        if self.format != "merged":
+            return cast(Form, self.format)
         if self.requantize:
             return "requantized"
         return "original" if self.base == "original" else "merged"
@@ -79,7 +76,7 @@ class ExportOptions:
     @property
     def gguf_type(self) -> GgufType:
         """The type of a GGUF file's matrices, for options that passed `check_options`."""
-        return next(type_ for type_ in GGUF_TYPES if type_ == (self.gguf or "f16"))
+        return cast(GgufType, self.gguf or "f16")
 
     @property
     def shard_bytes(self) -> int:

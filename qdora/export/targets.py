@@ -14,47 +14,33 @@ from typing import Literal
 
 from qdora.errors import UserError, nearest
 from qdora.model.adapter_file import AdapterDescription
-from qdora.model.peft_config import AdapterLayout
 from qdora.recipe.settings import Recipe
 
 FOUR_BIT_KINDS = ("nf4", "fp4")
 """Kinds of a base that bitsandbytes stores in 4 bits."""
 Loadable = Literal["merged", "gguf", "nf4-lora", "requantized", "lora", "dora"]
 
-_OPTIONS: dict[str, str] = {
-    "merged": "--format merged",
-    "gguf": "--format gguf",
-    "nf4-lora": "--format nf4-lora (4 bits)",
-    "requantized": "--format merged --requantize (4 bits)",
-    "lora": "--format peft",
-    "dora": "--format peft",
-}
-_NAMES: dict[str, str] = {
-    "merged": "a merged checkpoint",
-    "gguf": "GGUF files",
-    "nf4-lora": "a bitsandbytes checkpoint with an adapter",
-    "requantized": "a bitsandbytes checkpoint",
-    "lora": "LoRA adapters",
-    "dora": "DoRA adapters",
+# Options of `qdora export`, and the name of what they write.
+_FORMS: dict[str, tuple[str, str]] = {
+    "merged": ("--format merged", "a merged checkpoint"),
+    "gguf": ("--format gguf", "GGUF files"),
+    "nf4-lora": ("--format nf4-lora (4 bits)", "a bitsandbytes checkpoint with an adapter"),
+    "requantized": ("--format merged --requantize (4 bits)", "a bitsandbytes checkpoint"),
+    "lora": ("--format peft", "LoRA adapters"),
+    "dora": ("--format peft", "DoRA adapters"),
 }
 
 
 @dataclass(frozen=True)
 class ServingTarget:
-    """A program that runs models.
-
-    Attributes:
-        title: Its name.
-        loads: The forms it loads, the best one first.
-        reads: How it scales a LoRA adapter. "patterns": alpha and rank of each layer, as PEFT does. "one_rank": one
-            alpha / rank for all layers. "own_rank": one alpha, and the rank of each layer's own factors.
-        reads_rank_stabilized: Whether it knows alpha / sqrt(rank).
-    """
+    """A program that runs models."""
 
     title: str
-    loads: tuple[Loadable, ...]
+    loads: tuple[Loadable, ...]  # the best form first
+    # How it scales a LoRA adapter. patterns: alpha and rank of each layer, as PEFT does; one_rank: one alpha / rank for
+    # all layers; own_rank: one alpha, and the rank of each layer's own factors.
     reads: Literal["patterns", "one_rank", "own_rank"]
-    reads_rank_stabilized: bool = True
+    reads_rank_stabilized: bool = True  # alpha / sqrt(rank)
 
 
 TARGETS: dict[str, ServingTarget] = {
@@ -76,61 +62,41 @@ def check_target_name(name: str) -> None:
 
 
 def check_target(name: str, form: str, recipe: Recipe) -> None:
-    """Refuse an export that the target program cannot load.
-
-    Args:
-        name: One of TARGETS.
-        form: "merged", "original", "requantized", "nf4-lora", "gguf" or "peft".
-        recipe: Says whether the adapter is LoRA or DoRA, and how the base was quantised.
-    Raises:
-        UserError: With the options of `qdora export` for the forms that the program loads.
-    """
+    """Raise UserError, with what to use instead, if the program cannot load a form (`ExportOptions.form`)."""
     target = TARGETS[name]
     adapter: Loadable = "lora" if recipe.adapter.kind == "lora" else "dora"
     offered = {"original": "merged", "peft": adapter}.get(form, form)
     if offered in target.loads:
         return
-    possible = [each for each in target.loads if _is_possible(each, recipe, adapter)]
-    options = " or ".join(_OPTIONS[each] for each in possible)
-    raise UserError(f"--for {name}: {target.title} does not load {_NAMES[offered]}. Fix: use {options}.")
+    # The export itself checks the rest.
+    possible = {
+        "merged",
+        "gguf",
+        adapter,
+        *(("nf4-lora", "requantized") if recipe.base.quant in FOUR_BIT_KINDS else ()),
+    }
+    options = " or ".join(_FORMS[each][0] for each in target.loads if each in possible)
+    raise UserError(f"--for {name}: {target.title} does not load {_FORMS[offered][1]}. Fix: use {options}.")
 
 
 def check_scalings(name: str, adapter: AdapterDescription) -> None:
-    """Refuse a LoRA adapter that a program would scale by another alpha / rank than training did.
-
-    Args:
-        name: One of TARGETS.
-        adapter: The run's adapter; an export has the same settings.
-    Raises:
-        UserError: With a layer, its scaling and the scaling that the program would use.
-    """
+    """Raise UserError if a program would scale a run's LoRA adapter by another alpha / rank than training did."""
     target, layout = TARGETS[name], adapter.layout
     if target.reads == "patterns":
         return
     scalings = adapter.scalings or {}
-    served = {path: _served_scaling(target, layout, path) for path in scalings}
-    wrong = [path for path, scaling in scalings.items() if not math.isclose(served[path], scaling, rel_tol=1e-6)]
+    ignores = layout.rank_stabilized and not target.reads_rank_stabilized
+
+    def served(path: str) -> float:
+        rank = layout.rank if target.reads == "one_rank" else layout.rank_of(path)
+        return layout.alpha / (math.sqrt(rank) if layout.rank_stabilized and not ignores else rank)
+
+    wrong = [path for path, scaling in scalings.items() if not math.isclose(served(path), scaling, rel_tol=1e-6)]
     if wrong:
         path = wrong[0]
-        reason = "does not know rank_stabilized" if _ignores(target, layout) else "has one alpha for all layers"
-        options = " or ".join(_OPTIONS[each] for each in target.loads if each in ("merged", "gguf"))
+        reason = "does not know rank_stabilized" if ignores else "has one alpha for all layers"
+        options = " or ".join(_FORMS[each][0] for each in target.loads if each in ("merged", "gguf"))
         raise UserError(
             f"--for {name}: {target.title} {reason}, and would scale {len(wrong)} of {len(scalings)} layers wrongly: "
-            f"{path} by {served[path]:.4g}, trained with {scalings[path]:.4g}. Fix: use {options}."
+            f"{path} by {served(path):.4g}, trained with {scalings[path]:.4g}. Fix: use {options}."
         )
-
-
-def _ignores(target: ServingTarget, layout: AdapterLayout) -> bool:
-    return layout.rank_stabilized and not target.reads_rank_stabilized
-
-
-def _served_scaling(target: ServingTarget, layout: AdapterLayout, path: str) -> float:
-    rank = layout.rank if target.reads == "one_rank" else layout.rank_of(path)
-    return layout.alpha / (math.sqrt(rank) if layout.rank_stabilized and not _ignores(target, layout) else rank)
-
-
-def _is_possible(form: Loadable, recipe: Recipe, adapter: Loadable) -> bool:
-    """Whether the recipe allows this form; the export itself checks the rest."""
-    if form in ("lora", "dora"):
-        return form == adapter
-    return form in ("merged", "gguf") or recipe.base.quant in FOUR_BIT_KINDS

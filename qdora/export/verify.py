@@ -1,8 +1,7 @@
 """Check an export: reload it as another user would, and compare it with the model that was trained.
 
-transformers loads the merged model, bitsandbytes with it loads the 4-bit forms, PEFT loads the adapter of nf4-lora (if
-PEFT is not installed, qdora's own loader does). `logit_comparison` says what is compared and how far the logits may be
-off.
+transformers loads the merged model, bitsandbytes with it the 4-bit forms, PEFT the adapter of nf4-lora (without PEFT
+qdora's own loader does). `logit_comparison` says what is compared and how far the logits may be off.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qdora.errors import RunFailure, UserError
-from qdora.export.comparison_text import ComparisonText
-from qdora.export.logit_comparison import ROUNDING, compare_logits, larger, verdict
+from qdora.errors import UserError
+from qdora.export.logit_comparison import ROUNDING, ComparisonText, compare_logits, larger, verdict
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
 from qdora.model.bnb_checkpoint import gather_packed
@@ -55,20 +53,23 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
 
     Args:
         model: The running model with its adapters; evaluated in eval mode, left as it was.
-        directory: From `export_merged`. If it does not fit on the model's device in float32, part of it is placed on
-            the host or the disk.
+        directory: If it does not fit on the model's device in float32, part of it is placed on the host or the disk.
         text: What to compare on. Its tokenizer is compared with the one in `directory`.
-    Returns:
-        JSON values: the three differences, the check of the weights, the tolerance, `passed`, `faults` (why not).
-    Raises:
-        UserError: transformers cannot load the directory.
+    Returns: JSON values: the three differences, the check of the weights, the tolerance, `passed`, `faults` (why not).
+    Raises UserError: transformers cannot load the directory.
     """
     with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
         merged, faults = _reload(directory, model, Path(scratch))
         total = compare_logits(model, merged, text.sequences)
         stored = stored_dtype(directory)
         files = rename_to_model(open_safetensors(directory), merged)
-        weights = compare_weights(model, lambda path: _dense(files, path), stored)
+
+        def weight(path: str) -> Tensor | None:
+            tensor = files[f"{path}.weight"].read() if f"{path}.weight" in files else None
+            assert not isinstance(tensor, PackedWeight)  # it would have failed to reload
+            return tensor
+
+        weights = compare_weights(model, weight, stored)
         del merged
     faults += _weight_faults(weights, "merged") + tokenizer_faults(text, directory)
     return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
@@ -78,8 +79,6 @@ def verify_requantized(model: PreTrainedModel, directory: Path, text: Comparison
     """The differences of `verify_merged` without a tolerance: this form rounds to 4 bits, and the figures say how far.
 
     Passed means only: every tensor found its place, the tokenizer gives the same ids, all logits are finite.
-
-    Args and errors are those of `verify_merged`; `directory` is a merge with `requantize`.
     """
     exported, faults = load_with_bnb(directory, model)
     total = compare_logits(model, exported, text.sequences)
@@ -88,14 +87,11 @@ def verify_requantized(model: PreTrainedModel, directory: Path, text: Comparison
 
 
 def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
-    """Reload base and adapter and compare their logits, in float32, with those of the running model.
+    """Reload base and adapter and compare their float32 logits with those of the running model (see `verify_merged`).
 
     Passed means: every tensor found its place; the tokenizer gives the same ids; rows of every scaled base + s B A
     equal the float64 formula g (W + s B A) within float32's roundings; and the logits stay within the tolerance of
-    `logit_comparison` for a float32 export.
-
-    Args, result and errors are those of `verify_merged`; `directory` is from `export_nf4_lora`, and `loaded_by` in the
-    result names the loader.
+    `logit_comparison` for a float32 export. `loaded_by` in the result names the loader.
     """
     if importlib.util.find_spec("peft") is not None:
         loaded_by = PEFT_LOADER
@@ -118,12 +114,10 @@ def compare_weights(
     """Compute about 64 evenly spaced rows of every adapted layer again, in float64, and compare them with the files.
 
     Args:
-        model: The running model.
         exported: Path of a layer -> the dense weight (out, in) that the files stand for, or None if it is missing.
         stored: The export's dtype.
-    Returns:
-        JSON values: number of layers and rows; `max_error`, the largest error in units of what one rounding to `stored`
-        and the float32 merge may cost (1 or less is right); `worst_layer`, the layer with that error.
+    Returns: JSON values: number of layers and rows; `max_error`, the largest error in units of what one rounding to
+        `stored` and the float32 merge may cost (1 or less is right); `worst_layer`, the layer with that error.
     """
     worst, worst_layer, num_rows = 0.0, "", 0
     layers = adapted_layers(model)
@@ -154,17 +148,8 @@ def compare_weights(
 
 
 def _weight_faults(weights: Mapping[str, Any], what: str) -> list[str]:
-    if weights["max_error"] <= 1.0:  # false for NaN
-        return []
-    return [f"{weights['worst_layer']}: its {what} weight is {weights['max_error']:.3g} roundings off"]
-
-
-def _dense(files: Mapping[str, Stored], path: str) -> Tensor | None:
-    if f"{path}.weight" not in files:
-        return None
-    tensor = files[f"{path}.weight"].read()
-    assert isinstance(tensor, Tensor)  # dense: a packed one would have failed to reload
-    return tensor
+    fault = f"{weights['worst_layer']}: its {what} weight is {weights['max_error']:.3g} roundings off"
+    return [] if weights["max_error"] <= 1.0 else [fault]  # NaN is a fault
 
 
 def _reload(directory: Path, model: PreTrainedModel, scratch: Path) -> tuple[PreTrainedModel, list[str]]:
@@ -187,11 +172,7 @@ def _reload(directory: Path, model: PreTrainedModel, scratch: Path) -> tuple[Pre
 def load_with_transformers(
     directory: Path, model: PreTrainedModel, **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The directory as a float32 model with the attention of `model`, and the tensors that did not find their place.
-
-    Raises:
-        UserError: transformers refuses it.
-    """
+    """The directory as a float32 model with the attention of `model`, and the tensors that did not find their place."""
     attention = model.config._attn_implementation
     if attention in ("eager", "sdpa"):
         options["attn_implementation"] = attention
@@ -227,13 +208,8 @@ def _float32_bytes(directory: Path) -> int:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype that config.json names. Raises RunFailure if it names none."""
-    name = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise RunFailure(
-            f"{directory / 'config.json'}: dtype: must be one of float16, bfloat16, float32 (got {name!r})."
-        )
+    """The dtype that the config.json of an export names."""
+    dtype: torch.dtype = getattr(torch, json.loads((directory / "config.json").read_text(encoding="utf-8"))["dtype"])
     return dtype
 
 

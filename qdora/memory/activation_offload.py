@@ -98,11 +98,10 @@ class _Kept:
 class ActivationOffload:
     """Keeps the checkpoints of a model's blocks in the host's memory, all but the last one, which is read at once.
 
-    Args:
-        model: With checkpointing that is not reentrant.
-        send: Begins to copy a tensor out (default: a `CudaHost` of the model's device).
-    Raises:
-        UserError: A model without a list of blocks that are checkpointed.
+    The checkpointing must not be reentrant. `send` begins to copy a tensor out (default: a `CudaHost` of the model's
+    device).
+
+    Raises UserError: A model without a list of blocks that are checkpointed.
     """
 
     def __init__(self, model: PreTrainedModel, send: Callable[[Tensor], Away] | None = None) -> None:

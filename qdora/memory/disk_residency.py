@@ -25,11 +25,8 @@ _LEAST_MAPPED_BYTES = 1 << 20
 class DiskResidency:
     """A `Placer` that leaves the packed blocks, the embeddings and the head in the files of a packed base.
 
-    Args:
-        cache: The `Reader` of the same load, with `mapped`.
-        num_streamed: How many blocks stay on disk, spread evenly among the others; None for all.
-    Attributes:
-        ring: The slots of the loaded model.
+    `cache` is the `Reader` of the same load, with `mapped`. `num_streamed` blocks stay on disk, spread evenly among the
+    others; None for all.
     """
 
     def __init__(self, cache: BaseCache, num_streamed: int | None = None) -> None:
@@ -40,8 +37,7 @@ class DiskResidency:
     def __call__(self, load: Loading) -> None:
         """Put the weights into the model.
 
-        Raises:
-            UserError: Another device than the CPU, a model without a list of blocks, more blocks than it has.
+        Raises UserError: Another device than the CPU, a model without a list of blocks, more blocks than it has.
         """
         model, device, progress = load.model, load.device, load.progress
         if device.type != "cpu":

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
 from qdora.files.environment import available_memory_bytes
-from qdora.memory.streaming import NUM_SLOTS, Ring, Turns
+from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.inject import replace_module
 from qdora.model.load import Loading, Quantization, is_wide, place_dense, place_frozen, wide_names
 from qdora.model.stored_tensors import Stored, StoredPacked, iterate_tensors, tied_weights
@@ -27,8 +27,6 @@ from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.ops.packed import PackedWeight, empty_packed, from_tensors, quantize
-
-EMBEDDINGS_KEY = "memory.host_embeddings"
 
 _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's
 
@@ -50,10 +48,8 @@ class CudaCopies:
     def __init__(self, device: torch.device, slots: Sequence[Tensor]) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._copied, self._released = (
-            [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
+        self._copied = [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
+        self._released = [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
         for slot, target in enumerate(slots):
             # Queued kernels may still read the memory for earlier tensors, and the allocator must not reuse it during a
             # copy.
@@ -61,18 +57,15 @@ class CudaCopies:
             target.record_stream(self.stream)
 
     def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
-        """See `Copies`."""
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self._released[slot])
             target.copy_(source, non_blocking=True)
             self._copied[slot].record(self.stream)
 
     def wait(self, slot: int) -> None:
-        """See `Copies`."""
         torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
 
     def release(self, slot: int) -> None:
-        """See `Copies`."""
         self._released[slot].record(torch.cuda.current_stream(self.device))
 
 
@@ -90,8 +83,7 @@ class Piece:
         entries = []
         for name, tensor in weight.tensors().items():
             entries.append((name, self.num_bytes, tuple(tensor.shape), tensor.dtype))
-            size = tensor.numel() * tensor.element_size()
-            self.num_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+            self.num_bytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         self.layout[path] = entries
 
     def tensors(self, memory: Tensor, path: str) -> dict[str, Tensor]:
@@ -106,16 +98,13 @@ class Piece:
 class HostResidency:
     """A `Placer` that keeps the packed blocks, or some of them, in pinned host memory.
 
-    Training needs `memory.checkpointing`: a block must be in its slot for its backward pass, and only the
-    recomputation brings it back.
+    Training needs `memory.checkpointing`: a block must be in its slot for its backward pass, and only the recomputation
+    brings it back. `sample` is the first block's piece and the first slot, (bytes,) uint8 each, for measurements.
 
     Args:
         num_streamed: How many blocks are streamed, spread evenly among those on the device; None for all.
         free_bytes: Returns the host memory that this process may take, None if it is not known.
         copies: Makes the copies from the device and the slots.
-    Attributes:
-        ring: The slots of the loaded model.
-        sample: The first block's piece and the first slot, (bytes,) uint8 each, for measurements.
     """
 
     def __init__(
@@ -126,7 +115,6 @@ class HostResidency:
         copies: Callable[[torch.device, Sequence[Tensor]], Copies] = CudaCopies,
     ) -> None:
         self.num_streamed = num_streamed
-        self.ring: Ring | None = None
         self.sample: tuple[Tensor, Tensor] | None = None
         self._make_copies = copies
         self._free_bytes = free_bytes
@@ -135,8 +123,7 @@ class HostResidency:
     def __call__(self, load: Loading) -> None:
         """Put the weights into the model; the device never holds more of the blocks than in training.
 
-        Raises:
-            UserError: A model without a list of blocks, more blocks than it has, too little host memory.
+        Raises UserError: A model without a list of blocks, more blocks than it has, too little host memory.
         """
         model, stored, layers, wanted, device = load.model, load.stored, load.layers, load.wanted, load.device
         turns = Turns(model, self.num_streamed)
@@ -168,7 +155,7 @@ class HostResidency:
         most = max((piece.num_bytes for piece in pieces), default=0)
         slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self.sample = pieces[0].host, slots[0]
-        self.ring = turns.start(_SlotCopies(pieces, slots, self._make_copies(device, slots)))
+        turns.start(_SlotCopies(pieces, slots, self._make_copies(device, slots)))
         for block in turns.blocks:
             block.register_forward_pre_hook(_before_block)
 
@@ -214,11 +201,7 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
 
 
 def _pin(pieces: Sequence[Piece], device: torch.device, free: int | None, embedding_bytes: int) -> None:
-    """Give every block its piece of host memory; the embedding's bytes are taken from it later.
-
-    Raises:
-        UserError: Too little host memory.
-    """
+    """Give every block its piece of host memory, of which the embedding takes bytes later. Raises UserError."""
     needed = sum(pinned_bytes(piece.num_bytes) for piece in pieces)
     short = f"base.residency: host: {len(pieces)} blocks need {needed / 2**30:.1f} GiB of pinned host memory, "
     fix = ". Fix: lower base.streamed_blocks, or take a machine with more memory."
@@ -260,10 +243,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 def check_host_embedding(model: PreTrainedModel) -> None:
     """Raise UserError if the embedding of `model` cannot stay in the host's memory."""
-    why = obstacle(model)
-    if why is not None:
-        kind = model.config.model_type
-        raise UserError(f"{EMBEDDINGS_KEY}: must be false, since the embedding of {kind} {why}, got true.")
+    if (why := obstacle(model)) is not None:
+        what = f"the embedding of {model.config.model_type} {why}"
+        raise UserError(f"memory.host_embeddings: must be false, since {what}, got true.")
 
 
 def keep_embedding_on_host(model: PreTrainedModel, device: torch.device) -> None:

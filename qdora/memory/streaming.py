@@ -39,16 +39,11 @@ class CopyEngine(Protocol):
 
 
 class Ring:
-    """Two slots in which the blocks of a model take turns, each block always in the same one.
+    """Two slots in which the blocks of a model, in forward order, take turns, each block always in the same one.
 
     A checkpoint keeps the graph of the first forward pass, and with it the address of each weight. The backward pass
-    reads there, so the recomputation must bring the block to the same place.
-
-    Args:
-        num_blocks: Streamed blocks, counted from 0 in the order of the forward pass.
-        engine: Brings them.
-    Attributes:
-        num_loads: Blocks that were brought so far.
+    reads there, so the recomputation must bring the block to the same place. `num_loads` counts the blocks that were
+    brought.
     """
 
     def __init__(self, num_blocks: int, engine: CopyEngine) -> None:
@@ -59,12 +54,9 @@ class Ring:
         self._step = 1
 
     def use(self, block: int, *, turns_back: bool) -> int:
-        """Bring a block before it is used, and begin to bring the next one over the block used until now.
+        """Bring a block before its use, begin to bring the next one over the block used until now, and return the slot.
 
-        Args:
-            turns_back: Whether a backward pass follows the last block; else the next forward pass does.
-        Returns:
-            Its slot.
+        `turns_back` says that a backward pass follows the last block, and not the next forward pass.
         """
         slot = self.slot_of(block)
         if block == self._current:
@@ -106,8 +98,7 @@ class Ring:
 def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
     """The streamed blocks, spread evenly among the resident ones, so that copies can hide behind all blocks' work.
 
-    Raises:
-        ValueError: More streamed blocks than blocks.
+    Raises ValueError if there are more of them than blocks.
     """
     if not 0 <= num_streamed <= num_blocks:
         raise ValueError(f"the streamed blocks must be 0 to {num_blocks}, got {num_streamed}.")
@@ -115,15 +106,12 @@ def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
 
 
 class Turns:
-    """The streamed blocks of a model, numbered by their turn, and the layers in them.
+    """The streamed blocks of a causal LM, numbered by their turn, and the layers in them.
 
-    It is the `residency` of these layers: it brings the block of a layer before the layer is read.
+    It is the `residency` of these layers: it brings the block of a layer before the layer is read. `num_streamed`
+    blocks are spread evenly among the others; None for all.
 
-    Args:
-        model: Any causal LM.
-        num_streamed: How many blocks, spread evenly among the others; None for all.
-    Raises:
-        UserError: A model without a list of blocks, more blocks than it has.
+    Raises UserError: A model without a list of blocks, more blocks than it has.
     """
 
     def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:
@@ -169,7 +157,6 @@ class Turns:
         return self._ring
 
     def use(self, layer: FrozenLinear) -> None:
-        """See `FrozenLinear.residency`."""
         assert self._ring is not None
         self._ring.use(self._turn_of[layer], turns_back=False)
 

@@ -46,20 +46,15 @@ class _Products(NamedTuple):
 class AdaptedLinear(nn.Module):
     """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, with g = m / ||W + s B A||_row for DoRA and g = 1 for LoRA.
 
-    With `masked` the base's keep mask applies to B A, in forward, norm and merge, so that the merged weight has every
-    zero of the pruned base (`ops.masked_update`).
-
-    B starts at zero and m at ||W||_row of the dequantised base, so the fresh layer is exactly the base.
-    Source: DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
-
-    With a `gate` (`add_gate`) B diag(gate) replaces B in all formulas (`ops.gate`); it starts at 1.
+    B starts at zero and m at ||W||_row of the dequantised base, so the fresh layer is exactly the base. With `masked`
+    the base's keep mask applies to B A, in forward, norm and merge, so that the merged weight has every zero of the
+    pruned base (`ops.masked_update`). With a `gate` (`add_gate`) B diag(gate) replaces B in all formulas (`ops.gate`);
+    it starts at 1. Source: DoRA, arXiv 2402.09353, eq. 5; LoRA, arXiv 2106.09685, sec. 4.1.
 
     `magnitude` is float32 whatever the adapter's storage: bf16 has a spacing of 2^-8..2^-7 near 1, so an Adam step of
     1e-4 would be rounded away every time and the layer would silently train as LoRA.
 
     Args:
-        base: Frozen layer.
-        kind: "lora" or "dora".
         rank: Rows of lora_A, 1 to min(in, out).
         alpha: Adapter scale; s = alpha / rank, or alpha / sqrt(rank) with `rank_stabilized` (arXiv 2312.03732).
         dropout: On the adapter's input while training, in [0, 1).
@@ -70,8 +65,8 @@ class AdaptedLinear(nn.Module):
     Attributes:
         keeps_scales: For decoding, one token after the other: evaluation keeps the base's block scales, decoded and
             times g. The bits stay the same. It takes 32 bits a block (half a bit a weight at blocks of 64) until the
-            parameters change. A dense base, a streamed one, a masked adapter and blocks that cross rows have nothing
-            to keep.
+            parameters change. A dense base, a streamed one, a masked adapter and blocks that cross rows have nothing to
+            keep.
     """
 
     base_squared: Tensor | None
@@ -98,6 +93,7 @@ class AdaptedLinear(nn.Module):
             shape = (base.out_features, base.in_features)
             raise ValueError(f"the rank of a {shape} layer must be 1 to {limit}, got {rank}.")
         self.base = base
+        self.out_features, self.in_features = base.out_features, base.in_features
         self.kind: Kind = kind
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
         self.dropout = dropout
@@ -123,16 +119,6 @@ class AdaptedLinear(nn.Module):
         self._cache = ParameterCache()
         self._gain_dtype: torch.dtype | None = None
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.base.out_features
 
     @property
     def scaling(self) -> float:
@@ -162,15 +148,16 @@ class AdaptedLinear(nn.Module):
         """Made once for each state of the parameters: for a single token making them anew would cost time."""
         parameters = self._factors() if self.magnitude is None else (*self._factors(), self.magnitude)
         settings = (dtype, self.scaling, self.keeps_scales)
-        return self._cache.get("products", parameters, settings, lambda: self._made(dtype))
 
-    def _made(self, dtype: torch.dtype) -> _Products:
-        found = self.gain(dtype)
-        value = None if found is None else found.value
-        factors = factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype)
-        # A streamed weight has no codes to share.
-        own = with_own_scales(self.base.stored_weight, value) if self.keeps_scales and not self.base.away else None
-        return _Products(factors, value if own is None else None, own)
+        def made() -> _Products:
+            found = self.gain(dtype)
+            value = None if found is None else found.value
+            factors = factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype)
+            # A streamed weight has no codes to share.
+            own = with_own_scales(self.base.stored_weight, value) if self.keeps_scales and not self.base.away else None
+            return _Products(factors, value if own is None else None, own)
+
+        return self._cache.get("products", parameters, settings, made)
 
     def add_gate(self) -> None:
         """Give every rank component a trainable factor, float32 (float64 for float64 factors), at 1."""
@@ -187,13 +174,10 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def keep_components_(self, keep: Tensor) -> None:
-        """Remove rank components from A, B and gate, in the same parameter objects; the scaling does not change.
+        """Keep the rank components where `keep`, (rank,) bool, is True, in the same parameters, with the same scaling.
 
         Removing components with a gate of 0 changes the layer's output by rounding only. For use between steps: torch
         raises an error in a later backward pass if the graph of an earlier forward pass is still alive.
-
-        Args:
-            keep: (rank,) bool, True for those that stay, at least one.
         """
         assert keep.shape == (self.rank,), "one answer for each component"
         assert bool(keep.any()), "a layer keeps one component or more"
@@ -262,9 +246,8 @@ class AdaptedLinear(nn.Module):
     def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
         """The dense weight (out, in) that equals this layer: merged in float32, cast once. The bias is not part of it.
 
-        Args:
-            dtype: Of the result; float64 also merges in float64.
-            base: Merge on this weight, (out, in), instead of the layer's own; it also determines the norm.
+        float64 also merges in float64. `base`, (out, in), takes the place of the layer's own weight, in the norm as
+        well.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = self.base.dequantized(wide) if base is None else base.to(wide)
@@ -306,10 +289,9 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
 
 
 def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
-    """Let the layers keep their decoded scales (`AdaptedLinear.keeps_scales`) if there is room for them.
+    """Let the layers keep their decoded scales (`AdaptedLinear.keeps_scales`), and return whether they do.
 
-    Returns:
-        Whether they do: not if it would take more than half of a GPU's free memory.
+    They do not if it would take more than half of a GPU's free memory.
     """
     layers = list(layers)
     blocks = [
@@ -334,10 +316,8 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
 
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
     one question serves all layers. Skipped are layers that have not run yet, whose parameters have not changed, that
-    are LoRA or masked (a masked norm asks nothing). The forward pass computes the rest.
-
-    Returns:
-        How many norms were computed.
+    are LoRA or masked (a masked norm asks nothing). The forward pass computes the rest. Returns how many norms were
+    computed.
     """
     found: list[tuple[AdaptedLinear, torch.dtype, FactoredNorm]] = []
     for layer in layers:

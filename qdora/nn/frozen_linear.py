@@ -25,17 +25,14 @@ class Residency(Protocol):
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T + bias, W and bias frozen.
+    """y = x W^T + bias, W (out, in), packed or dense, and bias (out,) frozen.
 
     The weight is held in buffers, so no optimizer, weight decay or `requires_grad_` can reach it. Its tensors are never
     repacked for a kernel: `dequantized` returns the same before and after any number of forwards.
 
-    Args:
-        weight: (out, in), packed or dense.
-        bias: (out,) or None.
-        keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (the weight is 0 where the mask
-            is False); None for a weight that was not pruned.
     Attributes:
+        keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (it is 0 where the mask is
+            False); None for a weight that was not pruned.
         residency: Brings the packed weight before it is read; None if it is always there.
     """
 
@@ -62,9 +59,8 @@ class FrozenLinear(nn.Module):
 
     def keep_mask(self) -> Tensor | None:
         """The mask by which the weight was pruned, (out, in) bool; None if it was not pruned."""
-        if self.keep_bits is None:
-            return None
-        return mask_from_bits(self.keep_bits, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return None if self.keep_bits is None else mask_from_bits(self.keep_bits, shape)
 
     @property
     def packed_weight(self) -> PackedWeight | None:

@@ -11,13 +11,11 @@ from torch.nn import functional
 
 
 class HostEmbedding(nn.Module):
-    """A frozen embedding whose table stays on the CPU and whose rows go to the model's device.
+    """A frozen embedding whose table stays on the CPU and whose rows go to `device`.
 
-    Args:
-        weight: (words, features); on the meta device until it is read.
-        device: Where the rows go.
     Attributes:
-        weight: The table: a buffer, which `model.to` casts but does not move.
+        weight: The table (words, features): a buffer, which `model.to` casts but does not move; on "meta" until it is
+            read.
         rows: An empty parameter, (0,), with the dtype and the device of the rows. transformers reads the dtype and the
             device of a model from its first parameter, which would be the table. It is in no file.
     """

@@ -56,15 +56,12 @@ class ParameterCache:
     def get(
         self, name: str, parameters: tuple[Tensor, ...], settings: tuple[object, ...], make: Callable[[], _Value]
     ) -> _Value:
-        """The value of the present state.
+        """The value of the present state, one for each name: detached tensors, which must not be written to.
 
         Args:
-            name: One value is kept for each name.
             parameters: The tensors that the value depends on.
             settings: Everything else that it depends on.
             make: Computes the value, without a graph.
-        Returns:
-            Detached tensors, which must not be written to.
         """
         # The usual case, asked in every forward of every layer: before anything that costs time.
         if self.knows(name, parameters, settings):
@@ -87,7 +84,11 @@ class ParameterCache:
     def knows(self, name: str, parameters: tuple[Tensor, ...], settings: tuple[object, ...]) -> bool:
         """Whether `get` would return a value without computing it."""
         entry = self._entries.get(name)
-        return entry is not None and entry.settings == settings and _same(entry, parameters)
+        if entry is None or entry.settings != settings or len(entry.parameters) != len(parameters):
+            return False
+        # Identity first: only tensors that an entry holds are sure to have an address and a version.
+        same = all(old is new for old, new in zip(entry.parameters, parameters, strict=True))
+        return same and entry.states == _states(parameters)
 
 
 def _states(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
@@ -97,14 +98,6 @@ def _states(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
 def _address(tensor: Tensor) -> int:
     # A fake tensor has no data to point at; its storage is as much its own.
     return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else tensor.data_ptr()
-
-
-def _same(entry: _Entry, parameters: tuple[Tensor, ...]) -> bool:
-    """Whether `parameters` are those of the entry, unchanged."""
-    # Identity first: only tensors that an entry holds are sure to have an address and a version.
-    held = len(parameters) == len(entry.parameters)
-    held = held and all(old is new for old, new in zip(entry.parameters, parameters, strict=True))
-    return held and entry.states == _states(parameters)
 
 
 @functools.cache

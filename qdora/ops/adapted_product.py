@@ -51,8 +51,7 @@ def adapted_linear(
     Args:
         x: (..., in); the products run in its dtype, or in the dtype of an active autocast.
         weight: Frozen base W, (out, in), dense or packed.
-        lora_A: (rank, in), trainable.
-        lora_B: (out, rank), trainable.
+        lora_A, lora_B: (rank, in) and (out, rank), trainable.
         scaling: s = alpha / rank.
         bias: Frozen, (out,).
         magnitude: m, (out,), float32 (float64 for float64 x), trainable; None for LoRA.
@@ -61,8 +60,7 @@ def adapted_linear(
             torch's default CPU generator. A checkpoint's recompute restores that generator and so zeroes the same
             elements; only the seed is kept.
         keep_bits: `ops.sparsity.mask_bits` of a mask M: M o (B A) replaces B A.
-    Returns:
-        (..., out) in the dtype of the products.
+    Returns: (..., out) in the dtype of the products.
     """
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
     x = x.to(product_dtype(x))
@@ -83,8 +81,6 @@ def adapted_product(
 
     Args:
         x: (..., in), for which `is_plain` holds.
-        weight: As in `adapted_linear`.
-        bias: Frozen, (out,).
         factors: From `factors_of_products` for x's dtype.
         gain: g, (out,); None for LoRA, and where `weight` contains it.
     """
@@ -212,14 +208,12 @@ def column_dot(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
     """factor_i sum_t left[t, i] right[t, i] for each column i, in one pass and without a temporary of token size.
 
     torch has one kernel that forms these sums: the gradient of the weight of a batch normalisation with mean 0 and
-    deviation 1 / factor. On a CPU it reads bf16 and sums in float32, takes 0.4 to 0.6 of the time of
-    `(left * right).sum(0)`, and has a relative error of 2e-7 where the rounded products of that have 2e-3.
+    deviation 1 / factor. On a CPU it reads bf16 and sums in float32, takes 0.4 to 0.6 of the time of `(left *
+    right).sum(0)`, and has a relative error of 2e-7 where the rounded products of that have 2e-3.
 
     Args:
         left, right: (tokens, out), the same float dtype.
-        factor: (out,) float32, or float64 for float64 inputs.
-    Returns:
-        (out,) in factor's dtype.
+        factor: (out,) float32, or float64 for float64 inputs; the result is like it.
     """
     zero = torch.zeros_like(factor)
     if left.shape[0] == 0:

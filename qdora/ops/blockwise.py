@@ -23,7 +23,6 @@ from qdora.ops.planned_device import device_kind
 # large takes 2 to 4 times as long, since malloc gives such blocks back to the system); a GPU needs few, large launches.
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
-
 # Keeps the division of a zero block finite. Smaller, subnormal blocks are not scaled up to 1.
 _SMALLEST_SCALE = 1e-38
 
@@ -36,7 +35,7 @@ def _chunk(device: torch.device) -> int:
 def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Round each weight to the nearest value of a table, scaled by the largest magnitude of its block.
 
-    absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
+        absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
 
     Blocks run along the flattened rows and may cross them; the last one may be short. Source: QLoRA, arXiv 2305.14314,
     sec. 3.
@@ -46,11 +45,9 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
         kind: One of `codebooks.CODE_BITS`.
         block_size: Weights per block, a power of two up to 4096.
         name: The weight's name in an error.
-    Returns:
-        Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32.
-        The absmax of a zero block is 0 (1e-38 in a short last block).
-    Raises:
-        ValueError: If a weight is not finite.
+    Returns: Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32. The
+        absmax of a zero block is 0 (1e-38 in a short last block).
+    Raises UserError: If a weight is not finite.
     """
     flat = weight.reshape(-1)
     numel = flat.numel()
@@ -81,8 +78,8 @@ def raise_not_finite(flat: Tensor, name: str) -> NoReturn:
 def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32).
 
-    Whole blocks are multiplied by the reciprocal and a short last block is divided: the two round differently, and
-    bitsandbytes does so.
+    As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided, which round
+    apart.
     """
     whole = part.numel() // block_size * block_size
     blocks = part[:whole].view(-1, block_size)
@@ -100,17 +97,13 @@ def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def quantize_scales(absmax: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantisation: the block scales minus their mean, in 8 bits.
+    """Double quantisation: the block scales (blocks,) float32 minus their mean, in 8 bits by `quantize_8bit`.
 
-    scale = code[q] * nested_absmax[block // block_size] + offset
+        scale = code[q] * nested_absmax[block // block_size] + offset
 
     Source: QLoRA, arXiv 2305.14314, sec. 3.
 
-    Args:
-        absmax: (blocks,) float32.
-        code, block_size: See `quantize_8bit`.
-    Returns:
-        q (blocks,) uint8, nested_absmax (ceil(blocks / block_size),) float32, offset () float32.
+    Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / block_size),) float32, offset () float32.
     """
     offset = absmax.mean()
     return *quantize_8bit(absmax - offset, code, block_size), offset
@@ -126,9 +119,7 @@ def quantize_8bit(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
     Args:
         values: (n,) float32.
         code: (256,) float32, ascending, within [-1, 1].
-        block_size: Values per block.
-    Returns:
-        Codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
+    Returns: Codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
     """
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)

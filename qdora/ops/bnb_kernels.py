@@ -24,9 +24,8 @@ def is_available(device_type: str) -> bool:
         from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
     except ImportError:
         return False
-    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
-        return False
-    return device_type == "cpu" or bool(getattr(lib, "compiled_with_cuda", False))
+    missing = isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
+    return not missing and (device_type == "cpu" or bool(getattr(lib, "compiled_with_cuda", False)))
 
 
 def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tensor, block_size: int) -> Tensor:

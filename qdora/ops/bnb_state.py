@@ -20,7 +20,7 @@ from qdora.ops import codebooks
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, from_tensors
 
-_STATE = "weight.quant_state.bitsandbytes__"
+STATE_NAME = "weight.quant_state.bitsandbytes__"
 _TABLE_TOLERANCE = 1e-4
 
 
@@ -31,18 +31,22 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
         state: The layer's tensors, named without the layer's prefix ("weight", "weight.absmax", ..., "SCB"). Others,
             such as "bias", are ignored.
         name: The layer's name in an error.
-    Raises:
-        ValueError: If a tensor is missing or does not fit the others, or the code book is not the kind's.
+    Raises UserError: If a tensor is missing or does not fit the others, or the code book is not the kind's.
     """
     if "weight" not in state:
         raise UserError(f"{name}: the tensor 'weight' is missing; there are {sorted(state)}.")
     if "SCB" in state:
         return _from_int8(state, name)
-    keys = [key for key in state if key.startswith(_STATE)]
+    keys = [key for key in state if key.startswith(STATE_NAME)]
     if len(keys) != 1:
-        raise UserError(f"{name}: needs one tensor '{_STATE}nf4' or '{_STATE}fp4', got {len(keys)}: {keys}.")
-    kind = keys[0].removeprefix(_STATE)
-    stored = _read_json(state[keys[0]], name)
+        raise UserError(f"{name}: needs one tensor '{STATE_NAME}nf4' or '{STATE_NAME}fp4', got {len(keys)}: {keys}.")
+    kind = keys[0].removeprefix(STATE_NAME)
+    try:
+        stored = json.loads(bytes(state[keys[0]].cpu().tolist()).decode())
+    except ValueError as error:
+        raise UserError(f"{name}: the quantisation state is not JSON: {error}.") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{name}: the quantisation state must be a JSON object, got a {type(stored).__name__}.")
     faults = _faults(kind, stored, state)
     if faults:
         raise UserError(*(f"{name}: {fault}" for fault in faults))
@@ -64,16 +68,6 @@ def _packed(
         return from_tensors(kind, shape, block_size, tensors)
     except ValueError as error:
         raise UserError(*(f"{name}: {fault}" for fault in str(error).splitlines())) from error
-
-
-def _read_json(encoded: Tensor, name: str) -> dict[str, Any]:
-    try:
-        stored = json.loads(bytes(encoded.cpu().tolist()).decode())
-    except ValueError as error:
-        raise UserError(f"{name}: the quantisation state is not JSON: {error}.") from error
-    if not isinstance(stored, dict):
-        raise UserError(f"{name}: the quantisation state must be a JSON object, got a {type(stored).__name__}.")
-    return stored
 
 
 def _faults(kind: str, stored: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
@@ -117,13 +111,9 @@ def _from_int8(state: Mapping[str, Tensor], name: str) -> PackedWeight:
 
 
 def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The inverse of `from_bnb_state`, to be stored under the layer's prefix.
+    """The inverse of `from_bnb_state`, to be stored under the layer's prefix; large tensors share memory.
 
-    Args:
-        packed: nf4, fp4 or int8; large tensors share its memory.
-        dtype: The dtype that bitsandbytes dequantises to by default.
-    Raises:
-        ValueError: A kind that bitsandbytes does not have.
+    `dtype` is the one that bitsandbytes dequantises to by default. Raises ValueError for a kind that it does not have.
     """
     if packed.kind not in ("nf4", "fp4", "int8"):
         raise ValueError(f"a kind of bitsandbytes must be one of nf4, fp4, int8, got {packed.kind}.")
@@ -150,5 +140,5 @@ def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> d
         stored["nested_blocksize"] = NESTED_BLOCK_SIZE
         stored["nested_dtype"] = "float32"
         stored["nested_offset"] = packed.nested.offset.item()
-    state[f"{_STATE}{packed.kind}"] = torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)
+    state[f"{STATE_NAME}{packed.kind}"] = torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)
     return state

@@ -15,7 +15,6 @@ from torch import Tensor
 
 NESTED_BLOCK_SIZE = 256
 """Block scales per nested scale. Source: QLoRA, arXiv 2305.14314, sec. 3."""
-
 # Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0. Source: QLoRA, arXiv 2305.14314, appendix E.
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -27,13 +26,10 @@ _NF4 = (
 # Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
 # variant of FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as in bitsandbytes' table.
 _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-
 CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
 """Kinds whose weights are codes of a table -> bits of a tightly packed code."""
-
 SIMULATED = ("nf3", "nf2")
 """Kinds that are held in more bits than they need."""
-
 # Cells per unit of the grid in `DecisionTable`. The closest two bounds are FP4's 0 and 0.0026.
 _CELLS_PER_UNIT = 1024
 
@@ -57,8 +53,7 @@ class DecisionTable(NamedTuple):
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
     """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values), with a 0.
 
-    Raises:
-        ValueError: If `kind` is not in `CODE_BITS`.
+    Raises ValueError: If `kind` is not in `CODE_BITS`.
     """
     if kind == "nf4":
         return torch.tensor(_NF4, dtype=torch.float32, device=device)

@@ -22,7 +22,6 @@ from qdora.ops.tiles import Weight, row_tiles, spans
 # product the norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, and at 0.5 0.4 %, which is
 # bf16's own rounding.
 CANCELLATION = 0.25
-
 # Replaces a magnitude of exactly 0: small enough to add nothing to any sum, large enough that the output keeps its
 # digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
 _SMALLEST_MAGNITUDE = 2.0**-100
@@ -47,18 +46,12 @@ def squared_row_norm(weight: Weight) -> Tensor:
 
 @torch.no_grad()
 def row_norm(
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    base_squared: Tensor,
-    dtype: torch.dtype,
+    weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Euclidean norm of each row of W + s B A, without forming B A.
+    """Euclidean norm of each row of W + s B A, without forming B A: (out,) float32 (float64 for a float64 weight).
 
-    Calls `factored_norm`, and `measure_cancelled_` where a row has cancelled; a GPU's host waits once to know that.
-    Arguments and errors are those of `factored_norm`. Returns (out,) float32 (float64 for a float64 weight).
+    Calls `factored_norm`, with its arguments and errors, and `measure_cancelled_` where a row has cancelled; a GPU's
+    host waits once to know that.
     """
     found = factored_norm(weight, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
     # A fake tensor has no values to branch on; a plan counts the usual case, in which no row has cancelled.
@@ -76,17 +69,11 @@ class FactoredNorm(NamedTuple):
 
 @torch.no_grad()
 def factored_norm(
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    base_squared: Tensor,
-    dtype: torch.dtype,
+    weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
 ) -> FactoredNorm:
     """Euclidean norm of each row of W + s B A from three terms; a GPU computes it without a wait of the host.
 
-    ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
+        ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
 
     The three terms are exact in exact arithmetic. Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked.
 
@@ -94,13 +81,11 @@ def factored_norm(
 
     Args:
         weight: Base W, (out, in), packed or dense; read tile by tile.
-        lora_A: (rank, in), any float dtype.
-        lora_B: (out, rank), any float dtype.
+        lora_A, lora_B: (rank, in) and (out, rank), any float dtype.
         scaling: s = alpha / rank.
         base_squared: ||w||^2 of each row, (out,), constant since W is frozen.
         dtype: Of the tiles of W and of the product W A^T; all else is summed in float32 or wider.
-    Raises:
-        ValueError: If an inner size differs.
+    Raises ValueError: If an inner size differs.
     """
     if lora_A.shape != (lora_B.shape[1], weight.shape[1]) or lora_B.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -124,13 +109,7 @@ def factored_norm(
 
 @torch.no_grad()
 def measure_cancelled_(
-    found: FactoredNorm,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    dtype: torch.dtype,
+    found: FactoredNorm, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype
 ) -> None:
     """Form the cancelled rows of W + s B A and write their norms over the factored ones.
 
@@ -149,13 +128,11 @@ def measure_cancelled_(
 def masked_row_norm(
     weight: Weight, keep_bits: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype
 ) -> Tensor:
-    """Euclidean norm of each row of W + s M o (B A), formed block by block of rows.
+    """Euclidean norm of each row of W + s M o (B A), formed block by block of rows: (out,) float32 or float64.
 
     Args:
         keep_bits: The mask M in the form of `ops.sparsity.mask_bits`.
         dtype: Of the tiles of W. The sum with B A is formed and added up in float32 (float64 for float64 tiles).
-    Returns:
-        (out,) float32 or float64.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     norm = torch.empty(weight.shape[0], dtype=wide, device=lora_A.device)
@@ -185,10 +162,8 @@ def gain(magnitude: Tensor, norm: Tensor) -> Gain:
     A live row with m = 0 gets m = 2^-100: its output counts as zero everywhere but in its own gradient.
 
     Args:
-        magnitude: m, (out,), float32 or float64.
+        magnitude: m, (out,), float32 or float64, which is the dtype of the result.
         norm: ||W + s B A||_row, (out,).
-    Returns:
-        Gain in magnitude's dtype, detached.
     """
     floored = magnitude.masked_fill(magnitude == 0, _SMALLEST_MAGNITUDE)
     return Gain((floored / norm).masked_fill_(norm == 0, 0.0), floored.reciprocal())
@@ -203,16 +178,14 @@ def merged_weight(
     magnitude: Tensor | None = None,
     keep_mask: Tensor | None = None,
 ) -> Tensor:
-    """The dense weight that equals base and adapter: g * (W + s B A), or W + s B A for LoRA.
+    """The dense weight that equals base and adapter: g * (W + s B A), or W + s B A for LoRA; a new tensor.
 
     The norm is that of the dense sum, which is at hand here, not the factored one.
 
     Args:
-        weight: Dequantised base, (out, in), float32 or float64 (the merge runs in this dtype).
+        weight: Dequantised base, (out, in), float32 or float64, in which the merge runs and which the result has.
         magnitude: m, (out,), or None for LoRA.
         keep_mask: (out, in) bool; B A counts only where it is True (default: everywhere).
-    Returns:
-        (out, in) in weight's dtype, a new tensor.
     """
     dtype = weight.dtype
     if keep_mask is None:
@@ -227,15 +200,9 @@ def merged_weight(
 
 @torch.no_grad()
 def gain_of_sum(total: Tensor, magnitude: Tensor) -> Tensor:
-    """g = m / ||total||_row from the dense sum W + s B A; 0 where the row is zero.
+    """g = m / ||total||_row, (out,), from the dense sum W + s B A, float32 or float64; 0 where the row is zero.
 
     Unlike `gain` it leaves a row with m = 0 exactly zero: no gradient is read from the result.
-
-    Args:
-        total: W + s B A, (out, in), float32 or float64.
-        magnitude: m, (out,).
-    Returns:
-        (out,) in total's dtype.
     """
     norm = squared_row_norm(total).sqrt()
     return (magnitude.to(total.dtype) / norm).masked_fill_(norm == 0, 0.0)

@@ -39,13 +39,11 @@ def dropped_slices(
     """Runs of tokens with the positions to zero in them; the same arguments always give the same ones.
 
     Args:
-        num_tokens, in_features: Shape of the input.
         dropout: Probability that an element is zeroed, in [0, 1).
         seed: From `draw_seed`.
         device: Where the positions are made. Their number is drawn on the host, so a GPU never waits.
-    Yields:
-        (tokens, positions): positions in the flattened run, int64, some of them twice. Without dropout one run of all
-        tokens with None.
+    Yields: (tokens, positions): positions in the flattened run, int64, some of them twice. Without dropout one run of
+        all tokens with None.
     """
     if dropout == 0.0:
         yield slice(0, num_tokens), None

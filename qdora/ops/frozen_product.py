@@ -15,17 +15,12 @@ from qdora.ops.tiles import Weight, column_tiles, row_tiles
 
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias with a frozen W.
+    """y = x W^T + bias with a frozen W, (out, in), dense or packed, and a frozen bias, (out,).
 
-    Args:
-        x: (..., in), a float dtype; the product runs in it, or in the dtype of an active autocast.
-        weight: Frozen base, (out, in), dense or packed.
-        bias: Frozen, (out,).
-    Returns:
-        (..., out) in the dtype of the product.
+    The product of x (..., in) runs in its dtype, or in the dtype of an active autocast, which the result has.
     """
     if is_plain(x):
-        out = with_bias(product(x.reshape(-1, x.shape[-1]), weight), bias, is_kept=False)
+        out = with_bias(_product(x.reshape(-1, x.shape[-1]), weight, False), bias, is_kept=False)
         return out.reshape(*x.shape[:-1], out.shape[-1])
     x = x.to(product_dtype(x))
     flat = x.reshape(-1, x.shape[-1])
@@ -44,20 +39,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def product(x: Tensor, weight: Weight) -> Tensor:
-    """x W^T in x's dtype: (tokens, in) -> (tokens, out), without a graph."""
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    for rows, tile in row_tiles(weight, x.dtype):
-        torch.mm(x, tile.T, out=out[:, rows])
-        del tile
-    return out
-
-
-def transposed_product(y: Tensor, weight: Weight) -> Tensor:
-    """y W in y's dtype: (tokens, out) -> (tokens, in), without a graph."""
-    out = y.new_empty(y.shape[0], weight.shape[1])
-    for columns, tile in column_tiles(weight, y.dtype):
-        torch.mm(y, tile, out=out[:, columns])
+def _product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
+    """x W^T, or x W where `transposed`, in x's dtype: (tokens, in) -> (tokens, out), or back, without a graph."""
+    out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
+    for span, tile in (column_tiles if transposed else row_tiles)(weight, x.dtype):
+        torch.mm(x, tile if transposed else tile.T, out=out[:, span])
         del tile
     return out
 
@@ -97,9 +83,7 @@ class _FrozenProduct(torch.autograd.Function):
             # The backward pass needs no values. But the request for saved tensors makes a checkpoint recompute its
             # block, and only that brings a streamed weight back to its slot.
             ctx.save_for_backward(x.new_empty(0))
-        if transposed:
-            return transposed_product(x, weight)
-        return with_bias(product(x, weight), bias, is_kept=False)
+        return with_bias(_product(x, weight, transposed), bias, is_kept=False)  # no bias if transposed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:

@@ -24,21 +24,17 @@ from qdora.ops.low_rank_factors import rounded
 
 BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 _SHIFT = BETA * math.log(-GAMMA / ZETA)
-ALWAYS_ON = math.log((1.0 - GAMMA) / (ZETA - 1.0))
-"""From this log_alpha on the deterministic gate is exactly 1."""
 
 
 def fold_gate(lora_B: Tensor, gate: Tensor) -> Tensor:
     """B' = B diag(gate), rounded to B's dtype and held in float32 or wider; B itself with gate 1.
 
     The rounding gives the products, the norm, the merge and the stored adapter the same numbers. The wide dtype keeps
-    the gradient from being rounded.
+    the gradient from being rounded. Differentiable with respect to both, as if the rounding were the identity.
 
     Args:
         lora_B: (out, rank).
         gate: (rank,), float32 or wider.
-    Returns:
-        (out, rank), differentiable with respect to both, as if the rounding were the identity.
     """
     folded: Tensor = _FoldGate.apply(lora_B, gate)  # type: ignore[no-untyped-call, unused-ignore]
     return folded
@@ -64,9 +60,7 @@ class _FoldGate(torch.autograd.Function):
 def gate_value(log_alpha: Tensor, noise: Tensor | None = None) -> Tensor:
     """The gate z of a draw, or for evaluation clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1), eq. 13.
 
-    Args:
-        log_alpha: Any shape, float.
-        noise: u of the draw, uniform in (0, 1), same shape; None for evaluation.
+    `noise` is u of the draw, uniform in (0, 1), in the shape of log_alpha; None for evaluation.
     """
     return (_concrete(log_alpha, noise) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
 

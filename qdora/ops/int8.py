@@ -14,22 +14,18 @@ from qdora.ops.blockwise import raise_not_finite
 
 # Weights handled at a time: the workspace is a few times 4 bytes a weight of the chunk.
 _CHUNK = 1 << 20
-
 # The factor of bitsandbytes: a multiplication by it and a division by 127 differ in the last bit.
 _ONE_127TH = 7.874015718698502e-3
 
 
 @torch.no_grad()
 def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """Round each row to 255 levels between minus and plus its largest magnitude.
+    """Round each row of a weight (out, in) to 255 levels between minus and plus its largest magnitude.
 
-    Args:
-        weight: (out, in), any float dtype; products in float32.
-        name: The weight's name in an error.
-    Returns:
-        Codes (out, in) int8 and absmax (out,) float32. A zero row has absmax 0 and codes 0.
-    Raises:
-        ValueError: If a weight is not finite.
+    Products are in float32. `name` is the weight's in an error.
+
+    Returns: Codes (out, in) int8 and absmax (out,) float32. A zero row has absmax 0 and codes 0.
+    Raises UserError: If a weight is not finite.
     """
     packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)

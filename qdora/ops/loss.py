@@ -29,13 +29,11 @@ _CPU_SLICE_LOGITS = 2**20
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label] of each position, in float32.
+    """-log softmax(logits)[label] of each position, (num_tokens,), in nats.
 
     Args:
         logits: (num_tokens, vocabulary), any float dtype; the softmax runs in float32 (float64 for float64).
         labels: (num_tokens,) int64, each a vocabulary index.
-    Returns:
-        (num_tokens,) float32, nats.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return functional.cross_entropy(wide, labels, reduction="none")
@@ -58,8 +56,8 @@ def chunked_nll(
 ) -> Tensor:
     """-log softmax(logits)[label] of each token, with z = h W^T + bias and logits = c tanh(scale z / c), or scale z.
 
-    Peak beside the result: the logits of one chunk in hidden's dtype (their gradient overwrites them), and 32 MiB
-    (4 MiB on a CPU; twice that with a softcap) of them in float32. The head is frozen; its gradient is not formed.
+    Peak beside the result: the logits of one chunk in hidden's dtype (their gradient overwrites them), and 32 MiB (4
+    MiB on a CPU; twice that with a softcap) of them in float32. The head is frozen; its gradient is not formed.
 
     Args:
         hidden: (num_tokens, in), any float dtype; both products run in it, the softmax in float32 (float64 for
@@ -70,12 +68,9 @@ def chunked_nll(
         bias: (vocabulary,) or None.
         scale: Factor of all logits (Cohere's logit_scale; 1 / logits_scaling of Granite).
         softcap: c, above 0 (Gemma 2, arXiv 2408.00118, sec. 2), or None.
-        chunk: Tokens whose logits exist at once (default: `auto_chunk`).
-    Returns:
-        (num_tokens,) float32 (float64 for float64), nats; differentiable once, with respect to hidden only.
-    Raises:
-        ValueError: If the chunk is not positive.
-        RuntimeError: In a backward pass with create_graph=True.
+        chunk: Tokens whose logits exist at once, above 0 (default: `auto_chunk`).
+    Returns: (num_tokens,) float32 (float64 for float64), nats; differentiable once, with respect to hidden only. A
+        backward pass with create_graph=True raises RuntimeError.
     """
     if chunk is None:
         chunk = auto_chunk(weight.shape[0], hidden.element_size())

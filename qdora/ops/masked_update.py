@@ -60,9 +60,7 @@ class MaskedUpdate(NamedTuple):
         """dy (s g M o B A): (tokens, out) -> (tokens, in) in dy's dtype."""
         dx = dy.new_zeros(dy.shape[0], self.lora_A.shape[1])
         for rows in row_blocks(self.lora_B.shape[0]):
-            delta = self._dense_rows(rows, dy.dtype)
-            dx.addmm_(dy[:, rows], delta)
-            del delta
+            dx.addmm_(dy[:, rows], self._dense_rows(rows, dy.dtype))
         return dx
 
     def _dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -25,9 +25,7 @@ BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class NestedScales:
-    """Decodes the 8-bit block scales q of double quantisation.
-
-    scale = code[q] * absmax[block // 256] + offset
+    """Decodes the 8-bit block scales q of double quantisation: scale = code[q] * absmax[block // 256] + offset.
 
     Source: QLoRA, arXiv 2305.14314, sec. 3.
     """
@@ -43,11 +41,9 @@ class PackedWeight:
 
     Attributes:
         kind: "nf4", "fp4", "int8", or a research format: "int4", "nf3", "nf2" (see `codebooks`).
-        shape: (out, in) of the dense weight.
         block_size: Weights per block scale, counted along the flattened rows; `in` for int8.
         packed: (ceil(out * in / 2),) uint8, first of two weights in the high nibble. int8: (out, in) int8.
         absmax: Block scales, (blocks,) float32, or (blocks,) uint8 if double quantised; int8: (out,) float32.
-        nested: Decodes double quantised scales, else None.
     """
 
     kind: Kind
@@ -127,9 +123,8 @@ def _layout(
 def from_tensors(kind: str, shape: tuple[int, int], block_size: int, tensors: Mapping[str, Tensor]) -> PackedWeight:
     """The inverse of `PackedWeight.tensors`; shares their memory.
 
-    Raises:
-        ValueError: If the kind or block size is unknown, or a tensor is missing, unknown or of a wrong shape or dtype;
-            one line per fault.
+    Raises ValueError: If the kind or block size is unknown, or a tensor is missing, unknown or of a wrong shape or
+        dtype; one line per fault.
     """
     layout = _layout(kind, shape, block_size, "nested_absmax" in tensors)
     faults = [f"unknown tensor '{name}'.{nearest(name, layout)}" for name in tensors if name not in layout]
@@ -156,8 +151,7 @@ def empty_packed(
 ) -> PackedWeight:
     """A packed weight with uninitialised tensors, to fill, or to measure on "meta" or under FakeTensorMode.
 
-    Raises:
-        ValueError: If the kind, shape or block size is not supported.
+    Raises ValueError: If the kind, shape or block size is not supported.
     """
     layout = _layout(kind, shape, block_size, double_quant and kind != "int8")
     tensors = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in layout.items()}
@@ -191,17 +185,15 @@ def quantize(
 ) -> PackedWeight:
     """Quantise a dense weight on its device, with the plain-torch definition.
 
-    A base does not depend on the device that quantised it. The peak beside the weight is about twice the result
-    (266 MiB for 512 MiB of bf16), plus a copy of a weight that is not contiguous.
+    A base does not depend on the device that quantised it. The peak beside the weight is about twice the result (266
+    MiB for 512 MiB of bf16), plus a copy of a weight that is not contiguous.
 
     Args:
         weight: (out, in), any float dtype; rounded to float32 first.
-        kind: One of `KINDS`.
         block_size: One of `BLOCK_SIZES`; not used by int8, which has one scale a row.
         double_quant: Store the block scales in 8 bits; not used by int8.
         name: The weight's name in an error.
-    Raises:
-        ValueError: If the weight is not a matrix of finite floats, is empty, or an argument is not allowed.
+    Raises ValueError: If the weight is not a matrix of finite floats, is empty, or an argument is not allowed.
     """
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
         raise ValueError(f"{name} must be a float matrix (out, in), got {tuple(weight.shape)} {weight.dtype}.")
@@ -239,13 +231,10 @@ def decode_4bit(
 
 @torch.no_grad()
 def block_scales(packed: PackedWeight) -> Tensor:
-    """The block scales, decoded if they are double quantised.
+    """The block scales (blocks,) float32, decoded if they are double quantised; for int8 (out,), each row's absmax.
 
     With double quantisation the scale of a block can come out slightly below 0, or not 0 for a zero block. Its zero
-    weights stay zero all the same: their value is 0 whatever the scale.
-
-    Returns:
-        (blocks,) float32; for int8 (out,), the absmax of each row. Shares memory with `packed` unless nested.
+    weights stay zero all the same: their value is 0 whatever the scale. Shares memory with `packed` unless nested.
     """
     nested = packed.nested
     if nested is None:

@@ -14,17 +14,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError
 from qdora.ops.sparsity import Group, SparsityPattern, check_shape, keep_mask, lowest, num_pruned
-
-METHODS = ("magnitude", "wanda", "sparsegpt")
 
 DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
-
 BLOCK_COLUMNS = 128
 """Columns whose mask SparseGPT chooses together. Source: SparseGPT, arXiv 2301.00774, sec. 3.3 and 4."""
-
 # Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
 _ENTRIES_PER_SLICE = 1 << 24
 
@@ -37,12 +33,9 @@ class Pruned(NamedTuple):
 
 
 class InputStatistics:
-    """Statistics of a layer's inputs, added up over batches of calibration text in float32.
+    """Statistics of a layer's inputs, added up over batches of calibration text in float32 on `device`.
 
-    Args:
-        in_features: Columns of the layer.
-        method: "wanda" adds up squares per column, "sparsegpt" all of X^T X.
-        device: Holds the sums.
+    For "wanda" they are the squares of each column, for "sparsegpt" all of X^T X.
     """
 
     def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
@@ -72,7 +65,7 @@ class InputStatistics:
 @torch.no_grad()
 def prune_weight(
     weight: Tensor,
-    method: str,
+    method: Literal["magnitude", "wanda", "sparsegpt"],
     pattern: SparsityPattern,
     *,
     statistics: InputStatistics | None = None,
@@ -80,25 +73,17 @@ def prune_weight(
     damping: float = DAMPING,
     name: str = "weight",
 ) -> Pruned:
-    """Prune a dense weight.
+    """Prune a dense weight, (out, in) in any float dtype, which does not change.
 
     Args:
-        weight: (out, in), any float dtype; not changed.
-        method: One of `METHODS`.
-        pattern: The pattern of the zeros.
         statistics: Statistics of the layer's inputs for this method; required by wanda and sparsegpt.
         group: The weights that an unstructured pattern compares (default: the whole tensor for magnitude, each row for
             Wanda, its paper, sec. 3). sparsegpt compares within blocks of columns and takes none.
         damping: See `sparsegpt`.
         name: The weight's name in an error.
-    Raises:
-        ValueError: Weights that are not finite, a pattern that does not fit, arguments that are missing or too many.
+    Raises ValueError: Weights that are not finite, or a pattern that does not fit.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got '{method}'.{nearest(method, METHODS)}")
-    if (statistics is None) != (method == "magnitude"):
-        needs = "needs" if statistics is None else "takes no"
-        raise ValueError(f"{name}: {method} {needs} statistics of the layer's inputs.")
+    assert (statistics is None) == (method == "magnitude"), "only magnitude takes no statistics"
     num_bad = weight.numel() - int(weight.isfinite().sum())
     if num_bad:
         raise UserError(
@@ -109,8 +94,7 @@ def prune_weight(
     check_shape(pattern, (weight.shape[0], weight.shape[1]), name)
     if method == "sparsegpt":
         assert statistics is not None
-        if group is not None:
-            raise ValueError("sparsegpt takes no group: it compares within blocks of columns.")
+        assert group is None
         return sparsegpt(weight, statistics.sums, pattern, damping=damping, name=name)
     scores = magnitude_scores(weight) if statistics is None else wanda_scores(weight, statistics.column_squares)
     keep = keep_mask(scores, pattern, group or ("tensor" if method == "magnitude" else "row"))
@@ -125,14 +109,10 @@ def magnitude_scores(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
-    """(|w_ij| ||x_j||)^2, (out, in) float32 (float64 for float64 weights).
+    """(|w_ij| ||x_j||)^2, (out, in) float32 (float64 for float64 weights). Source: Wanda, arXiv 2306.11695, eq. 1.
 
-    Source: Wanda, arXiv 2306.11695, eq. 1.
-
-    Args:
-        weight: (out, in).
-        column_squares: ||x_j||^2 over the calibration tokens, (in,). If all are 0 (an expert without tokens), every
-            column counts the same.
+    `column_squares` is ||x_j||^2 over the calibration tokens, (in,). If all are 0 (an expert without tokens), every
+    column counts the same.
     """
     scores = magnitude_scores(weight)
     largest = column_squares.max()
@@ -144,19 +124,14 @@ def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sparsegpt(
-    weight: Tensor,
-    input_products: Tensor,
-    pattern: SparsityPattern,
-    *,
-    damping: float = DAMPING,
-    name: str = "weight",
+    weight: Tensor, input_products: Tensor, pattern: SparsityPattern, *, damping: float = DAMPING, name: str = "weight"
 ) -> Pruned:
     """Remove weights column by column, and move each error on to the columns behind it.
 
-    With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, removing w_ij costs w_ij^2 / V_jj^2, and
-    w_i,j: -= (w_ij / V_jj) V_j,j: compensates best. V_jj^2 is the entry of the inverse of H restricted to columns j and
-    later. Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1. V comes from the Cholesky factor of H with its
-    order reversed and one triangular inverse; H itself is never inverted.
+    With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, removing w_ij costs w_ij^2 / V_jj^2, and w_i,j:
+    -= (w_ij / V_jj) V_j,j: compensates best. V_jj^2 is the entry of the inverse of H restricted to columns j and later.
+    Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1. V comes from the Cholesky factor of H with its order
+    reversed and one triangular inverse; H itself is never inverted.
 
     An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, over all rows, from the weights as corrected
     so far; an n:m mask for m columns at a time. Whole columns are chosen before the first one is removed. Whole rows
@@ -166,14 +141,9 @@ def sparsegpt(
     Args:
         weight: (out, in), any float dtype; not changed.
         input_products: X^T X over the calibration tokens, (in, in), float32 or float64; the sums run in its dtype.
-        pattern: An unstructured one has round(sparsity * out * in) zeros.
         damping: Added to the diagonal, as a share of its mean; above 0.
-        name: The weight's name in an error.
-    Raises:
-        UserError: If the damped H is not positive definite.
+    Raises UserError: If the damped H is not positive definite.
     """
-    if not damping > 0:
-        raise ValueError(f"damping must be above 0, got {damping}.")
     factor = _inverse_factor(input_products, damping, name)
     work = weight.to(input_products.dtype, copy=True)
     if pattern.kind == "rows":
@@ -236,9 +206,7 @@ def _remove_columns(
 ) -> Tensor:
     """Remove the pruned weights of a block and correct its later columns, in place; choose an n:m mask on the way.
 
-    Returns:
-        w / V_jj of every removed weight at its removal, (out, columns of the block); it corrects the columns behind the
-        block.
+    Returns: w / V_jj of every removed weight at its removal, (out, columns); it corrects the columns behind the block.
     """
     errors = torch.empty_like(work[:, columns])
     for column in range(columns.start, columns.stop):

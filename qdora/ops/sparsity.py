@@ -38,8 +38,7 @@ class SparsityPattern:
 def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
     """A pattern by name: "unstructured", "rows", "columns" with a sparsity, or "n:m" (n of m kept), which implies it.
 
-    Raises:
-        ValueError: An unknown name, a sparsity that is missing, out of range, or given with n:m.
+    Raises ValueError: An unknown name, a sparsity that is missing, out of range, or given with n:m.
     """
     found = _N_OF_M.fullmatch(name)
     if found:
@@ -73,11 +72,7 @@ def check_shape(pattern: SparsityPattern, shape: tuple[int, int], name: str = "w
 def lowest(scores: Tensor, count: int) -> Tensor:
     """The `count` lowest entries of each group; of equal entries the first.
 
-    Args:
-        scores: (groups, size), float32 or float64, finite.
-        count: 0 to size.
-    Returns:
-        (groups, size) bool with exactly `count` True in every row.
+    `scores` is (groups, size), float32 or float64, finite. The result, bool, has exactly `count` True in every row.
     """
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -95,17 +90,14 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") -> Tensor:
-    """The mask of a pattern that keeps the highest scores.
+    """The mask (out, in) of a pattern that keeps the highest scores.
 
     Args:
         scores: Cost of removing each weight, (out, in), finite, not negative. The cost of a row or column is the sum
             over its weights.
         pattern: Its counts are exact: round(sparsity * size) per group are pruned, and m - n of every m.
         group: Of an unstructured pattern: the whole tensor, or each row.
-    Returns:
-        (out, in) bool, True = keep.
-    Raises:
-        ValueError: If in_features is no multiple of m.
+    Raises ValueError: If in_features is no multiple of m.
     """
     rows, columns = scores.shape
     check_shape(pattern, (rows, columns))
@@ -133,11 +125,7 @@ def mask_bits(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mask_from_bits(bits: Tensor, shape: tuple[int, int], rows: slice | None = None) -> Tensor:
-    """The inverse of `mask_bits`, or only some of its rows: (rows, in) bool.
-
-    Raises:
-        ValueError: If the bits do not fit the shape.
-    """
+    """The inverse of `mask_bits`, or some of its rows: (rows, in) bool. Raises ValueError if the sizes differ."""
     numel = shape[0] * shape[1]
     if bits.dtype != torch.uint8 or bits.shape != (-(-numel // 8),):
         raise ValueError(f"a mask of {shape} must be ({-(-numel // 8)},) uint8, got {tuple(bits.shape)} {bits.dtype}.")

@@ -1,9 +1,8 @@
 """A float32 number kept as a bfloat16 and 16 more bits, so that bf16 storage loses no update.
 
 The bf16 half is the float32 rounded to nearest, and the layers multiply with it. The int16 half is the distance of the
-two bit patterns. Joining them gives the float32 back, bit for bit. An optimizer that joins, updates in float32 and
-splits again trains exactly as with float32 parameters, at 4 bytes a parameter in place of the 6 of a bf16 copy beside a
-float32 master.
+two bit patterns, and joining them gives the float32 back, bit for bit. An optimizer that joins, updates in float32 and
+splits again trains exactly as with float32 parameters, at 4 bytes a parameter; a bf16 copy and a float32 master take 6.
 """
 
 from __future__ import annotations
@@ -13,13 +12,10 @@ from torch import Tensor
 
 
 def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> (bfloat16 nearest, int16 remainder of the bit pattern).
+    """float32, finite -> (bfloat16 nearest, int16 remainder of the bit pattern).
 
-    Args:
-        master: float32, any shape, finite.
-    Returns:
-        high: bfloat16, master rounded to nearest (ties away from zero: the remainder of a tie is -2^15).
-        low: int16, bits(master) - bits(high) in units of the last float32 bit.
+    The bfloat16 is rounded to nearest, ties away from zero: the remainder of a tie is -2^15. The remainder is
+    bits(master) - bits(high) in units of the last float32 bit.
     """
     bits = master.contiguous().view(torch.int32)
     # Adding half of bf16's last bit and cutting rounds to nearest in sign-magnitude order; the carry into the exponent

@@ -18,7 +18,6 @@ from qdora.ops.planned_device import device_kind
 
 Weight = PackedWeight | Tensor
 """A frozen weight (out, in), packed or dense."""
-
 Tile = tuple[slice, Tensor]
 """The rows (or columns) that a dense tile covers, and the tile."""
 
@@ -26,15 +25,12 @@ Tile = tuple[slice, Tensor]
 # large products: with 64 MiB a layer of 4096 x 14336 has two tiles and one of 8192 x 28672 eight.
 _CPU_TILE_BYTES = 16 << 20
 _GPU_TILE_BYTES = 64 << 20
-
 # A weight that must be cut on a CPU is cut into tiles of about this size, which are still in the cache when they are
 # multiplied. Tiles of 16 MiB take longer (benchmarks/results/tried.json).
 _CPU_CUT_BYTES = 8 << 20
-
 # Rows (or columns) of a tile on a CPU. oneDNN's bf16 product of 1,024 tokens reaches 2.2 TFLOP/s with 1,024 outputs and
 # 1.9 with 256, but 1.1 with 384 to 768 on a CPU with AMX and two threads.
 _LONG, _SHORT = 1024, 256
-
 # On a GPU the runs are equally long, since a short last one would leave most of the chip idle for a whole launch, and
 # multiples of the output tile of cuBLAS's 16-bit kernels.
 _GPU_STEP = 128
@@ -46,13 +42,11 @@ def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 1) -> list[slice]:
-    """Cut a dimension into runs whose tiles stay within the budget.
+    """Cut a dimension of length `total` into runs whose tiles stay within the budget of a "cpu" or "cuda".
 
     Args:
-        total: Length of the dimension.
         other: Length of the other dimension of a tile.
         itemsize: Bytes of an element of a tile.
-        device_type: "cpu" or "cuda"; sets the budget.
         align: Every run but the last starts and ends at a multiple of this.
     """
     budget = _CPU_TILE_BYTES if device_type == "cpu" else _GPU_TILE_BYTES
@@ -88,12 +82,10 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
     """Dense tiles of whole rows of diag(row_factor) W, in order.
 
     Args:
-        weight: (out, in).
         dtype: Of the tiles, any float dtype. Products of codes, scales and factors are float32, then cast once.
         row_factor: (out,) float32 (float64 for float64 weights), or None for 1.
-    Yields:
-        (rows, tile (rows, in)). Read the tile before taking the next one; it may share memory with the weight. A loop
-        that ends with `del tile` holds one at a time; else each tile lives until the next one is made.
+    Yields: (rows, tile (rows, in)). Read the tile before taking the next one; it may share memory with the weight. A
+        loop that ends with `del tile` holds one at a time; else each tile lives until the next one is made.
     """
     if isinstance(weight, Tensor):
         if row_factor is None and weight.dtype == dtype:
@@ -117,10 +109,8 @@ def with_own_scales(weight: Weight, row_factor: Tensor | None = None) -> PackedW
     """diag(row_factor) W as a packed weight that shares W's codes and has decoded block scales of its own.
 
     Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without decoding the scales in each call.
-    This pays for products of few rows and takes 32 bits for each block.
-
-    Returns:
-        None for a dense weight, and if blocks cross rows: a scale then does not belong to one row.
+    This pays for products of few rows and takes 32 bits for each block. None for a dense weight, and if blocks cross
+    rows: a scale then does not belong to one row.
     """
     if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
         return None
@@ -129,12 +119,9 @@ def with_own_scales(weight: Weight, row_factor: Tensor | None = None) -> PackedW
 
 
 def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
-    """Dense tiles of whole columns of diag(row_factor) W, in order; see `row_tiles`.
+    """Dense tiles (out, columns) of whole columns of diag(row_factor) W, in order; see `row_tiles`.
 
     A weight whose blocks cross rows comes as one tile; with blocks of 64 no common model has one.
-
-    Yields:
-        (columns, tile (out, columns)).
     """
     if isinstance(weight, PackedWeight) and weight.shape[1] % weight.block_size:
         yield slice(0, weight.shape[1]), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from qdora.data.encode import encode_batch, special_prefix
 from qdora.data.mix import Mix
-from qdora.data.tokenize import TokenizedSet
+from qdora.data.tokenize import TokenizedSet, encode_batch, special_prefix
 from qdora.errors import UserError
 from qdora.evaluation.perplexity import read_texts
 from qdora.recipe.settings import CalibrationConfig, Recipe

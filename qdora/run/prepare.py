@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of, read_data, tokenized_mix
+from qdora.data.build_data import (
+    MixPlan,
+    keep_mix,
+    large_step_warning,
+    make_loader,
+    micro_batch_tokens,
+    num_steps_of,
+    plan_mix,
+    read_data,
+    show_mix,
+    tokenized_mix,
+)
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
-from qdora.data.mix_plan import MixPlan, plan_mix
 from qdora.errors import UserError
 from qdora.evaluation.generation import generation_faults
+from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
 from qdora.plan.memory_plan import within_budget
 from qdora.plan.plan_contents import Plan
+from qdora.plan.plan_view import keep_plan, show_plan
 from qdora.plan.workload import workload_of_data
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
@@ -32,6 +46,8 @@ from qdora.run.task_conflicts import interference_faults
 from qdora.run.validation import selection_faults
 from qdora.train.distributed import Processes
 from qdora.train.task_weights import task_weight_faults
+
+logger = logging.getLogger("qdora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +113,19 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, force: boo
         memory_plan=memory_plan,
         calibration=calibration_tokens(applied, tokenizer, mix, load_config(source)) if pruned else None,
     )
+
+
+def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console) -> None:
+    """Show and keep what the run will see of its data and, with memory.budget, the memory that it will need."""
+    mix, memory = prepared.mix_plan, prepared.memory_plan
+    show_mix(console, mix)
+    processes.first(lambda: keep_mix(run, mix))
+    warning = large_step_warning(mix)
+    if warning is not None and processes.is_first:
+        logger.warning(warning)
+    if memory is not None:
+        show_plan(console, memory)
+        processes.first(lambda: keep_plan(run, memory))
 
 
 def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.analysis.allocate import LayerSpectrum, allocate, effective_rank
-from qdora.analysis.components import LEAST_DRAWS, Components, drawn_curvatures, exact_curvatures, layer_directions
+from qdora.analysis.components import LEAST_DRAWS, drawn_curvatures, exact_curvatures, layer_directions
 from qdora.analysis.curvature import CURVATURES, Curvature, CurvatureSettings, curvature_spectrum, fingerprint
 from qdora.analysis.differentiable import NORMS, Norm
 from qdora.analysis.rank_figures import draw_rank_map, draw_spectra
@@ -289,16 +289,14 @@ def _by_curvature(run: _Measured) -> tuple[Spectra, Details]:
         directions = layer_directions(model, limits, batches, progress=progress, **given)
     with bar(run.progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as progress:
         if draws:
-            curvatures = drawn_curvatures(model, directions, batches, draws=draws, progress=progress, **given)
+            components = drawn_curvatures(model, directions, batches, draws=draws, progress=progress, **given)
         else:
-            curvatures = exact_curvatures(model, directions, batches, progress=progress, **given)
+            components = exact_curvatures(model, directions, batches, progress=progress, **given)
     spectra: Spectra = {}
     details: Details = {"": {**about, "norm": run.norm, "draws": draws}}
     for name, layer in run.layers.items():
-        found, curvature = directions[name], curvatures[name]
-        components = Components(found.sizes, found.slopes, curvature.values, curvature.errors, found.tail)
-        spectra[name] = components.spectrum(limits[name], layer.in_features + layer.out_features)
-        details[name] = {"components": components.to_dict()}
+        spectra[name] = components[name].spectrum(limits[name], layer.in_features + layer.out_features)
+        details[name] = {"components": components[name].to_dict()}
     if run.asked.eigenvalues:
         for name, spectrum in _eigenvalues(run, batches, state).items():
             details[name]["spectrum" if name else "over_all"] = spectrum

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,26 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qdora.data.mix_plan import keep_mix, large_step_warning, show_mix
 from qdora.errors import Interrupted
 from qdora.files.console import consoles
 from qdora.files.environment import environment
 from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, failures_logged, log_to, resume_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import put_adapters, start_adapters
-from qdora.plan.plan_view import keep_plan, show_plan
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
 from qdora.run.load_base import keep_residency
-from qdora.run.prepare import PreparedRun, prepare
+from qdora.run.prepare import PreparedRun, prepare, show_plans
 from qdora.run.pruned_base import SharedBases, base_of_run
 from qdora.run.training import Training
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
+from qdora.train.interrupt import stop_on_signal
+from qdora.train.loop import fit
+from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
-
-logger = logging.getLogger("qdora")
+from qdora.train.progress import TrainingProgress
+from qdora.train.task_weights import task_weights
 
 
 def train_run(
@@ -61,7 +61,7 @@ def train_run(
         prepared = prepare(recipe, directory, processes, force=force)
         run = _open_directory(prepared, directory, processes, resume=resume)
         with log_to(run) if processes.is_first else nullcontext():
-            _show_plans(prepared, run, processes, progress)
+            show_plans(prepared, run, processes, progress)
             torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
             checkpoint = _newest_checkpoint(run, processes) if resume else None
             model = base_of_run(prepared, run, processes, progress, resume=resume, shared=shared_bases)
@@ -89,19 +89,6 @@ def _open_directory(prepared: PreparedRun, directory: Path, processes: Processes
     return run
 
 
-def _show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console) -> None:
-    """Show and keep what the run will see of its data and, with memory.budget, the memory that it will need."""
-    mix, memory = prepared.mix_plan, prepared.memory_plan
-    show_mix(console, mix)
-    processes.first(lambda: keep_mix(run, mix))
-    warning = large_step_warning(mix)
-    if warning is not None and processes.is_first:
-        logger.warning(warning)
-    if memory is not None:
-        show_plan(console, memory)
-        processes.first(lambda: keep_plan(run, memory))
-
-
 def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
     """The checkpoint that the first process finds: all processes continue from the same one."""
     found = processes.first(run.newest_checkpoint)
@@ -125,9 +112,37 @@ def _train(training: Training, checkpoint: Checkpoint | None, results: Console) 
     again = training.evaluates_again(start)
     active.processes.first(lambda: active.directory.truncate_metrics(start, evaluates_again=again))
     try:
-        training.run(start)
+        with training.recorded(start):
+            training.evaluate_base()
+            if training.state.optimizer is not None and start < active.num_steps and not training.is_over:
+                training.num_done = _fit(training, training.state.optimizer, start)
+                training.log_streams()
+            training.evaluate_and_save()
         return active.processes.first(lambda: training.conclude(results)) or {}
     except KeyboardInterrupt:
         newest = active.directory.newest_checkpoint()
         step, path = (0, None) if newest is None else (newest.step, newest.path)
         raise Interrupted(step, path, saved=False) from None
+
+
+def _fit(training: Training, optimizer: AdapterOptimizer, start: int) -> int:
+    """Take the optimizer steps after `start`; returns the number of steps done."""
+    active, chunk = training.active, training.active.recipe.memory.loss_chunk
+    bar = TrainingProgress(active.num_steps, start=start, console=active.console)
+    with stop_on_signal(active.processes) as stop, bar as progress:
+        return fit(
+            active.model,
+            optimizer,
+            active.loader,
+            active.recipe.train,
+            training.hooks(optimizer),
+            num_steps=active.num_steps,
+            device=active.model.device,
+            progress=progress,
+            stop=stop,
+            start_step=start,
+            processes=active.processes,
+            bad_steps=training.state.bad_steps,
+            loss_chunk=None if chunk == "auto" else chunk,
+            task_weights=task_weights(active.recipe, active.loader),
+        )

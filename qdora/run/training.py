@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,9 @@ from qdora.run.writer import RunWriter
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.figures import draw_figures
 from qdora.train.gates import Gates
-from qdora.train.interrupt import stop_on_signal
-from qdora.train.loop import Evaluated, Hooks, fit
+from qdora.train.loop import Evaluated, Hooks
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.progress import TrainingProgress
 from qdora.train.step_checks import BadSteps, MissingGradientCheck
-from qdora.train.task_weights import task_weights
 
 logger = logging.getLogger("qdora")
 
@@ -90,7 +88,7 @@ class Training:
         self._probed = probe_examples(recipe, tokenizer, validation) if probes else {}
         self.state = fresh_state(active, list(evaluated))
         self.writer = RunWriter(active, self.state)
-        self._num_done = 0
+        self.num_done = 0
 
     def restore(self, checkpoint: Path) -> int:
         """Load the state of a checkpoint whose adapter is already in the model. Returns its step."""
@@ -117,18 +115,59 @@ class Training:
         asked = self.active.recipe.eval
         return (step == 0 and asked.at_start) or (step == self.active.num_steps and asked.at_end)
 
-    def run(self, start: int) -> None:
-        """Train from step `start` to the end, evaluate, and write adapter/."""
-        self._num_done = start
+    @contextmanager
+    def recorded(self, start: int) -> Iterator[None]:
+        """Tell the trackers in the block; at its end draw the figures, also if the run is interrupted or fails."""
+        self.num_done = start
         if self.state.gates is not None and start == 0:
             self.state.gates.check_budget()
         with self.writer.trackers():
             try:
-                self._fit_and_evaluate(start)
-            finally:  # also if the run is interrupted or fails
+                yield
+            finally:
                 if self.active.processes.is_first:
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
                     write_interference(self.active.directory)
+
+    def evaluate_base(self) -> None:
+        """Evaluate the model before its first step, if the recipe asks for it."""
+        if self.num_done == 0 and self.active.recipe.eval.at_start and self.validation.examples:
+            base = self.active.processes.first(lambda: self.validation.measure(0, "base")) or {}
+            self.writer.write_metrics({"step": 0, **base})
+
+    def hooks(self, optimizer: AdapterOptimizer) -> Hooks:
+        """What the loop calls between its steps."""
+        recipe, gates, processes = self.active.recipe, self.state.gates, self.active.processes
+        probe = None
+        if self._probed:
+            probe = probe_hook(self.active, optimizer.parameters, self._probed, self.writer.write_metrics)
+        return Hooks(
+            write_metrics=self.writer.write_metrics,
+            save=self.writer.save_checkpoint,
+            evaluate=self._evaluate if self.validation.examples else None,
+            evaluate_every=recipe.eval.every,
+            keep_batch=self.writer.keep_batch,
+            probe=probe,
+            probe_every=recipe.interference.every,
+            begin_step=None if gates is None else gates.begin,
+            end_step=None if gates is None else partial(gates.end, optimizer=optimizer, processes=processes),
+            updated=None if recipe.base.residency == "device" else MissingGradientCheck(optimizer).updated,
+        )
+
+    def evaluate_and_save(self) -> None:
+        """Evaluate the state at the end and write adapter/: that of the best step, or by default the last."""
+        num_steps, best = self.active.num_steps, self.state.best
+        if self.state.optimizer is not None and best is None:
+            self.writer.save_final(self.num_done)
+        if self.active.recipe.eval.at_end and self.validation.examples and num_steps > 0 and not self.is_over:
+            self.writer.write_metrics({"step": num_steps, **self._evaluate(num_steps).line})
+        if best is not None:  # after the last evaluation, which may be the best
+            if self.is_over:
+                text = "Stopped early after step %d of %d: the last %d evaluations were not better."
+                logger.info(text, self.num_done, num_steps, best.num_since)
+            if best.step is not None:
+                logger.info("adapter/ is %s.", best_in_words(best.state_dict()))
+            self.writer.save_final(self.num_done)
 
     def conclude(self, results: Console) -> dict[str, Any]:
         """Write the model card, show the results and return the summary as JSON values. For the first process."""
@@ -143,8 +182,8 @@ class Training:
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
         return {
             "run": str(run.path),
-            "num_steps": self._num_done,
-            "stopped_early": self._is_over(),
+            "num_steps": self.num_done,
+            "stopped_early": self.is_over,
             "num_skipped": self.state.bad_steps.num_skipped,
             "best": adapter_record(run),
             "final_loss": losses[-1] if losses else None,
@@ -153,74 +192,11 @@ class Training:
             "evaluations": {label: result.to_dict() for label, result in self.validation.results.items()},
         }
 
-    def _fit_and_evaluate(self, start: int) -> None:
-        asked, num_steps = self.active.recipe.eval, self.active.num_steps
-        optimizer, best = self.state.optimizer, self.state.best
-        if start == 0 and asked.at_start and self.validation.examples:
-            base = self.active.processes.first(lambda: self.validation.measure(0, "base")) or {}
-            self.writer.write_metrics({"step": 0, **base})
-        if optimizer is not None and start < num_steps and not self._is_over():
-            self._num_done = self._fit(optimizer, start)
-            self._log_streams()
-        if optimizer is not None and best is None:
-            self.writer.save_final(self._num_done)
-        if asked.at_end and self.validation.examples and num_steps > 0 and not self._is_over():
-            self.writer.write_metrics({"step": num_steps, **self._evaluate(num_steps).line})
-        if best is not None:  # after the last evaluation, which may be the best
-            if self._is_over():
-                text = "Stopped early after step %d of %d: the last %d evaluations were not better."
-                logger.info(text, self._num_done, num_steps, best.num_since)
-            if best.step is not None:
-                logger.info("adapter/ is %s.", best_in_words(best.state_dict()))
-            self.writer.save_final(self._num_done)
-
-    def _is_over(self) -> bool:
+    @property
+    def is_over(self) -> bool:
         """Whether the evaluations ended the run before its last step."""
         best = self.state.best
-        return best is not None and best.is_over and self._num_done < self.active.num_steps
-
-    def _fit(self, optimizer: AdapterOptimizer, start: int) -> int:
-        """Take the optimizer steps after `start`. Returns the number of steps done."""
-        active, gates = self.active, self.state.gates
-        recipe, chunk = active.recipe, active.recipe.memory.loss_chunk
-        hooks = Hooks(
-            write_metrics=self.writer.write_metrics,
-            save=self.writer.save_checkpoint,
-            evaluate=self._evaluate if self.validation.examples else None,
-            evaluate_every=recipe.eval.every,
-            keep_batch=self.writer.keep_batch,
-            probe=self._probe(optimizer),
-            probe_every=recipe.interference.every,
-            begin_step=None if gates is None else gates.begin,
-            end_step=None if gates is None else partial(gates.end, optimizer=optimizer, processes=active.processes),
-            updated=None if recipe.base.residency == "device" else MissingGradientCheck(optimizer).updated,
-        )
-        with (
-            stop_on_signal(active.processes) as stop,
-            TrainingProgress(active.num_steps, start=start, console=active.console) as progress,
-        ):
-            return fit(
-                active.model,
-                optimizer,
-                active.loader,
-                recipe.train,
-                hooks,
-                num_steps=active.num_steps,
-                device=active.model.device,
-                progress=progress,
-                stop=stop,
-                start_step=start,
-                processes=active.processes,
-                bad_steps=self.state.bad_steps,
-                loss_chunk=None if chunk == "auto" else chunk,
-                task_weights=task_weights(recipe, active.loader),
-            )
-
-    def _probe(self, optimizer: AdapterOptimizer) -> Callable[[int], None] | None:
-        """The measurement of interference between tasks, if the recipe asks for it."""
-        if not self._probed:
-            return None
-        return probe_hook(self.active, optimizer.parameters, self._probed, self.writer.write_metrics)
+        return best is not None and best.is_over and self.num_done < self.active.num_steps
 
     def _evaluate(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and decide whether that is the best step and whether the run is over."""
@@ -234,7 +210,8 @@ class Training:
         state = {key: each for key, each in best.state_dict().items() if key != "question"}
         return Evaluated({**line, "best": state}, save=better, stop=best.is_over)
 
-    def _log_streams(self) -> None:
+    def log_streams(self) -> None:
+        """Log how much of each streamed source the run has seen."""
         for part in self.active.loader.streams:
             seen = part.position
             counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)

@@ -24,8 +24,8 @@ from qdora.run.experiment_trackers import tracking
 from qdora.run.validation import BEST_FILE
 from qdora.train.best import best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
+from qdora.train.loop import Metrics
 from qdora.train.step_checks import BadStep
-from qdora.train.step_gradient import Metrics
 
 logger = logging.getLogger("qdora")
 

@@ -38,16 +38,19 @@ def write_state(
     random: Sequence[Mapping[str, str]],
     policies: Mapping[str, Any],
 ) -> None:
-    """Write everything but the parameters into an existing directory.
+    """Write everything but the parameters into an existing directory; `step` steps are done.
 
     Args:
-        step: Steps done.
-        optimizer, loader_state: Equal in all processes.
         random: `random_text` of every process, in the order of ranks.
         policies: Name -> JSON values that a resumed run continues with.
     """
     _save(optimizer.state_tensors(), directory / "optimizer.safetensors")
-    _save(_random_tensors(random), directory / "random.safetensors")
+    tensors = {
+        _numbered(kind, rank): torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+        for rank, states in enumerate(random)
+        for kind, text in states.items()
+    }
+    _save(tensors, directory / "random.safetensors")
     state = {"format": FORMAT, "step": step, "loader": dict(loader_state), "policies": dict(policies)}
     (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
 
@@ -106,11 +109,8 @@ def read_state(
         names = set(file.keys())
         before = sum(name.startswith("cpu") for name in names)
         if before != processes.size:
-            logger.warning(
-                "The checkpoint is from %d processes, this run has %d: same data, different dropout.",
-                before,
-                processes.size,
-            )
+            text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
+            logger.warning(text, before, processes.size)
         places = {kind: _numbered(kind, processes.rank) for kind in ("cpu", "cuda")}
         mine = {kind: file.get_tensor(name) for kind, name in places.items() if name in names}
     if mine:
@@ -143,14 +143,6 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
 def random_text() -> dict[str, str]:
     """The state of this process's generators in hexadecimal, as JSON for the process that writes the checkpoint."""
     return {kind: state.numpy().tobytes().hex() for kind, state in random_state().items()}
-
-
-def _random_tensors(random: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-    return {
-        _numbered(kind, rank): torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
-        for rank, states in enumerate(random)
-        for kind, state in states.items()
-    }
 
 
 def _numbered(kind: str, rank: int) -> str:

@@ -1,12 +1,9 @@
 """Data-parallel training: each process holds the frozen base and trains on a share of every step's examples.
 
-In each step the processes exchange the sum of the adapters' gradients (a few million numbers, in one all-reduce after
-the last micro-batch) and one line of JSON. The model has no wrapper: torch's DistributedDataParallel reduces gradients
-in every micro-batch and keeps buffers for the whole run, and there is little time to hide: 20 M float32 gradients take
-milliseconds.
-
-The parameters stay equal because all processes start from the same parameters, compute the same sums and take the same
-step; `require_equal` checks it before every checkpoint.
+In each step the processes exchange the sum of the adapters' gradients, in one all-reduce after the last micro-batch,
+and one line of JSON. DistributedDataParallel would reduce in every micro-batch and keep buffers for the whole run, to
+hide milliseconds (20 M float32 gradients). All processes start from the same parameters, compute the same sums and take
+the same step; `require_equal` checks before every checkpoint that their parameters are equal.
 """
 
 from __future__ import annotations
@@ -42,13 +39,9 @@ class OtherProcessFailed(RunFailure):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train one run together; by default a single one, which communicates with none.
+    """The processes that train one run together: this one is number `rank` of `size`, by default the only one.
 
     Every method must be called by all processes, in the same order.
-
-    Attributes:
-        rank: Number of this process, from 0.
-        size: Number of processes.
     """
 
     rank: int = 0
@@ -72,15 +65,10 @@ class Processes:
         pairs = zip(padded, lengths, strict=True)
         return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in pairs]
 
-    def any(self, flag: bool) -> bool:
-        """Whether at least one process sets the flag."""
-        return any(self.gather(flag))
-
     def first(self, action: Callable[[], T]) -> T | None:
         """Run the action in the first process while the others wait; returns its result there, None elsewhere.
 
-        Raises:
-            OtherProcessFailed: In the others, if the action raised in the first.
+        If it raises there, the others raise OtherProcessFailed.
         """
         if self.size == 1:
             return action()
@@ -126,11 +114,7 @@ class Processes:
                 parameter.copy_(value)  # raises the version, so that a cached norm is computed again
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
-        """Check that all processes hold the same values, by a sum over the bits of each tensor.
-
-        Raises:
-            RunFailure: In all processes, if one of them differs.
-        """
+        """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
         if self.size == 1:
             return
         sums = self.gather([_bit_sum(parameter) for parameter in parameters.values()])
@@ -148,10 +132,7 @@ def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
 
     On CUDA each process takes the GPU of its local rank. Gradients go through NCCL; everything else goes through gloo
-    on the host, so that no GPU waits for it.
-
-    Raises:
-        UserError: This machine has fewer GPUs than processes.
+    on the host, so that no GPU waits for it. With fewer GPUs than processes a UserError is raised.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -186,8 +167,7 @@ def free_host_bytes() -> int | None:
 
 
 def seed_of(seed: int, rank: int, step: int = 0) -> int:
-    """The seed of a process's own random numbers (its dropout); the run's own `seed` for the first process at step
-    0."""
+    """The seed of a process's own random numbers (its dropout): `seed` for the first process at step 0."""
     if rank == 0 and step == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:7])

@@ -1,13 +1,10 @@
-"""Pictures of a run, drawn from its metrics: loss, validation NLL and accuracy per task, learning rate, gradient norm,
-memory, tokens/s.
-
-The picture of an interference report: cosines between tasks, those beyond noise in bold.
-"""
+"""Figures of a run, drawn from its metrics over the steps, and the cosines between tasks of an interference report."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +20,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qdora")
 
 Lines = Sequence[Mapping[str, Any]]
+_Plot = Callable[["Axes", Lines, NDArray[np.float64]], None]
 
 
 def smooth(values: NDArray[np.float64], weights: NDArray[np.float64], half_life: float) -> NDArray[np.float64]:
     """Running ratio of exponentially faded sums, sum(values) / sum(weights): a mean over tokens, not over steps.
 
-    Args:
-        values: (steps,) summed NLL.
-        weights: (steps,) number of tokens; a step without tokens keeps the last value.
-        half_life: Steps after which a contribution counts half.
-    Returns:
-        (steps,), NaN before the first token.
+    `values` are summed NLL and `weights` numbers of tokens, (steps,). After `half_life` steps a contribution counts
+    half. Returns (steps,), NaN before the first token; a step without tokens keeps the last value.
     """
     keep = 0.5 ** (1.0 / half_life)
     total = count = 0.0
@@ -49,35 +43,40 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
     """Draw every figure over optimizer steps, as SVG; one that cannot be drawn is logged and never raises.
 
     Args:
-        metrics: Lines of metrics.jsonl: of training steps, and of evaluations, of which the figures named validation_*
-            are drawn; the rest is left out.
-        directory: Where loss_per_task, learning_rate, gradient_norm, memory, tokens_per_second, validation_nll and
-            (where there are choices) validation_accuracy go, and mean_rank of a run with gates; made if needed.
+        metrics: Lines of metrics.jsonl. Those of training steps and of evaluations are drawn; the others are left out.
+        directory: Where the figures go (see `_PLOTS`); made if needed. mean_rank is drawn for a run with gates,
+            validation_nll with evaluations, and validation_accuracy if their tasks have choices.
     Returns:
         The files that were drawn; none where no step was trained.
     """
     steps = [line for line in metrics if "tasks" in line]
     evaluations = [line for line in metrics if "eval" in line]
-    with_choices = any(task["acc"] is not None for line in evaluations for task in line["eval"].values())
-    found = {name: (plot, steps) for name, plot in _PLOTS.items()}
-    found |= {name: (plot, evaluations) for name, plot in _VALIDATION_PLOTS.items() if evaluations}
     gated = [line for line in steps if "gates" in line]
-    found |= {"mean_rank": (_mean_rank, gated)} if gated else {}
-    if not with_choices:
-        found.pop("validation_accuracy", None)
+    with_choices = any(task["acc"] is not None for line in evaluations for task in line["eval"].values())
+    lines = dict.fromkeys(_PLOTS, steps) | {
+        "validation_nll": evaluations,
+        "validation_accuracy": evaluations if with_choices else [],
+        "mean_rank": gated,
+    }
     drawn = []
-    for name, (plot, lines) in found.items() if steps else ():
+    for name, plot in _PLOTS.items() if steps else ():
         path = directory / f"{name}.svg"
-        try:
-            _draw(lines, plot, path)
-        except Exception as error:  # the run is worth more than its pictures: fonts, a full disk, a strange metric
-            logger.warning("figures/%s was not drawn: %s: %s", path.name, type(error).__name__, error)
-        else:
+        if lines[name] and _drawn(path, partial(_draw, lines[name], plot)):
             drawn.append(path)
     return drawn
 
 
-def _draw(lines: Lines, plot: Callable[[Axes, Lines, NDArray[np.float64]], None], path: Path) -> None:
+def _drawn(path: Path, draw: Callable[[Path], None]) -> bool:
+    """Draw a figure; returns whether that worked. A failure is logged."""
+    try:
+        draw(path)
+    except Exception as error:  # the run is worth more than its pictures: fonts, a full disk, a strange metric
+        logger.warning("figures/%s was not drawn: %s: %s", path.name, type(error).__name__, error)
+        return False
+    return True
+
+
+def _draw(lines: Lines, plot: _Plot, path: Path) -> None:
     with svg_file(path, 8, 4.5) as figure:
         axes = figure.add_subplot()
         plot(axes, lines, np.array([line["step"] for line in lines], dtype=float))
@@ -98,35 +97,23 @@ def _loss_per_task(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> No
     axes.legend(fontsize="small", ncols=2)
 
 
-def _learning_rate(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
-    axes.plot(numbers, [line["lr"] for line in steps], gid="values")
-    axes.set_ylabel("learning rate")
+def _curve(
+    value: Callable[[Mapping[str, Any]], float], label: str, *, from_zero: bool = False, has_spikes: bool = False
+) -> _Plot:
+    """A plot of one number a step."""
+
+    def plot(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
+        axes.plot(numbers, [value(line) for line in steps], gid="values")
+        axes.set_ylabel(label)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if has_spikes:
+            axes.set_yscale("symlog", linthresh=1e-3)  # spikes are decades above the rest; zero is possible
+
+    return plot
 
 
-def _mean_rank(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
-    axes.plot(numbers, [line["gates"]["mean_rank"] for line in steps], gid="values")
-    axes.set_ylabel("living components of a layer, mean")
-
-
-def _gradient_norm(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
-    axes.plot(numbers, [line["gradient_norm"] for line in steps], gid="values")
-    axes.set_ylabel("gradient norm before clipping")
-    axes.set_yscale("symlog", linthresh=1e-3)  # spikes are decades above the rest; zero is possible
-
-
-def _memory(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
-    axes.plot(numbers, [line["time"]["peak_memory_bytes"] / 2**30 for line in steps], gid="values")
-    axes.set_ylabel("peak memory so far, GiB")
-    axes.set_ylim(bottom=0)
-
-
-def _tokens_per_second(axes: Axes, steps: Lines, numbers: NDArray[np.float64]) -> None:
-    axes.plot(numbers, [line["num_tokens"] / line["time"]["step_seconds"] for line in steps], gid="values")
-    axes.set_ylabel("tokens per second, padding not counted")
-    axes.set_ylim(bottom=0)
-
-
-def _validation(axes: Axes, evaluations: Lines, metric: str) -> None:
+def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *, metric: str, label: str) -> None:
     """A line per task and one of their average, with the value of the untrained base as a level."""
     names = list(dict.fromkeys(name for line in evaluations for name in line["eval"]))
     curves = [
@@ -141,50 +128,33 @@ def _validation(axes: Axes, evaluations: Lines, metric: str) -> None:
         (line,) = axes.plot(*zip(*known, strict=True), marker=".", label=name, gid=f"values {name}", **style)
         if known[0][0] == 0:
             axes.axhline(known[0][1], color=line.get_color(), linestyle=":", linewidth=0.8)
+    axes.set_ylabel(f"validation {label} (dotted: base)")
     axes.legend(fontsize="small", ncols=2)
 
 
-def _validation_nll(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64]) -> None:
-    _validation(axes, evaluations, "nll_per_token")
-    axes.set_ylabel("validation NLL, nats per answer token (dotted: base)")
-
-
-def _validation_accuracy(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64]) -> None:
-    _validation(axes, evaluations, "acc")
-    axes.set_ylabel("validation accuracy (dotted: base)")
-
-
-_VALIDATION_PLOTS: dict[str, Callable[[Axes, Lines, NDArray[np.float64]], None]] = {
-    "validation_nll": _validation_nll,
-    "validation_accuracy": _validation_accuracy,
-}
-_PLOTS: dict[str, Callable[[Axes, Lines, NDArray[np.float64]], None]] = {
+_PLOTS: dict[str, _Plot] = {
     "loss_per_task": _loss_per_task,
-    "learning_rate": _learning_rate,
-    "gradient_norm": _gradient_norm,
-    "memory": _memory,
-    "tokens_per_second": _tokens_per_second,
+    "learning_rate": _curve(lambda line: line["lr"], "learning rate"),
+    "gradient_norm": _curve(lambda line: line["gradient_norm"], "gradient norm before clipping", has_spikes=True),
+    "memory": _curve(lambda line: line["time"]["peak_memory_bytes"] / 2**30, "peak memory so far, GiB", from_zero=True),
+    "tokens_per_second": _curve(
+        lambda line: line["num_tokens"] / line["time"]["step_seconds"],
+        "tokens per second, padding not counted",
+        from_zero=True,
+    ),
+    "validation_nll": partial(_validation, metric="nll_per_token", label="NLL, nats per answer token"),
+    "validation_accuracy": partial(_validation, metric="acc", label="accuracy"),
+    "mean_rank": _curve(lambda line: line["gates"]["mean_rank"], "living components of a layer, mean"),
 }
 
 
 def draw_heat_map(report: Mapping[str, Any], path: Path) -> bool:
-    """Draw the cosines of a report as SVG; what cannot be drawn is logged and never raises.
+    """Draw the cosines of a report of `interference.measure` as SVG; a failure is logged and never raises.
 
     On the diagonal stands the cosine between the two halves of a task's own probe. Cosines are bold where they differ
-    from 0 by more than twice their noise.
-
-    Args:
-        report: From `qdora.train.interference.measure`, with the `step` it was measured after.
-        path: Of the file; its directory is made if needed.
-    Returns:
-        Whether it was drawn.
+    from 0 by more than twice their noise. Returns whether the figure was drawn.
     """
-    try:
-        _draw_cosines(report, path)
-    except Exception as error:  # as in figures.py: the run is worth more than its pictures
-        logger.warning("figures/%s was not drawn: %s: %s", path.name, type(error).__name__, error)
-        return False
-    return True
+    return _drawn(path, partial(_draw_cosines, report))
 
 
 def _draw_cosines(report: Mapping[str, Any], path: Path) -> None:
@@ -198,14 +168,11 @@ def _draw_cosines(report: Mapping[str, Any], path: Path) -> None:
         image = axes.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axes.set_yticks(range(len(names)), names)
-        for row in range(len(names)):
-            for column in range(len(names)):
-                value = cosines[row, column]
-                certain = abs(value) > CERTAIN * noise[row, column]
-                text = "" if np.isnan(value) else f"{value:.2f}"
-                style: dict[str, Any] = {"fontweight": "bold"} if certain else {}
-                if row == column:
-                    style = {"fontstyle": "italic"}
-                axes.text(column, row, text, ha="center", va="center", fontsize="small", **style)
+        for row, column in np.ndindex(cosines.shape):
+            value, is_own = cosines[row, column], row == column
+            text = "" if np.isnan(value) else f"{value:.2f}"
+            style = "italic" if is_own else "normal"
+            weight = "bold" if abs(value) > CERTAIN * noise[row, column] and not is_own else "normal"
+            axes.text(column, row, text, ha="center", va="center", fontsize="small", fontstyle=style, fontweight=weight)
         axes.set_title(f"cosines between the tasks' gradients, step {report['step']}", fontsize="medium")
         figure.colorbar(image, label="cosine; diagonal: between halves of a probe")

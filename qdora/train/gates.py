@@ -1,11 +1,10 @@
-"""Trainable gates on rank components: their own Adam, the falling budget that they keep, the removal of dead
-components.
+"""Trainable gates on rank components: their own Adam, a falling budget, and the removal of dead components.
 
 Between steps every gate has its deterministic value, so evaluations and files do not depend on draws. The values are
 float64 on the CPU, one flat vector over all layers; the gates of the layers are copies.
 
-The functions at the end are pure. Their vectors have one entry for each component that still exists, over all layers:
-`cost` is its share of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
+The functions at the end are pure. Their vectors, (n,), have one entry for each component that still exists, over all
+layers: `cost` is its share of the budget, `layer` the number of its layer, `alive` whether its gate is not 0.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,12 @@ _STREAM = 0x67617465
 logger = logging.getLogger("qdora")
 
 _VECTORS = ("value", "exp_avg", "exp_avg_sq", "origin")
+_STATE = ("num_updates", "full", "target", "is_over")
 
 
 class Gates:
-    """The gates of a model's adapted layers while it trains.
+    """The gates of a model's adapted layers (path -> layer) while it trains; each layer gets a gate of ones.
 
-    Args:
-        layers: Path -> layer. Each gets a gate of ones.
-        settings: `adapter.gates` of the recipe.
-        num_steps: Length of the run.
-        seed: Seed of the draws.
     Raises:
         UserError: The anneal is longer than the run.
     """
@@ -83,10 +78,8 @@ class Gates:
         if not least <= self.target < self.full:
             name, unit = ("mean_rank", len(self.layers)) if self.settings.parameters is None else ("parameters", 1)
             low, high = (f"{each / unit:,.10g}" for each in (least, self.full))
-            given = f"adapter.gates.{name}: got {getattr(self.settings, name):,.10g}"
-            raise UserError(
-                f"{given}, must be at least {low} (one component a layer) and less than {high} (all components)."
-            )
+            text = f"must be at least {low} (one component a layer) and less than {high} (all components)."
+            raise UserError(f"adapter.gates.{name}: got {getattr(self.settings, name):,.10g}, {text}")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -101,14 +94,13 @@ class Gates:
     @property
     def num_parameters(self) -> int:
         """Parameters of lora_A and lora_B in living components."""
-        sizes = [float(layer.in_features + layer.out_features) for layer in self.layers.values()]
-        return int((self._per_component(sizes) * self._alive).sum())
+        return int((self._per_component(_width) * self._alive).sum())
 
     def begin(self, step: int) -> None:
         """Clear gradients and draw gates for the step that follows `step` steps; called before each attempt at it."""
         for gate in self.parameters:
             gate.grad = None
-        if self.settings.mode == "hard_concrete" and self._is_annealing(step):
+        if self.settings.mode == "hard_concrete" and step >= self.num_warmup and not self.is_over:
             generator = torch.Generator().manual_seed(((self.seed + _STREAM) * 1_000_003 + step) % 2**63)
             first = list(itertools.accumulate((len(each) for each in self.died.values()), initial=0))
             noise = torch.rand(first.pop(), generator=generator, dtype=torch.float64)
@@ -118,17 +110,10 @@ class Gates:
             self._write(gate_value(self._value, self._noise))
 
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
-        """Update the gates after a step, and remove dead components when due.
+        """Update the gates after the step that follows `step` steps, and remove dead components when due.
 
-        The last step of a run keeps the budget even if it was skipped, since no step follows.
-
-        Args:
-            step: Steps done before this one.
-            applied: Whether the step's update was made.
-            optimizer: Optimizer of the layers' parameters.
-            processes: All processes of the run; each calls this.
-        Returns:
-            Numbers for the step's line of metrics.
+        The last step of a run keeps the budget even if its update was not `applied`, since no step follows. All
+        processes call this. Returns numbers for the step's line of metrics.
         """
         if not self.is_over:
             is_last = step + 1 == self.num_steps
@@ -178,18 +163,13 @@ class Gates:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint, beside the tensors of `save`; the same in all processes."""
-        died = {path: list(each) for path, each in self.died.items()}
-        numbers = {"num_updates": self.num_updates, "full": self.full, "target": self.target}
-        return {**numbers, "is_over": self.is_over, "died": died}
+        state = {name: getattr(self, name) for name in _STATE}
+        return {**state, "died": {path: list(each) for path, each in self.died.items()}}
 
     def record(self) -> dict[str, Any]:
-        """JSON values for the adapter's record: layer -> its cost per component, and when each component was
-        removed."""
+        """JSON values for the adapter's record: layer -> its parameters per rank, when each component was removed."""
         return {
-            path: {
-                "parameters_per_rank": layer.in_features + layer.out_features,
-                "removed_after": list(self.died[path]),
-            }
+            path: {"parameters_per_rank": _width(layer), "removed_after": list(self.died[path])}
             for path, layer in self.layers.items()
         }
 
@@ -201,16 +181,13 @@ class Gates:
 
     @torch.no_grad()
     def load(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """Restore `save` and `state_dict`; the checkpoint's adapter must be loaded already.
+        """Restore `save` from a checkpoint's `directory`, and `state_dict`; its adapter must be loaded already.
 
-        Args:
-            directory: The checkpoint.
-            state: Its `state_dict`.
         Raises:
             UserError: The tensors do not fit the adapter.
         """
-        self.num_updates, self.full, self.target = state["num_updates"], state["full"], state["target"]
-        self.is_over = state["is_over"]
+        for name in _STATE:
+            setattr(self, name, state[name])
         for layer in self.layers.values() if self.is_over else ():
             layer.gate = None
             layer.parameters_changed()
@@ -232,16 +209,13 @@ class Gates:
         """lora_B of the layers that have a gate."""
         return {f"lora_B/{path}": layer.lora_B for path, layer in self.layers.items() if layer.gate is not None}
 
-    def _is_annealing(self, step: int) -> bool:
-        return step >= self.num_warmup and not self.is_over
-
     def _update(self, step: int) -> None:
         """Adam, then the budget."""
         # One transfer from a GPU, not one a layer
         parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
         gradient = torch.cat(parts).double().cpu()
         if self.settings.mode == "hard_concrete":
-            if not self._is_annealing(step):
+            if step < self.num_warmup:
                 return
             assert self._noise is not None
             gradient = gradient * gate_slope(self._value, self._noise)
@@ -251,7 +225,7 @@ class Gates:
         step_size = self._step_size()
         moved = self._value - step_size * self._exp_avg / (1 - _BETAS[0] ** self.num_updates)
         self._value = torch.where(self._alive, moved, self._value)
-        if self._is_annealing(step):
+        if step >= self.num_warmup:
             self._keep_budget(step + 1, step_size)
 
     def _step_size(self) -> Tensor:
@@ -302,14 +276,14 @@ class Gates:
     def _ranks(self) -> list[int]:
         return [layer.rank for layer in self.layers.values()]
 
-    def _per_component(self, of_layers: list[float]) -> Tensor:
-        return torch.tensor(of_layers, dtype=torch.float64).repeat_interleave(torch.tensor(self._ranks()))
+    def _per_component(self, value: Callable[[AdaptedLinear], int]) -> Tensor:
+        """(n,) float64: a number of each component's layer."""
+        values = torch.tensor([value(layer) for layer in self.layers.values()], dtype=torch.float64)
+        return values.repeat_interleave(torch.tensor(self._ranks()))
 
     def _costs(self) -> Tensor:
         """Each component's share of the budget: its parameters, or 1 if the budget counts ranks."""
-        if self.settings.parameters is None:
-            return self._per_component([1.0] * len(self.layers))
-        return self._per_component([float(each.in_features + each.out_features) for each in self.layers.values()])
+        return self._per_component(_width if self.settings.parameters is not None else lambda _layer: 1)
 
     def _layer_numbers(self) -> Tensor:
         return torch.arange(len(self.layers)).repeat_interleave(torch.tensor(self._ranks()))
@@ -320,29 +294,25 @@ class Gates:
         return list(zip(paths, self._origin.tolist(), strict=True))
 
 
-def allowed_cost(step: int, full: float, target: float, num_warmup: int, num_anneal: int) -> float:
-    """The budget after `step` steps: full during warm-up, then down to the target along (1 - t)^3 (arXiv 2303.10512,
-    eq. 15), so that little is removed late, when the gates are known best.
+def _width(layer: AdaptedLinear) -> int:
+    """Parameters of one component of a layer."""
+    return layer.in_features + layer.out_features
 
-    Args:
-        step: Steps done.
-        full, target: Budget at the start and at the end.
-        num_warmup, num_anneal: Steps of each phase.
+
+def allowed_cost(step: int, full: float, target: float, num_warmup: int, num_anneal: int) -> float:
+    """The budget after `step` steps: `full` during warm-up, then down to `target` along (1 - t)^3.
+
+    Little is removed late, when the gates are known best. Source: arXiv 2303.10512, eq. 15.
     """
     t = min(max((step - num_warmup) / num_anneal, 0.0), 1.0)
     return target + (full - target) * (1.0 - t) ** 3
 
 
 def surplus(order: Tensor, cost: Tensor, layer: Tensor, alive: Tensor, allowed: float) -> Tensor:
-    """The components to remove so that the others fit the budget: the lowest in `order`, but never a layer's highest.
+    """(n,) bool: the components to remove, the lowest in `order`, but never a layer's highest.
 
-    Args:
-        order: (n,) worth per unit of cost, or any number of the same order.
-        cost, layer, alive: (n,).
-        allowed: Budget.
-    Returns:
-        (n,) bool. The others cost at most `allowed`, and fall short of it by less than one component, unless the
-        highest components of all layers cost more.
+    The others cost at most `allowed`, and fall short of it by less than one component, unless the highest components of
+    all layers cost more. `order` is the worth per unit of cost, (n,), or any number of the same order.
     """
     going = torch.zeros_like(alive)
     excess = float(cost[alive].sum()) - allowed
@@ -373,12 +343,7 @@ def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
     The proximal step of lambda sum cost |c| in the metric diag(1 / p) takes lambda p cost off |c|. With Adam's step
     size p = lr / (sqrt(v) + eps) this is |c| times the root mean square of its gradient: to first order, the change of
     the loss when the component is removed. It stays the same if a component is scaled and its gate divided by the
-    scale.
-
-    Args:
-        values: Gates c, (n,).
-        step_size: p, (n,), positive.
-        cost: (n,), positive.
+    scale. `values` are the gates c; `step_size` p and `cost` are positive.
     """
     return values.abs() / (step_size * cost)
 
@@ -386,13 +351,7 @@ def death_penalty(values: Tensor, step_size: Tensor, cost: Tensor) -> Tensor:
 def proximal_step(values: Tensor, step_size: Tensor, cost: Tensor, penalty: float, chosen: Tensor) -> Tensor:
     """argmin over z of penalty cost |z| + (z - c)^2 / (2 p): |c| shrinks by penalty p cost, to 0 at the least.
 
-    Args:
-        values: Gates c.
-        step_size, cost: As in `death_penalty`.
-        penalty: lambda.
-        chosen: (n,) bool, the gates that shrink.
-    Returns:
-        (n,); other gates unchanged.
+    Only the `chosen` gates, (n,) bool, shrink. The names are those of `death_penalty`; `penalty` is lambda.
     """
     shrunk = values.sign() * (values.abs() - penalty * step_size * cost).clamp_min(0.0)
     return torch.where(chosen, shrunk, values)
@@ -401,15 +360,9 @@ def proximal_step(values: Tensor, step_size: Tensor, cost: Tensor, penalty: floa
 def shifted_to_budget(log_alpha: Tensor, cost: Tensor, alive: Tensor, allowed: float) -> Tensor:
     """log_alpha + delta cost of the living gates, with delta such that their expected cost is `allowed`.
 
-    Among distributions of independent gates that keep the budget on average it is the nearest in KL divergence.
-
-    Args:
-        log_alpha: (n,).
-        cost: (n,), about 1 on average.
-        alive: (n,) bool.
-        allowed: Expected cost; all living gates are on if it is their whole cost or more.
-    Returns:
-        (n,), within `LARGEST_LOGIT`.
+    Among distributions of independent gates that keep the budget on average it is the nearest in KL divergence. `cost`
+    is about 1 on average. All living gates are on if `allowed` is their whole cost or more. Returns (n,), within
+    `LARGEST_LOGIT`.
     """
 
     def moved(delta: float) -> Tensor:

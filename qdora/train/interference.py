@@ -23,7 +23,7 @@ from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.train.checkpoint import random_state, set_random_state
-from qdora.train.micro_batch import batch_loss
+from qdora.train.loop import batch_loss
 
 Array = NDArray[np.float64]
 
@@ -44,10 +44,6 @@ class GradientProbe:
 
     halves: Mapping[str, tuple[Sequence[MicroBatch], Sequence[MicroBatch]]]
 
-    def num_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
-        """Host memory of a measurement: two bf16 gradients for each task."""
-        return 2 * len(self.halves) * 2 * sum(parameter.numel() for parameter in parameters.values())
-
 
 def measure(
     model: nn.Module,
@@ -60,52 +56,49 @@ def measure(
     """Cosines between the tasks' gradients: over all adapter parameters, for A, B and m each, and for each block.
 
     Training is not affected: dropout is off during the measurement, and generators and gradients are restored. Two
-    gradients a task are held on the host (`GradientProbe.num_bytes`), in bf16, which moves a cosine by less than 1e-3.
+    gradients a task are held on the host, in bf16, which moves a cosine by less than 1e-3.
 
     Args:
         model: In training mode, so that activations are recomputed as in training.
         probe: At least two tasks.
         parameters: Path -> adapter parameter.
-        device: Of the model.
         loss_chunk: As for `fit`.
     Returns:
-        JSON values: `tasks`, `seconds`, `bytes`, the fields of `Agreement` over all parameters, `groups` (A, B,
-        magnitude -> cosines) and `blocks` (number of a block -> cosines).
+        JSON values: `tasks`, `seconds`, `bytes` on the host, the fields of `Agreement` over all parameters, `groups`
+        (A, B, magnitude -> cosines), `blocks` (number of a block -> cosines), and mean, lowest and conflicting cosines.
     """
     began = time.perf_counter()
     names = list(probe.halves)
     random = random_state()
     before = {key: parameter.grad for key, parameter in parameters.items()}
-    gradients: list[dict[str, Tensor]] = []
-    tokens: list[int] = []
+    halves = [half for name in names for half in probe.halves[name]]
     try:
         torch.manual_seed(0)  # a model may draw random numbers of its own: the same in each measurement
         with _without_dropout(model):
             prepare_gains(adapted_layers(model).values())
-            for name in names:
-                for half in probe.halves[name]:
-                    found, count = _gradient(model, half, parameters, device, loss_chunk)
-                    gradients.append(found)
-                    tokens.append(count)
+            measured = [_gradient(model, half, parameters, device, loss_chunk) for half in halves]
     finally:
         for key, parameter in parameters.items():
             parameter.grad = before[key]
         set_random_state(random)
-    grams = gram_matrices(gradients, list(parameters))
-    share = np.array(tokens, dtype=np.float64).reshape(len(names), 2)
+    grams = gram_matrices([gradient for gradient, _ in measured], list(parameters))
+    share = np.array([count for _, count in measured], dtype=np.float64).reshape(len(names), 2)
     whole = agreement(grams.pop(ALL), share)
-    parts = {name: agreement(gram, share).to_dict()["cosines"] for name, gram in grams.items()}
-    return {
+    parts = {name: _plain(agreement(gram, share).cosines) for name, gram in grams.items()}
+    pairs = whole.cosines[np.triu_indices(len(names), 1)]
+    report = {
         "tasks": names,
-        "num_examples": {name: [_num_examples(half) for half in probe.halves[name]] for name in names},
+        "num_examples": {n: [sum(len(m.example_ids) for m in half) for half in probe.halves[n]] for n in names},
         "num_label_tokens": dict(zip(names, share.sum(axis=1).astype(int).tolist(), strict=True)),
-        **whole.to_dict(),
+        **{name: _plain(values) for name, values in vars(whole).items()},
         "groups": {name: cosines for name, cosines in parts.items() if not name.isdigit()},
         "blocks": {name: cosines for name, cosines in parts.items() if name.isdigit()},
-        "bytes": probe.num_bytes(parameters),
+        "bytes": len(halves) * 2 * sum(parameter.numel() for parameter in parameters.values()),
         "seconds": time.perf_counter() - began,
-        **_in_short(names, whole),
+        "mean_cosine": _plain(pairs.mean()),
+        "lowest_cosine": _plain(pairs.min()),
     }
+    return {**report, "num_conflicts": len(conflicts(report))}
 
 
 @dataclass(frozen=True)
@@ -113,21 +106,16 @@ class Agreement:
     """How far the gradients of tasks agree.
 
     Attributes:
-        cosines: (tasks, tasks).
+        cosines, norms: (tasks, tasks) and (tasks,).
         noise: (tasks, tasks): standard error of each cosine from the choice of examples; nan on the diagonal.
         own_cosines: (tasks,): between the two halves of a task. Near 1 its examples agree; near 0 they are too few, and
             cosines to other tasks are drawn towards 0.
-        norms: (tasks,) norms of the tasks' gradients.
     """
 
     cosines: Array
     noise: Array
     own_cosines: Array
     norms: Array
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: nested lists, None for nan."""
-        return {name: _plain(getattr(self, name)) for name in ("cosines", "noise", "own_cosines", "norms")}
 
 
 def agreement(gram: Array, num_tokens: Array) -> Agreement:
@@ -138,9 +126,8 @@ def agreement(gram: Array, num_tokens: Array) -> Agreement:
     variance. To first order, task i contributes the error <e, g_j / |g_j| - cos g_i / |g_i|> / |g_i| to cos(g_i, g_j).
     Its size is averaged over all other tasks j, since one draw says little. The errors of both tasks add in squares.
 
-    Args:
-        gram: (2 tasks, 2 tasks), inner products of the halves: both of the first task, both of the second, and so on.
-        num_tokens: (tasks, 2), answer tokens of each half.
+    `gram` holds the inner products of the halves, (2 tasks, 2 tasks): both of the first task, both of the second, and
+    so on. `num_tokens`, (tasks, 2), are the answer tokens of each half.
     """
     num_tasks = len(num_tokens)
     weights = num_tokens / num_tokens.sum(axis=1, keepdims=True)
@@ -165,12 +152,10 @@ def agreement(gram: Array, num_tokens: Array) -> Agreement:
 
 
 def gram_matrices(gradients: Sequence[Mapping[str, Tensor]], keys: Sequence[str]) -> dict[str, Array]:
-    """Group -> (gradients, gradients) inner products in float64. Groups are `ALL` parameters, each kind (the last part
-    of a path) and each block (the first number in a path).
+    """Group -> (gradients, gradients) inner products in float64.
 
-    Args:
-        gradients: Path -> gradient, on the host; a missing path counts as zeros.
-        keys: Paths of all parameters.
+    Groups are `ALL` parameters, each kind (the last part of a path) and each block (the first number in a path).
+    `keys` are the paths of all parameters; a path that is missing in a gradient counts as zeros.
     """
     grams: dict[str, Array] = {}
     for key in keys:
@@ -193,12 +178,7 @@ def conflicts(report: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
 
 
 def in_words(report: Mapping[str, Any], step: int) -> str:
-    """A paragraph for people: the tasks in conflict, the two that agree most, and those with too few examples.
-
-    Args:
-        report: From `measure`.
-        step: Optimizer steps before it.
-    """
+    """A paragraph on `measure` after `step` steps: tasks in conflict, the two most alike, those with few examples."""
     found = [f"{first} and {second} ({cosine:.2f} ± {noise:.2f})" for first, second, cosine, noise in conflicts(report)]
     text = f"Cosines between the tasks' gradients on validation examples after step {step}, ± their noise. "
     text += f"In conflict: {', '.join(found)}." if found else "No two tasks are in conflict beyond noise."
@@ -243,8 +223,7 @@ def _gradient(
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Turn off dropout only. Checkpointing needs training mode, and an adapted layer that changes its mode drops its
-    cached norm."""
+    """Turn off dropout only: checkpointing needs training mode, and a layer that changes its mode drops its norms."""
     layers = list(adapted_layers(model).values())
     shares = [layer.dropout for layer in layers]
     others = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
@@ -261,23 +240,8 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _in_short(names: Sequence[str], found: Agreement) -> dict[str, Any]:
-    """Numbers for charts: mean and lowest cosine of two tasks, and the number of conflicts."""
-    pairs = found.cosines[np.triu_indices(len(names), 1)]
-    report = {"tasks": names, **found.to_dict()}
-    return {
-        "mean_cosine": _plain(np.array([pairs.mean()]))[0],
-        "lowest_cosine": _plain(np.array([pairs.min()]))[0],
-        "num_conflicts": len(conflicts(report)),
-    }
-
-
-def _num_examples(batches: Sequence[MicroBatch]) -> int:
-    return sum(len(micro.example_ids) for micro in batches)
-
-
-def _plain(values: Array) -> Any:
-    """Nested lists with six digits, None for nan."""
-    if values.ndim > 1:
-        return [_plain(row) for row in values]
-    return [None if np.isnan(value) else float(f"{value:.6g}") for value in values]
+def _plain(values: Any) -> Any:
+    """JSON values of an array or a number: nested lists with six digits, None for nan."""
+    if np.ndim(values) > 0:
+        return [_plain(each) for each in values]
+    return None if np.isnan(values) else float(f"{values:.6g}")

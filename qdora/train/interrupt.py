@@ -28,15 +28,12 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether one of the processes has been asked; must be called by all, and all get the same answer."""
-        return self._processes.any(self.requested)
+        return any(self._processes.gather(self.requested))
 
 
 @contextmanager
 def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt.
-
-    A checkpoint that is being written then does not appear.
-    """
+    """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt."""
     request = StopRequest(processes)
     asked_at = 0.0
 

@@ -1,72 +1,63 @@
-"""The training loop: learning-rate schedule, one gradient and one update a step, evaluations, checkpoints, stops."""
+"""The training loop: one gradient and one update a step, evaluations, checkpoints, stops.
+
+The loss of a step is the summed NLL of all its micro-batches, in all processes, divided by the labelled tokens of all
+of them, so neither padding nor the split into micro-batches changes it.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qdora.data.loader import StepLoader
+from qdora.data.batching import IGNORED, Packing
+from qdora.data.loader import Step, StepLoader
 from qdora.errors import Interrupted, RunFailure
+from qdora.model.inject import adapted_layers
+from qdora.nn.adapted_linear import prepare_gains
+from qdora.ops.loss import token_nll
 from qdora.recipe.train_settings import TrainConfig
-from qdora.train.checkpoint import random_state
+from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
 from qdora.train.interrupt import StopRequest
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.progress import StepReport, TrainingProgress, memory_bytes
+from qdora.train.out_of_memory import OutOfMemory, Shortage, back_off, first_line, shortage_of
+from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
+from qdora.train.progress import TrainingProgress, memory_bytes
+from qdora.train.schedule import learning_rate
 from qdora.train.step_checks import BadStep, BadSteps
-from qdora.train.step_gradient import (
-    Metrics,
-    StepGradient,
-    back_off,
-    gradient_of_next_step,
-    step_gradient,
-    undo_step,
-)
-from qdora.train.task_weights import TaskWeights
+from qdora.train.task_weights import TaskWeights, example_weights
+
+Metrics = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+# Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
+_FORMS: WeakKeyDictionary[nn.Module, LogitForm | None] = WeakKeyDictionary()
+# Peak bytes for each logit when all exist at once: 16 bits, and three float32 copies (widened, log-softmax, gradient).
+_PLAIN_BYTES = 14
 
 logger = logging.getLogger("qdora")
 
 
-def learning_rate(step: int, num_steps: int, train: TrainConfig) -> float:
-    """The learning rate of optimizer step `step`, 0 to num_steps - 1.
-
-    Warm-up rises linearly and reaches `train.lr` at its last step. The rate then stays (constant) or falls to
-    `train.lr_end`, linearly or along half a cosine (arXiv 1608.03983, without restarts). It would reach that end one
-    step after the last, so no step is spent at rate 0.
-    """
-    warmup = math.ceil(train.warmup * num_steps) if isinstance(train.warmup, float) else train.warmup
-    warmup = min(warmup, num_steps)
-    if step < warmup:
-        return train.lr * (step + 1) / warmup
-    if train.schedule == "constant":
-        return train.lr
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    share = (1 - progress) if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return train.lr_end + (train.lr - train.lr_end) * share
-
-
 @dataclass(frozen=True)
 class Evaluated:
-    """The result of an evaluation during training; `save` and `stop` are the same in all processes.
-
-    Attributes:
-        line: Its line of metrics, without the step; the first process's counts.
-        save: Whether the state is worth a checkpoint.
-        stop: Whether the run ends here.
-    """
+    """The result of an evaluation during training."""
 
     line: Metrics
+    """Its line of metrics, without the step; the first process's counts."""
     save: bool = False
+    """Whether the state is worth a checkpoint; the same in all processes, like `stop`."""
     stop: bool = False
+    """Whether the run ends here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +68,7 @@ class Hooks:
         write_metrics: Takes the numbers of a finished step or evaluation.
         save: Writes a checkpoint of the state after `step` steps and returns its directory.
         evaluate, evaluate_every: Measures the model after `step` steps; steps between calls, None for none.
-        probe, probe_every: Measures the interference after `step` steps and writes it, without a trace in the training;
-            steps between calls, None for none.
+        probe, probe_every: The same for the interference; it writes its numbers itself and leaves training unchanged.
         keep_batch: Writes the examples of a step that was not applied and returns where.
         begin_step: Prepares the model for the step that follows `step` steps, at every attempt at its gradient.
         end_step: Takes `step` and whether its update was made, and returns more numbers of the step.
@@ -122,26 +112,22 @@ def fit(
     Args:
         train: Schedule, clipping, and how often metrics and checkpoints are written.
         num_steps: Length of the run, whatever `train` says.
-        loss_chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
-        task_weights: Of each task's tokens in the loss; None: all count the same.
+        loss_chunk, task_weights: As in `step_gradient`.
     Returns:
         Steps done; a checkpoint of that state has been written.
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
         RunFailure: A step cannot be computed (one example alone does not fit into memory), or is bad and not skipped; a
-            checkpoint of the state before that step has been written. Or `hooks.updated` finds an update wrong; a
-            checkpoint of the state after it has been written.
+            checkpoint of the state before it has been written. Or `hooks.updated` rejects an update; one with it has.
     """
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
     compute = partial(step_gradient, model, device=device, loss_chunk=loss_chunk, weights=task_weights)
+    attempt = partial(_gradient_of_next_step, compute, optimizer, loader, processes)
     model.train()
-    seconds: deque[float] = deque(maxlen=20)
     for step in range(start_step, num_steps):
         began = time.perf_counter()
         lr = learning_rate(step, num_steps, train)
-        before = loader.state_dict(), random_state()
-        attempt = partial(gradient_of_next_step, compute, optimizer, loader, processes)
-        undo = partial(undo_step, optimizer, loader, before)
+        undo = partial(_undo_step, optimizer, loader, (loader.state_dict(), random_state()))
         found = _gradient_that_fits(attempt, undo, loader, hooks, step)
         done, metrics = step + 1, {"step": step + 1, "lr": lr, **found.metrics}
         reason = found.fault or bad_steps.fault(metrics["loss"], metrics["gradient_norm"])
@@ -159,16 +145,41 @@ def fit(
         optimizer.zero_grad()
         if hooks.end_step is not None:
             metrics |= hooks.end_step(step, reason is None)
-        seconds.append(time.perf_counter() - began)
-        metrics["time"] = {"step_seconds": seconds[-1], "peak_memory_bytes": max(processes.gather(memory_bytes()))}
+        seconds = time.perf_counter() - began
+        metrics["time"] = {"step_seconds": seconds, "peak_memory_bytes": max(processes.gather(memory_bytes()))}
         if reason is not None:
             _skipped(found, reason, done, hooks)
         elif done % train.log_every == 0 or done == num_steps:
             hooks.write_metrics(metrics)
-        progress.step(_report(metrics, num_steps, seconds))
+        progress.step(metrics)
         if _after_step(model, done, hooks, stop, num_steps=num_steps, checkpoint_every=train.checkpoint_every):
             return done
     return max(start_step, num_steps)
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """A step's gradient, which lies in the parameters' `grad` unless it could not be computed.
+
+    Attributes:
+        fault: Why it could not be computed, or None.
+        example_nll: (examples,) of each of this process's micro-batches; on the device, so that nothing waits for it.
+        shortage: The micro-batch that did not fit into memory, or None.
+    """
+
+    batch: Step
+    metrics: Metrics
+    fault: str | None
+    example_nll: list[Tensor]
+    shortage: Shortage | None = None
+
+    def bad_step(self, number: int, reason: str) -> BadStep:
+        """The record of this step when its update is not applied."""
+        known = [value for part in self.example_nll for value in part.tolist()]
+        num_mine = sum(len(micro.example_ids) for micro in self.batch.micro_batches)
+        nll = known if len(known) == num_mine else [math.nan] * num_mine
+        norm = self.metrics.get("gradient_norm", math.nan)
+        return BadStep(number, reason, self.batch, self.metrics["loss"], gradient_norm=norm, example_nll=nll)
 
 
 def _gradient_that_fits(
@@ -200,7 +211,7 @@ def _after_step(
     """
 
     def due(every: int | None) -> bool:
-        return bool(every) and done % (every or 1) == 0
+        return every is not None and done % every == 0
 
     last = done == num_steps
     found = Evaluated({})
@@ -240,13 +251,194 @@ def _failed_step(found: StepGradient, reason: str, step: int, hooks: Hooks, bad_
     return RunFailure(f"step {step + 1}: {reason}", safe=safe)
 
 
-def _report(metrics: Metrics, num_steps: int, seconds: deque[float]) -> StepReport:
-    typical = sorted(seconds)[len(seconds) // 2]
-    return StepReport(
-        step=metrics["step"],
-        num_steps=num_steps,
-        loss=metrics["loss"],
-        lr=metrics["lr"],
-        tokens_per_second=metrics["num_tokens"] / seconds[-1],
-        seconds_left=typical * (num_steps - metrics["step"]),
-    )
+def _gradient_of_next_step(
+    compute: Callable[[Step], tuple[Metrics, list[Tensor]]],
+    optimizer: AdapterOptimizer,
+    loader: StepLoader,
+    processes: Processes,
+) -> StepGradient:
+    """`compute` the gradient of the next step's examples, and sum it over all processes in the parameters' `grad`."""
+    batch = loader.next_step()
+    metrics: Metrics = {"loss": math.nan}
+    example_nll: list[Tensor] = []
+    fault = shortage = None
+    try:
+        metrics, example_nll = compute(batch)
+    except OutOfMemory as error:
+        shortage = error.args[0]
+    except RuntimeError as error:
+        reason = first_line(error)
+        fault = f"cannot be computed: {reason} The update was not applied. Fix the cause, then resume with --resume."
+    shortages = [Shortage(*each) for each in processes.gather(shortage) if each]
+    if not shortages:
+        metrics, fault = _over_processes(metrics, fault, processes)
+        if fault is None:
+            processes.sum_gradients_(list(optimizer.parameters.values()))
+            metrics = {"gradient_norm": float(optimizer.gradient_norm()), **metrics}
+        return StepGradient(batch, metrics, fault, example_nll)
+    # Among all processes the one that leaves least to cut.
+    worst = min(shortages, key=lambda shortage: (shortage.num_examples > 1, shortage.num_tokens))
+    return StepGradient(batch, metrics, worst.fault(), example_nll, worst)
+
+
+def step_gradient(
+    model: nn.Module,
+    batch: Step,
+    *,
+    device: torch.device,
+    loss_chunk: int | None = None,
+    weights: TaskWeights | None = None,
+) -> tuple[Metrics, list[Tensor]]:
+    """Accumulate the gradient of this process's part of a step's loss into the parameters.
+
+    Args:
+        loss_chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
+        weights: Weight of each task's tokens in the loss; None: all count the same.
+    Returns:
+        The step's numbers, with the unweighted NLL per task; and the NLL of each micro-batch's examples, (examples,).
+    Raises:
+        OutOfMemory: A micro-batch did not fit.
+    """
+    total: float = batch.num_label_tokens
+    if weights is not None:
+        total = sum(weights[name] * count for name, count in batch.task_label_tokens.items())
+    # Blocks that are not resident are not fetched for their norms alone.
+    prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
+    names = batch.micro_batches[0].task_names if batch.micro_batches else []
+    nll = torch.zeros(len(names), dtype=torch.float32, device=device)
+    example_nll = []
+    tokens = torch.zeros(len(names), dtype=torch.int64)
+    for micro in batch.micro_batches:
+        with shortage_of(micro):
+            input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
+            weight = None if weights is None else example_weights(weights, micro)
+            options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
+            loss = batch_loss(model, input_ids, attention_mask, micro.labels, **options)
+            (loss.nll_sum / total).backward()  # type: ignore[no-untyped-call]
+            nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
+        example_nll.append(loss.example_nll)
+        tokens.index_add_(0, micro.task_ids, loss.example_tokens)
+    sums = nll.double().tolist()
+    numbers = zip(names, sums, tokens.tolist(), strict=True)
+    metrics = {
+        "loss": sum(sums) / batch.num_label_tokens,
+        "num_tokens": batch.num_tokens,
+        "num_label_tokens": batch.num_label_tokens,
+        "num_examples": batch.num_examples,
+        "tasks": {name: {"nll_sum": each, "num_tokens": count} for name, each, count in numbers if count},
+    }
+    return metrics, example_nll
+
+
+def _undo_step(
+    optimizer: AdapterOptimizer, loader: StepLoader, before: tuple[dict[str, Any], dict[str, Tensor]]
+) -> None:
+    """Drop the gradients, and restore the states of the loader and of the random generators `before` the step."""
+    optimizer.zero_grad()
+    loader.load_state_dict(before[0])
+    set_random_state(before[1])
+
+
+def _over_processes(metrics: Metrics, fault: str | None, processes: Processes) -> tuple[Metrics, str | None]:
+    """The numbers of a step summed over the processes, and the fault of the first process that has one."""
+    if processes.size == 1:
+        return metrics, fault
+    told = processes.gather({"fault": fault, "loss": metrics["loss"], "tasks": metrics.get("tasks", {})})
+    for rank, theirs in enumerate(told):
+        if theirs["fault"] is not None:
+            return metrics, f"process {rank}: {theirs['fault']}"
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, numbers in ((name, numbers) for theirs in told for name, numbers in theirs["tasks"].items()):
+        total = tasks.setdefault(name, {"nll_sum": 0.0, "num_tokens": 0})
+        for key in total:
+            total[key] += numbers[key]
+    return metrics | {"loss": sum(theirs["loss"] for theirs in told), "tasks": tasks}, None
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """Losses of a micro-batch, float32 nats."""
+
+    nll_sum: Tensor
+    """Scalar, summed over the labelled tokens, times their weights; differentiable."""
+    example_nll: Tensor
+    """(examples,) unweighted sum of each example; detached."""
+    example_tokens: Tensor
+    """(examples,) int64, labelled tokens per example, on the labels' device."""
+
+
+def batch_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    *,
+    chunk: int | None = None,
+    packing: Packing | None = None,
+    weights: Tensor | None = None,
+) -> BatchLoss:
+    """Run the model and sum the NLL of labels[:, 1:] given the tokens before them.
+
+    Logits are computed at labelled positions only, a chunk at a time: an answer of 5 tokens after a prompt of 200 takes
+    5 rows of logits. The model's head is skipped for that; the head, and what the model does to its output, are applied
+    here to the head's inputs. The result for a model's first batch is compared with the model's own logits. If they
+    differ, the batch is run again, and from then on the model itself computes all logits at once, with a warning.
+    A batch without a labelled token gives a zero sum.
+
+    Args:
+        model: A transformers causal LM.
+        input_ids, attention_mask: (rows, length) on the model's device; 1 on real tokens. With `packing` the model
+            gets no mask: transformers then keeps attention inside each run of positions.
+        labels: (rows, length) int64 on the CPU, where positions are looked up; not shifted; -100 where a token does
+            not count, such as the first of an example.
+        chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
+        packing: The example of each token, if the model has passed `packed_attention.packed_layout`; None: a row each.
+        weights: (examples,) weight of each example's tokens in `nll_sum`; None: 1.
+    """
+    wanted = torch.zeros_like(labels, dtype=torch.bool)
+    wanted[:, :-1] = labels[:, 1:] != IGNORED
+    places = wanted.nonzero(as_tuple=True)
+    rows, columns = (index.to(input_ids.device) for index in places)
+    targets = labels[:, 1:][wanted[:, :-1]].to(input_ids.device)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    if packing is None:
+        inputs["attention_mask"] = attention_mask
+        owner, num_examples = places[0], len(labels)
+    else:
+        inputs["position_ids"] = packing.position_ids.to(input_ids.device)
+        owner = packing.example_index.to(labels.device)[places]
+        num_examples = int(packing.example_index.max()) + 1
+    nll = _labelled_nll(model, inputs, (rows, columns), targets, chunk)
+    zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
+    example_nll = zeros.index_add(0, owner.to(nll.device), nll.detach())
+    nll_sum = nll.sum() if weights is None else (nll * weights.to(nll.device)[owner.to(nll.device)]).sum()
+    return BatchLoss(nll_sum, example_nll, torch.bincount(owner, minlength=num_examples))
+
+
+def _labelled_nll(
+    model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor, chunk: int | None
+) -> Tensor:
+    """NLL of the labelled positions, (num_labelled,): without the model's logits if a known form reproduces those."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    known, form = model in _FORMS, _FORMS.get(model, LogitForm())
+    if form is not None:
+        random = None if known else random_state()
+        with tapped(head, *labelled, probing=not known) as tap:
+            logits = model(**inputs).logits
+        if random is not None and len(targets):
+            form = _FORMS[model] = learn_form(model, head, tap, logits, targets)
+        if form is not None:
+            return head_nll(head, tap.hidden, targets, form, chunk)
+        logger.warning(
+            "%s: the operations after this model's head are not known, so memory.loss_chunk has no effect: the "
+            "logits of all labelled tokens exist at once, about %.2f GiB for the %d of this micro-batch.",
+            getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+            len(targets) * logits.shape[-1] * _PLAIN_BYTES / 2**30,
+            len(targets),
+        )
+        assert random is not None
+        set_random_state(random)  # as if the model had run once: a resumed run draws the same
+        del tap, logits  # and their graph
+    with tapped(head, *labelled, whole=True):
+        logits = model(**inputs).logits
+    return token_nll(logits.reshape(-1, logits.shape[-1]), targets)

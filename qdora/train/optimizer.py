@@ -4,16 +4,15 @@ The 16 bits that bf16 drops from a float32 parameter are kept in an int16 beside
 joins the two to float32, updates there and splits again, so training runs as with float32 parameters while the layers
 read bf16. Gradients arrive and accumulate in float32 (`Tensor.grad_dtype`).
 
-The optimizer's averages are float32 in torch's and bitsandbytes' 32-bit states, and codes with block scales in its
-8-bit states. A paged state is a CPU tensor over memory that a GPU can read; its block scales are on the GPU.
-Calculations with averages run on the parameter's device.
+The averages are float32 in torch's and bitsandbytes' 32-bit states, and codes with block scales in its 8-bit states. A
+paged state is a CPU tensor over memory that a GPU can read; its block scales are on the GPU.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,12 +67,9 @@ class AdapterOptimizer:
         parameters: Path -> trainable parameter, bf16 or float32.
         name: paged_adamw_8bit, paged_adamw_32bit, paged_lion_8bit (bitsandbytes; paged on CUDA, the same arithmetic
             unpaged elsewhere), lion (bitsandbytes, 32-bit) or adamw (torch, fused).
-        lr: Learning rate until `step` is given another.
         lr_ratios: Last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv 2402.12354);
             1 for all others.
         betas: Decay of the averages; None: 0.9, 0.999 for AdamW and 0.9, 0.99 for Lion, as in their papers.
-        eps: Epsilon of AdamW; Lion has none.
-        weight_decay: Decay of matrices.
     Raises:
         ValueError: A parameter has another dtype, or a ratio belongs to no parameter.
     """
@@ -115,10 +111,7 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with learning rate `lr`; parameters without a gradient stay as they are.
-
-        Takes memory for 2^24 elements in float32, or for the largest parameter.
-        """
+        """One update; parameters without a gradient stay. Memory: 2^24 float32 elements, or the largest parameter."""
         for group in self._groups:
             keys = [key for key in group.keys if self.parameters[key].grad is not None]
             if not keys:
@@ -131,7 +124,10 @@ class AdapterOptimizer:
             for inner_group in group.inner.param_groups:
                 inner_group["lr"] = rate
             group.inner.step()
-            self._split(keys)
+            for key in keys:
+                if key in self._residuals:
+                    self._store(key, self._masters[key].detach())
+                    self._release(key)
             # Neither bitsandbytes nor torch's fused AdamW raises the version of a parameter that it writes, and caches
             # (of row norms) go by the version.
             torch.autograd.graph.increment_version([self.parameters[key] for key in keys])
@@ -162,12 +158,9 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def cut_(self, key: str, kept: Tensor, dim: int) -> None:
-        """Cut the low bits and states of a parameter that was itself cut already; 8-bit states are quantised again.
+        """Cut the low bits and states of a parameter that was itself cut already, to the indices `kept` of `dim`.
 
-        Args:
-            key: Path of the parameter.
-            kept: Indices that it kept, (n,).
-            dim: Dimension of the cut.
+        8-bit states are quantised again.
         """
         group = self._group_of(key)
         index, master = group.keys.index(key), self._masters[key]
@@ -183,23 +176,14 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
-        """Multiply a parameter, as the layer reads it, by `factor`. Its gradient is then the old one divided by the
-        factor, so the averages are divided by it, too (by its square, for squares).
+        """Multiply a parameter, as the layer reads it, by `factor`, which is broadcast and nowhere 0.
 
-        Args:
-            key: Path of the parameter.
-            factor: Broadcast over it, nowhere 0.
+        Its gradient is then the old one divided by the factor, so the averages are divided by it, too (by its square,
+        for squares).
         """
-        group = self._group_of(key)
-        parameter, master = self.parameters[key], self._masters[key]
-        product = parameter.detach().float() * factor
-        if key in self._residuals:
-            high, low = split_float32(product)
-            parameter.copy_(high)
-            self._residuals[key].copy_(low)
-        else:
-            parameter.copy_(product)
-        state = group.inner.state.get(master, {})
+        self._store(key, self.parameters[key].detach().float() * factor)
+        master = self._masters[key]
+        state = self._group_of(key).inner.state.get(master, {})
         powers = {name: 1 if name in _FIRST_MOMENTS else 2 for name in MOMENTS}
         wide = widened_state(state, master.device)
         _fill_state_(state, {n: each / factor ** powers[n] if n in powers else each for n, each in wide.items()})
@@ -219,8 +203,6 @@ class AdapterOptimizer:
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore `state_tensors`, by copying into states that bitsandbytes has made itself, so that they stay paged.
 
-        Its own `load_state_dict` would replace the paged states by the stored tensors, which are not paged.
-
         Raises:
             ValueError: A tensor is missing, unknown or of another shape or dtype; names the first five.
         """
@@ -233,9 +215,16 @@ class AdapterOptimizer:
                     state = _fresh_state(group.inner, self._masters[key], index)
                     self._release(key)
                     places |= {f"state/{key}/{name}": (state, name) for name in state if name not in _NOT_STORED}
-        faults = [fault for name in sorted({*places, *tensors}) for fault in _load_fault(name, places, tensors)]
+        faults = [f"{name} is unknown" for name in tensors.keys() - places.keys()]
+        for name, (state, key) in places.items():
+            place, tensor = state[key], tensors.get(name)
+            if tensor is None:
+                faults.append(f"{name} is missing")
+            elif isinstance(place, Tensor) and (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+                got, wanted = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, place))
+                faults.append(f"{name} is {got}, not {wanted}")
         if faults:
-            raise ValueError("optimizer state does not fit these parameters: " + "; ".join(faults[:5]))
+            raise ValueError("optimizer state does not fit these parameters: " + "; ".join(sorted(faults)[:5]))
         for name, (state, key) in places.items():
             if isinstance(state[key], Tensor):
                 state[key].copy_(tensors[name])
@@ -252,13 +241,12 @@ class AdapterOptimizer:
                 master.data = join_float32(parameter.detach(), self._residuals[key])
                 master.grad = parameter.grad
 
-    def _split(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            if key in self._residuals:
-                high, low = split_float32(self._masters[key].detach())
-                self.parameters[key].copy_(high)
-                self._residuals[key].copy_(low)
-                self._release(key)
+    def _store(self, key: str, value: Tensor) -> None:
+        """Write a float32 value into the parameter, and into its low bits if it has some."""
+        if key in self._residuals:
+            value, low = split_float32(value)
+            self._residuals[key].copy_(low)
+        self.parameters[key].copy_(value)
 
     def _release(self, key: str) -> None:
         if key in self._residuals:
@@ -280,14 +268,10 @@ def _rates(keys: Iterable[str], lr_ratios: Mapping[str, float]) -> dict[str, flo
 def groups_of(
     shapes: Mapping[str, tuple[int, ...]], ratios: Mapping[str, float] | None = None
 ) -> list[tuple[list[str], bool]]:
-    """(keys, whether they are matrices) of the parameters that are updated together, in order.
+    """(keys, whether they are matrices) of the parameters (key -> shape) that are updated together, in order.
 
-    A group has at most _GROUP_ELEMENTS elements, or one key. The grouping changes no number, since every parameter is
-    updated by itself.
-
-    Args:
-        shapes: Key -> shape.
-        ratios: Key -> rate in units of lr; all parameters of a group have one rate.
+    A group has at most _GROUP_ELEMENTS elements, or one key, and one rate (key -> its `ratios`). The grouping changes
+    no number, since every parameter is updated by itself.
     """
     groups: list[tuple[list[str], bool]] = []
     newest: dict[tuple[bool, float], list[str]] = {}
@@ -355,24 +339,11 @@ def _shrunk_state(
     finally:
         inner.is_paged = True  # type: ignore[attr-defined]
     for name, page in pages.items():
-        state[name] = _page_as(page, state[name])
+        like = state[name]
+        found: Any = torch.empty(0, dtype=like.dtype).set_(page.untyped_storage(), 0, like.shape, like.stride())
+        found.is_paged, found.page_deviceid = True, page.page_deviceid
+        state[name] = found
     return state
-
-
-def _load_fault(
-    name: str, places: Mapping[str, tuple[dict[str, Any], str]], tensors: Mapping[str, Tensor]
-) -> Iterator[str]:
-    """What keeps the tensor `name` from being copied into its place, if anything."""
-    if name not in tensors:
-        yield f"{name} is missing"
-    elif name not in places:
-        yield f"{name} is unknown"
-    else:
-        state, key = places[name]
-        place, tensor = state[key], tensors[name]
-        if isinstance(place, Tensor) and (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
-            got, wanted = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, place))
-            yield f"{name} is {got}, not {wanted}"
 
 
 def widened_state(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -382,8 +353,13 @@ def widened_state(state: Mapping[str, Any], device: torch.device) -> dict[str, A
         if name == "step":
             wide[name] = value
         elif name in MOMENTS:
-            is_wide = value.dtype == torch.float32
-            wide[name] = value.to(device, copy=True) if is_wide else _dequantized(state, name).to(device)
+            if value.dtype == torch.float32:
+                wide[name] = value.to(device, copy=True)
+                continue
+            number = name.removeprefix("state")
+            absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
+            found = F.dequantize_blockwise(value.to(absmax.device), absmax=absmax, code=code, blocksize=_BLOCK)
+            wide[name] = found.view_as(value).to(device)
     return wide
 
 
@@ -400,26 +376,3 @@ def _fill_state_(state: dict[str, Any], wide: Mapping[str, Any]) -> None:
             state[f"absmax{number}"].copy_(quantized.absmax)
         else:
             place.copy_(value)
-
-
-def _dequantized(state: Mapping[str, Any], name: str) -> Tensor:
-    number = name.removeprefix("state")
-    absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
-    codes = state[name].to(absmax.device)
-    found: Tensor = F.dequantize_blockwise(codes, absmax=absmax, code=code, blocksize=_BLOCK)
-    return found.view_as(codes)
-
-
-def _page_as(page: Any, like: Tensor) -> Tensor:
-    """A paged tensor of the shape and dtype of `like`, at the start of the memory of `page`.
-
-    bitsandbytes never frees a page, so a state that shrinks stays in its page.
-
-    Args:
-        page: From bitsandbytes, or from this function.
-        like: Contiguous; no more bytes than the page has.
-    """
-    found: Any = torch.empty(0, dtype=like.dtype).set_(page.untyped_storage(), 0, like.shape, like.stride())
-    found.is_paged, found.page_deviceid = True, page.page_deviceid
-    tensor: Tensor = found
-    return tensor

@@ -48,13 +48,12 @@ class LogitForm:
 
 @dataclass
 class Tap:
-    """Inputs and output of the head in one forward pass.
+    """Inputs and output of the head in one forward pass, which calls it `num_calls` times.
 
     Attributes:
         hidden: (num_labelled, hidden) states of all labelled positions, with their graph.
-        probe: (num_probed, hidden) states that the head got instead; detached.
+        probe: (num_probed, hidden) states that the head got instead; detached, unless it got all.
         raw: (num_probed, vocabulary) output of the head for `probe`, before the model changes it; detached.
-        num_calls: How often the model called its head.
     """
 
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -64,22 +63,25 @@ class Tap:
 
 
 @contextmanager
-def tapped(head: nn.Module, rows: Tensor, columns: Tensor, *, probing: bool) -> Iterator[Tap]:
-    """Record the head's inputs at (rows[i], columns[i]); the head itself computes only a few positions, (1, n, hidden).
+def tapped(
+    head: nn.Module, rows: Tensor, columns: Tensor, *, probing: bool = False, whole: bool = False
+) -> Iterator[Tap]:
+    """Record the head's inputs at (rows[i], columns[i]); the head itself computes some of them only, (1, n, hidden).
 
     Args:
         head: Called by the model with (batch, length, hidden).
         rows, columns: (num_labelled,) int64, on the model's device.
-        probing: Give the head the positions that `learn_form` needs; otherwise only the first one, which is enough for
-            the model's forward to run.
+        probing: The head computes the positions that `learn_form` needs; otherwise only the first one.
+        whole: The head computes all these positions, with their graph.
     """
     tap = Tap()
 
     def take(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         tap.num_calls += 1
         tap.hidden = args[0][rows, columns]
-        first = tap.hidden.detach()[: _PROBED if probing else 1]
-        tap.probe = torch.cat([first * factor for factor in _PROBE_FACTORS]) if probing else first
+        tap.probe = tap.hidden if whole else tap.hidden.detach()[: _PROBED if probing else 1]
+        if probing:
+            tap.probe = torch.cat([tap.probe * factor for factor in _PROBE_FACTORS])
         return (tap.probe.unsqueeze(0), *args[1:])
 
     def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
@@ -103,8 +105,6 @@ def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targ
     `head_nll` computes for the same positions.
 
     Args:
-        model: Its config proposes forms.
-        head: Its output head.
         tap: From a forward pass with `probing`.
         logits: The model's own, (1, num_probed, vocabulary).
         targets: (num_labelled,) int64.
@@ -132,10 +132,7 @@ def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targ
 
 
 def _proposals(config: Any) -> list[LogitForm]:
-    """Forms with every scale of the config, its inverse, and 1, and with every softcap and none.
-
-    The config's own come first, so that they win if a head of zeros makes all equal.
-    """
+    """Forms with a scale of the config, its inverse or 1, and a softcap or none; its own first, to win ties."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def numbers(names: tuple[str, ...]) -> list[float]:
@@ -159,10 +156,8 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
     runs under a checkpoint, chunk by chunk, and again in the backward pass, so that its parameters get gradients.
 
     Args:
-        head: The model's output head.
         hidden: (num_tokens, hidden).
         targets: (num_tokens,) int64.
-        form: From `learn_form`.
         chunk: Tokens whose logits exist at once; None: as many as make 128 MiB.
     Returns:
         (num_tokens,) float32, nats.

@@ -31,14 +31,10 @@ def packed_layout(model: PreTrainedModel) -> PackedLayout:
     transformers finds the borders of examples by positions that start again at 0. It masks the rest of the row (sdpa,
     eager, flex; any number of rows) or calls a kernel for variable lengths (flash attention; a single row). Models with
     a state that runs through the row (Mamba, linear attention), or with positions of their own, do not support that, so
-    each model is tried.
+    each model is tried: four forward passes of at most 40 tokens, without a draw from the global generators.
 
-    Args:
-        model: As it will be trained. Runs four forward passes of at most 40 tokens; draws nothing from the global
-            generators, and restores each module's mode.
     Raises:
-        UserError: An example's outputs depend on its neighbours, or differ from those of the example alone by more than
-            rounding.
+        UserError: An example's outputs depend on its neighbours, or differ from the example alone beyond rounding.
     """
     attention = model.config.get_text_config()._attn_implementation or "its own code"
     layout = layout_for(attention)
@@ -66,24 +62,23 @@ def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> None
         return torch.randint(vocabulary, (length,), generator=generator)
 
     probe = text(_PROBED)
-    alone = model(input_ids=probe[None].to(model.device), use_cache=False).logits[0].float()
+    alone = _logits(model, probe[None])[0]
     # In a causal model later tokens have no effect, so this is the rounding error of a row of another length.
-    longer = torch.cat([probe, text(_BEHIND)])[None].to(model.device)
-    rounding = model(input_ids=longer, use_cache=False).logits[0, :_PROBED].float() - alone
+    rounding = _logits(model, torch.cat([probe, text(_BEHIND)])[None])[0, :_PROBED] - alone
     first, second = (
         _probe_outputs(model, layout, [[text(before), probe, text(_BEHIND)] for before in _BEFORE]) for _ in range(2)
     )
     eps = torch.finfo(model.dtype).eps
-    seen, most_seen = float((first - second).abs().max()), _most(rounding.abs().max(), eps * alone.abs().max())
-    wrong, most_wrong = float(_rms(first - alone)), _SPREAD * _most(_rms(rounding), eps * _rms(alone))
-    if seen <= most_seen and wrong <= most_wrong:  # NaN fails both
-        return
-    if seen <= most_seen:
+    seen, wrong = float((first - second).abs().max()), _rms(first - alone)
+    most = max(float(rounding.abs().max()), float(eps * alone.abs().max()))
+    most_wrong = _SPREAD * max(_rms(rounding), eps * _rms(alone))
+    if not seen <= most:  # NaN fails both
+        fault = f"other tokens in a packed example change logits of the next one by {seen:.2g}"
+    elif not wrong <= most_wrong:
         fault = f"logits of a packed example differ from those of the example alone by {wrong:.2g} (root mean square)"
         most = most_wrong
     else:
-        fault = f"other tokens in a packed example change logits of the next one by {seen:.2g}"
-        most = most_seen
+        return
     instead = "" if attention == "sdpa" else ", or model.attention: sdpa if the model has it"
     raise UserError(
         f"data.packing: {name} (attention by {attention}) does not keep packed examples apart: {fault}, where "
@@ -91,12 +86,14 @@ def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> None
     )
 
 
-def _rms(values: Tensor) -> Tensor:
-    return values.square().mean().sqrt()
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
 
 
-def _most(*numbers: Tensor) -> float:
-    return max(map(float, numbers))
+def _logits(model: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> Tensor:
+    """(rows, length, vocabulary) float32."""
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False, **inputs).logits
+    return logits.float()
 
 
 def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -109,14 +106,6 @@ def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[
         packed.append((torch.cat(parts)[None], positions[None]))
     if layout == "rows":
         packed = [(torch.cat([ids for ids, _ in packed]), torch.cat([positions for _, positions in packed]))]
-    logits = [
-        each
-        for ids, positions in packed
-        for each in model(
-            input_ids=ids.to(model.device), position_ids=positions.to(model.device), use_cache=False
-        ).logits
-    ]
-    starts = [len(row[0]) for row in rows]
-    return torch.stack(
-        [each[start : start + len(row[1])].float() for each, start, row in zip(logits, starts, rows, strict=True)]
-    )
+    logits = [row for ids, positions in packed for row in _logits(model, ids, position_ids=positions.to(model.device))]
+    places = [slice(len(row[0]), len(row[0]) + len(row[1])) for row in rows]
+    return torch.stack([each[place] for each, place in zip(logits, places, strict=True)])

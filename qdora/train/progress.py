@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import dataclass
-from types import TracebackType
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,66 +34,46 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """The numbers of one optimizer step that are shown."""
-
-    step: int
-    num_steps: int
-    loss: float
-    lr: float
-    tokens_per_second: float
-    seconds_left: float
-
-    def text(self) -> str:
-        """The numbers as one line."""
-        return (
-            f"step {self.step}/{self.num_steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  "
-            f"{self.tokens_per_second:,.0f} tok/s  {memory_bytes() / 2**30:.2f} GiB  left {duration(self.seconds_left)}"
-        )
-
-
 class TrainingProgress:
     """Shows steps: a bar on a terminal, otherwise one plain line every 10 seconds and at the end.
 
-    Args:
-        num_steps: Length of the run.
-        start: Steps already done (after a resume).
-        console: Output; standard error by default, since standard output is for results.
+    After a resume, `start` steps are done already. The console is standard error by default: results go to stdout.
     """
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._num_steps, self._start = num_steps, start
+        self._seconds: deque[float] = deque(maxlen=20)
         self._last_line = float("-inf")
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> TrainingProgress:
         if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                console=self.console,
-            )
+            columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
             self._bar.start()
             self._task = self._bar.add_task("training", total=self._num_steps, completed=self._start)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, report: StepReport) -> None:
-        """Show one finished step."""
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Show the metrics of a finished step; the time left goes by the median of the last 20 steps."""
+        step = metrics["step"]
+        self._seconds.append(metrics["time"]["step_seconds"])
+        left = sorted(self._seconds)[len(self._seconds) // 2] * (self._num_steps - step)
+        text = (
+            f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
+            f"{metrics['num_tokens'] / self._seconds[-1]:,.0f} tok/s  {memory_bytes() / 2**30:.2f} GiB  "
+            f"left {duration(left)}"
+        )
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=report.step, description=report.text())
+            self._bar.update(self._task, completed=step, description=text)
             return
         now = time.monotonic()
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES or report.step == report.num_steps:
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps:
             self._last_line = now
-            self.console.print(report.text(), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)

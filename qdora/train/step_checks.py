@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qdora.data.loader import Step
@@ -24,12 +23,9 @@ _NUM_UPDATES = 3
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that was not applied, with what this process knows of it.
+    """Step number `step`, from 1, which was not applied, with what this process knows of it.
 
     Attributes:
-        step: Its number, from 1.
-        reason: What was wrong.
-        batch: Its examples.
         loss, gradient_norm: Over all processes; NaN if unknown.
         example_nll: Summed NLL of each example, in the batch's order; NaN if unknown.
     """
@@ -57,10 +53,9 @@ class BadSteps:
 
     def fault(self, loss: float, gradient_norm: float) -> str | None:
         """What is wrong with a step of these numbers, or None."""
-        if not math.isfinite(loss):
-            return f"loss {loss} is not finite"
-        if not math.isfinite(gradient_norm):
-            return f"gradient norm {gradient_norm} is not finite"
+        for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
+            if not math.isfinite(value):
+                return f"{name} {value} is not finite"
         if self._train.spike is not None and len(self._losses) >= _LEAST:
             usual = statistics.median(self._losses)
             if loss > self._train.spike * usual:
@@ -106,9 +101,6 @@ class MissingGradientCheck:
     With streamed blocks, a backward pass that reads wrong bytes, or none, can leave a finite loss and factors that
     never change; other trainers have trained a lora_B of zeros that way. The check reads gradients, not parameters: a
     healthy update can be too small to show in float32, at the end of a cosine or the start of a slow warm-up.
-
-    Args:
-        optimizer: Over the parameters.
     """
 
     def __init__(self, optimizer: AdapterOptimizer) -> None:
@@ -117,12 +109,9 @@ class MissingGradientCheck:
         self._arrived: dict[str, Tensor] = {}
 
     def updated(self, lr: float) -> str | None:
-        """Must be called after each update, while its gradients exist.
+        """After the third update, what is wrong if a matrix had no gradient in any of them; otherwise None.
 
-        Args:
-            lr: Learning rate of the update; one of 0, at the start of a warm-up, does not count.
-        Returns:
-            After the third update, what is wrong if a matrix had no gradient in any of them; otherwise None.
+        Must be called after each update, while its gradients exist. An update with `lr` 0 does not count.
         """
         if lr == 0.0 or self._updates == _NUM_UPDATES:
             return None
@@ -133,9 +122,7 @@ class MissingGradientCheck:
                 self._arrived[name] = self._arrived.get(name, some) | some
         if self._updates < _NUM_UPDATES:
             return None
-        flags = torch.stack(list(self._arrived.values())).tolist() if self._arrived else []
-        arrived = {name for name, flag in zip(self._arrived, flags, strict=True) if flag}
-        missing = [name for name in self._parameters if name not in arrived]
+        missing = [name for name in self._parameters if name not in self._arrived or not bool(self._arrived[name])]
         if not missing:
             return None
         return (

@@ -1,0 +1,85 @@
+"""Failed allocations: how they are recognised, and smaller micro-batches for a step that does not fit into memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from qdora.data.batching import MicroBatch
+from qdora.data.loader import StepLoader
+
+# Messages of allocators that raise a plain RuntimeError: torch's on the CPU, and CUDA's outside torch's cache.
+_MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+class Shortage(NamedTuple):
+    """A micro-batch that did not fit: its tokens with padding, and the first line of the allocator's message."""
+
+    num_examples: int
+    num_tokens: int
+    reason: str
+
+    def fault(self) -> str:
+        """What is wrong if the micro-batch is a single example, which cannot be split."""
+        return (
+            f"out of memory with one example of {self.num_tokens:,} tokens by itself ({self.reason.rstrip('.')}). "
+            "Fix: turn on memory.checkpointing or lower memory.loss_chunk and resume with --resume, or start a new run "
+            "with fewer tokens (data.max_length with data.too_long), a smaller adapter.rank or another base.quant."
+        )
+
+
+class OutOfMemory(Exception):
+    """Its argument is a Shortage. It keeps the frames that it passed, and their tensors, alive."""
+
+
+@contextmanager
+def shortage_of(micro: MicroBatch) -> Iterator[None]:
+    """Turn a failed allocation in the block into OutOfMemory; every other error passes unchanged."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(Shortage(len(micro.example_ids), micro.input_ids.numel(), first_line(error))) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on the GPU or the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+
+
+def back_off(loader: StepLoader, shortage: Shortage) -> dict[str, Any] | None:
+    """Halve the tokens of a micro-batch, counted from the one that did not fit, and release freed memory.
+
+    Must be called outside the `except` block, where the error no longer keeps the tensors of its frames alive.
+
+    Returns:
+        `tokens_before` and `tokens_after` (of a micro-batch, padding counted) and the `reason`, or None if the
+        micro-batch was a single example.
+    """
+    before = loader.micro_batch_tokens
+    if shortage.num_examples == 1 or before <= 1:
+        return None
+    loader.micro_batch_tokens = min(before, shortage.num_tokens) // 2
+    gc.collect()  # cycles of frames may keep the graph of the failed pass
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"tokens_before": before, "tokens_after": loader.micro_batch_tokens, "reason": shortage.reason}
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
