@@ -173,7 +173,7 @@ def test_the_command_checks_before_it_runs(root: Path, tmp_path: Path) -> None:
     assert [cell["is_trained"] for cell in json.loads(found.stdout)["cells"]] == [False]
     for options, text in (
         (["--shard", "4/3"], "--shard: must be I/N"),
-        (["--jobs", "2", "--shard", "1/2"], "--jobs: starts processes"),
+        (["--jobs", "2", "--shard", "1/2"], "--jobs: is not used with --shard"),
         (["--cluster", "local"], "belong to --jobs"),
     ):
         found = runner.invoke(app, ["study", file, *options])
