@@ -174,7 +174,7 @@ def test_the_command_checks_before_it_runs(root: Path, tmp_path: Path) -> None:
     for options, text in (
         (["--shard", "4/3"], "--shard: must be I/N"),
         (["--jobs", "2", "--shard", "1/2"], "--jobs: is not used with --shard"),
-        (["--cluster", "local"], "belong to --jobs"),
+        (["--cluster", "local"], "are used only with --jobs"),
     ):
         found = runner.invoke(app, ["study", file, *options])
         assert found.exit_code == 2
