@@ -90,7 +90,7 @@ def described(scaling: Callable[[int], float], *, rank_stabilized: bool = False)
         rank_pattern={path: rank for path, rank in ranks.items() if rank != 8},
         alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != alphas["up"]},
     )
-    return AdapterDescription(layout, None, None, {path: scaling(rank) for path, rank in ranks.items()})
+    return AdapterDescription(layout, None, {path: scaling(rank) for path, rank in ranks.items()})
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -17,9 +17,9 @@ from qdora.model.inject import inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.plan.device_rates import STATED
 from qdora.plan.memory_plan import local_source, plan
 from qdora.plan.plan_contents import DENSE, Plan
+from qdora.plan.step_time import STATED
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run import load_base

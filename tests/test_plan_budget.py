@@ -14,7 +14,7 @@ from rich.console import Console
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.errors import UserError
 from qdora.model.build_model import Compute, find_model
-from qdora.plan import device_rates, memory_plan, step_time
+from qdora.plan import memory_plan, step_time
 from qdora.plan.plan_contents import MicroBatchShape
 from qdora.plan.plan_view import bar_text, plan_run
 from qdora.plan.workload import workload_of_data
@@ -103,20 +103,20 @@ def test_a_plan_does_without_the_data(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_measured_rates_take_the_place_of_the_stated_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert device_rates.known_rates("cuda") == device_rates.STATED["cuda"]
-    found = device_rates.measure_rates(seconds=0.05)
-    mine = device_rates.known_rates("cpu")
+    assert step_time.known_rates("cuda") == step_time.STATED["cuda"]
+    found = step_time.measure_rates(seconds=0.05)
+    mine = step_time.known_rates("cpu")
     assert mine.measured
     assert mine.flops > 1e8
     assert mine.bytes > 1e7
-    assert "TFLOP/s" in device_rates.rates_text(found)
-    device_rates.rates_file().write_text("[")
-    assert device_rates.known_rates("cpu") == device_rates.STATED["cpu"]
+    assert "TFLOP/s" in step_time.rates_text(found)
+    step_time.rates_file().write_text("[")
+    assert step_time.known_rates("cpu") == step_time.STATED["cpu"]
 
 
 def test_time_of_a_step_by_hand() -> None:
     work = step_time.Work(1000, 500, 10, 0, quantised=True, checkpointing=True)
-    rates = device_rates.Rates("x", flops=1e3, bytes=1e6, copied=1e3)
+    rates = step_time.Rates("x", flops=1e3, bytes=1e6, copied=1e3)
     shape = MicroBatchShape(2, 5, 8, masked=False)
     # Three passes over the base, four over the adapters; the head twice forward and backward.
     flops = 10 * 2 * (3 * 1000 + 4 * 10) + 4 * 500 * 8

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from qdora.data.batching import MicroBatch
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
+from qdora.plan import memory_plan
 from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern
-from qdora.plan.memory_plan import measured, plan
-from qdora.plan.plan_contents import MicroBatchShape, Moment, Plan
+from qdora.plan.memory_plan import plan
+from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.plan.workload import assumed_workload, largest_shapes
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
@@ -52,6 +53,13 @@ def a_config(**changes: Any) -> PreTrainedConfig:
     return LlamaConfig(**(SIZES | {"num_hidden_layers": 10} | changes))
 
 
+def drawn_and_whole(recipe: Recipe, device_kind: DeviceKind, monkeypatch: pytest.MonkeyPatch) -> tuple[Plan, Plan]:
+    """The plan extrapolated from few blocks, and the one in which all blocks are measured."""
+    drawn = plan(recipe, config=a_config(), device_kind=device_kind)
+    monkeypatch.setattr(memory_plan, "find_pattern", lambda signatures: None)
+    return drawn, plan(recipe, config=a_config(), device_kind=device_kind)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -62,12 +70,10 @@ def a_config(**changes: Any) -> PreTrainedConfig:
     ],
     ids=["checkpointed", "all kept", "dropout, packed", "full"],
 )
-def test_a_shortened_model_is_extrapolated_to_the_whole(changes: dict[str, Any]) -> None:
-    recipe = a_recipe(**changes)
-    (shape,), count = assumed_workload(recipe)
-    drawn, whole = (
-        measured(recipe, a_config(), shape, count, device_kind="cuda", whole=each) for each in (False, True)
-    )
+def test_a_shortened_model_is_extrapolated_to_the_whole(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, whole = drawn_and_whole(a_recipe(**changes), "cuda", monkeypatch)
     found = {(moment.phase, moment.block): moment.by_component for moment in whole.moments}
     assert len(drawn.moments) < len(whole.moments)
     for moment in drawn.moments:
@@ -212,13 +218,12 @@ def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_ste
     assert many.tensor_bytes > few.tensor_bytes
 
 
-def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path) -> None:
+def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(a_config())
     inject(model, rank=4, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 8})
     save_adapter(model, tmp_path / "adapter", base_name_or_path="x", revision=None, base_quant={"quant": "none"})
     recipe = a_recipe(adapter={"kind": "dora", "resume_from": str(tmp_path / "adapter")})
-    (shape,), count = assumed_workload(recipe)
-    drawn, whole = (measured(recipe, a_config(), shape, count, device_kind="cpu", whole=each) for each in (False, True))
+    drawn, whole = drawn_and_whole(recipe, "cpu", monkeypatch)
     assert drawn.num_trainable == whole.num_trainable == 10 * (4 * 128 + 64 + 8 * (64 + 128) + 128)
     assert drawn.components == whole.components

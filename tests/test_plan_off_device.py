@@ -18,8 +18,7 @@ from qdora.plan import plan_contents as parts
 from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.fake_step import empty_model
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import local_source, plan
-from qdora.plan.off_device_bytes import StreamedBlocks, streamed_blocks, with_offloaded, with_streamed
+from qdora.plan.memory_plan import StreamedBlocks, local_source, plan, streamed_blocks, with_offloaded, with_streamed
 from qdora.plan.plan_contents import MicroBatchShape, Moment, Plan
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
@@ -66,7 +65,6 @@ def test_sizes_are_those_of_the_formats(count: int | None) -> None:
     # A piece starts each tensor at a multiple of 256 bytes.
     assert CODES + SCALES <= found.block_bytes < CODES + SCALES + 7 * 5 * 256
     assert found.block_bytes % 256 == 0
-    assert found.slot_bytes == 2 * found.block_bytes
     # torch rounds pinned memory up to a power of two.
     assert found.host_bytes % number == 0
     rounded = found.host_bytes // number
@@ -110,7 +108,7 @@ def test_a_counted_run_saves_what_the_plan_says(tmp_path: Path) -> None:
         empty_model(model.config, local_source(), torch.float32, "sdpa"), tiny_streamed.WANTED, "host", 4
     )
     on_host = 4 * sizes.block_bytes
-    saved = sizes.codes + sizes.scales - sizes.slot_bytes
+    saved = sizes.codes + sizes.scales - 2 * sizes.block_bytes
     # The layers of a base that has just been quantised share one code book of 1 KiB; a piece holds one for each.
     saved -= 4 * 7 * 1024
     # The host of this run is its device, so the pieces of the blocks are in its count.
@@ -163,7 +161,7 @@ def test_as_many_blocks_are_proposed_as_it_takes(device_kind: Any, residency: st
     # The slots take two blocks, so seven away are what five in all leave room for, and the next ones for the rest.
     fewer = blocks(residency, count - 1)
     others = budget - parts.CONTEXT_BYTES[device_kind]
-    left = (NUM_BLOCKS - count + 1) * (CODES + SCALES) + fewer.slot_bytes
+    left = (NUM_BLOCKS - count + 1) * (CODES + SCALES) + 2 * fewer.block_bytes
     assert left * (1 + parts.SLACK_SHARE[device_kind]) > others
 
 

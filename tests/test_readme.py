@@ -33,6 +33,7 @@ GUIDES = sorted((ROOT / "qdora/guide").glob("*.md"))
 PAGES = [README, BENCHMARKS, *GUIDES]
 OWN_DATA, PYTHON = ROOT / "qdora/guide/own-data.md", ROOT / "qdora/guide/python.md"
 TOPICS = {
+    "changing-qdora",
     "own-data",
     "chats",
     "memory",

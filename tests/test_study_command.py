@@ -22,7 +22,7 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.recipe.recipe_file import settings
 from qdora.study import runner as study_verb
-from qdora.study.report_tables import read_report
+from qdora.study.report import read_report
 from qdora.study.runner import in_words, study_run
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import tiny_run
@@ -173,8 +173,8 @@ def test_the_command_checks_before_it_runs(root: Path, tmp_path: Path) -> None:
     assert [cell["is_trained"] for cell in json.loads(found.stdout)["cells"]] == [False]
     for options, text in (
         (["--shard", "4/3"], "--shard: must be I/N"),
-        (["--jobs", "2", "--shard", "1/2"], "--jobs: starts processes"),
-        (["--cluster", "local"], "belong to --jobs"),
+        (["--jobs", "2", "--shard", "1/2"], "--jobs: is not used with --shard"),
+        (["--cluster", "local"], "are used only with --jobs"),
     ):
         found = runner.invoke(app, ["study", file, *options])
         assert found.exit_code == 2

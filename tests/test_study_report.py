@@ -20,8 +20,7 @@ from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
 from qdora.study.grid import COLUMNS, Cell
-from qdora.study.report import report_run, write_report
-from qdora.study.report_tables import Report, read_report
+from qdora.study.report import Report, read_report, report_run, write_report
 from qdora.study.scores import half
 from qdora.study.study_directory import read_index
 from tests import fake_study

@@ -22,7 +22,7 @@ def doctor(
     found = report()
     text = report_text(found)
     if measure:
-        from qdora.plan.device_rates import measure_rates, rates_text
+        from qdora.plan.step_time import measure_rates, rates_text
 
         found["rates"] = measure_rates()
         text += rates_text(found["rates"])

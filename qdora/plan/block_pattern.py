@@ -1,8 +1,8 @@
 """Repeated decoder blocks: measure a model with few of them, and extrapolate to all.
 
 Models repeat a block, or a short sequence of blocks (such as five with a sliding window, one without). The live bytes
-of a step are linear in the number of repetitions: each adds its weights, its states, and what it keeps between forward
-and backward. So two measurements, of models that differ by one repetition, give the bytes for any number.
+of a step are linear in the number of repetitions, so two measurements, of models that differ by one repetition, give
+the bytes for any number.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlockPattern:
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks of the whole model."""
+        """Blocks of the whole model."""
         return self.prefix + self.period * self.repetitions + self.suffix
 
     def kept(self, repetitions: int) -> list[int]:
@@ -87,10 +87,8 @@ def keep_blocks_(model: Any, path: str, kept: Sequence[int]) -> None:
 def extrapolated(short: Sequence[Moment], longer: Sequence[Moment], pattern: BlockPattern) -> list[Moment]:
     """Extrapolate the moments of the whole model from those with 4 and 5 repetitions, in the order of a step.
 
-    The repetitions in between have no moments: their live bytes lie between those of their neighbours.
-
-    Raises:
-        ValueError: The two do not have the same moments.
+    The repetitions in between have no moments: their live bytes lie between those of their neighbours. ValueError if
+    the two do not have the same moments.
     """
     more = pattern.repetitions - _KEPT_PERIODS
     found = {(moment.phase, moment.block): moment.by_component for moment in longer}

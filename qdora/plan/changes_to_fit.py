@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qdora.data.build_data import micro_batch_tokens
 from qdora.memory.streaming import NUM_SLOTS
@@ -16,10 +16,7 @@ from qdora.recipe.settings import Recipe
 _LEAST_SAVING = 0.002
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    settings: tuple[str, ...]
-    neutral: bool
+_Overrides = tuple[str, ...]
 
 
 def with_changes(
@@ -27,30 +24,25 @@ def with_changes(
 ) -> tuple[Recipe, Plan]:
     """Change a recipe until its plan fits: first by neutral changes, then by others, the faster ones first.
 
-    A change is neutral if the trained numbers stay the same, up to rounding.
+    A change is neutral if the trained numbers stay the same, up to rounding. `first` is the recipe's plan, `plan_of`
+    plans a changed recipe for the same budget, and `seconds_of` predicts the time of its step without a plan.
 
-    Args:
-        recipe: The recipe to change.
-        first: Its plan, which is over the budget.
-        plan_of: Plans a changed recipe for the same budget.
-        seconds_of: Predicts the time of a step of a changed recipe, without a plan.
     Returns:
         The recipe with the neutral changes that it needed, and `first` with all changes.
     """
     found: list[Change] = []
     changed, now = recipe, first
     fitting = recipe
-    for neutral in (True, False):
-        options = [each for each in _candidates(recipe, first.device_kind) if each.neutral is neutral]
-        for each in sorted(options, key=lambda option: seconds_of(override(recipe, option.settings))):
+    for neutral, options in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
+        for each in sorted(options, key=lambda option: seconds_of(override(recipe, option))):
             if now.fits:
                 return fitting, replace(first, changes=tuple(found))
-            candidate = override(changed, each.settings)
+            candidate = override(changed, each)
             plan = plan_of(candidate)
             if plan.tensor_bytes >= now.tensor_bytes * (1 - _LEAST_SAVING):
                 continue
             changed, now = candidate, plan
-            found.append(Change(", ".join(each.settings), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
+            found.append(Change(", ".join(each), plan.peak_bytes, plan.step_seconds or 0.0, neutral))
             if neutral:
                 fitting = changed
         if neutral and not now.fits:
@@ -61,11 +53,9 @@ def with_changes(
     return fitting, replace(first, changes=tuple(found))
 
 
-def _with_streaming(
-    recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]
-) -> tuple[Recipe, Plan, tuple[str, ...]]:
+def _with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
     """The recipe with just enough blocks streamed, its plan, and the overrides that do it."""
-    overrides: tuple[str, ...] = ()
+    overrides: _Overrides = ()
     while not plan.fits and (more := _streaming(recipe, plan)):
         # The rounding of sizes can leave a little too much; then one more block is streamed
         overrides, recipe = more, override(recipe, more)
@@ -73,7 +63,7 @@ def _with_streaming(
     return recipe, plan, overrides
 
 
-def _streaming(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
+def _streaming(recipe: Recipe, plan: Plan) -> _Overrides:
     """Overrides that stream as many blocks as it takes to fit, or all; empty if that saves nothing."""
     residency = "host" if plan.device_kind == "cuda" else "disk"
     if not plan.block_bytes or recipe.base.residency not in ("device", residency):
@@ -90,42 +80,33 @@ def _streaming(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
     return (*checkpointing, f"base.residency={residency}", f"base.streamed_blocks={count}")
 
 
-def _candidates(recipe: Recipe, device_kind: DeviceKind) -> list[_Candidate]:
-    """Overrides that may need less memory, each valid by itself."""
-    found = []
-
-    def offer(*settings: str, neutral: bool) -> None:
-        found.append(_Candidate(settings, neutral))
-
-    longest, asked = recipe.data.max_length, micro_batch_tokens(recipe)
-    smaller = {max(longest, asked // 2), longest}
-    for tokens in sorted(smaller):
-        if tokens < asked and tokens <= (recipe.train.tokens_per_step or tokens):
-            offer(f"train.micro_batch_tokens={tokens}", neutral=True)
-    chunk = recipe.memory.loss_chunk
-    if chunk == "auto" or chunk > 64:
-        offer("memory.loss_chunk=64", neutral=True)
-    if not recipe.memory.checkpointing:
-        offer("memory.checkpointing=true", neutral=True)
-    if device_kind == "cuda" and not recipe.memory.offload_activations:
-        before = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
-        offer(*before, "memory.offload_activations=true", neutral=True)
-    if device_kind == "cuda" and not recipe.memory.host_embeddings and recipe.adapter.kind != "full":
-        offer("memory.host_embeddings=true", neutral=True)
-    trains_adapter = recipe.adapter.kind in ("lora", "dora")
-    if recipe.train.optimizer in ("adamw", "paged_adamw_32bit"):
-        offer("train.optimizer=paged_adamw_8bit", neutral=False)
-    if recipe.train.optimizer == "lion":
-        offer("train.optimizer=paged_lion_8bit", neutral=False)
-    if trains_adapter and recipe.base.quant in ("none", "int8"):
-        offer("base.quant=nf4", neutral=False)
-    if recipe.base.quant in ("nf4", "fp4") and not recipe.base.double_quant:
-        offer("base.double_quant=true", neutral=False)
-    if trains_adapter and recipe.adapter.resume_from is None and recipe.adapter.rank >= 16:
-        offer(f"adapter.rank={recipe.adapter.rank // 2}", f"adapter.alpha={recipe.adapter.alpha / 2:g}", neutral=False)
-    if recipe.data.max_length >= 512:
-        short = recipe.data.max_length // 2
-        fewer = [f"train.micro_batch_tokens={short}"] if recipe.train.micro_batch_tokens != "auto" else []
-        too_long = ["data.too_long=truncate"] if recipe.data.too_long == "error" else []
-        offer(f"data.max_length={short}", *fewer, *too_long, neutral=False)
-    return found
+def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Overrides], list[_Overrides]]:
+    """Overrides that may need less memory, each valid by itself: neutral ones, and others."""
+    train, base, adapter, memory, data = recipe.train, recipe.base, recipe.adapter, recipe.memory, recipe.data
+    asked, chunk, on_gpu = micro_batch_tokens(recipe), memory.loss_chunk, device_kind == "cuda"
+    recompute = () if memory.checkpointing else ("memory.checkpointing=true",)
+    neutral: list[tuple[bool, _Overrides]] = [
+        (tokens < asked and tokens <= (train.tokens_per_step or tokens), (f"train.micro_batch_tokens={tokens}",))
+        for tokens in sorted({max(data.max_length, asked // 2), data.max_length})
+    ]
+    neutral += [
+        (chunk == "auto" or chunk > 64, ("memory.loss_chunk=64",)),
+        (not memory.checkpointing, recompute),
+        (on_gpu and not memory.offload_activations, (*recompute, "memory.offload_activations=true")),
+        (on_gpu and not memory.host_embeddings and adapter.kind != "full", ("memory.host_embeddings=true",)),
+    ]
+    trains_adapter, short = adapter.kind in ("lora", "dora"), data.max_length // 2
+    fewer = () if train.micro_batch_tokens == "auto" else (f"train.micro_batch_tokens={short}",)
+    too_long = ("data.too_long=truncate",) if data.too_long == "error" else ()
+    others: list[tuple[bool, _Overrides]] = [
+        (train.optimizer in ("adamw", "paged_adamw_32bit"), ("train.optimizer=paged_adamw_8bit",)),
+        (train.optimizer == "lion", ("train.optimizer=paged_lion_8bit",)),
+        (trains_adapter and base.quant in ("none", "int8"), ("base.quant=nf4",)),
+        (base.quant in ("nf4", "fp4") and not base.double_quant, ("base.double_quant=true",)),
+        (
+            trains_adapter and adapter.resume_from is None and adapter.rank >= 16,
+            (f"adapter.rank={adapter.rank // 2}", f"adapter.alpha={adapter.alpha / 2:g}"),
+        ),
+        (data.max_length >= 512, (f"data.max_length={short}", *fewer, *too_long)),
+    ]
+    return [each for may, each in neutral if may], [each for may, each in others if may]

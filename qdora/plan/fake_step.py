@@ -1,6 +1,6 @@
 """A training step on fake tensors: the real layers, loss and optimizer run, and the live bytes of each part are noted.
 
-The model is made from its config alone: every tensor has its shape, dtype and component, but no memory.
+The model is made from its config: every tensor has its shape, dtype and component, but no memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
-from qdora.model.load import Quantization, block_list, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
+from qdora.model.load import Quantization, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
@@ -25,44 +25,20 @@ from qdora.nn.adapted_linear import prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.ops.tiles import Weight
-from qdora.plan.block_pattern import keep_blocks_
+from qdora.plan import plan_contents as parts
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan_contents import (
-    ADAPTERS,
-    BACKWARD,
-    BASE,
-    CHECKPOINTS,
-    DENSE,
-    FORWARD,
-    GRADIENTS,
-    LOSS,
-    MASKS,
-    OPTIMIZER,
-    OTHER,
-    SCALES,
-    UPDATE,
-    MicroBatchShape,
-    Moment,
-)
+from qdora.plan.plan_contents import MicroBatchShape, Moment
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 from qdora.train.output_head import head_nll, proposed_form, tapped
 
 _UNMASKED = "sdpa_without_padding"
 
-# bitsandbytes pages only states with at least this many elements, and never the scales of 8-bit states.
-_PAGED_ELEMENTS = 100_000
-_PAGED_STATE_BYTES = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}
-
 
 def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A model with its parameters on the meta device; `config` is not changed.
+    """A model with its parameters on the meta device; `config` is not changed. UserError if it is not a causal LM.
 
-    Args:
-        source: Names the model in messages, and says whether code from the Hub may run.
-        dtype: Dtype of the activations.
-        attention: As in a recipe. flash_attention_2 needs a GPU and is planned as sdpa, which keeps the same tensors.
-    Raises:
-        UserError: The model is not a causal LM.
+    `dtype` is that of the activations. flash_attention_2 needs a GPU and is planned as sdpa, which keeps the same
+    tensors.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -76,7 +52,7 @@ def fill_(
 ) -> None:
     """Replace meta tensors by fake ones, as `load_model` does by real ones; call it within a FakeTensorMode.
 
-    With `pruned`, every linear layer that is not skipped gets a mask, as `model.pruning` makes it.
+    With `pruned`, every linear layer that is not skipped gets a mask.
     """
     layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
     whole = wanted.kind == "none"
@@ -91,17 +67,17 @@ def fill_(
     for name in sorted(layers):
         module: Any = model.get_submodule(name)
         shape = tuple(module.weight.shape)
-        with live.label(BASE):
+        with live.label(parts.BASE):
             weight: Weight = (
                 empty(f"{name}.weight", module.weight)
                 if whole
                 else empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant)
             )
         if isinstance(weight, PackedWeight):
-            live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], SCALES)
-        with live.label(MASKS):
+            live.register([tensor for part, tensor in weight.tensors().items() if part != "packed"], parts.SCALES)
+        with live.label(parts.MASKS):
             bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8) if pruned else None
-        with live.label(DENSE):
+        with live.label(parts.DENSE):
             bias = None if module.bias is None else empty(f"{name}.bias", module.bias)
         replace_module(model, name, FrozenLinear(weight, bias, bits))
     tied = tied_weights(model)
@@ -109,7 +85,7 @@ def fill_(
         if name in tied:
             continue
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        with live.label(BASE if name in linear and module is not head else DENSE):
+        with live.label(parts.BASE if name in linear and module is not head else parts.DENSE):
             made = empty(name, parameter)
         setattr(module, leaf, nn.Parameter(made, requires_grad=False))
     for target, origin in tied.items():
@@ -118,19 +94,8 @@ def fill_(
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and not isinstance(module, FrozenLinear):
-                with live.label(DENSE):
+                with live.label(parts.DENSE):
                     module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def shortened(
-    config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str, kept: list[int] | None
-) -> PreTrainedModel:
-    """`empty_model` with only the blocks in `kept`; None keeps all."""
-    model = empty_model(config, source, dtype, attention)
-    found = block_list(model)
-    if kept is not None and found is not None:
-        keep_blocks_(model, found[0], kept)
-    return model
 
 
 def set_unmasked_(model: PreTrainedModel) -> None:
@@ -156,11 +121,7 @@ def ranks_of_adapter(
 ) -> dict[str, int]:
     """Path of a layer in a shortened model -> rank of its adapter in the whole model; only layers that have one.
 
-    Args:
-        layout: Of an existing adapter.
-        model: The model with only the blocks in `kept`.
-        blocks: Path of its list of blocks.
-        kept: Numbers of these blocks in the whole model; None for all.
+    `blocks` is the path of the list of blocks, `kept` their numbers in the whole model (None: all).
     """
     head = model.get_output_embeddings()
     ranks = {}
@@ -176,72 +137,63 @@ def ranks_of_adapter(
 
 
 class StepRecorder:
-    """Runs steps of a model and notes the peak of each part, by component.
+    """Runs steps of a model on fake tensors, with its adapters, and notes the peak of each part, by component.
 
-    Args:
-        model: A model on fake tensors, with its adapters.
-        blocks: Its decoder blocks.
-        live: The active counter, inside an active FakeTensorMode and `planned_on`.
-        checkpointing: Whether only the inputs of the blocks are kept for the backward pass.
+    `live` is the active counter, inside an active FakeTensorMode and `planned_on`. With `checkpointing` only the inputs
+    of the blocks are kept for the backward pass.
     """
 
     def __init__(self, model: Any, blocks: Sequence[nn.Module], live: LiveBytes, *, checkpointing: bool) -> None:
         self.model, self.blocks, self.live = model, blocks, live
         self.parameters = adapter_parameters(model)
         self.moments: list[Moment] = []
-        self._kept_as = CHECKPOINTS if checkpointing else FORWARD
+        self._kept_as = parts.CHECKPOINTS if checkpointing else parts.FORWARD
         self._now: tuple[str, int | None] = ("forward", None)
         self._recording = False
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda each: live.register(each.grad, GRADIENTS)
+                lambda each: live.register(each.grad, parts.GRADIENTS)
             )
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(self._entering(index), with_kwargs=True)
 
     def record(self, optimizer: AdapterOptimizer, shape: MicroBatchShape, chunk: int | None) -> None:
-        """Record a later step: optimizer states, gradients of an earlier micro-batch and norms already exist.
-
-        Args:
-            optimizer: Over the model's trainable parameters.
-            shape: The micro-batch.
-            chunk: `memory.loss_chunk`; None for auto.
-        """
+        """Record a later step: optimizer states, gradients of an earlier micro-batch and norms already exist."""
         layers = adapted_layers(self.model).values()
-        with self.live.label(ADAPTERS):
+        with self.live.label(parts.ADAPTERS):
             for layer in layers:
                 layer.gain(self.model.dtype)
         self._make_gradients()
         optimizer.step(1e-4)
         optimizer.zero_grad()
-        self.live.register(optimizer.state_tensors().values(), OPTIMIZER)
-        with self._part("gains", None, ADAPTERS):
+        self.live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
+        with self._part("gains", None, parts.ADAPTERS):
             prepare_gains(layers)
         if shape.accumulated:
             self._make_gradients()
         self._gradient(shape, chunk)
-        with self._part("update", None, UPDATE):
+        with self._part("update", None, parts.UPDATE):
             pass
 
     def _make_gradients(self) -> None:
         """Gradients, as an earlier micro-batch leaves them."""
         for parameter in self.parameters.values():
             parameter.grad = torch.empty(parameter.shape, dtype=parameter.grad_dtype or parameter.dtype)
-            self.live.register(parameter.grad, GRADIENTS)
+            self.live.register(parameter.grad, parts.GRADIENTS)
 
     def _gradient(self, shape: MicroBatchShape, chunk: int | None) -> None:
         """One micro-batch forward and backward."""
-        with self.live.label(OTHER):
+        with self.live.label(parts.OTHER):
             inputs, rows, columns, targets = fake_batch(shape)
         head = self.model.get_output_embeddings()
-        with self._part("forward", None, FORWARD):
+        with self._part("forward", None, parts.FORWARD):
             self._recording = True
             with tapped(head, rows, columns, probing=False) as tap:
                 self.model(**inputs, use_cache=False)
             self._recording = False
-        with self._part("loss", None, LOSS):
+        with self._part("loss", None, parts.LOSS):
             loss = head_nll(head, tap.hidden, targets, proposed_form(self.model.config), chunk).sum() / len(targets)
-        with self._part("backward", len(self.blocks) - 1 if self.blocks else None, BACKWARD):
+        with self._part("backward", len(self.blocks) - 1 if self.blocks else None, parts.BACKWARD):
             loss.backward()  # type: ignore[no-untyped-call]
             del loss, tap
 
@@ -258,8 +210,7 @@ class StepRecorder:
         self.live.reset_peak()
 
     def _entering(self, index: int) -> Any:
-        """A hook at the start of a block: it registers the input and ends the moment before the block. The input's own
-        hook ends the block's backward pass."""
+        """A hook at the start of a block ends the moment before it; the hook of the input ends its backward pass."""
 
         def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._recording:  # a checkpoint is being recomputed
@@ -293,12 +244,9 @@ def fake_batch(shape: MicroBatchShape) -> tuple[dict[str, Tensor], Tensor, Tenso
 def update_bytes(
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: OptimizerName, live: LiveBytes
 ) -> int:
-    """Peak bytes of an update beside parameters, gradients and states.
+    """Peak bytes of an update beside parameters, gradients and states; call it within a FakeTensorMode.
 
-    Args:
-        shapes: Path -> shape and dtype of every trainable parameter of the whole model.
-        name: Name of the optimizer.
-        live: The active counter, within a FakeTensorMode.
+    `shapes` has the shape and dtype of every trainable parameter of the whole model.
     """
     # Groups are updated one after the other, so the largest group of matrices and the largest of vectors suffice.
     sizes = {path: torch.Size(shape).numel() for path, (shape, _) in shapes.items()}
@@ -316,9 +264,3 @@ def update_bytes(
     optimizer.scale_gradients_(optimizer.gradient_norm())
     optimizer.step(1e-4)
     return live.peak_bytes - live.live_bytes
-
-
-def pageable_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: OptimizerName) -> int:
-    """Bytes of optimizer states that the driver can move to the host: those of large matrices."""
-    sizes = [torch.Size(shape).numel() for shape, _ in shapes.values() if len(shape) >= 2]
-    return sum(size for size in sizes if size >= _PAGED_ELEMENTS) * _PAGED_STATE_BYTES.get(name, 0)

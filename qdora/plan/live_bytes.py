@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass
 class _CountedStorage:
-    """A live storage. The weak reference is kept for its callback, which subtracts the bytes."""
+    """A live storage; the callback of its weak reference subtracts the bytes."""
 
     reference: weakref.ref[UntypedStorage]
     num_bytes: int
@@ -35,7 +35,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 model = ...
             live.reset_peak()
             ...
-        live.peak_bytes, live.peak_by_label
+        live.peak_bytes, live.peak_by_label  # the most bytes alive after any operation since then
 
     Enter it inside a FakeTensorMode, not around one. A storage is counted once, however many views it has, from the
     operation that creates it until its last owner releases it. Operations of custom autograd functions and of the
@@ -45,12 +45,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     one operation (its workspace); rounding and fragmentation of an allocator; a storage resized without a torch
     operation, until it is written again or `live_bytes` is read. While any such mode is active, autograd adds two
     gradients of one tensor into a third instead of in place, which takes up to one such tensor more.
-
-    Args:
-        label: Label of tensors that are created outside `label` blocks.
-    Attributes:
-        peak_bytes: The most bytes alive after any operation since the start or `reset_peak`.
-        peak_by_label: Label -> bytes alive at that moment.
     """
 
     def __init__(self, label: str = "other") -> None:
@@ -86,10 +80,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def register(self, what: nn.Module | Tensor | Iterable[Tensor], label: str) -> None:
         """Count tensors that already exist, or give known ones another label.
 
-        Args:
-            what: Tensors, or a module: its parameters, their gradients, and its buffers. Tensors in other attributes
-                of a module (bitsandbytes' quant_state) must be registered separately.
-            label: The label that their bytes count under.
+        A module stands for its parameters, their gradients, and its buffers. Tensors in its other attributes
+        (bitsandbytes' quant_state) must be registered separately.
         """
         if isinstance(what, nn.Module):
             parameters = list(what.parameters())

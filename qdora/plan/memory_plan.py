@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,46 +22,36 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.files.environment import available_memory_bytes, cpu_has_bfloat16
-from qdora.memory.host_residency import check_host_embedding, obstacle
+from qdora.memory.host_residency import Piece, check_host_embedding, obstacle, pinned_bytes
+from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import DTYPES, Compute, put_adapters, recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
-from qdora.model.load import Quantization, block_list, load_config
+from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource, resolve
+from qdora.ops.packed import empty_packed
 from qdora.ops.planned_device import planned_on
-from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, signature
+from qdora.plan import plan_contents as parts
+from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
 from qdora.plan.changes_to_fit import with_changes
-from qdora.plan.device_rates import known_rates
-from qdora.plan.fake_step import (
-    StepRecorder,
-    empty_model,
-    fill_,
-    pageable_bytes,
-    ranks_of_adapter,
-    set_unmasked_,
-    shortened,
-    update_bytes,
-)
+from qdora.plan.fake_step import StepRecorder, empty_model, fill_, ranks_of_adapter, set_unmasked_, update_bytes
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.off_device_bytes import (
-    StreamedBlocks,
-    streamed_blocks,
-    with_offloaded,
-    with_streamed,
-    without_embedding,
-)
-from qdora.plan.plan_contents import ADAPTERS, UPDATE, DeviceKind, MicroBatchShape, Moment, Plan, over_budget
-from qdora.plan.step_time import Work, step_seconds
+from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan, over_budget
+from qdora.plan.step_time import Work, known_rates, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
-from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.optimizer import AdapterOptimizer, OptimizerName
 
 logger = logging.getLogger("qdora")
 
 _Shape = tuple[tuple[int, ...], torch.dtype]
 _Shapes = dict[str, _Shape]
+
+# bitsandbytes pages only states with at least this many elements, and never the scales of 8-bit states.
+_PAGED_ELEMENTS = 100_000
+_PAGED_STATE_BYTES = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}
 
 
 def plan(
@@ -75,14 +65,11 @@ def plan(
     """What a run needs, by component, and what to change if that is over the budget.
 
     Args:
-        recipe: The run.
         budget: Bytes, or a size such as "40GiB" (default: the recipe's `memory.budget`, unless that is auto).
         config: Config of the model (default: read from `model.source`; from the Hub only config.json).
         device_kind: Device of the run; this machine need not have it.
-        workload: The micro-batches of a recipe; the one that needs the most memory counts (default: rows of
-            data.max_length with every token labelled).
-    Raises:
-        UserError: The model or a setting is one that a run would refuse, too.
+        workload: The micro-batches of a recipe; the one that needs the most memory counts (default: full ones).
+    Raises UserError for a model or setting that a run would refuse, too.
     """
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
@@ -91,11 +78,7 @@ def plan(
 
 
 def planned(
-    recipe: Recipe,
-    budget: int | None,
-    config: PreTrainedConfig | None,
-    device_kind: DeviceKind,
-    workload: Workload,
+    recipe: Recipe, budget: int | None, config: PreTrainedConfig | None, device_kind: DeviceKind, workload: Workload
 ) -> tuple[Recipe, Plan]:
     """The recipe with the neutral changes that it needs to fit, and its `plan`."""
     source = local_source(recipe.model.source)
@@ -126,18 +109,10 @@ def planned(
 def within_budget(
     recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False
 ) -> tuple[Recipe, Plan | None]:
-    """Check a run against `memory.budget`.
+    """Check a run against `memory.budget`; returns the recipe, and its plan (None without a budget).
 
-    Args:
-        recipe: The run.
-        compute: Device of the run.
-        workload: Its micro-batches.
-        force: Only warn if the plan is over the budget.
-    Returns:
-        The recipe, and its plan (None without a budget). With budget auto the recipe has the neutral changes that it
-        needs to fit.
-    Raises:
-        UserError: The plan is over the budget; the message says what to change.
+    With budget auto the recipe has the neutral changes that it needs to fit. Over the budget: a warning with `force`,
+    else UserError, which says what to change.
     """
     asked = recipe.memory.budget
     if asked is None:
@@ -157,32 +132,13 @@ def within_budget(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free bytes of a device.
-
-    Raises:
-        UserError: The system does not say what is free.
-    """
+    """Free bytes of a device; UserError if the system does not say what is free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = available_memory_bytes()
     if available is None:
         raise UserError("memory.budget: must be a size, since this system does not say what is free, got 'auto'.")
     return available
-
-
-def measured(
-    recipe: Recipe,
-    config: PreTrainedConfig,
-    shape: MicroBatchShape,
-    num_micro_batches: int,
-    *,
-    device_kind: DeviceKind,
-    whole: bool = False,
-) -> Plan:
-    """The plan for one shape of micro-batch. `whole` measures all blocks instead of extrapolating over equal ones."""
-    source = local_source(recipe.model.source)
-    step = _StepPlan(recipe, config, source, device_kind=device_kind, shape=shape, num_micro_batches=num_micro_batches)
-    return step.plan(whole=whole)
 
 
 @dataclass
@@ -210,13 +166,12 @@ class _StepPlan:
         before = self.recipe.adapter.resume_from
         return None if before is None else describe_adapter(Path(before)).layout
 
-    def plan(self, *, whole: bool = False) -> Plan:
-        """The plan; `whole` measures all blocks."""
-        with _quiet():
-            skeleton = empty_model(self.config, self.source, self.dtype, self.recipe.model.attention)
+    def plan(self) -> Plan:
+        """Measure a step and add what is known without one."""
+        skeleton = self._empty_model()
         found = block_list(skeleton)
         pattern = None
-        if found is not None and not whole:
+        if found is not None:
             ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter, skeleton, None, None)
             pattern = find_pattern(
                 [
@@ -242,7 +197,7 @@ class _StepPlan:
                 with FakeTensorMode(), LiveBytes() as live:
                     workspace = update_bytes(shapes, self.recipe.train.optimizer, live)
         if shapes:
-            moments[-1] = Moment("update", None, {**moments[-1].by_component, UPDATE: workspace})
+            moments[-1] = Moment("update", None, {**moments[-1].by_component, parts.UPDATE: workspace})
         num_trainable = sum(torch.Size(size).numel() for size, _ in shapes.values())
         if streamed is not None:
             moments = with_streamed(moments, streamed)
@@ -265,7 +220,7 @@ class _StepPlan:
             num_trainable=num_trainable,
             num_weights=weights,
             step_seconds=self.seconds(num_trainable) if shapes else None,
-            rates=known_rates(self.device_kind).to_dict(),
+            rates=asdict(known_rates(self.device_kind)),
         )
 
     def _streamed(self, skeleton: PreTrainedModel) -> StreamedBlocks | None:
@@ -288,6 +243,10 @@ class _StepPlan:
             return 0
         return streamed_blocks(skeleton, self._wanted, "disk", None).block_bytes
 
+    def _empty_model(self) -> PreTrainedModel:
+        with _quiet():
+            return empty_model(self.config, self.source, self.dtype, self.recipe.model.attention)
+
     @property
     def _wanted(self) -> Quantization:
         base = self.recipe.base
@@ -295,8 +254,7 @@ class _StepPlan:
 
     def seconds(self, num_trainable: int) -> float:
         """Predicted time of a step with this many trainable parameters."""
-        with _quiet():
-            skeleton: Any = empty_model(self.config, self.source, self.dtype, self.recipe.model.attention)
+        skeleton: Any = self._empty_model()
         found, streamed = block_list(skeleton), self._streamed(skeleton)
         blocks = skeleton if found is None else found[1]
         linear = sum(each.weight.numel() for each in blocks.modules() if isinstance(each, nn.Linear))
@@ -322,7 +280,10 @@ class _StepPlan:
         """Moments of a step of the model with the blocks `kept`, and the shapes of its trainable parameters."""
         recipe = self.recipe
         gc.collect()
-        model = shortened(self.config, self.source, self.dtype, recipe.model.attention, kept)
+        model = self._empty_model()
+        found = block_list(model)
+        if kept is not None and found is not None:
+            keep_blocks_(model, found[0], kept)
         with FakeTensorMode(), LiveBytes() as live:
             fill_(model, self._wanted, self.dtype, live, pruned=recipe.base.prune is not None)
             if not self.shape.masked:
@@ -331,7 +292,7 @@ class _StepPlan:
                 model.requires_grad_(True)
             if recipe.memory.checkpointing:
                 recompute_activations(model)
-            with live.label(ADAPTERS):
+            with live.label(parts.ADAPTERS):
                 self._put_adapters(model, kept)
                 for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
                     layer.add_gate()
@@ -369,6 +330,90 @@ class _StepPlan:
             rank_pattern=ranks,
             dtype=DTYPES[settings.dtype],
         )
+
+
+@dataclass(frozen=True)
+class StreamedBlocks:
+    """Sizes of the streamed blocks: bytes of all packed tensors (`codes`, `scales`), of the largest block in one piece,
+    and of pinned host memory, as torch's allocator rounds it (0 for blocks on disk).
+    """
+
+    num_streamed: int
+    codes: int
+    scales: int
+    block_bytes: int
+    host_bytes: int
+
+
+def streamed_blocks(
+    model: PreTrainedModel, wanted: Quantization, residency: Literal["host", "disk"], num_streamed: int | None
+) -> StreamedBlocks:
+    """Sizes of the streamed blocks of a model on the meta device, whose linear layers are not yet replaced.
+
+    `num_streamed` None is all blocks; UserError if the model has fewer.
+    """
+    turns = Turns(model, num_streamed)
+    pieces = [Piece() for _ in range(len(turns))]
+    codes = scales = 0
+    for path in layers_to_quantize(model, wanted):
+        turn = turns.of(path)
+        if turn is None:
+            continue
+        rows, columns = model.get_submodule(path).weight.shape
+        packed = empty_packed(wanted.kind, (rows, columns), wanted.block_size, wanted.double_quant, "meta")
+        pieces[turn].add(path, packed)
+        codes += packed.packed.nbytes
+        scales += packed.num_bytes - packed.packed.nbytes
+    sizes = [piece.num_bytes for piece in pieces]
+    host = sum(map(pinned_bytes, sizes)) if residency == "host" else 0
+    return StreamedBlocks(len(turns), codes, scales, max(sizes, default=0), host)
+
+
+def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[Moment]:
+    """The moments with these blocks off the device: without their bytes, but with the slots."""
+    return [
+        _changed(
+            moment,
+            {
+                parts.BASE: moment.by_component[parts.BASE] - streamed.codes,
+                parts.SCALES: moment.by_component[parts.SCALES] - streamed.scales,
+                parts.STREAMING: NUM_SLOTS * streamed.block_bytes,
+            },
+        )
+        for moment in moments
+    ]
+
+
+def without_embedding(moments: Sequence[Moment], num_bytes: int) -> list[Moment]:
+    """The moments with the input embedding, of `num_bytes`, on the host."""
+    return [_changed(moment, {parts.DENSE: moment.by_component.get(parts.DENSE, 0) - num_bytes}) for moment in moments]
+
+
+def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Moment], int]:
+    """The moments with checkpoints on the host, and the pinned memory that these take.
+
+    Three checkpoints are on the device: that of the block in its backward pass, the next one, which is being copied,
+    and the last one.
+    """
+    largest = max((moment.by_component.get(parts.CHECKPOINTS, 0) for moment in moments), default=0)
+    each = largest // max(num_blocks, 1)
+    found = [
+        _changed(moment, {parts.CHECKPOINTS: min(moment.by_component.get(parts.CHECKPOINTS, 0), 3 * each)})
+        for moment in moments
+    ]
+    return found, pinned_bytes(each) * max(num_blocks - 1, 0)
+
+
+def _changed(moment: Moment, sizes: Mapping[str, int]) -> Moment:
+    """A moment with other sizes of some components; components without bytes are left out."""
+    merged = {**moment.by_component, **sizes}
+    return Moment(moment.phase, moment.block, {name: size for name, size in merged.items() if size})
+
+
+def pageable_bytes(shapes: _Shapes, name: OptimizerName) -> int:
+    """Bytes of optimizer states that the driver can move to the host: those of large matrices."""
+    sizes = [torch.Size(shape).numel() for shape, _ in shapes.values() if len(shape) >= 2]
+    return sum(size for size in sizes if size >= _PAGED_ELEMENTS) * _PAGED_STATE_BYTES.get(name, 0)
 
 
 def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:

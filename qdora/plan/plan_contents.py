@@ -1,7 +1,7 @@
 """What a memory plan contains: the live bytes of each moment of a step by component, the peak, and whether it fits.
 
-A plan is a list of moments (a block's forward or backward pass, the loss, the update). Each has the bytes of every
-component that are alive at its own peak. The largest moment is the peak of the run.
+A plan is a list of moments. Each has the bytes of every component that are alive at its own peak. The largest moment is
+the peak of the run.
 """
 
 from __future__ import annotations
@@ -16,44 +16,25 @@ GIB, MIB = 2**30, 2**20
 
 DeviceKind = Literal["cuda", "cpu"]
 
-BASE = "packed base"
-SCALES = "block scales"
-MASKS = "masks"
-DENSE = "embeddings, head, norms"
-ADAPTERS = "adapters"
-OPTIMIZER = "optimizer state"
-GRADIENTS = "gradients"
-CHECKPOINTS = "checkpoints"
-FORWARD = "activations"
-BACKWARD = "workspace of a block"
-TILE = "dequantised tile"
-LOSS = "logits and loss"
-UPDATE = "workspace of the update"
-STREAMING = "streaming slots"
-CONTEXT = "context and libraries"
-SLACK = "allocator slack"
-OTHER = "other"
-
-COMPONENTS = {
-    BASE: "codes of the quantised linear layers, or their 16-bit weights if they are not quantised",
-    SCALES: "scales of the quantised layers",
-    MASKS: "masks of a pruned base: a bit for each weight",
-    DENSE: "all other frozen weights",
-    ADAPTERS: "lora_A, lora_B, magnitudes, and the norms that DoRA keeps",
-    OPTIMIZER: "optimizer states, and the low bits of bf16 parameters",
-    GRADIENTS: "gradients of the trainable parameters, float32",
-    CHECKPOINTS: "inputs of the blocks, from which their activations are recomputed",
-    FORWARD: "other tensors that the forward pass keeps for the backward pass",
-    BACKWARD: "tensors of the backward pass of one block, with its recomputed activations",
-    TILE: "the dense part of a frozen weight that is in use",
-    LOSS: "one chunk of logits, and the gradient of the hidden states",
-    UPDATE: "parameters of a group in float32 while they are updated",
-    STREAMING: "slots of the streamed blocks",
-    CONTEXT: "memory of the process before the first tensor: a constant",
-    SLACK: "rounding and fragmentation of the allocator: a constant share",
-    OTHER: "ids, masks, positions",
-}
-"""Component, in the order of the table -> its content."""
+# The components of a plan, in the order of the table
+BASE = "packed base"  # codes of the quantised linear layers, or their 16-bit weights if they are not quantised
+SCALES = "block scales"  # scales of the quantised layers
+MASKS = "masks"  # masks of a pruned base: a bit for each weight
+DENSE = "embeddings, head, norms"  # all other frozen weights
+ADAPTERS = "adapters"  # lora_A, lora_B, magnitudes, and the norms that DoRA keeps
+OPTIMIZER = "optimizer state"  # optimizer states, and the low bits of bf16 parameters
+GRADIENTS = "gradients"  # gradients of the trainable parameters, float32
+CHECKPOINTS = "checkpoints"  # inputs of the blocks, from which their activations are recomputed
+FORWARD = "activations"  # other tensors that the forward pass keeps for the backward pass
+BACKWARD = "workspace of a block"  # tensors of the backward pass of one block, with its recomputed activations
+LOSS = "logits and loss"  # one chunk of logits, and the gradient of the hidden states
+UPDATE = "workspace of the update"  # parameters of a group in float32 while they are updated
+STREAMING = "streaming slots"  # slots of the streamed blocks
+CONTEXT = "context and libraries"  # memory of the process before the first tensor: a constant
+SLACK = "allocator slack"  # rounding and fragmentation of the allocator: a constant share
+OTHER = "other"  # ids, masks, positions
+COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, OPTIMIZER, GRADIENTS, CHECKPOINTS, FORWARD)
+COMPONENTS += (BACKWARD, LOSS, UPDATE, STREAMING, CONTEXT, SLACK, OTHER)
 
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
 """cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: the interpreter
@@ -66,12 +47,9 @@ rounds blocks up and cannot join all freed ones; an estimate, not yet measured."
 
 @dataclass(frozen=True)
 class Moment:
-    """A part of a step, with the bytes that are alive at its own peak.
+    """A part of a step, with the bytes that are alive at its own peak; components without bytes are left out.
 
-    Attributes:
-        phase: "load", "gains", "forward", "loss", "backward" or "update".
-        block: Number of the decoder block, from 0, or None.
-        by_component: Component -> bytes; components without bytes are left out.
+    `phase` is "load", "gains", "forward", "loss", "backward" or "update"; `block` a number from 0, or None.
     """
 
     phase: str
@@ -87,21 +65,16 @@ class Moment:
     def name(self) -> str:
         """The moment in words, such as 'backward pass of block 79'."""
         said = {"load": "loading", "gains": "the norms before a step", "loss": "output head and loss"}
-        passes = {"forward": "forward pass", "backward": "backward pass", "update": "the update"}
-        text = said.get(self.phase) or passes[self.phase]
+        text = (said | {"update": "the update"}).get(self.phase, f"{self.phase} pass")
         return text if self.block is None else f"{text} of block {self.block}"
 
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """The micro-batch that a plan assumes.
+    """The micro-batch that a plan assumes: (rows, length) token ids with padding, and `num_labels` labelled positions.
 
-    Attributes:
-        rows, length: Shape of the token ids, with padding.
-        num_labels: Labelled positions.
-        masked: Whether attention gets a mask, for padded or packed rows.
-        packed: Whether rows hold several examples.
-        accumulated: Whether the step has earlier micro-batches, whose gradients already exist.
+    masked: Attention gets a mask, for padded or packed rows. packed: Rows hold several examples. accumulated: The step
+    has earlier micro-batches, whose gradients already exist.
     """
 
     rows: int
@@ -119,13 +92,9 @@ class MicroBatchShape:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the recipe that needs less memory.
+    """A change of the recipe that needs less memory, and its peak and step time with all earlier changes.
 
-    Attributes:
-        setting: Override of the recipe, such as "memory.checkpointing=true".
-        peak_bytes: Peak with this change and all earlier ones.
-        step_seconds: Predicted time of a step with these changes.
-        neutral: Whether the trained numbers stay the same, up to rounding.
+    `neutral` if the trained numbers stay the same, up to rounding.
     """
 
     setting: str
@@ -139,19 +108,12 @@ class Plan:
     """Memory and time that a run needs.
 
     Attributes:
-        device_kind: The device of the run.
-        moments: The moments of a step, in order.
-        shape: The micro-batch.
         num_micro_batches: The most micro-batches of a step.
         assumptions: One sentence for each thing that could not be known.
         pageable_bytes: Bytes of the optimizer's state that the driver can move to the host between updates.
         host_bytes: Pinned host memory of streamed blocks and checkpoints.
         embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
         block_bytes: Packed weights of the largest block that could be streamed; 0 if none can.
-        num_blocks, num_trainable, num_weights: Blocks, trainable parameters and weights of the model.
-        step_seconds: Predicted time of an optimizer step.
-        rates: The rates of the prediction.
-        budget_bytes: The budget, or None.
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
     """
 
@@ -204,6 +166,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
+        sizes = ("budget_bytes", "fits", "pageable_bytes", "host_bytes", "embedding_bytes", "block_bytes")
+        counts = ("num_micro_batches", "num_blocks", "num_trainable", "num_weights", "step_seconds")
         phases: dict[str, int] = {}
         for moment in self.moments:
             phases[moment.phase] = max(phases.get(moment.phase, 0), moment.num_bytes)
@@ -214,18 +178,9 @@ class Plan:
             "peak_in": self.peak.name,
             "components": self.components,
             "phase_peak_bytes": phases,
-            "budget_bytes": self.budget_bytes,
-            "fits": self.fits,
-            "pageable_bytes": self.pageable_bytes,
-            "host_bytes": self.host_bytes,
-            "embedding_bytes": self.embedding_bytes,
-            "block_bytes": self.block_bytes,
+            **{name: getattr(self, name) for name in sizes},
             "micro_batch": {**vars(self.shape), "num_tokens": self.shape.num_tokens},
-            "num_micro_batches": self.num_micro_batches,
-            "num_blocks": self.num_blocks,
-            "num_trainable": self.num_trainable,
-            "num_weights": self.num_weights,
-            "step_seconds": self.step_seconds,
+            **{name: getattr(self, name) for name in counts},
             "rates": dict(self.rates),
             "assumptions": list(self.assumptions),
             "changes": [vars(change) for change in self.changes],

@@ -50,19 +50,14 @@ def plan_run(
 ) -> dict[str, Any]:
     """Read and tokenise the data, count what the run takes from each source, and plan the memory of a step.
 
-    Only the config and the tokenizer of the model are loaded.
+    Only the config and the tokenizer of the model are loaded. The plan is also drawn to `figure`, an SVG file.
 
     Args:
-        recipe: The run.
         where: Name of the recipe in error lines.
         budget: A size such as 40GiB (default: that of the recipe).
-        device_kind: Device of the run.
-        figure: SVG file to draw the plan to.
-        console: Where the tables are shown; default standard output.
     Returns:
-        JSON values: "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null if the data cannot be read.
-    Raises:
-        UserError: The budget is not a size, or `train_run` would refuse the data or the config of the model.
+        "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null if the data cannot be read.
+    Raises UserError if the budget is not a size, or `train_run` would refuse the data or the config of the model.
     """
     _, results = consoles(console)
     faults = missing_files(recipe, where)

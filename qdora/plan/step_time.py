@@ -2,12 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from qdora.files.atomic import atomic_write_json
+from qdora.files.environment import cpu_name
 from qdora.memory.streaming import NUM_SLOTS, Ring, interleaved
-from qdora.plan.device_rates import BYTES_PER_DEQUANTISED, Rates
-from qdora.plan.plan_contents import MicroBatchShape
+from qdora.ops.packed import dequantize, quantize
+from qdora.plan.plan_contents import DeviceKind, MicroBatchShape
+
+BYTES_PER_DEQUANTISED = 4.6
+"""Bytes moved for each dequantised weight: read packed (0.5), write and read the dense tile (2 + 2), and scales."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second: FLOPs reached (not the peak) in a 16-bit product of a layer's shape, bytes of
+    memory that an elementwise kernel moves, and bytes copied from host memory (read from disk on a CPU).
+    """
+
+    name: str
+    flops: float
+    bytes: float
+    copied: float
+    measured: bool = False
+
+
+STATED: Mapping[DeviceKind, Rates] = {
+    # NVIDIA's A100 40 GB data sheet: half of 312 TFLOP/s, 80 % of 1,555 GB/s, and 80 % of PCIe 4.0's 31.5 GB/s
+    "cuda": Rates("A100 40GB (stated)", 156e12, 1.2e12, 25e9),
+    # Two cores with AVX512-BF16 (benchmarks, layer times); the disk of a rented machine, a round number
+    "cpu": Rates("two CPU cores (stated)", 1e12, 10e9, 1e9),
+}
+
+
+def rates_file() -> Path:
+    """The file of the measured rates."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "qdora" / "rates.json"
+
+
+def known_rates(device_kind: DeviceKind) -> Rates:
+    """The rates measured on this machine by `qdora doctor --measure`, else the stated ones."""
+    try:
+        found = json.loads(rates_file().read_text(encoding="utf-8"))[device_kind]
+        copied = float(found.get("copied", STATED[device_kind].copied))
+        return Rates(str(found["name"]), float(found["flops"]), float(found["bytes"]), copied, measured=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return STATED[device_kind]
+
+
+# (tokens, in, out) of the product: a layer of a 7B model on a GPU, a layer that takes a fraction of a second on a CPU
+_SHAPES = {"cuda": (2048, 4096, 11008), "cpu": (256, 2048, 5632)}
+_COPIED_BYTES = 256 << 20
+_WARM_UP_SECONDS, _SECONDS = 2.0, 8.0
+
+
+def measure_rates(*, seconds: float = _SECONDS) -> dict[str, dict[str, Any]]:
+    """Measure the CPU and the GPU, if there is one; keep the rates in the user's cache for later plans.
+
+    FLOPs: a product of bf16 matrices of a layer's shape. Bytes: dequantising an NF4 weight, which moves most of a
+    step's bytes. Copies, on a GPU: from pinned host memory. Each rate is the median over `seconds`.
+    """
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = {kind: asdict(_measure(kind, seconds)) for kind in kinds}
+    path = rates_file()
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, {**(known if isinstance(known, dict) else {}), **found})
+    return found
+
+
+def _measure(kind: str, seconds: float) -> Rates:
+    device = torch.device(kind)
+    tokens, in_features, out_features = _SHAPES[kind]
+    x = torch.randn(tokens, in_features, device=device).bfloat16()
+    weight = torch.randn(out_features, in_features, device=device).bfloat16()
+    packed = quantize(weight, "nf4")
+    product = _seconds_of(lambda: x @ weight.T, device, seconds)
+    decoding = _seconds_of(lambda: dequantize(packed, torch.bfloat16), device, seconds)
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    flops = 2.0 * tokens * in_features * out_features / product
+    copied = STATED["cpu"].copied  # the disk is not measured
+    if kind == "cuda":
+        source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty_like(source, device=device)
+        copied = _COPIED_BYTES / _seconds_of(lambda: target.copy_(source, non_blocking=True), device, seconds)
+    return Rates(name, flops, weight.numel() * BYTES_PER_DEQUANTISED / decoding, copied, measured=True)
+
+
+def _seconds_of(action: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median time of a call, after a warm-up."""
+
+    def timed() -> float:
+        began = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    began = time.perf_counter()
+    while time.perf_counter() - began < min(_WARM_UP_SECONDS, seconds):
+        timed()
+    found: list[float] = []
+    began = time.perf_counter()
+    while not found or time.perf_counter() - began < seconds:
+        found.append(timed())
+    return statistics.median(found)
+
+
+def rates_text(found: dict[str, dict[str, Any]]) -> str:
+    """A line for each device."""
+    return "".join(
+        f"{kind:<10}{each['name']}: {each['flops'] / 1e12:.2f} TFLOP/s in bf16 products, "
+        f"{each['bytes'] / 1e9:.0f} GB/s when weights are dequantised\n"
+        for kind, each in found.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -16,13 +137,9 @@ class Work:
 
     Attributes:
         num_linear: Weights of the linear layers inside the blocks.
-        num_head: Weights of the output head.
-        num_trainable: Trainable parameters.
         attention_width: Query features of all blocks together: heads * head size * blocks.
-        quantised: Whether the linear weights are quantised.
-        checkpointing: Whether the forward pass is computed twice.
         full: Whether the base itself is trained.
-        num_blocks, num_streamed, block_bytes: Blocks, streamed blocks, and bytes of the largest streamed block.
+        block_bytes: Bytes of the largest streamed block.
         row_bytes: Bytes of a row of an embedding on the host; 0 if the embedding is on the device.
     """
 
@@ -55,31 +172,20 @@ def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rat
     flops = tokens * (products + attention) + 4.0 * work.num_head * shape.num_labels
     num_bytes = work.num_linear * passes * (BYTES_PER_DEQUANTISED if work.quantised else 2.0)
     update = 30.0 * work.num_trainable / rates.bytes
-    seconds = flops / rates.flops + num_bytes / rates.bytes + _waiting_seconds(work, tokens, rates)
+    seconds = flops / rates.flops + num_bytes / rates.bytes
+    if work.num_streamed:
+        forward = 2.0 * tokens * work.num_linear / rates.flops + BYTES_PER_DEQUANTISED * work.num_linear / rates.bytes
+        forward, streamed = forward / work.num_blocks, interleaved(work.num_blocks, work.num_streamed)
+        copy = work.block_bytes / rates.copied
+        seconds += simulated_step(work.num_blocks, streamed, copy, forward, 2 * forward).waiting_seconds
     seconds += tokens * work.row_bytes / rates.copied
     return num_micro_batches * seconds + update
-
-
-def _waiting_seconds(work: Work, num_tokens: int, rates: Rates) -> float:
-    """Time that the passes of a micro-batch wait for streamed blocks."""
-    if not work.num_streamed:
-        return 0.0
-    flops, num_bytes = 2.0 * num_tokens * work.num_linear, BYTES_PER_DEQUANTISED * work.num_linear
-    forward = (flops / rates.flops + num_bytes / rates.bytes) / work.num_blocks
-    streamed = interleaved(work.num_blocks, work.num_streamed)
-    copy = work.block_bytes / rates.copied
-    return simulated_step(work.num_blocks, streamed, copy, forward, 2 * forward).waiting_seconds
 
 
 class SimulatedCopies:
     """A simulated device: one channel that copies a block at a time, and one stream that computes.
 
-    Args:
-        copy_seconds: Time to copy a block.
-    Attributes:
-        seconds: End of everything that was computed so far.
-        copying_seconds: Time spent copying so far.
-        waiting_seconds: Time that the computation waited for copies.
+    `seconds` is the end of everything computed so far; `waiting_seconds` is the time that it waited for copies.
     """
 
     def __init__(self, copy_seconds: float) -> None:
@@ -110,37 +216,21 @@ class SimulatedCopies:
 
 
 def simulated_step(
-    num_blocks: int,
-    streamed: Collection[int],
-    copy_seconds: float,
-    forward_seconds: float,
-    backward_seconds: float,
-    *,
-    num_steps: int = 3,
+    num_blocks: int, streamed: Collection[int], copy_seconds: float, forward_seconds: float, backward_seconds: float
 ) -> SimulatedCopies:
-    """Simulate forward and backward passes of a model with streamed blocks; the last step counts.
+    """Simulate forward and backward passes of a model with streamed blocks, whose numbers are given.
 
-    Args:
-        num_blocks: Blocks of the model.
-        streamed: Numbers of the streamed blocks.
-        copy_seconds, forward_seconds: Time of a block.
-        backward_seconds: Time of a block, its recomputation included.
-        num_steps: Steps to simulate; earlier ones bring the ring into its steady state.
-    Returns:
-        `seconds`, `copying_seconds` and `waiting_seconds` of the last step alone.
+    The times are those of a block; `backward_seconds` includes the recomputation. Earlier steps bring the ring into its
+    steady state: the three times of the result are of the last step alone.
     """
     order = sorted(streamed)
     engine = SimulatedCopies(copy_seconds)
     ring = Ring(len(order), engine)
     place = {block: index for index, block in enumerate(order)}
-    before = (0.0, 0.0, 0.0)
-    for step in range(num_steps):
-        if step == num_steps - 1:
-            before = (engine.seconds, engine.copying_seconds, engine.waiting_seconds)
-        for blocks, seconds in (
-            (range(num_blocks), forward_seconds),
-            (range(num_blocks - 1, -1, -1), backward_seconds),
-        ):
+    passes = ((range(num_blocks), forward_seconds), (range(num_blocks - 1, -1, -1), backward_seconds))
+    for _ in range(3):
+        before = (engine.seconds, engine.copying_seconds, engine.waiting_seconds)
+        for blocks, seconds in passes:
             for block in blocks:
                 if block in place:
                     ring.use(place[block], turns_back=True)

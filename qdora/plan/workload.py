@@ -31,9 +31,8 @@ def assumed_workload(recipe: Recipe) -> tuple[list[MicroBatchShape], int]:
 
 
 def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
-    """The workload of tokenised data; full micro-batches if the data is streamed.
-
-    `mix` belongs to `recipe.data`. For a recipe with other data settings, full micro-batches are assumed, too.
+    """The workload of tokenised data. `mix` belongs to `recipe.data`; for a recipe with other data settings, and for
+    streamed data, full micro-batches are assumed.
     """
 
     def workload(changed: Recipe) -> tuple[list[MicroBatchShape], int]:
@@ -46,11 +45,8 @@ def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
 
 
 def largest_shapes(loader: StepLoader, num_steps: int) -> tuple[list[MicroBatchShape], int]:
-    """The largest shapes in a run's first steps (`not_exceeded`), and the most micro-batches of a step.
-
-    Args:
-        loader: At its start; its position moves.
-        num_steps: Steps of the run.
+    """The largest shapes in a run's first steps (`not_exceeded`), and the most micro-batches of a step; moves the
+    loader.
     """
     found: set[MicroBatchShape] = set()
     most = 1

@@ -13,8 +13,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*")
 def parse_size(text: str) -> int:
     """Bytes of a size such as '40GiB', '40 GB' or '512MiB'; a number without a unit is bytes, upper case is optional.
 
-    Raises:
-        ValueError: The text is not a size, or less than a byte.
+    ValueError: The text is not a size, or less than a byte.
     """
     match = _SIZE.fullmatch(text)
     unit = match[2].upper() if match else ""

@@ -17,10 +17,8 @@ COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e"
 """The eight tasks of the LoRA and DoRA papers' commonsense average."""
 
 DEMO_TASKS = ("demo/facts", "demo/odd", "demo/cause", "demo/howto", "demo/next")
-"""The demo tasks inside the package."""
-
 TASKS = (*COMMONSENSE_TASKS, *DEMO_TASKS)
-"""All built-in tasks."""
+"""All built-in tasks; the demo tasks are inside the package."""
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".md", ".gz", ".zst", ".csv")
 """A `source` with one of these endings is a file, never a Hub id."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeGuard, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -64,7 +64,7 @@ def container(annotation: Any) -> Any:
     return annotation
 
 
-def is_section(annotation: Any) -> bool:
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
     """Whether a field's type is a section."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
@@ -80,8 +80,7 @@ def _section_at(steps: Sequence[int | str], root: type[Section]) -> type[Section
         inner = get_args(found)[0] if isinstance(step, int) else found.model_fields[step].annotation
         found = container(inner)
     assert is_section(found), f"{steps} leads to {found}"
-    section: type[Section] = found
-    return section
+    return found
 
 
 def _lines(detail: ErrorDetails, root: type[Section]) -> Iterator[tuple[str, str]]:

@@ -32,11 +32,7 @@ _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe or a YAML file, apply `key=value` overrides, and check everything.
 
-    Args:
-        name_or_path: A name from `recipe_names()`, or a file; ./name is a file even if a shipped recipe has that name.
-        overrides: For example "train.lr=1e-4" or "data.mix[0].limit=5"; see `apply_overrides`.
-    Raises:
-        UserError: All faults, one line each.
+    ./name is a file even if a shipped recipe has that name. UserError lists all faults, one line each.
     """
     data, where = recipe_document(name_or_path)
     return recipe_from(apply_overrides(data, overrides), where, overrides)
@@ -45,8 +41,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     """A recipe as written, not checked but with absolute paths, and its name for messages.
 
-    Raises:
-        UserError: There is no such recipe, or it is not YAML.
+    UserError: There is no such recipe, or it is not YAML.
     """
     text, where, folder = _find(str(name_or_path))
     data = read_yaml(text, where)
@@ -55,14 +50,10 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
-    """Check plain data and make a recipe from it; relative paths start at the current directory.
+    """Check plain data and make a recipe from it; relative paths start at the current directory. `data` is not changed.
 
-    Args:
-        data: A mapping from YAML; it is not changed.
-        where: Name of the file or recipe; every fault begins with it.
-        overrides: Overrides that were already applied; a fault in one of their keys begins with -s instead of `where`.
-    Raises:
-        UserError: All faults, one line each: `<where>: <path.to.key>: what is wrong, got ..., allowed: ...`.
+    UserError lists all faults, one line each: `<where>: <path.to.key>: what is wrong, got ..., allowed: ...`. A fault
+    in a key of `overrides`, which were already applied, begins with -s instead of `where`.
     """
     secrets = [dotted(steps) for steps in token_paths(data)]
     if secrets:
@@ -79,24 +70,31 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A copy of a recipe with some settings changed, checked as a whole.
-
-    Raises:
-        UserError: All faults, one line each.
-    """
+    """A copy of a recipe with some settings changed, checked as a whole; UserError lists all faults."""
     return recipe_from(apply_overrides(settings(recipe), overrides), "recipe", overrides)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """All settings that have an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
-    plain: dict[str, Any] = _plain(recipe)
+def settings(section: Section) -> dict[str, Any]:
+    """All settings of a recipe that have an effect, as plain data: `recipe_from(settings(recipe)) == recipe`."""
+    plain, left_out = {}, section.unused()
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if name not in left_out and (value is not None or field.default is not None):
+            plain[name] = _plain(value)
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Section):
+        return settings(value)
+    return dict(value) if isinstance(value, dict) else value
 
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with all defaults as YAML, which can be run again."""
-    text: str = yaml.safe_dump(settings(recipe), sort_keys=False, allow_unicode=True, width=120)
-    return text
+    return str(yaml.safe_dump(settings(recipe), sort_keys=False, allow_unicode=True, width=120))
 
 
 def json_schema() -> dict[str, Any]:
@@ -111,11 +109,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a shipped recipe with its comments.
-
-    Raises:
-        UserError: There is no recipe of that name.
-    """
+    """The YAML of a shipped recipe with its comments; UserError if there is none of that name."""
     names = recipe_names()
     if name not in names:
         raise UserError(f"{masked(name)}: no such recipe, allowed: {', '.join(names)}.{nearest(name, names)}")
@@ -148,11 +142,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
-    """Parse one YAML mapping.
-
-    Raises:
-        UserError: A syntax error, or every key that is given twice, one line each with the line number.
-    """
+    """Parse one YAML mapping; UserError has the line of a syntax error, or of every key that is given twice."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -177,13 +167,10 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `data` with `key=value` settings applied in order.
+    """A copy of `data` with `key=value` settings applied in order; UserError lists the malformed and unknown keys.
 
     Keys are dotted paths, with [i] into lists; values are YAML. null removes a key, so that its default holds; only
     where null differs from the default (train.clip) it is a value.
-
-    Raises:
-        UserError: All malformed or unknown keys, one line each.
     """
     changed = copy.deepcopy(data)
     faults = []
@@ -241,12 +228,11 @@ def _make_absolute_(data: Any, folder: Path | None) -> None:
     calibration = _inner(_inner(data.get("base"), "prune"), "calibration")
     if _inner(calibration, "text") != "mix":
         _make_key_absolute_(calibration, "text", folder, always=True)
-    section = data.get("data")
-    mix = section.get("mix") if isinstance(section, dict) else None
+    mix = _inner(data.get("data"), "mix")
     for source in mix if isinstance(mix, list) else ():
         _make_key_absolute_(source, "source", folder)
         _make_key_absolute_(source, "path", folder, always=True)
-        validation = source.get("validation") if isinstance(source, dict) else None
+        validation = _inner(source, "validation")
         if isinstance(validation, str) and (validation.startswith((".", "~")) or has_file_ending(validation)):
             _make_key_absolute_(source, "validation", folder, always=True)  # else it names a split
 
@@ -256,7 +242,7 @@ def _inner(section: Any, key: str) -> Any:
 
 
 def _make_key_absolute_(section: Any, key: str, folder: Path, *, always: bool = False) -> None:
-    value = section.get(key) if isinstance(section, dict) else None
+    value = _inner(section, key)
     if not isinstance(value, str) or not value.isprintable() or value in ("", "builtin"):
         return
     try:
@@ -311,20 +297,3 @@ def _keys_given_twice(node: yaml.Node, seen: set[int]) -> Iterator[tuple[str, in
                     yield key.value, key.start_mark.line + 1
                 keys.add((key.tag, key.value))
             yield from _keys_given_twice(child, seen)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Section):
-        left_out = value.unused()
-        fields = type(value).model_fields.items()
-        given = {name: getattr(value, name) for name, field in fields if name not in left_out}
-        return {
-            name: _plain(item) for name, item in given.items() if item is not None or _default(value, name) is not None
-        }
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return dict(value) if isinstance(value, dict) else value
-
-
-def _default(section: Section, name: str) -> Any:
-    return type(section).model_fields[name].default

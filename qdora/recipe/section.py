@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic.functional_validators import AfterValidator, BeforeValidator, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from qdora.errors import nearest
@@ -42,26 +33,20 @@ def _as_number(value: Any) -> Any:
     return float(value) if isinstance(value, str) else value  # pydantic makes a fault of float's ValueError
 
 
+_NUMBER = BeforeValidator(_as_number)
+
 Whole = Annotated[int, Strict(), Field(ge=1), allowed("a whole number, 1 or more")]
 WholeOrZero = Annotated[int, Strict(), Field(ge=0), allowed("a whole number, 0 or more")]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63), allowed("a whole number from 0 to 2^63 - 1")]
-Positive = Annotated[
-    float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number above 0")
-]
-NotNegative = Annotated[
-    float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number, 0 or more")
-]
-OneOrMore = Annotated[
-    float, Field(ge=1, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number, 1 or more")
-]
-Factor = Annotated[
-    float, Field(gt=1, allow_inf_nan=False), BeforeValidator(_as_number), allowed("a finite number above 1")
-]
-Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_as_number), allowed("a number, at least 0 and below 1")]
-Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_as_number)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER, allowed("a finite number above 0")]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER, allowed("a finite number, 0 or more")]
+OneOrMore = Annotated[float, Field(ge=1, allow_inf_nan=False), _NUMBER, allowed("a finite number, 1 or more")]
+Factor = Annotated[float, Field(gt=1, allow_inf_nan=False), _NUMBER, allowed("a finite number above 1")]
+Share = Annotated[float, Field(ge=0, lt=1), _NUMBER, allowed("a number, at least 0 and below 1")]
+Beta = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Warmup = Annotated[
     Annotated[int, Strict(), Field(ge=0)] | Annotated[float, Strict(), Field(ge=0, lt=1)],
-    BeforeValidator(_as_number),
+    _NUMBER,
     allowed("a whole number of steps, or a share of the run below 1"),
 ]
 AutoTokens = Annotated[
@@ -75,8 +60,7 @@ def _size(value: str) -> str:
 
 
 Size = Annotated[
-    Literal["auto"] | Annotated[str, AfterValidator(_size)],
-    allowed("auto, or a size such as 40GiB or 500 MB", "auto"),
+    Literal["auto"] | Annotated[str, AfterValidator(_size)], allowed("auto, or a size such as 40GiB or 500 MB", "auto")
 ]
 Flag = Annotated[bool, Strict(), allowed("true or false")]
 Text = Annotated[
@@ -113,6 +97,14 @@ class Section(BaseModel):
             text = "\n".join(f"{key}: {what}" if key else what for key, what in found)
             raise PydanticCustomError("faults", "{text}", {"text": text, "faults": found})
         return self
+
+
+def one_of_fault(section: Section, first: str, second: str) -> Iterator[Fault]:
+    """A fault unless exactly one of two fields is set."""
+    given = [name for name in (first, second) if getattr(section, name) is not None]
+    if len(given) != 1:
+        got = "both" if given else "neither"
+        yield first, f"exactly one of {first} and {second} must be set, got {got}."
 
 
 def ignored_faults(section: Section, unused: dict[str, str], prefix: str = "") -> Iterator[Fault]:

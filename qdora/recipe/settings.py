@@ -31,6 +31,7 @@ from qdora.recipe.section import (
     Warmup,
     Whole,
     ignored_faults,
+    one_of_fault,
 )
 from qdora.recipe.train_settings import MACRO, EvalConfig, InterferenceConfig, TrainConfig
 
@@ -124,10 +125,7 @@ class GateConfig(Section):
     """Steps between removals of components from lora_A, lora_B and the optimizer states."""
 
     def faults(self) -> Iterator[Fault]:
-        given = [name for name in ("mean_rank", "parameters") if getattr(self, name) is not None]
-        if len(given) != 1:
-            got = "both" if given else "neither"
-            yield "mean_rank", f"exactly one of mean_rank and parameters must be set, got {got}."
+        yield from one_of_fault(self, "mean_rank", "parameters")
         if self.anneal == 0:
             yield "anneal", f"must be above 0, got {self.anneal}."
         shares = [each for each in (self.warmup, self.anneal) if isinstance(each, float)]

@@ -22,6 +22,7 @@ from qdora.recipe.section import (
     Whole,
     WholeOrZero,
     allowed,
+    one_of_fault,
 )
 
 MACRO = "macro"
@@ -89,11 +90,8 @@ class TrainConfig(Section):
         return found | ({"lr_end": "train.schedule is constant"} if self.schedule == "constant" else {})
 
     def faults(self) -> Iterator[Fault]:
-        for first, second in (("steps", "epochs"), ("tokens_per_step", "batch")):
-            given = [name for name in (first, second) if getattr(self, name) is not None]
-            if len(given) != 1:
-                got = "both" if given else "neither"
-                yield first, f"exactly one of {first} and {second} must be set, got {got}."
+        yield from one_of_fault(self, "steps", "epochs")
+        yield from one_of_fault(self, "tokens_per_step", "batch")
         if self.steps and isinstance(self.warmup, int) and self.warmup > self.steps:
             yield "warmup", f"must be at most train.steps ({self.steps}), got {self.warmup}."
         if self.lr_end > self.lr:

@@ -1,7 +1,7 @@
 """Compares the arms of a study: tunes each arm, tests it against the reference, and says who wins, if anyone does.
 
-An arm is one value of the axis that is compared (such as LoRA or DoRA) in one context (such as a base). It stands for
-its cells over all seeds, with the tuned value (such as the learning rate) that scored best on other examples.
+An arm is one value of the axis that is compared (such as LoRA or DoRA) in one context (such as a base): its cells over
+all seeds, with the tuned value (such as the learning rate) that scored best on other examples.
 """
 
 from __future__ import annotations
@@ -15,19 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from qdora.evaluation.metrics import Paired, paired_difference
+from qdora.study import statistics
 from qdora.study.grid import CompareConfig
 from qdora.study.scores import HIGHER_IS_BETTER, CellScores, mean_score, read_scores, stacked
-from qdora.study.statistics import (
-    Interval,
-    bca_interval,
-    difference,
-    first,
-    holm,
-    permutation_p,
-    repaired,
-    seed_differences,
-    seed_permutation_p,
-)
+from qdora.study.statistics import Interval, bca_interval
 from qdora.study.study_directory import StudyDirectory
 
 BASE_ARM = "no adapter"
@@ -39,18 +30,15 @@ Part = Literal["all", "compare"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One value of the compared axis in one context.
+    """One value of the compared axis in one context: the labels of the axes that are not compared, tuned or seeds.
 
     Attributes:
-        context: Axis -> label, without the axes that are compared, tuned or seeds.
-        name: Label on the compared axis.
         chosen: Tuned axis -> label that was chosen.
         swept: Whether there was more than one value to choose from.
         at_edge: Whether a chosen number is the smallest or the largest that was tried.
         seeds: Seed label -> key of the cell.
         num_missing: Cells of this arm without a result.
         base_key, dense_key: Keys of the cells that evaluate its base and the uncompressed base.
-        is_trained: False for a base that is only evaluated.
     """
 
     context: dict[str, str]
@@ -68,9 +56,7 @@ class Arm:
 class Results:
     """Results and scores of a study's finished cells, each read once.
 
-    Args:
-        store: The study's directory.
-        split: Split that arms are compared on: validation (or its halves), or test.
+    `split` is the one that arms are compared on: validation (or its halves), or test.
     """
 
     def __init__(self, store: StudyDirectory, split: str) -> None:
@@ -196,7 +182,7 @@ def comparisons(
                 rows.append(row)
     # The larger p-value counts: of examples with the seeds as they are, and of examples and seeds
     larger = [row["p_examples"] if math.isnan(row["p_t"]) else max(row["p_examples"], row["p_t"]) for row in rows]
-    for row, adjusted in zip(rows, holm(larger), strict=True):
+    for row, adjusted in zip(rows, statistics.holm(larger), strict=True):
         row["p_holm"] = adjusted
         reasons = _against_a_winner(row, compare)
         row["reason"] = "; ".join(reasons)
@@ -218,9 +204,11 @@ def _row(
     if not tasks:
         return None
     options: dict[str, Any] = {"num_resamples": compare.num_resamples}
-    interval = bca_interval(tasks, difference, confidence=CONFIDENCE, generator=np.random.default_rng(0), **options)
+    interval = bca_interval(
+        tasks, statistics.difference, confidence=CONFIDENCE, generator=np.random.default_rng(0), **options
+    )
     wide = paired_difference([Paired(t.scores[0], t.scores[1], t.weights) for t in tasks], CONFIDENCE)
-    by_seed = seed_differences(tasks)
+    by_seed = statistics.seed_differences(tasks)
     return {
         **arm.context,
         "arm": arm.name,
@@ -232,8 +220,8 @@ def _row(
         "lower_t": wide.lower,
         "upper_t": wide.upper,
         "p_t": wide.p,
-        "p_examples": permutation_p(tasks, generator=np.random.default_rng(0), **options),
-        "p_seeds": seed_permutation_p(tasks),
+        "p_examples": statistics.permutation_p(tasks, generator=np.random.default_rng(0), **options),
+        "p_seeds": statistics.seed_permutation_p(tasks),
         "num_seeds": len(shared),
         "num_seeds_better": int((by_seed > 0).sum()),
         "num_seeds_worse": int((by_seed < 0).sum()),
@@ -273,7 +261,11 @@ def quality(
     if not tasks:
         return None
     interval = bca_interval(
-        tasks, first, confidence=CONFIDENCE, num_resamples=compare.num_resamples, generator=np.random.default_rng(0)
+        tasks,
+        statistics.first,
+        confidence=CONFIDENCE,
+        num_resamples=compare.num_resamples,
+        generator=np.random.default_rng(0),
     )
     return interval, sum(len(task.weights) for task in tasks)
 
@@ -295,12 +287,15 @@ def repair(arm: Arm, compare: CompareConfig, results: Results, part: Part) -> tu
     options: dict[str, Any] = {"confidence": CONFIDENCE, "num_resamples": compare.num_resamples}
     sign = 1.0 if HIGHER_IS_BETTER[compare.metric] else -1.0
     loss = bca_interval(
-        stacked([dense, base], compare.metric, part), difference, generator=np.random.default_rng(0), **options
+        stacked([dense, base], compare.metric, part),
+        statistics.difference,
+        generator=np.random.default_rng(0),
+        **options,
     )
     if not (loss.excludes_zero and sign * loss.value > 0):
         return nothing, "compression caused no significant loss"
     tasks = stacked([base, trained, dense], compare.metric, part)
-    return bca_interval(tasks, repaired, generator=np.random.default_rng(0), **options), ""
+    return bca_interval(tasks, statistics.repaired, generator=np.random.default_rng(0), **options), ""
 
 
 def verdict(
@@ -312,11 +307,7 @@ def verdict(
 ) -> list[str]:
     """One sentence about all comparisons of each measure (the study's metric first), then one for each comparison.
 
-    Args:
-        pairs: Rows of `comparisons`.
-        cells: Rows of the table of cells.
-        axes: Axes that name the context of a comparison.
-        label: The metric in words.
+    `pairs` are the rows of `comparisons`, `axes` name the context of a comparison, `label` is the metric in words.
     """
     names = {row["measure"]: f"share of {row['measure']} answers" for row in pairs} | {compare.metric: label}
     measures = dict.fromkeys([compare.metric, *(row["measure"] for row in pairs)])

@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError
 
 from qdora.errors import UserError, nearest
 from qdora.recipe.faults import fault_lines, shown
-from qdora.recipe.recipe_file import apply_overrides, read_yaml, recipe_document, recipe_from, settings
+from qdora.recipe.recipe_file import apply_overrides, override, read_yaml, recipe_document, recipe_from, settings
 from qdora.recipe.section import Fault, Flag, Section, Share, Text, Whole, WholeOrZero, allowed
 from qdora.recipe.settings import Recipe
 
@@ -145,11 +145,7 @@ class Study(Section):
 
 
 def load_study(path: Path) -> Study:
-    """Read and check a study file. A `recipe` that is a file gets an absolute path.
-
-    Raises:
-        UserError: All faults, one line each.
-    """
+    """Read and check a study file; a `recipe` that is a file gets an absolute path. UserError lists all faults."""
     where = str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -164,11 +160,7 @@ def load_study(path: Path) -> Study:
 
 
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
-    """Check plain data and make a study from it.
-
-    Raises:
-        UserError: All faults, one line each: `<where>: <path.to.key>: what is wrong, got ...`.
-    """
+    """Check plain data and make a study from it. UserError lists all faults: `<where>: <path.to.key>: ...`."""
     try:
         return Study.model_validate(data)
     except ValidationError as error:
@@ -206,15 +198,10 @@ _EVALUATION = ("tasks", "limit", "method")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study.
+    """One run of a study. `key`, the hash of the resolved recipe, names its run directory.
 
-    Attributes:
-        key: Hash of the resolved recipe; name of the run directory.
-        labels: Axis -> label. A base has no labels on axes that affect only training.
-        recipe: The recipe that runs.
-        is_trained: False for a base that is only evaluated.
-        base_key: Key of the cell that evaluates the same base without an adapter.
-        dense_key: Key of the cell that evaluates the uncompressed base.
+    A base, which is only evaluated, has no labels on axes that affect only training. `base_key` and `dense_key` are the
+    cells that evaluate the same base without an adapter, and the uncompressed base.
     """
 
     key: str
@@ -233,8 +220,7 @@ class Cell:
 def expand(study: Study) -> list[Cell]:
     """The cells of a study, bases first, each recipe once; of equal cells the first keeps its labels.
 
-    Raises:
-        UserError: Recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
+    UserError: recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
     """
     start, where = recipe_document(study.recipe)
     cells: dict[str, Cell] = {}
@@ -244,11 +230,11 @@ def expand(study: Study) -> list[Cell]:
     known: dict[str, Cell] = {}
     base_of: dict[tuple[tuple[str, str], ...], str] = {}  # arm and context -> key of its one base
     for labels, changes in _combinations(study):
+        named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
         try:
             recipe = _recipe(start, study.settings | changes, study.compare.split)
         except UserError as error:
             for fault in error.faults:
-                named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
                 faults.setdefault(fault.removeprefix("recipe: "), []).append(named)
             continue
         base = _base(recipe, dense=False, known=known)
@@ -258,7 +244,6 @@ def expand(study: Study) -> list[Cell]:
         if base_of.setdefault(tuple(context.items()), base.key) != base.key:
             varied = ", ".join(axis for axis in tuned if axis in labels)
             fault = f"compare: {varied} must change only training, but one of them changes the base or its evaluation."
-            named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
             faults.setdefault(fault, []).append(named)
             continue
         bare = partial(Cell, is_trained=False, dense_key=dense.key)
@@ -266,7 +251,8 @@ def expand(study: Study) -> list[Cell]:
             if base.key not in bases or study.compare.arm not in bases[base.key].labels:
                 bases[base.key] = bare(base.key, context, base.recipe, base_key=base.key)
         else:
-            trained = _without_start(recipe)
+            # The evaluation before the first step is that of the base, which has a cell of its own
+            trained = override(recipe, ["eval.at_start=false", "eval.at_end=true"])
             cell = Cell(key_of(trained), labels, trained, base_key=base.key, dense_key=dense.key)
             cells.setdefault(cell.key, cell)
             context = {axis: label for axis, label in context.items() if axis != study.compare.arm}
@@ -330,24 +316,16 @@ def _recipe(start: dict[str, Any], changes: dict[str, Any], split: str) -> Recip
     return recipe
 
 
-def _without_start(recipe: Recipe) -> Recipe:
-    """The recipe of a trained cell without the evaluation of its base: a cell of its own does that."""
-    return recipe_from(apply_overrides(settings(recipe), ["eval.at_start=false", "eval.at_end=true"]))
-
-
-def _without_weight(source: dict[str, Any]) -> dict[str, Any]:
-    """A source without its weight in the loss, which has no effect on a base that is only evaluated."""
-    return {name: value for name, value in source.items() if name != "loss_weight"}
-
-
 def _base(recipe: Recipe, *, dense: bool, known: dict[str, Cell]) -> Cell:
     """A cell that only evaluates the recipe's base, or the uncompressed base."""
     whole = settings(recipe)
+    # The weight in the loss has no effect on a base that is only evaluated
+    mix = [{name: value for name, value in source.items() if name != "loss_weight"} for source in whole["data"]["mix"]]
     document: dict[str, Any] = {
         "model": whole["model"],
         "base": {"quant": "none"} if dense else whole["base"],
         "adapter": {"kind": "none"},
-        "data": whole["data"] | {"mix": [_without_weight(source) for source in whole["data"]["mix"]]},
+        "data": whole["data"] | {"mix": mix},
         "train": {"steps": 0, "batch": 1},
         "eval": {name: value for name, value in whole["eval"].items() if name in _EVALUATION},
     }

@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
+from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_bytes, atomic_write_text
 from qdora.files.console import consoles
 from qdora.files.markdown_table import markdown_table
-from qdora.study.report_figures import draw_all
-from qdora.study.report_tables import Report, Rows, is_number, read_report
+from qdora.files.svg_figure import inline_svg, new_figure
+from qdora.study.compare import (
+    BASE_ARM,
+    CONFIDENCE,
+    Arm,
+    Part,
+    Results,
+    comparisons,
+    find_arms,
+    part_of,
+    quality,
+    repair,
+    verdict,
+)
+from qdora.study.grid import CompareConfig, Study
+from qdora.study.scores import HIGHER_IS_BETTER, mean_score
+from qdora.study.study_directory import StudyDirectory, read_index
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Rows = list[dict[str, Any]]
+
+_MIB = 2**20
+_LABELS = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy", "acc_norm": "accuracy per character"}
+_NAMES = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy"}
+_X = {"bits_per_weight": "bits per weight of the linear layers", "sparsity": "share of pruned weights"}
+_PANELS = {"bits_per_weight": "sparsity", "sparsity": "bits_per_weight"}
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+_MARKERS = "osD^vPX*"
 _NOTES = {
     "arms": (
         "Arms",
@@ -38,20 +69,12 @@ _NOTES = {
     "facts": ("Settings and counts", "", False),
 }
 _DIGITS = {"bits_per_weight": 2, "total_mib": 2, "adapter_mib": 2, "sparsity": 3, "seconds": 1, "repair": 3}
-_DEFAULT_DIGITS = 4
 
 
 def report_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
-    """Write the report of a study, whether or not all of its cells are finished.
+    """Write the report of a study, whether or not all of its cells are finished; default `directory`/report.
 
-    Args:
-        directory: The study's directory.
-        out: Where the files go; default `directory`/report.
-        console: Where the verdict is shown; default standard output.
-    Returns:
-        JSON values: the page, all files, the verdict, and the comparisons.
-    Raises:
-        UserError: There is no study, or none of its cells is finished.
+    Returns the page, all files, the verdict, and the comparisons. UserError: no study, or no finished cell.
     """
     _, results = consoles(console)
     report = read_report(directory)
@@ -68,12 +91,7 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
 
 
 def write_report(report: Report, directory: Path, title: str) -> list[Path]:
-    """Write index.html, report.md, and each table as .csv and .parquet; returns the files.
-
-    Args:
-        directory: Made if needed; files of the same names are replaced.
-        title: Heading of the page.
-    """
+    """Write index.html, report.md, and each table as .csv and .parquet; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for name, rows in report.tables.items():
@@ -118,7 +136,7 @@ def _shown(column: str, value: Any) -> str:
         return value if isinstance(value, str) else ""
     if float(value).is_integer() and (isinstance(value, int) or column == "value"):
         return f"{value:.0f}"
-    digits = next((number for stem, number in _DIGITS.items() if column.startswith(stem)), _DEFAULT_DIGITS)
+    digits = next((number for stem, number in _DIGITS.items() if column.startswith(stem)), 4)
     return f"{value:.{digits}f}"
 
 
@@ -135,3 +153,253 @@ def _html(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -> st
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string(source)
     return page.render(title=title, verdict=report.verdict, figures=draw_all(report), tables=tables)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report shows; every number of its page is in one of the tables, which are named for their data files.
+
+    `axes` are those of a context: neither compared, tuned nor seeds.
+    """
+
+    tables: dict[str, Rows]
+    verdict: list[str]
+    axes: list[str]
+    arm_axis: str
+    metric: str
+    metric_label: str
+
+
+def read_report(directory: Path) -> Report:
+    """All tables from the finished cells of a study's directory. UserError: no study, or no finished cell."""
+    index = read_index(directory)
+    study = Study.model_validate(index["study"])
+    compare, cells = study.compare, index["cells"]
+    store = StudyDirectory(directory, retries=study.retries)
+    results = Results(store, "validation" if compare.split == "halves" else "test")
+    arms = find_arms(cells, compare, results)
+    if not arms:
+        raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
+    part = part_of(compare, arms)
+    trained = [arm for arm in arms if arm.is_trained]
+    reference = compare.reference or (trained[0].name if trained else "")
+    pairs = comparisons(arms, compare, results, reference, _measures(arms, compare, results))
+    axes = [axis for axis in study.product if axis not in (compare.arm, compare.seed, *compare.choose)]
+    arm_rows = [_arm_row(arm, axes, compare, results, part) for arm in arms]
+    _mark_pareto(arm_rows, compare.metric)
+    cell_rows = [_cell_row(cell, list(study.product), store, results) for cell in cells]
+    tables = {
+        "arms": arm_rows,
+        "comparisons": pairs,
+        "cells": cell_rows,
+        "layers": [row for cell in cells for row in _layer_rows(cell, axes, results)],
+        "facts": _facts(cell_rows, pairs, compare, part, reference),
+    }
+    label = _LABELS[compare.metric]
+    return Report(
+        tables=tables,
+        verdict=verdict(pairs, cell_rows, axes, compare, label),
+        axes=axes,
+        arm_axis=compare.arm,
+        metric=compare.metric,
+        metric_label=label,
+    )
+
+
+def _measures(arms: Sequence[Arm], compare: CompareConfig, results: Results) -> list[str]:
+    """The metric of the study, and the shares of generated answers if answers were generated."""
+    scored = results.scores(next(iter(arms[0].seeds.values()))).values
+    return [compare.metric, *(measure for measure in ("right", "unparsable") if measure in scored)]
+
+
+def _arm_row(arm: Arm, axes: Sequence[str], compare: CompareConfig, results: Results, part: Part) -> dict[str, Any]:
+    row: dict[str, Any] = {axis: arm.context.get(axis, "uncompressed") for axis in axes}
+    row |= {compare.arm: arm.name, "is_trained": arm.is_trained}
+    row |= {axis: arm.chosen.get(axis, "") for axis in compare.choose}
+    row |= {"at_edge": arm.at_edge, "num_seeds": len(arm.seeds), "num_missing": arm.num_missing}
+    for measure in HIGHER_IS_BETTER:
+        found = quality(arm, compare, results, measure, part)
+        if found is not None:
+            interval, num_examples = found
+            row |= {"num_examples": num_examples} if measure == compare.metric else {}
+            row |= {measure: interval.value, f"{measure}_lower": interval.lower, f"{measure}_upper": interval.upper}
+    size = _sizes(next(iter(arm.seeds.values())), results)
+    ratio, why = repair(arm, compare, results, part)
+    row |= size
+    row |= {"repair": ratio.value, "repair_lower": ratio.lower, "repair_upper": ratio.upper, "repair_reason": why}
+    return row
+
+
+def _sizes(key: str, results: Results) -> dict[str, Any]:
+    result = results.result(key)
+    assert result is not None, key
+    size, compression = result["size"], result.get("compression") or {}
+    return {
+        "bits_per_weight": 8 * size["num_linear_bytes"] / max(1, size["num_linear_weights"]),
+        "sparsity": float(compression.get("sparsity", 0.0)),
+        "total_mib": (size["num_base_bytes"] + size["num_adapter_bytes"]) / _MIB,
+        "adapter_mib": size["num_adapter_bytes"] / _MIB,
+    }
+
+
+def _mark_pareto(rows: Rows, metric: str) -> None:
+    """Mark each arm: is no other arm as good in fewer bytes, or better in as many?"""
+    sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
+    points = [(row["total_mib"], sign * row[metric]) for row in rows if metric in row]
+    for row in rows:
+        if metric in row:
+            mib, score = row["total_mib"], sign * row[metric]
+            row["pareto"] = not any(m <= mib and s <= score and (m, s) != (mib, score) for m, s in points)
+
+
+def _cell_row(cell: Mapping[str, Any], axes: Sequence[str], store: StudyDirectory, results: Results) -> dict[str, Any]:
+    key = cell["key"]
+    attempts, result = store.failures(key), results.result(key)
+    status = "done" if result is not None else "failed" if store.is_given_up(key) else "open"
+    row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in axes}
+    row |= {"cell": key, "status": status, "num_failures": len(attempts)}
+    row["reason"] = attempts[-1]["reason"] if attempts else ""
+    if result is None:
+        return row
+    scores = results.scores(key)
+    found = {measure: mean_score([scores], measure, "all") for measure in HIGHER_IS_BETTER if measure in scores.values}
+    kept = {name: result.get(name) for name in ("seconds", "num_steps", "num_trainable", "final_loss")}
+    return row | found | kept | _sizes(key, results)
+
+
+def _layer_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) -> Rows:
+    """What compression did to each layer; only bases have such rows, since adapters do not change the base."""
+    result = None if cell["is_trained"] else results.result(cell["key"])
+    layers = ((result or {}).get("compression") or {}).get("layers") or {}
+    context = {axis: cell["labels"].get(axis, "uncompressed") for axis in axes}
+    return [context | {"layer": name} | dict(values) for name, values in layers.items()]
+
+
+def _facts(cells: Rows, pairs: Rows, compare: CompareConfig, part: Part, reference: str) -> Rows:
+    status = [row["status"] for row in cells]
+    facts: dict[str, Any] = {
+        "cells": len(cells),
+        "cells done": status.count("done"),
+        "cells failed": status.count("failed"),
+        "cells open": status.count("open"),
+        "cells without result": len(cells) - status.count("done"),
+        "failed attempts": sum(row["num_failures"] for row in cells),
+        "confidence %": 100 * CONFIDENCE,
+        "alpha": compare.alpha,
+        "least seeds": compare.min_seeds,
+        "resamples": compare.num_resamples,
+        "hours": sum(row.get("seconds") or 0.0 for row in cells) / 3600,
+        "reference": reference or BASE_ARM,
+        "compared on": "the test split"
+        if compare.split == "test"
+        else "one half of the validation examples, tuned on the other"
+        if part == "compare"
+        else "the validation examples",
+    }
+    for measure in dict.fromkeys(row["measure"] for row in pairs):
+        winners = [row["winner"] for row in pairs if row["measure"] == measure]
+        facts |= {f"comparisons of {measure}": len(winners), f"without a winner in {measure}": winners.count("")}
+        facts[f"with a winner in {measure}"] = len(winners) - winners.count("")
+        facts |= {f"{name} wins in {measure}": winners.count(name) for name in sorted({*winners} - {""})}
+    return [
+        {"fact": name, "value": None, "text": value}
+        if isinstance(value, str)
+        else {"fact": name, "value": float(value), "text": ""}
+        for name, value in facts.items()
+    ]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a table is a finite number."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def draw_all(report: Report) -> dict[str, str]:
+    """Title -> <svg> element of every figure that the study has points for."""
+    rows = report.tables["arms"]
+    drawn = {}
+    for x, title in (("bits_per_weight", "Quality and bits per weight"), ("sparsity", "Quality and sparsity")):
+        if len({round(row[x], 4) for row in rows}) > 1:
+            drawn[title] = _curves(rows, x, report.arm_axis)
+    if any(report.metric in row for row in rows):
+        drawn["Quality and bytes"] = _pareto(rows, report)
+    if report.tables["layers"]:
+        drawn["Error of each layer"] = _layers(report.tables["layers"], report.axes)
+    return drawn
+
+
+def _curves(rows: Rows, x: str, arm_axis: str) -> str:
+    """One row of panels a measure, one panel a value of the other way to compress, one line an arm."""
+    measures = [name for name in _NAMES if any(is_number(row.get(name)) for row in rows)]
+    other = _PANELS[x]
+    groups: dict[float, Rows] = {}
+    for row in rows:
+        groups.setdefault(round(row[other], 2), []).append(row)
+    panels = {value: part for value, part in sorted(groups.items()) if len({round(r[x], 4) for r in part}) > 1}
+    panels = panels or {float("nan"): rows}
+    names = list(dict.fromkeys(row[arm_axis] for row in rows))
+    width = 3.6 * len(panels) if len(panels) > 1 else 5.8
+    figure = new_figure(width + 0.6, 2.9 * len(measures) + 0.6)
+    grid = figure.subplots(len(measures), len(panels), squeeze=False, sharex=True, sharey="row")
+    for line, measure in zip(grid, measures, strict=True):
+        line[0].set_ylabel(_NAMES[measure])
+        for axes, (value, part) in zip(line, panels.items(), strict=True):
+            _lines(axes, {name: [row for row in part if row[arm_axis] == name] for name in names}, x, measure)
+            if len(panels) > 1:
+                axes.set_title(f"{value:g} {'pruned' if other == 'sparsity' else 'bits per weight'}", fontsize="small")
+    for axes in grid[-1]:
+        axes.set_xlabel(_X[x])
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize="small")
+    return inline_svg(figure, x)
+
+
+def _lines(axes: Axes, arms: Mapping[str, Rows], x: str, measure: str) -> None:
+    """A line with its interval for each arm; an arm without points keeps its colour."""
+    for number, (name, rows) in enumerate(arms.items()):
+        part = sorted((row for row in rows if is_number(row.get(measure))), key=lambda row: float(row[x]))
+        color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+        points: list[tuple[float, float]] = []
+        for row in part:
+            if points and points[-1][0] == row[x]:  # two bases at one x: a gap, no line from one to the other
+                points.append((row[x], math.nan))
+            points.append((row[x], row[measure]))
+        axes.plot(*zip(*points, strict=True) if points else ([], []), marker=marker, ms=4, color=color, label=name)
+        ends = np.array([[r[x], r[f"{measure}_lower"], r[f"{measure}_upper"]] for r in part], dtype=float)
+        if len(ends):  # an unknown end leaves a gap
+            axes.fill_between(ends[:, 0], ends[:, 1], ends[:, 2], color=color, alpha=0.15, lw=0)
+    axes.grid(alpha=0.3)
+
+
+def _pareto(rows: Rows, report: Report) -> str:
+    figure = new_figure(6.4, 3.8)
+    axes = figure.add_subplot()
+    rows = [row for row in rows if report.metric in row]
+    for number, name in enumerate(dict.fromkeys(row[report.arm_axis] for row in rows)):
+        part = [row for row in rows if row[report.arm_axis] == name]
+        style: dict[str, Any] = {"color": _COLORS[number % len(_COLORS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        axes.scatter([r["total_mib"] for r in part], [r[report.metric] for r in part], label=name, s=24, **style)
+    best = sorted((row["total_mib"], row[report.metric]) for row in rows if row["pareto"])
+    axes.step(*zip(*best, strict=True), where="post", color="#777777", lw=1, label="none better in fewer bytes")
+    if not HIGHER_IS_BETTER[report.metric]:
+        axes.invert_yaxis()  # better is up, whatever the metric
+    axes.set_xlabel("base and adapter, MiB")
+    axes.set_ylabel(report.metric_label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return inline_svg(figure, "pareto")
+
+
+def _layers(rows: Rows, axes_names: Sequence[str]) -> str:
+    figure = new_figure(6.4, 3.4)
+    axes = figure.add_subplot()
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if is_number(row.get("relative_error")):
+            groups.setdefault(", ".join(str(row[axis]) for axis in axes_names), []).append(row["relative_error"])
+    for number, (name, errors) in enumerate(groups.items()):
+        axes.plot(range(len(errors)), errors, lw=1, color=_COLORS[number % len(_COLORS)], label=name)
+    axes.set_xlabel("layer, in model order")
+    axes.set_ylabel("relative error of the weight")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return inline_svg(figure, "layers")

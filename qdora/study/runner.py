@@ -1,8 +1,7 @@
 """Runs a study: its cells, each once, by any number of processes on one or more machines.
 
-`study_run` checks the study and runs its cells in this process; `submit_study` starts several such processes through
-submitit. A cell trains (or only evaluates) one recipe and keeps what the report needs. A failed cell is recorded and
-tried again; a finished one never runs again.
+A cell trains (or only evaluates) one recipe and keeps what the report needs. A failed cell is recorded and tried again;
+a finished one never runs again.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ from qdora.model.load import Quantization
 from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.pruned_base import SharedBases
 from qdora.run.train import train_run
 from qdora.run.validation import adapter_step
 from qdora.study.grid import Cell, Study, expand, load_study
@@ -60,13 +58,8 @@ _COMPRESSED = "base/compressed.json"
 
 @dataclass(frozen=True)
 class CellTally:
-    """How far a study is.
-
-    Attributes:
-        num_cells: Number of cells asked for.
-        num_done: Cells with a result from any process.
-        failed: Key of a cell that was given up -> its last reason.
-        num_elsewhere: Cells that another process works on.
+    """How far a study is: cells with a result from any process, cells that were given up (key -> last reason), and
+    cells that another process works on.
     """
 
     num_cells: int
@@ -87,23 +80,19 @@ def study_run(
     """Run the cells of a study that have no result and that no other process works on.
 
     Args:
-        file: The study file.
         directory: Where results are written; default runs/studies/<name of the file>.
         shard: "i/n": only every n-th cell, starting with the i-th.
         retry_failed: Also run cells that were given up.
         dry_run: Check every cell and write nothing.
-        console: Where progress and counts are shown; default standard error for progress, standard output for counts.
     Returns:
-        JSON values: the directory and the counts of cells.
+        The directory and the counts of cells.
     Raises:
         UserError: The study, one of its recipes, or the shard is wrong.
         RunFailure: Some cells were given up; all others are done.
-        Interrupted, KeyboardInterrupt: Finished cells are kept.
     """
     progress, results = consoles(console)
     study, directory, cells = _checked(file, directory)
-    index, count = _shard(shard)
-    mine = shard_of(cells, index, count)
+    mine = shard_of(cells, shard)
     results.print(
         f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training"
         + (f"; {len(mine)} in shard {shard}" if shard else ""),
@@ -124,15 +113,7 @@ def study_run(
 def submit_study(
     file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
 ) -> dict[str, Any]:
-    """Check a study and start processes through submitit that run it together.
-
-    Args:
-        directory: As in `study_run`.
-        num_jobs, cluster: As in `submit_jobs`.
-        options: Parameters of submitit, each "key=value".
-    Raises:
-        UserError: As in `study_run` and `submit_jobs`.
-    """
+    """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
     study, directory, cells = _checked(file, directory)
     StudyDirectory(directory, retries=study.retries).write_index(study, cells)
     parameters = {}
@@ -147,25 +128,13 @@ def submit_study(
 
 
 def submit_jobs(
-    command: Sequence[str],
-    directory: Path,
-    num_jobs: int,
-    *,
-    cluster: str = "slurm",
-    parameters: Mapping[str, Any] | None = None,
+    command: Sequence[str], directory: Path, num_jobs: int, *, cluster: str, parameters: Mapping[str, Any]
 ) -> list[Any]:
-    """Start the same command several times; each process claims the next free cell of the study.
+    """Start the same command several times through submitit; each process claims the next free cell of the study.
 
-    Args:
-        command: Program and arguments. All jobs must see the study's directory under the same path.
-        directory: The study's directory; the output of the jobs goes to slurm/ inside it.
-        num_jobs: At least 1.
-        cluster: slurm, or local for processes on this machine.
-        parameters: Parameters of submitit: timeout_min, gpus_per_node, slurm_partition, ...
-    Returns:
-        submitit's jobs.
-    Raises:
-        UserError: submitit is missing, or does not know a parameter or the cluster.
+    All jobs must see the study's directory under the same path; their output goes to slurm/ inside it. `cluster` is
+    slurm, or local for processes on this machine. `parameters` of submitit: timeout_min, gpus_per_node,
+    slurm_partition, ... UserError: submitit is missing, or does not know a parameter or the cluster.
     """
     try:
         import submitit
@@ -174,10 +143,9 @@ def submit_jobs(
         raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
     try:
         executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-        executor.update_parameters(name="qdora-study", **dict(parameters or {}))
+        executor.update_parameters(name="qdora-study", **parameters)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--jobs: {reason}") from None
+        raise UserError(f"--jobs: {' '.join(str(error).split())}") from None
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
 
@@ -198,20 +166,12 @@ def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, list[Cell
     return study, (directory or Path("runs") / "studies" / file.stem).absolute(), cells
 
 
-def _shard(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return 1, 1
-    match = _SHARD.fullmatch(text)
+def shard_of(cells: Sequence[Cell], shard: str | None) -> list[Cell]:
+    """Shard "i/n": every n-th cell, so that long and short cells are spread evenly; None is all."""
+    match = _SHARD.fullmatch(shard or "1/1")
     if match is None or int(match[1]) > int(match[2]):
-        raise UserError(f"--shard: must be I/N with I from 1 to N, such as 2/8, got {text!r}.")
-    return int(match[1]), int(match[2])
-
-
-def shard_of(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
-    """Shard `index` (from 1) of `count`: every count-th cell, so that long and short cells are spread evenly."""
-    if not 1 <= index <= count:
-        raise ValueError(f"shard {index}/{count}: must be one of 1/{count} to {count}/{count}")
-    return list(cells[index - 1 :: count])
+        raise UserError(f"--shard: must be I/N with I from 1 to N, such as 2/8, got {shard!r}.")
+    return list(cells[int(match[1]) - 1 :: int(match[2])])
 
 
 @contextmanager
@@ -274,12 +234,7 @@ def _concluded(found: CellTally, cells: Sequence[Cell], directory: Path, console
             "The reasons are in failures/. Fix: mend the cause, then run again with --retry-failed.",
             safe=[directory],
         )
-    return {
-        "directory": str(directory),
-        "num_cells": found.num_cells,
-        "num_done": found.num_done,
-        "num_elsewhere": found.num_elsewhere,
-    }
+    return {"directory": str(directory)} | {key: value for key, value in vars(found).items() if key != "failed"}
 
 
 def run_cells(
@@ -287,11 +242,9 @@ def run_cells(
 ) -> CellTally:
     """Run every cell that has no result and that no other process works on, until none is left.
 
-    An exception in `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times.
-    A process that dies leaves its claim; the next process that finds the claim runs the cell again.
-
-    Raises:
-        Interrupted, KeyboardInterrupt: From `work`; its claim is released and its files stay.
+    An exception in `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times. A
+    process that dies leaves its claim; the next process that finds the claim runs the cell again. An interrupt releases
+    the claim, and the files stay.
     """
     busy = True
     while busy:
@@ -367,7 +320,7 @@ def cell_work(split: str, store: StudyDirectory) -> Work:
 
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         try:
-            return _run(cell, directory, split, partial(once, store, "bases"))
+            return _run(cell, directory, split, store)
         finally:  # make room for the model of the next cell
             gc.collect()
             if torch.cuda.is_available():
@@ -376,9 +329,8 @@ def cell_work(split: str, store: StudyDirectory) -> Work:
     return work
 
 
-def _run(cell: Cell, directory: Path, split: str, shared_bases: SharedBases) -> dict[str, Any]:
-    quiet = Console(quiet=True)
-    run = RunDirectory(directory)
+def _run(cell: Cell, directory: Path, split: str, store: StudyDirectory) -> dict[str, Any]:
+    run, quiet, shared_bases = RunDirectory(directory), Console(quiet=True), partial(once, store, "bases")
     resume = run.recipe_file.is_file() and run.has_begun
     summary = train_run(cell.recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
@@ -416,10 +368,8 @@ def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
 def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], None]) -> Path:
     """A directory that cells share, such as a compressed base: the first caller makes it, the others wait for it.
 
-    Args:
-        stage: Kind of content; a file name.
-        key: Identifies the content; a file name.
-        make: Fills an empty directory. If it raises, the directory is removed, and the next caller tries again.
+    `stage` (the kind of content) and `key` are file names. `make` fills an empty directory; if it raises, the directory
+    is removed, and the next caller tries again.
     """
     path = store.path / "shared" / stage / key
     while not path.is_dir():

@@ -25,12 +25,9 @@ _Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class CellScores:
-    """Scores of one cell.
+    """Scores of one cell and their weights: measure -> task -> example -> number, the summed NLL for nll_per_token.
 
-    Attributes:
-        values: Measure -> task -> example -> score; the summed NLL for nll_per_token. Only tasks with choices have
-            accuracies.
-        weights: Measure -> task -> example -> weight.
+    Only tasks with choices have accuracies.
     """
 
     values: dict[str, _Scores]
@@ -38,14 +35,10 @@ class CellScores:
 
 
 def read_scores(cell: Path, files: Mapping[str, str], split: str) -> CellScores:
-    """Read the scores of a cell.
+    """Read the scores of a cell on a split; generated answers belong to the validation examples.
 
-    Args:
-        cell: Its run directory.
-        files: From the cell's result: "validation", optionally "test" and "generated" -> file below the directory.
-        split: The one to read. Generated answers belong to the validation examples.
-    Raises:
-        UserError: The evaluation is missing, damaged, or without scores of single examples.
+    `files` are of the cell's result: "validation", optionally "test" and "generated" -> file below the run directory.
+    UserError: The evaluation is missing, damaged, or without scores of single examples.
     """
     values: dict[str, _Scores] = {}
     weights: dict[str, _Scores] = {}
@@ -81,13 +74,10 @@ def half(examples: Sequence[str], which: Literal["choose", "compare"]) -> list[s
 def stacked(
     series: Sequence[Sequence[CellScores]], measure: str, part: Literal["all", "choose", "compare"]
 ) -> list[TaskScores]:
-    """Scores of several series on the same examples, task by task.
+    """Scores of several series (arms or bases, one cell a seed) on the same examples, all or one half, task by task.
 
-    Args:
-        series: Arms or bases, each with one cell a seed; the single cell of a base is repeated for every seed.
-        part: All examples, or one half.
-    Raises:
-        UserError: The cells were evaluated on different examples, or a task has only one example.
+    The single cell of a base is repeated for every seed. UserError: The cells were evaluated on different examples, or
+    a task has only one example.
     """
     num_seeds = max(len(cells) for cells in series)
     known = series[0][0]

@@ -25,11 +25,9 @@ _MAX_SEEDS_EXACT = 16
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of one task for several series (arms, bases) on the same examples.
+    """Scores of one task for several series (arms, bases) on the same examples: (series, seeds, examples) float64.
 
-    Attributes:
-        scores: (series, seeds, examples) float64; a series without seeds repeats its row.
-        weights: (examples,), positive: answer tokens for summed NLLs, so that a mean is per token; 1 for accuracies.
+    weights: (examples,), positive: answer tokens for summed NLLs, so that a mean is per token; 1 for accuracies.
     """
 
     scores: Array
@@ -87,15 +85,11 @@ def bca_interval(
 
     Examples of every task and the seeds (shared by all tasks) are resampled as independent samples. The acceleration is
     the one for several samples: it leaves out one example or one seed at a time. With one seed the interval covers only
-    the choice of examples. With few seeds it is too narrow: S resampled seeds have (S - 1) / S of their variance.
+    the choice of examples. With few seeds it is too narrow: S resampled seeds have (S - 1) / S of their variance. The
+    ends are nan if a task has a single example or the statistic is not finite.
 
     Source: Efron, Better bootstrap confidence intervals, JASA 82 (1987), 171; several samples: Davison and Hinkley,
     Bootstrap methods and their application (1997), eq. 5.26.
-
-    Args:
-        tasks: At least one, with the same series and seeds.
-    Returns:
-        nan ends if a task has a single example or the statistic is not finite.
     """
     value = float(statistic(_means(tasks)))
     if any(len(task.weights) < 2 for task in tasks) or not math.isfinite(value):
@@ -126,11 +120,9 @@ def permutation_p(tasks: Sequence[TaskScores], *, num_resamples: int, generator:
     """
     parts = [(task.scores[0] - task.scores[1]).mean(axis=0) / (task.weights.sum() * len(tasks)) for task in tasks]
     values = np.concatenate(parts)
-    observed = abs(values.sum()) * (1 - 1e-9) - _ROUNDING * np.abs(values).max(initial=0.0)
     if values.size < 60 and 2**values.size <= num_resamples:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=values.size)))
-        return float((np.abs(signs @ values) >= observed).mean())
-    extreme = 0
+        return _exact_p(values)
+    extreme, observed = 0, _observed(values)
     for count in _chunks(num_resamples, values.size):
         signs = generator.integers(0, 2, (count, values.size)) * 2.0 - 1.0
         extreme += int((np.abs(signs @ values) >= observed).sum())
@@ -139,10 +131,17 @@ def permutation_p(tasks: Sequence[TaskScores], *, num_resamples: int, generator:
 
 def seed_permutation_p(tasks: Sequence[TaskScores]) -> float:
     """Two-sided exact p-value from swapping two series seed by seed; with S seeds it is at least 2 / 2^S."""
-    values = seed_differences(tasks)[:_MAX_SEEDS_EXACT]
-    signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(values))))
-    observed = abs(values.sum()) * (1 - 1e-9) - _ROUNDING * np.abs(values).max()
-    return float((np.abs(signs @ values) >= observed).mean())
+    return _exact_p(seed_differences(tasks)[:_MAX_SEEDS_EXACT])
+
+
+def _exact_p(values: Array) -> float:
+    """Share of all choices of signs whose sum is as extreme as the observed one."""
+    signs = np.array(list(itertools.product((1.0, -1.0), repeat=values.size)))
+    return float((np.abs(signs @ values) >= _observed(values)).mean())
+
+
+def _observed(values: Array) -> float:
+    return float(abs(values.sum()) * (1 - 1e-9) - _ROUNDING * np.abs(values).max(initial=0.0))
 
 
 def seed_differences(tasks: Sequence[TaskScores]) -> Array:

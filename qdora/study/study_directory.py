@@ -36,13 +36,7 @@ MAX_DEATHS = 8
 
 
 class StudyDirectory:
-    """The files of a study; missing folders are made.
-
-    Args:
-        path: The directory.
-        retries: Times that a failed cell is tried again before it is given up.
-        stale_seconds: Silence after which a claim from another machine counts as dead.
-    """
+    """The files of a study; missing folders are made, and a failed cell is given up after `retries` more attempts."""
 
     def __init__(self, path: Path, *, retries: int = 1, stale_seconds: float = 3600.0) -> None:
         self.path, self.retries = path, retries
@@ -85,12 +79,11 @@ class StudyDirectory:
         kinds = [attempt["kind"] for attempt in self.failures(key)]
         return kinds.count("error") > self.retries or kinds.count("died") > MAX_DEATHS
 
-    def forget_failures(self, keys: Sequence[str]) -> int:
-        """Let cells that were given up run again; returns how many there are."""
-        again = [key for key in keys if not self.is_done(key) and self.is_given_up(key)]
-        for key in again:
-            self._failures(key).unlink(missing_ok=True)
-        return len(again)
+    def forget_failures(self, keys: Sequence[str]) -> None:
+        """Let cells that were given up run again."""
+        for key in keys:
+            if not self.is_done(key) and self.is_given_up(key):
+                self._failures(key).unlink(missing_ok=True)
 
     def write_index(self, study: Study, cells: Sequence[Cell]) -> None:
         """Write study.json for the report: the study as it was given, and its cells."""
@@ -105,11 +98,7 @@ class StudyDirectory:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Read study.json: `study` and `cells` (`Cell.record`).
-
-    Raises:
-        UserError: There is none.
-    """
+    """Read study.json: `study` and `cells` (`Cell.record`); UserError if there is none."""
     found = _read(path / "study.json")
     if found is None:
         raise UserError(f"{path}: must be a directory that 'qdora study' made (no study.json there).")
@@ -130,9 +119,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 class Claim:
     """The right to work on a key until `release`.
 
-    Attributes:
-        key: Names the work.
-        left_by: The dead claim that this one took over, as its process wrote it; None if the key was free.
+    `left_by` is the dead claim that this one took over, as its process wrote it; None if the key was free.
     """
 
     key: str
@@ -151,12 +138,7 @@ class Claim:
 
 
 class Claims:
-    """The claims of this process in a directory.
-
-    Args:
-        directory: An existing directory.
-        stale_seconds: Silence after which a claim from another machine counts as dead.
-    """
+    """This process's claims in a directory. A claim of another machine is dead after `stale_seconds` of silence."""
 
     def __init__(self, directory: Path, *, stale_seconds: float = 3600.0) -> None:
         self.directory, self.stale_seconds = directory, stale_seconds
@@ -165,21 +147,19 @@ class Claims:
     def take(self, key: str) -> Claim | None:
         """Claim a key; None if another process has it."""
         path = self.directory / f"{key}.json"
-        token = uuid.uuid4().hex
-        if self._create(path, token):
-            return Claim(key, token, path)
-        left = _read_claim(path)
-        if not self._is_stale(path, left):
-            return None
+        claim = self._create(key, path)
+        if claim is not None or not self._is_stale(path, _read_claim(path)):
+            return claim
         # Two processes that find one dead claim must not both remove it: the second would remove the first's new claim.
-        with self._takeover():
+        with (self.directory / ".takeover").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
             if not path.exists():  # released meanwhile; the first process to create it has it
-                return Claim(key, token, path) if self._create(path, token) else None
+                return self._create(key, path)
             left = _read_claim(path)
             if not self._is_stale(path, left):
                 return None
             path.unlink(missing_ok=True)
-            return Claim(key, token, path, left or {}) if self._create(path, token) else None
+            return self._create(key, path, left or {})
 
     @contextmanager
     def renewed(self, claim: Claim) -> Iterator[None]:
@@ -199,16 +179,23 @@ class Claims:
             stop.set()
             thread.join()
 
-    def _create(self, path: Path, token: str) -> bool:
-        owner = {"token": token, "pid": os.getpid(), "host": self.host, "started": self.started, "time": time.time()}
+    def _create(self, key: str, path: Path, left_by: dict[str, Any] | None = None) -> Claim | None:
+        claim = Claim(key, uuid.uuid4().hex, path, left_by)
+        owner = {
+            "token": claim.token,
+            "pid": os.getpid(),
+            "host": self.host,
+            "started": self.started,
+            "time": time.time(),
+        }
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            return False
+            return None
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(json.dumps(owner))
         # If this process was paused before writing, another may have taken over the empty file
-        return (_read_claim(path) or {}).get("token") == token
+        return claim if claim.is_mine() else None
 
     def _is_stale(self, path: Path, owner: dict[str, Any] | None) -> bool:
         now = self._now()
@@ -229,12 +216,6 @@ class Claims:
         now = clock.stat().st_mtime
         clock.unlink(missing_ok=True)
         return now
-
-    @contextmanager
-    def _takeover(self) -> Iterator[None]:
-        with (self.directory / ".takeover").open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # released when the process ends, however it ends
-            yield
 
 
 def _read_claim(path: Path) -> dict[str, Any] | None:
