@@ -179,7 +179,7 @@ def test_an_order_that_ends_and_what_steps_take_of_it(lengths, size, most, num_s
         ids += [id for micro in steps.next_step().micro_batches for id in micro.example_ids]
         ends.append(steps.position)
     if len(ends) <= num_steps:
-        with pytest.raises(UserError, match=f"allowed: at most {len(ends) - 1:,}; raise max_epochs"):
+        with pytest.raises(UserError, match=f"must be at most {len(ends) - 1:,}, because max_epochs"):
             steps.draws_for_steps(num_steps)
         assert len(ids) == sum(max(1, int(each * len(part) + 1e-6)) for each, part in zip(most, sets, strict=True))
         return
@@ -192,7 +192,9 @@ def test_an_order_that_ends_and_what_steps_take_of_it(lengths, size, most, num_s
 def test_more_epochs_than_the_caps_leave_are_refused():
     sets = [tokenised("a", [5] * 20), tokenised("b", [7] * 3, seed=1)]
     assert loader(sets, batch=4, max_epochs=[1.5, 1.5]).steps_for_epochs(1.5) == 9  # 30 + 4 examples, not 34.5
-    with pytest.raises(UserError, match=r"^train.epochs: 2 of 23 examples are 46, but max_epochs .* leaves 34; raise"):
+    with pytest.raises(
+        UserError, match=r"^train.epochs: 2 of 23 examples are 46, but max_epochs .* leaves 34\. Fix: raise"
+    ):
         loader(sets, batch=4, max_epochs=[1.5, 1.5]).steps_for_epochs(2)
 
 
