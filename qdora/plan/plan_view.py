@@ -11,16 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qdora.data.build_data import (
-    MixPlan,
-    large_step_warning,
-    make_loader,
-    num_steps_of,
-    plan_mix,
-    read_data,
-    show_mix,
-    tokenized_mix,
-)
+from qdora.data import build_data
 from qdora.errors import UserError
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
@@ -69,8 +60,8 @@ def plan_run(
         raise UserError(f"--budget: {error}") from None
     mix, workload, assumed = _workload(recipe)
     if mix is not None:
-        show_mix(results, mix)
-        warning = large_step_warning(mix)
+        build_data.show_mix(results, mix)
+        warning = build_data.large_step_warning(mix)
         if warning is not None:
             logger.warning(warning)
     assumed += _after_gates(recipe, device_kind, workload)
@@ -81,17 +72,17 @@ def plan_run(
     return {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}
 
 
-def _workload(recipe: Recipe) -> tuple[MixPlan | None, Workload, list[str]]:
+def _workload(recipe: Recipe) -> tuple[build_data.MixPlan | None, Workload, list[str]]:
     """The mix and the micro-batches of the data, and what is assumed if it cannot be read."""
     full = "every micro-batch is full of rows of data.max_length with all tokens labelled"
     try:
         _, tokenizer = find_model(recipe, weights=False)
-        train, _ = read_data(recipe.data)
+        train, _ = build_data.read_data(recipe.data)
     except UserError as error:
         return None, assumed_workload, [f"{full}, because the data cannot be read: {error.faults[0]}"]
-    mix = tokenized_mix(recipe, tokenizer, train)
-    loader = make_loader(recipe, mix, tokenizer)
-    found = plan_mix(mix, loader, num_steps_of(recipe, loader))
+    mix = build_data.tokenized_mix(recipe, tokenizer, train)
+    loader = build_data.make_loader(recipe, mix, tokenizer)
+    found = build_data.plan_mix(mix, loader, build_data.num_steps_of(recipe, loader))
     return (
         found,
         workload_of_data(recipe, mix, tokenizer),
