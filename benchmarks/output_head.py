@@ -129,11 +129,9 @@ def load(source: str) -> tuple[Any, Any]:
     """A model as it is read, without quantisation, and its tokenizer; a small random one for ''."""
     if not source:
         return small()
-    from qdora.model.tokenizer import load_tokenizer
-
     from qdora.model.build_model import choose_compute
     from qdora.model.load import load_model
-    from qdora.model.source import resolve
+    from qdora.model.source import load_tokenizer, resolve
 
     found = resolve(source)
     return load_model(found, quant="none", compute_dtype=choose_compute("auto").dtype).eval(), load_tokenizer(found)

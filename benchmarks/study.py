@@ -115,7 +115,7 @@ def grid(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(file: Path, directory: Path, processes: int) -> None:
     """`qdora study` in some processes at once; a failure of one ends this."""
-    call = [sys.executable, "-m", "qdora.cli", "--quiet", "study", str(file), "--dir", str(directory)]
+    call = [sys.executable, "-m", "qdora.cli", "study", str(file), "--dir", str(directory)]
     started = [subprocess.Popen(call) for _ in range(processes)]
     codes = [each.wait() for each in started]
     if any(codes):

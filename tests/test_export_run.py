@@ -166,9 +166,11 @@ def test_shard_sizes(text: str, size: int) -> None:
     assert ExportOptions(shard_size=text).shard_bytes == size
 
 
-@pytest.mark.parametrize("text", ["", "2", "GB", "-1GB", "0GB", "2 shards"])
+@pytest.mark.parametrize("text", ["", "2", "5000", "GB", "-1GB", "0GB", "2 shards"])
 def test_what_is_no_shard_size(text: str) -> None:
-    with pytest.raises(UserError, match=r"--shard-size: (must be a number with B, KB, .*, got|must be at least 1KB)"):
+    with pytest.raises(
+        UserError, match=r"--shard-size: (must be a number with B, KB, .*, got|must be at least 1KB and have a unit)"
+    ):
         check_options(ExportOptions(shard_size=text))
 
 

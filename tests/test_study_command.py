@@ -191,7 +191,7 @@ def test_jobs_are_started_with_the_same_study(root: Path, tmp_path: Path, monkey
     )
     assert found.exit_code == 0, found.output
     ((command, directory, count), options) = started[0]
-    assert command[1:4] == ["-m", "qdora.cli", "--quiet"]
+    assert command[1:4] == ["-m", "qdora.cli", "study"]
     assert (directory, count, options) == (tmp_path, 3, {"cluster": "slurm", "parameters": {"timeout_min": 9}})
 
 

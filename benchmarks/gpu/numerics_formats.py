@@ -12,9 +12,10 @@ from torch import Tensor
 
 from gpu.part import Part
 from gpu.plan import Plan
+from qdora.ops import blockwise, int8
 from qdora.ops.adapted_product import column_dot
 from qdora.ops.loss import chunked_nll
-from qdora.ops.packed import PackedWeight, choose_backend, dequantize, quantize
+from qdora.ops.packed import NESTED_BLOCK_SIZE, PackedWeight, choose_backend, dequantize, quantize
 from qdora.ops.tiles import column_tiles, row_tiles
 
 Check = dict[str, Any]
@@ -67,11 +68,22 @@ def formats(kind: str, shape: tuple[int, int], device: torch.device) -> dict[str
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             short = str(dtype).removeprefix("torch.")
             if _has_kernel(there, dtype):
-                by_kernel = dequantize(there, dtype, "bnb")
-                differ = float((by_kernel != dequantize(there, dtype, "torch")).double().mean())
+                by_kernel = dequantize(there, dtype)
+                differ = float((by_kernel != by_definition(there, dtype)).double().mean())
                 found[f"{name}: share of {short} that the kernel decodes to other bits"] = check(differ, 0.0)
         found |= {f"{name}: {key}": value for key, value in _tiles(there).items()}
     return found
+
+
+def by_definition(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """`dequantize` in plain torch, whatever kernels the device has."""
+    if weight.kind == "int8":
+        return int8.dequantize_rows(weight.packed, weight.absmax, dtype)
+    scales, nested = weight.absmax, weight.nested
+    if nested is not None:
+        scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset, NESTED_BLOCK_SIZE)
+    form = {"shape": weight.shape, "dtype": dtype}
+    return blockwise.dequantize_4bit(weight.packed, scales, weight.kind, weight.block_size, **form)
 
 
 def _has_kernel(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -82,7 +94,7 @@ def _has_kernel(weight: PackedWeight, dtype: torch.dtype) -> bool:
 def _tiles(weight: PackedWeight) -> dict[str, Check]:
     """Row and column tiles, put together, against the dense weight times the factor."""
     factor = random((weight.shape[0],), weight.device, torch.float32, 5).abs_()
-    dense = dequantize(weight, torch.float32, "torch").double() * factor.double().unsqueeze(1)
+    dense = by_definition(weight, torch.float32).double() * factor.double().unsqueeze(1)
     rows = torch.cat([tile.clone() for _, tile in row_tiles(weight, torch.bfloat16, factor)])
     columns = torch.cat([tile.clone() for _, tile in column_tiles(weight, torch.bfloat16, factor)], dim=1)
     worst = [float(((got.double() - dense).abs() / dense.abs().clamp_min(1e-30)).max()) for got in (rows, columns)]

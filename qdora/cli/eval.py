@@ -25,7 +25,7 @@ def evaluate(
     ] = None,
     step: Step = None,
     like: Annotated[
-        Path | None, typer.Option(help="For a model: use the data of this run, and show its results too.")
+        Path | None, typer.Option(help="For a model: use the data of this run, and also show the run's results.")
     ] = None,
     quant: Annotated[
         str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
@@ -33,7 +33,7 @@ def evaluate(
     base: Annotated[bool, typer.Option("--base", help="Evaluate the base of the run without its adapter.")] = False,
     method: Annotated[
         str | None,
-        typer.Option(help="loglikelihood, or generate: the model also answers in words. Default: that of the run."),
+        typer.Option(help="loglikelihood, or generate: also score generated answers. Default: eval.method of the run."),
     ] = None,
     harness: Annotated[
         list[str] | None, typer.Option(help="Task, group or pattern of lm-evaluation-harness; repeatable.")
@@ -42,7 +42,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of further harness tasks in YAML. They may run code.")
     ] = None,
 ) -> None:
-    """Score a run, a merged directory or a bare model: accuracy, answer NLL, perplexity."""
+    """Score a run, an export or a bare model: NLL of the answers, accuracy, perplexity, lm-evaluation-harness."""
     from qdora.files.run_directory import failures_logged
     from qdora.run.evaluate import EvalOptions, evaluate_target
 

@@ -59,7 +59,7 @@ def export(
         typer.Option(help="With --format gguf: folder of llama.cpp; default: QDORA_LLAMA_CPP, then PATH."),
     ] = None,
 ) -> None:
-    """Write the model in a form to deploy, load it with other libraries, and compare it with the trained model."""
+    """Export a run as a merged model, 4-bit files, GGUF or PEFT adapter, and compare it with the trained model."""
     from qdora.export.export_run import export_run
     from qdora.export.options import ExportOptions
     from qdora.files.run_directory import failures_logged

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting.")]
-Step = Annotated[int | None, typer.Option(help="A checkpoint of the run; default: the finished adapter.")]
+Step = Annotated[int | None, typer.Option(help="Checkpoint step; default: the adapter, else the newest checkpoint.")]
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe (see `qdora recipes`) or a YAML file.")]
-Target = Annotated[str, typer.Argument(help="A run directory, a model directory, a Hub id, or builtin.")]
+Target = Annotated[str, typer.Argument(help="A run, an export, a model directory, a Hub id, a .gguf file, or builtin.")]
 Run = Annotated[Path, typer.Argument(help="A run directory.")]

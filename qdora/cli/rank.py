@@ -18,10 +18,10 @@ def rank(
         str | None, typer.Option(help="Parameters of the factors: a number, or a share of the run's own such as 50%.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Instead of a budget: each layer keeps this share of its energy, 0 to 1.")
+        float | None, typer.Option(help="Instead of --budget: share of its worth that each layer keeps, 0 to 1.")
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(min=1, help="Largest rank of a layer; default: twice the rank of the run.")
+        int | None, typer.Option(min=1, help="Largest rank of a layer; default: twice the largest rank of the run.")
     ] = None,
     draws: Annotated[
         int | None, typer.Option(min=0, help="Label samples per token (default 16; 0: exact, slow).")
@@ -33,7 +33,7 @@ def rank(
         str | None, typer.Option(help="Matrix of --eigenvalues: hessian (default) or gauss_newton.")
     ] = None,
     norm: Annotated[
-        str | None, typer.Option(help="Norm of DoRA: attached (default; as in the loss) or held (as in training).")
+        str | None, typer.Option(help="DoRA's norm: attached (default: differentiated) or held (a constant).")
     ] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="Only these layers: name or pattern; repeatable. Others keep their rank.")

@@ -87,8 +87,10 @@ class ExportOptions:
             size = parse_size(self.shard_size)
         except ValueError as error:
             raise UserError(f"--shard-size: {error}") from error
-        if size < _MIN_SHARD_BYTES:
-            raise UserError(f"--shard-size: must be at least 1KB (got {self.shard_size!r}).")
+        if size < _MIN_SHARD_BYTES or not self.shard_size.rstrip()[-1:].isalpha():
+            raise UserError(
+                f"--shard-size: must be at least 1KB and have a unit, such as 2GB (got {self.shard_size!r})."
+            )
         return size
 
 

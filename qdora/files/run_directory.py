@@ -183,11 +183,14 @@ class RunDirectory:
             fault = checkpoint_fault(checkpoint.path)
             if fault is None:
                 for line in damaged:
-                    logger.warning("Skipped a damaged checkpoint, %s; the one before it is %s.", line, checkpoint.path)
+                    logger.warning("Skipped a damaged checkpoint: %s. Using %s instead.", line, checkpoint.path)
                 return checkpoint
             damaged.append(f"{checkpoint.path.name}: {fault}")
         if damaged:
-            raise RunFailure(f"{self.checkpoints}: no whole checkpoint ({'; '.join(damaged)}).")
+            raise RunFailure(
+                f"{self.checkpoints}: all checkpoints are damaged ({'; '.join(damaged)}). "
+                "Fix: train again with another --run-dir."
+            )
         return None
 
     def prune_checkpoints(self, keep: int, needs: Callable[[Path], int | None] = lambda _: None) -> int:
@@ -254,7 +257,7 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         atomic_write_json(path / "environment.json", environment)
         atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        what = "cannot be written" if isinstance(error, PermissionError) else "is a file, or below one"
+        what = "cannot be written" if isinstance(error, PermissionError) else "is a file, or a parent of it is"
         raise UserError(f"{path}: {what}. Fix: choose another --run-dir.") from None
     except OSError as error:
         raise RunFailure(f"{path}: the run directory could not be written: {error.strerror}.") from error
@@ -277,7 +280,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
     changed = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)]
     if changed:
-        why = "as at the start of the run"
+        why = "as when the run started; to change it, start another --run-dir"
         raise UserError(*(f"{path}: {key}: must be {old.get(key)!r}, {why} (got {new.get(key)!r})." for key in changed))
     remove_leftovers(path)
     remove_leftovers(run.checkpoints)
@@ -396,14 +399,16 @@ def log_to(run: RunDirectory) -> Iterator[None]:
 
 @contextmanager
 def failures_logged(path: Path) -> Iterator[None]:
-    """Add the traceback of a failure, not of an interrupt, to log.txt if `path` is a run directory by then."""
+    """Add the traceback of a failure to log.txt if `path` is a run directory; not of a mistake or an interrupt."""
     try:
         yield
+    except (UserError, Interrupted):
+        raise
     except Exception as error:
         run = RunDirectory(path)
-        if not isinstance(error, Interrupted) and run.recipe_file.is_file():
-            with suppress(RunFailure):  # a full disk must not hide the failure
-                run.log("".join(traceback.format_exception(error)).rstrip())
+        if run.recipe_file.is_file():
+            with suppress(OSError):  # a full disk must not hide the failure
+                _append(run.log_file, masked("".join(traceback.format_exception(error))).encode("utf-8", "replace"))
         raise
 
 

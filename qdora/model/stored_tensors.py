@@ -222,8 +222,8 @@ def _settle_tied_weights(stored: Mapping[str, Stored], model: PreTrainedModel) -
     for target, origin in tied_weights(model).items():
         if target not in stored or origin not in stored:
             continue
-        values = [item.read() for item in (stored[target], stored[origin]) if isinstance(item, StoredTensor)]
-        if len(values) == 2 and torch.equal(values[0], values[1]):
+        items = [item for item in (stored[target], stored[origin]) if isinstance(item, StoredTensor)]
+        if len(items) == 2 and items[0].shape == items[1].shape and torch.equal(items[0].read(), items[1].read()):
             redundant.add(target)
             continue
         log.warning("%s and %s differ in the checkpoint although config.json ties them: not tied.", target, origin)

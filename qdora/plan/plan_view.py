@@ -74,7 +74,7 @@ def plan_run(
 
 def _workload(recipe: Recipe) -> tuple[build_data.MixPlan | None, Workload, list[str]]:
     """The mix and the micro-batches of the data, and what is assumed if it cannot be read."""
-    full = "every micro-batch is full of rows of data.max_length with all tokens labelled"
+    full = "every micro-batch is full, and all its rows have data.max_length labelled tokens"
     try:
         _, tokenizer = find_model(recipe, weights=False)
         train, _ = build_data.read_data(recipe.data)
@@ -95,14 +95,14 @@ def _after_gates(recipe: Recipe, device_kind: DeviceKind, workload: Workload) ->
     gates = recipe.adapter.gates
     if gates is None:
         return []
-    text = "all components are there, as before adapter.gates removes any"
+    text = "the gates have removed no component yet"
     if gates.mean_rank is None or recipe.adapter.resume_from is not None:
         return [text]
     rank = math.ceil(gates.mean_rank)
     changes = {"rank": rank, "rank_pattern": {}, "same_scaling": False, "gates": None}
     adapter = recipe.adapter.model_copy(update=changes)
     later = plan(recipe.model_copy(update={"adapter": adapter}), device_kind=device_kind, workload=workload)
-    return [f"{text}; with rank {rank} in all layers, as may be at the end, the peak is {size_text(later.peak_bytes)}"]
+    return [f"{text}; if they leave rank {rank} in every layer, the peak is {size_text(later.peak_bytes)}"]
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -110,7 +110,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     table = Table(title=f"memory on {plan.device_kind} at the peak: {plan.peak.name}", title_justify="left")
     table.add_column("component")
     table.add_column("size", justify="right")
-    table.add_column("of the peak", justify="left", no_wrap=True)
+    table.add_column("relative to the largest", justify="left", no_wrap=True)
     largest = max(plan.components.values(), default=1)
     for name, num_bytes in plan.components.items():
         table.add_row(name, size_text(num_bytes), bar_text(num_bytes / largest))

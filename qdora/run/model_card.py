@@ -36,21 +36,21 @@ _CONTENTS: dict[Form, str] = {
         "was applied in float32, and the result was rounded once."
     ),
     "original": (
-        "The adapter is merged into the original weights of the base; the norm of DoRA was computed again there. The "
+        "The adapter is merged into the original weights of the base; there, DoRA's norms were computed again. The "
         "adapter was trained on the quantised base, so this is not exactly the trained model."
     ),
     "requantized": (
         "Base and adapter are merged in float32 and quantised to 4 bits again, as a bitsandbytes checkpoint. This "
-        "rounds a second time, after the rounding that the adapter was trained on."
+        "second rounding was not part of the training, so this is not exactly the trained model."
     ),
     "peft": (
         "This is the trained adapter alone, in PEFT's format. Load it on the base that the table names, quantised by "
-        "bitsandbytes as the table says; on other weights it is another model. `qdora.json` holds the exact scale of "
+        "bitsandbytes as the table says; on others it gives other results. `qdora.json` holds the exact scale of "
         "every layer."
     ),
     "gguf": (
         "Base and adapter are merged in float32 into one dense weight per layer, and written by llama.cpp's own "
-        "converter. Every tensor was compared with the merge.\n\n"
+        "converter. Its tensors were compared with the merge; `export.json` counts those that could not be checked.\n\n"
         "```bash\n"
         "llama-server -m model-*.gguf\n"
         'echo "FROM ./$(ls model-*.gguf)" > Modelfile && ollama create my-model -f Modelfile\n'
@@ -243,7 +243,7 @@ def model_card(facts: CardFacts) -> str:
 def _licence(facts: CardFacts) -> str:
     licence = facts.licence
     if licence is None:
-        text = "The licence of the base also applies to this model; its files do not name one."
+        text = "No licence of the base was found. If it has one, it also applies to this model."
     else:
         named = f"`{licence.name or licence.id}`"
         text = f"The base has the licence {f'[{named}]({licence.link})' if licence.link else named}, which also applies"

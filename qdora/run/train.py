@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,28 +55,31 @@ def train_run(
     Raises:
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
-    with processes_of_launch() as processes, failures_logged(directory):
+    with processes_of_launch() as processes, ExitStack() as stack:
+        if processes.is_first:
+            stack.enter_context(failures_logged(directory))
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
         prepared = prepare(recipe, directory, processes, force=force)
         run = _open_directory(prepared, directory, processes, resume=resume)
-        with log_to(run) if processes.is_first else nullcontext():
-            show_plans(prepared, run, processes, progress)
-            torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
-            checkpoint = _newest_checkpoint(run, processes) if resume else None
-            model = base_of_run(prepared, run, processes, progress, resume=resume, shared=shared_bases)
-            _adapt(model, prepared, checkpoint)
-            active = ActiveRun(
-                recipe=prepared.recipe,
-                directory=run,
-                model=model,
-                tokenizer=prepared.tokenizer,
-                loader=prepared.loader,
-                num_steps=prepared.num_steps,
-                processes=processes,
-                console=progress,
-            )
-            return _train(Training(active, prepared.validation), checkpoint, results)
+        if processes.is_first:
+            stack.enter_context(log_to(run))
+        show_plans(prepared, run, processes, progress)
+        torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
+        checkpoint = _newest_checkpoint(run, processes) if resume else None
+        model = base_of_run(prepared, run, processes, progress, resume=resume, shared=shared_bases)
+        _adapt(model, prepared, checkpoint)
+        active = ActiveRun(
+            recipe=prepared.recipe,
+            directory=run,
+            model=model,
+            tokenizer=prepared.tokenizer,
+            loader=prepared.loader,
+            num_steps=prepared.num_steps,
+            processes=processes,
+            console=progress,
+        )
+        return _train(Training(active, prepared.validation), checkpoint, results)
 
 
 def _open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:

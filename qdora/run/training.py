@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qdora.data.example import Example
+from qdora.evaluation.generation import generation_table
 from qdora.evaluation.suite import compare_table
 from qdora.files.atomic import atomic_write_text
 from qdora.model.build_model import describe_adapters
@@ -178,6 +179,8 @@ class Training:
             self.validation.take_back("adapter", best.step)
         if self.validation.results:
             results.print(compare_table(self.validation.results))
+        if self.validation.generated:
+            results.print(generation_table(self.validation.generated))
         results.print(f"run: {run.path}", highlight=False, soft_wrap=True)
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
         return {

@@ -11,7 +11,7 @@ from typing import Any
 
 from qdora.data.example import Example
 from qdora.errors import UserError, nearest
-from qdora.evaluation.generation import evaluate_generated, generation_table
+from qdora.evaluation.generation import GenerationResult, evaluate_generated
 from qdora.evaluation.suite import EvaluationResult, evaluate, worse_than_base
 from qdora.files.console import suite_bar
 from qdora.files.run_directory import RunDirectory
@@ -40,6 +40,7 @@ class RunValidation:
     def __init__(self, active: ActiveRun, examples: Mapping[str, Sequence[Example]]) -> None:
         self.active, self.examples = active, examples
         self.results: dict[str, EvaluationResult] = {}
+        self.generated: dict[str, GenerationResult] = {}
 
     def take_back(self, label: str, step: int) -> None:
         """Read the evaluation after `step` steps from the run directory, if it is there."""
@@ -77,7 +78,7 @@ class RunValidation:
         with suite_bar(active.console, f"answers, step {step}") as progress:
             result = evaluate_generated(active.model, active.tokenizer, self.examples, limit=limit, progress=progress)
         active.directory.write_json(f"eval/step-{step}-generated.json", result.to_dict(per_example=True))
-        active.console.print(generation_table({f"step {step}": result}))
+        self.generated = {f"step {step}": result}
         numbers = result.to_dict()["tasks"]
         return {
             task: {key: value for key, value in each.items() if key != "unparsable"} for task, each in numbers.items()

@@ -236,20 +236,20 @@ def _against_a_winner(row: dict[str, Any], compare: CompareConfig) -> list[str]:
     """Why no winner is called; empty if one is."""
     reasons = []
     if row["num_missing"]:
-        reasons.append(f"{row['num_missing']} cells have no result yet")
+        reasons.append(f"{row['num_missing']} cells have no result")
     if not row["is_swept"]:
-        reasons.append("nothing was tuned for each arm separately")
+        reasons.append("at least one of the two arms was not tuned")
     if row["at_edge"]:
         reasons.append(f"the tuned value of {row['at_edge']} is the smallest or largest that was tried")
     if row["num_seeds"] < compare.min_seeds:
-        reasons.append(f"{row['num_seeds']} seeds, at least {compare.min_seeds} are needed")
+        reasons.append(f"there are {row['num_seeds']} seeds, but at least {compare.min_seeds} are needed")
     if row["p_holm"] >= compare.alpha:
         reasons.append(f"p = {row['p_holm']:.4f} after Holm's correction")
     intervals = [(row["lower"], row["upper"]), (row["lower_t"], row["upper_t"])]
     if not all(lower > 0 or upper < 0 for lower, upper in intervals):
         reasons.append("an interval over examples and seeds contains zero")
     if row["num_seeds"] not in (row["num_seeds_better"], row["num_seeds_worse"]):
-        reasons.append(f"{row['num_seeds_better']} of {row['num_seeds']} seeds are better")
+        reasons.append(f"{row['arm']} is better in {row['num_seeds_better']} of {row['num_seeds']} seeds")
     return reasons
 
 

@@ -52,7 +52,7 @@ _MARKERS = "osD^vPX*"
 _NOTES = {
     "arms": (
         "Arms",
-        "Every arm with the value tuned for it. Intervals are over examples and seeds. repair: share of the loss from "
+        "Each arm has its tuned value. Intervals cover examples and seeds. repair: share of the quality lost by "
         "compression that the arm recovered. pareto: no other arm is as good in fewer bytes. The intervals of two arms "
         "may overlap although the arms differ: hard examples are hard for both. The comparisons pair the examples.",
         True,
@@ -60,11 +60,11 @@ _NOTES = {
     "comparisons": (
         "Comparisons",
         "A positive improvement is better. lower, upper: BCa bootstrap interval. lower t, upper t: t interval, which "
-        "allows for few seeds. p examples: permutation of examples. p seeds: permutation of seeds. p holm: the larger "
+        "allows for few seeds. p t: t test. p examples, p seeds: permutation tests. p holm: the larger "
         "of p examples and p t, corrected for the number of comparisons.",
         True,
     ),
-    "cells": ("Cells", "Every run. Failed runs have their reason.", False),
+    "cells": ("Cells", "One row for each run. The reason says why a run failed.", False),
     "layers": ("Layers", "What compression did to each layer.", False),
     "facts": ("Settings and counts", "", False),
 }
@@ -104,8 +104,9 @@ def write_report(report: Report, directory: Path, title: str) -> list[Path]:
         atomic_write_bytes(directory / f"{name}.parquet", stream.getvalue())
         written += [directory / f"{name}.csv", directory / f"{name}.parquet"]
     shown = [_table(name, rows) for name, rows in report.tables.items() if rows]
+    page = _html(report, shown, title)  # draws the figures: if that fails, no page is written
     atomic_write_text(directory / "report.md", _markdown(report, shown, title))
-    atomic_write_text(directory / "index.html", _html(report, shown, title))
+    atomic_write_text(directory / "index.html", page)
     return [directory / "index.html", directory / "report.md", *written]
 
 

@@ -122,7 +122,7 @@ def submit_study(
         if not equals or not key:
             raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {option!r}.")
         parameters[key.strip()] = read_yaml(f"value: {text}", f"--job-option {option}")["value"]
-    command = [sys.executable, "-m", "qdora.cli", "--quiet", "study", str(file.resolve()), "--dir", str(directory)]
+    command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
     jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
     return {"directory": str(directory), "jobs": [job.job_id for job in jobs]}
 
