@@ -123,7 +123,7 @@ def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(run: Path, ro
     assert summary["num_trainable"] == left, "of the adapter that has been saved"
     assert sum(layer.rank for layer in layers) == 1.5 * len(layers)
     assert [layer.scaling for layer in layers] == pytest.approx([8.0 / 6] * len(layers), rel=1e-12)
-    with pytest.raises(UserError, match=r"adapter\.gates\.mean_rank: got 2, allowed: at least 1 .* less than 2 "):
+    with pytest.raises(UserError, match=r"adapter\.gates\.mean_rank: got 2, must be at least 1 .* less than 2 "):
         train_run(tiny_run.recipe(root, **changes, adapter__gates=GATES), tmp_path / "none", console=quiet())
 
 
