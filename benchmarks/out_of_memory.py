@@ -104,8 +104,8 @@ def little_memory(room: int) -> Iterator[None]:
     def fail(_gradient: Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    def hungry(model: Any, input_ids: Tensor, *rest: Any) -> Any:
-        result = real(model, input_ids, *rest)
+    def hungry(model: Any, input_ids: Tensor, *rest: Any, **options: Any) -> Any:
+        result = real(model, input_ids, *rest, **options)
         if input_ids.numel() > room:
             result.nll_sum.register_hook(fail)
         return result

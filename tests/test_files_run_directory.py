@@ -95,7 +95,7 @@ def test_create_refuses_a_run_other_files_and_a_file(run: RunDirectory, tmp_path
     with pytest.raises(UserError, match=r"home: must be new or empty \(got thesis\.tex in it\)"):
         create_run(other, RECIPE, ENVIRONMENT)
     for path in (other / "thesis.tex", other / "thesis.tex" / "run"):
-        with pytest.raises(UserError, match="is a file, or below one"):
+        with pytest.raises(UserError, match="is a file, or a parent of it is"):
             create_run(path, RECIPE, ENVIRONMENT)
     (other / "thesis.tex").unlink()
     assert tree(tmp_path) == before
@@ -111,9 +111,10 @@ def test_resume_needs_a_run_and_the_same_training(run: RunDirectory, tmp_path: P
     changed = RECIPE.replace("0.1", "0.2").replace("boolq", "piqa").replace("steps: 10\n", "steps: 10\n  seed: 3\n")
     with pytest.raises(UserError) as raised:
         resume_run(run.path, changed, ENVIRONMENT)
+    when = "as when the run started; to change it, start another --run-dir"
     assert raised.value.faults == (
-        f"{run.path}: data.mix: must be [{{'task': 'boolq'}}], as at the start of the run (got [{{'task': 'piqa'}}]).",
-        f"{run.path}: train.seed: must be None, as at the start of the run (got 3).",
+        f"{run.path}: data.mix: must be [{{'task': 'boolq'}}], {when} (got [{{'task': 'piqa'}}]).",
+        f"{run.path}: train.seed: must be None, {when} (got 3).",
     )
     assert run.recipe_file.read_text() == RECIPE
     more_lines = RECIPE.replace("log_every: 1", "log_every: 5")
@@ -324,10 +325,12 @@ def test_a_damaged_checkpoint_is_skipped_and_said(
     newest = run.newest_checkpoint()
     assert newest is not None
     assert newest.step == 1
-    assert f"Skipped a damaged checkpoint, step-2: {found}; the one before it is {run.checkpoints}" in caplog.text
+    assert f"Skipped a damaged checkpoint: step-2: {found}. Using {run.checkpoints}" in caplog.text
     # with the older one gone as well, going on from nothing is refused
     (run.checkpoints / "step-1" / "complete.json").unlink()
-    with pytest.raises(RunFailure, match=r"no whole checkpoint \(step-2: .*; step-1: complete.json: No such file"):
+    with pytest.raises(
+        RunFailure, match=r"all checkpoints are damaged \(step-2: .*; step-1: complete.json: No such file"
+    ):
         run.newest_checkpoint()
 
 

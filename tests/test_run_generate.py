@@ -90,13 +90,13 @@ def test_draws_follow_the_seed(run: Path) -> None:
 
 def test_the_norm_is_computed_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = AdaptedLinear._row_norm_of_products
+    real = AdaptedLinear._norm
 
-    def counting(self: AdaptedLinear, dtype: torch.dtype) -> torch.Tensor:
+    def counting(self: AdaptedLinear, *given: Any) -> torch.Tensor:
         calls.append(self)
-        return real(self, dtype)
+        return real(self, *given)
 
-    monkeypatch.setattr(AdaptedLinear, "_row_norm_of_products", counting)
+    monkeypatch.setattr(AdaptedLinear, "_norm", counting)
     found = generate_from(str(run), "3 + 4 =", SHORT, raw=True)
     assert found["num_new_tokens"] > 1
     assert len(calls) == len(set(map(id, calls))) == 14

@@ -168,13 +168,13 @@ def test_pareto_arms_are_those_that_nothing_beats(report: Report) -> None:
 
 
 REFUSALS = [
-    ({"product": {**fake_study.DOCUMENT["product"], "train.seed": [0, 1]}}, "2 seeds, at least 3 are needed"),
-    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [2e-4]}}, "nothing was tuned"),
+    ({"product": {**fake_study.DOCUMENT["product"], "train.seed": [0, 1]}}, "2 seeds, but at least 3 are needed"),
+    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [2e-4]}}, "at least one of the two arms was not tuned"),
     (
         {"product": {**fake_study.DOCUMENT["product"], "train.lr": [1e-4, 2e-4]}},
         "is the smallest or largest that was tried",
     ),
-    ({"exclude": [{"adapter": "lora", "train.seed": [0, 1]}]}, "2 seeds, at least 3 are needed"),
+    ({"exclude": [{"adapter": "lora", "train.seed": [0, 1]}]}, "2 seeds, but at least 3 are needed"),
 ]
 
 
@@ -195,7 +195,7 @@ def test_no_winner_where_the_seeds_disagree(tmp_path: Path) -> None:
     assert row["p_examples"] < 0.05  # of these seeds the examples are sure
     assert row["p_holm"] > 0.05
     assert row["winner"] == ""
-    assert "3 of 4 seeds are better" in row["reason"]
+    assert "dora is better in 3 of 4 seeds" in row["reason"]
     assert "contains zero" in row["reason"]
 
 
@@ -207,7 +207,7 @@ def test_failed_cells_are_named_and_call_no_winner(tmp_path: Path) -> None:
     assert {row["reason"] for row in failed} == {"RuntimeError: out of memory"}
     assert "32 of 100 cells have no result; 32 of them failed" in report.verdict[1]
     assert all(row["winner"] == "" for row in report.tables["comparisons"])
-    assert "8 cells have no result yet" in compared(report, "nf4")["reason"]  # four seeds of each of the two arms
+    assert "8 cells have no result" in compared(report, "nf4")["reason"]  # four seeds of each of the two arms
 
 
 def numbers_of(text: str) -> set[str]:

@@ -91,7 +91,10 @@ def test_a_finished_run_can_be_resumed_and_stays_the_same(root: Path, tmp_path: 
     before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
     train_run(recipe, tmp_path / "run", resume=True)
     assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
-    with pytest.raises(UserError, match=r"train\.seed: must be 0, as at the start of the run \(got 5\)"):
+    with pytest.raises(
+        UserError,
+        match=r"train\.seed: must be 0, as when the run started; to change it, start another --run-dir \(got 5\)",
+    ):
         train_run(tiny_run.recipe(root, train__steps=2, train__seed=5), tmp_path / "run", resume=True)
 
 
