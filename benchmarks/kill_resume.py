@@ -218,7 +218,7 @@ def truncated(root: Path, file: str, share: float) -> dict[str, Any]:
     os.truncate(path, kept)
     finished(root, run)
     log = (run / "log.txt").read_text()
-    told = f"Skipped a damaged checkpoint, step-{STEPS}" in log and f"step-{STEPS - 1}" in log
+    told = f"Skipped a damaged checkpoint: step-{STEPS}" in log and f"step-{STEPS - 1}" in log
     return {"file": file, "kept_bytes": kept, "said": told, "identical": same(root, run)}
 
 
