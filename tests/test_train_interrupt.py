@@ -161,6 +161,6 @@ def test_resume_says_which_checkpoint_it_skips(root: Path, whole: Path, tmp_path
     os.truncate(file, file.stat().st_size // 2)
     train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
     log = (tmp_path / "run/log.txt").read_text()
-    assert "Skipped a damaged checkpoint, step-6: optimizer.safetensors has " in log
+    assert "Skipped a damaged checkpoint: step-6: optimizer.safetensors has " in log
     assert "Continuing from" in log
     assert_same_run(tmp_path / "run", whole)
