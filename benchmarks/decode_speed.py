@@ -66,7 +66,8 @@ def contender(kind: str, smoke: bool) -> Any:
     if kind == "base":
         return model
     generator = torch.Generator().manual_seed(1)
-    layers = inject(model, kind="lora" if kind == "lora" else "dora", rank=16, alpha=32.0, generator=generator)
+    kind = "lora" if kind == "lora" else "dora"
+    layers = inject(model, kind=kind, rank=16, alpha=32.0, dtype=torch.bfloat16, generator=generator)
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.02)

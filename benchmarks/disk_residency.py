@@ -176,7 +176,7 @@ def trained(folder: Path, residency: str, group: str) -> None:
         reader=lambda _source, skeleton: match_to_model(base.stored(mapped=on_disk), skeleton),
         placer=DiskResidency(cache) if on_disk else None,
     )
-    inject(model, rank=RANK, generator=torch.Generator().manual_seed(0))
+    inject(model, rank=RANK, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     recompute_activations(model)
     model.train()
     load_seconds, load_peak = time.perf_counter() - began, peak_rss_bytes()

@@ -119,7 +119,8 @@ def model_of(part: str, dtype: torch.dtype, data: Path | None, ranks: Mapping[st
     rank, start = RANKS[part], torch.Generator().manual_seed(0)
     if data is None:
         rank = 16
-    inject(base, rank=rank, alpha=SCALING * rank, rank_pattern=ranks or {}, same_scaling=bool(ranks), generator=start)
+    scaled = {"alpha": SCALING * rank, "rank_pattern": ranks or {}, "same_scaling": bool(ranks)}
+    inject(base, rank=rank, dtype=torch.bfloat16, generator=start, **scaled)  # type: ignore[arg-type]
     return base.train()
 
 

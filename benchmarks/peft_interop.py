@@ -124,7 +124,8 @@ def passes(case: dict[str, Any]) -> bool:
 def write_ours(model: Any, kind: Any, directory: Path) -> None:
     """Adapters with per-layer ranks, moved, saved by qdora."""
     generator = torch.Generator().manual_seed(0)
-    layers = inject(model, kind=kind, rank=RANK, alpha=ALPHA, rank_pattern=RANK_PATTERN, generator=generator)
+    options: dict[str, Any] = {"rank": RANK, "alpha": ALPHA, "rank_pattern": RANK_PATTERN, "dtype": torch.bfloat16}
+    layers = inject(model, kind=kind, generator=generator, **options)
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.02)

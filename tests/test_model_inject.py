@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import nn
 
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.build_model import put_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
-from tests import tiny
+from qdora.recipe.settings import AdapterConfig
+from tests import tiny, tiny_run
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -123,7 +126,29 @@ def test_inits() -> None:
         assert layer.lora_A.abs().max() <= layer.in_features**-0.5
         assert layer.lora_A.abs().max() > 0.95 * layer.in_features**-0.5
         assert not layer.lora_B.any()
-    assert all(layer.lora_A.dtype == torch.bfloat16 for layer in inject(tiny.llama(), rank=1).values())
+
+
+def test_a_plain_optimizer_loses_no_update_of_the_factors_that_it_gets_by_default() -> None:
+    """At 1e-6 every Adam step moves a factor by about the rate: nothing in bf16, every entry in float32."""
+    layers = inject(tiny.llama(), rank=2, generator=torch.Generator().manual_seed(0))
+    factors = [layer.lora_A for layer in layers.values()]
+    start = [factor.detach().clone() for factor in factors]
+    optimizer = torch.optim.AdamW(factors, lr=1e-6, weight_decay=0.0)
+    for factor in factors:
+        factor.grad = torch.ones_like(factor)
+    for _ in range(3):
+        optimizer.step()
+    for factor, before in zip(factors, start, strict=True):
+        moved = (before.double() - factor.detach().double())[before.abs() < 0.5]
+        torch.testing.assert_close(moved, torch.full_like(moved, 3e-6), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, {"kind": "lora"}, {"kind": "magnitude"}], ids=str)
+def test_a_run_stores_the_factors_as_its_recipe_says(tmp_path: Path, changes: dict[str, Any]) -> None:
+    recipe, model = tiny_run.recipe(tmp_path), tiny.llama()
+    put_adapters(model, recipe.model_copy(update={"adapter": AdapterConfig(**changes)}))
+    layers = adapted_layers(model).values()
+    assert {str(layer.lora_A.dtype) for layer in layers} == {f"torch.{changes.get('dtype', 'bfloat16')}"}
 
 
 def test_the_same_generator_gives_the_same_start() -> None:

@@ -19,6 +19,7 @@ from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
+from qdora.nn import adapted_linear
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.interrupt import StopRequest
@@ -115,8 +116,11 @@ def by_trainer(
     return trained, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def by_hand(optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[Any, list[float]]:
-    """The model's own loss, which is a mean over the labels of its batch."""
+def by_hand(
+    optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    each_time: Callable[[nn.Module], object] = lambda _model: None,
+) -> tuple[Any, list[float]]:
+    """The model's own loss, which is a mean over the labels of its batch; `each_time` before each micro-batch."""
     trained, losses = model(), []
     parameters = list(adapter_parameters(trained).values())
     optimizer, steps = optimizer_of(parameters), loader()
@@ -124,6 +128,7 @@ def by_hand(optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer])
         step = steps.next_step()
         total = 0.0
         for micro in step.micro_batches:
+            each_time(trained)
             inputs = {"input_ids": micro.input_ids, "attention_mask": micro.attention_mask, "labels": micro.labels}
             share = trained(**inputs).loss * int((micro.labels != IGNORED).sum()) / step.num_label_tokens
             share.backward()
@@ -175,6 +180,29 @@ def test_trainer_never_meets_an_old_norm(tmp_path: Path, optim: str) -> None:
     for name, parameter in adapter_parameters(anew[0]).items():
         assert torch.equal(adapter_parameters(kept[0])[name], parameter), name
     assert_norms_are_fresh(kept[0])
+
+
+@pytest.mark.parametrize("loop", ["trainer", "by hand"])
+def test_norms_are_computed_once_a_step_by_loops_that_call_train_in_every_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    compute, calls = adapted_linear.row_norm, []
+
+    def counting(*args: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        return compute(*args, **options)
+
+    monkeypatch.setattr(adapted_linear, "row_norm", counting)
+    train, modes = AdaptedLinear.train, []
+    monkeypatch.setattr(AdaptedLinear, "train", lambda each, mode=True: modes.append(mode) or train(each, mode))
+    if loop == "trainer":
+        trained, _ = by_trainer("adamw_torch_fused", tmp_path)
+    else:
+        trained, _ = by_hand(OPTIMIZERS["fused"], each_time=lambda model: model.train())
+    num_layers = len(adapted_layers(trained))
+    assert len(modes) >= num_layers * STEPS * BATCH // MICRO, "the loop did not call train()"
+    assert len(calls) == num_layers * STEPS
+    assert_norms_are_fresh(trained)
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

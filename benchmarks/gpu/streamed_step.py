@@ -77,7 +77,7 @@ def run(part: Part, plan: Plan, device: torch.device, size: str, limit: int, num
 
     residency = HostResidency(streamed, copies=copies)
     model = streamed_model(settings, residency, device)
-    inject(model, rank=plan.ranks[0], generator=torch.Generator().manual_seed(0))
+    inject(model, rank=plan.ranks[0], dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     recompute_activations(model)
     part.put("num_streamed", streamed)
     part.put("held_bytes", on.held_bytes(device))

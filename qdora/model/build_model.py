@@ -71,7 +71,8 @@ def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = 
     if settings.kind == "magnitude":
         # DoRA whose B stays 0, so every program that reads DoRA reads it.
         if directory is None:
-            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=settings.targets)
+            dtype = DTYPES[settings.dtype]
+            layers = inject(model, kind="dora", rank=1, alpha=1.0, targets=settings.targets, dtype=dtype)
         else:
             layers = load_adapter(model, directory)
         for layer in layers.values():

@@ -31,7 +31,7 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None,
     same_scaling: bool = False,
     init: Init = "kaiming",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
     masked: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, AdaptedLinear]:

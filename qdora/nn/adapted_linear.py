@@ -59,7 +59,8 @@ class AdaptedLinear(nn.Module):
         alpha: Adapter scale; s = alpha / rank, or alpha / sqrt(rank) with `rank_stabilized` (arXiv 2312.03732).
         dropout: On the adapter's input while training, in [0, 1).
         init: lora_A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5) or N(0, 0.01^2).
-        dtype: Storage of lora_A and lora_B.
+        dtype: Storage of lora_A and lora_B. bfloat16 only for `AdapterOptimizer`, which keeps the bits that it drops:
+            other optimizers lose small updates of bf16 factors to rounding.
         masked: Keep the zeros of the base, which must be a pruned one.
         generator: Source of the initial values (CPU generator; values do not depend on the device).
     Attributes:
@@ -81,7 +82,7 @@ class AdaptedLinear(nn.Module):
         rank_stabilized: bool = False,
         dropout: float = 0.0,
         init: Init = "kaiming",
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.float32,
         masked: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -238,8 +239,9 @@ class AdaptedLinear(nn.Module):
         self._cache.clear()
 
     def train(self, mode: bool = True) -> AdaptedLinear:
-        """As in `nn.Module`; also forgets cached values."""
-        self.parameters_changed()
+        """As in `nn.Module`; a change of the mode also forgets cached values."""
+        if mode != self.training:  # transformers' Trainer calls model.train() for every micro-batch
+            self.parameters_changed()
         super().train(mode)
         return self
 

@@ -38,7 +38,7 @@ class ParameterCache:
     change raises these: a step of an optimizer, `load_state_dict`, `copy_`. bitsandbytes' kernels and writes through
     `.data` raise none. So after the step of any `torch.optim.Optimizer`, bitsandbytes' included, this file raises the
     counters of its parameters. Whoever writes through `.data` outside an optimizer calls `clear` (a layer's
-    `parameters_changed`); `model.train()` and `model.eval()` call it, too.
+    `parameters_changed`); `model.train()` and `model.eval()` call it where they change the mode.
     """
 
     def __init__(self) -> None:
