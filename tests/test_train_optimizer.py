@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from contextlib import nullcontext
 from typing import Any, get_args
 
 import numpy as np
@@ -12,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qdora.ops.split_float import join_float32, split_float32
+from qdora.ops.split_float import join_float32, split_float32, split_float32_
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import optimizer as optimizer_module
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName
+from qdora.train.optimizer import AdapterOptimizer, OptimizerName, UpdateOutOfMemory
 from qdora.train.schedule import learning_rate
 from tests import reference, tiny
 
@@ -37,6 +40,16 @@ def test_split_and_join_is_exact_and_the_high_half_is_the_nearest_bf16(values: n
     for value, rounded in zip(values.tolist(), high.double().tolist(), strict=True):
         exponent = max(math.frexp(value)[1] - 1, -126) if value else -126
         assert abs(rounded - value) <= 2.0 ** (exponent - 7) / 2 or math.isinf(rounded)
+
+
+@settings(deadline=None, max_examples=200)
+@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=2, max_side=5), elements=FINITE))
+def test_split_into_existing_tensors_is_the_same_bit_for_bit(values: np.ndarray) -> None:
+    master = torch.from_numpy(np.array(values))
+    high, low = torch.empty(master.shape, dtype=torch.bfloat16), torch.empty(master.shape, dtype=torch.int16)
+    split_float32_(master.clone(), high, low)
+    assert torch.equal(join_float32(high, low), master)
+    assert torch.equal(high, split_float32(master)[0])
 
 
 def test_split_keeps_signed_zero_and_denormals() -> None:
@@ -208,6 +221,67 @@ def test_parameters_updated_one_by_one_are_those_updated_together(name: Any, mon
     assert held[:4] == [["up.lora_A"], ["up.lora_B"], [], ["down.lora_B"]]
     for key in together.parameters:
         assert torch.equal(together.master(key), alone.master(key)), key
+
+
+class FailingAllocator(TorchDispatchMode):
+    """Memory does not suffice for allocations number `first` to `last`; `count` is how many were asked for."""
+
+    def __init__(self, first: float = math.inf, last: float = math.inf) -> None:
+        super().__init__()
+        self.first, self.last, self.count = first, last, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_new = any(each.alias_info is None for each in func._schema.returns)
+        if is_new and isinstance(result, Tensor) and result.numel():
+            self.count += 1
+            if self.first <= self.count <= self.last:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
+        return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(6))
+def test_an_update_that_does_not_fit_is_made_in_parts_or_leaves_whole_tensors(
+    name: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out once, at any place, changes no bit. What never fits keeps its value and its states."""
+    monkeypatch.setattr(optimizer_module, "_GROUP_ELEMENTS", 7_000)
+
+    def after(num_updates: int, allocator: FailingAllocator) -> tuple[dict[str, list[Tensor]], list[str]]:
+        """Key -> value and states after so many updates, the last one with this allocator; and what did not fit."""
+        optimizer, left = AdapterOptimizer(parameters(torch.bfloat16), name=name, weight_decay=0.1), []
+        text = ""
+        for number in range(num_updates):
+            for index, p in enumerate(optimizer.parameters.values()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * number + index))
+            try:
+                with allocator if number == num_updates - 1 else nullcontext():
+                    optimizer.step(1e-2)
+            except UpdateOutOfMemory as error:
+                left, text = error.left, str(error)
+        states = optimizer.state_tensors()
+        assert not left or re.match(rf"out of memory in the update of {len(left)} of 4 .* 64.00 MiB\)$", text)
+        return {
+            key: [optimizer.master(key), *(states[each] for each in states if each.startswith(f"state/{key}/"))]
+            for key in optimizer.parameters
+        }, left
+
+    def same(one: list[Tensor], other: list[Tensor]) -> bool:
+        return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+    counting = FailingAllocator()
+    whole, _ = after(2, counting)
+    place = int(torch.randint(1, counting.count + 1, (), generator=torch.Generator().manual_seed(seed)))
+    once, left = after(2, FailingAllocator(place, place))
+    assert left == []
+    assert all(same(once[key], whole[key]) for key in whole)
+    before, _ = after(1, FailingAllocator())
+    never, left = after(2, FailingAllocator(place))
+    assert len(left) > 0
+    assert "up.magnitude" not in left  # stored in float32: its update needs no memory
+    for key in whole:
+        assert same(never[key], (before if key in left else whole)[key]), key
 
 
 @pytest.mark.parametrize("name", NAMES)

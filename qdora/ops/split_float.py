@@ -25,6 +25,15 @@ def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
     return high_bits.to(torch.int16).view(torch.bfloat16), low
 
 
+def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:
+    """`split_float32` into existing tensors, without allocating memory; `master` is contiguous and loses its values."""
+    # After the carry of half of bf16's last bit the upper half of each number is the bf16. The lower half is the
+    # remainder plus 2^15, and flipping the sign bit subtracts that.
+    halves = master.view(-1).view(torch.int32).add_(0x8000).view(torch.int16).view(-1, 2)  # little-endian: lower first
+    high.view(torch.int16).copy_(halves[:, 1].view(high.shape))
+    low.copy_(halves[:, 0].view(low.shape)).bitwise_xor_(-0x8000)
+
+
 def join_float32(high: Tensor, low: Tensor) -> Tensor:
     """(bfloat16, int16) -> the float32 that `split_float32` was given, bit for bit, as a new tensor."""
     bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from qdora.errors import RunFailure
 from qdora.ops.planned_device import is_planning
-from qdora.ops.split_float import join_float32, split_float32
+from qdora.ops.split_float import join_float32, split_float32_
+from qdora.train.out_of_memory import first_line, free_memory, is_out_of_memory
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
@@ -52,6 +54,15 @@ class _Group:
     weight_decay: float
 
 
+class UpdateOutOfMemory(RuntimeError):
+    """The update of the parameters `left`, out of `num_updated`, did not fit into memory; the others are updated."""
+
+    def __init__(self, left: list[str], num_updated: int, reason: str) -> None:
+        which = f"{len(left)} of {num_updated} trainable tensors, e.g. {left[0]}"
+        super().__init__(f"out of memory in the update of {which} ({reason.rstrip('.')})")
+        self.left, self.num_updated = left, num_updated
+
+
 class AdapterOptimizer:
     """AdamW or Lion over named parameters, stored in bf16 or float32.
 
@@ -72,6 +83,8 @@ class AdapterOptimizer:
         betas: Decay of the averages; None: 0.9, 0.999 for AdamW and 0.9, 0.99 for Lion, as in their papers.
     Raises:
         ValueError: A parameter has another dtype, or a ratio belongs to no parameter.
+        RunFailure: Memory does not suffice for the states. All are made here, so that a later update needs no more
+            memory than a float32 copy of some parameters, and parameters that never get a gradient have a state, too.
     """
 
     def __init__(
@@ -106,31 +119,91 @@ class AdapterOptimizer:
         for keys, is_matrix in groups_of(shapes, rates):
             inner = _inner_optimizer(name, [self._masters[key] for key in keys], is_matrix, options)
             self._groups.append(_Group(keys, inner, rates[keys[0]], weight_decay if is_matrix else 0.0))
+        self._make_states(name)
         if name.startswith("paged") and not is_planning() and not any(_can_page(p) for p in self.parameters.values()):
             logger.warning("%s: no CUDA here, so its states are not paged; the arithmetic is the same.", name)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update; parameters without a gradient stay. Memory: 2^24 float32 elements, or the largest parameter."""
+        """One update; parameters without a gradient stay. Memory: 2^24 float32 elements, or the largest parameter.
+
+        A group that does not fit into memory is updated again one parameter after the other.
+
+        Raises:
+            UpdateOutOfMemory: Some parameters do not fit. They and their states stay; all others are updated.
+        """
+        left, reason = [], ""
         for group in self._groups:
             keys = [key for key in group.keys if self.parameters[key].grad is not None]
-            if not keys:
-                continue
-            rate = lr * group.lr_ratio
-            self._join(keys)
-            if group.weight_decay:
+            if keys and self._update(group, keys, lr) is not None:
+                free_memory()
                 for key in keys:
-                    self._masters[key].mul_(1.0 - rate * group.weight_decay)
-            for inner_group in group.inner.param_groups:
-                inner_group["lr"] = rate
-            group.inner.step()
+                    shortage = self._update(group, [key], lr)
+                    if shortage is not None:
+                        left, reason = [*left, key], shortage
+        if left:
+            num_updated = sum(parameter.grad is not None for parameter in self.parameters.values())
+            raise UpdateOutOfMemory(left, num_updated, reason)
+
+    def _update(self, group: _Group, keys: list[str], lr: float) -> str | None:
+        """Update some parameters of a group, all or none; returns why memory did not suffice, or None.
+
+        Only joining allocates memory, which changes nothing yet.
+        """
+        try:
+            self._join(keys)
+        except (RuntimeError, MemoryError) as error:
             for key in keys:
-                if key in self._residuals:
-                    self._store(key, self._masters[key].detach())
+                self._release(key)
+            if not is_out_of_memory(error):
+                raise
+            return first_line(error)
+        rate = lr * group.lr_ratio
+        if group.weight_decay:
+            for key in keys:
+                self._masters[key].mul_(1.0 - rate * group.weight_decay)
+        for inner_group in group.inner.param_groups:
+            inner_group["lr"] = rate
+        with self._without_gradients(key for key in group.keys if key not in keys):
+            group.inner.step()
+        for key in keys:
+            if key in self._residuals:
+                self._store(key, self._masters[key].detach())
+                self._release(key)
+        # Neither bitsandbytes nor torch's fused AdamW raises the version of a parameter that it writes, and caches
+        # (of row norms) go by the version.
+        torch.autograd.graph.increment_version([self.parameters[key] for key in keys])
+        return None
+
+    @contextmanager
+    def _without_gradients(self, keys: Iterable[str]) -> Iterator[None]:
+        """Hide the gradients of these parameters in the block: optimizers leave them and their states as they are."""
+        hidden = {key: self._masters[key].grad for key in keys}
+        for key in hidden:
+            self._masters[key].grad = None
+        try:
+            yield
+        finally:
+            for key, gradient in hidden.items():
+                self._masters[key].grad = gradient
+
+    @torch.no_grad()
+    def _make_states(self, name: str) -> None:
+        """The states that a first step would make, in all groups."""
+        try:
+            for group in self._groups:
+                for index, key in enumerate(group.keys):
+                    self._join([key])
+                    _fresh_state(group.inner, self._masters[key], index)
                     self._release(key)
-            # Neither bitsandbytes nor torch's fused AdamW raises the version of a parameter that it writes, and caches
-            # (of row norms) go by the version.
-            torch.autograd.graph.increment_version([self.parameters[key] for key in keys])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            number = sum(parameter.numel() for parameter in self.parameters.values())
+            raise RunFailure(
+                f"out of memory while making the states of {name} for {number:,} parameters ({first_line(error)}). "
+                "Fix: lower adapter.rank, or choose train.optimizer paged_adamw_8bit."
+            ) from error
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -164,15 +237,14 @@ class AdapterOptimizer:
         """
         group = self._group_of(key)
         index, master = group.keys.index(key), self._masters[key]
-        before = group.inner.state.pop(master, {})
+        before = group.inner.state.pop(master)
         wide = widened_state(before, master.device)
         if key in self._residuals:
             self._residuals[key] = self._residuals[key].index_select(dim, kept)
-        if wide:
-            self._join([key])
-            cut = {name: each.index_select(dim, kept) if name in MOMENTS else each for name, each in wide.items()}
-            _fill_state_(_shrunk_state(group.inner, master, index, before), cut)
-            self._release(key)
+        self._join([key])
+        cut = {name: each.index_select(dim, kept) if name in MOMENTS else each for name, each in wide.items()}
+        _fill_state_(_shrunk_state(group.inner, master, index, before), cut)
+        self._release(key)
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
@@ -207,14 +279,10 @@ class AdapterOptimizer:
             ValueError: A tensor is missing, unknown or of another shape or dtype; names the first five.
         """
         places: dict[str, tuple[dict[str, Any], str]] = {f"residual/{k}": (self._residuals, k) for k in self._residuals}
-        # A run saved before its first step has no states. Otherwise a missing one would silently start anew.
-        if any(name.startswith("state/") for name in tensors):
-            for group in self._groups:
-                for index, key in enumerate(group.keys):
-                    self._join([key])
-                    state = _fresh_state(group.inner, self._masters[key], index)
-                    self._release(key)
-                    places |= {f"state/{key}/{name}": (state, name) for name in state if name not in _NOT_STORED}
+        for group in self._groups:
+            for key in group.keys:
+                state = group.inner.state[self._masters[key]]
+                places |= {f"state/{key}/{name}": (state, name) for name in state if name not in _NOT_STORED}
         faults = [f"{name} is unknown" for name in tensors.keys() - places.keys()]
         for name, (state, key) in places.items():
             place, tensor = state[key], tensors.get(name)
@@ -242,11 +310,11 @@ class AdapterOptimizer:
                 master.grad = parameter.grad
 
     def _store(self, key: str, value: Tensor) -> None:
-        """Write a float32 value into the parameter, and into its low bits if it has some."""
+        """Write a float32 value into the parameter and its low bits, if it has some; that overwrites `value`."""
         if key in self._residuals:
-            value, low = split_float32(value)
-            self._residuals[key].copy_(low)
-        self.parameters[key].copy_(value)
+            split_float32_(value, self.parameters[key].detach(), self._residuals[key])
+        else:
+            self.parameters[key].copy_(value)
 
     def _release(self, key: str) -> None:
         if key in self._residuals:

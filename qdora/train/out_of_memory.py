@@ -74,10 +74,15 @@ def back_off(loader: StepLoader, shortage: Shortage) -> dict[str, Any] | None:
     if shortage.num_examples == 1 or before <= 1:
         return None
     loader.micro_batch_tokens = min(before, shortage.num_tokens) // 2
+    free_memory()
+    return {"tokens_before": before, "tokens_after": loader.micro_batch_tokens, "reason": shortage.reason}
+
+
+def free_memory() -> None:
+    """Release what nothing uses any more; outside the `except` block of an error, which keeps its frames alive."""
     gc.collect()  # cycles of frames may keep the graph of the failed pass
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return {"tokens_before": before, "tokens_after": loader.micro_batch_tokens, "reason": shortage.reason}
 
 
 def first_line(error: BaseException) -> str:
