@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from qdora.data.loader import StepLoader
 from qdora.errors import Interrupted, RunFailure
 from qdora.run import prepare
 from qdora.run.train import train_run
-from qdora.train import loop
-from qdora.train.out_of_memory import is_out_of_memory
+from qdora.run.validation import RunValidation
+from qdora.run.writer import RunWriter
+from qdora.train import loop, optimizer, out_of_memory
+from qdora.train.out_of_memory import Backoff, Shortage, is_out_of_memory
 from tests import tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless
 
@@ -30,6 +34,7 @@ def cpu_allocator() -> BaseException:
 
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
+PINNED = "memory.offload_activations: the system refuses 64 MiB of pinned host memory (CUDA error: out of memory)."
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "cuda": lambda: torch.OutOfMemoryError(CUDA),
     "cpu": cpu_allocator,
@@ -74,6 +79,7 @@ def small_memory(
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "cuBLAS", True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), "a mistake", False),
         (RuntimeError("CUDA error: device-side assert triggered"), "another CUDA error", False),
+        (RunFailure(PINNED), "pinned memory of the host", False),
         (ValueError("DefaultCPUAllocator: can't allocate memory"), "not by an allocator", False),
         (OSError(12, "Cannot allocate memory"), "the system, for something else", False),
     ],
@@ -187,11 +193,181 @@ def test_one_example_that_does_not_fit_stops_with_the_state_before_it(
         train_run(settings, tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "mat1 and mat2"),
+        (RunFailure(PINNED), "memory.offload_activations: the system refuses 64 MiB of pinned host memory"),
+    ],
+    ids=["shapes", "pinned"],
+)
 def test_other_errors_are_not_taken_for_a_lack_of_memory(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, said: str
 ) -> None:
-    small_memory(monkeypatch, 3, lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    with pytest.raises(RunFailure, match=r"step 1: cannot be computed: mat1 and mat2.*Safe on disk: .*step-0"):
+    small_memory(monkeypatch, 3, lambda: error)
+    with pytest.raises(RunFailure, match=rf"step 1: cannot be computed: {said}.*Safe on disk: .*step-0"):
         train_run(recipe(root), tmp_path / "run")
     assert "out_of_memory" not in (tmp_path / "run/log.txt").read_text()
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+# --- growth
+
+
+def test_micro_batches_grow_back_and_wait_longer_after_every_failure() -> None:
+    """32 steps before the first growth, 64 after it has failed; never above what was asked; the same after a resume."""
+    loader: Any = SimpleNamespace(micro_batch_tokens=2048)
+    backoff = Backoff(loader)
+    sizes = []
+    for number in range(300):
+        if loader.micro_batch_tokens > 1024 and number < 200:
+            assert backoff.shrink(Shortage(8, 2000, "")) is not None
+        if number % 7 == 0:
+            again: Any = SimpleNamespace(micro_batch_tokens=2048)
+            resumed = Backoff(again)
+            resumed.load_state_dict(json.loads(json.dumps(backoff.state_dict())))
+            loader, backoff = again, resumed
+        backoff.grow()
+        sizes.append(loader.micro_batch_tokens)
+    # 2,000 tokens fail until number 200
+    assert sorted(set(sizes)) == [1000, 2000]
+    assert [number for number in range(1, 300) if sizes[number] > sizes[number - 1]] == [31, 31 + 64, 31 + 64 + 128]
+
+
+def test_a_run_grows_back_and_a_resumed_one_at_the_same_step(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is short in the first step only."""
+    monkeypatch.setattr(out_of_memory, "_FIRST_WAIT", 2)
+    settings, real = recipe(root), loop.batch_loss
+
+    def run(directory: Path, stop_at: int | None = None) -> None:
+        with monkeypatch.context() as patched:
+            left = [2]
+
+            def short(*args: Any, **options: Any) -> Any:
+                if left[0]:
+                    left[0] -= 1
+                    raise ERRORS["cuda"]()
+                return real(*args, **options)
+
+            patched.setattr(loop, "batch_loss", short)
+            if stop_at is not None:
+                stop_after(patched, stop_at)
+                with pytest.raises(Interrupted):
+                    train_run(settings, directory)
+            else:
+                train_run(settings, directory)
+
+    run(tmp_path / "whole")
+    lines = timeless(tmp_path / "whole")
+    grown = [(line["step"], line["micro_batches_grow"]) for line in lines if "micro_batches_grow" in line]
+    assert [step for step, _ in grown] == [2, 4, 6][: len(grown)]
+    assert len(grown) >= 2
+    assert grown[1][1]["tokens_after"] == 2 * grown[0][1]["tokens_after"]
+    for stop_at in (1, 3):
+        run(tmp_path / f"run-{stop_at}", stop_at)
+        train_run(settings, tmp_path / f"run-{stop_at}", resume=True)
+        assert_same_run(tmp_path / f"run-{stop_at}", tmp_path / "whole")
+
+
+# --- the update
+
+
+NUM_MATRICES = 28
+
+
+def join_fails(monkeypatch: pytest.MonkeyPatch, step: int, *, place: int, forever: bool) -> None:
+    """Memory runs out in the update of `step`, at a matrix: once, or from there on."""
+    real, calls = optimizer.join_float32, [0]
+    first = NUM_MATRICES * step + place  # as many to make the states, then as many a step
+
+    def join(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == first or (forever and calls[0] > first):
+            raise ERRORS["cuda"]()
+        return real(*args)
+
+    monkeypatch.setattr(optimizer, "join_float32", join)
+
+
+@pytest.mark.parametrize("place", [1, 13, NUM_MATRICES])
+def test_an_update_that_fits_in_parts_is_that_of_enough_memory(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    settings = recipe(root)
+    train_run(settings, tmp_path / "whole")
+    join_fails(monkeypatch, 3, place=place, forever=False)
+    train_run(settings, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_update_without_memory_keeps_the_state_before_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(root, adapter__kind="lora")
+    train_run(settings, tmp_path / "whole")
+    join_fails(monkeypatch, 4, place=1, forever=True)
+    said = rf"step 4: out of memory in the update of {NUM_MATRICES} of {NUM_MATRICES} trainable tensors, e.g. \S+ \("
+    with pytest.raises(RunFailure, match=said + re.escape(CUDA.rstrip(".")) + r"\)\. Fix: .*--resume.*/step-3\."):
+        train_run(settings, tmp_path / "run")
+    monkeypatch.undo()
+    train_run(settings, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_update_of_some_tensors_keeps_the_state_after_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The magnitudes, stored in float32, need no memory. The run can continue from there."""
+    settings = recipe(root)
+    join_fails(monkeypatch, 4, place=1, forever=True)
+    said = rf"step 4: .* update of {NUM_MATRICES} of 42 trainable tensors.*14 others are updated, .*/step-4\."
+    with pytest.raises(RunFailure, match=said):
+        train_run(settings, tmp_path / "run")
+    monkeypatch.undo()
+    assert train_run(settings, tmp_path / "run", resume=True)["num_steps"] == 6
+
+
+# --- errors after which nothing works any more
+
+
+STICKY = "CUDA error: device-side assert triggered"
+SECOND = RuntimeError("CUDA error: the second one, which every call raises from then on")
+
+
+@pytest.mark.parametrize("broken", ["generators", "checkpoint"])
+def test_after_a_sticky_error_the_first_one_is_reported_with_the_batch_that_caused_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> Any:
+        raise SECOND
+
+    def first() -> BaseException:
+        if broken == "generators":
+            monkeypatch.setattr(loop, "set_random_state", fail)
+        else:
+            monkeypatch.setattr(RunWriter, "save_checkpoint", fail)
+        return RuntimeError(STICKY)
+
+    small_memory(monkeypatch, 3, first)
+    said = rf"^step 1: cannot be computed: {STICKY}.*could not be saved \(CUDA error: the second.*bad-steps/step-1\.$"
+    with pytest.raises(RunFailure, match=said):
+        train_run(recipe(root), tmp_path / "run")
+    assert (tmp_path / "run/bad-steps/step-1/batch.json").is_file()
+
+
+def test_a_sticky_error_in_an_evaluation_is_the_one_reported(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> Any:
+        raise SECOND
+
+    def measure(*_args: Any, **_options: Any) -> Any:
+        monkeypatch.setattr(RunWriter, "save_checkpoint", fail)
+        raise RuntimeError(STICKY)
+
+    monkeypatch.setattr(RunValidation, "measure", measure)
+    with pytest.raises(RuntimeError, match=f"^{STICKY}$"):
+        train_run(tiny_run.recipe(root, eval__every=3, eval__at_start=False), tmp_path / "run")
+    assert f"Step 3 is not saved either ({SECOND}) after: {STICKY}" in caplog.text

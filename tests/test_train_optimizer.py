@@ -20,7 +20,7 @@ from qdora.ops.split_float import join_float32, split_float32, split_float32_
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import optimizer as optimizer_module
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, UpdateOutOfMemory
-from qdora.train.schedule import learning_rate
+from qdora.train.schedule import Schedule
 from tests import reference, tiny
 
 NAMES = get_args(OptimizerName)
@@ -358,7 +358,7 @@ def test_gradient_norm_and_scaling() -> None:
 
 def rates(num_steps: int, **settings: Any) -> list[float]:
     train = TrainConfig(epochs=1, batch=1, **settings)
-    return [learning_rate(step, num_steps, train) for step in range(num_steps)]
+    return [Schedule(train, num_steps).rate(step) for step in range(num_steps)]
 
 
 def test_learning_rates_by_hand() -> None:

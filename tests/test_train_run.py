@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,54 @@ def test_a_finished_run_can_be_resumed_and_stays_the_same(root: Path, tmp_path: 
         match=r"train\.seed: must be 0, as when the run started; to change it, start another --run-dir \(got 5\)",
     ):
         train_run(tiny_run.recipe(root, train__steps=2, train__seed=5), tmp_path / "run", resume=True)
+
+
+CONSTANT = {"train__schedule": "constant"}
+
+
+@pytest.mark.parametrize("stop_at", [None, 1, 3])
+def test_a_run_is_extended_as_if_it_had_been_longer_from_the_start(
+    root: Path, tmp_path: Path, stop_at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Constant rate, bit for bit. The warm-up, a share of all steps, stays that of the start: 2 steps."""
+    if stop_at is not None:
+        stop_after(monkeypatch, stop_at)
+    with nullcontext() if stop_at is None else pytest.raises(Interrupted):
+        train_run(tiny_run.recipe(root, **CONSTANT), tmp_path / "run")
+    monkeypatch.undo()
+    summary = train_run(tiny_run.recipe(root, train__steps=9, **CONSTANT), tmp_path / "run", resume=True)
+    assert summary["num_steps"] == 9
+    train_run(tiny_run.recipe(root, train__steps=9, train__warmup=2, **CONSTANT), tmp_path / "whole")
+    assert trained(tmp_path / "run") == trained(tmp_path / "whole")
+    same_tensors(*(tmp_path / f"{run}/adapter/adapter_model.safetensors" for run in ("run", "whole")))
+    states = [(tmp_path / f"{run}/checkpoints/step-9/state.json").read_text() for run in ("run", "whole")]
+    assert states[0] == states[1]
+    assert "steps: 9" in (tmp_path / "run/recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_an_extended_run_continues_at_the_rates_of_the_longer_schedule(
+    root: Path, tmp_path: Path, schedule: str
+) -> None:
+    changes = {"train__schedule": schedule, "train__lr_end": 1e-4}
+    train_run(tiny_run.recipe(root, **changes), tmp_path / "run")
+    train_run(tiny_run.recipe(root, train__steps=10, **changes), tmp_path / "run", resume=True)
+
+    def rate(step: int, num_steps: int) -> float:  # warm-up over steps 0 and 1
+        done = (step - 2) / (num_steps - 2)
+        share = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return (0.5e-3, 1e-3)[step] if step < 2 else 1e-4 + 9e-4 * share
+
+    rates = [line["lr"] for line in trained(tmp_path / "run")]
+    assert rates == pytest.approx([rate(step, 6 if step < 6 else 10) for step in range(10)])
+    said = f"The run has 10 steps now, 6 before: from step 7 on the learning rate is that of a {schedule} schedule of "
+    assert f"{said}10 steps with the old warm-up, {rates[6]:.3g} at first." in (tmp_path / "run/log.txt").read_text()
+
+
+def test_a_run_is_not_shortened(root: Path, whole: Path) -> None:
+    said = r"train\.steps: must be 6 or more, as when the run started; .*\(got 5\)"
+    with pytest.raises(UserError, match=said):
+        train_run(tiny_run.recipe(root, train__steps=5), whole, resume=True)
 
 
 def test_data_that_changed_is_refused_on_resume(root: Path, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ _STEP = re.compile(r"step-(\d+)")
 MAY_CHANGE: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "eval", "memory", "trackers")
 MAY_CHANGE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch_tokens")
 MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
+# What it may raise: a finished or stopped run is extended.
+MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")
 
 
 @dataclass(frozen=True)
@@ -279,9 +281,9 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
     changed = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)]
-    if changed:
-        why = "as when the run started; to change it, start another --run-dir"
-        raise UserError(*(f"{path}: {key}: must be {old.get(key)!r}, {why} (got {new.get(key)!r})." for key in changed))
+    faults = [fault for key in changed if (fault := _change_fault(key, old.get(key), new.get(key))) is not None]
+    if faults:
+        raise UserError(*(f"{path}: {fault}" for fault in faults))
     remove_leftovers(path)
     remove_leftovers(run.checkpoints)
     if old_text != recipe:
@@ -293,6 +295,15 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         record["resumed"] = [*record.get("resumed", []), different]
         atomic_write_json(path / "environment.json", record)
     return run
+
+
+def _change_fault(key: str, before: Any, now: Any) -> str | None:
+    """What is wrong with another value of a setting that changes the training, or None."""
+    can_rise = key in MAY_RISE and before is not None
+    if can_rise and now is not None and now > before:
+        return None
+    allowed = f"{before!r} or more" if can_rise else repr(before)
+    return f"{key}: must be {allowed}, as when the run started; to change it, start another --run-dir (got {now!r})."
 
 
 def open_run(path: Path) -> RunDirectory:

@@ -28,6 +28,7 @@ from qdora.ops.dropout import draw_seed, drop_, dropped, dropped_slices, zeroed,
 from qdora.ops.frozen_product import add_product_, add_transposed_product_, product_dtype, with_bias
 from qdora.ops.low_rank_factors import factors_of_products, rounded, row_factor, scaled_B
 from qdora.ops.masked_update import MaskedUpdate
+from qdora.ops.planned_device import device_kind
 from qdora.ops.tiles import Weight
 
 
@@ -218,6 +219,8 @@ def column_dot(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
     zero = torch.zeros_like(factor)
     if left.shape[0] == 0:
         return zero
+    if left.dtype == torch.float16 and device_kind(left.device) == "cpu":  # that kernel takes bf16 only
+        left, right = left.float(), right.float()
     # True: mean and deviation are those of these tokens. The list asks for the weight's gradient alone.
     total: Tensor = torch.ops.aten.native_batch_norm_backward(
         left.contiguous(), right.contiguous(), factor, None, None, zero, factor, True, 0.0, [False, True, False]

@@ -167,7 +167,8 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation of transformers. auto: the fastest one for this machine and model."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of activations and matrix products. auto: bfloat16 if the device computes in it, else float32."""
+    """Type of activations and matrix products. auto: bfloat16 if the device computes in it, else float32. float16 is
+    for GPUs without bfloat16: it scales the loss, so that gradients neither vanish nor overflow."""
 
     @property
     def is_local(self) -> bool:

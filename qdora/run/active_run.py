@@ -13,7 +13,10 @@ from qdora.recipe.settings import Recipe
 from qdora.train.best import BestSoFar
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
+from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.out_of_memory import Backoff
+from qdora.train.schedule import Schedule
 from qdora.train.step_checks import BadSteps
 
 
@@ -39,5 +42,9 @@ class TrainingState:
     """None if nothing is trained."""
     gates: Gates | None
     bad_steps: BadSteps
+    backoff: Backoff
+    schedule: Schedule
+    loss_scale: LossScale | None
+    """None unless the model computes in float16."""
     best: BestSoFar | None
     """Chooses the best step by the evaluations; None without eval.best_by."""

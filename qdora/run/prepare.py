@@ -162,9 +162,9 @@ def _check(
 
 def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
     faults = []
-    if compute.dtype == torch.float16 and recipe.adapter.kind != "none":
+    if compute.dtype == torch.float16 and recipe.adapter.kind == "full":
         faults.append(
-            "model.dtype: got float16, must be bfloat16 or float32 for training: float16 gradients underflow."
+            "model.dtype: got float16, must be bfloat16 or float32 with adapter.kind full, which trains the weights."
         )
     if recipe.base.residency == "host" and compute.device.type != "cuda":
         faults.append(NO_GPU)

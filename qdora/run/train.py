@@ -130,7 +130,7 @@ def _train(training: Training, checkpoint: Checkpoint | None, results: Console) 
 
 def _fit(training: Training, optimizer: AdapterOptimizer, start: int) -> int:
     """Take the optimizer steps after `start`; returns the number of steps done."""
-    active, chunk = training.active, training.active.recipe.memory.loss_chunk
+    active, state, chunk = training.active, training.state, training.active.recipe.memory.loss_chunk
     bar = TrainingProgress(active.num_steps, start=start, console=active.console)
     with stop_on_signal(active.processes) as stop, bar as progress:
         return fit(
@@ -145,7 +145,10 @@ def _fit(training: Training, optimizer: AdapterOptimizer, start: int) -> int:
             stop=stop,
             start_step=start,
             processes=active.processes,
-            bad_steps=training.state.bad_steps,
+            bad_steps=state.bad_steps,
+            backoff=state.backoff,
+            schedule=state.schedule,
+            loss_scale=state.loss_scale,
             loss_chunk=None if chunk == "auto" else chunk,
             task_weights=task_weights(active.recipe, active.loader),
         )

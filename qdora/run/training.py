@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -30,7 +31,10 @@ from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
 from qdora.train.figures import draw_figures
 from qdora.train.gates import Gates
 from qdora.train.loop import Evaluated, Hooks
+from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.out_of_memory import Backoff
+from qdora.train.schedule import Schedule
 from qdora.train.step_checks import BadSteps, MissingGradientCheck
 
 logger = logging.getLogger("qdora")
@@ -44,9 +48,14 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
         evaluated: Names of the sources that are evaluated.
     """
     recipe, settings = active.recipe, active.recipe.train
-    bad_steps = BadSteps(settings)
+    policies: dict[str, Any] = {
+        "bad_steps": BadSteps(settings),
+        "backoff": Backoff(active.loader),
+        "schedule": Schedule(settings, active.num_steps),
+        "loss_scale": LossScale() if active.model.dtype == torch.float16 else None,
+    }
     if recipe.adapter.kind == "none":
-        return TrainingState(optimizer=None, gates=None, bad_steps=bad_steps, best=None)
+        return TrainingState(optimizer=None, gates=None, best=None, **policies)
     gates = None
     if recipe.adapter.gates is not None:
         gates = Gates(adapted_layers(active.model), recipe.adapter.gates, active.num_steps, settings.seed)
@@ -67,8 +76,8 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
     return TrainingState(
         optimizer=optimizer,
         gates=gates,
-        bad_steps=bad_steps,
         best=best_so_far(recipe, evaluated),
+        **policies,
     )
 
 
@@ -104,7 +113,7 @@ class Training:
             processes=self.active.processes,
             seed=self.active.recipe.train.seed,
         )
-        self.writer.take_policies(policies)
+        self.writer.take_policies(policies, step)
         if gates is not None:
             gates.load(checkpoint, policies["gates"])
         logger.info("Continuing from %s.", checkpoint)

@@ -41,7 +41,6 @@ class RunWriter:
     def __init__(self, active: ActiveRun, state: TrainingState) -> None:
         self.active, self.state = active, state
         self.run, self.processes = active.directory, active.processes
-        self._asked_micro_batch_tokens = active.loader.micro_batch_tokens
         self._tell_trackers: Callable[[Metrics], None] | None = None
 
     @contextmanager
@@ -94,16 +93,13 @@ class RunWriter:
         self.processes.first(lambda: self._with_room(write))
         return self.run.inside(*place)
 
-    def take_policies(self, policies: dict[str, Any]) -> None:
-        """Continue with a checkpoint's micro-batch size, bad steps and best step.
-
-        If train.micro_batch_tokens has changed, the recipe's value is used.
-        """
-        micro = policies["micro_batch_tokens"]
-        if micro["asked"] == self._asked_micro_batch_tokens:
-            self.active.loader.micro_batch_tokens = micro["used"]
-        if "bad_steps" in policies:
-            self.state.bad_steps.load_state_dict(policies["bad_steps"])
+    def take_policies(self, policies: dict[str, Any], step: int) -> None:
+        """Continue with what a checkpoint after `step` steps says about micro-batches, rates and the best step."""
+        self.state.backoff.load_state_dict(policies["micro_batch_tokens"])
+        self.state.schedule.load_state_dict(policies["schedule"], step)
+        self.state.bad_steps.load_state_dict(policies["bad_steps"])
+        if self.state.loss_scale is not None and "loss_scale" in policies:
+            self.state.loss_scale.load_state_dict(policies["loss_scale"])
         if self.state.best is not None:
             known = policies.get("best")
             fault = self.processes.gather(self.processes.first(lambda: self._best_fault(known)))[0]
@@ -123,11 +119,14 @@ class RunWriter:
         return None if fault is None else f"The best checkpoint, step-{known['step']}, is not whole ({fault})"
 
     def _policies(self) -> dict[str, Any]:
-        micro = {"asked": self._asked_micro_batch_tokens, "used": self.active.loader.micro_batch_tokens}
-        parts = {"bad_steps": self.state.bad_steps, "best": self.state.best, "gates": self.state.gates}
-        return {"micro_batch_tokens": micro} | {
-            name: part.state_dict() for name, part in parts.items() if part is not None
+        state = self.state
+        found = {
+            "micro_batch_tokens": state.backoff.state_dict(),
+            "schedule": state.schedule.state_dict(),
+            "bad_steps": state.bad_steps.state_dict(),
         }
+        optional = {"loss_scale": state.loss_scale, "best": state.best, "gates": state.gates}
+        return found | {name: part.state_dict() for name, part in optional.items() if part is not None}
 
     def _append_metrics(self, metrics: Metrics) -> None:
         self._with_room(lambda: self.run.append_metrics(metrics))

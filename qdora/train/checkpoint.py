@@ -23,7 +23,7 @@ from qdora.errors import UserError
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
 
-FORMAT = 2
+FORMAT = 3
 PARAMETERS_FILE = "parameters.safetensors"
 
 logger = logging.getLogger("qdora")

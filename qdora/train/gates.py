@@ -40,7 +40,8 @@ _STREAM = 0x67617465
 logger = logging.getLogger("qdora")
 
 _VECTORS = ("value", "exp_avg", "exp_avg_sq", "origin")
-_STATE = ("num_updates", "full", "target", "is_over")
+# The phases are those of the start: a run that is extended continues the anneal that it began.
+_STATE = ("num_updates", "full", "target", "is_over", "num_warmup", "num_anneal")
 
 
 class Gates:

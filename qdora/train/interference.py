@@ -213,11 +213,13 @@ def _gradient(
     num_tokens = sum(int((micro.labels != IGNORED).sum()) for micro in batches)
     for parameter in parameters.values():
         parameter.grad = None
+    # float16 would lose the gradients of a small share of the sum, so there the sum is divided afterwards.
+    before, after = (1, num_tokens) if getattr(model, "dtype", None) == torch.float16 else (num_tokens, 1)
     for micro in batches:
         input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
         loss = batch_loss(model, input_ids, attention_mask, micro.labels, chunk=loss_chunk, packing=micro.packing)
-        (loss.nll_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
-    found = {key: p.grad.to("cpu", torch.bfloat16) for key, p in parameters.items() if p.grad is not None}
+        (loss.nll_sum / before).backward()  # type: ignore[no-untyped-call]
+    found = {key: (p.grad / after).to("cpu", torch.bfloat16) for key, p in parameters.items() if p.grad is not None}
     return found, num_tokens
 
 

@@ -29,11 +29,12 @@ from qdora.recipe.train_settings import TrainConfig
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
 from qdora.train.interrupt import StopRequest
-from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.out_of_memory import OutOfMemory, Shortage, back_off, first_line, shortage_of
+from qdora.train.loss_scale import LossScale
+from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory
+from qdora.train.out_of_memory import Backoff, OutOfMemory, Shortage, first_line, shortage_of
 from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
 from qdora.train.progress import TrainingProgress, memory_bytes
-from qdora.train.schedule import learning_rate
+from qdora.train.schedule import Schedule
 from qdora.train.step_checks import BadStep, BadSteps
 from qdora.train.task_weights import TaskWeights, example_weights
 
@@ -101,18 +102,21 @@ def fit(
     start_step: int = 0,
     processes: Processes | None = None,
     bad_steps: BadSteps | None = None,
+    backoff: Backoff | None = None,
+    loss_scale: LossScale | None = None,
+    schedule: Schedule | None = None,
     loss_chunk: int | None = None,
     task_weights: TaskWeights | None = None,
 ) -> int:
     """Train from `start_step` to `num_steps`, or until an evaluation ends the run.
 
     Every process calls every hook, for the same step. When memory runs out, the step is computed again in smaller
-    micro-batches, which later steps keep. A step that `bad_steps` finds bad is not applied; a skipped one still counts.
+    micro-batches (`backoff`). A step that `bad_steps` finds bad is not applied; a skipped one still counts.
 
     Args:
         train: Schedule, clipping, and how often metrics and checkpoints are written.
         num_steps: Length of the run, whatever `train` says.
-        loss_chunk, task_weights: As in `step_gradient`.
+        loss_scale, loss_chunk, task_weights: As in `step_gradient`.
     Returns:
         Steps done; a checkpoint of that state has been written.
     Raises:
@@ -121,27 +125,30 @@ def fit(
             checkpoint of the state before it has been written. Or `hooks.updated` rejects an update; one with it has.
     """
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
-    compute = partial(step_gradient, model, device=device, loss_chunk=loss_chunk, weights=task_weights)
+    backoff, schedule = backoff or Backoff(loader), schedule or Schedule(train, num_steps)
+    options: dict[str, Any] = {"loss_chunk": loss_chunk, "weights": task_weights, "loss_scale": loss_scale}
+    compute = partial(step_gradient, model, device=device, **options)
     attempt = partial(_gradient_of_next_step, compute, optimizer, loader, processes)
     model.train()
     for step in range(start_step, num_steps):
         began = time.perf_counter()
-        lr = learning_rate(step, num_steps, train)
+        lr = schedule.rate(step)
         undo = partial(_undo_step, optimizer, loader, (loader.state_dict(), random_state()))
-        found = _gradient_that_fits(attempt, undo, loader, hooks, step)
+        found = _gradient_that_fits(attempt, undo, hooks, step, backoff, loss_scale)
         done, metrics = step + 1, {"step": step + 1, "lr": lr, **found.metrics}
         reason = found.fault or bad_steps.fault(metrics["loss"], metrics["gradient_norm"])
         if reason is None:
             if train.clip is not None and metrics["gradient_norm"] > train.clip:
                 optimizer.scale_gradients_(train.clip / metrics["gradient_norm"])
-            optimizer.step(lr)
+            _update(optimizer, lr, step, undo, hooks, processes)
             bad_steps.applied(metrics["loss"])
             wrong = None if hooks.updated is None else hooks.updated(lr)
             if wrong is not None:
                 raise RunFailure(f"step {done}: {wrong}", safe=[hooks.save(done)])
+            if loss_scale is not None:
+                loss_scale.applied()
         elif found.fault is not None or not bad_steps.skip():
-            undo()
-            raise _failed_step(found, reason, step, hooks, bad_steps)
+            raise _failed_step(found, reason, step, undo, hooks, bad_steps)
         optimizer.zero_grad()
         if hooks.end_step is not None:
             metrics |= hooks.end_step(step, reason is None)
@@ -151,6 +158,9 @@ def fit(
             _skipped(found, reason, done, hooks)
         elif done % train.log_every == 0 or done == num_steps:
             hooks.write_metrics(metrics)
+        grown = backoff.grow()
+        if grown is not None:
+            hooks.write_metrics({"step": done, "micro_batches_grow": grown})
         progress.step(metrics)
         if _after_step(model, done, hooks, stop, num_steps=num_steps, checkpoint_every=train.checkpoint_every):
             return done
@@ -173,9 +183,18 @@ class StepGradient:
     example_nll: list[Tensor]
     shortage: Shortage | None = None
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether the loss is finite and its gradient is not."""
+        finite = [math.isfinite(self.metrics.get(name, math.nan)) for name in ("loss", "gradient_norm")]
+        return self.fault is None and finite == [True, False]
+
     def bad_step(self, number: int, reason: str) -> BadStep:
         """The record of this step when its update is not applied."""
-        known = [value for part in self.example_nll for value in part.tolist()]
+        try:
+            known = [value for part in self.example_nll for value in part.tolist()]
+        except RuntimeError:  # nothing can be read from a GPU after some errors
+            known = []
         num_mine = sum(len(micro.example_ids) for micro in self.batch.micro_batches)
         nll = known if len(known) == num_mine else [math.nan] * num_mine
         norm = self.metrics.get("gradient_norm", math.nan)
@@ -183,22 +202,62 @@ class StepGradient:
 
 
 def _gradient_that_fits(
-    attempt: Callable[[], StepGradient], undo: Callable[[], None], loader: StepLoader, hooks: Hooks, step: int
+    attempt: Callable[[], StepGradient],
+    undo: Callable[[], None],
+    hooks: Hooks,
+    step: int,
+    backoff: Backoff,
+    loss_scale: LossScale | None,
 ) -> StepGradient:
-    """Attempt the step's gradient, again in smaller micro-batches as long as memory runs out."""
+    """Attempt the step's gradient, again in smaller micro-batches as long as memory runs out, and with a smaller
+    `loss_scale` as long as float16 overflows."""
     while True:
         if hooks.begin_step is not None:
             hooks.begin_step(step)
         found = attempt()
-        if found.shortage is None:
+        if found.shortage is not None:
+            undo()
+            shrunk = backoff.shrink(found.shortage)
+            if shrunk is None:
+                return found
+            hooks.write_metrics({"step": step + 1, "out_of_memory": shrunk})
+            text = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, the steps keep their examples. "
+            logger.warning(f"{text}(%s)", step + 1, *shrunk.values())
+            continue
+        if loss_scale is None:
+            return found
+        found.metrics["loss_scale"] = loss_scale.value
+        if not found.overflowed or not loss_scale.halve():
             return found
         undo()
-        backoff = back_off(loader, found.shortage)
-        if backoff is None:
-            return found
-        hooks.write_metrics({"step": step + 1, "out_of_memory": backoff})
-        text = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, the steps keep their examples. (%s)"
-        logger.warning(text, step + 1, *backoff.values())
+
+
+def _update(
+    optimizer: AdapterOptimizer, lr: float, step: int, undo: Callable[[], None], hooks: Hooks, processes: Processes
+) -> None:
+    """Apply the gradients. If memory does not suffice, in one process or more, raise RunFailure.
+
+    A checkpoint is written before: of the state before the step if nothing was updated; else of the state after it, in
+    which some tensors have no update of this step. Processes that updated different tensors cannot write one.
+    """
+    mine = None
+    try:
+        optimizer.step(lr)
+    except UpdateOutOfMemory as error:
+        mine = len(error.left), error.num_updated, str(error)
+    told = processes.gather(mine)
+    short = [each for each in told if each is not None]
+    if not short:
+        return
+    num_left, num_updated, reason = max(short)
+    advice = "Fix: lower adapter.rank in a new run, or free memory"
+    if len(short) == len(told) and all(left == number for left, number, _ in short):
+        undo()
+        raise RunFailure(f"step {step + 1}: {reason}. {advice}, then resume with --resume.", safe=[hooks.save(step)])
+    if processes.size > 1:
+        raise RunFailure(f"step {step + 1}: {reason}. {advice}, then resume from the last checkpoint with --resume.")
+    lost = f"{num_updated - num_left} others are updated, these keep their values; the run can continue from there"
+    raise RunFailure(f"step {step + 1}: {reason}; {lost}. {advice}, then resume.", safe=[hooks.save(step + 1)])
 
 
 def _after_step(
@@ -222,8 +281,12 @@ def _after_step(
             found = hooks.evaluate(done)
             hooks.write_metrics({"step": done, **found.line})
             model.train()
-    except (RuntimeError, OSError):
-        hooks.save(done)
+    except (RuntimeError, OSError) as error:
+        try:
+            hooks.save(done)
+        except (RuntimeError, OSError) as second:
+            # After some CUDA errors every call fails: the first one says why.
+            logger.warning("Step %d is not saved either (%s) after: %s", done, first_line(second), first_line(error))
         raise
     stopping = stop.agreed()
     saved = hooks.save(done) if last or due(checkpoint_every) or stopping or found.save or found.stop else None
@@ -241,14 +304,22 @@ def _skipped(found: StepGradient, reason: str, number: int, hooks: Hooks) -> Non
     logger.warning("Step %d is skipped: %s.%s", number, reason, "" if kept is None else f" Its examples: {kept}")
 
 
-def _failed_step(found: StepGradient, reason: str, step: int, hooks: Hooks, bad_steps: BadSteps) -> RunFailure:
-    """Keep the state before the step and the batch that broke it; the parameters have not been changed."""
-    safe: list[Path | str] = [hooks.save(step)]
-    if hooks.keep_batch is not None:
-        safe.append(hooks.keep_batch(found.bad_step(step + 1, reason)))
+def _failed_step(
+    found: StepGradient, reason: str, step: int, undo: Callable[[], None], hooks: Hooks, bad_steps: BadSteps
+) -> RunFailure:
+    """Keep the batch that broke the step and the state before it; the parameters have not been changed.
+
+    After some CUDA errors every later call fails, too. Then the state cannot be saved, and the first error is told.
+    """
+    kept = [] if hooks.keep_batch is None else [hooks.keep_batch(found.bad_step(step + 1, reason))]
     if found.fault is None:
         reason += f"; the update was not applied. {bad_steps.advice}, then resume with --resume."
-    return RunFailure(f"step {step + 1}: {reason}", safe=safe)
+    try:
+        undo()
+        return RunFailure(f"step {step + 1}: {reason}", safe=[hooks.save(step), *kept])
+    except RuntimeError as second:
+        reason += f" The state before it could not be saved ({first_line(second)}): resume from the last checkpoint."
+        return RunFailure(f"step {step + 1}: {reason}", safe=kept)
 
 
 def _gradient_of_next_step(
@@ -288,12 +359,14 @@ def step_gradient(
     device: torch.device,
     loss_chunk: int | None = None,
     weights: TaskWeights | None = None,
+    loss_scale: LossScale | None = None,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters.
 
     Args:
         loss_chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
         weights: Weight of each task's tokens in the loss; None: all count the same.
+        loss_scale: For a model that computes in float16. Must be called with no gradients then.
     Returns:
         The step's numbers, with the unweighted NLL per task; and the NLL of each micro-batch's examples, (examples,).
     Raises:
@@ -314,10 +387,14 @@ def step_gradient(
             weight = None if weights is None else example_weights(weights, micro)
             options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
             loss = batch_loss(model, input_ids, attention_mask, micro.labels, **options)
-            (loss.nll_sum / total).backward()  # type: ignore[no-untyped-call]
+            part = loss.nll_sum / total if loss_scale is None else loss.nll_sum * loss_scale.value
+            part.backward()  # type: ignore[no-untyped-call]
             nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
         example_nll.append(loss.example_nll)
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
+    if loss_scale is not None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, 1.0 / (loss_scale.value * total))
     sums = nll.double().tolist()
     numbers = zip(names, sums, tokens.tolist(), strict=True)
     metrics = {

@@ -132,7 +132,8 @@ class AdapterOptimizer:
         Raises:
             UpdateOutOfMemory: Some parameters do not fit. They and their states stay; all others are updated.
         """
-        left, reason = [], ""
+        left: list[str] = []
+        reason = ""
         for group in self._groups:
             keys = [key for key in group.keys if self.parameters[key].grad is not None]
             if keys and self._update(group, keys, lr) is not None:

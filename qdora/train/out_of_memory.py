@@ -1,9 +1,9 @@
-"""Failed allocations: how they are recognised, and smaller micro-batches for a step that does not fit into memory."""
+"""Failed allocations: how they are recognised, and smaller micro-batches as long as a step does not fit into memory."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 
 from qdora.data.batching import MicroBatch
 from qdora.data.loader import StepLoader
+from qdora.errors import RunFailure
 
 # Messages of allocators that raise a plain RuntimeError: torch's on the CPU, and CUDA's outside torch's cache.
 _MESSAGES = (
@@ -21,6 +22,9 @@ _MESSAGES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+
+# Steps that must fit before the first growth.
+_FIRST_WAIT = 32
 
 
 class Shortage(NamedTuple):
@@ -55,27 +59,69 @@ def shortage_of(micro: MicroBatch) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on the GPU or the host."""
+    """Whether an error says that an allocation failed, on the GPU or in pageable memory of the host.
+
+    A RunFailure is not, whatever it quotes: a refusal of pinned memory has CUDA's message, too, but says nothing about
+    the GPU, and smaller micro-batches do not help.
+    """
+    if isinstance(error, RunFailure):
+        return False
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
-def back_off(loader: StepLoader, shortage: Shortage) -> dict[str, Any] | None:
-    """Halve the tokens of a micro-batch, counted from the one that did not fit, and release freed memory.
+class Backoff:
+    """Tokens of a micro-batch: half as many when memory runs out, twice as many again after steps that fit.
 
-    Must be called outside the `except` block, where the error no longer keeps the tensors of its frames alive.
-
-    Returns:
-        `tokens_before` and `tokens_after` (of a micro-batch, padding counted) and the `reason`, or None if the
-        micro-batch was a single example.
+    Memory may have been short for one long example, or for another program. After a growth that did not fit, the next
+    one waits twice as long.
     """
-    before = loader.micro_batch_tokens
-    if shortage.num_examples == 1 or before <= 1:
-        return None
-    loader.micro_batch_tokens = min(before, shortage.num_tokens) // 2
-    free_memory()
-    return {"tokens_before": before, "tokens_after": loader.micro_batch_tokens, "reason": shortage.reason}
+
+    def __init__(self, loader: StepLoader) -> None:
+        self._loader = loader
+        self._asked = loader.micro_batch_tokens
+        self._wait, self._num_good, self._has_grown = _FIRST_WAIT, 0, False
+
+    def shrink(self, shortage: Shortage) -> dict[str, Any] | None:
+        """Halve the tokens, counted from the micro-batch that did not fit, and release freed memory.
+
+        Must be called outside the `except` block, where the error no longer keeps the tensors of its frames alive.
+
+        Returns:
+            `tokens_before` and `tokens_after` (of a micro-batch, padding counted) and the `reason`, or None if the
+            micro-batch was a single example.
+        """
+        before = self._loader.micro_batch_tokens
+        if shortage.num_examples == 1 or before <= 1:
+            return None
+        self._loader.micro_batch_tokens = min(before, shortage.num_tokens) // 2
+        if self._has_grown:
+            self._wait *= 2
+        self._num_good, self._has_grown = 0, False
+        free_memory()
+        return {"tokens_before": before, "tokens_after": self._loader.micro_batch_tokens, "reason": shortage.reason}
+
+    def grow(self) -> dict[str, Any] | None:
+        """Count a step that fitted. Returns `tokens_before` and `tokens_after` if the next one has more tokens."""
+        before = self._loader.micro_batch_tokens
+        self._num_good += 1
+        if before >= self._asked or self._num_good < self._wait:
+            return None
+        self._loader.micro_batch_tokens = min(2 * before, self._asked)
+        self._num_good, self._has_grown = 0, True
+        return {"tokens_before": before, "tokens_after": self._loader.micro_batch_tokens}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint; JSON values."""
+        waits = {"wait": self._wait, "num_good": self._num_good, "has_grown": self._has_grown}
+        return {"asked": self._asked, "used": self._loader.micro_batch_tokens, **waits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of a checkpoint, unless the recipe asks for another size now."""
+        if state["asked"] == self._asked:
+            self._loader.micro_batch_tokens = state["used"]
+            self._wait, self._num_good, self._has_grown = (state[key] for key in ("wait", "num_good", "has_grown"))
 
 
 def free_memory() -> None:
