@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from qdora.data.batching import IGNORED, Batching, micro_batches
 from qdora.data.loader import Step
-from qdora.errors import Interrupted, UserError
+from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.model.inject import adapter_parameters, inject
 from qdora.recipe.settings import AdapterConfig, BaseWeightsConfig
 from qdora.run.train import train_run
@@ -21,7 +21,7 @@ from qdora.train import loss_scale
 from qdora.train.loop import step_gradient
 from qdora.train.loss_scale import LossScale
 from tests import tiny_adapted, tiny_run
-from tests.run_files import assert_same_run, stop_after, trained
+from tests.run_files import assert_same_run, make_gradients_nan, stop_after, trained
 from tests.test_data_loader import tokenised
 
 TOKENS = 32_768
@@ -93,7 +93,7 @@ def test_the_scale_halves_and_doubles_and_survives_a_checkpoint(monkeypatch: pyt
     for _ in range(40):
         last = scale.halve()
     assert not last
-    assert scale.value == 2.0**-10
+    assert scale.value == 2.0**-4
     for _ in range(100):
         scale.applied()
     assert scale.value == 2.0**15
@@ -133,6 +133,17 @@ def test_an_overflow_costs_no_step_and_the_scale_resumes(
         patched.setattr(loss_scale, "_START", scales[0])
         train_run(settings, tmp_path / "found")
     assert trained(tmp_path / "found") == lines
+
+
+def test_a_bad_batch_leaves_the_scale_as_it_was(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is NaN with any scale: it is found bad, skipped, and the next step has the scale of the one before."""
+    settings = half(root)
+    changed = settings.train.model_copy(update={"on_bad_step": "skip", "checkpoint_every": 1})
+    make_gradients_nan(monkeypatch)
+    with pytest.raises(RunFailure, match="step 6: gradient norm nan is not finite"):
+        train_run(settings.model_copy(update={"train": changed}), tmp_path)
+    state = json.loads((tmp_path / "checkpoints/step-5/state.json").read_text())
+    assert state["policies"]["loss_scale"]["value"] == LossScale().value
 
 
 def test_float16_weights_are_not_trained_themselves(root: Path, tmp_path: Path) -> None:

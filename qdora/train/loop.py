@@ -211,6 +211,7 @@ def _gradient_that_fits(
 ) -> StepGradient:
     """Attempt the step's gradient, again in smaller micro-batches as long as memory runs out, and with a smaller
     `loss_scale` as long as float16 overflows."""
+    given = None if loss_scale is None else loss_scale.value
     while True:
         if hooks.begin_step is not None:
             hooks.begin_step(step)
@@ -224,10 +225,13 @@ def _gradient_that_fits(
             text = "Step %d: out of memory. Micro-batches shrink from %s to %s tokens, the steps keep their examples. "
             logger.warning(f"{text}(%s)", step + 1, *shrunk.values())
             continue
-        if loss_scale is None:
+        if loss_scale is None or given is None:
             return found
         found.metrics["loss_scale"] = loss_scale.value
-        if not found.overflowed or not loss_scale.halve():
+        if not found.overflowed:
+            return found
+        if not loss_scale.halve():
+            loss_scale.value = given  # the batch is bad, not the scale
             return found
         undo()
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # The range of the factor, its start, and the steps without an overflow after which it doubles.
-_LEAST, _START, _MOST = 2.0**-10, 2.0**7, 2.0**15
+_LEAST, _START, _MOST = 2.0**-4, 2.0**7, 2.0**15
 _PATIENCE = 500
 
 
