@@ -155,6 +155,28 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_checkpoint(
         assert files[0]["per_example"] == files[1]["per_example"]
 
 
+def test_a_cell_with_a_budget_that_was_killed_after_its_plan_runs_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qdora.run import train
+
+    real, calls = train.base_of_run, []
+
+    def killed(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*given, **options)
+
+    monkeypatch.setattr(train, "base_of_run", killed)
+    product = {"adapter": {"dora": {"adapter.kind": "dora"}}, "train.seed": [0]}
+    file = write_study(root, product=product, bases=False, settings={"memory.budget": "10GiB"})
+    with pytest.raises(KeyboardInterrupt):
+        study_run(file, tmp_path, console=Console(quiet=True))
+    assert study_run(file, tmp_path, console=Console(quiet=True))["num_done"] == 1
+    assert not list((tmp_path / "failures").iterdir())
+
+
 def test_cells_that_fail_end_with_their_reason(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no room")

@@ -41,6 +41,7 @@ from qdora.files.atomic import (
 logger = logging.getLogger("qdora")
 
 COMPLETE = "complete.json"
+PLAN_FILE = "plan.json"
 _STEP = re.compile(r"step-(\d+)")
 
 # What a resumed run may change. Most of these settings do not change the training's numbers. Learning rate, clipping
@@ -64,6 +65,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
+        self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
         self.log_file = path / "log.txt"
         self.checkpoints = path / "checkpoints"
@@ -247,14 +249,16 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         raise UserError(f"{path}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        own = {"environment.json"}  # written first, so a kill can leave it alone there
-        if run.recipe_file.exists():  # what a run writes before its first result; the last two are trackers'
-            own |= {run.recipe_file.name, run.log_file.name, "mix.json", "base", "tensorboard", "wandb"}
-        others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
-        if others:
-            raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
+        # Both files make it a run: whatever else is there, the run wrote before its first result. The environment is
+        # written first, so a kill can leave it alone there.
+        if not (run.recipe_file.exists() and run.environment_file.exists()):
+            known = {run.environment_file.name}
+            others = sorted(entry.name for entry in path.iterdir() if entry.name not in known and not is_leftover(entry))
+            if others:
+                raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
         remove_leftovers(path)
-        atomic_write_json(path / "environment.json", environment)
+        (path / PLAN_FILE).unlink(missing_ok=True)  # of an earlier start, whose recipe may have been another
+        atomic_write_json(run.environment_file, environment)
         atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         what = "cannot be written" if isinstance(error, PermissionError) else "is a file, or a parent of it is"
@@ -274,7 +278,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     try:
         old_text = run.recipe_file.read_text(encoding="utf-8")
         old, new = _flat(yaml.safe_load(old_text)), _flat(yaml.safe_load(recipe))
-        record: dict[str, Any] = json.loads((path / "environment.json").read_bytes())
+        record: dict[str, Any] = json.loads(run.environment_file.read_bytes())
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
@@ -291,7 +295,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     different = {key: value for key, value in now.items() if last.get(key) != value}
     if different:
         record["resumed"] = [*record.get("resumed", []), different]
-        atomic_write_json(path / "environment.json", record)
+        atomic_write_json(run.environment_file, record)
     return run
 
 
