@@ -14,7 +14,7 @@ import re
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +44,13 @@ COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
 _STEP = re.compile(r"step-(\d+)")
 
-# What a resumed run may change. Most of these settings do not change the training's numbers. Learning rate, clipping
-# and the treatment of bad steps do: changing them gets a run past a bad step.
-MAY_CHANGE: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "eval", "memory", "trackers")
-MAY_CHANGE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch_tokens")
+WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "memory", "trackers")
+WITHOUT_EFFECT += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch_tokens")
+"""Settings that do not decide what a run learns: how it fits into memory and what it writes."""
+
+# What a resumed run may change. Learning rate, clipping and the treatment of bad steps change the training's numbers:
+# changing them gets a run past a bad step.
+MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval")
 MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
 
 
@@ -253,7 +256,9 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         # written first, so a kill can leave it alone there.
         if not (run.recipe_file.exists() and run.environment_file.exists()):
             known = {run.environment_file.name}
-            others = sorted(entry.name for entry in path.iterdir() if entry.name not in known and not is_leftover(entry))
+            others = sorted(
+                entry.name for entry in path.iterdir() if entry.name not in known and not is_leftover(entry)
+            )
             if others:
                 raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
         remove_leftovers(path)
@@ -277,12 +282,12 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     run = open_run(path)
     try:
         old_text = run.recipe_file.read_text(encoding="utf-8")
-        old, new = _flat(yaml.safe_load(old_text)), _flat(yaml.safe_load(recipe))
+        old, new = flat(yaml.safe_load(old_text)), flat(yaml.safe_load(recipe))
         record: dict[str, Any] = json.loads(run.environment_file.read_bytes())
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
-    changed = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)]
+    changed = [key for key in keys if not is_below(key, MAY_CHANGE)]
     if changed:
         why = "as when the run started; to change it, start another --run-dir"
         raise UserError(*(f"{path}: {key}: must be {old.get(key)!r}, {why} (got {new.get(key)!r})." for key in changed))
@@ -334,12 +339,17 @@ def _append(path: Path, content: bytes) -> None:
         raise
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def is_below(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted setting is one of those named, or inside one: memory.budget is below memory."""
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """{'train': {'lr': 1}} -> {'train.lr': 1}; a list is one value."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {
-        name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{prefix}.{key}".lstrip(".")).items()
+        name: leaf for key, item in value.items() for name, leaf in flat(item, f"{prefix}.{key}".lstrip(".")).items()
     }
 
 

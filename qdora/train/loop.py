@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qdora.data.batching import IGNORED, Packing
 from qdora.data.loader import Step, StepLoader
-from qdora.errors import Interrupted, RunFailure
+from qdora.errors import Diverged, Interrupted, RunFailure
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.ops.loss import token_nll
@@ -246,9 +246,10 @@ def _failed_step(found: StepGradient, reason: str, step: int, hooks: Hooks, bad_
     safe: list[Path | str] = [hooks.save(step)]
     if hooks.keep_batch is not None:
         safe.append(hooks.keep_batch(found.bad_step(step + 1, reason)))
-    if found.fault is None:
-        reason += f"; the update was not applied. {bad_steps.advice}, then resume with --resume."
-    return RunFailure(f"step {step + 1}: {reason}", safe=safe)
+    if found.fault is not None:
+        return RunFailure(f"step {step + 1}: {reason}", safe=safe)
+    reason += f"; the update was not applied. {bad_steps.advice}, then resume with --resume."
+    return Diverged(f"step {step + 1}: {reason}", safe=safe)
 
 
 def _gradient_of_next_step(
