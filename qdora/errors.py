@@ -36,6 +36,10 @@ class DiskFull(RunFailure):
     """A RunFailure because the disk is full."""
 
 
+class Diverged(RunFailure):
+    """A RunFailure because a number is not finite or a loss jumped: the training went wrong, not the machine."""
+
+
 class Interrupted(Exception):
     """A run that was asked to stop and stopped. The command line exits with 130.
 

@@ -47,7 +47,7 @@ def truth(cell: Cell) -> float:
 
 
 def make(folder: Path, *, nll: Truth = truth, generated: bool = False, fail: str | None = None, **changes: Any) -> Path:
-    """Run the made-up study; returns its directory.
+    """Run the made-up study; returns its directory. A cell whose truth is NaN has diverged.
 
     Args:
         nll: The truth.
@@ -65,7 +65,8 @@ def make(folder: Path, *, nll: Truth = truth, generated: bool = False, fail: str
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         if fail in cell.labels.values():
             raise RuntimeError("out of memory")
-        return _work(cell, directory, nll(cell), generated)
+        value = nll(cell)
+        return {"diverged": "loss nan"} if np.isnan(value) else _work(cell, directory, value, generated)
 
     run_cells(cells, store, work)
     return folder / "study"

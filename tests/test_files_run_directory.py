@@ -76,6 +76,19 @@ def test_a_run_without_a_result_can_be_started_again_with_another_recipe(run: Ru
         create_run(run.path, RECIPE, ENVIRONMENT)
 
 
+@pytest.mark.parametrize("name", ["plan.json", "figures/memory_plan.svg", "residency.json", "interference.json"])
+def test_whatever_a_run_wrote_before_its_first_result_it_can_be_started_again(run: RunDirectory, name: str) -> None:
+    (run.path / name).parent.mkdir(exist_ok=True)
+    (run.path / name).write_text("{}")
+    create_run(run.path, RECIPE.replace("0.1", "0.2"), ENVIRONMENT)
+    assert "0.2" in run.recipe_file.read_text()
+    assert not (run.path / "plan.json").exists()  # the new recipe may have no memory.budget
+    run.environment_file.unlink()  # without it, recipe.yaml may be somebody's own file
+    (run.path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="must be new or empty"):
+        create_run(run.path, RECIPE, ENVIRONMENT)
+
+
 def test_a_kill_between_the_first_two_files_is_gone_on_from(tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.mkdir()

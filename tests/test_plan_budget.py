@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,19 @@ def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: p
     assert kept["fits"] is False
     assert kept["device"] == "cpu"
     assert (tmp_path / "run/figures/memory_plan.svg").read_text().startswith("<?xml")
+
+
+def test_a_run_killed_after_its_plan_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = tiny_run.recipe(tmp_path, memory__budget="10GiB", train__steps=1, eval__at_start=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("qdora.run.train.base_of_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(recipe, tmp_path / "run")
+    assert (tmp_path / "run/plan.json").is_file()
+    assert train_run(recipe, tmp_path / "run")["num_steps"] == 1
 
 
 def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from qdora.model.model_size import model_size
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.recipe.recipe_file import settings
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.study import runner as study_verb
 from qdora.study.report import read_report
 from qdora.study.runner import in_words, study_run
@@ -155,6 +156,28 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_checkpoint(
         assert files[0]["per_example"] == files[1]["per_example"]
 
 
+def test_a_cell_with_a_budget_that_was_killed_after_its_plan_runs_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qdora.run import train
+
+    real, calls = train.base_of_run, []
+
+    def killed(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*given, **options)
+
+    monkeypatch.setattr(train, "base_of_run", killed)
+    product = {"adapter": {"dora": {"adapter.kind": "dora"}}, "train.seed": [0]}
+    file = write_study(root, product=product, bases=False, settings={"memory.budget": "10GiB"})
+    with pytest.raises(KeyboardInterrupt):
+        study_run(file, tmp_path, console=Console(quiet=True))
+    assert study_run(file, tmp_path, console=Console(quiet=True))["num_done"] == 1
+    assert not list((tmp_path / "failures").iterdir())
+
+
 def test_cells_that_fail_end_with_their_reason(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no room")
@@ -170,7 +193,14 @@ def test_the_command_checks_before_it_runs(root: Path, tmp_path: Path) -> None:
     runner, file = CliRunner(), str(write_study(root))
     found = runner.invoke(app, ["study", file, "--dry-run", "--json", "--shard", "2/3"])
     assert found.exit_code == 0, found.output
-    assert [cell["is_trained"] for cell in json.loads(found.stdout)["cells"]] == [False]
+    shown = json.loads(found.stdout)
+    assert [cell["is_trained"] for cell in shown["cells"]] == [False]
+    assert shown["notes"] == [
+        "This grid cannot have a winner: dora has one value of train.lr, so it is not tuned; lora has one value of "
+        "train.lr, so it is not tuned; dora and lora share 1 seeds, but compare.min_seeds is 3. It gives scores and "
+        "intervals."
+    ]
+    assert "This grid cannot have a winner" in found.stderr
     for options, text in (
         (["--shard", "4/3"], "--shard: must be I/N"),
         (["--jobs", "2", "--shard", "1/2"], "--jobs: is not used with --shard"),
@@ -212,6 +242,19 @@ def test_arms_can_be_compared_on_the_test_split(root: Path, tmp_path: Path) -> N
     assert (row["num_examples"], row["winner"]) == (3, "")
     for cell in read_index(tmp_path)["cells"]:
         assert (tmp_path / "cells" / cell["key"] / "eval/final-test.json").is_file()
+
+
+def test_the_test_split_of_the_evaluated_tasks_compares_and_stays(root: Path, tmp_path: Path) -> None:
+    mix = [{"task": "demo/facts"}, {"task": "demo/odd"}, {"source": str(root / "data/sums.jsonl")}]
+    common = {"data.mix": mix, "eval.limit": 3, "data.max_length": 256, "eval.tasks": ["demo/facts"]}
+    compare = {"split": "test", "num_resamples": 100}
+    file = write_study(root, compare=compare, bases=False, settings=common)
+    study_run(file, tmp_path, console=Console(file=io.StringIO()))  # sums, which only trains, needs no test split
+    (row,) = read_report(tmp_path).tables["comparisons"]
+    assert row["num_examples"] == 3  # of demo/facts alone, as for the tuning
+    cell = tmp_path / "cells" / read_index(tmp_path)["cells"][0]["key"]
+    evaluate_target(str(cell), EvalOptions(split="test", limit=2), console=Console(quiet=True))
+    assert read_report(tmp_path).tables["comparisons"] == [row]
 
 
 def test_a_real_study_is_reported(done: Path) -> None:

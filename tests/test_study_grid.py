@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import time
 from pathlib import Path
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 
 from qdora.errors import UserError
 from qdora.recipe.recipe_file import override, recipe_from, settings
-from qdora.study.grid import Cell, expand, key_of, label_of, load_study, study_from
+from qdora.study.cell_key import key_of
+from qdora.study.compare import cannot_win
+from qdora.study.grid import Cell, equal_in_words, expand, label_of, load_study, study_from
 from tests import study_worker
 
 ADAPTERS = {
@@ -100,12 +103,31 @@ def test_exclude_leaves_out_and_include_adds(tmp_path: Path) -> None:
         study(tmp_path, product=product, exclude=[{"adapter": ["lora", "dora"]}])
 
 
-def test_the_first_of_equal_cells_keeps_its_labels(tmp_path: Path) -> None:
+def test_combinations_with_equal_recipes_are_named(tmp_path: Path) -> None:
     same = {"adapter.kind": "lora"}
     bare = {"adapter.kind": "none", "train.steps": 0}
-    product = {"adapter": {"bare": bare, "bare again": bare, "lora": same, "lora again": same}}
+    product = {"adapter": {"bare": bare, "bare again": bare, "lora": same, "lora again": same}, "train.seed": [0, 1]}
     cells = study(tmp_path, product=product, settings={"base.quant": "none"})
-    assert [cell.labels["adapter"] for cell in cells] == ["bare", "lora"]
+    assert [cell.labels["adapter"] for cell in cells] == ["bare", "lora", "lora"]
+    assert cells[0].equal == ({"adapter": "bare again"},)  # its seeds are one cell on purpose
+    assert [cell.equal for cell in cells[1:]] == [
+        ({"adapter": "lora again", "train.seed": seed},) for seed in ("0", "1")
+    ]
+    text = equal_in_words([cell.record() for cell in cells]) or ""
+    assert text.startswith("3 combinations have the same recipe as another one.")
+    assert "adapter=lora again, train.seed=1 is adapter=lora, train.seed=1" in text
+    assert equal_in_words([cell.record() for cell in study(tmp_path)]) is None
+
+
+def test_versions_are_not_numbers_and_a_value_given_twice_is_refused(tmp_path: Path) -> None:
+    product = {"adapter": {"dora": {}}, "model.revision": ["1.10", "1.1"]}
+    cells = study(tmp_path, product=product, bases=False)
+    assert {cell.labels["model.revision"]: cell.recipe.model.revision for cell in cells} == {
+        "1.10": "1.10",
+        "1.1": "1.1",
+    }
+    with pytest.raises(UserError, match=r"product\.train\.lr: has the value 0\.0001 twice"):
+        study(tmp_path, product={"adapter": {"dora": {}}, "train.lr": ["1e-4", 2e-4, 0.0001]})
 
 
 def test_settings_hold_for_all_cells(tmp_path: Path) -> None:
@@ -125,8 +147,101 @@ def test_the_key_is_of_what_is_run_and_not_of_how_it_is_written(shuffle: random.
 
 
 @pytest.mark.parametrize(
+    "setting, is_decisive",
+    [
+        ("train.log_every=7", False),
+        ("train.checkpoint_every=3", False),
+        ("trackers=[tensorboard]", False),
+        ("memory.budget=40GiB", False),
+        ("memory.loss_chunk=64", False),
+        ("base.residency=device", False),
+        ("train.seed=7", True),
+        ("train.spike=3.0", True),
+        ("eval.limit=3", True),
+        ("adapter.rank=2", True),
+    ],
+)
+def test_the_key_is_of_what_decides_the_result(setting: str, is_decisive: bool) -> None:
+    plain = study_worker.recipe()
+    assert (key_of(override(plain, [setting])) != key_of(plain)) == is_decisive
+
+
+def test_the_key_is_of_the_content_of_the_data(tmp_path: Path) -> None:
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "piqa"
+    folder.mkdir()
+    validation = folder / "validation.jsonl"
+    files = [rows, folder / "train.parquet", tmp_path / "held_out.jsonl", validation]
+    for file in files:
+        file.write_text("1\n")
+    mix = [{"source": str(rows), "validation": str(files[2])}, {"task": "piqa", "path": str(folder)}]
+    plain = recipe_from(study_worker.DOCUMENT | {"data": {"mix": mix}})
+    keys = [key_of(plain)]
+    os.utime(rows, (1.0, 1.0))  # only touched
+    (folder / "notes.md").write_text("no data")
+    assert key_of(plain) == keys[0]
+    for file in files:
+        file.write_text("2\n")
+        keys.append(key_of(plain))
+    assert len(set(keys)) == 5
+    validation.unlink()
+    assert key_of(plain) not in keys
+
+
+def test_a_huge_file_is_sampled(tmp_path: Path) -> None:
+    file = tmp_path / "huge.jsonl"
+    plain = recipe_from(study_worker.DOCUMENT | {"data": {"mix": [{"source": str(file)}]}})
+    keys = set()
+    for size, place in ((2 * 2**30, None), (2 * 2**30, 2 * 2**30 - 5), (2 * 2**30 + 1, None)):
+        with file.open("wb") as stream:
+            stream.truncate(size)  # takes no room on the disk
+            if place is not None:
+                stream.seek(place)
+                stream.write(b"x")
+        keys.add(key_of(plain))
+    assert len(keys) == 3
+
+
+RATES = {
+    "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {}},
+    "train.lr": [1e-4, 2e-4, 4e-4],
+    "train.seed": [0, 1, 2],
+}
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, None),
+        ({"exclude": [{"adapter": "lora", "train.lr": 4e-4}]}, "lora can be tuned to is the smallest or largest"),
+        ({"product": RATES | {"train.lr": [1e-4, 2e-4]}}, "at least 3 are needed"),
+        ({"product": RATES | {"train.lr": [1e-4]}}, "lora has one value of train.lr, so it is not tuned"),
+        ({"product": RATES | {"train.seed": [0, 1]}}, "share 2 seeds, but compare.min_seeds is 3"),
+        ({"exclude": [{"adapter": "dora", "train.lr": 2e-4, "train.seed": 0}]}, "dora can be tuned to is the smallest"),
+        ({"product": RATES | {"adapter": {"dora": {}}}}, "no two values of adapter are trained"),
+        ({"compare": {"num_resamples": 100, "alpha": 0.005}}, "100 permutations give no p-value below 0.0099"),
+    ],
+)
+def test_a_grid_that_can_never_give_a_winner_says_so(
+    tmp_path: Path, changes: dict[str, Any], reason: str | None
+) -> None:
+    document = {"recipe": str(write_recipe(tmp_path)), "product": RATES} | changes
+    checked = study_from(document)
+    found = cannot_win([cell.record() for cell in expand(checked)], checked.compare)
+    assert bool(found) == (reason is not None)
+    assert reason is None or reason in "; ".join(found)
+
+
+@pytest.mark.parametrize(
     "value, label",
-    [(1e-4, "0.0001"), ("1e-4", "0.0001"), ("nf4", "nf4"), ("inf", "inf"), (3, "3"), (0.12345678, "0.12345678")],
+    [
+        (1e-4, "0.0001"),
+        ("1e-4", "0.0001"),
+        ("1.10", "1.10"),
+        ("nf4", "nf4"),
+        ("inf", "inf"),
+        (3, "3"),
+        (0.12345678, "0.12345678"),
+    ],
 )
 def test_a_label_is_how_the_value_is_read(value: Any, label: str) -> None:
     assert label_of(value) == label

@@ -144,7 +144,8 @@ def test_repair_is_of_what_compressing_lost(report: Report) -> None:
 
 
 def test_nothing_is_repaired_where_nothing_was_lost(tmp_path: Path) -> None:
-    made = fake_study.make(tmp_path, nll=lambda cell: 2.0)
+    # Compression even helps a little: without any difference, one draw in 40 would look like a loss
+    made = fake_study.make(tmp_path, nll=lambda cell: 2.0 if cell.recipe.base.quant == "none" else 1.99)
     (row,) = rows(read_report(made), "arms", **{"base.quant": "nf4", "adapter": "dora"})
     assert row["repair_reason"] == "compression caused no significant loss"
 
@@ -208,6 +209,30 @@ def test_failed_cells_are_named_and_call_no_winner(tmp_path: Path) -> None:
     assert "32 of 100 cells have no result; 32 of them failed" in report.verdict[1]
     assert all(row["winner"] == "" for row in report.tables["comparisons"])
     assert "8 cells have no result" in compared(report, "nf4")["reason"]  # four seeds of each of the two arms
+
+
+def test_a_rate_that_diverges_is_the_worst_and_vetoes_no_winner(tmp_path: Path) -> None:
+    def nll(cell: Cell) -> float:
+        diverges = cell.is_trained and cell.recipe.train.lr == 4e-4 and cell.recipe.train.seed == 1
+        return math.nan if diverges else fake_study.truth(cell)
+
+    report = read_report(fake_study.make(tmp_path, nll=nll))
+    assert {row["reason"] for row in rows(report, "cells", status="diverged")} == {"loss nan"}
+    assert "8 of 100 cells diverged, which counts as the worst score of all" in report.verdict[1]
+    assert all((row["num_missing"], row["at_edge"]) == (0, "") for row in report.tables["comparisons"])
+    assert compared(report, "nf4")["winner"] == "dora"
+
+
+def test_an_arm_that_diverges_at_every_rate_is_not_compared(tmp_path: Path) -> None:
+    def nll(cell: Cell) -> float:
+        return math.nan if cell.is_trained and cell.recipe.adapter.kind == "dora" else fake_study.truth(cell)
+
+    report = read_report(fake_study.make(tmp_path, nll=nll))
+    assert {row["adapter"] for row in rows(report, "arms", is_trained=True)} == {"lora"}
+    assert report.tables["comparisons"] == []
+    assert "An arm that diverged at every tuned value is not compared" in report.verdict[1]
+    with pytest.raises(UserError, match="every finished cell diverged"):
+        read_report(fake_study.make(tmp_path / "all", nll=lambda cell: math.nan))
 
 
 def numbers_of(text: str) -> set[str]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from qdora.errors import Interrupted, UserError
+from qdora.errors import Diverged, Interrupted, UserError
 from qdora.study import study_directory
 from qdora.study.grid import Cell
-from qdora.study.runner import once, run_cells, shard_of, tally
+from qdora.study.runner import cell_work, once, run_cells, shard_of, submit_jobs, submit_study, tally
 from qdora.study.study_directory import MAX_DEATHS, Claims, StudyDirectory
 from tests import study_worker
 
@@ -145,20 +148,31 @@ def test_a_claim_is_held_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("age, stale", [(0.0, False), (99.0, False), (101.0, True)])
 def test_another_machines_claim_is_taken_over_after_a_long_silence(tmp_path: Path, age: float, stale: bool) -> None:
     mine, path = Claims(tmp_path, stale_seconds=100.0), tmp_path / "key.json"
-    path.write_text(json.dumps({"token": "t", "pid": os.getpid(), "host": "elsewhere", "started": "1", "time": 0.0}))
+    path.write_text(json.dumps({"token": "t", "pid": os.getpid(), "host": "elsewhere", "machine": "another"}))
     os.utime(path, (time.time() - age, time.time() - age))
     claim = mine.take("key")
     assert (claim is not None) == stale
     assert claim is None or (claim.left_by or {})["host"] == "elsewhere"
 
 
-def test_a_number_that_another_process_got_is_not_the_claims_process(tmp_path: Path) -> None:
-    mine, path = Claims(tmp_path), tmp_path / "key.json"
-    owner = {"token": "t", "pid": os.getpid(), "host": mine.host, "time": 0.0}
-    path.write_text(json.dumps(owner | {"started": mine.started}))
-    assert mine.take("key") is None
-    path.write_text(json.dumps(owner | {"started": "1"}))
-    assert mine.take("key") is not None
+@pytest.mark.parametrize("name", ["pid", "host"])
+def test_a_claim_is_alive_as_long_as_its_process_whatever_its_number_and_host(tmp_path: Path, name: str) -> None:
+    """Containers of one machine may share a host name and not process ids, or the other way round."""
+    process = start(tmp_path, 1, 600.0)
+    wait_for(lambda: started(tmp_path))
+    claim = tmp_path / "claims" / f"{0:016x}.json"
+    owner = json.loads(claim.read_text())
+    assert (owner["pid"], owner["host"]) == (process.pid, socket.gethostname())
+    claim.write_text(json.dumps(owner | {name: {"pid": 2**22 + 1, "host": "elsewhere"}[name]}))
+    mine = Claims(tmp_path / "claims")
+    assert mine.take(f"{0:016x}") is None
+    process.send_signal(signal.SIGSTOP)
+    assert mine.take(f"{0:016x}") is None  # paused is not dead
+    process.kill()
+    process.wait()
+    taken = mine.take(f"{0:016x}")
+    assert taken is not None
+    assert (taken.left_by or {})["token"] == owner["token"]
 
 
 def test_an_empty_claim_is_someone_writing_and_later_a_dead_one(tmp_path: Path) -> None:
@@ -172,7 +186,7 @@ def test_an_empty_claim_is_someone_writing_and_later_a_dead_one(tmp_path: Path) 
 def test_of_many_that_find_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
     for round_ in range(20):
         path = tmp_path / f"{round_}.json"
-        path.write_text(json.dumps({"token": "t", "pid": 2**22 + 1, "host": Claims(tmp_path).host, "time": 0.0}))
+        path.write_text(json.dumps({"token": "t", "machine": study_directory._machine()}))  # locked by nobody
         got: list[Any] = []
         barrier = threading.Barrier(8)
 
@@ -214,6 +228,84 @@ def test_a_result_whose_claim_was_taken_over_is_not_kept(tmp_path: Path) -> None
     assert store.failures(cell.key) == []  # the other one's cell now
 
 
+def test_a_diverged_cell_is_done_with_the_worst_score_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: Any) -> None:
+        raise Diverged("step 3: loss nan is not finite")
+
+    monkeypatch.setattr("qdora.study.runner._run", diverge)
+    store, (cell, other) = StudyDirectory(tmp_path, retries=0), study_worker.cells(2)
+    base = replace(other, is_trained=False)
+    found = run_cells([cell, base], store, cell_work("halves", store))
+    assert (found.num_done, list(found.failed)) == (1, [base.key])  # a base that is broken has no rate to blame
+    assert (store.result(cell.key) or {})["diverged"] == "Diverged: step 3: loss nan is not finite"
+
+
+def test_processes_of_one_machine_divide_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_directory, "_cores", lambda: [*range(8)])
+    stores = [StudyDirectory(tmp_path) for _ in range(3)]
+    assert stores[0].share_of_cores() == 8
+    with stores[0].present(), stores[1].present():
+        assert stores[0].share_of_cores() == 4
+        monkeypatch.setattr(study_directory, "_cores", lambda: [0, 1])  # pinned, as by taskset
+        with stores[2].present():
+            assert stores[2].share_of_cores() == 1  # both have three users
+            monkeypatch.setattr(study_directory, "_cores", lambda: [*range(8)])
+            assert stores[0].share_of_cores() == 3  # six with two users and two with three
+        (tmp_path / "processes/dead.json").write_text(
+            json.dumps({"machine": study_directory._machine(), "cores": [*range(8)]})
+        )
+        (tmp_path / "processes/far.json").write_text(json.dumps({"machine": "another", "cores": [*range(8)]}))
+        assert stores[0].share_of_cores() == 4
+        assert (tmp_path / "processes/far.json").exists()
+        assert not (tmp_path / "processes/dead.json").exists()
+    assert stores[0].share_of_cores() == 8
+
+
+@pytest.mark.parametrize("chosen, expected", [(None, 4), ("6", 6)])
+def test_a_cell_uses_its_share_of_the_cores_unless_the_user_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: int
+) -> None:
+    monkeypatch.setattr(study_directory, "_cores", lambda: [*range(8)])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    monkeypatch.setattr("qdora.study.runner._run", lambda *_: {"threads": torch.get_num_threads()})
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        store = StudyDirectory(tmp_path)
+        with store.present(), store.present():
+            found = cell_work("halves", store)(study_worker.cells(1)[0], tmp_path)
+    finally:
+        torch.set_num_threads(before)
+    assert found["threads"] == expected
+
+
+@pytest.mark.parametrize(
+    "cluster, options, fault",
+    [
+        ("slrum", [], "--cluster: got 'slrum', must be one of slurm, local. Did you mean 'slurm'?"),
+        ("local", {"timeout_mn": 5}, "--job-option: "),
+        ("local", {"timeout_min": "five"}, "--job-option: "),
+        ("slurm", {}, "--cluster slurm: Could not detect"),
+    ],
+)
+def test_a_fault_of_a_job_names_its_own_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str, options: Any, fault: str
+) -> None:
+    if cluster == "slrum":  # needs no submitit
+        with pytest.raises(UserError) as caught:
+            submit_study(tmp_path / "study.yaml", tmp_path, 1, cluster, options)
+    else:
+        pytest.importorskip("submitit")
+        monkeypatch.setenv("PATH", "")  # no srun
+        with pytest.raises(UserError) as caught:
+            submit_jobs(["true"], tmp_path, 1, cluster=cluster, parameters=options)
+    assert str(caught.value).startswith(fault)
+
+
 def test_what_cells_share_is_made_once(tmp_path: Path) -> None:
     calls: list[int] = []
 
@@ -247,8 +339,6 @@ def test_shards_share_the_cells_out() -> None:
 
 def test_jobs_of_submitit_share_a_study(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    from qdora.study.runner import submit_jobs
-
     command = [sys.executable, "-m", "tests.study_worker", str(tmp_path / "study"), "8", "0.05"]
     (tmp_path / "study").mkdir()
     jobs = submit_jobs(

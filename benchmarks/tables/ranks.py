@@ -83,7 +83,7 @@ def rank_methods() -> str:
     ]
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
-        f"\n95 % intervals; learning rates chosen on one half of the validation examples, arms compared on the other; "
+        f"\n95 % t intervals; learning rates chosen on one half of the validation examples, arms compared on the other; "
         f"seeds: {', '.join(seeds)}. The cost is in runs as long as the scout run at twice the rank, which the "
         f"methods read; gates choose while they train. `{run['command']}`; the whole report: "
         "[results/rank_methods/report.md](results/rank_methods/report.md).\n"
@@ -118,7 +118,7 @@ def rank_curve() -> str:
             line.append(text)
         rows.append(line)
     note = (
-        f"\nNLL per answer token with 95 % intervals; then the difference from {ranks[0]}. Learning rates "
+        f"\nNLL per answer token; then the difference from {ranks[0]} with its 95 % t interval. Learning rates "
         f"were chosen on the other half of the validation examples. `{run['command']}`; the whole report: "
         "[results/rank_curve/report.md](results/rank_curve/report.md).\n"
     )

@@ -52,11 +52,11 @@ def report_rows(study: str, name: str) -> list[dict[str, str]]:
 
 
 def with_band(row: Mapping[str, str] | None, measure: str = "nll_per_token") -> str:
-    """A measure of an arm of a report: 0.520 (0.490–0.550)."""
+    """A measure of an arm of a report: 0.520 (0.490–0.550), or 0.520 where the report has no interval."""
     if row is None:
         return "–"
-    value, lower, upper = (float(row[f"{measure}{end}"]) for end in ("", "_lower", "_upper"))
-    return f"{value:.3f} ({lower:.3f}–{upper:.3f})"
+    value, lower, upper = (row[f"{measure}{end}"] for end in ("", "_lower", "_upper"))
+    return f"{float(value):.3f}" + (f" ({float(lower):.3f}–{float(upper):.3f})" if lower and upper else "")
 
 
 def compared(pair: Mapping[str, str], *, as_rise: bool = False, verdict: bool = True) -> str:

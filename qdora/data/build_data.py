@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,22 @@ def read_data(data: DataConfig) -> tuple[list[list[Example]], dict[str, list[Exa
     return train, validation
 
 
-def run_examples(recipe: Recipe, split: str) -> dict[str, list[Example]]:
+def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = None) -> dict[str, list[Example]]:
     """The examples of a run's sources in one split: train and validation as in training, or test.
+
+    `names` are the sources that are wanted (None: all); others need not have the split.
 
     Raises: UserError: A source without that split. Its training examples are never taken instead.
     """
-    sources = {source.label: source for source in recipe.data.mix}
+    sources = {source.label: source for source in recipe.data.mix if names is None or source.label in names}
     streamed = [label for label, source in sources.items() if source.stream]
     if split == "train" and streamed:
         raise UserError(f"--split: a stream ({', '.join(streamed)}) has only the splits validation, test, got train.")
     if split in ("train", "validation"):
         train, validation = read_data(recipe.data)
-        return validation if split == "validation" else dict(zip(sources, train, strict=True))
+        labels = (source.label for source in recipe.data.mix)
+        found = validation if split == "validation" else dict(zip(labels, train, strict=True))
+        return {label: examples for label, examples in found.items() if label in sources}
     faults = [
         f"--split: {label} has no {split} split, allowed: validation, train."
         for label, source in sources.items()

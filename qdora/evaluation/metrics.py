@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special
 
 NAN = float("nan")
 
@@ -181,6 +181,27 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Pair
     Args:
         tasks: At least one, with the same seeds in the same order.
     """
+    value, parts = _estimate(tasks)
+    num_seeds = len(tasks[0].first)
+    variance = sum(part for part, _ in parts)
+    stderr = math.sqrt(variance)
+    if math.isnan(stderr):
+        return PairedDifference(value, math.nan, math.nan, math.nan, math.nan, num_seeds)
+    if variance == 0:
+        return PairedDifference(value, 0.0, value, value, _LEAST_P if value else 1.0, num_seeds)
+    half = _quantile(parts, 1 - confidence) * stderr
+    return PairedDifference(value, stderr, value - half, value + half, _p_value(parts, abs(value) / stderr), num_seeds)
+
+
+def paired_half_width(tasks: Sequence[Paired], confidence: float = 0.95) -> tuple[float, float]:
+    """The value of `paired_difference` and half the width of its interval, without the p-value, which takes longer."""
+    value, parts = _estimate(tasks)
+    variance = sum(part for part, _ in parts)
+    return value, variance if variance == 0 else _quantile(parts, 1 - confidence) * math.sqrt(variance)
+
+
+def _estimate(tasks: Sequence[Paired]) -> tuple[float, list[tuple[float, int]]]:
+    """The value of `paired_difference`, and the parts of its variance with their degrees of freedom."""
     num_seeds = len(tasks[0].first)
     assert all(len(task.first) == num_seeds for task in tasks), [task.first.shape for task in tasks]
     value = 0.0
@@ -197,19 +218,12 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Pair
         parts.append((variance / len(tasks) ** 2, num_examples - 1))
     if num_seeds > 1:
         parts.append((float(by_seed.var(ddof=1)) / num_seeds, num_seeds - 1))
-    variance = sum(part for part, _ in parts)
-    stderr = math.sqrt(variance)
-    if math.isnan(stderr):
-        return PairedDifference(value, math.nan, math.nan, math.nan, math.nan, num_seeds)
-    if variance == 0:
-        return PairedDifference(value, 0.0, value, value, _LEAST_P if value else 1.0, num_seeds)
-    half = _quantile(parts, 1 - confidence) * stderr
-    return PairedDifference(value, stderr, value - half, value + half, _p_value(parts, abs(value) / stderr), num_seeds)
+    return value, parts
 
 
 def _quantile(parts: Sequence[tuple[float, int]], level: float) -> float:
     """Quantile of the two-sided level; parts are (variance, degrees of freedom)."""
-    quantiles = sum(variance * float(stats.t.isf(level / 2, free)) for variance, free in parts)
+    quantiles = sum(-variance * float(special.stdtrit(free, level / 2)) for variance, free in parts)
     return quantiles / sum(variance for variance, _ in parts)
 
 

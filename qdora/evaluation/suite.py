@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from qdora.data.example import Example
-from qdora.errors import RunFailure, UserError
+from qdora.errors import Diverged, UserError
 from qdora.evaluation.forward_path import ForwardPath, choose_path
 from qdora.evaluation.loglikelihood import AnswerScore, ChoiceScores, score_answers, score_choices
 from qdora.evaluation.metrics import (
@@ -107,7 +107,7 @@ def evaluate(
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
     Raises:
         UserError: If there is no task, a task has no example, or an example cannot be scored.
-        RunFailure: If the model gives a log-likelihood that is not finite.
+        Diverged: If the model gives a log-likelihood that is not finite.
     """
     faults = [f"eval: task '{task}' has no examples" for task, examples in examples_by_task.items() if not examples]
     if not examples_by_task:
@@ -237,7 +237,7 @@ def _check_finite(task: str, choices: Sequence[ChoiceScores], answers: Sequence[
     broken += [score.id for score in answers if not math.isfinite(score.loglikelihood)]
     if broken:
         total = len(choices) + len(answers)
-        raise RunFailure(
+        raise Diverged(
             f"eval: task '{task}': the model's log-likelihood is not finite in {len(broken)} of {total} examples, "
             f"first in example '{broken[0]}'. Its weights or activations overflow or hold NaN."
         )

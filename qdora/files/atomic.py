@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,7 +49,8 @@ def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Write a file; a reader sees the old content or all of the new. After an OSError the old file is unchanged."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    # Not the process id: processes of two containers or machines may have the same one
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:
         with aside.open("wb") as stream:
             stream.write(content)

@@ -14,7 +14,7 @@ import re
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +41,16 @@ from qdora.files.atomic import (
 logger = logging.getLogger("qdora")
 
 COMPLETE = "complete.json"
+PLAN_FILE = "plan.json"
 _STEP = re.compile(r"step-(\d+)")
 
-# What a resumed run may change. Most of these settings do not change the training's numbers. Learning rate, clipping
-# and the treatment of bad steps do: changing them gets a run past a bad step.
-MAY_CHANGE: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "eval", "memory", "trackers")
-MAY_CHANGE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch_tokens")
+WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "memory", "trackers")
+WITHOUT_EFFECT += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch_tokens")
+"""Settings that do not decide what a run learns: how it fits into memory and what it writes."""
+
+# What a resumed run may change. Learning rate, clipping and the treatment of bad steps change the training's numbers:
+# changing them gets a run past a bad step.
+MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval")
 MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
 # What it may raise: a finished or stopped run is extended.
 MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")
@@ -66,6 +70,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
+        self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
         self.log_file = path / "log.txt"
         self.checkpoints = path / "checkpoints"
@@ -249,14 +254,18 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         raise UserError(f"{path}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        own = {"environment.json"}  # written first, so a kill can leave it alone there
-        if run.recipe_file.exists():  # what a run writes before its first result; the last two are trackers'
-            own |= {run.recipe_file.name, run.log_file.name, "mix.json", "base", "tensorboard", "wandb"}
-        others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
-        if others:
-            raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
+        # Both files make it a run: whatever else is there, the run wrote before its first result. The environment is
+        # written first, so a kill can leave it alone there.
+        if not (run.recipe_file.exists() and run.environment_file.exists()):
+            known = {run.environment_file.name}
+            others = sorted(
+                entry.name for entry in path.iterdir() if entry.name not in known and not is_leftover(entry)
+            )
+            if others:
+                raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
         remove_leftovers(path)
-        atomic_write_json(path / "environment.json", environment)
+        (path / PLAN_FILE).unlink(missing_ok=True)  # of an earlier start, whose recipe may have been another
+        atomic_write_json(run.environment_file, environment)
         atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         what = "cannot be written" if isinstance(error, PermissionError) else "is a file, or a parent of it is"
@@ -275,12 +284,12 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     run = open_run(path)
     try:
         old_text = run.recipe_file.read_text(encoding="utf-8")
-        old, new = _flat(yaml.safe_load(old_text)), _flat(yaml.safe_load(recipe))
-        record: dict[str, Any] = json.loads((path / "environment.json").read_bytes())
+        old, new = flat(yaml.safe_load(old_text)), flat(yaml.safe_load(recipe))
+        record: dict[str, Any] = json.loads(run.environment_file.read_bytes())
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
-    changed = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)]
+    changed = [key for key in keys if not is_below(key, MAY_CHANGE)]
     faults = [fault for key in changed if (fault := _change_fault(key, old.get(key), new.get(key))) is not None]
     if faults:
         raise UserError(*(f"{path}: {fault}" for fault in faults))
@@ -293,7 +302,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     different = {key: value for key, value in now.items() if last.get(key) != value}
     if different:
         record["resumed"] = [*record.get("resumed", []), different]
-        atomic_write_json(path / "environment.json", record)
+        atomic_write_json(run.environment_file, record)
     return run
 
 
@@ -341,12 +350,17 @@ def _append(path: Path, content: bytes) -> None:
         raise
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def is_below(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted setting is one of those named, or inside one: memory.budget is below memory."""
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """{'train': {'lr': 1}} -> {'train.lr': 1}; a list is one value."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {
-        name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{prefix}.{key}".lstrip(".")).items()
+        name: leaf for key, item in value.items() for name, leaf in flat(item, f"{prefix}.{key}".lstrip(".")).items()
     }
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from qdora.data import build_data
 from qdora.errors import UserError
 from qdora.files.console import consoles
-from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.files.svg_figure import svg_file
 from qdora.model.build_model import find_model
 from qdora.plan.memory_plan import plan
@@ -185,5 +185,5 @@ def draw_plan(plan: Plan, path: Path) -> None:
 
 def keep_plan(run: RunDirectory, plan: Plan) -> None:
     """Write a plan into a run directory: plan.json and figures/memory_plan.svg."""
-    run.write_json("plan.json", plan.to_dict())
+    run.write_json(PLAN_FILE, plan.to_dict())
     draw_plan(plan, run.inside("figures") / "memory_plan.svg")

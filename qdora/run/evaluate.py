@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +36,8 @@ class EvalOptions:
     """What `qdora eval` is asked for."""
 
     tasks: Sequence[str] | None = None
-    """Sources of the run or built-in tasks. None: all sources of the run, but none with texts or harness."""
+    """Sources of the run or built-in tasks. None: the run's eval.tasks, by default all its sources; no tasks with texts
+    or harness."""
     limit: int | None = None
     """Most examples of a task. None: the run's eval.limit, or all."""
     split: str = "validation"
@@ -61,6 +64,22 @@ class EvalOptions:
     def reads_tasks(self) -> bool:
         """Whether examples of tasks are scored, not only texts or tasks of the harness."""
         return bool(self.tasks) or not (self.texts or self.harness)
+
+    def kept_as(self, recipe: Recipe | None) -> str:
+        """Name of what is evaluated, in the names of the kept files: the split, and what differs from the run's eval.
+
+        An evaluation of other tasks, of fewer examples or of other data never replaces that of the run's own settings.
+        """
+        name = self.split
+        own = None if recipe is None else recipe.eval
+        same_tasks = own is not None and self.data is None and set(self.tasks or ()) == set(own.tasks or ())
+        if self.tasks is not None and not same_tasks:
+            tasks = "+".join(re.sub(r"[^\w.]+", "-", task) for task in self.tasks)
+            # File systems end at 255 bytes
+            name += f"-{tasks if len(tasks) <= 100 else hashlib.sha256(tasks.encode()).hexdigest()[:16]}"
+        if self.limit is not None and (own is None or self.limit != own.limit):
+            name += f"-limit-{self.limit}"
+        return name
 
     def check(self, target: str) -> None:
         """Raise UserError with all faults that show before anything is loaded."""
@@ -127,7 +146,7 @@ def evaluate_target(
     faults = generation_faults(examples) if generates else ()
     if faults:
         raise UserError(*faults)
-    split = options.split
+    split, kept = options.split, options.kept_as(recipe)
     limit = recipe.eval.limit if options.limit is None and recipe is not None else options.limit
     loaded = load_target(target, step=options.step, base_only=options.base_only, quant=options.quant, verb="eval")
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
@@ -136,14 +155,14 @@ def evaluate_target(
         with suite_bar(progress, f"evaluating {loaded.label}") as update:
             scored = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, per_example=True, progress=update)
         results.print(compare_table(beside | {loaded.label: scored}))
-        _keep(loaded, split, scored.to_dict(per_example=True))
+        _keep(loaded, kept, scored.to_dict(per_example=True))
         document["evaluation"] = scored.to_dict()
         document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
     if examples and generates:
         with suite_bar(progress, f"answers of {loaded.label}") as update:
             answers = evaluate_generated(loaded.model, loaded.tokenizer, examples, limit=limit, progress=update)
         results.print(generation_table({loaded.label: answers}))
-        _keep(loaded, f"{split}-generated", answers.to_dict(per_example=True))
+        _keep(loaded, f"{kept}-generated", answers.to_dict(per_example=True))
         document["generation"] = answers.to_dict()
     if options.texts:
         found = text_perplexity(loaded.model, loaded.tokenizer, read_texts(options.texts))
@@ -166,16 +185,21 @@ def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> 
     """Task -> its examples: of the run's sources, and of the built-in tasks that are named."""
     if not options.reads_tasks:
         return {}
-    known = {} if recipe is None else run_examples(recipe, options.split)
-    if options.tasks is None:
-        return known
-    names = list(dict.fromkeys([*known, *TASKS]))
-    unknown = [task for task in options.tasks if task not in names]
-    if unknown:
-        raise UserError(*(not_one_of("--tasks", task, names) for task in unknown))
+    asked = options.tasks
+    if asked is None:
+        assert recipe is not None  # EvalOptions.check
+        return run_examples(recipe, options.split, recipe.eval.tasks or None)
+    known = {} if recipe is None else run_examples(recipe, options.split, asked)
+    sources = [] if recipe is None else [source.label for source in recipe.data.mix]
+    names = list(dict.fromkeys([*sources, *TASKS]))
+    faults = [not_one_of("--tasks", task, names) for task in asked if task not in names]
+    lacking = [task for task in asked if task in sources and task not in known]
+    faults += [f"--tasks: {task} has no {options.split} examples in this run." for task in lacking]
+    if faults:
+        raise UserError(*faults)
     return {
         task: known[task]
         if task in known
         else task_examples(task, split=options.split, data=options.data, by_name=by_name)
-        for task in options.tasks
+        for task in asked
     }

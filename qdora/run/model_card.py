@@ -16,7 +16,7 @@ from qdora.errors import UserError
 from qdora.evaluation.suite import worse_than_base
 from qdora.files.environment import package_versions
 from qdora.files.markdown_table import markdown_cell, markdown_table
-from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.model.build_model import find_source
 from qdora.model.licence import Licence, licence_files, licence_of
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, ModelSource, public_name
@@ -102,7 +102,7 @@ def run_card(
     source = _source(recipe)
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
     ids = [_data_id(each) for each in recipe.data.mix]
-    mix, plan = _read(run, "mix.json"), _read(run, "plan.json")
+    mix, plan = _read(run, "mix.json"), _read(run, PLAN_FILE)
     seen = {
         each["name"]: f" ({each['num_draws']:,} examples, {each['share_seen']:.1%} of all)"
         for each in mix.get("sources", ())

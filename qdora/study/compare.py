@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qdora.evaluation.metrics import Paired, paired_difference
 from qdora.study import statistics
 from qdora.study.grid import CompareConfig
 from qdora.study.scores import HIGHER_IS_BETTER, CellScores, mean_score, read_scores, stacked
-from qdora.study.statistics import Interval, bca_interval
+from qdora.study.statistics import Interval
 from qdora.study.study_directory import StudyDirectory
 
 BASE_ARM = "no adapter"
@@ -26,6 +25,8 @@ BASE_ARM = "no adapter"
 
 CONFIDENCE = 0.95
 Part = Literal["all", "compare"]
+Records = Sequence[Mapping[str, Any]]
+"""Cells as `Cell.record` gives them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class Results:
             self._results[key] = self.store.result(key)
         return self._results[key]
 
+    def diverged(self, key: str) -> bool:
+        """Whether the training of a finished cell diverged, so that it has no scores and counts as the worst."""
+        return "diverged" in (self.result(key) or {})
+
     def scores(self, key: str, split: str | None = None) -> CellScores:
         """Scores of a finished cell (default: on the split of the comparison)."""
         split = split or self.split
@@ -80,45 +85,60 @@ class Results:
         return self._scores[key, split]
 
 
-def find_arms(cells: Sequence[Mapping[str, Any]], compare: CompareConfig, results: Results) -> list[Arm]:
-    """Arms with at least one finished cell, in the order of the grid, bases first.
+def find_arms(cells: Records, compare: CompareConfig, results: Results) -> list[Arm]:
+    """Arms with a score, in the order of the grid, bases first.
 
     The tuned value of an arm has the best average over seeds on the choosing examples, among the values with the most
-    finished seeds. Of equally good values the first in the grid is chosen.
+    finished seeds. A value that diverged with one of its seeds is worse than all others. Of equally good values the
+    first in the grid is chosen. An arm that diverged at all of these values has no score.
     """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    tuned = (compare.arm, compare.seed, *compare.choose)
-    for cell in cells:
-        context = {axis: label for axis, label in cell["labels"].items() if axis not in tuned}
-        name = cell["labels"].get(compare.arm, BASE_ARM)
-        groups.setdefault((cell["is_trained"], tuple(context.items()), name), []).append(cell)
-    arms = [_arm(dict(context), name, members, compare, results) for (_, context, name), members in groups.items()]
+    arms = [
+        _arm(dict(context), name, members, compare, results)
+        for (_, context, name), members in _grouped(cells, compare).items()
+    ]
     return sorted((arm for arm in arms if arm is not None), key=lambda arm: arm.is_trained)
 
 
-def _arm(
-    context: dict[str, str], name: str, members: Sequence[Mapping[str, Any]], compare: CompareConfig, results: Results
-) -> Arm | None:
-    by_value: dict[tuple[str, ...], dict[str, str]] = {}
+def _grouped(cells: Records, compare: CompareConfig) -> dict[tuple[bool, tuple[tuple[str, str], ...], str], Records]:
+    """(is trained, context, name) -> the cells of an arm."""
+    groups: dict[tuple[bool, tuple[tuple[str, str], ...], str], list[Mapping[str, Any]]] = {}
+    tuned = (compare.arm, compare.seed, *compare.choose)
+    for cell in cells:
+        context = tuple((axis, label) for axis, label in cell["labels"].items() if axis not in tuned)
+        name = cell["labels"].get(compare.arm, BASE_ARM)
+        groups.setdefault((cell["is_trained"], context, name), []).append(cell)
+    return dict(groups)
+
+
+def _by_value(members: Records, compare: CompareConfig) -> dict[tuple[str, ...], dict[str, str]]:
+    """Value of the tuned axes -> seed -> key of the cell."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
     for cell in members:
         labels = cell["labels"]
         value = tuple(labels[axis] for axis in compare.choose if axis in labels)
-        by_value.setdefault(value, {})[labels.get(compare.seed, "0")] = cell["key"]
+        found.setdefault(value, {})[labels.get(compare.seed, "0")] = cell["key"]
+    return found
+
+
+def _arm(context: dict[str, str], name: str, members: Records, compare: CompareConfig, results: Results) -> Arm | None:
+    by_value = _by_value(members, compare)
     done = {
         value: {seed: key for seed, key in seeds.items() if results.result(key) is not None}
         for value, seeds in by_value.items()
     }
     most = max(len(seeds) for seeds in done.values())
-    if most == 0:
+    whole = {value: seeds for value, seeds in done.items() if len(seeds) == most}
+    sound = [value for value, seeds in whole.items() if not any(map(results.diverged, seeds.values()))]
+    if most == 0 or not sound:
         return None
-    best = _best([value for value, seeds in done.items() if len(seeds) == most], done, compare, results)
+    best = _best(sound, done, compare, results)
     axes = [axis for axis in compare.choose if axis in members[0]["labels"]]
     return Arm(
         context=context,
         name=name,
         chosen=dict(zip(axes, best, strict=True)),
         swept=len(by_value) > 1,
-        at_edge=any(_at_edge(best[index], [value[index] for value in by_value]) for index in range(len(axes))),
+        at_edge=_is_at_edge(best, list(by_value)),
         seeds=done[best],
         num_missing=sum(len(seeds) for seeds in by_value.values()) - sum(len(seeds) for seeds in done.values()),
         base_key=members[0]["base_key"],
@@ -146,13 +166,70 @@ def _best(
     return min(values, key=loss)
 
 
-def _at_edge(chosen: str, tried: Sequence[str]) -> bool:
-    """Whether a number is the smallest or the largest of several that were tried."""
-    try:
-        numbers = {float(text) for text in tried}
-    except ValueError:
-        return False
-    return len(numbers) > 1 and float(chosen) in (min(numbers), max(numbers))
+def _is_at_edge(chosen: tuple[str, ...], tried: Sequence[tuple[str, ...]]) -> bool:
+    """Whether a number of the chosen value is the smallest or the largest of several that were tried on its axis."""
+    for index, text in enumerate(chosen):
+        try:
+            numbers = {float(value[index]) for value in tried}
+        except ValueError:
+            continue
+        if len(numbers) > 1 and float(text) in (min(numbers), max(numbers)):
+            return True
+    return False
+
+
+def cannot_win(cells: Records, compare: CompareConfig) -> list[str]:
+    """Why no comparison of these cells can have a winner, whatever they score; empty if one can."""
+    groups = {
+        (context, name): _by_value(members, compare)
+        for (is_trained, context, name), members in _grouped(cells, compare).items()
+        if is_trained
+    }
+    reference = compare.reference or next((name for _, name in groups), "")
+    pairs = [(key, (key[0], reference)) for key in groups if key[1] != reference and (key[0], reference) in groups]
+    if not pairs:
+        return [f"no two values of {compare.arm} are trained under the same conditions"]
+    faults: dict[str, None] = {}
+    for pair in pairs:
+        found = _pair_cannot_win([groups[key] for key in pair], [key[1] for key in pair], compare)
+        if not found:
+            break
+        faults |= dict.fromkeys(found)
+    else:
+        return list(faults)
+    least = len(pairs) / (compare.num_resamples + 1)
+    if least >= compare.alpha:
+        return [
+            f"compare.num_resamples: {compare.num_resamples} permutations give no p-value below {least:.3g} after the "
+            f"correction for {len(pairs)} comparisons, but compare.alpha is {compare.alpha:g}"
+        ]
+    return []
+
+
+def _pair_cannot_win(
+    values: Sequence[Mapping[tuple[str, ...], Mapping[str, str]]], names: Sequence[str], compare: CompareConfig
+) -> list[str]:
+    """Why neither of two arms can win; `values` are `_by_value` of each."""
+    faults = []
+    choosable: list[list[set[str]]] = []  # of each arm: seeds of every tuned value that may be chosen and may win
+    for name, by_value in zip(names, values, strict=True):
+        most = max(map(len, by_value.values()))
+        whole = [value for value, seeds in by_value.items() if len(seeds) == most]
+        inner = [value for value in whole if not _is_at_edge(value, list(by_value))]
+        if len(by_value) == 1:
+            faults.append(
+                f"{name} has one value of {', '.join(compare.choose) or 'compare.choose'}, so it is not tuned"
+            )
+        elif not inner:
+            faults.append(
+                f"every value of {', '.join(compare.choose)} that {name} can be tuned to is the smallest or largest "
+                "that is tried; at least 3 are needed"
+            )
+        choosable.append([set(by_value[value]) for value in inner or whole])
+    num_seeds = max(len(one & other) for one in choosable[0] for other in choosable[1])
+    if num_seeds < compare.min_seeds:
+        faults.append(f"{' and '.join(names)} share {num_seeds} seeds, but compare.min_seeds is {compare.min_seeds}")
+    return faults
 
 
 def part_of(compare: CompareConfig, arms: Sequence[Arm]) -> Part:
@@ -203,24 +280,21 @@ def _row(
     tasks = stacked(series if HIGHER_IS_BETTER[measure] else series[::-1], measure, part)
     if not tasks:
         return None
-    options: dict[str, Any] = {"num_resamples": compare.num_resamples}
-    interval = bca_interval(
-        tasks, statistics.difference, confidence=CONFIDENCE, generator=np.random.default_rng(0), **options
+    found = statistics.difference_interval(tasks, CONFIDENCE)
+    p_examples = statistics.permutation_p(
+        tasks, num_resamples=compare.num_resamples, generator=np.random.default_rng(0)
     )
-    wide = paired_difference([Paired(t.scores[0], t.scores[1], t.weights) for t in tasks], CONFIDENCE)
     by_seed = statistics.seed_differences(tasks)
     return {
         **arm.context,
         "arm": arm.name,
         "reference": other.name,
         "measure": measure,
-        "improvement": interval.value,
-        "lower": interval.lower,
-        "upper": interval.upper,
-        "lower_t": wide.lower,
-        "upper_t": wide.upper,
-        "p_t": wide.p,
-        "p_examples": statistics.permutation_p(tasks, generator=np.random.default_rng(0), **options),
+        "improvement": found.value,
+        "lower": found.lower,
+        "upper": found.upper,
+        "p_t": found.p,
+        "p_examples": p_examples,
         "p_seeds": statistics.seed_permutation_p(tasks),
         "num_seeds": len(shared),
         "num_seeds_better": int((by_seed > 0).sum()),
@@ -245,9 +319,8 @@ def _against_a_winner(row: dict[str, Any], compare: CompareConfig) -> list[str]:
         reasons.append(f"there are {row['num_seeds']} seeds, but at least {compare.min_seeds} are needed")
     if row["p_holm"] >= compare.alpha:
         reasons.append(f"p = {row['p_holm']:.4f} after Holm's correction")
-    intervals = [(row["lower"], row["upper"]), (row["lower_t"], row["upper_t"])]
-    if not all(lower > 0 or upper < 0 for lower, upper in intervals):
-        reasons.append("an interval over examples and seeds contains zero")
+    if not (row["lower"] > 0 or row["upper"] < 0):
+        reasons.append("the interval over examples and seeds contains zero")
     if row["num_seeds"] not in (row["num_seeds_better"], row["num_seeds_worse"]):
         reasons.append(f"{row['arm']} is better in {row['num_seeds_better']} of {row['num_seeds']} seeds")
     return reasons
@@ -260,14 +333,7 @@ def quality(
     tasks = stacked([[results.scores(key) for key in arm.seeds.values()]], measure, part)
     if not tasks:
         return None
-    interval = bca_interval(
-        tasks,
-        statistics.first,
-        confidence=CONFIDENCE,
-        num_resamples=compare.num_resamples,
-        generator=np.random.default_rng(0),
-    )
-    return interval, sum(len(task.weights) for task in tasks)
+    return statistics.mean_interval(tasks, CONFIDENCE), sum(len(task.weights) for task in tasks)
 
 
 def repair(arm: Arm, compare: CompareConfig, results: Results, part: Part) -> tuple[Interval, str]:
@@ -284,18 +350,11 @@ def repair(arm: Arm, compare: CompareConfig, results: Results, part: Part) -> tu
     assert arm.dense_key is not None
     base, dense = [results.scores(arm.base_key)], [results.scores(arm.dense_key)]
     trained = [results.scores(key) for key in arm.seeds.values()]
-    options: dict[str, Any] = {"confidence": CONFIDENCE, "num_resamples": compare.num_resamples}
+    loss = statistics.difference_interval(stacked([dense, base], compare.metric, part), CONFIDENCE)
     sign = 1.0 if HIGHER_IS_BETTER[compare.metric] else -1.0
-    loss = bca_interval(
-        stacked([dense, base], compare.metric, part),
-        statistics.difference,
-        generator=np.random.default_rng(0),
-        **options,
-    )
-    if not (loss.excludes_zero and sign * loss.value > 0):
+    if not sign * (loss.lower if sign > 0 else loss.upper) > 0:
         return nothing, "compression caused no significant loss"
-    tasks = stacked([base, trained, dense], compare.metric, part)
-    return bca_interval(tasks, statistics.repaired, generator=np.random.default_rng(0), **options), ""
+    return statistics.repaired(stacked([base, trained, dense], compare.metric, part), CONFIDENCE), ""
 
 
 def verdict(
@@ -315,7 +374,13 @@ def verdict(
         _overall([row for row in pairs if row["measure"] == measure], names[measure], compare.alpha)
         for measure in measures
     ]
-    lacking = [row for row in cells if row["status"] != "done"]
+    diverged = [row for row in cells if row["status"] == "diverged"]
+    if diverged:
+        sentences.append(
+            f"{len(diverged)} of {len(cells)} cells diverged, which counts as the worst score of all. An arm that "
+            "diverged at every tuned value is not compared."
+        )
+    lacking = [row for row in cells if row["status"] not in ("done", "diverged")]
     if lacking:
         failed = sum(row["status"] == "failed" for row in lacking)
         sentences.append(

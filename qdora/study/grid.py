@@ -18,11 +18,11 @@ groups of settings that change together.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +34,7 @@ from qdora.recipe.faults import fault_lines, shown
 from qdora.recipe.recipe_file import apply_overrides, override, read_yaml, recipe_document, recipe_from, settings
 from qdora.recipe.section import Fault, Flag, Section, Share, Text, Whole, WholeOrZero, allowed
 from qdora.recipe.settings import Recipe
+from qdora.study.cell_key import key_of
 
 Axis = Annotated[
     Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)] | Annotated[tuple[Any, ...], Field(min_length=1)],
@@ -46,8 +47,8 @@ is_trained at_edge num_seeds num_missing num_examples bits_per_weight sparsity t
 nll_per_token nll_per_token_lower nll_per_token_upper acc acc_lower acc_upper acc_norm acc_norm_lower acc_norm_upper
 right right_lower right_upper unparsable unparsable_lower unparsable_upper
 repair repair_lower repair_upper repair_reason pareto
-cell status num_failures reason seconds num_steps num_trainable final_loss
-arm reference measure improvement lower upper lower_t upper_t p_t p_examples p_seeds p_holm winner
+cell equal_to status num_failures reason seconds num_steps num_trainable final_loss
+arm reference measure improvement lower upper p_t p_examples p_seeds p_holm winner
 num_seeds_better num_seeds_worse is_swept
 layer kind format shape block_size num_weights num_pruned num_zeros relative_error num_packed_bytes
 fact value text
@@ -78,7 +79,7 @@ class CompareConfig(Section):
     min_seeds: Whole = 3
     """Seeds needed to call a winner."""
     num_resamples: Annotated[Whole, Field(ge=100)] = 10_000
-    """Bootstrap samples, and permutations, of each comparison."""
+    """Permutations of examples in each comparison."""
 
 
 class Study(Section):
@@ -105,6 +106,10 @@ class Study(Section):
         axes = list(self.product)
         for name in sorted(COLUMNS.intersection(axes)):
             yield f"product.{name}", f"is a column of the report, got {name!r}. Fix: use another name for the axis."
+        for name, axis in self.product.items():
+            labels = [label for label, _ in choices(axis, name)]
+            for label in sorted({label for label in labels if labels.count(label) > 1}):
+                yield f"product.{name}", f"has the value {label} twice."
         for part in ("include", "exclude"):
             for index, entry in enumerate(getattr(self, part)):
                 yield from self._entry_faults(f"{part}[{index}]", entry, may_be_new=part == "include")
@@ -180,17 +185,16 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+# YAML 1.1 reads 1e-4 as text. Other text is a name: revision "1.10" is not "1.1".
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
 def label_of(value: Any) -> str:
     """A value as the report shows it; 1e-4, 1.0e-4 and 0.0001 have the same label."""
     if isinstance(value, str):
-        try:
-            return value if value.isidentifier() else f"{float(value):.12g}"  # nan and inf are names
-        except ValueError:
-            return value
+        return f"{float(value):.12g}" if _EXPONENT.fullmatch(value) else value
     return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
 
-
-_KEY_LENGTH = 16  # hex digits: two of a million recipes share one with a chance of 3e-8
 
 # Fields of `eval` that the evaluation of a base depends on.
 _EVALUATION = ("tasks", "limit", "method")
@@ -198,10 +202,11 @@ _EVALUATION = ("tasks", "limit", "method")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study. `key`, the hash of the resolved recipe, names its run directory.
+    """One run of a study. `key` (`key_of` its recipe) names its run directory.
 
     A base, which is only evaluated, has no labels on axes that affect only training. `base_key` and `dense_key` are the
-    cells that evaluate the same base without an adapter, and the uncompressed base.
+    cells that evaluate the same base without an adapter, and the uncompressed base. `equal` are the labels of other
+    combinations of the grid that have the same key.
     """
 
     key: str
@@ -210,15 +215,16 @@ class Cell:
     is_trained: bool = True
     base_key: str | None = None
     dense_key: str | None = None
+    equal: tuple[dict[str, str], ...] = field(default=(), compare=False)
 
     def record(self) -> dict[str, Any]:
         """JSON values: everything but the recipe."""
-        fields = ("key", "labels", "is_trained", "base_key", "dense_key")
+        fields = ("key", "labels", "is_trained", "base_key", "dense_key", "equal")
         return {name: getattr(self, name) for name in fields}
 
 
 def expand(study: Study) -> list[Cell]:
-    """The cells of a study, bases first, each recipe once; of equal cells the first keeps its labels.
+    """The cells of a study, bases first, each recipe once; of equal combinations the first names the cell.
 
     UserError: recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
     """
@@ -228,9 +234,10 @@ def expand(study: Study) -> list[Cell]:
     uncompressed: dict[str, Cell] = {}  # has labels only if the grid has this base
     faults: dict[str, list[str]] = {}
     known: dict[str, Cell] = {}
+    equal: dict[str, list[dict[str, str]]] = {}
     base_of: dict[tuple[tuple[str, str], ...], str] = {}  # arm and context -> key of its one base
     for labels, changes in _combinations(study):
-        named = ", ".join(f"{axis}={label}" for axis, label in labels.items())
+        named = in_words(labels)
         try:
             recipe = _recipe(start, study.settings | changes, study.compare.split)
         except UserError as error:
@@ -250,11 +257,14 @@ def expand(study: Study) -> list[Cell]:
         if recipe.adapter.kind == "none":
             if base.key not in bases or study.compare.arm not in bases[base.key].labels:
                 bases[base.key] = bare(base.key, context, base.recipe, base_key=base.key)
+            elif context != bases[base.key].labels and context not in equal.setdefault(base.key, []):
+                equal[base.key].append(context)
         else:
             # The evaluation before the first step is that of the base, which has a cell of its own
             trained = override(recipe, ["eval.at_start=false", "eval.at_end=true"])
             cell = Cell(key_of(trained), labels, trained, base_key=base.key, dense_key=dense.key)
-            cells.setdefault(cell.key, cell)
+            if cells.setdefault(cell.key, cell) is not cell:
+                equal.setdefault(cell.key, []).append(labels)
             context = {axis: label for axis, label in context.items() if axis != study.compare.arm}
             if study.bases:
                 bases.setdefault(base.key, bare(base.key, context, base.recipe, base_key=base.key))
@@ -264,13 +274,26 @@ def expand(study: Study) -> list[Cell]:
         raise UserError(*(f"{where} ({_first(named)}): {fault}" for fault, named in faults.items()))
     if not cells and not bases:
         raise UserError(f"{where}: exclude leaves no cell, at least one is needed.")
-    return [*(uncompressed | bases).values(), *cells.values()]
+    every = [*(uncompressed | bases).values(), *cells.values()]
+    return [replace(cell, equal=tuple(equal.get(cell.key, ()))) for cell in every]
 
 
-def key_of(recipe: Recipe) -> str:
-    """Hash of every setting that has an effect; the order and spelling in the file do not matter."""
-    text = json.dumps(settings(recipe), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
+def in_words(labels: Mapping[str, str]) -> str:
+    """'adapter=dora, train.lr=0.0001'."""
+    return ", ".join(f"{axis}={label}" for axis, label in labels.items())
+
+
+def equal_in_words(cells: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which combinations of the grid have the same recipe as another, from the cells' records; None if none has."""
+    found = [(each, cell["labels"]) for cell in cells for each in cell["equal"]]
+    if not found:
+        return None
+    named = "; ".join(f"{in_words(each)} is {in_words(labels)}" for each, labels in found[:8])
+    rest = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+    return (
+        f"{len(found)} combinations have the same recipe as another one. Such a recipe runs once, under its first "
+        f"labels: {named}{rest}."
+    )
 
 
 def _first(cells: list[str]) -> str:

@@ -33,7 +33,7 @@ from qdora.study.compare import (
     repair,
     verdict,
 )
-from qdora.study.grid import CompareConfig, Study
+from qdora.study.grid import CompareConfig, Study, equal_in_words, in_words
 from qdora.study.scores import HIGHER_IS_BETTER, mean_score
 from qdora.study.study_directory import StudyDirectory, read_index
 
@@ -52,19 +52,24 @@ _MARKERS = "osD^vPX*"
 _NOTES = {
     "arms": (
         "Arms",
-        "Each arm has its tuned value. Intervals cover examples and seeds. repair: share of the quality lost by "
-        "compression that the arm recovered. pareto: no other arm is as good in fewer bytes. The intervals of two arms "
+        "Each arm has its tuned value. lower, upper: t interval over examples and seeds. repair: share of the quality "
+        "lost by compression that the arm recovered. pareto: no other arm is as good in fewer bytes. Intervals of arms "
         "may overlap although the arms differ: hard examples are hard for both. The comparisons pair the examples.",
         True,
     ),
     "comparisons": (
         "Comparisons",
-        "A positive improvement is better. lower, upper: BCa bootstrap interval. lower t, upper t: t interval, which "
-        "allows for few seeds. p t: t test. p examples, p seeds: permutation tests. p holm: the larger "
-        "of p examples and p t, corrected for the number of comparisons.",
+        "A positive improvement is better. lower, upper: t interval over examples and seeds. p t: its t test. "
+        "p examples, p seeds: permutation tests. p holm: the larger of p examples and p t, corrected for the number of "
+        "comparisons.",
         True,
     ),
-    "cells": ("Cells", "One row for each run. The reason says why a run failed.", False),
+    "cells": (
+        "Cells",
+        "One row for each run. The reason says why a run failed or diverged. equal to: other combinations of the grid "
+        "with the same recipe.",
+        False,
+    ),
     "layers": ("Layers", "What compression did to each layer.", False),
     "facts": ("Settings and counts", "", False),
 }
@@ -180,6 +185,8 @@ def read_report(directory: Path) -> Report:
     results = Results(store, "validation" if compare.split == "halves" else "test")
     arms = find_arms(cells, compare, results)
     if not arms:
+        if any(results.diverged(cell["key"]) for cell in cells):
+            raise UserError(f"{directory}: every finished cell diverged. Fix: add lower values of train.lr.")
         raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
     part = part_of(compare, arms)
     trained = [arm for arm in arms if arm.is_trained]
@@ -199,7 +206,7 @@ def read_report(directory: Path) -> Report:
     label = _LABELS[compare.metric]
     return Report(
         tables=tables,
-        verdict=verdict(pairs, cell_rows, axes, compare, label),
+        verdict=[*verdict(pairs, cell_rows, axes, compare, label), *filter(None, [equal_in_words(cells)])],
         axes=axes,
         arm_axis=compare.arm,
         metric=compare.metric,
@@ -258,10 +265,12 @@ def _cell_row(cell: Mapping[str, Any], axes: Sequence[str], store: StudyDirector
     attempts, result = store.failures(key), results.result(key)
     status = "done" if result is not None else "failed" if store.is_given_up(key) else "open"
     row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in axes}
-    row |= {"cell": key, "status": status, "num_failures": len(attempts)}
-    row["reason"] = attempts[-1]["reason"] if attempts else ""
+    row |= {"cell": key, "equal_to": "; ".join(map(in_words, cell["equal"])), "status": status}
+    row |= {"num_failures": len(attempts), "reason": attempts[-1]["reason"] if attempts else ""}
     if result is None:
         return row
+    if results.diverged(key):
+        return row | {"status": "diverged", "reason": result["diverged"], "seconds": result["seconds"]}
     scores = results.scores(key)
     found = {measure: mean_score([scores], measure, "all") for measure in HIGHER_IS_BETTER if measure in scores.values}
     kept = {name: result.get(name) for name in ("seconds", "num_steps", "num_trainable", "final_loss")}
@@ -281,9 +290,10 @@ def _facts(cells: Rows, pairs: Rows, compare: CompareConfig, part: Part, referen
     facts: dict[str, Any] = {
         "cells": len(cells),
         "cells done": status.count("done"),
+        "cells diverged": status.count("diverged"),
         "cells failed": status.count("failed"),
         "cells open": status.count("open"),
-        "cells without result": len(cells) - status.count("done"),
+        "cells without result": len(cells) - status.count("done") - status.count("diverged"),
         "failed attempts": sum(row["num_failures"] for row in cells),
         "confidence %": 100 * CONFIDENCE,
         "alpha": compare.alpha,

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qdora.data.sources import has_split
-from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError, not_one_of
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory
 from qdora.files.console import consoles
@@ -39,7 +39,8 @@ from qdora.recipe.recipe_file import missing_files, read_yaml
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
 from qdora.run.validation import adapter_step
-from qdora.study.grid import Cell, Study, expand, load_study
+from qdora.study.compare import cannot_win
+from qdora.study.grid import Cell, Study, equal_in_words, expand, load_study
 from qdora.study.study_directory import Claim, StudyDirectory
 
 logger = logging.getLogger("qdora")
@@ -49,6 +50,8 @@ Work = Callable[[Cell, Path], Mapping[str, Any]]
 Event = Literal["done", "failed"]
 AfterAttempt = Callable[[Cell, Event, float], None]
 """after(cell, result of this attempt, seconds), called after every attempt of this process."""
+
+CLUSTERS = ("slurm", "local")
 
 _SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 _TRACEBACK_LINES = 12
@@ -98,22 +101,36 @@ def study_run(
         + (f"; {len(mine)} in shard {shard}" if shard else ""),
         highlight=False,
     )
+    notes = notes_on(study, cells)
+    for note in notes:
+        progress.print(note, markup=False, highlight=False)
     if dry_run:
-        return {"directory": str(directory), "num_cells": len(cells), "cells": [cell.record() for cell in mine]}
+        shown = {"directory": str(directory), "num_cells": len(cells), "notes": notes}
+        return shown | {"cells": [cell.record() for cell in mine]}
     store = StudyDirectory(directory, retries=study.retries)
     store.write_index(study, cells)
     if retry_failed:
         store.forget_failures([cell.key for cell in mine])
 
-    with cells_bar(progress, mine, store) as report, _quiet_runs():
+    with cells_bar(progress, mine, store) as report, _quiet_runs(), store.present():
         found = run_cells(mine, store, cell_work(study.compare.split, store), report)
     return _concluded(found, mine, directory, results)
+
+
+def notes_on(study: Study, cells: Sequence[Cell]) -> list[str]:
+    """What to know of a grid before it runs: combinations that are equal, and why it can have no winner."""
+    records = [cell.record() for cell in cells]
+    equal, reasons = equal_in_words(records), cannot_win(records, study.compare)
+    never = [f"This grid cannot have a winner: {'; '.join(reasons)}. It gives scores and intervals."] if reasons else []
+    return [*([] if equal is None else [equal]), *never]
 
 
 def submit_study(
     file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
 ) -> dict[str, Any]:
     """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
+    if cluster not in CLUSTERS:
+        raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
     study, directory, cells = _checked(file, directory)
     StudyDirectory(directory, retries=study.retries).write_index(study, cells)
     parameters = {}
@@ -124,7 +141,7 @@ def submit_study(
         parameters[key.strip()] = read_yaml(f"value: {text}", f"--job-option {option}")["value"]
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
     jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
-    return {"directory": str(directory), "jobs": [job.job_id for job in jobs]}
+    return {"directory": str(directory), "notes": notes_on(study, cells), "jobs": [job.job_id for job in jobs]}
 
 
 def submit_jobs(
@@ -143,9 +160,12 @@ def submit_jobs(
         raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
     try:
         executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-        executor.update_parameters(name="qdora-study", **parameters)
-    except (RuntimeError, NameError, TypeError, ValueError) as error:
-        raise UserError(f"--jobs: {' '.join(str(error).split())}") from None
+    except (RuntimeError, ValueError, ImportError) as error:  # such as no srun on this machine
+        raise UserError(f"--cluster {cluster}: {' '.join(str(error).split())}") from None
+    try:
+        executor.update_parameters(**{"name": "qdora-study", **parameters})
+    except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"--job-option: {' '.join(str(error).split())}") from None
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
 
@@ -159,7 +179,7 @@ def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, list[Cell
             f"{file}: compare.split: {source.label} has no test split. Fix: set compare.split to halves."
             for cell in cells
             for source in cell.recipe.data.mix
-            if not has_split(source, "test")
+            if source.label in (cell.recipe.eval.tasks or [source.label]) and not has_split(source, "test")
         ]
     if faults:
         raise UserError(*dict.fromkeys(faults))
@@ -315,12 +335,20 @@ def _reason(error: Exception) -> str:
 def cell_work(split: str, store: StudyDirectory) -> Work:
     """The work of a cell: train and evaluate its recipe; with split "test" also evaluate on the test examples.
 
-    Pruned bases are made once in the study's directory and shared by all cells that start from the same one.
+    Pruned bases are made once in the study's directory and shared by all cells that start from the same one. Processes
+    of one machine divide its cores, as many as there are when a cell begins, unless OMP_NUM_THREADS is set.
     """
+    most = torch.get_num_threads()
 
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         try:
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(min(most, store.share_of_cores()))
             return _run(cell, directory, split, store)
+        except Diverged as error:
+            if not cell.is_trained:
+                raise
+            return {"diverged": _reason(error)}
         finally:  # make room for the model of the next cell
             gc.collect()
             if torch.cuda.is_available():

@@ -1,11 +1,13 @@
 """The directory of a study: one run directory a cell, and files that say which cells are done, failed and claimed.
 
-    study.json  cells/<key>/  results/<key>.json  failures/<key>.json  claims/<key>.json  shared/<stage>/<key>/  report/
+    study.json  cells/<key>/  results/<key>.json  failures/<key>.json  claims/<key>.json  processes/<id>.json
+    shared/<stage>/<key>/  report/
 
-Any number of processes may share it. A process claims a cell by creating its claim file (O_EXCL) and removes the file
-after the work. A claim that was left behind is taken over: on the same machine when its process has ended (a paused
-process keeps it), on another machine when it was not renewed for long. All times are those of the file system, so the
-clocks of the machines do not matter.
+Any number of processes may share it. A process claims a cell by creating its claim file (O_EXCL), which it keeps locked
+and removes after the work. A claim that was left behind is taken over: on the same machine when its lock is free, which
+the system sees to however its process ended (a paused process keeps it); on another machine when it was not renewed for
+long. Process ids and host names do not count, since containers on one machine may share both. All times are those of
+the file system, so the clocks of the machines do not matter.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ import socket
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ from qdora.study.grid import Cell, Study
 
 _RENEWALS = 20  # number of renewals within the time after which a claim is stale
 _UNREADABLE_SECONDS = 30.0  # an empty claim older than this was left by a process killed before it wrote the file
-_FOLDERS = ("cells", "results", "failures", "claims", "shared")
+_FOLDERS = ("cells", "results", "failures", "claims", "processes", "shared")
 
 MAX_DEATHS = 8
 """Times that a cell may take its whole process down (out of memory, kill -9) before it is given up."""
@@ -85,6 +90,32 @@ class StudyDirectory:
             if not self.is_done(key) and self.is_given_up(key):
                 self._failures(key).unlink(missing_ok=True)
 
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """While the block runs, `share_of_cores` counts this process."""
+        path = self.path / "processes" / f"{uuid.uuid4().hex}.json"
+        with path.open("x", encoding="utf-8") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            stream.write(json.dumps({"machine": _machine(), "cores": _cores()}))
+            stream.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def share_of_cores(self) -> int:
+        """Cores for this process, at least 1: each is divided among the `present` processes that may run on it."""
+        users: Counter[int] = Counter()
+        for path in (self.path / "processes").glob("*.json"):
+            found = _read_claim(path)
+            if found is None or found["machine"] != _machine():
+                continue
+            if _is_locked(path):
+                users.update(found["cores"])
+            else:
+                path.unlink(missing_ok=True)
+        return max(1, int(sum(Fraction(1, max(1, users[core])) for core in _cores())))
+
     def write_index(self, study: Study, cells: Sequence[Cell]) -> None:
         """Write study.json for the report: the study as it was given, and its cells."""
         plain = study.model_dump(mode="json", exclude_unset=True)
@@ -119,12 +150,14 @@ def _read(file: Path) -> dict[str, Any] | None:
 class Claim:
     """The right to work on a key until `release`.
 
-    `left_by` is the dead claim that this one took over, as its process wrote it; None if the key was free.
+    `lock` is the descriptor of the claim's file, locked. `left_by` is the dead claim that this one took over, as its
+    process wrote it; None if the key was free.
     """
 
     key: str
     token: str
     path: Path
+    lock: int
     left_by: dict[str, Any] | None = None
 
     def is_mine(self) -> bool:
@@ -135,6 +168,7 @@ class Claim:
         """Remove the claim, unless another process has taken it over."""
         if self.is_mine():
             self.path.unlink(missing_ok=True)
+        os.close(self.lock)  # last: until the file is gone, a free lock would look like a death
 
 
 class Claims:
@@ -142,7 +176,6 @@ class Claims:
 
     def __init__(self, directory: Path, *, stale_seconds: float = 3600.0) -> None:
         self.directory, self.stale_seconds = directory, stale_seconds
-        self.host, self.started = socket.gethostname(), _start_time(os.getpid())
 
     def take(self, key: str) -> Claim | None:
         """Claim a key; None if another process has it."""
@@ -180,22 +213,20 @@ class Claims:
             thread.join()
 
     def _create(self, key: str, path: Path, left_by: dict[str, Any] | None = None) -> Claim | None:
-        claim = Claim(key, uuid.uuid4().hex, path, left_by)
-        owner = {
-            "token": claim.token,
-            "pid": os.getpid(),
-            "host": self.host,
-            "started": self.started,
-            "time": time.time(),
-        }
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         except FileExistsError:
             return None
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(owner))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # before the file says whose it is: then a free lock is a dead process
+        claim = Claim(key, uuid.uuid4().hex, path, lock, left_by)
+        # Host and process id are for people
+        owner = {"token": claim.token, "machine": _machine(), "host": socket.gethostname(), "pid": os.getpid()}
+        os.write(lock, json.dumps(owner).encode())
         # If this process was paused before writing, another may have taken over the empty file
-        return claim if claim.is_mine() else None
+        if claim.is_mine():
+            return claim
+        os.close(lock)
+        return None
 
     def _is_stale(self, path: Path, owner: dict[str, Any] | None) -> bool:
         now = self._now()
@@ -205,13 +236,13 @@ class Claims:
             return True  # released meanwhile
         if owner is None:
             return age > _UNREADABLE_SECONDS
-        if owner.get("host") != self.host:
+        if owner.get("machine") != _machine():
             return age > self.stale_seconds
-        return not _is_alive(int(owner["pid"]), owner.get("started"))
+        return not _is_locked(path)
 
     def _now(self) -> float:
         """The time of the file system."""
-        clock = self.directory / f".clock-{self.host}-{os.getpid()}-{threading.get_ident()}"
+        clock = self.directory / f".clock-{uuid.uuid4().hex}"
         clock.touch()
         now = clock.stat().st_mtime
         clock.unlink(missing_ok=True)
@@ -227,23 +258,27 @@ def _read_claim(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _is_alive(pid: int, started: str | None) -> bool:
-    """Whether the process still runs; a new process with the same number does not count."""
+def _is_locked(path: Path) -> bool:
+    """Whether a process of this machine holds the lock of a file; False if there is no file."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look do not disturb each other
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
         return False
-    except PermissionError:
-        pass
-    now = _start_time(pid)
-    return started is None or now is None or now == started
+    return False
 
 
-def _start_time(pid: int) -> str | None:
-    """Start of a process in clock ticks since boot; '' if it is a zombie, None if the system does not say."""
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """The running kernel, which all containers on it share; other machines and the next boot have other names."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        return None
-    state, *rest = text.rpartition(")")[2].split()
-    return "" if state == "Z" else rest[18]
+        return socket.gethostname()
+
+
+def _cores() -> list[int]:
+    """Processors that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]

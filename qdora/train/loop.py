@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qdora.data.batching import IGNORED, Packing
 from qdora.data.loader import Step, StepLoader
-from qdora.errors import Interrupted, RunFailure
+from qdora.errors import Diverged, Interrupted, RunFailure
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.ops.loss import token_nll
@@ -316,14 +316,16 @@ def _failed_step(
     After some CUDA errors every later call fails, too. Then the state cannot be saved, and the first error is told.
     """
     kept = [] if hooks.keep_batch is None else [hooks.keep_batch(found.bad_step(step + 1, reason))]
+    failure = RunFailure
     if found.fault is None:
+        failure = Diverged
         reason += f"; the update was not applied. {bad_steps.advice}, then resume with --resume."
     try:
         undo()
-        return RunFailure(f"step {step + 1}: {reason}", safe=[hooks.save(step), *kept])
+        return failure(f"step {step + 1}: {reason}", safe=[hooks.save(step), *kept])
     except RuntimeError as second:
         reason += f" The state before it could not be saved ({first_line(second)}): resume from the last checkpoint."
-        return RunFailure(f"step {step + 1}: {reason}", safe=kept)
+        return failure(f"step {step + 1}: {reason}", safe=kept)
 
 
 def _gradient_of_next_step(
