@@ -258,7 +258,9 @@ def soft_capped_attention(
     scale: float,
     cap: float,
 ) -> Array:
-    """Causal attention of Gemma 2 (arXiv 2408.00118, sec. 2): softmax(cap tanh(scale q . k / cap)), position by position.
+    """Causal attention of Gemma 2, a position at a time: softmax(cap tanh(scale q . k / cap)).
+
+    Source: arXiv 2408.00118, sec. 2.
 
     x: (B, T, hidden); w: (heads * head_dim, hidden), w_o the other way round; cos, sin: (1 or B, T, head_dim).
     """

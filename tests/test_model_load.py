@@ -16,8 +16,8 @@ from transformers import (
     Gemma2Config,
     GenerationConfig,
     GPT2Config,
-    GptOssConfig,
     GPTNeoXJapaneseConfig,
+    GptOssConfig,
     MixtralConfig,
 )
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
