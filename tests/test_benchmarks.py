@@ -44,6 +44,7 @@ def test_step_time(tmp_path: Path) -> None:
     assert peak["peak_bytes"] == peak["loaded_bytes"] + peak["added_bytes"]
 
 
+@pytest.mark.slow
 def test_wait_policy(tmp_path: Path) -> None:
     result = smoke(tmp_path, "wait_policy.py")
     assert set(result["cases"]) == {"idle", "busy"}
