@@ -243,3 +243,45 @@ def gate_gradients(d_gated: Array, lora_b: Array, gate: Array) -> tuple[Array, A
             d_b[i, k] = d_gated[i, k] * gate[k]
             d_gate[k] += d_gated[i, k] * lora_b[i, k]
     return d_b, d_gate
+
+
+def soft_capped_attention(
+    x: Array,
+    w_q: Array,
+    w_k: Array,
+    w_v: Array,
+    w_o: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    head_dim: int,
+    scale: float,
+    cap: float,
+) -> Array:
+    """Causal attention of Gemma 2, a position at a time: softmax(cap tanh(scale q . k / cap)).
+
+    Source: arXiv 2408.00118, sec. 2.
+
+    x: (B, T, hidden); w: (heads * head_dim, hidden), w_o the other way round; cos, sin: (1 or B, T, head_dim).
+    """
+    batch, length, _ = x.shape
+    half = head_dim // 2
+
+    def heads(weight: Array) -> Array:
+        return (x @ weight.T).reshape(batch, length, -1, head_dim)  # (B, T, H, D)
+
+    def turned(each: Array) -> Array:
+        rotated = np.concatenate([-each[..., half:], each[..., :half]], axis=-1)
+        return each * cos[:, :, None] + rotated * sin[:, :, None]
+
+    q, k, v = turned(heads(w_q)), turned(heads(w_k)), heads(w_v)
+    out = np.zeros_like(q)
+    for b in range(batch):
+        for t in range(length):
+            for h in range(q.shape[2]):
+                own = h // (q.shape[2] // k.shape[2])
+                scores = [cap * math.tanh(scale * float(q[b, t, h] @ k[b, s, own]) / cap) for s in range(t + 1)]
+                weights = np.exp(np.array(scores) - max(scores))
+                out[b, t, h] = (weights / weights.sum()) @ v[b, : t + 1, own]
+    result: Array = out.reshape(batch, length, -1) @ w_o.T
+    return result

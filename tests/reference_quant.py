@@ -5,6 +5,7 @@ float32 where the format says float32 (every `f32`), one weight at a time, slow 
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -61,6 +62,11 @@ def dynamic_map():
             midpoint = (0.1 + width * (part + 0.5)) * 10.0 ** (e - 6)
             values += [midpoint, -midpoint]
     return sorted(values)
+
+
+def offset(scales):
+    """The mean of float32 scales: an exact sum, divided in float64, rounded to float32."""
+    return f32(math.fsum(float(scale) for scale in scales) / len(scales))
 
 
 def quantize_scales(scales, offset, code, block_size=256):

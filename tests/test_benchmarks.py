@@ -44,6 +44,15 @@ def test_step_time(tmp_path: Path) -> None:
     assert peak["peak_bytes"] == peak["loaded_bytes"] + peak["added_bytes"]
 
 
+@pytest.mark.slow
+def test_wait_policy(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "wait_policy.py")
+    assert set(result["cases"]) == {"idle", "busy"}
+    assert result["cases"]["busy"]["num_busy_loops"] == result["num_cores"] >= 1
+    for case in result["cases"].values():
+        assert all(len(found) == 1 and found[0] > 0 for found in case["tokens_per_second"].values())
+
+
 def test_loss_curve(tmp_path: Path) -> None:
     result = smoke(tmp_path, "loss_curve.py")
     assert len(result["curves"]) == 11

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +17,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import qdora
-from qdora.cli import VERBS, app
+from qdora.cli import VERBS, WAITING, app, let_threads_sleep
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.console import show_only
 from qdora.recipe.recipe_file import recipe_names, resolved_yaml
@@ -194,3 +198,38 @@ def test_unknown_verbs_and_options_exit_with_2() -> None:
     assert invoke("frobnicate").exit_code == 2
     assert invoke("train", "quickstart", "--frobnicate").exit_code == 2
     assert invoke("train", "no-such-recipe").exit_code == 2
+
+
+# ------------------------------------------------------------------------------------------------ waiting threads
+
+
+def spin_counts(command: list[str], **variables: str) -> list[int]:
+    """How often libgomp's threads look before they sleep, as it says itself in each process that loads torch."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    environment = mine | {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(Path(qdora.__file__).parents[1])} | variables
+    call = [sys.executable, "-m", *command]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True, timeout=240)
+    return [int(count) for count in re.findall(r"GOMP_SPINCOUNT ?= ?'(\d+)'", done.stderr)]
+
+
+def test_threads_sleep_unless_the_user_has_chosen() -> None:
+    """By what libgomp says as it is loaded: the variables have no effect after that."""
+    doctor = ["qdora.cli", "doctor", "--json"]
+    counts = spin_counts(doctor)
+    if not counts:
+        pytest.skip("this torch has no libgomp")
+    assert set(counts) == {0}
+    assert min(spin_counts(doctor, OMP_WAIT_POLICY="ACTIVE")) > 10**6
+    assert set(spin_counts(doctor, GOMP_SPINCOUNT="100")) == {100}
+    # torchrun imports torch itself and chooses nothing; each of its processes does.
+    assert spin_counts(["torch.distributed.run", "--nproc-per-node", "2", "-m", *doctor]).count(0) == 2
+
+
+def test_the_users_choice_of_any_library_is_kept() -> None:
+    for name in (*WAITING, "GOMP_SPINCOUNT"):
+        environment = {name: "mine"}
+        let_threads_sleep(environment)
+        assert environment == {name: "mine"}
+    empty: dict[str, str] = {"OMP_NUM_THREADS": "2"}
+    let_threads_sleep(empty)
+    assert empty == {"OMP_NUM_THREADS": "2"} | WAITING

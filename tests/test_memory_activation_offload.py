@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,50 @@ def test_a_second_backward_pass_is_refused(source: Path) -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RunFailure, match="a graph allows only one backward pass"):
         loss.backward()
+
+
+class FakeStream:
+    """Does everything at once: on a CPU a copy is over when the call returns."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """`CudaHost` on a CPU; the bytes of each pinned allocation. What is allocated is full of rubbish."""
+    sizes: list[int] = []
+    empty = torch.empty
+
+    def fake(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made = empty(*args, **options)
+        made.view(-1).view(torch.uint8).fill_(171)
+        if pin_memory:
+            sizes.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(torch, "empty", fake)
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: FakeStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda *args: None)
+    return sizes
+
+
+def test_pinned_memory_is_the_largest_need_and_not_that_of_every_shape(
+    pinned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 micro-batches of 70 shapes, four blocks each."""
+    monkeypatch.setattr(activation_offload, "_PAGE_BYTES", 1 << 10, raising=False)
+    generator = torch.Generator().manual_seed(0)
+    host = activation_offload.CudaHost(torch.device("cpu"))
+    need = 0
+    for number in range(200):
+        rows, width = 1 + number % 7, 8 * (1 + (number // 7) % 10)  # (rows, 32, width) in bf16
+        inputs = [torch.randn(rows, 32, width, generator=generator).bfloat16() for _ in range(4)]
+        inputs[2] = inputs[2].transpose(0, 1)  # not contiguous
+        need = max(need, sum(each.nbytes for each in inputs))
+        away = [host(each) for each in inputs]
+        for sent, kept in zip(reversed(away), reversed(inputs), strict=True):
+            assert torch.equal(sent.take(), kept)
+    assert need <= sum(pinned) <= 2 * need

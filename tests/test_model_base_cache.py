@@ -21,6 +21,7 @@ from qdora.model import packed_base
 from qdora.model.load import Quantization, load_model
 from qdora.model.packed_base import CACHE_RECORD_FILE, BaseCache, open_cached_base
 from qdora.model.source import resolve
+from qdora.ops import blockwise
 from qdora.recipe.recipe_file import recipe_from
 from tests.checkpoints import CONFIGS, checkpoint, load, logits, one_file
 
@@ -75,6 +76,26 @@ def test_second_start_reads_no_weight_of_the_source(
     # What is loaded holds no mapping of the files.
     shutil.rmtree(again.base.directory)
     assert torch.equal(logits(second), logits(plain))
+
+
+def test_a_base_of_an_earlier_version_is_read_as_it_is(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions stored another offset of double quantisation, ulps away: no base changes under a run."""
+
+    def earlier(absmax: torch.Tensor, code: torch.Tensor, block_size: int) -> tuple[torch.Tensor, ...]:
+        offset = torch.nextafter(absmax.mean(), torch.tensor(1.0))
+        return *blockwise.quantize_8bit(absmax - offset, code, block_size), offset
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "quantize_scales", earlier)
+        before, written = cached(source, tmp_path)
+    after, read = cached(source, tmp_path)
+    assert written.base is not None
+    assert read.base is not None
+    assert read.base.directory == written.base.directory
+    assert same(after, before)
+    assert not same(after, load(source, quant="nf4"))
 
 
 @pytest.mark.parametrize("config", ["qwen2", "gemma3"])

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPTNeoXJapaneseConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+    GPTNeoXJapaneseConfig,
+    GptOssConfig,
+    MixtralConfig,
+)
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
 from qdora.errors import UserError
 from qdora.model.inject import frozen_layers
 from qdora.model.load import place_dense
 from qdora.model.stored_tensors import iterate_tensors, open_safetensors
 from qdora.ops.packed import dequantize, quantize
+from tests import reference
 from tests.checkpoints import CONFIGS, SMALL, checkpoint, load, logits, one_file
 
 
@@ -174,11 +187,62 @@ def test_attention_is_logged_and_eager_can_be_asked_for(tmp_path: Path, caplog: 
     assert load(directory, attention="eager").config._attn_implementation == "eager"
 
 
-def test_gemma2_with_soft_capped_attention_is_not_given_sdpa(tmp_path: Path) -> None:
-    directory = checkpoint(tmp_path, CONFIGS["gemma2"])
-    assert load(directory).config._attn_implementation == "eager"
-    with pytest.raises(UserError, match="cannot be built"):
+NEEDS_MORE_THAN_SDPA = {
+    "a soft-cap": (CONFIGS["gemma2"], Gemma2PreTrainedModel, r"soft-caps its scores \(attn_logit_softcapping 2\)"),
+    "sinks": (
+        GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
+        GptOssPreTrainedModel,
+        r"has sinks \(model\.layers\.0\.self_attn\.sinks\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("need", NEEDS_MORE_THAN_SDPA)
+def test_attention_is_chosen_by_what_the_model_needs(
+    need: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers 5.10 and 5.18 say that Gemma 2 can have sdpa, which drops its soft-cap; later ones do not."""
+    config, family, what = NEEDS_MORE_THAN_SDPA[need]
+    directory = checkpoint(tmp_path, config)
+    eager = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    monkeypatch.setattr(family, "_supports_sdpa", True)
+    with caplog.at_level(logging.INFO, "qdora"):
+        model = load(directory)
+    assert re.search(rf"Attention of .*: eager, since its attention {what}, which sdpa does not compute", caplog.text)
+    assert torch.equal(logits(model), logits(eager))
+    with pytest.raises(UserError, match=rf"model\.attention: got sdpa, but .* {what}.* must be auto or eager"):
         load(directory, attention="sdpa")
+
+
+def test_gemma2_without_a_soft_cap_may_have_sdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Gemma2Config(**SMALL, attn_logit_softcapping=None)
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    assert load(checkpoint(tmp_path, config)).config._attn_implementation == "sdpa"
+
+
+def test_eager_computes_the_soft_cap(tmp_path: Path) -> None:
+    """Against the formula in float64: one layer's attention with large scores."""
+    model = load(checkpoint(tmp_path, CONFIGS["gemma2"]), compute_dtype=torch.float64)
+    seen: dict[str, torch.Tensor] = {}
+    layer = model.model.layers[1].self_attn
+    with torch.no_grad():
+        layer.q_proj.weight.mul_(16)
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, args, kwargs, out: seen.update(x=kwargs["hidden_states"], out=out[0]), with_kwargs=True
+        ),
+        model.model.rotary_emb.register_forward_hook(lambda _, args, out: seen.update(cos=out[0], sin=out[1])),
+    ]
+    logits(model)
+    for hook in hooks:
+        hook.remove()
+    arrays = {name: value.numpy() for name, value in seen.items()}
+    weights = [getattr(layer, f"{name}_proj").weight.detach().numpy() for name in "qkvo"]
+    given = (arrays["x"], *weights, arrays["cos"], arrays["sin"])
+    capped, free = (reference.soft_capped_attention(*given, head_dim=16, scale=16**-0.5, cap=cap) for cap in (2.0, 1e9))
+    # transformers takes this softmax in float32.
+    np.testing.assert_allclose(arrays["out"], capped, rtol=0, atol=1e-6)
+    assert np.abs(capped - free).max() > 0.1
 
 
 # --- checkpoints that do not fit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,24 @@ def test_settings_that_cannot_be_used_are_refused_before_loading() -> None:
         generate_from("nowhere", "x", Sampling(top_k=3))
     with pytest.raises(UserError, match="nowhere"):
         generate_from("./nowhere", "x")
+
+
+def test_the_answer_stops_where_the_context_is_full(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers itself goes on past the positions that the model was trained for."""
+    directory = tmp_path / "out"
+    export_run(run, directory, ExportOptions(dtype="float32"))
+    config = directory / "config.json"
+    num_prompt = len(load_target(str(run), verb="test").tokenizer("3 + 4 =")["input_ids"])
+    short = json.loads(config.read_text()) | {"max_position_embeddings": num_prompt + 5}
+    config.write_text(json.dumps(short))
+    with caplog.at_level("WARNING", "qdora"):
+        found = generate_from(str(directory), "3 + 4 =", SHORT, raw=True)
+    assert (found["num_new_tokens"], found["stopped"]) == (5, "context")
+    assert f"ends after 5 tokens: with the prompt of {num_prompt} it fills" in caplog.text
+    full = generate_from(str(run), "3 + 4 =", SHORT, raw=True)
+    assert (full["num_new_tokens"], full["stopped"]) == (12, "length")
+    assert full["text"].startswith(found["text"])
+    fits = generate_from(str(directory), "3 + 4 =", Sampling(max_new_tokens=5), raw=True)
+    assert fits["stopped"] == "length"

@@ -85,6 +85,22 @@ def test_what_was_computed_is_not_computed_again(whole: Path, monkeypatch: pytes
         rank_run(whole, RankSettings(layers=layers, max_rank=3, examples=3, norm="held"), console=quiet())
 
 
+@pytest.mark.parametrize("left", [0, 5, 0.5, 0.999], ids=str)
+def test_a_damaged_cache_is_made_again(whole: Path, left: float, caplog: pytest.LogCaptureFixture) -> None:
+    """A file cut to some bytes, or to a share of them."""
+    asked = RankSettings(layers=["model.layers.0.mlp.up_proj"], max_rank=2, examples=2, norm="held")
+    first = rank_run(whole, asked, console=quiet())
+    files = {file: file.read_bytes() for file in (whole / "rank" / "cache").iterdir()}
+    assert files
+    for file, content in files.items():
+        file.write_bytes(content[: left if isinstance(left, int) else int(len(content) * left)])
+    again = rank_run(whole, asked, console=quiet())
+    assert again["layers"] == first["layers"]
+    named = [file for file in files if f"{file}: is damaged" in caplog.text]
+    assert named
+    assert all(file.read_bytes() == files[file] for file in named)
+
+
 def test_draws_come_near_the_exact_curvature(whole: Path) -> None:
     exact, drawn = (
         rank_run(whole, RankSettings(layers=["down_proj"], max_rank=3, examples=4, draws=draws), console=quiet())

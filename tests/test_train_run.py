@@ -364,7 +364,10 @@ def test_options_that_would_do_nothing_are_refused(whole: Path, tmp_path: Path) 
         with pytest.raises(UserError, match=message):
             evaluate_target(str(root_model(whole)), model_options)
     document = evaluate_target(str(root_model(whole)), EvalOptions(texts=[text]))
-    assert document["perplexity"]["num_tokens"] > 3
+    found = document["perplexity"]
+    assert found["num_tokens"] > 3
+    assert found["perplexity"] == pytest.approx(math.exp(found["nll_sum"] / found["num_tokens"]))
+    assert found["nll_per_byte"] == pytest.approx(found["nll_sum"] / len(text.read_bytes()))
 
 
 def root_model(run: Path) -> Path:

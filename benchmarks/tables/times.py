@@ -69,6 +69,30 @@ def packing() -> str:
     return markdown(header, rows) + note
 
 
+def wait_policy() -> str:
+    """Tokens a second with OpenMP's threads spinning and sleeping, on idle and on busy cores."""
+    document = read("wait_policy")
+
+    def speed(found: dict[str, float]) -> str:
+        return f"{found['median']:.0f} ({found['lower']:.0f}–{found['upper']:.0f})"
+
+    rows = []
+    for name, label in (("idle", "idle"), ("busy", "one busy loop per core")):
+        case = document["cases"][name]
+        rows.append(
+            [
+                label,
+                *(speed(case["spread"][policy]) for policy in ("spinning", "sleeping")),
+                f"{case['sleeping / spinning']['of_medians']:.2f}",
+            ]
+        )
+    note = (
+        f"\nThe quick start's recipe, {document['num_steps']} steps a reading, {document['num_repeats']} readings of "
+        f"each in turns, {document['num_cores']} cores; median and quartiles.\n"
+    )
+    return markdown(["cores", "spinning, tokens/s", "sleeping, tokens/s", "sleeping / spinning"], rows) + note
+
+
 def step_time() -> str:
     """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
     document = read("step_time")

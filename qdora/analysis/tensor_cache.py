@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qdora.files.atomic import atomic_write_bytes
+
+log = logging.getLogger("qdora")
 
 _FORMAT = 1
 """Version of the files; a file of another version is not read."""
 
 
 def kept_tensors(cache: Path | None, key: Sequence[object]) -> dict[str, Tensor] | None:
-    """What `keep_tensors` wrote under the same key, on the CPU; None where there is no such file, or no cache."""
+    """What `keep_tensors` wrote under the same key, on the CPU; None where there is no such file, or no cache.
+
+    A damaged file is named in the log and counts as none: its tensors are computed and written again.
+    """
     file = None if cache is None else _file(cache, key)
-    return load_file(file) if file is not None and file.is_file() else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        log.warning("%s: is damaged (%s). Its tensors are computed again.", file, error)
+        return None
 
 
 def keep_tensors(cache: Path | None, key: Sequence[object], tensors: dict[str, Tensor]) -> None:

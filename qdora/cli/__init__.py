@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import MutableMapping
 from typing import Annotated
 
 import typer
@@ -69,6 +71,22 @@ def root(
     ask(debug=debug, quiet=quiet, json=json_)
 
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""OpenMP's threads sleep while they wait: by the standard's variable, and by that of Intel's and LLVM's library."""
+
+
+def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set `WAITING` unless the user has chosen how threads wait. Works only before torch, which reads it, is imported.
+
+    By default threads spin, for libgomp about a millisecond and more at each of thousands of products a step. A
+    process that meets another on its cores then burns the other's time and its own: a training step fell from 180 to
+    4 tokens/s, and to 100 with sleeping threads (benchmarks/wait_policy.py). Processes that this one starts inherit it.
+    """
+    if not any(name in environment for name in (*WAITING, "GOMP_SPINCOUNT")):
+        environment.update(WAITING)
+
+
 def main() -> None:
     """The entry point of the `qdora` command."""
+    let_threads_sleep()
     app()

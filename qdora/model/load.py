@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_flash_attn_2_available
 
 from qdora.errors import UserError, nearest
+from qdora.model.attention import ATTENTION_KINDS, with_attention
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, matches, replace_module
@@ -42,7 +42,6 @@ from qdora.ops.tiles import Weight
 log = logging.getLogger("qdora")
 
 QUANT_KINDS = (*KINDS, "none")
-ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEFAULT_SKIP = (HEAD,)
 
@@ -110,7 +109,7 @@ def load_model(
         block_size, double_quant: See `qdora.ops.packed.quantize`; not used by int8 and none.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
-        attention: "auto" takes flash_attention_2 on CUDA if it is installed, else transformers' choice.
+        attention: One of `ATTENTION_KINDS`; "auto" is chosen by what the model needs (`with_attention`).
         reader: Finds the weights (default `stored_tensors`; see model/packed_base.py).
         placer: Puts the tensors into the model (default `place_all`; see model/pruning.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
@@ -164,27 +163,16 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device; buffers are real, since checkpoints do not hold all of them.
 
-    Raises UserError if the model is not a causal LM, or does not have this attention.
+    Raises UserError if the model is not a causal LM, or cannot have this attention (`with_attention`).
     """
-    choice = None if attention == "auto" else attention
-    if attention == "auto" and device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
-        choice = "flash_attention_2"
-    try:
-        model = _empty(config, source, dtype, choice)
-    except (ValueError, ImportError) as error:
-        if attention != "auto" or choice is None:
-            raise UserError(f"model: {source.name}: cannot be built: {first_line(error)}") from error
-        log.info("%s has no %s (%s).", source.name, choice, first_line(error))
-        model = _empty(config, source, dtype, None)
-    log.info("Attention of %s: %s.", source.name, model.config._attn_implementation)
-    return model
 
+    def build(choice: str | None) -> PreTrainedModel:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=choice, trust_remote_code=source.trust_remote_code
+            )
 
-def _empty(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
-        )
+    return with_attention(build, config, attention, name=source.name, device=device, dtype=dtype)
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -1,6 +1,7 @@
 """Blockwise 4-bit quantisation and double quantisation in plain torch: the definition of the formats.
 
-On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit. Its CUDA kernels differ in details:
+On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double
+quantisation: its float32 mean depends on the number of threads, this one does not. Its CUDA kernels differ in details:
 they compare with decimal constants that are off by an ulp here and there, send FP4's negative ties to the smaller
 magnitude, take the nearest nested code without the 16-bit grid, and divide by the absmax of a zero block: NF4 then
 stores the block as -1 times 0, which double quantisation turns into small non-zero weights. This definition holds on
@@ -105,7 +106,9 @@ def quantize_scales(absmax: Tensor, code: Tensor, block_size: int) -> tuple[Tens
 
     Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / block_size),) float32, offset () float32.
     """
-    offset = absmax.mean()
+    # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device. The scales of a
+    # layer lie within a few powers of 2 and have 24 bits, so this sum is exact, or its error is far below float32's.
+    offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
     return *quantize_8bit(absmax - offset, code, block_size), offset
 
 

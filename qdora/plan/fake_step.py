@@ -37,13 +37,13 @@ _UNMASKED = "sdpa_without_padding"
 def empty_model(config: PreTrainedConfig, source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """A model with its parameters on the meta device; `config` is not changed. UserError if it is not a causal LM.
 
-    `dtype` is that of the activations. flash_attention_2 needs a GPU and is planned as sdpa, which keeps the same
-    tensors.
+    `dtype` is that of the activations. flash_attention_2 needs a GPU and is planned as auto: as sdpa, which keeps the
+    same tensors, or as eager, which keeps more, where the model needs what sdpa does not compute.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    planned = "sdpa" if attention == "flash_attention_2" else attention
+    planned = "auto" if attention == "flash_attention_2" else attention
     return skeleton(config, source, dtype, planned, torch.device("cpu"))
 
 

@@ -165,7 +165,8 @@ class ModelConfig(Section):
     trust_remote_code: Flag = False
     """Run Python code of a Hub model. This needs a full commit as revision, since a branch can be moved."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation of transformers. auto: the fastest one for this machine and model."""
+    """Attention implementation of transformers. auto: the fastest here that computes what the model needs (soft-cap,
+    sinks)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of activations and matrix products. auto: bfloat16 if the device computes in it, else float32. float16 is
     for GPUs without bfloat16: it scales the loss, so that gradients neither vanish nor overflow."""

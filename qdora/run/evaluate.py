@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def evaluate_target(
         document["generation"] = answers.to_dict()
     if options.texts:
         found = text_perplexity(loaded.model, loaded.tokenizer, read_texts(options.texts))
-        document["perplexity"] = asdict(found)
+        document["perplexity"] = found.to_dict()
         results.print(f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens", highlight=False)
     if harness is not None:
         document["harness"] = evaluate_harness(loaded.model, loaded.tokenizer, harness, limit=options.limit)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from qdora.errors import UserError
+from qdora.evaluation.forward_path import context_length
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_decoding
 from qdora.run.load_run import LoadedModel, load_target
+
+logger = logging.getLogger("qdora")
 
 Write = Callable[[str], None]
 
@@ -87,8 +91,8 @@ def generate_from(
         step, base_only, quant: See `load_target`.
         write: Called with each piece of text as soon as it is known.
     Returns:
-        JSON values: the text, token counts, seconds, tokens per second after the first, why it stopped ("end" or
-        "length").
+        JSON values: the text, token counts, seconds, tokens per second after the first, why it stopped: "end" of
+        sequence, "length" (`max_new_tokens`), or "context", since prompt and answer fill the model's context.
     Raises:
         UserError: Settings or a target that cannot be used, a prompt that is empty or leaves no room in the context.
     """
@@ -103,10 +107,19 @@ def generate_from(
     loaded = load_target(target, step=step, base_only=base_only, quant=quant, verb="generate")
     prepare_decoding(adapted_layers(loaded.model).values())
     ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and len(ids) >= limit:
-        raise UserError(f"--prompt: got {len(ids)} tokens, must be fewer than {limit}, the context of the model.")
-    found = _answer(loaded, ids, sampling, write or (lambda text: None))
+    context = context_length(loaded.model)
+    if context is not None and len(ids) >= context:
+        raise UserError(f"--prompt: got {len(ids)} tokens, must be fewer than {context}, the context of the model.")
+    room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
+    found = _answer(loaded, ids, replace(sampling, max_new_tokens=room), write or (lambda text: None))
+    if found["stopped"] == "length" and room < sampling.max_new_tokens:
+        found["stopped"] = "context"
+        logger.warning(
+            "The answer ends after %d tokens: with the prompt of %d it fills the model's context of %d tokens.",
+            room,
+            len(ids),
+            context,
+        )
     return {"target": target, "label": loaded.label, "prompt": prompt, **found}
 
 

@@ -1,0 +1,126 @@
+"""Tokens a second of training on the CPU, with OpenMP's threads spinning while they wait (the default) and sleeping.
+
+    python benchmarks/wait_policy.py [--steps 10] [--repeats 5] [--smoke]
+
+The command line sets OMP_WAIT_POLICY=PASSIVE unless the user has chosen. Each reading is `qdora train` of the quick
+start's recipe in a process of its own, with as many threads as cores: once on idle cores, once beside one busy loop per
+core. The two policies take turns. The bar: sleeping costs at most 2 % on idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kill_resume import prepare
+from measure import RESULTS, alternating, facts, ratio, spread, write
+
+from qdora.cli import WAITING
+
+# libgomp does not know KMP_BLOCKTIME; 200 is libomp's default. Set, it keeps the command line from choosing.
+POLICIES = {"spinning": {"KMP_BLOCKTIME": "200"}, "sleeping": WAITING}
+WARMUP_STEPS, BAR = 2, 0.02
+
+
+def main() -> None:
+    """Idle cores, then busy ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a reading, after 2 others")
+    parser.add_argument("--repeats", type=int, default=5, help="readings of each policy on idle and on busy cores")
+    parser.add_argument("--out", type=Path, default=RESULTS / "wait_policy.json")
+    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
+    args = parser.parse_args()
+    cores, more = len(os.sched_getaffinity(0)), {}
+    if args.smoke:
+        args.steps, args.repeats, more = 2, 1, {"OMP_NUM_THREADS": "1"}
+    cases = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        recipe = ["quickstart"]
+        if args.smoke:
+            prepare(root)
+            recipe = [str(smoke_recipe(root))]
+        for name, num_loops in (("idle", 0), ("busy", cores)):
+            with busy_loops(num_loops):
+                readings = {
+                    policy: partial(tokens_per_second, recipe, args.steps, variables | more, root / name / policy)
+                    for policy, variables in POLICIES.items()
+                }
+                found = alternating(readings, args.repeats, warmup=0)
+            cases[name] = {
+                "num_busy_loops": num_loops,
+                "tokens_per_second": found,
+                "spread": {policy: spread(values) for policy, values in found.items()},
+                "sleeping / spinning": ratio(found["sleeping"], found["spinning"]),
+            }
+    result = facts("python benchmarks/wait_policy.py") | {
+        "num_cores": cores,
+        "num_steps": args.steps,
+        "num_repeats": args.repeats,
+        "cases": cases,
+        "bar": BAR,
+        "passes": cases["idle"]["sleeping / spinning"]["of_medians"] >= 1 - BAR,
+    }
+    write(args.out, result)
+
+
+def smoke_recipe(root: Path) -> Path:
+    """A recipe of a random model."""
+    recipe = {
+        "model": {"source": str(root / "model"), "dtype": "float32"},
+        "adapter": {"rank": 4, "alpha": 8.0},
+        "data": {"mix": [{"source": str(root / "data+.jsonl")}], "max_length": 96},
+        "train": {"steps": 4, "batch": 4, "lr": 1e-3, "optimizer": "adamw"},
+    }
+    path = root / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Keep `count` processes computing."""
+    # A loop ends with this process, even if that is killed.
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(10_000))"
+    loops = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in loops:
+            process.kill()
+            process.wait()
+
+
+def tokens_per_second(recipe: list[str], num_steps: int, variables: dict[str, str], folder: Path) -> float:
+    """Of the steps after the first two of a run in a process with these variables and no others of OpenMP.
+
+    Raises:
+        RuntimeError: If the run fails, with what it said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    prefixes = ("OMP_", "GOMP_", "KMP_", "MKL_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)} | variables
+    settings = {"train.steps": WARMUP_STEPS + num_steps, "eval.at_start": "false", "eval.at_end": "false"}
+    options = [part for key, value in settings.items() for part in ("-s", f"{key}={value}")]
+    call = [sys.executable, "-m", "qdora.cli", "--quiet", "train", *recipe, *options, "--run-dir", str(run)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(call[1:])}: exit {done.returncode}\n{done.stderr[-4000:]}")
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "time" in line][WARMUP_STEPS:]
+    assert len(steps) == num_steps, f"{len(steps)} steps in {run}"
+    return float(sum(s["num_tokens"] for s in steps) / sum(s["time"]["step_seconds"] for s in steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Which implementation of attention a model gets: the fastest one that computes what the model needs.
+
+transformers passes a soft-cap or sinks to any implementation, and some releases let one that knows neither drop them
+without a word: 5.10 and 5.18 run Gemma 2 with sdpa, and its logits are off by a fifth of their range.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
+
+from qdora.errors import UserError
+from qdora.model.source import first_line
+
+log = logging.getLogger("qdora")
+
+ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
+
+# attn_logit_softcapping of Gemma 2; the cap of the output head (final_logit_softcapping) is another thing.
+_SOFTCAP = re.compile(r"(attn|attention)\w*soft_?cap")
+_SINKS = re.compile(r"(^|_)sinks?(_|$)")
+_SOFTCAP_SINCE = "2.6.0"  # of flash-attn
+
+Build = Callable[[str | None], PreTrainedModel]
+"""Builds a model with an implementation of attention; None: transformers' choice. ValueError or ImportError if the
+model does not have it."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a model's attention needs beyond softmax(scale * Q K^T + mask) V, and the kinds that compute it."""
+
+    what: str
+    computed_by: tuple[str, ...]
+
+
+def softcap_of(config: PreTrainedConfig) -> Need | None:
+    """The cap of the attention scores that the language part of a config sets."""
+    for key, value in config.get_text_config().to_dict().items():
+        if _SOFTCAP.search(key) and isinstance(value, int | float) and value:
+            flash = is_flash_attn_2_available() and is_flash_attn_greater_or_equal(_SOFTCAP_SINCE)
+            return Need(
+                f"soft-caps its scores ({key} {value:g})", ("eager", "flash_attention_2") if flash else ("eager",)
+            )
+    return None
+
+
+def sinks_of(model: nn.Module) -> Need | None:
+    """The trained logits that a model's attention adds to the softmax (gpt-oss), by the names of its parameters."""
+    for name, _ in model.named_parameters():
+        if any(map(_SINKS.search, name.split(".")[-2:])):
+            return Need(f"has sinks ({name})", ("eager",))
+    return None
+
+
+def with_attention(
+    build: Build, config: PreTrainedConfig, asked: str, *, name: str, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build a model with the attention that model.attention asks for; `auto` is chosen by what the model needs. Logged.
+
+    auto takes flash_attention_2 on a GPU where it is installed, else transformers' choice (sdpa where the model has
+    it), and eager in place of either where it does not compute a soft-cap or sinks.
+
+    Raises UserError if the model does not have this attention, cannot be built, or needs what it does not compute.
+    """
+    cap = softcap_of(config)
+    flash = asked == "auto" and device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
+    if asked != "auto":
+        choice: str | None = asked
+        why = "as model.attention asks"
+        _check(asked, cap, name)
+    elif flash and (cap is None or "flash_attention_2" in cap.computed_by):
+        choice, why = "flash_attention_2", "which is installed"
+    else:
+        choice, why = ("eager", "") if cap is not None else (None, "transformers' choice for it")
+    try:
+        model = build(choice)
+    except (ValueError, ImportError) as error:
+        if choice != "flash_attention_2" or asked != "auto":
+            raise UserError(f"model: {name}: cannot be built: {first_line(error)}") from error
+        log.info("%s has no %s (%s).", name, choice, first_line(error))
+        model, why = build(None if cap is None else "eager"), "transformers' choice for it"
+    need = cap or sinks_of(model)
+    if need is not None and asked != "auto":
+        _check(asked, need, name)
+    elif need is not None and model.config._attn_implementation not in need.computed_by:
+        model = build("eager")
+    chosen = str(model.config._attn_implementation)
+    if need is not None and chosen == "eager" != asked:
+        why = f"since its attention {need.what}, which sdpa does not compute"
+    log.info("Attention of %s: %s, %s.", name, chosen, why)
+    return model
+
+
+def _check(asked: str, need: Need | None, name: str) -> None:
+    if need is not None and asked not in need.computed_by:
+        raise UserError(
+            f"model.attention: got {asked}, but the attention of {name} {need.what}, which {asked} does not compute; "
+            f"must be auto or {' or '.join(need.computed_by)}."
+        )
