@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -45,6 +46,21 @@ QUANT_KINDS = (*KINDS, "none")
 ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEFAULT_SKIP = (HEAD,)
+
+_MOST_LAYERS = 1000
+"""Blocks of a model; those of Llama 3.1 405B are 126. A damaged config could ask for a thousand million."""
+# What transformers raises for a config with values that no model has: sizes below 0 or of 10^12, text for numbers, ...
+_BAD_CONFIG = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 Progress = Callable[[int, int], None]
 """Called with (tensors done, all tensors)."""
@@ -152,7 +168,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
             config = AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
         else:
             config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *_BAD_CONFIG) as error:
         raise UserError(f"model.source: {source.name}: its config cannot be used: {first_line(error)}") from error
     if source.is_gguf:
         settle_head(source.path, config)
@@ -169,9 +185,13 @@ def skeleton(
     choice = None if attention == "auto" else attention
     if attention == "auto" and device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
         choice = "flash_attention_2"
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(num_layers, int) and num_layers > _MOST_LAYERS:
+        what = f"num_hidden_layers: got {num_layers}, must be at most {_MOST_LAYERS}"
+        raise UserError(f"model.source: {source.name}: its config cannot be used: {what}")
     try:
         model = _empty(config, source, dtype, choice)
-    except (ValueError, ImportError) as error:
+    except _BAD_CONFIG as error:
         if attention != "auto" or choice is None:
             raise UserError(f"model: {source.name}: cannot be built: {first_line(error)}") from error
         log.info("%s has no %s (%s).", source.name, choice, first_line(error))
