@@ -266,6 +266,8 @@ def test_missing_sections_say_what_they_hold() -> None:
         ("a: !!python/object/apply:os.system [ls]\n", "r.yaml: line 1: not YAML: could not determine a constructor"),
         ("a: 2024-13-45\n", "r.yaml: not a value: month must be in 1..12."),
         ("a: \x07\n", "r.yaml: not YAML: "),
+        ("a: !!bool maybe\n", "r.yaml: not YAML: a tag such as !!bool stands before a value of another kind."),
+        ("a: !!timestamp x\n", "r.yaml: not YAML: a tag such as !!bool stands before a value of another kind."),
         ("a: " + "[" * 2000, "r.yaml: nested too deeply."),
     ],
 )

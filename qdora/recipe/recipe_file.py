@@ -167,6 +167,8 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not YAML: {one_line(str(error))}.") from None
     except (ValueError, OverflowError) as error:  # such as the date 2024-13-45
         raise UserError(f"{where}: not a value: {one_line(str(error))}.") from None
+    except (KeyError, AttributeError, TypeError):  # what PyYAML raises for !!bool maybe and !!timestamp x
+        raise UserError(f"{where}: not YAML: a tag such as !!bool stands before a value of another kind.") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply.") from None
     if num_values > _MOST_VALUES:
