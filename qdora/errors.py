@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")  # control characters, half characters
+_MOST_CHARACTERS = 800
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: a file, a recipe, an argument. The command line exits with 2.
 
     The message has one line per fault: where it is, what is wrong, what was given, what it must be, the nearest name.
+    What a damaged file brings into it (control characters, names of a megabyte) is left out.
     """
 
     def __init__(self, *faults: str) -> None:
-        self.faults: tuple[str, ...] = faults
-        super().__init__("\n".join(faults))
+        self.faults: tuple[str, ...] = tuple(_line(fault) for fault in faults)
+        super().__init__("\n".join(self.faults))
 
 
 class RunFailure(RuntimeError):
@@ -58,6 +63,13 @@ class Interrupted(Exception):
         else:
             text = "stopped at once; no checkpoint was written yet. --resume starts at step 0."
         super().__init__(text)
+
+
+def _line(text: str) -> str:
+    """Text on one line that every terminal can show, without its middle if it is longer than any message of ours."""
+    text = _NOT_SHOWN.sub(" ", text)
+    half = _MOST_CHARACTERS // 2
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def not_one_of(where: str, value: object, allowed: Iterable[str]) -> str:

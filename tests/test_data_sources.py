@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qdora.data import demo
@@ -244,6 +247,51 @@ def test_an_empty_data_set(tmp_path, name, content):
 def test_an_empty_parquet_file(tmp_path):
     pd.DataFrame({"prompt": [], "completion": []}).to_parquet(tmp_path / "a.parquet")
     assert "the data set is empty" in faults_of(SourceConfig(source=f"{tmp_path}/a.parquet"))[0]
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_json_that_breaks_the_parser_is_one_line(tmp_path, value, suffix):
+    text = f'{{"text": {value}}}\n'
+    (tmp_path / f"a{suffix}").write_text(f"[{text}]" if suffix == ".json" else text)
+    (fault,) = faults_of(SourceConfig(source=f"{tmp_path}/a{suffix}"))
+    place = f"{tmp_path}/a.json: not JSON (" if suffix == ".json" else f"{tmp_path}/a.jsonl: line 1: not JSON ("
+    assert fault.startswith(place)
+
+
+def test_every_flipped_bit_in_the_pages_of_a_parquet_file_is_noticed(tmp_path):
+    sink = BytesIO()
+    rows = [{"text": f"row {index}"} for index in range(20)]
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.Table.from_pylist(rows), sink, write_page_checksum=True, **plain)
+    whole = sink.getvalue()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    start = whole.index(b"row 0")  # the values; before them is the header of the page
+    assert footer - start > 100
+    for place in range(start, footer, 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        (fault,) = faults_of(SourceConfig(source=f"{tmp_path}/a.parquet"))
+        assert fault.startswith(f"{tmp_path}/a.parquet: row group 0: damaged (")
+
+
+def test_what_parquet_says_of_a_damaged_footer_is_one_line_without_control_characters(tmp_path):
+    sink = BytesIO()
+    pq.write_table(pa.Table.from_pylist([{"text": "x"}]), sink)
+    whole = sink.getvalue()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    (tmp_path / "a.parquet").write_bytes(whole[:footer] + b"\x0f" * (len(whole) - 8 - footer) + whole[-8:])
+    (fault,) = faults_of(SourceConfig(source=f"{tmp_path}/a.parquet"))
+    assert fault.startswith(f"{tmp_path}/a.parquet: not a Parquet file (")
+    assert fault.isprintable()
+
+
+def test_text_in_utf_16_without_its_mark_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("two words", encoding="utf-16-be")
+    assert faults_of(SourceConfig(source=f"{tmp_path}/a.txt")) == (
+        f"{tmp_path}/a.txt: holds null bytes, so it is not UTF-8 text. Fix: convert it, or remove them.",
+    )
 
 
 def test_damaged_files(tmp_path):

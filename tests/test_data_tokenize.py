@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.data.example import Example
-from qdora.data.tokenize import TokenizedSet, encode_pairs, special_prefix, tokenize_all
+from qdora.data.tokenize import TokenizedSet, encode_batch, encode_pairs, special_prefix, tokenize_all
 from qdora.errors import UserError
 from tests import tiny_tokenizer
 
@@ -213,6 +213,42 @@ def test_truncation_cuts_the_front_of_the_prompt(tokenizer, front):
         else:  # no prompt is left (but for one token where there is no <s>): the answer loses its end
             assert " the cat sat<|im_end|>".startswith(learnt(tokenizer, done))
             assert done.loss_mask[1:].all()
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop", "error"])
+@pytest.mark.parametrize("place", ["prompt", "answer", "both", "text", "user", "assistant"])
+def test_a_text_of_megabytes_is_shortened_before_it_is_encoded_to_the_same_tokens(place, too_long, monkeypatch):
+    words = "the cat sat on 12 mats, and so on. " * 800
+    one = {
+        "prompt": example(words, " yes"),
+        "answer": example("Why?", words),
+        "both": example(words, words),
+        "text": example("", words),
+        "user": example("", "", messages=(("user", words), CHAT[1])),
+        "assistant": example("", "", messages=(CHAT[0], ("assistant", words), *CHAT[2:])),
+    }[place]
+
+    def tokenized():
+        try:
+            return tokenize_all([one, example()], PLAIN, name="x", max_length=50, too_long=too_long)
+        except UserError as error:
+            return str(error).partition(", the longest has")[0]  # a lower bound of its length is enough
+
+    whole = tokenized()
+    monkeypatch.setattr("qdora.data.tokenize._EXCESSIVE", 10_000)
+    given = []
+    monkeypatch.setattr(
+        "qdora.data.tokenize.encode_batch", lambda _, texts: given.extend(texts) or encode_batch(PLAIN, texts)
+    )
+    short = tokenized()
+    assert max(map(len, given)) < len(words)
+    if isinstance(whole, str):
+        assert short == whole
+        return
+    assert (short.num_truncated, short.num_dropped) == (whole.num_truncated, whole.num_dropped)
+    for ours, theirs in zip(short.examples, whole.examples, strict=True):
+        assert np.array_equal(ours.input_ids, theirs.input_ids)
+        assert np.array_equal(ours.loss_mask, theirs.loss_mask)
 
 
 def test_truncated_text_and_chats_lose_their_end():

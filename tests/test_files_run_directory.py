@@ -320,6 +320,7 @@ def outside(path: Path) -> None:
         (lambda path: (path / "complete.json").unlink(), "complete.json: No such file or directory"),
         (lambda path: (path / "complete.json").write_text('{"step": 2, "fi'), "complete.json is damaged"),
         (lambda path: (path / "complete.json").write_text("[]"), "complete.json is damaged"),
+        (lambda path: (path / "complete.json").write_text("[" * 100_000), "complete.json is damaged"),
         (lambda path: (path / "complete.json").write_text('{"files": {"a": 3}}'), "a: No such file or directory"),
         (lambda path: (path / "adapter.safetensors").write_bytes(b"weight"), "has 6 bytes, not 7"),
         (lambda path: (path / "state" / "optimizer.json").unlink(), "optimizer.json: No such file or directory"),

@@ -395,7 +395,7 @@ def test_settings_that_do_not_fit_the_model(directory: Path, changes: dict[str, 
         load_adapter(tiny_adapted.base(), directory)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff", "[" * 100_000])
 def test_broken_files_are_named(directory: Path, content: str) -> None:
     (directory / "adapter_config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(

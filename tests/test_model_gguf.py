@@ -174,6 +174,48 @@ def test_a_file_cut_short(tmp_path: Path) -> None:
         load(path)
 
 
+def tensor_entry(content: bytes, name: str) -> int:
+    """Where the number of dimensions of a tensor stands in a header."""
+    return content.index(len(name).to_bytes(8, "little") + name.encode()) + 8 + len(name)
+
+
+def placed(content: bytes, place: int, number: int, size: int) -> bytes:
+    return content[:place] + number.to_bytes(size, "little") + content[place + size :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        # A read of so many bytes would take the memory for them before it finds that they are not there.
+        (lambda file: placed(file, 24, 2**40, 8), r"a string of 1,099,511,627,776 bytes$"),
+        (lambda file: placed(file, 24, 2**24, 8), r"the file ends within a string$"),
+        (lambda file: placed(file, tensor_entry(file, "output.weight"), 2**32 - 1, 4), r"has 4294967295 dimensions$"),
+        (lambda file: placed(file, tensor_entry(file, "output.weight"), 0, 4), r"'output.weight' has 0 dimensions$"),
+        (lambda file: placed(file, tensor_entry(file, "output.weight") + 20, 99, 4), r"has the type 99, which the"),
+        (
+            lambda file: placed(file, tensor_entry(file, "output.weight") + 4, 0, 8),
+            r"has the shape \[97, 0\], which its",
+        ),
+        (lambda file: placed(file, tensor_entry(file, "output.weight") + 12, 2**62, 8), r"is cut short: 1 tensors"),
+        (lambda file: placed(file, tensor_entry(file, "output.weight") + 24, 7, 8), r"at byte 7, which is no multiple"),
+        (
+            lambda file: placed(file, tensor_entry(file, "output.weight") + 24, 32, 8),
+            r"begins inside the values of 'tok",
+        ),
+        (lambda file: file.replace(b"output.weight", b"output\xffweight"), r"a name is not UTF-8$"),
+    ],
+)
+def test_a_damaged_header_is_one_line_and_takes_no_memory(
+    tmp_path: Path, damage: Callable[[bytes], bytes], fault: str
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama", LLAMA, interleave_q_and_k)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=fault) as raised:
+        load(path)
+    assert len(raised.value.faults) <= 2
+    assert len(str(raised.value)) < 500
+
+
 def test_no_gguf_file_at_all(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"hello world, this is no model" * 10)

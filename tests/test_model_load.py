@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -307,6 +308,31 @@ def test_config_that_transformers_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
     with pytest.raises(UserError, match="its config cannot be used"):
         load(tmp_path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: got 1000000000, must be at most 1000"),
+        ({"vocab_size": 10**13}, "cannot be built: .*can't allocate memory"),
+        ({"num_key_value_heads": -1}, "cannot be built: "),
+        ({"num_attention_heads": 0}, "(cannot be built|config cannot be used): "),
+        (
+            {"head_dim": "x"},
+            "config cannot be used: Validation error for field 'head_dim': TypeError: Field ",
+        ),
+        ({"hidden_act": "none"}, "cannot be built: "),
+        ({"dtype": "x" * 1000}, "config cannot be used: module 'torch' has no attribute 'xxx"),
+    ],
+)
+def test_a_config_with_values_that_no_model_has_is_one_line(tmp_path: Path, damage: dict[str, Any], fault: str) -> None:
+    checkpoint(tmp_path, CONFIGS["llama"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | damage))
+    with pytest.raises(UserError, match=fault) as raised:
+        load(tmp_path)
+    assert len(str(raised.value)) < 500 + len(str(tmp_path))
 
 
 def test_the_output_head_stays_dense_whatever_its_name(tmp_path: Path) -> None:

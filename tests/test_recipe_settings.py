@@ -266,6 +266,8 @@ def test_missing_sections_say_what_they_hold() -> None:
         ("a: !!python/object/apply:os.system [ls]\n", "r.yaml: line 1: not YAML: could not determine a constructor"),
         ("a: 2024-13-45\n", "r.yaml: not a value: month must be in 1..12."),
         ("a: \x07\n", "r.yaml: not YAML: "),
+        ("a: !!bool maybe\n", "r.yaml: not YAML: a tag such as !!bool stands before a value of another kind."),
+        ("a: !!timestamp x\n", "r.yaml: not YAML: a tag such as !!bool stands before a value of another kind."),
         ("a: " + "[" * 2000, "r.yaml: nested too deeply."),
     ],
 )
@@ -284,7 +286,32 @@ def test_two_keys_given_twice_are_two_lines() -> None:
 
 
 def test_aliases_that_go_in_circles_are_a_fault_not_a_hang() -> None:
-    assert faults(read_yaml("model: &a {source: builtin, tokenizer: [*a]}", "r.yaml"))
+    text = "model: &a {source: builtin, tokenizer: [*a, *a, *a]}"
+    with pytest.raises(UserError, match=r"^r.yaml: line 1: an alias stands inside the value that it repeats\.$"):
+        read_yaml(text, "r.yaml")
+
+
+@pytest.mark.timeout(20)  # pydantic, repr and the search for access tokens would write all values out
+def test_aliases_to_aliases_are_counted_before_they_are_written_out() -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 10)]
+    expected = r"^r.yaml: holds too many values, with its aliases written out at most 100,000\.$"
+    with pytest.raises(UserError, match=expected):
+        read_yaml("\n".join(levels), "r.yaml")
+    assert len(read_yaml("\n".join(levels[:4]), "r.yaml")) == 4
+
+
+@pytest.mark.timeout(20)  # PyYAML would need minutes
+def test_a_recipe_that_is_too_long_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    long = tmp_path / "long.yaml"
+    long.write_text("# comment\n" * 400_000)
+    for name in (str(long), "/dev/zero"):
+        with pytest.raises(
+            UserError, match=f"^{name}: too long for a recipe, allowed: at most 256 KiB; must be a YAML"
+        ):
+            load_recipe(name)
+    with pytest.raises(UserError, match=r"^r.yaml: too long, allowed: at most 256 KiB\.$"):
+        read_yaml("# comment\n" * 400_000, "r.yaml")
 
 
 def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

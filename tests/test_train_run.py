@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
-from qdora.files.run_directory import open_run
+from qdora.files.run_directory import open_run, write_complete
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.evaluate import EvalOptions, evaluate_target
@@ -146,6 +148,36 @@ def test_a_run_is_not_shortened(root: Path, whole: Path) -> None:
     said = r"train\.steps: must be 6 or more, as when the run started; .*\(got 5\)"
     with pytest.raises(UserError, match=said):
         train_run(tiny_run.recipe(root, train__steps=5), whole, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "fault"),
+    [
+        (
+            "state.json",
+            lambda text: text.replace(b'"micro_batch_tokens"', b'"tokens"'),
+            "KeyError: 'micro_batch_tokens'",
+        ),
+        ("state.json", lambda text: text.replace(b'"loader"', b'"reader"'), "KeyError: 'loader'"),
+        ("state.json", lambda text: b'{"format": 2, "step": ' + b"[" * 100_000, "it is nested too deeply"),
+        ("optimizer.safetensors", lambda content: b"\xff" * 64, "SafetensorError: "),
+        ("random.safetensors", lambda content: content[:-8], "SafetensorError: "),
+    ],
+)
+def test_a_checkpoint_that_another_program_wrote_is_one_line(
+    root: Path, whole: Path, tmp_path: Path, file: str, damage: Callable[[bytes], bytes], fault: str
+) -> None:
+    """Its check sums are right."""
+    shutil.copytree(whole, tmp_path / "run")
+    newest = open_run(tmp_path / "run").newest_checkpoint()
+    assert newest is not None
+    (newest.path / file).write_bytes(damage((newest.path / file).read_bytes()))
+    (newest.path / "complete.json").unlink()
+    write_complete(newest.path, newest.step)
+    with pytest.raises(UserError, match=fault) as raised:
+        train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
+    assert str(newest.path) in str(raised.value)
+    assert len(raised.value.faults) == 1
 
 
 def test_data_that_changed_is_refused_on_resume(root: Path, tmp_path: Path) -> None:

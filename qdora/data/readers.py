@@ -22,7 +22,9 @@ from typing import Any
 
 from qdora.data.rows import RowFault, Rows, each_made, shown
 from qdora.errors import UserError, nearest
+from qdora.files.json_file import parse_json
 from qdora.recipe.data_settings import STREAMED_SUFFIXES
+from qdora.recipe.faults import one_line
 
 _RANGE_BYTES = 16 * 2**20
 """Bytes of a shard of a JSON-lines file: small enough to skip to a row of it in some 50 ms."""
@@ -100,11 +102,13 @@ def _json(path: Path) -> Rows:
     """A list of objects, or JSON-lines under the wrong ending."""
     text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(text) if text.strip() else []
+        value = parse_json(text) if text.strip() else []
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # a second value after the first: one object a line
             return _json_lines(path)
         raise UserError(f"{path}: line {error.lineno}: not JSON (column {error.colno}: {error.msg})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
     if isinstance(value, dict) and not any(isinstance(entry, list) and entry for entry in value.values()):
         value = [value]
     if not isinstance(value, list):
@@ -116,7 +120,10 @@ def _text(path: Path) -> Rows:
     """One row {"text": ...} for each document; documents are separated by blank lines."""
     rows = Rows(str(path), "line", [])
     start, lines = 1, list[str]()
-    for number, line in enumerate([*path.read_text(encoding="utf-8-sig").split("\n"), ""], start=1):
+    text = path.read_text(encoding="utf-8-sig")
+    if "\0" in text:  # UTF-16 without its mark is valid UTF-8, with a null byte behind every letter
+        raise UserError(f"{path}: holds null bytes, so it is not UTF-8 text. Fix: convert it, or remove them.")
+    for number, line in enumerate([*text.split("\n"), ""], start=1):
         if line.strip():
             if not lines:
                 start = number
@@ -216,7 +223,7 @@ def _row_groups(path: Path) -> list[tuple[int, int, int]]:
     try:
         metadata = pq.read_metadata(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from error
+        raise UserError(f"{path}: not a Parquet file ({one_line(str(error))[:300]})") from error
     sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     starts = accumulate(sizes, initial=0)
     return [(group, start, size) for group, (start, size) in enumerate(zip(starts, sizes, strict=False)) if size > 0]
@@ -229,14 +236,14 @@ def _row_group(path: Path, group: int, first: int, skip: int = 0) -> Iterator[tu
 
     start = 0
     try:
-        with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
+        with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
                 kept = batch.slice(min(max(skip - start, 0), batch.num_rows))
                 number = first + start + batch.num_rows - kept.num_rows
                 start += batch.num_rows
                 yield from enumerate(kept.to_pylist(), start=number)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: row group {group}: damaged ({error})") from error
+        raise UserError(f"{path}: row group {group}: damaged ({one_line(str(error))[:300]})") from error
 
 
 def _placed(label: str, read: Callable[[int], Iterator[tuple[int, dict[str, Any]]]], skip: int) -> Iterator[PlacedRow]:
@@ -272,11 +279,15 @@ def _line_range(path: Path, start: int, stop: int, skip: int) -> Iterator[Placed
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        return _object(json.loads(line.rstrip(b"\r\n").decode("utf-8-sig")))
+        return _object(parse_json(line.rstrip(b"\r\n").decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         raise RowFault(f"not UTF-8 text (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
         raise RowFault(f"not JSON (column {error.colno}: {error.msg})") from error
+    except RowFault:
+        raise
+    except ValueError as error:  # nested too deeply, a number of thousands of digits
+        raise RowFault(f"not JSON ({error})") from error
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -311,7 +322,7 @@ def hub_shards(source: str, *, split: str, revision: str | None, hint: str = "")
 
 def reason_of(error: Exception) -> str:
     """The message of somebody else's error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return one_line(f"{type(error).__name__}: {error}")[:300]
 
 
 def _load_dataset(source: str, hint: str, **options: Any) -> Any:

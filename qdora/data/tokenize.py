@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jinja2
@@ -132,6 +132,8 @@ LossOn = Literal["answer", "all"]
 TooLong = Literal["error", "truncate", "drop"]
 _BATCH = 1024
 """Texts per call of the tokenizer: enough for its threads, few enough for memory."""
+_EXCESSIVE = 1 << 20
+"""Characters of a text from which it is shortened before it is encoded."""
 _SHOWN = 3
 """Faulty chats that are named; the rest is counted."""
 
@@ -231,6 +233,7 @@ class ExampleTally:
         self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn
     ) -> list[tuple[TokenizedExample | None, bool]]:
         """(tokenised or None, whether it was too long) of each; None: dropped or faulty."""
+        examples = [_without_excess(example, self.max_length, tokenizer) for example in examples]
         encoded = _encode(examples, tokenizer, self.name, loss_on)
         return [self._sort(*pair) for pair in zip(examples, encoded, strict=True)]
 
@@ -310,6 +313,24 @@ def _encode(examples: Sequence[Example], tokenizer: Any, name: str, loss_on: Los
             learnt = 0 if loss_on == "all" else start
             encoded[index] = _Encoded(ids, [position >= learnt for position in range(len(ids))], prefix, start)
     return [encoded[index] for index in range(len(examples))]
+
+
+def _without_excess(example: Example, max_length: int, tokenizer: Any) -> Example:
+    """The example without most of the text that `max_length` tokens cannot reach, if it has a text of a megabyte.
+
+    Encoding takes a hundred bytes for each character, so that a text of 50 MB took gigabytes, for what is cut off or
+    refused anyway. What is left is still too long: it has characters for four times as many of the longest tokens. Of a
+    prompt the end is kept, of an answer and of a chat the beginning, as in `_cut`.
+    """
+    texts = [content for _, content in example.messages] or [example.prompt, example.answer]
+    if max(map(len, texts)) < _EXCESSIVE:
+        return example
+    kept = max(_EXCESSIVE // 2, 4 * max_length * max(map(len, tokenizer.get_vocab())))
+    messages = tuple((role, content[:kept]) for role, content in example.messages)
+    choices, gold, answer = example.choices, example.gold, example.answer[:kept]
+    if gold is not None:  # the others are not encoded here
+        choices = (*choices[:gold], answer, *choices[gold + 1 :])
+    return replace(example, prompt=example.prompt[-kept:], answer=answer, choices=choices, messages=messages)
 
 
 def _cut(encoded: _Encoded, max_length: int) -> _Encoded:

@@ -37,6 +37,7 @@ from qdora.files.atomic import (
     remove_directory,
     remove_leftovers,
 )
+from qdora.files.json_file import parse_json, read_json_object
 
 logger = logging.getLogger("qdora")
 
@@ -285,7 +286,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     try:
         old_text = run.recipe_file.read_text(encoding="utf-8")
         old, new = flat(yaml.safe_load(old_text)), flat(yaml.safe_load(recipe))
-        record: dict[str, Any] = json.loads(run.environment_file.read_bytes())
+        record = read_json_object(path / "environment.json")
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
@@ -329,7 +330,7 @@ def _metrics_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     content = path.read_bytes() if path.exists() else b""
     for line in content.split(b"\n"):
         with suppress(ValueError):  # JSONDecodeError or UnicodeDecodeError: a kill has cut the line off
-            values = json.loads(line)
+            values = parse_json(line)
             if isinstance(values, dict) and _has_step(values):
                 yield line, values
 
@@ -383,7 +384,7 @@ def checkpoint_fault(path: Path, *, sums: bool = True) -> str | None:
     `sums` also compares the CRC-32 of every file, which reads the whole file; otherwise only sizes are compared.
     """
     try:
-        listed = json.loads((path / COMPLETE).read_bytes())["files"]
+        listed = parse_json((path / COMPLETE).read_bytes())["files"]
         for name, wanted in listed.items():
             file = path / name
             if not file.resolve().is_relative_to(path.resolve()):

@@ -10,7 +10,6 @@ The tensor names are those that PEFT writes: a magnitude's name does not end in 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from qdora import __version__
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, json_text
+from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.model.inject import adapted_layers, as_frozen, check_masks, is_linear, put_layers
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
@@ -120,8 +120,8 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         faults.append(f"{directory / WEIGHTS_FILE}: missing.{advice if (directory / PICKLE_FILE).exists() else ''}")
     layout, record = None, None
     try:
-        layout = parse_adapter_config(_read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
-        record = _read_json(directory / RECORD_FILE) if (directory / RECORD_FILE).exists() else None
+        layout = parse_adapter_config(read_json_object(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+        record = read_json_object(directory / RECORD_FILE) if (directory / RECORD_FILE).exists() else None
     except UserError as error:
         faults.extend(error.faults)
     if record is not None and record.get("format") != FORMAT:
@@ -140,18 +140,6 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         if isinstance(entry, dict) and isinstance(entry.get("scaling"), (int, float))
     }
     return AdapterDescription(layout, record.get("extra"), scalings)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a JSON object (got a {type(value).__name__}).")
-    return value
 
 
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:

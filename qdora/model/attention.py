@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
@@ -28,9 +29,22 @@ _SOFTCAP = re.compile(r"(attn|attention)\w*soft_?cap")
 _SINKS = re.compile(r"(^|_)sinks?(_|$)")
 _SOFTCAP_SINCE = "2.6.0"  # of flash-attn
 
+BAD_CONFIG = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises for a config with values that no model has: sizes below 0 or of 10^12, text for numbers."""
+
 Build = Callable[[str | None], PreTrainedModel]
-"""Builds a model with an implementation of attention; None: transformers' choice. ValueError or ImportError if the
-model does not have it."""
+"""Builds a model with an implementation of attention; None: transformers' choice. One of `BAD_CONFIG` if the model
+does not have it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ def with_attention(
         choice, why = ("eager", "") if cap is not None else (None, "transformers' choice for it")
     try:
         model = build(choice)
-    except (ValueError, ImportError) as error:
+    except BAD_CONFIG as error:
         if choice != "flash_attention_2" or asked != "auto":
             raise UserError(f"model: {name}: cannot be built: {first_line(error)}") from error
         log.info("%s has no %s (%s).", name, choice, first_line(error))

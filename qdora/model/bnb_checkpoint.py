@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from qdora.errors import UserError
+from qdora.files.json_file import parse_json
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
 from qdora.ops.bnb_state import from_bnb_state
 from qdora.ops.packed import PackedWeight, from_tensors
@@ -92,7 +92,7 @@ def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPa
     if state_part is None:
         raise UserError(f"model.source: '{weight.key}' is stored in 4 bits without its {_STATE}* entry.")
     try:
-        state = json.loads(bytes(parts[state_part].read().tolist()))
+        state = parse_json(bytes(parts[state_part].read().tolist()))
         shape, block_size = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"model.source: the quantisation state of '{weight.key}' is broken: {error!r}") from error

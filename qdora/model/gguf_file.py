@@ -9,8 +9,9 @@ rows of q and k, and adds 1 to Gemma's norms).
 from __future__ import annotations
 
 import logging
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,15 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from qdora.errors import UserError
 from qdora.model.stored_tensors import StoredTensor, shorten
+from qdora.recipe.faults import one_line
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
+_MOST_DIMS = 4
+_MOST_STRING_BYTES = 64 << 20
+"""Longest string of the metadata; chat templates, the longest there are, have some 20 kB."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,11 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as stream:
             return _read(path, stream)
-    except (struct.error, KeyError, UnicodeDecodeError, OverflowError) as error:
-        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {error!r}") from error
+    except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = "a name is not UTF-8" if isinstance(error, UnicodeDecodeError) else one_line(str(error))
+        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {reason}") from error
     except OSError as error:
         raise UserError(f"model.source: {path} cannot be read: {error}") from error
 
@@ -87,9 +95,16 @@ def _read(path: Path, stream: BinaryIO) -> GgufHeader:
     for _ in range(num_tensors):
         name = _string(stream)
         (num_dims,) = _unpack(stream, "I")
+        if not 1 <= num_dims <= _MOST_DIMS:
+            raise ValueError(f"tensor '{name}' has {num_dims} dimensions")
         sizes = _unpack(stream, f"{num_dims}Q")
         entries.append((name, tuple(reversed(sizes)), *_unpack(stream, "IQ")))
-    alignment = int(settings.get("general.alignment", _ALIGNMENT))
+    alignment = settings.get("general.alignment", _ALIGNMENT)
+    if type(alignment) is not int or alignment < 8 or alignment % 8:
+        raise ValueError(f"general.alignment must be a multiple of 8 (got {alignment!r})")
+    for name, *_, offset in entries:
+        if offset % alignment:
+            raise ValueError(f"tensor '{name}' begins at byte {offset}, which is no multiple of {alignment}")
     data = -(-stream.tell() // alignment) * alignment
     tensors = tuple(GgufTensor(name, shape, kind, data + offset) for name, shape, kind, offset in entries)
     return GgufHeader(path, settings, tensors)
@@ -101,9 +116,11 @@ def _unpack(stream: BinaryIO, form: str) -> tuple[Any, ...]:
 
 def _string(stream: BinaryIO) -> str:
     (length,) = _unpack(stream, "Q")
+    if length > _MOST_STRING_BYTES:  # a read of that many bytes would first take the memory for them
+        raise ValueError(f"a string of {length:,} bytes")
     content = stream.read(length)
     if len(content) != length:
-        raise struct.error("the file ends within a string")
+        raise ValueError("the file ends within a string")
     return content.decode("utf-8")
 
 
@@ -152,12 +169,39 @@ def check_gguf(path: Path) -> None:
     """
     require_gguf()
     size = path.stat().st_size
-    beyond = [tensor.name for tensor in read_header(path).tensors if tensor.offset + _num_bytes(tensor) > size]
+    tensors = read_header(path).tensors
+    faults = list(_placing_faults(path, tensors))
+    if faults:
+        raise UserError(*shorten(faults))
+    beyond = [tensor.name for tensor in tensors if tensor.offset + _num_bytes(tensor) > size]
     if beyond:
         raise UserError(
             f"model.source: {path} is cut short: {len(beyond)} tensors, e.g. '{beyond[0]}', lie beyond its end. "
             "Fix: download or copy it again."
         )
+
+
+def _placing_faults(path: Path, tensors: Sequence[GgufTensor]) -> Iterator[str]:
+    """Tensors of an unknown type, without values, or with bytes of another tensor: a header that was damaged."""
+    end, before = 0, ""
+    kinds = _kinds()
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        where = f"model.source: {path}: tensor '{tensor.name}'"
+        if tensor.type not in kinds:
+            yield f"{where} has the type {tensor.type}, which the installed package gguf does not know."
+            continue
+        if 0 in tensor.shape or tensor.shape[-1] % kinds[tensor.type]:
+            yield f"{where} has the shape {list(tensor.shape)}, which its type cannot have: the header is damaged."
+        if tensor.offset < end:
+            yield f"{where} begins inside the values of '{before}': the header is damaged."
+        end, before = max(end, tensor.offset + _num_bytes(tensor)), tensor.name
+
+
+def _kinds() -> dict[int, int]:
+    """Type of a tensor by gguf's numbers -> its values per block."""
+    import gguf
+
+    return {int(kind): block for kind, (block, _) in gguf.GGML_QUANT_SIZES.items()}
 
 
 def settle_head(path: Path, config: PreTrainedConfig) -> None:
@@ -250,7 +294,7 @@ def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorPro
 
 
 def _num_bytes(tensor: GgufTensor) -> int:
-    return int(np.prod(_byte_shape(tensor)))
+    return math.prod(_byte_shape(tensor))  # of any size, where numpy's would overflow
 
 
 def _byte_shape(tensor: GgufTensor) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qdora.errors import UserError, nearest
-from qdora.model.attention import ATTENTION_KINDS, with_attention
+from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, matches, replace_module
@@ -44,6 +44,9 @@ log = logging.getLogger("qdora")
 QUANT_KINDS = (*KINDS, "none")
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEFAULT_SKIP = (HEAD,)
+
+_MOST_LAYERS = 1000
+"""Blocks of a model; those of Llama 3.1 405B are 126. A damaged config could ask for a thousand million."""
 
 Progress = Callable[[int, int], None]
 """Called with (tensors done, all tensors)."""
@@ -151,7 +154,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
             config = AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
         else:
             config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *BAD_CONFIG) as error:
         raise UserError(f"model.source: {source.name}: its config cannot be used: {first_line(error)}") from error
     if source.is_gguf:
         settle_head(source.path, config)
@@ -165,6 +168,10 @@ def skeleton(
 
     Raises UserError if the model is not a causal LM, or cannot have this attention (`with_attention`).
     """
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(num_layers, int) and num_layers > _MOST_LAYERS:
+        what = f"num_hidden_layers: got {num_layers}, must be at most {_MOST_LAYERS}"
+        raise UserError(f"model.source: {source.name}: its config cannot be used: {what}")
 
     def build(choice: str | None) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):

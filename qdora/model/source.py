@@ -221,8 +221,9 @@ def _hub_reason(error: Exception, source: str, revision: str | None) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, with the second if it ends in a colon; its class if it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

@@ -6,7 +6,6 @@ memory holds one tensor of the file and not all that was read so far.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qdora.errors import UserError, nearest
+from qdora.files.json_file import parse_json
 from qdora.ops.packed import PackedWeight
 
 log = logging.getLogger("qdora")
@@ -78,8 +78,8 @@ def shard_files(directory: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(index.read_bytes())
+    except (ValueError, OSError) as error:
         raise UserError(f"{index}: is not JSON: {error}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qdora.errors import UserError
+from qdora.files.json_file import parse_json
 from qdora.ops import codebooks
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, from_tensors
@@ -42,7 +43,7 @@ def from_bnb_state(state: Mapping[str, Tensor], *, name: str = "weight") -> Pack
         raise UserError(f"{name}: needs one tensor '{STATE_NAME}nf4' or '{STATE_NAME}fp4', got {len(keys)}: {keys}.")
     kind = keys[0].removeprefix(STATE_NAME)
     try:
-        stored = json.loads(bytes(state[keys[0]].cpu().tolist()).decode())
+        stored = parse_json(bytes(state[keys[0]].cpu().tolist()))
     except ValueError as error:
         raise UserError(f"{name}: the quantisation state is not JSON: {error}.") from error
     if not isinstance(stored, dict):

@@ -8,6 +8,7 @@ there, else a Hub id. A checked recipe has only absolute paths.
 from __future__ import annotations
 
 import copy
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,11 @@ from qdora.recipe.settings import Recipe
 
 _KEY = re.compile(r"[^.\[\]=\s]+(?:\.[^.\[\]=\s]+|\[\d{1,6}\])*")
 _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
+_MOST_BYTES = 256 * 1024
+"""Longest YAML text. PyYAML reads some 100 kB a second, and a recipe has 2."""
+_LENGTH = f"allowed: at most {_MOST_BYTES // 1024} KiB"
+_MOST_VALUES = 100_000
+"""Most values of a document with its aliases written out: ten aliases to ten aliases to ... are 10^10 in one line."""
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -143,11 +149,16 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Parse one YAML mapping; UserError has the line of a syntax error, or of every key that is given twice."""
+    if len(text) > _MOST_BYTES:
+        raise UserError(f"{where}: too long, {_LENGTH}.")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        num_values = 0 if node is None else _num_values(node, {}, where)
         twice = [] if node is None else list(_keys_given_twice(node, set()))
-        data = None if node is None or twice else loader.construct_document(node)
+        data = None if num_values > _MOST_VALUES or node is None or twice else loader.construct_document(node)
+    except UserError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
@@ -156,8 +167,12 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not YAML: {one_line(str(error))}.") from None
     except (ValueError, OverflowError) as error:  # such as the date 2024-13-45
         raise UserError(f"{where}: not a value: {one_line(str(error))}.") from None
+    except (KeyError, AttributeError, TypeError):  # what PyYAML raises for !!bool maybe and !!timestamp x
+        raise UserError(f"{where}: not YAML: a tag such as !!bool stands before a value of another kind.") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply.") from None
+    if num_values > _MOST_VALUES:
+        raise UserError(f"{where}: holds too many values, with its aliases written out at most {_MOST_VALUES:,}.")
     if twice:
         raise UserError(*(f"{where}: line {line}: key {shown(key)} is given twice." for key, line in twice))
     if not isinstance(data, dict):
@@ -262,7 +277,11 @@ def _find(name: str) -> tuple[str, str, Path | None]:
     where, allowed = masked(name), f"must be a YAML file, or one of {', '.join(names)}."
     try:
         path = path.expanduser()
-        return path.read_text(encoding="utf-8-sig"), where, Path(os.path.abspath(path)).parent
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)  # never all of a device such as /dev/zero
+        if len(content) <= _MOST_BYTES:
+            text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()  # line ends as of a text file
+            return text, where, Path(os.path.abspath(path)).parent
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start} is not UTF-8 text; {allowed}") from None
     except IsADirectoryError:
@@ -272,6 +291,7 @@ def _find(name: str) -> tuple[str, str, Path | None]:
         raise UserError(f"{where}: no such file; {allowed}{close}") from None
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); {allowed}") from None
+    raise UserError(f"{where}: too long for a recipe, {_LENGTH}; {allowed}")
 
 
 def _recipes_beside(path: Path) -> list[str]:
@@ -279,6 +299,21 @@ def _recipes_beside(path: Path) -> list[str]:
         return [str(path.parent / name) for name in os.listdir(path.parent) if name.endswith((".yaml", ".yml"))]
     except (OSError, ValueError):
         return []
+
+
+def _num_values(node: yaml.Node, known: dict[int, int], where: str) -> int:
+    """The values of a node with its aliases written out; `known` has those of the nodes that are counted, 0 while they
+    are. UserError if a node is inside itself."""
+    number = known.get(id(node))
+    if number == 0:
+        raise UserError(f"{where}: line {node.start_mark.line + 1}: an alias stands inside the value that it repeats.")
+    if number is None:
+        known[id(node)] = 0
+        children = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else ()
+        pairs = children if isinstance(node, yaml.MappingNode) else ((child,) for child in children)
+        number = 1 + sum(_num_values(child, known, where) for pair in pairs for child in pair)
+        known[id(node)] = number
+    return number
 
 
 def _keys_given_twice(node: yaml.Node, seen: set[int]) -> Iterator[tuple[str, int]]:

@@ -27,7 +27,7 @@ from qdora.run.prepare import evaluated_sources
 from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
 from qdora.run.validation import RunValidation, adapter_record, best_in_words, best_so_far, selection_value
 from qdora.run.writer import RunWriter
-from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state
+from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, unreadable
 from qdora.train.figures import draw_figures
 from qdora.train.gates import Gates
 from qdora.train.loop import Evaluated, Hooks
@@ -104,18 +104,19 @@ class Training:
         """Load the state of a checkpoint whose adapter is already in the model. Returns its step."""
         optimizer, gates = self.state.optimizer, self.state.gates
         assert optimizer is not None
-        if self.active.recipe.adapter.kind == "full":
-            copy_parameters(load_file(checkpoint / PARAMETERS_FILE), optimizer.parameters, checkpoint)
-        step, policies = read_state(
-            checkpoint,
-            optimizer=optimizer,
-            load_loader=self.active.loader.load_state_dict,
-            processes=self.active.processes,
-            seed=self.active.recipe.train.seed,
-        )
-        self.writer.take_policies(policies, step)
-        if gates is not None:
-            gates.load(checkpoint, policies["gates"])
+        with unreadable(checkpoint):
+            if self.active.recipe.adapter.kind == "full":
+                copy_parameters(load_file(checkpoint / PARAMETERS_FILE), optimizer.parameters, checkpoint)
+            step, policies = read_state(
+                checkpoint,
+                optimizer=optimizer,
+                load_loader=self.active.loader.load_state_dict,
+                processes=self.active.processes,
+                seed=self.active.recipe.train.seed,
+            )
+            self.writer.take_policies(policies, step)
+            if gates is not None:
+                gates.load(checkpoint, policies["gates"])
         logger.info("Continuing from %s.", checkpoint)
         self.validation.take_back("base", 0)
         return step

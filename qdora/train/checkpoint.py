@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qdora.errors import UserError
+from qdora.errors import RunFailure, UserError
+from qdora.files.json_file import read_json_object
+from qdora.recipe.faults import one_line
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
 
@@ -96,7 +99,7 @@ def read_state(
     Raises:
         UserError: The checkpoint belongs to another run or format.
     """
-    state = json.loads((directory / "state.json").read_text())
+    state = read_json_object(directory / "state.json")
     if state.get("format") != FORMAT:
         raise UserError(f"{directory / 'state.json'}: format must be {FORMAT} (got {state.get('format')}).")
     load_loader(state["loader"])
@@ -120,9 +123,24 @@ def read_state(
     return step, dict(state["policies"])
 
 
+@contextmanager
+def unreadable(directory: Path) -> Iterator[None]:
+    """Turn what restoring a checkpoint raises into a UserError of one line.
+
+    The check sums of its files were right, so it is not damaged: another version or another program wrote it.
+    """
+    try:
+        yield
+    except (UserError, RunFailure, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {one_line(str(error))}"[:300]
+        raise UserError(f"{directory}: is no checkpoint of this version of qdora: {reason}.") from error
+
+
 def read_policies(directory: Path) -> dict[str, Any]:
     """The policies of a checkpoint, read without the rest of it."""
-    return dict(json.loads((directory / "state.json").read_text())["policies"])
+    return dict(read_json_object(directory / "state.json")["policies"])
 
 
 def random_state() -> dict[str, Tensor]:
