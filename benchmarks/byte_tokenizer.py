@@ -1,11 +1,13 @@
-"""A tokenizer with a token for each byte: text of any kind, without a model to download."""
+"""A tokenizer with a token for each byte, and a tiny model with it: text of any kind, without a download."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 
 def byte_tokenizer() -> Any:
@@ -15,3 +17,20 @@ def byte_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+
+
+def write_model(directory: Path, seed: int) -> None:
+    """A random Llama of two blocks with that tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(directory)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)

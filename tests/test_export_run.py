@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qdora.errors import UserError
+from qdora.errors import RunFailure, UserError
+from qdora.export import checkpoint_writer
 from qdora.export import export_run as export_module
 from qdora.export.export_run import check_servable, export_run
 from qdora.export.options import ExportOptions, check_options
+from qdora.files.work_lock import work_lock
 from qdora.model.inject import adapted_layers
 from qdora.run.load_run import load_target
 from qdora.run.train import train_run
@@ -159,6 +163,45 @@ def test_the_merges(run: Path, tmp_path: Path, options: ExportOptions, row: str)
     if options.requantize:
         assert difference > 1e-3
         assert "quantization_config" in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("format_", ["merged", "nf4-lora", "peft"])
+def test_an_export_that_is_stopped_before_its_end_can_be_made_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    """A directory of that name holds a checked model or does not exist."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out, options = tmp_path / "out", ExportOptions(format_=format_)
+    monkeypatch.setattr(export_module, "run_card", stop)  # after the weights and their check
+    with pytest.raises(KeyboardInterrupt):
+        export_run(run, out, options)
+    assert not out.exists()
+    monkeypatch.undo()
+    exported = export_run(run, out, options)
+    assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(exported))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(checkpoint_writer, "write_safetensors", full)
+    with pytest.raises(RunFailure, match=r"out: cannot be written: the disk is full\. Nothing is left there\."):
+        export_run(run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_export_to_one_directory_is_refused(run: Path, tmp_path: Path) -> None:
+    with (
+        work_lock(tmp_path / ".out.lock", "first"),
+        pytest.raises(UserError, match=rf"out: another process works on it \(process {os.getpid()} on"),
+    ):
+        export_run(run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text, size", [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("2TB", 2 * 10**12)])

@@ -17,12 +17,28 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from qdora.errors import RunFailure, UserError
 from qdora.files import atomic
-from qdora.files.atomic import atomic_directory, atomic_write_bytes, atomic_write_json, json_text, remove_leftovers
+from qdora.files.atomic import (
+    atomic_directory,
+    atomic_write_bytes,
+    atomic_write_json,
+    disk_failures,
+    json_text,
+    remove_leftovers,
+)
 from qdora.files.environment import VARIABLES, environment
-from qdora.files.run_directory import Checkpoint, RunDirectory, checkpoint_fault, create_run, open_run, resume_run
+from qdora.files.run_directory import (
+    Checkpoint,
+    RunDirectory,
+    checkpoint_fault,
+    create_run,
+    only_process,
+    open_run,
+    resume_run,
+)
 from qdora.run import doctor
 
 RECIPE = "train:\n  steps: 10\n  lr: 0.1\n  log_every: 1\ndata:\n  mix:\n  - task: boolq\n"
@@ -143,6 +159,46 @@ def test_resume_records_what_changed_about_the_machine(run: RunDirectory) -> Non
     (run.path / "environment.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         resume_run(run.path, RECIPE, ENVIRONMENT)
+
+
+def test_only_one_process_works_in_a_run(tmp_path: Path) -> None:
+    path, told = tmp_path / "run", os.pipe()
+    child = os.fork()
+    if child == 0:
+        with only_process(path, resume=False):
+            os.write(told[1], b"x")
+            signal.pause()
+    os.read(told[0], 1)
+    for resume in (False, True):
+        match = rf"run: another process works on it \(process {child} on .*\)\. Fix: wait until it ends\.$"
+        with pytest.raises(UserError, match=match), only_process(path, resume=resume):
+            pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert os.listdir(path) == [".lock"]  # the kill has left it, and nobody holds it
+    with only_process(path, resume=False):
+        assert create_run(path, RECIPE, ENVIRONMENT).recipe_file.is_file()
+    assert sorted(os.listdir(path)) == ["environment.json", "recipe.yaml"]
+    with pytest.raises(UserError, match="nowhere: no such directory"), only_process(tmp_path / "nowhere", resume=True):
+        pass
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOENT])
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_full_and_read_only_disks_give_one_line(tmp_path: Path, number: int, kind: type[Exception]) -> None:
+    """Rust code raises an error of its own, which has the system's words in it."""
+    error = OSError(number, os.strerror(number)) if kind is OSError else kind(f"I/O error: {os.strerror(number)}")
+    with pytest.raises(Exception) as raised, disk_failures(tmp_path / "study"):
+        raise error
+    if number == errno.ENOENT:
+        assert raised.value is error
+    else:
+        reason = "Read-only file system" if number == errno.EROFS else "the disk is full"
+        assert isinstance(raised.value, RunFailure)
+        assert reason in str(raised.value)
+        assert str(raised.value).startswith(f"{tmp_path / 'study'}: cannot be written: ")
+        assert len(str(raised.value).splitlines()) == 1
 
 
 def test_no_path_leaves_the_run(run: RunDirectory, tmp_path: Path) -> None:

@@ -119,6 +119,19 @@ def test_equal_adapters_give_equal_bytes_and_replace_each_other(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
+def test_loaded_and_saved_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    """PEFT writes alpha as an integer where it can; a resumed run must not write it in another way than a fresh one."""
+    save(tiny_adapted.adapted("llama", quant="nf4", alpha=8.0), tmp_path / "first")
+    model = tiny_adapted.base("llama", quant="nf4")
+    load_adapter(model, tmp_path / "first")
+    save(model, tmp_path / "second")
+    first, second = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("first", "second")
+    )
+    assert len(first) == 3
+    assert first == second
+
+
 def test_a_failing_save_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_adapted.adapted()
     directory = save(model, tmp_path / "adapter")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,18 @@ def done(root: Path) -> Path:
     """A study that has run."""
     study_run(write_study(root), root / "study", console=Console(file=io.StringIO()))
     return root / "study"
+
+
+def test_a_full_disk_is_one_line(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the cell nor the record of its failure can be written."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(study_verb, "train_run", full)
+    monkeypatch.setattr(StudyDirectory, "add_failure", full)
+    with pytest.raises(RunFailure, match=r"study: cannot be written: the disk is full\.$"):
+        study_run(write_study(root), tmp_path / "study", console=Console(file=io.StringIO()))
 
 
 def test_every_cell_is_a_run_and_has_a_result(done: Path) -> None:

@@ -50,6 +50,22 @@ def test_processes_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyP
         dist.destroy_process_group()
 
 
+def _left_alone(rank: int) -> None:
+    with processes_of_launch() as processes:
+        assert processes.gather(rank) == [0, 1]
+        if rank == 0:  # the other ends here
+            lost = r"process 0: the connection to the other processes of this run is lost: one of them has ended"
+            with pytest.raises(OtherProcessFailed, match=lost):
+                processes.gather(rank)
+            parameter = nn.Parameter(torch.ones(3))
+            with pytest.raises(OtherProcessFailed, match=lost):
+                processes.share_first_([parameter])
+
+
+def test_a_process_that_ends_is_named_in_one_line() -> None:
+    assert launched.run(2, _left_alone) == ["", ""]
+
+
 def recipe(root: Path, **changes: Any) -> Recipe:
     """No evaluations; with dropout, as tiny_run's."""
     return tiny_run.recipe(root, **({"eval__tasks": [], "eval__limit": ...} | changes))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qdora.cli.verb import explain
-from qdora.errors import Interrupted, RunFailure
+from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.run import writer
 from qdora.run.train import train_run
@@ -153,6 +153,25 @@ def test_a_full_disk_for_metrics_takes_the_older_checkpoints_and_then_stops(
     ):
         train_run(tiny_run.recipe(root), tmp_path / "run")
     assert os.listdir(tmp_path / "run/checkpoints") == ["step-4"]
+
+
+def test_a_second_process_is_refused_and_changes_nothing(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second --resume would remove the checkpoint that the first is writing, and write metrics of its own."""
+    run = tmp_path / "run"
+
+    def second() -> None:
+        before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+        assert (run / "checkpoints/.step-4.partial") in {file.parent.parent for file in before}
+        for resume in (True, False):
+            with pytest.raises(UserError, match=rf"run: another process works on it \(process {os.getpid()} on"):
+                train_run(tiny_run.recipe(root), run, resume=resume)
+        assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+    in_save(monkeypatch, 4, second)
+    train_run(tiny_run.recipe(root), run)
+    assert_same_run(run, whole)
 
 
 def test_resume_says_which_checkpoint_it_skips(root: Path, whole: Path, tmp_path: Path) -> None:

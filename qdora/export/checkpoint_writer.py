@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 
 from qdora.errors import RunFailure, UserError
-from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, json_text
+from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_text
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, write_safetensors
 from qdora.model.stored_tensors import INDEX_FILE, shorten
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -221,7 +221,7 @@ def checkpoint_directory(
             _write_rest(partial, plan, tokenizer, extra_files or {})
             yield partial, written
     except OSError as error:
-        raise RunFailure(f"{out_dir}: cannot be written: {error}. Nothing is left there.") from error
+        raise RunFailure(f"{out_dir}: cannot be written: {disk_reason(error)}. Nothing is left there.") from error
 
 
 def _check_space(out_dir: Path, planned: Sequence[Planned]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.options import ExportOptions, check_options
 from qdora.export.targets import check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
-from qdora.files.atomic import atomic_write_json, atomic_write_text
+from qdora.files.atomic import atomic_write_json, atomic_write_text, disk_failures, remove_directory, sync
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
+from qdora.files.work_lock import work_lock
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import DTYPES, write_adapter
@@ -48,13 +52,59 @@ def export_run(
     check_options(options)
     if options.target is not None:
         _check_target(run, options.target, options)
+    with disk_failures(out), _unfinished(out) as place:
+        document, sentences = _export(run, place, options, console)
+        if out.is_dir():
+            out.rmdir()
+        os.rename(place, out)
+        sync(out.absolute().parent)
+    for sentence in sentences:
+        _say(results, sentence)
+    check = document.get("verification")
+    if check is not None:
+        _say(results, _check_in_words(check))
+        if not check["passed"]:
+            why = "; ".join(check["faults"])
+            raise RunFailure(f"{out}: the exported model is not the one that was trained: {why}.", safe=[run, out])
+    _say(results, f"exported model: {out}")
+    if options.push is None:
+        return document
+    address = push(out, options.push, private=not options.public)
+    _say(results, f"uploaded: {address}")
+    return document | {"pushed": address}
+
+
+@contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """Where an export is made and checked before it gets its name: a directory of the same name in a hidden one.
+
+    An interrupt or a kill leaves the hidden directory, from which the next export to `out` goes on; a failure removes
+    it. UserError if another process is exporting to `out`.
+    """
     check_new_directory(out)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    hidden = out.with_name(f".{out.name}.unfinished")
+    with work_lock(out.with_name(f".{out.name}.lock"), str(out)):
+        check_new_directory(out)  # another process may just have finished it
+        remove_directory(hidden / out.name)  # written, but perhaps not checked
+        hidden.mkdir(exist_ok=True)
+        try:
+            yield hidden / out.name
+        except Exception:
+            remove_directory(hidden)
+            raise
+        remove_directory(hidden)
+
+
+def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> tuple[dict[str, Any], list[str]]:
+    """Write all files of an export; returns the content of export.json, and what else to say."""
     writers = {"merged": _export_merged, "nf4-lora": _export_nf4_lora, "gguf": export_gguf, "peft": _export_adapter}
     trained, result, check = writers[options.format](run, out, options, console)
     zeros = _pruned_zeros(trained) if options.form == "merged" else None
     # Names without their paths: the file leaves this machine.
     named = {"format": options.format, "run": run.resolve().name, "state": trained.state}
-    document = {**named, **result, "directory": out.resolve().name}
+    document, sentences = {**named, **result, "directory": out.name}, []
     if check is not None:
         document["verification"] = check
     if zeros is not None:
@@ -65,24 +115,14 @@ def export_run(
             del trained
             trained = load_run(run, step=options.step)
         document["audit"] = _audit(trained, out, options, console)
-        _say(results, document["audit"]["verdict"])
-    atomic_write_json(out / "export.json", document)
+        sentences.append(document["audit"]["verdict"])
     card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    atomic_write_text(out / "README.md", card)
+    atomic_write_json(out / "export.json", document)
     if zeros is not None and zeros["kept"] < zeros["pruned"]:
         still = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero"
-        _say(results, f"the merge is dense: {still}; adapter.mask: keep keeps them all")
-    if check is not None:
-        _say(results, _check_in_words(check))
-        if not passed:
-            why = "; ".join(check["faults"])
-            raise RunFailure(f"{out}: the exported model is not the one that was trained: {why}.", safe=[run, out])
-    _say(results, f"exported model: {out}")
-    if options.push is None:
-        return document
-    address = push(out, options.push, private=not options.public)
-    _say(results, f"uploaded: {address}")
-    return document | {"pushed": address}
+        sentences.append(f"the merge is dense: {still}; adapter.mask: keep keeps them all")
+    return document, sentences
 
 
 def _say(console: Console, text: str) -> None:

@@ -42,7 +42,7 @@ from qdora.export.logit_comparison import (
 from qdora.export.merged import write_merge
 from qdora.export.options import ExportOptions, GgufType
 from qdora.export.verify import fits_in_float32, load_with_transformers, verify_merged
-from qdora.files.atomic import atomic_directory, remove_directory
+from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
 from qdora.files.run_directory import open_run
 from qdora.model.gguf_file import knows_layout, layout_processor, model_names, read_header, require_gguf
 from qdora.model.load import load_config, skeleton
@@ -124,7 +124,9 @@ def export_gguf(
                 text = comparison_text(trained.tokenizer, validation_examples(recipe))
                 check = verify_gguf(trained, partial / file.name, merged, text, lossy=type_.upper() not in _DENSE)
         except OSError as error:
-            raise RunFailure(f"{out}: cannot be written or compared: {error}. Nothing is left there.") from error
+            raise RunFailure(
+                f"{out}: cannot be written or compared: {disk_reason(error)}. Nothing is left there."
+            ) from error
     finally:
         remove_directory(merged)
     result = {

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qdora.errors import DiskFull, RunFailure, UserError
 from qdora.files.access_tokens import masked
 
 DISK_FULL = "the disk is full"
@@ -27,11 +28,30 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """Why a write failed, None for an error of another kind; Rust and C++ libraries raise their own for a full disk."""
+    """Why a write failed, None for an error of another kind; Rust and C++ libraries raise their own for such disks."""
     if isinstance(error, OSError):
         return DISK_FULL if error.errno in _FULL else masked(str(error))
-    full = any(os.strerror(number) in str(error) for number in _FULL)
-    return DISK_FULL if isinstance(error, Exception) and full else None
+    if not isinstance(error, Exception):
+        return None
+    text = str(error)
+    if os.strerror(errno.EROFS) in text:
+        return os.strerror(errno.EROFS)
+    return DISK_FULL if any(os.strerror(number) in text for number in _FULL) else None
+
+
+@contextmanager
+def disk_failures(path: Path) -> Iterator[None]:
+    """Turn the error of a full or read-only disk in the block into a RunFailure, one line that names `path`."""
+    try:
+        yield
+    except (UserError, RunFailure):
+        raise
+    except Exception as error:
+        reason = disk_reason(error)
+        if reason is None or (isinstance(error, OSError) and error.errno not in (*_FULL, errno.EROFS)):
+            raise
+        kind = DiskFull if reason == DISK_FULL else RunFailure
+        raise kind(f"{path}: cannot be written: {reason}.") from error
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:

@@ -15,7 +15,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ from qdora.files.atomic import (
     remove_leftovers,
 )
 from qdora.files.json_file import parse_json, read_json_object
+from qdora.files.work_lock import work_lock
 
 logger = logging.getLogger("qdora")
 
+LOCK = ".lock"
 COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
 _STEP = re.compile(r"step-(\d+)")
@@ -245,6 +247,21 @@ class RunDirectory:
             raise kind(f"{self.path}: {what} could not be written: {reason}.", safe=whole[:1]) from error
 
 
+@contextmanager
+def only_process(path: Path, *, resume: bool) -> Iterator[None]:
+    """Let no other process train in the run directory while the block runs; a new one is made.
+
+    Raises UserError if another process does, or the directory cannot be made.
+    """
+    if resume and not path.is_dir():
+        open_run(path)
+    with ExitStack() as stack:
+        with _start_failures(path):
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(work_lock(path / LOCK, str(path)))
+        yield
+
+
 def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
     """Start a run in a directory that is new or empty, or holds a run without a result; its parents are made.
 
@@ -253,12 +270,12 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
         raise UserError(f"{path}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
-    try:
+    with _start_failures(path):
         path.mkdir(parents=True, exist_ok=True)
         # Both files make it a run: whatever else is there, the run wrote before its first result. The environment is
         # written first, so a kill can leave it alone there.
         if not (run.recipe_file.exists() and run.environment_file.exists()):
-            known = {run.environment_file.name}
+            known = {run.environment_file.name, LOCK}
             others = sorted(
                 entry.name for entry in path.iterdir() if entry.name not in known and not is_leftover(entry)
             )
@@ -268,12 +285,18 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         (path / PLAN_FILE).unlink(missing_ok=True)  # of an earlier start, whose recipe may have been another
         atomic_write_json(run.environment_file, environment)
         atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
+    return run
+
+
+@contextmanager
+def _start_failures(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         what = "cannot be written" if isinstance(error, PermissionError) else "is a file, or a parent of it is"
         raise UserError(f"{path}: {what}. Fix: choose another --run-dir.") from None
     except OSError as error:
-        raise RunFailure(f"{path}: the run directory could not be written: {error.strerror}.") from error
-    return run
+        raise RunFailure(f"{path}: the run directory could not be written: {disk_reason(error)}.") from error
 
 
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:

@@ -96,7 +96,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.out_features, self.in_features = base.out_features, base.in_features
         self.kind: Kind = kind
-        self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
+        self.rank, self.alpha, self.rank_stabilized = rank, float(alpha), rank_stabilized
         self.dropout = dropout
         self.masked = masked
         self.keeps_scales = False

@@ -11,9 +11,18 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from qdora.errors import Interrupted
+from qdora.files.atomic import disk_failures
 from qdora.files.console import consoles
 from qdora.files.environment import environment
-from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, failures_logged, log_to, resume_run
+from qdora.files.run_directory import (
+    Checkpoint,
+    RunDirectory,
+    create_run,
+    failures_logged,
+    log_to,
+    only_process,
+    resume_run,
+)
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import put_adapters, start_adapters
 from qdora.recipe.recipe_file import resolved_yaml
@@ -58,9 +67,11 @@ def train_run(
     with processes_of_launch() as processes, ExitStack() as stack:
         if processes.is_first:
             stack.enter_context(failures_logged(directory))
+        stack.enter_context(disk_failures(directory))
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
         prepared = prepare(recipe, directory, processes, force=force)
+        processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))
         run = _open_directory(prepared, directory, processes, resume=resume)
         if processes.is_first:
             stack.enter_context(log_to(run))

@@ -16,7 +16,7 @@ import pandas as pd
 from rich.console import Console
 
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_write_bytes, atomic_write_text
+from qdora.files.atomic import atomic_write_bytes, atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.markdown_table import markdown_table
 from qdora.files.svg_figure import inline_svg, new_figure
@@ -83,7 +83,9 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
     """
     _, results = consoles(console)
     report = read_report(directory)
-    files = write_report(report, out or directory / "report", directory.resolve().name)
+    folder = out or directory / "report"
+    with disk_failures(folder):
+        files = write_report(report, folder, directory.resolve().name)
     for sentence in report.verdict:
         results.print(sentence, markup=False, highlight=False)
     results.print(f"report: {files[0]}", markup=False, highlight=False, soft_wrap=True)

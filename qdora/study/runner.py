@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from qdora.data.sources import has_split
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, not_one_of
 from qdora.files.access_tokens import masked
-from qdora.files.atomic import atomic_directory
+from qdora.files.atomic import atomic_directory, disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model
@@ -107,13 +107,13 @@ def study_run(
     if dry_run:
         shown = {"directory": str(directory), "num_cells": len(cells), "notes": notes}
         return shown | {"cells": [cell.record() for cell in mine]}
-    store = StudyDirectory(directory, retries=study.retries)
-    store.write_index(study, cells)
-    if retry_failed:
-        store.forget_failures([cell.key for cell in mine])
-
-    with cells_bar(progress, mine, store) as report, _quiet_runs(), store.present():
-        found = run_cells(mine, store, cell_work(study.compare.split, store), report)
+    with disk_failures(directory):
+        store = StudyDirectory(directory, retries=study.retries)
+        store.write_index(study, cells)
+        if retry_failed:
+            store.forget_failures([cell.key for cell in mine])
+        with cells_bar(progress, mine, store) as report, _quiet_runs(), store.present():
+            found = run_cells(mine, store, cell_work(study.compare.split, store), report)
     return _concluded(found, mine, directory, results)
 
 

@@ -34,7 +34,7 @@ _PATIENCE = timedelta(days=1)
 
 
 class OtherProcessFailed(RunFailure):
-    """The first process failed in an action that all wait for; that process reports the cause."""
+    """Another process failed: the first one in an action that all wait for, or any by ending. It reports the cause."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ class Processes:
             return [value]
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor(len(message)))
-        longest = max(int(length) for length in lengths)
-        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(padded, torch.nn.functional.pad(message, (0, longest - len(message))))
+        with self._connected():
+            dist.all_gather(lengths, torch.tensor(len(message)))
+            longest = max(int(length) for length in lengths)
+            padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(padded, torch.nn.functional.pad(message, (0, longest - len(message))))
         pairs = zip(padded, lengths, strict=True)
         return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in pairs]
 
@@ -99,7 +100,8 @@ class Processes:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
         for gradients in _messages([parameter.grad for parameter in having if parameter.grad is not None]):
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(flat)
+            with self._connected():
+                dist.all_reduce(flat)
             parts = torch.split(flat, [gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -110,8 +112,22 @@ class Processes:
         if self.size > 1:
             for parameter in parameters:
                 value = parameter.detach().clone()
-                dist.broadcast(value, 0)
+                with self._connected():
+                    dist.broadcast(value, 0)
                 parameter.copy_(value)  # raises the version, so that a cached norm is computed again
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Name the usual cause of a broken connection, for which gloo and NCCL have long words of their own."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise OtherProcessFailed(
+                f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
+                "ended, and its own message says why. Fix: resume from the last checkpoint with --resume."
+            ) from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""

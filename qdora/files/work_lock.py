@@ -1,0 +1,59 @@
+"""A lock on what one process works on: a second process is told so, and the system frees it however the first ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qdora.errors import UserError
+
+logger = logging.getLogger("qdora")
+
+# File systems that know no locks; two processes in one directory are then not noticed.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def work_lock(file: Path, what: str) -> Iterator[None]:
+    """Hold the lock file while the block runs; it is removed at the end, and one that a kill has left is not held.
+
+    `what` is named in the error: the directory on which only one process may work.
+
+    Raises:
+        UserError: Another process holds it.
+        OSError: The file cannot be made.
+    """
+    descriptor = _held(file, what)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # before it is freed: who opens it now makes a new one
+            file.unlink()
+        os.close(descriptor)
+
+
+def _held(file: Path, what: str) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(file) and os.path.samestat(os.fstat(descriptor), file.stat()):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+            os.close(descriptor)  # its holder has ended and removed it meanwhile
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                logger.warning("%s: this file system has no locks: start only one process on it.", what)
+                return descriptor
+            holder = os.read(descriptor, 200).decode(errors="replace") or "a process"
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise UserError(f"{what}: another process works on it ({holder}). Fix: wait until it ends.") from None
