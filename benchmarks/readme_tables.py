@@ -24,7 +24,7 @@ from tables.plan import plan_accuracy, plan_recipes, plan_shapes
 from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import data_loading, kill_resume, mixing, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
-from tables.study import pruning, study
+from tables.study import pruning, study, study_nulls
 from tables.times import layer_time, packing, step_time
 from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data
 
@@ -66,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan_accuracy": plan_accuracy,
     "pruning": pruning,
     "study": study,
+    "study_nulls": study_nulls,
     "gates": gates,
     "stream_schedule": stream_schedule,
     "disk_residency": disk_residency,

@@ -411,6 +411,15 @@ def test_study(tmp_path: Path) -> None:
     assert len(results) == 5 * (3 + 2) + 3  # three rates, two more seeds; both bases and the uncompressed one
 
 
+def test_study_nulls(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "study_nulls.py")
+    for scenario in result["scenarios"].values():
+        assert set(scenario["shares"]) == {"difference", "winner", "repair", "score"}
+        assert all(share is None or 0 <= share <= 1 for share in scenario["shares"].values())
+    assert result["largest"]["difference"] == max(each["shares"]["difference"] for each in result["scenarios"].values())
+    assert set(result["passes"]) == {"difference", "winner", "repair"}
+
+
 def test_out_of_memory(tmp_path: Path) -> None:
     runs = smoke(tmp_path, "out_of_memory.py")["runs"]
     assert set(runs) == {"float32", "bfloat16"}

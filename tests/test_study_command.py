@@ -210,9 +210,9 @@ def test_the_command_checks_before_it_runs(root: Path, tmp_path: Path) -> None:
     shown = json.loads(found.stdout)
     assert [cell["is_trained"] for cell in shown["cells"]] == [False]
     assert shown["notes"] == [
-        "This grid cannot have a winner: dora has one value of train.lr, so it is not tuned; lora has one value of "
-        "train.lr, so it is not tuned; dora and lora share 1 seeds, but compare.min_seeds is 3. It gives scores and "
-        "intervals."
+        "This grid cannot have a winner: lora has one value of train.lr, so it is not tuned; dora has one value of "
+        "train.lr, so it is not tuned; lora and dora have only 1 of 3 (compare.min_seeds) seeds in common. It gives "
+        "scores and intervals."
     ]
     assert "This grid cannot have a winner" in found.stderr
     for options, text in (

@@ -215,7 +215,7 @@ RATES = {
         ({"exclude": [{"adapter": "lora", "train.lr": 4e-4}]}, "lora can be tuned to is the smallest or largest"),
         ({"product": RATES | {"train.lr": [1e-4, 2e-4]}}, "at least 3 are needed"),
         ({"product": RATES | {"train.lr": [1e-4]}}, "lora has one value of train.lr, so it is not tuned"),
-        ({"product": RATES | {"train.seed": [0, 1]}}, "share 2 seeds, but compare.min_seeds is 3"),
+        ({"product": RATES | {"train.seed": [0, 1]}}, "have only 2 of 3 (compare.min_seeds) seeds in common"),
         ({"exclude": [{"adapter": "dora", "train.lr": 2e-4, "train.seed": 0}]}, "dora can be tuned to is the smallest"),
         ({"product": RATES | {"adapter": {"dora": {}}}}, "no two values of adapter are trained"),
         ({"compare": {"num_resamples": 100, "alpha": 0.005}}, "100 permutations give no p-value below 0.0099"),

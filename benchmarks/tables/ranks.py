@@ -83,8 +83,8 @@ def rank_methods() -> str:
     ]
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
-        f"\n95 % t intervals; learning rates chosen on one half of the validation examples, arms compared on the other; "
-        f"seeds: {', '.join(seeds)}. The cost is in runs as long as the scout run at twice the rank, which the "
+        "\n95 % t intervals; learning rates chosen on one half of the validation examples, arms compared on the "
+        f"other; seeds: {', '.join(seeds)}. The cost is in runs as long as the scout run at twice the rank, which the "
         f"methods read; gates choose while they train. `{run['command']}`; the whole report: "
         "[results/rank_methods/report.md](results/rank_methods/report.md).\n"
     )

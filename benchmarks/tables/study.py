@@ -26,6 +26,20 @@ def pruning() -> str:
     return markdown(header, rows) + note
 
 
+def study_nulls() -> str:
+    """What simulated studies without a difference find, scenario by scenario."""
+    document = read("study_nulls")
+    rows = []
+    for name, each in document["scenarios"].items():
+        number = f"{each['seeds']} seeds, {each['tasks']} × {each['examples']}"
+        found = [each["shares"][what] for what in ("difference", "winner", "repair", "score")]
+        rows.append([name, number, *("–" if share is None else f"{share:.1%}" for share in found)])
+    header = ["simulated study", "seeds, tasks × examples", "interval of the difference excludes 0", "a winner"]
+    header += ["interval of the repair ratio misses it", "interval of a score misses it"]
+    note = f"\n{document['studies']:,} studies in each row; half of the examples compare. `{document['command']}`\n"
+    return markdown(header, rows) + note
+
+
 def study() -> str:
     """Each base by itself and with each adapter, and what the tests say of the difference."""
     arms, pairs, facts = (report_rows("study", name) for name in ("arms", "comparisons", "facts"))
@@ -49,7 +63,8 @@ def study() -> str:
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
         f"\nNLL per answer token on one half of the validation examples, averaged over the tasks; differences with "
-        f"95 % t intervals; learning rates chosen on the other half; seeds: {', '.join(seeds)}. Winners: {', '.join(won) or 'none'}. "
+        f"95 % t intervals; learning rates chosen on the other half; seeds: {', '.join(seeds)}. "
+        f"Winners: {', '.join(won) or 'none'}. "
         f"Repair ratio (share of the compression loss that the adapter recovers): {', '.join(repaired)}. "
         f"`{done['command']}`; the whole report: "
         "[results/study/report.md](results/study/report.md).\n"

@@ -9,8 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from qdora.data.readers import READERS
 from qdora.files.run_directory import WITHOUT_EFFECT, flat, is_below
-from qdora.recipe.data_settings import DATA_SUFFIXES, is_path
+from qdora.recipe.data_settings import is_path
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
 
@@ -26,12 +27,12 @@ def key_of(recipe: Recipe) -> str:
     their path only.
     """
     decisive = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
-    contents = {str(path): [_content(file) for file in _files(path)] for path in sorted(set(_data_paths(recipe)))}
+    contents = {str(path): [_content(file) for file in _files(path, recipe)] for path in sorted(set(_paths(recipe)))}
     text = json.dumps([decisive, contents], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:_KEY_LENGTH]
 
 
-def _data_paths(recipe: Recipe) -> Iterator[Path]:
+def _paths(recipe: Recipe) -> Iterator[Path]:
     """Files and folders that hold examples, calibration text or the adapter to start from."""
     named: list[Any] = [recipe.adapter.resume_from]
     if recipe.base.prune is not None and recipe.base.prune.calibration.text != "mix":
@@ -41,12 +42,14 @@ def _data_paths(recipe: Recipe) -> Iterator[Path]:
     yield from (Path(name).expanduser() for name in named if name is not None)
 
 
-def _files(path: Path) -> list[Path]:
-    """A file itself; of a folder, its files of data or of an adapter."""
+def _files(path: Path, recipe: Recipe) -> list[Path]:
+    """A file itself; of a folder, its files of splits or of an adapter."""
     if not path.is_dir():
         return [path] if path.is_file() else []  # a missing one is reported before anything runs
-    endings = (*DATA_SUFFIXES, ".safetensors", ".json")
-    return sorted(file for file in path.iterdir() if file.is_file() and file.name.lower().endswith(endings))
+    splits = {"train", "validation", "test"}
+    splits |= {name for source in recipe.data.mix for name in (source.split, source.validation) if name}
+    found = [file for split in splits for ending in READERS if (file := path / f"{split}{ending}").is_file()]
+    return sorted([*found, *path.glob("adapter_*")])
 
 
 def _content(file: Path) -> list[Any]:

@@ -228,7 +228,9 @@ def _pair_cannot_win(
         choosable.append([set(by_value[value]) for value in inner or whole])
     num_seeds = max(len(one & other) for one in choosable[0] for other in choosable[1])
     if num_seeds < compare.min_seeds:
-        faults.append(f"{' and '.join(names)} share {num_seeds} seeds, but compare.min_seeds is {compare.min_seeds}")
+        faults.append(
+            f"{' and '.join(names)} have only {num_seeds} of {compare.min_seeds} (compare.min_seeds) seeds in common"
+        )
     return faults
 
 
