@@ -20,11 +20,13 @@ from transformers import (
     GPTNeoXJapaneseConfig,
     GptOssConfig,
     MixtralConfig,
+    PreTrainedModel,
 )
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
 from qdora.errors import UserError
+from qdora.model.attention import with_attention
 from qdora.model.inject import frozen_layers
 from qdora.model.load import place_dense
 from qdora.model.stored_tensors import iterate_tensors, open_safetensors
@@ -40,9 +42,10 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_dense_logits_equal_transformers(saved: Path) -> None:
     assert len(list(saved.glob("*.safetensors"))) > 1
-    reference = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     model = load(saved)
-    assert model.config._attn_implementation == reference.config._attn_implementation
+    attention = model.config._attn_implementation
+    assert attention == ("eager" if model.config.model_type == "gemma2" else "sdpa")
+    reference = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, attn_implementation=attention)
     assert torch.equal(logits(model), logits(reference))
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -52,8 +55,10 @@ def test_dense_logits_equal_transformers(saved: Path) -> None:
 
 
 def test_bfloat16_keeps_the_dtypes_of_transformers(saved: Path) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
     model = load(saved, compute_dtype=torch.bfloat16)
+    reference = AutoModelForCausalLM.from_pretrained(
+        saved, dtype=torch.bfloat16, attn_implementation=model.config._attn_implementation
+    )
     ours = {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     theirs = {name: tensor.dtype for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]}
     assert ours == theirs
@@ -63,7 +68,9 @@ def test_bfloat16_keeps_the_dtypes_of_transformers(saved: Path) -> None:
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
 def test_quantised_logits_equal_transformers_on_dequantised_weights(saved: Path, quant: str) -> None:
     model = load(saved, quant=quant)
-    reference = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(
+        saved, dtype=torch.float32, attn_implementation=model.config._attn_implementation
+    )
     replaced = 0
     for name, module in reference.named_modules():
         if type(module) is torch.nn.Linear and name != "lm_head":
@@ -200,18 +207,35 @@ NEEDS_MORE_THAN_SDPA = {
 
 @pytest.mark.parametrize("need", NEEDS_MORE_THAN_SDPA)
 def test_attention_is_chosen_by_what_the_model_needs(
-    need: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    need: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """transformers 5.10 and 5.18 say that Gemma 2 can have sdpa, which drops its soft-cap; later ones do not."""
+    """transformers 5.0 to 5.18 say that Gemma 2 can have sdpa, which drops its soft-cap; later ones do not."""
     config, family, what = NEEDS_MORE_THAN_SDPA[need]
-    directory = checkpoint(tmp_path, config)
-    eager = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+
+    def build(choice: str | None) -> PreTrainedModel:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=choice)
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                torch.nn.init.normal_(parameter)
+        return model.eval()
+
+    eager = build("eager")
     monkeypatch.setattr(family, "_supports_sdpa", True)
+    given = {"name": "it", "device": torch.device("cpu"), "dtype": torch.float32}
     with caplog.at_level(logging.INFO, "qdora"):
-        model = load(directory)
-    assert re.search(rf"Attention of .*: eager, since its attention {what}, which sdpa does not compute", caplog.text)
+        model = with_attention(build, config, "auto", **given)
+    assert re.search(rf"Attention of it: eager, since its attention {what}, which sdpa does not compute", caplog.text)
     assert torch.equal(logits(model), logits(eager))
     with pytest.raises(UserError, match=rf"model\.attention: got sdpa, but .* {what}.* must be auto or eager"):
+        with_attention(build, config, "sdpa", **given)
+
+
+def test_gemma2_is_loaded_with_eager_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    directory = checkpoint(tmp_path, CONFIGS["gemma2"])
+    assert load(directory).config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"model\.attention: got sdpa, but the attention of .* soft-caps its scores"):
         load(directory, attention="sdpa")
 
 

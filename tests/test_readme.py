@@ -129,7 +129,7 @@ def test_every_launch_of_several_processes_parses(launcher: str) -> None:
 
 def test_every_script_named_exists_and_can_be_run() -> None:
     scripts = {words[0] for page in PAGES for words in commands(page, "./scripts/")}
-    assert scripts == {"./scripts/quickstart", "./scripts/test"}
+    assert scripts == {"./scripts/quickstart", "./scripts/test", "./scripts/test_bounds"}
     for script in scripts:
         assert (ROOT / script).stat().st_mode & 0o111
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)

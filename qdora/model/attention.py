@@ -1,7 +1,7 @@
 """Which implementation of attention a model gets: the fastest one that computes what the model needs.
 
 transformers passes a soft-cap or sinks to any implementation, and some releases let one that knows neither drop them
-without a word: 5.10 and 5.18 run Gemma 2 with sdpa, and its logits are off by a fifth of their range.
+without a word: 5.0 to 5.18 run Gemma 2 with sdpa, and its logits are off by a fifth of their range.
 """
 
 from __future__ import annotations
