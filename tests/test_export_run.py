@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -183,6 +184,29 @@ def test_an_export_that_is_stopped_before_its_end_can_be_made_again(
     exported = export_run(run, out, options)
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(exported))
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stopped_merge_resumes_after_its_last_whole_shard(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    real, stop_at = checkpoint_writer.write_safetensors, 3
+
+    def counted(path: Path, *args: Any, **options: Any) -> int:
+        written.append(path.name)
+        if len(written) == stop_at:
+            raise KeyboardInterrupt
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(checkpoint_writer, "write_safetensors", counted)
+    options = ExportOptions(shard_size="30KB")
+    with pytest.raises(KeyboardInterrupt):
+        export_run(run, tmp_path / "out", options)
+    export_run(run, tmp_path / "out", options)
+    again = written[stop_at:]
+    assert again[0] == written[stop_at - 1]  # the one that was cut off; the two before it are not written again
+    assert len(set(written)) == len(written) - 1 == len(list((tmp_path / "out").glob("*.safetensors")))
+    assert len(again) > 1
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
