@@ -10,7 +10,9 @@ import pytest
 from qdora.data import demo
 from qdora.data.build_data import read_data
 from qdora.data.row_formats import commonsense_task
-from qdora.data.sources import draw, load_source, load_train_and_validation, split_off
+from qdora.data.rows import rows_of
+from qdora.data.sources import load_source, train_and_validation
+from qdora.data.split_examples import SplitExamples, draw, split_off
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 
@@ -46,7 +48,8 @@ def faults_of(source, split=None):
 def split_up(source, fraction=None, **settings):
     """The training and validation examples of one source."""
     cut = {} if fraction is None else {"validation_fraction": fraction}
-    return load_train_and_validation(source, DataConfig(mix=(source,), **cut, **settings))
+    train, validation = train_and_validation(source, DataConfig(mix=(source,), **cut, **settings))
+    return list(train), list(validation)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
@@ -311,11 +314,16 @@ def test_limit_draws_after_the_validation_part_is_cut(tmp_path):
 
 
 def test_split_off_and_draw():
-    examples = list("abcdefghij")
-    assert split_off(examples, 0.2, name="x") == (examples[:8], ["i", "j"])  # type: ignore[arg-type, comparison-overlap]
-    assert split_off(examples, 0.01, name="x")[1] == ["j"]  # type: ignore[arg-type, comparison-overlap]
-    assert split_off(examples, 0.0, name="x")[1] == []  # type: ignore[arg-type]
+    def letters(text):
+        rows = rows_of("x", "row", [(place, {"text": letter}) for place, letter in enumerate(text)])
+        return SplitExamples(rows, lambda place, row: row["text"], range(len(text)))
+
+    examples = letters("abcdefghij")
+    assert tuple(map("".join, split_off(examples, 0.2, name="x"))) == ("abcdefgh", "ij")
+    assert "".join(split_off(examples, 0.01, name="x")[1]) == "j"
+    assert list(split_off(examples, 0.0, name="x")[1]) == []
     with pytest.raises(UserError, match=r"^x: 1 examples leave none to train on"):
-        split_off(["a"], 0.05, name="x")  # type: ignore[list-item]
-    assert draw(examples, 10, 0) == examples  # type: ignore[arg-type, comparison-overlap]
-    assert draw(examples, 5, 0) != draw(examples, 5, 1)  # type: ignore[arg-type]
+        split_off(letters("a"), 0.05, name="x")
+    assert list(draw(examples, 10, 0)) == list("abcdefghij")
+    assert list(draw(examples, 5, 0)) != list(draw(examples, 5, 1))
+    assert (examples[3], list(examples[2:4])) == ("d", ["c", "d"])

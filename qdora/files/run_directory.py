@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ COMPLETE = "complete.json"
 _STEP = re.compile(r"step-(\d+)")
 
 # What a resumed run may change. Most of these settings do not change the training's numbers. Learning rate, clipping
-# and the treatment of bad steps do: changing them gets a run past a bad step.
+# and the treatment of bad steps and rows do: changing them gets a run past a bad step or row.
 MAY_CHANGE: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "eval", "memory", "trackers")
 MAY_CHANGE += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch_tokens")
 MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
+MAY_CHANGE += ("data.cache", "data.max_bad_rows")
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,14 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     except OSError as error:
         raise RunFailure(f"{path}: the run directory could not be written: {error.strerror}.") from error
     return run
+
+
+def chat_date_of(path: Path) -> str:
+    """The day on which chats of a run are rendered, YYYY-MM-DD: that of its first start; today for a new run."""
+    try:
+        return date.fromisoformat(json.loads((path / "environment.json").read_bytes())["chat_date"]).isoformat()
+    except (OSError, ValueError, KeyError, TypeError):
+        return date.today().isoformat()
 
 
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
