@@ -49,7 +49,7 @@ def stream_of(shards, *, tokenizer=TOKENIZER, number=0, window=4096, size=None, 
     mix = [
         SourceConfig(source="rows.jsonl", stream=True, name=name, shuffle_window=window, size=size) for name in names
     ]
-    return ExampleStream(shards, DataConfig(mix=mix, **{"too_long": "truncate"} | options), number, tokenizer)
+    return ExampleStream(shards, DataConfig(mix=mix, **{"strategy": "equal"} | options), number, tokenizer)
 
 
 def stream(source: Path, **options):
@@ -193,12 +193,15 @@ def test_passes_seeds_and_sources_have_their_own_orders(tmp_path):
 def test_what_a_stream_refuses(tmp_path):
     def drawn(lines, count=5, **options):
         (tmp_path / "train.jsonl").write_text(lines)
-        one = stream(tmp_path / "train.jsonl", **options)
+        one = stream(tmp_path / "train.jsonl", max_bad_rows=0, **options)
         return [one.next() for _ in range(count)]
 
     good = json.dumps(row(1)) + "\n"
     for lines, message in (
-        (good * 3 + "{\n", rf"train.jsonl: byte {3 * len(good)}: not JSON"),
+        (
+            good * 3 + "{\n",
+            rf"s: 1 faulty row, data.max_bad_rows allows 0. The .*jsonl: byte {3 * len(good)}: not JSON",
+        ),
         (good + "[1]\n", r"byte \d+: must be an object {column: value}, got \[1\]"),
         (good + '{"prompt": "x"}\n', r"byte \d+: no completion, got columns prompt, needed for format completion"),
         (good + '{"prompt": "x", "completion": 3}\n', r"byte \d+: completion: must be text, got 3"),
@@ -271,10 +274,13 @@ def test_unknown_sizes_are_asked_for(tmp_path):
         ({"strategy": "temperature", "temperature": 2.0}, "s: data.strategy temperature needs the size"),
         ({"strategy": "equal", "max_epochs": [1]}, "s: max_epochs needs the size of the stream"),
     ):
+        given = {name: value * 2 if name == "max_epochs" else value for name, value in options.items()}
         with pytest.raises(UserError, match=message):
-            make_mix([stream(file)], **options)
-        mix = make_mix([stream(file, size=50)], **options)
-        assert mix.order.length == (50 if "max_epochs" in options else None)
+            make_mix([stream(file), stream(file)], **given)
+        mix = make_mix([stream(file, size=50)] * 2, **given)
+        assert mix.order.length == (100 if "max_epochs" in options else None)
+    # a single source has the whole mix, whatever its size
+    assert make_mix([stream(file)], strategy="proportional").shares.tolist() == [1.0]
     mix = make_mix([stream(file)], strategy="equal")
     loader = StepLoader(mix.sets, mix.order, tokens_per_step=None, batch=5, micro_batch_tokens=99, pad_id=0)
     assert plan_mix(mix, loader, 20).sources[0].num_examples is None
@@ -294,8 +300,13 @@ def test_a_changed_stream_is_refused_on_resume(tmp_path):
         stream(second).fingerprint(),
         stream(first, tokenizer=tiny_tokenizer.make(bos=True)).fingerprint(),
     ]
-    assert len(set(marks)) == len(marks)
+    assert len({json.dumps(mark) for mark in marks}) == len(marks)
     assert stream(first).fingerprint() == marks[0]
+    assert stream(first).change_since(marks[0]) is None
+    assert all(stream(first).change_since(mark) for mark in marks[1:])
+    assert stream(second).change_since(marks[0]) == "its first rows"
+    write(tmp_path, "jsonl", [*rows, *(row(number) for number in range(40_000))])
+    assert stream(first).change_since(marks[0]) == "its length, by +1,648,890 bytes"
 
 
 def test_streaming_from_the_hub(tmp_path, monkeypatch):

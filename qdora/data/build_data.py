@@ -52,7 +52,7 @@ def read_data(data: DataConfig) -> tuple[list[Sequence[Example]], dict[str, list
             try:
                 deque(unread, maxlen=0)
             except UserError as error:
-                faults[index] = (*faults.get(index, ()), *error.faults)
+                faults[index] = (*error.faults, *faults.get(index, ()))
         raise UserError(*(f"data.mix[{index}]: {fault}" for index in sorted(faults) for fault in faults[index]))
     return train, validation
 
