@@ -195,7 +195,9 @@ class ExampleStream:
         if abs(difference) > max(_MENDED_BYTES, _MENDED_SHARE * before["num_bytes"]):
             return f"its length, by {difference:+,} bytes"
         if difference:
-            logger.warning("%s: the files have changed by %+d bytes since the checkpoint.", self.name, difference)
+            text = "%s: the files have changed by %+d bytes since the checkpoint. Where rows were mended in place, the "
+            text += "others come as before; where some were taken out, a window of rows may come twice or not at all."
+            logger.warning(text, self.name, difference)
         return None
 
     @property

@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from qdora import __version__
 from qdora.data.tokenize import TokenizedExample, TokenizedSet, chat_date
 from qdora.files.atomic import PARTIAL, disk_reason, json_text, sync
 from qdora.files.environment import package_versions
-from qdora.files.tensor_file import MappedFile, write_tensors
+from qdora.files.tensor_file import write_tensors
 
 _FORMAT = 1
 _LEAST_TOKENS = 2**18
@@ -61,7 +63,7 @@ class TokenCache:
     def kept(self, content: Mapping[str, Any], make: Callable[[], TokenizedSet]) -> TokenizedSet:
         """The set that `content`, JSON values, stands for: read if it is there, else made and kept.
 
-        Its arrays may be views of the file, and must not be written to.
+        The arrays are those of a file, read as a whole, since a mapped file that somebody cuts would end the process.
         """
         if self._tokenizer is None:
             return make()
@@ -75,12 +77,12 @@ class TokenCache:
                 os.utime(file)
             return found
         made = make()
-        if made.num_tokens < _LEAST_TOKENS or not self._write(file, made):
-            return made
-        return _read(file) or made  # the copy in memory can go
+        if made.num_tokens >= _LEAST_TOKENS:
+            self._write(file, made)
+        return made
 
-    def _write(self, file: Path, made: TokenizedSet) -> bool:
-        """Keep a set and remove old files; False, with a warning, where the disk does not take it."""
+    def _write(self, file: Path, made: TokenizedSet) -> None:
+        """Keep a set and remove old files; a warning where the disk does not take it."""
         aside = file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,6 @@ class TokenCache:
             logger.warning("data.cache: %s: the tokens of %s cannot be kept: %s.", self.root, made.name, reason)
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-        return file.exists()
 
 
 def _tokenizer_identity(tokenizer: Any) -> str | None:
@@ -143,11 +144,8 @@ def _sum(arrays: Mapping[str, Any]) -> int:
 def _read(file: Path) -> TokenizedSet | None:
     """The set in a file; None where it is missing or, with a warning, damaged."""
     try:
-        mapped = MappedFile(file)
-        arrays = {name: mapped.tensor(name).numpy() for name in _PARTS}
-        for array in arrays.values():
-            array.flags.writeable = False
-        if _sum(arrays) != int(mapped.tensor("sums")):
+        arrays = load_file(file)
+        if _sum(arrays) != int(arrays["sums"][0]):
             raise ValueError("its check sum differs")
         record = json.loads(arrays["record"].tobytes())
         ends = np.cumsum(arrays["lengths"]).tolist()
@@ -160,6 +158,6 @@ def _read(file: Path) -> TokenizedSet | None:
         return TokenizedSet(record["name"], examples, num_truncated, num_dropped, tuple(record["unused"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
         logger.warning("data.cache: %s: is damaged (%s). It is made anew.", file, error)
         return None

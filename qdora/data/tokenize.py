@@ -60,12 +60,22 @@ def chat_date(tokenizer: Any) -> date | None:
     return found
 
 
+# transformers lets no function of ours into a template, so a macro takes the place of its own. The line end is dropped.
+_CLOCK = (
+    "{% macro strftime_now(format) %}{% set text = namespace(of=format) %}"
+    "{% for part, value in qdora_day.items() %}{% set text.of = text.of.replace(part, value) %}{% endfor %}"
+    "{{ text.of }}{% endmacro %}\n"
+)
+_DATE_PARTS = [*(f"%-{part}" for part in "dmyjHIMS"), *(f"%{part}" for part in "aAbBcdDeFGHIjmMpSuUVwWxXyYzZ%")]
+
+
 def chat_text(tokenizer: Any, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
     """The text of a chat in the tokenizer's template, on the day of `set_chat_date`, else today."""
-    day = chat_date(tokenizer)
-    # A variable of the template comes before transformers' own function of this name.
-    clock = {} if day is None else {"strftime_now": day.strftime}
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **clock}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    day, template = chat_date(tokenizer), tokenizer.get_chat_template()
+    if day is not None and "strftime_now" in template:
+        parts = {part: day.strftime(part) for part in _DATE_PARTS}
+        options |= {"chat_template": _CLOCK + template, "qdora_day": parts}
     return str(tokenizer.apply_chat_template(turns, **options))
 
 
