@@ -57,7 +57,8 @@ def main() -> None:
         for name, source in sources.items()
         for case in measured(*load(source), settings.examples, settings.rounds)
     ]
-    command = f"python benchmarks/output_head.py --examples {settings.examples} --rounds {settings.rounds} --gemma FILE"
+    command = f"python benchmarks/output_head.py --examples {settings.examples} --rounds {settings.rounds}"
+    command += " --gemma FILE" if settings.gemma is not None else ""
     write(settings.out, {**facts(command), "examples": len(DEMO_TASKS) * settings.examples, "cases": cases})
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tables.combined import combined_vs_solo
+from tables.evaluation import output_head
 from tables.exports import decode_speed, export_exactness, gguf_logits, merge_streamed
 from tables.failed import failed, failed_short
 from tables.gates import gates
@@ -42,6 +43,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "export_exactness": export_exactness,
     "gguf_logits": gguf_logits,
     "decode_speed": decode_speed,
+    "output_head": output_head,
     "merge_streamed": merge_streamed,
     "curvature": curvature,
     "curvature_draws": curvature_draws,
