@@ -10,7 +10,7 @@ import huggingface_hub
 import pandas as pd
 import pytest
 
-from qdora.data.commonsense import HUB_TASKS, TEMPLATES, hub_task_rows, without_wikihow_marks
+from qdora.data.commonsense import HUB_TASKS, TEMPLATES, without_wikihow_marks
 from qdora.data.sources import has_split, load_source
 from qdora.errors import UserError
 from qdora.recipe.data_settings import SourceConfig
@@ -126,14 +126,10 @@ def test_rows_without_labels_are_named(hub):
     row = HUB_ROWS["piqa"][0]
     hub("piqa", "train", [row, row | {"label": -1}, row | {"sol2": None}])
     with pytest.raises(UserError) as error:
-        hub_task_rows("piqa", "train")
-    assert len(error.value.faults) == 1
-    assert error.value.faults[0].endswith(
-        "row 1: label: must be 0 to 1 (a split without labels cannot be used), got -1"
-    )
-    hub("piqa", "train", [row | {"sol2": None}])
-    with pytest.raises(UserError, match=r"row 0: choices\[1\]: must be text that is not empty, got None"):
         load_source(SourceConfig(task="piqa"))
+    first, second = error.value.faults  # of the Hub's layout and of the schema, in one answer
+    assert first.endswith("row 1: label: must be 0 to 1 (a split without labels cannot be used), got -1")
+    assert second.endswith("row 2: choices[1]: must be text that is not empty, got None")
 
 
 def test_no_connection_is_one_line(hub):

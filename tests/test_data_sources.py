@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import sys
 from io import BytesIO
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qdora.data import demo
-from qdora.data.build_data import read_data
+from qdora.data import demo, sources
+from qdora.data.build_data import plan_mix, read_data, tokenized_mix, unused_warnings
+from qdora.data.loader import StepLoader
 from qdora.data.row_formats import commonsense_task
-from qdora.data.sources import draw, load_source, load_train_and_validation, split_off
+from qdora.data.rows import rows_of
+from qdora.data.sources import load_source, train_and_validation
+from qdora.data.split_examples import SplitExamples, draw, split_off
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig, SourceConfig
+from tests import tiny_tokenizer
 
 CHOICE = {"question": "Q?", "choices": ["a", "b"], "answer": 1}
 PAIR = {"prompt": "1+1=", "completion": " 2"}
@@ -49,7 +58,13 @@ def faults_of(source, split=None):
 def split_up(source, fraction=None, **settings):
     """The training and validation examples of one source."""
     cut = {} if fraction is None else {"validation_fraction": fraction}
-    return load_train_and_validation(source, DataConfig(mix=(source,), **cut, **settings))
+    train, validation = train_and_validation(source, DataConfig(mix=(source,), **cut, **settings))
+    return list(train), list(validation)
+
+
+def mixed(data):
+    """The tokenised mix of a recipe that has only this section."""
+    return tokenized_mix(SimpleNamespace(data=data), tiny_tokenizer.make(), read_data(data)[0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
@@ -164,13 +179,19 @@ def test_every_faulty_line_of_every_source_is_gathered(tmp_path):
     second = write(tmp_path / "b.jsonl", [CHOICE, CHOICE | {"answer": 9}])
     good = write(tmp_path / "c.jsonl", [PAIR])
     mix = tuple(SourceConfig(source=source) for source in (str(first), good, second))
+    data = DataConfig(mix=mix, validation_fraction=0.0)
     with pytest.raises(UserError) as error:
-        read_data(DataConfig(mix=mix, validation_fraction=0.0))
+        mixed(data)
     assert error.value.faults == (
         f"data.mix[0]: {first}: line 2: not JSON (column 12: Expecting value)",
         f"data.mix[0]: {first}: line 3: must be an object {{column: value}}, got [1]",
         f"data.mix[2]: {second}: line 2: answer: must be the index of the right choice, 0 to 1, got 9",
     )
+    # the same where a fault is met earlier, in the validation part at the end of the second file
+    with pytest.raises(UserError) as early:
+        read_data(DataConfig(mix=mix, validation_fraction=0.4))
+    assert early.value.faults[-1:] == error.value.faults[-1:]
+    assert early.value.faults[:2] == error.value.faults[:2]
     other = write(tmp_path / "d.jsonl", [PAIR] * 2)
     mix = (SourceConfig(source=good), SourceConfig(source=good, name="d", validation=other))
     train, validation = read_data(DataConfig(mix=mix, validation_fraction=0.0))
@@ -303,11 +324,9 @@ def test_damaged_files(tmp_path):
     )
     (tmp_path / "a.json").write_text('[{"text": "x"},]')
     assert "a.json: line 1: not JSON (column" in faults_of(SourceConfig(source=f"{tmp_path}/a.json"))[0]
-    (tmp_path / "a.csv").write_text("x")
-    assert (
-        "unknown ending '.csv', allowed: .parquet, .jsonl, .json, .txt, .md."
-        in faults_of(SourceConfig(source=f"{tmp_path}/a.csv"))[0]
-    )
+    (tmp_path / "a.tsv").write_text("x")
+    [fault] = faults_of(SourceConfig(source=f"{tmp_path}/a.tsv"))
+    assert "unknown ending '.tsv', allowed: .parquet, .jsonl, .json, .csv, .txt, .md, .jsonl.gz, " in fault
 
 
 def test_missing_files_name_the_nearest(tmp_path):
@@ -359,11 +378,150 @@ def test_limit_draws_after_the_validation_part_is_cut(tmp_path):
 
 
 def test_split_off_and_draw():
-    examples = list("abcdefghij")
-    assert split_off(examples, 0.2, name="x") == (examples[:8], ["i", "j"])  # type: ignore[arg-type, comparison-overlap]
-    assert split_off(examples, 0.01, name="x")[1] == ["j"]  # type: ignore[arg-type, comparison-overlap]
-    assert split_off(examples, 0.0, name="x")[1] == []  # type: ignore[arg-type]
+    def letters(text):
+        rows = rows_of("x", "row", [(place, {"text": letter}) for place, letter in enumerate(text)])
+        return SplitExamples(rows, lambda place, row: row["text"], range(len(text)))
+
+    examples = letters("abcdefghij")
+    assert tuple(map("".join, split_off(examples, 0.2, name="x"))) == ("abcdefgh", "ij")
+    assert "".join(split_off(examples, 0.01, name="x")[1]) == "j"
+    assert list(split_off(examples, 0.0, name="x")[1]) == []
     with pytest.raises(UserError, match=r"^x: 1 examples leave none to train on"):
-        split_off(["a"], 0.05, name="x")  # type: ignore[list-item]
-    assert draw(examples, 10, 0) == examples  # type: ignore[arg-type, comparison-overlap]
-    assert draw(examples, 5, 0) != draw(examples, 5, 1)  # type: ignore[arg-type]
+        split_off(letters("a"), 0.05, name="x")
+    assert list(draw(examples, 10, 0)) == list("abcdefghij")
+    assert list(draw(examples, 5, 0)) != list(draw(examples, 5, 1))
+    assert (examples[3], list(examples[2:4])) == ("d", ["c", "d"])
+
+
+# Columns that training does not read
+
+
+def test_what_is_not_read_is_named_once_a_source(tmp_path):
+    call = {
+        "role": "assistant",
+        "content": "Hello",
+        "tool_calls": [{"name": "f"}],
+        "weight": 0,
+        "reasoning_content": "",
+    }
+    chat = {"messages": [CHAT["messages"][0], call], "tools": "[]", "task": "t", "empty": None}
+    write(tmp_path / "chat.jsonl", [CHAT, chat, chat])
+    write(tmp_path / "pairs.jsonl", [PAIR | {"id": 1, "source": "x"}] * 3)
+    write(tmp_path / "all.jsonl", [PAIR] * 3)
+    names = ("chat", "pairs", "all")
+    mix = tuple(SourceConfig(source=f"{tmp_path}/{name}.jsonl") for name in names)
+    found = mixed(DataConfig(mix=mix, validation_fraction=0.0))
+    loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=2, micro_batch_tokens=99, pad_id=0)
+    plan = plan_mix(found, loader, 2)
+    assert unused_warnings(plan) == [
+        "chat: not used for training: messages.tool_calls, messages.weight, tools.",
+        "pairs: not used for training: source.",
+    ]
+    assert [each["unused"] for each in plan.to_dict()["sources"]] == [
+        ["messages.tool_calls", "messages.weight", "tools"],
+        ["source"],
+        [],
+    ]
+
+
+# Large files
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".jsonl.gz"])
+def test_a_limit_reads_only_the_rows_that_it_draws(tmp_path, monkeypatch, suffix):
+    rows = [PAIR | {"id": f"n{number}"} for number in range(3000)]
+    path = tmp_path / f"big{suffix}"
+    if suffix == ".jsonl.gz":
+        path.write_bytes(gzip.compress("\n\n".join(map(json.dumps, rows)).encode()))
+    else:
+        write(path, rows)
+    source = SourceConfig(source=str(path), limit=20)
+    # as of a list of all rows: the last 5 % are cut off, then 20 are drawn of the rest, by numpy's generator
+    chosen = np.sort(np.random.default_rng([7, 2850]).permutation(2850)[:20])
+    made = []
+    example_of_format = sources.example_of_format
+
+    def counted(row, *args, **options):
+        made.append(row["id"])
+        return example_of_format(row, *args, **options)
+
+    monkeypatch.setattr(sources, "example_of_format", counted)
+    train, validation = split_up(source, seed=7)
+    assert [example.id for example in train] == [f"n{number}" for number in chosen]
+    assert [example.id for example in validation] == [f"n{number}" for number in range(2850, 3000)]
+    assert len(made) == 170
+
+
+# CSV and compressed files
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    long = "x" * 200_000  # above the standard library's limit of 131,072
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        lines = csv.writer(file)
+        lines.writerows([["prompt", "completion"], ["a, b", ' "yes"\nand no'], [], ["é", f" {long}"]])
+    one, two = load_source(SourceConfig(source=str(path)))
+    assert (one.prompt, one.answer, one.id) == ("a, b", ' "yes"\nand no', "3")
+    assert (two.prompt, two.answer) == ("é", f" {long}")
+    assert csv.field_size_limit() == 131_072
+    path.write_text('question,choices,answer\nQ?,"[""a"", ""b""]",1\n')
+    [choice] = load_source(SourceConfig(source=str(path)))
+    assert (choice.choices, choice.gold) == ((" a", " b"), 1)
+    path.write_text("prompt,completion\na,b\na\na,b,c\n")
+    assert faults_of(SourceConfig(source=str(path))) == (
+        f"{path}: line 3: has 1 cells, the first line names 2 columns",
+        f"{path}: line 4: has 3 cells, the first line names 2 columns",
+    )
+    path.write_text('prompt,completion\na,"b\n')
+    assert faults_of(SourceConfig(source=str(path))) == (f"{path}: line 2: not CSV (unexpected end of data)",)
+    path.write_text("prompt,completion\n")
+    assert "the data set is empty" in faults_of(SourceConfig(source=str(path)))[0]
+
+
+@pytest.mark.parametrize(
+    "name, text", [("a.jsonl", json.dumps({"text": "One."})), ("a.json", '[{"text": "One."}]'), ("a.txt", "One.")]
+)
+def test_gzip(tmp_path, name, text):
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(gzip.compress(text.encode()))
+    [example] = load_source(SourceConfig(source=str(path)))
+    assert (example.answer, example.task) == ("One.", "a")
+    (tmp_path / f"train.{path.suffixes[0][1:]}.gz").write_bytes(path.read_bytes())
+    assert len(load_source(SourceConfig(source=str(tmp_path)))) == 1
+    assert "there are a, train." in faults_of(SourceConfig(source=str(tmp_path)), "trian")[0]
+    path.write_bytes(path.read_bytes()[:-9])
+    [fault] = faults_of(SourceConfig(source=str(path)))
+    assert fault.startswith(f"{path}: damaged (")
+    path.write_bytes(b"not gzip")
+    assert faults_of(SourceConfig(source=str(path)))[0].startswith(f"{path}: damaged (Not a gzipped file")
+
+
+def test_zstandard(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "zstandard", None)
+        patch.setitem(sys.modules, "compression", None)
+        assert faults_of(SourceConfig(source=str(path))) == (
+            f"{path}: no library that reads .zst is installed. Fix: pip install zstandard, or unpack it: zstd -d",
+        )
+    zstandard = pytest.importorskip("zstandard")
+    lines = [json.dumps({"text": f"{number} " * 50}) + "\n" for number in range(2000)]
+    halves = ["".join(lines[:1000]), "".join(lines[1000:])]
+    whole = b"".join(zstandard.ZstdCompressor().compress(half.encode()) for half in halves)  # two frames
+    path.write_bytes(whole)
+    train, _ = split_up(SourceConfig(source=str(path), limit=1500), 0.1)
+    assert [example.answer for example in train] == [f"{int(example.id) - 1} " * 50 for example in train]
+    assert len(load_source(SourceConfig(source=str(path)))) == 2000
+    for cut in (len(whole) - 1, len(whole) // 4):
+        path.write_bytes(whole[:cut])
+        assert faults_of(SourceConfig(source=str(path)))[0] == f"{path}: damaged (the compressed data ends too early)"
+
+
+def test_what_json_can_hold_and_python_cannot(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ' + "[" * 100_000 + "\n" + '{"text": ' + "9" * 5000 + "}\n")
+    first, second = faults_of(SourceConfig(source=str(path)))
+    assert first == f"{path}: line 1: not JSON (nested too deeply)"
+    assert second.startswith(f"{path}: line 2: not JSON (Exceeds the limit (4300 digits)")

@@ -49,7 +49,7 @@ def stream_of(shards, *, tokenizer=TOKENIZER, number=0, window=4096, size=None, 
     mix = [
         SourceConfig(source="rows.jsonl", stream=True, name=name, shuffle_window=window, size=size) for name in names
     ]
-    return ExampleStream(shards, DataConfig(mix=mix, **{"too_long": "truncate"} | options), number, tokenizer)
+    return ExampleStream(shards, DataConfig(mix=mix, **{"strategy": "equal"} | options), number, tokenizer)
 
 
 def stream(source: Path, **options):
@@ -193,12 +193,15 @@ def test_passes_seeds_and_sources_have_their_own_orders(tmp_path):
 def test_what_a_stream_refuses(tmp_path):
     def drawn(lines, count=5, **options):
         (tmp_path / "train.jsonl").write_text(lines)
-        one = stream(tmp_path / "train.jsonl", **options)
+        one = stream(tmp_path / "train.jsonl", max_bad_rows=0, **options)
         return [one.next() for _ in range(count)]
 
     good = json.dumps(row(1)) + "\n"
     for lines, message in (
-        (good * 3 + "{\n", rf"train.jsonl: byte {3 * len(good)}: not JSON"),
+        (
+            good * 3 + "{\n",
+            rf"s: 1 faulty row, data.max_bad_rows allows 0. .*byte {3 * len(good)}: not JSON",
+        ),
         (good + "[1]\n", r"byte \d+: must be an object {column: value}, got \[1\]"),
         (good + '{"prompt": "x"}\n', r"byte \d+: no completion, got columns prompt, needed for format completion"),
         (good + '{"prompt": "x", "completion": 3}\n', r"byte \d+: completion: must be text, got 3"),
@@ -271,10 +274,13 @@ def test_unknown_sizes_are_asked_for(tmp_path):
         ({"strategy": "temperature", "temperature": 2.0}, "s: data.strategy temperature needs the size"),
         ({"strategy": "equal", "max_epochs": [1]}, "s: max_epochs needs the size of the stream"),
     ):
+        given = {name: value * 2 if name == "max_epochs" else value for name, value in options.items()}
         with pytest.raises(UserError, match=message):
-            make_mix([stream(file)], **options)
-        mix = make_mix([stream(file, size=50)], **options)
-        assert mix.order.length == (50 if "max_epochs" in options else None)
+            make_mix([stream(file), stream(file)], **given)
+        mix = make_mix([stream(file, size=50)] * 2, **given)
+        assert mix.order.length == (100 if "max_epochs" in options else None)
+    # a single source has the whole mix, whatever its size
+    assert make_mix([stream(file)], strategy="proportional").shares.tolist() == [1.0]
     mix = make_mix([stream(file)], strategy="equal")
     loader = StepLoader(mix.sets, mix.order, tokens_per_step=None, batch=5, micro_batch_tokens=99, pad_id=0)
     assert plan_mix(mix, loader, 20).sources[0].num_examples is None
@@ -283,7 +289,7 @@ def test_unknown_sizes_are_asked_for(tmp_path):
 
 def test_a_changed_stream_is_refused_on_resume(tmp_path):
     (tmp_path / "other").mkdir()
-    rows = [row(number) for number in range(50)]
+    rows = [row(number) for number in range(70)]
     first = write(tmp_path, "jsonl", rows)
     second = write(tmp_path / "other", "jsonl", [row(9), *rows[1:]])
     marks = [
@@ -294,8 +300,14 @@ def test_a_changed_stream_is_refused_on_resume(tmp_path):
         stream(second).fingerprint(),
         stream(first, tokenizer=tiny_tokenizer.make(bos=True)).fingerprint(),
     ]
-    assert len(set(marks)) == len(marks)
+    assert len({json.dumps(mark) for mark in marks}) == len(marks)
     assert stream(first).fingerprint() == marks[0]
+    assert stream(first).change_since(marks[0]) is None
+    assert all(stream(first).change_since(mark) for mark in marks[1:])
+    assert stream(second).change_since(marks[0]) == "its first rows"
+    size = first.stat().st_size
+    write(tmp_path, "jsonl", [*rows, *(row(number) for number in range(40_000))])
+    assert stream(first).change_since(marks[0]) == f"its length, by +{first.stat().st_size - size:,} bytes"
 
 
 def test_streaming_from_the_hub(tmp_path, monkeypatch):
@@ -338,3 +350,146 @@ def test_observed_shares_of_a_stream(tmp_path):
         for micro in loader.next_step().micro_batches:
             counts += np.bincount(micro.task_ids, minlength=2)
     np.testing.assert_allclose(counts / 10_000, [0.2, 0.8], rtol=0.01)
+
+
+# Faulty rows
+
+
+def numbers_of(one, count):
+    return [number_of(one.next()) for _ in range(count)]
+
+
+def faulty_lines(numbers, num_rows=60):
+    """Lines of rows; those of `numbers` are cut off."""
+    lines = [json.dumps(row(number)) for number in range(num_rows)]
+    return "".join((line[:5] if number in numbers else line) + "\n" for number, line in enumerate(lines))
+
+
+def test_faulty_rows_are_skipped_counted_and_named(tmp_path, caplog):
+    file = tmp_path / "train.jsonl"
+    bad = [3, 20, 21, 40, 44, 59]
+    file.write_text(faulty_lines(bad) + '{"prompt": "x", "completion": ""}\n')
+    one = stream(file, window=8)
+    drawn = [number_of(one.next()) for _ in range(2 * 54 + 1)]
+    assert sorted(drawn[:54]) == sorted(drawn[54:108]) == [number for number in range(60) if number not in bad]
+    here = one.position
+    assert here.num_bad - here.num_bad_before <= 7
+    assert (here.epoch, here.num_bad_before, len(here.bad_rows)) == (2, 14, 5)
+    place = len(faulty_lines([], 3))
+    assert any(each.startswith(f"{file}: byte {place}: not JSON (") for each in here.bad_rows)
+    assert len([line for line in caplog.messages if "skipped a faulty row" in line]) == 5
+    for most in (6, 0):
+        two = stream(file, window=8, max_bad_rows=most)
+        with pytest.raises(UserError) as error:
+            numbers_of(two, 60)
+        [fault] = error.value.faults
+        assert fault.startswith(f"s: {most + 1} faulty row")
+        assert f"data.max_bad_rows allows {most}. The first: {file}: byte " in fault
+        assert fault.endswith("then resume with --resume.")
+
+
+def test_how_many_faulty_rows_are_allowed(tmp_path):
+    """10, or 0.1 % of the rows, known beforehand or read so far; at the start all that is known fails at once."""
+    file = tmp_path / "train.jsonl"
+    file.write_text(faulty_lines(range(0, 1200, 100), 2000))  # 12 of 2,000
+    with pytest.raises(UserError, match=r"s: 11 faulty rows, data.max_bad_rows allows 10"):
+        numbers_of(stream(file), 2000)
+    one = stream(file, size=12_000)
+    numbers_of(one, 1988)
+    assert one.position.num_bad == 12
+    file.write_text(faulty_lines(range(20, 31)))
+    with pytest.raises(UserError, match=r"s: 11 faulty rows, data.max_bad_rows allows 10. .*in place, or raise data"):
+        stream(file).check_first_rows()
+    file.write_text(faulty_lines(range(60)))
+    with pytest.raises(UserError, match="byte 0: not JSON"):
+        stream(file).check_first_rows()
+
+
+@pytest.mark.parametrize("bad", [[2, 30], [30], [200]])
+@pytest.mark.parametrize("taken_out", [False, True])
+def test_a_mended_row_is_no_change(tmp_path, bad, taken_out):
+    """Resumed on the mended file, the other rows come in the order that they would have had."""
+    file = tmp_path / "train.jsonl"
+    file.write_text(faulty_lines(bad, 250))
+    one = stream(file, window=16)
+    before = numbers_of(one, 70)
+    state, mark = json.loads(json.dumps(one.state_dict())), json.loads(json.dumps(one.fingerprint()))
+    rest = numbers_of(one, 250 - len(bad) - 70)
+    lines = faulty_lines([], 250).splitlines(keepends=True)
+    kept = [line for number, line in enumerate(lines) if not (taken_out and number in bad)]
+    file.write_text("".join(kept))
+    two = stream(file, window=16)
+    assert two.change_since(mark) is None
+    two.load_state_dict(state)
+    found = []
+    while two.position.epoch == 0:
+        found.append(number_of(two.next()))
+    del found[-1]  # of the second pass
+    lost = set(range(250)) - {*before, *found, *bad}
+    assert len(lost) <= (16 if taken_out else 0)  # rows move by one, so a window is another one
+    if not taken_out:
+        assert [number for number in found if number not in bad] == rest
+    file.write_text("".join([lines[9], *kept[1:]]))
+    assert stream(file, window=16).change_since(mark) == "its first rows"
+
+
+def test_chats_that_the_template_refuses_are_faulty_rows(tmp_path):
+    strict = tiny_tokenizer.make(
+        chat_template="{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
+    rows = [{"messages": turns}] * 5 + [{"messages": [{"role": "system", "content": "x"}, *turns], "tools": "f"}]
+    one = stream(write(tmp_path, "jsonl", rows), tokenizer=strict)
+    for _ in range(11):
+        one.next()
+    assert one.position.num_bad >= 2
+    assert one.position.bad_rows[0].endswith(": the chat template refuses it: no system turns")
+    assert one.unused == {"tools"}
+
+
+def test_text_in_parquet_that_is_no_utf8_is_one_faulty_row(tmp_path):
+    bad = pa.array([b"one", b"t\xffo", b"three"], pa.binary()).cast(pa.large_binary())
+    texts = pa.LargeStringArray.from_buffers(3, bad.buffers()[1], bad.buffers()[2])
+    pq.write_table(pa.table({"text": texts}), tmp_path / "train.parquet")
+    one = stream(tmp_path / "train.parquet")
+    assert sorted(TOKENIZER.decode(one.next().input_ids) for _ in range(2)) == ["one<|im_end|>", "three<|im_end|>"]
+    one.next()
+    assert "train.parquet: row 1: a value cannot be read (UnicodeDecodeError" in one.position.bad_rows[0]
+
+
+def test_a_lost_connection_is_opened_again(monkeypatch, caplog):
+    class Shard:
+        """A file on the Hub of 6 rows, whose connection is lost before every row of `lost`, so many times."""
+
+        num_shards, info = 1, datasets.DatasetInfo()
+
+        def __init__(self, lost):
+            self.lost, self.first = lost, 0
+
+        def shard(self, *_):
+            return self
+
+        def skip(self, num_rows):
+            other = Shard(self.lost)
+            other.first = num_rows
+            return other
+
+        def __iter__(self):
+            for number in range(self.first, 6):
+                if self.lost.get(number):
+                    self.lost[number] -= 1
+                    raise KeyError("no base class in common")
+                yield row(number)
+
+    waits = []
+    monkeypatch.setattr(readers.time, "sleep", waits.append)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Shard({0: 1, 2: 3, 3: 3}))
+    found = hub_shards("org/name", split="train", revision=None)
+    assert [each for _, each in found.readers[0](0)] == [row(number) for number in range(6)]
+    assert waits == [1.0, 1.0, 5.0, 25.0, 1.0, 5.0, 25.0]
+    assert "org/name: shard 0: KeyError: 'no base class in common'. Trying again in 1 s." in caplog.messages
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Shard({2: 4}))
+    found = hub_shards("org/name", split="train", revision=None)
+    with pytest.raises(UserError, match=r"^org/name: shard 0: row 2: cannot be read from the Hub \(KeyError"):
+        list(found.readers[0](0))

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.data.example import Example
-from qdora.data.tokenize import TokenizedSet, encode_batch, encode_pairs, special_prefix, tokenize_all
+from qdora.data.tokenize import (
+    TokenizedSet,
+    chat_text,
+    encode_batch,
+    encode_chats,
+    encode_pairs,
+    set_chat_date,
+    special_prefix,
+    tokenize_all,
+)
 from qdora.errors import UserError
 from tests import tiny_tokenizer
 
@@ -278,3 +289,29 @@ def test_order_and_sums():
     assert [one.id for one in done.examples] == [str(n) for n in range(1500)]
     assert isinstance(done, TokenizedSet)
     assert done.num_tokens == sum(one.input_ids.size for one in done.examples)
+
+
+# Templates that print the date
+
+DATED = (
+    "  {%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}'
+    "{%- endif %}\nToday: {{ date_string }} {{ strftime_now('%-d/%m %A %Y-%m-%d 100%%') }}\n" + tiny_tokenizer.CHATML
+)
+"""As in Llama 3.2, behind white space that a template drops."""
+
+
+def test_a_template_prints_the_date_that_was_set():
+    turns = [{"role": "user", "content": "Hi"}]
+    tokenizer = tiny_tokenizer.make(chat_template=DATED)
+    assert chat_text(tokenizer, turns) == tokenizer.apply_chat_template(turns, tokenize=False)  # today
+    set_chat_date(tokenizer, "2024-02-01")
+    chat = "<|im_start|>user\nHi<|im_end|>\n"
+    assert chat_text(tokenizer, turns) == f"Today: 01 Feb 2024 1/02 Thursday 2024-02-01 100%\n{chat}"
+    ids, mask = encode_chats(tokenizer, [CHAT])[0]
+    assert tokenizer.decode(ids).startswith("Today: 01 Feb 2024 ")
+    assert tokenizer.decode(np.array(ids)[mask]) == "the cat<|im_end|>\nthe dog<|im_end|>\n"
+    today = date.today().isoformat()
+    set_chat_date(tokenizer, today)
+    assert chat_text(tokenizer, turns) == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert "qdora" not in tokenizer.chat_template

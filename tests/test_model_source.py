@@ -18,8 +18,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from qdora.errors import UserError
+from qdora.model.build_model import find_model
 from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import shard_files
+from tests import tiny_run, tiny_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -321,3 +323,20 @@ def test_broken_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its tokenizer cannot be used") as caught:
         load_tokenizer(found)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_directory_that_holds_only_a_tokenizer(tmp_path: Path) -> None:
+    tiny_run.write_model(tmp_path / "model")
+    tiny_tokenizer.make(chat_template="only here").save_pretrained(tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer/config.json").exists()
+    recipe = tiny_run.recipe(tmp_path, model__tokenizer=str(tmp_path / "tokenizer"))
+    _, tokenizer = find_model(recipe)
+    assert tokenizer.chat_template == "only here"
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("empty", r"^model.tokenizer: .*empty has no tokenizer, expected one of"),
+        ("nowhere", r"^model.tokenizer: .*nowhere does not exist"),
+    ):
+        named = tiny_run.recipe(tmp_path, model__tokenizer=str(tmp_path / name))
+        with pytest.raises(UserError, match=message):
+            find_model(named)

@@ -461,7 +461,7 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
             "data.mix[0].stream: a file that is read in parts must end in .parquet or .jsonl, got /a.txt.",
         ),
         (
-            section("data", mix=[{"source": "/a", "stream": True}]),
+            section("data", mix=[{"source": "/a", "stream": True}], too_long="error"),
             "data.too_long: must be truncate or drop with a stream, which is not read before training, got 'error'.",
         ),
         (
@@ -986,3 +986,39 @@ def test_the_recipe_of_an_old_run_without_the_removed_settings_is_read(tmp_path:
         (tmp_path / "recipe.yaml").write_text(text.replace(section, f"interference: {{{setting}}}"))
         with pytest.raises(UserError, match=rf"interference\.{setting.split(':')[0]}: unknown key"):
             load_recipe(tmp_path / "recipe.yaml")
+
+
+def faults_of_data(*mix: dict[str, Any], **data: Any) -> list[str]:
+    with pytest.raises(UserError) as error:
+        recipe_from(minimal(data={"mix": list(mix), **data}))
+    return [fault.removeprefix("recipe: data.") for fault in error.value.faults]
+
+
+def test_what_a_stream_lacks_is_one_answer_and_its_defaults_run() -> None:
+    stream = {"source": "/a.jsonl", "stream": True}
+    for mix in ([stream], [stream, {"source": "/b.parquet", "stream": True}]):
+        given = [each | ({"size": 9} if len(mix) > 1 else {}) for each in mix]
+        assert recipe_from(minimal(data={"mix": given})).data.too_long == "truncate"
+    assert recipe_from(minimal(data={"mix": [{"source": "/a.jsonl"}]})).data.too_long == "error"
+    asked = recipe_from(minimal(data={"mix": [stream], "too_long": "drop"}))
+    assert recipe_from(settings_of(asked)) == asked
+    other = stream | {"source": "/c.jsonl", "max_epochs": 2}
+    first, second, third = faults_of_data(stream, {"source": "/b.txt"}, other, too_long="error")
+    assert first.startswith("too_long: must be truncate or drop with a stream")
+    assert second.startswith("mix[0].size: must be given for JSON lines with data.strategy proportional, got None.")
+    assert third.startswith("mix[2].size: must be given for JSON lines with data.strategy proportional and max_epochs")
+    assert faults_of_data(stream | {"max_epochs": 2}) == [
+        "mix[0].size: must be given for JSON lines with max_epochs, got None."
+    ]
+
+
+def test_max_bad_rows_and_compressed_files() -> None:
+    [fault] = faults_of_data({"source": "/a.txt"}, max_bad_rows=3)
+    assert fault.startswith("max_bad_rows: would be ignored because no source is streamed")
+    for name in ("/a.jsonl.gz", "/a.csv", "/a.csv.zst", "/A.TXT.GZ"):
+        assert recipe_from(minimal(data={"mix": [{"source": name}]}))
+    for name in ("/a.gz", "/a.parquet.gz"):
+        [fault] = faults_of_data({"source": name})
+        assert fault.startswith("mix[0].source: a compressed file must end in one of .jsonl.gz, .jsonl.zst, .json.gz")
+    [fault] = faults_of_data({"source": "/a.jsonl.gz", "stream": True, "size": 3})
+    assert fault == "mix[0].stream: a file that is read in parts must end in .parquet or .jsonl, got /a.jsonl.gz."

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,19 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from qdora.data.tokenize import chat_text
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
+from qdora.files import run_directory
 from qdora.files.run_directory import open_run, write_complete
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.evaluate import EvalOptions, evaluate_target
+from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from qdora.train import loop
-from tests import tiny_run
+from tests import tiny_run, tiny_tokenizer
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless, trained
 
 FIGURES = {"loss_per_task", "learning_rate", "gradient_norm", "memory", "tokens_per_second", "validation_nll"}
@@ -509,3 +513,35 @@ def test_json_is_one_document_on_standard_output(root: Path, tmp_path: Path) -> 
     assert json.loads(done.stdout)["label"] == "final"
     done = run_cli("validate", str(file), "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["train"]["steps"] == 1
+
+
+def test_a_run_keeps_the_date_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat template that prints the date: resumed and evaluated on another day, the run reads what it learnt from."""
+    model = tiny_run.write_model(tmp_path / "model")
+    dated = tiny_tokenizer.make(chat_template="{{ strftime_now('%d %b %Y') }}" + tiny_tokenizer.CHATML)
+    dated.save_pretrained(model)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text((json.dumps({"messages": turns}) + "\n") * 30)
+    recipe = tiny_run.recipe(tmp_path, data__mix=[{"source": str(chats)}])
+
+    class Calendar(date):
+        day = "2026-02-28"
+
+        @classmethod
+        def today(cls) -> date:
+            return date.fromisoformat(cls.day)
+
+    monkeypatch.setattr(run_directory, "date", Calendar)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            train_run(recipe, tmp_path / "run")
+    assert json.loads((tmp_path / "run/environment.json").read_text())["chat_date"] == "2026-02-28"
+    Calendar.day = "2026-03-01"
+    train_run(recipe, tmp_path / "run", resume=True)
+    scored = evaluate_target(str(tmp_path / "run"))["evaluation"]["average"]["nll_per_token"]
+    stored = json.loads((tmp_path / "run/eval/step-6.json").read_text())["average"]["nll_per_token"]
+    assert scored == pytest.approx(stored, rel=1e-6)
+    trained = load_run(tmp_path / "run")
+    assert chat_text(trained.tokenizer, turns).startswith("28 Feb 2026")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from rich.table import Table
 
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
-from qdora.data.mix import Mix, make_mix
-from qdora.data.sources import has_split, load_source, load_train_and_validation, open_shards
+from qdora.data.mix import Mix, make_mix, size_faults
+from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
+from qdora.data.split_examples import SplitExamples
 from qdora.data.stream import ExampleStream
+from qdora.data.token_cache import TokenCache, default_cache
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory
@@ -25,25 +28,32 @@ AUTO_MICRO_BATCH_TOKENS = 2048
 """train.micro_batch_tokens: auto, unless a longer example needs more."""
 
 
-def read_data(data: DataConfig) -> tuple[list[list[Example]], dict[str, list[Example]]]:
-    """Training examples per source, and validation examples by the source's name where there are any.
+def read_data(data: DataConfig) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
+    """Training examples per source, unread, and validation examples by the source's name where there are any.
+
+    Only the validation examples are read; where a source has a fault, all are, so that one answer has all faults.
 
     Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source.
     """
-    train: list[list[Example]] = []
+    train: list[Sequence[Example]] = []
     validation: dict[str, list[Example]] = {}
-    faults: list[str] = []
+    faults: dict[int, tuple[str, ...]] = {}
     for index, source in enumerate(data.mix):
         try:
-            examples, held_out = load_train_and_validation(source, data)
+            train.append(())
+            examples, held_out = train_and_validation(source, data)
+            train[index] = () if examples is None else examples
+            if held_out is not None and len(held_out):
+                validation[source.label] = list(held_out)
         except UserError as error:
-            faults.extend(f"data.mix[{index}]: {fault}" for fault in error.faults)
-            continue
-        train.append(examples)
-        if held_out:
-            validation[source.label] = held_out
+            faults[index] = error.faults
     if faults:
-        raise UserError(*faults)
+        for index, unread in enumerate(train):
+            try:
+                deque(unread, maxlen=0)
+            except UserError as error:
+                faults[index] = (*error.faults, *faults.get(index, ()))
+        raise UserError(*(f"data.mix[{index}]: {fault}" for index in sorted(faults) for fault in faults[index]))
     return train, validation
 
 
@@ -60,9 +70,10 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
         raise UserError(f"--split: a stream ({', '.join(streamed)}) has only the splits validation, test, got train.")
     if split in ("train", "validation"):
         train, validation = read_data(recipe.data)
-        labels = (source.label for source in recipe.data.mix)
-        found = validation if split == "validation" else dict(zip(labels, train, strict=True))
-        return {label: examples for label, examples in found.items() if label in sources}
+        if split == "validation":
+            return {label: examples for label, examples in validation.items() if label in sources}
+        labels = [source.label for source in recipe.data.mix]
+        return {label: list(found) for label, found in zip(labels, train, strict=True) if label in sources}
     faults = [
         f"--split: {label} has no {split} split, allowed: validation, train."
         for label, source in sources.items()
@@ -86,27 +97,28 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
 
 
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
-    """Tokenise every source and put them together; faults of all sources at once."""
-    data = recipe.data
+    """Tokenise every source, or read what an earlier start kept, and put them together.
+
+    Raises: UserError: Faulty rows, examples that are too long, unknown sizes: the faults of all sources at once.
+    """
+    data, cache = recipe.data, None
+    if data.cache != "off":
+        cache = TokenCache(default_cache() if data.cache is None else Path(data.cache).expanduser(), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
     faults: list[str] = []
     for number, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
         try:
             if source.stream:
-                sets.append(ExampleStream(open_shards(source), data, number, tokenizer))
+                stream = ExampleStream(open_shards(source), data, number, tokenizer)
+                stream.check_first_rows()
+                sets.append(stream)
             else:
-                sets.append(
-                    tokenize_all(
-                        examples,
-                        tokenizer,
-                        name=source.label,
-                        max_length=data.max_length,
-                        loss_on=data.loss_on,
-                        too_long=data.too_long,
-                    )
-                )
+                sets.append(_tokenized(source, data, tokenizer, examples, cache))
         except UserError as error:
-            faults.extend(error.faults)
+            faults.extend(f"data.mix[{number}]: {fault}" for fault in error.faults)
+    most = [source.max_epochs for source in data.mix]
+    if len(sets) == len(data.mix):
+        faults.extend(size_faults(sets, data.strategy, most))
     if faults:
         raise UserError(*faults)
     return make_mix(
@@ -114,9 +126,27 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
         strategy=data.strategy,
         temperature=data.temperature,
         weights=[source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None,
-        max_epochs=[source.max_epochs for source in data.mix],
+        max_epochs=most,
         seed=data.seed,
     )
+
+
+def _tokenized(
+    source: SourceConfig, data: DataConfig, tokenizer: Any, examples: Sequence[Example], cache: TokenCache | None
+) -> TokenizedSet:
+    """A source as tokens: from the cache, or made and kept there if it is known what decides the rows."""
+    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
+
+    def make() -> TokenizedSet:
+        found = tokenize_all(examples, tokenizer, name=source.label, **options)
+        unused = examples.unused if isinstance(examples, SplitExamples) else ()
+        return replace(found, unused=tuple(sorted(unused)))
+
+    identity = examples.identity if isinstance(examples, SplitExamples) else None
+    if identity is None or cache is None:
+        return make()
+    layout = {"label": source.label, "named": source.name is not None, "format": source.format, "task": source.task}
+    return cache.kept({"rows": identity, **layout, **options}, make)
 
 
 def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_processes: int = 1) -> StepLoader:
@@ -163,6 +193,7 @@ class SourcePlan:
         share_seen: Share of the draws that come from it: less than asked once it is used up, more once others are.
         num_draws, num_tokens_seen: Examples and tokens that the run takes from it; None tokens for a stream.
         epochs: How often its examples are seen on average. Below 1, some are never seen.
+        unused: Columns that its format does not read; of a stream, those of its first rows.
     """
 
     name: str
@@ -175,6 +206,7 @@ class SourcePlan:
     num_draws: int
     num_tokens_seen: int | None
     epochs: float | None
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,7 +220,7 @@ class MixPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only."""
-        return {**asdict(self), "sources": [asdict(source) for source in self.sources]}
+        return {**asdict(self), "sources": [{**asdict(each), "unused": list(each.unused)} for each in self.sources]}
 
 
 def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
@@ -215,6 +247,7 @@ def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
                 num_draws=count,
                 num_tokens_seen=None if known is None else num_tokens,
                 epochs=None if size is None else count / size,
+                unused=tuple(sorted(part.unused)),
             )
         )
     return MixPlan(num_steps, num_draws, loader.counts_draws, tuple(sources))
@@ -232,6 +265,13 @@ def large_step_warning(plan: MixPlan) -> str | None:
         f"has only {num_examples:,}: each step repeats the data {per_step / num_examples:.1f} times. "
         "Fix: lower train.tokens_per_step or train.batch."
     )
+
+
+def unused_warnings(plan: MixPlan) -> list[str]:
+    """One line for each source that has columns which training does not read."""
+    return [
+        f"{source.name}: not used for training: {', '.join(source.unused)}." for source in plan.sources if source.unused
+    ]
 
 
 def show_mix(console: Console, plan: MixPlan) -> None:

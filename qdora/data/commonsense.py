@@ -21,7 +21,8 @@ goes past it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 
 from qdora.data.example import Example
 from qdora.data.readers import read_rows, reason_of
-from qdora.data.rows import Row, RowFault, Rows, each_made, optional_text, row_id, shown, text_field
+from qdora.data.rows import Entry, Row, RowFault, Rows, optional_text, row_id, shown, text_field
 from qdora.errors import UserError, nearest
 
 
@@ -223,9 +224,25 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
     files = sorted(Path(folder).glob(pattern))
     if not files:
         raise UserError(f"{where}: no file {pattern} there; the pinned revision is {place.revision}")
-    found = enumerate(row for file in files for _, row in read_rows(file).placed)
+    parts = [read_rows(file) for file in files]
+
+    def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+        first = 0
+        for part in parts:
+            mine = indices[bisect_left(indices, first) : bisect_left(indices, first + part.num_rows)]
+            for index, (_, row) in zip(mine, part.chosen([index - first for index in mine]), strict=True):
+                yield int(index), _schema_entry(place, row)
+            first += part.num_rows
+
     where = f"{where}/{pattern}"
-    return Rows(where, "row", each_made(where, "row", found, lambda _, row: place.schema_row(row)))
+    return Rows(where, "row", sum(part.num_rows for part in parts), chosen, where)
+
+
+def _schema_entry(place: HubTask, row: Entry) -> Entry:
+    try:
+        return row if isinstance(row, RowFault) else place.schema_row(row)
+    except RowFault as fault:
+        return fault
 
 
 def _boolq_row(row: Row) -> SchemaRow:

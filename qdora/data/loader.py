@@ -195,12 +195,18 @@ class StepLoader:
         Raises: UserError if the data, the mix or the size of a step differ from those of the state: other examples
             would follow, and some would be seen twice.
         """
-        stored, mine = dict(state["fingerprint"]), self.fingerprint
+        stored, fix = dict(state["fingerprint"]), "Fix: restore it, or start a new run."
         faults = [
-            f"resume: {_WHAT[key]} changed since the checkpoint (then {stored.get(key)}, now {value}). "
-            "Fix: restore it, or start a new run."
-            for key, value in mine.items()
-            if stored.get(key) != value
+            f"resume: {what} changed since the checkpoint (then {stored.get(key)}, now {self.fingerprint[key]}). {fix}"
+            for key, what in _WHAT.items()
+            if stored.get(key) != self.fingerprint[key]
+        ]
+        before = stored.get("streams", {})
+        changes = {part.name: part.change_since(before.get(part.name)) for part in self.streams}
+        faults += [
+            f"resume: {_WHAT['data']} changed since the checkpoint ({name}: {what}). {fix}"
+            for name, what in changes.items()
+            if what is not None
         ]
         if faults:
             raise UserError(*faults)
@@ -209,12 +215,13 @@ class StepLoader:
             part.load_state_dict(state["streams"][part.name])
 
     @cached_property
-    def fingerprint(self) -> dict[str, str]:
-        """What decides which examples follow a position: a part for each thing that a user can change."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which examples follow a position: a part for each thing that a user can change; JSON types."""
         # The first draws stand for the shuffling itself, which numpy may change between versions
         first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
         shares = self.order.shares.tolist(), self.order.caps
-        return {
+        streams = {part.name: part.fingerprint() for part in self.streams}
+        return ({"streams": streams} if streams else {}) | {
             "data": _hash_sets(self.tokenised),
             "mix": hashlib.sha256(f"{shares} {self.order.seed} {first.tolist()}".encode()).hexdigest()[:16],
             "step": f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples",
@@ -273,11 +280,11 @@ _WHAT = {
 
 
 def _hash_sets(tokenised: Sequence[Source]) -> str:
-    """SHA-256 over names, tasks, ids and labels of all sources (a stream: its fingerprint), 16 hex digits."""
+    """SHA-256 over names, tasks, ids and labels of all sources (a stream: its name), 16 hex digits."""
     digest = hashlib.sha256()
     for part in tokenised:
         if isinstance(part, ExampleStream):
-            digest.update(f"{part.name} {part.fingerprint()}".encode())
+            digest.update(f"{part.name} stream".encode())
             continue
         digest.update(f"{part.name} {len(part)}".encode())
         for example in part.examples:

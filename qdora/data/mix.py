@@ -193,6 +193,30 @@ class Mix:
     order: MixOrder
 
 
+def size_faults(sets: Sequence[Source], strategy: Strategy, max_epochs: Sequence[float | None]) -> list[str]:
+    """One line for each stream whose size is not known although the strategy or its max_epochs needs it.
+
+    A single source has all of the mix, whatever its size.
+    """
+    unknown = [
+        (part.name, epochs)
+        for part, epochs in zip(sets, max_epochs, strict=True)
+        if isinstance(part, ExampleStream) and part.num_examples is None
+    ]
+    shared = len(sets) > 1 and strategy in ("proportional", "temperature")
+    faults = [
+        f"{name}: data.strategy {strategy} needs the size of every source, and that of this stream is not known. "
+        "Fix: give its size (examples), or set data.strategy: weights or equal."
+        for name, _ in unknown
+        if shared
+    ]
+    return faults + [
+        f"{name}: max_epochs needs the size of the stream, and it is not known. Fix: give its size (examples)."
+        for name, epochs in unknown
+        if epochs is not None
+    ]
+
+
 def make_mix(
     sets: Sequence[Source],
     *,
@@ -210,21 +234,10 @@ def make_mix(
     Raises: UserError if a stream has no known size and the strategy or its max_epochs needs one.
     """
     most = max_epochs or [None] * len(sets)
-    sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
-    needed = {"proportional", "temperature"} & {strategy}
-    faults = [
-        f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not known. "
-        "Fix: give its size (examples), or set data.strategy: weights or equal."
-        for part, size in zip(sets, sizes, strict=True)
-        if size is None and needed
-    ]
-    faults += [
-        f"{part.name}: max_epochs needs the size of the stream, and it is not known. Fix: give its size (examples)."
-        for part, size, epochs in zip(sets, sizes, most, strict=True)
-        if size is None and epochs is not None
-    ]
+    faults = size_faults(sets, strategy, most)
     if faults:
         raise UserError(*faults)
+    sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
     shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)
     caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
     drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]

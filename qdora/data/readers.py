@@ -1,7 +1,8 @@
-"""Readers of Parquet, JSON-lines, JSON and text files and of data sets on the Hub: whole, or a shard at a time.
+"""Readers of Parquet, JSON-lines, JSON, CSV and text files and of data sets on the Hub: whole, or a shard at a time.
 
 A shard is a row group of a Parquet file, a range of bytes of a JSON-lines file, or a file of a data set on the Hub. It
-is read from any row on, a row at a time. A file that is read whole is read by the same functions.
+is read from any row on, a row at a time. A row that cannot be read comes as a RowFault. The rows of a file that is not
+streamed stay on disk, too, until they are asked for: of JSON lines only their places are kept.
 
 The readers of `datasets` are used for the Hub only. Measured with datasets 5.2 on local files: a faulty line is named
 by its row within a chunk of 10 MB, without the file; a column that only some rows have comes as null in all of them; a
@@ -12,19 +13,35 @@ one of 160 MB).
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable, Iterator
+import logging
+import time
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qdora.data.rows import RowFault, Rows, each_made, shown
+from qdora.data.data_file import (
+    ending,
+    identity_of,
+    name_without_ending,
+    open_bytes,
+    open_text,
+    readable,
+    skip_bytes,
+)
+from qdora.data.rows import Entry, RowFault, Rows, rows_of, shown
 from qdora.errors import UserError, nearest
 from qdora.files.json_file import parse_json
-from qdora.recipe.data_settings import STREAMED_SUFFIXES
+from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, STREAMED_SUFFIXES
 from qdora.recipe.faults import one_line
+
+logger = logging.getLogger("qdora")
 
 _RANGE_BYTES = 16 * 2**20
 """Bytes of a shard of a JSON-lines file: small enough to skip to a row of it in some 50 ms."""
@@ -35,29 +52,29 @@ _READ_BYTES = 2**20
 _BLANK = b" \t\r\n\v\f\xef\xbb\xbf"
 """White space and the byte order mark."""
 
-PlacedRow = tuple[str, dict[str, Any]]
-"""(place, row): "file: row 17" for error lines, and column -> value."""
+_HUB_WAITS = (1.0, 5.0, 25.0)
+"""Seconds before each new attempt to read a row from the Hub."""
+_JSON_COLUMNS = ("messages", "choices", "answer")
+"""Columns of a CSV file whose cells are JSON if they can be read as such; all others are text."""
+
+PlacedRow = tuple[str, Entry]
+"""(place, row): "file: row 17" for error lines, and column -> value, or why the row cannot be read."""
 Reader = Callable[[int], Iterator[PlacedRow]]
 """The rows of one shard, without its first `skip` rows."""
 
 
 def read_rows(path: Path) -> Rows:
-    """All rows of a file. Its ending says the format.
+    """The rows of a file, read when they are asked for. Its ending says the format.
 
     Raises: UserError if the file is missing, has an unknown ending, is empty or damaged.
     """
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(ending(path))
     if not path.is_file():
         raise UserError(missing(path))
     if reader is None:
-        raise UserError(f"{path}: unknown ending {path.suffix!r}, allowed: {', '.join(READERS)}.")
-    try:
-        rows = reader(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    return _not_empty(rows)
+        raise UserError(f"{path}: unknown ending {ending(path)!r}, allowed: {', '.join(READERS)}.")
+    with readable(path):
+        return _not_empty(reader(path))
 
 
 def split_file(directory: Path, split: str) -> Path | None:
@@ -74,7 +91,7 @@ def split_file(directory: Path, split: str) -> Path | None:
 
 def split_names(directory: Path) -> list[str]:
     """The splits for which a directory has a file."""
-    return sorted({path.stem for path in directory.iterdir() if path.suffix.lower() in READERS})
+    return sorted({name_without_ending(path) for path in directory.iterdir() if ending(path) in READERS})
 
 
 def missing(path: Path) -> str:
@@ -90,17 +107,38 @@ def missing(path: Path) -> str:
 
 def _parquet(path: Path) -> Rows:
     groups = _row_groups(path)
-    return Rows(str(path), "row", [placed for group in groups for placed in _row_group(path, *group[:2])])
+
+    def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+        for group, first, size in groups:
+            wanted = indices[bisect_left(indices, first) : bisect_left(indices, first + size)]
+            if len(wanted):
+                yield from _row_group(path, group, first, wanted)
+
+    return Rows(str(path), "row", sum(size for _, _, size in groups), chosen, identity_of(path))
 
 
 def _json_lines(path: Path) -> Rows:
-    lines = ((number, line) for number, _, line in _lines(path, 0, path.stat().st_size))
-    return Rows(str(path), "line", each_made(str(path), "line", lines, lambda _, line: _parsed(line)))
+    numbers, places = array("q"), array("q")
+    for number, place, _ in _lines(path, 0):
+        numbers.append(number)
+        places.append(place)
+
+    def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+        with readable(path), open_bytes(path) as file:
+            here = 0
+            for index in indices:
+                skip_bytes(file, places[index] - here)
+                line = file.readline()
+                here = places[index] + len(line)
+                yield numbers[index], _parsed(line)
+
+    return Rows(str(path), "line", len(places), chosen, identity_of(path))
 
 
 def _json(path: Path) -> Rows:
     """A list of objects, or JSON-lines under the wrong ending."""
-    text = path.read_text(encoding="utf-8-sig")
+    with open_text(path) as file:
+        text = file.read()
     try:
         value = parse_json(text) if text.strip() else []
     except json.JSONDecodeError as error:
@@ -108,19 +146,53 @@ def _json(path: Path) -> Rows:
             return _json_lines(path)
         raise UserError(f"{path}: line {error.lineno}: not JSON (column {error.colno}: {error.msg})") from error
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({_json_reason(error)})") from error
     if isinstance(value, dict) and not any(isinstance(entry, list) and entry for entry in value.values()):
         value = [value]
     if not isinstance(value, list):
         raise UserError(f"{path}: must be a list of objects, or one object a line, got {shown(value)}")
-    return Rows(str(path), "row", each_made(str(path), "row", enumerate(value), lambda _, entry: _object(entry)))
+    return rows_of(str(path), "row", [(row, _object(entry)) for row, entry in enumerate(value)], identity_of(path))
+
+
+def _csv(path: Path) -> Rows:
+    """Columns named by the first line; `_JSON_COLUMNS` may hold JSON."""
+    placed: list[tuple[int, Entry]] = []
+    most = csv.field_size_limit(2**31 - 1)  # of the whole process; Python's default cuts texts of 128 KiB
+    try:
+        with open_text(path, newline="") as file:
+            lines = csv.reader(file, strict=True)
+            header = next(lines, [])
+            for cells in lines:
+                if not cells:
+                    continue
+                if len(cells) == len(header):
+                    row = {name: _cell(name, text) for name, text in zip(header, cells, strict=True)}
+                    placed.append((lines.line_num, row))
+                else:
+                    what = f"has {len(cells)} cells, the first line names {len(header)} columns"
+                    placed.append((lines.line_num, RowFault(what)))
+    except csv.Error as error:
+        raise UserError(f"{path}: line {lines.line_num}: not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(most)
+    return rows_of(str(path), "line", placed, identity_of(path))
+
+
+def _cell(name: str, text: str) -> Any:
+    if name not in _JSON_COLUMNS:
+        return text
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
 
 
 def _text(path: Path) -> Rows:
     """One row {"text": ...} for each document; documents are separated by blank lines."""
-    rows = Rows(str(path), "line", [])
+    placed: list[tuple[int, Entry]] = []
     start, lines = 1, list[str]()
-    text = path.read_text(encoding="utf-8-sig")
+    with open_text(path) as file:
+        text = file.read()
     if "\0" in text:  # UTF-16 without its mark is valid UTF-8, with a null byte behind every letter
         raise UserError(f"{path}: holds null bytes, so it is not UTF-8 text. Fix: convert it, or remove them.")
     for number, line in enumerate([*text.split("\n"), ""], start=1):
@@ -129,17 +201,21 @@ def _text(path: Path) -> Rows:
                 start = number
             lines.append(line.rstrip("\r"))
         elif lines:
-            rows.placed.append((start, {"text": "\n".join(lines)}))
+            placed.append((start, {"text": "\n".join(lines)}))
             lines = []
-    return rows
+    return rows_of(str(path), "line", placed, identity_of(path))
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".parquet": _parquet,
+_PLAIN: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _json_lines,
     ".json": _json,
+    ".csv": _csv,
     ".txt": _text,
     ".md": _text,
+}
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".parquet": _parquet,
+    **{plain + packed: reader for packed in ("", *COMPRESSED_SUFFIXES) for plain, reader in _PLAIN.items()},
 }
 """Ending of a file -> its reader."""
 
@@ -150,15 +226,17 @@ class Shards:
 
     Attributes:
         where: File, directory or Hub address, for error lines.
-        names: A name for each shard. It includes the length of the file, so that a changed file gets another name.
+        names: A name for each shard; one of a Parquet file includes its number of rows.
         readers: A reader for each shard.
         num_rows: Rows of all shards; None where only reading all of them would tell.
+        num_bytes: Bytes of all JSON-lines files. A mended row changes them a little.
     """
 
     where: str
     names: tuple[str, ...]
     readers: tuple[Reader, ...]
     num_rows: int | None
+    num_bytes: int = 0
 
 
 def local_shards(source: Path, split: str) -> Shards:
@@ -177,21 +255,22 @@ def local_shards(source: Path, split: str) -> Shards:
     names: list[str] = []
     readers: list[Reader] = []
     num_rows: int | None = 0
+    num_bytes = 0
     for file in files:
         label, size = str(file.relative_to(source)) if file != source else file.name, file.stat().st_size
         if file.suffix.lower() == ".parquet":
             groups = _row_groups(file)
-            found = [partial(_placed, f"{file}: row", partial(_row_group, file, *group[:2])) for group in groups]
-            num_rows = None if num_rows is None else num_rows + sum(group[2] for group in groups)
+            readers += [partial(_group_from, file, *group) for group in groups]
+            names += [f"{label} {number}: {rows} rows" for number, _, rows in groups]
+            num_rows = None if num_rows is None else num_rows + sum(rows for _, _, rows in groups)
         else:
             starts = range(0, size, _RANGE_BYTES)
-            found = [partial(_line_range, file, start, min(start + _RANGE_BYTES, size)) for start in starts]
-            num_rows = None
-        names += [f"{label} {size} {number}" for number in range(len(found))]
-        readers += found
+            readers += [partial(_line_range, file, start, min(start + _RANGE_BYTES, size)) for start in starts]
+            names += [f"{label} {number}" for number in range(len(starts))]
+            num_rows, num_bytes = None, num_bytes + size
     if not readers:
         raise UserError(f"{source}: the data set is empty, allowed: at least one row")
-    return Shards(str(source), tuple(names), tuple(readers), num_rows)
+    return Shards(str(source), tuple(names), tuple(readers), num_rows, num_bytes)
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -229,38 +308,55 @@ def _row_groups(path: Path) -> list[tuple[int, int, int]]:
     return [(group, start, size) for group, (start, size) in enumerate(zip(starts, sizes, strict=False)) if size > 0]
 
 
-def _row_group(path: Path, group: int, first: int, skip: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number in the file, row) of the rows of a row group, decoded a part at a time."""
+def _row_group(path: Path, group: int, first: int, wanted: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+    """(number in the file, row) of the wanted rows of a row group, which begins at row `first`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    start = 0
+    start = first
     try:
         with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
-                kept = batch.slice(min(max(skip - start, 0), batch.num_rows))
-                number = first + start + batch.num_rows - kept.num_rows
-                start += batch.num_rows
-                yield from enumerate(kept.to_pylist(), start=number)
+                stop = start + batch.num_rows
+                mine = wanted[bisect_left(wanted, start) : bisect_left(wanted, stop)]
+                if len(mine):
+                    yield from zip(map(int, mine), _entries(batch.take([row - start for row in mine])), strict=True)
+                start = stop
+                if stop > wanted[-1]:
+                    return
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: row group {group}: damaged ({one_line(str(error))[:300]})") from error
 
 
-def _placed(label: str, read: Callable[[int], Iterator[tuple[int, dict[str, Any]]]], skip: int) -> Iterator[PlacedRow]:
-    return ((f"{label} {number}", row) for number, row in read(skip))
+def _entries(batch: Any) -> list[Entry]:
+    """The rows of an Arrow batch; one by one where Python cannot express a value, such as text that is not UTF-8."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            return [RowFault(f"a value cannot be read ({reason_of(error)})")]
+        return [entry for row in range(batch.num_rows) for entry in _entries(batch.slice(row, 1))]
 
 
-def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, int, bytes]]:
+def _group_from(path: Path, group: int, first: int, size: int, skip: int) -> Iterator[PlacedRow]:
+    """The rows of a row group of `size` rows from `skip` on."""
+    if skip < size:
+        for number, row in _row_group(path, group, first, range(first + skip, first + size)):
+            yield f"{path}: row {number}", row
+
+
+def _lines(path: Path, start: int, stop: int | None = None) -> Iterator[tuple[int, int, bytes]]:
     """(number from 1, byte, line) of the lines that begin in a range of bytes and are not blank.
 
     Only \\n ends a line: JSON strings may hold U+2028 and other characters that `splitlines` takes for line ends.
     """
-    with path.open("rb") as file:
+    with readable(path), open_bytes(path) as file:
+        place = 0
         if start:
             file.seek(start - 1)
-            file.readline()  # to the first line that begins at `start` or behind it
-        place, number = file.tell(), 0
-        while place < stop and (line := file.readline()):
+            place = start - 1 + len(file.readline())  # to the first line that begins at `start` or behind it
+        number = 0
+        while (stop is None or place < stop) and (line := file.readline()):
             number += 1
             if line.strip(_BLANK):
                 yield number, place, line
@@ -271,29 +367,24 @@ def _line_range(path: Path, start: int, stop: int, skip: int) -> Iterator[Placed
     """The rows of a range of bytes."""
     for row, (_, place, line) in enumerate(_lines(path, start, stop)):
         if row >= skip:
-            try:
-                yield f"{path}: byte {place}", _parsed(line)
-            except RowFault as fault:
-                raise UserError(f"{path}: byte {place}: {fault}") from fault
+            yield f"{path}: byte {place}", _parsed(line)
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _parsed(line: bytes) -> Entry:
     try:
         return _object(parse_json(line.rstrip(b"\r\n").decode("utf-8-sig")))
     except UnicodeDecodeError as error:
-        raise RowFault(f"not UTF-8 text (byte {error.start} of the line)") from error
-    except json.JSONDecodeError as error:
-        raise RowFault(f"not JSON (column {error.colno}: {error.msg})") from error
-    except RowFault:
-        raise
-    except ValueError as error:  # nested too deeply, a number of thousands of digits
-        raise RowFault(f"not JSON ({error})") from error
+        return RowFault(f"not UTF-8 text (byte {error.start} of the line)")
+    except ValueError as error:  # not JSON, nested too deeply, a number of thousands of digits
+        return RowFault(f"not JSON ({_json_reason(error)})")
 
 
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RowFault(f"must be an object {{column: value}}, got {shown(value)}")
-    return value
+def _json_reason(error: ValueError) -> str:
+    return f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _object(value: Any) -> Entry:
+    return value if isinstance(value, dict) else RowFault(f"must be an object {{column: value}}, got {shown(value)}")
 
 
 def hub_rows(source: str, *, split: str, revision: str | None, hint: str = "") -> Rows:
@@ -302,7 +393,12 @@ def hub_rows(source: str, *, split: str, revision: str | None, hint: str = "") -
     Raises: UserError: As `hub_shards`, and where the data set is empty.
     """
     loaded = _load_dataset(source, hint, split=split, revision=revision)
-    return _not_empty(Rows(source, "row", [(number, dict(row)) for number, row in enumerate(loaded)]))
+
+    def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+        return zip(map(int, indices), map(dict, loaded.select(indices)), strict=True)
+
+    # The fingerprint of a data set that `datasets` has prepared follows its files' check sums.
+    return _not_empty(Rows(source, "row", len(loaded), chosen, f"{source} {loaded._fingerprint}"))
 
 
 def hub_shards(source: str, *, split: str, revision: str | None, hint: str = "") -> Shards:
@@ -335,15 +431,24 @@ def _load_dataset(source: str, hint: str, **options: Any) -> Any:
 
 
 def _hub_shard(source: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRow]:
-    shard = stream.shard(stream.num_shards, number)
-    try:
-        for row, values in enumerate(shard.skip(skip) if skip else shard, start=skip):
-            yield f"{source}: shard {number}: row {row}", dict(values)
-    except (OSError, RuntimeError) as error:  # a connection that is lost for longer than `datasets` tries
-        raise UserError(f"{source}: shard {number}: cannot be read from the Hub ({reason_of(error)})") from error
+    """The rows of a file on the Hub from `skip` on. A lost connection is opened again, three times for a row."""
+    shard, row, waits = stream.shard(stream.num_shards, number), skip, iter(_HUB_WAITS)
+    while True:
+        try:
+            for values in shard.skip(row) if row else shard:
+                yield f"{source}: shard {number}: row {row}", dict(values)
+                row, waits = row + 1, iter(_HUB_WAITS)
+            return
+        except Exception as error:  # httpx, aiohttp, fsspec and datasets have no base class in common
+            wait = next(waits, None)
+            if wait is None:
+                place = f"{source}: shard {number}: row {row}"
+                raise UserError(f"{place}: cannot be read from the Hub ({reason_of(error)})") from error
+            logger.warning("%s: shard %d: %s. Trying again in %g s.", source, number, reason_of(error), wait)
+            time.sleep(wait)
 
 
 def _not_empty(rows: Rows) -> Rows:
-    if not rows.placed:
+    if rows.num_rows == 0:
         raise UserError(f"{rows.where}: the data set is empty, allowed: at least one row")
     return rows

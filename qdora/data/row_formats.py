@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qdora.data.commonsense import TEMPLATES, example_of_row
 from qdora.data.example import Example
-from qdora.data.rows import Row, RowFault, Rows, optional_text, row_id, shown, text_field
+from qdora.data.rows import Row, RowFault, optional_text, row_id, shown, text_field
 from qdora.errors import UserError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -22,25 +22,12 @@ class Format:
     Attributes:
         required: Columns that every row must have.
         example: (row, task of the row, label, id) -> Example.
+        optional: Other columns that are read.
     """
 
     required: tuple[str, ...]
     example: Callable[[Row, str, str, str], Example]
-
-
-def examples_of_rows(rows: Rows, *, format: str, label: str, named: bool) -> list[Example]:
-    """Every row as an Example.
-
-    Args:
-        rows: At least one.
-        format: One of FORMATS, or auto: by the columns of the first row.
-        label: Task name of the examples. A row's own task (in commonsense170k, the one found from its wording) comes
-            first unless `named`.
-        named: The user chose the label.
-    Raises: UserError if no format fits the columns, or rows are faulty: the first few are named, the rest counted.
-    """
-    chosen = choose_format(list(rows.placed[0][1]), format, rows.where)
-    return rows.examples(lambda place, row: example_of_format(row, chosen, label=label, named=named, id=str(place)))
+    optional: tuple[str, ...] = ("task", "id")
 
 
 def choose_format(columns: Collection[str], format: str, where: str) -> str:
@@ -59,8 +46,12 @@ def choose_format(columns: Collection[str], format: str, where: str) -> str:
 
 
 def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str) -> Example:
-    """One row as an Example; label and named as in `examples_of_rows`.
+    """One row as an Example.
 
+    Args:
+        label: Task name of the example. A row's own task (in commonsense170k, the one found from its wording) comes
+            first unless `named`.
+        named: The user chose the label.
     Raises: RowFault if a column is missing or holds the wrong thing.
     """
     layout = FORMATS[format]
@@ -70,6 +61,22 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
         raise RowFault(what + f"{', '.join(layout.required)}.{nearest(absent[0], list(row))}")
     task = commonsense_task(str(row["instruction"])) if format == "commonsense170k" else optional_text(row, "task")
     return layout.example(row, task, label if named else task or label, id)
+
+
+def unused_columns(row: Row, format: str) -> Iterator[str]:
+    """What a row has and its format does not read: columns, keys of turns as messages.<key>; no empty values."""
+    layout = FORMATS[format]
+    known = (*layout.required, *layout.optional)
+    yield from (str(name) for name, value in row.items() if name not in known and not _is_empty(value))
+    if format == "messages" and isinstance(row["messages"], list):
+        turns = [turn for turn in row["messages"] if isinstance(turn, dict)]
+        names = (name for turn in turns for name, value in turn.items() if not _is_empty(value))
+        yield from (f"messages.{name}" for name in names if name not in ("role", "content"))
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value is what files write where there is none: null, NaN, an empty text or list."""
+    return value is None or (isinstance(value, float) and value != value) or value in ("", [], {})
 
 
 def _choices(row: Row, task: str, label: str, id: str) -> Example:
@@ -170,10 +177,10 @@ def commonsense_task(instruction: str) -> str:
 
 
 FORMATS: dict[str, Format] = {
-    "choices": Format(("question", "choices", "answer"), _choices),
+    "choices": Format(("question", "choices", "answer"), _choices, ("task", "id", "context", "passage")),
     "messages": Format(("messages",), _messages),
     "completion": Format(("prompt", "completion"), _completion),
-    "commonsense170k": Format(("instruction", "output"), _commonsense170k),
+    "commonsense170k": Format(("instruction", "output"), _commonsense170k, ("input", "answer", "id")),
     "text": Format(("text",), _text),
 }
 """Format -> layout; `auto` takes the first whose required columns are there."""

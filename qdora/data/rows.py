@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from qdora.errors import UserError
 
 Row = Mapping[str, Any]
 """Column -> value."""
-Entry = TypeVar("Entry")
-Made = TypeVar("Made")
 
 MAX_SHOWN_FAULTS = 5
 """Faulty rows that are named; the rest is counted. A wrong column is wrong in all 100,000 rows."""
@@ -21,43 +19,62 @@ class RowFault(ValueError):
     """What is wrong with one row. The caller adds the file and the line."""
 
 
+Entry = dict[str, Any] | RowFault
+"""A row as it was read: column -> value, or why it cannot be read."""
+
+
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one file or split.
+    """The rows of one file or split, which stay where they are until they are read.
 
     Attributes:
         where: File or Hub address, for error lines.
         unit: "line" (counted from 1, as editors do) or "row" (from 0, as data frames do).
-        placed: (line or row number, column -> value) of each row.
+        num_rows: Number of rows, faulty ones included.
+        chosen: Takes indices in rising order; gives (line or row number, row) of each.
+        identity: Stands for the content: what changes when it changes. None where that is not known.
     """
 
     where: str
     unit: str
-    placed: list[tuple[int, dict[str, Any]]]
+    num_rows: int
+    chosen: Callable[[Sequence[int]], Iterator[tuple[int, Entry]]]
+    identity: str | None = None
 
-    def examples(self, make: Callable[[int, Row], Made]) -> list[Made]:
-        """make(place, row) of every row; see `each_made`."""
-        return [each for _, each in each_made(self.where, self.unit, self.placed, make)]
+    def __iter__(self) -> Iterator[tuple[int, Entry]]:
+        """(line or row number, row) of every row."""
+        return self.chosen(range(self.num_rows))
+
+    def columns(self) -> list[str]:
+        """The columns of the first row that can be read; none where no row can."""
+        return next((list(row) for _, row in self if not isinstance(row, RowFault)), [])
 
 
-def each_made(
-    where: str, unit: str, entries: Iterable[tuple[int, Entry]], make: Callable[[int, Entry], Made]
-) -> list[tuple[int, Made]]:
-    """(place, make(place, entry)) of every entry.
+def rows_of(where: str, unit: str, placed: Sequence[tuple[int, Entry]], identity: str | None = None) -> Rows:
+    """Rows that are in memory."""
+    return Rows(where, unit, len(placed), lambda indices: (placed[index] for index in indices), identity)
 
-    Raises: UserError for every RowFault of `make`: "file: line 17: what" of the first few, and how many more there are.
-    """
-    found, faults = [], []
-    for place, entry in entries:
-        try:
-            found.append((place, make(place, entry)))
-        except RowFault as fault:
-            faults.append(f"{where}: {unit} {place}: {fault}")
-    if faults:
-        rest = len(faults) - MAX_SHOWN_FAULTS
-        more = [f"{where}: {rest} more faulty rows"] if rest > 0 else []
-        raise UserError(*faults[:MAX_SHOWN_FAULTS], *more)
-    return found
+
+class FaultList:
+    """Gathers the faulty rows of a file: the first few by name, the rest as a number."""
+
+    def __init__(self, where: str, unit: str) -> None:
+        self.where, self.unit = where, unit
+        self.shown: list[str] = []
+        self.num_more = 0
+
+    def add(self, place: int, fault: RowFault) -> None:
+        """Count a faulty row."""
+        if len(self.shown) < MAX_SHOWN_FAULTS:
+            self.shown.append(f"{self.where}: {self.unit} {place}: {fault}")
+        else:
+            self.num_more += 1
+
+    def check(self) -> None:
+        """Raise UserError if there is a faulty row."""
+        if self.shown:
+            more = [f"{self.where}: {self.num_more} more faulty rows"] if self.num_more else []
+            raise UserError(*self.shown, *more)
 
 
 def text_field(row: Row, name: str) -> str:

@@ -2,49 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from qdora.data import demo
 from qdora.data.commonsense import HUB_TASKS, example_of_row, hub_task_rows, instruction_row
+from qdora.data.data_file import name_without_ending
 from qdora.data.example import Example
 from qdora.data.readers import Shards, hub_rows, hub_shards, local_shards, missing, read_rows, split_file, split_names
-from qdora.data.row_formats import FORMATS, examples_of_rows
+from qdora.data.row_formats import FORMATS, choose_format, example_of_format, unused_columns
 from qdora.data.rows import Row, Rows
+from qdora.data.split_examples import SplitExamples, draw, split_off
 from qdora.errors import UserError, nearest
 from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path
 
 
 def load_source(source: SourceConfig, split: str | None = None) -> list[Example]:
-    """All examples of one split of a source; `source.limit` is not applied.
+    """All examples of one split of a source, read; see `open_source`.
+
+    Raises: UserError: As `open_source`, and one line per faulty row with file and line or row.
+    """
+    return list(open_source(source, split))
+
+
+def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples:
+    """All examples of one split of a source, unread; `source.limit` is not applied.
 
     The split is `source.split` by default; a single file has only one and ignores it.
 
-    Raises: UserError: One line per fault, each with file and line or row: a missing file or split, a damaged file, a
-        faulty row, an empty data set.
+    Raises: UserError: A missing file or split, a damaged file, an empty data set, columns that fit no format.
     """
     split = split or source.split
     if source.task is None:
-        rows = _own_rows(str(source.source), split, source.revision)
-        return examples_of_rows(rows, format=source.format, label=source.label, named=source.name is not None)
+        return _own_examples(source, _own_rows(str(source.source), split, source.revision))
     if source.task.startswith("demo/"):
-        examples = demo.examples(source.task.removeprefix("demo/"), split)
-        return [replace(example, task=source.label) for example in examples] if source.name else examples
+        made = demo.examples(source.task.removeprefix("demo/"), split)
+        rows = Rows(source.task, "row", len(made), lambda indices: ((index, {}) for index in indices))
+        task = source.name or source.task
+        return SplitExamples(rows, lambda place, _: replace(made[place], task=task), range(len(made)))
     return _task_examples(source, source.task, split)
 
 
-def load_train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[list[Example], list[Example]]:
-    """The training examples of a source and those to validate on. `source.limit` counts only for training.
+def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitExamples | None, SplitExamples | None]:
+    """The training examples of a source and those to validate on, unread. `source.limit` counts only for training.
 
     The validation examples come from `source.validation` (a split or a file), else from the validation split, else
     `data.validation_fraction` is cut from the end of the train split before the limit draws from it.
 
     Returns:
         (train, validation). A stream gives no training examples, and no validation but what is named or has a file.
-    Raises: UserError: As `load_source`.
+    Raises: UserError: As `open_source`.
     """
     validation, own = source.validation, source.source
     single_file = own is not None and is_path(own) and Path(own).expanduser().is_file()
@@ -54,15 +61,16 @@ def load_train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[l
         raise UserError(f"validation {validation!r}: {place} {why}. Fix: name a file.")
     cut = validation is None and not has_split(source, "validation")
     if source.stream and cut:
-        return [], []  # only reading all of it would tell where its end is
-    train = [] if source.stream else load_source(source)
+        return None, None  # only reading all of it would tell where its end is
+    train = None if source.stream else open_source(source)
     if cut:
+        assert train is not None
         train, held_out = split_off(train, data.validation_fraction, name=source.label)
     elif validation is not None and is_path(validation):
         held_out = _from_file(source, validation)
     else:
-        held_out = load_source(source, validation or "validation")
-    return draw(train, source.limit, data.seed), held_out
+        held_out = open_source(source, validation or "validation")
+    return None if train is None else draw(train, source.limit, data.seed), held_out
 
 
 def open_shards(source: SourceConfig) -> Shards:
@@ -91,40 +99,33 @@ def has_split(source: SourceConfig, split: str) -> bool:
     return False  # own data on the Hub: asked for with `validation: <split>`, never guessed
 
 
-def split_off(examples: Sequence[Example], fraction: float, *, name: str) -> tuple[list[Example], list[Example]]:
-    """Cut the last `fraction` of the examples off, at least one: (train, validation). No randomness.
-
-    Raises: UserError if nothing would be left to train on.
-    """
-    if fraction == 0.0:
-        return list(examples), []
-    num_validation = max(1, round(len(examples) * fraction))
-    if num_validation >= len(examples):
-        raise UserError(
-            f"{name}: {len(examples)} examples leave none to train on after data.validation_fraction {fraction}. "
-            "Fix: give more examples or name validation data."
-        )
-    return list(examples[:-num_validation]), list(examples[-num_validation:])
-
-
-def draw(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
-    """`limit` of the examples, drawn without replacement, in their old order; all where there are no more."""
-    if limit is None or limit >= len(examples):
-        return examples
-    chosen = np.random.default_rng([seed, len(examples)]).permutation(len(examples))[:limit]
-    return [examples[index] for index in np.sort(chosen)]
-
-
-def _task_examples(source: SourceConfig, task: str, split: str) -> list[Example]:
-    """One of the eight commonsense tasks."""
-    rows = _directory_rows(source.path, split) if source.path else hub_task_rows(task, split, source.revision)
+def _own_examples(source: SourceConfig, rows: Rows) -> SplitExamples:
+    """Rows of the user's own data, whose format the columns of the first row tell."""
+    columns, unused = rows.columns(), set[str]()
+    # Where no row can be read, any format will do: each row's fault is reported.
+    format = choose_format(columns, source.format, rows.where) if columns else "text"
+    label, named = source.label, source.name is not None
 
     def make(place: int, row: Row) -> Example:
+        example = example_of_format(row, format, label=label, named=named, id=str(place))
+        unused.update(unused_columns(row, format))
+        return example
+
+    return SplitExamples(rows, make, range(rows.num_rows), unused)
+
+
+def _task_examples(source: SourceConfig, task: str, split: str) -> SplitExamples:
+    """One of the eight commonsense tasks."""
+    rows = _directory_rows(source.path, split) if source.path else hub_task_rows(task, split, source.revision)
+    unused = set[str]()
+
+    def make(place: int, row: Row) -> Example:
+        unused.update(unused_columns(row, "choices"))
         if source.format == "commonsense170k":
             return FORMATS[source.format].example(instruction_row(row, task), task, source.label, str(place))
         return example_of_row(row, task=task, label=source.label, id=str(place))
 
-    return rows.examples(make)
+    return SplitExamples(rows, make, range(rows.num_rows), unused)
 
 
 def _own_rows(place: str, split: str, revision: str | None) -> Rows:
@@ -150,9 +151,9 @@ def _directory_rows(directory: str, split: str) -> Rows:
     return read_rows(file)
 
 
-def _from_file(source: SourceConfig, file: str) -> list[Example]:
+def _from_file(source: SourceConfig, file: str) -> SplitExamples:
     """The examples of the same source in a file of its own."""
     if source.task is None:
-        return load_source(source.model_copy(update={"source": file}))
+        return open_source(source.model_copy(update={"source": file}))
     path = Path(file)
-    return load_source(source.model_copy(update={"path": str(path.parent)}), path.stem)
+    return open_source(source.model_copy(update={"path": str(path.parent)}), name_without_ending(path))

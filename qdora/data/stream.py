@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdora.data.example import Example
 from qdora.data.readers import PlacedRow, Shards
-from qdora.data.row_formats import choose_format, example_of_format
+from qdora.data.row_formats import choose_format, example_of_format, unused_columns
 from qdora.data.rows import MAX_SHOWN_FAULTS, RowFault
-from qdora.data.tokenize import ExampleTally, TokenizedExample
+from qdora.data.tokenize import ExampleTally, Sorted, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
 
@@ -22,6 +24,15 @@ _TOKENIZED_AT_ONCE = 64
 """Rows for one call of the tokenizer: few, so that little is done again on resume and the first example comes soon."""
 _SAMPLE = 64
 """Rows from the beginning that tell one stream from another and give a first guess of the length."""
+_LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001
+"""data.max_bad_rows by default: so many, and so large a share of the rows."""
+_MENDED_BYTES, _MENDED_SHARE = 2**20, 0.01
+"""The most by which mended rows change the length of the files: whichever is more. Anything above is other data."""
+
+_TOTALS = ("num_drawn", "num_truncated", "num_dropped", "num_bad", "bad_rows")
+"""What a stream's position counts over all passes."""
+
+logger = logging.getLogger("qdora")
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,8 @@ class StreamPosition:
         num_drawn: Examples given, in all passes.
         num_truncated, num_dropped: Rows used up that were cut, or left out, because they are too long.
         num_drawn_before: Examples given before this pass.
+        num_bad, num_bad_before: Faulty rows skipped, in all passes and before this one.
+        bad_rows: Place and fault of the first of them.
     """
 
     epoch: int = 0
@@ -47,6 +60,9 @@ class StreamPosition:
     num_truncated: int = 0
     num_dropped: int = 0
     num_drawn_before: int = 0
+    num_bad: int = 0
+    num_bad_before: int = 0
+    bad_rows: tuple[str, ...] = ()
 
 
 class ExampleStream:
@@ -59,6 +75,9 @@ class ExampleStream:
     Args:
         data: Settings; `data.mix[number]` is the source. All examples have its name as their task.
         number: Place of the source in the mix. Two sources have different orders.
+
+    Attributes:
+        unused: Columns that rows had so far and that are not read.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
@@ -71,7 +90,9 @@ class ExampleStream:
         self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (place of the shard, row of it, row)
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
-        self._ready: list[tuple[TokenizedExample | None, bool]] = []  # tokenised rows of the window, the next one last
+        self._ready: list[Sorted] = []  # tokenised rows of the window, the next one last; faults begin with the place
+        self.unused: set[str] = set()
+        self._told: set[str] = set()  # faulty rows in the log
 
     @property
     def num_examples(self) -> int | None:
@@ -79,36 +100,69 @@ class ExampleStream:
         return self.source.size or self.shards.num_rows
 
     def next(self) -> TokenizedExample:
-        """The next example.
+        """The next example. Faulty rows are skipped and counted.
 
-        Raises: UserError if a row is faulty, or a whole pass has no example.
+        Raises: UserError if a pass has more faulty rows than data.max_bad_rows, or no example at all.
         """
         while True:
             if not self._ready:
                 self._tokenize_more()
             example, cut = self._ready.pop()
             here = self.position
+            found, bad = isinstance(example, TokenizedExample), isinstance(example, str)
             self.position = replace(
                 here,
                 taken=here.taken + 1,
-                num_drawn=here.num_drawn + (example is not None),
-                num_truncated=here.num_truncated + (cut and example is not None),
+                num_drawn=here.num_drawn + found,
+                num_truncated=here.num_truncated + (cut and found),
                 num_dropped=here.num_dropped + (example is None),
+                num_bad=here.num_bad + bad,
             )
-            if example is not None:
+            if isinstance(example, str):
+                self._skip(example)
+            if isinstance(example, TokenizedExample):
                 return example
 
-    def state_dict(self) -> dict[str, int]:
-        """The position; JSON types only."""
-        return asdict(self.position)
+    def check_first_rows(self) -> None:
+        """Raise UserError if no format fits the first rows, or too many of them are faulty."""
+        assert self._sample is not None
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def _skip(self, fault: str) -> None:
+        """Keep the first faulty rows by name; raise UserError at one too many."""
+        here = self.position
+        if fault not in here.bad_rows and len(here.bad_rows) < MAX_SHOWN_FAULTS:
+            self.position = here = replace(here, bad_rows=(*here.bad_rows, fault))
+            if fault not in self._told:
+                logger.warning("%s: skipped a faulty row. %s", self.name, fault)
+                self._told.add(fault)
+        num_bad = here.num_bad - here.num_bad_before
+        most = self._most_bad(here.window * self.source.shuffle_window + here.taken)
+        if num_bad > most:
+            raise UserError(self._too_many(num_bad, most, here.bad_rows) + ", then resume with --resume.")
+
+    def _most_bad(self, num_rows: int) -> int:
+        """Faulty rows that a pass may have, `num_rows` rows after its beginning."""
+        asked = self.data.max_bad_rows
+        return max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.num_examples or 0))) if asked is None else asked
+
+    def _too_many(self, num_bad: int, most: int, shown: tuple[str, ...]) -> str:
+        rows = "row" if num_bad == 1 else "rows"
+        return (
+            f"{self.name}: {num_bad} faulty {rows}, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
+            "Fix: mend them in place, or raise data.max_bad_rows"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position; JSON types only."""
+        return asdict(self.position) | {"bad_rows": list(self.position.bad_rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken, in a stream of the same data and settings."""
-        self.position = StreamPosition(**state)
+        self.position = StreamPosition(**state | {"bad_rows": tuple(state.get("bad_rows", ()))})
         self._rows, self._window, self._ready = None, [], []
 
-    def fingerprint(self) -> str:
-        """16 hex digits over the shards, the settings and the first rows as they are tokenised."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells one stream from another, JSON types: its shards and settings, its length, its first rows."""
         data, source = self.data, self.source
         # Checkpoints hold the fingerprint, so this text must not change.
         settings = (
@@ -116,30 +170,65 @@ class ExampleStream:
             f"loss_on={data.loss_on!r}, too_long={data.too_long!r}, window={source.shuffle_window!r}, "
             f"size={source.size!r}, seed={data.seed!r}, number={self.number!r})"
         )
-        digest = hashlib.sha256(f"{self.shards.names} {settings}".encode())
-        for example in self._sample:
-            digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
-        return digest.hexdigest()[:16]
+        return {
+            "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
+            "num_bytes": self.shards.num_bytes,
+            "rows": [_row_mark(row) for row, _ in self._sample],
+        }
+
+    def change_since(self, before: dict[str, Any] | None) -> str | None:
+        """What differs from an earlier `fingerprint`, None if this is the same stream. Mended rows are no difference.
+
+        Of the first rows only those count that were not faulty then. They must be where they were, or where they move
+        to if the faulty ones are taken out.
+        """
+        now = self.fingerprint()
+        if before is None or before["settings"] != now["settings"]:
+            return "its files or settings"
+        then, rows = before["rows"], now["rows"]
+        good = [row for row in then if row is not None]
+        in_place = len(then) == len(rows) and all(row in (None, here) for row, here in zip(then, rows, strict=True))
+        taken_out = len(good) < len(then) and good == rows[: len(good)]
+        if not (in_place or taken_out):
+            return "its first rows"
+        difference = now["num_bytes"] - before["num_bytes"]
+        if abs(difference) > max(_MENDED_BYTES, _MENDED_SHARE * before["num_bytes"]):
+            return f"its length, by {difference:+,} bytes"
+        if difference:
+            text = "%s: the files have changed by %+d bytes since the checkpoint. Where rows were mended in place, the "
+            text += "others come as before; where some were taken out, a window of rows may come twice or not at all."
+            logger.warning(text, self.name, difference)
+        return None
 
     @property
     def mean_length(self) -> float:
         """Tokens of an example, estimated from the first rows."""
-        lengths = [len(example) for example in self._sample]
+        lengths = [len(example) for example, _ in self._sample if isinstance(example, TokenizedExample)]
         return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
 
     @cached_property
-    def _sample(self) -> list[TokenizedExample]:
-        """The first rows of the first shard as examples, without those that are dropped."""
+    def _sample(self) -> list[Sorted]:
+        """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
         rows = [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
-        return [example for example, _ in self._tokenized(rows) if example is not None]
+        found = self._tokenized(rows)
+        bad = tuple(fault for fault, _ in found if isinstance(fault, str))
+        most = self._most_bad(len(found))
+        if len(bad) > most or (bad and len(bad) == len(found)):
+            raise UserError(self._too_many(len(bad), most, bad[:MAX_SHOWN_FAULTS]) + ".")
+        return found
 
     @cached_property
     def _format(self) -> str:
-        """The layout of all rows, found from the first row."""
+        """The layout of all rows, found from the first row that can be read."""
+        faults: list[str] = []
         for reader in self.shards.readers:
-            for _, row in reader(0):
-                return choose_format(list(row), self.source.format, self.shards.where)
-        raise UserError(f"{self.shards.where}: the data set is empty, allowed: at least one row")
+            for place, row in reader(0):
+                if not isinstance(row, RowFault):
+                    return choose_format(list(row), self.source.format, self.shards.where)
+                faults.append(f"{place}: {row}")
+                if len(faults) > self._most_bad(len(faults)):
+                    raise UserError(*faults[:MAX_SHOWN_FAULTS])
+        raise UserError(*faults or [f"{self.shards.where}: the data set is empty, allowed: at least one row"])
 
     def _tokenize_more(self) -> None:
         """Fill `_ready` from the window, or from the next one if it is used up."""
@@ -158,12 +247,14 @@ class ExampleStream:
         if not rows:
             here = self.position
             if here.num_drawn == here.num_drawn_before:
+                faulty = "".join(f"; faulty: {fault}" for fault in here.bad_rows)
                 raise UserError(
                     f"{self.name}: {self.shards.where} gives no example ({here.num_dropped:,} rows are longer than "
-                    f"data.max_length, {self.data.max_length})."
+                    f"data.max_length, {self.data.max_length}{faulty})."
                 )
-            begin = {"window": 0, "shard": 0, "row": 0, "taken": 0}
-            self.position = replace(here, epoch=here.epoch + 1, num_drawn_before=here.num_drawn, **begin)
+            totals = {name: getattr(here, name) for name in _TOTALS}
+            before: dict[str, Any] = {"num_drawn_before": here.num_drawn, "num_bad_before": here.num_bad}
+            self.position = StreamPosition(here.epoch + 1, **totals, **before)
             self._rows = None
             rows = self._window_rows()
         order = self._generator(3, self.position.window).permutation(len(rows))
@@ -193,16 +284,28 @@ class ExampleStream:
         entropy = [self.data.seed, purpose, self.number, self.position.epoch, *part]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
-    def _tokenized(self, rows: list[PlacedRow]) -> list[tuple[TokenizedExample | None, bool]]:
-        examples, faults = [], []
-        for place, row in rows:
+    def _tokenized(self, rows: list[PlacedRow]) -> list[Sorted]:
+        """What becomes of each row; a fault begins with the place of its row."""
+        found: dict[int, Sorted] = {}
+        examples: dict[int, Example] = {}
+        for index, (place, row) in enumerate(rows):
             try:
-                examples.append(example_of_format(row, self._format, label=self.name, named=True, id=place))
+                if isinstance(row, RowFault):
+                    raise row
+                examples[index] = example_of_format(row, self._format, label=self.name, named=True, id=place)
+                self.unused.update(unused_columns(row, self._format))
             except RowFault as fault:
-                faults.append(f"{place}: {fault}")
-        if faults:
-            raise UserError(*faults[:MAX_SHOWN_FAULTS])
+                found[index] = f"{place}: {fault}", False
         tally = ExampleTally(self.name, self.data.max_length, self.data.too_long)
-        done = tally.add(examples, self.tokenizer, self.data.loss_on)
-        tally.check(len(examples))
-        return done
+        done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
+        for index, (example, cut) in zip(examples, done, strict=True):
+            found[index] = f"{rows[index][0]}: {example}" if isinstance(example, str) else example, cut
+        return [found[index] for index in range(len(rows))]
+
+
+def _row_mark(row: TokenizedExample | str | None) -> str | None:
+    """8 hex digits of a row of a fingerprint; None for a faulty one."""
+    if isinstance(row, str):
+        return None
+    content = b"" if row is None else row.input_ids.tobytes() + row.loss_mask.tobytes()
+    return hashlib.sha256(content).hexdigest()[:8]

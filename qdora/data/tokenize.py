@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
+from itertools import islice
 from typing import Any, Literal
 
 import jinja2
@@ -44,6 +46,39 @@ def require_chat_template(tokenizer: Any, name: str) -> None:
         )
 
 
+def set_chat_date(tokenizer: Any, day: str) -> None:
+    """Render chats as on this day (YYYY-MM-DD) from now on, in templates that print the date (`strftime_now`).
+
+    Only in this process: the files of a saved tokenizer do not change.
+    """
+    tokenizer.qdora_chat_date = date.fromisoformat(day)
+
+
+def chat_date(tokenizer: Any) -> date | None:
+    """The day that `set_chat_date` gave; None: today."""
+    found: date | None = getattr(tokenizer, "qdora_chat_date", None)
+    return found
+
+
+# transformers lets no function of ours into a template, so a macro takes the place of its own. The line end is dropped.
+_CLOCK = (
+    "{% macro strftime_now(format) %}{% set text = namespace(of=format) %}"
+    "{% for part, value in qdora_day.items() %}{% set text.of = text.of.replace(part, value) %}{% endfor %}"
+    "{{ text.of }}{% endmacro %}\n"
+)
+_DATE_PARTS = [*(f"%-{part}" for part in "dmyjHIMS"), *(f"%{part}" for part in "aAbBcdDeFGHIjmMpSuUVwWxXyYzZ%")]
+
+
+def chat_text(tokenizer: Any, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    """The text of a chat in the tokenizer's template, on the day of `set_chat_date`, else today."""
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    day, template = chat_date(tokenizer), tokenizer.get_chat_template()
+    if day is not None and "strftime_now" in template:
+        parts = {part: day.strftime(part) for part in _DATE_PARTS}
+        options |= {"chat_template": _CLOCK + template, "qdora_day": parts}
+    return str(tokenizer.apply_chat_template(turns, **options))
+
+
 def encode_chats(
     tokenizer: Any, chats: Sequence[Messages], *, masked: bool = True
 ) -> list[tuple[list[int], list[bool]] | str]:
@@ -78,13 +113,13 @@ def _render(tokenizer: Any, chat: Messages, masked: bool) -> list[str] | str:
     """[whole text, text before the first assistant turn, text after it, before the second, ...], or a fault."""
     turns = [{"role": role, "content": content} for role, content in chat]
     try:
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        whole = chat_text(tokenizer, turns)
         parts = [whole]
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant" or not masked:
                 continue
-            before = tokenizer.apply_chat_template(turns[:index], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(turns[: index + 1], tokenize=False)
+            before = chat_text(tokenizer, turns[:index], add_generation_prompt=True)
+            after = chat_text(tokenizer, turns[: index + 1])
             if not (after.startswith(before) and whole.startswith(after)):
                 return (
                     f"messages[{index}]: the chat template renders this turn differently inside the whole chat, so "
@@ -165,6 +200,8 @@ class TokenizedSet:
     examples: tuple[TokenizedExample, ...]
     num_truncated: int = 0
     num_dropped: int = 0
+    unused: tuple[str, ...] = ()
+    """Columns of the source that its format does not read."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -206,13 +243,23 @@ def tokenize_all(
     """
     tally = ExampleTally(name, max_length, too_long)
     done: list[TokenizedExample] = []
-    for start in range(0, len(examples), _BATCH):
-        sorted_ = tally.add(examples[start : start + _BATCH], tokenizer, loss_on)
-        done += [tokenized for tokenized, _ in sorted_ if tokenized is not None]
-    tally.check(len(examples))
-    if not done:
-        raise UserError(f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length}).")
+    faults: list[str] = []
+    left = iter(examples)
+    try:
+        while batch := list(islice(left, _BATCH)):
+            done += [each for each, _ in tally.add(batch, tokenizer, loss_on) if isinstance(each, TokenizedExample)]
+    except UserError as error:  # faulty rows, known after the last; or no example can be encoded at all
+        faults += error.faults
+    faults += tally.faults(len(examples))
+    if not (done or faults):
+        faults = [f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length})."]
+    if faults:
+        raise UserError(*faults)
     return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped)
+
+
+Sorted = tuple[TokenizedExample | str | None, bool]
+"""(tokenised, or what is wrong with it, or None where it is dropped; whether it was too long)."""
 
 
 @dataclass
@@ -229,18 +276,16 @@ class ExampleTally:
     unlearnable_ids: list[str] = field(default_factory=list)
     chat_faults: list[str] = field(default_factory=list)
 
-    def add(
-        self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn
-    ) -> list[tuple[TokenizedExample | None, bool]]:
-        """(tokenised or None, whether it was too long) of each; None: dropped or faulty."""
+    def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[Sorted]:
+        """What became of each."""
         examples = [_without_excess(example, self.max_length, tokenizer) for example in examples]
         encoded = _encode(examples, tokenizer, self.name, loss_on)
         return [self._sort(*pair) for pair in zip(examples, encoded, strict=True)]
 
-    def _sort(self, example: Example, encoded: _Encoded | str) -> tuple[TokenizedExample | None, bool]:
+    def _sort(self, example: Example, encoded: _Encoded | str) -> Sorted:
         if isinstance(encoded, str):
             self.chat_faults.append(f"{self.name}: example {example.id}: {encoded}")
-            return None, False
+            return encoded, False
         cut = len(encoded.ids) > self.max_length
         if cut:
             self.longest = max(self.longest, len(encoded.ids))
@@ -255,14 +300,14 @@ class ExampleTally:
         if not mask.any():
             if cut:
                 self.num_dropped += 1
-            else:
-                self.unlearnable_ids.append(example.id)
-            return None, cut
+                return None, cut
+            self.unlearnable_ids.append(example.id)
+            return "without a token to learn", cut
         self.num_truncated += cut
         return TokenizedExample(example.task, example.id, np.array(encoded.ids, dtype=np.int32), mask), cut
 
-    def check(self, num_examples: int) -> None:
-        """Raise everything that was wrong."""
+    def faults(self, num_examples: int) -> list[str]:
+        """Everything that was wrong."""
         faults = self.chat_faults[:_SHOWN]
         if len(self.chat_faults) > _SHOWN:
             faults.append(f"{self.name}: {len(self.chat_faults) - _SHOWN} more chats that do not fit the template")
@@ -276,8 +321,7 @@ class ExampleTally:
             faults.append(
                 f"{self.name}: {_named(self.unlearnable_ids)} without a token to learn. Fix: remove or mend them."
             )
-        if faults:
-            raise UserError(*faults)
+        return faults
 
 
 @dataclass(frozen=True, slots=True)

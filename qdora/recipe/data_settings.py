@@ -5,13 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
 from qdora.errors import nearest
-from qdora.recipe.section import Fault, Flag, Positive, Section, Seed, Share, Text, Whole, allowed, ignored_faults
+from qdora.recipe.section import (
+    Fault,
+    Flag,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Text,
+    Whole,
+    WholeOrZero,
+    allowed,
+    ignored_faults,
+)
 
 COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 """The eight tasks of the LoRA and DoRA papers' commonsense average."""
@@ -20,7 +32,12 @@ DEMO_TASKS = ("demo/facts", "demo/odd", "demo/cause", "demo/howto", "demo/next")
 TASKS = (*COMMONSENSE_TASKS, *DEMO_TASKS)
 """All built-in tasks; the demo tasks are inside the package."""
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".md", ".gz", ".zst", ".csv")
+PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".md")
+"""Endings of files that may also be compressed, with one of `COMPRESSED_SUFFIXES` behind it."""
+
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+
+DATA_SUFFIXES = (".parquet", *PLAIN_SUFFIXES, *COMPRESSED_SUFFIXES)
 """A `source` with one of these endings is a file, never a Hub id."""
 
 STREAMED_SUFFIXES = (".parquet", ".jsonl")
@@ -117,6 +134,10 @@ class SourceConfig(Section):
             got = "neither" if self.task is None else "both"
             yield "", f"exactly one of task and source must be set, got {got}."
         source = self.source or ""
+        packed = tuple(plain + packed for plain in PLAIN_SUFFIXES for packed in COMPRESSED_SUFFIXES)
+        for key, file in (("source", source), ("validation", self.validation or "")):
+            if file.lower().endswith(COMPRESSED_SUFFIXES) and not file.lower().endswith(packed):
+                yield key, f"a compressed file must end in one of {', '.join(packed)}, got {file}."
         if self.stream and has_file_ending(source) and not source.lower().endswith(STREAMED_SUFFIXES):
             endings = " or ".join(STREAMED_SUFFIXES)
             yield "stream", f"a file that is read in parts must end in {endings}, got {source}."
@@ -135,17 +156,33 @@ class DataConfig(Section):
     max_length: Annotated[int, Strict(), Field(ge=2), allowed("a whole number of tokens, 2 or more")] = 512
     """Most tokens of an example."""
     too_long: Literal["error", "truncate", "drop"] = "error"
-    """What to do with a longer example: stop before training, cut the front of its prompt, or drop it and count it."""
+    """What to do with a longer example: stop before training, cut the front of its prompt, or drop it and count it.
+    With a streamed source the default is truncate, since its lengths are not known before training."""
+    max_bad_rows: WholeOrZero | None = None
+    """Most faulty rows that a pass over a stream may have. They are skipped, counted and reported (null: 10, or 0.1 %
+    of the rows where that is more)."""
     packing: Flag = False
     """Put several examples into one row of at most max_length tokens, which saves padding. Each example is trained as
     if it were alone. A model that cannot keep them apart is refused."""
     loss_on: Literal["answer", "all"] = "answer"
     """Tokens to learn: those of the answer, or also those of the prompt."""
+    cache: Text | None = None
+    """Directory where sources of 262,144 tokens and more are kept tokenised for later starts; off keeps none (null:
+    qdora/data in the user's cache directory, XDG_CACHE_HOME)."""
     validation_fraction: Share = 0.05
     """Share to cut off the end of a train split that has no validation split."""
     seed: Seed = 0
     """Seed of the order of the examples and of limit. It is separate from train.seed, so that all runs of a comparison
     see the same data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_streams(cls, given: Any) -> Any:
+        """The default of too_long with a stream, written out so that a resolved recipe says it."""
+        if not isinstance(given, dict) or "too_long" in given or not isinstance(given.get("mix"), list | tuple):
+            return given
+        sources = [dict(each) for each in given["mix"] if isinstance(each, dict | Section)]
+        return given | {"too_long": "truncate"} if any(each.get("stream") is True for each in sources) else given
 
     def unused(self) -> dict[str, str]:
         found = {}
@@ -153,6 +190,8 @@ class DataConfig(Section):
             found["temperature"] = f"data.strategy is {self.strategy}"
         if all(source.validation is not None or source.stream for source in self.mix):
             found["validation_fraction"] = "every source names its validation data or is streamed"
+        if not any(source.stream for source in self.mix):
+            found["max_bad_rows"] = "no source is streamed, and faulty rows of the others are errors"
         return found
 
     def faults(self) -> Iterator[Fault]:
@@ -162,6 +201,7 @@ class DataConfig(Section):
             yield "mix", "must have at least one source, got []."
         if self.too_long == "error" and any(source.stream for source in self.mix):
             yield "too_long", "must be truncate or drop with a stream, which is not read before training, got 'error'."
+        yield from self._unknown_sizes()
         seen: dict[str, int] = {}
         for index, source in enumerate(self.mix):
             if self.strategy != "weights":
@@ -172,3 +212,15 @@ class DataConfig(Section):
             first = seen.setdefault(source.label, index)
             if first != index:
                 yield f"mix[{index}].name", f"must differ from that of mix[{first}], got {source.label!r}."
+
+    def _unknown_sizes(self) -> Iterator[Fault]:
+        """Streams of JSON lines, which do not say how many they are, where the strategy or max_epochs needs that."""
+        shared = len(self.mix) > 1 and self.strategy in ("proportional", "temperature")
+        for index, source in enumerate(self.mix):
+            if not source.stream or source.size is not None or not (source.source or "").lower().endswith(".jsonl"):
+                continue
+            needed = [f"data.strategy {self.strategy}"] if shared else []
+            needed += ["max_epochs"] if source.max_epochs is not None else []
+            if needed:
+                fix = " Fix: give the number of rows, or set data.strategy: weights or equal." if shared else ""
+                yield f"mix[{index}].size", f"must be given for JSON lines with {' and '.join(needed)}, got None.{fix}"

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
+from qdora.data.tokenize import chat_text
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.memory.allocator import keep_freed_memory
@@ -171,7 +172,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | No
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = chat_text(tokenizer, messages, add_generation_prompt=True)
     # The template writes the begin-of-text token itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.data.tokenize import set_chat_date
 from qdora.errors import UserError
-from qdora.files.run_directory import RunDirectory, open_run
+from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, load_adapter
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters
@@ -74,6 +75,7 @@ def load_run(
         recipe = override(recipe, ["model.dtype=float32", "model.attention=auto"])
     trained, state = trained_state(run, recipe, step)
     source, tokenizer = find_model(recipe)
+    set_chat_date(tokenizer, chat_date_of(path))
     compute = choose_compute(recipe.model.dtype)
     if original:
         dense = recipe.base.model_copy(update={"quant": "none"})

@@ -24,12 +24,15 @@ from qdora.data.build_data import (
     read_data,
     show_mix,
     tokenized_mix,
+    unused_warnings,
 )
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
+from qdora.data.mix import Mix
+from qdora.data.tokenize import set_chat_date
 from qdora.errors import UserError
 from qdora.evaluation.generation import generation_faults
-from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import RunDirectory, chat_date_of
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
@@ -68,6 +71,8 @@ class PreparedRun:
     mix_plan: MixPlan
     memory_plan: Plan | None
     """None without memory.budget."""
+    chat_date: str
+    """The day that chat templates print, YYYY-MM-DD: the run started on it."""
     calibration: Tensor | None
     """Token ids on which pruning measures inputs, (sequences, length) int64; None if it measures none."""
 
@@ -88,8 +93,11 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, force: boo
         raise UserError(*faults)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source, tokenizer = find_model(recipe, weights=recipe.memory.budget is None)
-    train, validation = read_data(recipe.data)
-    mix = tokenized_mix(recipe, tokenizer, train)
+    chat_date = processes.gather(chat_date_of(directory))[0]
+    set_chat_date(tokenizer, chat_date)
+    # The others wait for the first process, and then find what it has kept.
+    first = processes.first(lambda: _read(recipe, tokenizer))
+    mix, validation = _read(recipe, tokenizer) if first is None else first
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
@@ -111,8 +119,15 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, force: boo
         num_steps=num_steps,
         mix_plan=mix_plan,
         memory_plan=memory_plan,
+        chat_date=chat_date,
         calibration=calibration_tokens(applied, tokenizer, mix, load_config(source)) if pruned else None,
     )
+
+
+def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Mix, dict[str, list[Example]]]:
+    """The tokenised training data, and the validation examples of each source."""
+    train, validation = read_data(recipe.data)
+    return tokenized_mix(recipe, tokenizer, train), validation
 
 
 def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console) -> None:
@@ -121,8 +136,9 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     show_mix(console, mix)
     processes.first(lambda: keep_mix(run, mix))
     warning = large_step_warning(mix)
-    if warning is not None and processes.is_first:
-        logger.warning(warning)
+    for text in [*unused_warnings(mix), *([] if warning is None else [warning])]:
+        if processes.is_first:
+            logger.warning(text)
     if memory is not None:
         show_plan(console, memory)
         processes.first(lambda: keep_plan(run, memory))

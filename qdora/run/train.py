@@ -95,7 +95,11 @@ def train_run(
 
 def _open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:
     """Create the run directory, or with `resume` open it; it holds the recipe as it was given."""
-    found = environment() | ({} if processes.size == 1 else {"num_processes": processes.size})
+    found = (
+        environment()
+        | {"chat_date": prepared.chat_date}
+        | ({} if processes.size == 1 else {"num_processes": processes.size})
+    )
     open_ = resume_run if resume else create_run
     processes.first(lambda: open_(directory, resolved_yaml(prepared.given), found))
     run = RunDirectory(directory)
@@ -130,7 +134,6 @@ def _train(training: Training, checkpoint: Checkpoint | None, results: Console) 
             training.evaluate_base()
             if training.state.optimizer is not None and start < active.num_steps and not training.is_over:
                 training.num_done = _fit(training, training.state.optimizer, start)
-                training.log_streams()
             training.evaluate_and_save()
         return active.processes.first(lambda: training.conclude(results)) or {}
     except KeyboardInterrupt:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qdora.data.example import Example
+from qdora.errors import RunFailure
 from qdora.evaluation.generation import generation_table
 from qdora.evaluation.suite import compare_table
 from qdora.files.atomic import atomic_write_text
@@ -137,6 +139,7 @@ class Training:
                 yield
             finally:
                 if self.active.processes.is_first:
+                    self._report_streams()
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
                     write_interference(self.active.directory)
 
@@ -223,9 +226,19 @@ class Training:
         state = {key: each for key, each in best.state_dict().items() if key != "question"}
         return Evaluated({**line, "best": state}, save=better, stop=best.is_over)
 
-    def log_streams(self) -> None:
-        """Log how much of each streamed source the run has seen."""
+    def _report_streams(self) -> None:
+        """Log what the run has seen of each streamed source, and add it to mix.json."""
+        run, seen = self.active.directory, {}
         for part in self.active.loader.streams:
-            seen = part.position
-            counts = (seen.num_drawn, seen.num_truncated, seen.num_dropped, seen.epoch)
+            here = part.position
+            counts = (here.num_drawn, here.num_truncated, here.num_dropped, here.epoch)
             logger.info("%s: %s examples seen, %s cut, %s dropped, %s complete passes.", part.name, *counts)
+            if here.num_bad:
+                text = "%s: %d faulty rows were skipped. The first: %s"
+                logger.warning(text, part.name, here.num_bad, "; ".join(here.bad_rows))
+            names = ("num_examples", "num_truncated", "num_dropped", "num_passes")
+            faulty = {"num_bad_rows": here.num_bad, "bad_rows": list(here.bad_rows), "unused": sorted(part.unused)}
+            seen[part.name] = dict(zip(names, counts, strict=True)) | faulty
+        if seen:
+            with suppress(RunFailure):  # a full disk, which must not hide why the run ends
+                run.write_json("mix.json", json.loads(run.inside("mix.json").read_bytes()) | {"seen": seen})

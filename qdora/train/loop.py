@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qdora.data.batching import IGNORED, Packing
 from qdora.data.loader import Step, StepLoader
-from qdora.errors import Diverged, Interrupted, RunFailure
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.ops.loss import token_nll
@@ -121,8 +121,9 @@ def fit(
         Steps done; a checkpoint of that state has been written.
     Raises:
         Interrupted: After a requested stop; a checkpoint has been written.
-        RunFailure: A step cannot be computed (one example alone does not fit into memory), or is bad and not skipped; a
-            checkpoint of the state before it has been written. Or `hooks.updated` rejects an update; one with it has.
+        RunFailure: A step's examples cannot be read, or its gradient cannot be computed (one example alone does not fit
+            into memory), or it is bad and not skipped; a checkpoint of the state before it has been written. Or
+            `hooks.updated` rejects an update; one with it has.
     """
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
     backoff, schedule = backoff or Backoff(loader), schedule or Schedule(train, num_steps)
@@ -134,7 +135,11 @@ def fit(
         began = time.perf_counter()
         lr = schedule.rate(step)
         undo = partial(_undo_step, optimizer, loader, (loader.state_dict(), random_state()))
-        found = _gradient_that_fits(attempt, undo, hooks, step, backoff, loss_scale)
+        try:
+            found = _gradient_that_fits(attempt, undo, hooks, step, backoff, loss_scale)
+        except DataUnreadable as error:
+            undo()
+            raise RunFailure(f"step {step + 1}: {error}", safe=[hooks.save(step)]) from error
         done, metrics = step + 1, {"step": step + 1, "lr": lr, **found.metrics}
         reason = found.fault or bad_steps.fault(metrics["loss"], metrics["gradient_norm"])
         if reason is None:
@@ -335,7 +340,7 @@ def _gradient_of_next_step(
     processes: Processes,
 ) -> StepGradient:
     """`compute` the gradient of the next step's examples, and sum it over all processes in the parameters' `grad`."""
-    batch = loader.next_step()
+    batch = _next_batch(loader, processes)
     metrics: Metrics = {"loss": math.nan}
     example_nll: list[Tensor] = []
     fault = shortage = None
@@ -356,6 +361,23 @@ def _gradient_of_next_step(
     # Among all processes the one that leaves least to cut.
     worst = min(shortages, key=lambda shortage: (shortage.num_examples > 1, shortage.num_tokens))
     return StepGradient(batch, metrics, worst.fault(), example_nll, worst)
+
+
+class DataUnreadable(Exception):
+    """The examples of the next step cannot be read, in this process or another one."""
+
+
+def _next_batch(loader: StepLoader, processes: Processes) -> Step:
+    """The next step's examples. Raises DataUnreadable in all processes if one of them cannot read its own."""
+    batch = fault = cause = None
+    try:
+        batch = loader.next_step()
+    except Exception as error:  # whatever a file, a connection or a decoder raises: the state before it is saved
+        fault, cause = "; ".join(error.faults) if isinstance(error, UserError) else repr(error), error
+    faults = [each for each in processes.gather(fault) if each]
+    if faults or batch is None:
+        raise DataUnreadable(faults[0]) from cause
+    return batch
 
 
 def step_gradient(
