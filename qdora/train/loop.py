@@ -135,11 +135,7 @@ def fit(
         began = time.perf_counter()
         lr = schedule.rate(step)
         undo = partial(_undo_step, optimizer, loader, (loader.state_dict(), random_state()))
-        try:
-            found = _gradient_that_fits(attempt, undo, hooks, step, backoff, loss_scale)
-        except DataUnreadable as error:
-            undo()
-            raise RunFailure(f"step {step + 1}: {error}", safe=[hooks.save(step)]) from error
+        found = _gradient_that_fits(attempt, undo, hooks, step, backoff, loss_scale)
         done, metrics = step + 1, {"step": step + 1, "lr": lr, **found.metrics}
         reason = found.fault or bad_steps.fault(metrics["loss"], metrics["gradient_norm"])
         if reason is None:
@@ -215,12 +211,16 @@ def _gradient_that_fits(
     loss_scale: LossScale | None,
 ) -> StepGradient:
     """Attempt the step's gradient, again in smaller micro-batches as long as memory runs out, and with a smaller
-    `loss_scale` as long as float16 overflows."""
+    `loss_scale` as long as float16 overflows. RunFailure, after a checkpoint, if its examples cannot be read."""
     given = None if loss_scale is None else loss_scale.value
     while True:
         if hooks.begin_step is not None:
             hooks.begin_step(step)
-        found = attempt()
+        try:
+            found = attempt()
+        except DataUnreadable as error:
+            undo()
+            raise RunFailure(f"step {step + 1}: {error}", safe=[hooks.save(step)]) from error
         if found.shortage is not None:
             undo()
             shrunk = backoff.shrink(found.shortage)
