@@ -523,5 +523,5 @@ def test_what_json_can_hold_and_python_cannot(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ' + "[" * 100_000 + "\n" + '{"text": ' + "9" * 5000 + "}\n")
     first, second = faults_of(SourceConfig(source=str(path)))
-    assert first == f"{path}: line 1: not JSON (nested too deeply)"
+    assert first == f"{path}: line 1: not JSON (it is nested too deeply)"
     assert second.startswith(f"{path}: line 2: not JSON (Exceeds the limit (4300 digits)")
