@@ -110,7 +110,7 @@ def data_assigned(layer: AdaptedLinear) -> None:
 
 def data_written_and_mode_changed(layer: AdaptedLinear) -> None:
     layer.lora_B.data.mul_(-2.0)
-    layer.eval()
+    layer.train(not layer.training).train(not layer.training)
 
 
 def data_written_and_cleared(layer: AdaptedLinear) -> None:

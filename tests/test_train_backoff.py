@@ -14,10 +14,10 @@ import torch
 
 from qdora.data.loader import StepLoader
 from qdora.errors import Interrupted, RunFailure
+from qdora.files.run_directory import RunDirectory
 from qdora.run import prepare
 from qdora.run.train import train_run
 from qdora.run.validation import RunValidation
-from qdora.run.writer import RunWriter
 from qdora.train import loop, optimizer, out_of_memory
 from qdora.train.out_of_memory import Backoff, Shortage, is_out_of_memory
 from tests import tiny_run
@@ -347,7 +347,7 @@ def test_after_a_sticky_error_the_first_one_is_reported_with_the_batch_that_caus
         if broken == "generators":
             monkeypatch.setattr(loop, "set_random_state", fail)
         else:
-            monkeypatch.setattr(RunWriter, "save_checkpoint", fail)
+            monkeypatch.setattr(RunDirectory, "checkpoint_directory", fail)
         return RuntimeError(STICKY)
 
     small_memory(monkeypatch, 3, first)
@@ -364,7 +364,7 @@ def test_a_sticky_error_in_an_evaluation_is_the_one_reported(
         raise SECOND
 
     def measure(*_args: Any, **_options: Any) -> Any:
-        monkeypatch.setattr(RunWriter, "save_checkpoint", fail)
+        monkeypatch.setattr(RunDirectory, "checkpoint_directory", fail)
         raise RuntimeError(STICKY)
 
     monkeypatch.setattr(RunValidation, "measure", measure)

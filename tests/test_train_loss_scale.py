@@ -136,7 +136,7 @@ def test_an_overflow_costs_no_step_and_the_scale_resumes(
 
 
 def test_a_bad_batch_leaves_the_scale_as_it_was(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its gradient is NaN with any scale: it is found bad, skipped, and the next step has the scale of the one before."""
+    """Its gradient is NaN with any scale; it is skipped, and the next step starts with the scale of the one before."""
     settings = half(root)
     changed = settings.train.model_copy(update={"on_bad_step": "skip", "checkpoint_every": 1})
     make_gradients_nan(monkeypatch)

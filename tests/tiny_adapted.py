@@ -57,9 +57,10 @@ def base(architecture: str = "llama", *, quant: str | None = None, dtype: torch.
 def adapted(
     architecture: str = "llama", *, quant: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Any:
-    """`base` with adapters (DoRA of rank 3 unless `options` say otherwise), every parameter moved."""
+    """`base` with adapters (DoRA of rank 3 unless `options` say otherwise) in bf16, as runs have them; all moved."""
     model = base(architecture, quant=quant, dtype=dtype)
-    layers = inject(model, **({"rank": 3, "alpha": 6.0, "generator": torch.Generator().manual_seed(1)} | options))
+    settings = {"rank": 3, "alpha": 6.0, "generator": torch.Generator().manual_seed(1)} | options
+    layers = inject(model, dtype=torch.bfloat16, **settings)
     move(layers)
     return model
 
