@@ -236,3 +236,25 @@ def test_the_users_choice_of_any_library_is_kept() -> None:
     empty: dict[str, str] = {"OMP_NUM_THREADS": "2"}
     let_threads_sleep(empty)
     assert empty == {"OMP_NUM_THREADS": "2"} | WAITING
+
+
+def test_a_target_that_does_not_exist_is_named_before_any_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for verb in (("eval", "runs/paper", "--method", "generate", "-t", "boolq"), ("generate", "runs/paper", "--prompt", "?")):
+        found = invoke(*verb)
+        assert found.exit_code == 2
+        (line,) = found.stderr.splitlines()
+        assert line.startswith(f"{verb[0]}: runs/paper: no such run or directory, no model of that name in the Hub's")
+
+
+def test_lines_of_the_hub_are_shown_once() -> None:
+    code = "import logging, qdora.cli.verb as v; v._set_up_output(); import huggingface_hub.utils; "
+    code += "logging.getLogger('huggingface_hub.utils').warning('Retrying in 1s')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "Retrying in 1s\n"
+
+
+def test_a_missing_data_file_is_reported_for_the_recipe(tmp_path: Path) -> None:
+    found = invoke("train", "own-data", "-s", "model.source=builtin", "--run-dir", tmp_path / "run")
+    assert found.exit_code == 2
+    assert found.stderr.startswith("own-data: data.mix[0].source: no such file or directory")

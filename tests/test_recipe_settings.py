@@ -600,6 +600,16 @@ def test_overrides_do_not_change_what_they_are_given() -> None:
     assert data == minimal()
 
 
+def test_an_override_replaces_the_setting_that_excludes_it() -> None:
+    epochs = section("train", steps=None, epochs=2, batch=4)
+    found = recipe_from(apply_overrides(epochs, ["train.steps=5", "train.tokens_per_step=64"])).train
+    assert (found.steps, found.epochs, found.tokens_per_step, found.batch) == (5, None, 64, None)
+    assert faults(epochs, "train.steps=5", "train.epochs=1") == [
+        "-s: train.steps: exactly one of steps and epochs must be set, got both."
+    ]
+    assert recipe_from(apply_overrides(epochs, ["train.steps=null"])).train.epochs == 2
+
+
 # --- paths
 
 

@@ -444,6 +444,7 @@ def write_recipe(path: Path, recipe: Recipe) -> Path:
 def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "long.yaml", tiny_run.recipe(root, train__steps=5000, train__checkpoint_every=...))
     command = [sys.executable, "-m", "qdora.cli", "train", str(file), "-d", str(tmp_path / "run")]
+    command += ["-s", "train.lr=1e-3", "-s", "data.mix[0].limit=20"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "run/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and trained(tmp_path / "run")):
@@ -451,7 +452,8 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "Continue with --resume" in errors
+    again = f"qdora train {file} -s train.lr=1e-3 -s 'data.mix[0].limit=20' --run-dir {tmp_path / 'run'} --resume"
+    assert errors.splitlines()[-1].endswith(f". Continue with: {again}")
     assert "Traceback" not in errors
     newest = open_run(tmp_path / "run").newest_checkpoint()
     assert newest is not None

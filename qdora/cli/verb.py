@@ -80,6 +80,7 @@ def _set_up_output() -> None:
     logging.getLogger().handlers[0].setLevel(logging.WARNING if _asked.quiet else logging.INFO)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     show_only(progress=not _asked.quiet, results=not _asked.json)
 

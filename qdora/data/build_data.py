@@ -19,7 +19,7 @@ from qdora.data.split_examples import SplitExamples
 from qdora.data.stream import ExampleStream
 from qdora.data.token_cache import TokenCache, default_cache
 from qdora.data.tokenize import TokenizedSet, tokenize_all
-from qdora.errors import UserError
+from qdora.errors import HubFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.recipe.settings import Recipe
@@ -33,11 +33,13 @@ def read_data(data: DataConfig) -> tuple[list[Sequence[Example]], dict[str, list
 
     Only the validation examples are read; where a source has a fault, all are, so that one answer has all faults.
 
-    Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source.
+    Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source; HubFailure if none but
+        the Hub is at fault.
     """
     train: list[Sequence[Example]] = []
     validation: dict[str, list[Example]] = {}
     faults: dict[int, tuple[str, ...]] = {}
+    kind: type[UserError] = HubFailure
     for index, source in enumerate(data.mix):
         try:
             train.append(())
@@ -47,13 +49,15 @@ def read_data(data: DataConfig) -> tuple[list[Sequence[Example]], dict[str, list
                 validation[source.label] = list(held_out)
         except UserError as error:
             faults[index] = error.faults
+            kind = kind if isinstance(error, HubFailure) else UserError
     if faults:
         for index, unread in enumerate(train):
             try:
                 deque(unread, maxlen=0)
             except UserError as error:
                 faults[index] = (*error.faults, *faults.get(index, ()))
-        raise UserError(*(f"data.mix[{index}]: {fault}" for index in sorted(faults) for fault in faults[index]))
+                kind = UserError
+        raise kind(*(f"data.mix[{index}]: {fault}" for index in sorted(faults) for fault in faults[index]))
     return train, validation
 
 

@@ -220,7 +220,7 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
         )
     except (OSError, ValueError) as error:  # no connection, no such data set or commit, a full disk
         hint = f"; with the files on this machine, give their folder as path of task {task}"
-        raise UserError(f"{where}: cannot be read from the Hub ({reason_of(error)}){hint}") from error
+        raise HubFailure(f"{where}: cannot be read from the Hub ({reason_of(error)}){hint}") from error
     files = sorted(Path(folder).glob(pattern))
     if not files:
         raise UserError(f"{where}: no file {pattern} there; the pinned revision is {place.revision}")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.data import build_data
-from qdora.errors import UserError
+from qdora.errors import HubFailure, UserError
 from qdora.files.console import consoles
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.files.svg_figure import svg_file
@@ -47,7 +47,7 @@ def plan_run(
         where: Name of the recipe in error lines.
         budget: A size such as 40GiB (default: that of the recipe).
     Returns:
-        "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null if the data cannot be read.
+        "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null without a tokenizer or the Hub.
     Raises UserError if the budget is not a size, or `train_run` would refuse the data or the config of the model.
     """
     _, results = consoles(console)
@@ -73,12 +73,15 @@ def plan_run(
 
 
 def _workload(recipe: Recipe) -> tuple[build_data.MixPlan | None, Workload, list[str]]:
-    """The mix and the micro-batches of the data, and what is assumed if it cannot be read."""
+    """The mix and the micro-batches of the data, and what is assumed without a tokenizer or without the Hub."""
     full = "every micro-batch is full, and all its rows have data.max_length labelled tokens"
     try:
         _, tokenizer = find_model(recipe, weights=False)
-        train, _ = build_data.read_data(recipe.data)
     except UserError as error:
+        return None, assumed_workload, [f"{full}, because there is no tokenizer: {error.faults[0]}"]
+    try:
+        train, _ = build_data.read_data(recipe.data)
+    except HubFailure as error:
         return None, assumed_workload, [f"{full}, because the data cannot be read: {error.faults[0]}"]
     mix = build_data.tokenized_mix(recipe, tokenizer, train)
     loader = build_data.make_loader(recipe, mix, tokenizer)

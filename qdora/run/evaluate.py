@@ -21,6 +21,7 @@ from qdora.evaluation.suite import compare_table, evaluate
 from qdora.files.console import consoles, suite_bar
 from qdora.files.run_directory import open_run
 from qdora.memory.allocator import keep_freed_memory
+from qdora.model.source import resolve
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
@@ -136,6 +137,8 @@ def evaluate_target(
         UserError: Options that do not fit the target, unknown tasks, or what `load_target` refuses.
     """
     options.check(target)
+    if not is_run(target):
+        resolve(target, weights=False, setting="eval")  # a wrong name is found before the data is read or fetched
     progress, results = consoles(console)
     keep_freed_memory()
     data_run = Path(target) if is_run(target) else options.like
