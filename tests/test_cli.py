@@ -248,7 +248,7 @@ def test_a_target_that_does_not_exist_is_named_before_any_data(monkeypatch: pyte
 
 
 def test_lines_of_the_hub_are_shown_once() -> None:
-    code = "import logging, qdora.cli.verb as v; v._set_up_output(); import huggingface_hub.utils; "
+    code = "import logging, qdora.cli.verb as v; v._set_up_output(); from huggingface_hub import snapshot_download; "
     code += "logging.getLogger('huggingface_hub.utils').warning('Retrying in 1s')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "Retrying in 1s\n"
