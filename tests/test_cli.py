@@ -258,3 +258,15 @@ def test_a_missing_data_file_is_reported_for_the_recipe(tmp_path: Path) -> None:
     found = invoke("train", "own-data", "-s", "model.source=builtin", "--run-dir", tmp_path / "run")
     assert found.exit_code == 2
     assert found.stderr.startswith("own-data: data.mix[0].source: no such file or directory")
+
+
+def test_a_dry_run_of_a_study_lists_its_cells(root: Path, tmp_path: Path) -> None:
+    lines = invoke(*arguments_of("study", root, tmp_path)).stdout.splitlines()
+    assert [line.strip() for line in lines[1:]].count("adapter=dora") == 1
+    assert len(lines) == 1 + 4
+
+
+def test_a_reader_that_stops_ends_a_verb_without_a_word() -> None:
+    command = f"{sys.executable} -m qdora.cli schema | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("{", "")

@@ -140,7 +140,7 @@ def test_the_audit_compares_every_form(run: Path, tmp_path: Path) -> None:
         assert found["forms"][name]["nll_per_token"].keys() == {"sums", "letters"}
     page = (run / "exports/out.md").read_text()
     assert found["verdict"] in page
-    assert page == audit_page("out", found)
+    assert page == audit_page(run.name, found)
     assert "Ship `--format merged` (16 bits) or `--format nf4-lora` (4 bits): both are" in page
     assert page.count("\n| ") == (2 + 6) + (2 + 5)  # two tables, each with its header
 

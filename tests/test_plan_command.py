@@ -99,4 +99,7 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
         [*command[:4], str(file), "-s", "data.mix[0].source=nowhere.jsonl"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
+    over = subprocess.run([*command, "--budget", "1MiB"], capture_output=True, text=True, timeout=120)
+    assert over.returncode == 1
+    assert json.loads(over.stdout)["memory"]["fits"] is False
     assert "data.mix[0].source: no such file" in done.stderr

@@ -75,7 +75,7 @@ def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
     assert sorted(first["tasks"]) == ["letters", "sums"]
     card = (whole / "README.md").read_text()
     assert "dora, rank 4, alpha 8" in card
-    assert f"{last['tasks']['sums']['nll_per_token']:.4g}" in card
+    assert f"{last['tasks']['sums']['nll_per_token']:.3f}" in card
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
@@ -418,7 +418,7 @@ def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path,
     assert exported["state"] == "step-2"
     card = (tmp_path / "out/README.md").read_text()
     numbers = json.loads((run / "eval/step-2.json").read_text())["tasks"]["sums"]["nll_per_token"]
-    assert f"{numbers:.4g}" in card
+    assert f"{numbers:.3f}" in card
     assert "step-2" in card
 
 

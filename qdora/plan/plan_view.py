@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +52,8 @@ def plan_run(
     Raises UserError if the budget is not a size, or `train_run` would refuse the data or the config of the model.
     """
     _, results = consoles(console)
+    if device_kind == "cuda" and not torch.cuda.is_available():
+        logger.info("This machine has no GPU: the run is planned for one. --device cpu plans it for this machine.")
     faults = missing_files(recipe, where)
     if faults:
         raise UserError(*faults)
@@ -129,7 +132,7 @@ def plan_lines(plan: Plan) -> list[str]:
     shape = plan.shape
     lines = [
         f"Micro-batch: {shape.rows} x {shape.length} tokens{', packed' if shape.packed else ''}, {shape.num_labels:,} "
-        f"labelled; {plan.num_micro_batches} in a step. {plan.num_blocks} blocks, {plan.num_weights:,} weights, "
+        f"labelled; {plan.num_micro_batches} micro-batches a step. {plan.num_blocks} blocks, {plan.num_weights:,} weights, "
         f"{plan.num_trainable:,} trainable."
     ]
     if plan.step_seconds is not None:

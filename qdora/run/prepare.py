@@ -140,6 +140,9 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     for text in [*unused_warnings(mix), *([] if warning is None else [warning])]:
         if processes.is_first:
             logger.warning(text)
+    name = prepared.recipe.train.optimizer
+    if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):
+        logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)
     if memory is not None:
         show_plan(console, memory)
         processes.first(lambda: keep_plan(run, memory))
