@@ -270,10 +270,17 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         others = sorted(entry.name for entry in path.iterdir() if entry.name not in own and not is_leftover(entry))
         if others:
             raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
-        remove_leftovers(path)
+        _clear(path)
         atomic_write_json(path / "environment.json", environment)
         atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
     return run
+
+
+def _clear(path: Path) -> None:
+    """Remove what an interrupted start has left in the run and in its folders: checkpoints, eval, figures, ..."""
+    remove_leftovers(path)
+    for folder in path.iterdir():
+        remove_leftovers(folder)
 
 
 @contextmanager
@@ -305,8 +312,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     if changed:
         why = "as when the run started; to change it, start another --run-dir"
         raise UserError(*(f"{path}: {key}: must be {old.get(key)!r}, {why} (got {new.get(key)!r})." for key in changed))
-    remove_leftovers(path)
-    remove_leftovers(run.checkpoints)
+    _clear(path)
     if old_text != recipe:
         atomic_write_text(run.recipe_file, recipe)
     last = {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
