@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kill_resume import prepare
+from byte_tokenizer import write_model
 from measure import RESULTS, facts, fresh, spread, write
 from mixed_data import TASKS
 
@@ -67,7 +67,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.smoke:
             args.data, args.steps, args.limit = Path(folder), 3, 20
-            prepare(args.data)
+            write_model(args.data / "model", seed=0)
+            rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(6) for b in range(5)]
+            for name in ("first", "second"):
+                (args.data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif args.data is None:
             parser.error("DATA: a folder of <task>/<split>.parquet")
         options = [str(args.data.resolve()), "--steps", str(args.steps), "--limit", str(args.limit)]
@@ -88,7 +91,7 @@ def recipe(args: argparse.Namespace) -> Recipe:
     """The run of one way."""
     streamed = args.way == "streamed"
     if args.smoke:
-        sources = [{"source": str(args.data / f"data{sign}.jsonl")} for sign in "+-"]
+        sources = [{"source": str(args.data / f"{name}.jsonl")} for name in ("first", "second")]
     elif streamed:
         sources = [{"source": str(args.data / task)} for task in TASKS]
     else:

@@ -221,15 +221,6 @@ def test_chunked_loss(tmp_path: Path) -> None:
     assert result["time"]["chunked / plain"]["median"] > 0
 
 
-def test_kill_resume(tmp_path: Path) -> None:
-    result = smoke(tmp_path, "kill_resume.py")
-    (killed,) = result["kills"]
-    assert killed["killed"]
-    assert result["full_disk"] == {"said": True, "identical": True}
-    assert result["num_identical"] == result["num_cases"] == 3
-    assert result["all_said"]
-
-
 def test_mixing(tmp_path: Path) -> None:
     result = smoke(tmp_path, "mixing.py")
     assert len(result["mixes"]) == 5

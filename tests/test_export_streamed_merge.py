@@ -203,7 +203,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_writer, "write_safetensors", full)
-    with pytest.raises(RunFailure, match="No space left"):
+    with pytest.raises(RunFailure, match="the disk is full"):
         export_merged(merge, None, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

@@ -161,6 +161,16 @@ def test_resume_records_what_changed_about_the_machine(run: RunDirectory) -> Non
         resume_run(run.path, RECIPE, ENVIRONMENT)
 
 
+def test_a_resume_clears_what_a_kill_left_in_every_folder(run: RunDirectory) -> None:
+    run.append_metrics({"step": 1})
+    for folder in ("", "checkpoints", "eval", "figures"):
+        (run.path / folder).mkdir(exist_ok=True)
+        (run.path / folder / ".step-1.json.123.partial").write_text("cut off")
+    run.write_json("eval/step-1.json", {})
+    resume_run(run.path, RECIPE, ENVIRONMENT)
+    assert set(tree(run.path)) == {"recipe.yaml", "environment.json", "metrics.jsonl", "eval/step-1.json"}
+
+
 def test_only_one_process_works_in_a_run(tmp_path: Path) -> None:
     path, told = tmp_path / "run", os.pipe()
     child = os.fork()

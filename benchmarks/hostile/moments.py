@@ -54,6 +54,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +334,7 @@ def started(
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.environ.update(environment or {})
+            os.environ.update({"XDG_CACHE_HOME": str(root / "home"), **(environment or {})})
             Watch(root, counts, operation=operation, step=step, action=action)
             status = run_commands(commands, counts)
             sys.stdout.flush()
@@ -539,8 +540,8 @@ def outcome(life: str, place: Path) -> dict[str, Any]:
             found[file.name] = without(rows, "seconds", "num_failures", "reason")
         for cell in sorted((place / "study/cells").iterdir()):
             found |= {f"{cell.name}/{name}": value for name, value in run_files(cell).items()}
-        return found | leftovers(place / "study")
-    return run_files(place / "run") | leftovers(place)
+        return found | leftovers(place / "study/cells")
+    return run_files(place / "run") | leftovers(place / "run") | leftovers(place / "cache")
 
 
 def run_files(run: Path) -> dict[str, Any]:
@@ -742,12 +743,15 @@ def run(seed: int, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         lives = Lives(Path(folder), LIVES if count else ("train", "export"))
         chosen = moments(seed, count) if count else SMOKE
-        found = [disturbed(lives, moment, f"life-{index}") for index, moment in enumerate(chosen)]
-        found += cases(lives, seed, math.ceil(count / 25))
+        lived = (disturbed(lives, moment, f"life-{index}") for index, moment in enumerate(chosen))
+        found = []
+        for each in chain(lived, cases(lives, seed, math.ceil(count / 25))):
+            found.append(each)
+            print(f"{len(found)}: {each.moment.in_words()}: {each.ends} {'; '.join(each.faults)}", file=sys.stderr)
     table: dict[str, Counter[str]] = {}
     for each in found:
         row = table.setdefault(f"{each.moment.life}, {each.moment.event}", Counter())
-        row.update(tried=1, came=each.came, stopped=any(each.ends), right=not each.faults)
+        row.update(tried=1, came=int(each.came), stopped=int(any(each.ends)), right=int(not each.faults))
     return {
         "seed": seed,
         "num_moments": len(found),

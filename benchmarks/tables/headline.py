@@ -66,9 +66,9 @@ def _plan() -> tuple[str, str, str]:
 
 
 def _resume() -> tuple[str, str, str]:
-    document = read("kill_resume")
+    document = read("moments")
     answer = (
-        f"{document['num_identical']} of {document['num_cases']} killed or damaged runs end with the same bytes as an "
-        "undisturbed one"
+        f"{document['num_right']} of {document['num_moments']} killed or disturbed runs, exports and studies end with "
+        "the same bytes as undisturbed ones"
     )
     return "Does a killed run lose anything?", answer, "killed runs"

@@ -1,29 +1,32 @@
-"""Tables of runs as a whole: killed and resumed, out of memory, and mixed."""
+"""Tables of runs as a whole: disturbed and started again, out of memory, and mixed."""
 
 from __future__ import annotations
 
 from tables.table import markdown, read
 
+EVENTS = {
+    "kill": "SIGKILL",
+    "term": "SIGTERM, sometimes twice",
+    "int": "SIGINT, sometimes twice",
+    "full": "the disk is full, once or from then on",
+    "read_only": "the directory becomes read-only",
+    "clock": "the clock is set back a week, then SIGKILL",
+    "cache removed": "the base cache is removed",
+    "cache replaced": "another base takes the cache's place",
+    "second": "a second process is started on the same directory",
+    "cut": "a file of the newest checkpoint is cut short",
+}
+"""What happens to a life, in the words of the table."""
 
-def kill_resume() -> str:
-    """Cases, how many ended bit for bit as the undisturbed run, and whether what happened was said."""
-    document = read("kill_resume")
-    kills, cuts, full = document["kills"], document["truncated"], document["full_disk"]
-    on_the_way = sum(kill["newest_step"] < document["num_steps"] for kill in kills)
-    rows = [
-        [
-            f"SIGKILL at a random moment ({on_the_way} of them before the last checkpoint)",
-            f"{sum(kill['identical'] for kill in kills)} of {len(kills)}",
-            "–",
-        ],
-        ["disk full in the middle of a checkpoint", f"{int(full['identical'])} of 1", "yes" if full["said"] else "no"],
-        [
-            "a file of the newest checkpoint cut short",
-            f"{sum(cut['identical'] for cut in cuts)} of {len(cuts)}",
-            "yes" if all(cut["said"] for cut in cuts) else "no",
-        ],
-    ]
-    return markdown(["event, then `--resume`", "bit for bit equal", "named in log or error"], rows)
+
+def moments() -> str:
+    """For each event: lives that it came to, that it ended, and that reached the undisturbed result, started again."""
+    rows = []
+    for event, words in EVENTS.items():
+        found = [row for name, row in read("moments")["moments"].items() if name.split(", ")[1] == event]
+        counts = {key: sum(row[key] for row in found) for key in ("tried", "stopped", "right")}
+        rows.append([words, f"{counts['tried']}", f"{counts['stopped']}", f"{counts['right']} of {counts['tried']}"])
+    return markdown(["event, then the same command again", "lives", "ended by it", "bit for bit equal"], rows)
 
 
 def out_of_memory() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,10 @@ def _unfinished(out: Path) -> Iterator[Path]:
             yield hidden / out.name
         except Exception:
             remove_directory(hidden)
+            raise
+        except BaseException:
+            with suppress(OSError):  # it stays if it holds something to go on from
+                hidden.rmdir()
             raise
         remove_directory(hidden)
 

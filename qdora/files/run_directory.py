@@ -283,11 +283,18 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
             )
             if others:
                 raise UserError(f"{path}: must be new or empty (got {others[0]} in it). Fix: choose another --run-dir.")
-        remove_leftovers(path)
+        _clear(path)
         (path / PLAN_FILE).unlink(missing_ok=True)  # of an earlier start, whose recipe may have been another
         atomic_write_json(run.environment_file, environment)
         atomic_write_text(run.recipe_file, recipe)  # last: it makes the directory a run
     return run
+
+
+def _clear(path: Path) -> None:
+    """Remove what an interrupted start has left in the run and in its folders: checkpoints, eval, figures, ..."""
+    remove_leftovers(path)
+    for folder in path.iterdir():
+        remove_leftovers(folder)
 
 
 @contextmanager
@@ -327,8 +334,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     faults = [fault for key in changed if (fault := _change_fault(key, old.get(key), new.get(key))) is not None]
     if faults:
         raise UserError(*(f"{path}: {fault}" for fault in faults))
-    remove_leftovers(path)
-    remove_leftovers(run.checkpoints)
+    _clear(path)
     if old_text != recipe:
         atomic_write_text(run.recipe_file, recipe)
     last = {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
