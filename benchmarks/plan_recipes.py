@@ -2,8 +2,8 @@
 
     python benchmarks/plan_recipes.py [--out benchmarks/results/plan_recipes.json] [--smoke]
 
-Each recipe as it ships, for the shape of its model, against the budget that it states, or 40 GB; and Llama-3.1-405B by the recipe
-of the 70B model with all of its blocks in host memory. `cpu_seconds` is the time of a plan on one core.
+Each recipe as it ships, for the shape of its model, against the budget that it states, or 40 GB; and Llama-3.1-405B by
+the recipe of the 70B model with all of its blocks in host memory. `cpu_seconds` is the time of a plan on one core.
 
 Bars: every recipe fits in the card that it is named for; the 70B plan below 40 GiB and in less than 60 s of one core.
 """

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables.table import markdown, read
-
 from qdora.recipe.recipe_file import recipe_names
+from tables.table import markdown, read
 
 GIB, MIB = 2**30, 2**20
 

@@ -31,7 +31,7 @@ from typing import Any
 from qdora.data.example import Example
 from qdora.data.readers import read_rows, reason_of
 from qdora.data.rows import Entry, Row, RowFault, Rows, optional_text, row_id, shown, text_field
-from qdora.errors import UserError, nearest
+from qdora.errors import HubFailure, UserError, nearest
 
 
 def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:

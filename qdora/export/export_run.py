@@ -242,7 +242,9 @@ def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Cons
         console=console,
     )
     trained.run.write_json(f"exports/{out.name}.json", found)
-    atomic_write_text(trained.run.inside("exports", f"{out.name}.md"), audit_page(trained.run.path.resolve().name, found))
+    atomic_write_text(
+        trained.run.inside("exports", f"{out.name}.md"), audit_page(trained.run.path.resolve().name, found)
+    )
     return found
 
 

@@ -132,8 +132,8 @@ def plan_lines(plan: Plan) -> list[str]:
     shape = plan.shape
     lines = [
         f"Micro-batch: {shape.rows} x {shape.length} tokens{', packed' if shape.packed else ''}, {shape.num_labels:,} "
-        f"labelled; {plan.num_micro_batches} micro-batches a step. {plan.num_blocks} blocks, {plan.num_weights:,} weights, "
-        f"{plan.num_trainable:,} trainable."
+        f"labelled; {plan.num_micro_batches} micro-batches a step. "
+        f"{plan.num_blocks} blocks, {plan.num_weights:,} weights, {plan.num_trainable:,} trainable."
     ]
     if plan.step_seconds is not None:
         lines.append(f"Predicted time: {plan.step_seconds:.2g} s per step at the rates of {plan.rates['name']}.")

@@ -40,7 +40,7 @@ from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
 from qdora.run.validation import adapter_step
 from qdora.study.compare import cannot_win
-from qdora.study.grid import Cell, Study, equal_in_words, expand, in_words, load_study
+from qdora.study.grid import Cell, Study, equal_in_words, expand, load_study
 from qdora.study.study_directory import Claim, StudyDirectory
 
 logger = logging.getLogger("qdora")
@@ -106,8 +106,7 @@ def study_run(
         progress.print(note, markup=False, highlight=False)
     if dry_run:
         for cell in mine:
-            text = f"  {in_words(cell.labels) or 'base'}{'' if cell.is_trained else ' (evaluated only)'}"
-            results.print(text, markup=False, highlight=False, soft_wrap=True)
+            results.print(f"  {cell.in_words()}", markup=False, highlight=False, soft_wrap=True)
         shown = {"directory": str(directory), "num_cells": len(cells), "notes": notes}
         return shown | {"cells": [cell.record() for cell in mine]}
     with disk_failures(directory):
