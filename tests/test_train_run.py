@@ -423,9 +423,12 @@ def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path,
     assert "step-2" in card
 
 
-def test_export_works_when_the_data_is_gone(tmp_path: Path) -> None:
+def test_export_and_other_tasks_work_when_the_data_is_gone(tmp_path: Path) -> None:
     train_run(tiny_run.recipe(tmp_path, train__steps=1), tmp_path / "run")
     (tmp_path / "data/sums.jsonl").unlink()
+    assert list(evaluate_target(str(tmp_path / "run"), EvalOptions(tasks=["letters"]))["evaluation"]["tasks"]) == [
+        "letters"
+    ]
     assert export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="float32"))["verification"]["passed"]
     with pytest.raises(UserError, match="is not empty"):
         export_run(tmp_path / "run", tmp_path / "out")
@@ -459,6 +462,14 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     newest = open_run(tmp_path / "run").newest_checkpoint()
     assert newest is not None
     assert newest.step == len(trained(tmp_path / "run"))
+
+
+def test_8_bit_states_on_a_cpu_are_told_to_be_slow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("adamw", "paged_adamw_8bit"):
+        recipe = tiny_run.recipe(tmp_path, train__steps=1, train__optimizer=name, eval__at_start=False)
+        train_run(recipe, tmp_path / name)
+    (said,) = [each for each in caplog.messages if "slow" in each]
+    assert said == "train.optimizer paged_adamw_8bit is slow on a CPU; adamw is faster."
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

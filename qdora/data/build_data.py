@@ -28,10 +28,12 @@ AUTO_MICRO_BATCH_TOKENS = 2048
 """train.micro_batch_tokens: auto, unless a longer example needs more."""
 
 
-def read_data(data: DataConfig) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
+def read_data(
+    data: DataConfig, names: Collection[str] | None = None
+) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
     """Training examples per source, unread, and validation examples by the source's name where there are any.
 
-    Only the validation examples are read; where a source has a fault, all are, so that one answer has all faults.
+    With `names`, sources of other names give no examples. Only the validation examples are read; where a source has a fault, all are, so that one answer has all faults.
 
     Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source; HubFailure if none but
         the Hub is at fault.
@@ -41,8 +43,10 @@ def read_data(data: DataConfig) -> tuple[list[Sequence[Example]], dict[str, list
     faults: dict[int, tuple[str, ...]] = {}
     kind: type[UserError] = HubFailure
     for index, source in enumerate(data.mix):
+        train.append(())
+        if names is not None and source.label not in names:
+            continue
         try:
-            train.append(())
             examples, held_out = train_and_validation(source, data)
             train[index] = () if examples is None else examples
             if held_out is not None and len(held_out):
@@ -73,9 +77,9 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
     if split == "train" and streamed:
         raise UserError(f"--split: a stream ({', '.join(streamed)}) has only the splits validation, test, got train.")
     if split in ("train", "validation"):
-        train, validation = read_data(recipe.data)
+        train, validation = read_data(recipe.data, sources)
         if split == "validation":
-            return {label: examples for label, examples in validation.items() if label in sources}
+            return validation
         labels = [source.label for source in recipe.data.mix]
         return {label: list(found) for label, found in zip(labels, train, strict=True) if label in sources}
     faults = [
