@@ -33,7 +33,8 @@ def read_data(
 ) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
     """Training examples per source, unread, and validation examples by the source's name where there are any.
 
-    With `names`, sources of other names give no examples. Only the validation examples are read; where a source has a fault, all are, so that one answer has all faults.
+    Only the validation examples are read; where a source has a fault, all are, so that one answer has all faults. With
+    `names`, sources of other names are left out and give no examples.
 
     Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source; HubFailure if none but
         the Hub is at fault.
