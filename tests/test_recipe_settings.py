@@ -325,7 +325,7 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         ("no/such/dir.yaml", f"no/such/dir.yaml: no such file; must be a YAML file, or one of {names}."),
         (".", f".: is a directory; must be a YAML file, or one of {names}."),
         ("latin.yaml", f"latin.yaml: byte 3 is not UTF-8 text; must be a YAML file, or one of {names}."),
-        ("a\0b", f"a\0b: no such file; must be a YAML file, or one of {names}."),
+        ("a\0b", f"a b: no such file; must be a YAML file, or one of {names}."),
     ):
         with pytest.raises(UserError) as raised:
             load_recipe(name)
