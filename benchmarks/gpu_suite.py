@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from gpu import device as on
 from gpu.card import nvidia_smi
 from gpu.part import Part
@@ -31,8 +32,11 @@ from qdora.files.environment import package_versions
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when every section ran and every check held, else 1."""
+    """0 when every section ran and every check held, 2 without a GPU, else 1."""
     args = parsed(arguments)
+    if not args.smoke and not torch.cuda.is_available():
+        print(on.NO_GPU, file=sys.stderr)
+        return 2
     if args.child:
         offline()
         run_here(args.child, Part(args.part, args.seconds), on.pick(args.smoke), smoke=args.smoke)

@@ -2,8 +2,8 @@
 
     python benchmarks/plan_recipes.py [--out benchmarks/results/plan_recipes.json] [--smoke]
 
-Each recipe as it ships, for the shape of its model, against the budget that it states; and Llama-3.1-405B by the recipe
-of the 70B model with all of its blocks in host memory. `cpu_seconds` is the time of a plan on one core.
+Each recipe as it ships, for the shape of its model, against the budget that it states, or 40 GB; and Llama-3.1-405B by
+the recipe of the 70B model with all of its blocks in host memory. `cpu_seconds` is the time of a plan on one core.
 
 Bars: every recipe fits in the card that it is named for; the 70B plan below 40 GiB and in less than 60 s of one core.
 """
@@ -24,6 +24,17 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 
 GIB = 2**30
+CARD = "40GB"
+"""Budget of the recipes that state none."""
+# config.json of Llama-2-13b-hf.
+LLAMA_13B = {
+    "vocab_size": 32_000,
+    "hidden_size": 5120,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "intermediate_size": 13_824,
+    "tie_word_embeddings": False,
+}
 # config.json of Qwen2.5-32B-Instruct.
 QWEN_32B = {
     "vocab_size": 152_064,
@@ -44,6 +55,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: shows that it runs")
     args = parser.parse_args()
     configs: dict[str, PreTrainedConfig] = {
+        "commonsense-8b-40gb": llama(SHAPES["Llama-3-8B"]),
+        "commonsense-13b-40gb": LlamaConfig(**LLAMA_13B),
         "llama-8b-8gb": llama(SHAPES["Llama-3-8B"]),
         "qwen-32b-24gb": Qwen2Config(**QWEN_32B),
         "llama-70b-40gb": llama(SHAPES["Llama-3.3-70B"]),
@@ -71,12 +84,14 @@ def main() -> None:
 def planned(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
     """The plan of a recipe, what it streams, and how long planning took."""
     began = time.process_time()
-    found = plan(recipe, config=config).to_dict()
+    found = plan(recipe, CARD if recipe.memory.budget is None else None, config=config).to_dict()
+    streams = recipe.base.residency == "host"
     return {
         **found,
-        "budget": recipe.memory.budget,
+        "model": recipe.model.source,
+        "budget": recipe.memory.budget or CARD,
         "residency": recipe.base.residency,
-        "num_streamed": recipe.base.streamed_blocks or config.num_hidden_layers,
+        "num_streamed": (recipe.base.streamed_blocks or config.num_hidden_layers) if streams else 0,
         "cpu_seconds": time.process_time() - began,
     }
 

@@ -20,7 +20,7 @@ from tables.failed import failed, failed_short
 from tables.gates import gates
 from tables.headline import headline
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
-from tables.plan import plan_accuracy, plan_recipes, plan_shapes
+from tables.plan import cards, plan_accuracy, plan_recipes, plan_shapes
 from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import data_loading, mixing, moments, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
@@ -63,6 +63,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "out_of_memory": out_of_memory,
     "plan_shapes": plan_shapes,
     "plan_recipes": plan_recipes,
+    "cards": cards,
     "plan_accuracy": plan_accuracy,
     "pruning": pruning,
     "study": study,

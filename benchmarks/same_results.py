@@ -272,6 +272,8 @@ class Side:
 
     def check_imports(self) -> None:
         """Raise SystemExit where the interpreter does not take qdora from the checkout."""
+        if not (self.checkout / "qdora").is_dir():
+            raise SystemExit(f"{self.checkout}: is not a checkout of qdora: it has no folder qdora.")
         done = self._process(["-c", "import qdora; print(qdora.__file__)"])
         found = done.stdout.strip() or "nowhere"
         if not Path(found).resolve().is_relative_to(self.checkout):

@@ -23,6 +23,10 @@ class UserError(ValueError):
         super().__init__("\n".join(self.faults))
 
 
+class HubFailure(UserError):
+    """What is named cannot be had from the Hub: no connection, no access, no such name or split."""
+
+
 class RunFailure(RuntimeError):
     """A run that cannot continue: a full disk, a NaN loss, a failed check. The command line exits with 1.
 
@@ -52,17 +56,18 @@ class Interrupted(Exception):
         step: Optimizer steps in `checkpoint`.
         checkpoint: The newest whole checkpoint, or None if there is none.
         saved: Whether the checkpoint holds all finished steps. After a second signal it may not.
+        how: What continues the run.
     """
 
-    def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True) -> None:
-        self.step, self.checkpoint = step, checkpoint
+    def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True, how: str = " --resume.") -> None:
+        self.step, self.checkpoint, self.saved = step, checkpoint, saved
         if saved:
-            text = f"stopped after step {step}; saved to {checkpoint}. Continue with --resume."
+            text = f"stopped after step {step}; saved to {checkpoint}."
         elif checkpoint is not None:
-            text = f"stopped at once. Safe on disk: {checkpoint} (step {step}). Continue with --resume."
+            text = f"stopped at once. Safe on disk: {checkpoint} (step {step})."
         else:
-            text = "stopped at once; no checkpoint was written yet. --resume starts at step 0."
-        super().__init__(text)
+            text = "stopped at once; no checkpoint was written yet, so the run starts again at step 0."
+        super().__init__(f"{text} Continue with{how}")
 
 
 def _line(text: str) -> str:

@@ -23,8 +23,11 @@ def test_plan_shapes(tmp_path: Path) -> None:
 
 def test_plan_recipes(tmp_path: Path) -> None:
     result = smoke(tmp_path, "plan_recipes.py")
-    assert list(result["plans"]) == ["llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb"]
+    resident, streamed = list(result["plans"])[:2], list(result["plans"])[2:]
+    assert resident == ["commonsense-8b-40gb", "commonsense-13b-40gb"]
+    assert streamed == ["llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb"]
     assert all(result["passes"].values())
-    for each in result["plans"].values():
+    assert not any(result["plans"][name]["num_streamed"] for name in resident)
+    for each in map(result["plans"].__getitem__, streamed):
         assert each["components"]["streaming slots"] == 2 * each["block_bytes"]
         assert each["host_bytes"] > 0

@@ -101,7 +101,7 @@ def test_quiet_before_and_after_the_verb_shows_results_alone(verb: str, root: Pa
         assert found.exit_code == 0, found.stderr
         assert found.stderr == ""
         assert RESULTS[verb][1] in found.stdout
-    assert verb == "plan" or noisy.stderr != ""
+    assert verb in ("plan", "rank") or noisy.stderr != ""
 
 
 def test_progress_of_training_is_not_on_standard_output(root: Path, tmp_path: Path) -> None:
@@ -236,3 +236,43 @@ def test_the_users_choice_of_any_library_is_kept() -> None:
     empty: dict[str, str] = {"OMP_NUM_THREADS": "2"}
     let_threads_sleep(empty)
     assert empty == {"OMP_NUM_THREADS": "2"} | WAITING
+
+
+def test_a_target_that_does_not_exist_is_named_before_any_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for verb in (
+        ("eval", "runs/paper", "--method", "generate", "-t", "boolq"),
+        ("generate", "runs/paper", "-p", "?"),
+    ):
+        found = invoke(*verb)
+        assert found.exit_code == 2
+        (line,) = found.stderr.splitlines()
+        assert line.startswith(f"{verb[0]}: runs/paper: no such run or directory, no model of that name in the Hub's")
+
+
+def test_lines_of_the_hub_are_shown_once() -> None:
+    code = "import logging, qdora.cli.verb as v; v._set_up_output(); from huggingface_hub import snapshot_download; "
+    code += "logging.getLogger('huggingface_hub.utils').warning('Retrying in 1s')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "Retrying in 1s\n"
+
+
+def test_a_missing_data_file_is_reported_for_the_recipe(tmp_path: Path) -> None:
+    found = invoke("train", "own-data", "-s", "model.source=builtin", "--run-dir", tmp_path / "run")
+    assert found.exit_code == 2
+    assert found.stderr.startswith("own-data: data.mix[0].source: no such file or directory")
+
+
+def test_a_dry_run_of_a_study_lists_its_cells(root: Path, tmp_path: Path) -> None:
+    lines = invoke(*arguments_of("study", root, tmp_path)).stdout.splitlines()
+    assert [line.strip() for line in lines[1:]].count("adapter=dora") == 1
+    assert len(lines) == 1 + 4
+
+
+def test_a_reader_that_stops_ends_a_verb_without_a_word() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "qdora.cli", "recipes", "tiny"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

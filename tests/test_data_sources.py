@@ -224,8 +224,8 @@ def test_unknown_columns(tmp_path):
     assert fault.endswith("Did you mean 'prompt'?")
     [fault] = faults_of(SourceConfig(source=source, format="completion"))
     assert fault == (
-        f"{source}: line 1: no prompt, got columns promt, completion, needed for format completion: prompt, "
-        "completion. Did you mean 'promt'?"
+        f"{source}: line 1: columns promt, completion; format completion needs prompt, completion. "
+        "One file holds one format. Did you mean 'promt'?"
     )
 
 

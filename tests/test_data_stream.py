@@ -203,7 +203,7 @@ def test_what_a_stream_refuses(tmp_path):
             rf"s: 1 faulty row, data.max_bad_rows allows 0. .*byte {3 * len(good)}: not JSON",
         ),
         (good + "[1]\n", r"byte \d+: must be an object {column: value}, got \[1\]"),
-        (good + '{"prompt": "x"}\n', r"byte \d+: no completion, got columns prompt, needed for format completion"),
+        (good + '{"prompt": "x"}\n', r"byte \d+: columns prompt; format completion needs prompt, completion"),
         (good + '{"prompt": "x", "completion": 3}\n', r"byte \d+: completion: must be text, got 3"),
         ('{"a": 1}\n', "columns a fit no format"),
         ("\n\n", "gives no example"),

@@ -173,3 +173,5 @@ def test_the_cells_of_the_table() -> None:
         ("text", "50", "–", "–", "–", "–", "–", "1.235"),
         ("average", "50/90", "25.0", "30.0", "50.0 ± 7.0", "3.000", "62.5 ± 5.0", "1.500"),
     ]
+    few = result(0.0, 0.0, 1.0, 2)  # two wrong answers do not make a standard error of 0
+    assert list(compare_table({"base": EvaluationResult({"a": few}, few, {})}).columns[4].cells) == ["0.0", "0.0"]

@@ -140,7 +140,7 @@ def test_the_audit_compares_every_form(run: Path, tmp_path: Path) -> None:
         assert found["forms"][name]["nll_per_token"].keys() == {"sums", "letters"}
     page = (run / "exports/out.md").read_text()
     assert found["verdict"] in page
-    assert page == audit_page("out", found)
+    assert page == audit_page(run.name, found)
     assert "Ship `--format merged` (16 bits) or `--format nf4-lora` (4 bits): both are" in page
     assert page.count("\n| ") == (2 + 6) + (2 + 5)  # two tables, each with its header
 
@@ -163,7 +163,7 @@ def test_the_verdict_follows_from_the_figures() -> None:
     assert "its answers are better by 0.500 +- 0.200 nats each." in text
     assert "its answers do not differ significantly (+0.100 +- 0.160 nats each)" in text
     assert "`--format nf4-lora` is not possible: a block crosses" in text
-    assert "In 1 of 2 layers the rounding of the base is larger" in text
+    assert "Quantisation changed the weights more than training did in 1 of 2 layers" in text
     worse = recommendation(forms | {"merged": form(0.1, 0.0, 0.1), "requantized": form(0.05, 0.3, 0.1)}, [])
     assert worse.startswith("No form is the model that was trained")
     assert "worse by 0.300 +- 0.200" in worse

@@ -685,6 +685,12 @@ def test_doctor_reports_and_advises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.report_text({**ill, "problems": []}).endswith("\nno problems found\n")
 
 
+def test_doctor_says_why_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    assert "\nHub       cannot be reached ([Errno 111] Connection refused), " in doctor.report_text(doctor.report())
+
+
 @pytest.mark.parametrize(
     "broken, error",
     [

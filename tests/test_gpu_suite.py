@@ -147,11 +147,13 @@ def test_continuing_runs_only_what_is_not_done(monkeypatch, tmp_path):
     assert ran == ["variants"]
 
 
-def test_without_a_gpu_the_full_suite_says_so():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
+def test_without_a_gpu_the_full_suite_says_so_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--smoke"):
         on.pick(smoke=False)
+    assert gpu_suite.main(["--out", str(tmp_path / "out.json")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_short_calls_are_repeated_within_a_sample():

@@ -75,6 +75,19 @@ def test_a_step_that_repeats_the_data_is_warned_of(tmp_path: Path, caplog: pytes
     assert not caplog.records
 
 
+def test_faulty_rows_of_a_local_file_are_an_error_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_run.recipe(tmp_path)
+    with (tmp_path / "data/sums.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    with pytest.raises(UserError, match=r"^data\.mix\[0\]: .*sums\.jsonl: line \d+: not JSON"):
+        plan_run(recipe, "r.yaml")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    away = tiny_run.recipe(tmp_path, data__mix=[{"source": "nobody/nothing-here"}], train__steps=1)
+    shown = io.StringIO()
+    assert plan_run(away, "r.yaml", console=Console(file=shown, width=130))["mix"] is None
+    assert "because the data cannot be read: data.mix[0]: nobody/nothing-here: cannot be" in shown.getvalue()
+
+
 def test_plan_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(resolved_yaml(tiny_run.recipe(tmp_path)))
@@ -86,4 +99,7 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
         [*command[:4], str(file), "-s", "data.mix[0].source=nowhere.jsonl"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
+    over = subprocess.run([*command, "--budget", "1MiB"], capture_output=True, text=True, timeout=120)
+    assert over.returncode == 1
+    assert json.loads(over.stdout)["memory"]["fits"] is False
     assert "data.mix[0].source: no such file" in done.stderr

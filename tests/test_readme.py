@@ -187,7 +187,7 @@ def test_yaml_blocks_were_found() -> None:
     assert found["README"] == 1
     assert sum(found.values()) >= 10
     whole = [recipe_from(read_yaml(blocks(page, "yaml")[0], name_of(page))) for page in (README, OWN_DATA)]
-    assert [len(recipe.data.mix) for recipe in whole] == [2, 5]
+    assert [len(recipe.data.mix) for recipe in whole] == [3, 5]
 
 
 def test_the_study_shown_has_its_cells() -> None:

@@ -325,7 +325,7 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         ("no/such/dir.yaml", f"no/such/dir.yaml: no such file; must be a YAML file, or one of {names}."),
         (".", f".: is a directory; must be a YAML file, or one of {names}."),
         ("latin.yaml", f"latin.yaml: byte 3 is not UTF-8 text; must be a YAML file, or one of {names}."),
-        ("a\0b", f"a\0b: no such file; must be a YAML file, or one of {names}."),
+        ("a\0b", f"a b: no such file; must be a YAML file, or one of {names}."),
     ):
         with pytest.raises(UserError) as raised:
             load_recipe(name)
@@ -598,6 +598,16 @@ def test_overrides_do_not_change_what_they_are_given() -> None:
     apply_overrides(data, ["train.steps=3", "data.mix[0].limit=1"])
     recipe_from(section("data", mix=[{"source": "./x.jsonl"}]))
     assert data == minimal()
+
+
+def test_an_override_replaces_the_setting_that_excludes_it() -> None:
+    epochs = section("train", steps=None, epochs=2, batch=4)
+    found = recipe_from(apply_overrides(epochs, ["train.steps=5", "train.tokens_per_step=64"])).train
+    assert (found.steps, found.epochs, found.tokens_per_step, found.batch) == (5, None, 64, None)
+    assert faults(epochs, "train.steps=5", "train.epochs=1") == [
+        "-s: train.steps: exactly one of steps and epochs must be set, got both."
+    ]
+    assert recipe_from(apply_overrides(epochs, ["train.steps=null"])).train.epochs == 2
 
 
 # --- paths

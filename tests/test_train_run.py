@@ -75,7 +75,7 @@ def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
     assert sorted(first["tasks"]) == ["letters", "sums"]
     card = (whole / "README.md").read_text()
     assert "dora, rank 4, alpha 8" in card
-    assert f"{last['tasks']['sums']['nll_per_token']:.4g}" in card
+    assert f"{last['tasks']['sums']['nll_per_token']:.3f}" in card
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
@@ -419,13 +419,16 @@ def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path,
     assert exported["state"] == "step-2"
     card = (tmp_path / "out/README.md").read_text()
     numbers = json.loads((run / "eval/step-2.json").read_text())["tasks"]["sums"]["nll_per_token"]
-    assert f"{numbers:.4g}" in card
+    assert f"{numbers:.3f}" in card
     assert "step-2" in card
 
 
-def test_export_works_when_the_data_is_gone(tmp_path: Path) -> None:
+def test_export_and_other_tasks_work_when_the_data_is_gone(tmp_path: Path) -> None:
     train_run(tiny_run.recipe(tmp_path, train__steps=1), tmp_path / "run")
     (tmp_path / "data/sums.jsonl").unlink()
+    assert list(evaluate_target(str(tmp_path / "run"), EvalOptions(tasks=["letters"]))["evaluation"]["tasks"]) == [
+        "letters"
+    ]
     assert export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="float32"))["verification"]["passed"]
     with pytest.raises(UserError, match="is not empty"):
         export_run(tmp_path / "run", tmp_path / "out")
@@ -445,6 +448,7 @@ def write_recipe(path: Path, recipe: Recipe) -> Path:
 def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "long.yaml", tiny_run.recipe(root, train__steps=5000, train__checkpoint_every=...))
     command = [sys.executable, "-m", "qdora.cli", "train", str(file), "-d", str(tmp_path / "run")]
+    command += ["-s", "train.lr=1e-3", "-s", "data.mix[0].limit=20"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "run/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and trained(tmp_path / "run")):
@@ -452,11 +456,20 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "Continue with --resume" in errors
+    again = f"qdora train {file} -s train.lr=1e-3 -s 'data.mix[0].limit=20' --run-dir {tmp_path / 'run'} --resume"
+    assert errors.splitlines()[-1].endswith(f". Continue with: {again}")
     assert "Traceback" not in errors
     newest = open_run(tmp_path / "run").newest_checkpoint()
     assert newest is not None
     assert newest.step == len(trained(tmp_path / "run"))
+
+
+def test_8_bit_states_on_a_cpu_are_told_to_be_slow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("adamw", "paged_adamw_8bit"):
+        recipe = tiny_run.recipe(tmp_path, train__steps=1, train__optimizer=name, eval__at_start=False)
+        train_run(recipe, tmp_path / name)
+    (said,) = [each for each in caplog.messages if "slow" in each]
+    assert said == "train.optimizer paged_adamw_8bit is slow on a CPU; adamw is faster."
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

@@ -30,12 +30,15 @@ class Sample:
     host_seconds: float
 
 
+NO_GPU = "gpu_suite: torch sees no CUDA device; --smoke runs everything on the CPU with tiny shapes."
+
+
 def pick(smoke: bool) -> torch.device:
     """The first GPU, or the CPU for a dry run."""
     if smoke:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise SystemExit("gpu_suite: torch sees no CUDA device; --smoke runs everything on the CPU with tiny shapes.")
+        raise SystemExit(NO_GPU)
     return torch.device("cuda", torch.cuda.current_device())
 
 

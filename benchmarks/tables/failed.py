@@ -6,8 +6,12 @@ from tables.combined import remedy_that_did_not_help
 from tables.ranks import ranks_that_did_not_help
 from tables.table import markdown, read
 
-_SHORT = ("PCGrad", "a rank for each layer", "8-bit AdamW states on CPU")
-"""Beginnings of the rows that a user of a recipe may ask about."""
+_SHORT = {
+    "PCGrad": "Projecting the gradients of tasks in conflict (PCGrad) does not lower the average loss measurably",
+    "a rank for each layer": "No way of choosing a rank for each layer is measurably better than one rank everywhere",
+    "8-bit AdamW states on CPU": "8-bit optimizer states slow a CPU down; `train.optimizer: adamw` is faster there",
+}
+"""Beginnings of the rows that a user of a recipe may ask about -> what they mean."""
 
 
 def failed() -> str:
@@ -17,8 +21,9 @@ def failed() -> str:
 
 def failed_short() -> str:
     """A list item for each idea that a user may ask about."""
-    chosen = [row for start in _SHORT for row in _rows() if row[0].startswith(start)]
-    return "".join(f"- {tried[0].upper()}{tried[1:]}: {figure}.\n" for tried, _, figure in chosen)
+    rows = _rows()
+    found = [(said, figure) for start, said in _SHORT.items() for tried, _, figure in rows if tried.startswith(start)]
+    return "".join(f"- {said}. Measured: {figure}.\n" for said, figure in found)
 
 
 def _rows() -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qdora.recipe.recipe_file import recipe_names
 from tables.table import markdown, read
 
 GIB, MIB = 2**30, 2**20
@@ -37,6 +38,22 @@ def plan_recipes() -> str:
     rows.append(["tokens a step", *(f"{_step_tokens(each):,}" for each in plans.values())])
     rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in plans.values())])
     return markdown(["GiB at the peak", *plans], rows)
+
+
+def cards() -> str:
+    """A row for each shipped recipe that is planned for a card: its peak, and how much of the card that is."""
+    plans = {name: each for name, each in read("plan_recipes")["plans"].items() if name in recipe_names()}
+    rows = [
+        [
+            f"`{name}`",
+            each["model"].partition("/")[2],
+            each["budget"].replace("GB", " GB"),
+            f"{each['peak_bytes'] / 1e9:.1f} GB",
+            f"{each['num_streamed']} of {each['num_blocks']}",
+        ]
+        for name, each in plans.items()
+    ]
+    return markdown(["recipe", "model", "card", "planned peak", "blocks in host memory"], rows)
 
 
 def _step_tokens(found: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, cast
 import typer
 
 from qdora.cli.options import Recipe, Set
-from qdora.cli.verb import emit, verb
+from qdora.cli.verb import FAILURE, emit, verb
 from qdora.errors import UserError, not_one_of
 
 
@@ -24,7 +24,10 @@ def plan(
     ),
     figure: Annotated[Path | None, typer.Option(help="Draw the plan to this SVG file.")] = None,
 ) -> None:
-    """Predict the memory of a run and how much of each data source it uses, without loading the model."""
+    """Predict the memory of a run and how much of each data source it uses, without loading the model.
+
+    The exit code is 1 if the run does not fit.
+    """
     from qdora.recipe.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
@@ -33,4 +36,7 @@ def plan(
     kind = cast(Literal["cuda", "cpu"], device)
     from qdora.plan.plan_view import plan_run
 
-    emit(plan_run(loaded, recipe, budget=budget, device_kind=kind, figure=figure))
+    found = plan_run(loaded, recipe, budget=budget, device_kind=kind, figure=figure)
+    emit(found)
+    if found["memory"]["fits"] is False:
+        raise typer.Exit(FAILURE)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
-from qdora.cli.verb import verb
+from qdora.cli.verb import emit, verb
+from qdora.files.atomic import json_text
 
 
 @verb
@@ -12,4 +11,5 @@ def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     from qdora.recipe.recipe_file import json_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    found = json_schema()
+    emit(found, plain=json_text(found, indent=2) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from qdora.cli.options import Recipe, Set
 from qdora.cli.verb import emit, verb
+from qdora.errors import Interrupted
 
 
 @verb
@@ -28,6 +31,14 @@ def train(
     directory = run_dir or Path("runs") / Path(recipe).stem
     from qdora.run.train import train_run
 
-    result = train_run(loaded, directory, resume=resume, force=force)
+    try:
+        result = train_run(loaded, directory, where=recipe, resume=resume, force=force)
+    except Interrupted as stopped:
+        if "WORLD_SIZE" in os.environ:  # only the user knows the command of the launcher
+            raise
+        words = ["qdora", "train", recipe, *(word for item in set_ or [] for word in ("-s", item))]
+        words += ["--run-dir", str(directory), "--resume", *(["--force"] if force else [])]
+        how = f": {shlex.join(words)}"
+        raise Interrupted(stopped.step, stopped.checkpoint, saved=stopped.saved, how=how) from None
     if result:  # only the first process of a launch has one
         emit(result)

@@ -9,7 +9,7 @@ from qdora.errors import UserError
 
 @verb
 def validate(recipe: Recipe, set_: Set = None) -> None:
-    """Check a recipe and its files without loading anything, and print it with all defaults."""
+    """Check the settings and paths of a recipe and print it with all defaults. The data is not read: see `plan`."""
     from qdora.recipe.recipe_file import load_recipe, missing_files, resolved_yaml, settings
 
     loaded = load_recipe(recipe, set_ or [])

@@ -80,6 +80,7 @@ def _set_up_output() -> None:
     logging.getLogger().handlers[0].setLevel(logging.WARNING if _asked.quiet else logging.INFO)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     show_only(progress=not _asked.quiet, results=not _asked.json)
 
@@ -100,10 +101,12 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def emit(result: dict[str, Any], *, plain: str | None = None) -> None:
     """Print the result: with --json as one JSON document, else `plain`, unless the verb has printed it itself."""
-    if _asked.json:
-        print(json_text(result, indent=2))
-    elif plain is not None:
-        sys.stdout.write(plain)
+    try:
+        sys.stdout.write(json_text(result, indent=2) + "\n" if _asked.json else plain or "")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails
+        raise typer.Exit(FAILURE) from None
 
 
 def wants_json() -> bool:

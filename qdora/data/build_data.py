@@ -19,7 +19,7 @@ from qdora.data.split_examples import SplitExamples
 from qdora.data.stream import ExampleStream
 from qdora.data.token_cache import TokenCache, default_cache
 from qdora.data.tokenize import TokenizedSet, tokenize_all
-from qdora.errors import UserError
+from qdora.errors import HubFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.recipe.settings import Recipe
@@ -28,32 +28,41 @@ AUTO_MICRO_BATCH_TOKENS = 2048
 """train.micro_batch_tokens: auto, unless a longer example needs more."""
 
 
-def read_data(data: DataConfig) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
+def read_data(
+    data: DataConfig, names: Collection[str] | None = None
+) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
     """Training examples per source, unread, and validation examples by the source's name where there are any.
 
-    Only the validation examples are read; where a source has a fault, all are, so that one answer has all faults.
+    Only the validation examples are read; where a source has a fault, all are, so that one answer has all faults. With
+    `names`, sources of other names are left out and give no examples.
 
-    Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source.
+    Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source; HubFailure if none but
+        the Hub is at fault.
     """
     train: list[Sequence[Example]] = []
     validation: dict[str, list[Example]] = {}
     faults: dict[int, tuple[str, ...]] = {}
+    kind: type[UserError] = HubFailure
     for index, source in enumerate(data.mix):
+        train.append(())
+        if names is not None and source.label not in names:
+            continue
         try:
-            train.append(())
             examples, held_out = train_and_validation(source, data)
             train[index] = () if examples is None else examples
             if held_out is not None and len(held_out):
                 validation[source.label] = list(held_out)
         except UserError as error:
             faults[index] = error.faults
+            kind = kind if isinstance(error, HubFailure) else UserError
     if faults:
         for index, unread in enumerate(train):
             try:
                 deque(unread, maxlen=0)
             except UserError as error:
                 faults[index] = (*error.faults, *faults.get(index, ()))
-        raise UserError(*(f"data.mix[{index}]: {fault}" for index in sorted(faults) for fault in faults[index]))
+                kind = UserError
+        raise kind(*(f"data.mix[{index}]: {fault}" for index in sorted(faults) for fault in faults[index]))
     return train, validation
 
 
@@ -69,9 +78,9 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
     if split == "train" and streamed:
         raise UserError(f"--split: a stream ({', '.join(streamed)}) has only the splits validation, test, got train.")
     if split in ("train", "validation"):
-        train, validation = read_data(recipe.data)
+        train, validation = read_data(recipe.data, sources)
         if split == "validation":
-            return {label: examples for label, examples in validation.items() if label in sources}
+            return validation
         labels = [source.label for source in recipe.data.mix]
         return {label: list(found) for label, found in zip(labels, train, strict=True) if label in sources}
     faults = [

@@ -31,7 +31,7 @@ from typing import Any
 from qdora.data.example import Example
 from qdora.data.readers import read_rows, reason_of
 from qdora.data.rows import Entry, Row, RowFault, Rows, optional_text, row_id, shown, text_field
-from qdora.errors import UserError, nearest
+from qdora.errors import HubFailure, UserError, nearest
 
 
 def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
@@ -220,7 +220,7 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
         )
     except (OSError, ValueError) as error:  # no connection, no such data set or commit, a full disk
         hint = f"; with the files on this machine, give their folder as path of task {task}"
-        raise UserError(f"{where}: cannot be read from the Hub ({reason_of(error)}){hint}") from error
+        raise HubFailure(f"{where}: cannot be read from the Hub ({reason_of(error)}){hint}") from error
     files = sorted(Path(folder).glob(pattern))
     if not files:
         raise UserError(f"{where}: no file {pattern} there; the pinned revision is {place.revision}")

@@ -36,7 +36,7 @@ from qdora.data.data_file import (
     skip_bytes,
 )
 from qdora.data.rows import Entry, RowFault, Rows, rows_of, shown
-from qdora.errors import UserError, nearest
+from qdora.errors import HubFailure, UserError, nearest
 from qdora.files.json_file import parse_json
 from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, STREAMED_SUFFIXES
 from qdora.recipe.faults import one_line
@@ -427,7 +427,7 @@ def _load_dataset(source: str, hint: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(source, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{source}: cannot be read from the Hub ({reason_of(error)}).{hint}") from error
+        raise HubFailure(f"{source}: cannot be read from the Hub ({reason_of(error)}).{hint}") from error
 
 
 def _hub_shard(source: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRow]:

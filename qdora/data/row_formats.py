@@ -57,8 +57,10 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
     layout = FORMATS[format]
     absent = [column for column in layout.required if column not in row]
     if absent:
-        what = f"no {', '.join(absent)}, got columns {', '.join(row)}, needed for format {format}: "
-        raise RowFault(what + f"{', '.join(layout.required)}.{nearest(absent[0], list(row))}")
+        raise RowFault(
+            f"columns {', '.join(row)}; format {format} needs {', '.join(layout.required)}. One file holds one format."
+            f"{nearest(absent[0], list(row))}"
+        )
     task = commonsense_task(str(row["instruction"])) if format == "commonsense170k" else optional_text(row, "task")
     return layout.example(row, task, label if named else task or label, id)
 

@@ -36,12 +36,10 @@ class ForwardPath:
 
 
 def choose_path(model: nn.Module) -> ForwardPath:
-    """`find_path`, with a line in the log."""
+    """`find_path`, with a line in the log if evaluation is slower than on other models."""
     path = find_path(model)
-    if path.shared_prefix:
-        logger.info("evaluation runs the shared prefix of a question's choices once")
-    else:
-        logger.info("evaluation runs every choice whole, without a shared prefix: %s", path.reason)
+    if not path.shared_prefix:
+        logger.info("Every choice is scored with its whole prompt, not after a shared prefix: %s.", path.reason)
     return path
 
 

@@ -162,12 +162,17 @@ def spread(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return [examples[index * len(examples) // limit] for index in range(limit)]
 
 
+_FEWEST = 10
+"""Fewest examples whose standard error is shown: of two right answers it is 0."""
+
+
 def compare_table(results: Mapping[str, EvaluationResult]) -> Table:
     """A row per task and, per label, columns of accuracy in % ± standard error and answer NLL in nats per token."""
 
     def cells(result: TaskResult) -> tuple[list[str], list[str]]:
         shared = [str(result.num_examples), percent(result.chance), percent(result.majority)]
-        return shared, [percent(result.acc, result.acc_stderr), f"{result.nll_per_token:.3f}"]
+        error = None if result.num_choice_examples < _FEWEST else result.acc_stderr
+        return shared, [percent(result.acc, error), f"{result.nll_per_token:.3f}"]
 
     measures = ["{label} acc %", "{label} NLL/token"]
     return results_table("evaluation", ["n", "chance", "majority"], measures, results, cells)

@@ -302,8 +302,8 @@ def recommendation(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapp
     if layers:
         above = sum(layer["ratio"] > 1 for layer in layers)
         parts.append(
-            f"In {above} of {len(layers)} layers the rounding of the base is larger than what was learnt on it"
-            + (": there a merge on other weights than those of training is a different model." if above else ".")
+            f"Quantisation changed the weights more than training did in {above} of {len(layers)} layers"
+            + (", so `--base original`, which takes that change away, gives a different model." if above else ".")
         )
     return " ".join(part.replace("..", ".") for part in parts)
 
@@ -322,7 +322,7 @@ def _cost(name: str, form: Mapping[str, Any]) -> str:
 
 
 def audit_page(name: str, found: Mapping[str, Any]) -> str:
-    """The audit as a page in Markdown."""
+    """The audit of the exports of the run `name` as a page in Markdown."""
     tasks = list(found["forms"][ADAPTER].get("nll_per_token", {}))
     columns = ["form", "largest logit difference", "mean", "mean KL (nats)", "same argmax"]
     columns += [f"NLL per token, {task}" for task in tasks]

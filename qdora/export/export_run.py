@@ -161,7 +161,7 @@ def _export_nf4_lora(
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
     trained = load_run(run, step=options.step)
     published = options.push if options.push is not None and "/" in options.push else None
-    with bar(console, "folding") as progress:
+    with bar(console, "writing the 4-bit base and its LoRA") as progress:
         result = export_nf4_lora(
             trained.model,
             trained.tokenizer,
@@ -242,7 +242,9 @@ def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Cons
         console=console,
     )
     trained.run.write_json(f"exports/{out.name}.json", found)
-    atomic_write_text(trained.run.inside("exports", f"{out.name}.md"), audit_page(out.name, found))
+    atomic_write_text(
+        trained.run.inside("exports", f"{out.name}.md"), audit_page(trained.run.path.resolve().name, found)
+    )
     return found
 
 

@@ -109,7 +109,7 @@ def with_attention(
     chosen = str(model.config._attn_implementation)
     if need is not None and chosen == "eager" != asked:
         why = f"since its attention {need.what}, which sdpa does not compute"
-    log.info("Attention of %s: %s, %s.", name, chosen, why)
+    (log.debug if need is None else log.info)("Attention of %s: %s, %s.", name, chosen, why)
     return model
 
 

@@ -87,7 +87,8 @@ def resolve(
         revision: Branch, tag or commit of a Hub id; None means the main branch.
         trust_remote_code: Run the model's own Python code; only for a Hub id at a full commit.
         weights: False if only config and tokenizer are wanted.
-        setting: Where the name comes from, for messages. For model.tokenizer not even the config is needed.
+        setting: Setting or command that the name comes from, for messages. For model.tokenizer not even the config is
+            needed.
     Raises:
         UserError: The model is not found, the Hub cannot be reached, or the weights are pickled or have a broken index.
     """
@@ -203,7 +204,7 @@ def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weight
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{setting}: {source}: {_hub_reason(error, source, revision)}") from error
+        raise UserError(f"{setting}: {source}: {_hub_reason(error, source, revision, setting)}") from error
     if setting != TOKENIZER_SETTING:
         check_directory(path, weights=weights)
     # The cache names a snapshot by its commit, which the record of a run needs.
@@ -211,18 +212,19 @@ def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weight
     return ModelSource("hub", path, source, commit, trust_remote_code)
 
 
-def _hub_reason(error: Exception, source: str, revision: str | None) -> str:
+def _hub_reason(error: Exception, source: str, revision: str | None, setting: str) -> str:
     """Why the Hub did not give the model, in one line."""
     if isinstance(error, GatedRepoError):
         return "the model is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
     if isinstance(error, RevisionNotFoundError):
         return f"the Hub has no revision {revision!r} of it."
+    nothing_here = "no such directory" if setting.startswith("model.") else "no such run or directory"
     if isinstance(error, RepositoryNotFoundError):
-        return "is neither a local directory nor a model on the Hub." + _nearest_path(Path(source))
+        return f"{nothing_here}, and no model of that name on the Hub.{_nearest_path(Path(source))}"
     if isinstance(error, LocalEntryNotFoundError | ConnectionError):
         return (
-            "is neither a local directory nor in the Hub's cache, and the Hub cannot be reached "
-            "(or HF_HUB_OFFLINE is set)." + _nearest_path(Path(source))
+            f"{nothing_here}, no model of that name in the Hub's cache, and the Hub cannot be reached "
+            f"(or HF_HUB_OFFLINE is set).{_nearest_path(Path(source))}"
         )
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}."

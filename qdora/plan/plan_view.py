@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from qdora.data import build_data
-from qdora.errors import UserError
+from qdora.errors import HubFailure, UserError
 from qdora.files.console import consoles
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.files.svg_figure import svg_file
@@ -47,10 +48,12 @@ def plan_run(
         where: Name of the recipe in error lines.
         budget: A size such as 40GiB (default: that of the recipe).
     Returns:
-        "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null if the data cannot be read.
+        "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null without a tokenizer or the Hub.
     Raises UserError if the budget is not a size, or `train_run` would refuse the data or the config of the model.
     """
     _, results = consoles(console)
+    if device_kind == "cuda" and not torch.cuda.is_available():
+        logger.info("This machine has no GPU: the run is planned for one. --device cpu plans it for this machine.")
     faults = missing_files(recipe, where)
     if faults:
         raise UserError(*faults)
@@ -73,12 +76,15 @@ def plan_run(
 
 
 def _workload(recipe: Recipe) -> tuple[build_data.MixPlan | None, Workload, list[str]]:
-    """The mix and the micro-batches of the data, and what is assumed if it cannot be read."""
+    """The mix and the micro-batches of the data, and what is assumed without a tokenizer or without the Hub."""
     full = "every micro-batch is full, and all its rows have data.max_length labelled tokens"
     try:
         _, tokenizer = find_model(recipe, weights=False)
-        train, _ = build_data.read_data(recipe.data)
     except UserError as error:
+        return None, assumed_workload, [f"{full}, because there is no tokenizer: {error.faults[0]}"]
+    try:
+        train, _ = build_data.read_data(recipe.data)
+    except HubFailure as error:
         return None, assumed_workload, [f"{full}, because the data cannot be read: {error.faults[0]}"]
     mix = build_data.tokenized_mix(recipe, tokenizer, train)
     loader = build_data.make_loader(recipe, mix, tokenizer)
@@ -126,8 +132,8 @@ def plan_lines(plan: Plan) -> list[str]:
     shape = plan.shape
     lines = [
         f"Micro-batch: {shape.rows} x {shape.length} tokens{', packed' if shape.packed else ''}, {shape.num_labels:,} "
-        f"labelled; {plan.num_micro_batches} in a step. {plan.num_blocks} blocks, {plan.num_weights:,} weights, "
-        f"{plan.num_trainable:,} trainable."
+        f"labelled; {plan.num_micro_batches} micro-batches a step. "
+        f"{plan.num_blocks} blocks, {plan.num_weights:,} weights, {plan.num_trainable:,} trainable."
     ]
     if plan.step_seconds is not None:
         lines.append(f"Predicted time: {plan.step_seconds:.2g} s per step at the rates of {plan.rates['name']}.")

@@ -27,6 +27,8 @@ from qdora.recipe.section import Section
 from qdora.recipe.settings import Recipe
 
 _KEY = re.compile(r"[^.\[\]=\s]+(?:\.[^.\[\]=\s]+|\[\d{1,6}\])*")
+_EITHER_OR = (("train.steps", "train.epochs"), ("train.tokens_per_step", "train.batch"))
+"""Settings that replace each other: exactly one of them is set."""
 _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
 _MOST_BYTES = 256 * 1024
 """Longest YAML text. PyYAML reads some 100 kB a second, and a recipe has 2."""
@@ -185,10 +187,11 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     """A copy of `data` with `key=value` settings applied in order; UserError lists the malformed and unknown keys.
 
     Keys are dotted paths, with [i] into lists; values are YAML. null removes a key, so that its default holds; only
-    where null differs from the default (train.clip) it is a value.
+    where null differs from the default (train.clip) it is a value. train.steps replaces train.epochs and the other way
+    round, and so do train.tokens_per_step and train.batch, unless both are given.
     """
     changed = copy.deepcopy(data)
-    faults = []
+    faults, given = [], dict[str, Any]()
     for item in overrides:
         key, equals, text = item.partition("=")
         key = key.strip()
@@ -196,11 +199,15 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             if not equals or not _KEY.fullmatch(key):
                 raise UserError("must be key=value, such as train.lr=1e-4 or data.mix[0].limit=5.")
             steps = [int(step[1:-1]) if step.startswith("[") else step for step in _STEP.findall(key)]
-            _assign_(changed, Recipe, steps, read_yaml(f"value: {text}", "value")["value"])
+            given[key] = read_yaml(f"value: {text}", "value")["value"]
+            _assign_(changed, Recipe, steps, given[key])
         except UserError as error:
             faults += [f"-s {one_line(item)}: {fault.removeprefix('value: line 1: ')}" for fault in error.faults]
     if faults:
         raise UserError(*faults)
+    for one, other in (*_EITHER_OR, *(pair[::-1] for pair in _EITHER_OR)):
+        if given.get(one) is not None and other not in given:
+            changed["train"].pop(other.removeprefix("train."), None)
     return changed
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ def report() -> dict[str, Any]:
             "exists": cache.is_dir(),
             "free_bytes": _free(cache),
             "offline": bool(constants.HF_HUB_OFFLINE),
+            "unreachable": None if constants.HF_HUB_OFFLINE else _why_unreachable(constants.ENDPOINT),
             # Only whether there is a token: it is not read
             "logged_in": "HF_TOKEN" in os.environ or Path(constants.HF_TOKEN_PATH).is_file(),
         },
@@ -115,7 +118,7 @@ def report_text(found: dict[str, Any]) -> str:
         "CPU": f"{cpu['name']}, {cpu['num_cpus']} cores, bfloat16 {'native' if cpu['bfloat16'] else 'emulated'}",
         "memory": f"{_gib(memory['available_bytes'])} of {_gib(memory['total_bytes'])} available",
         "disk": f"{_gib(found['disk']['here_free_bytes'])} free here, {_gib(hub['free_bytes'])} in {hub['cache']}",
-        "Hub": f"{'offline' if hub['offline'] else 'online'}, {'logged in' if hub['logged_in'] else 'not logged in'}",
+        "Hub": f"{_reached(hub)}, {'logged in' if hub['logged_in'] else 'not logged in'}",
         "4-bit": ", ".join(f"bitsandbytes {state} on {name}" for name, state in kernels_.items()),
     }
     text = "".join(f"{name:<10}{line}\n" for name, line in lines.items())
@@ -147,6 +150,23 @@ def _kernel_error(device: str) -> str | None:
     except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as failure:
         return (str(failure).splitlines() or [type(failure).__name__])[0]
     return None if error < _MAX_NF4_ERROR else f"values are off by {error:.2f}, expected 0.09"
+
+
+def _why_unreachable(endpoint: str) -> str | None:
+    """Why the Hub does not answer within 2 seconds; None if it does, whatever it answers."""
+    try:
+        urllib.request.urlopen(endpoint, timeout=2).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "reason", error))
+    return None
+
+
+def _reached(hub: dict[str, Any]) -> str:
+    if hub["offline"]:
+        return "offline (HF_HUB_OFFLINE)"
+    return "can be reached" if hub["unreachable"] is None else f"cannot be reached ({hub['unreachable']})"
 
 
 def _gib(num_bytes: int | None) -> str:

@@ -21,6 +21,7 @@ from qdora.evaluation.suite import compare_table, evaluate
 from qdora.files.console import consoles, suite_bar
 from qdora.files.run_directory import open_run
 from qdora.memory.allocator import keep_freed_memory
+from qdora.model.source import resolve
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
@@ -136,6 +137,8 @@ def evaluate_target(
         UserError: Options that do not fit the target, unknown tasks, or what `load_target` refuses.
     """
     options.check(target)
+    if not is_run(target):
+        resolve(target, weights=False, setting="eval")  # a wrong name is found before the data is read or fetched
     progress, results = consoles(console)
     keep_freed_memory()
     data_run = Path(target) if is_run(target) else options.like
@@ -149,19 +152,20 @@ def evaluate_target(
     split, kept = options.split, options.kept_as(recipe)
     limit = recipe.eval.limit if options.limit is None and recipe is not None else options.limit
     loaded = load_target(target, step=options.step, base_only=options.base_only, quant=options.quant, verb="eval")
+    shown = "adapter" if loaded.run is not None and loaded.label == "final" else loaded.label
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
     if examples:
         beside = stored_results(open_run(options.like)) if options.like is not None and split == "validation" else {}
         with suite_bar(progress, f"evaluating {loaded.label}") as update:
             scored = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, per_example=True, progress=update)
-        results.print(compare_table(beside | {loaded.label: scored}))
+        results.print(compare_table(beside | {shown: scored}))
         _keep(loaded, kept, scored.to_dict(per_example=True))
         document["evaluation"] = scored.to_dict()
         document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
     if examples and generates:
         with suite_bar(progress, f"answers of {loaded.label}") as update:
             answers = evaluate_generated(loaded.model, loaded.tokenizer, examples, limit=limit, progress=update)
-        results.print(generation_table({loaded.label: answers}))
+        results.print(generation_table({shown: answers}))
         _keep(loaded, f"{kept}-generated", answers.to_dict(per_example=True))
         document["generation"] = answers.to_dict()
     if options.texts:

@@ -144,7 +144,7 @@ def load_target(
         return LoadedModel(model=trained.model, tokenizer=trained.tokenizer, label=trained.state, run=trained.run)
     if step is not None or base_only:
         raise UserError(f"{verb}: --step and --base are used only with a run, got {target}. Fix: remove them.")
-    source = resolve(target)
+    source = resolve(target, setting=verb)
     compute = choose_compute("auto")
     tokenizer = load_tokenizer(source)
     form = {"quant": quant} if quant is not None else _stored_form(source)

@@ -77,18 +77,19 @@ class PreparedRun:
     """Token ids on which pruning measures inputs, (sequences, length) int64; None if it measures none."""
 
 
-def prepare(recipe: Recipe, directory: Path, processes: Processes, *, force: bool) -> PreparedRun:
+def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str, force: bool) -> PreparedRun:
     """Read the data, plan the run, and check both against the machine. Loads no weights and writes nothing.
 
     Args:
         recipe: What to run.
-        directory: The run directory, for messages.
+        directory: The run directory, for the day on which an earlier start began.
         processes: The processes that train the run; each takes its share of the data.
+        where: Name of the recipe in messages.
         force: Only warn if the plan is over memory.budget.
     Raises:
         UserError: All faults of the recipe, its data or the plan.
     """
-    faults = missing_files(recipe, str(directory))
+    faults = missing_files(recipe, where)
     if faults:
         raise UserError(*faults)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
@@ -139,6 +140,9 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     for text in [*unused_warnings(mix), *([] if warning is None else [warning])]:
         if processes.is_first:
             logger.warning(text)
+    name = prepared.recipe.train.optimizer
+    if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):
+        logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)
     if memory is not None:
         show_plan(console, memory)
         processes.first(lambda: keep_plan(run, memory))

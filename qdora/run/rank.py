@@ -285,7 +285,7 @@ def _by_curvature(run: _Measured) -> tuple[Spectra, Details]:
     state = fingerprint(model, batches)
     given: dict[str, Any] = {"norm": run.norm, "cache": run.trained.run.inside("rank", "cache"), "state": state}
     draws = NUM_DRAWS if run.asked.draws is None else run.asked.draws
-    with bar(run.progress, f"components, norm {run.norm}") as progress:
+    with bar(run.progress, "directions of new components") as progress:
         directions = layer_directions(model, limits, batches, progress=progress, **given)
     with bar(run.progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as progress:
         if draws:

@@ -45,6 +45,7 @@ def train_run(
     recipe: Recipe,
     directory: Path,
     *,
+    where: str = "recipe",
     resume: bool = False,
     force: bool = False,
     console: Console | None = None,
@@ -55,6 +56,7 @@ def train_run(
     Args:
         recipe: What to do.
         directory: The run directory: new, or with `resume` that of an earlier run of the same recipe.
+        where: Name of the recipe in messages.
         resume: Continue from the newest whole checkpoint, or from the start where there is none.
         force: Start although the plan is over memory.budget.
         console: Where progress and results are shown; default: standard error and standard output.
@@ -70,7 +72,7 @@ def train_run(
         stack.enter_context(disk_failures(directory))
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
-        prepared = prepare(recipe, directory, processes, force=force)
+        prepared = prepare(recipe, directory, processes, where=where, force=force)
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))
         run = _open_directory(prepared, directory, processes, resume=resume)
         if processes.is_first:

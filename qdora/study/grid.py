@@ -222,6 +222,11 @@ class Cell:
         fields = ("key", "labels", "is_trained", "base_key", "dense_key", "equal")
         return {name: getattr(self, name) for name in fields}
 
+    def in_words(self) -> str:
+        """'adapter=dora, train.lr=0.0001'; of a base that is only evaluated 'base', with its labels if it has any."""
+        labels = in_words(self.labels)
+        return labels if self.is_trained else f"base{': ' if labels else ''}{labels}"
+
 
 def expand(study: Study) -> list[Cell]:
     """The cells of a study, bases first, each recipe once; of equal combinations the first names the cell.

@@ -105,6 +105,8 @@ def study_run(
     for note in notes:
         progress.print(note, markup=False, highlight=False)
     if dry_run:
+        for cell in mine:
+            results.print(f"  {cell.in_words()}", markup=False, highlight=False, soft_wrap=True)
         shown = {"directory": str(directory), "num_cells": len(cells), "notes": notes}
         return shown | {"cells": [cell.record() for cell in mine]}
     with disk_failures(directory):

@@ -67,7 +67,7 @@ class TrainingProgress:
         left = sorted(self._seconds)[len(self._seconds) // 2] * (self._num_steps - step)
         text = (
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"{metrics['num_tokens'] / self._seconds[-1]:,.0f} tok/s  {memory_bytes() / 2**30:.2f} GiB  "
+            f"{metrics['num_tokens'] / self._seconds[-1]:,.0f} tok/s  memory {memory_bytes() / 2**30:.2f} GiB  "
             f"left {duration(left)}"
         )
         if self._bar is not None and self._task is not None:
