@@ -120,6 +120,8 @@ def one_by_one(step: Step) -> Step:
 class FixedSteps:
     """Steps that are there already, one after the other, for `qdora.train.loop.fit`."""
 
+    micro_batch_tokens = 1  # a shortage of memory ends the benchmark: its steps cannot be cut smaller
+
     def __init__(self, steps: list[Step]) -> None:
         self.steps, self.position = steps, 0
 
