@@ -1,4 +1,4 @@
-"""Tables of runs as a whole: disturbed and started again, out of memory, and mixed."""
+"""Tables of runs as a whole: damaged input, disturbed and started again, out of memory, and mixed."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def moments() -> str:
         counts = {key: sum(row[key] for row in found) for key in ("tried", "stopped", "right")}
         rows.append([words, f"{counts['tried']}", f"{counts['stopped']}", f"{counts['right']} of {counts['tried']}"])
     return markdown(["event, then the same command again", "lives", "ended by it", "bit for bit equal"], rows)
+
+
+def hostile() -> str:
+    """For each kind of damaged input: how many ended in one clear line, in the right result, or not noticeably."""
+    keys = ("tried", "clear_lines", "right_results", "undetectable", "new_faults")
+    parts = {name: part for name, part in read("hostile")["parts"].items() if name != "moments"}
+    rows = [[name, *(f"{part[key]}" for key in keys), f"{len(part['mended'])}"] for name, part in parts.items()]
+    header = ["input", "tried", "one clear line", "right result", "the format cannot notice it", "open faults"]
+    return markdown([*header, "faults mended"], rows)
 
 
 def out_of_memory() -> str:
