@@ -206,29 +206,42 @@ def test_unknown_verbs_and_options_exit_with_2() -> None:
 # ------------------------------------------------------------------------------------------------ waiting threads
 
 
-def spin_counts(command: list[str], **variables: str) -> list[int]:
+DOCTOR = """
+import os, sys
+os.getloadavg = lambda: ({load} * len(os.sched_getaffinity(0)), 0.0, 0.0)
+sys.argv = ["qdora", "doctor", "--json"]
+from qdora.cli import main
+main()
+"""
+"""`qdora doctor`, which loads torch, on a machine whose cores have a given load."""
+
+
+def spin_counts(script: Path, load: float, *launcher: str, **variables: str) -> list[int]:
     """How often libgomp's threads look before they sleep, as it says itself in each process that loads torch."""
+    script.write_text(DOCTOR.format(load=load))
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     environment = mine | {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(Path(qdora.__file__).parents[1])} | variables
-    call = [sys.executable, "-m", *command]
+    call = [sys.executable, *launcher, str(script)]
     done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True, timeout=240)
     return [int(count) for count in re.findall(r"GOMP_SPINCOUNT ?= ?'(\d+)'", done.stderr)]
 
 
-def test_threads_sleep_unless_the_user_has_chosen() -> None:
+def test_threads_sleep_on_busy_cores_unless_the_user_has_chosen(tmp_path: Path) -> None:
     """By what libgomp says as it is loaded: the variables have no effect after that."""
-    doctor = ["qdora.cli", "doctor", "--json"]
-    counts = spin_counts(doctor)
+    script = tmp_path / "doctor.py"
+    counts = spin_counts(script, 0.6)
     if not counts:
         pytest.skip("this torch has no libgomp")
     assert set(counts) == {0}
-    assert min(spin_counts(doctor, OMP_WAIT_POLICY="ACTIVE")) > 10**6
-    assert set(spin_counts(doctor, GOMP_SPINCOUNT="100")) == {100}
+    assert min(spin_counts(script, 0.4)) > 10**4
+    assert min(spin_counts(script, 0.6, OMP_WAIT_POLICY="ACTIVE")) > 10**6
+    assert set(spin_counts(script, 0.6, GOMP_SPINCOUNT="100")) == {100}
     # torchrun imports torch itself and chooses nothing; each of its processes does.
-    assert spin_counts(["torch.distributed.run", "--nproc-per-node", "2", "-m", *doctor]).count(0) == 2
+    assert spin_counts(script, 0.6, "-m", "torch.distributed.run", "--nproc-per-node", "2").count(0) == 2
 
 
-def test_the_users_choice_of_any_library_is_kept() -> None:
+def test_the_users_choice_of_any_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
     for name in (*WAITING, "GOMP_SPINCOUNT"):
         environment = {name: "mine"}
         let_threads_sleep(environment)

@@ -75,14 +75,21 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """OpenMP's threads sleep while they wait: by the standard's variable, and by that of Intel's and LLVM's library."""
 
 
+BUSY = 0.5
+"""Load of a core, on average over the last minute, from which on threads sleep."""
+
+
 def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set `WAITING` unless the user has chosen how threads wait. Works only before torch, which reads it, is imported.
+    """Set `WAITING` if other processes use this machine's cores, and the user has not chosen how threads wait.
 
     By default threads spin, for libgomp about a millisecond and more at each of thousands of products a step. A
-    process that meets another on its cores then burns the other's time and its own: a training step fell from 180 to
-    4 tokens/s, and to 100 with sleeping threads (benchmarks/wait_policy.py). Processes that this one starts inherit it.
+    process that meets another on its cores then burns the other's time and its own, and is several times slower than
+    with sleeping threads; on idle cores spinning is the faster way. torch reads the variables as it is imported, so
+    this comes before, and the load of the last minute decides. Processes that this one starts inherit the choice.
     """
-    if not any(name in environment for name in (*WAITING, "GOMP_SPINCOUNT")):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    are_busy = hasattr(os, "getloadavg") and os.getloadavg()[0] >= BUSY * cores
+    if are_busy and not any(name in environment for name in (*WAITING, "GOMP_SPINCOUNT")):
         environment.update(WAITING)
 
 
