@@ -2,9 +2,9 @@
 
     python benchmarks/wait_policy.py [--steps 10] [--repeats 5] [--smoke]
 
-The command line sets OMP_WAIT_POLICY=PASSIVE on busy cores unless the user has chosen. Each reading is `qdora train` of the quick
-start's recipe in a process of its own, with as many threads as cores: once on idle cores, once beside one busy loop per
-core. The two policies take turns. The bar: sleeping costs at most 2 % on idle cores.
+The command line sets OMP_WAIT_POLICY=PASSIVE on busy cores unless the user has chosen. Each reading is `qdora train` of
+the quick start's recipe in a process of its own, with as many threads as cores: once on idle cores, once beside one
+busy loop per core. The two policies take turns. The bar: sleeping costs at most 2 % on idle cores.
 """
 
 from __future__ import annotations
