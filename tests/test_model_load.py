@@ -189,7 +189,7 @@ def test_settings_are_gathered(tmp_path: Path) -> None:
 
 def test_attention_is_logged_and_eager_can_be_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = checkpoint(tmp_path, CONFIGS["llama"])
-    with caplog.at_level(logging.INFO, "qdora"):
+    with caplog.at_level(logging.DEBUG, "qdora"):
         assert load(directory).config._attn_implementation == "sdpa"
     assert "sdpa" in caplog.text
     assert load(directory, attention="eager").config._attn_implementation == "eager"
