@@ -173,6 +173,7 @@ class TimedLoader:
 
     def __init__(self, loader: StepLoader) -> None:
         self.loader, self.seconds = loader, 0.0
+        self.micro_batch_tokens = loader.micro_batch_tokens  # memory is never short here, so nothing changes it
 
     def next_step(self) -> Step:
         """The next step's micro-batches."""

