@@ -152,11 +152,15 @@ def test_small_sources_are_not_kept_and_old_files_go(tmp_path: Path, monkeypatch
     made(file, cache)
     old, young = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     month = 31 * 24 * 3600
-    for path in (old, young):
+    foreign = [cache / name for name in ("model-00001.safetensors", "model.safetensors.index.json", "notes.txt")]
+    for path in foreign:
+        path.touch()
+    for path in (old, young, *foreign):
         os.utime(path, (time.time() - month, time.time() - month))
     made(file, cache)  # used again
     made(file, cache, max_length=98)
     assert (young.exists(), old.exists()) == (True, False)
+    assert all(path.exists() for path in foreign)
     monkeypatch.setattr(token_cache, "_LEAST_TOKENS", 10**6)
     made(file, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -1032,3 +1032,9 @@ def test_max_bad_rows_and_compressed_files() -> None:
         assert fault.startswith("mix[0].source: a compressed file must end in one of .jsonl.gz, .jsonl.zst, .json.gz")
     [fault] = faults_of_data({"source": "/a.jsonl.gz", "stream": True, "size": 3})
     assert fault == "mix[0].stream: a file that is read in parts must end in .parquet or .jsonl, got /a.jsonl.gz."
+
+
+@pytest.mark.parametrize("given", ["off", "'off'", "false"])
+def test_the_cache_of_tokens_can_be_off(given: str) -> None:
+    """YAML reads off as false."""
+    assert load_recipe("quickstart", [f"data.cache={given}"]).data.cache == "off"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -175,6 +176,24 @@ def test_a_claim_is_alive_as_long_as_its_process_whatever_its_number_and_host(tm
     assert (taken.left_by or {})["token"] == owner["token"]
 
 
+def test_without_locks_on_the_file_system_a_claim_is_dead_when_it_was_not_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    store = StudyDirectory(tmp_path)
+    with store.present():
+        assert store.share_of_cores() >= 1
+    claims = Claims(tmp_path, stale_seconds=60.0)
+    claim = claims.take("key")
+    assert claim is not None
+    assert claims.take("key") is None
+    os.utime(claim.path, (time.time() - 120, time.time() - 120))
+    assert claims.take("key") is not None
+
+
 def test_an_empty_claim_is_someone_writing_and_later_a_dead_one(tmp_path: Path) -> None:
     path = tmp_path / "key.json"
     path.touch()
@@ -243,15 +262,15 @@ def test_a_diverged_cell_is_done_with_the_worst_score_and_not_tried_again(
 
 
 def test_processes_of_one_machine_divide_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_directory, "_cores", lambda: [*range(8)])
+    monkeypatch.setattr(study_directory, "cpus", lambda: [*range(8)])
     stores = [StudyDirectory(tmp_path) for _ in range(3)]
     assert stores[0].share_of_cores() == 8
     with stores[0].present(), stores[1].present():
         assert stores[0].share_of_cores() == 4
-        monkeypatch.setattr(study_directory, "_cores", lambda: [0, 1])  # pinned, as by taskset
+        monkeypatch.setattr(study_directory, "cpus", lambda: [0, 1])  # pinned, as by taskset
         with stores[2].present():
             assert stores[2].share_of_cores() == 1  # both have three users
-            monkeypatch.setattr(study_directory, "_cores", lambda: [*range(8)])
+            monkeypatch.setattr(study_directory, "cpus", lambda: [*range(8)])
             assert stores[0].share_of_cores() == 3  # six with two users and two with three
         (tmp_path / "processes/dead.json").write_text(
             json.dumps({"machine": study_directory._machine(), "cores": [*range(8)]})
@@ -267,7 +286,7 @@ def test_processes_of_one_machine_divide_its_cores(tmp_path: Path, monkeypatch: 
 def test_a_cell_uses_its_share_of_the_cores_unless_the_user_chose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: int
 ) -> None:
-    monkeypatch.setattr(study_directory, "_cores", lambda: [*range(8)])
+    monkeypatch.setattr(study_directory, "cpus", lambda: [*range(8)])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if chosen is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)

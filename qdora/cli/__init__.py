@@ -23,6 +23,7 @@ from qdora.cli.study import study
 from qdora.cli.train import train
 from qdora.cli.validate import validate
 from qdora.cli.verb import Debug, Json, Quiet, ask
+from qdora.files.environment import num_cpus
 
 VERBS = {
     "train": train,
@@ -74,7 +75,6 @@ def root(
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """OpenMP's threads sleep while they wait: by the standard's variable, and by that of Intel's and LLVM's library."""
 
-
 BUSY = 0.5
 """Load of a core, on average over the last minute, from which on threads sleep."""
 
@@ -87,8 +87,7 @@ def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> Non
     with sleeping threads; on idle cores spinning is the faster way. torch reads the variables as it is imported, so
     this comes before, and the load of the last minute decides. Processes that this one starts inherit the choice.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    are_busy = hasattr(os, "getloadavg") and os.getloadavg()[0] >= BUSY * cores
+    are_busy = hasattr(os, "getloadavg") and os.getloadavg()[0] >= BUSY * num_cpus()
     if are_busy and not any(name in environment for name in (*WAITING, "GOMP_SPINCOUNT")):
         environment.update(WAITING)
 

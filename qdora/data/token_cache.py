@@ -13,10 +13,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from qdora import __version__
 from qdora.data.tokenize import TokenizedExample, TokenizedSet, chat_date
-from qdora.files.atomic import PARTIAL, disk_reason, json_text, sync
+from qdora.files.atomic import atomic_file, disk_reason, json_text
 from qdora.files.environment import package_versions
 from qdora.files.tensor_file import write_tensors
 
@@ -37,6 +39,8 @@ _LEAST_TOKENS = 2**18
 """Sources with fewer tokens are not kept: they are tokenised in a second."""
 _UNUSED_SECONDS = 30 * 24 * 3600.0
 """Files that no start has used for so long are removed."""
+_OWN = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.[0-9a-f]+\.partial)?")
+"""Names of the cache's files, and of those that a kill left behind."""
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _PARTS = ("ids", "mask", "lengths", "tasks", "record")
 
@@ -57,18 +61,21 @@ class TokenCache:
     """
 
     def __init__(self, root: Path, tokenizer: Any) -> None:
-        self.root = root
-        self._tokenizer = _tokenizer_identity(tokenizer)
+        self.root, self.tokenizer = root, tokenizer
+
+    @cached_property
+    def _identity(self) -> str | None:
+        return _tokenizer_identity(self.tokenizer)
 
     def kept(self, content: Mapping[str, Any], make: Callable[[], TokenizedSet]) -> TokenizedSet:
         """The set that `content`, JSON values, stands for: read if it is there, else made and kept.
 
         The arrays are those of a file, read as a whole, since a mapped file that somebody cuts would end the process.
         """
-        if self._tokenizer is None:
+        if self._identity is None:
             return make()
         versions = {"format": _FORMAT, "qdora": __version__, **package_versions(_PACKAGES)}
-        key = json_text({**content, "tokenizer": self._tokenizer, "versions": versions})
+        key = json_text({**content, "tokenizer": self._identity, "versions": versions})
         file = self.root / f"{hashlib.sha256(key.encode('utf-8', 'backslashreplace')).hexdigest()[:32]}.safetensors"
         found = _read(file)
         if found is not None:
@@ -83,21 +90,19 @@ class TokenCache:
 
     def _write(self, file: Path, made: TokenizedSet) -> None:
         """Keep a set and remove old files; a warning where the disk does not take it."""
-        aside = file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            aside.unlink(missing_ok=True)
-            write_tensors(aside, _tensors(made))
-            os.replace(aside, file)
-            sync(self.root)
-            for other in self.root.iterdir():
-                if time.time() - other.stat().st_mtime > _UNUSED_SECONDS and file.suffix in other.name:
-                    other.unlink(missing_ok=True)
+            with atomic_file(file) as aside:
+                write_tensors(aside, _tensors(made))
         except (OSError, ValueError, RuntimeError) as error:
             reason = disk_reason(error) or str(error)
             logger.warning("data.cache: %s: the tokens of %s cannot be kept: %s.", self.root, made.name, reason)
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
+            return
+        with suppress(OSError):  # another process may clean, too
+            for other in self.root.iterdir():
+                # The folder may hold other files of the user
+                if _OWN.fullmatch(other.name) and time.time() - other.stat().st_mtime > _UNUSED_SECONDS:
+                    other.unlink(missing_ok=True)
 
 
 def _tokenizer_identity(tokenizer: Any) -> str | None:

@@ -67,21 +67,30 @@ def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
     return (json_text(value, indent=indent) + "\n").encode("utf-8", "backslashreplace")
 
 
-def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file; a reader sees the old content or all of the new. After an OSError the old file is unchanged."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file to write, which gets the name `path` when the block ends, and is removed if the block raises.
+
+    A reader sees the old content or all of the new. After an OSError the old file is unchanged.
+    """
     # Not the process id: processes of two containers or machines may have the same one
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:
-        with aside.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield aside
         os.replace(aside, path)
     except BaseException:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write a file by `atomic_file`."""
+    with atomic_file(path) as aside, aside.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def atomic_write_text(path: Path, text: str) -> None:

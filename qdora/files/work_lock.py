@@ -38,20 +38,30 @@ def work_lock(file: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def flock(descriptor: int, how: int) -> bool:
+    """`fcntl.flock`; False on a file system without locks. With LOCK_NB, BlockingIOError if another holds it."""
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
 def _held(file: Path, what: str) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                logger.warning("%s: this file system has no locks: start only one process on it.", what)
+                return descriptor
             if os.path.exists(file) and os.path.samestat(os.fstat(descriptor), file.stat()):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
                 return descriptor
             os.close(descriptor)  # its holder has ended and removed it meanwhile
         except OSError as error:
-            if error.errno in _NO_LOCKS:
-                logger.warning("%s: this file system has no locks: start only one process on it.", what)
-                return descriptor
             holder = os.read(descriptor, 200).decode(errors="replace") or "a process"
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):

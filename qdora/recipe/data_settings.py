@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, Strict, model_validator
+from pydantic import AfterValidator, Field, Strict, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from qdora.errors import nearest
@@ -174,6 +174,12 @@ class DataConfig(Section):
     seed: Seed = 0
     """Seed of the order of the examples and of limit. It is separate from train.seed, so that all runs of a comparison
     see the same data."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off(cls, given: Any) -> Any:
+        """YAML reads off as false."""
+        return "off" if given is False else given
 
     @model_validator(mode="before")
     @classmethod

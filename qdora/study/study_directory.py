@@ -30,6 +30,8 @@ from typing import Any
 
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_json
+from qdora.files.environment import cpus
+from qdora.files.work_lock import flock
 from qdora.study.grid import Cell, Study
 
 _RENEWALS = 20  # number of renewals within the time after which a claim is stale
@@ -95,8 +97,8 @@ class StudyDirectory:
         """While the block runs, `share_of_cores` counts this process."""
         path = self.path / "processes" / f"{uuid.uuid4().hex}.json"
         with path.open("x", encoding="utf-8") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            stream.write(json.dumps({"machine": _machine(), "cores": _cores()}))
+            flock(stream.fileno(), fcntl.LOCK_EX)
+            stream.write(json.dumps({"machine": _machine(), "cores": cpus()}))
             stream.flush()
             try:
                 yield
@@ -110,11 +112,12 @@ class StudyDirectory:
             found = _read_claim(path)
             if found is None or found["machine"] != _machine():
                 continue
-            if _is_locked(path):
+            is_held = _is_locked(path)
+            if is_held:
                 users.update(found["cores"])
-            else:
+            elif is_held is not None:
                 path.unlink(missing_ok=True)
-        return max(1, int(sum(Fraction(1, max(1, users[core])) for core in _cores())))
+        return max(1, int(sum(Fraction(1, max(1, users[core])) for core in cpus())))
 
     def write_index(self, study: Study, cells: Sequence[Cell]) -> None:
         """Write study.json for the report: the study as it was given, and its cells."""
@@ -185,7 +188,7 @@ class Claims:
             return claim
         # Two processes that find one dead claim must not both remove it: the second would remove the first's new claim.
         with (self.directory / ".takeover").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
+            flock(lock.fileno(), fcntl.LOCK_EX)  # released when the process ends, however it ends
             if not path.exists():  # released meanwhile; the first process to create it has it
                 return self._create(key, path)
             left = _read_claim(path)
@@ -217,7 +220,7 @@ class Claims:
             lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         except FileExistsError:
             return None
-        fcntl.flock(lock, fcntl.LOCK_EX)  # before the file says whose it is: then a free lock is a dead process
+        flock(lock, fcntl.LOCK_EX)  # before the file says whose it is: then a free lock is a dead process
         claim = Claim(key, uuid.uuid4().hex, path, lock, left_by)
         # Host and process id are for people
         owner = {"token": claim.token, "machine": _machine(), "host": socket.gethostname(), "pid": os.getpid()}
@@ -236,9 +239,8 @@ class Claims:
             return True  # released meanwhile
         if owner is None:
             return age > _UNREADABLE_SECONDS
-        if owner.get("machine") != _machine():
-            return age > self.stale_seconds
-        return not _is_locked(path)
+        is_held = _is_locked(path) if owner.get("machine") == _machine() else None
+        return age > self.stale_seconds if is_held is None else not is_held
 
     def _now(self) -> float:
         """The time of the file system."""
@@ -258,16 +260,16 @@ def _read_claim(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a process of this machine holds the lock of a file; False if there is no file."""
+def _is_locked(path: Path) -> bool | None:
+    """Whether a process of this machine holds the lock of a file; False if there is no file, None without locks."""
     try:
         with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look do not disturb each other
+            # Shared: two that look do not disturb each other
+            return False if flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB) else None
     except BlockingIOError:
         return True
     except FileNotFoundError:
         return False
-    return False
 
 
 @lru_cache(maxsize=1)
@@ -277,8 +279,3 @@ def _machine() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return socket.gethostname()
-
-
-def _cores() -> list[int]:
-    """Processors that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
