@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_tokenizer import write_model
+from byte_tokenizer import write_model, write_sums
 from measure import RESULTS, facts, fresh, spread, write
 from mixed_data import TASKS
 
@@ -68,9 +68,8 @@ def main() -> None:
         if args.smoke:
             args.data, args.steps, args.limit = Path(folder), 3, 20
             write_model(args.data / "model", seed=0)
-            rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(6) for b in range(5)]
             for name in ("first", "second"):
-                (args.data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                write_sums(args.data / f"{name}.jsonl")
         elif args.data is None:
             parser.error("DATA: a folder of <task>/<split>.parquet")
         options = [str(args.data.resolve()), "--steps", str(args.steps), "--limit", str(args.limit)]

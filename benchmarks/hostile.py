@@ -1,12 +1,11 @@
 """Hostile inputs: does each give one clear line and the right exit code, or the right result?
 
-    python benchmarks/hostile.py [--part recipes|data|stored|moments|all] [--seed 0] [--count N]
+    python benchmarks/hostile.py [--part recipes|data|stored|all] [--seed 0] [--count N]
                                  [--out benchmarks/results/hostile.json]
 
     recipes   1,000 mutated recipes: wrong types, huge numbers, tags and anchors, deep nesting, paths, keys twice, bytes
     data      300 mutated data files of every format: cut, wrong encoding, null bytes, mixed types, a 50 MB line
     stored    200 mutated checkpoints, adapters, indices, GGUF headers, base caches: flipped bits, cut, wrong shapes
-    moments   a run that is killed, or whose disk is full, at seeded moments of its life (hostile/moments.py)
 
 A case is read by the real code in a process of its own. It must end within 30 s of CPU time, take no more memory than
 twice its file and 128 MiB, write nothing outside its directory, and give either one clear line for each fault with the
@@ -36,32 +35,29 @@ from measure import RESULTS, facts, write
 def main() -> None:
     """Run the parts; exits with 1 if there is a fault that is not known."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=(*parts.COUNTS, "moments", "all"), default="all")
+    parser.add_argument("--part", choices=(*parts.COUNTS, "all"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="cases of each part; default: as many as the part has by itself")
     parser.add_argument("--only", type=int, help="run this case of the part alone")
     parser.add_argument("--out", type=Path, default=RESULTS / "hostile.json")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a fork takes no threads along
-    chosen = (*parts.COUNTS, "moments") if args.part == "all" else (args.part,)
+    chosen = parts.COUNTS if args.part == "all" else (args.part,)
     # Parts that are not run now keep what the file says of them.
     before = json.loads(args.out.read_text())["parts"] if args.out.exists() else {}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for part in chosen:
-            if part == "moments":
-                from hostile import moments
-
-                found[part] = moments.run(args.seed, args.count)
-                continue
             outcomes = parts.run(part, args.seed, args.count, Path(folder), only=args.only)
             found[part] = of_cases(outcomes, args.seed)
     if args.only is not None:
         print(json.dumps(found, indent=2))
         return
-    result = {**facts(f"python benchmarks/hostile.py --seed {args.seed}"), "parts": {**before, **found}}
+    command = f"python benchmarks/hostile.py --part {args.part} --seed {args.seed}"
+    command += "" if args.count is None else f" --count {args.count}"
+    result = {**facts(command), "parts": {**before, **found}}
     write(args.out, result)
-    sys.exit(any(part.get("new_faults") for part in found.values()))
+    sys.exit(any(part["new_faults"] for part in found.values()))
 
 
 if __name__ == "__main__":

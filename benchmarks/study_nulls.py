@@ -87,7 +87,8 @@ def main() -> None:
     head = facts(f"python benchmarks/study_nulls.py --studies {number}")
     found = {name: asdict(each) | {"shares": shares(each, number)} for name, each in SCENARIOS.items()}
     largest = {
-        what: max(filter(None, (each["shares"][what] for each in found.values()))) for what in (*BOUNDED, "score")
+        what: max(share for each in found.values() if (share := each["shares"][what]) is not None)
+        for what in (*BOUNDED, "score")
     }
     passes = {what: largest[what] <= ALLOWED for what in BOUNDED}
     write(args.out, head | {"studies": number, "scenarios": found, "largest": largest, "passes": passes})

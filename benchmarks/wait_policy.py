@@ -21,10 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kill_resume import prepare
+from byte_tokenizer import write_model, write_sums
 from measure import RESULTS, alternating, facts, ratio, spread, write
 
 from qdora.cli import WAITING
+from qdora.files.environment import num_cpus
 
 # libgomp does not know KMP_BLOCKTIME; 200 is libomp's default. Set, it keeps the command line from choosing.
 POLICIES = {"spinning": {"KMP_BLOCKTIME": "200"}, "sleeping": WAITING}
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "wait_policy.json")
     parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
     args = parser.parse_args()
-    cores, more = len(os.sched_getaffinity(0)), {}
+    cores, more = num_cpus(), {}
     if args.smoke:
         args.steps, args.repeats, more = 2, 1, {"OMP_NUM_THREADS": "1"}
     cases = {}
@@ -47,7 +48,8 @@ def main() -> None:
         root = Path(folder)
         recipe = ["quickstart"]
         if args.smoke:
-            prepare(root)
+            write_model(root / "model", seed=0)
+            write_sums(root / "sums.jsonl")
             recipe = [str(smoke_recipe(root))]
         for name, num_loops in (("idle", 0), ("busy", cores)):
             with busy_loops(num_loops):
@@ -78,7 +80,7 @@ def smoke_recipe(root: Path) -> Path:
     recipe = {
         "model": {"source": str(root / "model"), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8.0},
-        "data": {"mix": [{"source": str(root / "data+.jsonl")}], "max_length": 96},
+        "data": {"mix": [{"source": str(root / "sums.jsonl")}], "max_length": 96},
         "train": {"steps": 4, "batch": 4, "lr": 1e-3, "optimizer": "adamw"},
     }
     path = root / "recipe.yaml"

@@ -28,7 +28,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,8 +84,6 @@ class Outcome:
     seconds: float
     memory_bytes: int
     file_bytes: int
-    known: int | None = field(default=None)
-    """Number of the item of issue 17 that this fault belongs to."""
 
 
 def judged(case: Case, folder: Path) -> Outcome:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_tokenizer, write_sums
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -57,8 +57,7 @@ def make(root: Path) -> Material:
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(model)
     sums, letters = root / "sums.jsonl", root / "letters.jsonl"
-    rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(6) for b in range(5)]
-    sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_sums(sums)
     alphabet = "abcdefghijklmnopqrstuvwx"
     choices = [
         {"question": f"Which letter follows {a}?", "choices": [b, a], "answer": 0} for a, b in pairwise(alphabet)

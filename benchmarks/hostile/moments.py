@@ -297,6 +297,10 @@ class Child:
         """What it has printed."""
         return self._said.decode(errors="replace")
 
+    def last_line(self) -> str:
+        """The last line that it printed and that is not blank."""
+        return next((line for line in reversed(self.text().splitlines()) if line.strip()), "")
+
     def _read(self) -> None:
         with suppress(BlockingIOError):
             while block := os.read(self._output, 1 << 16):
@@ -309,6 +313,13 @@ def send(children: Sequence[Child], number: int) -> None:
         if child.status is None:
             child.counts[CAME] = 1
             os.kill(child.pid, number)
+
+
+def stop_hung(children: Sequence[Child]) -> None:
+    """Kill those that still run; they hang."""
+    for child in children:
+        child.hung = child.hung or child.status is None
+    send(children, signal.SIGKILL)
 
 
 def started(
@@ -482,9 +493,7 @@ class Lives:
                 failed_at = now + MOST_SECONDS  # once
                 send(children, signal.SIGTERM)
             if now - began > MOST_SECONDS:
-                for child in children:
-                    child.hung = child.status is None
-                send(children, signal.SIGKILL)
+                stop_hung(children)
             time.sleep(0.002)
         return children
 
@@ -595,17 +604,17 @@ REASONS = {"full": "the disk is full", "read_only": os.strerror(errno.EROFS)}
 def said_faults(child: Child, event: str) -> list[str]:
     """What is wrong with how a disturbed process ended and what it said."""
     text, status = child.text(), child.status or 0
-    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    last = child.last_line()
     faults = ["hangs"] if child.hung else []
     faults += [f"prints {sign!r}" for sign in ("Traceback", "Logging error", "Exception ignored") if sign in text]
     if status < 0 and not child.hung and -status not in (SIGNALS.get(event), signal.SIGTERM):
         faults.append(f"dies of {signal.Signals(-status).name}")
     if status > 0:
         reason = REASONS.get(event)
-        if reason is not None and reason not in lines[-1]:
-            faults.append(f"does not say {reason!r}: {lines[-1][:300]}")
-        elif "--debug shows" in lines[-1]:
-            faults.append(f"no clear line: {lines[-1][:300]}")
+        if reason is not None and reason not in last:
+            faults.append(f"does not say {reason!r}: {last[:300]}")
+        elif "--debug shows" in last:
+            faults.append(f"no clear line: {last[:300]}")
     return faults
 
 
@@ -628,7 +637,7 @@ def disturbed(lives: Lives, moment: Moment, name: str) -> Found:
     faults += lives.faults(moment.life, place)
     if not faults:
         shutil.rmtree(place)
-    line = next((line for line in reversed(hit.text().splitlines()) if line.strip()), "") if hit.status else ""
+    line = hit.last_line() if hit.status else ""
     return Found(moment, came, ends, line.replace(str(lives.root), "..."), tuple(faults))
 
 
@@ -683,9 +692,7 @@ def second(lives: Lives, moment: Moment, name: str) -> Found:
     while sum(child.is_over() for child in (first, other)) < 2:
         time.sleep(0.002)
         if time.monotonic() - began > MOST_SECONDS:
-            for child in (first, other):
-                child.hung = child.status is None
-            send([first, other], signal.SIGKILL)
+            stop_hung([first, other])
     faults = [fault for child in (first, other) for fault in said_faults(child, moment.event)]
     if first.status and other.status:
         faults.append("neither of the two reaches the end")
@@ -693,7 +700,7 @@ def second(lives: Lives, moment: Moment, name: str) -> Found:
     if not faults:
         shutil.rmtree(place)
     refused = first if first.status else other
-    line = refused.text().strip().splitlines()[-1] if refused.status else ""
+    line = refused.last_line() if refused.status else ""
     ends = (first.status, other.status)
     return Found(moment, bool(first.counts[CAME]), ends, line.replace(str(lives.root), "..."), tuple(faults))
 
@@ -771,7 +778,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="four moments: shows that it runs")
     args = parser.parse_args()
     found = run(args.seed, 0 if args.smoke else args.count)
-    write(args.out, facts("python benchmarks/hostile/moments.py") | found)
+    write(args.out, facts(f"python benchmarks/hostile/moments.py --seed {args.seed} --count {args.count}") | found)
     sys.exit(0 if found["num_right"] == found["num_moments"] else 1)
 
 

@@ -20,10 +20,10 @@ EVENTS = {
 
 
 def moments() -> str:
-    """For each event: lives that it came to, that it ended, and that reached the undisturbed result, started again."""
-    rows = []
+    """For each event: lives, how many it ended, and how many reached the undisturbed result when started again."""
+    rows, table = [], read("moments")["moments"]
     for event, words in EVENTS.items():
-        found = [row for name, row in read("moments")["moments"].items() if name.split(", ")[1] == event]
+        found = [row for name, row in table.items() if name.split(", ")[1] == event]
         counts = {key: sum(row[key] for row in found) for key in ("tried", "stopped", "right")}
         rows.append([words, f"{counts['tried']}", f"{counts['stopped']}", f"{counts['right']} of {counts['tried']}"])
     return markdown(["event, then the same command again", "lives", "ended by it", "bit for bit equal"], rows)
@@ -32,7 +32,7 @@ def moments() -> str:
 def hostile() -> str:
     """For each kind of damaged input: how many ended in one clear line, in the right result, or not noticeably."""
     keys = ("tried", "clear_lines", "right_results", "undetectable", "new_faults")
-    parts = {name: part for name, part in read("hostile")["parts"].items() if name != "moments"}
+    parts = read("hostile")["parts"]
     rows = [[name, *(f"{part[key]}" for key in keys), f"{len(part['mended'])}"] for name, part in parts.items()]
     header = ["input", "tried", "one clear line", "right result", "the format cannot notice it", "open faults"]
     return markdown([*header, "faults mended"], rows)
