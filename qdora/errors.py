@@ -56,7 +56,7 @@ class Interrupted(Exception):
         step: Optimizer steps in `checkpoint`.
         checkpoint: The newest whole checkpoint, or None if there is none.
         saved: Whether the checkpoint holds all finished steps. After a second signal it may not.
-        how: What continues the run.
+        how: The end of the sentence "Continue with", with its blank or colon.
     """
 
     def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True, how: str = " --resume.") -> None:
@@ -75,6 +75,11 @@ def _line(text: str) -> str:
     text = _NOT_SHOWN.sub(" ", text)
     half = _MOST_CHARACTERS // 2
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def not_one_of(where: str, value: object, allowed: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
-from qdora.data.mix import Mix, make_mix, size_faults
+from qdora.data.mix import Mix, make_mix
 from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
 from qdora.data.split_examples import SplitExamples
 from qdora.data.stream import ExampleStream
@@ -108,7 +108,7 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
     """Tokenise every source, or read what an earlier start kept, and put them together.
 
-    Raises: UserError: Faulty rows, examples that are too long, unknown sizes: the faults of all sources at once.
+    Raises: UserError: Faulty rows and examples that are too long, of all sources at once; then unknown sizes.
     """
     data, cache = recipe.data, None
     if data.cache != "off":
@@ -125,9 +125,6 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
                 sets.append(_tokenized(source, data, tokenizer, examples, cache))
         except UserError as error:
             faults.extend(f"data.mix[{number}]: {fault}" for fault in error.faults)
-    most = [source.max_epochs for source in data.mix]
-    if len(sets) == len(data.mix):
-        faults.extend(size_faults(sets, data.strategy, most))
     if faults:
         raise UserError(*faults)
     return make_mix(
@@ -135,7 +132,7 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
         strategy=data.strategy,
         temperature=data.temperature,
         weights=[source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None,
-        max_epochs=most,
+        max_epochs=[source.max_epochs for source in data.mix],
         seed=data.seed,
     )
 
@@ -281,6 +278,12 @@ def unused_warnings(plan: MixPlan) -> list[str]:
     return [
         f"{source.name}: not used for training: {', '.join(source.unused)}." for source in plan.sources if source.unused
     ]
+
+
+def mix_warnings(plan: MixPlan) -> list[str]:
+    """What the user should know of a mix before it is trained on, one line each."""
+    large = large_step_warning(plan)
+    return [*unused_warnings(plan), *([] if large is None else [large])]
 
 
 def show_mix(console: Console, plan: MixPlan) -> None:

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from qdora.data.example import Example
-from qdora.data.readers import read_rows, reason_of
+from qdora.data.readers import read_rows
 from qdora.data.rows import Entry, Row, RowFault, Rows, optional_text, row_id, shown, text_field
 from qdora.errors import HubFailure, UserError, nearest
+from qdora.recipe.faults import reason_of
 
 
 def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:

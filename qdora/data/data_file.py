@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import zlib
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from qdora.errors import UserError
+from qdora.files.samples import sampled
 from qdora.recipe.data_settings import COMPRESSED_SUFFIXES
-
-_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
 
 
 def ending(path: Path) -> str:
@@ -67,14 +65,10 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def identity_of(path: Path) -> str:
-    """Name, size, time and samples of a file as text; it changes when the content does."""
+    """Name, size, time and samples of a file as text, which changes when the content does, but for rare exceptions."""
     with readable(path):
-        facts, digest = path.stat(), hashlib.sha256()
-        with path.open("rb") as file:
-            for start in range(0, facts.st_size, max(facts.st_size // _SAMPLES, _SAMPLE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return f"{path.name} {facts.st_size} {facts.st_mtime_ns} {digest.hexdigest()}"
+        facts, digest = sampled(path)
+    return f"{path.name} {facts.st_size} {facts.st_mtime_ns} {digest}"
 
 
 def _open_zst(path: Path) -> BinaryIO:

@@ -193,7 +193,7 @@ class Mix:
     order: MixOrder
 
 
-def size_faults(sets: Sequence[Source], strategy: Strategy, max_epochs: Sequence[float | None]) -> list[str]:
+def _size_faults(sets: Sequence[Source], strategy: Strategy, max_epochs: Sequence[float | None]) -> list[str]:
     """One line for each stream whose size is not known although the strategy or its max_epochs needs it.
 
     A single source has all of the mix, whatever its size.
@@ -234,7 +234,7 @@ def make_mix(
     Raises: UserError if a stream has no known size and the strategy or its max_epochs needs one.
     """
     most = max_epochs or [None] * len(sets)
-    faults = size_faults(sets, strategy, most)
+    faults = _size_faults(sets, strategy, most)
     if faults:
         raise UserError(*faults)
     sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]

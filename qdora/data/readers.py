@@ -39,7 +39,7 @@ from qdora.data.rows import Entry, RowFault, Rows, rows_of, shown
 from qdora.errors import HubFailure, UserError, nearest
 from qdora.files.json_file import parse_json
 from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, STREAMED_SUFFIXES
-from qdora.recipe.faults import one_line
+from qdora.recipe.faults import one_line, reason_of
 
 logger = logging.getLogger("qdora")
 
@@ -414,11 +414,6 @@ def hub_shards(source: str, *, split: str, revision: str | None, hint: str = "")
     readers = tuple(partial(_hub_shard, source, stream, number) for number in range(num_shards))
     names = tuple(f"{source}@{revision} {split} {number} of {num_shards}" for number in range(num_shards))
     return Shards(source, names, readers, num_rows or None)
-
-
-def reason_of(error: Exception) -> str:
-    """The message of somebody else's error in one line."""
-    return one_line(f"{type(error).__name__}: {error}")[:300]
 
 
 def _load_dataset(source: str, hint: str, **options: Any) -> Any:

@@ -29,9 +29,6 @@ _LEAST_BAD_ROWS, _BAD_SHARE = 10, 0.001
 _MENDED_BYTES, _MENDED_SHARE = 2**20, 0.01
 """The most by which mended rows change the length of the files: whichever is more. Anything above is other data."""
 
-_TOTALS = ("num_drawn", "num_truncated", "num_dropped", "num_bad", "bad_rows")
-"""What a stream's position counts over all passes."""
-
 logger = logging.getLogger("qdora")
 
 
@@ -125,7 +122,7 @@ class ExampleStream:
 
     def check_first_rows(self) -> None:
         """Raise UserError if no format fits the first rows, or too many of them are faulty."""
-        assert self._sample is not None
+        _ = self._sample  # reads and checks them
 
     def _skip(self, fault: str) -> None:
         """Keep the first faulty rows by name; raise UserError at one too many."""
@@ -252,9 +249,8 @@ class ExampleStream:
                     f"{self.name}: {self.shards.where} gives no example ({here.num_dropped:,} rows are longer than "
                     f"data.max_length, {self.data.max_length}{faulty})."
                 )
-            totals = {name: getattr(here, name) for name in _TOTALS}
-            before: dict[str, Any] = {"num_drawn_before": here.num_drawn, "num_bad_before": here.num_bad}
-            self.position = StreamPosition(here.epoch + 1, **totals, **before)
+            start = replace(here, epoch=here.epoch + 1, window=0, shard=0, row=0, taken=0)
+            self.position = replace(start, num_drawn_before=here.num_drawn, num_bad_before=here.num_bad)
             self._rows = None
             rows = self._window_rows()
         order = self._generator(3, self.position.window).permutation(len(rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
 
@@ -69,13 +70,18 @@ _CLOCK = (
 _DATE_PARTS = [*(f"%-{part}" for part in "dmyjHIMS"), *(f"%{part}" for part in "aAbBcdDeFGHIjmMpSuUVwWxXyYzZ%")]
 
 
+@lru_cache(maxsize=4)
+def _parts_of(day: date) -> dict[str, str]:
+    """Each part of a date's format -> its text on this day."""
+    return {part: day.strftime(part) for part in _DATE_PARTS}
+
+
 def chat_text(tokenizer: Any, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
     """The text of a chat in the tokenizer's template, on the day of `set_chat_date`, else today."""
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     day, template = chat_date(tokenizer), tokenizer.get_chat_template()
     if day is not None and "strftime_now" in template:
-        parts = {part: day.strftime(part) for part in _DATE_PARTS}
-        options |= {"chat_template": _CLOCK + template, "qdora_day": parts}
+        options |= {"chat_template": _CLOCK + template, "qdora_day": _parts_of(day)}
     return str(tokenizer.apply_chat_template(turns, **options))
 
 

@@ -197,7 +197,7 @@ def paired_half_width(tasks: Sequence[Paired], confidence: float = 0.95) -> tupl
     """The value of `paired_difference` and half the width of its interval, without the p-value, which takes longer."""
     value, parts = _estimate(tasks)
     variance = sum(part for part, _ in parts)
-    return value, variance if variance == 0 else _quantile(parts, 1 - confidence) * math.sqrt(variance)
+    return value, 0.0 if variance == 0 else _quantile(parts, 1 - confidence) * math.sqrt(variance)
 
 
 def _estimate(tasks: Sequence[Paired]) -> tuple[float, list[tuple[float, int]]]:

@@ -221,7 +221,8 @@ def checkpoint_directory(
             _write_rest(partial, plan, tokenizer, extra_files or {})
             yield partial, written
     except OSError as error:
-        raise RunFailure(f"{out_dir}: cannot be written: {disk_reason(error)}. Nothing is left there.") from error
+        # By its name: an export is made in a hidden directory and gets its place at the end
+        raise RunFailure(f"{out_dir.name}: cannot be written: {disk_reason(error)}. Nothing is left there.") from error
 
 
 def _check_space(out_dir: Path, planned: Sequence[Planned]) -> None:
@@ -230,7 +231,8 @@ def _check_space(out_dir: Path, planned: Sequence[Planned]) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise RunFailure(
-            f"{out_dir}: the exported model needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free."
+            f"{out_dir.name}: the exported model needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
+            "free."
         )
 
 

@@ -54,9 +54,7 @@ def export_run(
         _check_target(run, options.target, options)
     with disk_failures(out), _unfinished(out) as place:
         document, sentences = _export(run, place, options, console)
-        if out.is_dir():
-            out.rmdir()
-        os.rename(place, out)
+        os.rename(place, out)  # over an empty directory, too
         sync(out.absolute().parent)
     for sentence in sentences:
         _say(results, sentence)

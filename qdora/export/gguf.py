@@ -125,7 +125,7 @@ def export_gguf(
                 check = verify_gguf(trained, partial / file.name, merged, text, lossy=type_.upper() not in _DENSE)
         except OSError as error:
             raise RunFailure(
-                f"{out}: cannot be written or compared: {disk_reason(error)}. Nothing is left there."
+                f"{out.name}: cannot be written or compared: {disk_reason(error)}. Nothing is left there."
             ) from error
     finally:
         remove_directory(merged)

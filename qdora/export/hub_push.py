@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import RunFailure, UserError, first_line
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
@@ -42,7 +42,7 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
             repo_id=repository.repo_id, folder_path=str(directory), commit_message="Model exported by qdora"
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise RunFailure(
             f"--push: {name}: {first} The export itself is complete: {directory}.", safe=[directory]
         ) from error

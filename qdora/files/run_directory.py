@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from qdora.errors import DiskFull, Interrupted, RunFailure, UserError
+from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import (
     DISK_FULL,
@@ -311,8 +311,8 @@ def _start_failures(path: Path) -> Iterator[None]:
 def chat_date_of(path: Path) -> str:
     """The day on which chats of a run are rendered, YYYY-MM-DD: that of its first start; today for a new run."""
     try:
-        return date.fromisoformat(json.loads((path / "environment.json").read_bytes())["chat_date"]).isoformat()
-    except (OSError, ValueError, KeyError, TypeError):
+        return date.fromisoformat(read_json_object(RunDirectory(path).environment_file)["chat_date"]).isoformat()
+    except (ValueError, KeyError, TypeError):  # UserError is a ValueError
         return date.today().isoformat()
 
 
@@ -326,9 +326,9 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     try:
         old_text = run.recipe_file.read_text(encoding="utf-8")
         old, new = flat(yaml.safe_load(old_text)), flat(yaml.safe_load(recipe))
-        record = read_json_object(path / "environment.json")
+        record = read_json_object(run.environment_file)
     except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {first_line(error)}.") from None
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
     changed = [key for key in keys if not is_below(key, MAY_CHANGE)]
     faults = [fault for key in changed if (fault := _change_fault(key, old.get(key), new.get(key))) is not None]

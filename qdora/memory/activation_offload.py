@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import RunFailure, UserError, first_line
 from qdora.model.load import block_list
 
 # Smaller inputs are masks and positions.
@@ -64,7 +64,7 @@ def _pinned(num_bytes: int) -> Tensor:
     try:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
-        size, reason = num_bytes / 2**20, str(error).splitlines()[0]
+        size, reason = num_bytes / 2**20, first_line(error)
         raise RunFailure(
             f"memory.offload_activations: the system refuses {size:.0f} MiB of pinned host memory ({reason})."
         ) from error

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.inject import replace_module
@@ -212,7 +212,7 @@ def _pin(pieces: Sequence[Piece], device: torch.device, free: int | None, embedd
         try:
             piece.host = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{short}and the system refuses them ({reason}){fix}") from error
 
 

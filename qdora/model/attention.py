@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 
 from qdora.errors import UserError
-from qdora.model.source import first_line
+from qdora.model.source import library_reason
 
 log = logging.getLogger("qdora")
 
@@ -98,8 +98,8 @@ def with_attention(
         model = build(choice)
     except BAD_CONFIG as error:
         if choice != "flash_attention_2" or asked != "auto":
-            raise UserError(f"model: {name}: cannot be built: {first_line(error)}") from error
-        log.info("%s has no %s (%s).", name, choice, first_line(error))
+            raise UserError(f"model: {name}: cannot be built: {library_reason(error)}") from error
+        log.info("%s has no %s (%s).", name, choice, library_reason(error))
         model, why = build(None if cap is None else "eager"), "transformers' choice for it"
     need = cap or sinks_of(model)
     if need is not None and asked != "auto":

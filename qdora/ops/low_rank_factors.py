@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qdora.ops.planned_device import device_kind
-from qdora.ops.split_float import split_float32
+from qdora.ops.split_float import nearest_bfloat16
 
 # Entries of lora_B that are scaled at a time, in float32: 4 MiB, and 32 MiB on a GPU, where launches cost more.
 _ENTRIES_PER_SLICE = 1 << 20
@@ -23,11 +23,11 @@ def factors_of_products(
 def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A low-rank factor in the dtype of the products.
 
-    float32 goes to bfloat16 as `split_float32` rounds. So an adapter stored in float32 and one stored in bfloat16 with
+    float32 goes to bfloat16 as the optimizer splits it. So an adapter stored in float32 and one stored in bfloat16 with
     its low bits beside it multiply with the same numbers and train alike, bit for bit.
     """
     if factor.dtype == torch.float32 and dtype == torch.bfloat16:
-        return split_float32(factor)[0]
+        return nearest_bfloat16(factor)
     return factor.to(dtype)
 
 

@@ -11,18 +11,22 @@ import torch
 from torch import Tensor
 
 
-def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32, finite -> (bfloat16 nearest, int16 remainder of the bit pattern).
-
-    The bfloat16 is rounded to nearest, ties away from zero: the remainder of a tie is -2^15. The remainder is
-    bits(master) - bits(high) in units of the last float32 bit.
-    """
-    bits = master.contiguous().view(torch.int32)
+def nearest_bfloat16(master: Tensor) -> Tensor:
+    """float32, finite -> the nearest bfloat16, ties away from zero."""
     # Adding half of bf16's last bit and cutting rounds to nearest in sign-magnitude order; the carry into the exponent
     # is right there too, since float bit patterns of one sign are ordered.
-    high_bits = (bits + 0x8000) >> 16
-    low = (bits - (high_bits << 16)).to(torch.int16)
-    return high_bits.to(torch.int16).view(torch.bfloat16), low
+    bits = master.contiguous().view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
+    """float32, finite -> (`nearest_bfloat16`, int16 remainder of the bit pattern).
+
+    The remainder is bits(master) - bits(high) in units of the last float32 bit; that of a tie is -2^15.
+    """
+    high = nearest_bfloat16(master)
+    bits, high_bits = master.contiguous().view(torch.int32), high.view(torch.int16).to(torch.int32) << 16
+    return high, (bits - high_bits).to(torch.int16)
 
 
 def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:

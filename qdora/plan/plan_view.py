@@ -64,8 +64,7 @@ def plan_run(
     mix, workload, assumed = _workload(recipe)
     if mix is not None:
         build_data.show_mix(results, mix)
-        warning = build_data.large_step_warning(mix)
-        for text in [*build_data.unused_warnings(mix), *([] if warning is None else [warning])]:
+        for text in build_data.mix_warnings(mix):
             logger.warning(text)
     assumed += _after_gates(recipe, device_kind, workload)
     found = replace(plan(recipe, limit, device_kind=device_kind, workload=workload), assumptions=assumed)

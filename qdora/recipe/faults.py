@@ -30,6 +30,11 @@ def one_line(text: str) -> str:
     return masked(" ".join(text.split()))
 
 
+def reason_of(error: Exception) -> str:
+    """The message of somebody else's error in one line."""
+    return one_line(f"{type(error).__name__}: {error}")[:300]
+
+
 def shown(value: Any) -> str:
     """A given value in a fault: short, on one line, without access tokens."""
     try:

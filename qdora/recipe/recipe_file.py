@@ -156,9 +156,12 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        num_values = 0 if node is None else _num_values(node, {}, where)
+        if node is not None and _num_values(node, {}, where) > _MOST_VALUES:
+            raise UserError(f"{where}: holds too many values, with its aliases written out at most {_MOST_VALUES:,}.")
         twice = [] if node is None else list(_keys_given_twice(node, set()))
-        data = None if num_values > _MOST_VALUES or node is None or twice else loader.construct_document(node)
+        if twice:
+            raise UserError(*(f"{where}: line {line}: key {shown(key)} is given twice." for key, line in twice))
+        data = None if node is None else loader.construct_document(node)
     except UserError:
         raise
     except yaml.MarkedYAMLError as error:
@@ -173,10 +176,6 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not YAML: a tag such as !!bool stands before a value of another kind.") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply.") from None
-    if num_values > _MOST_VALUES:
-        raise UserError(f"{where}: holds too many values, with its aliases written out at most {_MOST_VALUES:,}.")
-    if twice:
-        raise UserError(*(f"{where}: line {line}: key {shown(key)} is given twice." for key, line in twice))
     if not isinstance(data, dict):
         what = "empty" if data is None else f"not a mapping, got {shown(data)}"
         raise UserError(f"{where}: {what}, allowed: the sections {', '.join(Recipe.model_fields)}.")

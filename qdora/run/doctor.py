@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora import __version__
+from qdora.errors import first_line
 from qdora.files.environment import (
     PACKAGES,
     available_memory_bytes,
@@ -148,7 +149,7 @@ def _kernel_error(device: str) -> str | None:
         error = float((functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm())
     # A library that does not load, an operation without a kernel, a driver that does not fit
     except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as failure:
-        return (str(failure).splitlines() or [type(failure).__name__])[0]
+        return first_line(failure)
     return None if error < _MAX_NF4_ERROR else f"values are off by {error:.2f}, expected 0.09"
 
 

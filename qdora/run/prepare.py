@@ -16,15 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from qdora.data.build_data import (
     MixPlan,
     keep_mix,
-    large_step_warning,
     make_loader,
     micro_batch_tokens,
+    mix_warnings,
     num_steps_of,
     plan_mix,
     read_data,
     show_mix,
     tokenized_mix,
-    unused_warnings,
 )
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
@@ -136,10 +135,8 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
     processes.first(lambda: keep_mix(run, mix))
-    warning = large_step_warning(mix)
-    for text in [*unused_warnings(mix), *([] if warning is None else [warning])]:
-        if processes.is_first:
-            logger.warning(text)
+    for text in mix_warnings(mix) if processes.is_first else ():
+        logger.warning(text)
     name = prepared.recipe.train.optimizer
     if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):
         logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)

@@ -139,7 +139,8 @@ class Training:
                 yield
             finally:
                 if self.active.processes.is_first:
-                    self._report_streams()
+                    with suppress(RunFailure):  # a full disk, which must not hide why the run ends
+                        self._report_streams()
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
                     write_interference(self.active.directory)
 
@@ -240,5 +241,4 @@ class Training:
             faulty = {"num_bad_rows": here.num_bad, "bad_rows": list(here.bad_rows), "unused": sorted(part.unused)}
             seen[part.name] = dict(zip(names, counts, strict=True)) | faulty
         if seen:
-            with suppress(RunFailure):  # a full disk, which must not hide why the run ends
-                run.write_json("mix.json", json.loads(run.inside("mix.json").read_bytes()) | {"seen": seen})
+            run.write_json("mix.json", json.loads(run.inside("mix.json").read_bytes()) | {"seen": seen})

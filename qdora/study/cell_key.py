@@ -48,8 +48,10 @@ def _files(path: Path, recipe: Recipe) -> list[Path]:
         return [path] if path.is_file() else []  # a missing one is reported before anything runs
     splits = {"train", "validation", "test"}
     splits |= {name for source in recipe.data.mix for name in (source.split, source.validation) if name}
-    found = [file for split in splits for ending in READERS if (file := path / f"{split}{ending}").is_file()]
-    return sorted([*found, *path.glob("adapter_*")])
+    names = {f"{split}{ending}" for split in splits for ending in READERS}
+    return sorted(
+        file for file in path.iterdir() if file.name.startswith("adapter_") or (file.name in names and file.is_file())
+    )
 
 
 def _content(file: Path) -> list[Any]:

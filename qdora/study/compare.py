@@ -189,14 +189,9 @@ def cannot_win(cells: Records, compare: CompareConfig) -> list[str]:
     pairs = [(key, (key[0], reference)) for key in groups if key[1] != reference and (key[0], reference) in groups]
     if not pairs:
         return [f"no two values of {compare.arm} are trained under the same conditions"]
-    faults: dict[str, None] = {}
-    for pair in pairs:
-        found = _pair_cannot_win([groups[key] for key in pair], [key[1] for key in pair], compare)
-        if not found:
-            break
-        faults |= dict.fromkeys(found)
-    else:
-        return list(faults)
+    found = [_pair_cannot_win([groups[key] for key in pair], [key[1] for key in pair], compare) for pair in pairs]
+    if all(found):
+        return list(dict.fromkeys(fault for faults in found for fault in faults))
     least = len(pairs) / (compare.num_resamples + 1)
     if least >= compare.alpha:
         return [
@@ -353,8 +348,8 @@ def repair(arm: Arm, compare: CompareConfig, results: Results, part: Part) -> tu
     base, dense = [results.scores(arm.base_key)], [results.scores(arm.dense_key)]
     trained = [results.scores(key) for key in arm.seeds.values()]
     loss = statistics.difference_interval(stacked([dense, base], compare.metric, part), CONFIDENCE)
-    sign = 1.0 if HIGHER_IS_BETTER[compare.metric] else -1.0
-    if not sign * (loss.lower if sign > 0 else loss.upper) > 0:
+    least_loss = loss.lower if HIGHER_IS_BETTER[compare.metric] else -loss.upper
+    if not least_loss > 0:  # nan, too
         return nothing, "compression caused no significant loss"
     return statistics.repaired(stacked([base, trained, dense], compare.metric, part), CONFIDENCE), ""
 

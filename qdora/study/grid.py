@@ -290,7 +290,7 @@ def in_words(labels: Mapping[str, str]) -> str:
 
 def equal_in_words(cells: Sequence[Mapping[str, Any]]) -> str | None:
     """Which combinations of the grid have the same recipe as another, from the cells' records; None if none has."""
-    found = [(each, cell["labels"]) for cell in cells for each in cell["equal"]]
+    found = [(each, cell["labels"]) for cell in cells for each in cell.get("equal", ())]
     if not found:
         return None
     named = "; ".join(f"{in_words(each)} is {in_words(labels)}" for each, labels in found[:8])

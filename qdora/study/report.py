@@ -267,7 +267,7 @@ def _cell_row(cell: Mapping[str, Any], axes: Sequence[str], store: StudyDirector
     attempts, result = store.failures(key), results.result(key)
     status = "done" if result is not None else "failed" if store.is_given_up(key) else "open"
     row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in axes}
-    row |= {"cell": key, "equal_to": "; ".join(map(in_words, cell["equal"])), "status": status}
+    row |= {"cell": key, "equal_to": "; ".join(map(in_words, cell.get("equal", ()))), "status": status}
     row |= {"num_failures": len(attempts), "reason": attempts[-1]["reason"] if attempts else ""}
     if result is None:
         return row

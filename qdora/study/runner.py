@@ -6,7 +6,6 @@ a finished one never runs again.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -42,6 +41,7 @@ from qdora.run.validation import adapter_step
 from qdora.study.compare import cannot_win
 from qdora.study.grid import Cell, Study, equal_in_words, expand, load_study
 from qdora.study.study_directory import Claim, StudyDirectory
+from qdora.train.out_of_memory import free_memory
 
 logger = logging.getLogger("qdora")
 
@@ -101,9 +101,7 @@ def study_run(
         + (f"; {len(mine)} in shard {shard}" if shard else ""),
         highlight=False,
     )
-    notes = notes_on(study, cells)
-    for note in notes:
-        progress.print(note, markup=False, highlight=False)
+    notes = _tell_notes(study, cells, progress)
     if dry_run:
         for cell in mine:
             results.print(f"  {cell.in_words()}", markup=False, highlight=False, soft_wrap=True)
@@ -117,6 +115,13 @@ def study_run(
         with cells_bar(progress, mine, store) as report, _quiet_runs(), store.present():
             found = run_cells(mine, store, cell_work(study.compare.split, store), report)
     return _concluded(found, mine, directory, results)
+
+
+def _tell_notes(study: Study, cells: Sequence[Cell], console: Console) -> list[str]:
+    notes = notes_on(study, cells)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    return notes
 
 
 def notes_on(study: Study, cells: Sequence[Cell]) -> list[str]:
@@ -134,6 +139,7 @@ def submit_study(
     if cluster not in CLUSTERS:
         raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
     study, directory, cells = _checked(file, directory)
+    notes = _tell_notes(study, cells, consoles(None)[0])
     StudyDirectory(directory, retries=study.retries).write_index(study, cells)
     parameters = {}
     for option in options:
@@ -143,7 +149,7 @@ def submit_study(
         parameters[key.strip()] = read_yaml(f"value: {text}", f"--job-option {option}")["value"]
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
     jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
-    return {"directory": str(directory), "notes": notes_on(study, cells), "jobs": [job.job_id for job in jobs]}
+    return {"directory": str(directory), "notes": notes, "jobs": [job.job_id for job in jobs]}
 
 
 def submit_jobs(
@@ -338,7 +344,7 @@ def cell_work(split: str, store: StudyDirectory) -> Work:
     """The work of a cell: train and evaluate its recipe; with split "test" also evaluate on the test examples.
 
     Pruned bases are made once in the study's directory and shared by all cells that start from the same one. Processes
-    of one machine divide its cores, as many as there are when a cell begins, unless OMP_NUM_THREADS is set.
+    of one machine share its cores evenly, unless OMP_NUM_THREADS is set; each counts the others when it begins a cell.
     """
     most = torch.get_num_threads()
 
@@ -352,9 +358,7 @@ def cell_work(split: str, store: StudyDirectory) -> Work:
                 raise
             return {"diverged": _reason(error)}
         finally:  # make room for the model of the next cell
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
 
     return work
 

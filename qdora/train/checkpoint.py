@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError
 from qdora.files.json_file import read_json_object
-from qdora.recipe.faults import one_line
+from qdora.recipe.faults import reason_of
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.out_of_memory import is_out_of_memory
 
 FORMAT = 3
 PARAMETERS_FILE = "parameters.safetensors"
@@ -131,10 +132,12 @@ def unreadable(directory: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, RunFailure, torch.OutOfMemoryError):
+    except (UserError, RunFailure):
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {one_line(str(error))}"[:300]
+        if is_out_of_memory(error):
+            raise
+        reason = reason_of(error)
         raise UserError(f"{directory}: is no checkpoint of this version of qdora: {reason}.") from error
 
 

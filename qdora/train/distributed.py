@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError
 from qdora.files.environment import available_memory_bytes
+from qdora.train.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -121,9 +122,9 @@ class Processes:
         """Name the usual cause of a broken connection, for which gloo and NCCL have long words of their own."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise OtherProcessFailed(
                 f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
                 "ended, and its own message says why. Fix: resume from the last checkpoint with --resume."

@@ -219,7 +219,11 @@ def _gradient(
         input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
         loss = batch_loss(model, input_ids, attention_mask, micro.labels, chunk=loss_chunk, packing=micro.packing)
         (loss.nll_sum / before).backward()  # type: ignore[no-untyped-call]
-    found = {key: (p.grad / after).to("cpu", torch.bfloat16) for key, p in parameters.items() if p.grad is not None}
+    gradients = {key: parameter.grad for key, parameter in parameters.items() if parameter.grad is not None}
+    if after != 1:
+        for gradient in gradients.values():
+            gradient.div_(after)
+    found = {key: gradient.to("cpu", torch.bfloat16) for key, gradient in gradients.items()}
     return found, num_tokens
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qdora.data.batching import IGNORED, Packing
 from qdora.data.loader import Step, StepLoader
-from qdora.errors import Diverged, Interrupted, RunFailure, UserError
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.ops.loss import token_nll
@@ -31,7 +31,7 @@ from qdora.train.distributed import Processes
 from qdora.train.interrupt import StopRequest
 from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory
-from qdora.train.out_of_memory import Backoff, OutOfMemory, Shortage, first_line, shortage_of
+from qdora.train.out_of_memory import Backoff, OutOfMemory, Shortage, shortage_of
 from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
 from qdora.train.progress import TrainingProgress, memory_bytes
 from qdora.train.schedule import Schedule
@@ -187,8 +187,9 @@ class StepGradient:
     @property
     def overflowed(self) -> bool:
         """Whether the loss is finite and its gradient is not."""
-        finite = [math.isfinite(self.metrics.get(name, math.nan)) for name in ("loss", "gradient_norm")]
-        return self.fault is None and finite == [True, False]
+        if self.fault is not None:
+            return False
+        return math.isfinite(self.metrics["loss"]) and not math.isfinite(self.metrics["gradient_norm"])
 
     def bad_step(self, number: int, reason: str) -> BadStep:
         """The record of this step when its update is not applied."""

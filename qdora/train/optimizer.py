@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qdora.errors import RunFailure
+from qdora.errors import RunFailure, first_line
 from qdora.ops.planned_device import is_planning
 from qdora.ops.split_float import join_float32, split_float32_
-from qdora.train.out_of_memory import first_line, free_memory, is_out_of_memory
+from qdora.train.out_of_memory import free_memory, is_out_of_memory
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
@@ -165,7 +165,7 @@ class AdapterOptimizer:
                 self._masters[key].mul_(1.0 - rate * group.weight_decay)
         for inner_group in group.inner.param_groups:
             inner_group["lr"] = rate
-        with self._without_gradients(key for key in group.keys if key not in keys):
+        with self._without_gradients(set(group.keys).difference(keys)):
             group.inner.step()
         for key in keys:
             if key in self._residuals:
@@ -256,7 +256,7 @@ class AdapterOptimizer:
         """
         self._store(key, self.parameters[key].detach().float() * factor)
         master = self._masters[key]
-        state = self._group_of(key).inner.state.get(master, {})
+        state = self._group_of(key).inner.state[master]
         powers = {name: 1 if name in _FIRST_MOMENTS else 2 for name in MOMENTS}
         wide = widened_state(state, master.device)
         _fill_state_(state, {n: each / factor ** powers[n] if n in powers else each for n, each in wide.items()})
@@ -266,7 +266,7 @@ class AdapterOptimizer:
         tensors = {f"residual/{key}": residual for key, residual in self._residuals.items()}
         for group in self._groups:
             for key in group.keys:
-                for name, value in group.inner.state.get(self._masters[key], {}).items():
+                for name, value in group.inner.state[self._masters[key]].items():
                     if name not in _NOT_STORED:
                         stored = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
                         tensors[f"state/{key}/{name}"] = stored.detach()
@@ -389,7 +389,7 @@ def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter, index: int)
         zeros = torch.zeros_like(master)
         step = torch.zeros((), dtype=torch.float32, device=master.device)
         inner.state[master] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-    elif not inner.state.get(master):
+    else:
         inner.init_state(inner.param_groups[0], master, 0, index)  # type: ignore[attr-defined]
     state: dict[str, Any] = inner.state[master]
     return state
@@ -416,7 +416,7 @@ def _shrunk_state(
 
 
 def widened_state(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A parameter's averages in float32, as new tensors on `device`, and its step count; empty for an empty state."""
+    """A parameter's averages in float32, as new tensors on `device`, and its step count."""
     wide: dict[str, Any] = {}
     for name, value in state.items():
         if name == "step":

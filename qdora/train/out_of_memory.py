@@ -11,7 +11,7 @@ import torch
 
 from qdora.data.batching import MicroBatch
 from qdora.data.loader import StepLoader
-from qdora.errors import RunFailure
+from qdora.errors import RunFailure, first_line
 
 # Messages of allocators that raise a plain RuntimeError: torch's on the CPU, and CUDA's outside torch's cache.
 _MESSAGES = (
@@ -129,8 +129,3 @@ def free_memory() -> None:
     gc.collect()  # cycles of frames may keep the graph of the failed pass
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
