@@ -545,7 +545,7 @@ def test_the_card() -> None:
     )
     assert "| adapter | dora \\| rank 16 |" in text
     assert "- piqa # injected\n" in text
-    assert "| boolq | 0.25 |  |" in text
+    assert "| boolq | 0.250 |  |" in text
     assert "passed on 85 tokens." in text
     assert "| merged, adapter in float32 | 0.0362 | 0.0045 | 1.6e-06 | 100.00 % |" in text
     assert "has the licence `apache-2.0`, which also applies to this model. Its texts are beside this card: `LI" in text
