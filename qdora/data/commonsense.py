@@ -80,8 +80,8 @@ def _spaced(choices: tuple[str, ...]) -> tuple[str, ...]:
 
 def _question(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """piqa, arc_e, arc_c, obqa and any other task: passage and context, where there are any, question, choice."""
-    lines = [line for line in (optional_text(row, "passage"), optional_text(row, "context")) if line]
-    return "\n".join([*lines, f"Question: {question}", "Answer:"]), _spaced(choices)
+    before = "".join(f"{line}\n" for line in (optional_text(row, "passage"), optional_text(row, "context")) if line)
+    return f"{before}Question: {question}\nAnswer:", _spaced(choices)
 
 
 def _boolq(row: Row, question: str, choices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

@@ -240,6 +240,7 @@ class ExampleStream:
 
     def _read_window(self) -> None:
         """The rows of the window that begins at the position, shuffled. After the last window the next pass begins."""
+        self._window = []  # free before the next one is read: a window may be large
         rows = self._window_rows()
         if not rows:
             here = self.position

@@ -173,7 +173,7 @@ LossOn = Literal["answer", "all"]
 TooLong = Literal["error", "truncate", "drop"]
 _BATCH = 1024
 """Texts per call of the tokenizer: enough for its threads, few enough for memory."""
-_EXCESSIVE = 1 << 20
+_EXCESSIVE = 1 << 18
 """Characters of a text from which it is shortened before it is encoded."""
 _SHOWN = 3
 """Faulty chats that are named; the rest is counted."""
