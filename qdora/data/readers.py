@@ -372,7 +372,7 @@ def _line_range(path: Path, start: int, stop: int, skip: int) -> Iterator[Placed
 
 def _parsed(line: bytes) -> Entry:
     try:
-        return _object(parse_json(line.decode("utf-8-sig")))
+        return _object(parse_json(line.rstrip(b"\r\n").decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         return RowFault(f"not UTF-8 text (byte {error.start} of the line)")
     except ValueError as error:  # not JSON, nested too deeply, a number of thousands of digits
