@@ -163,9 +163,8 @@ class StepRecorder:
         with self.live.label(parts.ADAPTERS):
             for layer in layers:
                 layer.gain(self.model.dtype)
-        self._make_gradients()
-        optimizer.step(1e-4)
-        optimizer.zero_grad()
+        # The parameters have just been updated, so that the gains are taken anew.
+        torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
         with self._part("gains", None, parts.ADAPTERS):
             prepare_gains(layers)
@@ -259,7 +258,6 @@ def update_bytes(
     optimizer = AdapterOptimizer(parameters, name=name)
     for parameter in parameters.values():
         parameter.grad = torch.empty(parameter.shape, dtype=torch.float32)
-    optimizer.step(1e-4)  # creates the states
     live.reset_peak()
     optimizer.scale_gradients_(optimizer.gradient_norm())
     optimizer.step(1e-4)
