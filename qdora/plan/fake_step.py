@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -24,10 +26,11 @@ from qdora.model.stored_tensors import tied_weights
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import PackedWeight, empty_packed
+from qdora.ops.planned_device import planned_on
 from qdora.ops.tiles import Weight
 from qdora.plan import plan_contents as parts
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan_contents import MicroBatchShape, Moment
+from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 from qdora.train.output_head import head_nll, proposed_form, tapped
 
@@ -241,9 +244,9 @@ def fake_batch(shape: MicroBatchShape) -> tuple[dict[str, Tensor], Tensor, Tenso
 
 
 def update_bytes(
-    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: OptimizerName, live: LiveBytes
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: OptimizerName, device_type: DeviceKind
 ) -> int:
-    """Peak bytes of an update beside parameters, gradients and states; call it within a FakeTensorMode.
+    """Peak bytes of an update beside parameters, gradients and states.
 
     `shapes` has the shape and dtype of every trainable parameter of the whole model.
     """
@@ -253,12 +256,22 @@ def update_bytes(
     for keys, is_matrix in groups_of({path: shape for path, (shape, _) in shapes.items()}):
         if sum(map(sizes.__getitem__, keys)) > sum(map(sizes.__getitem__, largest.get(is_matrix, []))):
             largest[is_matrix] = keys
-    chosen = [path for keys in largest.values() for path in keys]
-    parameters = {path: nn.Parameter(torch.empty(shapes[path][0], dtype=shapes[path][1])) for path in chosen}
-    optimizer = AdapterOptimizer(parameters, name=name)
-    for parameter in parameters.values():
-        parameter.grad = torch.empty(parameter.shape, dtype=torch.float32)
-    live.reset_peak()
-    optimizer.scale_gradients_(optimizer.gradient_norm())
-    optimizer.step(1e-4)
-    return live.peak_bytes - live.live_bytes
+    return _peak_of_update(tuple(shapes[path] for keys in largest.values() for path in keys), name, device_type)
+
+
+@lru_cache(maxsize=8)  # one update serves all micro-batches and most of the changes that a plan tries
+def _peak_of_update(
+    shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...], name: OptimizerName, device_type: DeviceKind
+) -> int:
+    with planned_on(device_type), FakeTensorMode(), LiveBytes() as live:
+        parameters = {
+            str(index): nn.Parameter(torch.empty(shape, dtype=dtype)) for index, (shape, dtype) in enumerate(shapes)
+        }
+        optimizer = AdapterOptimizer(parameters, name=name)
+        for parameter in parameters.values():
+            parameter.grad = torch.empty(parameter.shape, dtype=torch.float32)
+        live.reset_peak()
+        optimizer.scale_gradients_(optimizer.gradient_norm())
+        optimizer.step(1e-4)
+        workspace: int = live.peak_bytes - live.live_bytes
+    return workspace

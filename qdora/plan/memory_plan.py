@@ -192,10 +192,7 @@ class _StepPlan:
                 longer, _ = self._moments(pattern.kept(5))
                 moments = extrapolated(short, longer, pattern)
                 shapes = _repeated(few, found[0], pattern)
-            workspace = 0
-            if shapes:
-                with FakeTensorMode(), LiveBytes() as live:
-                    workspace = update_bytes(shapes, self.recipe.train.optimizer, live)
+            workspace = update_bytes(shapes, self.recipe.train.optimizer, self.device_kind) if shapes else 0
         if shapes:
             moments[-1] = Moment("update", None, {**moments[-1].by_component, parts.UPDATE: workspace})
         num_trainable = sum(torch.Size(size).numel() for size, _ in shapes.values())
