@@ -251,6 +251,34 @@ def test_the_users_choice_of_any_library_is_kept(monkeypatch: pytest.MonkeyPatch
     assert empty == {"OMP_NUM_THREADS": "2"} | WAITING
 
 
+def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
+    code = """
+import os, signal, time
+from qdora.cli.verb import repeat_lost_interrupts
+
+class Held:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+repeat_lost_interrupts()
+held = Held()
+try:
+    del held
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+class Faulty:
+    def __del__(self):
+        1 / 0
+faulty = Faulty()
+del faulty
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
+    assert done.stdout == "interrupted\n"
+    assert "KeyboardInterrupt" not in done.stderr
+    assert "ZeroDivisionError" in done.stderr, "other errors are shown as ever"
+
+
 def test_a_target_that_does_not_exist_is_named_before_any_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for verb in (

@@ -22,7 +22,7 @@ from qdora.cli.schema import schema
 from qdora.cli.study import study
 from qdora.cli.train import train
 from qdora.cli.validate import validate
-from qdora.cli.verb import Debug, Json, Quiet, ask
+from qdora.cli.verb import Debug, Json, Quiet, ask, repeat_lost_interrupts
 from qdora.files.environment import num_cpus
 
 VERBS = {
@@ -95,4 +95,5 @@ def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> Non
 def main() -> None:
     """The entry point of the `qdora` command."""
     let_threads_sleep()
+    repeat_lost_interrupts()
     app()

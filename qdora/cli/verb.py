@@ -6,8 +6,11 @@ import functools
 import inspect
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -83,6 +86,23 @@ def _set_up_output() -> None:
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     show_only(progress=not _asked.quiet, results=not _asked.json)
+
+
+def repeat_lost_interrupts() -> None:
+    """Repeat a Ctrl-C that falls into a destructor or a callback, where Python would only print it and go on."""
+
+    def raised_nowhere(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(unraisable)
+            return
+        # From another thread and a moment later, when the main thread has left the destructor.
+        again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        again.daemon = True
+        with suppress(RuntimeError):  # the interpreter is about to end
+            again.start()
+
+    if hasattr(signal, "pthread_kill"):  # not on Windows
+        sys.unraisablehook = raised_nowhere
 
 
 def explain(error: BaseException) -> tuple[str, int]:
