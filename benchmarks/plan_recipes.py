@@ -1,4 +1,4 @@
-"""Plans of the recipes that are named for a card, from their configs alone.
+"""Plans of the recipes that are named for a card, from the stored shapes of their models.
 
     python benchmarks/plan_recipes.py [--out benchmarks/results/plan_recipes.json] [--smoke]
 
@@ -16,35 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, facts, write
-from plan_shapes import SHAPES, llama
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import LlamaConfig, PreTrainedConfig
 
 from qdora.plan.memory_plan import plan
+from qdora.plan.public_shapes import public_shapes
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 
 GIB = 2**30
 CARD = "40GB"
 """Budget of the recipes that state none."""
-# config.json of Llama-2-13b-hf.
-LLAMA_13B = {
-    "vocab_size": 32_000,
-    "hidden_size": 5120,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "intermediate_size": 13_824,
-    "tie_word_embeddings": False,
-}
-# config.json of Qwen2.5-32B-Instruct.
-QWEN_32B = {
-    "vocab_size": 152_064,
-    "hidden_size": 5120,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "intermediate_size": 27_648,
-    "tie_word_embeddings": False,
-}
+RECIPES = ("commonsense-8b-40gb", "commonsense-13b-40gb", "llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb")
 LARGEST = "Llama-3.1-405B"
 
 
@@ -54,20 +36,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "plan_recipes.json")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: shows that it runs")
     args = parser.parse_args()
-    configs: dict[str, PreTrainedConfig] = {
-        "commonsense-8b-40gb": llama(SHAPES["Llama-3-8B"]),
-        "commonsense-13b-40gb": LlamaConfig(**LLAMA_13B),
-        "llama-8b-8gb": llama(SHAPES["Llama-3-8B"]),
-        "qwen-32b-24gb": Qwen2Config(**QWEN_32B),
-        "llama-70b-40gb": llama(SHAPES["Llama-3.3-70B"]),
-    }
+    configs = {name: public_shapes()[load_recipe(name).model.source].config() for name in RECIPES}
     if args.smoke:
         small = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128, "vocab_size": 512}
         configs = {name: LlamaConfig(**small, num_hidden_layers=24) for name in configs}
     plans = {name: planned(load_recipe(name), config) for name, config in configs.items()}
     if not args.smoke:
-        every = ["model.source=meta-llama/Llama-3.1-405B-Instruct", "base.streamed_blocks=null"]
-        plans[LARGEST] = planned(load_recipe("llama-70b-40gb", every), llama(SHAPES[LARGEST]))
+        source = f"meta-llama/{LARGEST}-Instruct"
+        every = [f"model.source={source}", "base.streamed_blocks=null"]
+        plans[LARGEST] = planned(load_recipe("llama-70b-40gb", every), public_shapes()[source].config())
     largest = plans["llama-70b-40gb"]
     result = {
         **facts("python benchmarks/plan_recipes.py"),

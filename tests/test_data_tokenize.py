@@ -185,15 +185,35 @@ def lengths_of(examples, tokenizer=PLAIN):
 
 def test_too_long_examples_are_counted_then_refused():
     examples = [example("the cat " * (20 if n % 2 else 1), id=f"n{n}") for n in range(10)]
-    longest = max(lengths_of(examples))
+    longest, num_tokens = max(lengths_of(examples)), sum(lengths_of(examples))
     with pytest.raises(UserError) as error:
         tokenize_all(examples, PLAIN, name="mine", max_length=longest - 1)
     assert error.value.faults == (
         f"mine: 5 examples (n1, n3, n5, ...) of 10 longer than data.max_length ({longest - 1}), the longest has "
-        f"{longest} tokens. Fix: raise data.max_length, or set data.too_long to truncate (cuts the front of the "
-        "prompt) or drop.",
+        f"{longest} tokens. Fix: raise data.max_length, or set data.too_long to truncate (cuts "
+        f"{100 * 5 / num_tokens:.3g} % of the tokens, the front of the prompt first) or drop (loses 50 % of the "
+        f"examples, {100 * 5 * longest / num_tokens:.3g} % of the tokens).",
     )
     assert len(tokenize_all(examples, PLAIN, name="mine", max_length=longest)) == 10
+
+
+@pytest.mark.parametrize("max_length", [5, 11, 20, 30])
+def test_the_shares_that_an_error_names_are_those_that_the_other_choices_lose(max_length):
+    chat = example("", "", messages=CHAT, id="chat")  # its first label is the 12th token: cut shorter, none is left
+    examples = [chat, *(example("the cat " * n, id=f"n{n}") for n in range(1, 9))]
+    num_tokens = sum(lengths_of(examples, BOS))
+    with pytest.raises(UserError) as error:
+        tokenize_all(examples, BOS, name="x", max_length=max_length)
+    kept = {}
+    for choice in ("truncate", "drop"):
+        try:
+            kept[choice] = tokenize_all(examples, BOS, name="x", max_length=max_length, too_long=choice)
+        except UserError:  # nothing is left
+            kept[choice] = TokenizedSet("x", ())
+    cut, lost = (f"{100 * (1 - each.num_tokens / num_tokens):.3g} %" for each in kept.values())
+    examples_lost = f"{100 * (1 - len(kept['drop']) / len(examples)):.3g} %"
+    assert f"truncate (cuts {cut} of the tokens" in str(error.value)
+    assert f"drop (loses {examples_lost} of the examples, {lost} of the tokens)" in str(error.value)
 
 
 def test_drop_counts():

@@ -108,7 +108,7 @@ def test_the_adapter_alone(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_load_dora(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--for vllm: vLLM does not load DoRA adapters\. Fix: use --format merged"):
+    with pytest.raises(UserError, match=r"--for vllm: vLLM 0\.28 does not load DoRA adapters\. Fix: use --format m"):
         export_run(run, tmp_path / "out", ExportOptions(format_="peft", target="vllm"))
     assert not (tmp_path / "out").exists()
     exported = export_run(run, tmp_path / "out", ExportOptions(target="vllm"))

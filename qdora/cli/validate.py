@@ -9,11 +9,19 @@ from qdora.errors import UserError
 
 @verb
 def validate(recipe: Recipe, set_: Set = None) -> None:
-    """Check the settings and paths of a recipe and print it with all defaults. The data is not read: see `plan`."""
+    """Check the settings and paths of a recipe and print it with all defaults.
+
+    With data.too_long: error the data on this machine is read, for examples that are too long. `plan` reads all data.
+    """
     from qdora.recipe.recipe_file import load_recipe, missing_files, resolved_yaml, settings
 
     loaded = load_recipe(recipe, set_ or [])
     faults = missing_files(loaded, recipe)
     if faults:
         raise UserError(*faults)
+    local = [source.label for source in loaded.data.mix if source.is_local]
+    if loaded.data.too_long == "error" and local:
+        from qdora.run.local_data import check_lengths
+
+        check_lengths(loaded, local)
     emit(settings(loaded), plain=resolved_yaml(loaded))

@@ -108,14 +108,34 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
     """Tokenise every source, or read what an earlier start kept, and put them together.
 
-    Raises: UserError: Faulty rows and examples that are too long, of all sources at once; then unknown sizes.
+    Raises: UserError: As `tokenized_sources`; then unknown sizes.
     """
-    data, cache = recipe.data, None
+    data = recipe.data
+    return make_mix(
+        tokenized_sources(data, tokenizer, train),
+        strategy=data.strategy,
+        temperature=data.temperature,
+        weights=[source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None,
+        max_epochs=[source.max_epochs for source in data.mix],
+        seed=data.seed,
+    )
+
+
+def tokenized_sources(
+    data: DataConfig, tokenizer: Any, train: Sequence[Sequence[Example]], names: Collection[str] | None = None
+) -> list[TokenizedSet | ExampleStream]:
+    """Each source as tokens, made or read from what an earlier start kept; only those of `names`, if given.
+
+    Raises: UserError: Faulty rows and examples that are too long, of all sources at once.
+    """
+    cache = None
     if data.cache != "off":
         cache = TokenCache(default_cache() if data.cache is None else Path(data.cache).expanduser(), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
     faults: list[str] = []
     for number, (source, examples) in enumerate(zip(data.mix, train, strict=True)):
+        if names is not None and source.label not in names:
+            continue
         try:
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, number, tokenizer)
@@ -127,14 +147,7 @@ def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Examp
             faults.extend(f"data.mix[{number}]: {fault}" for fault in error.faults)
     if faults:
         raise UserError(*faults)
-    return make_mix(
-        sets,
-        strategy=data.strategy,
-        temperature=data.temperature,
-        weights=[source.weight or 0.0 for source in data.mix] if data.strategy == "weights" else None,
-        max_epochs=[source.max_epochs for source in data.mix],
-        seed=data.seed,
-    )
+    return sets
 
 
 def _tokenized(

@@ -241,9 +241,9 @@ def tokenize_all(
     Args:
         max_length: Most tokens of an example, special tokens included.
         loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "all" the prompt's as well.
-        too_long: What happens to longer ones. "error": one error with their number. "truncate": cut the front of the
-            prompt, then the end of the answer (of a chat its end), and drop an example that has no token left to learn.
-            "drop": leave them out.
+        too_long: What happens to longer ones. "error": one error with their number, and what the others would lose.
+            "truncate": cut the front of the prompt, then the end of the answer (of a chat its end), and drop an example
+            that has no token left to learn. "drop": leave them out.
     Raises: UserError if examples are too long or have no token to learn, a chat does not fit the chat template or there
         is no template, or no example is left; all faults at once.
     """
@@ -270,13 +270,19 @@ Sorted = tuple[TokenizedExample | str | None, bool]
 
 @dataclass
 class ExampleTally:
-    """Counts what happens to the examples of a source, in the order in which they are added."""
+    """Counts what happens to the examples of a source, in the order in which they are added.
+
+    With too_long "error" also tokens: of all, of those that are too long, and those that truncate would cut.
+    """
 
     name: str
     max_length: int
     too_long: TooLong
     num_truncated: int = 0
     num_dropped: int = 0
+    num_tokens: int = 0
+    num_tokens_too_long: int = 0
+    num_tokens_cut: int = 0
     longest: int = 0
     too_long_ids: list[str] = field(default_factory=list)
     unlearnable_ids: list[str] = field(default_factory=list)
@@ -293,10 +299,14 @@ class ExampleTally:
             self.chat_faults.append(f"{self.name}: example {example.id}: {encoded}")
             return encoded, False
         cut = len(encoded.ids) > self.max_length
+        self.num_tokens += len(encoded.ids)
         if cut:
             self.longest = max(self.longest, len(encoded.ids))
             if self.too_long == "error":
                 self.too_long_ids.append(example.id)
+                left = _cut(encoded, self.max_length)
+                self.num_tokens_too_long += len(encoded.ids)
+                self.num_tokens_cut += len(encoded.ids) - (len(left.ids) if any(left.mask[1:]) else 0)
             self.num_dropped += self.too_long == "drop"
             if self.too_long != "truncate":
                 return None, True
@@ -321,7 +331,9 @@ class ExampleTally:
             faults.append(
                 f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
                 f"({self.max_length}), the longest has {self.longest} tokens. Fix: raise data.max_length, or set "
-                "data.too_long to truncate (cuts the front of the prompt) or drop."
+                f"data.too_long to truncate (cuts {_percent(self.num_tokens_cut, self.num_tokens)} of the tokens, the "
+                f"front of the prompt first) or drop (loses {_percent(len(self.too_long_ids), num_examples)} of the "
+                f"examples, {_percent(self.num_tokens_too_long, self.num_tokens)} of the tokens)."
             )
         if self.unlearnable_ids:
             faults.append(
@@ -390,6 +402,11 @@ def _cut(encoded: _Encoded, max_length: int) -> _Encoded:
     ids = (ids[:prefix] + ids[prefix + num_cut :])[:max_length]
     mask = (mask[:prefix] + mask[prefix + num_cut :])[:max_length]
     return _Encoded(ids, mask, prefix, start - num_cut)
+
+
+def _percent(part: int, whole: int) -> str:
+    """12.3 %, with three digits however small."""
+    return f"{100 * part / whole:.3g} %"
 
 
 def _named(ids: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from qdora.export.logit_comparison import comparison_text, validation_examples
 from qdora.export.merged import merge_of, open_merge, write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.options import ExportOptions, check_options
-from qdora.export.targets import check_scalings, check_target
+from qdora.export.targets import TARGETS, check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import atomic_write_json, atomic_write_text, disk_failures, remove_directory, sync
 from qdora.files.console import bar, consoles
@@ -118,6 +118,9 @@ def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> t
             trained = load_run(run, step=options.step)
         document["audit"] = _audit(trained, out, options, console)
         sentences.append(document["audit"]["verdict"])
+    if options.target is not None and options.form in TARGETS[options.target].installs:
+        document["install"] = package = TARGETS[options.target].installs[options.form]
+        sentences.append(f"{TARGETS[options.target].title} loads it with: pip install {package}")
     card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
     atomic_write_text(out / "README.md", card)
     atomic_write_json(out / "export.json", document)

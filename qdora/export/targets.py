@@ -1,15 +1,19 @@
-"""Which programs load which form of export (`--for`).
+"""Which programs load which form of export (`--for`). Each row describes the release in its title.
 
-The table describes the programs' releases of 2026. No server loads a DoRA adapter as PEFT writes it: vLLM and SGLang
-refuse it (vllm#47395, which would change that for dense bases, is open); the converter of llama.cpp, which Ollama uses
-for adapters, knows lora_A and lora_B only; TensorRT-LLM loaded magnitudes that its own script had divided by the norms
-of a 16-bit base, in the engines that it removed in 2026 (TensorRT-LLM#15918).
+No server loads a DoRA adapter as PEFT writes it: vLLM and SGLang refuse it (vllm#47395, which would change that for
+dense bases, is open); the converter of llama.cpp knows lora_A and lora_B only; TensorRT-LLM loaded magnitudes that its
+own script had divided by the norms of a 16-bit base, in the engines that it removed in 2026 (TensorRT-LLM#15918).
+
+vLLM moved bitsandbytes (vllm#43529, in 0.28) and GGUF (vllm#39612) into plugins, which are on PyPI. SGLang lists
+bitsandbytes in docs/advanced_features/quantization.md; with LoRA adapters on top it failed (sglang#4431, closed without
+a fix). Ollama makes no models with adapters since 0.34.1 (ollama#14969).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from qdora.errors import UserError, nearest
@@ -35,30 +39,48 @@ _FORMS: dict[str, tuple[str, str]] = {
 class ServingTarget:
     """A program that runs models."""
 
-    title: str
+    title: str  # with the release that the row describes
     loads: tuple[Loadable, ...]  # the best form first
     # How it scales a LoRA adapter. patterns: alpha and rank of each layer, as PEFT does; one_rank: one alpha / rank for
-    # all layers; own_rank: one alpha, and the rank of each layer's own factors.
-    reads: Literal["patterns", "one_rank", "own_rank"]
+    # all layers; own_rank: one alpha, and the rank of each layer's own factors. None: it loads no adapters.
+    reads: Literal["patterns", "one_rank", "own_rank"] | None = None
     reads_rank_stabilized: bool = True  # alpha / sqrt(rank)
+    installs: Mapping[str, str] = field(default_factory=dict)
+    """Form -> the package that has to be installed beside the program to load it."""
 
+
+_BNB, _GGUF = "vllm-bnb-plugin", "vllm-gguf-plugin"
 
 TARGETS: dict[str, ServingTarget] = {
     "transformers": ServingTarget(
-        "transformers with PEFT", ("merged", "nf4-lora", "requantized", "lora", "dora"), "patterns"
+        "transformers 5 with PEFT", ("merged", "nf4-lora", "requantized", "lora", "dora"), "patterns"
     ),
-    "vllm": ServingTarget("vLLM", ("merged", "nf4-lora", "requantized", "lora"), "one_rank"),
-    "sglang": ServingTarget("SGLang", ("merged", "lora"), "one_rank", reads_rank_stabilized=False),
-    "tensorrt-llm": ServingTarget("TensorRT-LLM", ("merged", "lora"), "own_rank"),
-    "llama.cpp": ServingTarget("llama.cpp", ("gguf", "lora"), "own_rank", reads_rank_stabilized=False),
-    "ollama": ServingTarget("Ollama", ("gguf", "merged", "lora"), "own_rank", reads_rank_stabilized=False),
+    "vllm": ServingTarget(
+        "vLLM 0.28",
+        ("merged", "nf4-lora", "requantized", "lora", "gguf"),
+        "one_rank",
+        installs={"nf4-lora": _BNB, "requantized": _BNB, "gguf": _GGUF},
+    ),
+    "sglang": ServingTarget(
+        "SGLang 0.5.23",
+        ("merged", "requantized", "lora"),
+        "one_rank",
+        reads_rank_stabilized=False,
+        installs={"requantized": "bitsandbytes"},
+    ),
+    "tensorrt-llm": ServingTarget("TensorRT-LLM 1.2", ("merged", "lora"), "own_rank"),
+    "llama.cpp": ServingTarget("llama.cpp (2026)", ("gguf", "lora"), "own_rank", reads_rank_stabilized=False),
+    "ollama": ServingTarget("Ollama 0.34", ("gguf", "merged")),
 }
 
 
 def check_target_name(name: str) -> None:
     """Raise UserError unless the table has this program."""
     if name not in TARGETS:
-        raise UserError(f"--for: must be one of {', '.join(TARGETS)} (got {name!r}).{nearest(name, TARGETS)}")
+        raise UserError(
+            f"--for: must be one of {', '.join(TARGETS)} (got {name!r}).{nearest(name, TARGETS)} "
+            "Fix: for another program leave it out; most load --format merged."
+        )
 
 
 def check_target(name: str, form: str, recipe: Recipe) -> None:
@@ -82,7 +104,7 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
 def check_scalings(name: str, adapter: AdapterDescription) -> None:
     """Raise UserError if a program would scale a run's LoRA adapter by another alpha / rank than training did."""
     target, layout = TARGETS[name], adapter.layout
-    if target.reads == "patterns":
+    if target.reads in (None, "patterns"):
         return
     scalings = adapter.scalings or {}
     ignores = layout.rank_stabilized and not target.reads_rank_stabilized

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import UserError, nearest
+from qdora.errors import HubFailure, UserError, nearest
 from qdora.model.gguf_file import require_gguf
 from qdora.model.stored_tensors import shard_files
 
@@ -89,7 +89,8 @@ def resolve(
         config, weights: False if they are not wanted; model.tokenizer wants neither.
         setting: Setting or command that the name comes from, for messages.
     Raises:
-        UserError: The model is not found, the Hub cannot be reached, or the weights are pickled or have a broken index.
+        UserError: The model is not found, or the weights are pickled or have a broken index.
+        HubFailure: The Hub cannot be reached, or does not give the model.
     """
     path = Path(source).expanduser()
     faults = []
@@ -205,7 +206,9 @@ def _from_hub(
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{setting}: {source}: {_hub_reason(error, source, revision, setting)}") from error
+        asked = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError)
+        kind = HubFailure if asked and not isinstance(error, RevisionNotFoundError) else UserError
+        raise kind(f"{setting}: {source}: {_hub_reason(error, source, revision, setting)}") from error
     if config:
         check_directory(path, weights=weights)
     # The cache names a snapshot by its commit, which the record of a run needs.

@@ -20,16 +20,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qdora.errors import UserError
+from qdora.errors import HubFailure, UserError
 from qdora.files.environment import available_memory_bytes, cpu_has_bfloat16
 from qdora.memory.host_residency import Piece, check_host_embedding, obstacle, pinned_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.adapter_file import describe_adapter
-from qdora.model.build_model import DTYPES, Compute, put_adapters, recompute_activations
+from qdora.model.build_model import DTYPES, Compute, find_source, put_adapters, recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config
 from qdora.model.peft_config import AdapterLayout
-from qdora.model.source import ModelSource, resolve
+from qdora.model.source import ModelSource
+from qdora.model.stored_tensors import tied_weights
 from qdora.ops.packed import empty_packed
 from qdora.ops.planned_device import planned_on
 from qdora.plan import plan_contents as parts
@@ -38,6 +39,7 @@ from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.fake_step import StepRecorder, empty_model, fill_, ranks_of_adapter, set_unmasked_, update_bytes
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan, over_budget
+from qdora.plan.public_shapes import PublicShape, public_shapes
 from qdora.plan.step_time import Work, known_rates, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
@@ -66,7 +68,8 @@ def plan(
 
     Args:
         budget: Bytes, or a size such as "40GiB" (default: the recipe's `memory.budget`, unless that is auto).
-        config: Config of the model (default: read from `model.source`; from the Hub only config.json).
+        config: Config of the model (default: read from `model.source`; from the Hub only config.json). For a model that
+            the Hub does not give it is made from `public_shapes`, if that has the model; `Plan.stored_shape` says so.
         device_kind: Device of the run; this machine need not have it.
         workload: The micro-batches of a recipe; the one that needs the most memory counts (default: full ones).
     Raises UserError for a model or setting that a run would refuse, too.
@@ -74,7 +77,21 @@ def plan(
     if budget is None and recipe.memory.budget != "auto":
         budget = recipe.memory.budget
     limit = parse_size(budget) if isinstance(budget, str) else budget
-    return planned(recipe, limit, config, device_kind, workload)[1]
+    shape = _stored_shape(recipe) if config is None else None
+    if shape is None:
+        return planned(recipe, limit, config, device_kind, workload)[1]
+    return replace(planned(recipe, limit, shape.config(), device_kind, workload)[1], stored_shape=shape.source)
+
+
+def _stored_shape(recipe: Recipe) -> PublicShape | None:
+    """The stored shape of the recipe's model if there is one and the Hub does not give the model."""
+    shape = public_shapes().get(recipe.model.source)
+    if shape is not None:
+        try:
+            find_source(recipe, weights=False)
+        except HubFailure:
+            return shape
+    return None
 
 
 def planned(
@@ -83,8 +100,7 @@ def planned(
     """The recipe with the neutral changes that it needs to fit, and its `plan`."""
     source = local_source(recipe.model.source)
     if config is None:
-        named = recipe.model
-        source = resolve(named.source, named.revision, trust_remote_code=named.trust_remote_code, weights=False)
+        source = find_source(recipe, weights=False)
         config = load_config(source)
     if recipe.memory.host_embeddings and device_kind == "cuda":
         with _quiet():
@@ -182,7 +198,8 @@ class _StepPlan:
         num_blocks = 0 if found is None else len(found[1])
         streamed, block_bytes = self._streamed(skeleton), self._block_bytes(skeleton)
         embedding_bytes = self._embedding_bytes(skeleton)
-        weights = sum(each.numel() for each in skeleton.parameters())
+        tied = tied_weights(skeleton)  # parameters of their own on the meta device
+        weights = sum(each.numel() for name, each in skeleton.named_parameters() if name not in tied)
         del skeleton
         with _quiet(), planned_on(self.device_kind), torch.random.fork_rng(devices=[]):
             if pattern is None or found is None:

@@ -115,6 +115,7 @@ class Plan:
         embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
         block_bytes: Packed weights of the largest block that could be streamed; 0 if none can.
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
+        stored_shape: Where the shape of the model was read, if it is one of `public_shapes`; None: from its own config.
     """
 
     device_kind: DeviceKind
@@ -133,6 +134,7 @@ class Plan:
     rates: Mapping[str, Any] = field(default_factory=dict)
     budget_bytes: int | None = None
     changes: Sequence[Change] = ()
+    stored_shape: str | None = None
 
     @property
     def peak(self) -> Moment:
@@ -173,6 +175,7 @@ class Plan:
             phases[moment.phase] = max(phases.get(moment.phase, 0), moment.num_bytes)
         return {
             "device": self.device_kind,
+            "stored_shape": self.stored_shape,
             "peak_bytes": self.peak_bytes,
             "tensor_bytes": self.tensor_bytes,
             "peak_in": self.peak.name,

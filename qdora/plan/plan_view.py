@@ -127,13 +127,15 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Micro-batch, time, host memory, assumptions and what to change, one sentence each."""
+    """Micro-batch, a stored shape, time, host memory, assumptions and what to change, one sentence each."""
     shape = plan.shape
     lines = [
         f"Micro-batch: {shape.rows} x {shape.length} tokens{', packed' if shape.packed else ''}, {shape.num_labels:,} "
         f"labelled; {plan.num_micro_batches} micro-batches a step. "
         f"{plan.num_blocks} blocks, {plan.num_weights:,} weights, {plan.num_trainable:,} trainable."
     ]
+    if plan.stored_shape is not None:
+        lines.append(f"Model: the shape stored in qdora, from {plan.stored_shape}, because the Hub does not give it.")
     if plan.step_seconds is not None:
         lines.append(f"Predicted time: {plan.step_seconds:.2g} s per step at the rates of {plan.rates['name']}.")
     if plan.pageable_bytes:

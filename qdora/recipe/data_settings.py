@@ -106,6 +106,11 @@ class SourceConfig(Section):
         """The name in metrics: `name`, the task, or the last part of the source without its ending."""
         return self.name or self.task or Path(self.source or "").name.partition(".")[0] or str(self.source)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the data is in files of this machine: not on the Hub, and not inside the package."""
+        return self.path is not None or (self.source is not None and is_path(self.source))
+
     def unused(self) -> dict[str, str]:
         found = {}
         if self.stream:
