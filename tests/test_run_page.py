@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 from statistics import median
@@ -225,6 +226,17 @@ def test_an_interrupted_run_leaves_a_page(root: Path, tmp_path: Path, monkeypatc
     assert "Finished: 6 of 6 steps." in page(tmp_path / "run").text
 
 
+def test_the_command_that_trains_on_is_accepted(root: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(root, train__steps=..., train__epochs=0.2, **UNEVALUATED)
+    train_run(recipe, tmp_path / "run", console=QUIET)
+    commands = [each["command"] for each in page_of_run(tmp_path / "run", console=QUIET)["next"]]
+    (words,) = [shlex.split(command) for command in commands if "--resume" in command]
+    found = CliRunner().invoke(app, ["--quiet", *words[1:]])
+    assert found.exit_code == 0, found.output
+    assert "train.epochs=0.4" in words
+    assert "Finished: 5 of 5 steps." in page(tmp_path / "run").text
+
+
 def test_a_run_that_wrote_nothing_yet_has_a_page(whole: Path, tmp_path: Path) -> None:
     for name in ("recipe.yaml", "environment.json"):
         shutil.copy(whole / name, tmp_path / name)
@@ -278,6 +290,23 @@ def test_a_warning_is_marked_in_the_log(root: Path, tmp_path: Path) -> None:
     assert text.startswith("An optimizer step takes 100 examples, but the training data has only 50")
 
 
+def test_answers_in_words_have_a_table_of_their_own(whole: Path, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path)
+    outcomes = {0: ["wrong"] * 8 + ["unparsable"] * 4, 6: ["right"] * 9 + ["wrong"] * 3}
+    for step, found in outcomes.items():
+        records = [{"task": "letters", "id": str(n), "outcome": outcome} for n, outcome in enumerate(found)]
+        share = found.count("right") / 12
+        numbers = {"num_examples": 12, "acc": share, "chance": 0.5, "num_unparsable": found.count("unparsable")}
+        document = {"tasks": {"letters": numbers}, "average": numbers, "settings": {}, "per_example": records}
+        (run / f"eval/step-{step}-generated.json").write_text(json.dumps(document))
+    write_page(open_run(run))
+    header, row = next(table for table in page(run).tables if "unparsable" in table[0])
+    assert header == ["task", "examples", "before", "after", "change", "95 % interval", "chance", "unparsable"]
+    half = stats.t.ppf(0.975, 11) * math.sqrt((9 * 0.25**2 + 3 * 0.75**2) / 11 / 12)
+    ends = f"{75 - 100 * half:+.1f} to {75 + 100 * half:+.1f}"
+    assert row == ["letters", "12", "0.0", "75.0", "+75.0", ends, "50.0", "0"]
+
+
 def test_audits_in_the_run_are_shown(whole: Path, tmp_path: Path) -> None:
     run = copy_of(whole, tmp_path)
     (run / "exports").mkdir()
@@ -289,9 +318,9 @@ def test_audits_in_the_run_are_shown(whole: Path, tmp_path: Path) -> None:
     found = page(run)
     assert "Use the merge." in found.text
     assert found.table("form", "largest logit difference") == [
-        ["adapter", "the reference", "–", "–"],
+        ["adapter (what the others are compared with)", "–", "–", "–"],
         ["merged", "0.25", "1e-05", "50.00%"],
-        ["original", "no source", "–", "–"],
+        ["original (not possible: no source)", "–", "–", "–"],
     ]
 
 
@@ -301,7 +330,7 @@ def test_a_damaged_file_is_a_warning_and_the_rest_is_shown(whole: Path, tmp_path
     (run / "trained.json").write_text("[]")
     facts = page_of_run(run, console=QUIET)
     assert any("step-6.json" in text for text in facts["warnings"])
-    assert any("trained.json" in text for text in facts["warnings"])
+    assert len([text for text in facts["warnings"] if "trained.json" in text]) == 1
     assert page(run).table("source", "examples")
     (run / "mix.json").write_text('{"sources": [{"name": "x"}]}')
     with pytest.raises(UserError, match="does not hold what a run writes"):

@@ -63,8 +63,8 @@ def run_facts(run: RunDirectory) -> Facts:
         "time": _time(reader, metrics, steps),
         "layers": reader.json(TRAINED_FILE).get("layers", []),
         "audits": _audits(reader),
-        "next": next_commands(run, status, bool(evaluations)),
-        "warnings": [*_warnings(lines), *reader.faults],
+        "next": next_commands(run, recipe, status, bool(evaluations)),
+        "warnings": [*_warnings(lines), *dict.fromkeys(reader.faults)],
     }
 
 
@@ -96,7 +96,8 @@ class _Reader:
 
 def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts) -> Facts:
     """`state`: finished, stopped early, unfinished or not trained; and the steps done, planned and kept."""
-    kept = [int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-[0-9]*")]
+    names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
+    kept = [int(name) for name in names if name.isdecimal()]
     num_done, num_steps = max([run.last_step() or 0, *kept]), mix.get("num_steps")
     best = reader.tried("adapter/best.json", lambda: adapter_record(run))
     state = "unfinished"
@@ -118,13 +119,13 @@ def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts) -> F
 def _settings(recipe: Recipe, environment: Facts) -> dict[str, Any]:
     """The settings that a reader looks for first."""
     adapter, base, train = recipe.adapter, recipe.base, recipe.train
-    devices = [each["name"] for each in environment.get("devices", [])]
+    devices, has_rank = [each["name"] for each in environment.get("devices", [])], adapter.kind in ("lora", "dora")
     return {
         "base": recipe.model.source,
         "quantisation": base.quant if base.quant in ("none", "int8") else f"{base.quant}, blocks of {base.block_size}",
         "adapter": adapter.kind,
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
+        "rank": adapter.rank if has_rank else None,
+        "alpha": adapter.alpha if has_rank else None,
         "optimizer": train.optimizer,
         "learning rate": train.lr,
         "loss on": recipe.data.loss_on,
@@ -226,7 +227,12 @@ def _time(reader: _Reader, metrics: Lines, steps: Lines) -> dict[str, float]:
         "evaluations": [name for name in reader.names("eval", "step-*.json") if _EVALUATION.fullmatch(name)],
         "generated answers": reader.names("eval", "step-*-generated.json"),
     }
-    found = {"training steps": sum(line["time"]["step_seconds"] for line in steps)}
+    all_logged = len(steps) == (steps[-1]["step"] if steps else 0)
+    found = {
+        "training steps" if all_logged else "training steps, those logged": sum(
+            line["time"]["step_seconds"] for line in steps
+        )
+    }
     for what, names in evaluated.items():
         found[what] = sum(reader.json(name).get("settings", {}).get("seconds") or 0.0 for name in names)
     found["interference"] = sum(line.get("time", {}).get("interference_seconds", 0.0) for line in metrics)
@@ -261,7 +267,9 @@ def _warnings(lines: Sequence[str]) -> list[str]:
     return [text if number == 1 else f"{text} ({number} times)" for text, number in counts.items()]
 
 
-def next_commands(run: RunDirectory, status: Mapping[str, Any], is_evaluated: bool) -> list[dict[str, str]]:
+def next_commands(
+    run: RunDirectory, recipe: Recipe, status: Mapping[str, Any], is_evaluated: bool
+) -> list[dict[str, str]]:
     """`command` and `why` of what can be done with the run now."""
     path = shlex.quote(str(run.path))
     resumed = f"qdora train {shlex.quote(str(run.recipe_file))} --run-dir {path} --resume"
@@ -273,11 +281,12 @@ def next_commands(run: RunDirectory, status: Mapping[str, Any], is_evaluated: bo
     found = [] if is_evaluated else [(f"qdora eval {path} --base", "Evaluate the base, to compare with")]
     if status["state"] != "not trained":
         out = shlex.quote(f"{run.path}-merged")
-        more = 2 * (status["num_steps"] or 0)
+        epochs, steps = recipe.train.epochs, status["num_steps"] or status["num_done"]
+        more = f"train.steps={2 * steps}" if epochs is None else f"train.epochs={2 * epochs:g}"
         found += [
             (f"qdora eval {path}", "Evaluate the adapter"),
             (f"qdora generate {path} --prompt '...'", "Let it answer"),
             (f"qdora export {path} {out} --audit", "Write the merged model, check it and compare all forms"),
-            (f"{resumed} -s train.steps={more}", "Train on, to twice the steps"),
+            (f"{resumed} -s {more}", "Train on, to twice the length"),
         ]
     return [{"command": command, "why": why} for command, why in found]

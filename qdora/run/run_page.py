@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -172,10 +172,11 @@ def _comparison(found: Mapping[str, Any]) -> dict[str, Any]:
         header = "task|examples|before|after|change|95 % interval"
         tables.append(("Loss, nats per answer token", _table(header, 1, map(_loss_row, changes))))
     if found["acc"]:
-        known = [name for name in ("chance", "majority") if any(each[name] is not None for each in guesses.values())]
-        header = "|".join(("task|examples|before|after|change|95 % interval", *known))
+        shown: dict[str, Callable[[Any], str]] = {"chance": _percent, "majority": _percent, "num_unparsable": _count}
+        known = [name for name in shown if any(each[name] is not None for each in guesses.values())]
+        header = "|".join(("task|examples|before|after|change|95 % interval", *known)).replace("num_", "")
         rows = [
-            (*_accuracy_row(each), *(_percent(guesses.get(each["task"], {}).get(name)) for name in known))
+            (*_accuracy_row(each), *(shown[name](guesses.get(each["task"], {}).get(name)) for name in known))
             for each in found["acc"]
         ]
         tables.append(("Accuracy, %", _table(header, 1, rows)))
@@ -201,6 +202,10 @@ def _interval(change: Mapping[str, Any], form: str, factor: float) -> str:
 
 def _number(value: float | None, form: str = ".4f") -> str:
     return _MISSING if value is None else f"{value:{form}}"
+
+
+def _count(number: int | None) -> str:
+    return _MISSING if number is None else f"{number:,}"
 
 
 def _percent(share: float | None, form: str = ".1f") -> str:
@@ -258,12 +263,13 @@ def _most(layers: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def _audit_table(forms: Mapping[str, Any]) -> PageTable:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, form in forms.items():
         logits = form.get("logits")
-        if logits is not None:
-            cells = [f"{logits['max_logit_difference']:.3g}", f"{logits['kl_mean']:.3g}"]
-            rows.append((name, *cells, f"{logits['argmax_agreement']:.2%}"))
-        else:
-            rows.append((name, *[form.get("why_not", "the reference")], *[_MISSING] * 2))
+        if logits is None:
+            why = f"not possible: {form['why_not']}" if "why_not" in form else "what the others are compared with"
+            rows.append((f"{name} ({why})", *[_MISSING] * 3))
+            continue
+        differences = (f"{logits[key]:.3g}" for key in ("max_logit_difference", "kl_mean"))
+        rows.append((name, *differences, f"{logits['argmax_agreement']:.2%}"))
     return _table("form|largest logit difference|mean KL, nats|same next token", 1, rows)
