@@ -18,10 +18,10 @@ several times as long. Each run is planned, trained, evaluated, ranked and expor
              Times, measured memory and the version are left out. Absolute paths are compared relative to the side.
     tensors  adapter/, checkpoints/, base/, the exports and the packed bases in the cache: dtype, shape and SHA-256
 
-A text of several words is wording: a change of it is listed but does not count as a difference. log.txt, model cards
-and figures are not read. The result is one JSON object on stdout: for each run and kind how many values were compared,
-how many are equal, and which differ. The exit code is 1 if any differs. `--allow 'gated/plan:*.rates.*'` accepts the
-differences that match a pattern (run/kind:value) and lists them apart.
+A text of several words is wording: a change of it is listed but does not count as a difference. log.txt, model cards,
+pages and figures are not read. The result is one JSON object on stdout: for each run and kind how many values were
+compared, how many are equal, and which differ. The exit code is 1 if any differs. `--allow 'gated/plan:*.rates.*'`
+accepts the differences that match a pattern (run/kind:value) and lists them apart.
 
 --keep keeps the files of both sides; a later call runs BEFORE again only if its code or the commands have changed.
 --load-old also lets AFTER open copies of BEFORE's runs and packed bases: it evaluates, ranks and exports them, then
@@ -77,7 +77,7 @@ SMALL_MODEL = (
 NOT_COMPARED = ("seconds", "time", "peak_memory_bytes", "qdora_version")
 """Keys of JSON objects whose values are measured, or follow from the version."""
 
-NOT_READ = ("log.txt", "README.md", "environment.json", "complete.json")
+NOT_READ = ("log.txt", "README.md", "report.html", "environment.json", "complete.json")
 """Files of a run or an export whose content is prose, facts about the machine, or check sums of other files."""
 
 

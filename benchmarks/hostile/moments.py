@@ -568,7 +568,7 @@ def tree(folder: Path) -> dict[str, Any]:
         name = file.relative_to(folder).as_posix()
         if file.name == "log.txt":
             continue
-        if name in ("recipe.yaml", "environment.json", "README.md") or file.suffix == ".svg":
+        if name in ("recipe.yaml", "environment.json", "README.md", "report.html") or file.suffix == ".svg":
             found[name] = "is there"  # it names the directory or times
         elif file.parent.name == "eval" or file.name in ("export.json", "plan.json"):
             found[name] = without(json.loads(file.read_bytes()), "seconds", "directory", "run")

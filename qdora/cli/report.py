@@ -8,14 +8,27 @@ from typing import Annotated
 import typer
 
 from qdora.cli.verb import emit, verb
+from qdora.errors import UserError
 
 
 @verb
 def report(
-    directory: Annotated[Path, typer.Argument(help="The directory of a study, finished or not.")],
-    out: Annotated[Path | None, typer.Option(help="Directory of the report; default: report/ in the study.")] = None,
+    directory: Annotated[Path, typer.Argument(help="The directory of a run or of a study, finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the report; default: the run itself, or report/ in the study.")
+    ] = None,
 ) -> None:
-    """Write the report of a study: one HTML page, Markdown, CSV and Parquet."""
-    from qdora.study.report import report_run
+    """Write the report of a run (one HTML page) or of a study (one HTML page, Markdown, CSV and Parquet)."""
+    if (directory / "study.json").is_file():
+        from qdora.study.report import report_run
 
-    emit(report_run(directory, out))
+        emit(report_run(directory, out))
+    elif (directory / "recipe.yaml").is_file():
+        from qdora.run.run_page import page_of_run
+
+        emit(page_of_run(directory, out))
+    else:
+        raise UserError(
+            f"{directory}: must be a run (with recipe.yaml) or a study (with study.json). "
+            "Fix: name a directory that 'qdora train' or 'qdora study' made."
+        )

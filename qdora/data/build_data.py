@@ -302,10 +302,10 @@ def mix_warnings(plan: MixPlan) -> list[str]:
 def show_mix(console: Console, plan: MixPlan) -> None:
     """Print the plan as a table."""
     table = Table(title=_mix_title(plan), title_justify="left")
-    for name in _MIX_COLUMNS:
+    for name in MIX_COLUMNS:
         table.add_column(name, justify="left" if name == "source" else "right")
     for part in plan.sources:
-        table.add_row(*_mix_cells(part))
+        table.add_row(*mix_cells(part))
     console.print(table)
 
 
@@ -313,19 +313,21 @@ def keep_mix(run: RunDirectory, plan: MixPlan) -> None:
     """Write the plan to the run directory: lines of log.txt, and mix.json."""
     run.log(_mix_title(plan))
     for part in plan.sources:
-        name, *numbers = zip(_MIX_COLUMNS, _mix_cells(part), strict=True)
+        name, *numbers = zip(MIX_COLUMNS, mix_cells(part), strict=True)
         run.log(f"{name[1]}: " + ", ".join(f"{what} {value}" for what, value in numbers))
     run.write_json("mix.json", plan.to_dict())
 
 
-_MIX_COLUMNS = ("source", "examples", "tokens", "asked", "seen", "tokens seen", "passes", "cut", "dropped")
+MIX_COLUMNS = ("source", "examples", "tokens", "asked", "seen", "tokens seen", "passes", "cut", "dropped")
+"""Of the table of a mix; asked and seen are shares of the draws."""
 
 
 def _mix_title(plan: MixPlan) -> str:
     return f"{plan.num_steps:,} steps, {'' if plan.is_exact else 'about '}{plan.num_draws:,} examples"
 
 
-def _mix_cells(part: SourcePlan) -> tuple[str, ...]:
+def mix_cells(part: SourcePlan) -> tuple[str, ...]:
+    """A source's cells in `MIX_COLUMNS`."""
     return (
         part.name,
         _count(part.num_examples),

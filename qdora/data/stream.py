@@ -197,10 +197,14 @@ class ExampleStream:
             logger.warning(text, self.name, difference)
         return None
 
+    def first(self, number: int) -> list[TokenizedExample]:
+        """Up to so many examples from the first rows of the files; the position stays. Raises as `check_first_rows`."""
+        return [example for example, _ in self._sample if isinstance(example, TokenizedExample)][:number]
+
     @property
     def mean_length(self) -> float:
         """Tokens of an example, estimated from the first rows."""
-        lengths = [len(example) for example, _ in self._sample if isinstance(example, TokenizedExample)]
+        lengths = [len(example) for example in self.first(_SAMPLE)]
         return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
 
     @cached_property

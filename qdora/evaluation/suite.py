@@ -162,7 +162,7 @@ def spread(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return [examples[index * len(examples) // limit] for index in range(limit)]
 
 
-_FEWEST = 10
+FEWEST = 10
 """Fewest examples whose standard error is shown: of two right answers it is 0."""
 
 
@@ -171,7 +171,7 @@ def compare_table(results: Mapping[str, EvaluationResult]) -> Table:
 
     def cells(result: TaskResult) -> tuple[list[str], list[str]]:
         shared = [str(result.num_examples), percent(result.chance), percent(result.majority)]
-        error = None if result.num_choice_examples < _FEWEST else result.acc_stderr
+        error = None if result.num_choice_examples < FEWEST else result.acc_stderr
         return shared, [percent(result.acc, error), f"{result.nll_per_token:.3f}"]
 
     measures = ["{label} acc %", "{label} NLL/token"]
@@ -377,7 +377,7 @@ def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[Worse
     numbers of examples, or on a single one, are left out.
     """
     found: list[WorseTask] = []
-    singles = _by_task(base.per_example), _by_task(now.per_example)
+    singles = by_task(base.per_example), by_task(now.per_example)
     for metric, sign in _WORSE.items():
         before, after = getattr(base.average, metric), getattr(now.average, metric)
         if before is None or after is None or sign * (after - before) >= 0:
@@ -394,21 +394,36 @@ def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[Worse
     return found
 
 
-def _by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Task -> its records, in their order."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         found.setdefault(record["task"], []).append(record)
     return found
 
 
+def paired_scores(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], metric: LossOrAccuracy
+) -> Paired | None:
+    """The scores of the examples that both evaluations of a task have, new ones first; None for fewer than two."""
+    name = "nll" if metric == "nll_per_token" else "acc"
+    before, after = ({each["id"]: each for each in records if name in each} for records in (old, new))
+    ids = [each for each in before if each in after]
+    if len(ids) < 2:
+        return None
+    scores = [np.array([[each[key][name] for key in ids]], dtype=np.float64) for each in (after, before)]
+    weights = np.ones(len(ids)) if name == "acc" else np.array([after[key]["num_answer_tokens"] for key in ids], float)
+    return Paired(scores[0], scores[1], weights)
+
+
 def _paired_lower(pair: Sequence[Sequence[Mapping[str, Any]]], metric: LossOrAccuracy, sign: float) -> float:
     """Lower end of sign * (now - base) over the same examples; nan for a single one."""
-    name = "nll" if metric == "nll_per_token" else "acc"
-    old, new = ({each["id"]: each for each in records if name in each} for records in pair)
-    ids = [each for each in old if each in new]
-    scores = [np.array([[sign * each[key][name] for key in ids]], dtype=np.float64) for each in (new, old)]
-    weights = np.ones(len(ids)) if name == "acc" else np.array([new[key]["num_answer_tokens"] for key in ids], float)
-    return paired_difference([Paired(scores[0], scores[1], weights)]).lower if len(ids) > 1 else math.nan
+    old, new = pair
+    scores = paired_scores(old, new, metric)
+    if scores is None:
+        return math.nan
+    found = paired_difference([scores])
+    return found.lower if sign > 0 else -found.upper
 
 
 def _apart_lower(old: TaskResult, new: TaskResult, metric: LossOrAccuracy, sign: float) -> float:

@@ -34,6 +34,7 @@ from qdora.model.stored_tensors import shorten
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun, load_run, trained_state
 from qdora.run.model_card import card_files, run_card
+from qdora.run.run_page import leave_page
 
 
 def export_run(
@@ -228,7 +229,7 @@ def _pruned_zeros(trained: TrainedRun) -> dict[str, int] | None:
 
 
 def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
-    """Compare all forms, and write a page to the run."""
+    """Compare all forms, and write the result to the run and its page."""
     opened = None
     if trained.recipe.base.prune is None:
         where, _ = trained_state(trained.run, trained.recipe, options.step)
@@ -246,6 +247,7 @@ def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Cons
     atomic_write_text(
         trained.run.inside("exports", f"{out.name}.md"), audit_page(trained.run.path.resolve().name, found)
     )
+    leave_page(trained.run)
     return found
 
 

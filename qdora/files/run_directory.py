@@ -1,6 +1,7 @@
 """The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
 
-recipe.yaml  environment.json  mix.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/  eval/*.json  README.md
+recipe.yaml  environment.json  mix.json  examples.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/
+trained.json  eval/*.json  report.html  README.md
 
 A checkpoint is whole if its complete.json lists its files and their sizes and check sums agree.
 """
@@ -46,6 +47,8 @@ logger = logging.getLogger("qdora")
 LOCK = ".lock"
 COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
+WARNING_MARK = "WARNING"
+"""Begins the warnings among the lines of log.txt, behind the time."""
 _STEP = re.compile(r"step-(\d+)")
 
 WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "data.cache", "memory")
@@ -483,4 +486,5 @@ class _RunLog(logging.Handler):
         self.run = run
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.run.log(record.getMessage())
+        mark = f"{WARNING_MARK} " if record.levelno >= logging.WARNING else ""
+        self.run.log(f"{mark}{record.getMessage()}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,19 +27,14 @@ def svg_file(path: Path, width: float, height: float) -> Iterator[Figure]:
     figure = new_figure(width, height)
     yield figure
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, _svg(figure, "qdora"))
+    atomic_write_text(path, svg_text(figure))
 
 
-def inline_svg(figure: Figure, name: str) -> str:
-    """The <svg> element of a figure for an HTML page; another name keeps the ids of two figures on a page apart."""
-    text = re.sub(r"<metadata>.*?</metadata>", "", _svg(figure, f"qdora {name}"), flags=re.DOTALL)
-    return text[text.index("<svg") :]
-
-
-def _svg(figure: Figure, salt: str) -> str:
+def svg_text(figure: Figure) -> str:
+    """The figure as the text of an SVG file."""
     import matplotlib as mpl
 
     stream = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
+    with mpl.rc_context({"svg.hashsalt": "qdora", "svg.fonttype": "path"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()

@@ -28,6 +28,7 @@ from qdora.data.build_data import (
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
+from qdora.data.shown_examples import keep_examples
 from qdora.data.tokenize import set_chat_date
 from qdora.errors import UserError
 from qdora.evaluation.generation import generation_faults
@@ -135,6 +136,7 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
     processes.first(lambda: keep_mix(run, mix))
+    processes.first(lambda: keep_examples(run, prepared.loader.tokenised, prepared.tokenizer))
     for text in mix_warnings(mix) if processes.is_first else ():
         logger.warning(text)
     name = prepared.recipe.train.optimizer

@@ -26,6 +26,7 @@ from qdora.model.model_size import model_size
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources
+from qdora.run.run_page import leave_page
 from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
 from qdora.run.validation import RunValidation, adapter_record, best_in_words, best_so_far, selection_value
 from qdora.run.writer import RunWriter
@@ -130,7 +131,7 @@ class Training:
 
     @contextmanager
     def recorded(self, start: int) -> Iterator[None]:
-        """Tell the trackers in the block; at its end draw the figures, also if the run is interrupted or fails."""
+        """Tell the trackers in the block. At its end draw the figures and write the page, however the run ends."""
         self.num_done = start
         if self.state.gates is not None and start == 0:
             self.state.gates.check_budget()
@@ -143,6 +144,8 @@ class Training:
                         self._report_streams()
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
                     write_interference(self.active.directory)
+                    with suppress(RunFailure):  # a full disk does not even take the warning
+                        leave_page(self.active.directory)
 
     def evaluate_base(self) -> None:
         """Evaluate the model before its first step, if the recipe asks for it."""
@@ -172,8 +175,10 @@ class Training:
     def evaluate_and_save(self) -> None:
         """Evaluate the state at the end and write adapter/: that of the best step, or by default the last."""
         num_steps, best = self.active.num_steps, self.state.best
-        if self.state.optimizer is not None and best is None:
-            self.writer.save_final(self.num_done)
+        if self.state.optimizer is not None:
+            self.writer.save_trained(self.num_done)
+            if best is None:
+                self.writer.save_final(self.num_done)
         if self.active.recipe.eval.at_end and self.validation.examples and num_steps > 0 and not self.is_over:
             self.writer.write_metrics({"step": num_steps, **self._evaluate(num_steps).line})
         if best is not None:  # after the last evaluation, which may be the best

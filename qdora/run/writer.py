@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qdora.model.build_model import write_adapter
 from qdora.recipe.recipe_file import settings
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.experiment_trackers import tracking
+from qdora.run.trained_layers import keep_trained
 from qdora.run.validation import BEST_FILE
 from qdora.train.best import best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
@@ -80,6 +82,13 @@ class RunWriter:
             RunFailure: The disk cannot be written, or the best checkpoint is damaged.
         """
         self.processes.first(lambda: self._with_room(lambda: self._write_final(num_done)))
+
+    def save_trained(self, num_done: int) -> None:
+        """Write what `num_done` steps have done to each layer, and what lives in memory. Raises as `write_json`."""
+        optimizer = self.state.optimizer
+        assert optimizer is not None
+        write = partial(keep_trained, self.run, self.active.model, optimizer, num_done)
+        self.processes.first(lambda: self._with_room(write))
 
     def keep_batch(self, bad: BadStep) -> Path:
         """Write all processes' examples of a step that was not applied. Returns the directory."""

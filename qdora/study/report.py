@@ -6,11 +6,9 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from rich.console import Console
@@ -18,8 +16,9 @@ from rich.console import Console
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_bytes, atomic_write_text, disk_failures
 from qdora.files.console import consoles
+from qdora.files.html_page import render_page
 from qdora.files.markdown_table import markdown_table
-from qdora.files.svg_figure import inline_svg, new_figure
+from qdora.files.svg_figure import new_figure, svg_text
 from qdora.study.compare import (
     BASE_ARM,
     CONFIDENCE,
@@ -157,10 +156,8 @@ def _markdown(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -
 
 
 def _html(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -> str:
-    source = resources.files("qdora.study").joinpath("report_page.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(source)
-    return page.render(title=title, verdict=report.verdict, figures=draw_all(report), tables=tables)
+    facts = {"title": title, "verdict": report.verdict, "figures": draw_all(report), "tables": tables}
+    return render_page("qdora.study", "report_page.html.j2", **facts)
 
 
 @dataclass(frozen=True)
@@ -328,7 +325,7 @@ def is_number(value: Any) -> bool:
 
 
 def draw_all(report: Report) -> dict[str, str]:
-    """Title -> <svg> element of every figure that the study has points for."""
+    """Title -> SVG of every figure that the study has points for."""
     rows = report.tables["arms"]
     drawn = {}
     for x, title in (("bits_per_weight", "Quality and bits per weight"), ("sparsity", "Quality and sparsity")):
@@ -363,7 +360,7 @@ def _curves(rows: Rows, x: str, arm_axis: str) -> str:
     for axes in grid[-1]:
         axes.set_xlabel(_X[x])
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize="small")
-    return inline_svg(figure, x)
+    return svg_text(figure)
 
 
 def _lines(axes: Axes, arms: Mapping[str, Rows], x: str, measure: str) -> None:
@@ -399,7 +396,7 @@ def _pareto(rows: Rows, report: Report) -> str:
     axes.set_ylabel(report.metric_label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    return inline_svg(figure, "pareto")
+    return svg_text(figure)
 
 
 def _layers(rows: Rows, axes_names: Sequence[str]) -> str:
@@ -415,4 +412,4 @@ def _layers(rows: Rows, axes_names: Sequence[str]) -> str:
     axes.set_ylabel("relative error of the weight")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    return inline_svg(figure, "layers")
+    return svg_text(figure)

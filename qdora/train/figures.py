@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qdora")
 
 Lines = Sequence[Mapping[str, Any]]
+_SIZE = (5.6, 3.6)  # inches: on a page two stand side by side, and on a phone the letters can be read
 _Plot = Callable[["Axes", Lines, NDArray[np.float64]], None]
 
 
@@ -77,7 +78,7 @@ def _drawn(path: Path, draw: Callable[[Path], None]) -> bool:
 
 
 def _draw(lines: Lines, plot: _Plot, path: Path) -> None:
-    with svg_file(path, 8, 4.5) as figure:
+    with svg_file(path, *_SIZE) as figure:
         axes = figure.add_subplot()
         plot(axes, lines, np.array([line["step"] for line in lines], dtype=float))
         axes.set_xlabel("optimizer step")
@@ -128,7 +129,7 @@ def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *,
         (line,) = axes.plot(*zip(*known, strict=True), marker=".", label=name, gid=f"values {name}", **style)
         if known[0][0] == 0:
             axes.axhline(known[0][1], color=line.get_color(), linestyle=":", linewidth=0.8)
-    axes.set_ylabel(f"validation {label} (dotted: base)")
+    axes.set_ylabel(f"{label} (dotted: base)")
     axes.legend(fontsize="small", ncols=2)
 
 
@@ -143,7 +144,7 @@ _PLOTS: dict[str, _Plot] = {
         from_zero=True,
     ),
     "validation_nll": partial(_validation, metric="nll_per_token", label="NLL, nats per answer token"),
-    "validation_accuracy": partial(_validation, metric="acc", label="accuracy"),
+    "validation_accuracy": partial(_validation, metric="acc", label="validation accuracy"),
     "mean_rank": _curve(lambda line: line["gates"]["mean_rank"], "living components of a layer, mean"),
 }
 

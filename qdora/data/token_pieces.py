@@ -1,0 +1,62 @@
+"""Token ids as pieces of text: what each token says, whether it is in the loss, and which ones are special."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_MOST_BYTES = 4  # of a character in UTF-8, and so the most tokens that it takes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPiece:
+    """One token of an example.
+
+    Attributes:
+        text: What the token adds to the text of those before it. Empty for the first tokens of a character that several
+            tokens spell out byte by byte: the last of them has it.
+        in_loss: Whether the token is a label.
+        is_special: Whether the tokenizer calls it special, such as an end mark.
+    """
+
+    text: str
+    in_loss: bool
+    is_special: bool
+
+
+def token_pieces(tokenizer: Any, input_ids: Sequence[int], loss_mask: Sequence[bool]) -> list[TokenPiece]:
+    """The piece of each token; all texts joined are the decoded text, special tokens included.
+
+    Args:
+        input_ids, loss_mask: (length,) each, as in `TokenizedExample`.
+    """
+    ids = [int(each) for each in input_ids]
+    special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= set(tokenizer.all_special_ids)
+
+    def decoded(start: int, end: int) -> str:
+        text: str = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def is_unfinished(start: int, end: int, text: str) -> bool:
+        """Whether the last character of the text of [start:end] becomes another one with the tokens that follow."""
+        if not text.endswith(_BROKEN):
+            return False
+        longer = (decoded(start, more) for more in range(end + 1, min(end + _MOST_BYTES, len(ids) + 1)))
+        return any(len(each) <= len(text) or not each.startswith(text) for each in longer)
+
+    texts: list[str] = []
+    # A token is decoded behind the ones before it, since some decoders strip the space of the first. Tokens before
+    # `done` have their text; those from it on are bytes of an unfinished character.
+    start = done = 0
+    for index in range(len(ids)):
+        before, now = decoded(start, done), decoded(start, index + 1)
+        if is_unfinished(start, index + 1, now):
+            texts.append("")
+        else:
+            texts.append(now[len(before) :])
+            start, done = done, index + 1
+    both = zip(ids, texts, loss_mask, strict=True)
+    return [TokenPiece(text, bool(learnt), number in special) for number, text, learnt in both]

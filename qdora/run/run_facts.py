@@ -1,0 +1,292 @@
+"""What is known of a run, from the files of its directory alone: the facts of its page, as JSON values."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from qdora.data.shown_examples import EXAMPLES_FILE
+from qdora.errors import first_line
+from qdora.evaluation.before_after import task_changes
+from qdora.evaluation.suite import LossOrAccuracy
+from qdora.files.json_file import read_json_object
+from qdora.files.run_directory import PLAN_FILE, WARNING_MARK, RunDirectory
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.settings import Recipe
+from qdora.run.task_conflicts import interference_in_words
+from qdora.run.trained_layers import TRAINED_FILE
+from qdora.run.validation import adapter_record
+
+_Value = TypeVar("_Value")
+_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
+_EVALUATION = re.compile(r"eval/step-(\d+)\.json")
+_METRICS: tuple[LossOrAccuracy, ...] = ("nll_per_token", "acc")
+_GUESSES = ("chance", "majority", "num_unparsable")
+
+Facts = dict[str, Any]
+Lines = Sequence[Mapping[str, Any]]
+
+
+def run_facts(run: RunDirectory) -> Facts:
+    """All facts of a run, finished or not. What its files do not say is None or empty.
+
+    A file that is missing is no fault; one that cannot be read is a warning among the facts.
+
+    Raises:
+        UserError: recipe.yaml cannot be read.
+    """
+    recipe = load_recipe(run.recipe_file)
+    reader = _Reader(run)
+    metrics = run.metrics()
+    steps = [line for line in metrics if "loss" in line]
+    mix, lines = reader.json("mix.json"), _log_lines(run)
+    status = _status(run, recipe, reader, mix)
+    evaluations = _evaluations(reader, status["adapter_step"])
+    return {
+        "run": str(run.path),
+        "name": run.path.resolve().name,
+        "status": status | {"failure": _failure(lines)},
+        "settings": _settings(recipe, reader.json("environment.json")),
+        "data": mix,
+        "examples": reader.json(EXAMPLES_FILE).get("examples", []),
+        "evaluations": evaluations,
+        "training_loss": _training_loss(steps),
+        "interference": reader.tried("metrics.jsonl", lambda: interference_in_words(run)) or "",
+        "memory": _memory(reader, metrics),
+        "speed": _speed(steps),
+        "time": _time(reader, metrics, steps),
+        "layers": reader.json(TRAINED_FILE).get("layers", []),
+        "audits": _audits(reader),
+        "next": next_commands(run, recipe, status, bool(evaluations)),
+        "warnings": [*_warnings(lines), *dict.fromkeys(reader.faults)],
+    }
+
+
+class _Reader:
+    """Reads files of a run and keeps what is wrong with them."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.faults: list[str] = []
+
+    def tried(self, name: str, read: Callable[[], _Value]) -> _Value | None:
+        """What `read` returns; None, and a fault of the file `name`, if it does not have what a run writes."""
+        try:
+            return read()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.faults.append(f"{name} is damaged: {type(error).__name__}: {first_line(error)}")
+            return None
+
+    def json(self, name: str) -> Facts:
+        """The JSON object in a file; empty if the file is missing or damaged."""
+        if not (self.run.path / name).is_file():
+            return {}
+        return self.tried(name, lambda: read_json_object(self.run.path / name)) or {}
+
+    def names(self, folder: str, pattern: str) -> list[str]:
+        """The files of a folder, by name."""
+        return sorted(f"{folder}/{file.name}" for file in (self.run.path / folder).glob(pattern))
+
+
+def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts) -> Facts:
+    """`state`: finished, stopped early, unfinished or not trained; and the steps done, planned and kept."""
+    names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
+    kept = [int(name) for name in names if name.isdecimal()]
+    num_done, num_steps = max([run.last_step() or 0, *kept]), mix.get("num_steps")
+    best = reader.tried("adapter/best.json", lambda: adapter_record(run))
+    state = "unfinished"
+    if recipe.adapter.kind == "none":
+        state = "not trained"
+    elif run.adapter.is_dir() and best is not None and num_done <= best["num_done"] < best["num_steps"]:
+        state = "stopped early"
+    elif run.adapter.is_dir() and num_steps is not None and num_done >= num_steps:
+        state = "finished"
+    return {
+        "state": state,
+        "num_done": num_done,
+        "num_steps": num_steps,
+        "adapter_step": None if not run.adapter.is_dir() else num_done if best is None else best["step"],
+        "newest_checkpoint": max(kept, default=None),
+    }
+
+
+def _settings(recipe: Recipe, environment: Facts) -> dict[str, Any]:
+    """The settings that a reader looks for first."""
+    adapter, base, train = recipe.adapter, recipe.base, recipe.train
+    devices, has_rank = [each["name"] for each in environment.get("devices", [])], adapter.kind in ("lora", "dora")
+    return {
+        "base": recipe.model.source,
+        "quantisation": base.quant if base.quant in ("none", "int8") else f"{base.quant}, blocks of {base.block_size}",
+        "adapter": adapter.kind,
+        "rank": adapter.rank if has_rank else None,
+        "alpha": adapter.alpha if has_rank else None,
+        "optimizer": train.optimizer,
+        "learning rate": train.lr,
+        "loss on": recipe.data.loss_on,
+        "max length": recipe.data.max_length,
+        "machine": ", ".join(devices) or environment.get("cpu"),
+        "qdora": environment.get("qdora"),
+    }
+
+
+def _evaluations(reader: _Reader, adapter_step: int | None) -> list[Facts]:
+    """Every evaluation of the trained state beside that of the base on the same data, with the change by task.
+
+    First those of the run itself (eval/step-N.json: of the step of adapter/, else of the last one), then those of
+    `qdora eval` (eval/final-NAME.json and eval/base-NAME.json). Answers in words are evaluations of their own.
+    """
+    steps = [int(match[1]) for name in reader.names("eval", "step-*.json") if (match := _EVALUATION.fullmatch(name))]
+    last = max(steps, default=0)
+    after = adapter_step if adapter_step in steps else last or None
+    found = []
+    for end in ("", "-generated"):
+        trained = None if after is None else f"eval/step-{after}{end}.json"
+        found.append(_compared(reader, f"validation{end}", f"eval/step-0{end}.json", trained, after))
+    for name in reader.names("eval", "final-*.json"):
+        what = name.removeprefix("eval/final-").removesuffix(".json")
+        found.append(_compared(reader, what, f"eval/base-{what}.json", name, adapter_step))
+    return [each for each in found if each is not None]
+
+
+def _compared(reader: _Reader, data: str, before: str, after: str | None, step: int | None) -> Facts | None:
+    """The changes from the evaluation in file `before` to that in `after`; None if neither holds tasks."""
+    old, new = ({} if name is None else _with_answers(reader.json(name)) for name in (before, after))
+    if not (old or new):
+        return None
+
+    def compare() -> Facts:
+        changes: Facts = {metric: list(map(asdict, task_changes(old, new, metric))) for metric in _METRICS}
+        tasks = (new or old)["tasks"]
+        guesses = {task: {name: numbers.get(name) for name in _GUESSES} for task, numbers in tasks.items()}
+        return {"data": data, "step": step if new else 0, **changes, "guesses": guesses}
+
+    return reader.tried(after or before, compare)
+
+
+def _with_answers(document: Facts) -> Facts:
+    """An evaluation in which each generated answer has its `acc`, 1 for a right one; empty if it has no tasks."""
+    if "tasks" not in document:
+        return {}
+    records = [
+        record | {"acc": float(record["outcome"] == "right")} if "outcome" in record else record
+        for record in document.get("per_example", [])
+    ]
+    return document | {"per_example": records}
+
+
+def _training_loss(steps: Lines) -> list[Facts]:
+    """Each task's mean training loss, nats per labelled token, over the first and last tenth of the logged steps."""
+    tenth = max(1, len(steps) // 10)
+    ends = steps[:tenth], steps[-tenth:]
+
+    def mean(part: Lines, task: str) -> float | None:
+        numbers = [line["tasks"][task] for line in part if task in line["tasks"]]
+        count = sum(each["num_tokens"] for each in numbers)
+        return sum(each["nll_sum"] for each in numbers) / count if count else None
+
+    tasks = dict.fromkeys(task for line in steps for task in line["tasks"])
+    return [{"task": task, "first": mean(ends[0], task), "last": mean(ends[1], task)} for task in tasks]
+
+
+def _memory(reader: _Reader, metrics: Lines) -> Facts:
+    """Bytes by component: planned at the planned peak, and held from step to step; and both peaks."""
+    plan = reader.json(PLAN_FILE)
+    peaks = [line["time"]["peak_memory_bytes"] for line in metrics if "peak_memory_bytes" in line.get("time", {})]
+    return {
+        "device": "cuda" if reader.json("environment.json").get("devices") else "cpu",
+        "planned": plan.get("components", {}),
+        "planned_peak": plan.get("peak_bytes"),
+        "planned_in": plan.get("peak_in"),
+        "held": reader.json(TRAINED_FILE).get("memory", {}),
+        "measured_peak": max(peaks, default=None),
+    }
+
+
+def _speed(steps: Lines) -> Facts:
+    """Medians over the logged steps; None without any."""
+    seconds = [line["time"]["step_seconds"] for line in steps]
+    rates = [line["num_tokens"] / line["time"]["step_seconds"] for line in steps]
+    return {
+        "num_logged_steps": len(steps),
+        "step_seconds": statistics.median(seconds) if seconds else None,
+        "tokens_per_second": statistics.median(rates) if rates else None,
+        "num_tokens": sum(line["num_tokens"] for line in steps),
+        "num_label_tokens": sum(line["num_label_tokens"] for line in steps),
+    }
+
+
+def _time(reader: _Reader, metrics: Lines, steps: Lines) -> dict[str, float]:
+    """Seconds of each kind of work that was timed; without those that the run did not do."""
+    evaluated = {
+        "evaluations": [name for name in reader.names("eval", "step-*.json") if _EVALUATION.fullmatch(name)],
+        "generated answers": reader.names("eval", "step-*-generated.json"),
+    }
+    all_logged = len(steps) == (steps[-1]["step"] if steps else 0)
+    found = {
+        "training steps" if all_logged else "training steps, those logged": sum(
+            line["time"]["step_seconds"] for line in steps
+        )
+    }
+    for what, names in evaluated.items():
+        found[what] = sum(reader.json(name).get("settings", {}).get("seconds") or 0.0 for name in names)
+    found["interference"] = sum(line.get("time", {}).get("interference_seconds", 0.0) for line in metrics)
+    return {what: seconds for what, seconds in found.items() if seconds}
+
+
+def _audits(reader: _Reader) -> list[Facts]:
+    """Each audit in exports/: its verdict, and how each form differs from the adapter."""
+    found = []
+    for name in reader.names("exports", "*.json"):
+        audit = reader.json(name)
+        if "forms" in audit:
+            found.append({"name": name.removeprefix("exports/").removesuffix(".json"), **audit})
+    return found
+
+
+def _log_lines(run: RunDirectory) -> list[str]:
+    with suppress(OSError):
+        return run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return []
+
+
+def _failure(lines: Sequence[str]) -> str | None:
+    """The error whose traceback ends the log; None if something was logged after it."""
+    return None if not lines or _LINE.match(lines[-1]) else lines[-1].strip() or None
+
+
+def _warnings(lines: Sequence[str]) -> list[str]:
+    """The warnings of log.txt, each once, in their order."""
+    texts = (line[match.end() :] for line in lines if (match := _LINE.match(line)))
+    counts = Counter(text.removeprefix(f"{WARNING_MARK} ") for text in texts if text.startswith(f"{WARNING_MARK} "))
+    return [text if number == 1 else f"{text} ({number} times)" for text, number in counts.items()]
+
+
+def next_commands(
+    run: RunDirectory, recipe: Recipe, status: Mapping[str, Any], is_evaluated: bool
+) -> list[dict[str, str]]:
+    """`command` and `why` of what can be done with the run now."""
+    path = shlex.quote(str(run.path))
+    resumed = f"qdora train {shlex.quote(str(run.recipe_file))} --run-dir {path} --resume"
+    if status["state"] == "unfinished":
+        found = [(resumed, "Continue the run from its newest checkpoint")]
+        if status["newest_checkpoint"] is not None:
+            found.append((f"qdora eval {path}", "Evaluate the newest checkpoint"))
+        return [{"command": command, "why": why} for command, why in found]
+    found = [] if is_evaluated else [(f"qdora eval {path} --base", "Evaluate the base, to compare with")]
+    if status["state"] != "not trained":
+        out = shlex.quote(f"{run.path}-merged")
+        epochs, steps = recipe.train.epochs, status["num_steps"] or status["num_done"]
+        more = f"train.steps={2 * steps}" if epochs is None else f"train.epochs={2 * epochs:g}"
+        found += [
+            (f"qdora eval {path}", "Evaluate the adapter"),
+            (f"qdora generate {path} --prompt '...'", "Let it answer"),
+            (f"qdora export {path} {out} --audit", "Write the merged model, check it and compare all forms"),
+            (f"{resumed} -s {more}", "Train on, to twice the length"),
+        ]
+    return [{"command": command, "why": why} for command, why in found]

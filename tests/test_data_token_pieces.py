@@ -1,0 +1,117 @@
+"""Tokens as text: the pieces are the whole text, with the loss on the right ones, for every decoder."""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from qdora.data.shown_examples import shown_examples
+from qdora.data.token_pieces import token_pieces
+from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.files.visible_text import visible
+from tests import tiny_tokenizer
+
+
+@cache
+def byte_level() -> Any:
+    return tiny_tokenizer.make()
+
+
+@cache
+def with_byte_fallback() -> Any:
+    """As Llama 2: words begin with a mark for the space, unknown characters are bytes, the first space is stripped."""
+    words = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abchelowrd", "▁h"]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("▁", "h")], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make", [byte_level, with_byte_fallback])
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@example(text="héllo wörld 👍🏽 한국")
+@example(text="�� a")
+def test_the_pieces_joined_are_the_text(make: Any, text: str) -> None:
+    tokenizer = make()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = token_pieces(tokenizer, ids, [False] * len(ids))
+    assert len(pieces) == len(ids)
+    assert "".join(piece.text for piece in pieces) == text
+    assert not any(piece.is_special for piece in pieces)
+
+
+def test_special_tokens_and_the_loss() -> None:
+    for tokenizer, end in ((byte_level(), "<|im_end|>"), (with_byte_fallback(), "</s>")):
+        ids = tokenizer("he", add_special_tokens=False)["input_ids"]
+        ids = [*ids, *tokenizer(" wé", add_special_tokens=False)["input_ids"], tokenizer.convert_tokens_to_ids(end)]
+        mask = [index >= 2 for index in range(len(ids))]
+        pieces = token_pieces(tokenizer, ids, mask)
+        assert [piece.in_loss for piece in pieces] == mask
+        assert [piece.text for piece in pieces if piece.is_special] == [end]
+        assert pieces[-1].is_special
+        assert "".join(piece.text for piece in pieces).endswith(f" wé{end}")
+
+
+def test_a_character_of_several_tokens_is_in_the_last_of_them() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer("a👍b", add_special_tokens=False)["input_ids"]
+    assert [piece.text for piece in token_pieces(tokenizer, ids, [True] * len(ids))] == ["a", "", "", "", "👍", "b"]
+
+
+def test_a_character_that_is_cut_off_loses_no_token() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer("a👍", add_special_tokens=False)["input_ids"][:-1]
+    pieces = token_pieces(tokenizer, ids, [True] * len(ids))
+    assert len(pieces) == 4
+    assert pieces[0].text == "a"
+    assert "�" in pieces[-1].text
+
+
+@given(st.text())
+def test_no_character_of_a_visible_text_hides(text: str) -> None:
+    for character in visible(text):
+        assert character in " \n\t" or unicodedata.category(character)[0] not in "CZ"
+    assert visible(text).count("⏎\n") >= text.count("\n")
+
+
+def test_what_hides_is_escaped_and_the_rest_stays() -> None:
+    assert visible("a b\n\té") == "a b⏎\n⇥\té"
+    assert visible("\u202eabc\u200b\x00\ud800\U000e0001\xa0") == "\\u202eabc\\u200b\\x00\\ud800\\U000e0001\\xa0"
+
+
+def source(name: str, lengths: list[int]) -> TokenizedSet:
+    def one(index: int, length: int) -> TokenizedExample:
+        mask = np.arange(length) >= length // 2
+        return TokenizedExample("task", f"{name}{index}", np.full(length, 40, dtype=np.int32), mask)
+
+    return TokenizedSet(name, tuple(one(*pair) for pair in enumerate(lengths)))
+
+
+def test_three_examples_are_taken_from_the_sources_in_turn() -> None:
+    def ids(*sources: TokenizedSet) -> list[str]:
+        return [each["id"] for each in shown_examples(sources, byte_level())]
+
+    a, b = source("a", [3, 3, 3, 3]), source("b", [3])
+    assert ids(a) == ["a0", "a1", "a2"]
+    assert ids(a, b) == ["a0", "b0", "a1"]
+    assert ids(b) == ["b0"]
+    assert ids(b, a, source("c", [3]), source("d", [3])) == ["b0", "a0", "c0"]
+
+
+def test_the_middle_of_a_long_example_is_left_out() -> None:
+    short, long = shown_examples([source("s", [400]), source("l", [1001])], byte_level())[:2]
+    assert (len(short["pieces"]), short["left_out"]) == (400, 0)
+    assert (len(long["pieces"]), long["left_out"]) == (400, 601)
+    assert long["num_tokens"] == 1001
+    assert long["num_in_loss"] == 501
+    behind = long["left_out_behind"]
+    assert [each["in_loss"] for each in long["pieces"]] == [False] * behind + [True] * (400 - behind)
