@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import date
 from itertools import pairwise
 from typing import Any
@@ -81,6 +82,16 @@ BARE += "{% endif %}"
 """No marks at all."""
 JOINED = CHATML.replace("}}\n{{", "}}\n\n{{").replace("assistant\n", "assistant\n\n")
 """The prompt ends in two line ends: one token alone, two before a word."""
+FORGETS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls and m.reasoning_content and "
+    "(messages | last).role != 'assistant' or loop.last and m.tool_calls %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
+) + PROMPT
+NINE_LETTERS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'tool' %}[{{ m.tool_call_id }}]{% endif %}\n"
+    "{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+    "{{ c.function.name }}[{{ c.id }}]{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
+) + PROMPT
 TEMPLATES = {
     "chatml": CHATML,
     "strips": STRIPS_CLOSED,
@@ -250,6 +261,29 @@ def test_model_sees_before_each_turn_what_a_server_gives_it(name: str, fast: boo
         assert turns[index].content in said
         assert not set(said.split("<|")[0]) & set("uvwxyz")
         assert said.rstrip("\n").endswith("|>")
+
+
+def test_turns_that_are_shown_otherwise_once_they_are_answered() -> None:
+    """The thought before a call is there while the model answers its result, and gone when the answer is (gpt-oss)."""
+    tokenizer = make(FORGETS)
+    call = Turn("assistant", "", ({"type": "function", "function": {"name": "f", "arguments": {}}},), reasoning="hm")
+    [part] = encoded(tokenizer, CHAT[0], call, Turn("tool", "12"), CHAT[1])
+    assert learnt(tokenizer, part) == "<think>hm</think>f<|im_end|>the cat<|im_end|>"
+    assert tokenizer.decode(part.ids) == (
+        "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n<think>hm</think>f<|im_end|><|im_start|>tool\n12<|im_end|>"
+        "<|im_start|>assistant\nthe cat<|im_end|>"
+    )
+
+
+def test_ids_of_calls_are_made_where_the_template_wants_nine_letters() -> None:
+    tokenizer = make(NINE_LETTERS)
+    call = {"id": "call_0123456789", "type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = (CHAT[0], Turn("assistant", "", (call, call)), Turn("tool", "1"), Turn("tool", "2"), CHAT[1])
+    [part] = encoded(tokenizer, *turns)
+    text = tokenizer.decode(part.ids)
+    one, two = re.findall(r"f\[(\w{9})\]", text)
+    assert one != two
+    assert re.findall(r"tool\[(\w{9})\]", text) == [one, two]
 
 
 def test_weight_takes_a_turn_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -154,7 +155,7 @@ class _Ending(NamedTuple):
     tool_turn: str = ""
 
 
-_USER, _ANSWER = "Uq7probe", "Aq7probe"
+_USER, _ANSWER, _OTHER = "Uq7probe", "Aq7probe", "\u203bprobe"
 _CALL = Turn("assistant", _ANSWER, ({"type": "function", "function": {"name": "f7probe", "arguments": {"a": "b"}}},))
 _FUNCTION = {
     "name": "f7probe",
@@ -182,7 +183,12 @@ class ChatTemplate:
         self._first_mark = re.compile(rf"\s*(?:{self._mark.pattern})")
 
     def fitted(self, turns: Messages) -> Messages:
-        """The turns as the template takes them: a system prompt that it refuses or drops goes into the first turn."""
+        """The turns as the template takes them: a system prompt that it refuses or drops goes into the first turn.
+
+        Where it wants ids of nine letters for calls (Mistral), they get such ids.
+        """
+        if self.takes_short_ids and any(turn.tool_calls for turn in turns):
+            turns = _with_short_ids(turns)
         if self.takes_system or turns[0].role != "system":
             return turns
         system, rest = turns[0].content, turns[1:]
@@ -252,6 +258,12 @@ class ChatTemplate:
         return "S7probe" in printed or not self._probe(user, prompt=True)
 
     @cached_property
+    def takes_short_ids(self) -> bool:
+        """Whether calls must have ids of nine letters."""
+        turns = (Turn("user", _USER), _CALL, Turn("tool", _USER))
+        return not self._probe(*turns) and bool(self._probe(*_with_short_ids(turns)))
+
+    @cached_property
     def generation_prompt(self) -> str:
         """What the template adds behind a turn of the user before the model answers."""
         user = Turn("user", _USER)
@@ -261,7 +273,7 @@ class ChatTemplate:
     def unprinted(self) -> frozenset[str]:
         """What a chat may have and the template leaves out; a probe that it refuses counts as printed."""
         user, tool = Turn("user", _USER), {"type": "function", "function": _FUNCTION}
-        printed = {
+        printed: dict[str, tuple[str, str]] = {
             "reasoning_content": (self._probe(user, Turn("assistant", _ANSWER, reasoning="R7probe")), "R7probe"),
             "tool_calls": (self._probe(user, _CALL), "f7probe"),
             "turns of role tool": (self._probe(user, _CALL, Turn("tool", "T7probe")), "T7probe"),
@@ -302,6 +314,20 @@ class ChatTemplate:
         """The mark with which `after` goes on from `before`, or the end of sequence."""
         found = self._first_mark.match(after, len(before)) if after.startswith(before) else None
         return found[0] if found else str(self.tokenizer.eos_token or "")
+
+    def answer_start(self, turns: Messages, tools: Tools, text: str, prompt: str) -> tuple[int, bool]:
+        """Where the last turn begins in the text of the turns; whether that is behind the generation prompt.
+
+        Args:
+            prompt: The text that the model sees before that turn. The text of the turns begins otherwise.
+        """
+        last = turns[-1]
+        calls = tuple({**call, "function": {**call["function"], "name": _OTHER}} for call in last.tool_calls)
+        other = replace(last, content=_OTHER, reasoning=last.reasoning and _OTHER, tool_calls=calls)
+        first = shared_length(text, self.render((*turns[:-1], other), tools).text)
+        header = prompt.removeprefix(self.render(turns[:-1], tools).text)
+        begin = text.rfind(header, 0, first) if header != prompt else -1
+        return (first, False) if begin < 0 else (begin + len(header), True)
 
     def closed(self, text: str, end: int, calls: bool) -> tuple[str, int]:
         """The text of a chat up to a turn of the assistant, and the end of the turn with its end mark.
@@ -359,6 +385,17 @@ def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = ()) -> str:
         raise UserError(f"the chat template refuses it: {error}") from None
 
 
+def shared_length(first: str, second: str) -> int:
+    """Number of equal characters at the start of both."""
+    if second.startswith(first):
+        return len(first)
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
+    return low
+
+
 def _as_dict(turn: Turn, parts: bool = False, texts: bool = False) -> dict[str, Any]:
     """A turn for a template; content as `parts`, arguments of calls as `texts` where it wants them so."""
     message: dict[str, Any] = {"role": turn.role, **turn.labels}
@@ -368,6 +405,20 @@ def _as_dict(turn: Turn, parts: bool = False, texts: bool = False) -> dict[str, 
     if turn.tool_calls:
         message["tool_calls"] = [_as_text(call) if texts else call for call in turn.tool_calls]
     return message
+
+
+def _with_short_ids(turns: Messages) -> Messages:
+    """The turns with an id of nine letters for every call, and for the results, which follow in the order of calls."""
+    found, waiting = [], []
+    for number, turn in enumerate(turns):
+        if turn.tool_calls:
+            waiting = [hashlib.sha256(f"{number} {n}".encode()).hexdigest()[:9] for n in range(len(turn.tool_calls))]
+            calls = tuple({**call, "id": id} for call, id in zip(turn.tool_calls, waiting, strict=True))
+            turn = replace(turn, tool_calls=calls)
+        elif turn.role == "tool" and waiting:
+            turn = replace(turn, labels={**turn.labels, "tool_call_id": waiting.pop(0)})
+        found.append(turn)
+    return tuple(found)
 
 
 def _as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.chat_template import RENDER_ERRORS, ChatTemplate, chat_template_of, template_options
+from qdora.data.chat_template import RENDER_ERRORS, ChatTemplate, chat_template_of, shared_length, template_options
 from qdora.data.example import Example
 from qdora.data.messages import Messages
 
@@ -125,7 +125,7 @@ def _plan(tokenizer: Any, chat: Example, loss_on: LossOn, notes: set[str]) -> _C
     """The texts of a chat, or what is wrong with it."""
     template = chat_template_of(tokenizer, chat.tools)
     turns = template.fitted(chat.messages)
-    if turns is not chat.messages:
+    if chat.messages[0].role == "system" and not template.takes_system:
         notes.add("the chat template takes no system prompt: it is put before the first turn of the user.")
     said = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     learnt = [index for index in (said[-1:] if loss_on == "last" else said) if turns[index].learnt]
@@ -155,21 +155,28 @@ def _everything(template: ChatTemplate, chat: Example, turns: Messages) -> _Text
 
 def _part(template: ChatTemplate, chat: Example, turns: Messages, index: int, notes: set[str]) -> _Part:
     """The chat up to a turn of the assistant, which is learnt."""
-    rendered, marks = template.render(turns[: index + 1], chat.tools)
+    text, marks = template.render(turns[: index + 1], chat.tools)
     if index:
         before = template.render(turns[:index], chat.tools, prompt=True)
         marks = marks[len(before.marks) :]
-        start = _shared_length(before.text, rendered)
-        ending = before.text[start:]
+        start, is_prompt = shared_length(before.text, text), text.startswith(before.text)
+        if not is_prompt and not text.startswith(template.render(turns[:index], chat.tools).text):
+            # With the answer the template shows the turns before it otherwise than it did when the model answered.
+            begin, is_prompt = template.answer_start(turns[: index + 1], chat.tools, text, before.text)
+            if is_prompt:
+                start = len(before.text)
+                text = before.text + text[begin:]
+                marks = tuple((first + start - begin, last + start - begin) for first, last in marks)
+            else:
+                start = begin
+        if not is_prompt:
+            notes.add(_unlike_prompt(template))
     else:  # no template takes a chat without turns
-        start = rendered.find(template.generation_prompt) + len(template.generation_prompt)
-        ending = ""
-    if ending:
-        notes.add(_unlike_prompt(template))
-    spans = list(marks) or [(start, len(rendered))]
-    text, end = template.closed(rendered, spans[-1][1], bool(turns[index].tool_calls))
+        start, is_prompt = text.find(template.generation_prompt) + len(template.generation_prompt), True
+    spans = list(marks) or [(start, len(text))]
+    closed, end = template.closed(text, spans[-1][1], bool(turns[index].tool_calls))
     spans[-1] = (spans[-1][0], end)
-    return _Part(_Text(text, tuple(spans), () if ending else (start,), spans[0][0]), rendered, index)
+    return _Part(_Text(closed, tuple(spans), (start,) if is_prompt else (), spans[0][0]), text, index)
 
 
 def _unlike_prompt(template: ChatTemplate) -> str:
@@ -218,17 +225,6 @@ def _whole(template: ChatTemplate, parts: list[_Part]) -> _Text | None:
         spans += [*cut[:-1], (cut[-1][0], end)]
     prompts = tuple(border for part in parts for border in part.text.prompts)
     return _Text(last.text, (*spans, *last.spans), prompts, last.last) if spans else None
-
-
-def _shared_length(first: str, second: str) -> int:
-    """Number of equal characters at the start of both."""
-    if second.startswith(first):
-        return len(first)
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
-    return low
 
 
 def _encode(tokenizer: Any, texts: Sequence[_Text]) -> list[_Tokens]:
