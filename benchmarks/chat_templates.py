@@ -49,6 +49,8 @@ TOOL = {
     },
 }
 
+FUNCTION = {"name": "tooltool", "arguments": {"place": "argword"}}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -65,9 +67,9 @@ class Case:
         for number in range(self.turns):
             found.append({"role": "user", "content": f"userword{number}"})
             if self.tools and number == 0:
-                call = {"type": "function", "function": {"name": "tooltool", "arguments": {"place": "argword"}}}
+                call = {"id": "callcall1", "type": "function", "function": FUNCTION}
                 found.append(self._said({"content": "", "tool_calls": [call]}, "first"))
-                found.append({"role": "tool", "content": "resultword"})
+                found.append({"role": "tool", "tool_call_id": "callcall1", "content": "resultword"})
             found.append(self._said({"content": f"answerword{number}"}, str(number)))
         return found
 
@@ -90,7 +92,8 @@ def tokenizer_of(*templates: str) -> Any:
 
 
 def in_forms(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The chat with plain texts, with lists of parts, and with the arguments of calls as JSON text."""
+    """The chat with plain texts, with lists of parts, with the arguments of calls as JSON text, and with the system
+    prompt in the first turn of the user."""
 
     def parts(message: dict[str, Any]) -> dict[str, Any]:
         return message | {"content": [{"type": "text", "text": message["content"]}]}
@@ -101,7 +104,10 @@ def in_forms(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
         return message | ({"tool_calls": calls} if calls else {})
 
-    return [messages, [parts(each) for each in messages], [texts(each) for each in messages]]
+    folded = messages
+    if messages[0]["role"] == "system":
+        folded = [messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]
+    return [messages, [parts(each) for each in messages], [texts(each) for each in messages], folded]
 
 
 def served(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, form: int, **options: Any) -> Any:
@@ -113,7 +119,7 @@ def served(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, form: int
 def form_of(tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> int | str:
     """The first form in which the template prints the last answer, or why it takes none."""
     reasons = []
-    for form in range(3):
+    for form in range(4):
         try:
             if messages[-1]["content"] in served(tokenizer, messages, tools, form):
                 return form
@@ -177,11 +183,12 @@ def counted(tokenizer: Any, variant: Any, case: Case, counts: Counter[str], note
         marked = marked_turns(variant, messages, tools, theirs)
     marks = tuple(tokenizer.get_added_vocab())
     for number, (index, (ids, start, end)) in enumerate(zip(said, turns, strict=True)):
-        text, prompt = tokenizer.decode(ids[start:end]), served(tokenizer, messages[:index], tools, form, **PROMPT)
+        text, shown = tokenizer.decode(ids[start:end]), served(tokenizer, messages[:index], tools, form, **PROMPT)
+        prompt = tokenizer(shown, add_special_tokens=False)["input_ids"]
         printed = messages[index]["content"] in text and text.rstrip().endswith(marks)
         counts["answer_and_end"] += printed
         counts["others"] += any(word in text for word in ("sysword", "userword", "resultword"))
-        counts["served"] += ids[:start] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        counts["served"] += start <= len(prompt) and ids[: len(prompt)] == prompt
         if marked:
             counts["marked"] += 1
             counts["as_marked"] += text in marked[number]

@@ -87,6 +87,13 @@ FORGETS = (
     "(messages | last).role != 'assistant' or loop.last and m.tool_calls %}<think>{{ m.reasoning_content }}</think>"
     "{% endif %}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
 ) + PROMPT
+LAST_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{% if loop.last and system is defined %}{{ system }}. "
+    "{% endif %}{{ m.content }}<|assistant|>{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>{% endif %}"
+    "{% endfor %}"
+)
+"""The system prompt stands before the last question, and nowhere once that is answered; no generation prompt."""
 NINE_LETTERS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'tool' %}[{{ m.tool_call_id }}]{% endif %}\n"
     "{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
@@ -104,6 +111,7 @@ TEMPLATES = {
     "drops system": DROPS_SYSTEM,
     "marked": MARKED,
     "bare": BARE,
+    "last system": LAST_SYSTEM,
     "joined": JOINED,
 }
 MARKS = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|return|>", "<|eos|>", "<think>", "</think>"]
@@ -273,6 +281,15 @@ def test_turns_that_are_shown_otherwise_once_they_are_answered() -> None:
         "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n<think>hm</think>f<|im_end|><|im_start|>tool\n12<|im_end|>"
         "<|im_start|>assistant\nthe cat<|im_end|>"
     )
+
+
+def test_system_prompt_that_moves_is_where_the_model_sees_it() -> None:
+    tokenizer = make(LAST_SYSTEM)
+    texts = [tokenizer.decode(part.ids) for part in encoded(tokenizer, Turn("system", "Be kind"), *CHAT)]
+    assert texts == [
+        "<|user|>Be kind. Hi<|assistant|> the cat<|im_end|>",
+        "<|user|>Hi<|assistant|> the cat<|im_end|><|user|>Be kind. Why?<|assistant|> the dog<|im_end|>",
+    ]
 
 
 def test_ids_of_calls_are_made_where_the_template_wants_nine_letters() -> None:

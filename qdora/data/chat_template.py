@@ -103,8 +103,8 @@ def _variables(template: str) -> set[str]:
 
 def template_options(*templates: str) -> list[str]:
     """Variables that templates read if they are defined: those that a recipe may give."""
-    tested = set().union(*(re.findall(r"(?<![.\w])(\w+) is (?:not )?defined", text) for text in templates))
-    return sorted(tested.intersection(*[set().union(*map(_variables, templates))]) - _RESERVED)
+    tested = re.findall(r"(?<![.\w])(\w+) is (?:not )?defined", "\n".join(templates))
+    return sorted(set(tested) & set().union(*map(_variables, templates)) - _RESERVED)
 
 
 def require_chat_template(tokenizer: Any, name: str) -> None:
@@ -155,6 +155,7 @@ class _Ending(NamedTuple):
     tool_turn: str = ""
 
 
+_SHORT_ID = 9
 _USER, _ANSWER, _OTHER = "Uq7probe", "Aq7probe", "\u203bprobe"
 _CALL = Turn("assistant", _ANSWER, ({"type": "function", "function": {"name": "f7probe", "arguments": {"a": "b"}}},))
 _FUNCTION = {
@@ -187,7 +188,8 @@ class ChatTemplate:
 
         Where it wants ids of nine letters for calls (Mistral), they get such ids.
         """
-        if self.takes_short_ids and any(turn.tool_calls for turn in turns):
+        ids = [str(call.get("id", "")) for turn in turns for call in turn.tool_calls]
+        if any(len(id) != _SHORT_ID for id in ids) and self.takes_short_ids:
             turns = _with_short_ids(turns)
         if self.takes_system or turns[0].role != "system":
             return turns
@@ -325,8 +327,11 @@ class ChatTemplate:
         calls = tuple({**call, "function": {**call["function"], "name": _OTHER}} for call in last.tool_calls)
         other = replace(last, content=_OTHER, reasoning=last.reasoning and _OTHER, tool_calls=calls)
         first = shared_length(text, self.render((*turns[:-1], other), tools).text)
-        header = prompt.removeprefix(self.render(turns[:-1], tools).text)
-        begin = text.rfind(header, 0, first) if header != prompt else -1
+        unasked = self.render(turns[:-1], tools).text
+        header = prompt.removeprefix(unasked) if prompt.startswith(unasked) else ""
+        if not header:  # a prompt that only ends with the turn before; 16 characters where that has no mark
+            header = prompt[max((found.start() for found in self._mark.finditer(prompt)), default=-16) :]
+        begin = text.rfind(header, 0, first)
         return (first, False) if begin < 0 else (begin + len(header), True)
 
     def closed(self, text: str, end: int, calls: bool) -> tuple[str, int]:
@@ -412,7 +417,9 @@ def _with_short_ids(turns: Messages) -> Messages:
     found, waiting = [], []
     for number, turn in enumerate(turns):
         if turn.tool_calls:
-            waiting = [hashlib.sha256(f"{number} {n}".encode()).hexdigest()[:9] for n in range(len(turn.tool_calls))]
+            waiting = [
+                hashlib.sha256(f"{number} {n}".encode()).hexdigest()[:_SHORT_ID] for n in range(len(turn.tool_calls))
+            ]
             calls = tuple({**call, "id": id} for call, id in zip(turn.tool_calls, waiting, strict=True))
             turn = replace(turn, tool_calls=calls)
         elif turn.role == "tool" and waiting:
