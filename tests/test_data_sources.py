@@ -18,6 +18,7 @@ import pytest
 from qdora.data import demo, sources
 from qdora.data.build_data import plan_mix, read_data, tokenized_mix, unused_warnings
 from qdora.data.loader import StepLoader
+from qdora.data.messages import Turn
 from qdora.data.row_formats import commonsense_task
 from qdora.data.rows import rows_of
 from qdora.data.sources import load_source, train_and_validation
@@ -96,7 +97,7 @@ def test_completion_is_joined_as_it_stands(tmp_path):
 def test_messages(tmp_path):
     for suffix in (".jsonl", ".parquet"):
         [example] = load_source(SourceConfig(source=write(tmp_path / f"a{suffix}", [CHAT])))
-        assert example.messages == (("user", "Hi"), ("assistant", "Hello"))
+        assert example.messages == (Turn("user", "Hi"), Turn("assistant", "Hello"))
         assert example.prompt == example.answer == ""
 
 
@@ -245,7 +246,7 @@ def test_unknown_columns(tmp_path):
             {"messages": [{"role": "asistant", "content": "x"}]},
             "messages[0].role: must be one of system, user, assistant, tool, got 'asistant'. Did you mean 'assistant'?",
         ),
-        ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content: must be text, got 1"),
+        ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content: must be text or a list of parts, got 1"),
         (
             {"messages": [{"role": "user", "content": "x"}]},
             "messages: no turn of role assistant with content, so there is nothing to learn",
@@ -401,10 +402,11 @@ def test_what_is_not_read_is_named_once_a_source(tmp_path):
         "role": "assistant",
         "content": "Hello",
         "tool_calls": [{"name": "f"}],
-        "weight": 0,
+        "weight": 1,
+        "rating": 5,
         "reasoning_content": "",
     }
-    chat = {"messages": [CHAT["messages"][0], call], "tools": "[]", "task": "t", "empty": None}
+    chat = {"messages": [CHAT["messages"][0], call], "tools": "[]", "topic": "x", "task": "t", "empty": None}
     write(tmp_path / "chat.jsonl", [CHAT, chat, chat])
     write(tmp_path / "pairs.jsonl", [PAIR | {"id": 1, "source": "x"}] * 3)
     write(tmp_path / "all.jsonl", [PAIR] * 3)
@@ -414,11 +416,11 @@ def test_what_is_not_read_is_named_once_a_source(tmp_path):
     loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=2, micro_batch_tokens=99, pad_id=0)
     plan = plan_mix(found, loader, 2)
     assert unused_warnings(plan) == [
-        "chat: not used for training: messages.tool_calls, messages.weight, tools.",
+        "chat: not used for training: messages.rating, topic.",
         "pairs: not used for training: source.",
     ]
     assert [each["unused"] for each in plan.to_dict()["sources"]] == [
-        ["messages.tool_calls", "messages.weight", "tools"],
+        ["messages.rating", "topic"],
         ["source"],
         [],
     ]

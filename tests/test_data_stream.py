@@ -435,17 +435,42 @@ def test_a_mended_row_is_no_change(tmp_path, bad, taken_out):
 
 def test_chats_that_the_template_refuses_are_faulty_rows(tmp_path):
     strict = tiny_tokenizer.make(
-        chat_template="{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}"
+        chat_template="{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tool turns') }}"
         "{% endif %}{{ m['content'] }}{% endfor %}"
     )
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
-    rows = [{"messages": turns}] * 5 + [{"messages": [{"role": "system", "content": "x"}, *turns], "tools": "f"}]
+    rows = [{"messages": turns}] * 5 + [{"messages": [{"role": "tool", "content": "x"}, *turns], "topic": "f"}]
     one = stream(write(tmp_path, "jsonl", rows), tokenizer=strict)
     for _ in range(11):
         one.next()
     assert one.position.num_bad >= 2
-    assert one.position.bad_rows[0].endswith(": the chat template refuses it: no system turns")
-    assert one.unused == {"tools"}
+    assert one.position.bad_rows[0].endswith(": the chat template refuses it: no tool turns")
+    assert one.unused == {"topic"}
+
+
+def test_chats_that_give_several_examples_resume_between_them(tmp_path):
+    """The template prints an earlier answer otherwise, so that each turn is an example of its own."""
+    template = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}<|im_end|>{% endfor %}"
+    tokenizer = tiny_tokenizer.make(chat_template=template)
+    rows = [
+        {"messages": [{"role": role, "content": f"{role[0]}{n}"} for _ in range(2) for role in ("user", "assistant")]}
+        for n in range(9)
+    ]
+    options = {"tokenizer": tokenizer, "window": 4}
+    file = write(tmp_path, "parquet", rows)
+    one = stream(file, **options)
+    assert one.num_examples == 18
+    states, drawn = [], []
+    for _ in range(40):
+        states.append(one.state_dict())
+        drawn.append(one.next().input_ids.tolist())
+    assert len({tuple(each) for each in drawn[:18]}) == 18
+    assert one.position.num_drawn == 40
+    assert (states[18]["epoch"], states[19]["part"]) == (0, 1)
+    for place, state in enumerate(states[:-2]):
+        resumed = stream(file, **options)
+        resumed.load_state_dict(json.loads(json.dumps(state)))
+        assert [resumed.next().input_ids.tolist() for _ in range(3)] == drawn[place : place + 3]
 
 
 def test_text_in_parquet_that_is_no_utf8_is_one_faulty_row(tmp_path):

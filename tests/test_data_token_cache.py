@@ -14,7 +14,8 @@ import pytest
 
 from qdora.data import build_data, token_cache
 from qdora.data.build_data import read_data, tokenized_mix
-from qdora.data.tokenize import TokenizedSet, set_chat_date
+from qdora.data.chat_template import set_chat_date
+from qdora.data.tokenize import TokenizedSet
 from qdora.recipe.data_settings import DataConfig
 from tests import tiny_tokenizer
 
@@ -29,7 +30,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(folder: Path, kind: str = "pairs", num_rows: int = 40) -> Path:
     file = folder / f"{kind}.jsonl"
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
-    rows: list[dict[str, Any]] = [{"messages": turns, "tools": "f"}] * num_rows
+    rows: list[dict[str, Any]] = [{"messages": turns, "topic": "f"}] * num_rows
     if kind == "pairs":
         rows = [{"prompt": f"{n}:", "completion": " yes" * (1 + n % 9), "task": f"t{n % 2}"} for n in range(num_rows)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -82,7 +83,7 @@ def test_a_second_start_reads_the_same_tokens(tmp_path: Path, counted: list[str]
     assert not cache.exists()
     assert [same(first, made(file, cache, **options)) for _ in range(3)] == [True] * 3
     assert len(counted) == 2
-    assert first.unused == (("tools",) if kind == "chats" else ())
+    assert first.unused == (("topic",) if kind == "chats" else ())
     assert len(list(cache.iterdir())) == 1
 
 

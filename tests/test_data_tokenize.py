@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import date
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qdora.data.encode_chats import _encode as encode
 from qdora.data.example import Example
+from qdora.data.messages import Turn
 from qdora.data.tokenize import (
     TokenizedSet,
-    chat_text,
     encode_batch,
-    encode_chats,
     encode_pairs,
-    set_chat_date,
     special_prefix,
     tokenize_all,
 )
@@ -26,7 +23,7 @@ from tests import tiny_tokenizer
 PLAIN = tiny_tokenizer.make()
 BOS = tiny_tokenizer.make(bos=True)
 BOTH = tiny_tokenizer.make(bos=True, adds_eos=True)
-CHAT = (("user", "Hi"), ("assistant", "the cat"), ("user", "Why?"), ("assistant", "the dog"))
+CHAT = (Turn("user", "Hi"), Turn("assistant", "the cat"), Turn("user", "Why?"), Turn("assistant", "the dog"))
 
 
 def example(prompt="Question: is the sky blue?\nAnswer:", answer=" yes", id="0", messages=()):
@@ -122,55 +119,6 @@ def test_many_pairs_are_the_same_as_one_by_one():
     assert encode_pairs(BOS, []) == []
 
 
-# Chat
-
-
-def test_only_what_the_assistant_says_is_learnt():
-    done = tokenize_one(example("", "", messages=CHAT), BOS, max_length=200)
-    assert text(BOS, done) == (  # no <s>: the template decides
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nthe cat<|im_end|>\n"
-        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nthe dog<|im_end|>\n"
-    )
-    assert learnt(BOS, done) == "the cat<|im_end|>\nthe dog<|im_end|>\n"
-    everything = tokenize_one(example("", "", messages=CHAT), BOS, max_length=200, loss_on="all")
-    assert everything.loss_mask.sum() == len(everything) - 1
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    drops = tiny_tokenizer.make(
-        chat_template="{% for m in messages %}[{{ m['role'] }}]"
-        "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    with pytest.raises(UserError, match=r"chats: example 7: messages\[1\]: the chat template renders this turn differ"):
-        tokenize_all([example("", "", "7", CHAT)], drops, name="chats", max_length=200)
-    last_only = tokenize_one(example("", "", messages=CHAT[:2]), drops, max_length=200)
-    assert learnt(drops, last_only) == "the cat"
-    assert tokenize_one(example("", "", messages=CHAT), drops, max_length=200, loss_on="all") is not None
-
-
-def test_a_template_that_refuses_a_role():
-    strict = tiny_tokenizer.make(
-        chat_template="{% for m in messages %}{% if m['role'] == 'system' %}"
-        "{{ raise_exception('no system turns') }}{% endif %}{{ m['content'] }}{% endfor %}"
-    )
-    chats = [example("", "", str(n), (("system", "x"), *CHAT)) for n in range(5)]
-    with pytest.raises(UserError) as error:
-        tokenize_all(chats, strict, name="chats", max_length=200)
-    assert error.value.faults == (
-        *(f"chats: example {n}: the chat template refuses it: no system turns" for n in range(3)),
-        "chats: 2 more chats that do not fit the template",
-    )
-
-
-def test_no_chat_template():
-    bare = tiny_tokenizer.make(chat_template=None)
-    with pytest.raises(
-        UserError, match=r"chats: holds chats, but the tokenizer .* has no chat template. Fix: set model.token"
-    ):
-        tokenize_all([example("", "", messages=CHAT)], bare, name="chats", max_length=200)
-
-
 def test_no_end_of_sequence_token():
     with pytest.raises(UserError, match=r"x: the tokenizer has no end-of-sequence token"):
         tokenize_all([example()], tiny_tokenizer.make(eos=None), name="x", max_length=200)
@@ -255,8 +203,8 @@ def test_a_text_of_megabytes_is_shortened_before_it_is_encoded_to_the_same_token
         "answer": example("Why?", words),
         "both": example(words, words),
         "text": example("", words),
-        "user": example("", "", messages=(("user", words), CHAT[1])),
-        "assistant": example("", "", messages=(CHAT[0], ("assistant", words), *CHAT[2:])),
+        "user": example("", "", messages=(Turn("user", words), CHAT[1])),
+        "assistant": example("", "", messages=(CHAT[0], Turn("assistant", words), *CHAT[2:])),
     }[place]
 
     def tokenized():
@@ -270,6 +218,10 @@ def test_a_text_of_megabytes_is_shortened_before_it_is_encoded_to_the_same_token
     given = []
     monkeypatch.setattr(
         "qdora.data.tokenize.encode_batch", lambda _, texts: given.extend(texts) or encode_batch(PLAIN, texts)
+    )
+    monkeypatch.setattr(
+        "qdora.data.encode_chats._encode",
+        lambda _, texts: given.extend(each.text for each in texts) or encode(PLAIN, texts),
     )
     short = tokenized()
     assert max(map(len, given)) < len(words)
@@ -297,7 +249,7 @@ def test_truncated_text_and_chats_lose_their_end():
 
 
 def test_an_example_without_a_token_to_learn():
-    chat = example("", "", "9", (("user", "Hi"),))
+    chat = example("", "", "9", (Turn("user", "Hi"),))
     with pytest.raises(UserError, match=r"x: 1 example \(9\) without a token to learn"):
         tokenize_all([chat, example()], PLAIN, name="x", max_length=100)
 
@@ -309,29 +261,3 @@ def test_order_and_sums():
     assert [one.id for one in done.examples] == [str(n) for n in range(1500)]
     assert isinstance(done, TokenizedSet)
     assert done.num_tokens == sum(one.input_ids.size for one in done.examples)
-
-
-# Templates that print the date
-
-DATED = (
-    "  {%- if not date_string is defined %}{%- if strftime_now is defined %}"
-    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}'
-    "{%- endif %}\nToday: {{ date_string }} {{ strftime_now('%-d/%m %A %Y-%m-%d 100%%') }}\n" + tiny_tokenizer.CHATML
-)
-"""As in Llama 3.2, behind white space that a template drops."""
-
-
-def test_a_template_prints_the_date_that_was_set():
-    turns = [{"role": "user", "content": "Hi"}]
-    tokenizer = tiny_tokenizer.make(chat_template=DATED)
-    assert chat_text(tokenizer, turns) == tokenizer.apply_chat_template(turns, tokenize=False)  # today
-    set_chat_date(tokenizer, "2024-02-01")
-    chat = "<|im_start|>user\nHi<|im_end|>\n"
-    assert chat_text(tokenizer, turns) == f"Today: 01 Feb 2024 1/02 Thursday 2024-02-01 100%\n{chat}"
-    ids, mask = encode_chats(tokenizer, [CHAT])[0]
-    assert tokenizer.decode(ids).startswith("Today: 01 Feb 2024 ")
-    assert tokenizer.decode(np.array(ids)[mask]) == "the cat<|im_end|>\nthe dog<|im_end|>\n"
-    today = date.today().isoformat()
-    set_chat_date(tokenizer, today)
-    assert chat_text(tokenizer, turns) == tokenizer.apply_chat_template(turns, tokenize=False)
-    assert "qdora" not in tokenizer.chat_template

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qdora.data.example import Example
+from qdora.data.messages import Turn
 from qdora.data.tokenize import tokenize_all
 from qdora.errors import UserError
 from qdora.evaluation.loglikelihood import score_answers, score_choices
@@ -127,7 +128,12 @@ def test_a_long_answer_keeps_half_a_window_of_its_prompt() -> None:
 
 def test_a_chat_is_scored_on_the_assistants_turns() -> None:
     net, tokenizer = model(), tiny_tokenizer.make()
-    messages = (("user", "what says moo?"), ("assistant", "a cow"), ("user", "sure?"), ("assistant", "yes"))
+    messages = (
+        Turn("user", "what says moo?"),
+        Turn("assistant", "a cow"),
+        Turn("user", "sure?"),
+        Turn("assistant", "yes"),
+    )
     (found,) = score_answers(net, tokenizer, [Example("t", "chat", "", "", messages=messages)])
     encode = tokenizer.encode
     first = encode("<|im_start|>user\nwhat says moo?<|im_end|>\n<|im_start|>assistant\n")
@@ -140,7 +146,7 @@ def test_a_chat_is_scored_on_the_assistants_turns() -> None:
 
 def test_kinds_of_examples_keep_their_order() -> None:
     net, tokenizer = model(), tiny_tokenizer.make()
-    chat = Example("t", "chat", "", "", messages=(("user", "moo?"), ("assistant", "a cow")))
+    chat = Example("t", "chat", "", "", messages=(Turn("user", "moo?"), Turn("assistant", "a cow")))
     text = Example("t", "text", "", "the lazy dog")
     together = score_answers(net, tokenizer, [text, chat, EXAMPLES[0], chat])
     assert [score.id for score in together] == ["text", "chat", "0", "chat"]
@@ -175,7 +181,7 @@ def test_faults_are_gathered() -> None:
         score_answers(
             net,
             tiny_tokenizer.make(chat_template=None),
-            [Example("t", "c", "", "", messages=(("user", "a"), ("assistant", "b")))],
+            [Example("t", "c", "", "", messages=(Turn("user", "a"), Turn("assistant", "b")))],
         )
     with pytest.raises(UserError, match="example e: the answer has no token to score"):
         score_answers(net, tokenizer, [Example("t", "e", "", "a")])

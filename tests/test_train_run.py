@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qdora.data.tokenize import chat_text
+from qdora.data.chat_template import prompt_text
+from qdora.data.messages import Turn
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
@@ -528,6 +529,31 @@ def test_json_is_one_document_on_standard_output(root: Path, tmp_path: Path) -> 
     assert json.loads(done.stdout)["train"]["steps"] == 1
 
 
+def test_a_run_keeps_its_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.chat_template and template_kwargs reach training, the loaded run and its exports; the file may change."""
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% if loud is defined and loud %}LOUD{% endif %}" + tiny_tokenizer.CHATML)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 30)
+    chats = {"data__mix": [{"source": str(tmp_path / "chats.jsonl")}], "data__chat_template": str(file)}
+    recipe = tiny_run.recipe(tmp_path, **chats, data__template_kwargs={"loud": True}, train__steps=2)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Interrupted):
+            train_run(recipe, tmp_path / "run")
+    before = file.read_text()
+    file.write_text(tiny_tokenizer.CHATML + "{% if loud is defined %}{% endif %}")
+    with pytest.raises(UserError, match=r"data.chat_template differs from .*run/chat_template.jinja, with which the r"):
+        train_run(recipe, tmp_path / "run", resume=True)
+    file.write_text(before)
+    train_run(recipe, tmp_path / "run", resume=True)
+    file.unlink()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    tokenizer = load_run(tmp_path / "moved").tokenizer
+    assert prompt_text(tokenizer, (Turn("user", "Hi"),)).startswith("LOUD<|im_start|>user")
+    assert tokenizer.chat_template == before
+
+
 def test_a_run_keeps_the_date_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chat template that prints the date: resumed and evaluated on another day, the run reads what it learnt from."""
     model = tiny_run.write_model(tmp_path / "model")
@@ -557,4 +583,4 @@ def test_a_run_keeps_the_date_of_its_start(tmp_path: Path, monkeypatch: pytest.M
     stored = json.loads((tmp_path / "run/eval/step-6.json").read_text())["average"]["nll_per_token"]
     assert scored == pytest.approx(stored, rel=1e-6)
     trained = load_run(tmp_path / "run")
-    assert chat_text(trained.tokenizer, turns).startswith("28 Feb 2026")
+    assert prompt_text(trained.tokenizer, (Turn("user", "Hi"),)).startswith("28 Feb 2026")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -21,9 +22,17 @@ CHATML = (
 
 
 def make(
-    *, bos: bool = False, adds_eos: bool = False, eos: str | None = "<|im_end|>", chat_template: str | None = CHATML
+    *,
+    bos: bool = False,
+    adds_eos: bool = False,
+    eos: str | None = "<|im_end|>",
+    chat_template: str | None = CHATML,
+    more: Sequence[str] = (),
 ) -> Any:
-    """Byte-level BPE; `bos` and `adds_eos`: it puts <s> before, and its end of sequence behind, every text."""
+    """Byte-level BPE; `bos` and `adds_eos`: it puts <s> before, and its end of sequence behind, every text.
+
+    `more` texts teach it more tokens.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -32,7 +41,7 @@ def make(
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator([*CORPUS, *more], trainer)
     if bos or adds_eos:
         pattern = ("<s> " if bos else "") + "$A" + (" <|im_end|>" if adds_eos else "")
         pairs = [(token, backend.token_to_id(token)) for token in ("<s>", "<|im_end|>")]

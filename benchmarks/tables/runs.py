@@ -56,6 +56,36 @@ def out_of_memory() -> str:
     return markdown(header, rows) + f"\n{document['num_steps']} steps of SmolLM2-135M on the eight tasks.\n"
 
 
+def chat_templates() -> str:
+    """For each chat template: turns whose answer, prompt and marks are right."""
+    document = read("chat_templates")
+    rows = []
+    for name, found in document["templates"].items():
+        num_refused = sum(found["refused"].values())
+        marked = f"{found['as_marked']} of {found['marked']}" if found["marked"] else "no variant"
+        rows.append(
+            [
+                name,
+                f"{found['chats']}",
+                f"{num_refused}",
+                f"{found['texts']}",
+                f"{found['turns']}",
+                f"{found['answer_and_end']}",
+                f"{found['others']}",
+                f"{found['served']}",
+                marked,
+            ]
+        )
+    header = ["template", "chats", "refused by it", "examples", "turns", "answer and end mark learnt"]
+    header += ["words of others learnt", "as a server shows it", "learnt as in the marked variant"]
+    reasons = sorted({reason for found in document["templates"].values() for reason in found["refused"]})
+    ten = document["ten_turns"]
+    note = (
+        f"\nA chat of ten turns: {ten['encoded']:.2f} times its characters are encoded, {1e3 * ten['seconds']:.1f} ms."
+    )
+    return markdown(header, rows) + note + (f" Refused: {'; '.join(reasons)}\n" if reasons else "\n")
+
+
 def data_loading() -> str:
     """Time to the first step by its parts, and what of a step is lost to loading."""
     document = read("data_loading")

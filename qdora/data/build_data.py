@@ -213,6 +213,7 @@ class SourcePlan:
         num_draws, num_tokens_seen: Examples and tokens that the run takes from it; None tokens for a stream.
         epochs: How often its examples are seen on average. Below 1, some are never seen.
         unused: Columns that its format does not read; of a stream, those of its first rows.
+        notes: What the user should know of the chat template.
     """
 
     name: str
@@ -226,6 +227,7 @@ class SourcePlan:
     num_tokens_seen: int | None
     epochs: float | None
     unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ class MixPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only."""
-        return {**asdict(self), "sources": [{**asdict(each), "unused": list(each.unused)} for each in self.sources]}
+        listed = [asdict(each) | {"unused": list(each.unused), "notes": list(each.notes)} for each in self.sources]
+        return {**asdict(self), "sources": listed}
 
 
 def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
@@ -267,6 +270,7 @@ def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
                 num_tokens_seen=None if known is None else num_tokens,
                 epochs=None if size is None else count / size,
                 unused=tuple(sorted(part.unused)),
+                notes=tuple(sorted(part.notes)),
             )
         )
     return MixPlan(num_steps, num_draws, loader.counts_draws, tuple(sources))
@@ -296,7 +300,8 @@ def unused_warnings(plan: MixPlan) -> list[str]:
 def mix_warnings(plan: MixPlan) -> list[str]:
     """What the user should know of a mix before it is trained on, one line each."""
     large = large_step_warning(plan)
-    return [*unused_warnings(plan), *([] if large is None else [large])]
+    notes = [f"{source.name}: {note}" for source in plan.sources for note in source.notes]
+    return [*unused_warnings(plan), *notes, *([] if large is None else [large])]
 
 
 def show_mix(console: Console, plan: MixPlan) -> None:

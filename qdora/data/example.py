@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Messages = tuple[tuple[str, str], ...]
-"""A chat: (role, content) of each turn."""
+from qdora.data.messages import Messages, Tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +19,8 @@ class Example:
         id: Names the example inside its source, for error lines.
         choices: For multiple choice, every continuation of `prompt` that may be chosen; else empty.
         gold: Index of the right choice, choices[gold] == answer; None without choices.
+        messages: The turns of a chat; else empty.
+        tools: The functions that the assistant of a chat may call.
     """
 
     task: str
@@ -29,6 +30,7 @@ class Example:
     choices: tuple[str, ...] = ()
     gold: int | None = None
     messages: Messages = ()
+    tools: Tools = ()
 
     def __post_init__(self) -> None:
         # Only what our own code could break; a faulty row of the user's file is refused where it is read.

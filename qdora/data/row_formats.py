@@ -9,10 +9,9 @@ from typing import Any
 
 from qdora.data.commonsense import TEMPLATES, example_of_row
 from qdora.data.example import Example
+from qdora.data.messages import TURN_KEYS, parse_messages, parse_tools
 from qdora.data.rows import Row, RowFault, optional_text, row_id, shown, text_field
 from qdora.errors import UserError, nearest
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def unused_columns(row: Row, format: str) -> Iterator[str]:
     if format == "messages" and isinstance(row["messages"], list):
         turns = [turn for turn in row["messages"] if isinstance(turn, dict)]
         names = (name for turn in turns for name, value in turn.items() if not _is_empty(value))
-        yield from (f"messages.{name}" for name in names if name not in ("role", "content"))
+        yield from (f"messages.{name}" for name in names if name not in TURN_KEYS)
 
 
 def _is_empty(value: Any) -> bool:
@@ -99,26 +98,9 @@ def _completion(row: Row, task: str, label: str, id: str) -> Example:
 
 
 def _messages(row: Row, task: str, label: str, id: str) -> Example:
-    """A list of {role, content}; the assistant's turns are what is learnt."""
-    turns = row["messages"]
-    if not isinstance(turns, list) or not turns:
-        raise RowFault(f"messages: must be a list of turns {{role, content}}, got {shown(turns)}")
-    messages = tuple(_turn(number, turn) for number, turn in enumerate(turns))
-    if not any(role == "assistant" and content.strip() for role, content in messages):
-        raise RowFault("messages: no turn of role assistant with content, so there is nothing to learn")
-    return Example(task=label, id=row_id(row, id), prompt="", answer="", messages=messages)
-
-
-def _turn(number: int, turn: Any) -> tuple[str, str]:
-    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-        raise RowFault(f"messages[{number}]: must be an object with role and content, got {shown(turn)}")
-    role, content = turn["role"], turn["content"]
-    if role not in ROLES:
-        hint = nearest(str(role), ROLES)
-        raise RowFault(f"messages[{number}].role: must be one of {', '.join(ROLES)}, got {shown(role)}.{hint}")
-    if not isinstance(content, str):
-        raise RowFault(f"messages[{number}].content: must be text, got {shown(content)}")
-    return role, content
+    """A list of turns, and the tools that the assistant may call; the assistant's turns are what is learnt."""
+    messages, tools = parse_messages(row["messages"]), parse_tools(row.get("tools"))
+    return Example(task=label, id=row_id(row, id), prompt="", answer="", messages=messages, tools=tools)
 
 
 def _text(row: Row, task: str, label: str, id: str) -> Example:
@@ -180,7 +162,7 @@ def commonsense_task(instruction: str) -> str:
 
 FORMATS: dict[str, Format] = {
     "choices": Format(("question", "choices", "answer"), _choices, ("task", "id", "context", "passage")),
-    "messages": Format(("messages",), _messages),
+    "messages": Format(("messages",), _messages, ("tools", "task", "id")),
     "completion": Format(("prompt", "completion"), _completion),
     "commonsense170k": Format(("instruction", "output"), _commonsense170k, ("input", "answer", "id")),
     "text": Format(("text",), _text),

@@ -46,6 +46,7 @@ class StreamPosition:
         num_drawn_before: Examples given before this pass.
         num_bad, num_bad_before: Faulty rows skipped, in all passes and before this one.
         bad_rows: Place and fault of the first of them.
+        part: Examples of the next row that are given; a chat may be several.
     """
 
     epoch: int = 0
@@ -60,6 +61,7 @@ class StreamPosition:
     num_bad: int = 0
     num_bad_before: int = 0
     bad_rows: tuple[str, ...] = ()
+    part: int = 0
 
 
 class ExampleStream:
@@ -75,6 +77,7 @@ class ExampleStream:
 
     Attributes:
         unused: Columns that rows had so far and that are not read.
+        notes: What the rows so far showed of the chat template.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
@@ -87,14 +90,21 @@ class ExampleStream:
         self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (place of the shard, row of it, row)
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
-        self._ready: list[Sorted] = []  # tokenised rows of the window, the next one last; faults begin with the place
+        # Tokenised rows of the window, the next one last, and examples of a row likewise; faults begin with the place
+        self._ready: list[list[Sorted]] = []
         self.unused: set[str] = set()
+        self.notes: set[str] = set()
         self._told: set[str] = set()  # faulty rows in the log
 
     @property
     def num_examples(self) -> int | None:
-        """`size` of the source, else the number of rows; None where it is not known. Only the mix looks at it."""
-        return self.source.size or self.shards.num_rows
+        """`size` of the source, else the number of rows; None where it is not known. Only the mix looks at it.
+
+        Where a chat gives several examples the first rows tell how many.
+        """
+        if self.source.size or self.shards.num_rows is None:
+            return self.source.size
+        return round(self.shards.num_rows * sum(map(len, self._sample)) / max(len(self._sample), 1))
 
     def next(self) -> TokenizedExample:
         """The next example. Faulty rows are skipped and counted.
@@ -104,12 +114,15 @@ class ExampleStream:
         while True:
             if not self._ready:
                 self._tokenize_more()
-            example, cut = self._ready.pop()
-            here = self.position
+            example, cut = self._ready[-1].pop()
+            here, is_last = self.position, not self._ready[-1]
+            if is_last:
+                self._ready.pop()
             found, bad = isinstance(example, TokenizedExample), isinstance(example, str)
             self.position = replace(
                 here,
-                taken=here.taken + 1,
+                taken=here.taken + is_last,
+                part=0 if is_last else here.part + 1,
                 num_drawn=here.num_drawn + found,
                 num_truncated=here.num_truncated + (cut and found),
                 num_dropped=here.num_dropped + (example is None),
@@ -140,7 +153,8 @@ class ExampleStream:
     def _most_bad(self, num_rows: int) -> int:
         """Faulty rows that a pass may have, `num_rows` rows after its beginning."""
         asked = self.data.max_bad_rows
-        return max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, self.num_examples or 0))) if asked is None else asked
+        known = self.source.size or self.shards.num_rows or 0
+        return max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, known))) if asked is None else asked
 
     def _too_many(self, num_bad: int, most: int, shown: tuple[str, ...]) -> str:
         rows = "row" if num_bad == 1 else "rows"
@@ -170,7 +184,7 @@ class ExampleStream:
         return {
             "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
             "num_bytes": self.shards.num_bytes,
-            "rows": [_row_mark(row) for row, _ in self._sample],
+            "rows": [_row_mark([each for each, _ in row]) for row in self._sample],
         }
 
     def change_since(self, before: dict[str, Any] | None) -> str | None:
@@ -197,22 +211,22 @@ class ExampleStream:
             logger.warning(text, self.name, difference)
         return None
 
-    def first(self, number: int) -> list[TokenizedExample]:
-        """Up to so many examples from the first rows of the files; the position stays. Raises as `check_first_rows`."""
-        return [example for example, _ in self._sample if isinstance(example, TokenizedExample)][:number]
+    def first(self, number: int | None = None) -> list[TokenizedExample]:
+        """Up to so many examples (None: all) from the first rows of the files; the position stays. Raises as `check_first_rows`."""
+        return [each for row in self._sample for each, _ in row if isinstance(each, TokenizedExample)][:number]
 
     @property
     def mean_length(self) -> float:
         """Tokens of an example, estimated from the first rows."""
-        lengths = [len(example) for example in self.first(_SAMPLE)]
+        lengths = [len(example) for example in self.first()]
         return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
 
     @cached_property
-    def _sample(self) -> list[Sorted]:
+    def _sample(self) -> list[list[Sorted]]:
         """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
         rows = [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
         found = self._tokenized(rows)
-        bad = tuple(fault for fault, _ in found if isinstance(fault, str))
+        bad = tuple(fault for row in found for fault, _ in row if isinstance(fault, str))
         most = self._most_bad(len(found))
         if len(bad) > most or (bad and len(bad) == len(found)):
             raise UserError(self._too_many(len(bad), most, bad[:MAX_SHOWN_FAULTS]) + ".")
@@ -240,7 +254,9 @@ class ExampleStream:
             self.position = replace(self.position, window=self.position.window + 1, shard=shard, row=row, taken=0)
             self._read_window()
         taken = self.position.taken
-        self._ready = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE])[::-1]
+        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE])
+        rows[0] = rows[0][self.position.part :]
+        self._ready = [row[::-1] for row in rows[::-1]]
 
     def _read_window(self) -> None:
         """The rows of the window that begins at the position, shuffled. After the last window the next pass begins."""
@@ -285,9 +301,9 @@ class ExampleStream:
         entropy = [self.data.seed, purpose, self.number, self.position.epoch, *part]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
-    def _tokenized(self, rows: list[PlacedRow]) -> list[Sorted]:
+    def _tokenized(self, rows: list[PlacedRow]) -> list[list[Sorted]]:
         """What becomes of each row; a fault begins with the place of its row."""
-        found: dict[int, Sorted] = {}
+        found: dict[int, list[Sorted]] = {}
         examples: dict[int, Example] = {}
         for index, (place, row) in enumerate(rows):
             try:
@@ -296,17 +312,22 @@ class ExampleStream:
                 examples[index] = example_of_format(row, self._format, label=self.name, named=True, id=place)
                 self.unused.update(unused_columns(row, self._format))
             except RowFault as fault:
-                found[index] = f"{place}: {fault}", False
+                found[index] = [(f"{place}: {fault}", False)]
         tally = ExampleTally(self.name, self.data.max_length, self.data.too_long)
         done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
-        for index, (example, cut) in zip(examples, done, strict=True):
-            found[index] = f"{rows[index][0]}: {example}" if isinstance(example, str) else example, cut
+        self.notes |= tally.notes
+        for index, parts in zip(examples, done, strict=True):
+            found[index] = [
+                (f"{rows[index][0]}: {each}" if isinstance(each, str) else each, cut) for each, cut in parts
+            ]
         return [found[index] for index in range(len(rows))]
 
 
-def _row_mark(row: TokenizedExample | str | None) -> str | None:
+def _row_mark(row: list[TokenizedExample | str | None]) -> str | None:
     """8 hex digits of a row of a fingerprint; None for a faulty one."""
-    if isinstance(row, str):
+    if any(isinstance(each, str) for each in row):
         return None
-    content = b"" if row is None else row.input_ids.tobytes() + row.loss_mask.tobytes()
+    content = b"".join(
+        each.input_ids.tobytes() + each.loss_mask.tobytes() for each in row if isinstance(each, TokenizedExample)
+    )
     return hashlib.sha256(content).hexdigest()[:8]

@@ -29,12 +29,13 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from qdora import __version__
-from qdora.data.tokenize import TokenizedExample, TokenizedSet, chat_date
+from qdora.data.chat_template import chat_settings
+from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.files.atomic import atomic_file, disk_reason, json_text
 from qdora.files.environment import package_versions
 from qdora.files.tensor_file import write_tensors
 
-_FORMAT = 1
+_FORMAT = 2
 _LEAST_TOKENS = 2**18
 """Sources with fewer tokens are not kept: they are tokenised in a second."""
 _UNUSED_SECONDS = 30 * 24 * 3600.0
@@ -113,8 +114,18 @@ def _tokenizer_identity(tokenizer: Any) -> str | None:
     for name in ("truncation", "padding"):  # change with every call
         state.pop(name, None)
     template = getattr(tokenizer, "chat_template", None)
-    day = chat_date(tokenizer) if "strftime_now" in str(template) else None
-    facts = [state, template, day, str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+    settings = chat_settings(tokenizer)
+    day = settings.day if "strftime_now" in str(template) else None
+    stops = sorted(settings.stop_ids or ())  # a note names them
+    facts = [
+        state,
+        template,
+        day,
+        dict(settings.template_kwargs),
+        stops,
+        str(tokenizer.special_tokens_map),
+        type(tokenizer).__name__,
+    ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
@@ -127,6 +138,7 @@ def _tensors(made: TokenizedSet) -> dict[str, Tensor]:
         "ids": [example.id for example in examples],
         "counts": [made.num_truncated, made.num_dropped],
         "unused": list(made.unused),
+        "notes": list(made.notes),
     }
     arrays = {
         "ids": np.concatenate([example.input_ids for example in examples]),
@@ -160,7 +172,8 @@ def _read(file: Path) -> TokenizedSet | None:
             for task, id, start, end in zip(arrays["tasks"].tolist(), record["ids"], starts, ends, strict=False)
         )
         num_truncated, num_dropped = record["counts"]
-        return TokenizedSet(record["name"], examples, num_truncated, num_dropped, tuple(record["unused"]))
+        unused, notes = tuple(record["unused"]), tuple(record["notes"])
+        return TokenizedSet(record["name"], examples, num_truncated, num_dropped, unused, notes)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:

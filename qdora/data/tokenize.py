@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
-from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.example import Example, Messages
+from qdora.data.chat_template import require_chat_template
+from qdora.data.encode_chats import LossOn, encode_chats
+from qdora.data.example import Example
 from qdora.errors import UserError
 
 
@@ -35,107 +34,6 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     alone = encode_batch(tokenizer, [prompt.rstrip(" ") for prompt, _ in pairs])
     both = zip(whole, alone, strict=True)
     return [(prefix + ids, len(prefix) + _shared_length(ids, prompt_ids)) for ids, prompt_ids in both]
-
-
-def require_chat_template(tokenizer: Any, name: str) -> None:
-    """Raise a UserError if the tokenizer cannot render the chats of source `name`."""
-    if not getattr(tokenizer, "chat_template", None):
-        tokenizer_name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise UserError(
-            f"{name}: holds chats, but the tokenizer ({tokenizer_name}) has no chat template. Fix: set model.tokenizer "
-            "to one that has it (the instruct version of the model), or give the data as prompt and completion."
-        )
-
-
-def set_chat_date(tokenizer: Any, day: str) -> None:
-    """Render chats as on this day (YYYY-MM-DD) from now on, in templates that print the date (`strftime_now`).
-
-    Only in this process: the files of a saved tokenizer do not change.
-    """
-    tokenizer.qdora_chat_date = date.fromisoformat(day)
-
-
-def chat_date(tokenizer: Any) -> date | None:
-    """The day that `set_chat_date` gave; None: today."""
-    found: date | None = getattr(tokenizer, "qdora_chat_date", None)
-    return found
-
-
-# transformers lets no function of ours into a template, so a macro takes the place of its own. The line end is dropped.
-_CLOCK = (
-    "{% macro strftime_now(format) %}{% set text = namespace(of=format) %}"
-    "{% for part, value in qdora_day.items() %}{% set text.of = text.of.replace(part, value) %}{% endfor %}"
-    "{{ text.of }}{% endmacro %}\n"
-)
-_DATE_PARTS = [*(f"%-{part}" for part in "dmyjHIMS"), *(f"%{part}" for part in "aAbBcdDeFGHIjmMpSuUVwWxXyYzZ%")]
-
-
-@lru_cache(maxsize=4)
-def _parts_of(day: date) -> dict[str, str]:
-    """Each part of a date's format -> its text on this day."""
-    return {part: day.strftime(part) for part in _DATE_PARTS}
-
-
-def chat_text(tokenizer: Any, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-    """The text of a chat in the tokenizer's template, on the day of `set_chat_date`, else today."""
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    day, template = chat_date(tokenizer), tokenizer.get_chat_template()
-    if day is not None and "strftime_now" in template:
-        options |= {"chat_template": _CLOCK + template, "qdora_day": _parts_of(day)}
-    return str(tokenizer.apply_chat_template(turns, **options))
-
-
-def encode_chats(
-    tokenizer: Any, chats: Sequence[Messages], *, masked: bool = True
-) -> list[tuple[list[int], list[bool]] | str]:
-    """Render and encode each chat; (ids, mask), or what is wrong with it.
-
-    The mask is True on each assistant turn: what the template adds from the end of the generation prompt before the
-    turn to the end of the turn, its end mark included. The text up to any turn must begin the text of the whole chat. A
-    template that rewrites earlier turns (some strip their reasoning) is refused, not masked by a guess.
-
-    Args:
-        tokenizer: With a chat template; beginning and end marks come from the template alone.
-        masked: False takes any template; the mask is then True everywhere.
-    """
-    rendered = [_render(tokenizer, chat, masked) for chat in chats]
-    texts = [text for parts in rendered if not isinstance(parts, str) for text in parts]
-    encoded = iter(encode_batch(tokenizer, texts))
-    results: list[tuple[list[int], list[bool]] | str] = []
-    for parts in rendered:
-        if isinstance(parts, str):
-            results.append(parts)
-            continue
-        ids, *borders = [next(encoded) for _ in parts]
-        mask = [not masked] * len(ids)
-        for before, after in zip(borders[::2], borders[1::2], strict=True):
-            start, end = _shared_length(ids, before), _shared_length(ids, after)
-            mask[start:end] = [True] * (end - start)
-        results.append((ids, mask))
-    return results
-
-
-def _render(tokenizer: Any, chat: Messages, masked: bool) -> list[str] | str:
-    """[whole text, text before the first assistant turn, text after it, before the second, ...], or a fault."""
-    turns = [{"role": role, "content": content} for role, content in chat]
-    try:
-        whole = chat_text(tokenizer, turns)
-        parts = [whole]
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant" or not masked:
-                continue
-            before = chat_text(tokenizer, turns[:index], add_generation_prompt=True)
-            after = chat_text(tokenizer, turns[: index + 1])
-            if not (after.startswith(before) and whole.startswith(after)):
-                return (
-                    f"messages[{index}]: the chat template renders this turn differently inside the whole chat, so "
-                    "the assistant's tokens cannot be found. Fix: end each chat at the turn to learn, or set "
-                    "data.loss_on: all."
-                )
-            parts += [before, after]
-    except jinja2.TemplateError as error:
-        return f"the chat template refuses it: {error}"
-    return parts
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
@@ -169,7 +67,6 @@ def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next(position for position in range(limit) if first[position] != second[position])
 
 
-LossOn = Literal["answer", "all"]
 TooLong = Literal["error", "truncate", "drop"]
 _BATCH = 1024
 """Texts per call of the tokenizer: enough for its threads, few enough for memory."""
@@ -208,6 +105,8 @@ class TokenizedSet:
     num_dropped: int = 0
     unused: tuple[str, ...] = ()
     """Columns of the source that its format does not read."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of the chat template."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -240,7 +139,8 @@ def tokenize_all(
 
     Args:
         max_length: Most tokens of an example, special tokens included.
-        loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "all" the prompt's as well.
+        loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "last" of a chat only the last of
+            these turns, "all" the prompt's tokens as well.
         too_long: What happens to longer ones. "error": one error with their number, and what the others would lose.
             "truncate": cut the front of the prompt, then the end of the answer (of a chat its end), and drop an example
             that has no token left to learn. "drop": leave them out.
@@ -253,7 +153,8 @@ def tokenize_all(
     left = iter(examples)
     try:
         while batch := list(islice(left, _BATCH)):
-            done += [each for each, _ in tally.add(batch, tokenizer, loss_on) if isinstance(each, TokenizedExample)]
+            found = [each for parts in tally.add(batch, tokenizer, loss_on) for each, _ in parts]
+            done += [each for each in found if isinstance(each, TokenizedExample)]
     except UserError as error:  # faulty rows, known after the last; or no example can be encoded at all
         faults += error.faults
     faults += tally.faults(len(examples))
@@ -261,7 +162,7 @@ def tokenize_all(
         faults = [f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length})."]
     if faults:
         raise UserError(*faults)
-    return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped)
+    return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, notes=tuple(sorted(tally.notes)))
 
 
 Sorted = tuple[TokenizedExample | str | None, bool]
@@ -272,6 +173,7 @@ Sorted = tuple[TokenizedExample | str | None, bool]
 class ExampleTally:
     """Counts what happens to the examples of a source, in the order in which they are added.
 
+    A chat whose template rewrites earlier turns is an example for each turn of the assistant, and counts as such.
     With too_long "error" also tokens: of all, of those that are too long, and those that truncate would cut.
     """
 
@@ -287,17 +189,26 @@ class ExampleTally:
     too_long_ids: list[str] = field(default_factory=list)
     unlearnable_ids: list[str] = field(default_factory=list)
     chat_faults: list[str] = field(default_factory=list)
+    notes: set[str] = field(default_factory=set)
 
-    def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[Sorted]:
-        """What became of each."""
+    def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[Sorted]]:
+        """What became of each; a list of one but for some chats."""
         examples = [_without_excess(example, self.max_length, tokenizer) for example in examples]
-        encoded = _encode(examples, tokenizer, self.name, loss_on)
-        return [self._sort(*pair) for pair in zip(examples, encoded, strict=True)]
+        encoded = _encode(examples, tokenizer, self.name, loss_on, self.notes)
+        found: list[list[Sorted]] = []
+        for example, parts in zip(examples, encoded, strict=True):
+            if isinstance(parts, str):
+                self.chat_faults.append(f"{self.name}: example {example.id}: {parts}")
+                found.append([(parts, False)])
+            else:
+                found.append([self._sort(example, part) for part in parts] or [self._unlearnable(example, False)])
+        return found
 
-    def _sort(self, example: Example, encoded: _Encoded | str) -> Sorted:
-        if isinstance(encoded, str):
-            self.chat_faults.append(f"{self.name}: example {example.id}: {encoded}")
-            return encoded, False
+    def _unlearnable(self, example: Example, cut: bool) -> Sorted:
+        self.unlearnable_ids.append(example.id)
+        return "without a token to learn", cut
+
+    def _sort(self, example: Example, encoded: _Encoded) -> Sorted:
         cut = len(encoded.ids) > self.max_length
         self.num_tokens += len(encoded.ids)
         if cut:
@@ -317,10 +228,10 @@ class ExampleTally:
             if cut:
                 self.num_dropped += 1
                 return None, cut
-            self.unlearnable_ids.append(example.id)
-            return "without a token to learn", cut
+            return self._unlearnable(example, cut)
         self.num_truncated += cut
-        return TokenizedExample(example.task, example.id, np.array(encoded.ids, dtype=np.int32), mask), cut
+        id = example.id if encoded.turn is None else f"{example.id}[{encoded.turn}]"
+        return TokenizedExample(example.task, id, np.array(encoded.ids, dtype=np.int32), mask), cut
 
     def faults(self, num_examples: int) -> list[str]:
         """Everything that was wrong."""
@@ -344,24 +255,31 @@ class ExampleTally:
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """ids and mask of one example; ids[prefix:start] is the prompt, empty where there is none."""
+    """ids and mask of one example; ids[prefix:start] is the prompt, empty where there is none.
+
+    `turn` is the only turn of a chat that it teaches, if it teaches one of several.
+    """
 
     ids: list[int]
     mask: list[bool]
     prefix: int
     start: int
+    turn: int | None = None
 
 
-def _encode(examples: Sequence[Example], tokenizer: Any, name: str, loss_on: LossOn) -> list[_Encoded | str]:
-    """Each example encoded, or what is wrong with its chat."""
-    encoded: dict[int, _Encoded | str] = {}
+def _encode(
+    examples: Sequence[Example], tokenizer: Any, name: str, loss_on: LossOn, notes: set[str]
+) -> list[list[_Encoded] | str]:
+    """Each example encoded, a chat as one or several; or what is wrong with the chat."""
+    encoded: dict[int, list[_Encoded] | str] = {}
     chats = [index for index, example in enumerate(examples) if example.messages]
     texts = [index for index, example in enumerate(examples) if not example.messages]
     if chats:
         require_chat_template(tokenizer, name)
-        found = encode_chats(tokenizer, [examples[index].messages for index in chats], masked=loss_on == "answer")
+        found = encode_chats(tokenizer, [examples[index] for index in chats], loss_on=loss_on, notes=notes)
         for index, chat in zip(chats, found, strict=True):
-            encoded[index] = chat if isinstance(chat, str) else _Encoded(chat[0], chat[1], 0, 0)
+            whole = chat if isinstance(chat, str) else [_Encoded(each.ids, each.mask, 0, 0, each.turn) for each in chat]
+            encoded[index] = whole
     if texts:
         eos = tokenizer.eos_token_id
         if eos is None:
@@ -373,7 +291,7 @@ def _encode(examples: Sequence[Example], tokenizer: Any, name: str, loss_on: Los
         for index, (ids, start) in zip(texts, pairs, strict=True):
             ids = ids if ids[-1:] == [eos] else [*ids, eos]
             learnt = 0 if loss_on == "all" else start
-            encoded[index] = _Encoded(ids, [position >= learnt for position in range(len(ids))], prefix, start)
+            encoded[index] = [_Encoded(ids, [position >= learnt for position in range(len(ids))], prefix, start)]
     return [encoded[index] for index in range(len(examples))]
 
 
@@ -384,11 +302,11 @@ def _without_excess(example: Example, max_length: int, tokenizer: Any) -> Exampl
     refused anyway. What is left is still too long: it has characters for four times as many of the longest tokens. Of a
     prompt the end is kept, of an answer and of a chat the beginning, as in `_cut`.
     """
-    texts = [content for _, content in example.messages] or [example.prompt, example.answer]
+    texts = [turn.content for turn in example.messages] or [example.prompt, example.answer]
     if max(map(len, texts)) < _EXCESSIVE:
         return example
     kept = max(_EXCESSIVE // 2, 4 * max_length * max(map(len, tokenizer.get_vocab())))
-    messages = tuple((role, content[:kept]) for role, content in example.messages)
+    messages = tuple(replace(turn, content=turn.content[:kept]) for turn in example.messages)
     choices, gold, answer = example.choices, example.gold, example.answer[:kept]
     if gold is not None:  # the others are not encoded here
         choices = (*choices[:gold], answer, *choices[gold + 1 :])
@@ -401,7 +319,7 @@ def _cut(encoded: _Encoded, max_length: int) -> _Encoded:
     num_cut = min(len(ids) - max_length, max(0, start - max(prefix, 1)))
     ids = (ids[:prefix] + ids[prefix + num_cut :])[:max_length]
     mask = (mask[:prefix] + mask[prefix + num_cut :])[:max_length]
-    return _Encoded(ids, mask, prefix, start - num_cut)
+    return _Encoded(ids, mask, prefix, start - num_cut, encoded.turn)
 
 
 def _percent(part: int, whole: int) -> str:

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from qdora.data.chat_template import require_chat_template
+from qdora.data.encode_chats import encode_chats
 from qdora.data.example import Example
-from qdora.data.tokenize import encode_chats, encode_pairs, require_chat_template, special_prefix
+from qdora.data.tokenize import encode_pairs, special_prefix
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import ForwardPath, choose_path, context_length
 from qdora.evaluation.token_scores import Progress, Span, score_groups, score_spans, strided_spans
@@ -158,7 +160,7 @@ def _answer_spans(
     chats = [example for example in examples if example.messages]
     if chats:
         require_chat_template(tokenizer, chats[0].task)
-    chat_iterator = iter(encode_chats(tokenizer, [chat.messages for chat in chats]))
+    chat_iterator = iter(encode_chats(tokenizer, chats))
     text_iterator = iter(encode_pairs(tokenizer, [(text.prompt, text.answer) for text in texts]))
     text_prefix = len(special_prefix(tokenizer))
     spans: list[list[Span]] = []
@@ -170,7 +172,8 @@ def _answer_spans(
             faults.append(f"{example.task}: example {example.id}: {chat}")
             continue
         if chat is not None:
-            runs, prefix = _runs(*chat), 0  # the template writes what the tokenizer would have put in front
+            runs = [run for part in chat for run in _runs(part.ids, part.mask)]
+            prefix = 0  # the template writes what the tokenizer would have put in front
         else:
             ids, start = next(text_iterator)
             runs, prefix = [(ids, max(start, 1))], text_prefix

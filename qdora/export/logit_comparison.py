@@ -96,7 +96,7 @@ def texts_of(by_task: Mapping[str, Sequence[Example]]) -> list[str]:
     """The texts of 24 examples with their answers, spread over the tasks; a fixed sentence if there are none."""
     picked = [task[index] for index in range(_NUM_TEXTS) for task in by_task.values() if index < len(task)]
     texts = [
-        "\n".join(content for _, content in example.messages) if example.messages else example.prompt + example.answer
+        "\n".join(turn.content for turn in example.messages) if example.messages else example.prompt + example.answer
         for example in picked[:_NUM_TEXTS]
     ]
     return [text for text in texts if text] or [_FALLBACK]

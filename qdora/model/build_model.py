@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.data.chat_template import use_data_settings
 from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.model.adapter_file import load_adapter, save_adapter
@@ -50,11 +51,12 @@ def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
 
 
 def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """`find_source`, and the tokenizer."""
+    """`find_source`, and the tokenizer, which renders chats as the recipe's data section says."""
     source, named = find_source(recipe, weights=weights), recipe.model.tokenizer
-    if named is None:
-        return source, load_tokenizer(source)
-    return source, load_tokenizer(resolve(named, config=False, weights=False, setting="model.tokenizer"))
+    words = source if named is None else resolve(named, config=False, weights=False, setting="model.tokenizer")
+    tokenizer = load_tokenizer(words)
+    use_data_settings(tokenizer, recipe.data)
+    return source, tokenizer
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

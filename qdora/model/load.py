@@ -9,11 +9,19 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -331,6 +339,16 @@ def _finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -
     if device.type == "cuda":
         # The allocator keeps the freed 16-bit tensors; training's first allocations differ in size from them.
         torch.cuda.empty_cache()
+
+
+def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens at which the model ends an answer: those of its generation config, else of its config, and the
+    tokenizer's end of sequence."""
+    named: Any = load_config(source).eos_token_id
+    if not source.is_gguf and (source.path / "generation_config.json").is_file():
+        named = GenerationConfig.from_pretrained(str(source.path)).eos_token_id
+    listed = named if isinstance(named, list | tuple) else [named]
+    return frozenset(int(id) for id in (*listed, tokenizer.eos_token_id) if id is not None)
 
 
 def check_stored_packed(

@@ -169,8 +169,14 @@ class DataConfig(Section):
     packing: Flag = False
     """Put several examples into one row of at most max_length tokens, which saves padding. Each example is trained as
     if it were alone. A model that cannot keep them apart is refused."""
-    loss_on: Literal["answer", "all"] = "answer"
-    """Tokens to learn: those of the answer, or also those of the prompt."""
+    loss_on: Literal["answer", "last", "all"] = "answer"
+    """Tokens to learn: those of the answer (in a chat: of all turns of the assistant), of a chat's last turn of the
+    assistant only, or also those of the prompt."""
+    chat_template: Text | None = None
+    """File with the chat template (Jinja) for sources of format messages. It replaces that of the tokenizer, in exports
+    too (null: the tokenizer's own)."""
+    template_kwargs: dict[Text, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false}."""
     cache: Text | None = None
     """Directory where sources of 262,144 tokens and more are kept tokenised for later starts; off keeps none (null:
     qdora/data in the user's cache directory, XDG_CACHE_HOME)."""

@@ -128,6 +128,7 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
     """One line for every path of a recipe that does not exist; checking a recipe itself does not read the disk."""
     named = [("model.source", recipe.model.source), ("model.tokenizer", recipe.model.tokenizer)]
     named.append(("adapter.resume_from", recipe.adapter.resume_from))
+    named.append(("data.chat_template", recipe.data.chat_template))
     if recipe.base.prune is not None and recipe.base.prune.calibration.text != "mix":
         named.append(("base.prune.calibration.text", recipe.base.prune.calibration.text))
     for index, source in enumerate(recipe.data.mix):
@@ -249,6 +250,7 @@ def _make_absolute_(data: Any, folder: Path | None) -> None:
     calibration = _inner(_inner(data.get("base"), "prune"), "calibration")
     if _inner(calibration, "text") != "mix":
         _make_key_absolute_(calibration, "text", folder, always=True)
+    _make_key_absolute_(data.get("data"), "chat_template", folder, always=True)
     mix = _inner(data.get("data"), "mix")
     for source in mix if isinstance(mix, list) else ():
         _make_key_absolute_(source, "source", folder)

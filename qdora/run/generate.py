@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
-from qdora.data.tokenize import chat_text
+from qdora.data.chat_template import prompt_text
+from qdora.data.messages import Turn
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.memory.allocator import keep_freed_memory
@@ -164,15 +165,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | No
     """The tokens of a prompt: through the chat template if there is one, unless `raw`.
 
     Raises:
-        UserError: A system message for a tokenizer without a chat template.
+        UserError: A system message for a tokenizer without a chat template, or a template that refuses the prompt.
     """
     if raw or not tokenizer.chat_template:
         if system is not None:
             raise UserError("--system: the tokenizer has no chat template. Fix: remove --system.")
         return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
-    text = chat_text(tokenizer, messages, add_generation_prompt=True)
+    turns = [Turn("system", system)] if system is not None else []
+    text = prompt_text(tokenizer, (*turns, Turn("user", prompt)))
     # The template writes the begin-of-text token itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

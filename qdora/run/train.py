@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qdora.errors import Interrupted
-from qdora.files.atomic import disk_failures
+from qdora.errors import Interrupted, UserError
+from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.environment import environment
 from qdora.files.run_directory import (
@@ -39,6 +39,8 @@ from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
 from qdora.train.task_weights import task_weights
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 def train_run(
@@ -103,10 +105,25 @@ def _open_directory(prepared: PreparedRun, directory: Path, processes: Processes
         | ({} if processes.size == 1 else {"num_processes": processes.size})
     )
     open_ = resume_run if resume else create_run
-    processes.first(lambda: open_(directory, resolved_yaml(prepared.given), found))
+    given = prepared.given
+    if given.data.chat_template is not None:
+        given = given.model_copy(update={"data": given.data.model_copy(update={"chat_template": CHAT_TEMPLATE_FILE})})
+    processes.first(lambda: open_(directory, resolved_yaml(given), found))
     run = RunDirectory(directory)
+    if given.data.chat_template is not None:
+        processes.first(lambda: _keep_chat_template(run, str(prepared.tokenizer.chat_template)))
     processes.first(lambda: keep_residency(run, prepared.given, prepared.recipe))
     return run
+
+
+def _keep_chat_template(run: RunDirectory, text: str) -> None:
+    """Copy data.chat_template. The run's recipe.yaml names the copy, so a later change of the file has no effect."""
+    file = run.inside(CHAT_TEMPLATE_FILE)
+    if run.has_begun and file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"{run.path}: data.chat_template differs from {file}, with which the run began. Fix: give that."
+        )
+    atomic_write_text(file, text)
 
 
 def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
