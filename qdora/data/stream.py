@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from qdora.data.example import Example
 from qdora.data.readers import PlacedRow, Shards
-from qdora.data.row_formats import choose_format, example_of_format, unused_columns
-from qdora.data.rows import MAX_SHOWN_FAULTS, RowFault
+from qdora.data.row_examples import FIRST_ROWS, RowExamples
+from qdora.data.rows import MAX_SHOWN_FAULTS, Row, RowFault
 from qdora.data.tokenize import ExampleTally, Sorted, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
@@ -74,7 +75,6 @@ class ExampleStream:
         number: Place of the source in the mix. Two sources have different orders.
 
     Attributes:
-        unused: Columns that rows had so far and that are not read.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
@@ -88,8 +88,12 @@ class ExampleStream:
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
         self._ready: list[Sorted] = []  # tokenised rows of the window, the next one last; faults begin with the place
-        self.unused: set[str] = set()
         self._told: set[str] = set()  # faulty rows in the log
+
+    @property
+    def unused(self) -> set[str]:
+        """Columns that rows had so far and that are not read."""
+        return self._make.unused
 
     @property
     def num_examples(self) -> int | None:
@@ -167,6 +171,7 @@ class ExampleStream:
             f"loss_on={data.loss_on!r}, too_long={data.too_long!r}, window={source.shuffle_window!r}, "
             f"size={source.size!r}, seed={data.seed!r}, number={self.number!r})"
         )
+        settings += f" {source.columns} {source.template}" if source.columns or source.template else ""
         return {
             "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
             "num_bytes": self.shards.num_bytes,
@@ -215,16 +220,21 @@ class ExampleStream:
         return found
 
     @cached_property
-    def _format(self) -> str:
-        """The layout of all rows, found from the first row that can be read."""
+    def _make(self) -> RowExamples:
+        """The layout of all rows, found from the first ones that can be read."""
         faults: list[str] = []
-        for reader in self.shards.readers:
-            for place, row in reader(0):
-                if not isinstance(row, RowFault):
-                    return choose_format(list(row), self.source.format, self.shards.where)
+        first: list[Row] = []
+        for place, row in chain.from_iterable(reader(0) for reader in self.shards.readers):
+            if not isinstance(row, RowFault):
+                first.append(row)
+            elif not first:
                 faults.append(f"{place}: {row}")
                 if len(faults) > self._most_bad(len(faults)):
                     raise UserError(*faults[:MAX_SHOWN_FAULTS])
+            if len(first) == FIRST_ROWS:
+                break
+        if first:
+            return RowExamples(self.source, first, self.shards.where, named=True)
         raise UserError(*faults or [f"{self.shards.where}: the data set is empty, allowed: at least one row"])
 
     def _tokenize_more(self) -> None:
@@ -288,8 +298,7 @@ class ExampleStream:
             try:
                 if isinstance(row, RowFault):
                     raise row
-                examples[index] = example_of_format(row, self._format, label=self.name, named=True, id=place)
-                self.unused.update(unused_columns(row, self._format))
+                examples[index] = self._make(row, place)
             except RowFault as fault:
                 found[index] = f"{place}: {fault}", False
         tally = ExampleTally(self.name, self.data.max_length, self.data.too_long)
