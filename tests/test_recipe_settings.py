@@ -458,7 +458,7 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
         ),
         (
             section("data", mix=[{"source": "/a", "stream": True}], too_long="error"),
-            "data.too_long: must be truncate or drop with a stream, which is not read before training, got 'error'.",
+            "data.too_long: must be truncate, drop or split with a stream, which is not read before training, got",
         ),
         (
             {**STREAMED, "train": {"epochs": 1.5, "batch": 4}},
@@ -1010,7 +1010,7 @@ def test_what_a_stream_lacks_is_one_answer_and_its_defaults_run() -> None:
     assert recipe_from(settings_of(asked)) == asked
     other = stream | {"source": "/c.jsonl", "max_epochs": 2}
     first, second, third = faults_of_data(stream, {"source": "/b.txt"}, other, too_long="error")
-    assert first.startswith("too_long: must be truncate or drop with a stream")
+    assert first.startswith("too_long: must be truncate, drop or split with a stream")
     assert second.startswith(
         "mix[0].size: must be given for files other than Parquet with data.strategy proportional, got None."
     )

@@ -113,10 +113,11 @@ def _records(path: Path) -> Rows:
     file_of = record_file(path)
     numbers, places, num_rows = array("q"), array("q"), 0
     with readable(path), open_bytes(path) as file:
-        for num_rows, (number, place, _) in enumerate(file_of.records(file), start=1):
-            if num_rows % _KEPT_EACH == 1:
+        for number, place, _ in file_of.records(file):
+            if num_rows % _KEPT_EACH == 0:
                 numbers.append(number)
                 places.append(place)
+            num_rows += 1
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
         can_jump = ending(path) == path.suffix.lower()

@@ -47,6 +47,7 @@ class StreamPosition:
         num_drawn_before: Examples given before this pass.
         num_bad, num_bad_before: Faulty rows skipped, in all passes and before this one.
         bad_rows: Place and fault of the first of them.
+        part: Examples of the next row that are given; a text that is split has several.
     """
 
     epoch: int = 0
@@ -61,6 +62,7 @@ class StreamPosition:
     num_bad: int = 0
     num_bad_before: int = 0
     bad_rows: tuple[str, ...] = ()
+    part: int = 0
 
 
 class ExampleStream:
@@ -87,7 +89,8 @@ class ExampleStream:
         self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (place of the shard, row of it, row)
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
-        self._ready: list[Sorted] = []  # tokenised rows of the window, the next one last; faults begin with the place
+        # Tokenised rows of the window, the next one last, and examples of a row likewise; faults begin with the place
+        self._ready: list[list[Sorted]] = []
         self._told: set[str] = set()  # faulty rows in the log
 
     @property
@@ -108,12 +111,15 @@ class ExampleStream:
         while True:
             if not self._ready:
                 self._tokenize_more()
-            example, cut = self._ready.pop()
-            here = self.position
+            example, cut = self._ready[-1].pop()
+            here, is_last = self.position, not self._ready[-1]
+            if is_last:
+                self._ready.pop()
             found, bad = isinstance(example, TokenizedExample), isinstance(example, str)
             self.position = replace(
                 here,
-                taken=here.taken + 1,
+                taken=here.taken + is_last,
+                part=0 if is_last else here.part + 1,
                 num_drawn=here.num_drawn + found,
                 num_truncated=here.num_truncated + (cut and found),
                 num_dropped=here.num_dropped + (example is None),
@@ -175,7 +181,7 @@ class ExampleStream:
         return {
             "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
             "num_bytes": self.shards.num_bytes,
-            "rows": [_row_mark(row) for row, _ in self._sample],
+            "rows": [_row_mark([each for each, _ in row]) for row in self._sample],
         }
 
     def change_since(self, before: dict[str, Any] | None) -> str | None:
@@ -205,15 +211,15 @@ class ExampleStream:
     @property
     def mean_length(self) -> float:
         """Tokens of an example, estimated from the first rows."""
-        lengths = [len(example) for example, _ in self._sample if isinstance(example, TokenizedExample)]
+        lengths = [len(each) for row in self._sample for each, _ in row if isinstance(each, TokenizedExample)]
         return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
 
     @cached_property
-    def _sample(self) -> list[Sorted]:
+    def _sample(self) -> list[list[Sorted]]:
         """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
         rows = [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
         found = self._tokenized(rows)
-        bad = tuple(fault for fault, _ in found if isinstance(fault, str))
+        bad = tuple(fault for row in found for fault, _ in row if isinstance(fault, str))
         most = self._most_bad(len(found))
         if len(bad) > most or (bad and len(bad) == len(found)):
             raise UserError(self._too_many(len(bad), most, bad[:MAX_SHOWN_FAULTS]) + ".")
@@ -246,7 +252,9 @@ class ExampleStream:
             self.position = replace(self.position, window=self.position.window + 1, shard=shard, row=row, taken=0)
             self._read_window()
         taken = self.position.taken
-        self._ready = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE])[::-1]
+        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE])
+        rows[0] = rows[0][self.position.part :]
+        self._ready = [row[::-1] for row in rows[::-1]]
 
     def _read_window(self) -> None:
         """The rows of the window that begins at the position, shuffled. After the last window the next pass begins."""
@@ -290,9 +298,9 @@ class ExampleStream:
         entropy = [self.data.seed, purpose, self.number, self.position.epoch, *part]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
-    def _tokenized(self, rows: list[PlacedRow]) -> list[Sorted]:
+    def _tokenized(self, rows: list[PlacedRow]) -> list[list[Sorted]]:
         """What becomes of each row; a fault begins with the place of its row."""
-        found: dict[int, Sorted] = {}
+        found: dict[int, list[Sorted]] = {}
         examples: dict[int, Example] = {}
         for index, (place, row) in enumerate(rows):
             try:
@@ -300,17 +308,21 @@ class ExampleStream:
                     raise row
                 examples[index] = self._make(row, place)
             except RowFault as fault:
-                found[index] = f"{place}: {fault}", False
+                found[index] = [(f"{place}: {fault}", False)]
         tally = ExampleTally(self.name, self.data.max_length, self.data.too_long)
         done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
-        for index, (example, cut) in zip(examples, done, strict=True):
-            found[index] = f"{rows[index][0]}: {example}" if isinstance(example, str) else example, cut
+        for index, several in zip(examples, done, strict=True):
+            found[index] = [
+                (f"{rows[index][0]}: {each}" if isinstance(each, str) else each, cut) for each, cut in several
+            ]
         return [found[index] for index in range(len(rows))]
 
 
-def _row_mark(row: TokenizedExample | str | None) -> str | None:
+def _row_mark(row: list[TokenizedExample | str | None]) -> str | None:
     """8 hex digits of a row of a fingerprint; None for a faulty one."""
-    if isinstance(row, str):
+    if any(isinstance(each, str) for each in row):
         return None
-    content = b"" if row is None else row.input_ids.tobytes() + row.loss_mask.tobytes()
+    content = b"".join(
+        each.input_ids.tobytes() + each.loss_mask.tobytes() for each in row if isinstance(each, TokenizedExample)
+    )
     return hashlib.sha256(content).hexdigest()[:8]

@@ -208,9 +208,10 @@ class DataConfig(Section):
     """For strategy temperature: 1 is proportional, large values approach equal. T5, arXiv 1910.10683, sec. 3.5.2."""
     max_length: Annotated[int, Strict(), Field(ge=2), allowed("a whole number of tokens, 2 or more")] = 512
     """Most tokens of an example."""
-    too_long: Literal["error", "truncate", "drop"] = "error"
-    """What to do with a longer example: stop before training, cut the front of its prompt, or drop it and count it.
-    With a streamed source the default is truncate, since its lengths are not known before training."""
+    too_long: Literal["error", "truncate", "drop", "split"] = "error"
+    """What to do with a longer example: stop before training, cut the front of its prompt, drop it and count it, or
+    split plain text into examples of max_length, none of its tokens lost (other examples are then errors). With a
+    streamed source the default is truncate, since its lengths are not known before training."""
     max_bad_rows: WholeOrZero | None = None
     """Most faulty rows that a pass over a stream may have. They are skipped, counted and reported (null: 10, or 0.1 %
     of the rows where that is more)."""
@@ -259,7 +260,10 @@ class DataConfig(Section):
         if not self.mix:
             yield "mix", "must have at least one source, got []."
         if self.too_long == "error" and any(source.stream for source in self.mix):
-            yield "too_long", "must be truncate or drop with a stream, which is not read before training, got 'error'."
+            yield (
+                "too_long",
+                "must be truncate, drop or split with a stream, which is not read before training, got 'error'.",
+            )
         yield from self._unknown_sizes()
         seen: dict[str, int] = {}
         for index, source in enumerate(self.mix):
