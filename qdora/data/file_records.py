@@ -27,6 +27,7 @@ _MARK = b"\xef\xbb\xbf"
 """The byte order mark."""
 _BLANK = b" \t\r\n\v\f" + _MARK
 _READ_BYTES = 2**20
+"""Bytes of a JSON list that are looked at together."""
 
 Record = tuple[int, int, bytes]
 """(number of its line or row, its first byte, its bytes)."""
@@ -188,7 +189,7 @@ def _list_items(path: Path, file: BinaryIO, place: int, number: int) -> Iterator
             yield number, window.place + window.here - len(item), item.encode("latin-1")
             number += 1
             mark = window.mark()
-            if mark not in (",", "]") or not mark:
+            if mark not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' delimiter", window.text, window.here)
             is_over = mark == "]"
             window.here += not is_over

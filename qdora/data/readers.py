@@ -163,7 +163,7 @@ def local_shards(source: Path, split: str) -> Shards:
     """
     files = files_of(source, split)
     _check_endings(files)
-    folder = _shared_folder(files)
+    folder = source if source.is_dir() else _shared_folder(files)
     names: list[str] = []
     readers: list[Reader] = []
     num_rows: int | None = 0

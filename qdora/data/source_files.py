@@ -45,8 +45,8 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     if len(same) > 1:
         names = ", ".join(path.name for path in same)
         raise UserError(f"{folder}: {names} all hold split {split!r}. Fix: name one file as the source.")
-    literal = glob.escape(split)
-    return sorted([*same, *_data_files(folder.glob(f"{literal}-*")), *_data_files(folder.glob(f"{literal}/*"))])
+    start = glob.escape(str(folder / split))
+    return sorted([*same, *_data_files(map(Path, [*glob.glob(f"{start}-*"), *glob.glob(f"{start}/*")]))])
 
 
 def missing(path: Path) -> str:
@@ -61,7 +61,7 @@ def missing(path: Path) -> str:
 
 
 def _whole_folder(folder: Path, split: str) -> list[Path]:
-    found = _data_files(folder.rglob("*"))
+    found = _data_files(map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))
     names = {part for path in found for part in path.relative_to(folder).parts[:-1]}
     names |= {name_without_ending(path) for path in found if path.parent == folder}
     words = {name.partition("-")[0] for name in names}
@@ -79,12 +79,9 @@ def _whole_folder(folder: Path, split: str) -> list[Path]:
 
 
 def _data_files(paths: Iterable[Path]) -> list[Path]:
-    """Those that are data files: no hidden ones, and none that only tell of the others."""
+    """Those that are data files, without what only tells of the others. (`glob` leaves out what is hidden.)"""
     return sorted(
         path
         for path in paths
-        if ending(path) in FILE_SUFFIXES
-        and not path.name.startswith(".")
-        and name_without_ending(path).lower() not in _ABOUT
-        and path.is_file()
+        if ending(path) in FILE_SUFFIXES and name_without_ending(path).lower() not in _ABOUT and path.is_file()
     )

@@ -46,7 +46,7 @@ def _files(recipe: Recipe) -> dict[Path, list[Path]]:
         found[path] = _of_splits(path, ())
     for source in recipe.data.mix:
         splits = {"train", "validation", "test", source.split}
-        splits |= {source.validation} if source.validation is not None else set()
+        splits |= set() if source.validation is None or is_path(source.validation) else {source.validation}
         for name in (source.path, source.source, source.validation):
             if name is not None and (name == source.path or is_path(name)):
                 path = Path(name).expanduser()
