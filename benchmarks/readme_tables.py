@@ -22,7 +22,7 @@ from tables.headline import headline
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.plan import cards, plan_accuracy, plan_recipes, plan_shapes
 from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
-from tables.runs import chat_templates, data_loading, hostile, mixing, moments, out_of_memory
+from tables.runs import chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study, study_nulls
 from tables.times import layer_time, packing, step_time
@@ -54,6 +54,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixing": mixing,
     "data_loading": data_loading,
     "chat_templates": chat_templates,
+    "file_formats": file_formats,
     "hostile": hostile,
     "moments": moments,
     "layer_time": layer_time,

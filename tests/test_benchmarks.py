@@ -299,6 +299,19 @@ def test_data_loading(tmp_path: Path) -> None:
         assert all(0 < wait < step for wait, step in zip(way["loader_seconds"], way["step_seconds"], strict=True))
 
 
+@pytest.mark.slow
+def test_file_formats(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "file_formats.py", "--kinds", "csv.gz")
+    result = smoke(tmp_path, "file_formats.py", "--kinds", "parquet")
+    assert list(result["kinds"]) == ["csv.gz", "parquet"]
+    for found in result["kinds"].values():
+        assert found["limit"]["num_examples"] == 100
+        assert found["limit"]["num_rows"] > 1000
+        assert found["first"]["num_tokens"] == found["again"]["num_tokens"] > 2**18
+        assert 0 < found["again"]["seconds"] < found["first"]["seconds"]
+    assert all(result["passes"].values())
+
+
 def test_curvature(tmp_path: Path) -> None:
     result = smoke(tmp_path, "curvature.py")
     assert [layer["norm"] for layer in result["layers"]] == ["attached"] * 3 + ["held"] * 3

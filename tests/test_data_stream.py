@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data import readers
+from qdora.data import hub_datasets, readers
 from qdora.data.build_data import plan_mix
 from qdora.data.example import Example
+from qdora.data.hub_datasets import hub_shards
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
-from qdora.data.readers import hub_shards, local_shards
+from qdora.data.readers import local_shards
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all
 from qdora.errors import UserError
@@ -106,7 +107,7 @@ def test_the_files_of_a_split(tmp_path):
     with pytest.raises(UserError, match=r"no file for split 'trian', looked for .*there are .*Did you mean 'train'\?"):
         local_shards(tmp_path, "trian")
     for name, message in (
-        ("notes.txt", "notes.txt: cannot be streamed, allowed: .parquet, .jsonl"),
+        ("notes.xls", "notes.xls: unknown ending '.xls', allowed: .parquet, .jsonl"),
         ("bad.parquet", "not a Parquet file"),
     ):
         (tmp_path / name).write_text("x")
@@ -325,14 +326,15 @@ def test_streaming_from_the_hub(tmp_path, monkeypatch):
         return load("parquet", data_files={"train": str(tmp_path / "train-*.parquet")}, split=split, streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    found = hub_shards("org/name", split="train", revision="abc")
+    hub = SourceConfig(source="org/name", revision="abc", stream=True)
+    found = hub_shards(hub)
     assert [each for reader in found.readers for _, each in reader(0)] == rows
     assert len(found.readers) == 2
     assert [each for _, each in found.readers[1](7)] == rows[17:]
     one = stream_of(found, window=6)
     drawn = [number_of(one.next()) for _ in range(33)]
     assert sorted(drawn[:20]) == list(range(20))
-    other = stream_of(hub_shards("org/name", split="train", revision="abc"), window=6)
+    other = stream_of(hub_shards(hub), window=6)
     for _ in range(9):
         other.next()
     one.load_state_dict(other.state_dict())
@@ -340,7 +342,7 @@ def test_streaming_from_the_hub(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"^org/name: cannot be read from the Hub \(ValueError: Bad split: trian\). hint"
     ):
-        hub_shards("org/name", split="trian", revision="abc", hint=" hint")
+        hub_shards(hub.model_copy(update={"split": "trian"}), " hint")
 
 
 def test_observed_shares_of_a_stream(tmp_path):
@@ -508,13 +510,13 @@ def test_a_lost_connection_is_opened_again(monkeypatch, caplog):
                 yield row(number)
 
     waits = []
-    monkeypatch.setattr(readers.time, "sleep", waits.append)
+    monkeypatch.setattr(hub_datasets.time, "sleep", waits.append)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Shard({0: 1, 2: 3, 3: 3}))
-    found = hub_shards("org/name", split="train", revision=None)
+    found = hub_shards(SourceConfig(source="org/name", stream=True))
     assert [each for _, each in found.readers[0](0)] == [row(number) for number in range(6)]
     assert waits == [1.0, 1.0, 5.0, 25.0, 1.0, 5.0, 25.0]
     assert "org/name: shard 0: KeyError: 'no base class in common'. Trying again in 1 s." in caplog.messages
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Shard({2: 4}))
-    found = hub_shards("org/name", split="train", revision=None)
+    found = hub_shards(SourceConfig(source="org/name", stream=True))
     with pytest.raises(UserError, match=r"^org/name: shard 0: row 2: cannot be read from the Hub \(KeyError"):
         list(found.readers[0](0))

@@ -98,6 +98,14 @@ def test_whatever_decides_the_tokens_makes_them_anew(tmp_path: Path, counted: li
         {"source": {"limit": 9}},
         {"source": {"limit": 9}, "seed": 1},
         {"source": {"name": "x"}},
+        {"source": {"columns": {"prompt": "completion", "completion": "prompt"}}},
+        {"source": {"template": {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}}},
+        {"source": {"template": {"prompt": "{{ prompt }}?", "completion": "{{ completion }}"}}},
+        {
+            "source": {"template": {"prompt": "", "completion": "{{ completion }}"}},
+            "too_long": "split",
+            "max_length": 4,
+        },
         {"tokenizer": tiny_tokenizer.make(bos=True)},
     ]
     for number, way in enumerate(ways, start=1):

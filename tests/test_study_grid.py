@@ -187,6 +187,21 @@ def test_the_key_is_of_the_content_of_the_data(tmp_path: Path) -> None:
     assert key_of(plain) not in keys
 
 
+def test_the_key_is_of_all_files_of_folders_and_patterns(tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    files = [tmp_path / f"{kind}/part-{number}.jsonl" for kind in ("folder", "pattern") for number in range(2)]
+    for file in (held_out, *files):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("1\n")
+    mix = [{"source": str(tmp_path / "folder"), "validation": str(held_out)}, {"source": f"{tmp_path}/pattern/*.jsonl"}]
+    plain = recipe_from(study_worker.DOCUMENT | {"data": {"mix": mix}})
+    keys = {key_of(plain)}
+    for file in (held_out, *files):
+        file.write_text("2\n")
+        keys.add(key_of(plain))
+    assert len(keys) == 6
+
+
 def test_a_huge_file_is_sampled(tmp_path: Path) -> None:
     file = tmp_path / "huge.jsonl"
     plain = recipe_from(study_worker.DOCUMENT | {"data": {"mix": [{"source": str(file)}]}})

@@ -106,6 +106,28 @@ def data_loading() -> str:
     return markdown(header, rows) + note
 
 
+def file_formats() -> str:
+    """For each kind of file: memory to draw a hundred rows, and seconds of a first and of a later start."""
+    document = read("file_formats")
+    rows = [
+        [
+            kind,
+            f"{found['limit']['added_bytes'] / 1e6:.0f}",
+            f"{found['limit']['seconds']:.1f}",
+            f"{found['first']['seconds']:.0f}",
+            f"{found['again']['seconds']:.1f}",
+        ]
+        for kind, found in document["kinds"].items()
+    ]
+    header = ["file", "memory added, MB", "with limit 100, s", "first start, s", "later start, s"]
+    tokens = next(iter(document["kinds"].values()))["first"]["num_tokens"]
+    note = (
+        f"\nMemory and `limit: 100` with {document['num_bytes'] / 1e9:.0f} GB of rows, starts with "
+        f"{document['num_rows']:,} rows ({tokens / 1e6:.0f} million tokens).\n"
+    )
+    return markdown(header, rows) + note
+
+
 def mixing() -> str:
     """Differences of the shares from the asked ones, and resumes; the memory of streams below."""
     document = read("mixing")

@@ -164,7 +164,9 @@ def _tokenized(
     identity = examples.identity if isinstance(examples, SplitExamples) else None
     if identity is None or cache is None:
         return make()
+    template = None if source.template is None else source.template.model_dump()
     layout = {"label": source.label, "named": source.name is not None, "format": source.format, "task": source.task}
+    layout |= {"columns": source.columns, "template": template}
     return cache.kept({"rows": identity, **layout, **options}, make)
 
 

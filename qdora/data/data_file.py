@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from qdora.errors import UserError
 from qdora.files.samples import sampled
@@ -27,28 +27,16 @@ def name_without_ending(path: Path) -> str:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The bytes of a file, decompressed.
-
-    Raises: UserError where no library for .zst is installed.
-    """
+    """The bytes of a file, decompressed. Only those of a file that is not compressed can be sought in."""
     last = path.suffix.lower()
     if last == ".gz":
         return cast(BinaryIO, gzip.open(path))
-    return _open_zst(path) if last == ".zst" else path.open("rb")
+    if last == ".zst":
+        import pyarrow as pa  # Python 3.14 is the first with a module for it
 
-
-def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """The UTF-8 text of a file, decompressed, without its byte order mark."""
-    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline=newline)
-
-
-def skip_bytes(file: BinaryIO, number: int) -> None:
-    """Go forward in a file that may be compressed."""
-    if file.seekable():
-        file.seek(number, io.SEEK_CUR)
-        return
-    while number > 0:
-        number -= len(file.read(min(number, 2**20))) or number
+        # Frames one behind the other are read, and a file that was cut is an error.
+        return cast(BinaryIO, io.BufferedReader(pa.input_stream(path.open("rb"), compression="zstd"), 2**20))
+    return path.open("rb")
 
 
 @contextmanager
@@ -61,7 +49,11 @@ def readable(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged ({error})") from error
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
+        if error.errno is not None:
+            raise UserError(f"{path}: {error.strerror}") from error
+        # of pyarrow. Frames of 'zstd --long' look back over up to 2 GiB, which it does not keep.
+        fix = f". Fix: unpack it, zstd -d --long=31 {path.name}" if "too much memory" in str(error) else ""
+        raise UserError(f"{path}: damaged ({error}){fix}") from error
 
 
 def identity_of(path: Path) -> str:
@@ -69,55 +61,3 @@ def identity_of(path: Path) -> str:
     with readable(path):
         facts, digest = sampled(path)
     return f"{path.name} {facts.st_size} {facts.st_mtime_ns} {digest}"
-
-
-def _open_zst(path: Path) -> BinaryIO:
-    try:
-        from compression import zstd  # type: ignore[import-not-found, unused-ignore]  # Python 3.14
-    except ImportError:
-        pass
-    else:
-        return cast(BinaryIO, zstd.open(path))
-    try:
-        import zstandard  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise UserError(
-            f"{path}: no library that reads .zst is installed. Fix: pip install zstandard, or unpack it: zstd -d"
-        ) from None
-    return io.BufferedReader(_ZstFrames(path.open("rb"), zstandard), 2**20)
-
-
-class _ZstFrames(io.RawIOBase):
-    """The content of all frames of a .zst file. zstandard's own reader takes a cut file for a whole one."""
-
-    def __init__(self, file: BinaryIO, zstandard: Any) -> None:
-        self.file, self.zstandard = file, zstandard
-        self.frame: Any = None  # None between two frames
-        self.compressed = self.content = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.content:
-            self.compressed = self.compressed or self.file.read(2**17)
-            if not self.compressed:
-                if self.frame is not None:
-                    raise EOFError("the compressed data ends too early")
-                return 0
-            # Frames of 'zstd --long' look back over up to 2 GiB.
-            if self.frame is None:
-                self.frame = self.zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            try:
-                self.content, self.compressed = self.frame.decompress(self.compressed), b""
-            except self.zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-            if self.frame.eof:
-                self.compressed, self.frame = self.frame.unused_data, None
-        size = min(len(buffer), len(self.content))
-        buffer[:size], self.content = self.content[:size], self.content[size:]
-        return size
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()

@@ -1,10 +1,10 @@
-"""The layouts of rows -> Examples: choices, prompt and completion, chat, text, LLM-Adapters."""
+"""The layouts of rows -> Examples: choices, chat, ShareGPT, prompt and completion, LLM-Adapters, Alpaca, text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qdora.data.commonsense import TEMPLATES, example_of_row
@@ -12,6 +12,19 @@ from qdora.data.example import Example
 from qdora.data.messages import TURN_KEYS, parse_messages, parse_tools
 from qdora.data.rows import Row, RowFault, optional_text, row_id, shown, text_field
 from qdora.errors import UserError, nearest
+from qdora.files.json_file import parse_json
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Who speaks in a ShareGPT turn -> role."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +35,15 @@ class Format:
         required: Columns that every row must have.
         example: (row, task of the row, label, id) -> Example.
         optional: Other columns that are read.
+        json: Columns whose text is read as JSON where it can be: CSV files hold lists as text, some Parquet files, too.
+        tell: Columns that a row must have beside the required ones for `auto` to take this layout.
     """
 
     required: tuple[str, ...]
     example: Callable[[Row, str, str, str], Example]
     optional: tuple[str, ...] = ("task", "id")
+    json: tuple[str, ...] = ()
+    tell: tuple[str, ...] = ()
 
 
 def choose_format(columns: Collection[str], format: str, where: str) -> str:
@@ -34,10 +51,12 @@ def choose_format(columns: Collection[str], format: str, where: str) -> str:
 
     Raises: UserError if none fits.
     """
-    fitting = (name for name, layout in FORMATS.items() if set(layout.required) <= set(columns))
+    fitting = (name for name, layout in FORMATS.items() if {*layout.required, *layout.tell} <= set(columns))
     chosen = next(fitting, None) if format == "auto" else format
     if chosen is None:
-        allowed = "; ".join(f"{name}: {', '.join(layout.required)}" for name, layout in FORMATS.items())
+        allowed = "; ".join(
+            f"{name}: {', '.join((*layout.required, *layout.tell))}" for name, layout in FORMATS.items()
+        )
         known = [column for layout in FORMATS.values() for column in layout.required]
         hint = next((hint for column in columns if (hint := nearest(column, known))), "")
         raise UserError(f"{where}: columns {', '.join(columns)} fit no format, allowed: {allowed}.{hint}")
@@ -54,6 +73,7 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
     Raises: RowFault if a column is missing or holds the wrong thing.
     """
     layout = FORMATS[format]
+    row = with_lists(row, format)
     absent = [column for column in layout.required if column not in row]
     if absent:
         raise RowFault(
@@ -64,18 +84,42 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
     return layout.example(row, task, label if named else task or label, id)
 
 
+def with_lists(row: Row, format: str) -> Row:
+    """The row with the lists that its file has as the text of JSON."""
+    found = {name: _list_in(row[name]) for name in FORMATS[format].json if isinstance(row.get(name), str)}
+    return {**row, **found} if found else row
+
+
+def _list_in(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
+
+
 def unused_columns(row: Row, format: str) -> Iterator[str]:
     """What a row has and its format does not read: columns, keys of turns as messages.<key>; no empty values."""
     layout = FORMATS[format]
     known = (*layout.required, *layout.optional)
-    yield from (str(name) for name, value in row.items() if name not in known and not _is_empty(value))
-    if format == "messages" and isinstance(row["messages"], list):
-        turns = [turn for turn in row["messages"] if isinstance(turn, dict)]
-        names = (name for turn in turns for name, value in turn.items() if not _is_empty(value))
-        yield from (f"messages.{name}" for name in names if name not in TURN_KEYS)
+    yield from (str(name) for name, value in row.items() if name not in known and not is_empty(value))
+    row = with_lists(row, format)
+    for column, keys in _TURN_KEYS.items():
+        turns = row.get(column) if column in layout.required else None
+        for turn in turns if isinstance(turns, list) else ():
+            names = (name for name, value in turn.items() if not is_empty(value)) if isinstance(turn, dict) else ()
+            yield from (f"{column}.{name}" for name in names if name not in keys)
 
 
-def _is_empty(value: Any) -> bool:
+_TURN_KEYS = {
+    "messages": TURN_KEYS,
+    "conversations": ("from", "value", *TURN_KEYS),
+    "prompt": TURN_KEYS,
+    "completion": TURN_KEYS,
+}
+"""Column that may hold turns -> the keys of a turn that are read."""
+
+
+def is_empty(value: Any) -> bool:
     """Whether a value is what files write where there is none: null, NaN, an empty text or list."""
     return value is None or (isinstance(value, float) and value != value) or value in ("", [], {})
 
@@ -86,21 +130,62 @@ def _choices(row: Row, task: str, label: str, id: str) -> Example:
 
 
 def _completion(row: Row, task: str, label: str, id: str) -> Example:
-    """Prompt and completion, joined as they stand: the space between them belongs to the completion (or the prompt)."""
+    """Prompt and completion, joined as they stand: the space between them belongs to the completion (or the prompt).
+
+    Both may be lists of turns instead, which make one chat.
+    """
     prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _turns_of_both(row, label, id)
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, str):
-            hint = " (turns of a chat go into one column, messages)" if isinstance(value, list) else ""
+            hint = " (turns only if both are lists of turns)" if isinstance(value, list) else ""
             raise RowFault(f"{name}: must be text{hint}, got {shown(value)}")
     if not completion.strip():
         raise RowFault(f"completion: must be text that is not empty, got {shown(completion)}")
     return Example(task=label, id=row_id(row, id), prompt=prompt, answer=completion)
 
 
+def _turns_of_both(row: Row, label: str, id: str) -> Example:
+    """The chat of a prompt and a completion that are lists of turns; only the completion is learnt."""
+    asked = [
+        {**turn, "train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
+        for turn in row["prompt"]
+    ]
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+    return _messages({**rest, "messages": [*asked, *row["completion"]]}, "", label, id)
+
+
 def _messages(row: Row, task: str, label: str, id: str) -> Example:
     """A list of turns, and the tools that the assistant may call; the assistant's turns are what is learnt."""
     messages, tools = parse_messages(row["messages"]), parse_tools(row.get("tools"))
     return Example(task=label, id=row_id(row, id), prompt="", answer="", messages=messages, tools=tools)
+
+
+def _sharegpt(row: Row, task: str, label: str, id: str) -> Example:
+    """A list of {from, value}, and maybe a column `system`; the same chat as `messages`."""
+    turns = row["conversations"]
+    if not isinstance(turns, list):
+        raise RowFault(f"conversations: must be a list of turns {{from, value}}, got {shown(turns)}")
+    system = optional_text(row, "system")
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [_sharegpt_turn(number, turn) for number, turn in enumerate(turns)]
+    rest = {name: value for name, value in row.items() if name not in ("conversations", "system")}
+    return _messages({**rest, "messages": messages}, task, label, id)
+
+
+def _sharegpt_turn(number: int, turn: Any) -> Any:
+    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+        if isinstance(turn, dict) and {"role", "content"} <= turn.keys():
+            return turn
+        raise RowFault(f"conversations[{number}]: must be an object with from and value, got {shown(turn)}")
+    speaker = turn["from"]
+    if speaker not in _SHAREGPT_ROLES:
+        allowed = ", ".join(_SHAREGPT_ROLES)
+        hint = nearest(str(speaker), _SHAREGPT_ROLES)
+        raise RowFault(f"conversations[{number}].from: must be one of {allowed}, got {shown(speaker)}.{hint}")
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {**rest, "role": _SHAREGPT_ROLES[speaker], "content": turn["value"]}
 
 
 def _text(row: Row, task: str, label: str, id: str) -> Example:
@@ -121,21 +206,25 @@ _ALPACA_INPUT = (
 )
 
 
-def _commonsense170k(row: Row, task: str, label: str, id: str) -> Example:
-    """LLM-Adapters (arXiv 2304.01933) and other Alpaca-type rows: instruction, output, maybe input and answer.
-
-    The prompt is the Alpaca template as published, without the indentation of the published script. Where `answer` is
-    one of the names in "Answer format: answer1/answer2/...", the other names become the wrong choices.
-    """
+def _alpaca(row: Row, task: str, label: str, id: str) -> Example:
+    """instruction, output, maybe input, in the Alpaca template as published, without the indentation of its script."""
     instruction, output = text_field(row, "instruction"), text_field(row, "output")
     given = optional_text(row, "input")
     template = _ALPACA_INPUT if given else _ALPACA
-    prompt = template.format(instruction=instruction, input=given)
-    names, answer = _answer_names(instruction), optional_text(row, "answer")
-    if answer in names and output.count(answer) == 1:
-        choices = tuple(output.replace(answer, name) for name in names)
-        return Example(label, row_id(row, id), prompt, output, choices, names.index(answer))
-    return Example(label, row_id(row, id), prompt, output)
+    return Example(label, row_id(row, id), template.format(instruction=instruction, input=given), output)
+
+
+def _commonsense170k(row: Row, task: str, label: str, id: str) -> Example:
+    """LLM-Adapters (arXiv 2304.01933): Alpaca rows with maybe an answer.
+
+    Where `answer` is one of the names in "Answer format: answer1/answer2/...", the others become the wrong choices.
+    """
+    found = _alpaca(row, task, label, id)
+    names, answer = _answer_names(text_field(row, "instruction")), optional_text(row, "answer")
+    if answer in names and found.answer.count(answer) == 1:
+        choices = tuple(found.answer.replace(answer, name) for name in names)
+        return replace(found, choices=choices, gold=names.index(answer))
+    return found
 
 
 def _answer_names(instruction: str) -> tuple[str, ...]:
@@ -161,10 +250,16 @@ def commonsense_task(instruction: str) -> str:
 
 
 FORMATS: dict[str, Format] = {
-    "choices": Format(("question", "choices", "answer"), _choices, ("task", "id", "context", "passage")),
-    "messages": Format(("messages",), _messages, ("tools", "task", "id")),
+    "choices": Format(
+        ("question", "choices", "answer"), _choices, ("task", "id", "context", "passage"), json=("choices", "answer")
+    ),
+    "messages": Format(("messages",), _messages, ("tools", "task", "id"), json=("messages", "tools")),
+    "sharegpt": Format(
+        ("conversations",), _sharegpt, ("tools", "task", "id", "system"), json=("conversations", "tools")
+    ),
     "completion": Format(("prompt", "completion"), _completion),
-    "commonsense170k": Format(("instruction", "output"), _commonsense170k, ("input", "answer", "id")),
+    "commonsense170k": Format(("instruction", "output"), _commonsense170k, ("input", "answer", "id"), tell=("answer",)),
+    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "task", "id")),
     "text": Format(("text",), _text),
 }
-"""Format -> layout; `auto` takes the first whose required columns are there."""
+"""Format -> layout; `auto` takes the first whose columns are there."""

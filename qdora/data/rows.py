@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from qdora.errors import UserError
@@ -19,40 +20,42 @@ class RowFault(ValueError):
     """What is wrong with one row. The caller adds the file and the line."""
 
 
+Place = int | str
+"""Number of a line or row of a file; with several files "name of the file: line 17"."""
+
 Entry = dict[str, Any] | RowFault
 """A row as it was read: column -> value, or why it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one file or split, which stay where they are until they are read.
+    """The rows of a file or split, which stay where they are until they are read.
 
     Attributes:
-        where: File or Hub address, for error lines.
+        where: File, folder or Hub address, for error lines.
         unit: "line" (counted from 1, as editors do) or "row" (from 0, as data frames do).
         num_rows: Number of rows, faulty ones included.
-        chosen: Takes indices in rising order; gives (line or row number, row) of each.
+        chosen: Takes indices in rising order; gives (place, row) of each.
         identity: Stands for the content: what changes when it changes. None where that is not known.
     """
 
     where: str
     unit: str
     num_rows: int
-    chosen: Callable[[Sequence[int]], Iterator[tuple[int, Entry]]]
+    chosen: Callable[[Sequence[int]], Iterator[tuple[Place, Entry]]]
     identity: str | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, Entry]]:
-        """(line or row number, row) of every row."""
+    def __iter__(self) -> Iterator[tuple[Place, Entry]]:
+        """(place, row) of every row."""
         return self.chosen(range(self.num_rows))
 
-    def columns(self) -> list[str]:
-        """The columns of the first row that can be read; none where no row can."""
-        return next((list(row) for _, row in self if not isinstance(row, RowFault)), [])
-
-
-def rows_of(where: str, unit: str, placed: Sequence[tuple[int, Entry]], identity: str | None = None) -> Rows:
-    """Rows that are in memory."""
-    return Rows(where, unit, len(placed), lambda indices: (placed[index] for index in indices), identity)
+    def first(self, num: int) -> list[Row]:
+        """Those of the first `num` rows that can be read; one more where none of them can, if there is one."""
+        found = (row for _, row in self if not isinstance(row, RowFault))
+        some: list[Row] = [
+            row for _, row in self.chosen(range(min(num, self.num_rows))) if not isinstance(row, RowFault)
+        ]
+        return some or list(islice(found, 1))
 
 
 class FaultList:
@@ -63,10 +66,11 @@ class FaultList:
         self.shown: list[str] = []
         self.num_more = 0
 
-    def add(self, place: int, fault: RowFault) -> None:
+    def add(self, place: Place, fault: RowFault) -> None:
         """Count a faulty row."""
         if len(self.shown) < MAX_SHOWN_FAULTS:
-            self.shown.append(f"{self.where}: {self.unit} {place}: {fault}")
+            at = f"{self.where}/{place}" if isinstance(place, str) else f"{self.where}: {self.unit} {place}"
+            self.shown.append(f"{at}: {fault}")
         else:
             self.num_more += 1
 

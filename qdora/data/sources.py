@@ -9,12 +9,15 @@ from qdora.data import demo
 from qdora.data.commonsense import HUB_TASKS, example_of_row, hub_task_rows, instruction_row
 from qdora.data.data_file import name_without_ending
 from qdora.data.example import Example
-from qdora.data.readers import Shards, hub_rows, hub_shards, local_shards, missing, read_rows, split_file, split_names
-from qdora.data.row_formats import FORMATS, choose_format, example_of_format, unused_columns
+from qdora.data.hub_datasets import hub_rows, hub_shards
+from qdora.data.readers import Shards, local_shards, rows_of_split
+from qdora.data.row_examples import FIRST_ROWS, RowExamples
+from qdora.data.row_formats import FORMATS, unused_columns, with_lists
 from qdora.data.rows import Row, Rows
+from qdora.data.source_files import files_of_split, missing
 from qdora.data.split_examples import SplitExamples, draw, split_off
-from qdora.errors import UserError, nearest
-from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path
+from qdora.errors import UserError
+from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path, is_pattern
 
 
 def load_source(source: SourceConfig, split: str | None = None) -> list[Example]:
@@ -34,7 +37,7 @@ def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples
     """
     split = split or source.split
     if source.task is None:
-        return _own_examples(source, _own_rows(str(source.source), split, source.revision))
+        return _own_examples(source, _own_rows(source, split))
     if source.task.startswith("demo/"):
         made = demo.examples(source.task.removeprefix("demo/"), split)
         rows = Rows(source.task, "row", len(made), lambda indices: ((index, {}) for index in indices))
@@ -54,9 +57,9 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
     Raises: UserError: As `open_source`.
     """
     validation, own = source.validation, source.source
-    single_file = own is not None and is_path(own) and Path(own).expanduser().is_file()
+    single_file = own is not None and is_path(own) and (is_pattern(own) or Path(own).expanduser().is_file())
     if validation is not None and not is_path(validation) and (single_file or validation == source.split):
-        why = "is a single file, without splits" if single_file else "is trained on"
+        why = "has no splits" if single_file else "is trained on"
         place = source.source if single_file else source.split
         raise UserError(f"validation {validation!r}: {place} {why}. Fix: name a file.")
     cut = validation is None and not has_split(source, "validation")
@@ -81,7 +84,7 @@ def open_shards(source: SourceConfig) -> Shards:
     place = str(source.source)
     if is_path(place):
         return local_shards(Path(place).expanduser(), source.split)
-    return hub_shards(place, split=source.split, revision=source.revision, hint=_local_hint(place))
+    return hub_shards(source, _local_hint(place))
 
 
 def has_split(source: SourceConfig, split: str) -> bool:
@@ -95,23 +98,14 @@ def has_split(source: SourceConfig, split: str) -> bool:
     place = str(source.path if source.task is not None else source.source)
     if source.task is not None or is_path(place):
         directory = Path(place).expanduser()
-        return directory.is_dir() and split_file(directory, split) is not None
+        return directory.is_dir() and bool(files_of_split(directory, split))
     return False  # own data on the Hub: asked for with `validation: <split>`, never guessed
 
 
 def _own_examples(source: SourceConfig, rows: Rows) -> SplitExamples:
     """Rows of the user's own data, whose format the columns of the first row tell."""
-    columns, unused = rows.columns(), set[str]()
-    # Where no row can be read, any format will do: each row's fault is reported.
-    format = choose_format(columns, source.format, rows.where) if columns else "text"
-    label, named = source.label, source.name is not None
-
-    def make(place: int, row: Row) -> Example:
-        example = example_of_format(row, format, label=label, named=named, id=str(place))
-        unused.update(unused_columns(row, format))
-        return example
-
-    return SplitExamples(rows, make, range(rows.num_rows), unused)
+    make = RowExamples(source, rows.first(FIRST_ROWS), rows.where, named=source.name is not None)
+    return SplitExamples(rows, lambda place, row: make(row, str(place)), range(rows.num_rows), make.unused)
 
 
 def _task_examples(source: SourceConfig, task: str, split: str) -> SplitExamples:
@@ -120,6 +114,7 @@ def _task_examples(source: SourceConfig, task: str, split: str) -> SplitExamples
     unused = set[str]()
 
     def make(place: int, row: Row) -> Example:
+        row = with_lists(row, "choices")
         unused.update(unused_columns(row, "choices"))
         if source.format == "commonsense170k":
             return FORMATS[source.format].example(instruction_row(row, task), task, source.label, str(place))
@@ -128,11 +123,11 @@ def _task_examples(source: SourceConfig, task: str, split: str) -> SplitExamples
     return SplitExamples(rows, make, range(rows.num_rows), unused)
 
 
-def _own_rows(place: str, split: str, revision: str | None) -> Rows:
+def _own_rows(source: SourceConfig, split: str) -> Rows:
+    place = str(source.source)
     if not is_path(place):
-        return hub_rows(place, split=split, revision=revision, hint=_local_hint(place))
-    path = Path(place).expanduser()
-    return _directory_rows(place, split) if path.is_dir() else read_rows(path)
+        return hub_rows(source, split, _local_hint(place))
+    return rows_of_split(Path(place).expanduser(), split)
 
 
 def _local_hint(source: str) -> str:
@@ -143,12 +138,7 @@ def _directory_rows(directory: str, split: str) -> Rows:
     folder = Path(directory).expanduser()
     if not folder.is_dir():
         raise UserError(missing(folder) if not folder.exists() else f"{folder}: is a file, expected a directory")
-    file = split_file(folder, split)
-    if file is None:
-        names = split_names(folder)
-        there = f"there are {', '.join(names)}" if names else "there is no data file at all"
-        raise UserError(f"{folder}: no file for split {split!r}; {there}.{nearest(split, names)}")
-    return read_rows(file)
+    return rows_of_split(folder, split)
 
 
 def _from_file(source: SourceConfig, file: str) -> SplitExamples:

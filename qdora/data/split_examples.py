@@ -12,7 +12,7 @@ from qdora.data.example import Example
 from qdora.data.rows import FaultList, RowFault, Rows
 from qdora.errors import UserError
 
-Make = Callable[[int, Any], Example]
+Make = Callable[[Any, Any], Example]
 """(place, row) -> Example; raises RowFault."""
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from qdora.data.example import Example
 from qdora.data.readers import PlacedRow, Shards
-from qdora.data.row_formats import choose_format, example_of_format, unused_columns
-from qdora.data.rows import MAX_SHOWN_FAULTS, RowFault
+from qdora.data.row_examples import FIRST_ROWS, RowExamples
+from qdora.data.rows import MAX_SHOWN_FAULTS, Row, RowFault
 from qdora.data.tokenize import ExampleTally, Sorted, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
@@ -46,7 +47,7 @@ class StreamPosition:
         num_drawn_before: Examples given before this pass.
         num_bad, num_bad_before: Faulty rows skipped, in all passes and before this one.
         bad_rows: Place and fault of the first of them.
-        part: Examples of the next row that are given; a chat may be several.
+        part: Examples of the next row that are given; a chat, or a text that is split, may have several.
     """
 
     epoch: int = 0
@@ -76,7 +77,6 @@ class ExampleStream:
         number: Place of the source in the mix. Two sources have different orders.
 
     Attributes:
-        unused: Columns that rows had so far and that are not read.
         notes: What the rows so far showed of the chat template.
     """
 
@@ -92,9 +92,13 @@ class ExampleStream:
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
         # Tokenised rows of the window, the next one last, and examples of a row likewise; faults begin with the place
         self._ready: list[list[Sorted]] = []
-        self.unused: set[str] = set()
         self.notes: set[str] = set()
         self._told: set[str] = set()  # faulty rows in the log
+
+    @property
+    def unused(self) -> set[str]:
+        """Columns that rows had so far and that are not read."""
+        return self._make.unused
 
     @property
     def num_examples(self) -> int | None:
@@ -181,6 +185,7 @@ class ExampleStream:
             f"loss_on={data.loss_on!r}, too_long={data.too_long!r}, window={source.shuffle_window!r}, "
             f"size={source.size!r}, seed={data.seed!r}, number={self.number!r})"
         )
+        settings += f" {source.columns} {source.template}" if source.columns or source.template else ""
         return {
             "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
             "num_bytes": self.shards.num_bytes,
@@ -212,7 +217,10 @@ class ExampleStream:
         return None
 
     def first(self, number: int | None = None) -> list[TokenizedExample]:
-        """Up to so many examples (None: all) from the first rows of the files; the position stays. Raises as `check_first_rows`."""
+        """Up to so many examples (None: all) from the first rows of the files; the position stays.
+
+        Raises: UserError: As `check_first_rows`.
+        """
         return [each for row in self._sample for each, _ in row if isinstance(each, TokenizedExample)][:number]
 
     @property
@@ -233,16 +241,21 @@ class ExampleStream:
         return found
 
     @cached_property
-    def _format(self) -> str:
-        """The layout of all rows, found from the first row that can be read."""
+    def _make(self) -> RowExamples:
+        """The layout of all rows, found from the first ones that can be read."""
         faults: list[str] = []
-        for reader in self.shards.readers:
-            for place, row in reader(0):
-                if not isinstance(row, RowFault):
-                    return choose_format(list(row), self.source.format, self.shards.where)
+        first: list[Row] = []
+        for place, row in chain.from_iterable(reader(0) for reader in self.shards.readers):
+            if not isinstance(row, RowFault):
+                first.append(row)
+            elif not first:
                 faults.append(f"{place}: {row}")
                 if len(faults) > self._most_bad(len(faults)):
                     raise UserError(*faults[:MAX_SHOWN_FAULTS])
+            if len(first) == FIRST_ROWS:
+                break
+        if first:
+            return RowExamples(self.source, first, self.shards.where, named=True)
         raise UserError(*faults or [f"{self.shards.where}: the data set is empty, allowed: at least one row"])
 
     def _tokenize_more(self) -> None:
@@ -309,16 +322,15 @@ class ExampleStream:
             try:
                 if isinstance(row, RowFault):
                     raise row
-                examples[index] = example_of_format(row, self._format, label=self.name, named=True, id=place)
-                self.unused.update(unused_columns(row, self._format))
+                examples[index] = self._make(row, place)
             except RowFault as fault:
                 found[index] = [(f"{place}: {fault}", False)]
         tally = ExampleTally(self.name, self.data.max_length, self.data.too_long)
         done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
         self.notes |= tally.notes
-        for index, parts in zip(examples, done, strict=True):
+        for index, several in zip(examples, done, strict=True):
             found[index] = [
-                (f"{rows[index][0]}: {each}" if isinstance(each, str) else each, cut) for each, cut in parts
+                (f"{rows[index][0]}: {each}" if isinstance(each, str) else each, cut) for each, cut in several
             ]
         return [found[index] for index in range(len(rows))]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qdora.data.chat_template import require_chat_template
 from qdora.data.encode_chats import LossOn, encode_chats
 from qdora.data.example import Example
+from qdora.data.split_text import chunks, text_parts
 from qdora.errors import UserError
 
 
@@ -67,9 +68,10 @@ def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next(position for position in range(limit) if first[position] != second[position])
 
 
-TooLong = Literal["error", "truncate", "drop"]
-_BATCH = 1024
-"""Texts per call of the tokenizer: enough for its threads, few enough for memory."""
+TooLong = Literal["error", "truncate", "drop", "split"]
+_BATCH, _BATCH_CHARACTERS = 1024, 1 << 21
+"""Texts per call of the tokenizer, and characters from which there are no more of them: enough for its threads, few
+enough for memory."""
 _EXCESSIVE = 1 << 18
 """Characters of a text from which it is shortened before it is encoded."""
 _SHOWN = 3
@@ -143,17 +145,17 @@ def tokenize_all(
             these turns, "all" the prompt's tokens as well.
         too_long: What happens to longer ones. "error": one error with their number, and what the others would lose.
             "truncate": cut the front of the prompt, then the end of the answer (of a chat its end), and drop an example
-            that has no token left to learn. "drop": leave them out.
+            that has no token left to learn. "drop": leave them out. "split": plain text becomes
+            several examples (see `chunks`), others are an error.
     Raises: UserError if examples are too long or have no token to learn, a chat does not fit the chat template or there
         is no template, or no example is left; all faults at once.
     """
     tally = ExampleTally(name, max_length, too_long)
     done: list[TokenizedExample] = []
     faults: list[str] = []
-    left = iter(examples)
     try:
-        while batch := list(islice(left, _BATCH)):
-            found = [each for parts in tally.add(batch, tokenizer, loss_on) for each, _ in parts]
+        for batch in _batches(examples):
+            found = [each for several in tally.add(batch, tokenizer, loss_on) for each, _ in several]
             done += [each for each in found if isinstance(each, TokenizedExample)]
     except UserError as error:  # faulty rows, known after the last; or no example can be encoded at all
         faults += error.faults
@@ -163,6 +165,18 @@ def tokenize_all(
     if faults:
         raise UserError(*faults)
     return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, notes=tuple(sorted(tally.notes)))
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    batch, num_characters = list[Example](), 0
+    for example in examples:
+        batch.append(example)
+        num_characters += len(example.prompt) + len(example.answer)
+        if len(batch) == _BATCH or num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
 
 
 Sorted = tuple[TokenizedExample | str | None, bool]
@@ -192,16 +206,33 @@ class ExampleTally:
     notes: set[str] = field(default_factory=set)
 
     def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[Sorted]]:
-        """What became of each; a list of one but for some chats."""
-        examples = [_without_excess(example, self.max_length, tokenizer) for example in examples]
+        """What became of each; a list of one but for some chats and for text that is split."""
+        if self.too_long != "split":
+            examples = [_without_excess(example, self.max_length, tokenizer) for example in examples]
         encoded = _encode(examples, tokenizer, self.name, loss_on, self.notes)
         found: list[list[Sorted]] = []
         for example, parts in zip(examples, encoded, strict=True):
             if isinstance(parts, str):
                 self.chat_faults.append(f"{self.name}: example {example.id}: {parts}")
                 found.append([(parts, False)])
+            elif self.too_long == "split" and not (example.prompt or example.messages or example.choices):
+                found.append(self._split(example, *parts))
             else:
                 found.append([self._sort(example, part) for part in parts] or [self._unlearnable(example, False)])
+        return found
+
+    def _split(self, example: Example, encoded: _Encoded) -> list[Sorted]:
+        if len(encoded.ids) <= self.max_length:
+            return [self._sort(example, encoded)]
+        least = encoded.prefix + 2
+        if self.max_length < least:
+            raise UserError(f"{self.name}: data.too_long: split needs data.max_length {least}, got {self.max_length}.")
+        self.num_tokens += len(encoded.ids)
+        found: list[Sorted] = []
+        for number, (ids, start) in enumerate(chunks(encoded.ids, encoded.prefix, self.max_length)):
+            mask = np.arange(len(ids)) >= max(start, 1)  # nothing predicts the first token
+            part = TokenizedExample(example.task, f"{example.id}[{number}]", np.array(ids, dtype=np.int32), mask)
+            found.append((part, False))
         return found
 
     def _unlearnable(self, example: Example, cut: bool) -> Sorted:
@@ -213,12 +244,14 @@ class ExampleTally:
         self.num_tokens += len(encoded.ids)
         if cut:
             self.longest = max(self.longest, len(encoded.ids))
-            if self.too_long == "error":
+            if self.too_long in ("error", "split"):
                 self.too_long_ids.append(example.id)
                 left = _cut(encoded, self.max_length)
                 self.num_tokens_too_long += len(encoded.ids)
                 self.num_tokens_cut += len(encoded.ids) - (len(left.ids) if any(left.mask[1:]) else 0)
             self.num_dropped += self.too_long == "drop"
+            if self.too_long == "split":
+                return f"{len(encoded.ids)} tokens, and data.too_long: split is for plain text alone", True
             if self.too_long != "truncate":
                 return None, True
             encoded = _cut(encoded, self.max_length)
@@ -244,7 +277,8 @@ class ExampleTally:
                 f"({self.max_length}), the longest has {self.longest} tokens. Fix: raise data.max_length, or set "
                 f"data.too_long to truncate (cuts {_percent(self.num_tokens_cut, self.num_tokens)} of the tokens, the "
                 f"front of the prompt first) or drop (loses {_percent(len(self.too_long_ids), num_examples)} of the "
-                f"examples, {_percent(self.num_tokens_too_long, self.num_tokens)} of the tokens)."
+                f"examples, {_percent(self.num_tokens_too_long, self.num_tokens)} of the tokens)"
+                + (", since split is for plain text alone." if self.too_long == "split" else ".")
             )
         if self.unlearnable_ids:
             faults.append(
@@ -287,12 +321,24 @@ def _encode(
                 f"{name}: the tokenizer has no end-of-sequence token to end an answer with. Fix: set one in it."
             )
         prefix = len(special_prefix(tokenizer))
-        pairs = encode_pairs(tokenizer, [(examples[index].prompt, examples[index].answer) for index in texts])
+        pairs = _encode_texts(tokenizer, [examples[index] for index in texts])
         for index, (ids, start) in zip(texts, pairs, strict=True):
             ids = ids if ids[-1:] == [eos] else [*ids, eos]
             learnt = 0 if loss_on == "all" else start
             encoded[index] = [_Encoded(ids, [position >= learnt for position in range(len(ids))], prefix, start)]
     return [encoded[index] for index in range(len(examples))]
+
+
+def _encode_texts(tokenizer: Any, examples: Sequence[Example]) -> list[tuple[list[int], int]]:
+    """`encode_pairs`; plain text of more than a megabyte, which is to be split, is encoded in parts."""
+    is_long = [not each.prompt and len(each.answer) > _EXCESSIVE for each in examples]
+    short = [(each.prompt, each.answer) for each, long in zip(examples, is_long, strict=True) if not long]
+    pairs, prefix = iter(encode_pairs(tokenizer, short)), special_prefix(tokenizer)
+    found = []
+    for each, long in zip(examples, is_long, strict=True):
+        encoded = [encode_batch(tokenizer, [part])[0] for part in text_parts(each.answer, _EXCESSIVE)] if long else []
+        found.append(([*prefix, *chain.from_iterable(encoded)], len(prefix)) if long else next(pairs))
+    return found
 
 
 def _without_excess(example: Example, max_length: int, tokenizer: Any) -> Example:

@@ -32,16 +32,16 @@ DEMO_TASKS = ("demo/facts", "demo/odd", "demo/cause", "demo/howto", "demo/next")
 TASKS = (*COMMONSENSE_TASKS, *DEMO_TASKS)
 """All built-in tasks; the demo tasks are inside the package."""
 
-PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".md")
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+
+PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md")
 """Endings of files that may also be compressed, with one of `COMPRESSED_SUFFIXES` behind it."""
 
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+FILE_SUFFIXES = (".parquet", *(plain + packed for packed in ("", *COMPRESSED_SUFFIXES) for plain in PLAIN_SUFFIXES))
+"""Endings of data files."""
 
 DATA_SUFFIXES = (".parquet", *PLAIN_SUFFIXES, *COMPRESSED_SUFFIXES)
 """A `source` with one of these endings is a file, never a Hub id."""
-
-STREAMED_SUFFIXES = (".parquet", ".jsonl")
-"""Endings of files that can be read in parts."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
@@ -61,9 +61,43 @@ def is_path(source: str) -> bool:
     return source.startswith(("/", ".", "~")) or has_file_ending(source) or not _HUB_ID.fullmatch(source)
 
 
+def is_pattern(source: str) -> bool:
+    """Whether a source stands for all files that fit it, such as data/*.jsonl."""
+    return any(mark in source for mark in "*?[")
+
+
 def has_file_ending(source: str) -> bool:
     """Whether a source ends as a file does (`DATA_SUFFIXES` or .gguf)."""
     return source.lower().endswith((*DATA_SUFFIXES, ".gguf"))
+
+
+def _jinja(value: str) -> str:
+    from jinja2 import Environment, TemplateError
+
+    try:
+        Environment().from_string(value)  # only compiled
+    except TemplateError as error:
+        context = {"allowed": f"a Jinja template ({error})", "nearest": ""}
+        raise PydanticCustomError("allowed", "allowed: {allowed}", context) from None
+    return value
+
+
+Template = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_jinja)]
+
+
+class TemplateConfig(Section):
+    """Prompt and completion made from any row. Both are Jinja templates over the columns; null gives no text."""
+
+    prompt: Annotated[str, Strict(), AfterValidator(_jinja)]
+    """Template of the prompt; it may be empty: '' makes plain text, all of which is learnt."""
+    completion: Template
+    """Template of the completion, which is learnt. It follows the prompt as it stands, with its own leading space."""
+
+
+HubFiles = Annotated[
+    Text | tuple[Text, ...] | dict[Text, Text | tuple[Text, ...]],
+    allowed("a file or pattern of the data set, a list of them, or a table of split: files"),
+]
 
 
 class SourceConfig(Section):
@@ -72,12 +106,18 @@ class SourceConfig(Section):
     task: TaskName | None = None
     """Built-in task: boolq, piqa, siqa, hellaswag, winogrande, arc_e, arc_c, obqa, or a demo/<family>."""
     source: Text | None = None
-    """Your own data: a file, a directory of <split> files, or a Hub id."""
+    """Your own data: a file, a pattern such as data/*.jsonl, a directory of files, or a Hub id."""
     path: Text | None = None
     """For a task: directory with <split>.parquet or <split>.jsonl (null: the task's pinned data set on the Hub)."""
-    format: Literal["auto", "choices", "completion", "messages", "text", "commonsense170k"] = "auto"
+    format: Literal["auto", "choices", "completion", "messages", "sharegpt", "alpaca", "text", "commonsense170k"] = (
+        "auto"
+    )
     """Layout of the rows of source. auto: found from the names of the columns. For the eight commonsense tasks: auto
     asks for the text of a choice; commonsense170k asks for its name, as LLM-Adapters and the DoRA paper do."""
+    columns: Annotated[dict[Text, Text], Field(min_length=1)] | None = None
+    """Name that the format reads -> your name of the column: {prompt: question, completion: answer}."""
+    template: TemplateConfig | None = None
+    """Makes prompt and completion from any row, in place of a format. It sees the columns, renamed ones by new name."""
     split: Text = "train"
     """Split to train on."""
     validation: Text | None = None
@@ -91,20 +131,27 @@ class SourceConfig(Section):
     max_epochs: Positive | None = None
     """Most passes over this source. After that the other sources share its part of the mix (null: no limit)."""
     stream: Flag = False
-    """Read source in parts during training, for data larger than memory. For Parquet, JSON lines and the Hub."""
+    """Read source in parts during training, for data larger than memory."""
     size: Whole | None = None
     """Number of examples in a stream, for shares by size and for max_epochs (null: from Parquet footers or the Hub)."""
     shuffle_window: Whole = 4096
-    """Rows of a stream that are kept in memory and shuffled together. Each pass also reads the files in a new order."""
+    """Rows of a stream that are kept in memory and shuffled together. Each pass also reads the files in a new order,
+    and the parts of Parquet and JSON-lines files."""
     name: Text | None = None
     """Name in metrics and tables (null: the task, or the last part of source)."""
     revision: Text | None = None
     """Branch, tag or commit of a Hub data set (null: the pinned commit of a task, the main branch of a source)."""
+    config: Text | None = None
+    """Configuration of a Hub data set that has several, such as main of openai/gsm8k."""
+    data_files: HubFiles | None = None
+    """Files of a Hub data set to read: one, a list, or a table of split: files (null: those that it declares)."""
 
     @property
     def label(self) -> str:
-        """The name in metrics: `name`, the task, or the last part of the source without its ending."""
-        return self.name or self.task or Path(self.source or "").name.partition(".")[0] or str(self.source)
+        """The name in metrics: `name`, the task, or the last part of the source without its ending and wildcards."""
+        parts = reversed(Path(self.source or "").parts)
+        stems = (re.split(r"[*?\[]", part.partition(".")[0])[0].rstrip("-_") for part in parts)
+        return self.name or self.task or next(filter(None, stems), None) or str(self.source)
 
     @property
     def is_local(self) -> bool:
@@ -119,6 +166,8 @@ class SourceConfig(Section):
             found |= dict.fromkeys(("size", "shuffle_window"), "the source is not streamed")
         if self.task is not None:
             found["stream"] = f"task {self.task} is read into memory"
+            own = ("columns", "template", "config", "data_files")
+            found |= dict.fromkeys(own, f"task {self.task} has its own place and layout")
             if self.task not in COMMONSENSE_TASKS or self.format not in ("auto", "commonsense170k"):
                 found["format"] = f"task {self.task} has its own layout"
             if self.task.startswith("demo/"):
@@ -129,9 +178,11 @@ class SourceConfig(Section):
         elif self.source is not None:
             found["path"] = "it is for a task, and the data comes from source"
             if is_path(self.source):
-                found["revision"] = "source is not on the Hub"
-            if has_file_ending(self.source):
-                found["split"] = "source is a single file"
+                found |= dict.fromkeys(("revision", "config", "data_files"), "source is not on the Hub")
+            if has_file_ending(self.source) or is_pattern(self.source):
+                found["split"] = f"source is a {'pattern' if is_pattern(self.source) else 'single file'}"
+            if self.template is not None:
+                found["format"] = "template makes prompt and completion"
         return found
 
     def faults(self) -> Iterator[Fault]:
@@ -139,13 +190,15 @@ class SourceConfig(Section):
             got = "neither" if self.task is None else "both"
             yield "", f"exactly one of task and source must be set, got {got}."
         source = self.source or ""
-        packed = tuple(plain + packed for plain in PLAIN_SUFFIXES for packed in COMPRESSED_SUFFIXES)
+        packed = tuple(suffix for suffix in FILE_SUFFIXES if suffix.endswith(COMPRESSED_SUFFIXES))
         for key, file in (("source", source), ("validation", self.validation or "")):
             if file.lower().endswith(COMPRESSED_SUFFIXES) and not file.lower().endswith(packed):
                 yield key, f"a compressed file must end in one of {', '.join(packed)}, got {file}."
-        if self.stream and has_file_ending(source) and not source.lower().endswith(STREAMED_SUFFIXES):
-            endings = " or ".join(STREAMED_SUFFIXES)
-            yield "stream", f"a file that is read in parts must end in {endings}, got {source}."
+        splits = self.data_files if isinstance(self.data_files, dict) else {self.split: ""}
+        wanted = {"split": self.split, "validation": self.validation}
+        for key, split in wanted.items() if self.data_files is not None else ():
+            if split is not None and split not in splits and not is_path(split):
+                yield "data_files", f"must be a table with the files of {key} {split!r}, got {self.data_files!r}."
 
 
 class DataConfig(Section):
@@ -160,9 +213,10 @@ class DataConfig(Section):
     """For strategy temperature: 1 is proportional, large values approach equal. T5, arXiv 1910.10683, sec. 3.5.2."""
     max_length: Annotated[int, Strict(), Field(ge=2), allowed("a whole number of tokens, 2 or more")] = 512
     """Most tokens of an example."""
-    too_long: Literal["error", "truncate", "drop"] = "error"
-    """What to do with a longer example: stop before training, cut the front of its prompt, or drop it and count it.
-    With a streamed source the default is truncate, since its lengths are not known before training."""
+    too_long: Literal["error", "truncate", "drop", "split"] = "error"
+    """What to do with a longer example: stop before training, cut the front of its prompt, drop it and count it, or
+    split plain text into examples of max_length, none of its tokens lost (other examples are then errors). With a
+    streamed source the default is truncate, since its lengths are not known before training."""
     max_bad_rows: WholeOrZero | None = None
     """Most faulty rows that a pass over a stream may have. They are skipped, counted and reported (null: 10, or 0.1 %
     of the rows where that is more)."""
@@ -217,7 +271,10 @@ class DataConfig(Section):
         if not self.mix:
             yield "mix", "must have at least one source, got []."
         if self.too_long == "error" and any(source.stream for source in self.mix):
-            yield "too_long", "must be truncate or drop with a stream, which is not read before training, got 'error'."
+            yield (
+                "too_long",
+                "must be truncate, drop or split with a stream, which is not read before training, got 'error'.",
+            )
         yield from self._unknown_sizes()
         seen: dict[str, int] = {}
         for index, source in enumerate(self.mix):
@@ -231,13 +288,15 @@ class DataConfig(Section):
                 yield f"mix[{index}].name", f"must differ from that of mix[{first}], got {source.label!r}."
 
     def _unknown_sizes(self) -> Iterator[Fault]:
-        """Streams of JSON lines, which do not say how many they are, where the strategy or max_epochs needs that."""
+        """Streams of files that do not say how many rows they hold, where the strategy or max_epochs needs that."""
         shared = len(self.mix) > 1 and self.strategy in ("proportional", "temperature")
         for index, source in enumerate(self.mix):
-            if not source.stream or source.size is not None or not (source.source or "").lower().endswith(".jsonl"):
+            says_it = not (source.source or "").lower().endswith(FILE_SUFFIXES[1:])  # Parquet does, others may
+            if not source.stream or source.size is not None or says_it:
                 continue
             needed = [f"data.strategy {self.strategy}"] if shared else []
             needed += ["max_epochs"] if source.max_epochs is not None else []
             if needed:
                 fix = " Fix: give the number of rows, or set data.strategy: weights or equal." if shared else ""
-                yield f"mix[{index}].size", f"must be given for JSON lines with {' and '.join(needed)}, got None.{fix}"
+                what = "must be given for files other than Parquet with"
+                yield f"mix[{index}].size", f"{what} {' and '.join(needed)}, got None.{fix}"

@@ -8,6 +8,7 @@ there, else a Hub id. A checked recipe has only absolute paths.
 from __future__ import annotations
 
 import copy
+import glob
 import io
 import os
 import re
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 
 from qdora.errors import UserError, nearest
 from qdora.files.access_tokens import masked, token_paths
-from qdora.recipe.data_settings import has_file_ending, is_path
+from qdora.recipe.data_settings import has_file_ending, is_path, is_pattern
 from qdora.recipe.faults import container, dotted, fault_lines, is_section, one_line, shown, unknown_key
 from qdora.recipe.section import Section
 from qdora.recipe.settings import Recipe
@@ -97,7 +98,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Section):
         return settings(value)
-    return dict(value) if isinstance(value, dict) else value
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -137,7 +138,9 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
             named.append((f"data.mix[{index}].validation", source.validation))
     absolute = [(key, path) for key, path in named if path is not None and os.path.isabs(path)]
     return [
-        f"{where}: {key}: no such file or directory, got {path}." for key, path in absolute if not Path(path).exists()
+        f"{where}: {key}: no such file or directory, got {path}."
+        for key, path in absolute
+        if not (Path(path).exists() or (is_pattern(path) and any(glob.iglob(path, recursive=True))))
     ]
 
 

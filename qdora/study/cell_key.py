@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qdora.data.readers import READERS
+from qdora.data.source_files import files_of
+from qdora.errors import UserError
 from qdora.files.run_directory import WITHOUT_EFFECT, flat, is_below
 from qdora.recipe.data_settings import is_path
 from qdora.recipe.recipe_file import settings
@@ -27,31 +29,39 @@ def key_of(recipe: Recipe) -> str:
     their path only.
     """
     decisive = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
-    contents = {str(path): [_content(file) for file in _files(path, recipe)] for path in sorted(set(_paths(recipe)))}
+    contents = {str(path): [_content(file) for file in files] for path, files in sorted(_files(recipe).items())}
     text = json.dumps([decisive, contents], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:_KEY_LENGTH]
 
 
-def _paths(recipe: Recipe) -> Iterator[Path]:
-    """Files and folders that hold examples, calibration text or the adapter to start from."""
-    named: list[Any] = [recipe.adapter.resume_from]
-    if recipe.base.prune is not None and recipe.base.prune.calibration.text != "mix":
-        named.append(recipe.base.prune.calibration.text)
+def _files(recipe: Recipe) -> dict[Path, list[Path]]:
+    """Files and folders that hold examples, calibration text or the adapter to start from -> the files in them."""
+    start, prune = recipe.adapter.resume_from, recipe.base.prune
+    found: dict[Path, list[Path]] = {}
+    if start is not None:
+        folder = Path(start).expanduser()
+        found[folder] = sorted(folder.glob("adapter_*")) if folder.is_dir() else _of_splits(folder, ())
+    if prune is not None and prune.calibration.text != "mix":
+        path = Path(prune.calibration.text).expanduser()
+        found[path] = _of_splits(path, ())
     for source in recipe.data.mix:
-        named += [source.path, *(name for name in (source.source, source.validation) if name and is_path(name))]
-    yield from (Path(name).expanduser() for name in named if name is not None)
+        splits = {"train", "validation", "test", source.split}
+        splits |= set() if source.validation is None or is_path(source.validation) else {source.validation}
+        for name in (source.path, source.source, source.validation):
+            if name is not None and (name == source.path or is_path(name)):
+                path = Path(name).expanduser()
+                found[path] = sorted({*found.get(path, ()), *_of_splits(path, splits)})
+    return found
 
 
-def _files(path: Path, recipe: Recipe) -> list[Path]:
-    """A file itself; of a folder, its files of splits or of an adapter."""
-    if not path.is_dir():
-        return [path] if path.is_file() else []  # a missing one is reported before anything runs
-    splits = {"train", "validation", "test"}
-    splits |= {name for source in recipe.data.mix for name in (source.split, source.validation) if name}
-    names = {f"{split}{ending}" for split in splits for ending in READERS}
-    return sorted(
-        file for file in path.iterdir() if file.name.startswith("adapter_") or (file.name in names and file.is_file())
-    )
+def _of_splits(path: Path, splits: Iterable[str]) -> list[Path]:
+    """A file itself; the files of a folder's splits, or of a pattern. None where they are missing: that is reported
+    before anything runs."""
+    found: set[Path] = {path} if path.is_file() else set()
+    for split in splits:
+        with suppress(UserError):
+            found.update(files_of(path, split))
+    return sorted(found)
 
 
 def _content(file: Path) -> list[Any]:

@@ -1,0 +1,93 @@
+"""Data sets on the Hub, read by `datasets`: whole, or a file at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from qdora.data.readers import PlacedRow, Shards
+from qdora.data.rows import Entry, Rows
+from qdora.errors import HubFailure, UserError
+from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.faults import reason_of
+
+logger = logging.getLogger("qdora")
+
+_WAITS = (1.0, 5.0, 25.0)
+"""Seconds before each new attempt to read a row from the Hub."""
+
+
+def hub_rows(source: SourceConfig, split: str, hint: str = "") -> Rows:
+    """The rows of a split of a data set on the Hub.
+
+    Raises: UserError: As `hub_shards`, and where the data set is empty.
+    """
+    place = str(source.source)
+    loaded = _load_dataset(source, split, hint)
+    if not len(loaded):
+        raise UserError(f"{place}: the data set is empty, allowed: at least one row")
+
+    def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+        return zip(map(int, indices), map(dict, loaded.select(indices)), strict=True)
+
+    # The fingerprint of a data set that `datasets` has prepared follows its files' check sums.
+    return Rows(place, "row", len(loaded), chosen, f"{place} {source.config} {loaded._fingerprint}")
+
+
+def hub_shards(source: SourceConfig, hint: str = "") -> Shards:
+    """The files of the training split of a data set on the Hub, streamed by `datasets`.
+
+    Raises: UserError: With the reason that `datasets` gives and `hint`, if there is no such data set, configuration,
+        file or split, no connection, or the data set is a loading script.
+    """
+    place, split = str(source.source), source.split
+    stream = _load_dataset(source, split, hint, streaming=True)
+    num_shards = stream.num_shards
+    # What is known of the whole data set says nothing of some of its files
+    splits = (stream.info.splits or {}) if source.data_files is None else {}
+    num_rows = splits[split].num_examples if split in splits else None
+    readers = tuple(partial(_shard, place, stream, number) for number in range(num_shards))
+    chosen = f" {source.config or ''} {source.data_files or ''}".rstrip()
+    names = tuple(f"{place}@{source.revision}{chosen} {split} {number} of {num_shards}" for number in range(num_shards))
+    return Shards(place, names, readers, num_rows or None)
+
+
+def _load_dataset(source: SourceConfig, split: str, hint: str, **options: Any) -> Any:
+    import datasets  # takes a second; only needed for data from the Hub
+
+    if source.config is not None:
+        options["name"] = source.config
+    if source.data_files is not None:
+        files: Any = source.data_files
+        options["data_files"] = {
+            name: list(some) if isinstance(some, tuple) else some
+            for name, some in (files if isinstance(files, Mapping) else {source.split: files}).items()
+        }
+    try:
+        return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = reason_of(error)
+        needs = "Config name is missing" in reason
+        hint = " Fix: name one of these as config of the source." if needs else hint
+        raise HubFailure(f"{source.source}: cannot be read from the Hub ({reason}).{hint}") from error
+
+
+def _shard(place: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRow]:
+    """The rows of a file on the Hub from `skip` on. A lost connection is opened again, three times for a row."""
+    shard, row, waits = stream.shard(stream.num_shards, number), skip, iter(_WAITS)
+    while True:
+        try:
+            for values in shard.skip(row) if row else shard:
+                yield f"{place}: shard {number}: row {row}", dict(values)
+                row, waits = row + 1, iter(_WAITS)
+            return
+        except Exception as error:  # httpx, aiohttp, fsspec and datasets have no base class in common
+            wait = next(waits, None)
+            if wait is None:
+                where = f"{place}: shard {number}: row {row}"
+                raise UserError(f"{where}: cannot be read from the Hub ({reason_of(error)})") from error
+            logger.warning("%s: shard %d: %s. Trying again in %g s.", place, number, reason_of(error), wait)
+            time.sleep(wait)

@@ -1,0 +1,87 @@
+"""The files of a source: a file itself, those of a split of a folder, or those that a pattern such as *.jsonl means."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+from qdora.data.data_file import ending, name_without_ending
+from qdora.errors import UserError, nearest
+from qdora.recipe.data_settings import FILE_SUFFIXES, is_pattern
+
+_SPLIT_NAMES = frozenset(("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"))
+"""A folder with a file or folder that begins with one of these words has splits."""
+_ABOUT = frozenset(("readme", "license", "licence", "changelog", "dataset_info", "dataset_infos"))
+"""Names of files that say something about a folder's data, and hold none."""
+
+
+def files_of(source: Path, split: str) -> list[Path]:
+    """The files of a source's split, sorted. A single file, and a pattern, are all of the data whatever the split.
+
+    Of a folder they are <split>.<ending>, <split>-*.<ending> and <split>/*.<ending>. A folder whose names tell of no
+    splits is the training split as a whole, folders inside it included.
+
+    Raises: UserError if there is none, or it is not clear which are meant.
+    """
+    if source.is_file():
+        return [source]
+    if source.is_dir():
+        return files_of_split(source, split) or _whole_folder(source, split)
+    if not is_pattern(str(source)):
+        raise UserError(missing(source))
+    found = _data_files(map(Path, glob.glob(str(source), recursive=True)))
+    if not found:
+        raise UserError(f"{source}: no data file matches, allowed endings: {', '.join(FILE_SUFFIXES)}.")
+    return found
+
+
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """The files of a folder that are named after a split.
+
+    Raises: UserError if two files could be meant.
+    """
+    same = [path for suffix in FILE_SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+    if len(same) > 1:
+        names = ", ".join(path.name for path in same)
+        raise UserError(f"{folder}: {names} all hold split {split!r}. Fix: name one file as the source.")
+    start = glob.escape(str(folder / split))
+    return sorted([*same, *_data_files(map(Path, [*glob.glob(f"{start}-*"), *glob.glob(f"{start}/*")]))])
+
+
+def missing(path: Path) -> str:
+    """The error line for a path that does not exist, with the nearest name that does."""
+    if path.is_dir():
+        return f"{path}: is a directory, expected a file"
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    wanted = path.relative_to(folder).parts[0]
+    return f"{path}: no such file.{nearest(wanted, sorted(entry.name for entry in folder.iterdir()))}"
+
+
+def _whole_folder(folder: Path, split: str) -> list[Path]:
+    found = _data_files(map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))
+    names = {part for path in found for part in path.relative_to(folder).parts[:-1]}
+    names |= {name_without_ending(path) for path in found if path.parent == folder}
+    words = {name.partition("-")[0] for name in names}
+    if split != "train" or not found or any(word.lower() in _SPLIT_NAMES for word in words):
+        there = f"there are {', '.join(sorted(words)[:10])}" if words else "there is no data file at all"
+        looked = f"looked for {split}.*, {split}-* and {split}/*"
+        raise UserError(f"{folder}: no file for split {split!r}, {looked}; {there}.{nearest(split, words)}")
+    endings = sorted({ending(path) for path in found})
+    if len(endings) > 1:
+        raise UserError(
+            f"{folder}: holds files of several kinds ({', '.join(endings)}), and none is named after split {split!r}. "
+            f"Fix: name those that are meant, such as {folder}/*{endings[0]}."
+        )
+    return found
+
+
+def _data_files(paths: Iterable[Path]) -> list[Path]:
+    """Those that are data files, without what only tells of the others. (`glob` leaves out what is hidden.)"""
+    return sorted(
+        path
+        for path in paths
+        if ending(path) in FILE_SUFFIXES and name_without_ending(path).lower() not in _ABOUT and path.is_file()
+    )

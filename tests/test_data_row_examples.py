@@ -1,0 +1,306 @@
+"""Columns, templates and layouts of a user's rows; settings of data sets on the Hub."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import datasets
+import pytest
+
+from qdora.data.sources import load_source, open_shards, open_source
+from qdora.errors import UserError
+from qdora.recipe.data_settings import DataConfig, SourceConfig
+from qdora.recipe.recipe_file import apply_overrides, recipe_from, resolved_yaml, settings
+
+QUESTION = {"question": "1+1?", "answer": "2", "note": "x"}
+
+
+def source(tmp_path, *rows, **options):
+    """A source of these rows, one a line."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SourceConfig.model_validate({"source": str(file)} | options)
+
+
+def example(tmp_path, row, **options):
+    [found] = load_source(source(tmp_path, row, **options))
+    return found
+
+
+def fault(tmp_path, *rows, **options):
+    """The fault of the rows, without the name of the file."""
+    with pytest.raises(UserError) as error:
+        load_source(source(tmp_path, *rows, **options))
+    [line] = error.value.faults
+    return line.removeprefix(f"{tmp_path}/rows.jsonl: ")
+
+
+# Columns
+
+
+def test_renamed_columns(tmp_path):
+    columns = {"prompt": "question", "completion": "answer"}
+    found = example(tmp_path, QUESTION, columns=columns)
+    assert (found.prompt, found.answer) == ("1+1?", "2")
+    swapped = example(
+        tmp_path, {"prompt": "a", "completion": "b"}, columns={"prompt": "completion", "completion": "prompt"}
+    )
+    assert (swapped.prompt, swapped.answer) == ("b", "a")
+    # the new name wins, and what had it is not read
+    opened = open_source(source(tmp_path, {"text": "old", "body": "new", "more": 1}, columns={"text": "body"}))
+    assert [each.answer for each in opened] == ["new"]
+    assert opened.unused == {"text", "more"}
+
+
+def test_a_column_that_is_renamed_must_be_there(tmp_path):
+    line = fault(tmp_path, QUESTION, columns={"prompt": "qestion", "completion": "answer"})
+    assert line == "columns: no column 'qestion', there are question, answer, note. Did you mean 'question'?"
+    # one that only later rows have is there; a row without it lacks what the format needs
+    rows = [{"text": "x"}] * 9 + [{"text": "x", "kind": "y"}]
+    assert [each.task for each in load_source(source(tmp_path, *rows, columns={"task": "kind"}))] == ["rows"] * 9 + [
+        "y"
+    ]
+    line = fault(tmp_path, {"body": "x"}, {"other": "x"}, columns={"text": "body"})
+    assert line.startswith("line 2: columns other; format text needs text.")
+
+
+# Templates
+
+
+def test_a_template_makes_prompt_and_completion(tmp_path):
+    template = {
+        "prompt": "{% if context %}{{ context }}\n{% endif %}Q: {{ question | upper }}\nA:\n",
+        "completion": "{% for part in parts %} {{ part['text'] }}{% endfor %}",
+    }
+    row = {"context": None, "question": "is it?", "parts": [{"text": "yes"}, {"text": "it is"}], "id": "n7", "left": 1}
+    opened = open_source(source(tmp_path, row, template=template))
+    [found] = opened
+    assert (found.prompt, found.answer, found.id) == ("Q: IS IT?\nA:\n", " yes it is", "n7")
+    assert opened.unused == {"left"}
+    plain = example(tmp_path, {"a": "x", "n": None}, template={"prompt": "", "completion": "{{ a }}{{ n }}!"})
+    assert (plain.prompt, plain.answer) == ("", "x!")
+    renamed = example(
+        tmp_path, {"Your Name": "x"}, columns={"who": "Your Name"}, template={"prompt": "", "completion": "{{ who }}"}
+    )
+    assert renamed.answer == "x"
+
+
+@pytest.mark.parametrize(
+    "completion, message",
+    [
+        ("{{ anwser }}", "template.completion: 'anwser' is undefined; the columns are question, answer, note"),
+        ("{{ answer + 1 }}", "template.completion: can only concatenate str"),
+        ("{{ 1 // 0 }}", "template.completion: integer division or modulo by zero"),
+        (
+            "{{ ''.__class__.__mro__ }}",
+            "template.completion: access to attribute '__class__' of 'str' object is unsafe.",
+        ),
+        ("{{ question.append(1) }}", "template.completion: 'str object' has no attribute 'append'"),
+        ("{{ range(10**9) | list }}", "template.completion: Range too big."),
+        ("{{ note | trim('x') }}", "completion: must be text that is not empty, got ''"),
+    ],
+)
+def test_what_a_template_cannot_do_is_the_fault_of_a_row(tmp_path, completion, message):
+    line = fault(tmp_path, QUESTION, template={"prompt": "{{ question }}", "completion": completion})
+    assert line.startswith(f"line 1: {message}")
+
+
+def document(**more):
+    mix = [{"source": "/x.jsonl"} | more]
+    return {"model": {"source": "builtin"}, "data": {"mix": mix}, "train": {"steps": 1, "batch": 1}}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"template": {"prompt": "{{ a", "completion": "b"}},
+            "data.mix[0].template.prompt: not valid, got '{{ a', allowed: a Jinja template (unexpected end of template",
+        ),
+        ({"template": {"prompt": "{{ a | nofilter }}", "completion": "b"}}, "No filter named 'nofilter'"),
+        ({"template": {"prompt": "a"}}, "data.mix[0].template.completion: missing"),
+        (
+            {"template": {"prompt": "a", "completion": "b"}, "format": "text"},
+            "format: would be ignored because template",
+        ),
+        ({"columns": {}}, "data.mix[0].columns"),
+        ({"config": "main"}, "data.mix[0].config: would be ignored because source is not on the Hub"),
+        ({"data_files": ["a"]}, "data.mix[0].data_files: would be ignored because source is not on the Hub"),
+        (
+            {"source": "org/name", "data_files": "a.csv", "validation": "test"},
+            "data.mix[0].data_files: must be a table with the files of validation 'test', got 'a.csv'.",
+        ),
+        (
+            {"source": "org/name", "data_files": {"test": "a.csv"}},
+            "data.mix[0].data_files: must be a table with the files of split 'train', got {'test': 'a.csv'}.",
+        ),
+        (
+            {"source": "org/name", "data_files": 3},
+            "allowed: a file or pattern of the data set, a list of them, or a table",
+        ),
+        ({"source": "/d/*.jsonl", "split": "test"}, "split: would be ignored because source is a pattern"),
+    ],
+)
+def test_what_the_settings_refuse(given, message):
+    with pytest.raises(UserError) as error:
+        recipe_from(document(**given))
+    [line] = error.value.faults
+    assert message in line
+
+
+def test_settings_as_text_and_overrides():
+    given = {
+        "source": "org/name",
+        "columns": {"a": "b"},
+        "template": {"prompt": "{{ a }}\n", "completion": "c"},
+        "config": "main",
+        "data_files": {"train": ["x-*.csv", "y.csv"], "test": "z.csv"},
+        "validation": "test",
+    }
+    recipe = recipe_from(document(**given))
+    assert recipe_from(settings(recipe)) == recipe
+    assert "    - x-*.csv\n" in resolved_yaml(recipe)
+    changed = apply_overrides(settings(recipe), ["data.mix[0].columns.a=d", "data.mix[0].template.prompt=e"])
+    [source] = recipe_from(changed).data.mix
+    assert (source.columns, source.template.prompt) == ({"a": "d"}, "e")
+
+
+def test_paths_with_patterns(tmp_path):
+    from qdora.recipe.recipe_file import load_recipe, missing_files
+
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "r.yaml").write_text(json.dumps(document(source="rows/*.jsonl")))
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert recipe.data.mix[0].source == f"{tmp_path}/rows/*.jsonl"
+    assert len(missing_files(recipe, "r.yaml")) == 1
+    (tmp_path / "rows/a.jsonl").touch()
+    assert missing_files(recipe, "r.yaml") == []
+
+
+# Layouts
+
+CALL = {"from": "function_call", "value": "f()"}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"conversations": "x"}, "conversations: must be a list of turns {from, value}, got 'x'"),
+        ({"conversations": [{"from": "human"}]}, "conversations[0]: must be an object with from and value, got"),
+        (
+            {"conversations": [{"from": "humam", "value": "x"}]},
+            "conversations[0].from: must be one of human, user, gpt, chatgpt, assistant, system, tool, observation, "
+            "got 'humam'. Did you mean 'human'?",
+        ),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "messages: no turn of role assistant"),
+        (
+            {"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]},
+            "completion: must be text (turns only if",
+        ),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}], "completion": [{"role": "user", "content": "y"}]},
+            "messages: every turn of role assistant has weight 0 or train false",
+        ),
+        ({"instruction": "x", "output": ""}, "output: must be text that is not empty, got ''"),
+    ],
+)
+def test_faulty_rows_of_the_layouts(tmp_path, row, message):
+    assert fault(tmp_path, row).startswith(f"line 1: {message}")
+
+
+def test_layouts_and_what_they_leave(tmp_path):
+    turns = [{"from": "human", "value": "a", "mood": 3}, {"role": "assistant", "content": "b"}]
+    opened = open_source(source(tmp_path, {"conversations": turns, "system": "s", "id": 1, "rating": 2}))
+    [found] = opened
+    same = zip(("system", "user", "assistant"), "sab", strict=True)
+    plain = example(tmp_path, {"messages": [{"role": role, "content": text} for role, text in same]})
+    assert found.messages == plain.messages
+    assert opened.unused == {"conversations.mood", "rating"}
+    alpaca = example(tmp_path, {"instruction": "Add.", "input": "1 and 2", "output": "3", "task": "sums"})
+    assert alpaca.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n")
+    assert (alpaca.task, alpaca.choices) == ("sums", ())
+    # with an answer it is LLM-Adapters' layout, which alone has choices
+    row = {"instruction": "Choose.\n\nAnswer format: true/false", "output": "it is true", "answer": "true"}
+    assert example(tmp_path, row).choices == ("it is true", "it is false")
+    assert example(tmp_path, row, format="alpaca").choices == ()
+
+
+def test_of_a_prompt_of_turns_nothing_is_learnt(tmp_path):
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    found = example(tmp_path, {"prompt": asked, "completion": [{"role": "assistant", "content": "d"}]})
+    assert [(turn.content, turn.learnt) for turn in found.messages if turn.role == "assistant"] == [
+        ("b", False),
+        ("d", True),
+    ]
+
+
+def test_columns_that_fit_no_layout_name_all_of_them(tmp_path):
+    line = fault(tmp_path, {"conversation": [], "kind": 1})
+    assert line.startswith(
+        "columns conversation, kind fit no format, allowed: choices: question, choices, answer; messages"
+    )
+    assert (
+        "sharegpt: conversations; completion: prompt, completion; commonsense170k: instruction, output, answer; "
+        in line
+    )
+    assert line.endswith("alpaca: instruction, output; text: text. Did you mean 'conversations'?")
+
+
+# The Hub
+
+
+def test_what_the_hub_is_asked_for(monkeypatch):
+    asked = []
+
+    def load(source, **options):
+        asked.append((source, options))
+        table = datasets.Dataset.from_list([QUESTION] * 3)
+        return table.to_iterable_dataset() if options.get("streaming") else table
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    template = {"prompt": "{{ question }}", "completion": " {{ answer }}"}
+    given = {"source": "openai/gsm8k", "template": template, "revision": "abc"}
+    [first, *_] = load_source(SourceConfig(**given, config="main"))
+    assert (first.prompt, first.answer) == ("1+1?", " 2")
+    files = {"train": ["a-*.jsonl", "b.jsonl"], "test": "c.jsonl"}
+    load_source(SourceConfig(**given, data_files=files, validation="test"), "test")
+    load_source(SourceConfig(**given, data_files="a.jsonl"))
+    shards = open_shards(SourceConfig(**given, config="main", data_files=("a.jsonl", "b.jsonl"), stream=True))
+    common = {"revision": "abc"}
+    assert asked == [
+        ("openai/gsm8k", common | {"split": "train", "name": "main"}),
+        ("openai/gsm8k", common | {"split": "test", "data_files": files}),
+        ("openai/gsm8k", common | {"split": "train", "data_files": {"train": "a.jsonl"}}),
+        (
+            "openai/gsm8k",
+            common
+            | {"split": "train", "name": "main", "data_files": {"train": ["a.jsonl", "b.jsonl"]}, "streaming": True},
+        ),
+    ]
+    assert shards.num_rows is None
+    [name] = shards.names
+    assert "abc main" in name
+    plain = open_shards(SourceConfig(**given, stream=True))
+    assert plain.names[0].startswith("openai/gsm8k@abc train 0")
+
+
+def test_a_stream_with_columns_and_a_template(tmp_path):
+    from qdora.data.build_data import tokenized_mix
+    from tests import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer.make()
+
+    def stream(**options):
+        config = source(tmp_path, *[QUESTION] * 3, stream=True, **options)
+        data = DataConfig(mix=(config,), max_length=99)
+        [made] = tokenized_mix(SimpleNamespace(data=data), tokenizer, [()]).sets
+        return made
+
+    templated = stream(template={"prompt": "{{ question }}", "completion": " {{ answer }}"})
+    renamed = stream(columns={"prompt": "question", "completion": "answer"})
+    assert tokenizer.decode(templated.next().input_ids) == "1+1? 2<|im_end|>"
+    assert tokenizer.decode(renamed.next().input_ids) == "1+1?2<|im_end|>"
+    assert templated.unused == renamed.unused == {"note"}
+    other = stream(template={"prompt": "{{ question }} ", "completion": "{{ answer }}"})
+    assert len({json.dumps(each.fingerprint()["settings"]) for each in (templated, renamed, other)}) == 3
