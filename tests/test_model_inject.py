@@ -166,7 +166,8 @@ def test_all_faults_are_told_at_once() -> None:
         inject(tiny.llama(), rank=40, rank_pattern={"up_porj": 2, "down_proj": 33})
     text = str(caught.value)
     assert "rank_pattern: 'up_porj' matches no adapted layer" in text
-    assert "adapter.rank: must be at most 32 for layer model.layers.0.self_attn.q_proj (got 40)" in text
-    assert "adapter.rank_pattern['down_proj']: must be at most 32 for layer model.layers.1.mlp.down_proj (got" in text
+    # The smallest of the 12 other layers: 2 blocks of q, k, v, o, gate and up, of which k and v have 16 rows.
+    assert "adapter.rank: must be at most 16 for layer model.layers.0.self_attn.k_proj (got 40); 12 layers are" in text
+    assert "adapter.rank_pattern['down_proj']: must be at most 32 for layer model.layers.0.mlp.down_proj (got" in text
     with pytest.raises(UserError, match="finds no linear layer"):
         inject(nn.Sequential(nn.ReLU()))

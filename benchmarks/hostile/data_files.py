@@ -166,9 +166,9 @@ def _keys(made: Made, decoded: bool, material: Material, tokenizer: Any, folder:
     examples, _ = read_data(recipe.data)
     (part,) = tokenized_mix(recipe, tokenizer, examples).sets
     if not isinstance(part, ExampleStream):
-        assert len(part) == len(examples[0])
-        pairs = zip(examples[0], part.examples, strict=True)
-        return [_key(tokenizer.decode(tokens.input_ids) if decoded else _content(each)) for each, tokens in pairs]
+        tokens = {each.id: tokenizer.decode(each.input_ids) for each in part.examples} if decoded else {}
+        # Too long to leave a token to learn: no example, and no other text has this key.
+        return [_key(tokens.get(each.id, "dropped") if decoded else _content(each)) for each in examples[0]]
     found: list[str] = []
     while len(found) <= 10 * len(made.rows) + 100:
         example = part.next()

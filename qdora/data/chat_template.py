@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qdora.data.messages import Messages, Tools, Turn
 from qdora.errors import UserError, nearest
+from qdora.files.environment import user_path
 from qdora.recipe.data_settings import DataConfig
 
 RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
@@ -64,7 +65,7 @@ def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
     Raises: UserError if the file cannot be read or is no template, or the template does not read a variable.
     """
     if data.chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(data.chat_template).expanduser())
+        tokenizer.chat_template = _read_template(user_path(data.chat_template))
     kwargs, given = dict(data.template_kwargs), getattr(tokenizer, "chat_template", None)
     if kwargs and not given:
         raise UserError("data.template_kwargs: the tokenizer has no chat template. Fix: remove it.")

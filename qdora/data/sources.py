@@ -17,6 +17,7 @@ from qdora.data.rows import Row, Rows
 from qdora.data.source_files import files_of_split, missing
 from qdora.data.split_examples import SplitExamples, draw, split_off
 from qdora.errors import UserError
+from qdora.files.environment import user_path
 from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path, is_pattern
 
 
@@ -57,7 +58,7 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
     Raises: UserError: As `open_source`.
     """
     validation, own = source.validation, source.source
-    single_file = own is not None and is_path(own) and (is_pattern(own) or Path(own).expanduser().is_file())
+    single_file = own is not None and is_path(own) and (is_pattern(own) or user_path(own).is_file())
     if validation is not None and not is_path(validation) and (single_file or validation == source.split):
         why = "has no splits" if single_file else "is trained on"
         place = source.source if single_file else source.split
@@ -83,7 +84,7 @@ def open_shards(source: SourceConfig) -> Shards:
     """
     place = str(source.source)
     if is_path(place):
-        return local_shards(Path(place).expanduser(), source.split)
+        return local_shards(user_path(place), source.split)
     return hub_shards(source, _local_hint(place))
 
 
@@ -97,7 +98,7 @@ def has_split(source: SourceConfig, split: str) -> bool:
         return split in HUB_TASKS[source.task].splits
     place = str(source.path if source.task is not None else source.source)
     if source.task is not None or is_path(place):
-        directory = Path(place).expanduser()
+        directory = user_path(place)
         return directory.is_dir() and bool(files_of_split(directory, split))
     return False  # own data on the Hub: asked for with `validation: <split>`, never guessed
 
@@ -127,7 +128,7 @@ def _own_rows(source: SourceConfig, split: str) -> Rows:
     place = str(source.source)
     if not is_path(place):
         return hub_rows(source, split, _local_hint(place))
-    return rows_of_split(Path(place).expanduser(), split)
+    return rows_of_split(user_path(place), split)
 
 
 def _local_hint(source: str) -> str:
@@ -135,7 +136,7 @@ def _local_hint(source: str) -> str:
 
 
 def _directory_rows(directory: str, split: str) -> Rows:
-    folder = Path(directory).expanduser()
+    folder = user_path(directory)
     if not folder.is_dir():
         raise UserError(missing(folder) if not folder.exists() else f"{folder}: is a file, expected a directory")
     return rows_of_split(folder, split)

@@ -43,6 +43,7 @@ from qdora.export.merged import write_merge
 from qdora.export.options import ExportOptions, GgufType
 from qdora.export.verify import fits_in_float32, load_with_transformers, verify_merged
 from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
+from qdora.files.environment import user_path
 from qdora.files.run_directory import open_run
 from qdora.model.gguf_file import knows_layout, layout_processor, model_names, read_header, require_gguf
 from qdora.model.load import load_config, skeleton
@@ -161,7 +162,7 @@ def find_llama_cpp(given: Path | None, type_: GgufType) -> LlamaCpp:
     named = os.environ.get(PLACE)
     place, where = (given, "--llama-cpp") if given is not None else (Path(named) if named else None, PLACE)
     if place is not None:
-        place = place.expanduser()
+        place = user_path(place)
         if not place.exists():
             raise UserError(f"{where}: must be llama.cpp's folder or its converter ({place} does not exist).")
     converter, folder = place, place

@@ -173,13 +173,18 @@ def _ranks(chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, i
         if not any(matches(name, pattern) for name in chosen)
     ]
     ranks = {}
+    too_small: dict[tuple[str, int], list[tuple[int, str]]] = {}  # (setting, rank) -> (most, layer)
     for name, module in chosen.items():
         keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
         ranks[name] = rank_pattern[keys[-1]] if keys else rank
         limit = min(int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
         if ranks[name] > limit:
             where = f"adapter.rank_pattern['{keys[-1]}']" if keys else "adapter.rank"
-            faults.append(f"{where}: must be at most {limit} for layer {name} (got {ranks[name]}).")
+            too_small.setdefault((where, ranks[name]), []).append((limit, name))
+    for (where, asked), layers in too_small.items():
+        limit, name = min(layers, key=lambda layer: layer[0])
+        others = f"; {len(layers)} layers are too small for it" if len(layers) > 1 else ""
+        faults.append(f"{where}: must be at most {limit} for layer {name} (got {asked}){others}.")
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return ranks

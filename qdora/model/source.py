@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.errors import HubFailure, UserError, nearest
+from qdora.files.environment import user_path
 from qdora.model.gguf_file import require_gguf
 from qdora.model.stored_tensors import shard_files
 
@@ -92,7 +93,7 @@ def resolve(
         UserError: The model is not found, or the weights are pickled or have a broken index.
         HubFailure: The Hub cannot be reached, or does not give the model.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     faults = []
     if revision is not None:
         faults.append(f"model.revision: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
@@ -119,7 +120,7 @@ def resolve(
 
 def public_name(source: str) -> str | None:
     """The Hub id of a source; None for a path or the builtin model, which only this machine has."""
-    local = source == BUILTIN or Path(source).expanduser().exists() or _looks_like_path(source)
+    local = source == BUILTIN or user_path(source).exists() or _looks_like_path(source)
     return None if local else source
 
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from qdora.errors import UserError, nearest
 from qdora.files.access_tokens import masked, token_paths
+from qdora.files.environment import user_path
 from qdora.recipe.data_settings import has_file_ending, is_path, is_pattern
 from qdora.recipe.faults import container, dotted, fault_lines, is_section, one_line, shown, unknown_key
 from qdora.recipe.section import Section
@@ -271,10 +272,7 @@ def _make_key_absolute_(section: Any, key: str, folder: Path, *, always: bool = 
     value = _inner(section, key)
     if not isinstance(value, str) or not value.isprintable() or value in ("", "builtin"):
         return
-    try:
-        path = os.path.abspath(folder / Path(value).expanduser())
-    except RuntimeError:  # ~name without such a user: it stays, and is reported as a missing path
-        return
+    path = os.path.abspath(folder / user_path(value))
     if always or is_path(value) or os.path.exists(path):
         section[key] = path
 
@@ -284,10 +282,9 @@ def _find(name: str) -> tuple[str, str, Path | None]:
     names = recipe_names()
     if name in names:
         return recipe_text(name), name, None
-    path = Path(name)
+    path = user_path(name)
     where, allowed = masked(name), f"must be a YAML file, or one of {', '.join(names)}."
     try:
-        path = path.expanduser()
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)  # never all of a device such as /dev/zero
         if len(content) <= _MOST_BYTES:
@@ -297,7 +294,7 @@ def _find(name: str) -> tuple[str, str, Path | None]:
         raise UserError(f"{where}: byte {error.start} is not UTF-8 text; {allowed}") from None
     except IsADirectoryError:
         raise UserError(f"{where}: is a directory; {allowed}") from None
-    except (FileNotFoundError, NotADirectoryError, ValueError, RuntimeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         close = nearest(name, [*names, *_recipes_beside(path)]) or nearest(path.stem, names)
         raise UserError(f"{where}: no such file; {allowed}{close}") from None
     except OSError as error:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
+from qdora.files.environment import user_path
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
@@ -85,7 +86,7 @@ def _cache(recipe: Recipe, compute: Compute, progress: Callable[[int, int], None
     on_disk = base.residency == "disk"
     if base.quant == "none" or (base.cache is None and not on_disk):
         return None
-    root = default_cache() if base.cache in (None, "auto") else Path(base.cache).expanduser()
+    root = default_cache() if base.cache in (None, "auto") else user_path(base.cache)
     wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
     return BaseCache(root, wanted, compute.device, mapped=on_disk, progress=progress)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from qdora.data.source_files import files_of
 from qdora.errors import UserError
+from qdora.files.environment import user_path
 from qdora.files.run_directory import WITHOUT_EFFECT, flat, is_below
 from qdora.recipe.data_settings import is_path
 from qdora.recipe.recipe_file import settings
@@ -39,17 +40,17 @@ def _files(recipe: Recipe) -> dict[Path, list[Path]]:
     start, prune = recipe.adapter.resume_from, recipe.base.prune
     found: dict[Path, list[Path]] = {}
     if start is not None:
-        folder = Path(start).expanduser()
+        folder = user_path(start)
         found[folder] = sorted(folder.glob("adapter_*")) if folder.is_dir() else _of_splits(folder, ())
     if prune is not None and prune.calibration.text != "mix":
-        path = Path(prune.calibration.text).expanduser()
+        path = user_path(prune.calibration.text)
         found[path] = _of_splits(path, ())
     for source in recipe.data.mix:
         splits = {"train", "validation", "test", source.split}
         splits |= set() if source.validation is None or is_path(source.validation) else {source.validation}
         for name in (source.path, source.source, source.validation):
             if name is not None and (name == source.path or is_path(name)):
-                path = Path(name).expanduser()
+                path = user_path(name)
                 found[path] = sorted({*found.get(path, ()), *_of_splits(path, splits)})
     return found
 
