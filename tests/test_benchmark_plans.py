@@ -1,10 +1,14 @@
-"""The benchmarks of memory plans run: each with --smoke on tiny models."""
+"""The benchmarks of memory plans run: each with --smoke on tiny models. Minutes in all: slow."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.test_benchmarks import smoke
+
+pytestmark = pytest.mark.slow
 
 
 def test_plan_accuracy(tmp_path: Path) -> None:

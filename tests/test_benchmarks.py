@@ -1,4 +1,4 @@
-"""Benchmarks run: each with --smoke on a random model, to a result file with all its parts."""
+"""Benchmarks run: each with --smoke on a random model, to a result file with all its parts. Minutes in all: slow."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qdora.errors import UserError
 from qdora.export.gguf import find_llama_cpp
 from qdora.model.source import builtin_file
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
@@ -44,7 +45,6 @@ def test_step_time(tmp_path: Path) -> None:
     assert peak["peak_bytes"] == peak["loaded_bytes"] + peak["added_bytes"]
 
 
-@pytest.mark.slow
 def test_wait_policy(tmp_path: Path) -> None:
     result = smoke(tmp_path, "wait_policy.py")
     assert set(result["cases"]) == {"idle", "busy"}
@@ -77,7 +77,6 @@ def test_gates(tmp_path: Path) -> None:
     assert held["gated"] - held["ungated"] == 4 * 16 * 14
 
 
-@pytest.mark.slow
 def test_rank_curve(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--smoke", "--dir", str(tmp_path / "study"), "--out", str(out))
@@ -96,7 +95,6 @@ def test_rank_curve(tmp_path: Path) -> None:
         }
 
 
-@pytest.mark.slow
 def test_rank_methods(tmp_path: Path) -> None:
     options = ("--dir", str(tmp_path / "study"), "--methods", "uniform,l1,svd,gradient,curvature")
     out = tmp_path / "out"
@@ -299,7 +297,6 @@ def test_data_loading(tmp_path: Path) -> None:
         assert all(0 < wait < step for wait, step in zip(way["loader_seconds"], way["step_seconds"], strict=True))
 
 
-@pytest.mark.slow
 def test_file_formats(tmp_path: Path) -> None:
     result = smoke(tmp_path, "file_formats.py", "--kinds", "csv.gz")
     result = smoke(tmp_path, "file_formats.py", "--kinds", "parquet")
@@ -333,7 +330,6 @@ def test_curvature_draws(tmp_path: Path) -> None:
         assert abs(layer["drawn_rank"] - layer["exact_rank"]) < 5
 
 
-@pytest.mark.slow
 def test_export_exactness(tmp_path: Path) -> None:
     result = smoke(tmp_path, "export_exactness.py")
     forms = result["forms"]["float32"]
@@ -357,7 +353,6 @@ def test_decode_speed(tmp_path: Path) -> None:
     assert result["dora / lora"]["median"] > 0
 
 
-@pytest.mark.slow
 def test_gguf_logits(tmp_path: Path) -> None:
     """The real converter, and llama.cpp itself, where they are installed."""
     pytest.importorskip("llama_cpp")
@@ -374,7 +369,6 @@ def test_gguf_logits(tmp_path: Path) -> None:
     assert form["llama.cpp"]["kl_mean"] < 1e-4
 
 
-@pytest.mark.slow
 def test_merge_streamed(tmp_path: Path) -> None:
     result = smoke(tmp_path, "merge_streamed.py", "--layers", "2")
     assert result["resumed_is_byte_identical"]
@@ -383,7 +377,6 @@ def test_merge_streamed(tmp_path: Path) -> None:
     assert result["num_bytes"] == result["checkpoint_bytes"]
 
 
-@pytest.mark.slow
 def test_study(tmp_path: Path) -> None:
     options = (
         "--dir",

@@ -103,7 +103,8 @@ def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonTex
     del exported
     weights = compare_weights(model, nf4_lora_weights(directory, model), torch.float32)
     faults += _weight_faults(weights, "exported") + tokenizer_faults(text, directory)
-    found = verdict(total, faults, torch.float32, model.dtype)
+    stored = stored_dtype(directory)  # of embeddings, norms and head, which lose nothing in the model's own dtype
+    found = verdict(total, faults, torch.float32 if stored == model.dtype else stored, model.dtype)
     return found | {"num_texts": len(text.sequences), "weights": weights, "loaded_by": loaded_by}
 
 

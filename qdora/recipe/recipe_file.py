@@ -141,7 +141,7 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
     return [
         f"{where}: {key}: no such file or directory, got {path}."
         for key, path in absolute
-        if not (Path(path).exists() or (is_pattern(path) and any(glob.iglob(path, recursive=True))))
+        if not (os.path.exists(path) or (is_pattern(path) and any(glob.iglob(path, recursive=True))))
     ]
 
 
