@@ -221,6 +221,16 @@ def test_a_right_export_passes(
     assert json.loads(json.dumps(found)) == found
 
 
+def test_an_export_in_a_narrower_dtype_than_the_models_is_judged_by_that_dtype(tmp_path: Path) -> None:
+    """A CPU without bfloat16 runs in float32; then embeddings, norms and head lose digits in a bfloat16 export."""
+    model = tiny_adapted.adapted("llama", quant="nf4")
+    export_nf4_lora(model, None, tmp_path / "out", dtype=torch.bfloat16)
+    found = verify_nf4_lora(model, tmp_path / "out", TEXT)
+    assert found["passed"], found["faults"]
+    assert found["exported_vs_reference"]["max_logit_difference"] > 1e-4
+    assert found["dtype"] == "bfloat16"
+
+
 def test_a_scale_or_a_factor_that_is_half_a_percent_off_fails(tmp_path: Path) -> None:
     model = tiny_adapted.adapted("llama", quant="nf4", dtype=torch.bfloat16)
     for file, name in (

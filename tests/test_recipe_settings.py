@@ -1039,3 +1039,12 @@ def test_max_bad_rows_and_compressed_files() -> None:
 def test_the_cache_of_tokens_can_be_off(given: str) -> None:
     """YAML reads off as false."""
     assert load_recipe("quickstart", [f"data.cache={given}"]).data.cache == "off"
+
+
+def test_paths_that_no_system_has_are_missing_files(tmp_path: Path) -> None:
+    for path in ("é" * 4000, "~nobody_at_all/x"):
+        (tmp_path / "r.yaml").write_text(
+            json.dumps(minimal(data={"mix": [{"task": "demo/howto"}], "chat_template": path}))
+        )
+        [line] = missing_files(load_recipe(str(tmp_path / "r.yaml")), "r.yaml")
+        assert line == f"r.yaml: data.chat_template: no such file or directory, got {tmp_path / path}."
