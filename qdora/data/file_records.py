@@ -146,9 +146,13 @@ class _Window:
     def __init__(self, file: BinaryIO, place: int) -> None:
         self.file, self.place, self.text, self.here, self.is_end = file, place, "", 0, False
 
+    def _drop(self) -> None:
+        """Drop what is done."""
+        self.text, self.place, self.here = self.text[self.here :], self.place + self.here, 0
+
     def grow(self) -> None:
         """Drop what is done, and read as much as is left once more."""
-        self.text, self.place, self.here = self.text[self.here :], self.place + self.here, 0
+        self._drop()
         found = self.file.read(max(_READ_BYTES, len(self.text)))
         self.text, self.is_end = self.text + found.decode("latin-1"), not found
 
@@ -160,11 +164,11 @@ class _Window:
                 return self.text[self.here : self.here + 1]
             self.grow()
 
-    def value(self) -> str:
-        """The JSON value that begins here. Raises ValueError; that of json has the place in `text`."""
+    def value(self) -> bytes:
+        """The bytes of the JSON value that begins here. Raises ValueError; that of json has the place in `text`."""
         while True:
             try:
-                _, end = _STRUCTURE.raw_decode(self.text, self.here)
+                end = _STRUCTURE.raw_decode(self.text, self.here)[1]
             except RecursionError:
                 raise ValueError("it is nested too deeply") from None
             except json.JSONDecodeError as error:
@@ -173,7 +177,9 @@ class _Window:
                     raise
             else:
                 if end < len(self.text) or self.is_end:  # else a number may go on
-                    found, self.here = self.text[self.here : end], end
+                    found, self.here = self.text[self.here : end].encode("latin-1"), end
+                    if len(found) > _READ_BYTES:  # a text of megabytes is not kept beside its row
+                        self._drop()
                     return found
             self.grow()
 
@@ -186,7 +192,7 @@ def _list_items(path: Path, file: BinaryIO, place: int, number: int) -> Iterator
         while not is_over:
             window.mark()
             item = window.value()
-            yield number, window.place + window.here - len(item), item.encode("latin-1")
+            yield number, window.place + window.here - len(item), item
             number += 1
             mark = window.mark()
             if mark not in (",", "]"):
