@@ -289,6 +289,16 @@ def test_missing_unexpected_and_misshapen_tensors_are_gathered(tmp_path: Path) -
     assert "'lm_head.weight' has shape [98, 64], config.json asks for [97, 64]" in text
 
 
+def test_a_weight_of_integers_is_one_line(tmp_path: Path) -> None:
+    file, tensors = one_file(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.int32)
+    save_file(tensors, file)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path)
+    assert caught.value.faults == (f"model.source: tensor '{name}' has dtype I32, must be of floating point.",)
+
+
 def test_rotary_buffers_and_a_repeated_head_are_tolerated(tmp_path: Path) -> None:
     file, tensors = one_file(tmp_path, CONFIGS["qwen2"])
     assert "lm_head.weight" not in tensors

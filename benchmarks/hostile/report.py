@@ -43,6 +43,7 @@ MENDED: list[tuple[str, int, str, str]] = [
         "control characters of a tensor's name",
         "test_a_failure_is_one_line_and_its_traceback_is_in_the_log",
     ),
+    ("stored", 194, "ValueError of a weight of integers", "test_a_weight_of_integers_is_one_line"),
     ("stored", 160, "TypeError of the policies", "test_a_checkpoint_that_another_program_wrote_is_one_line"),
     ("stored", 166, "MemoryError of 2^32 dimensions", "test_a_damaged_header_is_one_line_and_takes_no_memory"),
 ]

@@ -32,7 +32,7 @@ _MOST_FAULTS = 10
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A dense tensor of a checkpoint, not read yet; `itemsize` is the bytes of an element.
+    """A dense tensor of a checkpoint, not read yet; `dtype` and the bytes of an element are those of its header.
 
     `read` returns a tensor of this shape on the CPU. It may be a read-only view of a mapped file: copy it before it is
     written to or kept.
@@ -42,6 +42,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     itemsize: int = 4
+    dtype: str = "F32"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
                         faults.append(f"{file}: tensor '{key}' is in two shards.")
                     piece = shard.get_slice(key)
                     shape = tuple(int(size) for size in piece.get_shape())
-                    stored[key] = StoredTensor(key, shape, partial(_read, file, key), _itemsize(piece.get_dtype()))
+                    dtype = piece.get_dtype()
+                    stored[key] = StoredTensor(key, shape, partial(_read, file, key), _itemsize(dtype), dtype)
         except (SafetensorError, OSError) as error:
             faults.append(f"{file}: cannot be read: {error}. It may be cut short. Fix: download or copy it again.")
     if faults:
@@ -195,6 +197,12 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
                 f"model.source: tensor '{item.key}' has shape {list(item.shape)}, "
                 f"config.json asks for {list(expected[name].shape)}."
             )
+        elif (
+            isinstance(item, StoredTensor)
+            and expected[name].is_floating_point()
+            and not item.dtype.startswith(("F", "BF"))
+        ):
+            faults.append(f"model.source: tensor '{item.key}' has dtype {item.dtype}, must be of floating point.")
     if faults:
         raise UserError(*shorten(faults))
     return {name: stored[name] for name in expected if name in stored and name not in redundant}
