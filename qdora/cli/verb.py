@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,16 +92,23 @@ def _set_up_output() -> None:
 
 def repeat_lost_interrupts() -> None:
     """Repeat a Ctrl-C that falls into a destructor or a callback, where Python would only print it and go on."""
+    main = threading.main_thread().ident
+    assert main is not None
 
     def raised_nowhere(unraisable: Any) -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             sys.__unraisablehook__(unraisable)
             return
-        # From another thread and a moment later, when the main thread has left the destructor.
-        again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
-        again.daemon = True
         with suppress(RuntimeError):  # the interpreter is about to end
-            again.start()
+            threading.Thread(target=again, daemon=True).start()
+
+    def again() -> None:
+        # Within this hook it would be lost once more.
+        while any(
+            frame.f_code is raised_nowhere.__code__ for frame, _ in traceback.walk_stack(sys._current_frames()[main])
+        ):
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
 
     if hasattr(signal, "pthread_kill"):  # not on Windows
         sys.unraisablehook = raised_nowhere
