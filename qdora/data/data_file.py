@@ -39,6 +39,15 @@ def open_bytes(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def go_to(file: BinaryIO, place: int, *, can_seek: bool) -> None:
+    """Go to a byte of a file that was just opened, or that can be sought in."""
+    if can_seek:
+        file.seek(place)
+        return
+    while place > 0 and (passed := len(file.read(min(place, 2**20)))):
+        place -= passed
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Turn what reading a file raises into a UserError with its name."""

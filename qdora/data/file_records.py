@@ -8,11 +8,10 @@ record is the fault of one row.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -250,45 +249,45 @@ def _csv(path: Path, delimiter: str) -> RecordFile:
 
 
 def _split_csv(delimiter: str, file: BinaryIO, place: int, number: int) -> Iterator[Record]:
+    pulled: list[bytes] = []
+    is_first = True
+
+    def next_line() -> str:
+        nonlocal is_first
+        if not is_first:
+            pulled.append(file.readline())
+        is_first = False
+        return pulled[-1].decode("latin-1")
+
+    reader = csv.reader(iter(next_line, ""), delimiter=delimiter, strict=True)
     for line in file:
-        pulled = [line]
+        pulled[:] = [line]
         if b'"' in line:  # the record may go on in the next lines
-            rest = _pulled(file, pulled)
-            with _long_fields(), suppress(csv.Error):
-                next(csv.reader(rest, delimiter=delimiter, strict=True))
+            is_first = True
+            with suppress(csv.Error):
+                _next_row(reader)
         record = b"".join(pulled)
         if record.strip(b"\r\n"):
             yield number, place, record
-        number += len(pulled)
+        number += record.count(b"\n")
         place += len(record)
-
-
-def _pulled(file: BinaryIO, pulled: list[bytes]) -> Iterator[str]:
-    """The lines of a record as text, and in `pulled`."""
-    yield pulled[0].decode("latin-1")
-    for line in file:
-        pulled.append(line)
-        yield line.decode("latin-1")
 
 
 def _cells(record: bytes, delimiter: str) -> list[str]:
     """The cells of a record. Raises RowFault."""
     try:
-        text = record.decode("utf-8")
-        with _long_fields():
-            return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [])
+        return _next_row(csv.reader((record.decode("utf-8"),), delimiter=delimiter, strict=True))
     except UnicodeDecodeError as error:
         raise RowFault(f"not UTF-8 text (byte {error.start} of the row)") from error
     except csv.Error as error:
         raise RowFault(f"not CSV ({error})") from error
 
 
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """Python's default cuts texts of 128 KiB. The limit is one of the whole process."""
+def _next_row(reader: Iterator[list[str]]) -> list[str]:
+    """The next row; Python's default cuts texts of 128 KiB, and the limit is one of the whole process."""
     most = csv.field_size_limit(2**31 - 1)
     try:
-        yield
+        return next(reader, [])
     finally:
         csv.field_size_limit(most)
 

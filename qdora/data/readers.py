@@ -23,8 +23,8 @@ from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from typing import Any
 
-from qdora.data.data_file import ending, identity_of, open_bytes, readable
-from qdora.data.file_records import RecordFile, json_entry, record_file, split_lines
+from qdora.data.data_file import ending, go_to, identity_of, open_bytes, readable
+from qdora.data.file_records import Record, RecordFile, json_entry, record_file, split_lines
 from qdora.data.rows import Entry, Place, RowFault, Rows
 from qdora.data.source_files import files_of, missing
 from qdora.errors import UserError
@@ -120,13 +120,14 @@ def _records(path: Path) -> Rows:
             num_rows += 1
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
-        can_jump = ending(path) == path.suffix.lower()
+        is_plain = ending(path) == path.suffix.lower()
+        records: Iterator[Record] | None = None
+        here = 0
         with readable(path), open_bytes(path) as file:
-            records, here = file_of.records(file), 0
             for index in indices:
                 kept = index // _KEPT_EACH
-                if can_jump and kept > here // _KEPT_EACH:
-                    file.seek(places[kept])
+                if records is None or (is_plain and kept > here // _KEPT_EACH):
+                    go_to(file, places[kept], can_seek=is_plain)
                     records, here = file_of.split(file, places[kept], numbers[kept]), kept * _KEPT_EACH
                 number, _, content = next(islice(records, index - here, None))
                 here = index + 1
