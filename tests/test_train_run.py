@@ -478,7 +478,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("missing file", {"data__mix": [{"source": "/nowhere/x.jsonl"}]}, r"data\.mix\[0\].*/nowhere/x\.jsonl"),
     ("too long", {"data__max_length": 4}, r"sums: .*longest.*data\.max_length"),
     ("target", {"adapter__targets": ["q_porj"]}, r"adapter\.targets: 'q_porj' matches no .*Did you mean 'q_proj'"),
-    ("rank", {"adapter__rank": 100}, r"adapter\.rank: must be at most 64 for layer .*got 100"),
+    ("rank", {"adapter__rank": 100}, r"adapter\.rank: must be at most 32 for layer .*got 100"),
     ("eval task", {"eval__tasks": ["letters", "sum"]}, r"eval\.tasks\[1\]: .*'sum'.*Did you mean 'sums'"),
 ]
 
