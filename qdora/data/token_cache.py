@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _tokenizer_identity(tokenizer: Any) -> str | None:
         state.pop(name, None)
     template = getattr(tokenizer, "chat_template", None)
     settings = chat_settings(tokenizer)
-    day = settings.day if "strftime_now" in str(template) else None
+    day = (settings.day or date.today()) if "strftime_now" in str(template) else None
     stops = sorted(settings.stop_ids or ())  # a note names them
     facts = [
         state,

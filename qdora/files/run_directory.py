@@ -72,6 +72,16 @@ class Checkpoint:
     path: Path
 
 
+@contextmanager
+def unharmed(name: str) -> Iterator[None]:
+    """For a file that only informs: a failure to write it is a warning, since the run is worth more."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(RunFailure):  # a full disk does not even take the warning
+            logger.warning("%s was not written: %s: %s", name, type(error).__name__, error)
+
+
 class RunDirectory:
     """One run's files, all below `path`; made by `create_run`, `resume_run` or `open_run`."""
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.data.chat_template import use_data_settings
+from qdora.data.chat_template import set_chat_settings, use_data_settings
 from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.load import load_config, skeleton, stored_tensors
+from qdora.model.load import load_config, skeleton, stop_ids, stored_tensors
 from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
 from qdora.recipe.settings import Recipe
 
@@ -56,6 +56,7 @@ def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, Pr
     words = source if named is None else resolve(named, config=False, weights=False, setting="model.tokenizer")
     tokenizer = load_tokenizer(words)
     use_data_settings(tokenizer, recipe.data)
+    set_chat_settings(tokenizer, stop_ids=stop_ids(source, tokenizer))
     return source, tokenizer
 
 

@@ -344,7 +344,10 @@ def _finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -
 def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens at which the model ends an answer: those of its generation config, else of its config, and the
     tokenizer's end of sequence."""
-    named: Any = load_config(source).eos_token_id
+    config = load_config(source)
+    named: Any = getattr(config, "eos_token_id", None)
+    if named is None:  # multimodal models keep it with their text model
+        named = getattr(config.get_text_config(), "eos_token_id", None)
     if not source.is_gguf and (source.path / "generation_config.json").is_file():
         named = GenerationConfig.from_pretrained(str(source.path)).eos_token_id
     listed = named if isinstance(named, list | tuple) else [named]

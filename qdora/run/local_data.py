@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection
 
 from qdora.data.build_data import read_data, tokenized_sources
-from qdora.errors import UserError
+from qdora.errors import HubFailure
 from qdora.model.build_model import find_model
 from qdora.recipe.settings import Recipe
 
@@ -23,7 +23,7 @@ def check_lengths(recipe: Recipe, names: Collection[str]) -> None:
     """
     try:
         _, tokenizer = find_model(recipe, weights=False)
-    except UserError as error:
+    except HubFailure as error:  # anything else a run would refuse, too
         logger.info("The lengths of the examples are not checked: there is no tokenizer: %s", error.faults[0])
         return
     train, _ = read_data(recipe.data, names)

@@ -25,16 +25,16 @@ from qdora.data.build_data import (
     show_mix,
     tokenized_mix,
 )
-from qdora.data.chat_template import set_chat_date, set_chat_settings
+from qdora.data.chat_template import set_chat_date
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.shown_examples import keep_examples
 from qdora.errors import UserError
 from qdora.evaluation.generation import generation_faults
-from qdora.files.run_directory import RunDirectory, chat_date_of
+from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source
-from qdora.model.load import load_config, stop_ids
+from qdora.model.load import load_config
 from qdora.model.source import ModelSource
 from qdora.plan.memory_plan import within_budget
 from qdora.plan.plan_contents import Plan
@@ -96,7 +96,6 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     source, tokenizer = find_model(recipe, weights=recipe.memory.budget is None)
     chat_date = processes.gather(chat_date_of(directory))[0]
     set_chat_date(tokenizer, chat_date)
-    set_chat_settings(tokenizer, stop_ids=stop_ids(source, tokenizer))
     # The others wait for the first process, and then find what it has kept.
     first = processes.first(lambda: _read(recipe, tokenizer))
     mix, validation = _read(recipe, tokenizer) if first is None else first
@@ -137,7 +136,8 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
     processes.first(lambda: keep_mix(run, mix))
-    processes.first(lambda: keep_examples(run, prepared.loader.tokenised, prepared.tokenizer))
+    with unharmed("examples.json"):
+        processes.first(lambda: keep_examples(run, prepared.loader.tokenised, prepared.tokenizer))
     for text in mix_warnings(mix) if processes.is_first else ():
         logger.warning(text)
     name = prepared.recipe.train.optimizer

@@ -17,6 +17,7 @@ from qdora.evaluation.before_after import task_changes
 from qdora.evaluation.suite import LossOrAccuracy
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import PLAN_FILE, WARNING_MARK, RunDirectory
+from qdora.plan.plan_contents import CONTEXT, SLACK
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.task_conflicts import interference_in_words
@@ -98,7 +99,9 @@ def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts) -> F
     """`state`: finished, stopped early, unfinished or not trained; and the steps done, planned and kept."""
     names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
     kept = [int(name) for name in names if name.isdecimal()]
-    num_done, num_steps = max([run.last_step() or 0, *kept]), mix.get("num_steps")
+    done = [line["step"] for line in run.metrics() if "out_of_memory" not in line]  # that step was tried, not done
+    num_done, num_steps = max([0, *done, *kept]), mix.get("num_steps")
+    trained = reader.json(TRAINED_FILE).get("step", num_done)  # written with adapter/; the run may have gone on
     best = reader.tried("adapter/best.json", lambda: adapter_record(run))
     state = "unfinished"
     if recipe.adapter.kind == "none":
@@ -111,7 +114,7 @@ def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts) -> F
         "state": state,
         "num_done": num_done,
         "num_steps": num_steps,
-        "adapter_step": None if not run.adapter.is_dir() else num_done if best is None else best["step"],
+        "adapter_step": None if not run.adapter.is_dir() else trained if best is None else best["step"],
         "newest_checkpoint": max(kept, default=None),
     }
 
@@ -160,8 +163,10 @@ def _compared(reader: _Reader, data: str, before: str, after: str | None, step: 
     if not (old or new):
         return None
 
-    def compare() -> Facts:
+    def compare() -> Facts | None:
         changes: Facts = {metric: list(map(asdict, task_changes(old, new, metric))) for metric in _METRICS}
+        if not any(changes.values()):  # of another program, such as lm-evaluation-harness
+            return None
         tasks = (new or old)["tasks"]
         guesses = {task: {name: numbers.get(name) for name in _GUESSES} for task, numbers in tasks.items()}
         return {"data": data, "step": step if new else 0, **changes, "guesses": guesses}
@@ -198,10 +203,12 @@ def _memory(reader: _Reader, metrics: Lines) -> Facts:
     """Bytes by component: planned at the planned peak, and held from step to step; and both peaks."""
     plan = reader.json(PLAN_FILE)
     peaks = [line["time"]["peak_memory_bytes"] for line in metrics if "peak_memory_bytes" in line.get("time", {})]
+    on_gpu = bool(reader.json("environment.json").get("devices"))
+    outside = (CONTEXT, SLACK) if on_gpu else ()  # not among what torch counts as allocated
     return {
-        "device": "cuda" if reader.json("environment.json").get("devices") else "cpu",
-        "planned": plan.get("components", {}),
-        "planned_peak": plan.get("peak_bytes"),
+        "device": "cuda" if on_gpu else "cpu",
+        "planned": {name: size for name, size in plan.get("components", {}).items() if name not in outside},
+        "planned_peak": plan.get("tensor_bytes" if on_gpu else "peak_bytes"),
         "planned_in": plan.get("peak_in"),
         "held": reader.json(TRAINED_FILE).get("memory", {}),
         "measured_peak": max(peaks, default=None),
@@ -227,12 +234,12 @@ def _time(reader: _Reader, metrics: Lines, steps: Lines) -> dict[str, float]:
         "evaluations": [name for name in reader.names("eval", "step-*.json") if _EVALUATION.fullmatch(name)],
         "generated answers": reader.names("eval", "step-*-generated.json"),
     }
-    all_logged = len(steps) == (steps[-1]["step"] if steps else 0)
-    found = {
-        "training steps" if all_logged else "training steps, those logged": sum(
-            line["time"]["step_seconds"] for line in steps
-        )
-    }
+    seconds = [line["time"]["step_seconds"] for line in steps]
+    num_done = steps[-1]["step"] if steps else 0
+    if len(seconds) == num_done:
+        found = {"training steps": sum(seconds)}
+    else:
+        found = {"training steps, estimated from those logged": sum(seconds) * num_done / max(len(seconds), 1)}
     for what, names in evaluated.items():
         found[what] = sum(reader.json(name).get("settings", {}).get("seconds") or 0.0 for name in names)
     found["interference"] = sum(line.get("time", {}).get("interference_seconds", 0.0) for line in metrics)
@@ -276,7 +283,8 @@ def next_commands(
     if status["state"] == "unfinished":
         found = [(resumed, "Continue the run from its newest checkpoint")]
         if status["newest_checkpoint"] is not None:
-            found.append((f"qdora eval {path}", "Evaluate the newest checkpoint"))
+            step = status["newest_checkpoint"]
+            found.append((f"qdora eval {path} --step {step}", "Evaluate the newest checkpoint"))
         return [{"command": command, "why": why} for command, why in found]
     found = [] if is_evaluated else [(f"qdora eval {path} --base", "Evaluate the base, to compare with")]
     if status["state"] != "not trained":
@@ -287,6 +295,7 @@ def next_commands(
             (f"qdora eval {path}", "Evaluate the adapter"),
             (f"qdora generate {path} --prompt '...'", "Let it answer"),
             (f"qdora export {path} {out} --audit", "Write the merged model, check it and compare all forms"),
-            (f"{resumed} -s {more}", "Train on, to twice the length"),
         ]
+        if status["state"] == "finished":
+            found.append((f"{resumed} -s {more}", "Train on, to twice the length"))
     return [{"command": command, "why": why} for command, why in found]

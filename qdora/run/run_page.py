@@ -16,7 +16,7 @@ from qdora.errors import UserError, first_line
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.html_page import PageTable, render_page
-from qdora.files.run_directory import RunDirectory, open_run
+from qdora.files.run_directory import RunDirectory, open_run, unharmed
 from qdora.recipe.byte_size import size_text
 from qdora.run.run_facts import Facts, run_facts
 from qdora.train.figures import draw_figures
@@ -72,10 +72,8 @@ def write_page(run: RunDirectory, file: Path | None = None) -> Facts:
 
 def leave_page(run: RunDirectory) -> None:
     """`write_page` for a run that ends, however it ends: a failure is logged and never raises."""
-    try:
+    with unharmed(PAGE_FILE):
         write_page(run)
-    except Exception as error:  # the run is worth more than its page
-        logger.warning("%s was not written: %s: %s", PAGE_FILE, type(error).__name__, error)
 
 
 def run_figures(run: RunDirectory) -> dict[str, str]:

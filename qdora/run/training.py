@@ -175,10 +175,8 @@ class Training:
     def evaluate_and_save(self) -> None:
         """Evaluate the state at the end and write adapter/: that of the best step, or by default the last."""
         num_steps, best = self.active.num_steps, self.state.best
-        if self.state.optimizer is not None:
-            self.writer.save_trained(self.num_done)
-            if best is None:
-                self.writer.save_final(self.num_done)
+        if self.state.optimizer is not None and best is None:
+            self.writer.save_final(self.num_done)
         if self.active.recipe.eval.at_end and self.validation.examples and num_steps > 0 and not self.is_over:
             self.writer.write_metrics({"step": num_steps, **self._evaluate(num_steps).line})
         if best is not None:  # after the last evaluation, which may be the best
@@ -188,6 +186,8 @@ class Training:
             if best.step is not None:
                 logger.info("adapter/ is %s.", best_in_words(best.state_dict()))
             self.writer.save_final(self.num_done)
+        if self.state.optimizer is not None:
+            self.writer.save_trained(self.num_done)
 
     def conclude(self, results: Console) -> dict[str, Any]:
         """Write the model card, show the results and return the summary as JSON values. For the first process."""

@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qdora.data.batching import IGNORED
 from qdora.errors import DiskFull, RunFailure
 from qdora.files.atomic import json_bytes
-from qdora.files.run_directory import checkpoint_fault
+from qdora.files.run_directory import checkpoint_fault, unharmed
 from qdora.model.build_model import write_adapter
 from qdora.recipe.recipe_file import settings
 from qdora.run.active_run import ActiveRun, TrainingState
@@ -84,11 +83,15 @@ class RunWriter:
         self.processes.first(lambda: self._with_room(lambda: self._write_final(num_done)))
 
     def save_trained(self, num_done: int) -> None:
-        """Write what `num_done` steps have done to each layer, and what lives in memory. Raises as `write_json`."""
+        """Write what `num_done` steps have done to each layer, and what lives in memory, for the page of the run."""
         optimizer = self.state.optimizer
         assert optimizer is not None
-        write = partial(keep_trained, self.run, self.active.model, optimizer, num_done)
-        self.processes.first(lambda: self._with_room(write))
+
+        def write() -> None:
+            with unharmed("trained.json"):
+                keep_trained(self.run, self.active.model, optimizer, num_done)
+
+        self.processes.first(write)
 
     def keep_batch(self, bad: BadStep) -> Path:
         """Write all processes' examples of a step that was not applied. Returns the directory."""
