@@ -53,6 +53,7 @@ RESULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "export": (("{root}/run", "{tmp}/out"), "exported model: "),
     "generate": (("{root}/run", "--prompt", "1 + 1 =", "--raw", "--max-new-tokens", "2"), ""),
     "plan": (("{root}/recipe.yaml", "--device", "cpu"), "letters"),
+    "preview": (("{root}/recipe.yaml", "-n", "1"), "tokens in the loss"),
     "rank": (("{root}/run", "--method", "svd", "--budget", "50%"), "layer"),
     "study": (("{root}/grid.yaml", "--dir", "{tmp}/study", "--dry-run"), "4 cells, 2 with training"),
     "validate": (("{root}/recipe.yaml",), "rank: 4"),
@@ -92,7 +93,7 @@ def test_json_before_and_after_the_verb_is_one_document(verb: str, root: Path, t
     assert documents[0]
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "export", "plan", "rank"])
+@pytest.mark.parametrize("verb", ["train", "eval", "export", "plan", "preview", "rank"])
 def test_quiet_before_and_after_the_verb_shows_results_alone(verb: str, root: Path, tmp_path: Path) -> None:
     noisy = invoke(*arguments_of(verb, root, tmp_path / "n"))
     for number, quiet in enumerate((True, False)):
@@ -101,7 +102,7 @@ def test_quiet_before_and_after_the_verb_shows_results_alone(verb: str, root: Pa
         assert found.exit_code == 0, found.stderr
         assert found.stderr == ""
         assert RESULTS[verb][1] in found.stdout
-    assert verb in ("plan", "rank") or noisy.stderr != ""
+    assert verb in ("plan", "preview", "rank") or noisy.stderr != ""
 
 
 def test_progress_of_training_is_not_on_standard_output(root: Path, tmp_path: Path) -> None:

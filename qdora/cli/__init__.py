@@ -15,6 +15,7 @@ from qdora.cli.export import export
 from qdora.cli.generate import generate
 from qdora.cli.guide import guide
 from qdora.cli.plan import plan
+from qdora.cli.preview import preview
 from qdora.cli.rank import rank
 from qdora.cli.recipes import recipes
 from qdora.cli.report import report
@@ -31,6 +32,7 @@ VERBS = {
     "export": export,
     "generate": generate,
     "plan": plan,
+    "preview": preview,
     "rank": rank,
     "study": study,
     "report": report,

@@ -27,15 +27,18 @@ def shown_examples(sources: Sequence[TokenizedSet | ExampleStream], tokenizer: A
     """JSON values of each: source, task, id, numbers of tokens, pieces (`TokenPiece`), and what is left out of them."""
     by_source = [[(part.name, each) for each in _first(part)] for part in sources]
     in_turn = (each for each in chain.from_iterable(zip_longest(*by_source)) if each is not None)
-    return [_shown(name, example, tokenizer) for name, example in islice(in_turn, _NUM_SHOWN)]
+    return [shown_example(name, example, tokenizer) for name, example in islice(in_turn, _NUM_SHOWN)]
 
 
 def _first(part: TokenizedSet | ExampleStream) -> Sequence[TokenizedExample]:
     return part.first(_NUM_SHOWN) if isinstance(part, ExampleStream) else part.examples[:_NUM_SHOWN]
 
 
-def _shown(source: str, example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
-    """`left_out` tokens are missing behind the piece number `left_out_behind`; 0 if all are there."""
+def shown_example(source: str, example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
+    """An example of `shown_examples`.
+
+    `left_out` tokens are missing behind the piece number `left_out_behind`; 0 if all are there.
+    """
     pieces = [asdict(each) for each in token_pieces(tokenizer, example.input_ids.tolist(), example.loss_mask.tolist())]
     half, left_out = _MOST_TOKENS // 2, max(0, len(pieces) - _MOST_TOKENS)
     return {

@@ -78,6 +78,7 @@ class ExampleStream:
 
     Attributes:
         notes: What the rows so far showed of the chat template.
+        first_tally: What happened to the first rows; empty until something reads them.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, number: int, tokenizer: Any) -> None:
@@ -93,6 +94,7 @@ class ExampleStream:
         # Tokenised rows of the window, the next one last, and examples of a row likewise; faults begin with the place
         self._ready: list[list[Sorted]] = []
         self.notes: set[str] = set()
+        self.first_tally = self._new_tally()
         self._told: set[str] = set()  # faulty rows in the log
 
     @property
@@ -108,7 +110,7 @@ class ExampleStream:
         """
         if self.source.size or self.shards.num_rows is None:
             return self.source.size
-        return round(self.shards.num_rows * sum(map(len, self._sample)) / max(len(self._sample), 1))
+        return round(self.shards.num_rows * sum(map(len, self.first_rows)) / max(len(self.first_rows), 1))
 
     def next(self) -> TokenizedExample:
         """The next example. Faulty rows are skipped and counted.
@@ -139,7 +141,7 @@ class ExampleStream:
 
     def check_first_rows(self) -> None:
         """Raise UserError if no format fits the first rows, or too many of them are faulty."""
-        _ = self._sample  # reads and checks them
+        _ = self.first_rows  # reads and checks them
 
     def _skip(self, fault: str) -> None:
         """Keep the first faulty rows by name; raise UserError at one too many."""
@@ -189,7 +191,7 @@ class ExampleStream:
         return {
             "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
             "num_bytes": self.shards.num_bytes,
-            "rows": [_row_mark([each for each, _ in row]) for row in self._sample],
+            "rows": [_row_mark([each for each, _ in row]) for row in self.first_rows],
         }
 
     def change_since(self, before: dict[str, Any] | None) -> str | None:
@@ -221,7 +223,7 @@ class ExampleStream:
 
         Raises: UserError: As `check_first_rows`.
         """
-        return [each for row in self._sample for each, _ in row if isinstance(each, TokenizedExample)][:number]
+        return [each for row in self.first_rows for each, _ in row if isinstance(each, TokenizedExample)][:number]
 
     @property
     def mean_length(self) -> float:
@@ -230,10 +232,10 @@ class ExampleStream:
         return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
 
     @cached_property
-    def _sample(self) -> list[list[Sorted]]:
+    def first_rows(self) -> list[list[Sorted]]:
         """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
         rows = [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
-        found = self._tokenized(rows)
+        found = self._tokenized(rows, self.first_tally)
         bad = tuple(fault for row in found for fault, _ in row if isinstance(fault, str))
         most = self._most_bad(len(found))
         if len(bad) > most or (bad and len(bad) == len(found)):
@@ -267,7 +269,7 @@ class ExampleStream:
             self.position = replace(self.position, window=self.position.window + 1, shard=shard, row=row, taken=0)
             self._read_window()
         taken = self.position.taken
-        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE])
+        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], self._new_tally())
         rows[0] = rows[0][self.position.part :]
         self._ready = [row[::-1] for row in rows[::-1]]
 
@@ -314,7 +316,10 @@ class ExampleStream:
         entropy = [self.data.seed, purpose, self.number, self.position.epoch, *part]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
-    def _tokenized(self, rows: list[PlacedRow]) -> list[list[Sorted]]:
+    def _new_tally(self) -> ExampleTally:
+        return ExampleTally(self.name, self.data.max_length, self.data.too_long)
+
+    def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Sorted]]:
         """What becomes of each row; a fault begins with the place of its row."""
         found: dict[int, list[Sorted]] = {}
         examples: dict[int, Example] = {}
@@ -325,7 +330,6 @@ class ExampleStream:
                 examples[index] = self._make(row, place)
             except RowFault as fault:
                 found[index] = [(f"{place}: {fault}", False)]
-        tally = ExampleTally(self.name, self.data.max_length, self.data.too_long)
         done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
         self.notes |= tally.notes
         for index, several in zip(examples, done, strict=True):

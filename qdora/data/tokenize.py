@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -154,7 +155,7 @@ def tokenize_all(
     done: list[TokenizedExample] = []
     faults: list[str] = []
     try:
-        for batch in _batches(examples):
+        for batch in text_batches(examples):
             found = [each for several in tally.add(batch, tokenizer, loss_on) for each, _ in several]
             done += [each for each in found if isinstance(each, TokenizedExample)]
     except UserError as error:  # faulty rows, known after the last; or no example can be encoded at all
@@ -167,7 +168,8 @@ def tokenize_all(
     return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, notes=tuple(sorted(tally.notes)))
 
 
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def text_batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The examples in lists that the tokenizer takes at once: bounded in number and in characters."""
     batch, num_characters = list[Example](), 0
     for example in examples:
         batch.append(example)
@@ -188,7 +190,8 @@ class ExampleTally:
     """Counts what happens to the examples of a source, in the order in which they are added.
 
     A chat whose template rewrites earlier turns is an example for each turn of the assistant, and counts as such.
-    With too_long "error" also tokens: of all, of those that are too long, and those that truncate would cut.
+    `lengths` are the tokens of each before anything is cut or split. With too_long "error" also the tokens of those
+    that are too long are counted, and those that truncate would cut.
     """
 
     name: str
@@ -196,7 +199,7 @@ class ExampleTally:
     too_long: TooLong
     num_truncated: int = 0
     num_dropped: int = 0
-    num_tokens: int = 0
+    lengths: array[int] = field(default_factory=lambda: array("I"))
     num_tokens_too_long: int = 0
     num_tokens_cut: int = 0
     longest: int = 0
@@ -227,7 +230,7 @@ class ExampleTally:
         least = encoded.prefix + 2
         if self.max_length < least:
             raise UserError(f"{self.name}: data.too_long: split needs data.max_length {least}, got {self.max_length}.")
-        self.num_tokens += len(encoded.ids)
+        self.lengths.append(len(encoded.ids))
         found: list[Sorted] = []
         for number, (ids, start) in enumerate(chunks(encoded.ids, encoded.prefix, self.max_length)):
             mask = np.arange(len(ids)) >= max(start, 1)  # nothing predicts the first token
@@ -241,7 +244,7 @@ class ExampleTally:
 
     def _sort(self, example: Example, encoded: _Encoded) -> Sorted:
         cut = len(encoded.ids) > self.max_length
-        self.num_tokens += len(encoded.ids)
+        self.lengths.append(len(encoded.ids))
         if cut:
             self.longest = max(self.longest, len(encoded.ids))
             if self.too_long in ("error", "split"):
@@ -268,16 +271,16 @@ class ExampleTally:
 
     def faults(self, num_examples: int) -> list[str]:
         """Everything that was wrong."""
-        faults = self.chat_faults[:_SHOWN]
+        faults, num_tokens = self.chat_faults[:_SHOWN], sum(self.lengths)
         if len(self.chat_faults) > _SHOWN:
             faults.append(f"{self.name}: {len(self.chat_faults) - _SHOWN} more chats that do not fit the template")
         if self.too_long_ids:
             faults.append(
                 f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
                 f"({self.max_length}), the longest has {self.longest} tokens. Fix: raise data.max_length, or set "
-                f"data.too_long to truncate (cuts {_percent(self.num_tokens_cut, self.num_tokens)} of the tokens, the "
+                f"data.too_long to truncate (cuts {_percent(self.num_tokens_cut, num_tokens)} of the tokens, the "
                 f"front of the prompt first) or drop (loses {_percent(len(self.too_long_ids), num_examples)} of the "
-                f"examples, {_percent(self.num_tokens_too_long, self.num_tokens)} of the tokens)"
+                f"examples, {_percent(self.num_tokens_too_long, num_tokens)} of the tokens)"
                 + (", since split is for plain text alone." if self.too_long == "split" else ".")
             )
         if self.unlearnable_ids:

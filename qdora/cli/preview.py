@@ -1,0 +1,35 @@
+"""qdora preview."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qdora.cli.options import Recipe, Set
+from qdora.cli.verb import FAILURE, emit, verb
+
+
+@verb
+def preview(
+    recipe: Recipe,
+    set_: Set = None,
+    number: Annotated[int, typer.Option("-n", min=0, help="Examples of each source to show.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
+) -> None:
+    """Show what the model will see of the data, token by token, and which tokens are in the loss.
+
+    Only the tokenizer and the config of the model are loaded. The exit code is 1 if a run would refuse the data.
+    """
+    from qdora.recipe.recipe_file import load_recipe
+    from qdora.run.preview import preview as preview_of
+    from qdora.run.preview_view import show_preview, write_preview
+
+    found = preview_of(load_recipe(recipe, set_ or []), recipe, number)
+    show_preview(found)
+    if html is not None:
+        write_preview(found, html)
+    emit(found.to_dict())
+    if found.is_refused:
+        raise typer.Exit(FAILURE)

@@ -1,0 +1,150 @@
+"""A preview for people: in the terminal, and as a page that needs no other file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from qdora.files.atomic import atomic_write_text, disk_failures
+from qdora.files.console import consoles
+from qdora.files.html_page import PageTable, render_page
+from qdora.files.visible_text import visible
+from qdora.run.preview import Preview, SourcePreview
+
+_BAR = 30
+_LOSS, _SPECIAL, _FAINT = "green", "bold magenta", "dim"
+
+
+def show_preview(preview: Preview, console: Console | None = None) -> None:
+    """Print every source: its numbers, lengths, warnings and examples. Without colours, marks stand for them."""
+    _, results = consoles(console)
+    marks = results.color_system is None or results.no_color
+    lines = [Text(_settings(preview)), _legend(marks)]
+    for source in preview.sources:
+        lines += [Text(), Text(visible(source.name), style="bold")]
+        lines += [Text(f"  {visible(text)}") for text in source_lines(source, preview.too_long)]
+        lines += [Text(f"  {tokens}  {number}  {bar}") for tokens, number, bar in _aligned(_bar_rows(source))]
+        lines += [Text(f"  ! {visible(text)}", style="yellow") for text in source_warnings(source)]
+        for example in source.examples:
+            numbers = f"{example['num_in_loss']} of {example['num_tokens']} tokens in the loss"
+            lines += [Text(), Text(f"  example {visible(example['id'])}: {numbers}", style="bold")]
+            lines.append(_tokens(example, marks))
+    for line in lines:
+        results.print(line, soft_wrap=True)
+
+
+def write_preview(preview: Preview, file: Path) -> None:
+    """Write the page. Raises: RunFailure if the disk cannot be written."""
+    sources = [
+        {
+            "name": source.name,
+            "lines": source_lines(source, preview.too_long),
+            "warnings": source_warnings(source),
+            "lengths": _bar_table(source),
+            "examples": source.examples,
+        }
+        for source in preview.sources
+    ]
+    page = render_page(
+        "qdora.run",
+        "preview_page.html.j2",
+        title=f"Preview of {preview.recipe}",
+        settings=_settings(preview),
+        sources=sources,
+    )
+    with disk_failures(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(file, page)
+
+
+def source_lines(source: SourcePreview, too_long: str) -> list[str]:
+    """The numbers of a source in words."""
+    of = "" if source.num_rows is None else f" of {source.num_rows:,}"
+    read = {
+        "all": f"all {source.num_rows_read:,} rows",
+        "sample": f"a sample of {source.num_rows_read:,}{of} rows",
+        "first": f"the first {source.num_rows_read:,}{of} rows of a stream",
+    }
+    lines = [
+        f"{read[source.drawn]}: {source.num_examples:,} examples, {source.num_tokens:,} tokens, "
+        f"{source.share_in_loss:.1%} of them in the loss"
+    ]
+    if source.lengths:
+        lines.append("tokens of an example: " + ", ".join(f"{name} {size:,}" for name, size in source.lengths.items()))
+    if source.num_too_long:
+        becomes = {
+            "error": "a run is refused",
+            "truncate": f"{source.num_cut:,} are cut, {source.num_dropped:,} dropped with nothing left to learn",
+            "drop": "they are dropped",
+            "split": "plain text is split",
+        }
+        lines.append(f"{source.num_too_long:,} longer than data.max_length: {becomes[too_long]} ({too_long})")
+    return lines
+
+
+def source_warnings(source: SourcePreview) -> list[str]:
+    """Faults, notes and unread columns of a source, one line each."""
+    faults = [f"{each} (skipped)" for each in source.faults] if source.drawn == "first" else list(source.faults)
+    unused = [f"not used for training: {', '.join(source.unused)}."] if source.unused else []
+    return [*faults, *source.notes, *unused]
+
+
+def _settings(preview: Preview) -> str:
+    return visible(
+        f"{preview.recipe}: tokens of {preview.model}, data.max_length {preview.max_length:,}, "
+        f"data.too_long {preview.too_long}, data.loss_on {preview.loss_on}"
+    )
+
+
+def _bar_rows(source: SourcePreview) -> list[tuple[str, str, str]]:
+    """(tokens, examples, bar) of the histogram."""
+    most = max((bar.num_examples for bar in source.bars), default=0)
+    return [
+        (
+            f"{bar.start:,}" if bar.start == bar.end else f"{bar.start:,} to {bar.end:,}",
+            f"{bar.num_examples:,}",
+            "█" * -(-_BAR * bar.num_examples // most),  # at least one block for one example
+        )
+        for bar in source.bars
+    ]
+
+
+def _aligned(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    return [(tokens.rjust(widths[0]), number.rjust(widths[1]), bar) for tokens, number, bar in rows]
+
+
+def _bar_table(source: SourcePreview) -> PageTable:
+    return {"header": ["tokens", "examples", ""], "is_text": [False, False, True], "rows": _bar_rows(source)}
+
+
+def _legend(marks: bool) -> Text:
+    if marks:
+        return Text("│ ends a token, ⟦ ⟧ are around tokens in the loss, « » around special ones, ⏎ is a line end.")
+    return Text.assemble(
+        "│ ends a token: ", ("in the loss", _LOSS), ", only read, ", ("special", _SPECIAL), "; ⏎ is a line end."
+    )
+
+
+def _tokens(example: Mapping[str, Any], marks: bool) -> Text:
+    """The tokens of an example, one behind the other."""
+    text, pieces = Text(), example["pieces"]
+    for number, piece in enumerate(pieces):
+        if example["left_out"] and number == example["left_out_behind"]:
+            text.append(f" … {example['left_out']} tokens … ", style=_FAINT)
+        shown = visible(piece["text"])
+        words = shown.removesuffix("\n")
+        if marks:
+            before = number > 0 and pieces[number - 1]["in_loss"]
+            after = number + 1 < len(pieces) and pieces[number + 1]["in_loss"]
+            words = f"«{words}»" if piece["is_special"] else words
+            words = ("⟦" if piece["in_loss"] > before else "") + words + ("⟧" if piece["in_loss"] > after else "")
+        styles = [name for name, key in ((_LOSS, "in_loss"), (_SPECIAL, "is_special")) if piece[key]]
+        text.append(words, style=" ".join(styles))
+        text.append("│", style=_FAINT)
+        text.append("\n" if shown.endswith("\n") else "")
+    return text
