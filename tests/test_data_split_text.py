@@ -55,7 +55,7 @@ def test_parts_of_a_text_are_the_text(text, size):
     assert "".join(parts) == text
     assert all(0 < len(part) <= size for part in parts[:-1])
     for left, right in itertools.pairwise(parts):  # cut before white space where there is some
-        assert right[0].isspace() or not any(map(str.isspace, left[size // 2 + 1 :]))
+        assert right[0].isspace() or not any(map(str.isspace, left[size - size // 2 + 1 :]))
 
 
 def test_a_very_long_text_is_encoded_in_parts(monkeypatch):
