@@ -475,7 +475,8 @@ def test_csv(tmp_path):
         f"{path}: line 4: has 3 cells, the first line names 2 columns",
     )
     path.write_text('prompt,completion\na,"b\n')
-    assert faults_of(SourceConfig(source=str(path))) == (f"{path}: line 2: not CSV (unexpected end of data)",)
+    (fault,) = faults_of(SourceConfig(source=str(path)))
+    assert fault == f"{path}: line 2: a quotation mark opens here and is never closed."
     path.write_text("prompt,completion\n")
     assert "the data set is empty" in faults_of(SourceConfig(source=str(path)))[0]
 

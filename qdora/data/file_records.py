@@ -221,7 +221,7 @@ def _line_of(path: Path, place: int) -> tuple[int, int]:
 
 def _csv(path: Path, delimiter: str) -> RecordFile:
     """Columns named by the first line."""
-    split = partial(_split_csv, delimiter)
+    split = partial(_split_csv, path, delimiter)
     with open_bytes(path) as file:
         mark = len(_MARK) if file.read(len(_MARK)) == _MARK else 0
     with open_bytes(path) as file:
@@ -248,7 +248,7 @@ def _csv(path: Path, delimiter: str) -> RecordFile:
     return RecordFile(path, "line", place + len(record), next_number, split, parse)
 
 
-def _split_csv(delimiter: str, file: BinaryIO, place: int, number: int) -> Iterator[Record]:
+def _split_csv(path: Path, delimiter: str, file: BinaryIO, place: int, number: int) -> Iterator[Record]:
     pulled: list[bytes] = []
     is_first = True
 
@@ -266,6 +266,8 @@ def _split_csv(delimiter: str, file: BinaryIO, place: int, number: int) -> Itera
             is_first = True
             with suppress(csv.Error):
                 _next_row(reader)
+            if not pulled[-1]:  # else all rows behind it would be one
+                raise UserError(f"{path}: line {number}: a quotation mark opens here and is never closed.")
         record = b"".join(pulled)
         if record.strip(b"\r\n"):
             yield number, place, record

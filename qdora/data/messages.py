@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from qdora.data.rows import RowFault, shown
 from qdora.errors import nearest
+from qdora.files.json_file import parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -162,7 +162,7 @@ def _json(value: Any, where: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError as error:
         raise RowFault(f"{where}: is not JSON ({error}), got {shown(value)}") from None
 

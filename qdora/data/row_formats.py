@@ -180,7 +180,7 @@ def _sharegpt_turn(number: int, turn: Any) -> Any:
             return turn
         raise RowFault(f"conversations[{number}]: must be an object with from and value, got {shown(turn)}")
     speaker = turn["from"]
-    if speaker not in _SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         allowed = ", ".join(_SHAREGPT_ROLES)
         hint = nearest(str(speaker), _SHAREGPT_ROLES)
         raise RowFault(f"conversations[{number}].from: must be one of {allowed}, got {shown(speaker)}.{hint}")

@@ -270,6 +270,8 @@ class ExampleStream:
             self._read_window()
         taken = self.position.taken
         rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], self._new_tally())
+        if self.position.part >= len(rows[0]):  # the row was changed since the checkpoint: it comes whole
+            self.position = replace(self.position, part=0)
         rows[0] = rows[0][self.position.part :]
         self._ready = [row[::-1] for row in rows[::-1]]
 

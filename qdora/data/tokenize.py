@@ -173,7 +173,8 @@ def text_batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
     batch, num_characters = list[Example](), 0
     for example in examples:
         batch.append(example)
-        num_characters += len(example.prompt) + len(example.answer)
+        turns = sum(len(turn.content) + len(turn.reasoning) for turn in example.messages or ())
+        num_characters += len(example.prompt) + len(example.answer) + turns
         if len(batch) == _BATCH or num_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0

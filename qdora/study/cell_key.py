@@ -45,6 +45,9 @@ def _files(recipe: Recipe) -> dict[Path, list[Path]]:
     if prune is not None and prune.calibration.text != "mix":
         path = user_path(prune.calibration.text)
         found[path] = _of_splits(path, ())
+    if recipe.data.chat_template is not None:
+        path = user_path(recipe.data.chat_template)
+        found[path] = _of_splits(path, ())
     for source in recipe.data.mix:
         splits = {"train", "validation", "test", source.split}
         splits |= set() if source.validation is None or is_path(source.validation) else {source.validation}
