@@ -295,9 +295,12 @@ def large_step_warning(plan: MixPlan) -> str | None:
 
 def unused_warnings(plan: MixPlan) -> list[str]:
     """One line for each source that has columns which training does not read."""
-    return [
-        f"{source.name}: not used for training: {', '.join(source.unused)}." for source in plan.sources if source.unused
-    ]
+    return [f"{source.name}: {unused_in_words(source.unused)}" for source in plan.sources if source.unused]
+
+
+def unused_in_words(columns: Sequence[str]) -> str:
+    """What is said of columns that training does not read."""
+    return f"not used for training: {', '.join(columns)}."
 
 
 def mix_warnings(plan: MixPlan) -> list[str]:

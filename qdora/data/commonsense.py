@@ -21,7 +21,6 @@ goes past it.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from typing import Any
 
 from qdora.data.example import Example
 from qdora.data.readers import read_rows
-from qdora.data.rows import Entry, Row, RowFault, Rows, optional_text, row_id, shown, text_field
+from qdora.data.rows import Entry, Row, RowFault, Rows, chosen_of_parts, optional_text, row_id, shown, text_field
 from qdora.errors import HubFailure, UserError, nearest
 from qdora.recipe.faults import reason_of
 
@@ -228,12 +227,8 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
     parts = [read_rows(file) for file in files]
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
-        first = 0
-        for part in parts:
-            mine = indices[bisect_left(indices, first) : bisect_left(indices, first + part.num_rows)]
-            for index, (_, row) in zip(mine, part.chosen([index - first for index in mine]), strict=True):
-                yield int(index), _schema_entry(place, row)
-            first += part.num_rows
+        for _, index, _, row in chosen_of_parts(parts, indices):
+            yield index, _schema_entry(place, row)
 
     where = f"{where}/{pattern}"
     return Rows(where, "row", sum(part.num_rows for part in parts), chosen, where)

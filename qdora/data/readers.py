@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from typing import Any
 
 from qdora.data.data_file import ending, go_to, identity_of, open_bytes, readable
 from qdora.data.file_records import Record, RecordFile, json_entry, record_file, split_lines
-from qdora.data.rows import Entry, Place, RowFault, Rows
+from qdora.data.rows import Entry, Place, RowFault, Rows, between, chosen_of_parts
 from qdora.data.source_files import files_of, missing
 from qdora.errors import UserError
 from qdora.recipe.data_settings import FILE_SUFFIXES
@@ -74,16 +73,13 @@ def joined_rows(folder: Path, files: Sequence[Path]) -> Rows:
     """The rows of several files in a folder. A row's place begins with the name of its file."""
     parts = [read_rows(file) for file in files]
     names = [str(file.relative_to(folder)) for file in files]
-    starts = [0, *accumulate(part.num_rows for part in parts)]
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[Place, Entry]]:
-        for part, name, first in zip(parts, names, starts, strict=False):
-            mine = indices[bisect_left(indices, first) : bisect_left(indices, first + part.num_rows)]
-            for place, row in part.chosen([index - first for index in mine]):
-                yield f"{name}: {part.unit} {place}", row
+        for number, _, place, row in chosen_of_parts(parts, indices):
+            yield f"{names[number]}: {parts[number].unit} {place}", row
 
     identity = " ".join(f"{name} {part.identity}" for name, part in zip(names, parts, strict=True))
-    return Rows(str(folder), "row", starts[-1], chosen, identity)
+    return Rows(str(folder), "row", sum(part.num_rows for part in parts), chosen, identity)
 
 
 def _shared_folder(files: Sequence[Path]) -> Path:
@@ -101,7 +97,7 @@ def _parquet(path: Path) -> Rows:
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
         for group, first, size in groups:
-            wanted = indices[bisect_left(indices, first) : bisect_left(indices, first + size)]
+            wanted = between(indices, first, first + size)
             if len(wanted):
                 yield from _row_group(path, group, first, wanted)
 
@@ -214,7 +210,7 @@ def _row_group(path: Path, group: int, first: int, wanted: Sequence[int]) -> Ite
         with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
                 stop = start + batch.num_rows
-                mine = wanted[bisect_left(wanted, start) : bisect_left(wanted, stop)]
+                mine = between(wanted, start, stop)
                 if len(mine):
                     yield from zip(map(int, mine), _entries(batch.take([row - start for row in mine])), strict=True)
                 start = stop

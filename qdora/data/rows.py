@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -56,6 +57,26 @@ class Rows:
             row for _, row in self.chosen(range(min(num, self.num_rows))) if not isinstance(row, RowFault)
         ]
         return some or list(islice(found, 1))
+
+
+def between(indices: Sequence[int], first: int, stop: int) -> Sequence[int]:
+    """Those of rising indices that lie from `first` to before `stop`."""
+    return indices[bisect_left(indices, first) : bisect_left(indices, stop)]
+
+
+def chosen_of_parts(parts: Sequence[Rows], indices: Sequence[int]) -> Iterator[tuple[int, int, Place, Entry]]:
+    """(number of the part, index in all of them, place in the part, row) of rows at rising indices.
+
+    The parts stand one behind the other; those without a chosen row are not opened.
+    """
+    first = 0
+    for number, part in enumerate(parts):
+        mine = between(indices, first, first + part.num_rows)
+        if len(mine):
+            rows = part.chosen([index - first for index in mine])
+            for index, (place, row) in zip(mine, rows, strict=True):
+                yield number, int(index), place, row
+        first += part.num_rows
 
 
 class FaultList:

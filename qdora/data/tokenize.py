@@ -168,13 +168,18 @@ def tokenize_all(
     return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, notes=tuple(sorted(tally.notes)))
 
 
+def num_characters_of(example: Example) -> int:
+    """Characters of the texts that are encoded of an example."""
+    turns = sum(len(turn.content) + len(turn.reasoning) for turn in example.messages)
+    return len(example.prompt) + len(example.answer) + turns
+
+
 def text_batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
     """The examples in lists that the tokenizer takes at once: bounded in number and in characters."""
     batch, num_characters = list[Example](), 0
     for example in examples:
         batch.append(example)
-        turns = sum(len(turn.content) + len(turn.reasoning) for turn in example.messages or ())
-        num_characters += len(example.prompt) + len(example.answer) + turns
+        num_characters += num_characters_of(example)
         if len(batch) == _BATCH or num_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0

@@ -40,6 +40,7 @@ from qdora.evaluation.suite import (
     spread,
 )
 from qdora.evaluation.token_scores import Progress, length_batches, padded
+from qdora.model.load import stop_ids_of_model
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ def generate_answers(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
-        stop_ids=_stop_ids(model, tokenizer),
+        stop_ids=stop_ids_of_model(model, tokenizer),
         finished=decided,
         max_batch_tokens=max_batch_tokens,
         path=path,
@@ -242,14 +243,6 @@ def _prompts(
         )
     cut = [0 if room is None else max(len(ids) - room, 0) for ids in encoded]
     return [[*prefix, *ids[num_cut:]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
-
-
-def _stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Ends of sequence of the tokenizer and of the model's own settings (chat models have several)."""
-    stops = {tokenizer.eos_token_id}
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops |= set(own) if isinstance(own, list | tuple) else {own}
-    return {int(stop) for stop in stops if stop is not None}
 
 
 def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> GeneratedResult:

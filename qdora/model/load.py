@@ -350,6 +350,15 @@ def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozens
         named = getattr(config.get_text_config(), "eos_token_id", None)
     if not source.is_gguf and (source.path / "generation_config.json").is_file():
         named = GenerationConfig.from_pretrained(str(source.path)).eos_token_id
+    return _stops(named, tokenizer)
+
+
+def stop_ids_of_model(model: Any, tokenizer: Any) -> frozenset[int]:
+    """`stop_ids` of a loaded model: those of its generation config and of the tokenizer."""
+    return _stops(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
+
+
+def _stops(named: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
     listed = named if isinstance(named, list | tuple) else [named]
     return frozenset(int(id) for id in (*listed, tokenizer.eos_token_id) if id is not None)
 

@@ -18,6 +18,7 @@ from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers
+from qdora.model.load import stop_ids_of_model
 from qdora.nn.adapted_linear import prepare_decoding
 from qdora.run.load_run import LoadedModel, load_target
 
@@ -128,7 +129,7 @@ def generate_from(
 def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write) -> dict[str, Any]:
     """The answer of a model in memory to the tokens of a prompt, as JSON values."""
     model, tokenizer = loaded.model, loaded.tokenizer
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids_of_model(model, tokenizer)
     streamer = _Streamer(tokenizer, write)
     device = next(model.parameters()).device
     tokens = torch.tensor([ids], device=device)
@@ -175,13 +176,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | No
     text = prompt_text(tokenizer, (*turns, Turn("user", prompt)))
     # The template writes the begin-of-text token itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """End-of-sequence tokens of the tokenizer and of the model's generation config (chat models have several)."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])}
-    return {int(stop) for stop in stops if stop is not None}
 
 
 class _Streamer:

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from qdora.data.chat_template import set_chat_date, set_chat_settings
+from qdora.data.chat_template import set_chat_date
 from qdora.data.shown_examples import shown_example
 from qdora.data.sources import open_shards, train_and_validation
 from qdora.data.split_examples import SplitExamples, draw
 from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import ExampleTally, Sorted, TokenizedExample, text_batches
+from qdora.data.tokenize import ExampleTally, Sorted, TokenizedExample, num_characters_of, text_batches
 from qdora.errors import UserError
 from qdora.model.build_model import find_model
-from qdora.model.load import stop_ids
 from qdora.recipe.data_settings import DataConfig
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
@@ -114,9 +113,8 @@ def preview(recipe: Recipe, where: str, num_shown: int) -> Preview:
     faults = missing_files(recipe, where)
     if faults:
         raise UserError(*faults)
-    source, tokenizer = find_model(recipe, weights=False)
+    _, tokenizer = find_model(recipe, weights=False)
     set_chat_date(tokenizer, date.today().isoformat())
-    set_chat_settings(tokenizer, stop_ids=stop_ids(source, tokenizer))
     data, found = recipe.data, list[SourcePreview]()
     for number in range(len(data.mix)):
         try:
@@ -169,9 +167,7 @@ def _tokenized(sample: SplitExamples, tally: ExampleTally, tokenizer: Any, data:
     num_characters = 0
     for batch in text_batches(sample):
         rows += tally.add(batch, tokenizer, data.loss_on)
-        num_characters += sum(
-            len(each.prompt) + len(each.answer) + sum(len(turn.content) for turn in each.messages) for each in batch
-        )
+        num_characters += sum(map(num_characters_of, batch))
         if num_characters >= _MOST_CHARACTERS:
             break
     return rows

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from qdora.data.build_data import unused_in_words
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.html_page import PageTable, render_page
@@ -89,7 +90,7 @@ def source_lines(source: SourcePreview, too_long: str) -> list[str]:
 def source_warnings(source: SourcePreview) -> list[str]:
     """Faults, notes and unread columns of a source, one line each."""
     faults = [f"{each} (skipped)" for each in source.faults] if source.drawn == "first" else list(source.faults)
-    unused = [f"not used for training: {', '.join(source.unused)}."] if source.unused else []
+    unused = [unused_in_words(source.unused)] if source.unused else []
     return [*faults, *source.notes, *unused]
 
 

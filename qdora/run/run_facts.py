@@ -47,7 +47,7 @@ def run_facts(run: RunDirectory) -> Facts:
     metrics = run.metrics()
     steps = [line for line in metrics if "loss" in line]
     mix, lines = reader.json("mix.json"), _log_lines(run)
-    status = _status(run, recipe, reader, mix)
+    status = _status(run, recipe, reader, mix, metrics)
     evaluations = _evaluations(reader, status["adapter_step"])
     return {
         "run": str(run.path),
@@ -95,11 +95,11 @@ class _Reader:
         return sorted(f"{folder}/{file.name}" for file in (self.run.path / folder).glob(pattern))
 
 
-def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts) -> Facts:
+def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts, metrics: Lines) -> Facts:
     """`state`: finished, stopped early, unfinished or not trained; and the steps done, planned and kept."""
     names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
     kept = [int(name) for name in names if name.isdecimal()]
-    done = [line["step"] for line in run.metrics() if "out_of_memory" not in line]  # that step was tried, not done
+    done = [line["step"] for line in metrics if "out_of_memory" not in line]  # that step was tried, not done
     num_done, num_steps = max([0, *done, *kept]), mix.get("num_steps")
     trained = reader.json(TRAINED_FILE).get("step", num_done)  # written with adapter/; the run may have gone on
     best = reader.tried("adapter/best.json", lambda: adapter_record(run))

@@ -144,8 +144,7 @@ class Training:
                         self._report_streams()
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
                     write_interference(self.active.directory)
-                    with suppress(RunFailure):  # a full disk does not even take the warning
-                        leave_page(self.active.directory)
+                    leave_page(self.active.directory)
 
     def evaluate_base(self) -> None:
         """Evaluate the model before its first step, if the recipe asks for it."""

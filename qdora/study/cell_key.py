@@ -36,17 +36,15 @@ def key_of(recipe: Recipe) -> str:
 
 
 def _files(recipe: Recipe) -> dict[Path, list[Path]]:
-    """Files and folders that hold examples, calibration text or the adapter to start from -> the files in them."""
+    """Files and folders that hold examples, calibration text, a chat template or the adapter to start from -> the
+    files in them."""
     start, prune = recipe.adapter.resume_from, recipe.base.prune
     found: dict[Path, list[Path]] = {}
     if start is not None:
         folder = user_path(start)
         found[folder] = sorted(folder.glob("adapter_*")) if folder.is_dir() else _of_splits(folder, ())
-    if prune is not None and prune.calibration.text != "mix":
-        path = user_path(prune.calibration.text)
-        found[path] = _of_splits(path, ())
-    if recipe.data.chat_template is not None:
-        path = user_path(recipe.data.chat_template)
+    calibration = None if prune is None or prune.calibration.text == "mix" else prune.calibration.text
+    for path in (user_path(name) for name in (calibration, recipe.data.chat_template) if name is not None):
         found[path] = _of_splits(path, ())
     for source in recipe.data.mix:
         splits = {"train", "validation", "test", source.split}
