@@ -424,3 +424,12 @@ def test_out_of_memory(tmp_path: Path) -> None:
         assert run["same_tokens"]
         assert run["backoffs"][0]["tokens_after"] <= 400 < run["backoffs"][0]["tokens_before"]
         assert run["largest_relative_difference"] < 1e-4
+
+
+def test_chat_model(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "chat_model.py")
+    assert result["num_steps"] > 0
+    for arm in ("base", "trained"):
+        found = result["arms"][arm]
+        assert all(0 <= found[name] <= result["num_questions"] for name in ("stopped", "in_manner", "equal"))
+        assert found["examples"][0]["trained"].startswith("<call>weather")

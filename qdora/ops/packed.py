@@ -166,7 +166,7 @@ def choose_backend(
     Measured with bitsandbytes 0.50.2 on a CPU with AVX512: its 4-bit kernel starts each row at a new block. A row that
     begins inside a block decodes with a wrong scale, off by up to 88 % of the largest weight, without an error. So on
     any CPU a row must be a whole number of blocks here. From block size 2048 on, and for odd rows, the kernel falls
-    back to slow code of its own.
+    back to slow code of its own. On a CPU with AVX2 alone the zeros of fp4 may have the other sign.
     """
     if kind not in ("nf4", "fp4") or dtype not in (torch.float32, torch.bfloat16, torch.float16) or block_size < 32:
         return "torch"

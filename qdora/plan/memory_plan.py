@@ -10,8 +10,8 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,10 +106,11 @@ def planned(
         with _quiet():
             check_host_embedding(empty_model(config, source, torch.bfloat16, recipe.model.attention))
 
+    known = _known(config, source, device_kind)
+
     def step_plans(changed: Recipe) -> list[_StepPlan]:
         shapes, count = workload(changed)
-        common = partial(_StepPlan, changed, config, source, device_kind=device_kind, num_micro_batches=count)
-        return [common(shape=shape) for shape in shapes]
+        return [_StepPlan(changed, known, shape, count) for shape in shapes]
 
     def plan_of(changed: Recipe) -> Plan:
         plans = [each.plan() for each in step_plans(changed)]
@@ -157,16 +158,57 @@ def free_bytes(device: torch.device) -> int:
     return available
 
 
+_Step = tuple[list[Moment], _Shapes]
+"""The moments of a step, and the shapes of the trainable parameters."""
+
+
+@dataclass
+class _Known:
+    """What the plans of a recipe and of its changes share: the model without tensors, and the steps that were run."""
+
+    config: PreTrainedConfig
+    source: ModelSource
+    device_kind: DeviceKind
+    skeletons: dict[tuple[torch.dtype, str], PreTrainedModel] = field(default_factory=dict)
+    steps: dict[tuple[object, ...], _Step] = field(default_factory=dict)
+
+    def new_model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+        """A model on the meta device, to be changed."""
+        with _quiet():
+            return empty_model(self.config, self.source, dtype, attention)
+
+    def model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+        """The same, to be read only."""
+        if (dtype, attention) not in self.skeletons:
+            self.skeletons[dtype, attention] = self.new_model(dtype, attention)
+        return self.skeletons[dtype, attention]
+
+
+_latest: dict[tuple[object, ...], _Known] = {}
+"""The one used last: the cells of a study have one model, and most of them the same steps."""
+
+
+def _known(config: PreTrainedConfig, source: ModelSource, device_kind: DeviceKind) -> _Known:
+    key = (type(config), config.to_json_string(use_diff=False), source, device_kind)
+    if key not in _latest:
+        _latest.clear()
+        _latest[key] = _Known(config, source, device_kind)
+    return _latest[key]
+
+
 @dataclass
 class _StepPlan:
     """Plans a step of a recipe for one shape of micro-batch."""
 
     recipe: Recipe
-    config: PreTrainedConfig
-    source: ModelSource
-    device_kind: DeviceKind
+    known: _Known
     shape: MicroBatchShape
     num_micro_batches: int
+
+    @property
+    def device_kind(self) -> DeviceKind:
+        """Device of the run."""
+        return self.known.device_kind
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -182,36 +224,21 @@ class _StepPlan:
         before = self.recipe.adapter.resume_from
         return None if before is None else describe_adapter(Path(before)).layout
 
+    @property
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device; not to be changed."""
+        return self.known.model(self.dtype, self.recipe.model.attention)
+
     def plan(self) -> Plan:
         """Measure a step and add what is known without one."""
-        skeleton = self._empty_model()
+        skeleton = self.skeleton
         found = block_list(skeleton)
-        pattern = None
-        if found is not None:
-            ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter, skeleton, None, None)
-            pattern = find_pattern(
-                [
-                    signature(each, (_attention_kind(skeleton, index), _ranks_in(ranks, f"{found[0]}.{index}.")))
-                    for index, each in enumerate(found[1])
-                ]
-            )
         num_blocks = 0 if found is None else len(found[1])
         streamed, block_bytes = self._streamed(skeleton), self._block_bytes(skeleton)
         embedding_bytes = self._embedding_bytes(skeleton)
         tied = tied_weights(skeleton)  # parameters of their own on the meta device
         weights = sum(each.numel() for name, each in skeleton.named_parameters() if name not in tied)
-        del skeleton
-        with _quiet(), planned_on(self.device_kind), torch.random.fork_rng(devices=[]):
-            if pattern is None or found is None:
-                moments, shapes = self._moments(None)
-            else:
-                short, few = self._moments(pattern.kept(4))
-                longer, _ = self._moments(pattern.kept(5))
-                moments = extrapolated(short, longer, pattern)
-                shapes = _repeated(few, found[0], pattern)
-            workspace = update_bytes(shapes, self.recipe.train.optimizer, self.device_kind) if shapes else 0
-        if shapes:
-            moments[-1] = Moment("update", None, {**moments[-1].by_component, parts.UPDATE: workspace})
+        moments, shapes = self._step()
         num_trainable = sum(torch.Size(size).numel() for size, _ in shapes.values())
         if streamed is not None:
             moments = with_streamed(moments, streamed)
@@ -237,6 +264,42 @@ class _StepPlan:
             rates=asdict(known_rates(self.device_kind)),
         )
 
+    def _step(self) -> _Step:
+        """Run a step, unless one was run already that needs the same of everything."""
+        recipe = self.recipe
+        base = recipe.base.model_dump_json(exclude={"residency", "streamed_blocks"})
+        adapter = recipe.adapter.model_dump_json(), repr(self.adapter)
+        memory = recipe.memory.checkpointing, recipe.memory.loss_chunk
+        key = (self.dtype, recipe.model.attention, base, *adapter, *memory, recipe.train.optimizer, self.shape)
+        if key not in self.known.steps:
+            with _quiet(), planned_on(self.device_kind), torch.random.fork_rng(devices=[]):
+                self.known.steps[key] = self._run_step()
+        moments, shapes = self.known.steps[key]
+        return list(moments), shapes
+
+    def _run_step(self) -> _Step:
+        found = block_list(self.skeleton)
+        pattern = None
+        if found is not None:
+            ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter, self.skeleton, None, None)
+            pattern = find_pattern(
+                [
+                    signature(each, (_attention_kind(self.skeleton, index), _ranks_in(ranks, f"{found[0]}.{index}.")))
+                    for index, each in enumerate(found[1])
+                ]
+            )
+        if pattern is None or found is None:
+            moments, shapes = self._moments(None)
+        else:
+            short, few = self._moments(pattern.kept(4))
+            longer, _ = self._moments(pattern.kept(5))
+            moments = extrapolated(short, longer, pattern)
+            shapes = _repeated(few, found[0], pattern)
+        if shapes:
+            workspace = update_bytes(shapes, self.recipe.train.optimizer, self.device_kind)
+            moments[-1] = Moment("update", None, {**moments[-1].by_component, parts.UPDATE: workspace})
+        return moments, shapes
+
     def _streamed(self, skeleton: PreTrainedModel) -> StreamedBlocks | None:
         base = self.recipe.base
         if base.residency == "device":
@@ -257,10 +320,6 @@ class _StepPlan:
             return 0
         return streamed_blocks(skeleton, self._wanted, "disk", None).block_bytes
 
-    def _empty_model(self) -> PreTrainedModel:
-        with _quiet():
-            return empty_model(self.config, self.source, self.dtype, self.recipe.model.attention)
-
     @property
     def _wanted(self) -> Quantization:
         base = self.recipe.base
@@ -268,7 +327,7 @@ class _StepPlan:
 
     def seconds(self, num_trainable: int) -> float:
         """Predicted time of a step with this many trainable parameters."""
-        skeleton: Any = self._empty_model()
+        skeleton: Any = self.skeleton
         found, streamed = block_list(skeleton), self._streamed(skeleton)
         blocks = skeleton if found is None else found[1]
         linear = sum(each.weight.numel() for each in blocks.modules() if isinstance(each, nn.Linear))
@@ -290,11 +349,11 @@ class _StepPlan:
         )
         return step_seconds(work, self.shape, self.num_micro_batches, known_rates(self.device_kind))
 
-    def _moments(self, kept: list[int] | None) -> tuple[list[Moment], _Shapes]:
+    def _moments(self, kept: list[int] | None) -> _Step:
         """Moments of a step of the model with the blocks `kept`, and the shapes of its trainable parameters."""
         recipe = self.recipe
         gc.collect()
-        model = self._empty_model()
+        model = self.known.new_model(self.dtype, recipe.model.attention)
         found = block_list(model)
         if kept is not None and found is not None:
             keep_blocks_(model, found[0], kept)

@@ -1,4 +1,4 @@
-"""qdora generate: stream the answer of a run or a model to a prompt."""
+"""qdora generate: stream the answers of a run or a model to a prompt, or to a file of conversations."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
-from qdora.data.chat_template import prompt_text
-from qdora.data.messages import Turn
+from qdora.data.chat_template import prompt_text, require_chat_template
+from qdora.data.messages import Messages, Tools, Turn, parse_tools, parse_turns
+from qdora.data.readers import read_rows
+from qdora.data.rows import FaultList, RowFault
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
+from qdora.files.environment import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers
 from qdora.model.load import stop_ids_of_model
@@ -106,15 +110,84 @@ def generate_from(
         faults.append("--system: is not used with --raw, which skips the chat template. Fix: remove one of them.")
     if faults:
         raise UserError(*faults)
+    loaded = _load(target, step, base_only, quant)
+    ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
+    found = _answer_within_context(loaded, ids, sampling, write or _nowhere, where="--prompt")
+    return {"target": target, "label": loaded.label, "prompt": prompt, **found}
+
+
+def answer_chats(
+    target: str,
+    file: str,
+    sampling: Sampling = Sampling(),
+    *,
+    step: int | None = None,
+    base_only: bool = False,
+    quant: str | None = None,
+    write: Write | None = None,
+) -> dict[str, Any]:
+    """Load a run or a model and let it answer each conversation of a file.
+
+    Args:
+        file: Any data file with the columns `messages` and, if there are any, `tools`, as for training. The last turn
+            of a conversation is not the assistant's.
+        target, sampling, step, base_only, quant, write: See `generate_from`.
+    Returns:
+        JSON values: `answers` as `generate_from` returns them, without the prompt, in the order of the file.
+    Raises:
+        UserError: As `generate_from`; a row that is no such conversation.
+    """
+    if faults := sampling.faults():
+        raise UserError(*faults)
+    chats = _read_chats(user_path(file))
+    loaded = _load(target, step, base_only, quant)
+    asked = [(where, chat_ids(loaded.tokenizer, turns, tools, where)) for where, turns, tools in chats]
+    answers = []
+    for where, ids in asked:
+        if write is not None:
+            write(f"--- {where}\n")
+        answers.append(_answer_within_context(loaded, ids, sampling, write or _nowhere, where=where))
+    return {"target": target, "label": loaded.label, "chats": file, "answers": answers}
+
+
+def _read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
+    """(place, turns, tools) of each row. Raises UserError with all faults."""
+    rows, chats = read_rows(file), []
+    faults = FaultList(rows.where, rows.unit)
+    for place, row in rows:
+        try:
+            if isinstance(row, RowFault):
+                raise row
+            turns = parse_turns(row.get("messages"))
+            if turns[-1].role == "assistant":
+                raise RowFault("messages: the last turn is the assistant's, so there is nothing to answer")
+            chats.append((f"{rows.where}: {rows.unit} {place}", turns, parse_tools(row.get("tools"))))
+        except RowFault as fault:
+            faults.add(place, fault)
+    faults.check()
+    return chats
+
+
+def _load(target: str, step: int | None, base_only: bool, quant: str | None) -> LoadedModel:
     keep_freed_memory()
     loaded = load_target(target, step=step, base_only=base_only, quant=quant, verb="generate")
     prepare_decoding(adapted_layers(loaded.model).values())
-    ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
+    return loaded
+
+
+def _nowhere(text: str) -> None:
+    """For a caller that waits for the whole answer."""
+
+
+def _answer_within_context(
+    loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str
+) -> dict[str, Any]:
+    """`_answer`, at most as long as the model's context. `where` the prompt comes from, for messages."""
     context = context_length(loaded.model)
     if context is not None and len(ids) >= context:
-        raise UserError(f"--prompt: got {len(ids)} tokens, must be fewer than {context}, the context of the model.")
+        raise UserError(f"{where}: got {len(ids)} tokens, must be fewer than {context}, the context of the model.")
     room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
-    found = _answer(loaded, ids, replace(sampling, max_new_tokens=room), write or (lambda text: None))
+    found = _answer(loaded, ids, replace(sampling, max_new_tokens=room), write)
     if found["stopped"] == "length" and room < sampling.max_new_tokens:
         found["stopped"] = "context"
         logger.warning(
@@ -123,7 +196,7 @@ def generate_from(
             len(ids),
             context,
         )
-    return {"target": target, "label": loaded.label, "prompt": prompt, **found}
+    return found
 
 
 def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write) -> dict[str, Any]:
@@ -173,7 +246,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | No
             raise UserError("--system: the tokenizer has no chat template. Fix: remove --system.")
         return list(tokenizer(prompt)["input_ids"])
     turns = [Turn("system", system)] if system is not None else []
-    text = prompt_text(tokenizer, (*turns, Turn("user", prompt)))
+    return chat_ids(tokenizer, (*turns, Turn("user", prompt)))
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: Messages, tools: Tools = (), where: str = "--prompt"
+) -> list[int]:
+    """The tokens that the model sees before it answers these turns. `where` they come from, for messages.
+
+    Raises:
+        UserError: There is no chat template, or it refuses the turns.
+    """
+    require_chat_template(tokenizer, where)
+    try:
+        text = prompt_text(tokenizer, turns, tools)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     # The template writes the begin-of-text token itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
