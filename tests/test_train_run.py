@@ -150,15 +150,13 @@ def test_an_extended_run_continues_at_the_rates_of_the_longer_schedule(
 
 
 def test_a_run_is_extended_by_epochs(root: Path, tmp_path: Path) -> None:
-    """As many steps as a run of so many epochs has from the start, and the same tensors."""
-    changes = {**CONSTANT, "train__steps": ..., "train__batch": 26, "train__warmup": 0}
-    changes |= {"eval__tasks": [], "eval__limit": ...}
-    first = train_run(tiny_run.recipe(root, train__epochs=1, **changes), tmp_path / "run")
-    summary = train_run(tiny_run.recipe(root, train__epochs=2, **changes), tmp_path / "run", resume=True)
-    whole = train_run(tiny_run.recipe(root, train__epochs=2, **changes), tmp_path / "whole")
-    assert first["num_steps"] < summary["num_steps"] == whole["num_steps"]
-    assert trained(tmp_path / "run") == trained(tmp_path / "whole")
-    same_tensors(*(tmp_path / f"{run}/adapter/adapter_model.safetensors" for run in ("run", "whole")))
+    changes = {"train__steps": ..., "train__batch": 26, "eval__tasks": [], "eval__limit": ...}
+    train_run(tiny_run.recipe(root, train__epochs=1, **changes), tmp_path / "run")
+    before = trained(tmp_path / "run")
+    train_run(tiny_run.recipe(root, train__epochs=2, **changes), tmp_path / "run", resume=True)
+    lines = trained(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]  # of 50 examples, 28 sums and 22 letters
+    assert lines[:2] == before
     assert "epochs: 2" in (tmp_path / "run/recipe.yaml").read_text()
     with pytest.raises(UserError, match=r"train\.epochs: must be 2\.0 or more, as when the run started; .*got 1\.0"):
         train_run(tiny_run.recipe(root, train__epochs=1, **changes), tmp_path / "run", resume=True)

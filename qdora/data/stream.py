@@ -335,9 +335,8 @@ class ExampleStream:
         done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
         self.notes |= tally.notes
         for index, several in zip(examples, done, strict=True):
-            faults = (each for each, _ in several if isinstance(each, str))
-            fault = next(faults, None)
-            found[index] = several if fault is None else [(f"{rows[index][0]}: {fault}", False)]
+            wrong = next((each for each, _ in several if isinstance(each, str)), None)
+            found[index] = several if wrong is None else [(f"{rows[index][0]}: {wrong}", False)]
         return [found[index] for index in range(len(rows))]
 
 
