@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import date
 from itertools import pairwise
@@ -23,8 +22,7 @@ from qdora.data.chat_template import (
 )
 from qdora.data.encode_chats import EncodedChat, encode_chats
 from qdora.data.example import Example
-from qdora.data.messages import Turn, parse_messages, parse_tools
-from qdora.data.rows import RowFault
+from qdora.data.messages import Turn, parse_tools
 from qdora.data.tokenize import tokenize_all
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
@@ -384,6 +382,32 @@ def test_no_chat_template() -> None:
         tokenize_all([chat()], tiny_tokenizer.make(chat_template=None), name="chats", max_length=200)
 
 
+@pytest.mark.parametrize(
+    "body, fault",
+    [
+        ("{{ 1 // (messages | length - 2) }}", "integer division or modulo by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(body: str, fault: str) -> None:
+    with pytest.raises(UserError, match=rf"^x: example 7: the chat template refuses it: {fault}"):
+        tokenize_all([chat(*CHAT[:2])], make(CHATML + body), name="x", max_length=200)
+    with pytest.raises(UserError, match=rf"^the chat template refuses it: {fault}"):
+        prompt_text(make(CHATML + body), CHAT[:2])
+
+
+def test_named_templates_without_a_default_one() -> None:
+    tokenizer = tiny_tokenizer.make()
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(UserError) as error:
+        tokenize_all([chat()], tokenizer, name="x", max_length=200)
+    assert error.value.faults == (
+        "the tokenizer has chat templates named rag, tool_use, and none named default. Fix: give one with "
+        "data.chat_template.",
+    )
+    assert len(tokenize_all([chat(tools=[{"name": "f"}])], tokenizer, name="x", max_length=200)) == 1
+
+
 def test_prompt_unlike_the_answers_is_noted_with_what_the_template_reads() -> None:
     tokenizer = make(CHOOSES)
     notes: set[str] = set()
@@ -395,6 +419,21 @@ def test_prompt_unlike_the_answers_is_noted_with_what_the_template_reads() -> No
     [note] = notes
     assert "ends a prompt with '<|im_start|>assistant\\n<think>\\n' and prints answers of the data otherwise" in note
     assert "set data.template_kwargs (it reads thinking)" in note
+
+
+@pytest.mark.parametrize("answer", ["<b>bold</b>", "<th", "<thin air"])
+def test_an_answer_that_begins_like_the_prompt_goes_on_is_learnt_whole(answer: str) -> None:
+    """The prompt opens a thought that the template does not print with the answer."""
+    tokenizer = make(CHOOSES)
+    set_chat_settings(tokenizer, template_kwargs={"thinking": True})
+    [part] = encoded(tokenizer, CHAT[0], Turn("assistant", answer))
+    assert learnt(tokenizer, part) == f"{answer}<|im_end|>\n"
+    call = {"type": "function", "function": {"name": "think", "arguments": {}}}
+    calls = "{% for c in m.tool_calls %}<{{ c.function.name }}{% endfor %}"
+    tokenizer = make(CHOOSES.replace("<|im_end|>", f"{calls}<|im_end|>"))
+    set_chat_settings(tokenizer, template_kwargs={"thinking": True})
+    [part] = encoded(tokenizer, CHAT[0], Turn("assistant", "", (call,)))
+    assert learnt(tokenizer, part) == "<think<|im_end|>\n"
 
 
 def test_what_the_template_leaves_out_is_noted() -> None:
@@ -436,109 +475,6 @@ def test_arguments_are_objects_unless_the_template_joins_texts() -> None:
         )
         [part] = encoded(tokenizer, *turns)
         assert learnt(tokenizer, part) == '{"a": "é"}<|im_end|>\n'
-
-
-# Messages
-
-
-def message(**keys: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": "the cat"} | keys
-
-
-def test_messages_in_full() -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, null], "b": null}'}}
-    turns = parse_messages(
-        [
-            {"role": "user", "content": [{"type": "text", "text": "a ", "image": None}, "b", {"text": "c"}]},
-            {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm", "weight": 0},
-            {"role": "tool", "content": "12", "tool_call_id": "c1", "name": "f"},
-            message(tool_calls=[{"name": "g", "arguments": None}], train=True, weight=1.0),
-            message(thinking="oh", train=False, weight=None),
-        ]
-    )
-    assert turns == (
-        Turn("user", "a bc"),
-        Turn(
-            "assistant",
-            "",
-            ({"type": "function", "id": "c1", "function": {"name": "f", "arguments": {"a": [1, None], "b": None}}},),
-            reasoning="hm",
-            learnt=False,
-        ),
-        Turn("tool", "12", labels={"tool_call_id": "c1", "name": "f"}),
-        Turn("assistant", "the cat", ({"type": "function", "function": {"name": "g", "arguments": {}}},)),
-        Turn("assistant", "the cat", reasoning="oh", learnt=False),
-    )
-
-
-def test_tools_in_the_forms_that_files_have() -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
-    padded = json.loads(json.dumps(tool))
-    padded["function"]["parameters"]["properties"]["b"] = None  # Parquet
-    for given_tools in ([tool], json.dumps([tool]), [json.dumps(tool)], [tool["function"]], [padded]):
-        assert parse_tools(given_tools) == (tool,)
-    for nothing in (None, "", [], "[]"):
-        assert parse_tools(nothing) == ()
-
-
-@pytest.mark.parametrize(
-    "turn, fault",
-    [
-        (message(content=[{"type": "image", "url": "x"}]), "messages[0].content[0]: a part of type image is not supp"),
-        (message(content=3), "messages[0].content: must be text or a list of parts, got 3"),
-        (message(content=None), "messages[0].content: must be text or a list of parts, got None"),
-        ({"role": "assistant"}, "messages[0]: must be an object with role and content, got {'role': 'assistant'}"),
-        (message(role="assitant"), "messages[0].role: must be one of system, user, assistant, tool, got 'assitant'"),
-        (message(weight=0.5), "messages[0].weight: must be 0 or 1, got 0.5"),
-        (message(train="no"), "messages[0].train: must be true or false, got 'no'"),
-        (
-            message(role="user", train=True),
-            "messages[0].train: only a turn of role assistant can be learnt",
-        ),
-        (
-            message(weight=0),
-            "messages: every turn of role assistant has weight 0 or train false: there is nothing to l",
-        ),
-        (message(reasoning_content=["x"]), "messages[0].reasoning_content: must be text, got ['x']"),
-        (
-            message(role="user", reasoning="x"),
-            "messages[0].reasoning: only a turn of role assistant has it",
-        ),
-        (message(tool_calls="f"), "messages[0].tool_calls: must be a list of calls, got 'f'"),
-        (
-            message(tool_calls=[{"x": 1}]),
-            "messages[0].tool_calls[0]: must be {type: function, function: {name, arg",
-        ),
-        (message(tool_calls=[{"name": "f", "arguments": "{"}]), "messages[0].tool_calls[0].arguments: is not JSON ("),
-        (
-            message(tool_calls=[{"name": "f", "arguments": [1]}]),
-            "messages[0].tool_calls[0].arguments: must be an object",
-        ),
-        (
-            message(role="user", tool_calls=[{"name": "f"}]),
-            "messages[0].tool_calls: only a turn of role assis",
-        ),
-        (message(content=" "), "messages: no turn of role assistant with content, so there is nothing to learn"),
-    ],
-)
-def test_faulty_messages(turn: dict[str, Any], fault: str) -> None:
-    with pytest.raises(RowFault) as error:
-        parse_messages([turn])
-    assert str(error.value).startswith(fault)
-
-
-@pytest.mark.parametrize(
-    "tools, fault",
-    [
-        ("[", "tools: is not JSON ("),
-        ({"name": "f"}, "tools: must be a list of functions, got {'name': 'f'}"),
-        ([{"type": "function"}], "tools[0]: must be {type: function, function: {name, ...}}, got {'type': 'function'}"),
-    ],
-)
-def test_faulty_tools(tools: Any, fault: str) -> None:
-    with pytest.raises(RowFault) as error:
-        parse_tools(tools)
-    assert str(error.value).startswith(fault)
 
 
 # Settings

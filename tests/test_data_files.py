@@ -50,7 +50,14 @@ def content(kind: str, texts: list[tuple[str, str]]) -> tuple[str, bytes, list[d
 @pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
 @given(texts=st.lists(st.tuples(WORD, TEXT), min_size=1, max_size=40), small=st.integers(1, 50), data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_all_rows_any_rows_and_rows_from_anywhere(tmp_path_factory, kind, packed, texts, small, data):
+def test_all_rows_any_rows_and_rows_from_anywhere(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    packed: str,
+    texts: list[tuple[str, str]],
+    small: int,
+    data: st.DataObject,
+) -> None:
     if kind == "txt":  # a document is what has no blank line, so its lines hold no line end of any kind
         texts = [tuple(" ".join(text.split()) for text in pair) for pair in texts]
     ending, plain, rows = content(kind, texts)
@@ -105,7 +112,7 @@ def faults_of(path: Path) -> list[str]:
         ("a.txt", b"one\n\n\xfftwo\n", ["line 3: not UTF-8 text (byte 0 of the document)"]),
     ],
 )
-def test_what_is_wrong_and_where(tmp_path, name, text, faults):
+def test_what_is_wrong_and_where(tmp_path: Path, name: str, text: bytes, faults: list[str]) -> None:
     (tmp_path / name).write_bytes(text)
     found = faults_of(tmp_path / name)
     more = {  # second faults of the same file
@@ -114,13 +121,13 @@ def test_what_is_wrong_and_where(tmp_path, name, text, faults):
     assert found == faults + next((rest for end, rest in more.items() if text.endswith(end)), [])
 
 
-def test_one_object_in_a_json_file_is_one_row(tmp_path):
+def test_one_object_in_a_json_file_is_one_row(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{\n "prompt": "x",\n "completion": "y"\n}\n')
     [example] = load_source(SourceConfig(source=str(tmp_path / "a.json")))
     assert (example.prompt, example.answer) == ("x", "y")
 
 
-def test_a_quote_inside_a_cell_that_is_not_quoted_is_a_character(tmp_path):
+def test_a_quote_inside_a_cell_that_is_not_quoted_is_a_character(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('a,b\n5" pipe,x\ny,z\n')
     assert [row for _, row in read_rows(tmp_path / "a.csv")] == [{"a": '5" pipe', "b": "x"}, {"a": "y", "b": "z"}]
 
@@ -138,7 +145,7 @@ def names_of(folder: Path, source: str = "", split: str = "train") -> list[str]:
     return [str(file.relative_to(folder)) for file in files_of(folder / source, split)]
 
 
-def test_the_files_of_folders(tmp_path):
+def test_the_files_of_folders(tmp_path: Path) -> None:
     touch(tmp_path, "plain/b.jsonl", "plain/a.jsonl", "plain/more/c.jsonl", "plain/README.md", "plain/.hidden.jsonl")
     assert names_of(tmp_path, "plain") == ["plain/a.jsonl", "plain/b.jsonl", "plain/more/c.jsonl"]
     touch(tmp_path, "split/train-0.csv.gz", "split/train-1.csv.gz", "split/train/x.jsonl", "split/val.jsonl")
@@ -158,7 +165,7 @@ def test_the_files_of_folders(tmp_path):
             names_of(tmp_path, names[0].partition("/")[0])
 
 
-def test_the_files_of_a_pattern(tmp_path):
+def test_the_files_of_a_pattern(tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl", "b.jsonl", "c.txt", "deep/d.jsonl", "[x].jsonl", "note.xyz")
     assert names_of(tmp_path, "*.jsonl") == ["[x].jsonl", "a.jsonl", "b.jsonl"]
     assert names_of(tmp_path, "**/[a-d].jsonl") == ["a.jsonl", "b.jsonl", "deep/d.jsonl"]
@@ -178,11 +185,11 @@ def test_the_files_of_a_pattern(tmp_path):
         ("org/name", "name"),
     ],
 )
-def test_the_name_of_a_source(source, label):
+def test_the_name_of_a_source(source: str, label: str) -> None:
     assert SourceConfig(source=source).label == label
 
 
-def test_a_fault_in_one_of_several_files_names_it(tmp_path):
+def test_a_fault_in_one_of_several_files_names_it(tmp_path: Path) -> None:
     touch(tmp_path, "rows/a.jsonl", row='{"text": "x"}\n' * 30)
     touch(tmp_path, "rows/b.jsonl", row='{"text": "y"}\n\n{"text": 3}\n')
     with pytest.raises(UserError) as error:
@@ -198,7 +205,7 @@ def test_a_fault_in_one_of_several_files_names_it(tmp_path):
     assert rows_of_split(tmp_path / "rows", "train").identity != before
 
 
-def test_validation_beside_folders_and_patterns(tmp_path):
+def test_validation_beside_folders_and_patterns(tmp_path: Path) -> None:
     touch(tmp_path, "train-0.jsonl", "train-1.jsonl", "validation-0.jsonl", row='{"text": "x"}\n' * 20)
     for source, sizes in ((str(tmp_path), (40, 20)), (f"{tmp_path}/train-*.jsonl", (36, 4))):
         config = SourceConfig(source=source)
@@ -209,7 +216,7 @@ def test_validation_beside_folders_and_patterns(tmp_path):
         train_and_validation(pattern, DataConfig(mix=(pattern,)))
 
 
-def test_a_faulty_row_of_a_streamed_csv_file_is_named_by_its_line(tmp_path):
+def test_a_faulty_row_of_a_streamed_csv_file_is_named_by_its_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv.gz"
     file.write_bytes(gzip.compress(b'text\n"a\nb"\nx,y\n"c"\n'))
     config = SourceConfig(source=str(file), stream=True)
@@ -222,8 +229,8 @@ def test_a_faulty_row_of_a_streamed_csv_file_is_named_by_its_line(tmp_path):
     assert open_shards(config).num_rows is None
 
 
-def test_a_limit_reads_few_rows_of_a_large_file(tmp_path, monkeypatch):
-    parsed = []
+def test_a_limit_reads_few_rows_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
     monkeypatch.setattr(
         file_records, "_cells", lambda *given, cells=file_records._cells: parsed.append(1) or cells(*given)
     )

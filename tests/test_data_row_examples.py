@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
 
+from qdora.data.build_data import read_data, tokenized_mix
+from qdora.data.example import Example
 from qdora.data.sources import load_source, open_shards, open_source
+from qdora.data.stream import ExampleStream
+from qdora.data.tokenize import tokenize_all
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from qdora.recipe.recipe_file import apply_overrides, recipe_from, resolved_yaml, settings
+from tests import tiny_tokenizer
 
 QUESTION = {"question": "1+1?", "answer": "2", "note": "x"}
 
 
-def source(tmp_path, *rows, **options):
+def source(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> SourceConfig:
     """A source of these rows, one a line."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SourceConfig.model_validate({"source": str(file)} | options)
 
 
-def example(tmp_path, row, **options):
+def example(tmp_path: Path, row: dict[str, Any], **options: Any) -> Example:
     [found] = load_source(source(tmp_path, row, **options))
     return found
 
 
-def fault(tmp_path, *rows, **options):
+def fault(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> str:
     """The fault of the rows, without the name of the file."""
     with pytest.raises(UserError) as error:
         load_source(source(tmp_path, *rows, **options))
@@ -39,7 +47,7 @@ def fault(tmp_path, *rows, **options):
 # Columns
 
 
-def test_renamed_columns(tmp_path):
+def test_renamed_columns(tmp_path: Path) -> None:
     columns = {"prompt": "question", "completion": "answer"}
     found = example(tmp_path, QUESTION, columns=columns)
     assert (found.prompt, found.answer) == ("1+1?", "2")
@@ -53,7 +61,7 @@ def test_renamed_columns(tmp_path):
     assert opened.unused == {"text", "more"}
 
 
-def test_a_column_that_is_renamed_must_be_there(tmp_path):
+def test_a_column_that_is_renamed_must_be_there(tmp_path: Path) -> None:
     line = fault(tmp_path, QUESTION, columns={"prompt": "qestion", "completion": "answer"})
     assert line == "columns: no column 'qestion', there are question, answer, note. Did you mean 'question'?"
     # one that only later rows have is there; a row without it lacks what the format needs
@@ -68,7 +76,7 @@ def test_a_column_that_is_renamed_must_be_there(tmp_path):
 # Templates
 
 
-def test_a_template_makes_prompt_and_completion(tmp_path):
+def test_a_template_makes_prompt_and_completion(tmp_path: Path) -> None:
     template = {
         "prompt": "{% if context %}{{ context }}\n{% endif %}Q: {{ question | upper }}\nA:\n",
         "completion": "{% for part in parts %} {{ part['text'] }}{% endfor %}",
@@ -96,17 +104,19 @@ def test_a_template_makes_prompt_and_completion(tmp_path):
             "{{ ''.__class__.__mro__ }}",
             "template.completion: access to attribute '__class__' of 'str' object is unsafe.",
         ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "template.completion: maximum recursion depth exceeded"),
+        ("{{ '%c' | format(55296) }}", "template.completion: \\ud800 is half of a surrogate pair and no character"),
         ("{{ question.append(1) }}", "template.completion: 'str object' has no attribute 'append'"),
         ("{{ range(10**9) | list }}", "template.completion: Range too big."),
         ("{{ note | trim('x') }}", "completion: must be text that is not empty, got ''"),
     ],
 )
-def test_what_a_template_cannot_do_is_the_fault_of_a_row(tmp_path, completion, message):
+def test_what_a_template_cannot_do_is_the_fault_of_a_row(tmp_path: Path, completion: str, message: str) -> None:
     line = fault(tmp_path, QUESTION, template={"prompt": "{{ question }}", "completion": completion})
     assert line.startswith(f"line 1: {message}")
 
 
-def document(**more):
+def document(**more: Any) -> dict[str, Any]:
     mix = [{"source": "/x.jsonl"} | more]
     return {"model": {"source": "builtin"}, "data": {"mix": mix}, "train": {"steps": 1, "batch": 1}}
 
@@ -142,14 +152,14 @@ def document(**more):
         ({"source": "/d/*.jsonl", "split": "test"}, "split: would be ignored because source is a pattern"),
     ],
 )
-def test_what_the_settings_refuse(given, message):
+def test_what_the_settings_refuse(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         recipe_from(document(**given))
     [line] = error.value.faults
     assert message in line
 
 
-def test_settings_as_text_and_overrides():
+def test_settings_as_text_and_overrides() -> None:
     given = {
         "source": "org/name",
         "columns": {"a": "b"},
@@ -166,7 +176,7 @@ def test_settings_as_text_and_overrides():
     assert (source.columns, source.template.prompt) == ({"a": "d"}, "e")
 
 
-def test_paths_with_patterns(tmp_path):
+def test_paths_with_patterns(tmp_path: Path) -> None:
     from qdora.recipe.recipe_file import load_recipe, missing_files
 
     (tmp_path / "rows").mkdir()
@@ -200,16 +210,16 @@ CALL = {"from": "function_call", "value": "f()"}
         ),
         (
             {"prompt": [{"role": "assistant", "content": "x"}], "completion": [{"role": "user", "content": "y"}]},
-            "messages: every turn of role assistant has weight 0 or train false",
+            "completion: no turn of role assistant with content, so there is nothing to learn",
         ),
         ({"instruction": "x", "output": ""}, "output: must be text that is not empty, got ''"),
     ],
 )
-def test_faulty_rows_of_the_layouts(tmp_path, row, message):
+def test_faulty_rows_of_the_layouts(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     assert fault(tmp_path, row).startswith(f"line 1: {message}")
 
 
-def test_layouts_and_what_they_leave(tmp_path):
+def test_layouts_and_what_they_leave(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "a", "mood": 3}, {"role": "assistant", "content": "b"}]
     opened = open_source(source(tmp_path, {"conversations": turns, "system": "s", "id": 1, "rating": 2}))
     [found] = opened
@@ -226,16 +236,27 @@ def test_layouts_and_what_they_leave(tmp_path):
     assert example(tmp_path, row, format="alpaca").choices == ()
 
 
-def test_of_a_prompt_of_turns_nothing_is_learnt(tmp_path):
+def test_of_a_prompt_of_turns_nothing_is_learnt(tmp_path: Path) -> None:
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     found = example(tmp_path, {"prompt": asked, "completion": [{"role": "assistant", "content": "d"}]})
-    assert [(turn.content, turn.learnt) for turn in found.messages if turn.role == "assistant"] == [
-        ("b", False),
-        ("d", True),
+    assert [(turn.content, turn.in_prompt) for turn in found.messages if turn.role == "assistant"] == [
+        ("b", True),
+        ("d", False),
     ]
+    tokenizer = tiny_tokenizer.make()
+    learnt = {"answer": "d<|im_end|>", "last": "d<|im_end|>"}
+    text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
+    learnt["all"] = f"{text}<|im_start|>assistant\nd<|im_end|>".removeprefix("<|im_start|>")  # the first token
+    for loss_on, expected in learnt.items():
+        [done] = tokenize_all([found], tokenizer, name="x", max_length=99, loss_on=loss_on).examples
+        assert tokenizer.decode(done.input_ids[done.loss_mask]).rstrip("\n") == expected, loss_on
+    asked[1]["weight"] = 0
+    weighted = example(tmp_path, {"prompt": asked, "completion": [{"role": "assistant", "content": "d"}]})
+    with pytest.raises(UserError, match=r"messages\[1\]: weight and train are not used with data.loss_on all"):
+        tokenize_all([weighted], tokenizer, name="x", max_length=99, loss_on="all")
 
 
-def test_columns_that_fit_no_layout_name_all_of_them(tmp_path):
+def test_columns_that_fit_no_layout_name_all_of_them(tmp_path: Path) -> None:
     line = fault(tmp_path, {"conversation": [], "kind": 1})
     assert line.startswith(
         "columns conversation, kind fit no format, allowed: choices: question, choices, answer; messages"
@@ -250,10 +271,10 @@ def test_columns_that_fit_no_layout_name_all_of_them(tmp_path):
 # The Hub
 
 
-def test_what_the_hub_is_asked_for(monkeypatch):
-    asked = []
+def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
 
-    def load(source, **options):
+    def load(source: str, **options: Any) -> Any:
         asked.append((source, options))
         table = datasets.Dataset.from_list([QUESTION] * 3)
         return table.to_iterable_dataset() if options.get("streaming") else table
@@ -285,13 +306,56 @@ def test_what_the_hub_is_asked_for(monkeypatch):
     assert plain.names[0].startswith("openai/gsm8k@abc train 0")
 
 
-def test_a_stream_with_columns_and_a_template(tmp_path):
-    from qdora.data.build_data import tokenized_mix
-    from tests import tiny_tokenizer
+class _Counted:
+    """A data set on the Hub of many rows, which says how often a row of it was read."""
 
+    num_shards, info, _fingerprint = 1, datasets.DatasetInfo(), "abc"
+
+    def __init__(self, num_rows: int) -> None:
+        self.indices, self.reads = range(num_rows), list[int]()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return iter(self.select(self.indices))
+
+    def select(self, indices: Iterable[int]) -> Iterable[dict[str, str]]:
+        for index in indices:
+            self.reads.append(int(index))
+            yield {"prompt": f"{index}:", "completion": " yes"}
+
+    def shard(self, *_: int) -> _Counted:
+        return self
+
+    def skip(self, num: int) -> Iterable[dict[str, str]]:
+        return self.select(self.indices[num:])
+
+
+@pytest.mark.parametrize("options", [{"limit": 100}, {"stream": True, "shuffle_window": 100}], ids=str)
+def test_few_rows_of_a_large_data_set_on_the_hub_are_read(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """What is drawn, and at the beginning the rows that show the layout and the lengths."""
+    hub = _Counted(200_000)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    fraction = {} if "stream" in options else {"validation_fraction": 0.0}
+    data = DataConfig(mix=(SourceConfig(source="org/name", **options),), max_length=99, **fraction)
+    [found] = tokenized_mix(SimpleNamespace(data=data), tiny_tokenizer.make(), read_data(data)[0]).sets
+    if isinstance(found, ExampleStream):
+        drawn = [found.next() for _ in range(100)]
+        assert {int(each.id.rpartition(" ")[2]) for each in drawn} == set(range(100))
+    else:
+        assert len(found) == 100
+        assert len(set(hub.reads[64:])) == 100
+        assert max(hub.reads) > 100_000
+    assert len(hub.reads) <= 100 + 2 * 64 + 1
+
+
+def test_a_stream_with_columns_and_a_template(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer.make()
 
-    def stream(**options):
+    def stream(**options: Any) -> ExampleStream:
         config = source(tmp_path, *[QUESTION] * 3, stream=True, **options)
         data = DataConfig(mix=(config,), max_length=99)
         [made] = tokenized_mix(SimpleNamespace(data=data), tokenizer, [()]).sets

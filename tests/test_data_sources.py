@@ -6,7 +6,9 @@ import csv
 import gzip
 import json
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from qdora.data.loader import StepLoader
 from qdora.data.messages import Turn
 from qdora.data.row_formats import commonsense_task
 from qdora.data.rows import Rows
-from qdora.data.sources import load_source, train_and_validation
+from qdora.data.sources import load_source, open_shards, open_source, train_and_validation
 from qdora.data.split_examples import SplitExamples, draw, split_off
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig, SourceConfig
@@ -38,6 +40,9 @@ BOOLQ170K = {
 }
 
 
+CALL = {"name": "f", "arguments": '{"a": "\\udc00"}'}
+
+
 def write(path, rows):
     """Rows as a file, in the layout of its ending."""
     if path.suffix == ".parquet":
@@ -53,6 +58,11 @@ def faults_of(source, split=None):
     with pytest.raises(UserError) as error:
         load_source(source, split)
     return error.value.faults
+
+
+def opened(source: SourceConfig) -> object:
+    """A source as a run opens it."""
+    return open_shards(source) if source.stream else open_source(source)
 
 
 def split_up(source, fraction=None, **settings):
@@ -307,6 +317,19 @@ def test_what_parquet_says_of_a_damaged_footer_is_one_line_without_control_chara
     assert fault.isprintable()
 
 
+def test_a_name_in_a_parquet_footer_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"text": ["x"]}), file)
+    whole = file.read_bytes()
+    at = whole.index(b"text", len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"))
+    file.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    for options in ({}, {"stream": True}):
+        with pytest.raises(UserError) as error:
+            opened(SourceConfig(source=str(file), **options))
+        [fault] = error.value.faults
+        assert fault.startswith(f"{file}: not a Parquet file ('utf-8' codec can't decode byte 0xff")
+
+
 def test_text_in_utf_16_without_its_mark_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("two words", encoding="utf-16-be")
     assert faults_of(SourceConfig(source=f"{tmp_path}/a.txt")) == (
@@ -425,6 +448,16 @@ def test_what_is_not_read_is_named_once_a_source(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_tools_are_read_beside_a_prompt_of_turns_only(tmp_path: Path, in_turns: bool) -> None:
+    asked, answer = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    row = {"prompt": asked, "completion": answer} if in_turns else {"prompt": "a", "completion": "b"}
+    file = write(tmp_path / "a.jsonl", [row | {"tools": [{"name": "f"}]}])
+    found = open_source(SourceConfig(source=file))
+    [example] = found
+    assert (len(example.tools), found.unused) == ((1, set()) if in_turns else (0, {"tools"}))
+
+
 # Large files
 
 
@@ -523,3 +556,32 @@ def test_what_json_can_hold_and_python_cannot(tmp_path):
     first, second = faults_of(SourceConfig(source=str(path)))
     assert first == f"{path}: line 1: not JSON (it is nested too deeply)"
     assert second.startswith(f"{path}: line 2: not JSON (Exceeds the limit (4300 digits)")
+
+
+@pytest.mark.parametrize(
+    "row, fault",
+    [
+        ({"text": "a\ud800b"}, "not JSON (\\ud800 is half of a surrogate pair and no character)"),
+        ({"text": "a", "\udfff": 1}, "not JSON (\\udfff is half of a surrogate pair and no character)"),
+        (
+            {"messages": [CHAT["messages"][0], {"role": "assistant", "tool_calls": [CALL]}]},
+            "messages[1].tool_calls[0].arguments: is not JSON (\\udc00 is half of a surrogate pair and no character)",
+        ),
+        (CHAT | {"tools": '[{"name": "f", "description": "\\udc00"}]'}, "tools: is not JSON (\\udc00 is half of"),
+        ({"question": "x?", "choices": '["a", "\\udc00"]', "answer": 0}, "choices: must be "),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_half_of_a_surrogate_pair_is_the_fault_of_its_row(
+    tmp_path: Path, suffix: str, row: dict[str, Any], fault: str
+) -> None:
+    """JSON can write it (an emoji that was cut in two), and no tokenizer takes it."""
+    source = write(tmp_path / f"a{suffix}", [row])
+    [line] = faults_of(SourceConfig(source=source))
+    assert line.startswith(f"{source}: {'line 1' if suffix == '.jsonl' else 'row 0'}: {fault}")
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00 \\\\ud800"}')
+    [found] = load_source(SourceConfig(source=f"{tmp_path}/a.jsonl"))
+    assert found.answer == "\U0001f600 \\ud800"

@@ -211,7 +211,7 @@ def test_what_a_stream_refuses(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             drawn(lines)
-    with pytest.raises(UserError, match=r"gives no example \(3 rows are longer than data.max_length, 2\)"):
+    with pytest.raises(UserError, match=r"gives no example \(3 examples are longer than data.max_length, 2\)"):
         drawn(good * 3, max_length=2, too_long="drop")
 
 
@@ -473,6 +473,24 @@ def test_chats_that_give_several_examples_resume_between_them(tmp_path):
         resumed = stream(file, **options)
         resumed.load_state_dict(json.loads(json.dumps(state)))
         assert [resumed.next().input_ids.tolist() for _ in range(3)] == drawn[place : place + 3]
+
+
+def test_a_chat_of_several_faulty_examples_is_one_faulty_row(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}<|im_end|>{% endfor %}"
+    turns = [{"role": role, "content": "the cat"} for _ in range(3) for role in ("user", "assistant")]
+    rows = [{"messages": turns}, *[{"messages": turns[:2]}] * 3]
+    one = stream(
+        write(tmp_path, "jsonl", rows),
+        tokenizer=tiny_tokenizer.make(chat_template=template),
+        max_length=8,
+        too_long="split",
+        max_bad_rows=1,
+    )
+    drawn = [one.next() for _ in range(7)]
+    assert len({len(each) for each in drawn}) == 1
+    assert (one.position.epoch, one.position.num_bad_before) == (2, 2)
+    [fault] = one.position.bad_rows
+    assert fault.startswith(f"{tmp_path}/train.jsonl: byte 0: ")
 
 
 def test_text_in_parquet_that_is_no_utf8_is_one_faulty_row(tmp_path):

@@ -23,6 +23,9 @@ from tests import tiny_tokenizer
 PLAIN = tiny_tokenizer.make()
 BOS = tiny_tokenizer.make(bos=True)
 BOTH = tiny_tokenizer.make(bos=True, adds_eos=True)
+THINKS = tiny_tokenizer.make(
+    chat_template=tiny_tokenizer.CHATML.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m.content }}")
+)
 CHAT = (Turn("user", "Hi"), Turn("assistant", "the cat"), Turn("user", "Why?"), Turn("assistant", "the dog"))
 
 
@@ -164,6 +167,16 @@ def test_the_shares_that_an_error_names_are_those_that_the_other_choices_lose(ma
     assert f"drop (loses {examples_lost} of the examples, {lost} of the tokens)" in str(error.value)
 
 
+def test_of_a_chat_that_gives_several_examples_each_is_counted_once():
+    """The template prints an earlier answer otherwise, so that each turn is an example of its own."""
+    template = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}<|im_end|>{% endfor %}"
+    chat = example("", "", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")), id="chat")
+    with pytest.raises(UserError) as error:
+        tokenize_all([chat, example()], tiny_tokenizer.make(chat_template=template), name="x", max_length=5)
+    assert error.value.faults[0].startswith("x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 longer than")
+    assert "drop (loses 100 % of the examples, 100 % of the tokens)" in error.value.faults[0]
+
+
 def test_drop_counts():
     examples = [example("the cat " * (20 if n % 2 else 1), id=f"n{n}") for n in range(10)]
     kept = tokenize_all(examples, PLAIN, name="mine", max_length=20, too_long="drop")
@@ -194,8 +207,8 @@ def test_truncation_cuts_the_front_of_the_prompt(tokenizer, front):
             assert done.loss_mask[1:].all()
 
 
-@pytest.mark.parametrize("too_long", ["truncate", "drop", "error"])
-@pytest.mark.parametrize("place", ["prompt", "answer", "both", "text", "user", "assistant"])
+@pytest.mark.parametrize("too_long", ["truncate", "drop", "error", "split"])
+@pytest.mark.parametrize("place", ["prompt", "answer", "both", "text", "user", "assistant", "reasoning"])
 def test_a_text_of_megabytes_is_shortened_before_it_is_encoded_to_the_same_tokens(place, too_long, monkeypatch):
     words = "the cat sat on 12 mats, and so on. " * 800
     one = {
@@ -205,11 +218,14 @@ def test_a_text_of_megabytes_is_shortened_before_it_is_encoded_to_the_same_token
         "text": example("", words),
         "user": example("", "", messages=(Turn("user", words), CHAT[1])),
         "assistant": example("", "", messages=(CHAT[0], Turn("assistant", words), *CHAT[2:])),
+        "reasoning": example("", "", messages=(CHAT[0], Turn("assistant", "yes", reasoning=words))),
     }[place]
+
+    tokenizer = THINKS if place == "reasoning" else PLAIN
 
     def tokenized():
         try:
-            return tokenize_all([one, example()], PLAIN, name="x", max_length=50, too_long=too_long)
+            return tokenize_all([one, example()], tokenizer, name="x", max_length=50, too_long=too_long)
         except UserError as error:
             return str(error).partition(", the longest has")[0]  # a lower bound of its length is enough
 

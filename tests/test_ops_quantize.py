@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import bitsandbytes as bnb
 import numpy as np
 import pytest
@@ -134,6 +136,19 @@ def test_four_bits_equal_the_plain_loops(kind, dtype, block_size, shape, seed):
         dense = torch.tensor(np.array(reference.dequantize_4bit(codes, scales, kind, block_size))).view(shape)
         for out in (*DTYPES, torch.float64):
             assert all(torch.equal(each, dense.to(out)) for each in by_backends(one, out).values())
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7, 1000, 70_001])
+def test_the_offset_of_double_quantisation_does_not_depend_on_the_order_of_the_scales(num_blocks: int) -> None:
+    """It is the float64 mean, rounded once; a float32 sum differs from order to order, and from device to device."""
+    generator = torch.Generator().manual_seed(num_blocks)
+    scales = torch.rand(num_blocks, generator=generator) * 0.02 + 1e-4
+    expected = np.float32(math.fsum(scales.tolist()) / num_blocks)  # fsum is exact
+    code = torch.linspace(-1, 1, 256)
+    orders = [scales, scales.flip(0), scales.sort().values, torch.stack([scales, scales], dim=1)[:, 0]]
+    orders += [scales[torch.randperm(num_blocks, generator=generator)] for _ in range(3)]
+    for ordered in orders:
+        assert blockwise.quantize_scales(ordered, code, 256)[2].item() == expected
 
 
 @pytest.mark.parametrize("shape", [(1024, 4096), (2048, 2048), (4096, 1024), (300, 257)], ids=str)

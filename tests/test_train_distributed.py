@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from qdora.data import build_data, token_cache
 from qdora.data.loader import share_of
-from qdora.data.tokenize import TokenizedExample
+from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
@@ -125,6 +126,27 @@ def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, size: dic
     first, second = (json.loads((tmp_path / run / "eval/step-6.json").read_text()) for run in ("one", "two"))
     assert second["average"]["nll_per_token"] == pytest.approx(first["average"]["nll_per_token"], rel=1e-5)
     assert json.loads((tmp_path / "two/environment.json").read_text())["num_processes"] == 2
+
+
+def counted(rank: int, settings: Recipe, directory: Path) -> None:
+    """Train, and leave a file for each source that this process tokenises."""
+    tokenize_all = build_data.tokenize_all
+
+    def noted(*args: Any, **options: Any) -> TokenizedSet:
+        (directory.parent / f"{options['name']} by {rank}").touch(exist_ok=False)
+        return tokenize_all(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_data, "tokenize_all", noted)
+        patch.setattr(token_cache, "_LEAST_TOKENS", 0)
+        train_run(settings, directory)
+
+
+def test_one_process_tokenises_and_the_others_read_what_it_kept(root: Path, tmp_path: Path) -> None:
+    settings = recipe(root, train__steps=1, data__cache=str(tmp_path / "cache"))
+    assert launched.run(2, counted, settings, tmp_path / "run") == ["", ""]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache", "letters by 0", "run", "sums by 0"]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -149,6 +149,19 @@ def test_an_extended_run_continues_at_the_rates_of_the_longer_schedule(
     assert f"{said}10 steps with the old warm-up, {rates[6]:.3g} at first." in (tmp_path / "run/log.txt").read_text()
 
 
+def test_a_run_is_extended_by_epochs(root: Path, tmp_path: Path) -> None:
+    changes = {"train__steps": ..., "train__batch": 26, "eval__tasks": [], "eval__limit": ...}
+    train_run(tiny_run.recipe(root, train__epochs=1, **changes), tmp_path / "run")
+    before = trained(tmp_path / "run")
+    train_run(tiny_run.recipe(root, train__epochs=2, **changes), tmp_path / "run", resume=True)
+    lines = trained(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]  # of 50 examples, 28 sums and 22 letters
+    assert lines[:2] == before
+    assert "epochs: 2" in (tmp_path / "run/recipe.yaml").read_text()
+    with pytest.raises(UserError, match=r"train\.epochs: must be 2\.0 or more, as when the run started; .*got 1\.0"):
+        train_run(tiny_run.recipe(root, train__epochs=1, **changes), tmp_path / "run", resume=True)
+
+
 def test_a_run_is_not_shortened(root: Path, whole: Path) -> None:
     said = r"train\.steps: must be 6 or more, as when the run started; .*\(got 5\)"
     with pytest.raises(UserError, match=said):

@@ -336,7 +336,7 @@ _NO_CHOICES: list[Any] = [None, [], ["a"], "ab", [1, 2], [None, "b"], ["a", ""],
 _NO_ANSWER: list[Any] = [None, -1, 99, "0", 0.0, True, [], 10**30, "a"]
 _NO_CHAT: list[Any] = [None, [], "text", {}, [{}], [{"role": "user", "content": "a"}], [{"role": "assistant"}], 7,
                        [{"role": "robot", "content": "a"}], [{"role": "assistant", "content": None}], [None], [[]],
-                       [{"role": "assistant", "content": ["a"]}], [{"role": 3, "content": "a"}],
+                       [{"role": "assistant", "content": [["a"]]}], [{"role": 3, "content": "a"}],
                        [{"role": "assistant", "content": "  "}]]  # fmt: skip
 _ODD_TEXTS = ["a\0b", "\u2028\u2029", "\u202e", "e\u0301\ufeff", "\U0001f600" * 40, "\x1b[0m", "\x85\x0b\x0c",
               "<|im_end|>", "{{ 7 * 7 }}",

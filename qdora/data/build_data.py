@@ -17,10 +17,10 @@ from qdora.data.mix import Mix, make_mix
 from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
 from qdora.data.split_examples import SplitExamples
 from qdora.data.stream import ExampleStream
-from qdora.data.token_cache import TokenCache, default_cache
+from qdora.data.token_cache import TokenCache
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import HubFailure, UserError
-from qdora.files.environment import user_path
+from qdora.files.environment import cache_folder, user_path
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.recipe.settings import Recipe
@@ -131,7 +131,7 @@ def tokenized_sources(
     """
     cache = None
     if data.cache != "off":
-        cache = TokenCache(default_cache() if data.cache is None else user_path(data.cache), tokenizer)
+        cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
     sets: list[TokenizedSet | ExampleStream] = []
     faults: list[str] = []
     for number, (source, examples) in enumerate(zip(data.mix, train, strict=True)):

@@ -21,8 +21,16 @@ from qdora.errors import UserError, nearest
 from qdora.files.environment import user_path
 from qdora.recipe.data_settings import DataConfig
 
-RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
-"""What a template raises for a chat that it does not take."""
+RENDER_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template raises for a chat, or a row, that it does not take."""
 
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
@@ -318,16 +326,20 @@ class ChatTemplate:
         found = self._first_mark.match(after, len(before)) if after.startswith(before) else None
         return found[0] if found else str(self.tokenizer.eos_token or "")
 
+    def content_start(self, turns: Messages, tools: Tools, text: str) -> int:
+        """Where what the data says of the last turn begins in the text of the turns."""
+        last = turns[-1]
+        calls = tuple({**call, "function": {**call["function"], "name": _OTHER}} for call in last.tool_calls)
+        other = replace(last, content=_OTHER, reasoning=last.reasoning and _OTHER, tool_calls=calls)
+        return shared_length(text, self.render((*turns[:-1], other), tools).text)
+
     def answer_start(self, turns: Messages, tools: Tools, text: str, prompt: str) -> tuple[int, bool]:
         """Where the last turn begins in the text of the turns; whether that is behind the generation prompt.
 
         Args:
             prompt: The text that the model sees before that turn. The text of the turns begins otherwise.
         """
-        last = turns[-1]
-        calls = tuple({**call, "function": {**call["function"], "name": _OTHER}} for call in last.tool_calls)
-        other = replace(last, content=_OTHER, reasoning=last.reasoning and _OTHER, tool_calls=calls)
-        first = shared_length(text, self.render((*turns[:-1], other), tools).text)
+        first = self.content_start(turns, tools, text)
         unasked = self.render(turns[:-1], tools).text
         header = prompt.removeprefix(unasked) if prompt.startswith(unasked) else ""
         if not header:  # a prompt that only ends with the turn before; 16 characters where that has no mark
@@ -371,7 +383,16 @@ class ChatTemplate:
 
 
 def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
-    """The tokenizer's template for a chat with these tools (some have one of its own for chats with tools)."""
+    """The tokenizer's template for a chat with these tools (some have one of its own for chats with tools).
+
+    Raises: UserError if it has templates with names, and none for this chat.
+    """
+    given = tokenizer.chat_template
+    if isinstance(given, dict) and "default" not in given and not (tools and "tool_use" in given):
+        raise UserError(
+            f"the tokenizer has chat templates named {', '.join(sorted(given))}, and none named default. "
+            "Fix: give one with data.chat_template."
+        )
     text = tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
     known: dict[str, ChatTemplate] = tokenizer.__dict__.setdefault("qdora_chat_templates", {})
     if text not in known:

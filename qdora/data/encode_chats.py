@@ -128,7 +128,8 @@ def _plan(tokenizer: Any, chat: Example, loss_on: LossOn, notes: set[str]) -> _C
     if chat.messages[0].role == "system" and not template.takes_system:
         notes.add("the chat template takes no system prompt: it is put before the first turn of the user.")
     said = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    learnt = [index for index in (said[-1:] if loss_on == "last" else said) if turns[index].learnt]
+    asked = said[-1:] if loss_on == "last" else said
+    learnt = [index for index in asked if turns[index].learnt and not turns[index].in_prompt]
     out = next((index for index, turn in enumerate(chat.messages) if not turn.learnt), None)
     if loss_on == "all" and out is not None:
         return f"messages[{out}]: weight and train are not used with data.loss_on all. Fix: set it to answer."
@@ -169,6 +170,9 @@ def _part(template: ChatTemplate, chat: Example, turns: Messages, index: int, no
                 marks = tuple((first + start - begin, last + start - begin) for first, last in marks)
             else:
                 start = begin
+        elif not is_prompt:
+            # The "<think>" of the prompt may share its first letters with an answer such as "<b>".
+            start = min(start, template.content_start(turns[: index + 1], chat.tools, text))
         if not is_prompt:
             notes.add(_unlike_prompt(template))
     else:  # no template takes a chat without turns

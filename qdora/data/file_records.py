@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qdora.data.data_file import ending, open_bytes, readable
-from qdora.data.rows import Entry, RowFault, shown
+from qdora.data.rows import Entry, RowFault, parse_row_json, shown
 from qdora.errors import UserError
 from qdora.files.json_file import parse_json
 
@@ -85,10 +85,10 @@ def split_lines(file: BinaryIO, place: int, number: int) -> Iterator[Record]:
 def json_entry(record: bytes) -> Entry:
     """The object in the bytes of a line."""
     try:
-        value = parse_json(record.rstrip(b"\r\n").decode("utf-8-sig"))
+        value = parse_row_json(record.rstrip(b"\r\n").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return RowFault(f"not UTF-8 text (byte {error.start} of the row)")
-    except ValueError as error:  # not JSON, nested too deeply, a number of thousands of digits
+    except ValueError as error:  # also nested too deeply, a number of thousands of digits
         return RowFault(f"not JSON ({_json_reason(error)})")
     return value if isinstance(value, dict) else RowFault(f"must be an object {{column: value}}, got {shown(value)}")
 

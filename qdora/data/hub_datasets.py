@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from qdora.data.readers import PlacedRow, Shards
-from qdora.data.rows import Entry, Rows
+from qdora.data.rows import Entry, Rows, empty_data_set
 from qdora.errors import HubFailure, UserError
 from qdora.recipe.data_settings import SourceConfig
 from qdora.recipe.faults import reason_of
@@ -28,7 +28,7 @@ def hub_rows(source: SourceConfig, split: str, hint: str = "") -> Rows:
     place = str(source.source)
     loaded = _load_dataset(source, split, hint)
     if not len(loaded):
-        raise UserError(f"{place}: the data set is empty, allowed: at least one row")
+        raise UserError(empty_data_set(place))
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
         return zip(map(int, indices), map(dict, loaded.select(indices)), strict=True)

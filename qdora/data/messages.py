@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qdora.data.rows import RowFault, shown
+from qdora.data.rows import RowFault, parse_row_json, shown
 from qdora.errors import nearest
-from qdora.files.json_file import parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -29,7 +28,8 @@ class Turn:
         tool_calls: {type, function: {name, arguments}} of each call, `arguments` a mapping.
         reasoning: What the assistant thought before it answered; "" for none.
         labels: What else templates print: name, tool_call_id.
-        learnt: False takes a turn of the assistant out of the loss.
+        learnt: False (`weight` 0, `train` false) takes a turn of the assistant out of the loss.
+        in_prompt: The turn is of the prompt of a row of prompt and completion, which only data.loss_on all learns.
     """
 
     role: str
@@ -38,21 +38,26 @@ class Turn:
     reasoning: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     learnt: bool = True
+    in_prompt: bool = False
 
 
 Messages = tuple[Turn, ...]
 
 
-def parse_messages(messages: Any) -> Messages:
-    """The turns in the column `messages` of a row.
+def parse_messages(messages: Any, num_in_prompt: int = 0) -> Messages:
+    """The turns in the column `messages` of a row; the first `num_in_prompt` of them are the prompt.
 
     Raises: RowFault if one is malformed, or none is the assistant's with something to learn.
     """
-    turns = parse_turns(messages)
-    if not any(turn.role == "assistant" and (turn.content.strip() or turn.tool_calls) for turn in turns):
-        raise RowFault("messages: no turn of role assistant with content, so there is nothing to learn")
-    if not any(turn.role == "assistant" and turn.learnt for turn in turns):
-        raise RowFault("messages: every turn of role assistant has weight 0 or train false: there is nothing to learn")
+    turns = tuple(replace(turn, in_prompt=number < num_in_prompt) for number, turn in enumerate(parse_turns(messages)))
+    said = [turn for turn in turns if turn.role == "assistant" and (turn.content.strip() or turn.tool_calls)]
+    answers = [turn for turn in said if not turn.in_prompt]
+    if not answers:
+        where = "messages" if not said else "completion"
+        raise RowFault(f"{where}: no turn of role assistant with content, so there is nothing to learn")
+    if not any(turn.learnt for turn in answers):
+        what = "every turn of role assistant with content has weight 0 or train false"
+        raise RowFault(f"messages: {what}: there is nothing to learn")
     return turns
 
 
@@ -167,7 +172,7 @@ def _json(value: Any, where: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value
     try:
-        return parse_json(value)
+        return parse_row_json(value)
     except ValueError as error:
         raise RowFault(f"{where}: is not JSON ({error}), got {shown(value)}") from None
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from qdora.data.data_file import ending, go_to, identity_of, open_bytes, readable
 from qdora.data.file_records import Record, RecordFile, json_entry, record_file, split_lines
-from qdora.data.rows import Entry, Place, RowFault, Rows, between, chosen_of_parts
+from qdora.data.rows import Entry, Place, RowFault, Rows, between, chosen_of_parts, empty_data_set
 from qdora.data.source_files import files_of, missing
 from qdora.errors import UserError
 from qdora.recipe.data_settings import FILE_SUFFIXES
@@ -56,7 +56,7 @@ def read_rows(path: Path) -> Rows:
     with readable(path):
         found = _parquet(path) if ending(path) == ".parquet" else _records(path)
     if found.num_rows == 0:
-        raise UserError(f"{path}: the data set is empty, allowed: at least one row")
+        raise UserError(empty_data_set(path))
     return found
 
 
@@ -182,7 +182,7 @@ def local_shards(source: Path, split: str) -> Shards:
             readers.append(partial(_records_from, record_file(file)))
             names.append(label)
     if not readers:
-        raise UserError(f"{source}: the data set is empty, allowed: at least one row")
+        raise UserError(empty_data_set(source))
     return Shards(str(source), tuple(names), tuple(readers), num_rows, num_bytes)
 
 
@@ -193,7 +193,7 @@ def _row_groups(path: Path) -> list[tuple[int, int, int]]:
 
     try:
         metadata = pq.read_metadata(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a name in the footer
         raise UserError(f"{path}: not a Parquet file ({one_line(str(error))[:300]})") from error
     sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     starts = accumulate(sizes, initial=0)
@@ -216,7 +216,7 @@ def _row_group(path: Path, group: int, first: int, wanted: Sequence[int]) -> Ite
                 start = stop
                 if stop > wanted[-1]:
                     return
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: row group {group}: damaged ({one_line(str(error))[:300]})") from error
 
 

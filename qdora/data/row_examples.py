@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2 import StrictUndefined, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qdora.data.chat_template import RENDER_ERRORS
 from qdora.data.example import Example
 from qdora.data.row_formats import choose_format, example_of_format, is_empty, unused_columns
-from qdora.data.rows import Row, RowFault
+from qdora.data.rows import Row, RowFault, check_encodable
 from qdora.errors import UserError, first_line, nearest
 from qdora.recipe.data_settings import SourceConfig, TemplateConfig
 
@@ -97,6 +98,7 @@ class _RowTemplate:
         for name, template in self.parts.items():
             try:
                 made[name] = template.render(row)
-            except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                check_encodable(made[name])
+            except RENDER_ERRORS as error:
                 raise RowFault(f"template.{name}: {first_line(error)}; the columns are {', '.join(row)}") from error
         return made

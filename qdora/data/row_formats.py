@@ -10,9 +10,8 @@ from typing import Any
 from qdora.data.commonsense import TEMPLATES, example_of_row
 from qdora.data.example import Example
 from qdora.data.messages import TURN_KEYS, parse_messages, parse_tools
-from qdora.data.rows import Row, RowFault, optional_text, row_id, shown, text_field
+from qdora.data.rows import Row, RowFault, optional_text, parse_row_json, row_id, shown, text_field
 from qdora.errors import UserError, nearest
-from qdora.files.json_file import parse_json
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -92,22 +91,25 @@ def with_lists(row: Row, format: str) -> Row:
 
 def _list_in(text: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_row_json(text)
     except ValueError:
         return text
 
 
 def unused_columns(row: Row, format: str) -> Iterator[str]:
     """What a row has and its format does not read: columns, keys of turns as messages.<key>; no empty values."""
-    layout = FORMATS[format]
-    known = (*layout.required, *layout.optional)
+    layout, columns = FORMATS[format], with_lists(row, format)
+    chats = {
+        column: columns[column]
+        for column in _TURN_KEYS
+        if column in layout.required and isinstance(columns.get(column), list)
+    }
+    known = {*layout.required, *layout.optional} - (set() if chats else {"tools"})
     yield from (str(name) for name, value in row.items() if name not in known and not is_empty(value))
-    row = with_lists(row, format)
-    for column, keys in _TURN_KEYS.items():
-        turns = row.get(column) if column in layout.required else None
-        for turn in turns if isinstance(turns, list) else ():
+    for column, turns in chats.items():
+        for turn in turns:
             names = (name for name, value in turn.items() if not is_empty(value)) if isinstance(turn, dict) else ()
-            yield from (f"{column}.{name}" for name in names if name not in keys)
+            yield from (f"{column}.{name}" for name in names if name not in _TURN_KEYS[column])
 
 
 _TURN_KEYS = {
@@ -148,17 +150,14 @@ def _completion(row: Row, task: str, label: str, id: str) -> Example:
 
 def _turns_of_both(row: Row, label: str, id: str) -> Example:
     """The chat of a prompt and a completion that are lists of turns; only the completion is learnt."""
-    asked = [
-        {**turn, "train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
-        for turn in row["prompt"]
-    ]
     rest = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
-    return _messages({**rest, "messages": [*asked, *row["completion"]]}, "", label, id)
+    turns = [*row["prompt"], *row["completion"]]
+    return _messages({**rest, "messages": turns}, "", label, id, num_in_prompt=len(row["prompt"]))
 
 
-def _messages(row: Row, task: str, label: str, id: str) -> Example:
+def _messages(row: Row, task: str, label: str, id: str, *, num_in_prompt: int = 0) -> Example:
     """A list of turns, and the tools that the assistant may call; the assistant's turns are what is learnt."""
-    messages, tools = parse_messages(row["messages"]), parse_tools(row.get("tools"))
+    messages, tools = parse_messages(row["messages"], num_in_prompt), parse_tools(row.get("tools"))
     return Example(task=label, id=row_id(row, id), prompt="", answer="", messages=messages, tools=tools)
 
 
@@ -257,7 +256,7 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(
         ("conversations",), _sharegpt, ("tools", "task", "id", "system"), json=("conversations", "tools")
     ),
-    "completion": Format(("prompt", "completion"), _completion),
+    "completion": Format(("prompt", "completion"), _completion, ("tools", "task", "id")),
     "commonsense170k": Format(("instruction", "output"), _commonsense170k, ("input", "answer", "id"), tell=("answer",)),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "task", "id")),
     "text": Format(("text",), _text),

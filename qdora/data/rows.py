@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from qdora.errors import UserError
+from qdora.files.json_file import parse_json
 
 Row = Mapping[str, Any]
 """Column -> value."""
@@ -57,6 +60,40 @@ class Rows:
             row for _, row in self.chosen(range(min(num, self.num_rows))) if not isinstance(row, RowFault)
         ]
         return some or list(islice(found, 1))
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Beginning of an escape that stands for a half of a surrogate pair, maybe beside the other half."""
+
+
+def parse_row_json(text: str) -> Any:
+    """The value that JSON in a row stands for.
+
+    Raises: ValueError if it is not JSON, is nested too deeply, or has half of a surrogate pair: JSON can write it and
+        no tokenizer or file takes it.
+    """
+    value = parse_json(text)
+    if _HALF.search(text):
+        try:
+            written = json.dumps(value, ensure_ascii=False)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        check_encodable(written)
+    return value
+
+
+def check_encodable(text: str) -> None:
+    """Raise ValueError if a text holds half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):x}"
+        raise ValueError(f"{half} is half of a surrogate pair and no character") from None
+
+
+def empty_data_set(where: object) -> str:
+    """The error line for a file, folder or data set on the Hub without a row."""
+    return f"{where}: the data set is empty, allowed: at least one row"
 
 
 def between(indices: Sequence[int], first: int, stop: int) -> Sequence[int]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qdora.data.example import Example
 from qdora.data.readers import PlacedRow, Shards
 from qdora.data.row_examples import FIRST_ROWS, RowExamples
-from qdora.data.rows import MAX_SHOWN_FAULTS, Row, RowFault
+from qdora.data.rows import MAX_SHOWN_FAULTS, Row, RowFault, empty_data_set
 from qdora.data.tokenize import ExampleTally, Sorted, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
@@ -43,7 +43,7 @@ class StreamPosition:
         shard, row: Where the present window begins: place in the pass's order of the shards, row of that shard.
         taken: Rows of the present window that are used up.
         num_drawn: Examples given, in all passes.
-        num_truncated, num_dropped: Rows used up that were cut, or left out, because they are too long.
+        num_truncated, num_dropped: Examples that were cut, or left out, because they are too long.
         num_drawn_before: Examples given before this pass.
         num_bad, num_bad_before: Faulty rows skipped, in all passes and before this one.
         bad_rows: Place and fault of the first of them.
@@ -258,7 +258,7 @@ class ExampleStream:
                 break
         if first:
             return RowExamples(self.source, first, self.shards.where, named=True)
-        raise UserError(*faults or [f"{self.shards.where}: the data set is empty, allowed: at least one row"])
+        raise UserError(*faults or [empty_data_set(self.shards.where)])
 
     def _tokenize_more(self) -> None:
         """Fill `_ready` from the window, or from the next one if it is used up."""
@@ -284,7 +284,7 @@ class ExampleStream:
             if here.num_drawn == here.num_drawn_before:
                 faulty = "".join(f"; faulty: {fault}" for fault in here.bad_rows)
                 raise UserError(
-                    f"{self.name}: {self.shards.where} gives no example ({here.num_dropped:,} rows are longer than "
+                    f"{self.name}: {self.shards.where} gives no example ({here.num_dropped:,} examples are longer than "
                     f"data.max_length, {self.data.max_length}{faulty})."
                 )
             start = replace(here, epoch=here.epoch + 1, window=0, shard=0, row=0, taken=0)
@@ -322,7 +322,7 @@ class ExampleStream:
         return ExampleTally(self.name, self.data.max_length, self.data.too_long)
 
     def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Sorted]]:
-        """What becomes of each row; a fault begins with the place of its row."""
+        """What becomes of each row. A faulty one is left out as a whole; its fault begins with its place."""
         found: dict[int, list[Sorted]] = {}
         examples: dict[int, Example] = {}
         for index, (place, row) in enumerate(rows):
@@ -335,9 +335,8 @@ class ExampleStream:
         done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
         self.notes |= tally.notes
         for index, several in zip(examples, done, strict=True):
-            found[index] = [
-                (f"{rows[index][0]}: {each}" if isinstance(each, str) else each, cut) for each, cut in several
-            ]
+            wrong = next((each for each, _ in several if isinstance(each, str)), None)
+            found[index] = several if wrong is None else [(f"{rows[index][0]}: {wrong}", False)]
         return [found[index] for index in range(len(rows))]
 
 

@@ -36,7 +36,7 @@ from qdora.files.atomic import atomic_file, disk_reason, json_text
 from qdora.files.environment import package_versions
 from qdora.files.tensor_file import write_tensors
 
-_FORMAT = 2
+_FORMAT = 3
 _LEAST_TOKENS = 2**18
 """Sources with fewer tokens are not kept: they are tokenised in a second."""
 _UNUSED_SECONDS = 30 * 24 * 3600.0
@@ -47,11 +47,6 @@ _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _PARTS = ("ids", "mask", "lengths", "tasks", "record")
 
 logger = logging.getLogger("qdora")
-
-
-def default_cache() -> Path:
-    """Where tokenised sources are kept unless a recipe says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdora" / "data"
 
 
 class TokenCache:

@@ -146,8 +146,8 @@ def tokenize_all(
             these turns, "all" the prompt's tokens as well.
         too_long: What happens to longer ones. "error": one error with their number, and what the others would lose.
             "truncate": cut the front of the prompt, then the end of the answer (of a chat its end), and drop an example
-            that has no token left to learn. "drop": leave them out. "split": plain text becomes
-            several examples (see `chunks`), others are an error.
+            that has no token left to learn. "drop": leave them out. "split": plain text becomes several examples (see
+            `chunks`); prompts with answers and chats, of which a part teaches something else, are an error.
     Raises: UserError if examples are too long or have no token to learn, a chat does not fit the chat template or there
         is no template, or no example is left; all faults at once.
     """
@@ -160,7 +160,7 @@ def tokenize_all(
             done += [each for each in found if isinstance(each, TokenizedExample)]
     except UserError as error:  # faulty rows, known after the last; or no example can be encoded at all
         faults += error.faults
-    faults += tally.faults(len(examples))
+    faults += tally.faults()
     if not (done or faults):
         faults = [f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length})."]
     if faults:
@@ -196,8 +196,8 @@ class ExampleTally:
     """Counts what happens to the examples of a source, in the order in which they are added.
 
     A chat whose template rewrites earlier turns is an example for each turn of the assistant, and counts as such.
-    `lengths` are the tokens of each before anything is cut or split. With too_long "error" also the tokens of those
-    that are too long are counted, and those that truncate would cut.
+    `lengths` are the tokens of each before anything is cut or split; a chat that the template refuses has none. With
+    too_long "error" also the tokens of those that are too long are counted, and those that truncate would cut.
     """
 
     name: str
@@ -216,19 +216,25 @@ class ExampleTally:
 
     def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[Sorted]]:
         """What became of each; a list of one but for some chats and for text that is split."""
-        if self.too_long != "split":
-            examples = [_without_excess(example, self.max_length, tokenizer) for example in examples]
+        examples = [
+            example if self._splits(example) else _without_excess(example, self.max_length, tokenizer)
+            for example in examples
+        ]
         encoded = _encode(examples, tokenizer, self.name, loss_on, self.notes)
         found: list[list[Sorted]] = []
         for example, parts in zip(examples, encoded, strict=True):
             if isinstance(parts, str):
                 self.chat_faults.append(f"{self.name}: example {example.id}: {parts}")
                 found.append([(parts, False)])
-            elif self.too_long == "split" and not (example.prompt or example.messages or example.choices):
+            elif self._splits(example):
                 found.append(self._split(example, *parts))
             else:
-                found.append([self._sort(example, part) for part in parts] or [self._unlearnable(example, False)])
+                found.append([self._sort(example, part) for part in parts] or [self._unlearnable(example.id, False)])
         return found
+
+    def _splits(self, example: Example) -> bool:
+        """Whether the example becomes several where it is too long: plain text does."""
+        return self.too_long == "split" and not (example.prompt or example.messages or example.choices)
 
     def _split(self, example: Example, encoded: _Encoded) -> list[Sorted]:
         if len(encoded.ids) <= self.max_length:
@@ -244,17 +250,18 @@ class ExampleTally:
             found.append((part, False))
         return found
 
-    def _unlearnable(self, example: Example, cut: bool) -> Sorted:
-        self.unlearnable_ids.append(example.id)
+    def _unlearnable(self, id: str, cut: bool) -> Sorted:
+        self.unlearnable_ids.append(id)
         return "without a token to learn", cut
 
     def _sort(self, example: Example, encoded: _Encoded) -> Sorted:
+        id = example.id if encoded.turn is None else f"{example.id}[{encoded.turn}]"
         cut = len(encoded.ids) > self.max_length
         self.lengths.append(len(encoded.ids))
         if cut:
             self.longest = max(self.longest, len(encoded.ids))
             if self.too_long in ("error", "split"):
-                self.too_long_ids.append(example.id)
+                self.too_long_ids.append(id)
                 left = _cut(encoded, self.max_length)
                 self.num_tokens_too_long += len(encoded.ids)
                 self.num_tokens_cut += len(encoded.ids) - (len(left.ids) if any(left.mask[1:]) else 0)
@@ -270,14 +277,13 @@ class ExampleTally:
             if cut:
                 self.num_dropped += 1
                 return None, cut
-            return self._unlearnable(example, cut)
+            return self._unlearnable(id, cut)
         self.num_truncated += cut
-        id = example.id if encoded.turn is None else f"{example.id}[{encoded.turn}]"
         return TokenizedExample(example.task, id, np.array(encoded.ids, dtype=np.int32), mask), cut
 
-    def faults(self, num_examples: int) -> list[str]:
+    def faults(self) -> list[str]:
         """Everything that was wrong."""
-        faults, num_tokens = self.chat_faults[:_SHOWN], sum(self.lengths)
+        faults, num_examples, num_tokens = self.chat_faults[:_SHOWN], len(self.lengths), sum(self.lengths)
         if len(self.chat_faults) > _SHOWN:
             faults.append(f"{self.name}: {len(self.chat_faults) - _SHOWN} more chats that do not fit the template")
         if self.too_long_ids:
@@ -357,11 +363,14 @@ def _without_excess(example: Example, max_length: int, tokenizer: Any) -> Exampl
     refused anyway. What is left is still too long: it has characters for four times as many of the longest tokens. Of a
     prompt the end is kept, of an answer and of a chat the beginning, as in `_cut`.
     """
-    texts = [turn.content for turn in example.messages] or [example.prompt, example.answer]
+    texts = [example.prompt, example.answer]
+    texts += [text for turn in example.messages for text in (turn.content, turn.reasoning)]
     if max(map(len, texts)) < _EXCESSIVE:
         return example
     kept = max(_EXCESSIVE // 2, 4 * max_length * max(map(len, tokenizer.get_vocab())))
-    messages = tuple(replace(turn, content=turn.content[:kept]) for turn in example.messages)
+    messages = tuple(
+        replace(turn, content=turn.content[:kept], reasoning=turn.reasoning[:kept]) for turn in example.messages
+    )
     choices, gold, answer = example.choices, example.gold, example.answer[:kept]
     if gold is not None:  # the others are not encoded here
         choices = (*choices[:gold], answer, *choices[gold + 1 :])

@@ -284,11 +284,6 @@ class CacheRecord(BaseModel):
     weights: dict[str, WeightForm]
 
 
-def default_cache() -> Path:
-    """Where packed bases are kept unless a recipe says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdora" / "bases"
-
-
 @dataclass
 class BaseCache:
     """A `Reader` of `load_model` that quantises a source into a directory once and reads it from there later.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from qdora.files.atomic import atomic_write_json
-from qdora.files.environment import cpu_name
+from qdora.files.environment import cache_folder, cpu_name
 from qdora.memory.streaming import NUM_SLOTS, Ring, interleaved
 from qdora.ops.packed import dequantize, quantize
 from qdora.plan.plan_contents import DeviceKind, MicroBatchShape
@@ -46,8 +45,7 @@ STATED: Mapping[DeviceKind, Rates] = {
 
 def rates_file() -> Path:
     """The file of the measured rates."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "qdora" / "rates.json"
+    return cache_folder("rates.json")
 
 
 def known_rates(device_kind: DeviceKind) -> Rates:

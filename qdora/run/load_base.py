@@ -12,14 +12,14 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
-from qdora.files.environment import user_path
+from qdora.files.environment import cache_folder, user_path
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, Quantization, load_model
-from qdora.model.packed_base import BaseCache, default_cache
+from qdora.model.packed_base import BaseCache
 from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import free_host_bytes
@@ -86,7 +86,7 @@ def _cache(recipe: Recipe, compute: Compute, progress: Callable[[int, int], None
     on_disk = base.residency == "disk"
     if base.quant == "none" or (base.cache is None and not on_disk):
         return None
-    root = default_cache() if base.cache in (None, "auto") else user_path(base.cache)
+    root = cache_folder("bases") if base.cache in (None, "auto") else user_path(base.cache)
     wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
     return BaseCache(root, wanted, compute.device, mapped=on_disk, progress=progress)
 

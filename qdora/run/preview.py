@@ -139,7 +139,7 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         sample = draw(train, _MOST_ROWS, data.seed)
         rows = _tokenized(sample, tally, tokenizer, data)
         drawn = "all" if len(rows) == len(train) else "sample"
-        num_rows, unused, faults = len(train), sample.unused, tally.faults(len(rows))
+        num_rows, unused, faults = len(train), sample.unused, tally.faults()
     examples = [each for row in rows for each, _ in row if isinstance(each, TokenizedExample)]
     return SourcePreview(
         name=source.label,
