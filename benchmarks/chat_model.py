@@ -1,6 +1,6 @@
 """A chat model made end to end: trained on 400 made-up conversations with tools, then asked 50 times.
 
-    python benchmarks/chat_model.py [--chats 400] [--epochs 2] [--smoke]
+    python benchmarks/chat_model.py [--chats 400] [--epochs 1] [--smoke]
 
 SmolLM2-135M-Instruct learns to call one of three tools for a question, to report the result in one fixed form, and to
 answer small talk in one fixed form. The 50 conversations that it is asked (`qdora generate --chats`) have names and
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chats", type=int, default=400)
     parser.add_argument("--questions", type=int, default=50)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "chat_model.json")
     parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
@@ -157,7 +157,8 @@ def main() -> None:
         write_rows(root / "validation.jsonl", conversations(max(4, args.chats // 10), args.seed + 2))
         write_rows(root / "questions.jsonl", (row for row, _ in asked))
         (root / "template.jinja").write_text(TEMPLATE)
-        (root / "recipe.yaml").write_text(json.dumps(recipe(source, args.epochs)))  # JSON is YAML
+        made = recipe(source, args.epochs, 2048 if args.smoke else 512)  # a token is a byte in a smoke test
+        (root / "recipe.yaml").write_text(json.dumps(made))  # JSON is YAML
         qdora("train", str(root / "recipe.yaml"), "--run-dir", str(root / "run"))
         arms = {}
         for arm, more in (("base", ["--base"]), ("trained", [])):
@@ -176,13 +177,13 @@ def main() -> None:
     write(args.out, result)
 
 
-def recipe(source: str, epochs: int) -> dict[str, Any]:
+def recipe(source: str, epochs: int, max_length: int) -> dict[str, Any]:
     """What a user would write; paths are relative to the recipe."""
     chats = {"source": "chats.jsonl", "validation": "validation.jsonl", "format": "messages"}
     return {
         "model": {"source": source},
         "adapter": {"kind": "dora", "rank": 16, "alpha": 32},
-        "data": {"mix": [chats], "max_length": 512, "chat_template": "template.jinja"},
+        "data": {"mix": [chats], "max_length": max_length, "chat_template": "template.jinja"},
         "train": {"epochs": epochs, "batch": 8, "lr": 1e-3, "schedule": "cosine", "warmup": 0.1, "optimizer": "adamw"},
     }
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     LlamaConfig,
     PreTrainedModel,
@@ -20,7 +22,7 @@ from transformers import (
 
 from qdora.errors import UserError
 from qdora.model.inject import frozen_layers
-from qdora.model.load import load_model
+from qdora.model.load import load_config, load_model
 from qdora.model.source import ModelSource, load_tokenizer, resolve
 from qdora.ops.packed import dequantize, quantize
 from tests.checkpoints import SMALL, load, logits
@@ -257,6 +259,36 @@ def test_builtin_equals_transformers_and_can_be_saved(builtin: ModelSource, toke
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(**tokens).logits, ours)
+
+
+def test_config_and_tokenizer_are_those_of_transformers_and_read_from_the_header_once(
+    builtin: ModelSource, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    where = {"pretrained_model_name_or_path": builtin.path.parent, "gguf_file": builtin.path.name}
+    config, read = AutoConfig.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
+    read.pad_token = tokenizer.pad_token  # as load_tokenizer chooses it
+    load_config(builtin)
+    text = "<|im_start|>user\nHow much is 12,5 € in  naïve \u4f60\u597d?<|im_end|>\n"
+    monkeypatch.setattr(
+        "transformers.modeling_gguf_pytorch_utils.GGUF_TO_TRANSFORMERS_MAPPING", None
+    )  # no reading without it
+    for each in (tokenizer, load_tokenizer(builtin)):
+        assert each.get_vocab() == read.get_vocab()
+        assert each.special_tokens_map == read.special_tokens_map
+        assert (each.chat_template, each.name_or_path) == (read.chat_template, read.name_or_path)
+        assert (type(each), each.padding_side) == (type(read), read.padding_side)
+        ids = read(text)["input_ids"]
+        assert each(text)["input_ids"] == ids
+        assert each.decode(ids) == read.decode(ids)
+    # settle_head, which reads the weights, is what may tie the head.
+    assert load_config(builtin).to_dict() == config.to_dict() | {"tie_word_embeddings": True}
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_config(builtin)
+    (kept,) = tmp_path.rglob("config.json")
+    kept.write_text("{")
+    for _ in range(2):  # made anew, and kept again
+        assert load_config(builtin).vocab_size == config.vocab_size
 
 
 def test_builtin_tokenizer_has_a_pad_token_and_a_chat_template(tokenizer: Any) -> None:

@@ -29,6 +29,7 @@ from qdora.errors import UserError, nearest
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
+from qdora.model.gguf_metadata import config_of_gguf
 from qdora.model.inject import HEAD, matches, replace_module
 from qdora.model.source import ModelSource, library_reason
 from qdora.model.stored_tensors import (
@@ -159,7 +160,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         check_gguf(source.path)
     try:
         if source.is_gguf:
-            config = AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
+            config = config_of_gguf(source.path)
         else:
             config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=source.trust_remote_code)
     except (OSError, *BAD_CONFIG) as error:

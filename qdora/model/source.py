@@ -7,7 +7,7 @@ import importlib.metadata
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qdora.errors import HubFailure, UserError, nearest
 from qdora.files.environment import user_path
 from qdora.model.gguf_file import require_gguf
+from qdora.model.gguf_metadata import tokenizer_of_gguf
 from qdora.model.stored_tensors import shard_files
 
 SourceKind = Literal["directory", "hub", "gguf", "builtin"]
@@ -258,7 +259,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         require_gguf()
     try:
         if source.is_gguf:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
+            tokenizer = tokenizer_of_gguf(source.path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
