@@ -145,12 +145,46 @@ def test_an_end_mark_that_does_not_stop_the_model_is_a_warning(root: Path, tmp_p
     assert note in " ".join(invoke(file).stdout.split())
 
 
+def test_an_example_of_each_row_is_shown_and_empty_thinking_is_a_warning(root: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    # Like Qwen3: only the last answer keeps its thinking, so that a chat of two answers gives two examples
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+        "<think>\n{{ m.get('reasoning_content', '') }}\n</think>\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "yes", "reasoning_content": "the cat"},
+    ]
+    rows = [
+        {"messages": turns * 2},
+        {"messages": turns},
+        {"messages": [turns[0], {**turns[1], "reasoning_content": ""}]},
+    ]
+    file = written(root, tmp_path, rows, data__chat_template=str(template))
+    [source] = found(file, "-n", "2")["sources"]
+    assert source["num_examples"] == 4
+    assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]
+    [warning] = source["checks"]
+    assert "1 of 4 examples have an empty thinking block in the loss (<think></think>)" in warning
+    assert warning in " ".join(invoke(file).stdout.split())
+
+
+def test_a_page_of_refused_data_says_so(root: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for limit, is_refused in ((96, False), (5, True)):
+        result = invoke(written(root, tmp_path, ROWS, data__max_length=limit), "--html", page)
+        for text in (result.stdout, Page(page.read_text(encoding="utf-8")).text):
+            assert ("A run with this data is refused." in text) == is_refused
+
+
 def test_colours_on_a_terminal_stand_for_the_marks(root: Path, tmp_path: Path) -> None:
     file = written(root, tmp_path, ROWS)
     facts = preview(tiny_run.recipe(root, data__mix=[{"source": str(tmp_path / "own.jsonl")}]), str(file), 1)
     screen = StringIO()
     show_preview(facts, Console(file=screen, force_terminal=True, color_system="standard", width=80))
-    assert "\x1b[32m yes\x1b[0m" in screen.getvalue()
+    assert "\x1b[4;32m yes\x1b[0m" in screen.getvalue()
     assert "⟦" not in screen.getvalue()
 
 
