@@ -106,6 +106,7 @@ def test_what_becomes_of_long_examples(root: Path, tmp_path: Path, too_long: str
     assert source["num_cut"] == (num_long if too_long == "truncate" else 0)
     assert source["num_dropped"] == (num_long if too_long == "drop" else 0)
     assert f"{num_long} longer than data.max_length" in shown.stdout
+    assert f"{limit + 1} to {lengths.max()} (too long)  {num_long}" in " ".join(shown.stdout.split(" "))
     assert shown.exit_code == document.exit_code == (1 if too_long == "error" else 0)
     assert bool(source["faults"]) == (too_long == "error")
 

@@ -61,7 +61,7 @@ def test_answers_that_end_and_say_something(tokenizer: Any) -> None:
     fewest = min(int(each.loss_mask.sum()) for each in (one, two))
     assert said(tokenizer, one, two) == [
         "passed: stop tokens are in the loss: all 3 answers end with one (<|im_end|>).",
-        f"passed: each of the 2 examples has a token in the loss, the shortest {fewest}.",
+        f"passed: all 2 examples have tokens in the loss, each at least {fewest}.",
         "passed: no empty thinking block (such as <think></think>) is in the loss.",
     ]
 
@@ -98,14 +98,21 @@ def test_examples_without_a_label(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "stub", ["<think>\n\n</think>", "<think></think>", "[THINK][/THINK]", "<|channel|>analysis<|message|><|end|>"]
+    "begin, end",
+    [
+        ("<think>\n\n", "</think>"),
+        ("<think>", "</think>"),
+        ("[THINK]", "[/THINK]"),
+        ("<|channel|>analysis<|message|>", "<|end|>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ],
 )
-def test_an_empty_thinking_block_in_the_loss(tokenizer: Any, stub: str) -> None:
-    learnt = example(tokenizer, PROMPT, (f"{stub}\n\nyes<|im_end|>", True))
-    shown = example(tokenizer, PROMPT, (stub, False), ("yes<|im_end|>", True))
-    thought = example(tokenizer, PROMPT, ("<think>the sky</think>yes<|im_end|>", True))
+def test_an_empty_thinking_block_in_the_loss(tokenizer: Any, begin: str, end: str) -> None:
+    learnt = example(tokenizer, PROMPT, (f"{begin}{end}\n\nyes<|im_end|>", True))
+    shown = example(tokenizer, PROMPT, (f"{begin}{end}", False), ("yes<|im_end|>", True))
+    thought = example(tokenizer, PROMPT, (f"{begin}the sky{end}yes<|im_end|>", True))
     (warning,) = [text for text in said(tokenizer, learnt, shown, thought) if text.startswith("warning")]
-    assert f"s: 1 of 3 examples have an empty thinking block in the loss ({''.join(stub.split())})" in warning
+    assert f"s: 1 of 3 examples have an empty thinking block in the loss ({begin.strip()}{end})" in warning
     assert not [text for text in said(tokenizer, shown, thought) if text.startswith("warning")]
 
 
@@ -125,7 +132,7 @@ def test_a_run_tells_what_it_checked_once_and_on_its_page(root: Path, tmp_path: 
     logged = [line[21:] for line in (run / "log.txt").read_text().splitlines() if " Checked: " in line]
     assert [line.partition(": ")[2][:25] for line in logged] == [
         "stop tokens are in the lo",
-        "each of the 50 examples h",
+        "all 50 examples have toke",
         "no empty thinking block (",
         "packed examples stay apar",
     ]

@@ -32,7 +32,7 @@ def show_preview(preview: Preview, console: Console | None = None) -> None:
     for source in preview.sources:
         lines += [Text(), Text(visible(source.name), style="bold")]
         lines += [Text(f"  {visible(text)}") for text in source_lines(source, preview.too_long)]
-        lines += [Text(f"  {tokens}  {number}  {bar}") for tokens, number, bar in _drawn(source)]
+        lines += [Text(f"  {tokens}  {number}  {bar}") for tokens, number, bar in _drawn(source, preview.max_length)]
         lines += [Text(f"  ! {visible(text)}", style="yellow") for text in source_warnings(source)]
         for example in source.examples:
             numbers = f"{example['num_in_loss']} of {example['num_tokens']} tokens in the loss"
@@ -49,7 +49,7 @@ def write_preview(preview: Preview, file: Path) -> None:
             "name": source.name,
             "lines": source_lines(source, preview.too_long),
             "warnings": source_warnings(source),
-            "bars": _bar_rows(source),
+            "bars": _bar_rows(source, preview.max_length),
             "examples": source.examples,
         }
         for source in preview.sources
@@ -107,19 +107,20 @@ def _settings(preview: Preview) -> str:
     )
 
 
-def _bar_rows(source: SourcePreview) -> list[tuple[str, str, float]]:
+def _bar_rows(source: SourcePreview, max_length: int) -> list[tuple[str, str, float]]:
     """(tokens, examples, length of the bar from 0 to 1) of the histogram."""
     most = max((bar.num_examples for bar in source.bars), default=0)
     rows = []
     for bar in source.bars:
         tokens = f"{bar.start:,}" if bar.start == bar.end else f"{bar.start:,} to {bar.end:,}"
+        tokens += " (too long)" if bar.start > max_length else ""
         rows.append((tokens, f"{bar.num_examples:,}", bar.num_examples / max(most, 1)))
     return rows
 
 
-def _drawn(source: SourcePreview) -> list[tuple[str, str, str]]:
+def _drawn(source: SourcePreview, max_length: int) -> list[tuple[str, str, str]]:
     """The rows of the histogram in columns; one example has at least one block."""
-    rows = _bar_rows(source)
+    rows = _bar_rows(source, max_length)
     widths = [max((len(str(row[column])) for row in rows), default=0) for column in (0, 1)]
     return [
         (tokens.rjust(widths[0]), number.rjust(widths[1]), "█" * math.ceil(_BAR * share))

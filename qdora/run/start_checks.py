@@ -229,7 +229,7 @@ def _label_checks(learnt: Sequence[_Learnt]) -> Iterator[Check]:
             pick(getattr(part, name) for part in learnt)
             for pick, name in ((sum, "num_examples"), (min, "fewest_labels"))
         )
-        yield Check("passed", f"each of the {total:,} examples has a token in the loss, the shortest {fewest:,}.")
+        yield Check("passed", f"all {total:,} examples have tokens in the loss, each at least {fewest:,}.")
 
 
 def _stub_checks(learnt: Sequence[_Learnt]) -> Iterator[Check]:

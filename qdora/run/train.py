@@ -88,7 +88,8 @@ def train_run(
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = _newest_checkpoint(run, processes) if resume else None
         model = base_of_run(prepared, run, processes, progress, resume=resume, shared=shared_bases)
-        _adapt(model, prepared, checkpoint, run, processes)
+        _adapt(model, prepared, checkpoint)
+        _choose_packing(model, prepared, run, processes)
         active = ActiveRun(
             recipe=prepared.recipe,
             directory=run,
@@ -138,21 +139,18 @@ def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | 
     return None if step is None else Checkpoint(step, run.checkpoint_path(step))
 
 
-def _adapt(
-    model: PreTrainedModel,
-    prepared: PreparedRun,
-    checkpoint: Checkpoint | None,
-    run: RunDirectory,
-    processes: Processes,
-) -> None:
+def _adapt(model: PreTrainedModel, prepared: PreparedRun, checkpoint: Checkpoint | None) -> None:
     """Put the adapters on the base: fresh ones, or those of the checkpoint."""
     put_adapters(model, prepared.recipe, None if checkpoint is None else checkpoint.path / "adapter")
     if checkpoint is None:
         start_adapters(model, prepared.recipe, prepared.source)
+
+
+def _choose_packing(model: PreTrainedModel, prepared: PreparedRun, run: RunDirectory, processes: Processes) -> None:
+    """Pack as the model's attention takes it, after a trial that examples stay apart, and tell that."""
+    text = "examples are not packed: none shares a row with another."
     if prepared.recipe.data.packing:
         prepared.loader.packed, text = packed_layout(model)
-    else:
-        text = "examples are not packed: none shares a row with another."
     with unharmed(CHECKS_FILE):
         processes.first(lambda: tell_checks(run, {PACKING: [Check("passed", text)]}))
 
