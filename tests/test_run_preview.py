@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from qdora.cli import app
-from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.recipe_file import load_recipe, resolved_yaml
 from qdora.run import preview as preview_file
 from qdora.run.preview import preview
 from qdora.run.preview_view import show_preview
@@ -187,6 +187,19 @@ def test_colours_on_a_terminal_stand_for_the_marks(root: Path, tmp_path: Path) -
     show_preview(facts, Console(file=screen, force_terminal=True, color_system="standard", width=80))
     assert "\x1b[4;32m yes\x1b[0m" in screen.getvalue()
     assert "⟦" not in screen.getvalue()
+
+
+def test_sentences_are_wrapped_between_words_on_a_terminal_alone(root: Path, tmp_path: Path) -> None:
+    file = written(root, tmp_path, [row | {"more_of_it": 1} for row in ROWS])
+    facts = preview(load_recipe(file), str(file), 0)
+    [piped] = [line for line in invoke(file, "-n", "0").stdout.splitlines() if "tokens of an example" in line]
+    assert piped.startswith("  tokens")
+    screen = StringIO()
+    show_preview(facts, Console(file=screen, force_terminal=True, color_system=None, width=40))
+    wrapped = screen.getvalue()
+    assert max(len(line) for line in wrapped.splitlines()) <= 40
+    for sentence in (piped.strip(), "! not used for training: more_of_it."):
+        assert sentence in " ".join(wrapped.split())
 
 
 def test_the_page_loads_nothing_and_escapes_everything(root: Path, tmp_path: Path) -> None:

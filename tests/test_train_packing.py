@@ -163,7 +163,7 @@ def test_models_that_keep_examples_apart_are_found_to_do_so(make: Any, dtype: to
     assert layout == "rows"
     kind = "eager" if make in (eager, gemma2) else "sdpa"
     assert f"attention by {kind}, a micro-batch is rows with a mask" in said
-    assert re.search(r"change the logits of one by [\d.e-]+, rounding by up to [\d.e-]+", said)
+    assert re.search(r"change the logits of the next by [\d.e-]+, rounding by up to [\d.e-]+", said)
     assert ("sliding_attention" in said) == (make is gemma2)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training

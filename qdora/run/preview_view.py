@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from qdora.data.build_data import unused_in_words
@@ -23,23 +24,38 @@ _REFUSED = "A run with this data is refused."
 
 
 def show_preview(preview: Preview, console: Console | None = None) -> None:
-    """Print every source: its numbers, lengths, warnings and examples. Without colours, marks stand for them."""
+    """Print every source: its numbers, lengths, warnings and examples. Without colours, marks stand for them.
+
+    A terminal gets sentences that are wrapped between words; elsewhere each is one line.
+    """
     _, results = consoles(console)
     marks = results.color_system is None or results.no_color
-    lines = [Text(_settings(preview)), _legend(marks)]
+
+    def say(text: str | Text, style: str = "", indent: int = 0) -> None:
+        line = Text(text, style) if isinstance(text, str) else text
+        if results.is_terminal:
+            results.print(Padding(line, (0, 0, 0, indent), expand=False))
+        else:
+            results.print(Text(" " * indent) + line, soft_wrap=True)
+
+    say(_settings(preview))
+    say(_legend(marks))
     if preview.is_refused:
-        lines.append(Text(_REFUSED, style="bold red"))
+        say(_REFUSED, "bold red")
     for source in preview.sources:
-        lines += [Text(), Text(visible(source.name), style="bold")]
-        lines += [Text(f"  {visible(text)}") for text in source_lines(source, preview.too_long)]
-        lines += [Text(f"  {tokens}  {number}  {bar}") for tokens, number, bar in _drawn(source, preview.max_length)]
-        lines += [Text(f"  ! {visible(text)}", style="yellow") for text in source_warnings(source)]
+        results.print()
+        say(visible(source.name), "bold")
+        for text in source_lines(source, preview.too_long):
+            say(visible(text), indent=2)
+        for tokens, number, bar in _drawn(source, preview.max_length):
+            say(f"{tokens}  {number}  {bar}", indent=2)
+        for text in source_warnings(source):
+            say(f"! {visible(text)}", "yellow", indent=2)
         for example in source.examples:
             numbers = f"{example['num_in_loss']} of {example['num_tokens']} tokens in the loss"
-            lines += [Text(), Text(f"  example {visible(example['id'])}: {numbers}", style="bold")]
-            lines.append(_tokens(example, marks))
-    for line in lines:
-        results.print(line, soft_wrap=True)
+            results.print()
+            say(f"example {visible(example['id'])}: {numbers}", "bold", indent=2)
+            results.print(_tokens(example, marks), soft_wrap=True)
 
 
 def write_preview(preview: Preview, file: Path) -> None:
@@ -152,5 +168,5 @@ def _tokens(example: Mapping[str, Any], marks: bool) -> Text:
         styles = [name for name, key in ((_LOSS, "in_loss"), (_SPECIAL, "is_special")) if piece[key]]
         text.append(words, style=" ".join(styles))
         text.append("│", style=_FAINT)
-        text.append("\n" if shown.endswith("\n") else "")
+        text.append("\n" if shown.endswith("\n") and number + 1 < len(pieces) else "")
     return text

@@ -24,8 +24,7 @@ from qdora.recipe.data_settings import DataConfig
 logger = logging.getLogger("qdora")
 
 CHECKS_FILE = "checks.json"
-GRADIENTS, PACKING = "gradients", "packing"
-_DATA = "data"
+_DATA, PACKING, GRADIENTS = "data", "packing", "gradients"
 _AT_A_TIME = 4096
 _NEAR = 4
 """A stop token among the last tokens of an answer ends it: some templates write a line end behind it."""
@@ -57,7 +56,8 @@ def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None
         elif each.state == "passed":
             logger.info("Checked: %s", each.text)
     told = {group: [asdict(each) for each in checks] for group, checks in found.items()}
-    run.write_json(CHECKS_FILE, _kept(run) | told)
+    now = _kept(run) | told
+    run.write_json(CHECKS_FILE, {group: now[group] for group in (_DATA, PACKING, GRADIENTS) if group in now})
 
 
 def begin_checks(run: RunDirectory, data: Sequence[Check], *, trains: bool) -> None:
@@ -87,8 +87,11 @@ def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) 
     1,000 examples of a source that could have one.
     """
     stops = sorted(chat_settings(tokenizer).stop_ids or ())
-    thinks = sorted(number for token, number in tokenizer.get_vocab().items() if _may_think(token))
-    learnt = [_learnt(part, tokenizer, data, stops, thinks) for part in sources]
+    vocabulary = tokenizer.get_vocab()
+    thinks = [number for token, number in vocabulary.items() if _may_think(token)]
+    size = 1 + max([*vocabulary.values(), *stops])
+    tables = _table(stops, size), _table(thinks, size)
+    learnt = [_learnt(part, tokenizer, data, *tables) for part in sources]
     return [
         *_stop_checks(learnt, sources, [tokenizer.decode([each]) for each in stops]),
         *_label_checks(learnt),
@@ -126,7 +129,14 @@ def _may_think(token: str) -> bool:
     return any(word in lower for word in ("think", "thought", "reasoning", "analysis"))
 
 
-def _learnt(part: Source, tokenizer: Any, data: DataConfig, stops: Sequence[int], thinks: Sequence[int]) -> _Learnt:
+def _table(ids: Sequence[int], size: int) -> Any:
+    """Token id -> whether it is one of these, (size,) bool."""
+    table = np.zeros(size, dtype=np.bool_)
+    table[ids] = True
+    return table
+
+
+def _learnt(part: Source, tokenizer: Any, data: DataConfig, is_stop: Any, thinks: Any) -> _Learnt:
     examples = part.first() if isinstance(part, ExampleStream) else part.examples
     keeps_text = data.loss_on != "all" or data.too_long == "split"
     num_answers = num_stopped = 0
@@ -135,16 +145,16 @@ def _learnt(part: Source, tokenizer: Any, data: DataConfig, stops: Sequence[int]
     for start, ids, mask, lengths in _batches(examples):
         ends = np.cumsum(lengths)
         begins = ends - lengths
-        counts = np.add.reduceat(mask.astype(np.int64), begins)
+        counts = np.add.reduceat(mask, begins, dtype=np.int64)
         labels += counts.tolist()
-        answers, stopped = _answers(ids, mask, begins, stops)
+        answers, stopped = _answers(ids, mask, begins, is_stop)
         is_text = counts >= lengths - 2  # all but a beginning mark is learnt
         owner = np.searchsorted(ends, answers, side="right")
         counted = ~is_text[owner] if keeps_text else np.ones(len(owner), dtype=np.bool_)
         num_answers += int(counted.sum())
         num_stopped += int((counted & stopped).sum())
-        marked = np.add.reduceat((np.isin(ids, thinks) & mask).astype(np.int64), begins) if thinks else counts
-        candidates += (np.flatnonzero(marked) + start).tolist()
+        may_think = np.logical_or.reduceat(thinks[ids] & mask, begins)
+        candidates += (np.flatnonzero(may_think) + start).tolist()
     searched = candidates or range(len(examples))  # some tokenizers spell such words letter by letter
     decoded = searched[:: -(-len(searched) // _MOST_DECODED) or 1]
     stubs = [found[0] for index in decoded if (found := _STUB.search(_learnt_text(examples[index], tokenizer)))]
@@ -172,18 +182,19 @@ def _batches(examples: Sequence[TokenizedExample]) -> Iterator[tuple[int, Any, A
         yield start, ids, mask, np.fromiter(map(len, part), dtype=np.int64)
 
 
-def _answers(ids: Any, mask: Any, begins: Any, stops: Sequence[int]) -> tuple[Any, Any]:
+def _answers(ids: Any, mask: Any, begins: Any, is_stop: Any) -> tuple[Any, Any]:
     """(first token of each stretch of labelled tokens of one example, whether a stop token ends it)."""
-    is_first = mask.copy()
+    is_first, is_last = mask.copy(), mask.copy()
     is_first[1:] &= ~mask[:-1]
     is_first[begins] = mask[begins]
-    first = np.flatnonzero(is_first)
-    if not len(first):
-        return first, first > 0
-    places = np.arange(len(ids))
-    last = np.maximum.reduceat(np.where(mask, places, -1), first)
-    stop = np.maximum.reduceat(np.where(mask & np.isin(ids, stops), places, -1), first)
-    return first, (stop >= first) & (stop > last - _NEAR)
+    is_last[:-1] &= ~mask[1:]
+    is_last[begins[1:] - 1] = mask[begins[1:] - 1]
+    first, last = np.flatnonzero(is_first), np.flatnonzero(is_last)
+    stopped = np.zeros(len(first), dtype=np.bool_)
+    for back in range(_NEAR):
+        place = np.maximum(last - back, first)
+        stopped |= is_stop[ids[place]]
+    return first, stopped
 
 
 def _learnt_text(example: TokenizedExample, tokenizer: Any) -> str:

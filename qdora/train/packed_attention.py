@@ -41,7 +41,7 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     kinds = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"})
     others = f" Its layers of {', '.join(kinds)} are in the trial." if kinds else ""
     return layout, (
-        f"packed examples stay apart: other tokens in the example before it change the logits of one by {seen:.2g}, "
+        f"packed examples stay apart: other tokens in one example change the logits of the next by {seen:.2g}, "
         f"rounding by up to {most:.2g} (tried with this model: attention by {attention}, a micro-batch is {rows})."
         f"{others}"
     )
