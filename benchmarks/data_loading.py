@@ -131,7 +131,7 @@ def one_way(settings: Recipe, num_steps: int) -> dict[str, Any]:
         put_adapters(model, settings)
         optimizer = AdapterOptimizer(adapter_parameters(model))
         if settings.data.packing:
-            loader.packed = packed_layout(model)
+            loader.packed = packed_layout(model)[0]
     timed = TimedLoader(loader)
     lines: list[dict[str, Any]] = []
     with TrainingProgress(num_steps) as progress:

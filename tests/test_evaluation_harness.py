@@ -132,7 +132,7 @@ def test_a_run_keeps_what_the_harness_found(run: Path, stand_in: dict[str, Any],
     document = evaluate_target(str(run), EvalOptions(harness=["sums"], harness_include=tmp_path, limit=4))
     assert "evaluation" not in document
     kept = json.loads((run / "eval/final-harness.json").read_text())
-    assert kept == document["harness"] | {"limit": 4}
+    assert kept == document["harness"] | {"limit": 4, "step": 6}
     bare = evaluate_target(str(run.parent / "model"), EvalOptions(harness=["math"]))
     assert bare["harness"]["tasks"]["math"]["metrics"]["exact_match,strict"] == 0.5
     both = evaluate_target(str(run), EvalOptions(harness=["math"], tasks=["sums"], limit=1))

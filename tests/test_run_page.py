@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,14 +18,15 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from qdora.cli import app
-from qdora.errors import Interrupted, UserError
+from qdora.errors import Diverged, Interrupted, UserError
 from qdora.files.run_directory import open_run
 from qdora.run import run_page
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.run_page import page_of_run, write_page
 from qdora.run.train import train_run
 from tests import tiny_run
 from tests.page_parser import Page
-from tests.run_files import stop_after
+from tests.run_files import make_gradients_nan, stop_after
 
 QUIET = Console(quiet=True)
 UNEVALUATED = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
@@ -163,7 +165,9 @@ def test_losses_time_and_speed_are_those_of_the_metrics(whole: Path) -> None:
             assert shown == ("–" if numbers is None else f"{numbers['nll_sum'] / numbers['num_tokens']:.4f}")
     seconds = [line["time"]["step_seconds"] for line in trained]
     probes = sum(line["time"]["interference_seconds"] for line in lines(whole) if "interference" in line)
+    # Read from the lines of metrics.jsonl; the files of the evaluations say the same
     evaluated = sum(read(whole, f"eval/step-{step}.json")["settings"]["seconds"] for step in (0, 6))
+    assert evaluated == sum(line["time"]["evaluation_seconds"] for line in lines(whole) if "eval" in line)
     expected = {"training steps": sum(seconds), "evaluations": evaluated, "interference": probes}
     for work, shown, share in found.table("work", "seconds", "share"):
         assert shown == f"{expected[work]:,.1f}"
@@ -224,6 +228,57 @@ def test_an_interrupted_run_leaves_a_page(root: Path, tmp_path: Path, monkeypatc
     monkeypatch.undo()
     train_run(tiny_run.recipe(root), tmp_path / "run", resume=True, console=QUIET)
     assert "Finished: 6 of 6 steps." in page(tmp_path / "run").text
+
+
+def test_a_failed_run_says_so_on_its_page(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_gradients_nan(monkeypatch)
+    with pytest.raises(Diverged):
+        train_run(tiny_run.recipe(root, **UNEVALUATED), tmp_path / "run", console=QUIET)
+    monkeypatch.undo()
+    found = page(tmp_path / "run")
+    assert "Not finished: 0 of 6 steps" in found.text
+    assert "The last start failed: step 1: gradient norm nan is not finite" in found.text
+    train_run(tiny_run.recipe(root, **UNEVALUATED), tmp_path / "run", resume=True, console=QUIET)
+    assert "The last start failed" not in page(tmp_path / "run").text
+
+
+def test_an_evaluation_of_the_adapter_keeps_its_step_when_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path)
+    options = EvalOptions(tasks=["letters"], limit=2)
+    evaluate_target(str(run), options, console=QUIET)
+    evaluate_target(str(run), replace(options, base_only=True), console=QUIET)
+    evaluate_target(str(run), replace(options, step=4), console=QUIET)
+    names = {"final": 6, "base": 0, "step-4": 4}
+    assert {name: read(run, f"eval/{name}-validation-letters-limit-2.json")["step"] for name in names} == names
+    trained = read(run, "trained.json") | {"step": 8}
+    (run / "trained.json").write_text(json.dumps(trained))
+    write_page(open_run(run))
+    assert "validation-letters-limit-2: after step 6" in page(run).text
+
+
+def test_evaluations_of_other_examples_before_and_after_are_named(whole: Path, tmp_path: Path) -> None:
+    assert "Not the same examples" not in page(whole).text
+    run = copy_of(whole, tmp_path)
+    document = read(run, "eval/step-6.json")
+    document["per_example"] = [each for each in document["per_example"] if each["task"] != "sums"][1:]
+    (run / "eval/step-6.json").write_text(json.dumps(document))
+    write_page(open_run(run))
+    assert "Not the same examples were evaluated before and after (letters): eval.limit or the data" in page(run).text
+
+
+def test_evaluations_of_an_abandoned_branch_are_gone(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_run(tiny_run.recipe(root, eval__every=2), run, console=QUIET)
+    evaluate_target(str(run), EvalOptions(limit=2, step=6), console=QUIET)
+    own = ["step-0.json", "step-2.json", "step-4.json", "step-6.json"]
+    assert sorted(file.name for file in (run / "eval").iterdir()) == sorted([*own, "step-6-validation-limit-2.json"])
+    shutil.rmtree(run / "checkpoints/step-6")
+    (run / "eval/step-6-generated.json").write_text("{}")
+    stopped = tiny_run.recipe(root, eval__at_end=False)
+    train_run(stopped, run, resume=True, console=QUIET)
+    kept = sorted(file.name for file in (run / "eval").iterdir())
+    assert kept == [*own[:3], "step-6-validation-limit-2.json"]
+    assert "validation: after step 4" in page(run).text
 
 
 def test_the_command_that_trains_on_is_accepted(root: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from qdora.cli import app
-from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.recipe_file import load_recipe, resolved_yaml
 from qdora.run import preview as preview_file
 from qdora.run.preview import preview
 from qdora.run.preview_view import show_preview
@@ -106,6 +106,7 @@ def test_what_becomes_of_long_examples(root: Path, tmp_path: Path, too_long: str
     assert source["num_cut"] == (num_long if too_long == "truncate" else 0)
     assert source["num_dropped"] == (num_long if too_long == "drop" else 0)
     assert f"{num_long} longer than data.max_length" in shown.stdout
+    assert f"{limit + 1} to {lengths.max()} (too long)  {num_long}" in " ".join(shown.stdout.split(" "))
     assert shown.exit_code == document.exit_code == (1 if too_long == "error" else 0)
     assert bool(source["faults"]) == (too_long == "error")
 
@@ -145,13 +146,60 @@ def test_an_end_mark_that_does_not_stop_the_model_is_a_warning(root: Path, tmp_p
     assert note in " ".join(invoke(file).stdout.split())
 
 
+def test_an_example_of_each_row_is_shown_and_empty_thinking_is_a_warning(root: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    # Like Qwen3: only the last answer keeps its thinking, so that a chat of two answers gives two examples
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+        "<think>\n{{ m.get('reasoning_content', '') }}\n</think>\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "yes", "reasoning_content": "the cat"},
+    ]
+    rows = [
+        {"messages": turns * 2},
+        {"messages": turns},
+        {"messages": [turns[0], {**turns[1], "reasoning_content": ""}]},
+    ]
+    file = written(root, tmp_path, rows, data__chat_template=str(template))
+    [source] = found(file, "-n", "2")["sources"]
+    assert source["num_examples"] == 4
+    assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]
+    [warning] = source["checks"]
+    assert "1 of 4 examples have an empty thinking block in the loss (<think></think>)" in warning
+    assert warning in " ".join(invoke(file).stdout.split())
+
+
+def test_a_page_of_refused_data_says_so(root: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for limit, is_refused in ((96, False), (5, True)):
+        result = invoke(written(root, tmp_path, ROWS, data__max_length=limit), "--html", page)
+        for text in (result.stdout, Page(page.read_text(encoding="utf-8")).text):
+            assert ("A run with this data is refused." in text) == is_refused
+
+
 def test_colours_on_a_terminal_stand_for_the_marks(root: Path, tmp_path: Path) -> None:
     file = written(root, tmp_path, ROWS)
     facts = preview(tiny_run.recipe(root, data__mix=[{"source": str(tmp_path / "own.jsonl")}]), str(file), 1)
     screen = StringIO()
     show_preview(facts, Console(file=screen, force_terminal=True, color_system="standard", width=80))
-    assert "\x1b[32m yes\x1b[0m" in screen.getvalue()
+    assert "\x1b[4;32m yes\x1b[0m" in screen.getvalue()
     assert "⟦" not in screen.getvalue()
+
+
+def test_sentences_are_wrapped_between_words_on_a_terminal_alone(root: Path, tmp_path: Path) -> None:
+    file = written(root, tmp_path, [row | {"more_of_it": 1} for row in ROWS])
+    facts = preview(load_recipe(file), str(file), 0)
+    [piped] = [line for line in invoke(file, "-n", "0").stdout.splitlines() if "tokens of an example" in line]
+    assert piped.startswith("  tokens")
+    screen = StringIO()
+    show_preview(facts, Console(file=screen, force_terminal=True, color_system=None, width=40))
+    wrapped = screen.getvalue()
+    assert max(len(line) for line in wrapped.splitlines()) <= 40
+    for sentence in (piped.strip(), "! not used for training: more_of_it."):
+        assert sentence in " ".join(wrapped.split())
 
 
 def test_the_page_loads_nothing_and_escapes_everything(root: Path, tmp_path: Path) -> None:

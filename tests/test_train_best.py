@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
+from qdora.cli import app
 from qdora.errors import Interrupted, UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.recipe.settings import Recipe
 from qdora.run import validation, writer
 from qdora.run.evaluate import evaluate_target
+from qdora.run.run_page import page_of_run
 from qdora.run.train import train_run
 from qdora.train.best import BestSoFar
 from tests import launched, tiny_run
@@ -131,7 +135,13 @@ def test_a_finished_run_stays_finished_and_goes_on_with_more_patience(
     again = train_run(recipe(root), run, resume=True, console=Console(quiet=True))
     assert again["stopped_early"]
     assert_same_run(run, stopped_run, step=again["num_steps"])
-    more = train_run(recipe(root, eval__patience=STEPS), run, resume=True, console=Console(quiet=True))
+    # The page proposes the command that trains on
+    commands = [each["command"] for each in page_of_run(run, console=Console(quiet=True))["next"]]
+    (words,) = [shlex.split(command) for command in commands if "--resume" in command]
+    assert words[-2:] == ["-s", "eval.patience=null"]
+    found = CliRunner().invoke(app, ["--quiet", *words[1:], "--json"])
+    assert found.exit_code == 0, found.output
+    more = json.loads(found.stdout)
     assert (more["num_steps"], more["stopped_early"]) == (STEPS, False)
     assert more["best"]["value"] == min(values(run).values())
 

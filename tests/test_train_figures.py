@@ -88,6 +88,19 @@ def test_validation_starts_at_the_base_and_goes_through_every_evaluation(
     assert np.corrcoef(-drawn[:, 1], values)[0, 1] == pytest.approx(1.0, abs=1e-9)
 
 
+def test_a_task_has_one_colour_in_all_figures(tmp_path: Path) -> None:
+    both = lines()
+    for line in both:
+        if "tasks" in line:
+            line["tasks"] |= {"letters": {"nll_sum": 9.0, "num_tokens": 10}}
+    draw_figures(both, tmp_path)
+    training = re.findall(r"stroke: (#\w+); stroke-width: 1\.4", (tmp_path / "loss_per_task.svg").read_text())
+    for figure, names in (("validation_nll", ("letters", "sums")), ("validation_accuracy", ("letters",))):
+        text = (tmp_path / f"{figure}.svg").read_text()
+        colours = [re.search(rf'<g id="values {name}">.*?stroke: (#\w+)', text, re.DOTALL) for name in names]
+        assert [colour and colour[1] for colour in colours] == training[: len(names)]
+
+
 def test_without_choices_or_evaluations_there_is_no_such_figure(tmp_path: Path) -> None:
     plain = lines()
     for line in plain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from tests import tiny_adapted, tiny_run
 Rate = Callable[[int], float]
 
 
-def told(frozen: str | None, rate: Rate = lambda _: 1e-5, *, num_updates: int = 3, magnitude: float = 1.0) -> list[str]:
-    """What the check says of updates of which one matrix gets no gradient."""
+def told(
+    frozen: str | None, rate: Rate = lambda _: 1e-5, *, num_updates: int = 3, magnitude: float = 1.0
+) -> list[list[str]]:
+    """What the check finds in updates of which one matrix gets no gradient."""
     model = tiny_adapted.adapted("llama", quant="nf4", dtype=torch.float32)
     parameters = adapter_parameters(model)
     for name, parameter in parameters.items():
@@ -43,22 +46,22 @@ def told(frozen: str | None, rate: Rate = lambda _: 1e-5, *, num_updates: int = 
 
 @pytest.mark.parametrize("rate", [1e-5, 1e-8, 1e-12])
 def test_updates_smaller_than_the_parameters_show_are_no_fault(rate: float) -> None:
-    assert told(None, lambda _: rate, num_updates=5, magnitude=100.0) == []
+    assert told(None, lambda _: rate, num_updates=5, magnitude=100.0) == [[]]
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "magnitude"])
 def test_a_matrix_without_a_gradient_is_named_once(part: str) -> None:
     name = f"model.layers.1.mlp.up_proj.{part}"
-    (said,) = told(name, num_updates=5)
-    assert f"1 of 42 trainable tensors had no gradient, e.g. {name}." in said
+    assert told(name, num_updates=5) == [[name]]
 
 
 def test_without_any_gradient() -> None:
     optimizer = AdapterOptimizer(adapter_parameters(tiny_adapted.adapted("llama", quant="nf4")), name="adamw")
     check = MissingGradientCheck(optimizer)
-    said = [check.updated(1e-5) for _ in range(3)]
-    assert said[:2] == [None, None]
-    assert "42 of 42" in str(said[2])
+    found = [check.updated(1e-5) for _ in range(3)]
+    assert found[:2] == [None, None]
+    assert found[2] is not None
+    assert len(found[2]) == check.num_tensors == 42
 
 
 def test_updates_of_a_rate_of_zero_do_not_count() -> None:
@@ -72,35 +75,40 @@ def test_updates_of_a_rate_of_zero_do_not_count() -> None:
 
 
 def test_a_failed_check_leaves_a_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MissingGradientCheck, "updated", lambda _self, _lr: "no gradients.")
+    monkeypatch.setattr(MissingGradientCheck, "updated", lambda _self, _lr: ["some.lora_B"])
     changes = {"train__steps": 2, "eval__at_start": False, "base__residency": "disk"}
     recipe = tiny_run.recipe(root, **changes, base__cache=str(tmp_path / "cache"))
-    with pytest.raises(RunFailure, match=r"step 1: no gradients\. Safe on disk: .*step-1"):
+    with pytest.raises(RunFailure, match=r"step 1: .* 1 of 42 .*no gradient, e\.g\. some\.lora_B.*on disk: .*step-1"):
         train_run(recipe, tmp_path / "run")
     newest = RunDirectory(tmp_path / "run").newest_checkpoint()
     assert newest is not None
     assert newest.step == 1
 
 
-def test_a_run_on_disk_is_checked_and_one_on_the_device_is_not(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("residency", ["device", "disk"])
+def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, residency: str
 ) -> None:
-    seen: list[float] = []
+    real = training.fresh_state
 
-    class Noted:
-        def __init__(self, _optimizer: Any) -> None: ...
+    def cut_off(active: Any, evaluated: list[str]) -> Any:
+        state = real(active, evaluated)
+        state.optimizer.parameters["model.layers.1.mlp.up_proj.lora_B"].register_hook(lambda grad: grad * 0)
+        return state
 
-        def updated(self, lr: float) -> None:
-            seen.append(lr)
-
-    monkeypatch.setattr(training, "MissingGradientCheck", Noted)
-    changes: dict[str, Any] = {"train__steps": 2, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
-    train_run(tiny_run.recipe(root, **changes), tmp_path / "device")
-    assert seen == []
-    changes |= {"base__residency": "disk", "base__cache": str(tmp_path / "cache")}
-    train_run(tiny_run.recipe(root, **changes), tmp_path / "disk")
-    assert len(seen) == 2
-    assert seen[1] > 0
+    monkeypatch.setattr(training, "fresh_state", cut_off)
+    changes: dict[str, Any] = {"train__steps": 5, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    changes |= {"base__residency": residency, "base__cache": str(tmp_path / "cache")}
+    said = "trainable tensors had no gradient, e.g. model.layers.1.mlp.up_proj.lora_"
+    recipe = tiny_run.recipe(root, **changes)
+    if residency == "disk":
+        with pytest.raises(RunFailure, match=f"step 3: in 3 updates 2 of 42 {said}"):
+            train_run(recipe, tmp_path / "run")
+        return
+    assert train_run(recipe, tmp_path / "run")["num_steps"] == 5
+    assert f"WARNING in 3 updates 2 of 42 {said}" in (tmp_path / "run/log.txt").read_text()
+    (found,) = json.loads((tmp_path / "run/checks.json").read_text())["gradients"]
+    assert found["state"] == "warning"
 
 
 def test_host_needs_a_gpu(root: Path, tmp_path: Path) -> None:

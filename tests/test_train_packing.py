@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -155,16 +155,16 @@ def mixtral() -> nn.Module:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [*MODELS.values(), mixtral], ids=[*MODELS, "mixtral"])
-def test_models_that_keep_examples_apart_are_found_to_do_so(
-    make: Any, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_models_that_keep_examples_apart_are_found_to_do_so(make: Any, dtype: torch.dtype) -> None:
     model = make().to(dtype).train()
     frozen = next(model.children()).eval()
     before = torch.get_rng_state()
-    with caplog.at_level(logging.INFO):
-        assert packed_layout(model) == "rows"
+    layout, said = packed_layout(model)
+    assert layout == "rows"
     kind = "eager" if make in (eager, gemma2) else "sdpa"
-    assert f"Packing for attention by {kind}: a micro-batch is rows with a mask." in caplog.messages
+    assert f"attention by {kind}, a micro-batch is rows with a mask" in said
+    assert re.search(r"change the logits of the next by [\d.e-]+, rounding by up to [\d.e-]+", said)
+    assert ("sliding_attention" in said) == (make is gemma2)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert not frozen.training
@@ -183,7 +183,7 @@ def test_kernels_for_variable_lengths_get_one_row(monkeypatch: pytest.MonkeyPatc
         return real(input_ids=input_ids, position_ids=position_ids, **options)
 
     model.forward = forward  # type: ignore[method-assign]
-    assert packed_layout(model) == "single"  # type: ignore[arg-type]
+    assert packed_layout(model)[0] == "single"  # type: ignore[arg-type]
     assert shapes == [(1, 9), (1, 15), (1, 22), (1, 19), (1, 22), (1, 19)]
 
 

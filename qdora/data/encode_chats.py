@@ -20,6 +20,8 @@ from qdora.data.example import Example
 from qdora.data.messages import Messages
 
 LossOn = Literal["answer", "last", "all"]
+MAY_NOT_STOP = "the model may not stop"
+"""Among the notes where the end of a turn does not stop the model."""
 _SHORT = 200
 """Characters of an end of a prompt whose tokens are kept: a generation prompt, the same in all chats."""
 
@@ -342,14 +344,14 @@ def _check_end(template: ChatTemplate, learnt: list[int], notes: set[str]) -> No
     mark = next((id for id in reversed(learnt) if id in template.mark_ids), None)
     if mark is None:
         notes.add(
-            "the chat template ends a turn with no token of its own: the model may not stop. Fix: give a template that "
+            f"the chat template ends a turn with no token of its own: {MAY_NOT_STOP}. Fix: give a template that "
             "writes the end-of-sequence token with data.chat_template."
         )
         return
     name = template.tokenizer.convert_ids_to_tokens(mark)
     notes.add(
         f"a turn ends with {name!r} ({mark}), which is not among the model's stop tokens "
-        f"({', '.join(map(str, sorted(stops))) or 'none'}): the model may not stop. Fix: add {mark} to eos_token_id in "
+        f"({', '.join(map(str, sorted(stops))) or 'none'}): {MAY_NOT_STOP}. Fix: add {mark} to eos_token_id in "
         "the generation_config.json of the model, or choose with model.tokenizer the tokenizer whose end of sequence "
         "it is."
     )

@@ -52,6 +52,15 @@ def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: Lo
     return found
 
 
+def tasks_of_other_examples(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Tasks of both evaluations whose examples differ, so that only the change is over the same ones."""
+    old, new = (
+        {task: {each["id"] for each in records} for task, records in by_task(found.get("per_example", [])).items()}
+        for found in (before, after)
+    )
+    return [task for task in old if task in new and old[task] != new[task]]
+
+
 def _value(tasks: Mapping[str, Any], name: str, metric: str) -> float | None:
     value: float | None = tasks.get(name, {}).get(metric)
     return value

@@ -1,7 +1,7 @@
 """The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
 
-recipe.yaml  environment.json  mix.json  examples.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/
-trained.json  eval/*.json  report.html  README.md
+recipe.yaml  environment.json  mix.json  examples.json  checks.json  metrics.jsonl  log.txt  checkpoints/step-N/
+adapter/  trained.json  eval/*.json  report.html  README.md
 
 A checkpoint is whole if its complete.json lists its files and their sizes and check sums agree.
 """
@@ -50,6 +50,8 @@ PLAN_FILE = "plan.json"
 WARNING_MARK = "WARNING"
 """Begins the warnings among the lines of log.txt, behind the time."""
 _STEP = re.compile(r"step-(\d+)")
+_EVALUATION = re.compile(r"step-(\d+)(-generated)?\.json")
+"""Of the run itself; `qdora eval` names the split, too."""
 
 WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "data.cache", "memory")
 WITHOUT_EFFECT += ("trackers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
@@ -153,9 +155,13 @@ class RunDirectory:
     def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> int:
         """Drop the lines of steps after `after_step` and lines that a kill has cut off; the rest stays byte for byte.
 
-        `evaluates_again` also drops the evaluation of `after_step`, which the run repeats. Returns the number of
-        dropped lines.
+        The run's own evaluations after it are removed from eval/, too. `evaluates_again` also drops the evaluation of
+        `after_step`, which the run repeats. Returns the number of dropped lines.
         """
+        for file in (self.path / "eval").glob("step-*.json"):
+            found = _EVALUATION.fullmatch(file.name)
+            if found and int(found[1]) > after_step:
+                file.unlink()
         if not self.metrics_file.exists():
             return 0
         content = self.metrics_file.read_bytes()

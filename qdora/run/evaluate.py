@@ -26,7 +26,7 @@ from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import LoadedModel, is_run, load_target
-from qdora.run.validation import stored_results
+from qdora.run.validation import state_step, stored_results
 
 SPLITS = ("validation", "test", "train")
 METHODS = ("loglikelihood", "generate")
@@ -180,9 +180,10 @@ def evaluate_target(
 
 
 def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
-    """Write eval/<label>-<name>.json of a run; a model that is not a run keeps nothing."""
+    """Write eval/<label>-<name>.json of a run, with the step; a model that is not a run keeps nothing."""
     if loaded.run is not None:
-        loaded.run.write_json(f"eval/{loaded.label}-{name}.json", document)
+        step = state_step(loaded.run, loaded.label)
+        loaded.run.write_json(f"eval/{loaded.label}-{name}.json", {"step": step, **document})
 
 
 def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:

@@ -18,7 +18,6 @@ from qdora.data.build_data import (
     keep_mix,
     make_loader,
     micro_batch_tokens,
-    mix_warnings,
     num_steps_of,
     plan_mix,
     read_data,
@@ -45,6 +44,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens
 from qdora.run.experiment_trackers import is_installed
 from qdora.run.load_base import NO_GPU
+from qdora.run.start_checks import CHECKS_FILE, begin_checks, data_checks
 from qdora.run.task_conflicts import interference_faults
 from qdora.run.validation import selection_faults
 from qdora.train.distributed import Processes
@@ -138,14 +138,20 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     processes.first(lambda: keep_mix(run, mix))
     with unharmed("examples.json"):
         processes.first(lambda: keep_examples(run, prepared.loader.tokenised, prepared.tokenizer))
-    for text in mix_warnings(mix) if processes.is_first else ():
-        logger.warning(text)
+    with unharmed(CHECKS_FILE):
+        processes.first(lambda: _tell_data_checks(prepared, run))
     name = prepared.recipe.train.optimizer
     if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):
         logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)
     if memory is not None:
         show_plan(console, memory)
         processes.first(lambda: keep_plan(run, memory))
+
+
+def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
+    data, sources = prepared.recipe.data, prepared.loader.tokenised
+    found = data_checks(sources, prepared.mix_plan, prepared.tokenizer, data)
+    begin_checks(run, found, trains=prepared.recipe.adapter.kind != "none")
 
 
 def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from itertools import count
+from itertools import chain, count, islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,20 @@ from qdora.data.shown_examples import shown_example
 from qdora.data.sources import open_shards, train_and_validation
 from qdora.data.split_examples import SplitExamples, draw
 from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import ExampleTally, Sorted, TokenizedExample, num_characters_of, text_batches
+from qdora.data.tokenize import (
+    ExampleTally,
+    Sorted,
+    TokenizedExample,
+    TokenizedSet,
+    num_characters_of,
+    text_batches,
+)
 from qdora.errors import UserError
 from qdora.model.build_model import find_model
 from qdora.recipe.data_settings import DataConfig
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
+from qdora.run.start_checks import example_checks
 
 _MOST_ROWS, _MOST_CHARACTERS = 2000, 1 << 23
 """Of a source that are read: enough for shares and lengths, few enough for seconds."""
@@ -52,7 +60,8 @@ class SourcePreview:
         faults: Why a run with this source would be refused; of a stream the faulty rows, which are skipped.
         notes: What the user should know of the chat template.
         unused: Columns that are not read.
-        examples: The first examples, as in examples.json of a run.
+        checks: Warnings that a run would begin with: no stop tokens, nothing to learn, empty thinking blocks.
+        examples: The first example of each of the first rows, as in examples.json of a run.
     """
 
     name: str
@@ -70,6 +79,7 @@ class SourcePreview:
     faults: tuple[str, ...]
     notes: tuple[str, ...]
     unused: tuple[str, ...]
+    checks: tuple[str, ...]
     examples: tuple[dict[str, Any], ...]
 
     @property
@@ -140,7 +150,10 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         rows = _tokenized(sample, tally, tokenizer, data)
         drawn = "all" if len(rows) == len(train) else "sample"
         num_rows, unused, faults = len(train), sample.unused, tally.faults()
-    examples = [each for row in rows for each, _ in row if isinstance(each, TokenizedExample)]
+    by_row = [[each for each, _ in row if isinstance(each, TokenizedExample)] for row in rows]
+    examples = [each for row in by_row for each in row]
+    whole = TokenizedSet(source.label, tuple(examples), tally.num_truncated, notes=tuple(tally.notes))
+    in_turn = (each for each in chain.from_iterable(zip_longest(*by_row[:num_shown])) if each is not None)
     return SourcePreview(
         name=source.label,
         num_rows=num_rows,
@@ -157,7 +170,8 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         faults=tuple(faults),
         notes=tuple(sorted(tally.notes)),
         unused=tuple(sorted(unused)),
-        examples=tuple(shown_example(source.label, each, tokenizer) for each in examples[:num_shown]),
+        checks=tuple(each.text for each in example_checks([whole], tokenizer, data) if each.state == "warning"),
+        examples=tuple(shown_example(source.label, each, tokenizer) for each in islice(in_turn, num_shown)),
     )
 
 

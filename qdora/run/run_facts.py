@@ -13,20 +13,21 @@ from typing import Any, TypeVar
 
 from qdora.data.shown_examples import EXAMPLES_FILE
 from qdora.errors import first_line
-from qdora.evaluation.before_after import task_changes
+from qdora.evaluation.before_after import task_changes, tasks_of_other_examples
 from qdora.evaluation.suite import LossOrAccuracy
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import PLAN_FILE, WARNING_MARK, RunDirectory
 from qdora.plan.plan_contents import CONTEXT, SLACK
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
+from qdora.run.start_checks import CHECKS_FILE
 from qdora.run.task_conflicts import interference_in_words
 from qdora.run.trained_layers import TRAINED_FILE
 from qdora.run.validation import adapter_record
 
 _Value = TypeVar("_Value")
+_OWN_ERROR = re.compile(r"^qdora\.errors\.\w+: ")
 _LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
-_EVALUATION = re.compile(r"eval/step-(\d+)\.json")
 _METRICS: tuple[LossOrAccuracy, ...] = ("nll_per_token", "acc")
 _GUESSES = ("chance", "majority", "num_unparsable")
 
@@ -48,7 +49,7 @@ def run_facts(run: RunDirectory) -> Facts:
     steps = [line for line in metrics if "loss" in line]
     mix, lines = reader.json("mix.json"), _log_lines(run)
     status = _status(run, recipe, reader, mix, metrics)
-    evaluations = _evaluations(reader, status["adapter_step"])
+    evaluations = _evaluations(reader, status["adapter_step"], [line["step"] for line in metrics if "eval" in line])
     return {
         "run": str(run.path),
         "name": run.path.resolve().name,
@@ -61,10 +62,11 @@ def run_facts(run: RunDirectory) -> Facts:
         "interference": reader.tried("metrics.jsonl", lambda: interference_in_words(run)) or "",
         "memory": _memory(reader, metrics),
         "speed": _speed(steps),
-        "time": _time(reader, metrics, steps),
+        "time": _time(metrics, steps),
         "layers": reader.json(TRAINED_FILE).get("layers", []),
         "audits": _audits(reader),
         "next": next_commands(run, recipe, status, bool(evaluations)),
+        "checks": [each for group in reader.json(CHECKS_FILE).values() for each in group],
         "warnings": [*_warnings(lines), *dict.fromkeys(reader.faults)],
     }
 
@@ -138,13 +140,12 @@ def _settings(recipe: Recipe, environment: Facts) -> dict[str, Any]:
     }
 
 
-def _evaluations(reader: _Reader, adapter_step: int | None) -> list[Facts]:
+def _evaluations(reader: _Reader, adapter_step: int | None, steps: Sequence[int]) -> list[Facts]:
     """Every evaluation of the trained state beside that of the base on the same data, with the change by task.
 
-    First those of the run itself (eval/step-N.json: of the step of adapter/, else of the last one), then those of
-    `qdora eval` (eval/final-NAME.json and eval/base-NAME.json). Answers in words are evaluations of their own.
+    First those of the run itself after `steps` (eval/step-N.json: of the step of adapter/, else of the last one), then
+    those of `qdora eval` (eval/final-NAME.json and eval/base-NAME.json). Answers in words are evaluations of their own.
     """
-    steps = [int(match[1]) for name in reader.names("eval", "step-*.json") if (match := _EVALUATION.fullmatch(name))]
     last = max(steps, default=0)
     after = adapter_step if adapter_step in steps else last or None
     found = []
@@ -153,7 +154,7 @@ def _evaluations(reader: _Reader, adapter_step: int | None) -> list[Facts]:
         found.append(_compared(reader, f"validation{end}", f"eval/step-0{end}.json", trained, after))
     for name in reader.names("eval", "final-*.json"):
         what = name.removeprefix("eval/final-").removesuffix(".json")
-        found.append(_compared(reader, what, f"eval/base-{what}.json", name, adapter_step))
+        found.append(_compared(reader, what, f"eval/base-{what}.json", name, reader.json(name).get("step")))
     return [each for each in found if each is not None]
 
 
@@ -165,11 +166,12 @@ def _compared(reader: _Reader, data: str, before: str, after: str | None, step: 
 
     def compare() -> Facts | None:
         changes: Facts = {metric: list(map(asdict, task_changes(old, new, metric))) for metric in _METRICS}
+        others = tasks_of_other_examples(old, new)
         if not any(changes.values()):  # of another program, such as lm-evaluation-harness
             return None
         tasks = (new or old)["tasks"]
         guesses = {task: {name: numbers.get(name) for name in _GUESSES} for task, numbers in tasks.items()}
-        return {"data": data, "step": step if new else 0, **changes, "guesses": guesses}
+        return {"data": data, "step": step if new else 0, **changes, "guesses": guesses, "other_examples": others}
 
     return reader.tried(after or before, compare)
 
@@ -228,11 +230,12 @@ def _speed(steps: Lines) -> Facts:
     }
 
 
-def _time(reader: _Reader, metrics: Lines, steps: Lines) -> dict[str, float]:
+def _time(metrics: Lines, steps: Lines) -> dict[str, float]:
     """Seconds of each kind of work that was timed; without those that the run did not do."""
-    evaluated = {
-        "evaluations": [name for name in reader.names("eval", "step-*.json") if _EVALUATION.fullmatch(name)],
-        "generated answers": reader.names("eval", "step-*-generated.json"),
+    others = {
+        "evaluations": "evaluation_seconds",
+        "generated answers": "generation_seconds",
+        "interference": "interference_seconds",
     }
     seconds = [line["time"]["step_seconds"] for line in steps]
     num_done = steps[-1]["step"] if steps else 0
@@ -240,9 +243,8 @@ def _time(reader: _Reader, metrics: Lines, steps: Lines) -> dict[str, float]:
         found = {"training steps": sum(seconds)}
     else:
         found = {"training steps, estimated from those logged": sum(seconds) * num_done / max(len(seconds), 1)}
-    for what, names in evaluated.items():
-        found[what] = sum(reader.json(name).get("settings", {}).get("seconds") or 0.0 for name in names)
-    found["interference"] = sum(line.get("time", {}).get("interference_seconds", 0.0) for line in metrics)
+    for what, name in others.items():
+        found[what] = sum(line.get("time", {}).get(name, 0.0) for line in metrics)
     return {what: seconds for what, seconds in found.items() if seconds}
 
 
@@ -264,7 +266,7 @@ def _log_lines(run: RunDirectory) -> list[str]:
 
 def _failure(lines: Sequence[str]) -> str | None:
     """The error whose traceback ends the log; None if something was logged after it."""
-    return None if not lines or _LINE.match(lines[-1]) else lines[-1].strip() or None
+    return None if not lines or _LINE.match(lines[-1]) else _OWN_ERROR.sub("", lines[-1].strip()) or None
 
 
 def _warnings(lines: Sequence[str]) -> list[str]:
@@ -298,4 +300,6 @@ def next_commands(
         ]
         if status["state"] == "finished":
             found.append((f"{resumed} -s {more}", "Train on, to twice the length"))
+        elif status["state"] == "stopped early":
+            found.append((f"{resumed} -s eval.patience=null", f"Train on to step {steps:,}, without stopping early"))
     return [{"command": command, "why": why} for command, why in found]

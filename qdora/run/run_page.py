@@ -99,6 +99,7 @@ def run_page(facts: Facts, figures: Mapping[str, str]) -> str:
         facts=facts,
         status=status_in_words(facts["status"]),
         overview=_overview(facts),
+        checks=_checks(facts),
         mix=_mix_table(facts["data"]),
         training_loss=_training_loss_table(facts["training_loss"]),
         comparisons=[_comparison(each) for each in facts["evaluations"]],
@@ -123,6 +124,17 @@ def status_in_words(status: Mapping[str, Any]) -> str:
         return f"Not finished: {far}, {safe}."
     early = "Stopped early" if status["state"] == "stopped early" else "Finished"
     return f"{early}: {far}." + ("" if kept == num_done else f" adapter/ holds step {kept:,}, the best one.")
+
+
+def _checks(facts: Facts) -> list[str]:
+    """What was checked and is well or not known yet; the warnings are at the top of the page."""
+    marks = {"passed": "", "open": "Not known yet: ", "warning": "Warning: "}
+    above = tuple(facts["warnings"])  # of several starts: "... (2 times)"
+    return [
+        marks[each["state"]] + each["text"]
+        for each in facts["checks"]
+        if not any(text == each["text"] or text.startswith(f"{each['text']} (") for text in above)
+    ]
 
 
 def _overview(facts: Facts) -> dict[str, str]:
@@ -179,7 +191,12 @@ def _comparison(found: Mapping[str, Any]) -> dict[str, Any]:
         ]
         tables.append(("Accuracy, %", _table(header, 1, rows)))
     state = "only the untrained base was evaluated" if step == 0 else f"after step {step:,}" if step else "adapter/"
-    return {"title": f"{found['data']}: {state}", "tables": tables}
+    others = ", ".join(found["other_examples"])
+    note = others and (
+        f"Not the same examples were evaluated before and after ({others}): eval.limit or the data changed in between. "
+        "The change and its interval are over the examples that both have."
+    )
+    return {"title": f"{found['data']}: {state}", "tables": tables, "note": note}
 
 
 def _loss_row(change: Mapping[str, Any]) -> Sequence[str]:

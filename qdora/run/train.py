@@ -22,6 +22,7 @@ from qdora.files.run_directory import (
     log_to,
     only_process,
     resume_run,
+    unharmed,
 )
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import put_adapters, start_adapters
@@ -31,6 +32,8 @@ from qdora.run.active_run import ActiveRun
 from qdora.run.load_base import keep_residency
 from qdora.run.prepare import PreparedRun, prepare, show_plans
 from qdora.run.pruned_base import SharedBases, base_of_run
+from qdora.run.run_page import leave_page
+from qdora.run.start_checks import CHECKS_FILE, PACKING, Check, tell_checks
 from qdora.run.training import Training
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.interrupt import stop_on_signal
@@ -69,6 +72,7 @@ def train_run(
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
+        last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
         if processes.is_first:
             stack.enter_context(failures_logged(directory))
         stack.enter_context(disk_failures(directory))
@@ -78,12 +82,14 @@ def train_run(
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))
         run = _open_directory(prepared, directory, processes, resume=resume)
         if processes.is_first:
-            stack.enter_context(log_to(run))
+            last.enter_context(log_to(run))
+            last.callback(leave_page, run)
         show_plans(prepared, run, processes, progress)
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = _newest_checkpoint(run, processes) if resume else None
         model = base_of_run(prepared, run, processes, progress, resume=resume, shared=shared_bases)
         _adapt(model, prepared, checkpoint)
+        _choose_packing(model, prepared, run, processes)
         active = ActiveRun(
             recipe=prepared.recipe,
             directory=run,
@@ -138,8 +144,15 @@ def _adapt(model: PreTrainedModel, prepared: PreparedRun, checkpoint: Checkpoint
     put_adapters(model, prepared.recipe, None if checkpoint is None else checkpoint.path / "adapter")
     if checkpoint is None:
         start_adapters(model, prepared.recipe, prepared.source)
+
+
+def _choose_packing(model: PreTrainedModel, prepared: PreparedRun, run: RunDirectory, processes: Processes) -> None:
+    """Pack as the model's attention takes it, after a trial that examples stay apart, and tell that."""
+    text = "examples are not packed: none shares a row with another."
     if prepared.recipe.data.packing:
-        prepared.loader.packed = packed_layout(model)
+        prepared.loader.packed, text = packed_layout(model)
+    with unharmed(CHECKS_FILE):
+        processes.first(lambda: tell_checks(run, {PACKING: [Check("passed", text)]}))
 
 
 def _train(training: Training, checkpoint: Checkpoint | None, results: Console) -> dict[str, Any]:

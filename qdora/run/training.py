@@ -20,13 +20,14 @@ from qdora.errors import RunFailure
 from qdora.evaluation.generation import generation_table
 from qdora.evaluation.suite import compare_table
 from qdora.files.atomic import atomic_write_text
+from qdora.files.run_directory import unharmed
 from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.model_size import model_size
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources
-from qdora.run.run_page import leave_page
+from qdora.run.start_checks import CHECKS_FILE, GRADIENTS, gradient_check, tell_checks, without_gradient
 from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
 from qdora.run.validation import RunValidation, adapter_record, best_in_words, best_so_far, selection_value
 from qdora.run.writer import RunWriter
@@ -131,7 +132,7 @@ class Training:
 
     @contextmanager
     def recorded(self, start: int) -> Iterator[None]:
-        """Tell the trackers in the block. At its end draw the figures and write the page, however the run ends."""
+        """Tell the trackers in the block. At its end draw the figures, however the run ends."""
         self.num_done = start
         if self.state.gates is not None and start == 0:
             self.state.gates.check_budget()
@@ -144,7 +145,6 @@ class Training:
                         self._report_streams()
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
                     write_interference(self.active.directory)
-                    leave_page(self.active.directory)
 
     def evaluate_base(self) -> None:
         """Evaluate the model before its first step, if the recipe asks for it."""
@@ -168,8 +168,24 @@ class Training:
             probe_every=recipe.interference.every,
             begin_step=None if gates is None else gates.begin,
             end_step=None if gates is None else partial(gates.end, optimizer=optimizer, processes=processes),
-            updated=None if recipe.base.residency == "device" else MissingGradientCheck(optimizer).updated,
+            updated=partial(self._updated, MissingGradientCheck(optimizer)),
         )
+
+    def _updated(self, check: MissingGradientCheck, lr: float) -> str | None:
+        """Tell, after the first updates, which tensors had no gradient. With streamed blocks that ends the run: a
+        backward pass that reads wrong bytes, or none, can leave a finite loss and factors that never change."""
+        missing = check.updated(lr)
+        if missing is None:
+            return None
+        seen = check.num_tensors, check.num_updates
+        if missing and self.active.recipe.base.residency != "device":
+            fix = "Fix: train with base.residency: device in a new run, and report it."
+            return f"{without_gradient(missing, *seen)} {fix}"
+        with unharmed(CHECKS_FILE):
+            self.active.processes.first(
+                lambda: tell_checks(self.active.directory, {GRADIENTS: [gradient_check(missing, *seen)]})
+            )
+        return None
 
     def evaluate_and_save(self) -> None:
         """Evaluate the state at the end and write adapter/: that of the best step, or by default the last."""

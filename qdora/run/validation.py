@@ -18,6 +18,7 @@ from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import MACRO
 from qdora.run.active_run import ActiveRun
+from qdora.run.trained_layers import TRAINED_FILE
 from qdora.train.best import BestSoFar
 
 logger = logging.getLogger("qdora")
@@ -59,10 +60,14 @@ class RunValidation:
         file = active.directory.evaluation_file(step)
         active.directory.write_json(f"eval/{file.name}", result.to_dict(per_example=True))
         metrics = {task: asdict(numbers) for task, numbers in result.tasks.items()}
+        seconds = {"evaluation_seconds": result.settings["seconds"]}
         if active.recipe.eval.method == "generate":
-            for task, numbers in self._generate(step).items():
-                metrics[task]["generated"] = numbers
-        return {"eval": metrics, "average": asdict(result.average)} | self._against_base(step, result)
+            answers = self._generate(step)
+            seconds["generation_seconds"] = answers.settings["seconds"]
+            for task, numbers in answers.to_dict()["tasks"].items():
+                metrics[task]["generated"] = {key: value for key, value in numbers.items() if key != "unparsable"}
+        found = {"eval": metrics, "average": asdict(result.average), "time": seconds}
+        return found | self._against_base(step, result)
 
     def _against_base(self, step: int, result: EvaluationResult) -> dict[str, Any]:
         """The tasks that are worse than before training although the average is better, for the metrics. Warns."""
@@ -72,17 +77,14 @@ class RunValidation:
             logger.warning("Step %d: %s.", step, each.in_words())
         return {"worse_than_base": [asdict(each) for each in worse]} if worse else {}
 
-    def _generate(self, step: int) -> dict[str, Any]:
-        """Let the model answer and keep the answers beside the log-likelihoods. Returns the counts per task."""
+    def _generate(self, step: int) -> GenerationResult:
+        """Let the model answer and keep the answers beside the log-likelihoods."""
         active, limit = self.active, self.active.recipe.eval.limit
         with suite_bar(active.console, f"answers, step {step}") as progress:
             result = evaluate_generated(active.model, active.tokenizer, self.examples, limit=limit, progress=progress)
         active.directory.write_json(f"eval/step-{step}-generated.json", result.to_dict(per_example=True))
         self.generated = {f"step {step}": result}
-        numbers = result.to_dict()["tasks"]
-        return {
-            task: {key: value for key, value in each.items() if key != "unparsable"} for task, each in numbers.items()
-        }
+        return result
 
 
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
@@ -190,6 +192,19 @@ def adapter_record(run: RunDirectory) -> dict[str, Any] | None:
 
 
 def adapter_step(run: RunDirectory) -> int | None:
-    """The step that adapter/ holds: the best one, or the last."""
+    """The step that adapter/ holds: the best one, or the last before it was written."""
     record = adapter_record(run)
-    return run.last_step() if record is None else int(record["step"])
+    if record is not None:
+        return int(record["step"])
+    file = run.path / TRAINED_FILE
+    try:  # the run may have gone on since
+        return int(json.loads(file.read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return run.last_step()
+
+
+def state_step(run: RunDirectory, state: str) -> int | None:
+    """The step of a state of a run: "base", "step-120", or "final" for adapter/."""
+    if state == "base":
+        return 0
+    return adapter_step(run) if state == "final" else int(state.removeprefix("step-"))

@@ -116,16 +116,17 @@ def _curve(
 
 def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *, metric: str, label: str) -> None:
     """A line per task and one of their average, with the value of the untrained base as a level."""
-    names = list(dict.fromkeys(name for line in evaluations for name in line["eval"]))
+    names = sorted({name for line in evaluations for name in line["eval"]})
     curves = [
         (name, [(line["step"], line["eval"].get(name, {}).get(metric)) for line in evaluations]) for name in names
     ]
     curves.append(("average", [(line["step"], line["average"][metric]) for line in evaluations]))
-    for name, points in curves:
+    for number, (name, points) in enumerate(curves):
         known = [(step, value) for step, value in points if value is not None]
         if not known:
             continue
-        style = {"color": "black", "linewidth": 2.0} if name == "average" else {"linewidth": 1.4}
+        # The colours of the training loss, whose tasks have this order, too
+        style = {"color": "black", "linewidth": 2.0} if name == "average" else {"color": f"C{number}", "linewidth": 1.4}
         (line,) = axes.plot(*zip(*known, strict=True), marker=".", label=name, gid=f"values {name}", **style)
         if known[0][0] == 0:
             axes.axhline(known[0][1], color=line.get_color(), linestyle=":", linewidth=0.8)

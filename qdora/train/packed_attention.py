@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +13,6 @@ from qdora.data.batching import PackedLayout
 from qdora.errors import UserError
 from qdora.nn.evaluation_mode import evaluation_mode
 
-logger = logging.getLogger(__name__)
-
 # Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
 # differ between the rows, so that a model that reads the positions of the first row only fails, too.
 _PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
@@ -25,8 +22,8 @@ _PROBED, _BEFORE, _BEHIND = 9, (7, 4), 6
 _SPREAD = 8.0
 
 
-def packed_layout(model: PreTrainedModel) -> PackedLayout:
-    """The layout of packed rows for the model, after a check that its examples do not see each other; it is logged.
+def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
+    """The layout of packed rows for the model, after a check that its examples do not see each other; both in words.
 
     transformers finds the borders of examples by positions that start again at 0. It masks the rest of the row (sdpa,
     eager, flex; any number of rows) or calls a kernel for variable lengths (flash attention; a single row). Models with
@@ -39,10 +36,15 @@ def packed_layout(model: PreTrainedModel) -> PackedLayout:
     attention = model.config.get_text_config()._attn_implementation or "its own code"
     layout = layout_for(attention)
     with evaluation_mode(model):
-        _check(model, layout, attention)
+        seen, most = _check(model, layout, attention)
     rows = "one row without padding" if layout == "single" else "rows with a mask"
-    logger.info("Packing for attention by %s: a micro-batch is %s.", attention, rows)
-    return layout
+    kinds = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"})
+    others = f" Its layers of {', '.join(kinds)} are in the trial." if kinds else ""
+    return layout, (
+        f"packed examples stay apart: other tokens in one example change the logits of the next by {seen:.2g}, "
+        f"rounding by up to {most:.2g} (tried with this model: attention by {attention}, a micro-batch is {rows})."
+        f"{others}"
+    )
 
 
 def layout_for(attention: str) -> PackedLayout:
@@ -51,7 +53,8 @@ def layout_for(attention: str) -> PackedLayout:
 
 
 @torch.no_grad()
-def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> None:
+def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> tuple[float, float]:
+    """(largest change of a logit by other tokens in the example before, what rounding may change)."""
     name = model.config.model_type
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UserError(f"data.packing: must be false for {name}, which takes no position_ids (got true).")
@@ -78,7 +81,7 @@ def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> None
         fault = f"logits of a packed example differ from those of the example alone by {wrong:.2g} (root mean square)"
         most = most_wrong
     else:
-        return
+        return seen, most
     instead = "" if attention == "sdpa" else ", or model.attention: sdpa if the model has it"
     raise UserError(
         f"data.packing: {name} (attention by {attention}) does not keep packed examples apart: {fault}, where "

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qdora.data.loader import Step
@@ -17,8 +18,6 @@ from qdora.train.optimizer import AdapterOptimizer
 
 # A loss is compared with the median of the last _WINDOW applied steps; with fewer than _LEAST, no loss is a spike.
 _WINDOW, _LEAST = 32, 8
-# lora_A gets no gradient while lora_B is zero, that is, in the first update.
-_NUM_UPDATES = 3
 
 
 @dataclass(frozen=True)
@@ -96,36 +95,41 @@ class BadSteps:
 
 
 class MissingGradientCheck:
-    """Checks in the first updates of a run that every trainable matrix gets a gradient other than zero.
+    """Finds the trainable tensors that get no gradient other than zero in the first updates of a run.
 
-    With streamed blocks, a backward pass that reads wrong bytes, or none, can leave a finite loss and factors that
-    never change; other trainers have trained a lora_B of zeros that way. The check reads gradients, not parameters: a
-    healthy update can be too small to show in float32, at the end of a cosine or the start of a slow warm-up.
+    It reads gradients, not parameters: a healthy update can be too small to show in float32, at the end of a cosine or
+    the start of a slow warm-up.
+
+    Attributes:
+        num_tensors: Trainable tensors.
+        num_updates: Updates that are looked at.
     """
+
+    num_updates = 3  # lora_A gets no gradient while lora_B is zero, that is, in the first one
 
     def __init__(self, optimizer: AdapterOptimizer) -> None:
         self._parameters = optimizer.parameters
-        self._updates = 0
+        self.num_tensors = len(self._parameters)
+        self._num_seen = 0
         self._arrived: dict[str, Tensor] = {}
 
-    def updated(self, lr: float) -> str | None:
-        """After the third update, what is wrong if a matrix had no gradient in any of them; otherwise None.
+    def updated(self, lr: float) -> list[str] | None:
+        """After the last update that is looked at, the tensors that had no gradient in any of them; otherwise None.
 
         Must be called after each update, while its gradients exist. An update with `lr` 0 does not count.
         """
-        if lr == 0.0 or self._updates == _NUM_UPDATES:
+        if lr == 0.0 or self._num_seen == self.num_updates:
             return None
-        self._updates += 1
+        self._num_seen += 1
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 some = parameter.grad.any()  # stays on the device, so that the host does not wait for it
                 self._arrived[name] = self._arrived.get(name, some) | some
-        if self._updates < _NUM_UPDATES:
+        if self._num_seen < self.num_updates:
             return None
-        missing = [name for name in self._parameters if name not in self._arrived or not bool(self._arrived[name])]
-        if not missing:
-            return None
-        return (
-            f"in {_NUM_UPDATES} updates {len(missing)} of {len(self._parameters)} trainable tensors had no gradient, "
-            f"e.g. {missing[0]}. Fix: train with base.residency: device in a new run, and report it."
+        arrived = (
+            dict(zip(self._arrived, torch.stack(list(self._arrived.values())).tolist(), strict=True))
+            if self._arrived
+            else {}
         )
+        return [name for name in self._parameters if not arrived.get(name, False)]

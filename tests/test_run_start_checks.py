@@ -1,0 +1,169 @@
+"""What a run tells of itself as it starts: stop tokens, labels, empty thinking, packing, gradients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from qdora.data.build_data import MixPlan, SourcePlan
+from qdora.data.chat_template import set_chat_settings
+from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.recipe.data_settings import DataConfig
+from qdora.run import prepare, train, training
+from qdora.run.start_checks import data_checks
+from qdora.run.train import train_run
+from tests import tiny_run, tiny_tokenizer
+from tests.page_parser import Page
+from tests.run_files import timeless
+
+QUIET = Console(quiet=True)
+PLAN = MixPlan(1, 1, True, (SourcePlan("s", 9, 90, 0, 0, 1.0, 1.0, 9, 90, 1.0),))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    made = tiny_tokenizer.make(more=["<think>"] * 50)
+    set_chat_settings(made, stop_ids=frozenset({made.eos_token_id}))
+    return made
+
+
+def example(tokenizer: Any, *parts: tuple[str, bool]) -> TokenizedExample:
+    """Texts, and whether each is learnt."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for text, learnt in parts:
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        mask += [learnt] * (len(ids) - len(mask))
+    return TokenizedExample("t", "0", np.array(ids, dtype=np.int32), np.array(mask, dtype=np.bool_))
+
+
+def said(
+    tokenizer: Any, *examples: TokenizedExample, cut: int = 0, notes: Sequence[str] = (), **data: Any
+) -> list[str]:
+    """state: text of the checks of one source."""
+    part = TokenizedSet("s", examples, num_truncated=cut, notes=tuple(notes))
+    config = DataConfig.model_validate({"mix": [{"source": "x.jsonl"}], **data})
+    return [f"{check.state}: {check.text}" for check in data_checks([part], PLAN, tokenizer, config)]
+
+
+PROMPT = ("Why did the dog sit?", False)
+
+
+def test_answers_that_end_and_say_something(tokenizer: Any) -> None:
+    one = example(tokenizer, PROMPT, ("the cat<|im_end|>", True))
+    two = example(tokenizer, PROMPT, ("yes<|im_end|>\n", True), PROMPT, ("a long answer<|im_end|>", True))
+    fewest = min(int(each.loss_mask.sum()) for each in (one, two))
+    assert said(tokenizer, one, two) == [
+        "passed: stop tokens are in the loss: all 3 answers end with one (<|im_end|>).",
+        f"passed: all 2 examples have tokens in the loss, each at least {fewest}.",
+        "passed: no empty thinking block (such as <think></think>) is in the loss.",
+    ]
+
+
+def test_answers_that_do_not_end(tokenizer: Any) -> None:
+    ends, cut = (example(tokenizer, PROMPT, (f"the three answers{end}", True)) for end in ("<|im_end|>", ""))
+    early = example(tokenizer, PROMPT, ("no<|im_end|>and then the dog sat on the cat", True))
+    asked = example(tokenizer, ("Why<|im_end|>", False), ("the cat", True))
+    assert "passed: s: 1 of 3 answers do not end with a stop token (<|im_end|>) in the loss." in said(
+        tokenizer, ends, ends, cut
+    )
+    text = "warning: s: 3 of 4 answers do not end with a stop token (<|im_end|>) in the loss; 2 examples are cut"
+    assert said(tokenizer, ends, cut, early, asked, cut=2)[0].startswith(text)
+    # The note of the template says more
+    assert not [text for text in said(tokenizer, cut, notes=["x: the model may not stop. Fix: y"]) if "stop" in text]
+
+
+def test_plain_text_may_end_anywhere(tokenizer: Any) -> None:
+    text = example(tokenizer, ("the cat sat on the mat", True))
+    assert said(tokenizer, text)[0] == "passed: all of the data is plain text; only the end of a text is a stop token."
+    assert said(tokenizer, text, loss_on="all")[0].startswith("warning: s: 1 of 1 answers do not end")
+
+
+def test_without_a_stop_token() -> None:
+    made = tiny_tokenizer.make()
+    assert said(made, example(made, PROMPT, ("yes", True)))[0].startswith(
+        "warning: neither the model nor the tokenizer"
+    )
+
+
+def test_examples_without_a_label(tokenizer: Any) -> None:
+    empty, whole = example(tokenizer, PROMPT), example(tokenizer, PROMPT, ("yes<|im_end|>", True))
+    assert "warning: s: 2 of 3 examples have no token in the loss." in said(tokenizer, empty, whole, empty)
+
+
+@pytest.mark.parametrize(
+    "begin, end",
+    [
+        ("<think>\n\n", "</think>"),
+        ("<think>", "</think>"),
+        ("[THINK]", "[/THINK]"),
+        ("<|channel|>analysis<|message|>", "<|end|>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ],
+)
+def test_an_empty_thinking_block_in_the_loss(tokenizer: Any, begin: str, end: str) -> None:
+    learnt = example(tokenizer, PROMPT, (f"{begin}{end}\n\nyes<|im_end|>", True))
+    shown = example(tokenizer, PROMPT, (f"{begin}{end}", False), ("yes<|im_end|>", True))
+    thought = example(tokenizer, PROMPT, (f"{begin}the sky{end}yes<|im_end|>", True))
+    (warning,) = [text for text in said(tokenizer, learnt, shown, thought) if text.startswith("warning")]
+    assert f"s: 1 of 3 examples have an empty thinking block in the loss ({begin.strip()}{end})" in warning
+    assert not [text for text in said(tokenizer, shown, thought) if text.startswith("warning")]
+
+
+def test_many_batches_of_examples_count_as_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdora.run.start_checks._AT_A_TIME", 2)
+    monkeypatch.setattr("qdora.run.start_checks._MOST_DECODED", 2)
+    learnt = example(tokenizer, PROMPT, ("<think></think>yes<|im_end|>", True))
+    other = example(tokenizer, PROMPT, ("yes<|im_end|>", True))
+    found = said(tokenizer, other, learnt, learnt, other, learnt)
+    assert found[0] == "passed: stop tokens are in the loss: all 5 answers end with one (<|im_end|>)."
+    assert "s: 2 of the 2 examples looked at have an empty thinking block" in found[2]
+
+
+def test_a_run_tells_what_it_checked_once_and_on_its_page(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_run(tiny_run.recipe(root, train__steps=2, data__packing=True), run, console=QUIET)
+    logged = [line[21:] for line in (run / "log.txt").read_text().splitlines() if " Checked: " in line]
+    assert [line.partition(": ")[2][:25] for line in logged] == [
+        "stop tokens are in the lo",
+        "all 50 examples have toke",
+        "no empty thinking block (",
+        "packed examples stay apar",
+    ]
+    found = Page((run / "report.html").read_text())
+    assert all(line.removeprefix("Checked: ") in found.text for line in logged)
+    assert "Not known yet: whether every trainable tensor gets a gradient" in found.text
+    train_run(tiny_run.recipe(root, train__steps=6, data__packing=True), run, resume=True, console=QUIET)
+    again = Page((run / "report.html").read_text())
+    assert "in 3 updates each of the 42 trainable tensors had a gradient." in again.text
+    assert "Not known yet" not in again.text
+    assert again.text.count("packed examples stay apart") == 1
+
+
+def test_a_warning_of_the_checks_is_on_the_page_once(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changes: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    train_run(tiny_run.recipe(root, train__steps=1, train__batch=100, **changes), run, console=QUIET)
+    assert Page((run / "report.html").read_text()).text.count("An optimizer step takes 100 examples") == 1
+    assert json.loads((run / "checks.json").read_text())["data"][-1]["state"] == "warning"
+    train_run(tiny_run.recipe(root, train__steps=2, train__batch=100, **changes), run, resume=True, console=QUIET)
+    again = Page((run / "report.html").read_text()).text
+    assert again.count("An optimizer step takes 100 examples") == 1
+    assert "the training data has only 50: each step repeats the data 2.0 times. Fix: lower" in again
+
+
+def test_the_checks_change_no_number(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_run.recipe(root, train__steps=4, data__packing=True)
+    train_run(recipe, tmp_path / "with", console=QUIET)
+    for place, name in ((prepare, "data_checks"), (prepare, "begin_checks"), (train, "tell_checks")):
+        monkeypatch.setattr(place, name, lambda *_, **__: None)
+    monkeypatch.setattr(training.Training, "_updated", lambda *_: None)
+    train_run(recipe, tmp_path / "without", console=QUIET)
+    assert not (tmp_path / "without/checks.json").exists()
+    assert timeless(tmp_path / "with") == timeless(tmp_path / "without")
