@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,19 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
+from qdora.export.merged import StreamedMerge, export_merged
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
 from qdora.model.language_part import carried, in_words
 from qdora.model.load import DEFAULT_SKIP, Quantization, load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import load_tokenizer, resolve
-from qdora.plan.memory_plan import plan
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train.packed_attention import packed_layout
 from tests import tiny, tiny_multimodal, tiny_run
 
 LANGUAGE = ("model.language_model.", "lm_head.")
+NF4 = Quantization("nf4", 64, True, DEFAULT_SKIP)
 TEXTS = torch.randint(4, 396, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -58,6 +60,7 @@ def test_a_text_gets_the_logits_of_the_whole_model(family: str, published: bool,
     stored = tiny_multimodal.write_model(tmp_path, family, published=published)
     whole, model = whole_model(tmp_path), load(tmp_path)
     assert type(model) is type(whole)
+    assert model.config.tie_word_embeddings == (family in ("gemma3", "qwen3_vl"))
     assert all(name.startswith(LANGUAGE) for name, _ in (*model.named_parameters(), *model.named_buffers()))
     torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=1e-6)
     # Padding on the left, and two examples in a row.
@@ -109,18 +112,43 @@ def written(root: Path, **changes: Any) -> Path:
     return root / "recipe.yaml"
 
 
-@pytest.mark.parametrize(
-    "family",
-    [each if each == "qwen2_5_vl" else pytest.param(each, marks=pytest.mark.slow) for each in tiny_multimodal.FAMILIES],
-)
+def test_a_merged_export_is_the_whole_model(tmp_path: Path) -> None:
+    stored = tiny_multimodal.write_model(tmp_path / "model", "qwen2_5_vl")
+    model = load(tmp_path / "model", "nf4")
+    inject(model, rank=4, dtype=torch.float32)
+    tiny.move_all_parameters_(model)
+    save_adapter(model, tmp_path / "adapter", base_name_or_path=None, revision=None, base_quant={"quant": "nf4"})
+    merge = StreamedMerge(resolve(str(tmp_path / "model")), tmp_path / "adapter", NF4, torch.float32)
+    export_merged(merge, None, tmp_path / "merged", dtype=torch.float32)
+    check_files(tmp_path / "merged", stored)
+    torch.testing.assert_close(logits(whole_model(tmp_path / "merged")), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def check_files(directory: Path, stored: dict[str, Tensor]) -> None:
+    """An export has all names of its source, and what is not of the language part is equal in every bit."""
+    files = load_file(directory / "model.safetensors")
+    others = [name for name in stored if not is_text(name)]
+    assert len(others) > 20
+    for name in others:
+        assert files[name].dtype == torch.bfloat16
+        assert torch.equal(files[name], stored[name]), name
+    text = [name for name in stored if name.endswith("q_proj.weight") and name not in others]
+    assert not any(torch.equal(files[name].float(), stored[name].float()) for name in text)
+    names = {re.sub(r"(\.weight)\.(absmax|quant_|nested_).*", r"\1", name) for name in files}
+    assert names == stored.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny_multimodal.FAMILIES)
 def test_a_run_from_start_to_exports(family: str, tmp_path: Path) -> None:
     stored = tiny_multimodal.write_model(tmp_path / "model", family)
     run = tmp_path / "run"
-    invoke("plan", written(tmp_path, train__steps=1), "--device", "cpu")
+    planned = invoke("plan", written(tmp_path, train__steps=1), "--device", "cpu")
+    assert planned["memory"]["num_weights"] == sum(each.numel() for name, each in stored.items() if is_text(name))
     invoke("train", tmp_path / "recipe.yaml", "--run-dir", run)
     invoke("train", written(tmp_path), "--run-dir", run, "--resume")
     log = (tmp_path / "run/log.txt").read_text()
-    assert "Only its language part is loaded and trained." in log
+    assert "only its language part is loaded and trained." in log
     card = (tmp_path / "run/README.md").read_text()
     assert "| trained part | the language part;" in card
     invoke("eval", run, "--limit", "2")
@@ -129,14 +157,7 @@ def test_a_run_from_start_to_exports(family: str, tmp_path: Path) -> None:
     merged = invoke("export", run, tmp_path / "merged")
     assert merged["verification"]["passed"], merged["verification"]["faults"]
     assert "\npipeline_tag: image-text-to-text\n" in (tmp_path / "merged/README.md").read_text()
-    files = load_file(tmp_path / "merged/model.safetensors")
-    assert files.keys() == stored.keys()
-    others = {name for name in stored if not is_text(name)}
-    assert len(others) > 20
-    for name in others:
-        assert files[name].dtype == torch.bfloat16
-        assert torch.equal(files[name], stored[name]), name
-    assert any(not torch.equal(files[name], stored[name].half()) for name in stored.keys() - others)
+    check_files(tmp_path / "merged", stored)
     assert (tmp_path / "merged/preprocessor_config.json").read_bytes() == (
         tmp_path / "model/preprocessor_config.json"
     ).read_bytes()
@@ -147,34 +168,23 @@ def test_a_run_from_start_to_exports(family: str, tmp_path: Path) -> None:
     exported = invoke("export", run, tmp_path / "4bit", "--format", "nf4-lora")
     assert exported["verification"]["passed"], exported["verification"]["faults"]
     assert "AutoModelForImageTextToText" in (tmp_path / "4bit/README.md").read_text()
-    base = load_file(tmp_path / "4bit/model.safetensors")
-    assert all(torch.equal(base[name], stored[name]) for name in others)
+    check_files(tmp_path / "4bit", stored)
+    exported = invoke("export", run, tmp_path / "again", "--requantize")
+    assert exported["verification"]["passed"], exported["verification"]["faults"]
+    check_files(tmp_path / "again", stored)
 
 
 def test_exports_need_no_second_reading_of_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A base from the cache still knows what an export copies."""
     stored = tiny_multimodal.write_model(tmp_path / "model", "qwen3_vl")
-    options = {"block_size": 64, "double_quant": True}
+    cache = BaseCache(tmp_path / "cache", NF4, torch.device("cpu"))
     for words in ("Writing the packed base", "Reading the packed base"):
         caplog.clear()
         with caplog.at_level(logging.INFO, "qdora"):
-            model = load(tmp_path / "model", "nf4", reader=cache(tmp_path), **options)
+            model = load(tmp_path / "model", "nf4", reader=cache)
         assert words in caplog.text
         assert carried(model).keys() == {name for name in stored if name.startswith("model.visual.")}
         assert in_words(model) in caplog.text
-
-
-def cache(root: Path) -> BaseCache:
-    return BaseCache(root / "cache", Quantization("nf4", 64, True, DEFAULT_SKIP), torch.device("cpu"))
-
-
-def test_a_plan_counts_what_is_loaded(tmp_path: Path) -> None:
-    tiny_multimodal.write_model(tmp_path / "model", "gemma3")
-    model = load(tmp_path / "model")
-    found = plan(tiny_run.recipe(tmp_path), device_kind="cpu")
-    assert found.num_weights == sum(parameter.numel() for parameter in model.parameters())
-    whole = AutoModelForImageTextToText.from_config(tiny_multimodal.config("gemma3"))
-    assert found.num_weights < sum(parameter.numel() for parameter in whole.parameters())
 
 
 def test_images_do_not_reach_the_model(tmp_path: Path) -> None:

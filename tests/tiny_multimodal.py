@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,20 @@ def published_name(family: str, name: str) -> str:
     return name
 
 
+def write_published_config(file: Path, family: str) -> None:
+    """Change a config.json to the form in which the publishers gave it to the Hub."""
+    found = json.loads(file.read_text())
+    if family == "mistral3":  # says nothing of tying, and transformers' default is wrong for it
+        del found["tie_word_embeddings"]
+    if family == "qwen2_5_vl":  # one level for the whole and its text part, and the older names of rotary settings
+        text = found.pop("text_config")
+        rope = text.pop("rope_parameters")
+        scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        text |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        found = {**text, **found}
+    file.write_text(json.dumps(found))
+
+
 def write_model(directory: Path, family: str, *, published: bool = True) -> dict[str, torch.Tensor]:
     """Save a model in bfloat16 with a tokenizer and a processor's file; returns the tensors of its files.
 
@@ -110,6 +125,8 @@ def write_model(directory: Path, family: str, *, published: bool = True) -> dict
     model.config.dtype = model.config.text_config.dtype = model.config.vision_config.dtype = "bfloat16"
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
+    if published:
+        write_published_config(directory / "config.json", family)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     tiny_tokenizer.make().save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text('{"image_processor_type": "of a test"}\n')

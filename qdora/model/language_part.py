@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from qdora.errors import UserError
+from qdora.files.json_file import read_json_object
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
+from qdora.recipe.byte_size import size_text
 
 FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """model_type of the configs whose text logits without the other parts were compared with those of the whole model."""
@@ -64,6 +66,16 @@ def is_multimodal(config: PreTrainedConfig) -> bool:
 def auto_class(config: PreTrainedConfig) -> Any:
     """The auto class of transformers for the model of a config."""
     return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+
+
+def settle_tying(config: PreTrainedConfig, directory: Path) -> None:
+    """Give a Mistral 3 config the tying of its text model if config.json says nothing, as its checkpoints have it.
+
+    transformers' default for the whole is tied. Its loader finds two different tensors and unties them, but a plan,
+    which sees no tensors, would leave out the head.
+    """
+    if config.model_type == "mistral3" and "tie_word_embeddings" not in read_json_object(directory / "config.json"):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
 
 
 def check_family(config: PreTrainedConfig, name: str) -> None:
@@ -168,9 +180,8 @@ def in_words(model: nn.Module) -> str:
     if not parts:
         return ""
     items = carried(model).values()
-    size = sum(item.num_bytes for item in items) / 2**30
-    names = " and ".join(path.rpartition(".")[2] for path in parts)
+    names = ", ".join(path.rpartition(".")[2] for path in parts)
     return (
-        f"The model is multimodal. Only its language part is loaded and trained. Its {names} ({len(items)} tensors, "
-        f"{size:.2f} GiB) are not loaded and not trained; exports copy them unchanged."
+        "The model is multimodal, and only its language part is loaded and trained. Exports copy the rest unchanged: "
+        f"{names} ({len(items)} tensors, {size_text(sum(item.num_bytes for item in items))})."
     )

@@ -37,6 +37,7 @@ from qdora.model.language_part import (
     leave_out_other_parts_,
     not_loaded,
     set_aside,
+    settle_tying,
 )
 from qdora.model.source import ModelSource, library_reason
 from qdora.model.stored_tensors import (
@@ -176,6 +177,8 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         raise UserError(f"model.source: {source.name}: its config cannot be used: {library_reason(error)}") from error
     if source.is_gguf:
         settle_head(source.path, config)
+    else:
+        settle_tying(config, source.path)
     return config
 
 
