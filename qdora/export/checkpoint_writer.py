@@ -24,7 +24,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_text
-from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, write_safetensors
+from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
+from qdora.model.language_part import carried, processor_files
 from qdora.model.stored_tensors import INDEX_FILE, shorten
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
@@ -47,11 +48,15 @@ class Planned:
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """Everything that a checkpoint directory holds; `model` gives the generation config and may be on "meta"."""
+    """Everything that a checkpoint directory holds; `model` gives the generation config and may be on "meta".
+
+    `files` are texts of further files by name: the settings of a multimodal model's processor.
+    """
 
     model: PreTrainedModel
     config: PreTrainedConfig
     tensors: list[Planned]
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: t
     """Plan a checkpoint of tensors by their names in the model; the model gives names and config, and may be on "meta".
 
     Tensors are in the order of `sources`, under the names of the model's published checkpoints. Float tensors whose
-    source does not fix a dtype get `dtype`. Tied weights are listed once if the config ties them. A head that got a
+    source does not fix a dtype get `dtype`. Parts of a multimodal model that are not loaded are copied from its source,
+    with its names and dtypes. Tied weights are listed once if the config ties them. A head that got a
     weight of its own (it was quantised or adapted) is listed, and the config no longer ties it.
     """
     config = _plain_config(model, dtype)
@@ -93,14 +99,17 @@ def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: t
         if first is not None and second is not None and _memory(first) == _memory(second):
             redundant.add(target)
         else:
-            config.tie_word_embeddings = False
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     names = _checkpoint_names(model, {name: source.shaped for name, source in sources.items() if name not in redundant})
     planned = []
     for name, stored_name in names.items():
         source = sources[name]
         kept = source.shaped.dtype if not source.shaped.is_floating_point() else source.dtype
         planned.append(Planned(TensorSpec(stored_name, kept or dtype, tuple(source.shaped.shape)), source.make))
-    return CheckpointPlan(model, config, planned)
+    for key, item in carried(model).items():
+        spec = TensorSpec(key, torch_dtype(item.dtype), item.shape)
+        planned.append(Planned(spec, item.read))
+    return CheckpointPlan(model, config, planned, processor_files(model))
 
 
 def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, Source]]:
@@ -374,7 +383,7 @@ def _write_rest(
         plan.model.generation_config.to_json_file(partial / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(str(partial))
-    for name, text in extra_files.items():
+    for name, text in {**plan.files, **extra_files}.items():
         if Path(name).name != name:
             raise ValueError(f"extra file {name!r}: must be a plain file name.")
         (partial / name).write_text(text, encoding="utf-8")

@@ -45,7 +45,9 @@ from qdora.export.verify import fits_in_float32, load_with_transformers, verify_
 from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
 from qdora.files.environment import user_path
 from qdora.files.run_directory import open_run
+from qdora.model.build_model import find_source
 from qdora.model.gguf_file import knows_layout, layout_processor, model_names, read_header, require_gguf
+from qdora.model.language_part import is_multimodal
 from qdora.model.load import load_config, skeleton
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import open_safetensors, rename_to_model, shorten, tied_weights
@@ -106,6 +108,11 @@ def export_gguf(
     opened = open_run(run)
     recipe = load_recipe(opened.recipe_file)
     _, state = trained_state(opened, recipe, options.step)
+    if is_multimodal(load_config(find_source(recipe, weights=False))):
+        raise UserError(
+            "--format gguf: the model is multimodal, and the comparison with the file is made for models of text "
+            "alone. Fix: use --format merged, and llama.cpp's converter on it."
+        )
     merged = out.with_name(f".{out.name}.merged")
     remove_directory(merged)
     file = out / f"model-{type_}.gguf"

@@ -46,6 +46,7 @@ from qdora.model.adapter_file import StoredLayer, read_adapter
 from qdora.model.bnb_checkpoint import quantization_config, stored_kind
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers
+from qdora.model.language_part import carried, linear_not_loaded
 from qdora.model.load import (
     Quantization,
     check_stored_packed,
@@ -262,7 +263,7 @@ class OpenedMerge:
         plan = plan_sources(self.model, self._sources(), dtype)
         if self.merge.requantize:
             quant = self.merge.quant
-            dense = [path for path in self.linear if path not in self.packed_paths]
+            dense = [path for path in self.linear if path not in self.packed_paths] + linear_not_loaded(self.model)
             plan.config.quantization_config = quantization_config(
                 quant.kind, double_quant=quant.double_quant, dtype=dtype, dense=dense
             )
@@ -271,7 +272,8 @@ class OpenedMerge:
     def num_parameters(self) -> int:
         """Parameters of the merged model, quantised or not."""
         items = [self.item(name) or tensor for name, tensor in self.model.state_dict().items()]
-        return sum(torch.Size(item.shape).numel() for item in items if not isinstance(item, Tensor) or not item.is_meta)
+        loaded = [item for item in items if not isinstance(item, Tensor) or not item.is_meta]
+        return sum(torch.Size(item.shape).numel() for item in (*loaded, *carried(self.model).values()))
 
     def item(self, name: str) -> Stored | None:
         """Where a tensor is stored; None for a copy that stays tied, and for what no checkpoint holds."""

@@ -29,6 +29,7 @@ from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_names
 from qdora.model.bnb_checkpoint import quantization_config
 from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.language_part import all_paths, linear_not_loaded
 from qdora.model.peft_config import adapter_config
 from qdora.model.stored_tensors import shorten
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -201,14 +202,14 @@ def _dense_layers(model: nn.Module) -> list[str]:
     linear = [
         path for path, each in model.named_modules() if isinstance(each, nn.Linear | FrozenLinear | AdaptedLinear)
     ]
-    return [path for path in linear if path not in packed and not path.startswith(inside)]
+    dense = [path for path in linear if path not in packed and not path.startswith(inside)]
+    return dense + linear_not_loaded(model)
 
 
 def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str | None) -> int:
     """Write the adapter with the gain in lora_B; returns the bytes of its tensors."""
     layers = adapted_layers(model)
-    paths = [path for path, _ in model.named_modules()]
-    config = adapter_config(layers, paths, base_name_or_path=base, revision=None) | {"use_dora": False}
+    config = adapter_config(layers, all_paths(model), base_name_or_path=base, revision=None) | {"use_dora": False}
     tensors = {}
     for path, layer in layers.items():
         name_a, name_b = factor_names(path)

@@ -49,6 +49,13 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that a header calls `name`. Raises ValueError if this module cannot write it."""
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} (got '{name}').")
+    return _DTYPES[name]
+
+
 def _header(specs: Sequence[TensorSpec]) -> bytes:
     """Length and JSON of the header, padded with blanks so that the values start at a multiple of 8 bytes.
 

@@ -26,6 +26,7 @@ from qdora.files.atomic import atomic_directory, json_text
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.model.inject import adapted_layers, as_frozen, check_masks, is_linear, put_layers
+from qdora.model.language_part import all_paths
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
@@ -80,8 +81,7 @@ def save_adapter(
         raise UserError(f"{directory}: exists and is not a directory.")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
         raise UserError(f"{directory}: is not empty and holds no adapter ({CONFIG_FILE}). Fix: name a new directory.")
-    paths = [path for path, _ in model.named_modules()]
-    config = adapter_config(layers, paths, base_name_or_path=base_name_or_path, revision=revision)
+    config = adapter_config(layers, all_paths(model), base_name_or_path=base_name_or_path, revision=revision)
     record = {
         "format": FORMAT,
         "qdora_version": __version__,

@@ -16,7 +16,6 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,6 +30,16 @@ from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.gguf_metadata import config_of_gguf
 from qdora.model.inject import HEAD, matches, replace_module
+from qdora.model.language_part import (
+    auto_class,
+    check_family,
+    in_words,
+    is_multimodal,
+    leave_out_other_parts_,
+    not_loaded,
+    set_aside,
+    settle_tying,
+)
 from qdora.model.source import ModelSource, library_reason
 from qdora.model.stored_tensors import (
     Stored,
@@ -141,6 +150,8 @@ def load_model(
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, device)
     stored = (reader or stored_tensors)(source, model)
+    if not_loaded(model):
+        log.info("%s", in_words(model))
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
     if packed or kind is not None:
@@ -167,6 +178,8 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         raise UserError(f"model.source: {source.name}: its config cannot be used: {library_reason(error)}") from error
     if source.is_gguf:
         settle_head(source.path, config)
+    else:
+        settle_tying(config, source.path)
     return config
 
 
@@ -175,18 +188,24 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device; buffers are real, since checkpoints do not hold all of them.
 
+    Of a multimodal model only the language part has parameters (`model/language_part.py`).
+
     Raises UserError if the model is not a causal LM, or cannot have this attention (`with_attention`).
     """
-    num_layers = getattr(config, "num_hidden_layers", None)
+    check_family(config, source.name)
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers > _MOST_LAYERS:
         what = f"num_hidden_layers: got {num_layers}, must be at most {_MOST_LAYERS}"
         raise UserError(f"model.source: {source.name}: its config cannot be used: {what}")
 
     def build(choice: str | None) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=choice, trust_remote_code=source.trust_remote_code
             )
+        if is_multimodal(config):
+            leave_out_other_parts_(model)
+        return model
 
     return with_attention(build, config, attention, name=source.name, device=device, dtype=dtype)
 
@@ -203,7 +222,8 @@ def stored_tensors(source: ModelSource, model: PreTrainedModel) -> dict[str, Sto
     """Model name -> stored tensor, in the model's order; nothing is read yet. Raises as `match_to_model`."""
     if source.is_gguf:
         return match_to_model(open_gguf(source.path, model), model)
-    return match_to_model(rename_to_model(gather_packed(open_safetensors(source.path)), model), model)
+    renamed = rename_to_model(gather_packed(open_safetensors(source.path)), model)
+    return match_to_model(set_aside(renamed, model, source.path), model)
 
 
 def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]:

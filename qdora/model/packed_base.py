@@ -34,6 +34,7 @@ from qdora.errors import UserError
 from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_text
 from qdora.files.samples import sampled
 from qdora.files.tensor_file import MappedFile, write_tensors
+from qdora.model.language_part import not_loaded
 from qdora.model.load import (
     Loading,
     Progress,
@@ -313,6 +314,8 @@ class BaseCache:
                 raise UserError(f"base.cache: {self.root}: cannot be written: {disk_reason(refusal)}.") from refusal
             if base is not None:
                 log.info("Reading the packed base from %s.", directory)
+                if not_loaded(model):  # an export copies these from the source
+                    stored_tensors(source, model)
             else:
                 self._write(directory, key, source, model)
                 _, base = open_cached_base(directory)

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.errors import HubFailure, UserError, nearest
 from qdora.files.environment import user_path
+from qdora.files.json_file import read_json_object
 from qdora.model.gguf_file import require_gguf
 from qdora.model.gguf_metadata import tokenizer_of_gguf
 from qdora.model.stored_tensors import shard_files
@@ -268,6 +269,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         raise UserError(
             f"model.tokenizer: {source.name}: its tokenizer cannot be used: {library_reason(error)}"
         ) from error
+    if tokenizer.chat_template is None and not source.is_gguf:
+        tokenizer.chat_template = _processor_chat_template(source.path)
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
@@ -277,3 +280,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             raise UserError(f"model.tokenizer: {source.name} has no pad, unknown or end token to pad with.")
         tokenizer.pad_token = pad
     return tokenizer
+
+
+def _processor_chat_template(directory: Path) -> str | None:
+    """The chat template that some multimodal models keep beside the tokenizer's files, for their processor."""
+    file = directory / "chat_template.json"
+    template = read_json_object(file).get("chat_template") if file.is_file() else None
+    return template if isinstance(template, str) else None

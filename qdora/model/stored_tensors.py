@@ -44,6 +44,11 @@ class StoredTensor:
     itemsize: int = 4
     dtype: str = "F32"
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values in the file."""
+        return torch.Size(self.shape).numel() * self.itemsize
+
 
 @dataclass(frozen=True)
 class StoredPacked:

@@ -18,7 +18,9 @@ from qdora.files.environment import package_versions
 from qdora.files.markdown_table import markdown_cell, markdown_table
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.model.build_model import find_source
+from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.licence import Licence, licence_files, licence_of
+from qdora.model.load import load_config
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, ModelSource, public_name
 from qdora.recipe.byte_size import size_text
 from qdora.recipe.data_settings import SourceConfig, is_path
@@ -116,6 +118,9 @@ def run_card(
     }
     if mix:
         method["steps"] = f"{mix['num_steps']:,}, {mix['num_draws']:,} examples"
+    multimodal = source is not None and is_multimodal(load_config(source))
+    if multimodal:
+        method["trained part"] = TRAINED_PART
     if plan:
         method["planned peak"] = f"{size_text(plan['peak_bytes'])} on {plan['device']}"
     versions = package_versions(("torch", "transformers"))
@@ -125,6 +130,7 @@ def run_card(
             base_revision=recipe.model.revision if source is None else source.revision,
             title=run.path.resolve().name,
             form=form,
+            multimodal=multimodal,
             licence=None if source is None else licence_of(source),
             licence_files=() if source is None or form == "run" else list(licence_files(source)),
             method=method,
@@ -181,6 +187,8 @@ class CardFacts:
     base_revision: str | None = None
     title: str = "Merged model"
     form: Form = "merged"
+    multimodal: bool = False
+    """The base reads images, too."""
     licence: Licence | None = None
     """Licence of the base."""
     licence_files: Sequence[str] = ()
@@ -210,7 +218,8 @@ def model_card(facts: CardFacts) -> str:
         ValueError: A row of metrics has another number of values than there are columns.
     """
     library = facts.form if facts.form in ("gguf", "peft") else "transformers"
-    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["qdora"]}
+    pipeline = "image-text-to-text" if facts.multimodal else "text-generation"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline, "tags": ["qdora"]}
     if not facts.base_name.startswith((".", "/")) and "/" in facts.base_name:
         front["base_model"] = facts.base_name
         front["base_model_relation"] = "adapter" if facts.form == "peft" else "finetune"
@@ -219,11 +228,14 @@ def model_card(facts: CardFacts) -> str:
     if facts.licence is not None:
         named = {"license": facts.licence.id, "license_name": facts.licence.name, "license_link": facts.licence.link}
         front |= {key: value for key, value in named.items() if value is not None}
+    contents = _CONTENTS[facts.form]
+    if facts.multimodal:
+        contents = contents.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
     revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
         f"# {facts.title}",
-        f"Fine-tuned from `{facts.base_name}`{revision} with qdora {qdora.__version__}. {_CONTENTS[facts.form]}",
+        f"Fine-tuned from `{facts.base_name}`{revision} with qdora {qdora.__version__}. {contents}",
     ]
     if facts.method:
         parts.append(

@@ -128,6 +128,7 @@ def _settings(recipe: Recipe, environment: Facts) -> dict[str, Any]:
     return {
         "base": recipe.model.source,
         "quantisation": base.quant if base.quant in ("none", "int8") else f"{base.quant}, blocks of {base.block_size}",
+        "trained part": environment.get("trained_part"),
         "adapter": adapter.kind,
         "rank": adapter.rank if has_rank else None,
         "alpha": adapter.alpha if has_rank else None,

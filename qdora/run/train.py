@@ -26,6 +26,8 @@ from qdora.files.run_directory import (
 )
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import put_adapters, start_adapters
+from qdora.model.language_part import TRAINED_PART, is_multimodal
+from qdora.model.load import load_config
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
@@ -109,6 +111,7 @@ def _open_directory(prepared: PreparedRun, directory: Path, processes: Processes
         environment()
         | {"chat_date": prepared.chat_date}
         | ({} if processes.size == 1 else {"num_processes": processes.size})
+        | ({"trained_part": TRAINED_PART} if is_multimodal(load_config(prepared.source)) else {})
     )
     open_ = resume_run if resume else create_run
     given = prepared.given

@@ -1,0 +1,187 @@
+"""The language part of a multimodal model. The rest (vision tower, projector) is not loaded, and exports copy it.
+
+The model keeps its multimodal class: its layers have the names that they have in the whole model, so an adapter fits
+that in PEFT, and a text gets the positions that the whole model gives it. Parts that only images need are replaced by
+an empty `NotLoaded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from qdora.errors import UserError
+from qdora.files.json_file import read_json_object
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
+from qdora.recipe.byte_size import size_text
+
+FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""model_type of the configs whose text logits without the other parts were compared with those of the whole model."""
+
+TRAINED_PART = "the language part; what is for images is neither loaded nor trained, and unchanged in exports"
+
+# Their text models find the borders of packed examples only in a fourth row of positions; qwen3_vl adds it itself.
+_NEED_TEXT_POSITIONS = ("qwen2_vl", "qwen2_5_vl")
+# What AutoProcessor reads beside the tokenizer's files.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+class NotLoaded(nn.Module):
+    """Stands for a part of a multimodal model that stays in the files of its source.
+
+    Attributes:
+        paths, linear: Paths, within the part, of its modules and of its linear layers.
+        stored: Key in the checkpoint -> tensor of the part; empty before `set_aside`.
+        directory: Where the checkpoint is; None before `set_aside`.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.paths = tuple(path for path, _ in part.named_modules() if path)
+        self.linear = tuple(path for path, module in part.named_modules() if isinstance(module, nn.Linear))
+        self.stored: dict[str, StoredTensor] = {}
+        self.directory: Path | None = None
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Raises UserError: only images and videos reach this part."""
+        raise UserError("images are not supported: only the language part of the model is loaded.")
+
+
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Whether the config is that of a model of images and texts whose language part can be loaded alone."""
+    return config.model_type in FAMILIES
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class of transformers for the model of a config."""
+    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+
+
+def settle_tying(config: PreTrainedConfig, directory: Path) -> None:
+    """Give a Mistral 3 config the tying of its text model if config.json says nothing, as its checkpoints have it.
+
+    transformers' default for the whole is tied. Its loader finds two different tensors and unties them, but a plan,
+    which sees no tensors, would leave out the head.
+    """
+    if config.model_type == "mistral3" and "tie_word_embeddings" not in read_json_object(directory / "config.json"):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
+
+
+def check_family(config: PreTrainedConfig, name: str) -> None:
+    """Raise UserError if a multimodal model `name` can be trained in no way."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not (
+        is_multimodal(config) or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    ):
+        raise UserError(
+            f"model.source: {name}: the language part of a multimodal model can be trained for {', '.join(FAMILIES)} "
+            f"(got {config.model_type})."
+        )
+
+
+def leave_out_other_parts_(model: PreTrainedModel) -> None:
+    """Replace every module beside the text model and the output head by a `NotLoaded`, in place."""
+    text: Any = model.get_decoder()
+    head = model.get_output_embeddings()
+    path = next(name for name, module in model.named_modules() if module is text)
+    holder: nn.Module = model
+    for step in path.split("."):
+        for name, module in list(holder.named_children()):
+            if name != step and module is not head:
+                setattr(holder, name, NotLoaded(module))
+        holder = getattr(holder, step)
+    if model.config.model_type in _NEED_TEXT_POSITIONS:
+        text.register_forward_pre_hook(_with_text_positions, with_kwargs=True)
+
+
+def _with_text_positions(
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positions of a text, (rows, length), in the form (text, time, height, width), which is (4, rows, length)."""
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.ndim == 2:
+        kwargs = kwargs | {"position_ids": positions.unsqueeze(0).expand(4, -1, -1)}
+    return args, kwargs
+
+
+def not_loaded(model: nn.Module) -> dict[str, NotLoaded]:
+    """Path -> part that is not loaded; empty for a model of text alone."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, NotLoaded)}
+
+
+def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -> dict[str, Stored]:
+    """The tensors of the language part; those of the other parts go to their `NotLoaded`.
+
+    Args:
+        stored: Name in the whole model -> tensor.
+        directory: Where the checkpoint is.
+    Raises:
+        UserError: A tensor of another part is quantised, so a merged export could not be loaded.
+    """
+    parts = not_loaded(model)
+    language: dict[str, Stored] = {}
+    for part in parts.values():
+        part.stored, part.directory = {}, directory
+    for name, item in stored.items():
+        part = next((part for path, part in parts.items() if name.startswith(f"{path}.")), None)
+        if part is None:
+            language[name] = item
+        elif isinstance(item, StoredPacked):
+            raise UserError(
+                f"model.source: {directory}: {name} is quantised. Of a multimodal model only the language part may be. "
+                "Fix: name the model in full precision."
+            )
+        else:
+            part.stored[item.key] = item
+    return language
+
+
+def carried(model: nn.Module) -> dict[str, StoredTensor]:
+    """Key in the source -> tensor of the parts that are not loaded, for an export."""
+    return {key: item for part in not_loaded(model).values() for key, item in part.stored.items()}
+
+
+def all_paths(model: nn.Module) -> list[str]:
+    """Paths of all modules of the whole model, also of those that are not loaded."""
+    return [path for path, _ in model.named_modules()] + list(_inside(model, "paths"))
+
+
+def linear_not_loaded(model: nn.Module) -> list[str]:
+    """Paths of the linear layers that are not loaded."""
+    return list(_inside(model, "linear"))
+
+
+def _inside(model: nn.Module, names: str) -> Iterator[str]:
+    for path, part in not_loaded(model).items():
+        for inner in getattr(part, names):
+            yield f"{path}.{inner}" if inner else path
+
+
+def processor_files(model: nn.Module) -> dict[str, str]:
+    """Name -> text of the files that make the images of a multimodal model into tensors."""
+    directory = next((part.directory for part in not_loaded(model).values()), None)
+    files = [] if directory is None else [directory / name for name in _PROCESSOR_FILES]
+    return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+
+
+def in_words(model: nn.Module) -> str:
+    """What is loaded and trained of a multimodal model, in a sentence; empty for a model of text alone."""
+    parts = not_loaded(model)
+    if not parts:
+        return ""
+    items = carried(model).values()
+    names = ", ".join(path.rpartition(".")[2] for path in parts)
+    return (
+        "The model is multimodal, and only its language part is loaded and trained. Exports copy the rest unchanged: "
+        f"{names} ({len(items)} tensors, {size_text(sum(item.num_bytes for item in items))})."
+    )
