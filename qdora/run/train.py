@@ -25,6 +25,7 @@ from qdora.files.run_directory import (
 )
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import put_adapters, start_adapters
+from qdora.model.written_outputs import keep_written_outputs_
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
@@ -138,6 +139,7 @@ def _adapt(model: PreTrainedModel, prepared: PreparedRun, checkpoint: Checkpoint
     put_adapters(model, prepared.recipe, None if checkpoint is None else checkpoint.path / "adapter")
     if checkpoint is None:
         start_adapters(model, prepared.recipe, prepared.source)
+    keep_written_outputs_(model)
     if prepared.recipe.data.packing:
         prepared.loader.packed = packed_layout(model)
 
