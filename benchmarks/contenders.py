@@ -252,8 +252,10 @@ def _fake_params4bit(codes: Any, state: Any) -> Any:
     return codes
 
 
-def plain(base: Any, dtype: torch.dtype, attention: str = "sdpa") -> Any:
-    """A plain transformers model with the unquantised parameters of `base`; its linear layers are still random."""
+def plain(base: Any, dtype: torch.dtype) -> Any:
+    """A plain transformers model with the unquantised parameters of `base` and its attention; its linear layers are
+    still random."""
+    attention = base.config._attn_implementation
     model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), dtype=dtype, attn_implementation=attention)
     values = {name: tensor.to(dtype) for name, tensor in base.state_dict().items() if name in model.state_dict()}
     missing = model.load_state_dict(values, strict=False).missing_keys

@@ -1,9 +1,10 @@
-"""Writes the tables of README.md and benchmarks/README.md from the files in benchmarks/results/.
+"""Writes the tables of README.md, benchmarks/README.md and a guide from the files in benchmarks/results/.
 
     python benchmarks/readme_tables.py [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; no number in it is typed by hand. With --check the
-script writes nothing and fails if a page differs from the result files.
+script writes nothing and fails if a page differs from the result files. Guides have no marks, since a terminal shows
+them: the guide of the models has one table, which is made here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tables.failed import failed, failed_short
 from tables.gates import gates
 from tables.headline import headline
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
+from tables.models import architectures, models_short
 from tables.plan import cards, plan_accuracy, plan_recipes, plan_shapes
 from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
@@ -30,6 +32,7 @@ from tables.training import loss_curve, magnitudes, peft_interop, quickstart, re
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+MODELS = ROOT / "qdora/guide/models.md"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -40,6 +43,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "magnitudes": magnitudes,
     "peft_interop": peft_interop,
     "load_memory": load_memory,
+    "architectures": architectures,
     "export_exactness": export_exactness,
     "gguf_logits": gguf_logits,
     "decode_speed": decode_speed,
@@ -84,14 +88,21 @@ def filled(text: str) -> str:
     return _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
+def wanted(page: Path) -> str:
+    """What a page should be."""
+    text = page.read_text(encoding="utf-8")
+    return (
+        re.sub(r"(?:^\|.*\n)+", lambda _: models_short(), text, flags=re.MULTILINE) if page == MODELS else filled(text)
+    )
+
+
 def main() -> None:
     """Write, or with --check compare."""
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        wanted = filled(text)
+    for page in (*PAGES, MODELS):
+        text = wanted(page)
         if "--check" not in sys.argv[1:]:
-            page.write_text(wanted, encoding="utf-8")
-        elif wanted != text:
+            page.write_text(text, encoding="utf-8")
+        elif text != page.read_text(encoding="utf-8"):
             name = page.relative_to(ROOT)
             sys.exit(f"{name} differs from benchmarks/results: run python benchmarks/readme_tables.py")
 

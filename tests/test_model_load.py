@@ -19,6 +19,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXJapaneseConfig,
     GptOssConfig,
+    Lfm2Config,
     MixtralConfig,
     PreTrainedModel,
 )
@@ -185,6 +186,15 @@ def test_settings_are_gathered(tmp_path: Path) -> None:
     assert [fault.split(":")[0] for fault in caught.value.faults] == ["base.quant", "model.attention", "model.dtype"]
     with pytest.raises(UserError, match=r"base\.block_size: must be one of 16, .* \(got 100\)"):
         load(directory, quant="fp4", block_size=100)
+
+
+def test_a_convolution_is_not_called_an_expert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Lfm2Config(**sizes, vocab_size=97, num_key_value_heads=1, layer_types=["conv", "full_attention"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path, quant="nf4")
+    assert any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
+    assert "expert" not in caplog.text
 
 
 def test_attention_is_logged_and_eager_can_be_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

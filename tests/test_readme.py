@@ -263,6 +263,9 @@ def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -
     for page in module.PAGES:
         text = page.read_text()
         assert module.filled(text) == text, f"{name_of(page)}: run python benchmarks/readme_tables.py"
+    models = module.MODELS.read_text()
+    assert module.wanted(module.MODELS) == models
+    assert "Llama 3" in models
 
 
 def test_six_results_lead_to_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ from qdora.files.atomic import json_text
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.adapter_file import StoredLayer, read_adapter
-from qdora.model.bnb_checkpoint import quantization_config, stored_kind
+from qdora.model.bnb_checkpoint import load_faults, quantization_config, stored_kind
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers
 from qdora.model.language_part import carried, linear_not_loaded
@@ -59,6 +59,7 @@ from qdora.model.load import (
 )
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
+from qdora.nn.plain_linear import is_plain_linear
 from qdora.ops.bnb_state import STATE_NAME, to_bnb_state
 from qdora.ops.dora import merged_weight
 from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
@@ -231,7 +232,12 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     if packed or kind is not None:
         check_stored_packed(packed, kind, merge.quant, layers)
         layers = set()
-    linear = [path for path, module in model.named_modules() if type(module) is torch.nn.Linear]
+    linear = [path for path, module in model.named_modules() if is_plain_linear(module)]
+    if merge.requantize:
+        classes = {path: type(model.get_submodule(path)).__name__ for path in sorted(layers)}
+        faults = load_faults(classes, "--requantize")
+        if faults:
+            raise UserError(*faults)
     adapter = {} if merge.adapter is None else read_adapter(model, merge.adapter)[1]
     if not merge.source.is_gguf and (merge.source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(merge.source.path))

@@ -27,7 +27,7 @@ from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.atomic import json_text
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_names
-from qdora.model.bnb_checkpoint import quantization_config
+from qdora.model.bnb_checkpoint import load_faults, quantization_config
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import all_paths, linear_not_loaded
 from qdora.model.peft_config import adapter_config
@@ -191,6 +191,8 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 f"--format nf4-lora: {path} is a DoRA layer on a dense weight, and rounding g W to "
                 f"{str(dtype).removeprefix('torch.')} loses digits. Fix: use --dtype float32 or --format merged."
             )
+    classes = {path.removesuffix(".base"): each.replaces for path, each in frozen.items() if each.kind != "dense"}
+    faults += load_faults(classes, "--format nf4-lora")
     if faults:
         raise UserError(*shorten(faults))
 

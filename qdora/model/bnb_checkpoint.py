@@ -56,6 +56,21 @@ def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, de
     return dict(settings.to_dict())
 
 
+def load_faults(classes: Mapping[str, str], option: str) -> list[str]:
+    """Why transformers could not load layers in 4 bits: it quantises layers of the class nn.Linear, and no others.
+
+    `classes` is path -> name of the class of each quantised layer in the model's own code; `option` asks for the form.
+    """
+    others = {path: name for path, name in classes.items() if name != "Linear"}
+    if not others:
+        return []
+    path, name = next(iter(others.items()))
+    return [
+        f"{option}: transformers does not load {len(others)} layers of this model in 4 bits (e.g. {path}, a {name}). "
+        "Fix: use --format merged."
+    ]
+
+
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Join the parts of every quantised weight into one entry; dense tensors pass through.
 

@@ -14,6 +14,7 @@ from qdora.model.peft_config import ALL_LINEAR
 from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
+from qdora.nn.plain_linear import is_plain_linear
 
 HEAD = "lm_head"
 """Stands for the output head, under any name, in a list of layers to skip."""
@@ -140,8 +141,7 @@ def matches(name: str, pattern: str) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer that can carry an adapter."""
-    # Exact type: subclasses of nn.Linear (bitsandbytes, tensor parallelism) compute something else.
-    return isinstance(module, FrozenLinear) or type(module) is nn.Linear
+    return isinstance(module, FrozenLinear) or is_plain_linear(module)
 
 
 def _chosen(linear: dict[str, nn.Module], targets: str | Sequence[str], skip: Sequence[str]) -> dict[str, nn.Module]:
@@ -184,7 +184,11 @@ def _ranks(chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, i
     for (where, asked), layers in too_small.items():
         limit, name = min(layers, key=lambda layer: layer[0])
         others = f"; {len(layers)} layers are too small for it" if len(layers) > 1 else ""
-        faults.append(f"{where}: must be at most {limit} for layer {name} (got {asked}){others}.")
+        # Gates of linear attention have one output for each head (Qwen3.5's in_proj_a).
+        most = {path.rpartition(".")[2]: each for each, path in sorted(layers, reverse=True)}
+        own = ", ".join(f"{leaf}: {each}" for leaf, each in most.items())
+        fix = f" Fix: lower it, or add adapter.rank_pattern: {{{own}}}." if where == "adapter.rank" else ""
+        faults.append(f"{where}: must be at most {limit} for layer {name} (got {asked}){others}.{fix}")
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return ranks

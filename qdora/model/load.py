@@ -53,6 +53,7 @@ from qdora.model.stored_tensors import (
 )
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
+from qdora.nn.plain_linear import is_plain_linear
 from qdora.ops.codebooks import CODE_BITS, SIMULATED
 from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, quantize
 from qdora.ops.tiles import Weight
@@ -236,7 +237,7 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
 
     Raises UserError if a skip pattern matches nothing, a tied head is not skipped, or layers are transposed (GPT-2).
     """
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linear = {name: module for name, module in model.named_modules() if is_plain_linear(module)}
     head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)
     transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     faults = []
@@ -266,7 +267,8 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
         raise UserError(*faults)
     # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits as well.
     wide = wide_names(model, torch.float16)
-    stacked = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
+    convolved = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv1d)}
+    stacked = {name: each for name, each in model.named_parameters() if each.ndim == 3 and name not in convolved}
     if stacked:
         percent = 100 * sum(p.numel() for p in stacked.values()) / sum(p.numel() for p in model.parameters())
         text = "%d stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense."
@@ -310,8 +312,9 @@ def place_all(load: Loading) -> None:
 
 def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> FrozenLinear:
     """Replace a linear layer by a frozen one with its bias, which may still be on the meta device."""
-    bias = model.get_submodule(layer).bias
-    frozen = FrozenLinear(weight, bias if isinstance(bias, Tensor) else None, keep_bits)
+    before = model.get_submodule(layer)
+    frozen = FrozenLinear(weight, before.bias if isinstance(before.bias, Tensor) else None, keep_bits)
+    frozen.replaces = type(before).__name__
     replace_module(model, layer, frozen)
     return frozen
 

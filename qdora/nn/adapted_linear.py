@@ -68,6 +68,8 @@ class AdaptedLinear(nn.Module):
             times g. The bits stay the same. It takes 32 bits a block (half a bit a weight at blocks of 64) until the
             parameters change. A dense base, a streamed one, a masked adapter and blocks that cross rows have nothing to
             keep.
+        keeps_copy: Training keeps a copy of the output for the gradient of the magnitude, because the model writes into
+            the output (`model.written_outputs`).
     """
 
     base_squared: Tensor | None
@@ -100,6 +102,7 @@ class AdaptedLinear(nn.Module):
         self.dropout = dropout
         self.masked = masked
         self.keeps_scales = False
+        self.keeps_copy = False
         device = base.stored_weight.device
         first = torch.empty(rank, base.in_features, dtype=torch.float32)
         if init == "gaussian":
@@ -143,6 +146,7 @@ class AdaptedLinear(nn.Module):
             gain=self.gain(product_dtype(x)),
             dropout=self.dropout if self.training else 0.0,
             keep_bits=bits,
+            keeps_copy=self.keeps_copy,
         )
 
     def _products(self, dtype: torch.dtype) -> _Products:

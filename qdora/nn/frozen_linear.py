@@ -34,6 +34,7 @@ class FrozenLinear(nn.Module):
         keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (it is 0 where the mask is
             False); None for a weight that was not pruned.
         residency: Brings the packed weight before it is read; None if it is always there.
+        replaces: Name of the class of the model's own layer.
     """
 
     keep_bits: Tensor | None
@@ -43,6 +44,7 @@ class FrozenLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.block_size = 0
         self.residency: Residency | None = None
+        self.replaces = "Linear"
         self._packed: PackedWeight | None = None
         if isinstance(weight, PackedWeight):
             self.kind: str = weight.kind

@@ -5,7 +5,8 @@
 DoRA is LoRA on a rescaled base: the gain is multiplied into the block scales of W and into B, so no pass over the
 outputs and no rounding is added. Forward and backward read the base tile by tile and keep no dequantised weight. Saved
 per call: x, the low-rank activations (tokens, rank), and for DoRA the output, from which the gradient of m is read. It
-is the tensor that is returned: a model that writes into it (OLMo's clip_qkv) gets torch's error in the backward pass.
+is the tensor that is returned. For a model that writes into it (OLMo's clip_qkv) a copy must be kept (`keeps_copy`): a
+changed output is an error in the backward pass, under a checkpoint, too, where torch does not look.
 
 Gradients, for dy of the output:
 
@@ -31,6 +32,11 @@ from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.planned_device import device_kind
 from qdora.ops.tiles import Weight
 
+WRITTEN = (
+    "the model has written into the output of an adapted layer, from which the gradient of its magnitude is read. Fix: "
+    "call qdora.model.written_outputs.keep_written_outputs_(model) before training."
+)
+
 
 def adapted_linear(
     x: Tensor,
@@ -44,6 +50,7 @@ def adapted_linear(
     gain: Gain | None = None,
     dropout: float = 0.0,
     keep_bits: Tensor | None = None,
+    keeps_copy: bool = False,
 ) -> Tensor:
     """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, or the same with g = 1 where magnitude is None.
 
@@ -61,6 +68,7 @@ def adapted_linear(
             torch's default CPU generator. A checkpoint's recompute restores that generator and so zeroes the same
             elements; only the seed is kept.
         keep_bits: `ops.sparsity.mask_bits` of a mask M: M o (B A) replaces B A.
+        keeps_copy: Keep a copy of the output for the gradient of m, not the output: the caller may write into that.
     Returns: (..., out) in the dtype of the products.
     """
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
@@ -68,7 +76,7 @@ def adapted_linear(
     flat = x.reshape(-1, x.shape[-1])
     seed = draw_seed() if dropout > 0.0 else 0
     # Dropout scales the rest up by 1 / (1 - p): in s, where it costs nothing.
-    call = _Call(weight, bias, keep_bits, scaling / (1.0 - dropout), dropout, seed)
+    call = _Call(weight, bias, keep_bits, scaling / (1.0 - dropout), dropout, seed, keeps_copy)
     out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
         flat, lora_A, lora_B, magnitude, *(gain or (None, None)), call
     )
@@ -101,6 +109,7 @@ class _Call(NamedTuple):
     scaling: float
     dropout: float
     seed: int
+    keeps_copy: bool
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -128,9 +137,12 @@ class _AdaptedLinear(torch.autograd.Function):
                 out = update.product(dropped(x, call.dropout, call.seed))
             add_product_(out, x, call.weight, gain)
         read_again = out if magnitude is not None and magnitude.requires_grad else None
+        if read_again is not None and call.keeps_copy and call.bias is None:  # a bias makes another tensor
+            read_again = out.clone()
         # The backward pass does not read the magnitude, but saving it makes a change before that pass an error.
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, read_again)
         ctx.call = call
+        ctx.version = 0 if read_again is None else read_again._version
         return with_bias(out, call.bias, is_kept=read_again is not None)
 
     @staticmethod
@@ -139,6 +151,9 @@ class _AdaptedLinear(torch.autograd.Function):
         (dy,) = grads
         # Read once: under a checkpoint a second read is an error.
         x, lora_A, lora_B, _, gain, inverse_magnitude, low, out = ctx.saved_tensors
+        # What a checkpoint has recomputed comes back through a hook, and torch compares the versions only without one.
+        if out is not None and out._version > ctx.version:
+            raise RuntimeError(WRITTEN)
         call: _Call = ctx.call
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
         dx = da = db = dm = None

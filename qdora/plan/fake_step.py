@@ -25,6 +25,7 @@ from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.plain_linear import is_plain_linear
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.ops.planned_device import planned_on
 from qdora.ops.tiles import Weight
@@ -59,7 +60,7 @@ def fill_(
     """
     layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
     whole = wanted.kind == "none"
-    linear = {f"{name}.weight" for name, each in model.named_modules() if type(each) is nn.Linear} if whole else set()
+    linear = {f"{name}.weight" for name, each in model.named_modules() if is_plain_linear(each)} if whole else set()
     head: Any = model.get_output_embeddings()
     wide = wide_names(model, dtype)
 

@@ -31,6 +31,7 @@ from qdora.model.load import Quantization, block_list, layers_to_quantize, load_
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
+from qdora.model.written_outputs import keep_written_outputs_
 from qdora.ops.packed import empty_packed
 from qdora.ops.planned_device import planned_on
 from qdora.plan import plan_contents as parts
@@ -369,6 +370,7 @@ class _StepPlan:
                 self._put_adapters(model, kept)
                 for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
                     layer.add_gate()
+            keep_written_outputs_(model)
             live.reset_peak()
             parameters = adapter_parameters(model)
             if not parameters:

@@ -28,6 +28,7 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import put_adapters, start_adapters
 from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.load import load_config
+from qdora.model.written_outputs import keep_written_outputs_
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
@@ -147,6 +148,7 @@ def _adapt(model: PreTrainedModel, prepared: PreparedRun, checkpoint: Checkpoint
     put_adapters(model, prepared.recipe, None if checkpoint is None else checkpoint.path / "adapter")
     if checkpoint is None:
         start_adapters(model, prepared.recipe, prepared.source)
+    keep_written_outputs_(model)
 
 
 def _choose_packing(model: PreTrainedModel, prepared: PreparedRun, run: RunDirectory, processes: Processes) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.plain_linear import is_plain_linear
 from qdora.ops.loss import auto_chunk, chunked_nll, token_nll
 
 # Fields of transformers' configs. Cohere and Falcon-H1 multiply by their scale, Granite divides, and HyperCLOVA X
@@ -178,6 +179,6 @@ def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, 
 
 def _is_frozen_linear(head: nn.Module) -> bool:
     """Whether the head is h W^T + bias and nothing else, without trainable parameters."""
-    linear = isinstance(head, FrozenLinear) or type(head) is nn.Linear
+    linear = isinstance(head, FrozenLinear) or is_plain_linear(head)
     replaced = "forward" in vars(head)  # accelerate's offloading does that
     return linear and not replaced and not any(parameter.requires_grad for parameter in head.parameters())

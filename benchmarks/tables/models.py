@@ -1,0 +1,45 @@
+"""Tables of the families of models: which work, and how each was checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables.table import markdown, read
+
+FIGURES = ("evaluated", "merged", "nf4_lora", "gradients")
+
+
+def architectures() -> str:
+    """A row for each family: what its tiny model measured, or that it is refused; below, why."""
+    document = read("architectures")
+    rows, reasons = [], dict[str, list[str]]()
+    for name, row in document["families"].items():
+        cells = [_cell(row, key) for key in ("resumed", "answered", *FIGURES, "packing")]
+        adapted = f"{row['num_adapted']}" if "num_adapted" in row else "–"
+        rows.append([name, f"`{row['model_type']}`", adapted, *cells, f"{row['seconds']:.0f}"])
+        for text in dict.fromkeys([*row["refused"].values(), *row["failed"].values()]):
+            reasons.setdefault(text, []).append(name)
+    header = ["family", "model type", "adapted layers", "resumed", "answer", "NLL", "merged", "nf4-lora", "gradients"]
+    asked = ", ".join(f"{key.replace('_', '-')} {most:.0e}" for key, most in document["asked"].items())
+    notes = "".join(f"- {', '.join(names)}: {text}\n" for text, names in reasons.items())
+    return markdown([*header, "packing", "s"], rows) + f"\nThe most that is allowed: {asked}.\n\n{notes}"
+
+
+def models_short() -> str:
+    """Which families train with packed rows and leave in 4 bits, one line for each combination."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, row in read("architectures")["families"].items():
+        works = not row["failed"] and "merged" in row
+        forms = [("yes" if key in row else "no") if works else "not supported" for key in ("packing", "nf4_lora")]
+        groups.setdefault((forms[0], forms[1]), []).append(name)
+    rows = [[", ".join(names), *forms] for forms, names in groups.items()]
+    return markdown(["families", "`data.packing`", "`--format nf4-lora`"], rows)
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    if key in row["failed"]:
+        return "**fails**"
+    if key in row["refused"]:
+        return "refused"
+    value = row.get(key, "–")
+    return "yes" if value is True else f"{value:.0e}" if isinstance(value, float) else value

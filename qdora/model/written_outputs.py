@@ -1,0 +1,55 @@
+"""Models that write into the outputs of their linear layers (OLMo's clip_qkv, Falcon's sum of attention and MLP)."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qdora.model.inject import adapted_layers
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.evaluation_mode import evaluation_mode
+
+logger = logging.getLogger("qdora")
+
+_NUM_TOKENS = 4
+
+
+@torch.no_grad()
+def keep_written_outputs_(model: PreTrainedModel) -> list[str]:
+    """Let the adapted layers whose outputs the model changes in place keep a copy of them while they train.
+
+    The gradient of a magnitude is read from the output, so it would be that of the changed one. One forward pass of a
+    few tokens finds the layers, by torch's count of the changes of each tensor. Layers with a bias, which is added into
+    another tensor, and LoRA need no copy. Returns the paths of the layers.
+    """
+    layers = {
+        path: layer
+        for path, layer in adapted_layers(model).items()
+        if layer.magnitude is not None and layer.base.bias is None
+    }
+    if not layers:
+        return []
+    outputs: list[tuple[str, Tensor, int]] = []
+
+    def returned(path: str, _layer: AdaptedLinear, _inputs: Any, output: Tensor) -> None:
+        outputs.append((path, output, output._version))
+
+    hooks = [layer.register_forward_hook(partial(returned, path)) for path, layer in layers.items()]
+    try:
+        with evaluation_mode(model):
+            model(input_ids=torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    written = list(dict.fromkeys(path for path, output, version in outputs if output._version != version))
+    for path in written:
+        layers[path].keeps_copy = True
+    if written:
+        text = "%s writes into the outputs of %d adapted layers (e.g. %s): each keeps a copy for its magnitude."
+        logger.info(text, model.config.model_type, len(written), written[0])
+    return written

@@ -1,0 +1,38 @@
+"""Which modules are linear layers: nn.Linear, and subclasses that compute the same (Falcon's FalconLinear)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is an nn.Linear and computes x W^T + bias, so that a frozen layer can take its place.
+
+    Of subclasses only their code is judged, by a trial. bitsandbytes' layers, routers and layers with a state of their
+    own compute something else.
+    """
+    return isinstance(module, nn.Linear) and _computes_linear(type(module))
+
+
+@cache
+def _computes_linear(kind: type[nn.Linear]) -> bool:
+    if kind is nn.Linear:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(size, generator=generator) for size in ((3, 5), (3,), (2, 4, 5)))
+    # Its own constructor may want other arguments; a state that it would set is missing then, which is an answer, too.
+    trial = kind.__new__(kind)
+    try:
+        nn.Linear.__init__(trial, 5, 3, device="meta")
+        trial.weight, trial.bias = nn.Parameter(weight), nn.Parameter(bias)
+        out = trial(x)
+        trial.bias = None
+        without = trial(x)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    expected = x @ weight.T
+    results = ((out, expected + bias), (without, expected))
+    return all(isinstance(found, torch.Tensor) and torch.allclose(found, right) for found, right in results)

@@ -1,0 +1,111 @@
+"""Models that write into the outputs of adapted layers: the gradient of the magnitude is still the true one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import FalconConfig, FalconForCausalLM, OlmoConfig, OlmoForCausalLM
+
+from qdora.model.inject import adapted_layers, inject
+from qdora.model.written_outputs import keep_written_outputs_
+from tests import tiny
+
+IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
+HEADS = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def olmo() -> Any:
+    """clip_qkv is applied in place, and most values are beyond it."""
+    config = OlmoConfig(**HEADS, intermediate_size=48, clip_qkv=0.05, max_position_embeddings=32, pad_token_id=0)
+    return OlmoForCausalLM(config)
+
+
+def falcon() -> Any:
+    """The output of the attention is added into that of the MLP."""
+    return FalconForCausalLM(FalconConfig(**HEADS, multi_query=True, parallel_attn=True, alibi=False))
+
+
+WRITTEN = {
+    "olmo": (olmo, {"q_proj", "k_proj", "v_proj"}),
+    "falcon": (falcon, {"dense_4h_to_h"}),
+    "llama": (tiny.llama, set()),
+}
+
+
+def adapted(make: Any, kind: Any = "dora") -> Any:
+    torch.manual_seed(0)
+    model = make().eval()
+    inject(model, kind=kind, rank=2, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    tiny.move_all_parameters_(model)
+    return model
+
+
+class Plain(nn.Module):
+    """W' = m (W + s B A) / ||W + s B A||, the norm held constant."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.weight, self.scaling = layer.base.dequantized().double(), layer.scaling
+        values = {name: getattr(layer, name).detach().double() for name in ("lora_A", "lora_B", "magnitude")}
+        self.parts = nn.ParameterDict(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.weight + self.scaling * self.parts["lora_B"] @ self.parts["lora_A"]
+        gain = self.parts["magnitude"] / total.detach().square().sum(dim=1).sqrt()
+        return x @ (gain.unsqueeze(1) * total).T
+
+
+def loss_of(model: Any) -> Tensor:
+    logits = model(input_ids=IDS, use_cache=False).logits[0].double()
+    return nn.functional.cross_entropy(logits[:-1], IDS[0, 1:])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["olmo", "falcon"])
+def test_gradients_are_those_of_the_plain_formula(name: str, checkpointing: bool) -> None:
+    model = adapted(WRITTEN[name][0])
+    reference = copy.deepcopy(model).double()
+    for path, layer in adapted_layers(model).items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(reference.get_submodule(parent), leaf, Plain(layer))
+    loss_of(reference).backward()  # type: ignore[no-untyped-call]
+
+    keep_written_outputs_(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    loss_of(model).backward()  # type: ignore[no-untyped-call]
+    for path, layer in adapted_layers(model).items():
+        for part, parameter in layer.named_parameters():
+            expected = reference.get_submodule(path).parts[part].grad
+            assert float(expected.abs().max()) > 0
+            error = float((parameter.grad.double() - expected).abs().max() / expected.abs().max())
+            assert error < 1e-4, (path, part, error)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_only_the_written_layers_keep_a_copy(name: str) -> None:
+    make, leaves = WRITTEN[name]
+    model = adapted(make)
+    written = keep_written_outputs_(model)
+    assert {path.rpartition(".")[2] for path in written} == leaves
+    assert len(written) == 2 * len(leaves)
+    assert {path for path, layer in adapted_layers(model).items() if layer.keeps_copy} == set(written)
+
+
+def test_lora_needs_no_copy() -> None:
+    assert keep_written_outputs_(adapted(olmo, "lora")) == []
+
+
+@pytest.mark.parametrize(("checkpointing", "said"), [(False, "inplace operation"), (True, "keep_written_outputs_")])
+def test_a_changed_output_is_an_error_and_never_a_wrong_gradient(checkpointing: bool, said: str) -> None:
+    model = adapted(olmo)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with pytest.raises(RuntimeError, match=said):
+        loss_of(model).backward()  # type: ignore[no-untyped-call]
