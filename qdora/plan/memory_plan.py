@@ -31,6 +31,7 @@ from qdora.model.load import Quantization, block_list, layers_to_quantize, load_
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
+from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
 from qdora.ops.packed import empty_packed
 from qdora.ops.planned_device import planned_on
 from qdora.plan import plan_contents as parts
@@ -44,7 +45,7 @@ from qdora.plan.step_time import Work, known_rates, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName
+from qdora.train.optimizer import AdapterOptimizer, OptimizerName, is_matrix
 
 logger = logging.getLogger("qdora")
 
@@ -306,8 +307,13 @@ class _StepPlan:
                 model.requires_grad_(True)
             if recipe.memory.checkpointing:
                 recompute_activations(model)
+            # How many rows are spare is not known without the tokenizer: as if none were.
+            size = model.config.get_text_config().vocab_size
+            new_tokens = range(size, size + len(recipe.model.add_tokens))
+            with live.label(parts.DENSE):
+                extend_vocabulary(model, new_tokens)
             with live.label(parts.ADAPTERS):
-                self._put_adapters(model, kept)
+                self._put_adapters(model, kept, new_tokens)
                 for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
                     layer.add_gate()
             live.reset_peak()
@@ -327,10 +333,10 @@ class _StepPlan:
         shapes = {path: (tuple(each.shape), each.dtype) for path, each in parameters.items()}
         return recorder.moments, shapes
 
-    def _put_adapters(self, model: Any, kept: list[int] | None) -> None:
+    def _put_adapters(self, model: Any, kept: list[int] | None, new_tokens: Sequence[int]) -> None:
         """Put adapters in as a run does, but do not read the values of the adapter that it resumes from."""
         if self.adapter is None:
-            put_adapters(model, self.recipe)
+            put_adapters(model, self.recipe, new_tokens=new_tokens)
             return
         found = block_list(model)
         ranks = ranks_of_adapter(self.adapter, model, None if found is None else found[0], kept)
@@ -344,6 +350,8 @@ class _StepPlan:
             rank_pattern=ranks,
             dtype=DTYPES[settings.dtype],
         )
+        if settings.also_train:
+            train_embeddings(model, settings.also_train, None if settings.also_train_rows == "all" else new_tokens)
 
 
 @dataclass(frozen=True)
@@ -426,7 +434,7 @@ def _changed(moment: Moment, sizes: Mapping[str, int]) -> Moment:
 
 def pageable_bytes(shapes: _Shapes, name: OptimizerName) -> int:
     """Bytes of optimizer states that the driver can move to the host: those of large matrices."""
-    sizes = [torch.Size(shape).numel() for shape, _ in shapes.values() if len(shape) >= 2]
+    sizes = [torch.Size(shape).numel() for key, (shape, _) in shapes.items() if is_matrix(key, shape)]
     return sum(size for size in sizes if size >= _PAGED_ELEMENTS) * _PAGED_STATE_BYTES.get(name, 0)
 
 

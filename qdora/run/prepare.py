@@ -30,10 +30,11 @@ from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.shown_examples import keep_examples
+from qdora.data.tokenize import TokenizedSet
 from qdora.errors import UserError
 from qdora.evaluation.generation import generation_faults
 from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
-from qdora.model.build_model import Compute, choose_compute, find_model, find_source
+from qdora.model.build_model import Compute, choose_compute, find_model, find_source, token_ids
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
 from qdora.plan.memory_plan import within_budget
@@ -140,12 +141,33 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
         processes.first(lambda: keep_examples(run, prepared.loader.tokenised, prepared.tokenizer))
     for text in mix_warnings(mix) if processes.is_first else ():
         logger.warning(text)
+    unseen = unseen_tokens(prepared)
+    if unseen and processes.is_first:
+        shown = ", ".join(map(repr, unseen))
+        logger.warning(
+            "model.add_tokens: the training data does not have %s, so the model learns nothing of it.", shown
+        )
     name = prepared.recipe.train.optimizer
     if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):
         logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)
     if memory is not None:
         show_plan(console, memory)
         processes.first(lambda: keep_plan(run, memory))
+
+
+def unseen_tokens(prepared: PreparedRun) -> list[str]:
+    """The new tokens that no training example has; none where a source is streamed."""
+    tokens = prepared.recipe.model.add_tokens
+    names = dict(zip(token_ids(prepared.recipe, prepared.tokenizer), tokens, strict=True))
+    sets = prepared.loader.tokenised
+    if not names or prepared.loader.streams:
+        return []
+    missing, first = set(names), min(names)
+    for example in (example for part in sets if isinstance(part, TokenizedSet) for example in part.examples):
+        missing.difference_update(example.input_ids[example.input_ids >= first].tolist())
+        if not missing:
+            break
+    return [names[id] for id in sorted(missing)]
 
 
 def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:

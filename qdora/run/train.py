@@ -24,7 +24,8 @@ from qdora.files.run_directory import (
     resume_run,
 )
 from qdora.memory.allocator import keep_freed_memory
-from qdora.model.build_model import put_adapters, start_adapters
+from qdora.model.build_model import put_adapters, start_adapters, token_ids
+from qdora.model.trained_embeddings import extend_vocabulary
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
@@ -134,8 +135,12 @@ def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | 
 
 
 def _adapt(model: PreTrainedModel, prepared: PreparedRun, checkpoint: Checkpoint | None) -> None:
-    """Put the adapters on the base: fresh ones, or those of the checkpoint."""
-    put_adapters(model, prepared.recipe, None if checkpoint is None else checkpoint.path / "adapter")
+    """Give new tokens their rows, and put the adapters on the base: fresh ones, or those of the checkpoint."""
+    new_tokens = token_ids(prepared.recipe, prepared.tokenizer)
+    extend_vocabulary(model, new_tokens)
+    put_adapters(
+        model, prepared.recipe, None if checkpoint is None else checkpoint.path / "adapter", new_tokens=new_tokens
+    )
     if checkpoint is None:
         start_adapters(model, prepared.recipe, prepared.source)
     if prepared.recipe.data.packing:
