@@ -18,7 +18,6 @@ from qdora.model.build_model import choose_compute, find_model, token_ids
 from qdora.model.trained_embeddings import extend_vocabulary, trained_matrices
 from qdora.plan import plan_contents as parts
 from qdora.plan.memory_plan import plan
-from qdora.plan.plan_contents import Plan
 from qdora.recipe.settings import Recipe
 from qdora.run.generate import Sampling, generate_from
 from qdora.run.load_base import load_base
@@ -205,7 +204,7 @@ def test_a_plan_counts_rows_and_whole_matrices() -> None:
         """Bytes of a component in the update that whole matrices take beyond those of new rows."""
         return whole.moments[-1].by_component[part] - rows.moments[-1].by_component[part]
 
-    num_new, num_whole, num_adapters = 2 * 2 * 64, 2 * 514 * 64, 4 * 1088 + 512
+    num_new, num_whole, num_adapters = 2 * 2 * 64, 2 * 514 * 64, 4 * 1024 + 512
     assert (rows.num_trainable, whole.num_trainable) == (num_adapters + num_new, num_adapters + num_whole)
     assert abs(rows.moments[-1].by_component[parts.DENSE] - 2 * (num_whole + 3 * 64)) <= 2 * 4 * 16  # and rotary tables
     assert more(parts.DENSE) == 0

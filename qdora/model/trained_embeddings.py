@@ -136,7 +136,7 @@ def train_embeddings(model: PreTrainedModel, names: Sequence[str], ids: Sequence
         missing = HEAD if EMBEDDING in names else EMBEDDING
         raise UserError(
             f"adapter.also_train: {missing} of {_name(model)} has rows of its own for the new tokens, which "
-            f"would stay at their start. Fix: [{EMBEDDING}, {HEAD}]."
+            f"would stay at their start. Fix: set it to [{EMBEDDING}, {HEAD}]."
         )
     if faults := trainable_faults(model, paths):
         raise UserError(*faults)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
-from qdora.model.trained_embeddings import trained_parameters
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.plan import plan_contents as parts
@@ -67,7 +66,7 @@ def held_bytes(model: nn.Module, optimizer: AdapterOptimizer) -> dict[str, int]:
         return total
 
     found = dict.fromkeys((parts.BASE, parts.SCALES, parts.MASKS, parts.DENSE, parts.ADAPTERS), 0)
-    whole = {name for name in trained_parameters(model) if not name.endswith(".rows")}  # dense weights, as in a plan
+    whole = {name for name in optimizer.undecayed if not name.endswith(".rows")}  # dense weights, as in a plan
     found[parts.ADAPTERS] += num_bytes(*(each for name, each in optimizer.parameters.items() if name not in whole))
     for module in model.modules():
         if isinstance(module, FrozenLinear):

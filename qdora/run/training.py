@@ -69,7 +69,7 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
         name=settings.optimizer,
         lr=settings.lr,
         lr_ratios={part: ratio for part, ratio in ratios.items() if ratio is not None},
-        undecayed=trained_parameters(active.model),
+        undecayed=() if recipe.adapter.kind == "full" else trained_parameters(active.model),
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
