@@ -285,3 +285,15 @@ def soft_capped_attention(
                 out[b, t, h] = (weights / weights.sum()) @ v[b, : t + 1, own]
     result: Array = out.reshape(batch, length, -1) @ w_o.T
     return result
+
+
+def bag_of_tokens(ids: NDArray[np.int64], embedding: Array, head: Array, dz: Array) -> tuple[Array, Array, Array]:
+    """Logits z_t = V e(x_t) of each token, and the gradients of sum(z * dz) in the embedding E and the head V."""
+    logits, of_embedding, of_head = np.zeros_like(dz), np.zeros_like(embedding), np.zeros_like(head)
+    for t, token in enumerate(ids):
+        for word in range(len(head)):
+            for k in range(head.shape[1]):
+                logits[t, word] += head[word, k] * embedding[token, k]
+                of_embedding[token, k] += dz[t, word] * head[word, k]
+                of_head[word, k] += dz[t, word] * embedding[token, k]
+    return logits, of_embedding, of_head

@@ -260,7 +260,7 @@ def directory(tmp_path: Path) -> Path:
         ("bias", "lora_only"),
         ("fan_in_fan_out", True),
         ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", [1, 1]),
         ("layer_replication", [[0, 2]]),
         ("lora_bias", True),
         ("megatron_config", {"tp": 2}),

@@ -207,9 +207,9 @@ lr: 1e-4
 trackers: [wandbb]
 """
     ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, same_scaling, gates"
-    ranks += ", dtype, mask, resume_from"
+    ranks += ", dtype, mask, also_train, also_train_rows, resume_from"
     names = ", ".join(TASKS)
-    models = "source, revision, tokenizer, trust_remote_code, attention, dtype"
+    models = "source, revision, tokenizer, add_tokens, trust_remote_code, attention, dtype"
     keys = (
         "task, source, path, format, columns, template, split, validation, weight, loss_weight, limit, max_epochs, "
         "stream, size, shuffle_window, name, revision, config, data_files"

@@ -371,3 +371,23 @@ def test_learning_rates_by_hand() -> None:
     assert rates(4, lr=1.0, schedule="linear", warmup=0, lr_end=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4])
     cosine = [1.0, 1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5)]
     assert rates(5, lr=1.0, schedule="cosine", warmup=1, lr_end=0.2) == pytest.approx(cosine)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_embeddings_do_not_decay_and_trained_rows_have_float32_states(name: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embed.rows": (8, 1024), "head.weight": (64, 128), "up.lora_A": (64, 128)}
+    params = {key: nn.Parameter(torch.randn(shape, generator=generator)) for key, shape in shapes.items()}
+    start = {key: p.detach().clone() for key, p in params.items()}
+    optimizer = AdapterOptimizer(params, name=name, weight_decay=0.5, undecayed=["embed.rows", "head.weight"])
+    for p in params.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(1e-2)
+    assert torch.equal(params["embed.rows"], start["embed.rows"])
+    assert torch.equal(params["head.weight"], start["head.weight"])
+    torch.testing.assert_close(params["up.lora_A"].detach(), start["up.lora_A"] * (1 - 1e-2 * 0.5))
+    states = {key: each.dtype for key, each in optimizer.state_tensors().items() if "embed.rows" in key}
+    assert len(states) >= 1
+    assert torch.uint8 not in states.values()
+    coarse = [each.dtype for key, each in optimizer.state_tensors().items() if "head.weight" in key]
+    assert (torch.uint8 in coarse) == ("8bit" in name)

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.host_embedding import HostEmbedding
+from qdora.nn.trained_rows import RowEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ def input_device(model: nn.Module) -> torch.device:
     find_embeddings: Any = getattr(_unwrapped(model), "get_input_embeddings", None)
     if find_embeddings is not None:
         embedding = find_embeddings()
-        return embedding.device if isinstance(embedding, HostEmbedding) else torch.device(embedding.weight.device)
+        knows = isinstance(embedding, HostEmbedding | RowEmbedding)
+        return embedding.device if knows else torch.device(embedding.weight.device)
     return next(model.parameters()).device
 
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -29,6 +30,7 @@ from qdora.model.language_part import carried, processor_files
 from qdora.model.stored_tensors import INDEX_FILE, shorten
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.trained_rows import RowEmbedding, RowHead, merged_rows
 
 MAX_SHARD_BYTES = 5 * 2**30
 _DONE_FILE = ".done.json"
@@ -116,12 +118,16 @@ def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, So
     adapted: set[str] = set()
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
+        if path in adapted:
+            continue
+        if isinstance(module, RowEmbedding | RowHead):
+            adapted.add(f"{path}.base")
+            weight: Any = module.base.weight
+            yield f"{dot}weight", Source(weight.detach().to("meta"), partial(merged_rows, module), weight.detach())
+            continue
         if isinstance(module, AdaptedLinear):
             adapted.add(f"{path}.base")
-        elif isinstance(module, FrozenLinear):
-            if path in adapted:
-                continue
-        else:
+        elif not isinstance(module, FrozenLinear):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     yield f"{dot}{name}", held(parameter.detach())

@@ -195,6 +195,8 @@ def _export_adapter(
         raise UserError("--format peft: PEFT cannot mask B A (adapter.mask: keep). Fix: use --format merged.")
     check_servable(trained.model)
     write_adapter(trained.model, recipe, out, shipped=True)
+    if recipe.model.add_tokens:
+        trained.tokenizer.save_pretrained(str(out))
     for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
         (out / name).write_text(text, encoding="utf-8")
     return trained, {}, None

@@ -44,7 +44,7 @@ from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.adapter_file import StoredLayer, read_adapter
 from qdora.model.bnb_checkpoint import load_faults, quantization_config, stored_kind
-from qdora.model.build_model import choose_compute, find_model
+from qdora.model.build_model import choose_compute, find_model, token_ids
 from qdora.model.inject import adapted_layers
 from qdora.model.language_part import carried, linear_not_loaded
 from qdora.model.load import (
@@ -59,7 +59,9 @@ from qdora.model.load import (
 )
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
+from qdora.model.trained_embeddings import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
 from qdora.nn.plain_linear import is_plain_linear
+from qdora.nn.trained_rows import with_rows
 from qdora.ops.bnb_state import STATE_NAME, to_bnb_state
 from qdora.ops.dora import merged_weight
 from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
@@ -159,6 +161,7 @@ def merge_of(
         choose_compute(recipe.model.dtype).dtype,
         base="original" if options.base == "original" else "dequantized",
         requantize=options.requantize,
+        new_tokens=token_ids(recipe, tokenizer),
     )
     return merge, tokenizer
 
@@ -171,6 +174,7 @@ class StreamedMerge:
         quant, compute_dtype: How training held the base, and what is not quantised.
         base: The weights on which the adapter is merged.
         requantize: Write the layers that were quantised as nf4 or fp4 again.
+        new_tokens: Ids of the new tokens, whose rows are in the adapter.
     """
 
     source: ModelSource
@@ -179,6 +183,7 @@ class StreamedMerge:
     compute_dtype: torch.dtype
     base: MergeBase = "dequantized"
     requantize: bool = False
+    new_tokens: tuple[int, ...] = ()
 
     def resume_key(self, plan: CheckpointPlan, dtype: torch.dtype, max_shard_bytes: int) -> str:
         """A digest of everything that the bytes of the export follow from; the base's files count by size and time."""
@@ -238,12 +243,17 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
         faults = load_faults(classes, "--requantize")
         if faults:
             raise UserError(*faults)
-    adapter = {} if merge.adapter is None else read_adapter(model, merge.adapter)[1]
+    extend_vocabulary(model, merge.new_tokens)
+    adapter: dict[str, StoredLayer] = {}
+    matrices: dict[str, TrainedMatrix] = {}
+    if merge.adapter is not None:
+        _, adapter, matrices = read_adapter(model, merge.adapter)
     if not merge.source.is_gguf and (merge.source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(merge.source.path))
     model.config._name_or_path = merge.source.name
     wide = wide_names(model, merge.compute_dtype)
-    return OpenedMerge(merge, model, stored=stored, adapter=adapter, linear=linear, quantized=layers, wide=wide)
+    given: dict[str, Any] = {"adapter": adapter, "matrices": matrices, "linear": linear}
+    return OpenedMerge(merge, model, stored=stored, quantized=layers, wide=wide, **given)
 
 
 @dataclass(frozen=True)
@@ -254,6 +264,7 @@ class OpenedMerge:
     model: PreTrainedModel
     stored: Mapping[str, Stored]  # name in the model -> place in the files of the base
     adapter: Mapping[str, StoredLayer]  # path of a layer -> its adapter
+    matrices: Mapping[str, TrainedMatrix]  # path of an embedding or a head -> its trained rows; a tied head has none
     linear: Sequence[str]  # paths of all linear layers
     quantized: set[str]  # paths of those that training quantised from dense weights
     wide: Sequence[str]  # names of the tensors that stay in float32
@@ -277,9 +288,9 @@ class OpenedMerge:
 
     def num_parameters(self) -> int:
         """Parameters of the merged model, quantised or not."""
-        items = [self.item(name) or tensor for name, tensor in self.model.state_dict().items()]
-        loaded = [item for item in items if not isinstance(item, Tensor) or not item.is_meta]
-        return sum(torch.Size(item.shape).numel() for item in (*loaded, *carried(self.model).values()))
+        tensors = self.model.state_dict().items()
+        own = sum(each.numel() for name, each in tensors if self.item(name) is not None or not each.is_meta)
+        return own + sum(torch.Size(item.shape).numel() for item in carried(self.model).values())
 
     def item(self, name: str) -> Stored | None:
         """Where a tensor is stored; None for a copy that stays tied, and for what no checkpoint holds."""
@@ -296,12 +307,18 @@ class OpenedMerge:
     def _sources(self) -> dict[str, Source]:
         """Name in the model -> tensor of the output, in model order."""
         sources: dict[str, Source] = {}
+        trained = dict(self.matrices)
+        if is_tied(self.model) and trained:  # the files may hold the shared matrix under either name
+            trained = dict.fromkeys(embedding_paths(self.model), next(iter(trained.values())))
         for name, tensor in self.model.state_dict().items():
             path = name.rpartition(".")[0]
             item = self.item(name)
             if item is None:
                 if not tensor.is_meta:
                     sources[name] = held(tensor)
+            elif path in trained and name == f"{path}.weight":
+                shaped = torch.empty(tensor.shape, dtype=torch.float32, device="meta")
+                sources[name] = Source(shaped, partial(self._trained, name, item, trained[path]))
             elif not self._is_changed(name):
                 sources[name] = Source(tensor.to("meta"), partial(self._dense, name, item))
             elif self.merge.requantize and path in self.packed_paths:
@@ -317,6 +334,14 @@ class OpenedMerge:
         if self.merge.base == "original" or not value.is_floating_point():
             return value
         return value.to(torch.float32 if is_wide(name, self.wide) else self.merge.compute_dtype)
+
+    def _trained(self, name: str, item: Stored, matrix: TrainedMatrix) -> Tensor:
+        """A trained embedding or head."""
+        if matrix.ids is None:
+            return matrix.values
+        weight = self._dense(name, item)
+        missing = max(0, max(matrix.ids) + 1 - len(weight))
+        return with_rows(torch.cat([weight, weight.new_zeros(missing, weight.shape[1])]), matrix.ids, matrix.values)
 
     def _base(self, path: str, item: Stored) -> Tensor:
         value = item.read()

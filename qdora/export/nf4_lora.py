@@ -34,6 +34,7 @@ from qdora.model.peft_config import adapter_config
 from qdora.model.stored_tensors import shorten
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.trained_rows import RowHead
 from qdora.ops import blockwise, codebooks
 from qdora.ops.bnb_state import to_bnb_state
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
@@ -200,10 +201,10 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _dense_layers(model: nn.Module) -> list[str]:
     """Paths of the linear layers that stay dense."""
     packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.packed_weight}
-    inside = tuple(f"{path}." for path in adapted_layers(model))
-    linear = [
-        path for path, each in model.named_modules() if isinstance(each, nn.Linear | FrozenLinear | AdaptedLinear)
-    ]
+    heads = [path for path, each in model.named_modules() if isinstance(each, RowHead)]
+    inside = tuple(f"{path}." for path in [*adapted_layers(model), *heads])
+    kinds = nn.Linear | FrozenLinear | AdaptedLinear | RowHead
+    linear = [path for path, each in model.named_modules() if isinstance(each, kinds)]
     dense = [path for path in linear if path not in packed and not path.startswith(inside)]
     return dense + linear_not_loaded(model)
 

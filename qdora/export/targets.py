@@ -88,6 +88,11 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
     target = TARGETS[name]
     adapter: Loadable = "lora" if recipe.adapter.kind == "lora" else "dora"
     offered = {"original": "merged", "peft": adapter}.get(form, form)
+    if form == "peft" and recipe.adapter.also_train:
+        raise UserError(
+            f"--for {name}: no server loads an adapter that holds embeddings (adapter.also_train). Fix: use "
+            "--format merged."
+        )
     if offered in target.loads:
         return
     # The export itself checks the rest.

@@ -13,6 +13,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from qdora.model.language_part import auto_class
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.model.stored_tensors import Stored, open_safetensors, rename_to_model, shard_files
+from qdora.model.trained_embeddings import embedding_paths, is_tied, trained_matrices
 from qdora.ops.packed import PackedWeight, dequantize
 from qdora.run.load_run import ADAPTER_DIRECTORY
 
@@ -64,13 +66,9 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
         total = compare_logits(model, merged, text.sequences)
         stored = stored_dtype(directory)
         files = rename_to_model(open_safetensors(directory), merged)
-
-        def weight(path: str) -> Tensor | None:
-            tensor = files[f"{path}.weight"].read() if f"{path}.weight" in files else None
-            assert not isinstance(tensor, PackedWeight)  # it would have failed to reload
-            return tensor
-
+        weight = partial(_dense_weight, files)
         weights = compare_weights(model, weight, stored)
+        faults += embedding_faults(model, weight, stored)
         del merged
     faults += _weight_faults(weights, "merged") + tokenizer_faults(text, directory)
     return verdict(total, faults, stored, model.dtype) | {"num_texts": len(text.sequences), "weights": weights}
@@ -82,6 +80,8 @@ def verify_requantized(model: PreTrainedModel, directory: Path, text: Comparison
     Passed means only: every tensor found its place, the tokenizer gives the same ids, all logits are finite.
     """
     exported, faults = load_with_bnb(directory, model)
+    files = rename_to_model(gather_packed(open_safetensors(directory)), model)
+    faults += embedding_faults(model, partial(_dense_weight, files), stored_dtype(directory))
     total = compare_logits(model, exported, text.sequences)
     faults += tokenizer_faults(text, directory)
     return verdict(total, faults, torch.float32, model.dtype, lossy=True) | {"num_texts": len(text.sequences)}
@@ -103,6 +103,8 @@ def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonTex
     total = compare_logits(model, exported, text.sequences)
     del exported
     weights = compare_weights(model, nf4_lora_weights(directory, model), torch.float32)
+    files = rename_to_model(gather_packed(open_safetensors(directory)), model)
+    faults += embedding_faults(model, partial(_dense_weight, files), stored_dtype(directory))
     faults += _weight_faults(weights, "exported") + tokenizer_faults(text, directory)
     stored = stored_dtype(directory)  # of embeddings, norms and head, which lose nothing in the model's own dtype
     found = verdict(total, faults, torch.float32 if stored == model.dtype else stored, model.dtype)
@@ -147,6 +149,38 @@ def compare_weights(
             worst, worst_layer = error, path
         num_rows += len(expected)
     return {"num_layers": len(layers), "num_rows": num_rows, "max_error": worst, "worst_layer": worst_layer}
+
+
+def _dense_weight(files: Mapping[str, Stored], path: str) -> Tensor | None:
+    """The weight of a module in an export, or None if it is missing."""
+    tensor = files[f"{path}.weight"].read() if f"{path}.weight" in files else None
+    assert not isinstance(tensor, PackedWeight)  # it would have failed to reload
+    return tensor
+
+
+@torch.no_grad()
+def embedding_faults(
+    model: PreTrainedModel, exported: Callable[[str], Tensor | None], stored: torch.dtype
+) -> list[str]:
+    """How trained embeddings and heads in the files differ from those of the model, rounded to `stored`.
+
+    All trained rows are compared, and the number of rows; of a tied pair the files may hold either name.
+    """
+    faults = []
+    for path, matrix in trained_matrices(model).items():
+        found = exported(path)
+        if found is None and is_tied(model):
+            found = next((each for other in embedding_paths(model) if (each := exported(other)) is not None), None)
+        module = model.get_submodule(path)
+        size = len(module.weight if matrix.ids is None else module.base.weight)  # type: ignore[arg-type,union-attr]
+        if found is None or len(found) != size:
+            rows = "none" if found is None else f"{len(found)} rows"
+            faults.append(f"{path}: its matrix of {size} rows is not in the files ({rows})")
+            continue
+        rows_found = found if matrix.ids is None else found[list(matrix.ids)]
+        if not torch.equal(rows_found, matrix.values.detach().cpu().to(rows_found.dtype)):
+            faults.append(f"{path}: its trained rows are not those of the run, rounded to {stored}")
+    return faults
 
 
 def _weight_faults(weights: Mapping[str, Any], what: str) -> list[str]:
@@ -290,6 +324,8 @@ def tokenizer_faults(text: ComparisonText, directory: Path) -> list[str]:
         return [f"the tokenizer does not reload: {error}"]
     if any(reloaded(each)["input_ids"] != text.tokenizer(each)["input_ids"] for each in text.texts):
         return ["the reloaded tokenizer gives other ids"]
+    if reloaded.get_added_vocab() != text.tokenizer.get_added_vocab():
+        return ["the reloaded tokenizer has other added tokens"]
     if reloaded.chat_template != text.tokenizer.chat_template:
         return ["the reloaded tokenizer has another chat template"]
     return []

@@ -1,7 +1,8 @@
 """Adapters on disk: PEFT's format, which `peft.PeftModel.from_pretrained` loads, plus `qdora.json`.
 
     adapter_model.safetensors    base_model.model.<path>.lora_A.weight (rank, in), .lora_B.weight (out, rank) as stored;
-                                 .lora_magnitude_vector (out,) float32
+                                 .lora_magnitude_vector (out,) float32; of trained embeddings and heads
+                                 <path>.weight, or <path>.token_adapter.trainable_tokens_delta (rows, features)
     adapter_config.json          PEFT's settings
     qdora.json                   facts without a PEFT field: exact scaling per layer, the base's quantisation
 
@@ -11,7 +12,7 @@ The tensor names are those that PEFT writes: a magnitude's name does not end in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ from qdora.files.tensor_file import write_tensors
 from qdora.model.inject import adapted_layers, as_frozen, check_masks, is_linear, put_layers
 from qdora.model.language_part import all_paths
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
+from qdora.model.trained_embeddings import (
+    TrainedMatrix,
+    embedding_paths,
+    is_tied,
+    put_trained,
+    trainable_faults,
+    trained_matrices,
+)
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 
@@ -81,7 +90,17 @@ def save_adapter(
         raise UserError(f"{directory}: exists and is not a directory.")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
         raise UserError(f"{directory}: is not empty and holds no adapter ({CONFIG_FILE}). Fix: name a new directory.")
-    config = adapter_config(layers, all_paths(model), base_name_or_path=base_name_or_path, revision=revision)
+    matrices = trained_matrices(model)
+    saved = [path for path, matrix in matrices.items() if matrix.ids is None]
+    config = adapter_config(
+        layers,
+        all_paths(model),
+        base_name_or_path=base_name_or_path,
+        revision=revision,
+        saved=saved,
+        token_rows={path: matrix.ids for path, matrix in matrices.items() if matrix.ids is not None},
+        ties=bool(saved) and is_tied(model),
+    )
     record = {
         "format": FORMAT,
         "qdora_version": __version__,
@@ -93,7 +112,8 @@ def save_adapter(
         },
         "extra": extra or {},
     }
-    tensors = {}
+    tensors = {_matrix_name(path, matrix.ids): matrix.values.detach() for path, matrix in matrices.items()}
+    tensors |= {copy: tensors[name] for name, copy in _tied_copies(model, saved).items()}
     for path, layer in layers.items():
         a_name, b_name, m_name = _names(path)
         tensors[a_name], tensors[b_name] = layer.lora_A.detach(), layer.stored_B()
@@ -157,7 +177,7 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     """
     if adapted_layers(model):
         raise ValueError("the model already carries adapters; load_adapter needs the bare base.")
-    layout, stored = read_adapter(model, directory)
+    layout, stored, matrices = read_adapter(model, directory)
     adapted = {}
     for path, found in stored.items():
         layer = AdaptedLinear(
@@ -178,6 +198,8 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
                 layer.magnitude.copy_(found.magnitude)
         adapted[path] = layer
     put_layers(model, adapted)
+    if matrices:
+        put_trained(model, matrices)
     return adapted
 
 
@@ -191,8 +213,12 @@ class StoredLayer:
     scaling: float
 
 
-def read_adapter(model: nn.Module, directory: Path) -> tuple[AdapterLayout, dict[str, StoredLayer]]:
-    """The settings, and path -> tensors in model order, of the adapter of `directory`. Raises as `load_adapter`.
+def read_adapter(
+    model: nn.Module, directory: Path
+) -> tuple[AdapterLayout, dict[str, StoredLayer], dict[str, TrainedMatrix]]:
+    """The adapter of `directory`: its settings, path -> tensors in model order, path -> trained embedding or head.
+
+    Raises as `load_adapter`. A tied head is not listed.
 
     Only names and shapes of `model` are used; it may be on "meta".
     """
@@ -200,7 +226,19 @@ def read_adapter(model: nn.Module, directory: Path) -> tuple[AdapterLayout, dict
     layout = described.layout
     linear, faults = _selected(model, layout, str(directory / CONFIG_FILE))
     expected, layer_faults = _expected_shapes(linear, described, directory)
+    trained, matrix_faults = _trained_shapes(model, layout, str(directory / CONFIG_FILE))
+    layer_faults += matrix_faults
+    both = set(linear) & set(embedding_paths(model)) if trained else set()
+    layer_faults += [f"{directory / CONFIG_FILE}: target_modules: {path} is trained whole or in rows." for path in both]
+    expected |= {_matrix_name(path, ids): shape for path, (ids, shape) in trained.items()}
+    whole = [path for path, (ids, _) in trained.items() if ids is None]
+    expected |= {copy: expected[name] for name, copy in _tied_copies(model, whole).items()}
     tensors, tensor_faults = _read_tensors(directory / WEIGHTS_FILE, expected)
+    tensor_faults += [
+        f"{directory / WEIGHTS_FILE}: {copy} differs from {name}, to which it is tied."
+        for name, copy in _tied_copies(model, whole).items()
+        if not tensor_faults and not torch.equal(tensors[name], tensors[copy])
+    ]
     if faults or layer_faults or tensor_faults:
         raise UserError(*faults, *layer_faults, *tensor_faults)
     if layout.masked:
@@ -209,12 +247,30 @@ def read_adapter(model: nn.Module, directory: Path) -> tuple[AdapterLayout, dict
     for path in linear:
         a_name, b_name, m_name = _names(path)
         found[path] = StoredLayer(tensors[a_name], tensors[b_name], tensors.get(m_name), layout.scaling_of(path))
-    return layout, found
+    matrices = {}
+    for path, (ids, _) in trained.items():
+        values = tensors[_matrix_name(path, ids)]
+        if ids is not None:
+            order = sorted(range(len(ids)), key=ids.__getitem__)
+            values, ids = values[order], tuple(ids[index] for index in order)
+        matrices[path] = TrainedMatrix(values, ids)
+    return layout, found, matrices
 
 
 def factor_names(path: str) -> tuple[str, str]:
     """Names in the file of a layer's lora_A and lora_B."""
     return f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
+
+
+def _matrix_name(path: str, ids: Sequence[int] | None) -> str:
+    return f"{_PREFIX}{path}.{'weight' if ids is None else 'token_adapter.trainable_tokens_delta'}"
+
+
+def _tied_copies(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """Name of a whole embedding -> name of its copy as the head, without which PEFT does not load a tied pair."""
+    if not paths or not is_tied(model):
+        return {}
+    return {_matrix_name(path, None): _matrix_name(embedding_paths(model)[1], None) for path in paths}
 
 
 def _names(path: str) -> tuple[str, str, str]:
@@ -238,6 +294,49 @@ def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict
     if not chosen:
         faults.append(f"{where}: target_modules: {layout.targets!r} matches no linear layer of this model.")
     return chosen, faults
+
+
+def _trained_shapes(
+    model: nn.Module, layout: AdapterLayout, where: str
+) -> tuple[dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]], list[str]]:
+    """Path -> (ids of the trained rows, or None for all; shape) of trained embeddings and heads, and faults.
+
+    PEFT unties a tied head that it does not train in the same way, which is not supported.
+    """
+    found: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]] = {}
+    if not layout.saved and not layout.token_rows:
+        return found, []
+    known, faults = embedding_paths(model), []
+    asked: list[tuple[str, str, tuple[int, ...] | None]] = [("modules_to_save", name, None) for name in layout.saved]
+    asked += [("trainable_token_indices", name, ids) for name, ids in layout.token_rows.items()]
+    for setting, name, ids in asked:
+        path = known[0] if not name else next((path for path in known if path and f".{path}".endswith(f".{name}")), "")
+        if not path:
+            faults.append(
+                f"{where}: {setting}: {name!r} must be the input embedding or the output head ({', '.join(known)})."
+            )
+            continue
+        if obstacles := trainable_faults(model, [path]):
+            faults += obstacles
+            continue
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, Tensor)
+        size, width = weight.shape
+        if found.get(path, (ids,))[0] != ids:
+            faults.append(f"{where}: {setting}: {name!r} is named twice, for different rows.")
+        if ids is not None and max(ids) >= size:
+            what = f"the model has {size} rows, got token {max(ids)}"
+            faults.append(f"{where}: {setting}: {what}. Fix: load it with qdora's recipe, which has model.add_tokens.")
+        found[path] = ids, (size if ids is None else len(ids), width)
+    if is_tied(model) and found:
+        settings = {ids for ids, _ in found.values()}
+        if known[0] not in found or len(settings) > 1 or (settings == {None} and not layout.ties):
+            faults.append(
+                f"{where}: {asked[0][0]}: the model's head is its embedding (tied), and the adapter unties them, which "
+                "is not supported."
+            )
+        found.pop(known[1], None)
+    return ({} if faults else found), faults
 
 
 def _expected_shapes(

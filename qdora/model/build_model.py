@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_config, skeleton, stop_ids, stored_tensors
 from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
+from qdora.model.trained_embeddings import add_tokens, new_token_ids, train_embeddings, trained_matrices
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -51,13 +53,19 @@ def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
 
 
 def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """`find_source`, and the tokenizer, which renders chats as the recipe's data section says."""
+    """`find_source`, and the tokenizer with the recipe's new tokens, which renders chats as its data section says."""
     source, named = find_source(recipe, weights=weights), recipe.model.tokenizer
     words = source if named is None else resolve(named, config=False, weights=False, setting="model.tokenizer")
     tokenizer = load_tokenizer(words)
+    add_tokens(tokenizer, recipe.model.add_tokens)
     use_data_settings(tokenizer, recipe.data)
     set_chat_settings(tokenizer, stop_ids=stop_ids(source, tokenizer))
     return source, tokenizer
+
+
+def token_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of the recipe's new tokens in the tokenizer of `find_model`."""
+    return new_token_ids(tokenizer, recipe.model.add_tokens)
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -67,12 +75,32 @@ def recompute_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def put_adapters(model: PreTrainedModel, recipe: Recipe, adapter: Path | None = None) -> None:
-    """Put fresh adapters on, or those of the directory `adapter` (default adapter.resume_from)."""
+def put_adapters(
+    model: PreTrainedModel, recipe: Recipe, adapter: Path | None = None, *, new_tokens: Sequence[int] = ()
+) -> None:
+    """Put fresh adapters on, or those of the directory `adapter` (default adapter.resume_from).
+
+    Embeddings that are also trained follow, from the directory if it has some. `new_tokens` are the ids of the recipe's
+    new tokens, whose rows `extend_vocabulary` has made.
+    """
     settings = recipe.adapter
     if settings.kind == "none" or settings.kind == "full":
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
+    _put_layers(model, recipe, directory)
+    ids = None if settings.also_train_rows == "all" else tuple(new_tokens)
+    if not trained_matrices(model):
+        if settings.also_train:
+            train_embeddings(model, settings.also_train, ids)
+    elif not settings.also_train or any(found.ids != ids for found in trained_matrices(model).values()):
+        raise UserError(f"adapter.also_train: must train the same rows as the adapter in {directory}, which has some.")
+
+
+def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) -> None:
+    """Fresh adapters, or those of a directory."""
+    settings = recipe.adapter
+    assert settings.kind != "none"
+    assert settings.kind != "full"
     if settings.kind == "magnitude":
         # DoRA whose B stays 0, so every program that reads DoRA reads it.
         if directory is None:
@@ -194,6 +222,8 @@ def write_adapter(
         quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
     if base.prune is not None:
         quant["prune"] = base.prune.model_dump(mode="json", exclude=set(base.prune.unused()))
+    if recipe.model.add_tokens:
+        extra = {"add_tokens": list(recipe.model.add_tokens), **(extra or {})}
     save_adapter(
         model,
         directory,

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     FiniteFloat,
@@ -38,19 +39,17 @@ _WITHOUT_EFFECT |= {"qalora_group_size", "revision", "runtime_config", "task_typ
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA switches the adapter on in the middle of a text",
     "arrow_config": "Arrow routes each token among several adapters",
-    "ensure_weight_tying": "it ties adapters of the embedding and the head",
     "kasa_config": "KaSA changes the base weights",
     "layer_replication": "it repeats layers of the base model",
     "lora_bias": "lora_B has a bias of its own",
     "megatron_config": "the layers are Megatron's",
-    "modules_to_save": "whole modules are replaced by trained copies",
     "monteclora_config": "MonteCLoRA samples the adapter",
     "target_parameters": "it adapts bare parameters (experts), not linear layers",
-    "trainable_token_indices": "rows of the embedding are replaced",
     "use_bdlora": "lora_A or lora_B is block-diagonal",
     "use_qalora": "QA-LoRA pools the input of lora_A",
     "velora_config": "VeLoRA compresses the activations",
 }
+_OF_EMBEDDINGS = ("modules_to_save", "trainable_token_indices")
 # These starts move part of W into the adapter, so it does not fit the unchanged base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -64,7 +63,15 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
+def _all_different(ids: list[int]) -> list[int]:
+    if len(set(ids)) < len(ids):
+        raise ValueError("a token id is there twice")
+    return ids
+
+
 _Regex = Annotated[str, AfterValidator(_compiles)]
+_EMPTY_IS_NONE = BeforeValidator(lambda value: None if _is_empty(value) else value)
+_TokenIds = Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_all_different)]
 
 
 class _Settings(BaseModel):
@@ -86,6 +93,9 @@ class _Settings(BaseModel):
     alpha_pattern: dict[_Regex, FiniteFloat] | None = None
     layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = None
     layers_pattern: _Regex | list[_Regex] | None = None
+    modules_to_save: Annotated[list[str] | None, _EMPTY_IS_NONE] = None
+    trainable_token_indices: Annotated[_TokenIds | dict[str, _TokenIds] | None, _EMPTY_IS_NONE] = None
+    ensure_weight_tying: bool | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
@@ -109,6 +119,12 @@ class AdapterLayout:
     revision: str | None = None
     masked: bool = False
     """Whether B A keeps the zeros of a pruned base, which PEFT cannot do."""
+    saved: tuple[str, ...] = ()
+    """Modules whose weight is trained as a whole."""
+    token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Module -> ids of its trained rows, in the file's order. "" is the input embedding."""
+    ties: bool = False
+    """Whether a head that is tied to a saved embedding stays tied to it."""
 
     def rank_of(self, path: str) -> int:
         """Rank of the layer at `path`."""
@@ -173,7 +189,15 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout
         base_name_or_path=config.get("base_model_name_or_path"),
         revision=config.get("revision"),
         masked=config["peft_type"] == MASKED,
+        saved=tuple(config.get("modules_to_save") or ()),
+        token_rows=_token_rows(config.get("trainable_token_indices")),
+        ties=bool(config.get("ensure_weight_tying")),
     )
+
+
+def _token_rows(given: Any) -> dict[str, tuple[int, ...]]:
+    by_module = {"": given} if isinstance(given, list) else given or {}
+    return {name: tuple(ids) for name, ids in by_module.items()}
 
 
 def _is_empty(value: Any) -> bool:
@@ -198,6 +222,8 @@ def _method_faults(config: Mapping[str, Any]) -> list[str]:
     faults = [
         f"{key}: is not supported: {reason}." for key, reason in _REFUSED.items() if not _is_empty(config.get(key))
     ]
+    if config.get("ensure_weight_tying") and all(_is_empty(config.get(key)) for key in _OF_EMBEDDINGS):
+        faults.append("ensure_weight_tying: is not supported: it ties adapters of the embedding and the head.")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         faults.append(
@@ -221,6 +247,9 @@ def adapter_config(
     *,
     base_name_or_path: str | None,
     revision: str | None,
+    saved: Collection[str] = (),
+    token_rows: Mapping[str, Collection[int]] | None = None,
+    ties: bool = False,
 ) -> dict[str, Any]:
     """The `adapter_config.json` from which PEFT builds exactly these layers (it refuses masked ones).
 
@@ -229,6 +258,7 @@ def adapter_config(
     Args:
         layers, all_paths: Path -> layer, at least one; paths of all modules of the model.
         base_name_or_path, revision: Where PEFT users load the base from, and its commit on the Hub, or None.
+        saved, token_rows, ties: As in `AdapterLayout`, by paths.
     Raises:
         ValueError: Layers differ in kind, mask, dropout or rank stabilisation; the format has one value for all.
     """
@@ -258,11 +288,13 @@ def adapter_config(
         "alpha_pattern": _pattern(alphas, alpha),
         "layers_to_transform": None,
         "layers_pattern": None,
-        "modules_to_save": None,
+        "modules_to_save": sorted(saved) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "auto_mapping": None,
+        **({"ensure_weight_tying": True} if ties else {}),  # older releases of PEFT do not know these settings
+        **({"trainable_token_indices": {path: list(ids) for path, ids in token_rows.items()}} if token_rows else {}),
     }
 
 

@@ -257,17 +257,16 @@ def update_bytes(
     for keys, is_matrix in groups_of({path: shape for path, (shape, _) in shapes.items()}):
         if sum(map(sizes.__getitem__, keys)) > sum(map(sizes.__getitem__, largest.get(is_matrix, []))):
             largest[is_matrix] = keys
-    return _peak_of_update(tuple(shapes[path] for keys in largest.values() for path in keys), name, device_type)
+    chosen = tuple((path, *shapes[path]) for keys in largest.values() for path in keys)
+    return _peak_of_update(chosen, name, device_type)
 
 
 @lru_cache(maxsize=8)  # one update serves all micro-batches and most of the changes that a plan tries
 def _peak_of_update(
-    shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...], name: OptimizerName, device_type: DeviceKind
+    shapes: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], name: OptimizerName, device_type: DeviceKind
 ) -> int:
     with planned_on(device_type), FakeTensorMode(), LiveBytes() as live:
-        parameters = {
-            str(index): nn.Parameter(torch.empty(shape, dtype=dtype)) for index, (shape, dtype) in enumerate(shapes)
-        }
+        parameters = {path: nn.Parameter(torch.empty(shape, dtype=dtype)) for path, shape, dtype in shapes}
         optimizer = AdapterOptimizer(parameters, name=name)
         for parameter in parameters.values():
             parameter.grad = torch.empty(parameter.shape, dtype=torch.float32)

@@ -31,6 +31,7 @@ from qdora.model.load import Quantization, block_list, layers_to_quantize, load_
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
+from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
 from qdora.model.written_outputs import keep_written_outputs_
 from qdora.ops.packed import empty_packed
 from qdora.ops.planned_device import planned_on
@@ -45,7 +46,7 @@ from qdora.plan.step_time import Work, known_rates, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName
+from qdora.train.optimizer import AdapterOptimizer, OptimizerName, is_matrix
 
 logger = logging.getLogger("qdora")
 
@@ -271,7 +272,8 @@ class _StepPlan:
         base = recipe.base.model_dump_json(exclude={"residency", "streamed_blocks"})
         adapter = recipe.adapter.model_dump_json(), repr(self.adapter)
         memory = recipe.memory.checkpointing, recipe.memory.loss_chunk
-        key = (self.dtype, recipe.model.attention, base, *adapter, *memory, recipe.train.optimizer, self.shape)
+        model = self.dtype, recipe.model.attention, len(recipe.model.add_tokens)
+        key = (*model, base, *adapter, *memory, recipe.train.optimizer, self.shape)
         if key not in self.known.steps:
             with _quiet(), planned_on(self.device_kind), torch.random.fork_rng(devices=[]):
                 self.known.steps[key] = self._run_step()
@@ -366,8 +368,13 @@ class _StepPlan:
                 model.requires_grad_(True)
             if recipe.memory.checkpointing:
                 recompute_activations(model)
+            # How many rows are spare is not known without the tokenizer: as if none were.
+            size = model.config.get_text_config().vocab_size
+            new_tokens = range(size, size + len(recipe.model.add_tokens))
+            with live.label(parts.DENSE):
+                extend_vocabulary(model, new_tokens)
             with live.label(parts.ADAPTERS):
-                self._put_adapters(model, kept)
+                self._put_adapters(model, kept, new_tokens)
                 for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
                     layer.add_gate()
             keep_written_outputs_(model)
@@ -388,10 +395,10 @@ class _StepPlan:
         shapes = {path: (tuple(each.shape), each.dtype) for path, each in parameters.items()}
         return recorder.moments, shapes
 
-    def _put_adapters(self, model: Any, kept: list[int] | None) -> None:
+    def _put_adapters(self, model: Any, kept: list[int] | None, new_tokens: Sequence[int]) -> None:
         """Put adapters in as a run does, but do not read the values of the adapter that it resumes from."""
         if self.adapter is None:
-            put_adapters(model, self.recipe)
+            put_adapters(model, self.recipe, new_tokens=new_tokens)
             return
         found = block_list(model)
         ranks = ranks_of_adapter(self.adapter, model, None if found is None else found[0], kept)
@@ -405,6 +412,8 @@ class _StepPlan:
             rank_pattern=ranks,
             dtype=DTYPES[settings.dtype],
         )
+        if settings.also_train:
+            train_embeddings(model, settings.also_train, None if settings.also_train_rows == "all" else new_tokens)
 
 
 @dataclass(frozen=True)
@@ -487,7 +496,7 @@ def _changed(moment: Moment, sizes: Mapping[str, int]) -> Moment:
 
 def pageable_bytes(shapes: _Shapes, name: OptimizerName) -> int:
     """Bytes of optimizer states that the driver can move to the host: those of large matrices."""
-    sizes = [torch.Size(shape).numel() for shape, _ in shapes.values() if len(shape) >= 2]
+    sizes = [torch.Size(shape).numel() for key, (shape, _) in shapes.items() if is_matrix(key, shape)]
     return sum(size for size in sizes if size >= _PAGED_ELEMENTS) * _PAGED_STATE_BYTES.get(name, 0)
 
 

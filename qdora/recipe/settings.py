@@ -162,6 +162,9 @@ class ModelConfig(Section):
     """Branch, tag or commit of a Hub model (null: its main branch)."""
     tokenizer: Text | None = None
     """Hub id or directory of another tokenizer (null: that of the model)."""
+    add_tokens: tuple[Text, ...] = ()
+    """New tokens, which get the next ids. They are never split, and decoded text keeps them. Their rows start at the
+    mean of all others and are trained with adapter.also_train."""
     trust_remote_code: Flag = False
     """Run Python code of a Hub model. This needs a full commit as revision, since a branch can be moved."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -186,6 +189,8 @@ class ModelConfig(Section):
                 "runs code from the Hub, so model.revision must be the 40 hex digits of a commit of a Hub id, "
                 f"got {self.revision!r} of {self.source!r}.",
             )
+        if len(set(self.add_tokens)) != len(self.add_tokens):
+            yield "add_tokens", f"must name each token once, got {list(self.add_tokens)}."
 
 
 class BaseWeightsConfig(Section):
@@ -265,6 +270,12 @@ class AdapterConfig(Section):
     mask: Literal["ignore", "keep"] = "ignore"
     """For a pruned base. keep: mask B A, so that the zeros stay; this takes more time. ignore: the merged model is
     dense."""
+    also_train: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
+    """Also train the input embedding, the output head or both, under any name. A head that is tied to the embedding is
+    trained with it."""
+    also_train_rows: Literal["new", "all"] = "new"
+    """new: only the rows of model.add_tokens, in float32; all other rows stay as they are, bit for bit. all: whole
+    matrices. Neither decays."""
     resume_from: Text | None = None
     """Directory of an adapter to continue from; its rank, alpha, targets and layout are kept."""
 
@@ -273,14 +284,20 @@ class AdapterConfig(Section):
             names = [name for name in type(self).model_fields if name != "kind"]
             return dict.fromkeys(names, f"adapter.kind {self.kind} has no adapter")
         if self.kind == "magnitude":
-            names = [name for name in type(self).model_fields if name not in ("kind", "targets")]
-            return dict.fromkeys(names, "adapter.kind magnitude trains no lora_A and lora_B")
+            used = ("kind", "targets", "also_train", "also_train_rows")
+            names = [name for name in type(self).model_fields if name not in used]
+            return self._without_rows() | dict.fromkeys(names, "adapter.kind magnitude trains no lora_A and lora_B")
         if self.resume_from is not None:
             names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern", "same_scaling", "mask"]
-            return dict.fromkeys(names, "the adapter in adapter.resume_from has its own")
-        return {} if self.rank_pattern else {"same_scaling": "adapter.rank_pattern is empty"}
+            return self._without_rows() | dict.fromkeys(names, "the adapter in adapter.resume_from has its own")
+        return self._without_rows() | ({} if self.rank_pattern else {"same_scaling": "adapter.rank_pattern is empty"})
+
+    def _without_rows(self) -> dict[str, str]:
+        return {} if self.also_train else {"also_train_rows": "adapter.also_train is empty"}
 
     def faults(self) -> Iterator[Fault]:
+        if len(set(self.also_train)) != len(self.also_train):
+            yield "also_train", f"must name each matrix once, got {list(self.also_train)}."
         asked = None if self.gates is None else self.gates.mean_rank
         if asked is not None and self.resume_from is None and asked >= max([self.rank, *self.rank_pattern.values()]):
             yield "gates.mean_rank", f"must be less than adapter.rank, so that components are removed, got {asked:g}."
@@ -335,6 +352,7 @@ class Recipe(Section):
         yield from self._kind_faults()
         yield from self._base_faults()
         yield from self._gate_faults()
+        yield from self._embedding_faults()
         yield from self._data_faults()
         yield from self._eval_faults()
         if len(set(self.trackers)) != len(self.trackers):
@@ -392,6 +410,35 @@ class Recipe(Section):
             fault = gates.length_fault(steps)
             if fault is not None:
                 yield "adapter.gates.anneal", fault
+
+    def _embedding_faults(self) -> Iterator[Fault]:
+        """Faults of new tokens and of what is trained beside the adapter."""
+        tokens, adapter, prune = self.model.add_tokens, self.adapter, self.base.prune
+        whole = bool(adapter.also_train) and adapter.also_train_rows == "all"
+        if tokens and adapter.kind == "none":
+            what = "must be empty with adapter.kind none, which trains no rows for them"
+            yield "model.add_tokens", f"{what}, got {list(tokens)}."
+        elif tokens and adapter.kind != "full" and "embed_tokens" not in adapter.also_train:
+            what = "must hold embed_tokens with model.add_tokens, whose rows would stay at their start"
+            yield (
+                "adapter.also_train",
+                f"{what}, got {list(adapter.also_train)}. Fix: set it to [embed_tokens, lm_head].",
+            )
+        if tokens and prune is not None and prune.method != "magnitude":
+            what = "must be empty with a base.prune.method that measures text, since the tokens have no rows yet"
+            yield "model.add_tokens", f"{what}, got {list(tokens)}."
+        if adapter.also_train and not whole and not tokens:
+            what = "must be all without model.add_tokens, since there are no new rows"
+            yield "adapter.also_train_rows", f"{what}, got new. Fix: set it to all."
+        if whole and self.memory.host_embeddings:
+            what = "must be false with adapter.also_train_rows all, which trains the embedding"
+            yield "memory.host_embeddings", f"{what}, got true."
+        if whole and self.base.residency == "disk":
+            what = "must be new with base.residency disk, where the matrices stay in files"
+            yield "adapter.also_train_rows", f"{what}, got all."
+        if whole and self.model.dtype == "float16":
+            what = "must be bfloat16 or float32 with adapter.also_train_rows all, which trains the weights"
+            yield "model.dtype", f"{what}, got float16."
 
     def _data_faults(self) -> Iterator[Fault]:
         why = "there is no other source" if len(self.data.mix) == 1 else ""

@@ -15,11 +15,12 @@ from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, load_adapter
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
-from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters
+from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters, token_ids
 from qdora.model.inject import adapter_parameters
 from qdora.model.load import load_config, load_model
 from qdora.model.source import ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import StoredPacked, open_safetensors
+from qdora.model.trained_embeddings import extend_vocabulary
 from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base, residency_here
@@ -87,12 +88,15 @@ def load_run(
         model = load_base(loaded, source, compute)
     else:
         model = load_pruned_base(loaded, source, compute, run.inside(FOLDER))
+    new_tokens = token_ids(recipe, tokenizer)
+    extend_vocabulary(model, new_tokens)
     if base_only or recipe.adapter.kind == "none":
         state = "base"
     elif recipe.adapter.kind == "full":
         copy_parameters(load_file(trained / PARAMETERS_FILE), adapter_parameters(model), trained)
     else:
-        put_adapters(model, recipe, trained if trained == run.adapter else trained / "adapter")
+        where = trained if trained == run.adapter else trained / "adapter"
+        put_adapters(model, recipe, where, new_tokens=new_tokens)
     return TrainedRun(run=run, recipe=recipe, model=model.eval(), tokenizer=tokenizer, state=state)
 
 

@@ -116,6 +116,11 @@ def run_card(
         "learning rate": recipe.train.lr,
         "state": adapter_in_words(run) if state == "final" else state,
     }
+    if adapter.also_train:
+        rows = "rows of the new tokens" if adapter.also_train_rows == "new" else "whole"
+        method["also trained"] = f"{', '.join(adapter.also_train)} ({rows})"
+    if recipe.model.add_tokens:
+        method["new tokens"] = ", ".join(f"`{token}`" for token in recipe.model.add_tokens)
     if mix:
         method["steps"] = f"{mix['num_steps']:,}, {mix['num_draws']:,} examples"
     multimodal = source is not None and is_multimodal(load_config(source))

@@ -29,10 +29,11 @@ from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.shown_examples import keep_examples
+from qdora.data.tokenize import TokenizedSet
 from qdora.errors import UserError
 from qdora.evaluation.generation import generation_faults
 from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
-from qdora.model.build_model import Compute, choose_compute, find_model, find_source
+from qdora.model.build_model import Compute, choose_compute, find_model, find_source, token_ids
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
 from qdora.plan.memory_plan import within_budget
@@ -140,6 +141,12 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
         processes.first(lambda: keep_examples(run, prepared.loader.tokenised, prepared.tokenizer))
     with unharmed(CHECKS_FILE):
         processes.first(lambda: _tell_data_checks(prepared, run))
+    unseen = unseen_tokens(prepared)
+    if unseen and processes.is_first:
+        shown = ", ".join(map(repr, unseen))
+        logger.warning(
+            "model.add_tokens: the training data does not have %s, so the model learns nothing of it.", shown
+        )
     name = prepared.recipe.train.optimizer
     if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):
         logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)
@@ -152,6 +159,21 @@ def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
     data, sources = prepared.recipe.data, prepared.loader.tokenised
     found = data_checks(sources, prepared.mix_plan, prepared.tokenizer, data)
     begin_checks(run, found, trains=prepared.recipe.adapter.kind != "none")
+
+
+def unseen_tokens(prepared: PreparedRun) -> list[str]:
+    """The new tokens that no training example has; none where a source is streamed."""
+    tokens = prepared.recipe.model.add_tokens
+    names = dict(zip(token_ids(prepared.recipe, prepared.tokenizer), tokens, strict=True))
+    sets = prepared.loader.tokenised
+    if not names or prepared.loader.streams:
+        return []
+    missing, first = set(names), min(names)
+    for example in (example for part in sets if isinstance(part, TokenizedSet) for example in part.examples):
+        missing.difference_update(example.input_ids[example.input_ids >= first].tolist())
+        if not missing:
+            break
+    return [names[id] for id in sorted(missing)]
 
 
 def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[str]:

@@ -132,6 +132,10 @@ def _settings(recipe: Recipe, environment: Facts) -> dict[str, Any]:
         "adapter": adapter.kind,
         "rank": adapter.rank if has_rank else None,
         "alpha": adapter.alpha if has_rank else None,
+        "also trained": f"{', '.join(adapter.also_train)}, {adapter.also_train_rows} rows"
+        if adapter.also_train
+        else None,
+        "new tokens": " ".join(recipe.model.add_tokens) or None,
         "optimizer": train.optimizer,
         "learning rate": train.lr,
         "loss on": recipe.data.loss_on,

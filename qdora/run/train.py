@@ -25,9 +25,10 @@ from qdora.files.run_directory import (
     unharmed,
 )
 from qdora.memory.allocator import keep_freed_memory
-from qdora.model.build_model import put_adapters, start_adapters
+from qdora.model.build_model import put_adapters, start_adapters, token_ids
 from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.load import load_config
+from qdora.model.trained_embeddings import extend_vocabulary
 from qdora.model.written_outputs import keep_written_outputs_
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
@@ -144,8 +145,12 @@ def _newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | 
 
 
 def _adapt(model: PreTrainedModel, prepared: PreparedRun, checkpoint: Checkpoint | None) -> None:
-    """Put the adapters on the base: fresh ones, or those of the checkpoint."""
-    put_adapters(model, prepared.recipe, None if checkpoint is None else checkpoint.path / "adapter")
+    """Give new tokens their rows, and put the adapters on the base: fresh ones, or those of the checkpoint."""
+    new_tokens = token_ids(prepared.recipe, prepared.tokenizer)
+    extend_vocabulary(model, new_tokens)
+    put_adapters(
+        model, prepared.recipe, None if checkpoint is None else checkpoint.path / "adapter", new_tokens=new_tokens
+    )
     if checkpoint is None:
         start_adapters(model, prepared.recipe, prepared.source)
     keep_written_outputs_(model)

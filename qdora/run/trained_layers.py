@@ -66,7 +66,8 @@ def held_bytes(model: nn.Module, optimizer: AdapterOptimizer) -> dict[str, int]:
         return total
 
     found = dict.fromkeys((parts.BASE, parts.SCALES, parts.MASKS, parts.DENSE, parts.ADAPTERS), 0)
-    found[parts.ADAPTERS] += num_bytes(*optimizer.parameters.values())
+    whole = {name for name in optimizer.undecayed if not name.endswith(".rows")}  # dense weights, as in a plan
+    found[parts.ADAPTERS] += num_bytes(*(each for name, each in optimizer.parameters.items() if name not in whole))
     for module in model.modules():
         if isinstance(module, FrozenLinear):
             for name, tensor in module.named_buffers(recurse=False):

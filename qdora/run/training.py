@@ -24,6 +24,7 @@ from qdora.files.run_directory import unharmed
 from qdora.model.build_model import describe_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.model_size import model_size
+from qdora.model.trained_embeddings import trained_parameters
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources
@@ -69,6 +70,7 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
         name=settings.optimizer,
         lr=settings.lr,
         lr_ratios={part: ratio for part, ratio in ratios.items() if ratio is not None},
+        undecayed=() if recipe.adapter.kind == "full" else trained_parameters(active.model),
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,

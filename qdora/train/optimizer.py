@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,6 +36,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 _FIRST_MOMENTS = ("exp_avg", "state1")
 # Code books of bitsandbytes' 8-bit format: constants, made again instead of stored.
 _NOT_STORED = ("qmap1", "qmap2")
+# Last part of the path of trained rows (nn/trained_rows.py).
+_ROWS = "rows"
 # Values per block scale in bitsandbytes' 8-bit states.
 _BLOCK = 256
 # Parameters that are joined to float32 at the same time: 64 MiB of them (or one, if that is larger).
@@ -72,7 +74,7 @@ class AdapterOptimizer:
 
     Matrices use the named optimizer. Vectors (magnitudes, biases, norms) use the same one with float32 states, never
     paged, without weight decay: bitsandbytes would give vectors of 4,096 elements or more 8-bit states, which are too
-    coarse for a magnitude.
+    coarse for a magnitude. So do trained rows of an embedding, which are few.
 
     Args:
         parameters: Path -> trainable parameter, bf16 or float32.
@@ -80,6 +82,8 @@ class AdapterOptimizer:
             unpaged elsewhere), lion (bitsandbytes, 32-bit) or adamw (torch, fused).
         lr_ratios: Last part of a path -> its rate in units of lr, such as {"lora_B": 16.0} (LoRA+, arXiv 2402.12354);
             1 for all others.
+        undecayed: Paths of matrices without weight decay, such as embeddings: a row whose token does not occur would
+            shrink.
         betas: Decay of the averages; None: 0.9, 0.999 for AdamW and 0.9, 0.99 for Lion, as in their papers.
     Raises:
         ValueError: A parameter has another dtype, or a ratio belongs to no parameter.
@@ -94,6 +98,7 @@ class AdapterOptimizer:
         name: OptimizerName = "adamw",
         lr: float = 2e-4,
         lr_ratios: Mapping[str, float] | None = None,
+        undecayed: Collection[str] = (),
         betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -116,9 +121,11 @@ class AdapterOptimizer:
         self._groups: list[_Group] = []
         rates = _rates(self.parameters, lr_ratios or {})
         shapes = {key: tuple(parameter.shape) for key, parameter in self.parameters.items()}
-        for keys, is_matrix in groups_of(shapes, rates):
-            inner = _inner_optimizer(name, [self._masters[key] for key in keys], is_matrix, options)
-            self._groups.append(_Group(keys, inner, rates[keys[0]], weight_decay if is_matrix else 0.0))
+        self.undecayed = frozenset(undecayed)
+        for keys, are_matrices in groups_of(shapes, rates, self.undecayed):
+            inner = _inner_optimizer(name, [self._masters[key] for key in keys], are_matrices, options)
+            decays = are_matrices and keys[0] not in self.undecayed
+            self._groups.append(_Group(keys, inner, rates[keys[0]], weight_decay if decays else 0.0))
         self._make_states(name)
         if name.startswith("paged") and not is_planning() and not any(_can_page(p) for p in self.parameters.values()):
             logger.warning("%s: no CUDA here, so its states are not paged; the arithmetic is the same.", name)
@@ -335,24 +342,31 @@ def _rates(keys: Iterable[str], lr_ratios: Mapping[str, float]) -> dict[str, flo
 
 
 def groups_of(
-    shapes: Mapping[str, tuple[int, ...]], ratios: Mapping[str, float] | None = None
+    shapes: Mapping[str, tuple[int, ...]],
+    ratios: Mapping[str, float] | None = None,
+    undecayed: Collection[str] = (),
 ) -> list[tuple[list[str], bool]]:
     """(keys, whether they are matrices) of the parameters (key -> shape) that are updated together, in order.
 
-    A group has at most _GROUP_ELEMENTS elements, or one key, and one rate (key -> its `ratios`). The grouping changes
-    no number, since every parameter is updated by itself.
+    A group has at most _GROUP_ELEMENTS elements, or one key, one rate (key -> its `ratios`), and decays or not. Trained
+    rows of an embedding count as vectors. The grouping changes no number, since every parameter is updated by itself.
     """
     groups: list[tuple[list[str], bool]] = []
-    newest: dict[tuple[bool, float], list[str]] = {}
-    sizes: dict[tuple[bool, float], int] = {}
+    newest: dict[tuple[bool, float, bool], list[str]] = {}
+    sizes: dict[tuple[bool, float, bool], int] = {}
     for key, shape in shapes.items():
-        kind, size = (len(shape) >= 2, (ratios or {}).get(key, 1.0)), math.prod(shape)
+        kind, size = (is_matrix(key, shape), (ratios or {}).get(key, 1.0), key not in undecayed), math.prod(shape)
         if kind not in newest or sizes[kind] + size > _GROUP_ELEMENTS:
             newest[kind], sizes[kind] = [], 0
             groups.append((newest[kind], kind[0]))
         newest[kind].append(key)
         sizes[kind] += size
     return groups
+
+
+def is_matrix(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter gets the states of the named optimizer; all others get float32 ones."""
+    return len(shape) >= 2 and key.rpartition(".")[2] != _ROWS
 
 
 def _can_page(parameter: Tensor) -> bool:

@@ -1,0 +1,246 @@
+"""New tokens in a model, and the training of its input embedding and output head: whole, or the rows of some tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.errors import UserError
+from qdora.model.inject import HEAD, replace_module
+from qdora.nn.host_embedding import HostEmbedding
+from qdora.nn.trained_rows import RowEmbedding, RowHead
+
+EMBEDDING = "embed_tokens"
+"""Stands for the input embedding, under any name, as `HEAD` does for the output head."""
+
+_MEAN_ROWS = 4096  # rows widened to float32 at a time
+
+logger = logging.getLogger("qdora")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedMatrix:
+    """The trained values of an embedding or a head: the rows `ids`, ascending, or with None the whole matrix."""
+
+    values: Tensor
+    ids: tuple[int, ...] | None
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Add tokens to a tokenizer; they get the next ids in the order of `tokens`.
+
+    They are not special: decoded text keeps them. Text is never split inside them, whatever is beside them.
+
+    Raises UserError: The tokenizer has some already, or gives ids that are not the next ones.
+    """
+    vocabulary = tokenizer.get_vocab() if tokens else {}
+    known = [token for token in tokens if token in vocabulary]
+    if known:
+        raise UserError(
+            *(
+                f"model.add_tokens: {token!r} is token {vocabulary[token]} of this tokenizer already. Fix: remove it; "
+                "its row is trained by adapter.also_train_rows: all."
+                for token in known
+            )
+        )
+    if not tokens:
+        return
+    first = max(vocabulary.values()) + 1
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    if list(new_token_ids(tokenizer, tokens)) != list(range(first, first + len(tokens))):
+        raise UserError(
+            "model.add_tokens: this tokenizer does not number new tokens one after the other. Fix: set it to []."
+        )
+
+
+def new_token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> tuple[int, ...]:
+    """The ids that `add_tokens` gave."""
+    return tuple(tokenizer.convert_tokens_to_ids(list(tokens))) if tokens else ()
+
+
+@torch.no_grad()
+def extend_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Give new tokens rows in the embedding and in the head, which start at the mean of the rows of all older tokens.
+
+    Many models have more rows than their tokenizer has tokens; such rows are used first, and start anew, too. The
+    matrices are replaced, so a row that is mapped from a file is not written.
+
+    Args:
+        ids: The ids that follow those of all other tokens.
+    Raises UserError: The model has fewer rows than older tokens, or a head that cannot get rows.
+    """
+    if not ids:
+        return
+    embedding, head = _modules(model)
+    if not _is_plain(head):
+        raise UserError(_head_fault(model, "model.add_tokens"))
+    if hasattr(model.config.get_text_config(), "vocab_size_per_layer_input"):
+        raise UserError(
+            f"model.add_tokens: {_name(model)} has a table of the vocabulary in each layer. Fix: set it to []."
+        )
+    older = ids[0]
+    for module in (embedding,) if is_tied(model) else (embedding, head):
+        weight = module.weight
+        if older > len(weight):
+            raise UserError(
+                f"model.add_tokens: the tokenizer has {older} tokens and the model {len(weight)} rows. Fix: name the "
+                "model's own tokenizer in model.tokenizer."
+            )
+        known = weight[:older]
+        total = torch.stack([part.float().sum(0) for part in known.split(_MEAN_ROWS)]).sum(0)
+        new = (total / older).to(weight.dtype).expand(len(ids), -1)
+        _put_weight(module, torch.cat([known, new, weight[older + len(ids) :]]))
+    if is_tied(model):
+        head.weight, head.out_features = embedding.weight, len(embedding.weight)
+    size = len(head.weight)
+    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+        if hasattr(config, "vocab_size"):
+            config.vocab_size = size
+    if hasattr(model, "vocab_size"):
+        model.vocab_size = size
+
+
+def _put_weight(module: Any, weight: Tensor) -> None:
+    if isinstance(module, HostEmbedding):
+        module.weight = weight
+        return
+    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    setattr(module, "out_features" if isinstance(module, nn.Linear) else "num_embeddings", len(weight))
+
+
+def train_embeddings(model: PreTrainedModel, names: Sequence[str], ids: Sequence[int] | None) -> None:
+    """Make the embedding, the head or both trainable, after the adapters are on.
+
+    Args:
+        names: `EMBEDDING`, `HEAD` or both. A tied head is trained with the embedding, named or not.
+        ids: Token ids of the rows to train; None: whole matrices, in their own dtype.
+    Raises UserError: A head that is quantised, adapted or has a bias, or an embedding that does more than look up rows;
+        a tied head without its embedding; new rows of one of two matrices.
+    """
+    embedding_path, head_path = embedding_paths(model)
+    paths = [{EMBEDDING: embedding_path, HEAD: head_path}[name] for name in names]
+    if is_tied(model) and HEAD in names:
+        if EMBEDDING not in names:
+            raise UserError(
+                f"adapter.also_train: the head of {_name(model)} is its embedding (tied). "
+                f"Fix: name {EMBEDDING}, which trains both."
+            )
+        logger.info("adapter.also_train: the head is the embedding (tied), so one matrix is trained.")
+    if ids is not None and not is_tied(model) and len(paths) < 2:
+        missing = HEAD if EMBEDDING in names else EMBEDDING
+        raise UserError(
+            f"adapter.also_train: {missing} of {_name(model)} has rows of its own for the new tokens, which "
+            f"would stay at their start. Fix: set it to [{EMBEDDING}, {HEAD}]."
+        )
+    if faults := trainable_faults(model, paths):
+        raise UserError(*faults)
+    wanted = None if ids is None else tuple(sorted(ids))
+    matrices = {}
+    for path in paths:
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, Tensor)
+        matrices[path] = TrainedMatrix(weight if wanted is None else weight[list(wanted)].float(), wanted)
+    put_trained(model, matrices)
+    logger.info("Also training %s of %s.", "all rows" if wanted is None else f"{len(wanted)} rows", " and ".join(paths))
+
+
+def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None:
+    """Train the matrices at these paths, from the values given; of a tied pair one is enough.
+
+    The paths must have no `trainable_faults`.
+    """
+    embedding_path, head_path = embedding_paths(model)
+    if is_tied(model) and matrices:
+        found = next(iter(matrices.values()))
+        matrices = dict.fromkeys((embedding_path, head_path), found)
+    shared: dict[int, nn.Parameter] = {}
+    for path, matrix in matrices.items():
+        module: Any = model.get_submodule(path)
+        if matrix.ids is None:
+            if matrix.values is not module.weight:
+                module.weight.data = matrix.values.to(module.weight, copy=True)  # not in place: it may be of a file
+            module.weight.requires_grad_(True)
+            continue
+        device = module.device if isinstance(module, HostEmbedding) else module.weight.device
+        if id(matrix) not in shared:
+            shared[id(matrix)] = nn.Parameter(matrix.values.detach().to(device, torch.float32, copy=True))
+        made = RowHead if path == head_path else RowEmbedding
+        replace_module(model, path, made(module, matrix.ids, shared[id(matrix)]))
+
+
+def trained_matrices(model: nn.Module) -> dict[str, TrainedMatrix]:
+    """Path -> trained embedding or head, in this order; a tied head is not listed."""
+    found: dict[str, TrainedMatrix] = {}
+    if not hasattr(model, "get_input_embeddings"):
+        return found
+    seen: set[int] = set()
+    for path, module in zip(embedding_paths(model), _modules(model), strict=True):
+        is_rows = isinstance(module, RowEmbedding | RowHead)
+        parameter = module.rows if is_rows else getattr(module, "weight", None)
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in seen:
+            seen.add(id(parameter))
+            found[path] = TrainedMatrix(parameter, tuple(module.ids.tolist()) if is_rows else None)
+    return found
+
+
+def trained_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters of `trained_matrices`."""
+    return [f"{path}.{'weight' if each.ids is None else 'rows'}" for path, each in trained_matrices(model).items()]
+
+
+def trainable_faults(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Why the matrices at these paths cannot be trained."""
+    embedding_path, head_path = embedding_paths(model)
+    faults = []
+    module, head = _modules(model)
+    plain = type(module) in (nn.Embedding, HostEmbedding) or hasattr(module, "embed_scale")
+    if embedding_path in paths and not plain:
+        faults.append(
+            f"adapter.also_train: the embedding of {_name(model)} does more than look up rows "
+            f"({type(module).__name__}). Fix: remove {EMBEDDING}."
+        )
+    if head_path in paths and not _is_plain(head):
+        faults.append(_head_fault(model, "adapter.also_train"))
+    return faults
+
+
+def _is_plain(head: Any) -> bool:
+    return type(head) is nn.Linear and getattr(head, "bias", None) is None
+
+
+def _head_fault(model: nn.Module, where: str) -> str:
+    head = _modules(model)[1]
+    if type(head) is nn.Linear:
+        return f"{where}: the head of {_name(model)} has a bias and cannot be trained. Fix: leave the setting out."
+    return (
+        f"{where}: the head must be dense and without an adapter, got {type(head).__name__}. Fix: leave {HEAD} in "
+        "base.skip and out of adapter.targets."
+    )
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the head shares the matrix of the embedding."""
+    names = {f"{path}.weight" for path in embedding_paths(model)}
+    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return any({target, origin} == names for target, origin in pairs.items())
+
+
+def embedding_paths(model: Any) -> tuple[str, str]:
+    """Paths of the input embedding and of the output head ("" for a model without one)."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    embedding, head = _modules(model)
+    return paths.get(id(embedding), ""), paths.get(id(head), "")
+
+
+def _name(model: Any) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _modules(model: Any) -> tuple[Any, Any]:
+    return model.get_input_embeddings(), model.get_output_embeddings()

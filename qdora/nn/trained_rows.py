@@ -1,0 +1,98 @@
+"""An embedding, or an output head, of which some rows are trained: a small tensor of those rows on a frozen matrix.
+
+A masked gradient on the whole matrix would take its size again in gradients and optimizer states, and decay or rounding
+could move the other rows. Here they are not trainable at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qdora.nn.host_embedding import HostEmbedding
+
+
+class RowEmbedding(nn.Module):
+    """An embedding that takes the rows `ids` from `rows` and all others from its frozen base.
+
+    `rows` is float32 whatever the base's dtype: in bf16 small updates would be rounded away. Only the rows that a batch
+    asks for are cast. A base that scales its output by `embed_scale` (Gemma) scales the trained rows, too.
+
+    Args:
+        base: nn.Embedding, a subclass with `embed_scale`, or HostEmbedding.
+        ids: Ascending token ids, in the order of `rows`.
+        rows: (len(ids), features), float32.
+    """
+
+    ids: Tensor
+
+    def __init__(self, base: nn.Module, ids: Sequence[int], rows: nn.Parameter) -> None:
+        super().__init__()
+        self.base, self.rows = base, rows
+        self.register_buffer("ids", torch.tensor(ids, device=rows.device), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows go."""
+        return self.rows.device
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix as `merged_rows` makes it: a copy, for readers of the weight."""
+        return merged_rows(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) token ids to (..., features) in the base's dtype."""
+        found: Tensor = self.base(ids)
+        ids = ids.to(self.ids.device)
+        place = torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
+        # Summed in float32 in the backward pass: a token may be in a batch hundreds of times.
+        mine = functional.embedding(place, self.rows).to(found.dtype)
+        scale = getattr(self.base, "embed_scale", None)
+        if scale is not None:
+            mine = mine * torch.as_tensor(scale, device=mine.device).to(mine.dtype)
+        return torch.where((self.ids[place] == ids).unsqueeze(-1), mine, found)
+
+
+class RowHead(nn.Module):
+    """An output head without bias that takes the logits `ids` from `rows`, and all others from its frozen base.
+
+    A tied head has the same parameter `rows` as the `RowEmbedding`. Args as there; `base` is nn.Linear.
+    """
+
+    ids: Tensor
+
+    def __init__(self, base: nn.Linear, ids: Sequence[int], rows: nn.Parameter) -> None:
+        super().__init__()
+        self.base, self.rows = base, rows
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
+        self.register_buffer("ids", torch.tensor(ids, device=rows.device), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix as `merged_rows` makes it: a copy, for readers of the weight."""
+        return merged_rows(self)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., features) to (..., vocabulary) in the dtype of `hidden`."""
+        logits: Tensor = self.base(hidden)
+        # In place: another copy of the logits would be the largest tensor of a step.
+        return logits.index_copy_(-1, self.ids, functional.linear(hidden, self.rows.to(hidden.dtype)))
+
+
+@torch.no_grad()
+def merged_rows(module: RowEmbedding | RowHead) -> Tensor:
+    """The matrix (vocabulary, features) with the trained rows in their places: a float32 copy, on the base's device."""
+    base: nn.Embedding | nn.Linear | HostEmbedding = module.base  # type: ignore[assignment]
+    return with_rows(base.weight, module.ids.tolist(), module.rows)
+
+
+@torch.no_grad()
+def with_rows(weight: Tensor, ids: Sequence[int], rows: Tensor) -> Tensor:
+    """A float32 copy of `weight` (vocabulary, features), in which the rows `ids` are `rows`."""
+    merged = weight.detach().to(torch.float32, copy=True)
+    merged[list(ids)] = rows.detach().to(merged)
+    return merged

@@ -1,0 +1,275 @@
+"""New tokens, and embeddings and heads that are trained whole or in some rows, against float64 formulas and PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qdora.errors import UserError
+from qdora.memory.host_residency import keep_embedding_on_host
+from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.inject import adapter_parameters, inject
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.model.trained_embeddings import (
+    add_tokens,
+    extend_vocabulary,
+    new_token_ids,
+    train_embeddings,
+    trained_matrices,
+)
+from qdora.nn.host_embedding import HostEmbedding
+from qdora.nn.trained_rows import RowEmbedding, RowHead
+from qdora.train.loop import batch_loss
+from tests import reference, tiny, tiny_adapted, tiny_tokenizer
+
+BOTH = ("embed_tokens", "lm_head")
+NEW = (336, 337, 338)
+ARCHITECTURES = ("llama", "qwen2", "gemma2")  # tied, untied, tied with scaled embeddings
+IDS = torch.tensor([[1, 337, 17, 336, 337, 5, 338, 260]])
+
+
+class Bag(nn.Module):
+    """h_t = E[x_t], z_t = h_t V^T: the smallest causal LM, whose gradients are two sums."""
+
+    def __init__(self, tied: bool, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embed = nn.Embedding(11, 6, dtype=dtype)
+        self.head = nn.Linear(6, 11, bias=False, dtype=dtype)
+        for module in (self.embed, self.head):
+            module.weight.data = torch.randn(11, 6, generator=generator, dtype=torch.float64).to(dtype)
+            module.weight.requires_grad_(False)
+        self.all_tied_weights_keys = {"head.weight": "embed.weight"} if tied else {}
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+@pytest.mark.parametrize("rows", [(3, 4, 9), None])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_and_gradients_are_those_of_the_formula(tied: bool, rows: tuple[int, ...] | None) -> None:
+    model: Any = Bag(tied)
+    train_embeddings(model, BOTH if not tied else BOTH[:1], rows)
+    tiny.move_all_parameters_(model)
+    ids = torch.tensor([[3, 0, 9, 3, 10, 4, 3]])
+    gradient = torch.randn(1, 7, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = model.head(model.embed(ids))
+    logits.backward(gradient)
+    matrices = [found.values.detach().double().numpy() for found in trained_matrices(model).values()]
+    start = Bag(tied)
+    weights = [start.embed.weight.numpy().copy(), start.head.weight.numpy().copy()]
+    chosen = list(range(11)) if rows is None else list(rows)
+    for weight, matrix in zip(weights, matrices * (2 if tied else 1), strict=True):
+        weight[chosen] = matrix
+    expected, of_embedding, of_head = reference.bag_of_tokens(ids[0].numpy(), *weights, gradient[0].numpy())
+    np.testing.assert_allclose(logits[0].detach().numpy(), expected, rtol=1e-6)
+    found = [parameter.grad.double().numpy() for parameter in adapter_parameters(model).values()]
+    wanted = [of_embedding + of_head] if tied else [of_embedding, of_head]
+    assert len(found) == len(wanted)
+    for got, each in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, each[chosen], rtol=1e-5, atol=1e-6)
+
+
+def grown(architecture: str = "llama", *, quant: str | None = "nf4", ids: tuple[int, ...] = NEW, **options: Any) -> Any:
+    model = tiny_adapted.base(architecture, quant=quant, **options)
+    extend_vocabulary(model, ids)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_new_rows_start_at_the_mean_and_old_rows_stay(architecture: str) -> None:
+    before, model = tiny_adapted.base(architecture), grown(architecture, quant=None, ids=(334, 335, 336, 337))
+    for old, new in zip(*((m.get_input_embeddings(), m.get_output_embeddings()) for m in (before, model)), strict=True):
+        assert new.weight.shape == (338, 32)
+        assert torch.equal(new.weight[:334], old.weight[:334])
+        mean = old.weight[:334].double().mean(0).expand(4, -1)
+        torch.testing.assert_close(new.weight[334:].double(), mean, rtol=1e-5, atol=1e-7)
+    assert model.config.vocab_size == model.vocab_size == 338
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (architecture != "qwen2")
+    assert tiny_adapted.logits(model).shape[-1] == 338
+
+
+@pytest.mark.parametrize("rows", [NEW, None])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_step_of_the_whole_model_has_the_gradients_of_a_plain_twin(
+    architecture: str, rows: tuple[int, ...] | None
+) -> None:
+    model, twin = (grown(architecture, quant=None) for _ in range(2))
+    inject(model, dtype=torch.float32, rank=2)
+    train_embeddings(model, BOTH, rows)
+    labels = IDS.clone()
+    for each in (model, twin):
+        if each is twin:
+            each.requires_grad_(False)
+            for module in (each.get_input_embeddings(), each.get_output_embeddings()):
+                module.weight.requires_grad_(True)
+        each.train()
+        loss = batch_loss(each, IDS, torch.ones_like(IDS), labels)
+        again = batch_loss(each, IDS, torch.ones_like(IDS), labels)  # the logits' form is known now
+        torch.testing.assert_close(loss.nll_sum, again.nll_sum)
+        again.nll_sum.backward()
+    chosen = slice(None) if rows is None else list(rows)
+    found = trained_matrices(model)
+    assert len(found) == (2 if architecture == "qwen2" else 1)
+    modules = dict(zip(found, (twin.get_input_embeddings(), twin.get_output_embeddings()), strict=False))
+    for path, matrix in found.items():
+        assert matrix.values.grad is not None
+        expected = modules[path].weight.grad
+        torch.testing.assert_close(matrix.values.grad, expected[chosen], rtol=1e-4, atol=1e-6)
+    others = [p for name, p in model.named_parameters() if p.grad is None and "lora" not in name]
+    assert others
+    assert not any(p.requires_grad for p in others)
+
+
+def saved(model: Any, directory: Path) -> Path:
+    save_adapter(model, directory, base_name_or_path=None, revision=None, base_quant={"quant": "none"})
+    return directory
+
+
+def trained(architecture: str, rows: tuple[int, ...] | None, **options: Any) -> Any:
+    model = grown(architecture, quant=None, **options)
+    tiny_adapted.move(inject(model, dtype=torch.float32, rank=3, alpha=6.0))
+    train_embeddings(model, BOTH, rows)
+    generator = torch.Generator().manual_seed(3)
+    for found in trained_matrices(model).values():
+        found.values.data += 0.02 * torch.randn(found.values.shape, generator=generator).to(found.values.dtype)
+    return model
+
+
+@pytest.mark.parametrize("rows", [NEW, None])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_and_loaded_is_the_same_model_here_and_in_peft(
+    tmp_path: Path, architecture: str, rows: tuple[int, ...] | None
+) -> None:
+    model = trained(architecture, rows)
+    expected = tiny_adapted.logits(model, IDS)
+    directory = saved(model, tmp_path / "adapter")
+    again = grown(architecture, quant=None)
+    load_adapter(again, directory)
+    assert torch.equal(tiny_adapted.logits(again, IDS), expected)
+    assert (
+        saved(again, tmp_path / "again").joinpath("adapter_model.safetensors").read_bytes()
+        == (directory / "adapter_model.safetensors").read_bytes()
+    )
+    peft = pytest.importorskip("peft")
+    base = tiny_adapted.base(architecture)
+    base.resize_token_embeddings(339)
+    theirs = peft.PeftModel.from_pretrained(base, str(directory)).eval()
+    torch.testing.assert_close(tiny_adapted.logits(theirs, IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [(338, 336, 337), None])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_an_adapter_of_peft_loads(tmp_path: Path, architecture: str, rows: tuple[int, ...] | None) -> None:
+    peft = pytest.importorskip("peft")
+    names = ["embed_tokens"] if architecture == "llama" else list(BOTH)
+    how = {"modules_to_save": names, "ensure_weight_tying": True}
+    if rows is not None:
+        how = {"trainable_token_indices": {name: list(rows) for name in names}}
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM", **how)
+    theirs = peft.get_peft_model(grown(architecture, quant=None), config)
+    tiny.move_all_parameters_(theirs)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours = grown(architecture, quant=None)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(
+        tiny_adapted.logits(ours, IDS), tiny_adapted.logits(theirs.eval(), IDS), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_an_adapter_of_peft_that_unties_the_head_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
+    peft.get_peft_model(tiny_adapted.base(), config).save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(UserError, match=r"modules_to_save: the model's head is its embedding \(tied\)"):
+        load_adapter(tiny_adapted.base(), tmp_path)
+
+
+def test_rows_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    directory = saved(trained("llama", NEW), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"trainable_token_indices: the model has 336 rows, got token 338\. Fix"):
+        load_adapter(tiny_adapted.base(), directory)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "rows", "fault"),
+    [
+        ("llama", ("lm_head",), None, r"head of llama is its embedding \(tied\)\. Fix: name embed_tokens"),
+        (
+            "qwen2",
+            ("embed_tokens",),
+            NEW,
+            r"lm_head of qwen2 has rows of its own.*Fix: set it to \[embed",
+        ),
+        ("qwen2", ("lm_head",), NEW, "embed_tokens of qwen2 has rows of its own"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(architecture: str, names: Any, rows: Any, fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        train_embeddings(grown(architecture), names, rows)
+
+
+def test_a_head_with_an_adapter_is_refused() -> None:
+    model = grown("qwen2", quant=None)
+    inject(model, targets=["lm_head"], rank=2)
+    with pytest.raises(UserError, match=r"the head must be dense and without an adapter, got AdaptedLinear\. Fix"):
+        train_embeddings(model, BOTH, NEW)
+
+
+def test_rows_are_float32_and_no_bfloat16_update_is_lost() -> None:
+    model = grown("qwen2", dtype=torch.bfloat16)
+    inject(model, dtype=torch.bfloat16, rank=2)
+    train_embeddings(model, BOTH, NEW)
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    assert [type(each) for each in modules] == [RowEmbedding, RowHead]
+    assert all(each.rows.dtype == torch.float32 for each in modules)
+    assert all(each.weight.dtype == torch.float32 and each.weight.shape == (339, 32) for each in modules)
+    assert model(input_ids=IDS).logits.dtype == torch.bfloat16
+
+
+def test_added_tokens_get_the_next_ids_and_are_never_split(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer.make()
+    size = len(tokenizer)
+    tokens = ("<tool>", "ab cd", "</tool>")
+    add_tokens(tokenizer, tokens)
+    assert new_token_ids(tokenizer, tokens) == (size, size + 1, size + 2)
+    ids = tokenizer("x<tool>ab cd</tool>y", add_special_tokens=False)["input_ids"]
+    assert ids[1:4] == [size, size + 1, size + 2]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "x<tool>ab cd</tool>y"
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    assert new_token_ids(again, tokens) == (size, size + 1, size + 2)
+    with pytest.raises(
+        UserError, match=rf"add_tokens: '<tool>' is token {size} of this tokenizer already\. Fix: remove"
+    ):
+        add_tokens(again, ("<new>", "<tool>"))
+
+
+def test_an_embedding_on_the_host_takes_trained_rows(tmp_path: Path) -> None:
+    tiny_adapted.base("qwen2").save_pretrained(tmp_path)
+    source = resolve(str(tmp_path))
+    options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32}
+    found = []
+    for hook in (None, keep_embedding_on_host):
+        model = load_model(source, before_reading=hook, **options)
+        extend_vocabulary(model, NEW)
+        inject(model, dtype=torch.float32, rank=2, generator=torch.Generator().manual_seed(0))
+        train_embeddings(model, BOTH, NEW)
+        tiny.move_all_parameters_(model)
+        loss = batch_loss(model, IDS, torch.ones_like(IDS), IDS.clone())
+        loss.nll_sum.backward()
+        found.append((model, loss.nll_sum, [p.grad for p in adapter_parameters(model).values()]))
+    assert isinstance(found[1][0].get_input_embeddings().base, HostEmbedding)
+    assert torch.equal(found[0][1], found[1][1])
+    assert all(torch.equal(*pair) for pair in zip(found[0][2], found[1][2], strict=True))
