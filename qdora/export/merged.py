@@ -289,7 +289,7 @@ class OpenedMerge:
     def num_parameters(self) -> int:
         """Parameters of the merged model, quantised or not."""
         tensors = self.model.state_dict().items()
-        own = sum(each.numel() for name, each in tensors if self.item(name) is not None or not each.is_meta)
+        own: int = sum(each.numel() for name, each in tensors if self.item(name) is not None or not each.is_meta)
         return own + sum(torch.Size(item.shape).numel() for item in carried(self.model).values())
 
     def item(self, name: str) -> Stored | None:
