@@ -43,4 +43,4 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if key in row["refused"]:
         return "refused"
     value = row.get(key, "–")
-    return "yes" if value is True else f"{value:.0e}" if isinstance(value, float) else value
+    return "yes" if value is True else f"{value:.0e}" if value and isinstance(value, float) else str(value or 0)
