@@ -53,6 +53,23 @@ def test_wait_policy(tmp_path: Path) -> None:
         assert all(len(found) == 1 and found[0] > 0 for found in case["tokens_per_second"].values())
 
 
+def test_architectures(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "architectures.py")
+    llama, falcon = result["families"]["Llama 3"], result["families"]["Falcon 7B"]
+    assert llama["refused"] == llama["failed"] == falcon["failed"] == {}
+    assert list(falcon["refused"]) == ["nf4_lora"]
+    assert (llama["num_adapted"], falcon["num_adapted"]) == (14, 8)
+    for row in (llama, falcon):
+        assert row["resumed"]
+        assert row["answered"]
+        assert 0 < row["merged"] < 1e-4
+        assert 0 < row["gradients"] < 1e-4
+        assert row["packing"] < 1e-5
+    # A later call replaces the rows that it names, and keeps the others.
+    again = smoke(tmp_path, "architectures.py", "--families", "Falcon 7B")
+    assert again["families"]["Llama 3"] == llama
+
+
 def test_loss_curve(tmp_path: Path) -> None:
     result = smoke(tmp_path, "loss_curve.py")
     assert len(result["curves"]) == 11

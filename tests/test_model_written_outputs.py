@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import FalconConfig, FalconForCausalLM, OlmoConfig, OlmoForCausalLM
 
+from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.written_outputs import keep_written_outputs_
 from tests import tiny
@@ -76,7 +77,7 @@ def test_gradients_are_those_of_the_plain_formula(name: str, checkpointing: bool
 
     keep_written_outputs_(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     model.train()
     loss_of(model).backward()  # type: ignore[no-untyped-call]
     for path, layer in adapted_layers(model).items():
@@ -105,7 +106,7 @@ def test_lora_needs_no_copy() -> None:
 def test_a_changed_output_is_an_error_and_never_a_wrong_gradient(checkpointing: bool, said: str) -> None:
     model = adapted(olmo)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     model.train()
     with pytest.raises(RuntimeError, match=said):
         loss_of(model).backward()  # type: ignore[no-untyped-call]

@@ -17,7 +17,8 @@ def architectures() -> str:
         cells = [_cell(row, key) for key in ("resumed", "answered", *FIGURES, "packing")]
         adapted = f"{row['num_adapted']}" if "num_adapted" in row else "–"
         rows.append([name, f"`{row['model_type']}`", adapted, *cells, f"{row['seconds']:.0f}"])
-        for text in dict.fromkeys([*row["refused"].values(), *row["failed"].values()]):
+        refused = [text for key, text in row["refused"].items() if key != "packing"]  # the page says why
+        for text in dict.fromkeys([*refused, *row["failed"].values()]):
             reasons.setdefault(text, []).append(name)
     header = ["family", "model type", "adapted layers", "resumed", "answer", "NLL", "merged", "nf4-lora", "gradients"]
     asked = ", ".join(f"{key.replace('_', '-')} {most:.0e}" for key, most in document["asked"].items())
@@ -42,4 +43,4 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if key in row["refused"]:
         return "refused"
     value = row.get(key, "–")
-    return "yes" if value is True else f"{value:.0e}" if isinstance(value, float) else value
+    return "yes" if value is True else f"{value:.0e}" if value and isinstance(value, float) else str(value or 0)

@@ -185,7 +185,10 @@ def _ranks(chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, i
         limit, name = min(layers, key=lambda layer: layer[0])
         others = f"; {len(layers)} layers are too small for it" if len(layers) > 1 else ""
         # Gates of linear attention have one output for each head (Qwen3.5's in_proj_a).
-        most = {path.rpartition(".")[2]: each for each, path in sorted(layers, reverse=True)}
+        most: dict[str, int] = {}
+        for each, path in layers:
+            leaf = path.rpartition(".")[2]
+            most[leaf] = min(each, most.get(leaf, each))
         own = ", ".join(f"{leaf}: {each}" for leaf, each in most.items())
         fix = f" Fix: lower it, or add adapter.rank_pattern: {{{own}}}." if where == "adapter.rank" else ""
         faults.append(f"{where}: must be at most {limit} for layer {name} (got {asked}){others}.{fix}")
