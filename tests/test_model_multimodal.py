@@ -72,6 +72,7 @@ def test_a_text_gets_the_logits_of_the_whole_model(family: str, published: bool,
     packed = logits(model, TEXTS.reshape(1, -1), position_ids=torch.arange(40).repeat(2)[None])
     torch.testing.assert_close(packed.view(2, 40, -1), logits(whole), rtol=1e-4, atol=1e-5)
     packed_layout(model)
+    torch.testing.assert_close(logits(model.train()), logits(whole), rtol=1e-4, atol=1e-5)
     assert carried(model).keys() == {name for name in stored if not is_text(name)}
 
 

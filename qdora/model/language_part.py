@@ -7,10 +7,13 @@ an empty `NotLoaded`.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -102,6 +105,9 @@ def leave_out_other_parts_(model: PreTrainedModel) -> None:
         holder = getattr(holder, step)
     if model.config.model_type in _NEED_TEXT_POSITIONS:
         text.register_forward_pre_hook(_with_text_positions, with_kwargs=True)
+    whole = model.base_model
+    if _demands_token_types(whole):
+        whole.register_forward_pre_hook(_with_text_types, with_kwargs=True)
 
 
 def _with_text_positions(
@@ -111,6 +117,22 @@ def _with_text_positions(
     positions = kwargs.get("position_ids")
     if positions is not None and positions.ndim == 2:
         kwargs = kwargs | {"position_ids": positions.unsqueeze(0).expand(4, -1, -1)}
+    return args, kwargs
+
+
+def _demands_token_types(model: nn.Module) -> bool:
+    """Whether the model's class refuses to be trained without token types: Gemma 3 in transformers 5.0."""
+    masks = getattr(sys.modules[type(model).__module__], "create_causal_mask_mapping", None)
+    return masks is not None and "is_training" in inspect.signature(masks).parameters
+
+
+def _with_text_types(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Say of every token that it is text."""
+    ids = kwargs.get("input_ids")
+    if module.training and ids is not None and kwargs.get("token_type_ids") is None:
+        kwargs = kwargs | {"token_type_ids": torch.zeros_like(ids)}
     return args, kwargs
 
 
@@ -133,8 +155,8 @@ def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -
     for part in parts.values():
         part.stored, part.directory = {}, directory
     for name, item in stored.items():
-        part = next((part for path, part in parts.items() if name.startswith(f"{path}.")), None)
-        if part is None:
+        holder = next((path for path in parts if name.startswith(f"{path}.")), None)
+        if holder is None:
             language[name] = item
         elif isinstance(item, StoredPacked):
             raise UserError(
@@ -142,7 +164,7 @@ def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -
                 "Fix: name the model in full precision."
             )
         else:
-            part.stored[item.key] = item
+            parts[holder].stored[item.key] = item
     return language
 
 

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
+from qdora.model.language_part import not_loaded
 from qdora.model.load import Quantization, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
@@ -110,7 +111,9 @@ def set_unmasked_(model: PreTrainedModel) -> None:
     if model.config.get_text_config()._attn_implementation == "sdpa":
         AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
         AttentionMaskInterface.register(_UNMASKED, _mask_of_window)
-        model.set_attn_implementation(_UNMASKED)
+        # transformers warns of parts of a config whose module it does not find.
+        text: Any = model.get_decoder() if not_loaded(model) else model
+        text.set_attn_implementation(_UNMASKED)
 
 
 def _mask_of_window(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
