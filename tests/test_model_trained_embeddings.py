@@ -233,7 +233,8 @@ def test_rows_are_float32_and_no_bfloat16_update_is_lost() -> None:
     train_embeddings(model, BOTH, NEW)
     modules = model.get_input_embeddings(), model.get_output_embeddings()
     assert [type(each) for each in modules] == [RowEmbedding, RowHead]
-    assert all(each.rows.dtype == torch.float32 for each in modules)
+    assert all(each.trained.rows.dtype == torch.float32 for each in modules)
+    assert model.dtype == torch.bfloat16
     assert all(each.weight.dtype == torch.float32 and each.weight.shape == (339, 32) for each in modules)
     assert model(input_ids=IDS).logits.dtype == torch.bfloat16
 

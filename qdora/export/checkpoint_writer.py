@@ -121,7 +121,7 @@ def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, So
         if path in adapted:
             continue
         if isinstance(module, RowEmbedding | RowHead):
-            adapted.add(f"{path}.base")
+            adapted |= {f"{path}.base", f"{path}.trained"}
             weight: Any = module.base.weight
             yield f"{dot}weight", Source(weight.detach().to("meta"), partial(merged_rows, module), weight.detach())
             continue

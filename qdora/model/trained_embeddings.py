@@ -14,7 +14,7 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from qdora.errors import UserError
 from qdora.model.inject import HEAD, replace_module
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.nn.trained_rows import RowEmbedding, RowHead
+from qdora.nn.trained_rows import RowEmbedding, RowHead, TrainedRows
 
 EMBEDDING = "embed_tokens"
 """Stands for the input embedding, under any name, as `HEAD` does for the output head."""
@@ -159,7 +159,7 @@ def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None
     if is_tied(model) and matrices:
         found = next(iter(matrices.values()))
         matrices = dict.fromkeys((embedding_path, head_path), found)
-    shared: dict[int, nn.Parameter] = {}
+    shared: dict[int, TrainedRows] = {}
     for path, matrix in matrices.items():
         module: Any = model.get_submodule(path)
         if matrix.ids is None:
@@ -169,9 +169,9 @@ def put_trained(model: nn.Module, matrices: Mapping[str, TrainedMatrix]) -> None
             continue
         device = module.device if isinstance(module, HostEmbedding) else module.weight.device
         if id(matrix) not in shared:
-            shared[id(matrix)] = nn.Parameter(matrix.values.detach().to(device, torch.float32, copy=True))
+            shared[id(matrix)] = TrainedRows(matrix.ids, matrix.values.detach().to(device, torch.float32, copy=True))
         made = RowHead if path == head_path else RowEmbedding
-        replace_module(model, path, made(module, matrix.ids, shared[id(matrix)]))
+        replace_module(model, path, made(module, shared[id(matrix)]))
 
 
 def trained_matrices(model: nn.Module) -> dict[str, TrainedMatrix]:
@@ -182,16 +182,18 @@ def trained_matrices(model: nn.Module) -> dict[str, TrainedMatrix]:
     seen: set[int] = set()
     for path, module in zip(embedding_paths(model), _modules(model), strict=True):
         is_rows = isinstance(module, RowEmbedding | RowHead)
-        parameter = module.rows if is_rows else getattr(module, "weight", None)
+        parameter = module.trained.rows if is_rows else getattr(module, "weight", None)
         if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
-            found[path] = TrainedMatrix(parameter, tuple(module.ids.tolist()) if is_rows else None)
+            found[path] = TrainedMatrix(parameter, tuple(module.trained.ids.tolist()) if is_rows else None)
     return found
 
 
 def trained_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters of `trained_matrices`."""
-    return [f"{path}.{'weight' if each.ids is None else 'rows'}" for path, each in trained_matrices(model).items()]
+    return [
+        f"{path}.{'weight' if each.ids is None else 'trained.rows'}" for path, each in trained_matrices(model).items()
+    ]
 
 
 def trainable_faults(model: nn.Module, paths: Sequence[str]) -> list[str]:

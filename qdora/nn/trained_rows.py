@@ -15,29 +15,40 @@ from torch.nn import functional
 from qdora.nn.host_embedding import HostEmbedding
 
 
-class RowEmbedding(nn.Module):
-    """An embedding that takes the rows `ids` from `rows` and all others from its frozen base.
+class TrainedRows(nn.Module):
+    """The trained rows of a matrix; a tied head shares them with the embedding.
 
-    `rows` is float32 whatever the base's dtype: in bf16 small updates would be rounded away. Only the rows that a batch
-    asks for are cast. A base that scales its output by `embed_scale` (Gemma) scales the trained rows, too.
+    `rows` is float32 whatever the dtype of the matrix: in bf16 small updates would be rounded away. They are in a
+    module of their own, behind the base: transformers takes a model's dtype from its first parameter.
 
     Args:
-        base: nn.Embedding, a subclass with `embed_scale`, or HostEmbedding.
         ids: Ascending token ids, in the order of `rows`.
         rows: (len(ids), features), float32.
     """
 
     ids: Tensor
 
-    def __init__(self, base: nn.Module, ids: Sequence[int], rows: nn.Parameter) -> None:
+    def __init__(self, ids: Sequence[int], rows: Tensor) -> None:
         super().__init__()
-        self.base, self.rows = base, rows
+        self.rows = nn.Parameter(rows)
         self.register_buffer("ids", torch.tensor(ids, device=rows.device), persistent=False)
+
+
+class RowEmbedding(nn.Module):
+    """An embedding that takes some rows from `trained`, and all others from its frozen base.
+
+    Only the rows that a batch asks for are cast. A base that scales its output by `embed_scale` (Gemma) scales the
+    trained rows, too. `base` is nn.Embedding, a subclass with `embed_scale`, or HostEmbedding.
+    """
+
+    def __init__(self, base: nn.Module, trained: TrainedRows) -> None:
+        super().__init__()
+        self.base, self.trained = base, trained
 
     @property
     def device(self) -> torch.device:
         """Where the rows go."""
-        return self.rows.device
+        return self.trained.rows.device
 
     @property
     def weight(self) -> Tensor:
@@ -47,29 +58,23 @@ class RowEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(...) token ids to (..., features) in the base's dtype."""
         found: Tensor = self.base(ids)
-        ids = ids.to(self.ids.device)
-        place = torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
+        known, ids = self.trained.ids, ids.to(self.trained.ids.device)
+        place = torch.searchsorted(known, ids).clamp_(max=len(known) - 1)
         # Summed in float32 in the backward pass: a token may be in a batch hundreds of times.
-        mine = functional.embedding(place, self.rows).to(found.dtype)
+        mine = functional.embedding(place, self.trained.rows).to(found.dtype)
         scale = getattr(self.base, "embed_scale", None)
         if scale is not None:
             mine = mine * torch.as_tensor(scale, device=mine.device).to(mine.dtype)
-        return torch.where((self.ids[place] == ids).unsqueeze(-1), mine, found)
+        return torch.where((known[place] == ids).unsqueeze(-1), mine, found)
 
 
 class RowHead(nn.Module):
-    """An output head without bias that takes the logits `ids` from `rows`, and all others from its frozen base.
+    """An output head without bias that takes some logits from the rows `trained`, and all others from its base."""
 
-    A tied head has the same parameter `rows` as the `RowEmbedding`. Args as there; `base` is nn.Linear.
-    """
-
-    ids: Tensor
-
-    def __init__(self, base: nn.Linear, ids: Sequence[int], rows: nn.Parameter) -> None:
+    def __init__(self, base: nn.Linear, trained: TrainedRows) -> None:
         super().__init__()
-        self.base, self.rows = base, rows
+        self.base, self.trained = base, trained
         self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
-        self.register_buffer("ids", torch.tensor(ids, device=rows.device), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -79,15 +84,16 @@ class RowHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., features) to (..., vocabulary) in the dtype of `hidden`."""
         logits: Tensor = self.base(hidden)
+        mine = functional.linear(hidden, self.trained.rows.to(hidden.dtype))
         # In place: another copy of the logits would be the largest tensor of a step.
-        return logits.index_copy_(-1, self.ids, functional.linear(hidden, self.rows.to(hidden.dtype)))
+        return logits.index_copy_(-1, self.trained.ids, mine)
 
 
 @torch.no_grad()
 def merged_rows(module: RowEmbedding | RowHead) -> Tensor:
     """The matrix (vocabulary, features) with the trained rows in their places: a float32 copy, on the base's device."""
     base: nn.Embedding | nn.Linear | HostEmbedding = module.base  # type: ignore[assignment]
-    return with_rows(base.weight, module.ids.tolist(), module.rows)
+    return with_rows(base.weight, module.trained.ids.tolist(), module.trained.rows)
 
 
 @torch.no_grad()
