@@ -126,8 +126,9 @@ def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *,
         if not known:
             continue
         # The colours of the training loss, whose tasks have this order, too
-        style = {"color": "black", "linewidth": 2.0} if name == "average" else {"color": f"C{number}", "linewidth": 1.4}
-        (line,) = axes.plot(*zip(*known, strict=True), marker=".", label=name, gid=f"values {name}", **style)
+        color, width = ("black", 2.0) if name == "average" else (f"C{number}", 1.4)
+        steps, values = zip(*known, strict=True)
+        (line,) = axes.plot(steps, values, color=color, linewidth=width, marker=".", label=name, gid=f"values {name}")
         if known[0][0] == 0:
             axes.axhline(known[0][1], color=line.get_color(), linestyle=":", linewidth=0.8)
     axes.set_ylabel(f"{label} (dotted: base)")
