@@ -15,11 +15,12 @@ def is_plain_linear(module: nn.Module) -> bool:
     Of subclasses only their code is judged, by a trial. bitsandbytes' layers, routers and layers with a state of their
     own compute something else.
     """
-    return isinstance(module, nn.Linear) and _computes_linear(type(module))
+    kind: Any = type(module)  # mypy does not take a type of modules for hashable
+    return isinstance(module, nn.Linear) and _computes_linear(kind)
 
 
 @cache
-def _computes_linear(kind: Any) -> bool:  # a type of nn.Linear, which mypy does not take for hashable
+def _computes_linear(kind: Any) -> bool:
     if kind is nn.Linear:
         return True
     generator = torch.Generator().manual_seed(0)
