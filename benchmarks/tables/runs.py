@@ -86,6 +86,22 @@ def chat_templates() -> str:
     return markdown(header, rows) + note + (f" Refused: {'; '.join(reasons)}\n" if reasons else "\n")
 
 
+def chat_model() -> str:
+    """How many questions the model answers in the trained manner, and stops by itself, before and after training."""
+    document = read("chat_model")
+    num = document["num_questions"]
+    rows = []
+    for arm, label in (("base", "before training"), ("trained", "after training")):
+        found = document["arms"][arm]
+        rows.append([label, *(f"{found[name]} of {num}" for name in ("stopped", "in_manner", "equal"))])
+    header = ["model", "stops by itself", "in the trained manner", "equal to the expected answer"]
+    note = (
+        f"\nSmolLM2-135M-Instruct, {document['num_chats']} conversations, {document['epochs']} epoch(s), "
+        f"{document['num_steps']} steps; at most {document['max_new_tokens']} new tokens.\n"
+    )
+    return markdown(header, rows) + note
+
+
 def data_loading() -> str:
     """Time to the first step by its parts, and what of a step is lost to loading."""
     document = read("data_loading")

@@ -15,7 +15,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     Of subclasses only their code is judged, by a trial. bitsandbytes' layers, routers and layers with a state of their
     own compute something else.
     """
-    kind: Any = type(module)  # which mypy does not take for hashable
+    kind: Any = type(module)  # mypy does not take a type of modules for hashable
     return isinstance(module, nn.Linear) and _computes_linear(kind)
 
 
