@@ -171,7 +171,7 @@ def embedding_faults(
         if found is None and is_tied(model):
             found = next((each for other in embedding_paths(model) if (each := exported(other)) is not None), None)
         module = model.get_submodule(path)
-        size = len(module.weight if matrix.ids is None else module.base.weight)  # type: ignore[arg-type,union-attr]
+        size = len(module.weight if matrix.ids is None else module.base.weight)
         if found is None or len(found) != size:
             rows = "none" if found is None else f"{len(found)} rows"
             faults.append(f"{path}: its matrix of {size} rows is not in the files ({rows})")
