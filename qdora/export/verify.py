@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import get_max_memory
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdora.errors import UserError
@@ -30,7 +30,6 @@ from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
 from qdora.model.bnb_checkpoint import gather_packed
 from qdora.model.inject import adapted_layers, frozen_layers
-from qdora.model.language_part import auto_class
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.model.stored_tensors import Stored, open_safetensors, rename_to_model, shard_files
@@ -171,7 +170,7 @@ def embedding_faults(
         found = exported(path)
         if found is None and is_tied(model):
             found = next((each for other in embedding_paths(model) if (each := exported(other)) is not None), None)
-        module: Any = model.get_submodule(path)
+        module = model.get_submodule(path)
         size = len(module.weight if matrix.ids is None else module.base.weight)
         if found is None or len(found) != size:
             rows = "none" if found is None else f"{len(found)} rows"
@@ -215,7 +214,7 @@ def load_with_transformers(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # the caller shows its own
     try:
-        loaded, info = auto_class(model.config).from_pretrained(
+        loaded, info = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
