@@ -126,7 +126,9 @@ def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *,
         if not known:
             continue
         # The colours of the training loss, whose tasks have this order, too
-        style = {"color": "black", "linewidth": 2.0} if name == "average" else {"color": f"C{number}", "linewidth": 1.4}
+        style: dict[str, Any] = {"color": f"C{number}", "linewidth": 1.4}
+        if name == "average":
+            style = {"color": "black", "linewidth": 2.0}
         (line,) = axes.plot(*zip(*known, strict=True), marker=".", label=name, gid=f"values {name}", **style)
         if known[0][0] == 0:
             axes.axhline(known[0][1], color=line.get_color(), linestyle=":", linewidth=0.8)
