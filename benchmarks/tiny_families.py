@@ -138,12 +138,6 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
     "StarCoder, SantaCoder": ("gpt_bigcode", GPT2_SIZES | NO_DROPOUT | TIED | {"n_inner": 128}),
     "MPT": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "expansion_ratio": 2} | TIED),
     "Persimmon": ("persimmon", SIZES | UNTIED),
-    "XGLM": (
-        "xglm",
-        {"d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 128}
-        | TIED
-        | {"dropout": 0.0, "attention_dropout": 0.0},
-    ),
     "BioGPT": ("biogpt", SIZES | TIED | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "GPT-2": ("gpt2", GPT2_SIZES | NO_DROPOUT | TIED),
     "Mamba": ("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 64} | TIED),

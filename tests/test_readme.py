@@ -40,6 +40,7 @@ TOPICS = {
     "runs",
     "evaluation",
     "exports",
+    "models",
     "ranks",
     "studies",
     "pruned-bases",
