@@ -60,7 +60,7 @@ def test_a_text_gets_the_logits_of_the_whole_model(family: str, published: bool,
     stored = tiny_multimodal.write_model(tmp_path, family, published=published)
     whole, model = whole_model(tmp_path), load(tmp_path)
     assert type(model) is type(whole)
-    assert model.config.tie_word_embeddings == (family in ("gemma3", "qwen3_vl"))
+    assert model.config.tie_word_embeddings == (family in ("gemma3", "qwen3_vl", "qwen3_5"))
     assert all(name.startswith(LANGUAGE) for name, _ in (*model.named_parameters(), *model.named_buffers()))
     torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=1e-6)
     # Padding on the left, and two examples in a row.
@@ -69,11 +69,13 @@ def test_a_text_gets_the_logits_of_the_whole_model(family: str, published: bool,
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     padded = logits(model, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(padded[:1, 9:], logits(whole, TEXTS[:1, 9:]), rtol=1e-4, atol=1e-5)
-    packed = logits(model, TEXTS.reshape(1, -1), position_ids=torch.arange(40).repeat(2)[None])
-    torch.testing.assert_close(packed.view(2, 40, -1), logits(whole), rtol=1e-4, atol=1e-5)
-    packed_layout(model)
     torch.testing.assert_close(logits(model.train()), logits(whole), rtol=1e-4, atol=1e-5)
     assert carried(model).keys() == {name for name in stored if not is_text(name)}
+    if family == "qwen3_5":  # its linear attention does not keep packed examples apart, and the check says so
+        return
+    packed = logits(model.eval(), TEXTS.reshape(1, -1), position_ids=torch.arange(40).repeat(2)[None])
+    torch.testing.assert_close(packed.view(2, 40, -1), logits(whole), rtol=1e-4, atol=1e-5)
+    packed_layout(model)
 
 
 def is_text(name: str) -> bool:
@@ -197,7 +199,7 @@ def test_images_do_not_reach_the_model(tmp_path: Path) -> None:
 def test_other_families_are_refused_in_one_line(tmp_path: Path) -> None:
     LlavaConfig().save_pretrained(tmp_path)
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    match = r"the language part of a multimodal model can be trained for gemma3, .*qwen3_vl \(got llava\)\."
+    match = r"the language part of a multimodal model can be trained for gemma3, .*qwen3_5 \(got llava\)\."
     with pytest.raises(UserError, match=match):
         load(tmp_path)
 

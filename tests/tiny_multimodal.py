@@ -1,4 +1,4 @@
-"""Tiny random multimodal models of four families, saved under the names of the Hub's checkpoints."""
+"""Tiny random multimodal models of several families, saved under the names of the Hub's checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -39,7 +40,7 @@ ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_sectio
 
 
 def config(family: str) -> Any:
-    """Blocks of 64 fit into the rows of every text layer; Gemma 3 and Qwen3-VL tie their heads."""
+    """Blocks of 64 fit into the rows of every text layer; Gemma 3, Qwen3-VL and Qwen3.5 tie their heads."""
     if family == "gemma3":
         text = TEXT | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
         return Gemma3Config(
@@ -58,6 +59,13 @@ def config(family: str) -> Any:
         vision = QWEN | {"fullatt_block_indexes": [1]}
         text = TEXT | {"rope_parameters": ROPE}
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS)
+    if family == "qwen3_5":
+        linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        rope = ROPE | {"mrope_section": [1, 1, 0], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
+        text = TEXT | linear | {"head_dim": 16, "num_hidden_layers": 4, "rope_parameters": rope}
+        vision = QWEN | {"num_position_embeddings": 16}
+        return transformers.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **QWEN_IDS)
     assert family == "qwen3_vl"
     vision = QWEN | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
     text = TEXT | {"head_dim": 16, "rope_parameters": ROPE | {"mrope_interleaved": True}}
@@ -65,6 +73,7 @@ def config(family: str) -> Any:
 
 
 FAMILIES = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
+FAMILIES += ("qwen3_5",) if hasattr(transformers, "Qwen3_5Config") else ()  # not in transformers 5.0
 
 # Names in the model -> names in the files that the publishers gave to the Hub.
 _PUBLISHED: dict[str, tuple[tuple[str, str], ...]] = {
@@ -81,6 +90,7 @@ _PUBLISHED: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "qwen2_5_vl": ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     "qwen3_vl": (),
+    "qwen3_5": (),
 }
 
 

@@ -29,7 +29,7 @@ from qdora.files.json_file import read_json_object
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
 from qdora.recipe.byte_size import size_text
 
-FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """model_type of the configs whose text logits without the other parts were compared with those of the whole model."""
 
 TRAINED_PART = "the language part; what is for images is neither loaded nor trained, and unchanged in exports"
