@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.merged import StreamedMerge, export_merged
+from qdora.export.verify import load_with_transformers
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
 from qdora.model.language_part import carried, in_words
@@ -125,6 +126,9 @@ def test_a_merged_export_is_the_whole_model(tmp_path: Path) -> None:
     export_merged(merge, None, tmp_path / "merged", dtype=torch.float32)
     check_files(tmp_path / "merged", stored)
     torch.testing.assert_close(logits(whole_model(tmp_path / "merged")), logits(model), rtol=1e-4, atol=1e-5)
+    reloaded, faults = load_with_transformers(tmp_path / "merged", model)  # as an export's own check does
+    assert not faults
+    torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def check_files(directory: Path, stored: dict[str, Tensor]) -> None:

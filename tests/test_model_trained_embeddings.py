@@ -227,6 +227,33 @@ def test_a_head_with_an_adapter_is_refused() -> None:
         train_embeddings(model, BOTH, NEW)
 
 
+def test_new_tokens_of_an_untied_model_need_both_matrices() -> None:
+    with pytest.raises(UserError, match="lm_head of qwen2 has rows of its own"):
+        train_embeddings(grown("qwen2"), BOTH[:1], None, has_new=True)
+
+
+def test_a_tied_head_with_an_adapter_is_refused_with_its_embedding() -> None:
+    model = grown("llama", quant=None)
+    inject(model, targets=["lm_head"], rank=2)
+    with pytest.raises(UserError, match=r"the head must be dense and without an adapter, got AdaptedLinear\. Fix"):
+        train_embeddings(model, BOTH[:1], None)
+
+
+def test_an_adapter_on_the_head_beside_a_trained_embedding_is_loaded_again(tmp_path: Path) -> None:
+    def fresh() -> Any:
+        return tiny_adapted.base("qwen2", quant=None)
+
+    model = fresh()
+    inject(model, targets=["q_proj", "lm_head"], rank=2)
+    train_embeddings(model, BOTH[:1], None)
+    tiny.move_all_parameters_(model)
+    save_adapter(model, tmp_path / "adapter", base_name_or_path=None, revision=None, base_quant={"quant": "none"})
+    again = fresh()
+    load_adapter(again, tmp_path / "adapter")
+    ids = torch.tensor([[1, 7, 17, 5, 60]])
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_rows_are_float32_and_no_bfloat16_update_is_lost() -> None:
     model = grown("qwen2", dtype=torch.bfloat16)
     inject(model, dtype=torch.bfloat16, rank=2)
@@ -235,7 +262,8 @@ def test_rows_are_float32_and_no_bfloat16_update_is_lost() -> None:
     assert [type(each) for each in modules] == [RowEmbedding, RowHead]
     assert all(each.trained.rows.dtype == torch.float32 for each in modules)
     assert model.dtype == torch.bfloat16
-    assert all(each.weight.dtype == torch.float32 and each.weight.shape == (339, 32) for each in modules)
+    # Mamba casts its hidden states to the dtype of the head's weight, and the base computes in bfloat16.
+    assert all(each.weight.dtype == torch.bfloat16 and each.weight.shape == (339, 32) for each in modules)
     assert model(input_ids=IDS).logits.dtype == torch.bfloat16
 
 

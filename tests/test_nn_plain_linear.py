@@ -8,6 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
@@ -63,3 +64,14 @@ def test_a_subclass_that_computes_the_linear_map_is_one(layer: nn.Module) -> Non
 )
 def test_any_other_module_is_not(make: Any) -> None:
     assert not is_plain_linear(make())
+
+
+def test_a_class_that_a_plan_meets_first_is_judged_by_values() -> None:
+    """The tensors of a plan are fake, and a trial with them would have no result."""
+
+    class Plain(nn.Linear):
+        pass
+
+    layer = Plain(4, 4)
+    with FakeTensorMode():
+        assert is_plain_linear(layer)

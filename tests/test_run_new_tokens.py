@@ -170,6 +170,9 @@ def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(place: Path, 
     assert trained_matrices(load_run(tmp_path / "run").model)
     with pytest.raises(UserError, match=r"adapter.also_train: must train the same rows as the adapter in"):
         train_run(recipe(place, **WHOLE, **again), tmp_path / "other")
+    turned = {"model__add_tokens": list(reversed(TOKENS))}
+    with pytest.raises(UserError, match=r"model.add_tokens: must be \[.*\] as in the adapter in .*, got \["):
+        train_run(recipe(place, **NEW | turned, **again), tmp_path / "turned")
 
 
 def test_full_fine_tuning_takes_new_tokens(place: Path, tmp_path: Path) -> None:

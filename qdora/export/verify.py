@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import get_max_memory
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdora.errors import UserError
@@ -30,6 +30,7 @@ from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
 from qdora.model.bnb_checkpoint import gather_packed
 from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.language_part import auto_class
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.model.stored_tensors import Stored, open_safetensors, rename_to_model, shard_files
@@ -106,7 +107,8 @@ def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonTex
     faults += embedding_faults(model, partial(_dense_weight, files), stored_dtype(directory))
     faults += _weight_faults(weights, "exported") + tokenizer_faults(text, directory)
     stored = stored_dtype(directory)  # of embeddings, norms and head, which lose nothing in the model's own dtype
-    found = verdict(total, faults, torch.float32 if stored == model.dtype else stored, model.dtype)
+    exact = stored == model.dtype and not trained_matrices(model)  # trained rows are float32 and are rounded
+    found = verdict(total, faults, torch.float32 if exact else stored, model.dtype)
     return found | {"num_texts": len(text.sequences), "weights": weights, "loaded_by": loaded_by}
 
 
@@ -214,7 +216,7 @@ def load_with_transformers(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # the caller shows its own
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto_class(model.config).from_pretrained(
             str(directory), dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:

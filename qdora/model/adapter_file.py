@@ -228,7 +228,7 @@ def read_adapter(
     expected, layer_faults = _expected_shapes(linear, described, directory)
     trained, matrix_faults = _trained_shapes(model, layout, str(directory / CONFIG_FILE))
     layer_faults += matrix_faults
-    both = set(linear) & set(embedding_paths(model)) if trained else set()
+    both = set(linear) & {*trained, *(embedding_paths(model) if trained and is_tied(model) else ())}
     layer_faults += [f"{directory / CONFIG_FILE}: target_modules: {path} is trained whole or in rows." for path in both]
     expected |= {_matrix_name(path, ids): shape for path, (ids, shape) in trained.items()}
     whole = [path for path, (ids, _) in trained.items() if ids is None]

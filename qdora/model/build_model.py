@@ -15,11 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.chat_template import set_chat_settings, use_data_settings
 from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
-from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.inject import adapted_layers, inject
+from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
+from qdora.model.inject import HEAD, adapted_layers, inject
 from qdora.model.load import load_config, skeleton, stop_ids, stored_tensors
 from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
-from qdora.model.trained_embeddings import add_tokens, new_token_ids, train_embeddings, trained_matrices
+from qdora.model.trained_embeddings import (
+    EMBEDDING,
+    add_tokens,
+    embedding_paths,
+    is_tied,
+    new_token_ids,
+    train_embeddings,
+    trained_matrices,
+)
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -91,9 +99,26 @@ def put_adapters(
     ids = None if settings.also_train_rows == "all" else tuple(new_tokens)
     if not trained_matrices(model):
         if settings.also_train:
-            train_embeddings(model, settings.also_train, ids)
-    elif not settings.also_train or any(found.ids != ids for found in trained_matrices(model).values()):
+            train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
+        return
+    assert directory is not None
+    _check_same_rows(model, recipe, directory, ids)
+
+
+def _check_same_rows(model: PreTrainedModel, recipe: Recipe, directory: Path, ids: tuple[int, ...] | None) -> None:
+    """Refuse an adapter with other trained rows, or rows of other tokens, than the recipe has."""
+    found = trained_matrices(model)
+    embedding, head = embedding_paths(model)
+    paths = {EMBEDDING: embedding, HEAD: head}
+    named = {paths[name] for name in recipe.adapter.also_train}
+    wanted = {embedding} if is_tied(model) and named else named
+    if set(found) != wanted or any(each.ids != ids for each in found.values()):
         raise UserError(f"adapter.also_train: must train the same rows as the adapter in {directory}, which has some.")
+    before = (describe_adapter(directory).extra or {}).get("add_tokens", [])
+    if before != list(recipe.model.add_tokens):
+        raise UserError(
+            f"model.add_tokens: must be {before} as in the adapter in {directory}, got {list(recipe.model.add_tokens)}."
+        )
 
 
 def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) -> None:

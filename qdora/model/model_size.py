@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qdora.model.inject import is_linear
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.trained_rows import RowHead
 
 _DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
 
@@ -30,6 +31,7 @@ class ModelSize:
 def model_size(model: nn.Module) -> ModelSize:
     """Size of a causal LM, with or without adapters; tied weights count once."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head.base if isinstance(head, RowHead) else head
     seen: set[int] = set()
     weights = linear = other = adapter = 0
     for module in model.modules():

@@ -114,12 +114,15 @@ def _put_weight(module: Any, weight: Tensor) -> None:
     setattr(module, "out_features" if isinstance(module, nn.Linear) else "num_embeddings", len(weight))
 
 
-def train_embeddings(model: PreTrainedModel, names: Sequence[str], ids: Sequence[int] | None) -> None:
+def train_embeddings(
+    model: PreTrainedModel, names: Sequence[str], ids: Sequence[int] | None, *, has_new: bool = False
+) -> None:
     """Make the embedding, the head or both trainable, after the adapters are on.
 
     Args:
         names: `EMBEDDING`, `HEAD` or both. A tied head is trained with the embedding, named or not.
         ids: Token ids of the rows to train; None: whole matrices, in their own dtype.
+        has_new: Whether the model has new tokens; `ids` are new ones.
     Raises UserError: A head that is quantised, adapted or has a bias, or an embedding that does more than look up rows;
         a tied head without its embedding; new rows of one of two matrices.
     """
@@ -132,13 +135,13 @@ def train_embeddings(model: PreTrainedModel, names: Sequence[str], ids: Sequence
                 f"Fix: name {EMBEDDING}, which trains both."
             )
         logger.info("adapter.also_train: the head is the embedding (tied), so one matrix is trained.")
-    if ids is not None and not is_tied(model) and len(paths) < 2:
+    if (ids is not None or has_new) and not is_tied(model) and len(paths) < 2:
         missing = HEAD if EMBEDDING in names else EMBEDDING
         raise UserError(
             f"adapter.also_train: {missing} of {_name(model)} has rows of its own for the new tokens, which "
             f"would stay at their start. Fix: set it to [{EMBEDDING}, {HEAD}]."
         )
-    if faults := trainable_faults(model, paths):
+    if faults := trainable_faults(model, [*paths, head_path] if is_tied(model) else paths):
         raise UserError(*faults)
     wanted = None if ids is None else tuple(sorted(ids))
     matrices = {}

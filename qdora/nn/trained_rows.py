@@ -52,8 +52,8 @@ class RowEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole matrix as `merged_rows` makes it: a copy, for readers of the weight."""
-        return merged_rows(self)
+        """The whole matrix in the base's dtype: a copy, for models that read the weight; see `merged_rows`."""
+        return merged_rows(self).to(self.base.weight.dtype)  # type: ignore[arg-type]
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) token ids to (..., features) in the base's dtype."""
@@ -78,8 +78,8 @@ class RowHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole matrix as `merged_rows` makes it: a copy, for readers of the weight."""
-        return merged_rows(self)
+        """The whole matrix in the base's dtype: a copy, for models that read the weight; see `merged_rows`."""
+        return merged_rows(self).to(self.base.weight.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., features) to (..., vocabulary) in the dtype of `hidden`."""

@@ -413,7 +413,8 @@ class _StepPlan:
             dtype=DTYPES[settings.dtype],
         )
         if settings.also_train:
-            train_embeddings(model, settings.also_train, None if settings.also_train_rows == "all" else new_tokens)
+            ids = None if settings.also_train_rows == "all" else new_tokens
+            train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _check(model: PreTrainedModel, layout: PackedLayout, attention: str) -> tupl
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UserError(f"data.packing: must be false for {name}, which takes no position_ids (got true).")
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
 
     def text(length: int) -> Tensor:
         return torch.randint(vocabulary, (length,), generator=generator)
