@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
     Qwen2Config,
+    modeling_gguf_pytorch_utils,
 )
 
 from qdora.errors import UserError
@@ -269,9 +270,7 @@ def test_config_and_tokenizer_are_those_of_transformers_and_read_from_the_header
     read.pad_token = tokenizer.pad_token  # as load_tokenizer chooses it
     load_config(builtin)
     text = "<|im_start|>user\nHow much is 12,5 € in  naïve \u4f60\u597d?<|im_end|>\n"
-    monkeypatch.setattr(
-        "transformers.modeling_gguf_pytorch_utils.GGUF_TO_TRANSFORMERS_MAPPING", None
-    )  # no reading without it
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "GGUF_TO_TRANSFORMERS_MAPPING", None)  # no reading without it
     for each in (tokenizer, load_tokenizer(builtin)):
         assert each.get_vocab() == read.get_vocab()
         assert each.special_tokens_map == read.special_tokens_map

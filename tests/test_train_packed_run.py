@@ -47,7 +47,7 @@ def test_a_packed_run_has_the_losses_of_an_unpacked_one(
         for name, task in other["tasks"].items():
             assert task["num_tokens"] == one["tasks"][name]["num_tokens"]
             assert task["nll_sum"] == pytest.approx(one["tasks"][name]["nll_sum"], rel=1e-4)
-    assert "Packing for attention by sdpa" in (tmp_path / "packed/log.txt").read_text()
+    assert "packed examples stay apart: " in (tmp_path / "packed/log.txt").read_text()
 
 
 def test_a_packed_run_that_was_stopped_goes_on_bit_for_bit(
