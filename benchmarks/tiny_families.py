@@ -172,12 +172,6 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
         | {"layers_block_type": ["linear_attention", "mlp", "full_attention"], "n_groups": 1}
         | {"ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 32, "chunk_size": 16},
     ),
-    "Zamba 2": (
-        "zamba2",
-        {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
-        | {"mamba_d_state": 16, "n_mamba_heads": 4, "mamba_headdim": 32, "chunk_size": 16, "hybrid_layer_ids": [1]}
-        | TIED,
-    ),
     "OLMo hybrid": ("olmo_hybrid", HEADS | UNTIED | LINEAR | {"num_key_value_heads": 4}),
     "LFM3": ("lfm3", HEADS | TIED | WINDOW),
     "Gemma 3n (text)": (
@@ -186,7 +180,11 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
         | TIED
         | WINDOW
         | {"layer_types": ALTERNATING, "num_kv_shared_layers": 0, "laurel_rank": 64}
-        | {"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 258, "activation_sparsity_pattern": [0, 0]},
+        | {
+            "hidden_size_per_layer_input": 64,
+            "vocab_size_per_layer_input": 258,
+            "activation_sparsity_pattern": [0.0, 0.0],
+        },
     ),
     "Gemma 4 (text)": (
         "gemma4_text",
@@ -203,11 +201,11 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
         "youtu",
         SIZES
         | TIED
-        | {"num_key_value_heads": 4}
+        | {"num_key_value_heads": 4, "pad_token_id": None}  # its code zeroes that row on loading
         | {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
     ),
     "DiffLlama": ("diffllama", GROUPED | UNTIED),
-    "Doge": ("doge", GROUPED | UNTIED | {"keep_window_size": 64}),
+    "Doge": ("doge", SIZES | UNTIED | {"num_key_value_heads": 4, "keep_window_size": 64}),
     "ModernBERT decoder": ("modernbert-decoder", SIZES | TIED | {"local_attention": 16}),
 }
 """Name -> model type of transformers, and what its config gets beside tokens and vocabulary."""
