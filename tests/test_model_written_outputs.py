@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import FalconConfig, FalconForCausalLM, OlmoConfig, OlmoForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+)
 
+from qdora.errors import UserError
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.written_outputs import keep_written_outputs_
@@ -110,3 +118,15 @@ def test_a_changed_output_is_an_error_and_never_a_wrong_gradient(checkpointing: 
     model.train()
     with pytest.raises(RuntimeError, match=said):
         loss_of(model).backward()  # type: ignore[no-untyped-call]
+
+
+def test_a_model_that_reads_the_weight_of_a_layer_is_refused_in_one_line() -> None:
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4, expand=2)
+    model = MambaForCausalLM(config)
+    inject(model, rank=2)
+    fault = r"mamba reads the weight of backbone\.layers\.0\.mixer\.dt_proj itself.*Fix: name dt_proj in base\.skip and"
+    with pytest.raises(UserError, match=fault):
+        keep_written_outputs_(model)
+    others = MambaForCausalLM(config)
+    inject(others, targets=["in_proj", "x_proj", "out_proj"], rank=2)
+    keep_written_outputs_(others)  # as the advice says

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
+from qdora.nn.frozen_linear import FrozenLinear
 
 logger = logging.getLogger("qdora")
 
@@ -26,6 +28,8 @@ def keep_written_outputs_(model: PreTrainedModel) -> list[str]:
     The gradient of a magnitude is read from the output, so it would be that of the changed one. One forward pass of a
     few tokens finds the layers, by torch's count of the changes of each tensor. Layers with a bias, which is added into
     another tensor, and LoRA need no copy. Returns the paths of the layers.
+
+    Raises UserError: The model reads the weight of an adapted or frozen layer itself (Mamba).
     """
     layers = {
         path: layer
@@ -43,6 +47,15 @@ def keep_written_outputs_(model: PreTrainedModel) -> list[str]:
     try:
         with evaluation_mode(model):
             model(input_ids=torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
+    except AttributeError as error:
+        path = next((path for path, each in model.named_modules() if each is error.obj), None)
+        if path is None or error.name != "weight" or not isinstance(error.obj, AdaptedLinear | FrozenLinear):
+            raise
+        name = path.rpartition(".")[2]
+        raise UserError(
+            f"adapter.targets: {model.config.model_type} reads the weight of {path} itself, which a quantised or an "
+            f"adapted layer does not hold. Fix: name {name} in base.skip and leave it out of adapter.targets."
+        ) from None
     finally:
         for hook in hooks:
             hook.remove()
