@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     OlmoConfig,
@@ -20,7 +22,7 @@ from transformers import (
 from qdora.errors import UserError
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.written_outputs import keep_written_outputs_
+from qdora.model.written_outputs import keep_written_outputs_, weights_unread
 from tests import tiny
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
@@ -124,9 +126,21 @@ def test_a_model_that_reads_the_weight_of_a_layer_is_refused_in_one_line() -> No
     config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4, expand=2)
     model = MambaForCausalLM(config)
     inject(model, rank=2)
-    fault = r"mamba reads the weight of backbone\.layers\.0\.mixer\.dt_proj itself.*Fix: name dt_proj in base\.skip and"
+    fault = (
+        r"this model reads the weight of backbone\.layers\.0\.mixer\.dt_proj itself.*Fix: name dt_proj in base\.skip"
+    )
     with pytest.raises(UserError, match=fault):
         keep_written_outputs_(model)
     others = MambaForCausalLM(config)
     inject(others, targets=["in_proj", "x_proj", "out_proj"], rank=2)
     keep_written_outputs_(others)  # as the advice says
+
+
+def test_a_weight_that_is_read_in_training_alone_is_told_in_the_same_line() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "expand": 2}
+    model = Mamba2ForCausalLM(Mamba2Config(**sizes, num_heads=4, head_dim=16, n_groups=1))
+    inject(model, rank=2)
+    keep_written_outputs_(model)
+    fault = r"reads the weight of backbone\.layers\.0\.mixer\.out_proj itself.*Fix: name out_proj in base\.skip"
+    with pytest.raises(UserError, match=fault), weights_unread(model):
+        model.train()(input_ids=IDS, use_cache=False)

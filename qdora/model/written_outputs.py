@@ -1,13 +1,16 @@
-"""Models that write into the outputs of their linear layers (OLMo's clip_qkv, Falcon's sum of attention and MLP)."""
+"""Models that do not treat linear layers as functions: they write into the outputs (OLMo's clip_qkv, Falcon's sum of
+attention and MLP), or read the weights (Mamba)."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
@@ -29,7 +32,7 @@ def keep_written_outputs_(model: PreTrainedModel) -> list[str]:
     few tokens finds the layers, by torch's count of the changes of each tensor. Layers with a bias, which is added into
     another tensor, and LoRA need no copy. Returns the paths of the layers.
 
-    Raises UserError: The model reads the weight of an adapted or frozen layer itself (Mamba).
+    Raises UserError: See `weights_unread`.
     """
     layers = {
         path: layer
@@ -45,17 +48,8 @@ def keep_written_outputs_(model: PreTrainedModel) -> list[str]:
 
     hooks = [layer.register_forward_hook(partial(returned, path)) for path, layer in layers.items()]
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), weights_unread(model):
             model(input_ids=torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
-    except AttributeError as error:
-        path = next((path for path, each in model.named_modules() if each is error.obj), None)
-        if path is None or error.name != "weight" or not isinstance(error.obj, AdaptedLinear | FrozenLinear):
-            raise
-        name = path.rpartition(".")[2]
-        raise UserError(
-            f"adapter.targets: {model.config.model_type} reads the weight of {path} itself, which a quantised or an "
-            f"adapted layer does not hold. Fix: name {name} in base.skip and leave it out of adapter.targets."
-        ) from None
     finally:
         for hook in hooks:
             hook.remove()
@@ -66,3 +60,22 @@ def keep_written_outputs_(model: PreTrainedModel) -> list[str]:
         text = "%s writes into the outputs of %d adapted layers (e.g. %s): each keeps a copy for its magnitude."
         logger.info(text, model.config.model_type, len(written), written[0])
     return written
+
+
+@contextmanager
+def weights_unread(model: nn.Module) -> Iterator[None]:
+    """Raise a UserError where the model reads the weight of an adapted or frozen layer itself, as Mamba does.
+
+    Mamba 2 and others do so only while they train.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        path = next((path for path, each in model.named_modules() if each is error.obj), None)
+        if path is None or error.name != "weight" or not isinstance(error.obj, AdaptedLinear | FrozenLinear):
+            raise
+        name = path.rpartition(".")[2]
+        raise UserError(
+            f"adapter.targets: this model reads the weight of {path} itself, which a quantised or an adapted layer "
+            f"does not hold. Fix: name {name} in base.skip and leave it out of adapter.targets."
+        ) from None

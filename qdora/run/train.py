@@ -29,7 +29,7 @@ from qdora.model.build_model import put_adapters, start_adapters, token_ids
 from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.load import load_config
 from qdora.model.trained_embeddings import extend_vocabulary
-from qdora.model.written_outputs import keep_written_outputs_
+from qdora.model.written_outputs import keep_written_outputs_, weights_unread
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
@@ -92,6 +92,7 @@ def train_run(
         torch.manual_seed(seed_of(recipe.train.seed, processes.rank))
         checkpoint = _newest_checkpoint(run, processes) if resume else None
         model = base_of_run(prepared, run, processes, progress, resume=resume, shared=shared_bases)
+        stack.enter_context(weights_unread(model))
         _adapt(model, prepared, checkpoint)
         _choose_packing(model, prepared, run, processes)
         active = ActiveRun(
