@@ -24,7 +24,7 @@ from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.models import architectures, models_short
 from tables.plan import cards, plan_accuracy, plan_recipes, plan_shapes
 from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
-from tables.runs import chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
+from tables.runs import chat_model, chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study, study_nulls
 from tables.times import layer_time, packing, step_time
@@ -58,6 +58,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixing": mixing,
     "data_loading": data_loading,
     "chat_templates": chat_templates,
+    "chat_model": chat_model,
     "file_formats": file_formats,
     "hostile": hostile,
     "moments": moments,
