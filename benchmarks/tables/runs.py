@@ -95,9 +95,10 @@ def chat_model() -> str:
         found = document["arms"][arm]
         rows.append([label, *(f"{found[name]} of {num}" for name in ("stopped", "in_manner", "equal"))])
     header = ["model", "stops by itself", "in the trained manner", "equal to the expected answer"]
+    passes = f"{document['epochs']} epoch" + ("s" if document["epochs"] > 1 else "")
     note = (
-        f"\nSmolLM2-135M-Instruct, {document['num_chats']} conversations, {document['epochs']} epoch{'s' * (document['epochs'] > 1)}, "
-        f"{document['num_steps']} steps; at most {document['max_new_tokens']} new tokens.\n"
+        f"\nSmolLM2-135M-Instruct, {document['num_chats']} conversations, {passes}, {document['num_steps']} steps; "
+        f"at most {document['max_new_tokens']} new tokens.\n"
     )
     return markdown(header, rows) + note
 
