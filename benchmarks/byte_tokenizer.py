@@ -26,8 +26,8 @@ def write_sums(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_model(directory: Path, seed: int) -> None:
-    """A random Llama of two blocks with that tokenizer."""
+def write_model(directory: Path, seed: int, context: int = 128) -> None:
+    """A random Llama of two blocks with that tokenizer and a context of so many tokens."""
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(directory)
@@ -37,7 +37,7 @@ def write_model(directory: Path, seed: int) -> None:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         tie_word_embeddings=True,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
