@@ -40,7 +40,7 @@ def generate(
 ) -> None:
     """Print the answer of a run, an export or a bare model to a prompt, or to each conversation of a file."""
     from qdora.files.run_directory import failures_logged
-    from qdora.run.generate import Sampling, answer_chats, generate_from
+    from qdora.run.generate import Sampling, answer_chats, generate_from, nowhere
 
     if (prompt is None) == (chats is None):
         raise UserError(
@@ -57,7 +57,8 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    which: dict[str, Any] = {"step": step, "base_only": base, "quant": quant, "write": None if wants_json() else write}
+    which: dict[str, Any] = {"step": step, "base_only": base, "quant": quant}
+    which["write"] = nowhere if wants_json() else write
     with failures_logged(Path(target)):
         if chats is not None:
             result = answer_chats(target, chats, sampling, **which)

@@ -104,11 +104,9 @@ def planned(
     if config is None:
         source = find_source(recipe, weights=False)
         config = load_config(source)
-    if recipe.memory.host_embeddings and device_kind == "cuda":
-        with _quiet():
-            check_host_embedding(empty_model(config, source, torch.bfloat16, recipe.model.attention))
-
     known = _known(config, source, device_kind)
+    if recipe.memory.host_embeddings and device_kind == "cuda":
+        check_host_embedding(known.model(torch.bfloat16, recipe.model.attention))
 
     def step_plans(changed: Recipe) -> list[_StepPlan]:
         shapes, count = workload(changed)

@@ -75,6 +75,10 @@ class Sampling:
         }
 
 
+def nowhere(text: str) -> None:
+    """`write` for a caller that waits for the whole answer."""
+
+
 def generate_from(
     target: str,
     prompt: str,
@@ -85,7 +89,7 @@ def generate_from(
     step: int | None = None,
     base_only: bool = False,
     quant: str | None = None,
-    write: Write | None = None,
+    write: Write = nowhere,
 ) -> dict[str, Any]:
     """Load a run or a model and let it answer a prompt.
 
@@ -112,7 +116,7 @@ def generate_from(
         raise UserError(*faults)
     loaded = _load(target, step, base_only, quant)
     ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
-    found = _answer_within_context(loaded, ids, sampling, write or _nowhere, where="--prompt")
+    found = _answer_within_context(loaded, ids, sampling, write, where="--prompt")
     return {"target": target, "label": loaded.label, "prompt": prompt, **found}
 
 
@@ -124,7 +128,7 @@ def answer_chats(
     step: int | None = None,
     base_only: bool = False,
     quant: str | None = None,
-    write: Write | None = None,
+    write: Write = nowhere,
 ) -> dict[str, Any]:
     """Load a run or a model and let it answer each conversation of a file.
 
@@ -144,9 +148,8 @@ def answer_chats(
     asked = [(where, chat_ids(loaded.tokenizer, turns, tools, where)) for where, turns, tools in chats]
     answers = []
     for where, ids in asked:
-        if write is not None:
-            write(f"--- {where}\n")
-        answers.append(_answer_within_context(loaded, ids, sampling, write or _nowhere, where=where))
+        write(f"--- {where}\n")
+        answers.append(_answer_within_context(loaded, ids, sampling, write, where=where))
     return {"target": target, "label": loaded.label, "chats": file, "answers": answers}
 
 
@@ -173,10 +176,6 @@ def _load(target: str, step: int | None, base_only: bool, quant: str | None) -> 
     loaded = load_target(target, step=step, base_only=base_only, quant=quant, verb="generate")
     prepare_decoding(adapted_layers(loaded.model).values())
     return loaded
-
-
-def _nowhere(text: str) -> None:
-    """For a caller that waits for the whole answer."""
 
 
 def _answer_within_context(

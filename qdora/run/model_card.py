@@ -18,9 +18,7 @@ from qdora.files.environment import package_versions
 from qdora.files.markdown_table import markdown_cell, markdown_table
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.model.build_model import find_source
-from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.licence import Licence, licence_files, licence_of
-from qdora.model.load import load_config
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, ModelSource, public_name
 from qdora.recipe.byte_size import size_text
 from qdora.recipe.data_settings import SourceConfig, is_path
@@ -123,9 +121,9 @@ def run_card(
         method["new tokens"] = ", ".join(f"`{token}`" for token in recipe.model.add_tokens)
     if mix:
         method["steps"] = f"{mix['num_steps']:,}, {mix['num_draws']:,} examples"
-    multimodal = source is not None and is_multimodal(load_config(source))
-    if multimodal:
-        method["trained part"] = TRAINED_PART
+    trained_part = _read(run, "environment.json").get("trained_part")
+    if trained_part is not None:
+        method["trained part"] = trained_part
     if plan:
         method["planned peak"] = f"{size_text(plan['peak_bytes'])} on {plan['device']}"
     versions = package_versions(("torch", "transformers"))
@@ -135,7 +133,7 @@ def run_card(
             base_revision=recipe.model.revision if source is None else source.revision,
             title=run.path.resolve().name,
             form=form,
-            multimodal=multimodal,
+            multimodal=trained_part is not None,
             licence=None if source is None else licence_of(source),
             licence_files=() if source is None or form == "run" else list(licence_files(source)),
             method=method,

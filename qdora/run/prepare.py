@@ -45,7 +45,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens
 from qdora.run.experiment_trackers import is_installed
 from qdora.run.load_base import NO_GPU
-from qdora.run.start_checks import CHECKS_FILE, begin_checks, data_checks
+from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks
 from qdora.run.task_conflicts import interference_faults
 from qdora.run.validation import selection_faults
 from qdora.train.distributed import Processes
@@ -141,12 +141,6 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
         processes.first(lambda: keep_examples(run, prepared.loader.tokenised, prepared.tokenizer))
     with unharmed(CHECKS_FILE):
         processes.first(lambda: _tell_data_checks(prepared, run))
-    unseen = unseen_tokens(prepared)
-    if unseen and processes.is_first:
-        shown = ", ".join(map(repr, unseen))
-        logger.warning(
-            "model.add_tokens: the training data does not have %s, so the model learns nothing of it.", shown
-        )
     name = prepared.recipe.train.optimizer
     if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):
         logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)
@@ -158,6 +152,10 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
 def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
     data, sources = prepared.recipe.data, prepared.loader.tokenised
     found = data_checks(sources, prepared.mix_plan, prepared.tokenizer, data)
+    if unseen := unseen_tokens(prepared):
+        shown = ", ".join(map(repr, unseen))
+        text = f"model.add_tokens: the training data does not have {shown}, so the model learns nothing of it."
+        found.append(Check("warning", text))
     begin_checks(run, found, trains=prepared.recipe.adapter.kind != "none")
 
 

@@ -28,6 +28,7 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import put_adapters, start_adapters, token_ids
 from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.load import load_config
+from qdora.model.source import ModelSource
 from qdora.model.trained_embeddings import extend_vocabulary
 from qdora.model.written_outputs import keep_written_outputs_, weights_unread
 from qdora.recipe.recipe_file import resolved_yaml
@@ -114,7 +115,7 @@ def _open_directory(prepared: PreparedRun, directory: Path, processes: Processes
         environment()
         | {"chat_date": prepared.chat_date}
         | ({} if processes.size == 1 else {"num_processes": processes.size})
-        | ({"trained_part": TRAINED_PART} if is_multimodal(load_config(prepared.source)) else {})
+        | ({"trained_part": TRAINED_PART} if _has_other_parts(prepared.source) else {})
     )
     open_ = resume_run if resume else create_run
     given = prepared.given
@@ -126,6 +127,10 @@ def _open_directory(prepared: PreparedRun, directory: Path, processes: Processes
         processes.first(lambda: _keep_chat_template(run, str(prepared.tokenizer.chat_template)))
     processes.first(lambda: keep_residency(run, prepared.given, prepared.recipe))
     return run
+
+
+def _has_other_parts(source: ModelSource) -> bool:
+    return not source.is_gguf and is_multimodal(load_config(source))  # a GGUF file holds a language model alone
 
 
 def _keep_chat_template(run: RunDirectory, text: str) -> None:
