@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))  # its list of fonts takes seconds
@@ -17,10 +19,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+# A busy machine takes long to make inputs, which says nothing of the code.
+settings.register_profile("qdora", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("qdora")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # Tiny tensors: a second thread only waits for the first, and on a busy machine it waits long.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs draw no figures, which take more than half of a tiny run's time, unless the test is marked `figures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        training = sys.modules.get("qdora.run.training")
+        if training is not None and request.node.get_closest_marker("figures") is None:
+            patch.setattr(training, "draw_figures", lambda _metrics, _directory: [])
+        yield
 
 
 @pytest.fixture(scope="module")

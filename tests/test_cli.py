@@ -262,6 +262,8 @@ def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
 import os, signal, time
 from qdora.cli.verb import repeat_lost_interrupts
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
+
 class Held:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)

@@ -23,11 +23,13 @@ from qdora.model.trained_embeddings import (
     EMBEDDING,
     add_tokens,
     embedding_paths,
+    extend_vocabulary,
     is_tied,
     new_token_ids,
     train_embeddings,
     trained_matrices,
 )
+from qdora.model.written_outputs import keep_written_outputs_
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -81,6 +83,26 @@ def recompute_activations(model: PreTrainedModel) -> None:
     # transformers 5.2x renamed it: the old name warns there, and earlier releases do not have the new one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def adapt(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    adapter: Path | None = None,
+) -> None:
+    """Make a loaded base the model that is trained: rows for new tokens, and adapters.
+
+    The adapters are fresh ones with their start, or those of the directory `adapter`.
+    """
+    new_tokens = token_ids(recipe, tokenizer)
+    extend_vocabulary(model, new_tokens)
+    put_adapters(model, recipe, adapter, new_tokens=new_tokens)
+    if adapter is None:
+        start_adapters(model, recipe, source)
+    keep_written_outputs_(model)
 
 
 def put_adapters(

@@ -1,0 +1,60 @@
+"""Create or open the directory of a run, by the first of its processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qdora.errors import UserError
+from qdora.files.atomic import atomic_write_text
+from qdora.files.environment import environment
+from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, resume_run
+from qdora.model.language_part import TRAINED_PART, is_multimodal
+from qdora.model.load import load_config
+from qdora.model.source import ModelSource
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.run.load_base import keep_residency
+from qdora.run.prepare import PreparedRun
+from qdora.train.distributed import Processes
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+
+def open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:
+    """Create the run directory, or with `resume` open it; it holds the recipe as it was given."""
+    found = (
+        environment()
+        | {"chat_date": prepared.chat_date}
+        | ({} if processes.size == 1 else {"num_processes": processes.size})
+        | ({"trained_part": TRAINED_PART} if _has_other_parts(prepared.source) else {})
+    )
+    open_ = resume_run if resume else create_run
+    given = prepared.given
+    if given.data.chat_template is not None:
+        given = given.model_copy(update={"data": given.data.model_copy(update={"chat_template": CHAT_TEMPLATE_FILE})})
+    processes.first(lambda: open_(directory, resolved_yaml(given), found))
+    run = RunDirectory(directory)
+    if given.data.chat_template is not None:
+        processes.first(lambda: _keep_chat_template(run, str(prepared.tokenizer.chat_template)))
+    processes.first(lambda: keep_residency(run, prepared.given, prepared.recipe))
+    return run
+
+
+def _has_other_parts(source: ModelSource) -> bool:
+    return not source.is_gguf and is_multimodal(load_config(source))  # a GGUF file holds a language model alone
+
+
+def _keep_chat_template(run: RunDirectory, text: str) -> None:
+    """Copy data.chat_template. The run's recipe.yaml names the copy, so a later change of the file has no effect."""
+    file = run.inside(CHAT_TEMPLATE_FILE)
+    if run.has_begun and file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"{run.path}: data.chat_template differs from {file}, with which the run began. Fix: give that."
+        )
+    atomic_write_text(file, text)
+
+
+def newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
+    """The checkpoint that the first process finds: all processes continue from the same one."""
+    found = processes.first(run.newest_checkpoint)
+    step = processes.gather(found.step if found else None)[0]
+    return None if step is None else Checkpoint(step, run.checkpoint_path(step))
