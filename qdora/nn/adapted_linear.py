@@ -91,38 +91,44 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         if masked and base.keep_bits is None:
             raise ValueError("a masked adapter needs a base that was pruned here, got one without a mask.")
-        limit = min(base.in_features, base.out_features)
+        self.base = base
+        self.out_features, self.in_features = base.out_features, base.in_features
+        self.rank = rank
+        shape_a, shape_b, shape_m = self._shapes()
+        limit = min(shape_b[-2], shape_a[-1])
         if not 1 <= rank <= limit:
             shape = (base.out_features, base.in_features)
             raise ValueError(f"the rank of a {shape} layer must be 1 to {limit}, got {rank}.")
-        self.base = base
-        self.out_features, self.in_features = base.out_features, base.in_features
         self.kind: Kind = kind
-        self.rank, self.alpha, self.rank_stabilized = rank, float(alpha), rank_stabilized
+        self.alpha, self.rank_stabilized = float(alpha), rank_stabilized
         self.dropout = dropout
         self.masked = masked
         self.keeps_scales = False
         self.keeps_copy = False
         device = base.stored_weight.device
-        first = torch.empty(rank, base.in_features, dtype=torch.float32)
+        first = torch.empty(shape_a, dtype=torch.float32)
         if init == "gaussian":
             first.normal_(0.0, 0.01, generator=generator)
         else:
             bound = 1.0 / math.sqrt(base.in_features)
             first.uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(first.to(device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(shape_b, dtype=dtype, device=device))
         self.magnitude: nn.Parameter | None = None
         self.gate: nn.Parameter | None = None
         squared = None
         if kind == "dora":
-            squared = squared_row_norm(base.stored_weight)
+            squared = squared_row_norm(base.stored_weight).view(shape_m)
             self.magnitude = nn.Parameter(squared.sqrt())
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
         self._cache = ParameterCache()
         self._gain_dtype: torch.dtype | None = None
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
+
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The shapes of lora_A, lora_B and the magnitude."""
+        return (self.rank, self.in_features), (self.out_features, self.rank), (self.out_features,)
 
     @property
     def scaling(self) -> float:
@@ -190,8 +196,8 @@ class AdaptedLinear(nn.Module):
         share = int(keep.sum()) / self.rank
         self.rank = int(keep.sum())
         self.alpha *= math.sqrt(share) if self.rank_stabilized else share
-        self.lora_A.data = self.lora_A.data[keep]
-        self.lora_B.data = self.lora_B.data[:, keep].contiguous()
+        self.lora_A.data = self.lora_A.data[..., keep, :]
+        self.lora_B.data = self.lora_B.data[..., keep].contiguous()
         if self.gate is not None:
             self.gate.data = self.gate.data[keep]
         self.parameters_changed()
@@ -291,7 +297,7 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
     """After `load_state_dict`, which may have loaded another base: compute anew what follows from it."""
     layer.parameters_changed()
     if layer.base_squared is not None:
-        layer.base_squared = squared_row_norm(layer.base.stored_weight)
+        layer.base_squared = squared_row_norm(layer.base.stored_weight).view_as(layer.base_squared)
 
 
 def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:

@@ -230,17 +230,24 @@ def decode_4bit(
 
 
 @torch.no_grad()
-def block_scales(packed: PackedWeight) -> Tensor:
+def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
     """The block scales (blocks,) float32, decoded if they are double quantised; for int8 (out,), each row's absmax.
 
     With double quantisation the scale of a block can come out slightly below 0, or not 0 for a zero block. Its zero
     weights stay zero all the same: their value is 0 whatever the scale. Shares memory with `packed` unless nested.
+
+    `blocks` are those wanted (default: all), without a step; only their groups of 256 are decoded.
     """
     nested = packed.nested
     if nested is None:
-        return packed.absmax
+        return packed.absmax[blocks]
+    first, last, _ = blocks.indices(packed.absmax.numel())
+    group, end = first // NESTED_BLOCK_SIZE, -(-last // NESTED_BLOCK_SIZE)
+    start = group * NESTED_BLOCK_SIZE
     decode = bnb_kernels.dequantize_scales if _has_kernels(packed.device) else blockwise.dequantize_scales
-    return decode(packed.absmax, nested.absmax, nested.code, nested.offset, NESTED_BLOCK_SIZE)
+    codes = packed.absmax[start:last]
+    decoded = decode(codes, nested.absmax[group:end], nested.code, nested.offset, NESTED_BLOCK_SIZE)
+    return decoded[first - start :]
 
 
 @torch.no_grad()

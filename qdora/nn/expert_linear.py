@@ -1,0 +1,217 @@
+"""The layers of a stack of experts: dense, frozen, and adapted by LoRA or DoRA.
+
+A stack is one projection of all experts of a block. Each layer takes (tokens, in), sorted by expert, and how the tokens
+divide (`ExpertTokens`), and gives (tokens, out) (`model.experts` sorts the tokens and puts the outputs together).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.dora import Gain, gain, gain_of_sum, merged_weight
+from qdora.ops.expert_product import (
+    ExpertTokens,
+    adapted_stack,
+    add_expert_bias,
+    expert_rows,
+    frozen_stack,
+    stack_norm,
+)
+from qdora.ops.frozen_product import product_dtype
+from qdora.ops.packed import PackedWeight
+from qdora.ops.tiles import Weight, dense_weight
+
+Share = Literal["none", "A", "B"]
+"""Which factor all experts of a stack share."""
+
+
+class ExpertLinear(nn.Module):
+    """y = x W_e^T + bias_e with a dense, trainable W, (experts, out, in), and bias, (experts, out) or None."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.num_experts, self.expert_features, self.in_features = weight.shape
+        self.out_features = self.num_experts * self.expert_features
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor, tokens: ExpertTokens) -> Tensor:
+        """(tokens, in), sorted by expert -> (tokens, out)."""
+        parts = zip(torch.split(x, list(tokens.counts)), self.weight.unbind(0), strict=True)
+        out = torch.cat([nn.functional.linear(part, weight) for part, weight in parts if len(part)])
+        return out if self.bias is None else add_expert_bias(out, self.bias, tokens)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.num_experts} experts, {self.in_features}, {self.expert_features}, bias={self.bias is not None}"
+
+
+class FrozenExperts(FrozenLinear):
+    """y = x W_e^T + bias_e with W, (experts * out, in), packed or dense, and bias, (experts, out), frozen.
+
+    To everything that reads weights it is a frozen layer of experts * out rows.
+    """
+
+    def __init__(
+        self, weight: Weight, num_experts: int, bias: Tensor | None = None, keep_bits: Tensor | None = None
+    ) -> None:
+        super().__init__(weight, bias, keep_bits)
+        self.num_experts, self.expert_features = num_experts, self.out_features // num_experts
+
+    def expert_weight(self, expert: int) -> PackedWeight | Tensor:
+        """The weight of one expert, (out, in), packed or dense."""
+        return expert_rows(self.stored_weight, self.num_experts, (expert,))
+
+    def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
+        """(tokens, in), sorted by expert -> (tokens, out)."""
+        assert tokens is not None, "a stack of experts needs to know whose tokens these are"
+        return frozen_stack(x, self.stored_weight, tokens, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.num_experts} experts, {super().extra_repr()}"
+
+
+class AdaptedExperts(AdaptedLinear):
+    """`AdaptedLinear` for each expert of a stack: y = g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) + bias_e.
+
+    lora_A is (experts, rank, in), lora_B (experts, out, rank), magnitude (experts, out). With `share` "A" or "B" that
+    factor is (1, ...) and serves all experts. A gate belongs to one rank component of all experts.
+
+    The row norms of an expert are computed when tokens reach it, once for each state of the parameters.
+    """
+
+    base: FrozenExperts
+
+    def __init__(self, base: FrozenExperts, *, share: Share = "none", **options: Any) -> None:
+        object.__setattr__(self, "share", share)  # before the constructor, which asks for the shapes
+        object.__setattr__(self, "num_experts", base.num_experts)
+        object.__setattr__(self, "expert_features", base.expert_features)
+        super().__init__(base, **options)
+
+    share: Share
+    num_experts: int
+    expert_features: int
+
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        of_a, of_b = (1 if self.share == factor else self.num_experts for factor in ("A", "B"))
+        rows = self.expert_features
+        return (of_a, self.rank, self.in_features), (of_b, rows, self.rank), (self.num_experts, rows)
+
+    def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
+        """(tokens, in), sorted by expert -> (tokens, out)."""
+        assert tokens is not None, "a stack of experts needs to know whose tokens these are"
+        reached = [run.experts[0] for run in tokens.reached]
+        return adapted_stack(
+            x,
+            self.base.stored_weight,
+            tokens,
+            self.lora_A,
+            self.gated_B(),
+            self.scaling,
+            bias=self.base.bias,
+            magnitude=self.magnitude,
+            gain=self._gain_of(reached, product_dtype(x)),
+            dropout=self.dropout if self.training else 0.0,
+            keep_bits=self._mask_bits,
+        )
+
+    def gain(self, dtype: torch.dtype) -> Gain | None:
+        """The gain of all experts, (experts, out); see `AdaptedLinear.gain`."""
+        return self._gain_of(range(self.num_experts), dtype)
+
+    def _gain_of(self, experts: list[int] | range, dtype: torch.dtype) -> Gain | None:
+        """The gain, right for some experts: of the others no norm is computed."""
+        magnitude = self.magnitude
+        if magnitude is None:
+            return None
+        settings = (dtype, self.scaling)
+        known = self._cache.get("row_norm", self._factors(), settings, lambda: _KnownNorms(torch.ones_like(magnitude)))
+        missing = [expert for expert in experts if expert not in known.experts]
+        if missing:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
+                known.add(missing, self._norm_of(missing, self.lora_A, self.gated_B(), dtype))
+        count = len(known.experts)
+        return self._cache.get(
+            "gain", (*self._factors(), magnitude), (*settings, count), lambda: gain(magnitude, known.norm)
+        )
+
+    def _norm_of(self, experts: list[int], lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+        assert self.base_squared is not None, "a norm belongs to a DoRA layer"
+        return stack_norm(
+            self.base.stored_weight,
+            self.num_experts,
+            experts,
+            lora_A.detach(),
+            lora_B.detach(),
+            self.scaling,
+            base_squared=self.base_squared,
+            dtype=dtype,
+            keep_bits=self._mask_bits,
+        )
+
+    def _norm(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._norm_of(list(range(self.num_experts)), lora_A, lora_B, dtype)
+
+    def expert_factors(self, expert: int) -> tuple[Tensor, Tensor]:
+        """A, (rank, in), and gated B, (out, rank), of an expert."""
+        a, b = self.lora_A, self.gated_B()
+        return a[0 if len(a) == 1 else expert], b[0 if len(b) == 1 else expert]
+
+    def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
+        """The dense stack (experts * out, in) that equals this layer; see `AdaptedLinear.merged_weight`."""
+        return torch.cat([self.merged_expert(expert, dtype, base=base) for expert in range(self.num_experts)])
+
+    def merged_expert(self, expert: int, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
+        """The dense weight (out, in) of one expert; `base` is another dense stack, (experts * out, in)."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight, keep, magnitude = self._dense(expert, wide, base), self._keep_of(expert), self.magnitude
+        m = None if magnitude is None else magnitude[expert]
+        return merged_weight(weight, *self.expert_factors(expert), self.scaling, m, keep).to(dtype)
+
+    def merged_gain(self) -> Tensor | None:
+        """The gain of `merged_weight`, (experts, out); None for LoRA."""
+        if self.magnitude is None:
+            return None
+        found = []
+        for expert in range(self.num_experts):
+            weight = self._dense(expert, self.base.wide_dtype, None)
+            factors = self.expert_factors(expert)
+            adapted = merged_weight(weight, *factors, self.scaling, keep_mask=self._keep_of(expert))
+            found.append(gain_of_sum(adapted, self.magnitude[expert]))
+        return torch.stack(found)
+
+    def _dense(self, expert: int, dtype: torch.dtype, base: Tensor | None) -> Tensor:
+        if base is None:
+            return dense_weight(self.base.expert_weight(expert), dtype)
+        return base[expert * self.expert_features : (expert + 1) * self.expert_features].to(dtype)
+
+    def _keep_of(self, expert: int) -> Tensor | None:
+        mask = self.base.keep_mask() if self.masked else None
+        return None if mask is None else mask.view(self.num_experts, self.expert_features, -1)[expert]
+
+
+class _KnownNorms:
+    """The row norms of the experts that tokens have reached in one state of the parameters."""
+
+    def __init__(self, norm: Tensor) -> None:
+        self.norm = norm  # (experts, out); 1 where it is not known
+        self.experts: set[int] = set()
+
+    def add(self, experts: list[int], norm: Tensor) -> None:
+        self.norm[torch.tensor(experts, device=self.norm.device)] = norm.to(self.norm.dtype)
+        self.experts.update(experts)
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module holds a stack of experts."""
+    return isinstance(module, ExpertLinear | FrozenExperts | AdaptedExperts)
+
+
+def stack_of(module: nn.Module) -> ExpertLinear | FrozenExperts | AdaptedExperts:
+    """The module as a stack, which `is_stack` says it is."""
+    return cast(ExpertLinear | FrozenExperts | AdaptedExperts, module)

@@ -1,0 +1,473 @@
+"""Products of a stack of experts, in which each token meets the weight of its own expert only.
+
+A stack is one weight, (experts * out, in): expert e has the rows e * out to (e + 1) * out. Tokens are sorted by expert.
+Only the experts that have tokens are dequantised. On a GPU several small experts share each launch; on a CPU each has
+its own products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from qdora.ops.adapted_product import WRITTEN, column_dot
+from qdora.ops.dora import CANCELLATION, Gain, masked_row_norm, row_norm
+from qdora.ops.dropout import draw_seed, drop_, dropped
+from qdora.ops.frozen_product import add_product_, add_transposed_product_, product_dtype
+from qdora.ops.low_rank_factors import rounded
+from qdora.ops.masked_update import MaskedUpdate
+from qdora.ops.packed import PackedWeight, block_scales, dequantize
+from qdora.ops.planned_device import device_kind
+from qdora.ops.tiles import Weight, row_tiles
+
+# Bytes of the dense experts that share a launch on a GPU.
+_RUN_BYTES = 64 << 20
+# Columns times tokens of a sum over tokens on a GPU, whose products are formed in float32: 64 MiB.
+_ENTRIES_PER_SUM = 1 << 24
+
+
+class Run(NamedTuple):
+    """Experts with tokens, in ascending order, and their tokens, which lie together."""
+
+    experts: tuple[int, ...]
+    tokens: slice
+    counts: tuple[int, ...]
+
+
+class ExpertTokens:
+    """How tokens that are sorted by expert divide among the experts: `counts[e]` of them belong to expert e."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = tuple(counts)
+
+    @cached_property
+    def reached(self) -> tuple[Run, ...]:
+        """Each expert that has tokens, as a run of its own."""
+        runs, start = [], 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                runs.append(Run((expert,), slice(start, start + count), (count,)))
+                start += count
+        return tuple(runs)
+
+    def runs(self, together: int) -> Iterator[Run]:
+        """The experts that have tokens, `together` at a time."""
+        each = self.reached
+        for start in range(0, len(each), together):
+            some = each[start : start + together]
+            tokens = slice(some[0].tokens.start, some[-1].tokens.stop)
+            yield Run(tuple(run.experts[0] for run in some), tokens, tuple(run.counts[0] for run in some))
+
+
+def expert_rows(stack: Weight, num_experts: int, experts: Sequence[int]) -> Weight:
+    """The weights of some experts, in this order, as one weight (len(experts) * out, in) with decoded block scales.
+
+    Consecutive experts share the memory of the stack's codes; others are copied. A stack whose blocks cross experts is
+    dequantised whole, in float32.
+    """
+    rows, columns = stack.shape[0] // num_experts, stack.shape[1]
+    if isinstance(stack, Tensor):
+        return _pick(stack.view(num_experts, rows, columns), experts).reshape(-1, columns)
+    shape = (len(experts) * rows, columns)
+    if stack.kind == "int8":
+        codes, scales = (_pick(each.view(num_experts, rows, -1), experts) for each in (stack.packed, stack.absmax))
+        return PackedWeight("int8", shape, columns, codes.reshape(shape), scales.reshape(-1))
+    if rows * columns % stack.block_size:
+        return _pick(dequantize(stack).view(num_experts, rows, columns), experts).reshape(shape)
+    blocks = rows * columns // stack.block_size
+    codes = _pick(stack.packed.view(num_experts, -1), experts).reshape(-1)
+    first = experts[0]
+    if _consecutive(experts):
+        scales = block_scales(stack, slice(first * blocks, (first + len(experts)) * blocks))
+    else:
+        scales = _pick(block_scales(stack).view(num_experts, -1), experts)
+    return PackedWeight(stack.kind, shape, stack.block_size, codes, scales.reshape(-1))
+
+
+def _consecutive(experts: Sequence[int]) -> bool:
+    return experts[-1] - experts[0] == len(experts) - 1
+
+
+def _pick(values: Tensor, experts: Sequence[int]) -> Tensor:
+    """The entries of some experts along the first dimension: a view if they are consecutive."""
+    if _consecutive(experts):
+        return values[experts[0] : experts[-1] + 1]
+    return values.index_select(0, torch.tensor(experts, device=values.device))
+
+
+def _together(rows: int, columns: int, itemsize: int, device: torch.device) -> int:
+    """How many experts share the launches of a product."""
+    return 1 if device_kind(device) == "cpu" else max(1, _RUN_BYTES // (rows * columns * itemsize))
+
+
+def grouped_product(x: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
+    """x (tokens, k) times (n, k, m), the tokens in n groups of `counts`: (tokens, m). One matrix serves all groups."""
+    if len(matrices) == 1:
+        return x @ matrices[0]
+    if _has_kernel(x, matrices):
+        return torch._grouped_mm(x, matrices, offs=_offsets(counts, x.device))
+    out, start = x.new_empty(x.shape[0], matrices.shape[2]), 0
+    for matrix, count in zip(matrices, counts, strict=True):
+        torch.mm(x[start : start + count], matrix, out=out[start : start + count])
+        start += count
+    return out
+
+
+def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int], *, shared: bool) -> Tensor:
+    """left^T right of each group of tokens, (n, k, m), or (1, k, m) of all tokens if `shared`."""
+    if shared or len(counts) == 1:
+        return (left.T @ right).unsqueeze(0)
+    if _has_kernel(left, right.unsqueeze(0)):
+        return torch._grouped_mm(left.T, right, offs=_offsets(counts, left.device))
+    out, start = left.new_empty(len(counts), left.shape[1], right.shape[1]), 0
+    for group, count in zip(out, counts, strict=True):
+        torch.mm(left[start : start + count].T, right[start : start + count], out=group)
+        start += count
+    return out
+
+
+def _has_kernel(x: Tensor, matrices: Tensor) -> bool:
+    """Whether torch's grouped product takes these: bf16 on a GPU, rows that are multiples of 16 bytes."""
+    sizes = (x.shape[-1], *matrices.shape[-2:]) if matrices.shape[0] > 1 else (x.shape[-1], matrices.shape[-1])
+    return device_kind(x.device) == "cuda" and x.dtype == torch.bfloat16 and not any(size % 8 for size in sizes)
+
+
+def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor | None = None) -> Tensor:
+    """y = x W_e^T + bias_e with frozen W and bias, differentiable any number of times with respect to x.
+
+    Args:
+        x: (tokens, in), sorted by expert; the product runs in its dtype, or in that of an active autocast.
+        weight: The stack, (experts * out, in).
+        bias: (experts, out), or None.
+    Returns: (tokens, out) in the dtype of the product.
+    """
+    out: Tensor = _FrozenStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
+        x.to(product_dtype(x)), weight, tokens, False
+    )
+    return out if bias is None else add_expert_bias(out, bias, tokens)
+
+
+def add_expert_bias(out: Tensor, bias: Tensor, tokens: ExpertTokens) -> Tensor:
+    """out + bias_e for each token, (tokens, out): a new tensor."""
+    counts = torch.tensor(tokens.counts, device=bias.device)
+    return out + bias.to(out.dtype).repeat_interleave(counts, dim=0, output_size=out.shape[0])
+
+
+class _FrozenStack(torch.autograd.Function):
+    """x W_e^T, or x W_e where `transposed`: each is the backward pass of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, tokens: ExpertTokens, transposed: bool) -> Tensor:
+        ctx.weight, ctx.tokens, ctx.transposed = weight, tokens, transposed
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(x.new_empty(0))  # as in frozen_product: it brings a streamed weight back
+        columns = weight.shape[1] if transposed else weight.shape[0] // len(tokens.counts)
+        out = x.new_zeros(x.shape[0], columns)
+        add_base_(out, x, weight, tokens, None, transposed=transposed)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        _ = ctx.saved_tensors
+        dx: Tensor = _FrozenStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            grads[0], ctx.weight, ctx.tokens, not ctx.transposed
+        )
+        return dx, None, None, None
+
+
+def add_base_(
+    out: Tensor, x: Tensor, weight: Weight, tokens: ExpertTokens, gain: Tensor | None, *, transposed: bool = False
+) -> None:
+    """Add x (diag(g_e) W_e)^T, or x diag(g_e) W_e where `transposed`, to `out`; g is (experts, out)."""
+    for run in tokens.runs(_together(*_expert_shape(weight, tokens), x.itemsize, x.device)):
+        _add_run_(out, x, weight, tokens, run, gain, transposed)
+
+
+def _add_run_(
+    out: Tensor, x: Tensor, weight: Weight, tokens: ExpertTokens, run: Run, gain: Tensor | None, transposed: bool
+) -> None:
+    some = expert_rows(weight, len(tokens.counts), run.experts)
+    factor = None if gain is None else _pick(gain, run.experts).reshape(-1)
+    into, of = out[run.tokens], x[run.tokens]
+    if len(run.experts) == 1:
+        (add_transposed_product_ if transposed else add_product_)(into, of, some, factor)
+        return
+    for rows, tile in row_tiles(some, x.dtype, factor):
+        assert rows.stop == some.shape[0], "experts that share a launch are one tile"
+        matrices = tile.view(len(run.experts), -1, tile.shape[1])
+        into += grouped_product(of, matrices if transposed else matrices.mT, run.counts)
+        del tile, matrices
+
+
+def _expert_shape(weight: Weight, tokens: ExpertTokens) -> tuple[int, int]:
+    return weight.shape[0] // len(tokens.counts), weight.shape[1]
+
+
+def adapted_stack(
+    x: Tensor,
+    weight: Weight,
+    tokens: ExpertTokens,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    gain: Gain | None = None,
+    dropout: float = 0.0,
+    keep_bits: Tensor | None = None,
+) -> Tensor:
+    """y = g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) + bias_e for a token of expert e; g = 1 where magnitude is None.
+
+    Source: DoRA, arXiv 2402.09353, eq. 5 and sec. 4.3, for each expert (norm detached).
+
+    Args:
+        x: (tokens, in), sorted by expert; the products run in its dtype, or in that of an active autocast.
+        weight: Frozen stack W, (experts * out, in), dense or packed.
+        lora_A, lora_B: (experts, rank, in) and (experts, out, rank), trainable; (1, ...) is shared by all experts.
+        scaling: s = alpha / rank.
+        bias: Frozen, (experts, out).
+        magnitude: m, (experts, out), float32 (float64 for float64 x), trainable; None for LoRA.
+        gain: `ops.dora.gain` of the present values, (experts, out), right for the experts that have tokens.
+        dropout: As in `adapted_linear`.
+        keep_bits: `ops.sparsity.mask_bits` of a mask M of the stack: M o (B A) replaces B A.
+    Returns: (tokens, out) in the dtype of the products. An expert without tokens has gradients of 0.
+    """
+    assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
+    seed = draw_seed() if dropout > 0.0 else 0
+    call = _Call(weight, tokens, keep_bits, scaling / (1.0 - dropout), dropout, seed)
+    out: Tensor = _AdaptedStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
+        x.to(product_dtype(x)), lora_A, lora_B, magnitude, *(gain or (None, None)), call
+    )
+    return out if bias is None else add_expert_bias(out, bias, tokens)
+
+
+def expert_bits(keep_bits: Tensor, num_experts: int, expert: int) -> Tensor:
+    """The mask bits of one expert of a stack, whose mask is whole bytes."""
+    assert keep_bits.numel() % num_experts == 0, "the mask of an expert is whole bytes"
+    return keep_bits.view(num_experts, -1)[expert]
+
+
+class _Call(NamedTuple):
+    """The arguments of a product that have no gradient; `scaling` includes dropout's 1 / (1 - p)."""
+
+    weight: Weight
+    tokens: ExpertTokens
+    keep_bits: Tensor | None
+    scaling: float
+    dropout: float
+    seed: int
+
+    def runs(self, x: Tensor) -> Iterator[Run]:
+        together = _together(*_expert_shape(self.weight, self.tokens), x.itemsize, x.device)
+        return self.tokens.runs(1 if self.keep_bits is not None else together)
+
+    def dropped(self, x: Tensor, run: Run) -> Tensor:
+        """drop(x) of a run, without the factor 1 / (1 - p)."""
+        return dropped(x[run.tokens], self.dropout, self.seed + run.experts[0])
+
+    def masked(self, run: Run, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None) -> MaskedUpdate | None:
+        """The masked update of one expert, or None without a mask."""
+        if self.keep_bits is None:
+            return None
+        (expert,) = run.experts
+        bits = expert_bits(self.keep_bits, len(self.tokens.counts), expert)
+        a, b = (_pick_or_shared(each, run.experts)[0] for each in (lora_A, lora_B))
+        return MaskedUpdate(bits, a, b, None if gain is None else gain[expert], self.scaling)
+
+
+def _pick_or_shared(factor: Tensor, experts: Sequence[int]) -> Tensor:
+    """The factors of some experts, (n, ...), or the one that all experts share, (1, ...)."""
+    return factor if len(factor) == 1 else _pick(factor, experts)
+
+
+def _row_factor(gain: Tensor | None, scaling: float, run: Run) -> float | Tensor:
+    """s g, (n, out, 1), or s for LoRA."""
+    return scaling if gain is None else (_pick(gain, run.experts) * scaling).unsqueeze(2)
+
+
+def _scaled(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """diag(s g) B of a run's experts in the dtype of the products, (n, out, rank); (1, ...) for one shared LoRA B."""
+    b = rounded(lora_B, dtype)
+    return (b * factor).to(dtype) if isinstance(factor, float) else (b.to(factor.dtype) * factor).to(dtype)
+
+
+class _AdaptedStack(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor | None,
+        gain: Tensor | None,
+        inverse_magnitude: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        out = x.new_empty(x.shape[0], lora_B.shape[1])
+        low = x.new_empty(x.shape[0], lora_A.shape[1]) if call.keep_bits is None else None
+        with torch.autocast(x.device.type, enabled=False):
+            for run in call.runs(x):
+                update = call.masked(run, lora_A, lora_B, gain)
+                dropped_x = call.dropped(x, run)
+                if update is not None:
+                    out[run.tokens] = update.product(dropped_x)
+                elif low is not None:
+                    a = rounded(_pick_or_shared(lora_A, run.experts), x.dtype)
+                    b = _scaled(_pick_or_shared(lora_B, run.experts), _row_factor(gain, call.scaling, run), x.dtype)
+                    low[run.tokens] = grouped_product(dropped_x, a.mT, run.counts)
+                    out[run.tokens] = grouped_product(low[run.tokens], b.mT, run.counts)
+                del dropped_x
+                _add_run_(out, x, call.weight, call.tokens, run, gain, False)
+        kept = out if magnitude is not None and magnitude.requires_grad else None
+        ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, kept)
+        ctx.call = call
+        ctx.version = out._version
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, lora_A, lora_B, _, gain, inverse_magnitude, low, out = ctx.saved_tensors
+        if out is not None and out._version > ctx.version:
+            raise RuntimeError(WRITTEN)
+        call: _Call = ctx.call
+        need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
+        dm = column_dots(dy, out, inverse_magnitude, call.tokens) if need_m else None
+        del out
+        dx = torch.empty_like(x) if need_x else None
+        da, db = (
+            torch.zeros(each.shape, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+            for each in (lora_A, lora_B)
+        )
+        with torch.autocast(dy.device.type, enabled=False):
+            for run in call.runs(dy):
+                dy_run = dy[run.tokens]
+                dropped_x = call.dropped(x, run) if need_a or call.keep_bits is not None else None
+                update = call.masked(run, lora_A, lora_B, gain)
+                if update is not None:
+                    assert dropped_x is not None
+                    found = update.factor_gradients(dy_run, dropped_x)
+                    into = [each[0 if len(each) == 1 else run.experts[0]] for each in (da, db)]
+                    into[0].add_(found[0])
+                    into[1].add_(found[1])
+                    if dx is not None:
+                        into_x = drop_(update.input_gradient(dy_run), call.dropout, call.seed + run.experts[0])
+                        dx[run.tokens] = into_x
+                elif low is not None:
+                    factor = _row_factor(gain, call.scaling, run)
+                    b = _scaled(_pick_or_shared(lora_B, run.experts), factor, dy.dtype)
+                    d_low = grouped_product(dy_run, b, run.counts)
+                    if dropped_x is not None:
+                        _add_(da, run, grouped_outer(d_low, dropped_x, run.counts, shared=len(da) == 1))
+                    if need_b:
+                        # Of each expert, since the gain differs between experts that share B.
+                        per_expert = grouped_outer(low[run.tokens], dy_run, run.counts, shared=False).mT
+                        _add_(db, run, per_expert.to(db.dtype) * factor)
+                    if dx is not None:
+                        through = grouped_product(
+                            d_low, rounded(_pick_or_shared(lora_A, run.experts), dy.dtype), run.counts
+                        )
+                        if call.dropout > 0.0:
+                            drop_(through, call.dropout, call.seed + run.experts[0])
+                        dx[run.tokens] = through
+                if dx is not None:
+                    _add_run_(dx, dy, call.weight, call.tokens, run, gain, True)
+        return dx, da if need_a else None, db if need_b else None, dm, None, None, None
+
+
+def _add_(total: Tensor, run: Run, found: Tensor) -> None:
+    """Add the gradients of a run's experts, (n, ...), to those of all experts, or of the factor that all share."""
+    if len(total) == 1:
+        total[0] += found.sum(dim=0)
+    elif _consecutive(run.experts):
+        total[run.experts[0] : run.experts[-1] + 1] += found
+    else:
+        total.index_add_(0, torch.tensor(run.experts, device=total.device), found.to(total.dtype))
+
+
+def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertTokens) -> Tensor:
+    """`column_dot` over the tokens of each expert: (experts, out), like `factor`; 0 for an expert without tokens."""
+    total = torch.zeros_like(factor)
+    if device_kind(left.device) == "cpu":
+        for run in tokens.reached:
+            total[run.experts[0]] = column_dot(left[run.tokens], right[run.tokens], factor[run.experts[0]])
+        return total
+    lengths = torch.tensor(tokens.counts, device=left.device)
+    step = max(1, _ENTRIES_PER_SUM // max(1, left.shape[0]))
+    for start in range(0, left.shape[1], step):
+        some = slice(start, start + step)
+        products = left[:, some].to(factor.dtype) * right[:, some]
+        total[:, some] = torch.segment_reduce(products, "sum", lengths=lengths, axis=0, initial=0) * factor[:, some]
+    return total
+
+
+@torch.no_grad()
+def stack_norm(
+    weight: Weight,
+    num_experts: int,
+    experts: Sequence[int],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+    keep_bits: Tensor | None = None,
+) -> Tensor:
+    """Row norms of W_e + s B_e A_e of some experts, (len(experts), out), by the sum of `ops.dora.factored_norm`.
+
+    Args:
+        experts: In ascending order.
+        lora_A, lora_B: (experts, rank, in), (experts, out, rank); (1, ...) if all experts share one.
+        base_squared: ||w||^2 of each row, (experts, out).
+        dtype: Of the tiles of W and of the product W A^T; all else is summed in float32 or wider.
+        keep_bits: As in `adapted_stack`; the sums are then formed, row by row.
+    """
+    together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
+    found = []
+    for start in range(0, len(experts), together):
+        some = experts[start : start + together]
+        if len(some) > 1 and keep_bits is None:
+            a, b = (rounded(_pick_or_shared(each, some), dtype) for each in (lora_A, lora_B))
+            norm = _norm_of_run(expert_rows(weight, num_experts, some), a, b, scaling, _pick(base_squared, some), dtype)
+            if norm is not None:
+                found.append(norm)
+                continue
+        for expert in some:
+            part, squared = expert_rows(weight, num_experts, (expert,)), base_squared[expert]
+            a, b = (rounded(_pick_or_shared(each, (expert,))[0], dtype) for each in (lora_A, lora_B))
+            if keep_bits is None:
+                norm = row_norm(part, a, b, scaling, base_squared=squared, dtype=dtype)
+            else:
+                norm = masked_row_norm(part, expert_bits(keep_bits, num_experts, expert), a, b, scaling, dtype=dtype)
+            found.append(norm.unsqueeze(0))
+    return torch.cat(found)
+
+
+def _norm_of_run(
+    part: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, base_squared: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """The norms of several experts with shared launches, (n, out); None if a row has cancelled."""
+    wide = base_squared.dtype
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    gram = (a @ a.mT) * scaling
+    ((_, tile),) = row_tiles(part, dtype)
+    products = (tile.view(*base_squared.shape, -1) @ lora_A.mT).to(wide)
+    squared = base_squared + scaling * ((2.0 * products + b @ gram) * b).sum(dim=2)
+    if not isinstance(squared, FakeTensor) and bool((squared < CANCELLATION * base_squared).any()):
+        return None
+    return squared.clamp_min_(0).sqrt_()

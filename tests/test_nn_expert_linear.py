@@ -1,0 +1,271 @@
+"""Stacks of experts against float64, expert by expert: forward, gradients, norm, merge, gradients of gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts
+from qdora.ops import expert_product
+from qdora.ops.expert_product import ExpertTokens, expert_rows
+from qdora.ops.packed import dequantize, quantize
+from tests import reference
+from tests.test_ops_adapted_product import to_numpy
+
+COUNTS = {"none, one and many": (0, 1, 9, 0, 4), "all with one": (0, 0, 14, 0, 0), "even": (3, 3, 3, 3, 2)}
+EXPERTS, OUT, IN, RANK = 5, 12, 64, 3
+
+
+def stack(quant: str | None = "nf4", *, bias: bool = True, dtype: torch.dtype = torch.float32) -> FrozenExperts:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(EXPERTS * OUT, IN, generator=generator) * 0.1
+    offset = torch.randn(EXPERTS, OUT, generator=generator).to(dtype) if bias else None
+    return FrozenExperts(quantize(weight, quant, 64) if quant else weight.to(dtype), EXPERTS, offset)
+
+
+def layer_of(quant: str | None = "nf4", **options: Any) -> AdaptedExperts:
+    """Its parameters are off their start."""
+    bias, dtype = options.pop("bias", True), options.pop("dtype", torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    layer = AdaptedExperts(
+        stack(quant, bias=bias, dtype=dtype), **({"rank": RANK, "alpha": 5.0, "generator": generator} | options)
+    ).to(dtype)
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.2)
+        if layer.magnitude is not None:
+            layer.magnitude *= 0.7 + 0.6 * torch.rand(layer.magnitude.shape, generator=generator)
+    return layer
+
+
+def of_expert(layer: AdaptedExperts, expert: int) -> dict[str, Any]:
+    """The numbers of one expert for the reference."""
+    weight = to_numpy(layer.base.dequantized(torch.float64))[expert * OUT : (expert + 1) * OUT]
+    a, b = (to_numpy(each[0 if len(each) == 1 else expert]) for each in (layer.lora_A, layer.lora_B))
+    m = None if layer.magnitude is None else to_numpy(layer.magnitude[expert])
+    return {"weight": weight, "lora_a": a, "lora_b": b, "scaling": layer.scaling, "magnitude": m}
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs of one expert as on a CPU, and of two as on a GPU whose launches hold two."""
+    if request.param == "cuda":
+        monkeypatch.setattr(expert_product, "device_kind", lambda device: "cuda")
+        monkeypatch.setattr(expert_product, "_RUN_BYTES", 2 * OUT * IN * 4)
+        monkeypatch.setattr(expert_product, "_ENTRIES_PER_SUM", 40)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("share", ["none", "A", "B"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("quant", [None, "nf4", "int8"])
+def test_forward_and_gradients_are_those_of_each_expert_alone(counts, share, kind, quant, schedule):
+    layer = layer_of(quant, kind=kind, share=share)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(14, IN, generator=generator).requires_grad_()
+    dy = torch.randn(14, OUT, generator=generator)
+    tokens = ExpertTokens(counts)
+    y = layer(x, tokens)
+    y.backward(dy)
+
+    expected = np.zeros((14, OUT))
+    dx = np.zeros((14, IN))
+    da, db = np.zeros(layer.lora_A.shape), np.zeros(layer.lora_B.shape)
+    dm = np.zeros((EXPERTS, OUT))
+    for run in tokens.reached:
+        (expert,), rows = run.experts, run.tokens
+        numbers = of_expert(layer, expert)
+        expected[rows] = reference.forward(to_numpy(x)[rows], bias=to_numpy(layer.base.bias[expert]), **numbers)
+        grads = reference.gradients(to_numpy(x)[rows], to_numpy(dy)[rows], **numbers)
+        dx[rows] = grads.x
+        da[0 if share == "A" else expert] += grads.lora_a
+        db[0 if share == "B" else expert] += grads.lora_b
+        if kind == "dora":
+            dm[expert] = grads.magnitude
+    pairs = [(y, expected), (x.grad, dx), (layer.lora_A.grad, da), (layer.lora_B.grad, db)]
+    if kind == "dora":
+        pairs.append((layer.magnitude.grad, dm))
+    for got, wanted in pairs:
+        assert reference.relative_error(to_numpy(got), wanted) < 3e-6
+    unreached = [expert for expert, count in enumerate(counts) if count == 0]
+    if share == "none":
+        assert not layer.lora_A.grad[unreached].any()
+        assert not layer.lora_B.grad[unreached].any()
+
+
+@pytest.mark.parametrize("share", ["none", "A", "B"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_merged_stack_gives_the_outputs_of_the_layer(kind, share):
+    layer = layer_of(kind=kind, share=share)
+    tokens = ExpertTokens((2, 0, 5, 1, 6))
+    x = torch.randn(14, IN, generator=torch.Generator().manual_seed(1))
+    merged = layer.merged_weight()
+    plain = FrozenExperts(merged, EXPERTS, layer.base.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x, tokens), layer(x, tokens), rtol=0, atol=5e-6)
+    for expert in range(EXPERTS):
+        wanted = reference.merged_weight(**of_expert(layer, expert))
+        got = merged[expert * OUT : (expert + 1) * OUT]
+        assert reference.relative_error(to_numpy(got), wanted) < 1e-6
+    if kind == "dora":
+        ratio = layer.magnitude / layer.row_norm()
+        torch.testing.assert_close(layer.merged_gain(), ratio, rtol=1e-5, atol=0)
+
+
+def test_a_fresh_layer_is_its_base_to_the_bit():
+    base = stack()
+    layer = AdaptedExperts(base, rank=RANK)
+    tokens, x = ExpertTokens((2, 0, 5, 1, 6)), torch.randn(14, IN)
+    assert torch.equal(layer(x, tokens), base(x, tokens))
+
+
+@pytest.mark.parametrize("share", ["none", "A"])
+def test_row_norms_are_of_the_experts_that_tokens_reached_and_are_computed_once_a_change(share, schedule, monkeypatch):
+    layer = layer_of(share=share)
+    asked: list[list[int]] = []
+    compute = layer._norm_of
+    monkeypatch.setattr(
+        layer, "_norm_of", lambda experts, *rest: (asked.append(list(experts)), compute(experts, *rest))[1]
+    )
+    x = torch.randn(6, IN)
+    layer(x, ExpertTokens((0, 4, 0, 2, 0)))
+    layer(x, ExpertTokens((0, 3, 0, 3, 0)))
+    assert asked == [[1, 3]]
+    layer(x, ExpertTokens((1, 4, 0, 1, 0)))
+    assert asked == [[1, 3], [0]]
+    for expert in (0, 1, 3):
+        numbers = of_expert(layer, expert)
+        numbers.pop("magnitude")
+        wanted = reference.row_norm(**numbers)
+        found = layer._cache._entries["row_norm"].value.norm[expert]
+        assert reference.relative_error(to_numpy(found), wanted) < 1e-6
+    with torch.no_grad():
+        layer.lora_B.mul_(1.5)
+    layer(x, ExpertTokens((0, 4, 0, 2, 0)))
+    assert asked[2:] == [[1, 3]]
+
+
+def test_a_row_that_the_adapter_removes_gets_its_direct_norm(schedule):
+    layer = layer_of(None, rank=1, alpha=1.0, bias=False)
+    with torch.no_grad():  # expert 2: its first row is taken away but for a thousandth
+        layer.lora_A[2, 0] = layer.base.stored_weight[2 * OUT]
+        layer.lora_B[2, 0, 0] = -0.999
+    norm = layer.gain(torch.float32) and layer._cache._entries["row_norm"].value.norm[2, 0]
+    direct = layer.base.stored_weight[2 * OUT].norm() * 0.001
+    assert float(norm) == pytest.approx(float(direct), rel=1e-3)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("experts", [(0,), (4,), (1, 2, 3), (0, 2, 4)])
+@pytest.mark.parametrize("kind", ["nf4", "nf3", "int8"])
+def test_the_rows_of_some_experts_are_those_of_the_whole_stack(kind, experts, double_quant):
+    weight = torch.randn(5 * 96, 192, generator=torch.Generator().manual_seed(0))  # 288 blocks: 1.1 groups of scales
+    packed = quantize(weight, kind, 64, double_quant)
+    whole = dequantize(packed).view(5, 96, 192)
+    some = expert_rows(packed, 5, experts)
+    assert torch.equal(dequantize(some).view(-1, 96, 192), whole[list(experts)])
+
+
+def test_a_stack_whose_blocks_cross_experts_is_computed_right():
+    weight = torch.randn(4 * 3, 40, generator=torch.Generator().manual_seed(0))
+    packed = quantize(weight, "nf4", 64)
+    base = FrozenExperts(packed, 4)
+    x = torch.randn(7, 40)
+    out = base(x, ExpertTokens((3, 0, 2, 2)))
+    dense = dequantize(packed).view(4, 3, 40)
+    wanted = torch.cat([x[:3] @ dense[0].T, x[3:5] @ dense[2].T, x[5:] @ dense[3].T])
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-5)
+
+
+def test_dropout_zeroes_the_same_elements_in_the_backward_pass(schedule):
+    layer = layer_of(dropout=0.4, bias=False).train()
+    x = torch.randn(14, IN).requires_grad_()
+    tokens = ExpertTokens((2, 0, 5, 1, 6))
+    torch.manual_seed(7)
+    y = layer(x, tokens)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    # y is linear in x: its derivative along x itself is y, so <dy, y> = <dx, x> only for one and the same mask.
+    assert float((dy * y).sum()) == pytest.approx(float((x.grad * x).sum()), rel=1e-4)
+    assert float((layer.lora_B.grad * layer.lora_B).sum()) == pytest.approx(
+        float((layer.lora_A.grad * layer.lora_A).sum()), rel=1e-3
+    )
+    layer.eval()
+    assert not torch.allclose(layer(x, tokens), y)
+
+
+def test_a_dense_stack_trains_as_torch_has_it():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(EXPERTS, OUT, IN, generator=generator))
+    bias = torch.nn.Parameter(torch.randn(EXPERTS, OUT, generator=generator))
+    layer, counts = ExpertLinear(weight, bias), (2, 0, 5, 1, 6)
+    x = torch.randn(14, IN, generator=generator)
+    owner = torch.tensor([0] * 2 + [2] * 5 + [3] + [4] * 6)
+    wanted = torch.einsum("ti,toi->to", x, weight.detach()[owner]) + bias.detach()[owner]
+    out = layer(x, ExpertTokens(counts))
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    out.sum().backward()
+    assert not weight.grad[1].any()
+    assert torch.equal(bias.grad[:, 0], torch.tensor(counts, dtype=torch.float32))
+
+
+def test_a_frozen_stack_has_gradients_of_gradients():
+    base = stack(None, bias=False, dtype=torch.float64)
+    tokens = ExpertTokens((2, 0, 1, 0, 1))
+    x = torch.randn(4, IN, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda value: base(value, tokens).tanh(), (x,))
+
+
+def test_the_gradients_are_those_of_finite_differences():
+    layer = layer_of(None, dtype=torch.float64)
+    layer.magnitude = None  # the norm counts as constant in the gradients of DoRA, which differences do not know
+    tokens = ExpertTokens((2, 0, 1, 0, 1))
+    x = torch.randn(4, IN, dtype=torch.float64).requires_grad_()
+    torch.autograd.gradcheck(lambda *values: layer(values[0], tokens), (x, layer.lora_A, layer.lora_B))
+
+
+def test_nothing_dense_is_kept_for_backward():
+    layer = layer_of(dtype=torch.float32)
+    x = torch.randn(14, IN).requires_grad_()
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x, ExpertTokens((2, 0, 5, 1, 6)))
+    sizes = sorted(tuple(tensor.shape) for tensor in kept)
+    factors = [(EXPERTS, OUT, RANK), (EXPERTS, RANK, IN), *[(EXPERTS, OUT)] * 3]
+    assert sizes == sorted([*factors, (14, IN), (14, OUT), (14, RANK)])
+
+
+def test_torchs_grouped_product_gives_the_results_of_single_products(monkeypatch):
+    """The kernel of a GPU, which takes bf16 alone, has a form for the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4 * 16, 64, generator=generator) * 0.1
+    layer = AdaptedExperts(FrozenExperts(quantize(weight, "nf4", 64), 4), rank=8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.2)
+    x = torch.randn(24, 64, generator=generator).bfloat16()
+    dy = torch.randn(24, 16, generator=generator).bfloat16()
+    kernel, calls = torch._grouped_mm, []
+    monkeypatch.setattr(torch, "_grouped_mm", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1])
+
+    def results() -> list[torch.Tensor]:
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        y = layer(given, ExpertTokens((7, 0, 9, 8)))
+        y.backward(dy)
+        found = [y, given.grad, layer.lora_A.grad, layer.lora_B.grad, layer.magnitude.grad]
+        return [each.detach().float() for each in found]
+
+    single = results()
+    assert not calls
+    monkeypatch.setattr(expert_product, "device_kind", lambda device: "cuda")
+    for one, other in zip(single, results(), strict=True):
+        assert reference.relative_error(to_numpy(other), to_numpy(one)) < 4e-3
+    assert len(calls) >= 7, "two factors and the base, forward and backward, and the gradients of the factors"
