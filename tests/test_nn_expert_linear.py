@@ -199,16 +199,16 @@ def test_dropout_zeroes_the_same_elements_in_the_backward_pass(schedule):
 
 def test_a_dense_stack_trains_as_torch_has_it():
     generator = torch.Generator().manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(EXPERTS, OUT, IN, generator=generator))
+    weight = torch.nn.Parameter(torch.randn(EXPERTS * OUT, IN, generator=generator))
     bias = torch.nn.Parameter(torch.randn(EXPERTS, OUT, generator=generator))
-    layer, counts = ExpertLinear(weight, bias), (2, 0, 5, 1, 6)
+    layer, counts = ExpertLinear(weight, EXPERTS, bias), (2, 0, 5, 1, 6)
     x = torch.randn(14, IN, generator=generator)
     owner = torch.tensor([0] * 2 + [2] * 5 + [3] + [4] * 6)
-    wanted = torch.einsum("ti,toi->to", x, weight.detach()[owner]) + bias.detach()[owner]
+    wanted = torch.einsum("ti,toi->to", x, weight.detach().view(EXPERTS, OUT, IN)[owner]) + bias.detach()[owner]
     out = layer(x, ExpertTokens(counts))
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     out.sum().backward()
-    assert not weight.grad[1].any()
+    assert not weight.grad[OUT : 2 * OUT].any()
     assert torch.equal(bias.grad[:, 0], torch.tensor(counts, dtype=torch.float32))
 
 

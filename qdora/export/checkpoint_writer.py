@@ -26,9 +26,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_text
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
+from qdora.model.conversion import Published, published_pieces
+from qdora.model.experts import library_names, stacks
 from qdora.model.language_part import carried, processor_files
 from qdora.model.stored_tensors import INDEX_FILE, shorten
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.trained_rows import RowEmbedding, RowHead, merged_rows
 
@@ -66,13 +69,15 @@ class Source:
     """A tensor of the model before it has a name in the output: a meta tensor of its shape, and what returns it.
 
     `held` is the tensor itself if the model holds it dense: tied weights are recognised by it. `dtype` is that of the
-    output if the format fixes it (packed weights, block scales), else that of the export.
+    output if the format fixes it (packed weights, block scales), else that of the export. `rows` returns some rows of
+    the tensor; a stack of experts has it, since checkpoints may hold the experts one by one.
     """
 
     shaped: Tensor
     make: Callable[[], Tensor]
     held: Tensor | None = None
     dtype: torch.dtype | None = None
+    rows: Callable[[slice], Tensor] | None = None
 
 
 WeightSources = Callable[[AdaptedLinear | FrozenLinear], Mapping[str, Source]]
@@ -102,10 +107,16 @@ def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: t
             redundant.add(target)
         else:
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    names = _checkpoint_names(model, {name: source.shaped for name, source in sources.items() if name not in redundant})
-    planned = []
-    for name, stored_name in names.items():
-        source = sources[name]
+    stacked = {f"{path}.weight": path for path in stacks(model)}
+    single = {name: source.shaped for name, source in sources.items() if name not in redundant | stacked.keys()}
+    names = _checkpoint_names(model, single)
+    planned: list[Planned] = []
+    for name, source in sources.items():
+        if name in stacked:
+            planned += _stack_tensors(model, stacked[name], source, dtype)
+        if name not in names:
+            continue
+        stored_name = names[name]
         kept = source.shaped.dtype if not source.shaped.is_floating_point() else source.dtype
         planned.append(Planned(TensorSpec(stored_name, kept or dtype, tuple(source.shaped.shape)), source.make))
     for key, item in carried(model).items():
@@ -144,6 +155,12 @@ def _sources(model: nn.Module, weights: WeightSources) -> Iterator[tuple[str, So
 
 def dense_weight_sources(layer: AdaptedLinear | FrozenLinear) -> dict[str, Source]:
     """One dense weight: merged, dequantised, or as the layer holds it."""
+    if isinstance(layer, FrozenExperts | AdaptedExperts):
+        wide = (layer.base if isinstance(layer, AdaptedExperts) else layer).wide_dtype
+        rows = layer.merged_rows if isinstance(layer, AdaptedExperts) else layer.dequantized_rows
+        every = slice(0, layer.out_features)
+        shape = torch.empty(layer.out_features, layer.in_features, dtype=torch.float32, device="meta")
+        return {"weight": Source(shape, lambda: rows(every, wide), rows=lambda some: rows(some, wide))}
     if isinstance(layer, FrozenLinear) and isinstance(layer.stored_weight, Tensor):
         return {"weight": held(layer.stored_weight)}
     shaped = torch.empty(layer.out_features, layer.in_features, dtype=torch.float32, device="meta")
@@ -157,6 +174,22 @@ def held(tensor: Tensor) -> Source:
     return Source(tensor.to("meta"), lambda: tensor, tensor)
 
 
+def _stack_tensors(model: PreTrainedModel, path: str, source: Source, dtype: torch.dtype) -> Iterator[Planned]:
+    """The tensors that hold a stack of experts in published checkpoints."""
+    rows = source.rows
+    assert rows is not None, f"{path}: a stack is written by rows"
+    for key, piece in published_pieces(model, path).items():
+
+        def make(piece: Published = piece) -> Tensor:
+            found = rows(piece.rows)
+            if piece.transposed:
+                experts, columns, size = piece.shape
+                return found.view(experts, size, columns).mT
+            return found.view(piece.shape)
+
+        yield Planned(TensorSpec(key, dtype, piece.shape), make)
+
+
 def _memory(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
@@ -167,7 +200,9 @@ def _checkpoint_names(model: PreTrainedModel, shaped: dict[str, Tensor]) -> dict
     If the published form stacks or splits tensors, the module's names stay: transformers reads those, too.
     """
     by_identity = {id(tensor): name for name, tensor in shaped.items()}
-    stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(shaped)).items()}
+    theirs = library_names(model)
+    named = {theirs.get(name, name): tensor for name, tensor in shaped.items()}
+    stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, named).items()}
     if stored.keys() != by_identity.keys():
         return {name: name for name in shaped}
     return {name: stored[id(tensor)] for name, tensor in shaped.items()}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -45,7 +45,8 @@ from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.adapter_file import StoredLayer, read_adapter
 from qdora.model.bnb_checkpoint import load_faults, quantization_config, stored_kind
 from qdora.model.build_model import choose_compute, find_model, token_ids
-from qdora.model.inject import adapted_layers
+from qdora.model.experts import stacks
+from qdora.model.inject import adapted_layers, linear_layers
 from qdora.model.language_part import carried, linear_not_loaded
 from qdora.model.load import (
     Quantization,
@@ -58,13 +59,13 @@ from qdora.model.load import (
     wide_names,
 )
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
 from qdora.model.trained_embeddings import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
-from qdora.nn.plain_linear import is_plain_linear
 from qdora.nn.trained_rows import with_rows
 from qdora.ops.bnb_state import STATE_NAME, to_bnb_state
 from qdora.ops.dora import merged_weight
-from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
+from qdora.ops.expert_product import dense_rows, merged_rows
+from qdora.ops.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, load_run, trained_state
@@ -237,7 +238,7 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     if packed or kind is not None:
         check_stored_packed(packed, kind, merge.quant, layers)
         layers = set()
-    linear = [path for path, module in model.named_modules() if is_plain_linear(module)]
+    linear = list(linear_layers(model))
     if merge.requantize:
         classes = {path: type(model.get_submodule(path)).__name__ for path in sorted(layers)}
         faults = load_faults(classes, "--requantize")
@@ -268,6 +269,7 @@ class OpenedMerge:
     linear: Sequence[str]  # paths of all linear layers
     quantized: set[str]  # paths of those that training quantised from dense weights
     wide: Sequence[str]  # names of the tensors that stay in float32
+    kept: dict[str, PackedWeight] = field(default_factory=dict)  # path -> the stack of experts that is being written
 
     @property
     def packed_paths(self) -> set[str]:
@@ -307,7 +309,7 @@ class OpenedMerge:
     def _sources(self) -> dict[str, Source]:
         """Name in the model -> tensor of the output, in model order."""
         sources: dict[str, Source] = {}
-        trained = dict(self.matrices)
+        trained, experts = dict(self.matrices), stacks(self.model)
         if is_tied(self.model) and trained:  # the files may hold the shared matrix under either name
             trained = dict.fromkeys(embedding_paths(self.model), next(iter(trained.values())))
         for name, tensor in self.model.state_dict().items():
@@ -319,13 +321,14 @@ class OpenedMerge:
             elif path in trained and name == f"{path}.weight":
                 shaped = torch.empty(tensor.shape, dtype=torch.float32, device="meta")
                 sources[name] = Source(shaped, partial(self._trained, name, item, trained[path]))
-            elif not self._is_changed(name):
+            elif not self._is_changed(name) and not (path in experts and name == f"{path}.weight"):
                 sources[name] = Source(tensor.to("meta"), partial(self._dense, name, item))
             elif self.merge.requantize and path in self.packed_paths:
                 sources |= {f"{path}.{part}": source for part, source in self._packed_sources(path, item).items()}
             else:
                 shaped = torch.empty(item.shape, dtype=torch.float32, device="meta")
-                sources[name] = Source(shaped, partial(self._merged, path, item))
+                rows = partial(self._merged_rows, path, item) if path in experts else None
+                sources[name] = Source(shaped, partial(self._merged, path, item), rows=rows)
         return sources
 
     def _dense(self, name: str, item: Stored) -> Tensor:
@@ -360,7 +363,26 @@ class OpenedMerge:
             return base
         return merged_weight(base, layer.lora_A, layer.lora_B, layer.scaling, layer.magnitude)
 
-    def _quantized(self, name: str, weight: Tensor) -> PackedWeight:
+    def _merged_rows(self, path: str, item: Stored, rows: slice) -> Tensor:
+        """Some rows of the merged or dequantised weight of a stack of experts, in float32."""
+        num_experts = stacks(self.model)[path].num_experts
+        if path in self.packed_paths and self.merge.base != "original":
+            if path not in self.kept:
+                self.kept.clear()  # the stack that was written last
+                value = item.read_rows() if isinstance(item, StoredTensor) else item.read()
+                packed = value if isinstance(value, PackedWeight) else self._quantized(f"{path}.weight", value)
+                self.kept[path] = packed
+            base = dense_rows(self.kept[path], num_experts, rows)
+        else:
+            assert isinstance(item, StoredTensor)
+            base = stored_rows(item, rows)
+            base = base.float() if self.merge.base == "original" else base.to(self.merge.compute_dtype).float()
+        layer = self.adapter.get(path)
+        if layer is None:
+            return base
+        return merged_rows(base, rows.start, layer.lora_A, layer.lora_B, layer.scaling, layer.magnitude)
+
+    def _quantized(self, name: str, weight: Tensor | RowParts) -> PackedWeight:
         quant = self.merge.quant
         return quantize(weight, quant.kind, quant.block_size, quant.double_quant, name=name)
 

@@ -29,11 +29,12 @@ from qdora.export.logit_comparison import ROUNDING, ComparisonText, compare_logi
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
 from qdora.model.bnb_checkpoint import gather_packed
+from qdora.model.conversion import rename_to_model
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import auto_class
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.model.stored_tensors import Stored, open_safetensors, rename_to_model, shard_files
+from qdora.model.stored_tensors import Stored, open_safetensors, shard_files
 from qdora.model.trained_embeddings import embedding_paths, is_tied, trained_matrices
 from qdora.ops.packed import PackedWeight, dequantize
 from qdora.run.load_run import ADAPTER_DIRECTORY

@@ -21,12 +21,12 @@ from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.inject import replace_module
-from qdora.model.load import Loading, Quantization, is_wide, place_dense, place_frozen, wide_names
-from qdora.model.stored_tensors import Stored, StoredPacked, iterate_tensors, tied_weights
+from qdora.model.load import Loading, Quantization, is_wide, iterate_quantized, place_dense, place_frozen, wide_names
+from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
 from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.ops.packed import PackedWeight, empty_packed, from_tensors, quantize
+from qdora.ops.packed import PackedWeight, empty_packed, from_tensors
 
 _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's
 
@@ -131,11 +131,9 @@ class HostResidency:
         embeddings = (module.weight for module in model.modules() if isinstance(module, HostEmbedding))
         _pin(pieces, device, self._free_bytes(), sum(table.nbytes for table in embeddings))
         wide = wide_names(model, load.compute_dtype)
-        for done, (name, read) in enumerate(iterate_tensors(stored), start=1):
+        for done, (name, value) in enumerate(iterate_quantized(stored, layers, wanted, device), start=1):
             path, _, leaf = name.rpartition(".")
-            value, turn = read, turns.of(name)
-            if isinstance(value, Tensor) and leaf == "weight" and path in layers:
-                value = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            turn = turns.of(name)
             if isinstance(value, PackedWeight) and turn is not None:
                 piece = pieces[turn]
                 held = piece.tensors(piece.host, path)
@@ -149,7 +147,7 @@ class HostResidency:
             else:
                 dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
                 place_dense(model.get_submodule(path), leaf, value, device, dtype)
-            del value, read
+            del value
             if load.progress is not None:
                 load.progress(done, len(stored))
         most = max((piece.num_bytes for piece in pieces), default=0)

@@ -3,17 +3,20 @@
     adapter_model.safetensors    base_model.model.<path>.lora_A.weight (rank, in), .lora_B.weight (out, rank) as stored;
                                  .lora_magnitude_vector (out,) float32; of trained embeddings and heads
                                  <path>.weight, or <path>.token_adapter.trainable_tokens_delta (rows, features)
+                                 of experts <owner>.lora_A.weight (experts * rank, in) and .lora_B.weight (out, rank *
+                                 experts), as PEFT has them for target_parameters, .lora_magnitude_vector (experts, out)
     adapter_config.json          PEFT's settings
     qdora.json                   facts without a PEFT field: exact scaling per layer, the base's quantisation
 
-The tensor names are those that PEFT writes: a magnitude's name does not end in `.weight`.
+The tensor names are those that PEFT writes: a magnitude's name does not end in `.weight`. PEFT has no DoRA for experts and
+refuses it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, json_text
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
-from qdora.model.inject import adapted_layers, as_frozen, check_masks, is_linear, put_layers
+from qdora.model.experts import routers
+from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers
 from qdora.model.language_part import all_paths
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
 from qdora.model.trained_embeddings import (
@@ -38,6 +42,7 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
 )
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts, Share
 from qdora.nn.frozen_linear import FrozenLinear
 
 CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.safetensors", "qdora.json"
@@ -58,6 +63,7 @@ class AdapterDescription:
     layout: AdapterLayout
     extra: dict[str, Any] | None = None
     scalings: dict[str, float] | None = None
+    shares: Mapping[str, Share] = field(default_factory=dict)
 
 
 def save_adapter(
@@ -108,15 +114,19 @@ def save_adapter(
         "formula": _MAGNITUDE_NOTE,
         "base": {"name_or_path": base_name_or_path, "revision": revision, "quant": base_quant},
         "layers": {
-            path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling} for path, layer in layers.items()
+            path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling}
+            | ({"share": layer.share} if isinstance(layer, AdaptedExperts) else {})
+            for path, layer in layers.items()
         },
         "extra": extra or {},
     }
     tensors = {_matrix_name(path, matrix.ids): matrix.values.detach() for path, matrix in matrices.items()}
     tensors |= {copy: tensors[name] for name, copy in _tied_copies(model, saved).items()}
+    places = _places(layers)
     for path, layer in layers.items():
-        a_name, b_name, m_name = _names(path)
-        tensors[a_name], tensors[b_name] = layer.lora_A.detach(), layer.stored_B()
+        a_name, b_name, m_name = _names(places[path])
+        a, b = layer.lora_A.detach(), layer.stored_B()
+        tensors[a_name], tensors[b_name] = _as_peft(a, b, layer) if isinstance(layer, AdaptedExperts) else (a, b)
         if layer.magnitude is not None:
             tensors[m_name] = layer.magnitude.detach().float()
     with atomic_directory(directory) as partial:
@@ -159,7 +169,12 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         for path, entry in (layers.items() if isinstance(layers, dict) else ())
         if isinstance(entry, dict) and isinstance(entry.get("scaling"), (int, float))
     }
-    return AdapterDescription(layout, record.get("extra"), scalings)
+    shares = {
+        path: entry["share"]
+        for path, entry in (layers.items() if isinstance(layers, dict) else ())
+        if isinstance(entry, dict) and entry.get("share") in ("A", "B")
+    }
+    return AdapterDescription(layout, record.get("extra"), scalings, shares)
 
 
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
@@ -180,8 +195,9 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     layout, stored, matrices = read_adapter(model, directory)
     adapted = {}
     for path, found in stored.items():
-        layer = AdaptedLinear(
-            as_frozen(model.get_submodule(path)),
+        layer = adapted_layer(
+            model.get_submodule(path),
+            share=found.share,
             kind=layout.kind,
             rank=layout.rank_of(path),
             alpha=layout.alpha_of(path),
@@ -205,12 +221,16 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
 
 @dataclass(frozen=True, eq=False)
 class StoredLayer:
-    """One layer of an adapter file, on the CPU; `magnitude` is None for LoRA, `scaling` is s."""
+    """One layer of an adapter file, on the CPU, in the shapes of `AdaptedLinear` or `AdaptedExperts`.
+
+    `magnitude` is None for LoRA, `scaling` is s.
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     magnitude: Tensor | None
     scaling: float
+    share: Share = "none"
 
 
 def read_adapter(
@@ -243,10 +263,13 @@ def read_adapter(
         raise UserError(*faults, *layer_faults, *tensor_faults)
     if layout.masked:
         check_masks(linear, str(directory / CONFIG_FILE))
-    found = {}
-    for path in linear:
-        a_name, b_name, m_name = _names(path)
-        found[path] = StoredLayer(tensors[a_name], tensors[b_name], tensors.get(m_name), layout.scaling_of(path))
+    found, places = {}, _places(linear)
+    for path, module in linear.items():
+        a_name, b_name, m_name = _names(places[path])
+        a, b, share = tensors[a_name], tensors[b_name], described.shares.get(path, "none")
+        if isinstance(module, ExpertLinear | FrozenExperts):
+            a, b = _from_peft(a, b, module.num_experts, share, f"{directory / WEIGHTS_FILE}: {path}")
+        found[path] = StoredLayer(a, b, tensors.get(m_name), layout.scaling_of(path), share)
     matrices = {}
     for path, (ids, _) in trained.items():
         values = tensors[_matrix_name(path, ids)]
@@ -273,6 +296,44 @@ def _tied_copies(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     return {_matrix_name(path, None): _matrix_name(embedding_paths(model)[1], None) for path in paths}
 
 
+def _places(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Path of a layer -> where PEFT has its tensors: those of experts at the module that owns the parameter.
+
+    PEFT wraps that module once for each parameter, so the first of two is inside.
+    """
+    kinds = ExpertLinear | FrozenExperts | AdaptedExperts
+    found: dict[str, str] = {}
+    last: dict[str, str] = {}
+    for path, layer in layers.items():
+        found[path] = path
+        if isinstance(layer, kinds):
+            owner = path.rpartition(".")[0]
+            if owner in last:
+                found[last[owner]] += ".base_layer"
+            found[path], last[owner] = owner, path
+    return found
+
+
+def _as_peft(lora_A: Tensor, lora_B: Tensor, layer: AdaptedExperts) -> tuple[Tensor, Tensor]:
+    """The factors of experts as PEFT has them: (experts * rank, in), (out, rank * experts) with the expert last."""
+    a = lora_A.expand(layer.num_experts, -1, -1).flatten(0, 1)
+    b = lora_B.expand(layer.num_experts, -1, -1).permute(1, 2, 0).flatten(1)
+    return a.contiguous(), b.contiguous()
+
+
+def _from_peft(a: Tensor, b: Tensor, num_experts: int, share: Share, where: str) -> tuple[Tensor, Tensor]:
+    """The inverse of `_as_peft`. Raises UserError if a factor that experts share differs between them."""
+    factors = {
+        "A": a.view(num_experts, -1, a.shape[1]),
+        "B": b.view(b.shape[0], -1, num_experts).permute(2, 0, 1).contiguous(),
+    }
+    if share != "none":
+        if not torch.equal(factors[share], factors[share][:1].expand_as(factors[share])):
+            raise UserError(f"{where}: lora_{share} differs between experts, which share it by {RECORD_FILE}.")
+        factors[share] = factors[share][:1]
+    return factors["A"], factors["B"]
+
+
 def _names(path: str) -> tuple[str, str, str]:
     return *factor_names(path), f"{_PREFIX}{path}.lora_magnitude_vector"
 
@@ -281,10 +342,15 @@ def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict
     """The linear layers that the settings select, in model order, and faults of the selection."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     modules = {path: module for path, module in model.named_modules() if path}
+    left_out = routers(model)
     selected = {
         path: module
         for path, module in modules.items()
-        if layout.selects(path, is_linear=is_linear(module), is_head=module is head)
+        if (
+            layout.selects_experts(path)
+            if isinstance(module, ExpertLinear | FrozenExperts)
+            else layout.selects(path, is_linear=is_linear(module) and path not in left_out, is_head=module is head)
+        )
     }
     chosen = {path: module for path, module in selected.items() if is_linear(module)}
     others = [f"{path} ({type(module).__name__})" for path, module in selected.items() if not is_linear(module)]
@@ -349,15 +415,19 @@ def _expected_shapes(
     layout, recorded = described.layout, described.scalings
     shapes: dict[str, tuple[int, ...]] = {}
     too_large, differ = [], []
+    places = _places(linear)
     for path, module in linear.items():
-        assert isinstance(module, (FrozenLinear, nn.Linear))
+        assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
         rows, columns, rank = module.out_features, module.in_features, layout.rank_of(path)
-        a, b, m = _names(path)
-        shapes[a], shapes[b] = (rank, columns), (rows, rank)
-        if layout.kind == "dora":
-            shapes[m] = (rows,)
-        if rank > min(rows, columns):
-            too_large.append(f"{path} (rank {rank}, at most {min(rows, columns)})")
+        a, b, m = _names(places[path])
+        shapes[a], shapes[b], shapes[m] = (rank, columns), (rows, rank), (rows,)
+        if isinstance(module, ExpertLinear | FrozenExperts):
+            experts, size = module.num_experts, module.expert_features
+            shapes[a], shapes[b], shapes[m] = (experts * rank, columns), (size, rank * experts), (experts, size)
+        if layout.kind != "dora":
+            del shapes[m]
+        if rank > most_rank(module):
+            too_large.append(f"{path} (rank {rank}, at most {most_rank(module)})")
         scaling = layout.scaling_of(path)
         if recorded is not None and not math.isclose(recorded.get(path, math.nan), scaling, rel_tol=1e-12):
             differ.append(f"{path} ({recorded.get(path)} recorded, {scaling} by {CONFIG_FILE})")

@@ -170,6 +170,8 @@ def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) 
             targets=settings.targets,
             rank_pattern=settings.rank_pattern,
             same_scaling=settings.same_scaling,
+            expert_rank=settings.experts.rank,
+            share=settings.experts.share,
             init="gaussian" if settings.init == "gaussian" else "kaiming",  # `start_adapters` replaces it for loftq
             dtype=DTYPES[settings.dtype],
             masked=settings.mask == "keep",

@@ -5,19 +5,25 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdora.errors import UserError, nearest
+from qdora.model.experts import routers
 from qdora.model.peft_config import ALL_LINEAR
 from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
+from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts, Share
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.nn.plain_linear import is_plain_linear
+from qdora.ops.tiles import Weight
 
 HEAD = "lm_head"
 """Stands for the output head, under any name, in a list of layers to skip."""
+EXPERTS = "experts"
+"""Stands for all stacks of experts in a list of layers."""
 
 
 def inject(
@@ -31,6 +37,8 @@ def inject(
     targets: str | Sequence[str] = ALL_LINEAR,
     rank_pattern: Mapping[str, int] | None = None,
     same_scaling: bool = False,
+    expert_rank: int | None = None,
+    share: Share = "none",
     init: Init = "kaiming",
     dtype: torch.dtype = torch.float32,
     masked: bool = False,
@@ -39,33 +47,43 @@ def inject(
     """Replace linear layers of `model` by adapted ones, in place; everything else is frozen.
 
     Args:
-        model: A transformers causal LM with layers of nn.Linear or FrozenLinear.
+        model: A transformers causal LM with layers of nn.Linear or FrozenLinear, and stacks of experts.
         kind, rank, alpha, rank_stabilized, dropout, init, dtype, masked, generator: As in AdaptedLinear.
-        targets: "all-linear" (all but the output head), or names: the last part of a module's path ("q_proj"), or a
-            pattern over the whole path ("model.layers.3.*.q_proj").
+        targets: "all-linear" (all but the output head and routers), or names: the last part of a module's path
+            ("q_proj"), "experts" for all stacks of experts, or a pattern over the whole path
+            ("model.layers.3.*.q_proj").
         rank_pattern: Name or pattern -> rank instead of `rank`; the longest matching key wins.
+        expert_rank, share: Rank of the stacks of experts that no pattern matches (default `rank`), and the factor that
+            the experts of a stack share.
         same_scaling: Layers of another rank get the alpha that gives them the scaling of `rank`.
     Returns:
         Path -> layer, in model order.
     Raises:
         UserError: All targets and patterns that match nothing, or all ranks that are too large.
     """
-    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linear = linear_layers(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     # GPT-NeoX calls its head embed_out.
     heads = [HEAD, *(name for name, module in linear.items() if module is head)]
     chosen = _chosen(linear, targets, heads)
-    ranks = _ranks(chosen, rank, rank_pattern or {})
+    ranks = _ranks(chosen, rank, rank_pattern or {}, expert_rank)
     if masked:
         check_masks(chosen, "adapter.mask")
+    if (expert_rank or share != "none") and not any(
+        isinstance(each, FrozenExperts | ExpertLinear) for each in chosen.values()
+    ):
+        raise UserError(
+            "adapter.experts: no target is an expert of this model. Fix: remove it, or add experts to targets."
+        )
     adapted: dict[str, AdaptedLinear] = {}
     for name, module in chosen.items():
-        share = ranks[name] / rank if same_scaling else 1.0
-        adapted[name] = AdaptedLinear(
-            as_frozen(module),
+        ratio = ranks[name] / rank if same_scaling else 1.0
+        adapted[name] = adapted_layer(
+            module,
+            share=share,
             kind=kind,
             rank=ranks[name],
-            alpha=alpha * (math.sqrt(share) if rank_stabilized else share),
+            alpha=alpha * (math.sqrt(ratio) if rank_stabilized else ratio),
             rank_stabilized=rank_stabilized,
             dropout=dropout,
             init=init,
@@ -75,6 +93,14 @@ def inject(
         )
     put_layers(model, adapted)
     return adapted
+
+
+def adapted_layer(module: nn.Module, *, share: Share = "none", **options: Any) -> AdaptedLinear:
+    """The adapted layer of a linear layer or a stack of experts; `options` are those of AdaptedLinear."""
+    base = as_frozen(module)
+    if isinstance(base, FrozenExperts):
+        return AdaptedExperts(base, share=share, **options)
+    return AdaptedLinear(base, **options)
 
 
 def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
@@ -100,6 +126,13 @@ def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:
             f"{where}: keep, but {len(whole)} adapted layers were not pruned (e.g. {whole[0]}). "
             "Fix: choose targets among the pruned layers."
         )
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> linear layer or stack of experts, without routers: those stay in their dtype, unquantised and frozen."""
+    left_out = routers(model)
+    found = {name: module for name, module in model.named_modules() if is_linear(module)}
+    return {name: module for name, module in found.items() if name not in left_out}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -130,18 +163,37 @@ def as_frozen(module: nn.Module) -> FrozenLinear:
     """A FrozenLinear as it is, or one that shares the weight of an nn.Linear."""
     if isinstance(module, FrozenLinear):
         return module
-    assert isinstance(module, nn.Linear)
-    return FrozenLinear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    assert isinstance(module, nn.Linear | ExpertLinear)
+    return frozen_like(module, module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+def frozen_like(
+    module: nn.Module, weight: Weight, bias: Tensor | None, keep_bits: Tensor | None = None
+) -> FrozenLinear:
+    """The frozen layer that takes the place of a linear layer or a stack of experts."""
+    if isinstance(module, ExpertLinear | FrozenExperts):
+        return FrozenExperts(weight, module.num_experts, bias, keep_bits)
+    return FrozenLinear(weight, bias, keep_bits)
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` is the last part of a module's path, the path, or a shell pattern that matches it."""
-    return pattern in (name.rpartition(".")[2], name) or fnmatch.fnmatchcase(name, pattern)
+    """Whether `pattern` is the last part of a module's path, the path, a shell pattern that matches it, or "experts" and
+    the module is in one called so."""
+    owner, _, last = name.rpartition(".")
+    if pattern == EXPERTS and owner.rpartition(".")[2] == EXPERTS:
+        return True
+    return pattern in (last, name) or fnmatch.fnmatchcase(name, pattern)
+
+
+def most_rank(module: nn.Module) -> int:
+    """The largest rank of an adapter on a linear layer or a stack of experts."""
+    rows = getattr(module, "expert_features", None) or module.out_features
+    return min(int(module.in_features), int(rows))  # type: ignore[arg-type]
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer that can carry an adapter."""
-    return isinstance(module, FrozenLinear) or is_plain_linear(module)
+    return isinstance(module, FrozenLinear | ExpertLinear) or is_plain_linear(module)
 
 
 def _chosen(linear: dict[str, nn.Module], targets: str | Sequence[str], skip: Sequence[str]) -> dict[str, nn.Module]:
@@ -164,7 +216,9 @@ def _chosen(linear: dict[str, nn.Module], targets: str | Sequence[str], skip: Se
     return {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
 
 
-def _ranks(chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, int]) -> dict[str, int]:
+def _ranks(
+    chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, int], expert_rank: int | None
+) -> dict[str, int]:
     last_parts = sorted({name.rpartition(".")[2] for name in chosen})
     faults = [
         f"adapter.rank_pattern: '{pattern}' matches no adapted layer; must be one of {', '.join(last_parts)}, "
@@ -176,10 +230,12 @@ def _ranks(chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, i
     too_small: dict[tuple[str, int], list[tuple[int, str]]] = {}  # (setting, rank) -> (most, layer)
     for name, module in chosen.items():
         keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
-        ranks[name] = rank_pattern[keys[-1]] if keys else rank
-        limit = min(int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+        of_experts = expert_rank if isinstance(module, FrozenExperts | ExpertLinear) else None
+        ranks[name] = rank_pattern[keys[-1]] if keys else of_experts or rank
+        limit = most_rank(module)
         if ranks[name] > limit:
-            where = f"adapter.rank_pattern['{keys[-1]}']" if keys else "adapter.rank"
+            where = "adapter.experts.rank" if of_experts else "adapter.rank"
+            where = f"adapter.rank_pattern['{keys[-1]}']" if keys else where
             too_small.setdefault((where, ranks[name]), []).append((limit, name))
     for (where, asked), layers in too_small.items():
         limit, name = min(layers, key=lambda layer: layer[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,11 @@ from transformers.pytorch_utils import Conv1D
 from qdora.errors import UserError, nearest
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
+from qdora.model.conversion import rename_to_model
+from qdora.model.experts import use_expert_layers_
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.gguf_metadata import config_of_gguf
-from qdora.model.inject import HEAD, matches, replace_module
+from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module
 from qdora.model.language_part import (
     auto_class,
     check_family,
@@ -44,16 +46,14 @@ from qdora.model.source import ModelSource, library_reason
 from qdora.model.stored_tensors import (
     Stored,
     StoredPacked,
-    iterate_tensors,
+    StoredTensor,
     match_to_model,
     open_safetensors,
-    rename_to_model,
     shorten,
     tied_weights,
 )
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.nn.plain_linear import is_plain_linear
 from qdora.ops.codebooks import CODE_BITS, SIMULATED
 from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, quantize
 from qdora.ops.tiles import Weight
@@ -206,6 +206,7 @@ def skeleton(
             )
         if is_multimodal(config):
             leave_out_other_parts_(model)
+        use_expert_layers_(model)
         return model
 
     return with_attention(build, config, attention, name=source.name, device=device, dtype=dtype)
@@ -237,7 +238,7 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
 
     Raises UserError if a skip pattern matches nothing, a tied head is not skipped, or layers are transposed (GPT-2).
     """
-    linear = {name: module for name, module in model.named_modules() if is_plain_linear(module)}
+    linear = linear_layers(model)
     head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), None)
     transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     faults = []
@@ -291,17 +292,27 @@ def is_wide(name: str, wide: Sequence[str]) -> bool:
     return any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in wide)
 
 
+def iterate_quantized(
+    stored: Mapping[str, Stored], layers: Collection[str], wanted: Quantization, device: torch.device
+) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    """`iterate_tensors` with the dense weights of `layers` quantised on `device`, part by part where the file has parts."""
+    for name, item in stored.items():
+        layer, _, leaf = name.rpartition(".")
+        if isinstance(item, StoredTensor) and leaf == "weight" and layer in layers and wanted.kind != "none":
+            rows = item.read_rows().to(device)
+            yield name, quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            del rows
+        else:
+            yield name, item.read()
+
+
 def place_all(load: Loading) -> None:
     """A `Placer` that quantises the weights of `load.layers`."""
     wide, wanted = wide_names(load.model, load.compute_dtype), load.wanted
-    for done, (name, value) in enumerate(iterate_tensors(load.stored), start=1):
+    for done, (name, value) in enumerate(iterate_quantized(load.stored, load.layers, wanted, load.device), start=1):
         layer, _, leaf = name.rpartition(".")
         if isinstance(value, PackedWeight):
             place_frozen(load.model, layer, value.to(load.device))
-        elif leaf == "weight" and layer in load.layers and wanted.kind != "none":
-            packed = quantize(value.to(load.device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-            place_frozen(load.model, layer, packed)
-            del packed
         else:
             dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
             place_dense(load.model.get_submodule(layer), leaf, value, load.device, dtype)
@@ -313,7 +324,7 @@ def place_all(load: Loading) -> None:
 def place_frozen(model: nn.Module, layer: str, weight: Weight, keep_bits: Tensor | None = None) -> FrozenLinear:
     """Replace a linear layer by a frozen one with its bias, which may still be on the meta device."""
     before = model.get_submodule(layer)
-    frozen = FrozenLinear(weight, before.bias if isinstance(before.bias, Tensor) else None, keep_bits)
+    frozen = frozen_like(before, weight, before.bias if isinstance(before.bias, Tensor) else None, keep_bits)
     frozen.replaces = type(before).__name__
     replace_module(model, layer, frozen)
     return frozen

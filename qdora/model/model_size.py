@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qdora.model.inject import is_linear
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.expert_linear import ExpertLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.trained_rows import RowHead
 
@@ -36,7 +37,7 @@ def model_size(model: nn.Module) -> ModelSize:
     weights = linear = other = adapter = 0
     for module in model.modules():
         if is_linear(module) and module is not head:
-            assert isinstance(module, (FrozenLinear, nn.Linear))
+            assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
             packed = module.packed_weight if isinstance(module, FrozenLinear) else None
             count = module.out_features * module.in_features
             weights += count

@@ -40,6 +40,7 @@ from qdora.model.load import (
     Progress,
     Quantization,
     check_stored_packed,
+    iterate_quantized,
     layers_to_quantize,
     place_all,
     place_frozen,
@@ -49,7 +50,7 @@ from qdora.model.pruning import PrunedLayer, layer_record
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import PackedWeight, empty_packed, from_tensors, quantize
+from qdora.ops.packed import PackedWeight, empty_packed, from_tensors
 from qdora.ops.tiles import Weight
 from qdora.recipe.faults import one_line
 
@@ -412,13 +413,9 @@ def _quantized(
     device: torch.device,
     progress: Progress | None,
 ) -> Iterator[tuple[str, Weight]]:
-    for done, (name, item) in enumerate(stored.items(), start=1):
-        value = item.read()
-        if isinstance(value, Tensor) and name.endswith(".weight") and name.removesuffix(".weight") in layers:
-            value = quantize(value.to(device), wanted.kind, wanted.block_size, wanted.double_quant, name=name)
-        elif isinstance(value, Tensor):
-            value = value.clone()  # it may be a view of the checkpoint's file
-        yield name, value
+    for done, (name, value) in enumerate(iterate_quantized(stored, layers, wanted, device), start=1):
+        # A dense one may be a view of the checkpoint's file.
+        yield name, value.clone() if isinstance(value, Tensor) else value
         del value
         if progress is not None:
             progress(done, len(stored))

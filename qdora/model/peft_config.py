@@ -26,6 +26,7 @@ from pydantic import (
 
 from qdora.errors import UserError, nearest
 from qdora.nn.adapted_linear import AdaptedLinear, Kind
+from qdora.nn.expert_linear import AdaptedExperts
 
 ALL_LINEAR = "all-linear"
 MASKED = "QDORA_MASKED_LORA"
@@ -44,7 +45,6 @@ _REFUSED = {
     "lora_bias": "lora_B has a bias of its own",
     "megatron_config": "the layers are Megatron's",
     "monteclora_config": "MonteCLoRA samples the adapter",
-    "target_parameters": "it adapts bare parameters (experts), not linear layers",
     "use_bdlora": "lora_A or lora_B is block-diagonal",
     "use_qalora": "QA-LoRA pools the input of lora_A",
     "velora_config": "VeLoRA compresses the activations",
@@ -87,7 +87,8 @@ class _Settings(BaseModel):
     r: PositiveInt = 8
     lora_alpha: FiniteFloat = 8
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
-    target_modules: Annotated[_Regex, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+    target_modules: Annotated[_Regex, Field(min_length=1)] | list[str]
+    target_parameters: list[str] | None = None
     exclude_modules: _Regex | list[str] | None = None
     rank_pattern: dict[_Regex, PositiveInt] | None = None
     alpha_pattern: dict[_Regex, FiniteFloat] | None = None
@@ -110,6 +111,8 @@ class AdapterLayout:
     rank_stabilized: bool = False
     dropout: float = 0.0
     targets: str | tuple[str, ...] = ALL_LINEAR
+    parameters: tuple[str, ...] = ()
+    """Stacks of experts, by the names of their parameters or the last parts of these."""
     exclude: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -139,8 +142,13 @@ class AdapterLayout:
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
 
+    def selects_experts(self, path: str) -> bool:
+        """Whether the stack of experts at the dotted `path` carries an adapter."""
+        return path in self.parameters or path.endswith(tuple(f".{name}" for name in self.parameters))
+
     def selects(self, path: str, *, is_linear: bool, is_head: bool) -> bool:
-        """Whether the module at the dotted `path` carries an adapter; "all-linear" takes linear layers but the head."""
+        """Whether the module at `path` carries an adapter; "all-linear" takes linear layers but the head. Not asked for
+        experts."""
         if _matches_any(self.exclude, path):
             return False
         if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
@@ -181,6 +189,7 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout
         rank_stabilized=config.get("use_rslora", False),
         dropout=float(config.get("lora_dropout", 0.0)),
         targets=targets if isinstance(targets, str) else tuple(targets),
+        parameters=tuple(config.get("target_parameters") or ()),
         exclude=exclude if isinstance(exclude, str) else tuple(exclude),
         rank_pattern=dict(config.get("rank_pattern") or {}),
         alpha_pattern=dict(config.get("alpha_pattern") or {}),
@@ -222,6 +231,8 @@ def _method_faults(config: Mapping[str, Any]) -> list[str]:
     faults = [
         f"{key}: is not supported: {reason}." for key, reason in _REFUSED.items() if not _is_empty(config.get(key))
     ]
+    if config.get("target_modules") == [] and not config.get("target_parameters"):
+        faults.append("target_modules: must not be empty without target_parameters, got [].")
     if config.get("ensure_weight_tying") and all(_is_empty(config.get(key)) for key in _OF_EMBEDDINGS):
         faults.append("ensure_weight_tying: is not supported: it ties adapters of the embedding and the head.")
     init = config.get("init_lora_weights", True)
@@ -263,6 +274,7 @@ def adapter_config(
         ValueError: Layers differ in kind, mask, dropout or rank stabilisation; the format has one value for all.
     """
     first = next(iter(layers.values()))
+    experts = [path for path, layer in layers.items() if isinstance(layer, AdaptedExperts)]
     for name in ("kind", "masked", "dropout", "rank_stabilized"):
         shared = {getattr(layer, name) for layer in layers.values()}
         if len(shared) > 1:
@@ -279,10 +291,10 @@ def adapter_config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout,
+        "lora_dropout": 0.0 if experts else first.dropout,  # PEFT refuses any other with parameters
         "use_dora": first.kind == "dora",
         "use_rslora": first.rank_stabilized,
-        "target_modules": _target_names(list(layers), all_paths),
+        "target_modules": _target_names([path for path in layers if path not in experts], all_paths),
         "exclude_modules": None,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
@@ -293,6 +305,7 @@ def adapter_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "auto_mapping": None,
+        **({"target_parameters": experts} if experts else {}),
         **({"ensure_weight_tying": True} if ties else {}),  # older releases of PEFT do not know these settings
         **({"trainable_token_indices": {path: list(ids) for path, ids in token_rows.items()}} if token_rows else {}),
     }

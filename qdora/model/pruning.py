@@ -35,6 +35,8 @@ from qdora.model.load import (
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked
 from qdora.nn.evaluation_mode import evaluation_mode
+from qdora.nn.expert_linear import ExpertLinear, FrozenExperts
+from qdora.ops.expert_product import ExpertTokens
 from qdora.ops.packed import dequantize, quantize, zero_packed
 from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores
 from qdora.ops.sparsity import keep_mask, mask_bits, pattern_from
@@ -166,62 +168,93 @@ class _PruningTask:
         self.prune(tensors, statistics)
         return _joined([block(*part[0], **part[1]) for part in _parts(args, kwargs)])
 
-    def prune(self, tensors: Mapping[str, Stored], statistics: Mapping[str, InputStatistics]) -> None:
+    def prune(self, tensors: Mapping[str, Stored], statistics: Mapping[str, list[InputStatistics | None]]) -> None:
         """Prune and quantise the linear layers of a block and put them in."""
         assert self.load.progress is not None
         for name, item in self.weights(tensors).items():
             path = name.rpartition(".")[0]
             value = item.read()
             assert isinstance(value, Tensor)
-            weight, mask = self._pruned(value.to(self.load.device), statistics.get(path), name)
+            layer = self.load.model.get_submodule(path)
+            num_parts = layer.num_experts if isinstance(layer, ExpertLinear | FrozenExperts) else 1
+            measured = statistics.get(path, [None] * num_parts)
+            weight, mask = self._pruned(value.to(self.load.device), measured, name)
             place_frozen(self.load.model, path, weight, mask_bits(mask))
             self.pruner.layers[path] = _report(value.to(self.load.device), weight, mask)
             del value, weight, mask
             self.load.progress(1, 1)
 
-    def _pruned(self, value: Tensor, statistics: InputStatistics | None, name: str) -> tuple[Weight, Tensor]:
+    def _pruned(self, value: Tensor, measured: Sequence[InputStatistics | None], name: str) -> tuple[Weight, Tensor]:
+        """The pruned weight and its mask; each expert of a stack is pruned by the tokens that it got."""
         settings, wanted = self.pruner.settings, self.load.wanted
         pattern = pattern_from(settings.pattern, settings.sparsity)
         group = None if settings.group == "auto" else settings.group
-        if statistics is None and settings.method != "magnitude":
-            # For example an expert that got no token.
-            log.warning("%s: no calibration token reached this layer; it is pruned by magnitude.", name)
-            statistics = InputStatistics(value.shape[1], settings.method, self.load.device)
+        if settings.method != "magnitude":
+            measured = self._without_gaps(measured, value, name)
         pack = functools.partial(quantize, kind=wanted.kind, block_size=wanted.block_size, name=name)
         if settings.order == "quantize_first":
             packed = pack(value, double_quant=wanted.double_quant)
-            dense = dequantize(packed)
-            scores = magnitude_scores(dense) if statistics is None else wanda_scores(dense, statistics.column_squares)
-            mask = keep_mask(scores, pattern, group or ("tensor" if statistics is None else "row"))
+            masks = []
+            for dense, found in zip(dequantize(packed).chunk(len(measured)), measured, strict=True):
+                scores = magnitude_scores(dense) if found is None else wanda_scores(dense, found.column_squares)
+                masks.append(keep_mask(scores, pattern, group or ("tensor" if found is None else "row")))
+            mask = torch.cat(masks)
             return zero_packed(packed, mask), mask
         # SparseGPT's corrected weights are not rounded to the file's dtype before they are quantised.
         wide = value.float() if settings.method == "sparsegpt" else value
-        pruned, mask = prune_weight(
-            wide, settings.method, pattern, statistics=statistics, group=group, damping=settings.damping, name=name
-        )
+        parts = [
+            prune_weight(
+                part, settings.method, pattern, statistics=found, group=group, damping=settings.damping, name=name
+            )
+            for part, found in zip(wide.chunk(len(measured)), measured, strict=True)
+        ]
+        pruned, mask = (torch.cat([each[index] for each in parts]) for index in (0, 1))
         if wanted.kind == "none":
             return pruned.to(self.load.compute_dtype), mask
         return pack(pruned, double_quant=wanted.double_quant), mask
+
+    def _without_gaps(
+        self, measured: Sequence[InputStatistics | None], value: Tensor, name: str
+    ) -> list[InputStatistics]:
+        """Equal statistics, which prune by magnitude, for a layer or expert that no calibration token reached."""
+        missing = [index for index, found in enumerate(measured) if found is None]
+        if missing and len(measured) == 1:
+            log.warning("%s: no calibration token reached this layer; it is pruned by magnitude.", name)
+        elif missing:
+            shown = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
+            text = "%s: no calibration token reached experts %s (%d of %d); they are pruned by magnitude."
+            log.warning(text, name, shown, len(missing), len(measured))
+        method = cast(Literal["wanda", "sparsegpt"], self.pruner.settings.method)
+        return [found or InputStatistics(value.shape[1], method, self.load.device) for found in measured]
 
 
 @contextmanager
 def _measured(
     layers: Mapping[str, nn.Module], method: Literal["wanda", "sparsegpt"]
-) -> Iterator[dict[str, InputStatistics]]:
-    """Measure the inputs of linear layers within a `with`; layers that share an input share its statistics."""
-    statistics: dict[str, InputStatistics] = {}
-    last: tuple[Tensor, InputStatistics] | None = None
+) -> Iterator[dict[str, list[InputStatistics | None]]]:
+    """Measure the inputs of linear layers within a `with`: one set of statistics, or one for each expert of a stack.
+
+    Layers that share an input share its statistics; None is an expert without tokens.
+    """
+    statistics: dict[str, list[InputStatistics | None]] = {}
+    last: tuple[Tensor, list[InputStatistics | None]] | None = None
 
     def record(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         nonlocal last
-        (x,) = inputs
+        x = inputs[0]
+        tokens: ExpertTokens | None = inputs[1] if len(inputs) > 1 else None
         own = statistics.get(name)
         if last is not None and last[0] is x and own in (None, last[1]):
             # The query, key and value layers, and gate and up, read the same tensor.
             statistics[name] = last[1]
             return
-        own = own or InputStatistics(x.shape[-1], method, x.device)
-        own.add(x)
+        if own is None:
+            own = [None] * (1 if tokens is None else len(tokens.counts))
+        reached = [(0, slice(None))] if tokens is None else [(run.experts[0], run.tokens) for run in tokens.reached]
+        for index, some in reached:
+            found = own[index] or InputStatistics(x.shape[-1], method, x.device)
+            found.add(x[some])
+            own[index] = found
         statistics[name] = own
         last = (x, own)
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qdora.errors import UserError, nearest
 from qdora.files.json_file import parse_json
-from qdora.ops.packed import PackedWeight
+from qdora.ops.packed import PackedWeight, RowParts
 
 log = logging.getLogger("qdora")
 INDEX_FILE = "model.safetensors.index.json"
@@ -30,12 +29,19 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _MOST_FAULTS = 10
 
 
+class StoredRows(NamedTuple):
+    """Some consecutive rows of a stored matrix, and the function that reads them."""
+
+    rows: int
+    read: Callable[[], Tensor]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A dense tensor of a checkpoint, not read yet; `dtype` and the bytes of an element are those of its header.
 
     `read` returns a tensor of this shape on the CPU. It may be a read-only view of a mapped file: copy it before it is
-    written to or kept.
+    written to or kept. `parts` gives a matrix in parts of whole rows, if the file has it so; `key` is the first's.
     """
 
     key: str
@@ -43,6 +49,14 @@ class StoredTensor:
     read: Callable[[], Tensor]
     itemsize: int = 4
     dtype: str = "F32"
+    parts: tuple[StoredRows, ...] | None = None
+
+    def read_rows(self) -> Tensor | RowParts:
+        """The weight, in parts if the file has it so."""
+        parts = self.parts
+        if parts is None:
+            return self.read()
+        return RowParts((self.shape[0], self.shape[1]), lambda: (part.read() for part in parts))
 
     @property
     def num_bytes(self) -> int:
@@ -141,37 +155,23 @@ def _itemsize(dtype: str) -> int:
     return 1 if bits is None else max(1, int(bits.group()) // 8)
 
 
+def stored_rows(item: StoredTensor, rows: slice) -> Tensor:
+    """Some rows of a stored matrix; of one in parts only the parts that have them are read."""
+    if item.parts is None:
+        return item.read()[rows]
+    found, first = [], 0
+    for part in item.parts:
+        start, stop = max(rows.start, first), min(rows.stop, first + part.rows)
+        if start < stop:
+            found.append(part.read()[start - first : stop - first])
+        first += part.rows
+    return torch.cat(found)
+
+
 def iterate_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | PackedWeight]]:
     """(model name, weight) in the mapping's order, read one by one; may be read-only views, see `StoredTensor`."""
     for name, item in stored.items():
         yield name, item.read()
-
-
-def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
-    """Model name -> tensor, by transformers' renames for this model.
-
-    Raises UserError if a tensor needs more than another name (experts to be stacked, projections to be split).
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    expected = model.state_dict()
-    renamed: dict[str, Stored] = {}
-    converted: dict[str, str] = {}
-    for key, item in stored.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
-        if pattern is not None:
-            converted.setdefault(str(pattern), f"{key} -> {name}")
-        renamed[name] = replace(item, key=key)
-    if converted:
-        raise UserError(
-            *shorten(
-                f"model.source: {model.config.model_type} checkpoints hold tensors that must be stacked, split or "
-                f"permuted ({example}), which is not supported. Fix: name a model with one tensor for each layer."
-                for example in converted.values()
-            )
-        )
-    return renamed
 
 
 def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:

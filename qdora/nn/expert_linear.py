@@ -6,42 +6,44 @@ divide (`ExpertTokens`), and gives (tokens, out) (`model.experts` sorts the toke
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.dora import Gain, gain, gain_of_sum, merged_weight
+from qdora.ops.dora import Gain, gain, gain_of_sum
 from qdora.ops.expert_product import (
     ExpertTokens,
     adapted_stack,
     add_expert_bias,
-    expert_rows,
+    dense_rows,
     frozen_stack,
+    merged_rows,
     stack_norm,
 )
 from qdora.ops.frozen_product import product_dtype
-from qdora.ops.packed import PackedWeight
-from qdora.ops.tiles import Weight, dense_weight
+from qdora.ops.tiles import Weight
 
 Share = Literal["none", "A", "B"]
 """Which factor all experts of a stack share."""
 
 
 class ExpertLinear(nn.Module):
-    """y = x W_e^T + bias_e with a dense, trainable W, (experts, out, in), and bias, (experts, out) or None."""
+    """y = x W_e^T + bias_e with a dense, trainable W, (experts * out, in), and bias, (experts, out) or None."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: nn.Parameter, num_experts: int, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.num_experts, self.expert_features, self.in_features = weight.shape
-        self.out_features = self.num_experts * self.expert_features
+        self.num_experts = num_experts
+        self.out_features, self.in_features = weight.shape
+        self.expert_features = self.out_features // num_experts
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor, tokens: ExpertTokens) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
-        parts = zip(torch.split(x, list(tokens.counts)), self.weight.unbind(0), strict=True)
+        weights = self.weight.view(self.num_experts, self.expert_features, self.in_features).unbind(0)
+        parts = zip(torch.split(x, list(tokens.counts)), weights, strict=True)
         out = torch.cat([nn.functional.linear(part, weight) for part, weight in parts if len(part)])
         return out if self.bias is None else add_expert_bias(out, self.bias, tokens)
 
@@ -62,9 +64,9 @@ class FrozenExperts(FrozenLinear):
         super().__init__(weight, bias, keep_bits)
         self.num_experts, self.expert_features = num_experts, self.out_features // num_experts
 
-    def expert_weight(self, expert: int) -> PackedWeight | Tensor:
-        """The weight of one expert, (out, in), packed or dense."""
-        return expert_rows(self.stored_weight, self.num_experts, (expert,))
+    def dequantized_rows(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some rows of the dense weight; only their experts are dequantised."""
+        return dense_rows(self.stored_weight, self.num_experts, rows, dtype)
 
     def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
@@ -157,42 +159,32 @@ class AdaptedExperts(AdaptedLinear):
     def _norm(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
         return self._norm_of(list(range(self.num_experts)), lora_A, lora_B, dtype)
 
-    def expert_factors(self, expert: int) -> tuple[Tensor, Tensor]:
-        """A, (rank, in), and gated B, (out, rank), of an expert."""
-        a, b = self.lora_A, self.gated_B()
-        return a[0 if len(a) == 1 else expert], b[0 if len(b) == 1 else expert]
-
     def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
         """The dense stack (experts * out, in) that equals this layer; see `AdaptedLinear.merged_weight`."""
-        return torch.cat([self.merged_expert(expert, dtype, base=base) for expert in range(self.num_experts)])
+        return self.merged_rows(slice(0, self.out_features), dtype, base=base)
 
-    def merged_expert(self, expert: int, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
-        """The dense weight (out, in) of one expert; `base` is another dense stack, (experts * out, in)."""
+    def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
+        """Some rows of `merged_weight`; only their experts are dequantised."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weight, keep, magnitude = self._dense(expert, wide, base), self._keep_of(expert), self.magnitude
-        m = None if magnitude is None else magnitude[expert]
-        return merged_weight(weight, *self.expert_factors(expert), self.scaling, m, keep).to(dtype)
+        weight = self.base.dequantized_rows(rows, wide) if base is None else base[rows].to(wide)
+        mask = self.base.keep_mask() if self.masked else None
+        keep = None if mask is None else mask[rows]
+        factors = (self.lora_A, self.gated_B(), self.scaling, self.magnitude)
+        return merged_rows(weight, rows.start, *factors, keep).to(dtype)
 
     def merged_gain(self) -> Tensor | None:
         """The gain of `merged_weight`, (experts, out); None for LoRA."""
-        if self.magnitude is None:
+        magnitude = self.magnitude
+        if magnitude is None:
             return None
-        found = []
+        mask, found = (self.base.keep_mask() if self.masked else None), []
         for expert in range(self.num_experts):
-            weight = self._dense(expert, self.base.wide_dtype, None)
-            factors = self.expert_factors(expert)
-            adapted = merged_weight(weight, *factors, self.scaling, keep_mask=self._keep_of(expert))
-            found.append(gain_of_sum(adapted, self.magnitude[expert]))
+            rows = slice(expert * self.expert_features, (expert + 1) * self.expert_features)
+            weight = self.base.dequantized_rows(rows, self.base.wide_dtype)
+            keep = None if mask is None else mask[rows]
+            adapted = merged_rows(weight, rows.start, self.lora_A, self.gated_B(), self.scaling, None, keep)
+            found.append(gain_of_sum(adapted, magnitude[expert]))
         return torch.stack(found)
-
-    def _dense(self, expert: int, dtype: torch.dtype, base: Tensor | None) -> Tensor:
-        if base is None:
-            return dense_weight(self.base.expert_weight(expert), dtype)
-        return base[expert * self.expert_features : (expert + 1) * self.expert_features].to(dtype)
-
-    def _keep_of(self, expert: int) -> Tensor | None:
-        mask = self.base.keep_mask() if self.masked else None
-        return None if mask is None else mask.view(self.num_experts, self.expert_features, -1)[expert]
 
 
 class _KnownNorms:
@@ -205,13 +197,3 @@ class _KnownNorms:
     def add(self, experts: list[int], norm: Tensor) -> None:
         self.norm[torch.tensor(experts, device=self.norm.device)] = norm.to(self.norm.dtype)
         self.experts.update(experts)
-
-
-def is_stack(module: nn.Module) -> bool:
-    """Whether a module holds a stack of experts."""
-    return isinstance(module, ExpertLinear | FrozenExperts | AdaptedExperts)
-
-
-def stack_of(module: nn.Module) -> ExpertLinear | FrozenExperts | AdaptedExperts:
-    """The module as a stack, which `is_stack` says it is."""
-    return cast(ExpertLinear | FrozenExperts | AdaptedExperts, module)

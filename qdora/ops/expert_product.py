@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qdora.ops.adapted_product import WRITTEN, column_dot
-from qdora.ops.dora import CANCELLATION, Gain, masked_row_norm, row_norm
+from qdora.ops.dora import CANCELLATION, Gain, masked_row_norm, merged_weight, row_norm
 from qdora.ops.dropout import draw_seed, drop_, dropped
 from qdora.ops.frozen_product import add_product_, add_transposed_product_, product_dtype
 from qdora.ops.low_rank_factors import rounded
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize
 from qdora.ops.planned_device import device_kind
-from qdora.ops.tiles import Weight, row_tiles
+from qdora.ops.tiles import Weight, dense_weight, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
 _RUN_BYTES = 64 << 20
@@ -413,6 +413,52 @@ def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertToken
         products = left[:, some].to(factor.dtype) * right[:, some]
         total[:, some] = torch.segment_reduce(products, "sum", lengths=lengths, axis=0, initial=0) * factor[:, some]
     return total
+
+
+@torch.no_grad()
+def merged_rows(
+    weight: Tensor,
+    first: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+) -> Tensor:
+    """Some rows of the dense stack that equals base and adapter, by `ops.dora.merged_weight` expert by expert.
+
+    Args:
+        weight: Rows of the dequantised base from row `first` on, (rows, in), float32 or float64, which the result has.
+        lora_A, lora_B, scaling, magnitude: As in `adapted_stack`.
+        keep_mask: (rows, in) bool; B A counts only where it is True.
+    """
+    size, done, merged = lora_B.shape[1], 0, []
+    while done < len(weight):
+        expert, row = divmod(first + done, size)
+        count = min(size - row, len(weight) - done)
+        here, inside = slice(done, done + count), slice(row, row + count)
+        merged.append(
+            merged_weight(
+                weight[here],
+                _pick_or_shared(lora_A, (expert,))[0],
+                _pick_or_shared(lora_B, (expert,))[0, inside],
+                scaling,
+                None if magnitude is None else magnitude[expert, inside],
+                None if keep_mask is None else keep_mask[here],
+            )
+        )
+        done += count
+    return merged[0] if len(merged) == 1 else torch.cat(merged)
+
+
+@torch.no_grad()
+def dense_rows(stack: Weight, num_experts: int, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Some rows of a stack, dense; only their experts are dequantised."""
+    size = stack.shape[0] // num_experts
+    experts = range(rows.start // size, -(-rows.stop // size))
+    parts = [dense_weight(expert_rows(stack, num_experts, (expert,)), dtype) for expert in experts]
+    dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return dense[rows.start - experts.start * size : rows.stop - experts.start * size]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ and give the same bits (`choose_backend`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -180,8 +180,24 @@ def _has_kernels(device: torch.device) -> bool:
     return device_kind(device) != device.type or bnb_kernels.is_available(device.type)
 
 
+@dataclass(frozen=True)
+class RowParts:
+    """A dense weight, (out, in), that is read in parts of whole rows, so that it is never in memory as a whole."""
+
+    shape: tuple[int, int]
+    parts: Callable[[], Iterator[Tensor]]  # (rows, in) each, in order; all have one dtype and device
+
+    def to(self, device: torch.device | str) -> RowParts:
+        """The same weight with its parts on `device`."""
+        return RowParts(self.shape, lambda: (part.to(device) for part in self.parts()))
+
+    def whole(self) -> Tensor:
+        """The weight as one tensor."""
+        return torch.cat(list(self.parts()))
+
+
 def quantize(
-    weight: Tensor, kind: str, block_size: int = 64, double_quant: bool = True, *, name: str = "weight"
+    weight: Tensor | RowParts, kind: str, block_size: int = 64, double_quant: bool = True, *, name: str = "weight"
 ) -> PackedWeight:
     """Quantise a dense weight on its device, with the plain-torch definition.
 
@@ -189,12 +205,19 @@ def quantize(
     MiB for 512 MiB of bf16), plus a copy of a weight that is not contiguous.
 
     Args:
-        weight: (out, in), any float dtype; rounded to float32 first.
+        weight: (out, in), any float dtype; rounded to float32 first. Parts give the bits of the whole, and each is
+            quantised when it is read, unless its rows are no whole blocks.
         block_size: One of `BLOCK_SIZES`; not used by int8, which has one scale a row.
         double_quant: Store the block scales in 8 bits; not used by int8.
         name: The weight's name in an error.
     Raises ValueError: If the weight is not a matrix of finite floats, is empty, or an argument is not allowed.
     """
+    if isinstance(weight, RowParts):
+        rows = _whole_blocks(weight, 1 if kind == "int8" else block_size)
+        found = [quantize(part, kind, block_size, double_quant=False, name=name) for part in rows]
+        packed, absmax = (torch.cat([getattr(each, part) for each in found]) for part in ("packed", "absmax"))
+        joined = PackedWeight(found[0].kind, weight.shape, found[0].block_size, packed, absmax)
+        return joined if kind == "int8" or not double_quant else _with_nested_scales(joined)
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
         raise ValueError(f"{name} must be a float matrix (out, in), got {tuple(weight.shape)} {weight.dtype}.")
     shape = (weight.shape[0], weight.shape[1])
@@ -203,12 +226,25 @@ def quantize(
         return PackedWeight("int8", shape, shape[1], *int8.quantize_rows(weight, name=name))
     four_bits = cast(Kind, kind)
     packed, absmax = blockwise.quantize_4bit(weight, kind, block_size, name=name)
-    if not double_quant:
-        return PackedWeight(four_bits, shape, block_size, packed, absmax)
-    code = codebooks.dynamic_map(weight.device)
-    codes, nested_absmax, offset = blockwise.quantize_scales(absmax, code, NESTED_BLOCK_SIZE)
+    plain = PackedWeight(four_bits, shape, block_size, packed, absmax)
+    return _with_nested_scales(plain) if double_quant else plain
+
+
+def _whole_blocks(weight: RowParts, block_size: int) -> Iterator[Tensor]:
+    """The parts, or the whole weight if a block lies in two of them."""
+    columns = weight.shape[1]
+    if columns % block_size == 0:
+        yield from weight.parts()
+        return
+    yield weight.whole()
+
+
+def _with_nested_scales(plain: PackedWeight) -> PackedWeight:
+    """The same weight with double quantised scales."""
+    code = codebooks.dynamic_map(plain.device)
+    codes, nested_absmax, offset = blockwise.quantize_scales(plain.absmax, code, NESTED_BLOCK_SIZE)
     nested = NestedScales(nested_absmax, code, offset)
-    return PackedWeight(four_bits, shape, block_size, packed, codes, nested=nested)
+    return PackedWeight(plain.kind, plain.shape, plain.block_size, plain.packed, codes, nested=nested)
 
 
 @torch.no_grad()

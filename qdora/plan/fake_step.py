@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
+from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, is_linear, linear_layers, replace_module
 from qdora.model.language_part import not_loaded
 from qdora.model.load import Quantization, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
 from qdora.model.peft_config import AdapterLayout
@@ -26,7 +26,6 @@ from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.nn.adapted_linear import prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.plain_linear import is_plain_linear
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.ops.planned_device import planned_on
 from qdora.ops.tiles import Weight
@@ -61,7 +60,7 @@ def fill_(
     """
     layers = chosen_layers(model, wanted) if pruned else layers_to_quantize(model, wanted)
     whole = wanted.kind == "none"
-    linear = {f"{name}.weight" for name, each in model.named_modules() if is_plain_linear(each)} if whole else set()
+    linear = {f"{name}.weight" for name in linear_layers(model)} if whole else set()
     head: Any = model.get_output_embeddings()
     wide = wide_names(model, dtype)
 
@@ -84,7 +83,7 @@ def fill_(
             bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8) if pruned else None
         with live.label(parts.DENSE):
             bias = None if module.bias is None else empty(f"{name}.bias", module.bias)
-        replace_module(model, name, FrozenLinear(weight, bias, bits))
+        replace_module(model, name, frozen_like(module, weight, bias, bits))
     tied = tied_weights(model)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name in tied:
@@ -137,8 +136,7 @@ def ranks_of_adapter(
         if blocks is not None and kept is not None and name.startswith(f"{blocks}."):
             index, dot, rest = name.removeprefix(f"{blocks}.").partition(".")
             original = f"{blocks}.{kept[int(index)]}{dot}{rest}"
-        is_linear = isinstance(module, nn.Linear | FrozenLinear)
-        if is_linear and layout.selects(original, is_linear=True, is_head=module is head):
+        if is_linear(module) and layout.selects(original, is_linear=True, is_head=module is head):
             ranks[name] = layout.rank_of(original)
     return ranks
 

@@ -240,6 +240,16 @@ class BaseWeightsConfig(Section):
             yield "residency", f"must be device with a pruned base, got {self.residency}."
 
 
+class ExpertConfig(Section):
+    """The adapters of a mixture's experts, of which it has many times as many as other layers."""
+
+    rank: Whole | None = None
+    """Rank of the adapters of experts that no rank_pattern names (null: that of the other layers)."""
+    share: Literal["none", "A", "B"] = "none"
+    """Let all experts of a block share lora_A or lora_B: fewer parameters, of lora_A (rank, in) instead of (experts,
+    rank, in)."""
+
+
 class AdapterConfig(Section):
     """The trained weights on top of the base."""
 
@@ -255,7 +265,10 @@ class AdapterConfig(Section):
     dropout: Share = 0.0
     """Share of the adapter's inputs to zero during training; the base always gets all inputs."""
     targets: Targets = "all-linear"
-    """Linear layers with an adapter: all but the head, or a list of names such as q_proj."""
+    """Linear layers with an adapter: all but the head and routers, or a list of names such as q_proj; experts stands for
+    the experts of a mixture."""
+    experts: ExpertConfig = ExpertConfig()
+    """Adapters of the experts of a mixture."""
     init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
     """Initial lora_A: kaiming (uniform, as in LoRA) or gaussian (N(0, 0.01)), with lora_B at 0. loftq: lora_A and
     lora_B approximate the error of quantisation and pruning (LoftQ, arXiv 2310.08659, one step)."""
@@ -288,7 +301,8 @@ class AdapterConfig(Section):
             names = [name for name in type(self).model_fields if name not in used]
             return self._without_rows() | dict.fromkeys(names, "adapter.kind magnitude trains no lora_A and lora_B")
         if self.resume_from is not None:
-            names = ["rank", "alpha", "rank_stabilized", "targets", "init", "rank_pattern", "same_scaling", "mask"]
+            names = ["rank", "alpha", "rank_stabilized", "targets", "experts", "init", "rank_pattern", "same_scaling"]
+            names.append("mask")
             return self._without_rows() | dict.fromkeys(names, "the adapter in adapter.resume_from has its own")
         return self._without_rows() | ({} if self.rank_pattern else {"same_scaling": "adapter.rank_pattern is empty"})
 

@@ -1,0 +1,235 @@
+"""The tensors of a checkpoint as those of the model: other names, and other pieces (experts one by one).
+
+transformers says how to convert pieces, by operations on whole tensors. Here these operations run once on the numbers
+of the rows instead of on weights. What comes out tells which rows of which stored tensor each weight consists of, and
+then the weights can be read piece by piece.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from qdora.errors import UserError
+from qdora.model.experts import is_transposed, library_names, stacks
+from qdora.model.stored_tensors import Stored, StoredRows, StoredTensor, shorten
+
+# A conversion that cuts a tensor into more pieces permutes its rows.
+_MOST_PIECES = 8
+
+
+class NotInRows(Exception):
+    """A conversion does more than to put rows together."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive rows of a stored tensor."""
+
+    key: str
+    rows: slice
+
+
+def _numbered(shape: Sequence[int], first: int) -> Tensor:
+    """Row numbers from `first` on in the place of a weight, whose columns are one; of a vector each entry is a row."""
+    rows = torch.Size(shape[:-1]).numel() if len(shape) > 1 else shape[0]
+    numbers = torch.arange(first, first + rows)
+    return numbers.view(*shape[:-1], 1) if len(shape) > 1 else numbers
+
+
+def _pieces(numbers: Tensor, first_rows: Sequence[tuple[int, str]]) -> list[_Piece]:
+    """The runs of consecutive numbers, in order. `first_rows` are (first number, key) of the tensors, ascending."""
+    flat = numbers.reshape(-1)
+    starts = torch.tensor([first for first, _ in first_rows])
+    owner = torch.bucketize(flat, starts, right=True) - 1
+    jumps = (flat.diff() != 1) | (owner.diff() != 0)
+    bounds = [0, *(jumps.nonzero().squeeze(1) + 1).tolist(), len(flat)]
+    if len(bounds) > _MOST_PIECES * len(first_rows) + 1:
+        raise NotInRows
+    found = []
+    for start, stop in pairwise(bounds):
+        first, key = first_rows[int(owner[start])]
+        row = int(flat[start]) - first
+        found.append(_Piece(key, slice(row, row + stop - start)))
+    return found
+
+
+def convert(
+    name: str, items: Mapping[str, tuple[str, StoredTensor]], converter: WeightConverter, model: PreTrainedModel
+) -> dict[str, StoredTensor]:
+    """The model's tensors that a conversion makes from some of the checkpoint's, by their names in transformers' model.
+
+    Args:
+        name: Their common name after transformers' renaming.
+        items: Key in the checkpoint -> source pattern of the converter that it matches, and the tensor.
+    Raises NotInRows: The conversion permutes columns, cuts rows, or reorders single rows.
+    """
+    run = copy.deepcopy(converter)
+    first, first_rows = 0, []
+    for key in sorted(items, key=dot_natural_key):
+        pattern, item = items[key]
+        numbers = _numbered(item.shape, first)
+        run.add_tensor(name, key, pattern, numbers)
+        first_rows.append((first, key))
+        first += numbers.numel()
+    try:
+        found: dict[str, Any] = run.convert(name, model=model, config=model.config)
+    except Exception as error:  # operations on columns meet columns of length 1 and fail in many ways
+        raise NotInRows from error
+    stored = {key: item for key, (_, item) in items.items()}
+    columns = {item.shape[-1] if len(item.shape) > 1 else 1 for item in stored.values()}
+    if len(columns) != 1:
+        raise NotInRows
+    made = {}
+    for target, numbers in found.items():
+        numbers = numbers[0] if isinstance(numbers, list) else numbers
+        if numbers.ndim > 1 and numbers.shape[-1] != 1:
+            raise NotInRows
+        is_matrix = len(next(iter(stored.values())).shape) > 1
+        shape = (numbers.numel(), *columns) if is_matrix else tuple(numbers.shape)
+        made[target] = _joined(shape, _pieces(numbers, first_rows), stored)
+    return made
+
+
+def _joined(shape: tuple[int, ...], pieces: Sequence[_Piece], stored: Mapping[str, StoredTensor]) -> StoredTensor:
+    """The tensor that pieces make, in order."""
+
+    def read(piece: _Piece) -> Tensor:
+        value = stored[piece.key].read()
+        return (value.flatten(0, -2) if value.ndim > 2 else value)[piece.rows]
+
+    parts = tuple(StoredRows(piece.rows.stop - piece.rows.start, partial(read, piece)) for piece in pieces)
+    some = stored[pieces[0].key]
+    return StoredTensor(
+        some.key,
+        shape,
+        lambda: torch.cat([part.read() for part in parts]).view(shape),
+        itemsize=some.itemsize,
+        dtype=some.dtype,
+        parts=parts if len(shape) == 2 else None,
+    )
+
+
+def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
+    """Model name -> tensor, by transformers' renames and conversions for this model.
+
+    Raises UserError if a weight is made in another way than from whole rows.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    expected = model.state_dict()
+    expected |= {theirs: expected[name] for name, theirs in library_names(model).items()}
+    renamed: dict[str, Stored] = {}
+    groups: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
+    refused: dict[str, str] = {}
+    for key, item in stored.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        if pattern is None:
+            renamed[name] = replace(item, key=key)
+        elif isinstance(item, StoredTensor):
+            groups.setdefault(name, {})[key] = (pattern, item)
+        else:
+            refused.setdefault(pattern, f"{key} -> {name}")
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    for name, items in groups.items():
+        key, (pattern, _) = next(iter(items.items()))
+        try:
+            renamed |= convert(name, items, by_pattern[pattern], model)
+        except NotInRows:
+            refused.setdefault(pattern, f"{key} -> {name}")
+    if refused:
+        raise UserError(
+            *shorten(
+                f"model.source: {model.config.model_type} checkpoints hold tensors that must be cut or permuted "
+                f"({example}), which is not supported. Fix: name a model with one tensor for each layer."
+                for example in refused.values()
+            )
+        )
+    return to_stacks(renamed, model)
+
+
+def to_stacks(stored: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Tensors under their names in qdora's model: the weight of a stack is a matrix, (experts * out, in)."""
+    ours = {theirs: name for name, theirs in library_names(model).items()}
+    turned = {path for path in stacks(model) if is_transposed(model, path)}
+    found = {}
+    for name, item in stored.items():
+        if name not in ours:
+            found[name] = item
+        elif isinstance(item, StoredTensor) and len(item.shape) == 3:
+            found[ours[name]] = _as_matrix(item, transposed=name in turned)
+        else:
+            found[ours[name]] = item
+    return found
+
+
+def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
+    """A stored stack, (experts, out, in) or transposed, as (experts * out, in), read expert by expert."""
+    experts, rows, columns = item.shape
+    if transposed:
+        rows, columns = columns, rows
+
+    def turned() -> Tensor:
+        return item.read().mT if transposed else item.read()
+
+    def read_expert(expert: int) -> Tensor:
+        return turned()[expert].contiguous()
+
+    shape = (experts * rows, columns)
+    parts = tuple(StoredRows(rows, partial(read_expert, expert)) for expert in range(experts))
+    return StoredTensor(
+        item.key,
+        shape,
+        lambda: turned().reshape(shape),
+        itemsize=item.itemsize,
+        dtype=item.dtype,
+        parts=parts,
+    )
+
+
+@dataclass(frozen=True)
+class Published:
+    """A tensor of a published checkpoint: consecutive rows of a stack, of its shape, transposed if it is."""
+
+    shape: tuple[int, ...]
+    rows: slice
+    transposed: bool
+
+
+def published_pieces(model: PreTrainedModel, path: str) -> dict[str, Published]:
+    """Key in published checkpoints -> the rows of a stack that it holds, by transformers' reverse conversion."""
+    stack, transposed = stacks(model)[path], is_transposed(model, path)
+    num_experts, rows, columns = stack.num_experts, stack.expert_features, stack.in_features
+    if transposed:
+        return {_single_name(model, path): Published((num_experts, columns, rows), slice(0, num_experts * rows), True)}
+    numbers = _numbered((num_experts, rows, columns), 0)
+    found = {}
+    for key, held in revert_weight_conversion(model, {path: numbers}).items():
+        flat = held.reshape(-1)
+        start = int(flat[0])
+        assert torch.equal(flat, torch.arange(start, start + len(flat))), f"{key}: rows out of order"
+        found[key] = Published((*held.shape[:-1], columns), slice(start, start + len(flat)), False)
+    return found
+
+
+def _single_name(model: PreTrainedModel, path: str) -> str:
+    marker = torch.empty(0, device="meta")
+    (key,) = revert_weight_conversion(model, {path: marker})
+    return str(key)

@@ -1,0 +1,160 @@
+"""Mixtures of experts: the stacked parameters of transformers' expert modules as layers of qdora.
+
+transformers keeps the experts of a block as two parameters, (experts, out, in) or transposed, and computes all models
+through one interface. Each parameter becomes a layer of its own here, a stack, which is then quantised, pruned,
+streamed and adapted like any linear layer. The expert module keeps its name, its gate and its norms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts
+from qdora.ops.expert_product import ExpertTokens
+from qdora.ops.planned_device import is_planning
+
+IMPLEMENTATION = "qdora"
+"""The name of `routed_forward` among transformers' implementations of experts."""
+_LLAMA4 = "Llama4TextExperts"
+"""It has no interface, its weights are transposed, and every expert gets every token, most of them times 0."""
+Stack = ExpertLinear | FrozenExperts | AdaptedExperts
+
+
+def use_expert_layers_(model: PreTrainedModel) -> None:
+    """Replace the stacked parameters of all expert modules by `ExpertLinear`s, in place.
+
+    A weight that the model keeps transposed, (experts, in, out), is turned.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_forward)
+    for module in list(model.modules()):
+        if _has_interface(module):
+            owner: Any = module
+            names = ("gate_up_proj" if owner.has_gate else "up_proj", "down_proj")
+            _replace(owner, names, transposed=owner.is_transposed)
+            owner.config._experts_implementation = IMPLEMENTATION
+        elif type(module).__name__ == _LLAMA4:
+            _replace(module, ("gate_up_proj", "down_proj"), transposed=True)
+            module.forward = _Llama4Forward(module)
+
+
+def _has_interface(module: nn.Module) -> bool:
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+
+
+def _replace(owner: Any, names: tuple[str, ...], *, transposed: bool) -> None:
+    for name in names:
+        weight, bias = owner._parameters.pop(name), owner._parameters.pop(f"{name}_bias", None)
+        turned = (weight.detach().mT if transposed else weight.detach()).flatten(0, 1)
+        owner.register_module(name, ExpertLinear(nn.Parameter(turned, weight.requires_grad), len(weight), bias))
+
+
+def stacks(model: nn.Module) -> dict[str, Stack]:
+    """Path -> stack of experts, in model order."""
+    kinds = ExpertLinear | FrozenExperts | AdaptedExperts
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: module for name, module in found.items() if name.removesuffix(".base") == name}
+
+
+def is_transposed(model: nn.Module, path: str) -> bool:
+    """Whether transformers keeps a stack as (experts, in, out)."""
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return type(owner).__name__ == _LLAMA4 or bool(getattr(owner, "is_transposed", False))
+
+
+def library_names(model: nn.Module) -> dict[str, str]:
+    """Name of a stack's weight, (experts * out, in), or bias here -> its name in transformers' own model."""
+    names = {}
+    for path, stack in stacks(model).items():
+        names[f"{path}.weight"] = path
+        inner = stack.base if isinstance(stack, AdaptedExperts) else stack
+        if inner.bias is not None:
+            names[f"{path}.bias"] = f"{path}_bias"
+    return names
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Paths of the linear layers beside experts that choose among them (an output for each) or weigh a shared one."""
+    found = set()
+    for path, stack in stacks(model).items():
+        block = path.rpartition(".")[0].rpartition(".")[0]
+        for name, module in model.get_submodule(block).named_modules():
+            beside = "." not in name or name.startswith("router.")
+            if beside and isinstance(module, nn.Linear) and module.out_features in (1, stack.num_experts):
+                found.add(f"{block}.{name}")
+    return found
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of x, (tokens, ...), by `order`: each is taken `times` times, and `inverse` is the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, times: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.times = times
+        return x.index_select(0, order // times)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        order, inverse = ctx.saved_tensors
+        back = _Spread.apply(grads[0], inverse, order, 1)  # type: ignore[no-untyped-call, unused-ignore]
+        return back if ctx.times == 1 else back.view(-1, ctx.times, back.shape[1]).sum(dim=1), None, None, None
+
+
+def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward pass of an expert module whose projections are stacks; see transformers' `integrations/moe.py`.
+
+    Args:
+        hidden_states: (tokens, hidden).
+        top_k_index, top_k_weights: The experts of each token and their weights, (tokens, k).
+    """
+    num_tokens, top_k = top_k_index.shape
+    owners = top_k_index.reshape(-1)
+    order = torch.argsort(owners, stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    up = self.gate_up_proj if self.has_gate else self.up_proj
+    tokens = ExpertTokens(_counts(owners, up.num_experts))
+    x = _Spread.apply(hidden_states, order, inverse, top_k)  # type: ignore[no-untyped-call, unused-ignore]
+    out = up(x, tokens)
+    out = self._apply_gate(out) if self.has_gate else self.act_fn(out)
+    out = self.down_proj(out, tokens)
+    if getattr(self, "has_post_expert_norm", False):
+        out = self.post_expert_norm(out)
+    back = _Spread.apply(out, inverse, order, 1)  # type: ignore[no-untyped-call, unused-ignore]
+    weighted = back * top_k_weights.reshape(-1, 1)
+    total: Tensor = weighted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+    return total
+
+
+def _counts(owners: Tensor, num_experts: int) -> list[int]:
+    """How many of the choices fell on each expert; a GPU's host waits for them. A plan divides them evenly."""
+    if is_planning():
+        each, more = divmod(len(owners), num_experts)
+        return [each + (expert < more) for expert in range(num_experts)]
+    found: list[int] = torch.bincount(owners, minlength=num_experts).tolist()
+    return found
+
+
+class _Llama4Forward:
+    """The forward pass of Llama 4's experts: only the tokens of an expert are computed, not those times 0."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """(experts * tokens, hidden), all tokens for each expert, most of them 0 -> the same shape."""
+        owner, num_experts = self.owner, self.owner.num_experts
+        if is_planning():
+            chosen = torch.arange(len(hidden_states) // num_experts, device=hidden_states.device)
+            counts = _counts(chosen, num_experts)
+        else:
+            live = hidden_states.detach().abs().amax(dim=1) > 0
+            counts, chosen = live.view(num_experts, -1).sum(dim=1).tolist(), live.nonzero().squeeze(1)
+        tokens = ExpertTokens(counts)
+        gate, up = owner.gate_up_proj(hidden_states.index_select(0, chosen), tokens).chunk(2, dim=-1)
+        out = owner.down_proj(up * owner.act_fn(gate), tokens)
+        return hidden_states.new_zeros(len(hidden_states), out.shape[1]).index_copy(0, chosen, out)

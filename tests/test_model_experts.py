@@ -1,0 +1,133 @@
+"""Mixtures of experts: loading, training, adapter files and exports of many architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from qdora.errors import UserError
+from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.experts import routers, stacks
+from qdora.model.inject import adapted_layers, inject
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
+from qdora.ops.packed import dequantize, quantize
+from tests import tiny_adapted, tiny_experts
+
+IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
+
+
+def load(directory: Path, **settings: Any) -> Any:
+    return load_model(resolve(str(directory)), **{"quant": "none", "compute_dtype": torch.float32, **settings})
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("name", tiny_experts.MODELS)
+def test_a_published_checkpoint_gives_the_logits_of_transformers(tmp_path: Path, name: str) -> None:
+    tiny_experts.write(tmp_path, name)
+    wanted = logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval())
+    model = load(tmp_path)
+    assert len(stacks(model)) >= 2
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=2e-5 * float(wanted.std()))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text", "granitemoe"])
+def test_the_codes_are_those_of_the_whole_stack(tmp_path: Path, name: str) -> None:
+    """Experts are quantised as they are read; the result is as if the stack had been quantised at once."""
+    tiny_experts.write(tmp_path, name)
+    library = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = load(tmp_path, quant="nf4")
+    for path, stack in stacks(model).items():
+        assert isinstance(stack, FrozenExperts)
+        weight = library.get_parameter(path).detach()
+        if name in ("gpt_oss", "llama4_text"):
+            weight = weight.mT
+        wanted = quantize(weight.flatten(0, 1), "nf4")
+        assert torch.equal(stack.dequantized(), dequantize(wanted))
+
+
+def test_routers_and_gates_of_shared_experts_stay_as_they_are(tmp_path: Path) -> None:
+    tiny_experts.write(tmp_path, "qwen2_moe", torch.bfloat16)
+    model = load(tmp_path, quant="nf4", compute_dtype=torch.bfloat16)
+    inject(model, rank=2)
+    assert routers(model) == {f"model.layers.{index}.mlp.shared_expert_gate" for index in range(2)}
+    for block in model.model.layers:
+        assert type(block.mlp.shared_expert_gate) is torch.nn.Linear
+        assert block.mlp.gate.weight.dtype == torch.bfloat16
+        assert not block.mlp.gate.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("share", ["none", "A", "B"])
+def test_an_adapter_file_holds_the_layers(tmp_path: Path, kind: Any, share: Any) -> None:
+    tiny_experts.write(tmp_path / "model", "mixtral")
+    model = load(tmp_path / "model", quant="nf4")
+    layers = inject(model, kind=kind, rank=4, expert_rank=2, share=share, targets=["q_proj", "experts"])
+    assert sum(isinstance(layer, AdaptedExperts) for layer in layers.values()) == 4
+    tiny_adapted.move(layers)
+    save_adapter(model, tmp_path / "adapter", base_name_or_path="model", revision=None, base_quant={"quant": "nf4"})
+    again = load(tmp_path / "model", quant="nf4")
+    read = load_adapter(again, tmp_path / "adapter")
+    assert {path: tuple(layer.lora_A.shape) for path, layer in read.items()} == {
+        path: tuple(layer.lora_A.shape) for path, layer in layers.items()
+    }
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_peft_reads_lora_on_experts_as_target_parameters(tmp_path: Path, name: str) -> None:
+    from peft import PeftModel
+
+    tiny_experts.write(tmp_path / "model", name)
+    model = load(tmp_path / "model")
+    layers = inject(model, kind="lora", rank=4, expert_rank=2, targets=["o_proj", "experts"])
+    tiny_adapted.move(layers)
+    save_adapter(model, tmp_path / "adapter", base_name_or_path="model", revision=None, base_quant={"quant": "none"})
+    library = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    before = logits(library.eval())
+    adapted = PeftModel.from_pretrained(library, str(tmp_path / "adapter")).eval()
+    wanted = logits(model)
+    assert float((before - wanted).abs().max()) > 0.1 * float(wanted.std())
+    torch.testing.assert_close(logits(adapted), wanted, rtol=0, atol=1e-4 * float(wanted.std()))
+
+
+def test_peft_refuses_dora_on_experts(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    tiny_experts.write(tmp_path / "model", "mixtral")
+    model = load(tmp_path / "model")
+    inject(model, rank=2, targets="experts")
+    save_adapter(model, tmp_path / "adapter", base_name_or_path="model", revision=None, base_quant={"quant": "none"})
+    with safe_open(tmp_path / "adapter/adapter_model.safetensors", framework="pt") as file:
+        magnitude = file.get_tensor("base_model.model.model.layers.0.mlp.experts.lora_magnitude_vector")
+    assert magnitude.shape == (4, 64)
+    library = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="use_dora"):
+        PeftModel.from_pretrained(library, str(tmp_path / "adapter"))
+
+
+def test_settings_of_experts_need_experts(tmp_path: Path) -> None:
+    tiny_experts.write(tmp_path, "mixtral")
+    with pytest.raises(UserError, match=r"adapter\.experts: no target is an expert"):
+        inject(load(tmp_path, quant="nf4"), rank=4, expert_rank=2, targets=["q_proj"])
+    layers = inject(load(tmp_path, quant="nf4"), rank=4, rank_pattern={"down_proj": 3}, expert_rank=2)
+    assert {path.rpartition(".")[2]: layer.rank for path, layer in layers.items()} == {
+        "q_proj": 4,
+        "k_proj": 4,
+        "v_proj": 4,
+        "o_proj": 4,
+        "gate_up_proj": 2,
+        "down_proj": 3,
+    }
+    assert adapted_layers(load(tmp_path)) == {}
