@@ -8,8 +8,8 @@
     adapter_config.json          PEFT's settings
     qdora.json                   facts without a PEFT field: exact scaling per layer, the base's quantisation
 
-The tensor names are those that PEFT writes: a magnitude's name does not end in `.weight`. PEFT has no DoRA for experts and
-refuses it.
+The tensor names are those that PEFT writes: a magnitude's name does not end in `.weight`. PEFT has no DoRA for experts
+and refuses it.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     moved = (magnitude[alive] / squared[alive].sqrt() - 1).abs()
     first, second = layer.lora_A.float(), layer.gated_B().float()
     # ||B A||^2 = sum of (A A^T) o (B^T B)
-    size = ((first @ first.T) * (second.T @ second)).sum().clamp(min=0).sqrt() * layer.scaling
+    size = ((first @ first.mT) * (second.mT @ second)).sum().clamp(min=0).sqrt() * layer.scaling
     if moved.numel():
         found |= {"magnitude_moved": float(moved.mean()), "magnitude_moved_most": float(moved.max())}
         found["update"] = float(size / squared.sum().sqrt())
