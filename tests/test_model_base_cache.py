@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.files.tensor_file import MappedFile
+from qdora.model import load as load_module
 from qdora.model import packed_base
 from qdora.model.load import Quantization, load_model
 from qdora.model.packed_base import CACHE_RECORD_FILE, BaseCache, open_cached_base
@@ -227,7 +228,7 @@ def test_too_little_room_is_said_before_a_weight_is_read(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_base.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
-    monkeypatch.setattr(packed_base, "quantize", None)
+    monkeypatch.setattr(load_module, "quantize", None)
     with pytest.raises(UserError, match=r"the disk is full: 0\.0 GiB are free, the packed base needs"):
         cached(source, tmp_path / "cache")
 

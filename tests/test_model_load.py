@@ -20,9 +20,9 @@ from transformers import (
     GPTNeoXJapaneseConfig,
     GptOssConfig,
     Lfm2Config,
-    MixtralConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
@@ -173,10 +173,13 @@ def test_gpt2_is_refused_when_quantised_and_loads_dense(tmp_path: Path) -> None:
     assert torch.equal(logits(load(directory)), logits(reference))
 
 
-def test_stacked_experts_are_refused_clearly(tmp_path: Path) -> None:
-    config = MixtralConfig(**{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1})
-    with pytest.raises(UserError, match=r"mixtral checkpoints hold tensors that must be stacked"):
-        load(checkpoint(tmp_path, config), quant="nf4")
+def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path, CONFIGS["llama"])
+    name = "self_attn.o_proj.weight"
+    turned = WeightConverter(name, name, [Transpose(0, 1)])
+    monkeypatch.setattr("qdora.model.conversion.get_model_conversion_mapping", lambda model: [turned])
+    with pytest.raises(UserError, match=r"llama checkpoints hold tensors that must be cut or permuted \(model\.layers"):
+        load(tmp_path, quant="nf4")
 
 
 def test_settings_are_gathered(tmp_path: Path) -> None:
