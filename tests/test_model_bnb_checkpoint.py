@@ -126,5 +126,5 @@ def test_other_quantisations_are_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path, CONFIGS["llama"])
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(UserError, match=r"must be quantised by bitsandbytes, or not at all \(got 'gptq'\)"):
+    with pytest.raises(UserError, match=r"must be quantised by bitsandbytes or in mxfp4, if at all \(got 'gptq'\)"):
         load(tmp_path)

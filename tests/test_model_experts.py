@@ -131,3 +131,26 @@ def test_settings_of_experts_need_experts(tmp_path: Path) -> None:
         "down_proj": 3,
     }
     assert adapted_layers(load(tmp_path)) == {}
+
+
+def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path: Path) -> None:
+    """transformers dequantises the experts on a machine without a GPU."""
+    tiny_experts.write_mxfp4(tmp_path)
+    library = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).float().eval()
+    kept = load(tmp_path, quant="mxfp4")
+    again = load(tmp_path, quant="nf4")
+    dense = load(tmp_path)
+    for path, stack in stacks(kept).items():
+        assert isinstance(stack, FrozenExperts)
+        assert stack.kind == "mxfp4"
+        assert stack.get_buffer("absmax").dtype == torch.uint8
+        weight = library.get_parameter(path).detach().mT.flatten(0, 1)
+        assert torch.equal(stack.dequantized(), weight)
+        assert torch.equal(dense.get_submodule(path).weight, weight)
+        assert torch.equal(again.get_submodule(path).dequantized(), dequantize(quantize(weight, "nf4")))
+    assert type(kept.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    torch.testing.assert_close(logits(kept), logits(library), rtol=0, atol=2e-5 * float(logits(library).std()))
+    tiny_adapted.move(inject(kept, rank=2, targets="experts"))
+    assert torch.isfinite(logits(kept)).all()
+    with pytest.raises(UserError, match=r"base\.quant: mxfp4 is read from checkpoints that hold it"):
+        load(tiny_experts.write(tmp_path / "dense", "gpt_oss"), quant="mxfp4")

@@ -332,7 +332,10 @@ def test_float64_is_rounded_to_float32_first():
         ((torch.zeros(3), "nf4"), r"must be a float matrix \(out, in\), got \(3,\)"),
         ((torch.zeros(3, 3, dtype=torch.int32), "nf4"), "torch.int32"),
         ((torch.zeros(0, 3), "nf4"), "must have entries"),
-        ((torch.zeros(3, 3), "nf5"), "must be one of nf4, fp4, int8, int4, nf3, nf2, got 'nf5'. Did you mean 'nf4'"),
+        (
+            (torch.zeros(3, 3), "nf5"),
+            "must be one of nf4, fp4, int8, int4, nf3, nf2, mxfp4, got 'nf5'. Did you mean 'nf4'",
+        ),
         ((torch.zeros(3, 3), "nf4", 48), "block size must be one of 16, 32, 64, .* got 48"),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import tiny_tokenizer
@@ -79,6 +81,28 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
             spread = 0.15 if parameter.ndim > 1 else 0.05
             parameter.add_(torch.randn_like(parameter) * spread)
     return model
+
+
+def write_mxfp4(directory: Path) -> Path:
+    """A gpt-oss whose experts are stored in MXFP4, as the published checkpoints are."""
+    generator = torch.Generator().manual_seed(5)
+    model = make("gpt_oss", torch.bfloat16)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = value.contiguous()
+            continue
+        experts, columns, rows = value.shape
+        shape = (experts, rows, columns // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        tensors[f"{name}_scales"] = torch.randint(120, 125, shape, dtype=torch.uint8, generator=generator)
+    model.config.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    tiny_tokenizer.make().save_pretrained(directory)
+    return directory
 
 
 def write(directory: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:

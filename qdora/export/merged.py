@@ -50,10 +50,10 @@ from qdora.model.inject import adapted_layers, linear_layers
 from qdora.model.language_part import carried, linear_not_loaded
 from qdora.model.load import (
     Quantization,
-    check_stored_packed,
     is_wide,
     layers_to_quantize,
     load_config,
+    settle_stored,
     skeleton,
     stored_tensors,
     wide_names,
@@ -234,10 +234,7 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     model = skeleton(config, merge.source, merge.compute_dtype, "auto", torch.device("cpu"))
     stored = stored_tensors(merge.source, model)
     layers = layers_to_quantize(model, merge.quant)
-    packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
-    if packed or kind is not None:
-        check_stored_packed(packed, kind, merge.quant, layers)
-        layers = set()
+    stored, layers = settle_stored(stored, kind, merge.quant, layers)
     linear = list(linear_layers(model))
     if merge.requantize:
         classes = {path: type(model.get_submodule(path)).__name__ for path in sorted(layers)}

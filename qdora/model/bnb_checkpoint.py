@@ -1,4 +1,5 @@
-"""Checkpoints that bitsandbytes quantised; their packed bytes are used as they are (keys: `qdora.ops.bnb_state`)."""
+"""Quantised checkpoints, by bitsandbytes (keys: `qdora.ops.bnb_state`) or in MXFP4; their packed bytes are used as they
+are."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from qdora.errors import UserError
 from qdora.files.json_file import parse_json
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
 from qdora.ops.bnb_state import from_bnb_state
+from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, from_tensors
 
 _PART = re.compile(
@@ -24,18 +26,20 @@ _SCALES_8BIT = "SCB"
 
 
 def stored_kind(settings: object) -> str | None:
-    """nf4, fp4 or int8 from config.quantization_config; None for full precision.
+    """nf4, fp4, int8 or mxfp4 from config.quantization_config; None for full precision.
 
-    Raises UserError if another library than bitsandbytes quantised the checkpoint.
+    Raises UserError if the checkpoint was quantised in another way.
     """
     if settings is None:
         return None
     table: Mapping[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()  # type: ignore[attr-defined]
     method = table.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in table else None)
     method = str(getattr(method, "value", method))
+    if method == MXFP4:
+        return MXFP4
     if method != "bitsandbytes":
         raise UserError(
-            f"model.source: the checkpoint must be quantised by bitsandbytes, or not at all (got {method!r}). "
+            f"model.source: the checkpoint must be quantised by bitsandbytes or in mxfp4, if at all (got {method!r}). "
             "Fix: name the model from which it was made."
         )
     return "int8" if table.get("load_in_8bit") else str(table.get("bnb_4bit_quant_type", "fp4"))
@@ -74,12 +78,18 @@ def load_faults(classes: Mapping[str, str], option: str) -> list[str]:
 def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Join the parts of every quantised weight into one entry; dense tensors pass through.
 
-    Raises UserError for parts without a weight, or a quantisation other than nf4, fp4, int8.
+    Raises UserError for parts without a weight, or a quantisation other than nf4, fp4, int8, mxfp4.
     """
     parts: dict[str, dict[str, StoredTensor]] = {}
     dense: dict[str, StoredTensor] = {}
+    blocks: dict[str, Stored] = {}
     for key, item in stored.items():
-        if match := _PART.fullmatch(key):
+        name, scales = key.removesuffix("_blocks"), stored.get(key.removesuffix("_blocks") + "_scales")
+        if name != key and scales is not None:
+            blocks[name] = _mxfp4(item, scales)
+        elif key.removesuffix("_scales") != key and f"{key.removesuffix('_scales')}_blocks" in stored:
+            continue
+        elif match := _PART.fullmatch(key):
             parts.setdefault(f"{match['layer']}.weight", {})[match["part"]] = item
         else:
             dense[key] = item
@@ -90,7 +100,30 @@ def gather_packed(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     ]
     if lone:
         raise UserError(*lone)
-    return {key: _packed(item, parts[key]) if key in parts else item for key, item in dense.items()}
+    return blocks | {key: _packed(item, parts[key]) if key in parts else item for key, item in dense.items()}
+
+
+def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
+    """A stack of experts as gpt-oss has it: uint8 codes (experts, out, in / 32, 16), scales (experts, out, in / 32)."""
+    if len(blocks.shape) != 4 or blocks.shape[:-1] != scales.shape or blocks.shape[-1] * 2 != MXFP4_BLOCK_SIZE:
+        raise UserError(
+            f"model.source: '{blocks.key}' must be (experts, out, in / 32, 16) and its scales (experts, out, in / 32), "
+            f"got {list(blocks.shape)} and {list(scales.shape)}."
+        )
+    experts, rows, groups, _ = blocks.shape
+    shape = (experts * rows, groups * MXFP4_BLOCK_SIZE)
+
+    def read() -> PackedWeight:
+        codes = blocks.read().reshape(-1)
+        # The first of two weights is in the low half there, and in the high half here.
+        swapped = (codes << 4) | (codes >> 4)
+        tensors = {"packed": swapped, "absmax": scales.read().reshape(-1).clone()}
+        try:
+            return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
+        except ValueError as error:
+            raise UserError(f"model.source: '{blocks.key}': {error}") from error
+
+    return StoredPacked(blocks.key, shape, MXFP4, MXFP4_BLOCK_SIZE, double_quant=False, read=read)
 
 
 def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPacked:

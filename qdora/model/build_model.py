@@ -267,7 +267,7 @@ def write_adapter(
     """
     base = recipe.base
     quant: dict[str, Any] = {"quant": base.quant}
-    if base.quant not in ("int8", "none"):
+    if base.quant not in ("int8", "mxfp4", "none"):
         quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
     if base.prune is not None:
         quant["prune"] = base.prune.model_dump(mode="json", exclude=set(base.prune.unused()))

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from qdora.errors import UserError, nearest
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.conversion import rename_to_model
-from qdora.model.experts import use_expert_layers_
+from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.gguf_metadata import config_of_gguf
 from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module
@@ -46,6 +47,7 @@ from qdora.model.source import ModelSource, library_reason
 from qdora.model.stored_tensors import (
     Stored,
     StoredPacked,
+    StoredRows,
     StoredTensor,
     match_to_model,
     open_safetensors,
@@ -54,8 +56,8 @@ from qdora.model.stored_tensors import (
 )
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.ops.codebooks import CODE_BITS, SIMULATED
-from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, quantize
+from qdora.ops.codebooks import CODE_BITS, MXFP4, SIMULATED
+from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, dequantize, packed_rows, quantize
 from qdora.ops.tiles import Weight
 
 log = logging.getLogger("qdora")
@@ -64,6 +66,8 @@ QUANT_KINDS = (*KINDS, "none")
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEFAULT_SKIP = (HEAD,)
 
+_DENSE_PART_ELEMENTS = 1 << 24
+"""Weights of a part in which a stored MXFP4 weight is dequantised: 32 MiB."""
 _MOST_LAYERS = 1000
 """Blocks of a model; those of Llama 3.1 405B are 126. A damaged config could ask for a thousand million."""
 
@@ -154,10 +158,7 @@ def load_model(
     if not_loaded(model):
         log.info("%s", in_words(model))
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
-    packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
-    if packed or kind is not None:
-        check_stored_packed(packed, kind, wanted, layers)
-        layers = set()
+    stored, layers = settle_stored(stored, kind, wanted, layers)
     if before_reading is not None:
         before_reading(model, device)
     load = Loading(model, stored, layers, wanted, device=device, compute_dtype=compute_dtype, progress=progress)
@@ -229,7 +230,12 @@ def stored_tensors(source: ModelSource, model: PreTrainedModel) -> dict[str, Sto
 
 
 def layers_to_quantize(model: PreTrainedModel, wanted: Quantization) -> set[str]:
-    """Paths of the linear layers to quantise; none for a dense base. Raises as `chosen_layers`."""
+    """Paths of the linear layers to quantise; none for a dense base. MXFP4 is the form of experts alone.
+
+    Raises as `chosen_layers`.
+    """
+    if wanted.kind == MXFP4:
+        return chosen_layers(model, wanted) & stacks(model).keys()
     return set() if wanted.kind == "none" else chosen_layers(model, wanted)
 
 
@@ -398,13 +404,60 @@ def _stops(named: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(id) for id in (*listed, tokenizer.eos_token_id) if id is not None)
 
 
-def check_stored_packed(
+def settle_stored(
+    stored: Mapping[str, Stored], kind: str | None, wanted: Quantization, layers: set[str]
+) -> tuple[dict[str, Stored], set[str]]:
+    """The tensors to read, and those of `layers` that are still to be quantised.
+
+    A checkpoint in bitsandbytes' formats is used as it is. MXFP4 is, too, if the recipe asks for it; otherwise it is
+    dequantised part by part. `kind` is that of the checkpoint's config; `layers` would be quantised if the checkpoint
+    were dense. Raises UserError if the recipe asks for another form than the checkpoint has.
+    """
+    packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
+    if wanted.kind == MXFP4 and not packed:
+        raise UserError(
+            "base.quant: mxfp4 is read from checkpoints that hold it (gpt-oss), and this one does not. "
+            "Fix: set base.quant: nf4."
+        )
+    if wanted.kind != MXFP4 and packed and {item.kind for item in packed.values()} == {MXFP4}:
+        text = "%d weights are stored in mxfp4 (e.g. %s) and are dequantised. base.quant: mxfp4 keeps them as they are."
+        log.info(text, len(packed), next(iter(packed)))
+        return {name: _dense(item) if name in packed else item for name, item in stored.items()}, layers
+    if not packed and kind is None:
+        return dict(stored), layers
+    _check_stored_packed(packed, kind, wanted, layers)
+    return dict(stored), set()
+
+
+def _dense(item: Stored) -> StoredTensor:
+    """A packed weight of a checkpoint, dequantised when it is read, some rows at a time."""
+    assert isinstance(item, StoredPacked)
+    rows, columns = item.shape
+    step = max(1, _DENSE_PART_ELEMENTS // columns)
+    starts, kept = range(0, rows, step), dict[int, PackedWeight]()
+
+    def read(start: int) -> Tensor:
+        if not kept:
+            kept[0] = item.read()
+        packed = kept.pop(0) if start == starts[-1] else kept[0]
+        return dequantize(packed_rows(packed, slice(start, min(start + step, rows))), torch.bfloat16)
+
+    parts = tuple(StoredRows(min(step, rows - start), partial(read, start)) for start in starts)
+    whole = partial(_whole, parts)
+    return StoredTensor(item.key, (rows, columns), whole, itemsize=2, dtype="BF16", parts=parts)
+
+
+def _whole(parts: Sequence[StoredRows]) -> Tensor:
+    return torch.cat([part.read() for part in parts])
+
+
+def _check_stored_packed(
     packed: Mapping[str, StoredPacked], kind: str | None, wanted: Quantization, layers: set[str]
 ) -> None:
     """Check that a quantised checkpoint has the form that the recipe asks for.
 
-    `kind` is that of the checkpoint's config; `layers` would be quantised if the checkpoint were dense. Raises
-    UserError for another kind, block size or double quantisation, or a quantised layer that the recipe keeps dense.
+    Raises UserError for another kind, block size or double quantisation, or a quantised layer that the recipe keeps
+    dense.
     """
     kinds = sorted({item.kind for item in packed.values()}) or [str(kind)]
     if kinds != [wanted.kind]:
@@ -413,7 +466,7 @@ def check_stored_packed(
             f"as it is. Fix: set base.quant: {kinds[0]}, or name the model in full precision."
         )
     faults: list[str] = []
-    if wanted.kind != "int8":
+    if wanted.kind not in ("int8", MXFP4):
         sizes = sorted({item.block_size for item in packed.values()} - {wanted.block_size})
         doubles = {item.double_quant for item in packed.values()} - {wanted.double_quant}
         faults.extend(f"base.block_size: {wanted.block_size}, but the checkpoint has {size}." for size in sizes)

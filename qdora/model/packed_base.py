@@ -39,11 +39,11 @@ from qdora.model.load import (
     Loading,
     Progress,
     Quantization,
-    check_stored_packed,
     iterate_quantized,
     layers_to_quantize,
     place_all,
     place_frozen,
+    settle_stored,
     stored_tensors,
 )
 from qdora.model.pruning import PrunedLayer, layer_record
@@ -325,10 +325,7 @@ class BaseCache:
 
     def _write(self, directory: Path, key: str, source: ModelSource, model: PreTrainedModel) -> None:
         stored, layers = stored_tensors(source, model), layers_to_quantize(model, self.wanted)
-        packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
-        if packed:
-            check_stored_packed(packed, None, self.wanted, layers)
-            layers = set()
+        stored, layers = settle_stored(stored, None, self.wanted, layers)
         log.info("Writing the packed base to %s, for later starts.", directory)
         made_from = {"key": key, "source": source.name}
         write_base(directory, stored, layers, self.wanted, made_from, device=self.device, progress=self.progress)

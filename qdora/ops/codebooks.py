@@ -1,4 +1,4 @@
-"""The value tables of the low-bit formats: NF4, FP4, the research formats NF3, NF2 and INT4, and the dynamic map.
+"""The value tables of the low-bit formats: NF4, FP4, MXFP4, the research formats NF3, NF2 and INT4, the dynamic map.
 
 NF3 and NF2 are simulated: their codes are held in 4 bits, so that one container and one decoder serve all formats.
 `CODE_BITS` has the bits that they need.
@@ -26,6 +26,12 @@ _NF4 = (
 # Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
 # variant of FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as in bitsandbytes' table.
 _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+# The magnitudes of MXFP4's codes 0 to 7 (two exponent bits, one fraction bit); a fourth bit in front is the sign.
+# Source: OCP Microscaling Formats (MX) Specification 1.0, sec. 5.3.3.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MXFP4 = "mxfp4"
+"""A kind that is read from checkpoints and never made here: blocks of 32, whose scales are powers of 2 in 8 bits."""
+MXFP4_BLOCK_SIZE = 32
 CODE_BITS = {"nf4": 4, "fp4": 4, "int4": 4, "nf3": 3, "nf2": 2}
 """Kinds whose weights are codes of a table -> bits of a tightly packed code."""
 SIMULATED = ("nf3", "nf2")
@@ -53,8 +59,11 @@ class DecisionTable(NamedTuple):
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
     """The value of each code, indexed by the code: (2^bits,) float32 in [-1, 1] (int4: 15 values), with a 0.
 
-    Raises ValueError: If `kind` is not in `CODE_BITS`.
+    Those of MXFP4 are in [-6, 6]. Raises ValueError: If `kind` is neither in `CODE_BITS` nor MXFP4.
     """
+    if kind == MXFP4:
+        magnitudes = torch.tensor(_E2M1, dtype=torch.float32, device=device)
+        return torch.cat([magnitudes, -magnitudes])
     if kind == "nf4":
         return torch.tensor(_NF4, dtype=torch.float32, device=device)
     if kind in SIMULATED:

@@ -22,7 +22,7 @@ from qdora.ops.dropout import draw_seed, drop_, dropped
 from qdora.ops.frozen_product import add_product_, add_transposed_product_, product_dtype
 from qdora.ops.low_rank_factors import rounded
 from qdora.ops.masked_update import MaskedUpdate
-from qdora.ops.packed import PackedWeight, block_scales, dequantize
+from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows
 from qdora.ops.planned_device import device_kind
 from qdora.ops.tiles import Weight, dense_weight, row_tiles
 
@@ -74,20 +74,15 @@ def expert_rows(stack: Weight, num_experts: int, experts: Sequence[int]) -> Weig
     rows, columns = stack.shape[0] // num_experts, stack.shape[1]
     if isinstance(stack, Tensor):
         return _pick(stack.view(num_experts, rows, columns), experts).reshape(-1, columns)
-    shape = (len(experts) * rows, columns)
-    if stack.kind == "int8":
-        codes, scales = (_pick(each.view(num_experts, rows, -1), experts) for each in (stack.packed, stack.absmax))
-        return PackedWeight("int8", shape, columns, codes.reshape(shape), scales.reshape(-1))
-    if rows * columns % stack.block_size:
-        return _pick(dequantize(stack).view(num_experts, rows, columns), experts).reshape(shape)
-    blocks = rows * columns // stack.block_size
-    codes = _pick(stack.packed.view(num_experts, -1), experts).reshape(-1)
-    first = experts[0]
+    if stack.kind != "int8" and rows * columns % stack.block_size:
+        return _pick(dequantize(stack).view(num_experts, rows, columns), experts).reshape(-1, columns)
     if _consecutive(experts):
-        scales = block_scales(stack, slice(first * blocks, (first + len(experts)) * blocks))
-    else:
-        scales = _pick(block_scales(stack).view(num_experts, -1), experts)
-    return PackedWeight(stack.kind, shape, stack.block_size, codes, scales.reshape(-1))
+        return packed_rows(stack, slice(experts[0] * rows, (experts[-1] + 1) * rows))
+    codes, scales = (each.view(num_experts, -1) for each in (stack.packed, block_scales(stack)))
+    picked = _pick(codes, experts).reshape(-1), _pick(scales, experts).reshape(-1)
+    shape = (len(experts) * rows, columns)
+    codes = picked[0].view(shape) if stack.kind == "int8" else picked[0]
+    return PackedWeight(stack.kind, shape, stack.block_size, codes, picked[1])
 
 
 def _consecutive(experts: Sequence[int]) -> bool:

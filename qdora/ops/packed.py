@@ -15,10 +15,10 @@ from torch import Tensor
 
 from qdora.errors import nearest
 from qdora.ops import blockwise, bnb_kernels, codebooks, int8
-from qdora.ops.codebooks import NESTED_BLOCK_SIZE
+from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qdora.ops.planned_device import device_kind
 
-Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2"]
+Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "mxfp4"]
 KINDS: tuple[str, ...] = get_args(Kind)
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -40,10 +40,11 @@ class PackedWeight:
     """A weight (out, in) in a low-bit format. Nothing writes into its tensors.
 
     Attributes:
-        kind: "nf4", "fp4", "int8", or a research format: "int4", "nf3", "nf2" (see `codebooks`).
-        block_size: Weights per block scale, counted along the flattened rows; `in` for int8.
+        kind: "nf4", "fp4", "int8", "mxfp4", or a research format: "int4", "nf3", "nf2" (see `codebooks`).
+        block_size: Weights per block scale, counted along the flattened rows; `in` for int8, 32 for mxfp4.
         packed: (ceil(out * in / 2),) uint8, first of two weights in the high nibble. int8: (out, in) int8.
-        absmax: Block scales, (blocks,) float32, or (blocks,) uint8 if double quantised; int8: (out,) float32.
+        absmax: Block scales, (blocks,) float32, or (blocks,) uint8 if double quantised; int8: (out,) float32; mxfp4:
+            (blocks,) uint8, 127 more than the exponent of a power of 2.
     """
 
     kind: Kind
@@ -104,6 +105,11 @@ def _layout(
         if nested:
             raise ValueError("int8 must not be double quantised: it has a scale per row, not per block.")
         return {"packed": (shape, torch.int8), "absmax": ((rows,), torch.float32)}
+    if kind == MXFP4:
+        blocks = rows * columns // MXFP4_BLOCK_SIZE
+        if columns % MXFP4_BLOCK_SIZE or block_size != MXFP4_BLOCK_SIZE or nested:
+            raise ValueError(f"mxfp4 has blocks of 32 in a row and a scale for each, got {shape} and {block_size}.")
+        return {"packed": ((rows * columns // 2,), torch.uint8), "absmax": ((blocks,), torch.uint8)}
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got '{kind}'.{nearest(kind, KINDS)}")
     if block_size not in BLOCK_SIZES:
@@ -153,7 +159,8 @@ def empty_packed(
 
     Raises ValueError: If the kind, shape or block size is not supported.
     """
-    layout = _layout(kind, shape, block_size, double_quant and kind != "int8")
+    block_size = MXFP4_BLOCK_SIZE if kind == MXFP4 else block_size
+    layout = _layout(kind, shape, block_size, double_quant and kind not in ("int8", MXFP4))
     tensors = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in layout.items()}
     return from_tensors(kind, shape, shape[1] if kind == "int8" else block_size, tensors)
 
@@ -218,6 +225,8 @@ def quantize(
         packed, absmax = (torch.cat([getattr(each, part) for each in found]) for part in ("packed", "absmax"))
         joined = PackedWeight(found[0].kind, weight.shape, found[0].block_size, packed, absmax)
         return joined if kind == "int8" or not double_quant else _with_nested_scales(joined)
+    if kind == MXFP4:
+        raise ValueError(f"{name}: mxfp4 is only read from checkpoints that hold it.")
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
         raise ValueError(f"{name} must be a float matrix (out, in), got {tuple(weight.shape)} {weight.dtype}.")
     shape = (weight.shape[0], weight.shape[1])
@@ -275,6 +284,9 @@ def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
     `blocks` are those wanted (default: all), without a step; only their groups of 256 are decoded.
     """
     nested = packed.nested
+    if packed.kind == MXFP4 and packed.absmax.dtype == torch.uint8:
+        exponents = packed.absmax[blocks].int() - 127
+        return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     if nested is None:
         return packed.absmax[blocks]
     first, last, _ = blocks.indices(packed.absmax.numel())
@@ -284,6 +296,21 @@ def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
     codes = packed.absmax[start:last]
     decoded = decode(codes, nested.absmax[group:end], nested.code, nested.offset, NESTED_BLOCK_SIZE)
     return decoded[first - start :]
+
+
+def packed_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
+    """Some rows as a weight of their own, which shares the codes and has decoded block scales.
+
+    The rows begin and end at blocks: any rows, if `in` is a multiple of the block size.
+    """
+    shape = (rows.stop - rows.start, packed.shape[1])
+    if packed.kind == "int8":
+        return PackedWeight("int8", shape, packed.block_size, packed.packed[rows], packed.absmax[rows])
+    first, last = rows.start * shape[1], rows.stop * shape[1]
+    assert first % packed.block_size == 0, "rows begin at a block"
+    assert last % packed.block_size == 0, "rows end at a block"
+    scales = block_scales(packed, slice(first // packed.block_size, last // packed.block_size))
+    return PackedWeight(packed.kind, shape, packed.block_size, packed.packed[first // 2 : last // 2], scales)
 
 
 @torch.no_grad()

@@ -196,9 +196,10 @@ class ModelConfig(Section):
 class BaseWeightsConfig(Section):
     """How the frozen weights of the base are stored."""
 
-    quant: Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "none"] = "nf4"
-    """Format of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3. nf3 and nf2 are
-    for experiments: they are simulated and take 4 bits."""
+    quant: Literal["nf4", "fp4", "int8", "mxfp4", "int4", "nf3", "nf2", "none"] = "nf4"
+    """Format of the frozen linear weights; none keeps 16 bits. NF4: QLoRA, arXiv 2305.14314, sec. 3. mxfp4 keeps the
+    experts of a checkpoint that has them so (gpt-oss), bit for bit, and all else in 16 bits. nf3 and nf2 are for
+    experiments: they are simulated and take 4 bits."""
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     """Weights per scale, for all formats but int8. 64: QLoRA, arXiv 2305.14314, sec. 3."""
     double_quant: Flag = True
@@ -221,6 +222,8 @@ class BaseWeightsConfig(Section):
         found = {}
         if self.quant in ("int8", "none"):
             found = dict.fromkeys(("block_size", "double_quant"), f"base.quant {self.quant} has no blocks")
+        if self.quant == "mxfp4":
+            found = dict.fromkeys(("block_size", "double_quant"), "the blocks of mxfp4 are as they are stored")
         if self.quant == "none" and self.prune is None:
             found["skip"] = "base.quant none quantises no layer"
         if self.quant == "none":
