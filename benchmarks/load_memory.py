@@ -1,8 +1,10 @@
 """Peak host memory of loading a 16-bit checkpoint into NF4, in a fresh process.
 
     python benchmarks/load_memory.py [--layers 4] [--out benchmarks/results/load_memory.json]
+    python benchmarks/load_memory.py --experts --layers 3 --out benchmarks/results/load_memory_experts.json
 
-Writes a random Llama-shaped checkpoint to a temporary directory, loads it in one fresh process and imports the same
+Writes a random Llama-shaped checkpoint (or one of Qwen3-30B-A3B's blocks, each expert's projections as tensors of their
+own) to a temporary directory, loads it in one fresh process and imports the same
 libraries, without loading, in another. Floor: the packed model itself. Allowed: packed bytes + twice the largest tensor
 of the checkpoint + 300 MB over the process that only imports. The figure is VmHWM, which counts the pages of mapped
 files: a reader that keeps its files mapped would show the whole checkpoint here.
@@ -36,17 +38,50 @@ SHAPE = {
 }
 
 
-def write_checkpoint(directory: Path, num_layers: int, shape: dict[str, Any] = SHAPE) -> tuple[int, int, int]:
+# Qwen3-30B-A3B's blocks, with Mistral's vocabulary: with its own, the embedding would dwarf the experts.
+EXPERTS_SHAPE = {
+    "vocab_size": 32768,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+def published_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a checkpoint; stacked experts, (experts, out, in), are a tensor each."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 3:
+            shapes[name] = tuple(parameter.shape)
+            continue
+        owner, _, last = name.rpartition(".")
+        count, rows, columns = parameter.shape
+        names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for expert in range(count):
+            shapes |= {f"{owner}.{expert}.{each}.weight": (rows // len(names), columns) for each in names}
+    return shapes
+
+
+def write_checkpoint(
+    directory: Path, num_layers: int, shape: dict[str, Any] = SHAPE, family: str = "llama"
+) -> tuple[int, int, int]:
     """Random bf16 weights in shards, a tensor at a time; returns (bytes, bytes of the largest tensor, shards)."""
     import torch
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(**shape, num_hidden_layers=num_layers, dtype="bfloat16")
+    config = AutoConfig.for_model(family, **shape, num_hidden_layers=num_layers, dtype="bfloat16")
     config.save_pretrained(directory)
     with init_empty_weights():
-        shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+        shapes = published_shapes(AutoModelForCausalLM.from_config(config))
     generator = torch.Generator().manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
@@ -88,23 +123,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "load_memory.json")
+    parser.add_argument("--experts", action="store_true", help="blocks of a mixture of experts")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.measure is not None:
         measured(Path(settings.measure) if settings.measure else None)
         return
     with tempfile.TemporaryDirectory() as name:
-        total, largest, num_shards = write_checkpoint(Path(name), settings.layers)
+        shape, family = (EXPERTS_SHAPE, "qwen3_moe") if settings.experts else (SHAPE, "llama")
+        total, largest, num_shards = write_checkpoint(Path(name), settings.layers, shape, family)
         baseline = fresh(__file__, "--measure", "", variables=ONE_THREAD)
         loaded = fresh(__file__, "--measure", name, variables=ONE_THREAD)
     allowed = loaded["held"] + 2 * largest + ALLOWANCE_BYTES
     used = loaded["peak"] - baseline["peak"]
     packages = ("torch", "transformers", "safetensors", "bitsandbytes", "accelerate")
     result = {
-        "command": f"python benchmarks/load_memory.py --layers {settings.layers}",
+        "command": f"python benchmarks/load_memory.py{' --experts' * settings.experts} --layers {settings.layers}",
         "python": platform.python_version(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
-        "shape": SHAPE | {"num_hidden_layers": settings.layers},
+        "shape": shape | {"num_hidden_layers": settings.layers},
         "checkpoint_dtype": "bfloat16",
         "base": "nf4, block size 64, double quantisation, head and embedding in bfloat16",
         "num_shards": num_shards,

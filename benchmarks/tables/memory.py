@@ -78,7 +78,7 @@ def chunked_loss() -> str:
 
 def load_memory() -> str:
     """Bytes of the checkpoint, of the packed model, of the largest tensor, and the peak."""
-    document = read("load_memory")
+    documents = {"Llama": read("load_memory"), "mixture of experts": read("load_memory_experts")}
     columns = {
         "checkpoint": "checkpoint_bytes",
         "packed model": "packed_model_bytes",
@@ -86,5 +86,8 @@ def load_memory() -> str:
         "peak over an empty process": "used_bytes",
         "limit": "allowed_bytes",
     }
-    row = [f"{document[name] / 2**30:.3f} GiB" for name in columns.values()]
-    return markdown(list(columns), [row])
+    rows = [
+        [what, *(f"{document[name] / 2**30:.3f} GiB" for name in columns.values())]
+        for what, document in documents.items()
+    ]
+    return markdown(["model", *columns], rows)

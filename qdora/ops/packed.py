@@ -220,10 +220,7 @@ def quantize(
     Raises ValueError: If the weight is not a matrix of finite floats, is empty, or an argument is not allowed.
     """
     if isinstance(weight, RowParts):
-        rows = _whole_blocks(weight, 1 if kind == "int8" else block_size)
-        found = [quantize(part, kind, block_size, double_quant=False, name=name) for part in rows]
-        packed, absmax = (torch.cat([getattr(each, part) for each in found]) for part in ("packed", "absmax"))
-        joined = PackedWeight(found[0].kind, weight.shape, found[0].block_size, packed, absmax)
+        joined = _quantize_parts(weight, kind, block_size, name)
         return joined if kind == "int8" or not double_quant else _with_nested_scales(joined)
     if kind == MXFP4:
         raise ValueError(f"{name}: mxfp4 is only read from checkpoints that hold it.")
@@ -239,13 +236,20 @@ def quantize(
     return _with_nested_scales(plain) if double_quant else plain
 
 
-def _whole_blocks(weight: RowParts, block_size: int) -> Iterator[Tensor]:
-    """The parts, or the whole weight if a block lies in two of them."""
-    columns = weight.shape[1]
-    if columns % block_size == 0:
-        yield from weight.parts()
-        return
-    yield weight.whole()
+def _quantize_parts(weight: RowParts, kind: str, block_size: int, name: str) -> PackedWeight:
+    """Quantise each part when it is read, into memory for all, without double quantisation."""
+    # The whole weight at once if a block lies in two parts.
+    whole_blocks = kind == "int8" or weight.shape[1] % block_size == 0
+    joined, done = None, [0, 0]
+    for part in weight.parts() if whole_blocks else [weight.whole()]:
+        found = quantize(part, kind, block_size, double_quant=False, name=name)
+        if joined is None:
+            joined = empty_packed(kind, weight.shape, block_size, double_quant=False, device=part.device)
+        for index, (into, values) in enumerate(((joined.packed, found.packed), (joined.absmax, found.absmax))):
+            into[done[index] : done[index] + len(values)] = values
+            done[index] += len(values)
+    assert joined is not None, "a weight has rows"
+    return joined
 
 
 def _with_nested_scales(plain: PackedWeight) -> PackedWeight:
