@@ -50,7 +50,8 @@ def _replace(owner: Any, names: tuple[str, ...], *, transposed: bool) -> None:
     for name in names:
         weight, bias = owner._parameters.pop(name), owner._parameters.pop(f"{name}_bias", None)
         turned = (weight.detach().mT if transposed else weight.detach()).flatten(0, 1)
-        owner.register_module(name, ExpertLinear(nn.Parameter(turned, weight.requires_grad), len(weight), bias))
+        stack = ExpertLinear(nn.Parameter(turned, weight.requires_grad), len(weight), bias)
+        owner.register_module(name, stack.train(owner.training))
 
 
 def stacks(model: nn.Module) -> dict[str, Stack]:

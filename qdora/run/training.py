@@ -26,6 +26,7 @@ from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.model_size import model_size
 from qdora.model.trained_embeddings import trained_parameters
 from qdora.run.active_run import ActiveRun, TrainingState
+from qdora.run.expert_load import ExpertLoad
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources
 from qdora.run.start_checks import CHECKS_FILE, GRADIENTS, gradient_check, tell_checks, without_gradient
@@ -104,6 +105,7 @@ class Training:
         self._probed = probe_examples(recipe, tokenizer, validation) if probes else {}
         self.state = fresh_state(active, list(evaluated))
         self.writer = RunWriter(active, self.state)
+        self.expert_load = ExpertLoad(active.model)
         self.num_done = 0
 
     def restore(self, checkpoint: Path) -> int:
@@ -146,6 +148,7 @@ class Training:
                     with suppress(RunFailure):  # a full disk, which must not hide why the run ends
                         self._report_streams()
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
+                    self.expert_load.write(self.active.directory)
                     write_interference(self.active.directory)
 
     def evaluate_base(self) -> None:
@@ -176,6 +179,7 @@ class Training:
     def _updated(self, check: MissingGradientCheck, lr: float) -> str | None:
         """Tell, after the first updates, which tensors had no gradient. With streamed blocks that ends the run: a
         backward pass that reads wrong bytes, or none, can leave a finite loss and factors that never change."""
+        self.expert_load.step()
         missing = check.updated(lr)
         if missing is None:
             return None

@@ -179,3 +179,32 @@ def _draw_cosines(report: Mapping[str, Any], path: Path) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize="small", fontstyle=style, fontweight=weight)
         axes.set_title(f"cosines between the tasks' gradients, step {report['step']}", fontsize="medium")
         figure.colorbar(image, label="cosine; diagonal: between halves of a probe")
+
+
+def draw_expert_load(record: dict[str, Any], path: Path) -> bool:
+    """Draw the load of each expert in the last steps, in units of an even division, and its change; returns whether it
+    worked. `record` is that of `run.expert_load`."""
+    return _drawn(path, partial(_draw_expert_load, record))
+
+
+def _draw_expert_load(record: dict[str, Any], path: Path) -> None:
+    blocks = list(record["blocks"].values())
+    widest = max(len(block["last"]) for block in blocks)
+    load, change = (np.full((len(blocks), widest), np.nan) for _ in range(2))
+    for row, block in enumerate(blocks):
+        last, first = np.array(block["last"]), np.array(block["first"])
+        load[row, : len(last)] = last * len(last)
+        change[row, : len(last)] = (last - first) * len(last)
+    with svg_file(path, 9, 1.6 + 0.16 * len(blocks)) as figure:
+        axes = figure.subplots(1, 2, sharey=True)
+        steps = record["window"]
+        limit = max(float(np.nanmax(np.abs(change))), 1e-9)
+        panels = (
+            (load, f"load in the last {steps} steps", {"cmap": "viridis", "vmin": 0.0}),
+            (change, f"change against the first {steps}", {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}),
+        )
+        for axis, (values, title, colors) in zip(axes, panels, strict=True):
+            image = axis.imshow(values, aspect="auto", interpolation="nearest", **colors)
+            axis.set(title=f"{title}\n(1 is an even division)", xlabel="expert")
+            figure.colorbar(image, ax=axis)
+        axes[0].set_ylabel("block with experts")
