@@ -1,11 +1,11 @@
 """Cost of the experts of one block: own QDoRA against own QLoRA on NF4, and against LoRA by PEFT on dense experts.
 
-    OMP_NUM_THREADS=2 python benchmarks/expert_cost.py [--repeats 5] [--out benchmarks/results/expert_cost.json] [--smoke]
+    OMP_NUM_THREADS=2 python benchmarks/expert_cost.py [--tokens 1024,4096] [--repeats 5] [--out FILE] [--smoke]
 
 Both projections of all experts, forward and backward, in turns, in the shapes of OLMoE-1B-7B (64 experts) and
 Qwen3-30B-A3B (128), for 1,024 and 4,096 tokens whose 8 experts each are drawn evenly, or so that a tenth of the experts
-gets most of them. PEFT adapts the same dequantised weights, dense, by `target_parameters`, which has no DoRA; its experts
-run as transformers runs them. The norms of QDoRA are those of the step; `norms` is the time of computing them all.
+gets most of them. PEFT adapts the same dequantised weights, dense, by `target_parameters`, which has no DoRA; its
+experts run as transformers runs them. QDoRA uses the norms of its step; `norms` is the time of computing them all.
 
     held        bytes that autograd keeps after the forward pass, without parameters and the base
     peak        growth of the largest resident set over that before the step, each contender in a process of its own
@@ -44,7 +44,7 @@ SHAPES = {
     "Qwen3-30B-A3B": {"num_experts": 128, "hidden_size": 2048, "moe_intermediate_size": 768},
 }
 TINY = {"num_experts": 4, "hidden_size": 64, "moe_intermediate_size": 64}
-TOKENS, CHOICES, RANK = (1024, 4096), 8, 8
+CHOICES, RANK = 8, 8
 CONTENDERS = ("own_dora", "own_lora", "frozen", "peft_lora")
 RATIOS = (("own_dora", "own_lora"), ("own_dora", "frozen"), ("own_dora", "peft_lora"))
 BAR = 1.05
@@ -53,6 +53,7 @@ BAR = 1.05
 def main() -> None:
     """Times in turns, bytes in processes of their own, launches on fake tensors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=lambda text: [int(each) for each in text.split(",")], default=[1024, 4096])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "expert_cost.json")
     parser.add_argument("--smoke", action="store_true", help="four tiny experts: shows that it runs")
@@ -64,9 +65,11 @@ def main() -> None:
         write(args.out, {"bytes": peak_of_step(sizes_of(shape), contender, int(tokens))})
         return
     names = ("tiny",) if args.smoke else tuple(SHAPES)
-    counts = (64,) if args.smoke else TOKENS
+    counts = [64] if args.smoke else args.tokens
     dtype = compute_dtype()
-    result = facts("python benchmarks/expert_cost.py") | {"dtype": str(dtype).removeprefix("torch."), "rank": RANK}
+    shown = ",".join(map(str, args.tokens))
+    command = f"python benchmarks/expert_cost.py --tokens {shown} --repeats {args.repeats}"
+    result = facts(command) | {"dtype": str(dtype).removeprefix("torch."), "rank": RANK}
     cases = [
         case(name, tokens, skewed, 2 if args.smoke else args.repeats, args.out)
         for name in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,9 @@ KINDS: dict[str, dict[str, bool]] = {
     "norm of each expert": {"has_post_expert_norm": True},
     "no gate, transposed, bias": {"has_gate": False, "is_transposed": True, "has_bias": True},
 }
+# Early releases of transformers do not know all of them.
+_KNOWN = inspect.signature(use_experts_implementation).parameters
+KINDS = {name: flags for name, flags in KINDS.items() if flags.keys() <= {*_KNOWN}}
 
 
 class Halved(nn.Module):

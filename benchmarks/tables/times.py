@@ -40,6 +40,30 @@ def layer_time() -> str:
     return markdown(["layer, rank, tokens", *columns], rows) + f"\nTargets that hold: {'; '.join(counts)}.\n"
 
 
+def expert_cost() -> str:
+    """Ratios of the time of a block's experts, bytes held for backward, growth of the peak, launches on a GPU."""
+    document = read("expert_cost")
+    columns = ("own_dora / own_lora", "own_dora / frozen", "own_dora / peft_lora")
+    rows = []
+    for case in document["cases"]:
+        routing = f"skewed, {case['reached']} reached" if case["skewed"] else "even"
+        peak, held = case.get("peak"), case["held"]
+        rows.append(
+            [
+                f"{case['shape']}, {case['tokens']:,}, {routing}",
+                *(f"{case['ratios'][name]['median']:.3f}" for name in columns),
+                *(f"{held[name] / 2**20:,.0f}" for name in ("own_dora", "own_lora", "peft_lora")),
+                " / ".join(f"{peak[name] / 2**20:,.0f}" for name in ("own_dora", "own_lora", "peft_lora")) if peak else "",
+                " / ".join(str(sum(case["launches"][name].values())) for name in ("own_dora", "own_lora")),
+            ]
+        )
+    bar = document["bar"]
+    head = ["shape, tokens, routing", "QDoRA / QLoRA", "QDoRA / frozen", "QDoRA / PEFT LoRA"]
+    head += ["held, QDoRA", "QLoRA", "PEFT LoRA", "peak: QDoRA / QLoRA / PEFT LoRA", "launches: QDoRA / QLoRA"]
+    text = f"\nMedians of rounds; bytes in MiB. QDoRA at most {bar['limit']} times QLoRA: {bar['within']} of {bar['of']}.\n"
+    return markdown(head, rows) + text
+
+
 def packing() -> str:
     """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
     document = read("packing")
