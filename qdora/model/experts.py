@@ -133,7 +133,7 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
 def _counts(chosen: Tensor, num_experts: int) -> list[int]:
     """How many of the choices, (tokens, k), fell on each expert; a GPU's host waits for them, a plan assumes them."""
     if is_planning():
-        return planned_counts(*chosen.shape, num_experts)
+        return planned_counts(chosen.shape[0], chosen.shape[1], num_experts)
     found: list[int] = torch.bincount(chosen.reshape(-1), minlength=num_experts).tolist()
     return found
 

@@ -492,7 +492,7 @@ def stack_norm(
         keep_bits: As in `adapted_stack`; the sums are then formed, row by row.
     """
     together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
-    found = []
+    found: list[Tensor] = []
     for start in range(0, len(experts), together):
         some = experts[start : start + together]
         if is_planning() and len(found) > 1 and start + 2 * together < len(experts):

@@ -345,7 +345,7 @@ class _StepPlan:
         config = skeleton.config.get_text_config()
         linear, met, top_k = 0, 0.0, getattr(config, "num_experts_per_tok", 1)
         for each in linear_layers(blocks).values():
-            size = int(each.weight.numel())  # type: ignore[operator, union-attr]
+            size = int(each.weight.numel())  # type: ignore[operator]
             linear += size
             met += size * (top_k / each.num_experts if isinstance(each, ExpertLinear) else 1.0)
         heads = getattr(config, "num_attention_heads", 1)
