@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, facts, write
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from qdora.plan.memory_plan import plan
 from qdora.plan.public_shapes import public_shapes
@@ -26,7 +26,8 @@ from qdora.recipe.settings import Recipe
 GIB = 2**30
 CARD = "40GB"
 """Budget of the recipes that state none."""
-RECIPES = ("commonsense-8b-40gb", "commonsense-13b-40gb", "llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb")
+MIXTURES = ("qwen3-30b-a3b-24gb", "gpt-oss-20b-24gb")
+RECIPES = ("commonsense-8b-40gb", "commonsense-13b-40gb", *MIXTURES, "llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb")
 LARGEST = "Llama-3.1-405B"
 
 
@@ -39,7 +40,8 @@ def main() -> None:
     configs = {name: public_shapes()[load_recipe(name).model.source].config() for name in RECIPES}
     if args.smoke:
         small = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128, "vocab_size": 512}
-        configs = {name: LlamaConfig(**small, num_hidden_layers=24) for name in configs}
+        of = {name: MixtralConfig if name in MIXTURES else LlamaConfig for name in configs}
+        configs = {name: of[name](**small, num_hidden_layers=24) for name in configs}
     plans = {name: planned(load_recipe(name), config) for name, config in configs.items()}
     if not args.smoke:
         source = f"meta-llama/{LARGEST}-Instruct"

@@ -22,7 +22,7 @@ from tables.gates import gates
 from tables.headline import headline
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.models import architectures, models_short
-from tables.plan import cards, plan_accuracy, plan_recipes, plan_shapes
+from tables.plan import cards, expert_plans, plan_accuracy, plan_recipes, plan_shapes
 from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import chat_model, chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
@@ -73,6 +73,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "out_of_memory": out_of_memory,
     "plan_shapes": plan_shapes,
     "plan_recipes": plan_recipes,
+    "expert_plans": expert_plans,
     "cards": cards,
     "plan_accuracy": plan_accuracy,
     "pruning": pruning,

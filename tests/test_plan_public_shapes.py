@@ -24,7 +24,7 @@ from qdora.run.train import train_run
 from tests import tiny_run
 
 # Published numbers of parameters: the totals that the Hub shows for the safetensors files, which count a tied embedding
-# once and no buffers. DeepSeek-V3 is published as 671 billion.
+# once and no buffers. DeepSeek-V3 is published as 671 billion and Qwen3-Next as 80 billion.
 PUBLISHED = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
@@ -50,6 +50,7 @@ PUBLISHED = {
     "Qwen/Qwen3-32B": 32_762_123_264,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": 80_000_000_000,
     "google/gemma-2-2b": 2_614_341_888,
     "google/gemma-2-9b": 9_241_705_984,
     "google/gemma-2-27b": 27_227_128_320,
@@ -83,7 +84,7 @@ PUBLISHED = {
     "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
     "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
 }
-ROUNDED = {"deepseek-ai/DeepSeek-V3": 1_000_000_000}
+ROUNDED = dict.fromkeys(["deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-Next-80B-A3B-Instruct"], 1_000_000_000)
 GATED = "meta-llama/Llama-3.2-1B-Instruct"
 # Keys that configs take although their defaults do not have them.
 OPTIONAL = {"partial_rotary_factor", "head_dim"}

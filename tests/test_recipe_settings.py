@@ -70,8 +70,9 @@ def section(name: str, **values: Any) -> dict[str, Any]:
 def test_every_shipped_recipe_is_read_and_its_resolved_form_is_the_same_recipe() -> None:
     names = recipe_names()
     sized = ["chat-8b-40gb", *(f"commonsense-{size}-40gb" for size in ("13b", "7b", "8b"))]
-    large = ["llama-70b-40gb", "llama-8b-8gb"]
-    assert names == [*sized, *large, "own-data", "paper-dora-llama", "quickstart", "qwen-32b-24gb", "tiny"]
+    large = ["gpt-oss-20b-24gb", "llama-70b-40gb", "llama-8b-8gb"]
+    qwen = ["qwen-32b-24gb", "qwen3-30b-a3b-24gb"]
+    assert names == [*sized, *large, "own-data", "paper-dora-llama", "quickstart", *qwen, "tiny"]
     for name in names:
         recipe = load_recipe(name)
         again = recipe_from(read_yaml(resolved_yaml(recipe), name), name)
@@ -409,6 +410,10 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
     without = {name: value for name, value in values.items() if name != key}
     if "mix" not in key and values.get("kind") != "none":
         assert faults(section(where, **without)) == []
+
+
+def test_experts_of_another_rank_can_have_the_same_scaling() -> None:
+    assert faults(section("adapter", same_scaling=True, experts={"rank": 4})) == []
 
 
 @pytest.mark.parametrize(

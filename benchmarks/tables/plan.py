@@ -40,6 +40,39 @@ def plan_recipes() -> str:
     return markdown(["GiB at the peak", *plans], rows)
 
 
+def expert_plans() -> str:
+    """What each mixture needs, and what makes it fit on each card."""
+    shapes = read("expert_plans")["shapes"]
+    cards = list(dict.fromkeys(card for each in shapes.values() for card in each["cards"]))
+    groups = {
+        "weights of the base": ("packed base", "block scales", "embeddings, head, norms"),
+        "adapters, gradients, optimizer": ("adapters", "gradients", "optimizer state"),
+    }
+    rows = [["trainable, millions", *(f"{each['num_trainable'] / 1e6:,.0f}" for each in shapes.values())]]
+    for text, names in groups.items():
+        sizes = [sum(each["components"].get(name, 0) for name in names) for each in shapes.values()]
+        rows.append([f"{text}, GiB", *(f"{size / GIB:.2f}" for size in sizes)])
+    rows.append(
+        ["**peak, all on the card, GiB**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in shapes.values())]
+    )
+    even = [f"{each['even_routing_bytes'] / GIB:.2f}" for each in shapes.values()]
+    rows.append(["if tokens divide evenly among the experts", *even])
+    for card in cards:
+        rows.append([f"{card}: blocks in host memory", *(_streamed(each, card) for each in shapes.values())])
+        found = [each["cards"][card] for each in shapes.values()]
+        rows.append([f"{card}: peak, GiB", *(f"{each['peak_bytes'] / GIB:.2f}" for each in found)])
+        rows.append([f"{card}: pinned host memory, GiB", *(f"{each['host_bytes'] / GIB:.1f}" for each in found)])
+        rows.append([f"{card}: s a step, predicted", *(f"{each['step_seconds']:.0f}" for each in found)])
+    rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in shapes.values())])
+    return markdown(["", *shapes], rows)
+
+
+def _streamed(shape: dict[str, Any], card: str) -> str:
+    found = shape["cards"][card]
+    text = f"{found['num_streamed']} of {shape['num_blocks']}"
+    return text if found["fits"] else f"{text}: does not fit"
+
+
 def cards() -> str:
     """A row for each shipped recipe that is planned for a card: its peak, and how much of the card that is."""
     plans = {name: each for name, each in read("plan_recipes")["plans"].items() if name in recipe_names()}

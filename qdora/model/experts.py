@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts
 from qdora.ops.expert_product import ExpertTokens
-from qdora.ops.planned_device import is_planning
+from qdora.ops.planned_device import is_planning, planned_counts
 
 IMPLEMENTATION = "qdora"
 """The name of `routed_forward` among transformers' implementations of experts."""
@@ -123,7 +123,7 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     order = torch.argsort(owners, stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     up = self.gate_up_proj if _has_gate(self) else self.up_proj
-    tokens = ExpertTokens(_counts(owners, up.num_experts))
+    tokens = ExpertTokens(_counts(top_k_index, up.num_experts))
     x = _Spread.apply(hidden_states, order, inverse, top_k)  # type: ignore[no-untyped-call, unused-ignore]
     out = up(x, tokens)
     out = self._apply_gate(out) if _has_gate(self) else self.act_fn(out)
@@ -136,12 +136,11 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return total
 
 
-def _counts(owners: Tensor, num_experts: int) -> list[int]:
-    """How many of the choices fell on each expert; a GPU's host waits for them. A plan divides them evenly."""
+def _counts(chosen: Tensor, num_experts: int) -> list[int]:
+    """How many of the choices, (tokens, k), fell on each expert; a GPU's host waits for them, a plan assumes them."""
     if is_planning():
-        each, more = divmod(len(owners), num_experts)
-        return [each + (expert < more) for expert in range(num_experts)]
-    found: list[int] = torch.bincount(owners, minlength=num_experts).tolist()
+        return planned_counts(chosen.shape[0], chosen.shape[1], num_experts)
+    found: list[int] = torch.bincount(chosen.reshape(-1), minlength=num_experts).tolist()
     return found
 
 
@@ -156,7 +155,7 @@ class _Llama4Forward:
         owner, num_experts = self.owner, self.owner.num_experts
         if is_planning():
             chosen = torch.arange(len(hidden_states) // num_experts, device=hidden_states.device)
-            counts = _counts(chosen, num_experts)
+            counts = planned_counts(len(chosen), 1, num_experts)
         else:
             live = hidden_states.detach().abs().amax(dim=1) > 0
             counts, chosen = live.view(num_experts, -1).sum(dim=1).tolist(), live.nonzero().squeeze(1)

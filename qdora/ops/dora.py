@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qdora.ops.masked_update import row_blocks
-from qdora.ops.planned_device import device_kind
+from qdora.ops.planned_device import device_kind, is_planning
 from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, row_tiles, spans
 
@@ -36,6 +36,8 @@ def _wide(weight: Weight) -> torch.dtype:
 def squared_row_norm(weight: Weight) -> Tensor:
     """||w||^2 of each row, read tile by tile: (out,) float32, or float64 for a float64 weight."""
     wide = _wide(weight)
+    if is_planning():  # a plan counts no bytes before the adapters are there, and a stack has thousands of tiles
+        return torch.empty(weight.shape[0], dtype=wide, device=weight.device)
     parts = []
     for _, tile in row_tiles(weight, wide):
         # A dense weight comes as one tile; its squares must not take as much again.

@@ -7,6 +7,7 @@ its own products.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from qdora.ops.frozen_product import add_product_, add_transposed_product_, prod
 from qdora.ops.low_rank_factors import rounded
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows
-from qdora.ops.planned_device import device_kind
+from qdora.ops.planned_device import device_kind, is_planning
 from qdora.ops.tiles import Weight, dense_weight, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
@@ -57,12 +58,19 @@ class ExpertTokens:
         return tuple(runs)
 
     def runs(self, together: int) -> Iterator[Run]:
-        """The experts that have tokens, `together` at a time."""
-        each = self.reached
+        """The experts that have tokens, `together` at a time; in a plan without the runs that need no more bytes."""
+        each, before = self.reached, deque[tuple[int, int, bool]](maxlen=2)
         for start in range(0, len(each), together):
             some = each[start : start + together]
             tokens = slice(some[0].tokens.start, some[-1].tokens.stop)
-            yield Run(tuple(run.experts[0] for run in some), tokens, tuple(run.counts[0] for run in some))
+            run = Run(tuple(run.experts[0] for run in some), tokens, tuple(run.counts[0] for run in some))
+            if is_planning():
+                sizes = len(some), tokens.stop - tokens.start, _consecutive(run.experts)
+                # The second of two equal runs is needed: tensors of the first may still be alive in it.
+                if before.count(sizes) == 2:
+                    continue
+                before.append(sizes)
+            yield run
 
 
 def expert_rows(stack: Weight, num_experts: int, experts: Sequence[int]) -> Weight:
@@ -398,7 +406,7 @@ def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertToken
     """`column_dot` over the tokens of each expert: (experts, out), like `factor`; 0 for an expert without tokens."""
     total = torch.zeros_like(factor)
     if device_kind(left.device) == "cpu":
-        for run in tokens.reached:
+        for run in tokens.runs(1):
             total[run.experts[0]] = column_dot(left[run.tokens], right[run.tokens], factor[run.experts[0]])
         return total
     lengths = torch.tensor(tokens.counts, device=left.device)
@@ -479,9 +487,13 @@ def stack_norm(
         keep_bits: As in `adapted_stack`; the sums are then formed, row by row.
     """
     together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
-    found = []
+    found: list[Tensor] = []
     for start in range(0, len(experts), together):
         some = experts[start : start + together]
+        if is_planning() and len(found) > 1 and start + 2 * together < len(experts):
+            # Like the run before it. The last ones are run, when the norms of the others are there.
+            found.append(base_squared.new_empty(len(some), base_squared.shape[1]))
+            continue
         if len(some) > 1 and keep_bits is None:
             a, b = (rounded(_pick_or_shared(each, some), dtype) for each in (lora_A, lora_B))
             norm = _norm_of_run(expert_rows(weight, num_experts, some), a, b, scaling, _pick(base_squared, some), dtype)

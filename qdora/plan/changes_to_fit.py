@@ -98,6 +98,7 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
     ]
     trains_adapter, short = adapter.kind in ("lora", "dora"), data.max_length // 2
     fewer = () if train.micro_batch_tokens == "auto" else (f"train.micro_batch_tokens={short}",)
+    experts = adapter.experts.rank or 1
     too_long = ("data.too_long=truncate",) if data.too_long == "error" else ()
     others: list[tuple[bool, _Overrides]] = [
         (train.optimizer in ("adamw", "paged_adamw_32bit"), ("train.optimizer=paged_adamw_8bit",)),
@@ -107,6 +108,10 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
         (
             trains_adapter and adapter.resume_from is None and adapter.rank >= 16,
             (f"adapter.rank={adapter.rank // 2}", f"adapter.alpha={adapter.alpha / 2:g}"),
+        ),
+        (
+            trains_adapter and adapter.resume_from is None and experts > 1,
+            (f"adapter.experts.rank={experts // 2}",),
         ),
         (data.max_length >= 512, (f"data.max_length={short}", *fewer, *too_long)),
     ]

@@ -26,15 +26,17 @@ from qdora.memory.host_residency import Piece, check_host_embedding, obstacle, p
 from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import DTYPES, Compute, find_source, put_adapters, recompute_activations
-from qdora.model.inject import adapted_layers, adapter_parameters, inject
+from qdora.model.experts import stacks
+from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
 from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
 from qdora.model.written_outputs import keep_written_outputs_
+from qdora.nn.expert_linear import ExpertLinear
 from qdora.ops.packed import empty_packed
-from qdora.ops.planned_device import planned_on
+from qdora.ops.planned_device import Routing, planned_on
 from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
 from qdora.plan.changes_to_fit import with_changes
@@ -116,10 +118,17 @@ def planned(
         plans = [each.plan() for each in step_plans(changed)]
         return replace(max(plans, key=lambda each: each.peak_bytes), budget_bytes=budget)
 
+    def with_even_routing(found: Plan) -> Plan:
+        if not stacks(known.model(torch.bfloat16, recipe.model.attention)):
+            return found
+        even = _StepPlan(recipe, known, found.shape, found.num_micro_batches, routing="even").plan()
+        most = max(found, even, key=lambda each: each.peak_bytes)
+        return replace(most, budget_bytes=budget, even_routing_bytes=even.peak_bytes)
+
     def seconds_of(changed: Recipe) -> float:
         return step_plans(changed)[0].seconds(first.num_trainable)
 
-    first = plan_of(recipe)
+    first = with_even_routing(plan_of(recipe))
     return (recipe, first) if first.fits is not False else with_changes(recipe, first, plan_of, seconds_of)
 
 
@@ -204,6 +213,8 @@ class _StepPlan:
     known: _Known
     shape: MicroBatchShape
     num_micro_batches: int
+    routing: Routing = "skewed"
+    """How the tokens of a mixture divide among its experts; without one it makes no difference."""
 
     @property
     def device_kind(self) -> DeviceKind:
@@ -271,9 +282,9 @@ class _StepPlan:
         adapter = recipe.adapter.model_dump_json(), repr(self.adapter)
         memory = recipe.memory.checkpointing, recipe.memory.loss_chunk
         model = self.dtype, recipe.model.attention, len(recipe.model.add_tokens)
-        key = (*model, base, *adapter, *memory, recipe.train.optimizer, self.shape)
+        key = (*model, base, *adapter, *memory, recipe.train.optimizer, self.shape, self.routing)
         if key not in self.known.steps:
-            with _quiet(), planned_on(self.device_kind), torch.random.fork_rng(devices=[]):
+            with _quiet(), planned_on(self.device_kind, self.routing), torch.random.fork_rng(devices=[]):
                 self.known.steps[key] = self._run_step()
         moments, shapes = self.known.steps[key]
         return list(moments), shapes
@@ -331,12 +342,17 @@ class _StepPlan:
         skeleton: Any = self.skeleton
         found, streamed = block_list(skeleton), self._streamed(skeleton)
         blocks = skeleton if found is None else found[1]
-        linear = sum(each.weight.numel() for each in blocks.modules() if isinstance(each, nn.Linear))
         config = skeleton.config.get_text_config()
+        linear, met, top_k = 0, 0.0, getattr(config, "num_experts_per_tok", 1)
+        for each in linear_layers(blocks).values():
+            size = int(each.weight.numel())  # type: ignore[operator]
+            linear += size
+            met += size * (top_k / each.num_experts if isinstance(each, ExpertLinear) else 1.0)
         heads = getattr(config, "num_attention_heads", 1)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         work = Work(
             num_linear=linear,
+            share_met=met / max(linear, 1),
             num_head=config.vocab_size * config.hidden_size,
             num_trainable=num_trainable,
             attention_width=config.num_hidden_layers * heads * head_size,

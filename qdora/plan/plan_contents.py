@@ -115,6 +115,8 @@ class Plan:
         embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
         block_bytes: Packed weights of the largest block that could be streamed; 0 if none can.
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
+        even_routing_bytes: For a mixture of experts, the peak if tokens divide evenly among them; in the plan itself
+            nearly all tokens choose the same ones. None for other models.
         stored_shape: Where the shape of the model was read, if it is one of `public_shapes`; None: from its own config.
     """
 
@@ -134,6 +136,7 @@ class Plan:
     rates: Mapping[str, Any] = field(default_factory=dict)
     budget_bytes: int | None = None
     changes: Sequence[Change] = ()
+    even_routing_bytes: int | None = None
     stored_shape: str | None = None
 
     @property
@@ -162,6 +165,11 @@ class Plan:
         return sum(self.components.values())
 
     @property
+    def depends_on_routing(self) -> bool:
+        """Whether the peak of a mixture is more than 1 % lower if tokens divide evenly among the experts."""
+        return self.even_routing_bytes is not None and self.even_routing_bytes < 0.99 * self.peak_bytes
+
+    @property
     def fits(self) -> bool | None:
         """Whether the peak is within the budget; None without a budget."""
         return None if self.budget_bytes is None else self.peak_bytes <= self.budget_bytes
@@ -177,6 +185,7 @@ class Plan:
             "device": self.device_kind,
             "stored_shape": self.stored_shape,
             "peak_bytes": self.peak_bytes,
+            "even_routing_bytes": self.even_routing_bytes,
             "tensor_bytes": self.tensor_bytes,
             "peak_in": self.peak.name,
             "components": self.components,

@@ -134,6 +134,11 @@ def plan_lines(plan: Plan) -> list[str]:
         f"labelled; {plan.num_micro_batches} micro-batches a step. "
         f"{plan.num_blocks} blocks, {plan.num_weights:,} weights, {plan.num_trainable:,} trainable."
     ]
+    if plan.depends_on_routing:
+        lines.append(
+            f"Experts: {size_text(plan.peak_bytes)} if nearly all tokens choose the same ones, which is planned; "
+            f"{size_text(plan.even_routing_bytes or 0)} if tokens divide evenly among them."
+        )
     if plan.stored_shape is not None:
         lines.append(f"Model: the shape stored in qdora, from {plan.stored_shape}, because the Hub does not give it.")
     if plan.step_seconds is not None:

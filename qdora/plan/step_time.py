@@ -139,6 +139,7 @@ class Work:
         full: Whether the base itself is trained.
         block_bytes: Bytes of the largest streamed block.
         row_bytes: Bytes of a row of an embedding on the host; 0 if the embedding is on the device.
+        share_met: Share of `num_linear` that a token meets; less than 1 in a mixture of experts. All are dequantised.
     """
 
     num_linear: int
@@ -152,6 +153,7 @@ class Work:
     num_streamed: int = 0
     block_bytes: int = 0
     row_bytes: int = 0
+    share_met: float = 1.0
 
 
 def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
@@ -166,13 +168,15 @@ def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rat
     passes = 2 + work.checkpointing
     tokens = shape.num_tokens
     products = 2.0 * (work.num_linear * (passes + work.full) + work.num_trainable * (passes + 1) * (not work.full))
+    products *= work.share_met  # of the adapters, too, as if they were in proportion to their layers
     attention = 2.0 * shape.length * work.attention_width * (1 + work.checkpointing + 2.5)
     flops = tokens * (products + attention) + 4.0 * work.num_head * shape.num_labels
     num_bytes = work.num_linear * passes * (BYTES_PER_DEQUANTISED if work.quantised else 2.0)
     update = 30.0 * work.num_trainable / rates.bytes
     seconds = flops / rates.flops + num_bytes / rates.bytes
     if work.num_streamed:
-        forward = 2.0 * tokens * work.num_linear / rates.flops + BYTES_PER_DEQUANTISED * work.num_linear / rates.bytes
+        forward = 2.0 * tokens * work.num_linear * work.share_met / rates.flops
+        forward += BYTES_PER_DEQUANTISED * work.num_linear / rates.bytes
         forward, streamed = forward / work.num_blocks, interleaved(work.num_blocks, work.num_streamed)
         copy = work.block_bytes / rates.copied
         seconds += simulated_step(work.num_blocks, streamed, copy, forward, 2 * forward).waiting_seconds

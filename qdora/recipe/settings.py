@@ -278,7 +278,7 @@ class AdapterConfig(Section):
     rank_pattern: dict[Text, Whole] = Field(default_factory=dict)
     """Ranks of single layers: name, or last parts of a name -> rank."""
     same_scaling: Flag = False
-    """Adjust alpha in the layers of rank_pattern, so that alpha / rank is the same in all layers."""
+    """Adjust alpha in the layers of rank_pattern and the experts, so that alpha / rank is the same in all layers."""
     gates: GateConfig | None = None
     """Gates that find superfluous components and remove them during training (null: no gates)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -307,7 +307,11 @@ class AdapterConfig(Section):
             names = ["rank", "alpha", "rank_stabilized", "targets", "experts", "init", "rank_pattern", "same_scaling"]
             names.append("mask")
             return self._without_rows() | dict.fromkeys(names, "the adapter in adapter.resume_from has its own")
-        return self._without_rows() | ({} if self.rank_pattern else {"same_scaling": "adapter.rank_pattern is empty"})
+        return self._without_rows() | ({} if self._has_ranks else {"same_scaling": "all layers have one rank"})
+
+    @property
+    def _has_ranks(self) -> bool:
+        return bool(self.rank_pattern) or self.experts.rank is not None
 
     def _without_rows(self) -> dict[str, str]:
         return {} if self.also_train else {"also_train_rows": "adapter.also_train is empty"}

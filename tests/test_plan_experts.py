@@ -1,0 +1,229 @@
+"""Plans of mixtures of experts: bytes against counted steps, routing, and no more work for more experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from qdora.memory.allocator import keep_freed_memory
+from qdora.model.build_model import Compute, put_adapters
+from qdora.model.experts import stacks
+from qdora.model.inject import adapted_layers, adapter_parameters
+from qdora.model.source import resolve
+from qdora.nn.adapted_linear import prepare_gains
+from qdora.ops import expert_product
+from qdora.ops.planned_device import planned_counts, planned_on
+from qdora.plan import memory_plan, plan_view
+from qdora.plan.changes_to_fit import _candidates
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.memory_plan import plan
+from qdora.plan.plan_contents import CONTEXT_BYTES, MicroBatchShape, Moment, Plan
+from qdora.plan.public_shapes import public_shapes
+from qdora.plan.step_time import Rates, Work, step_seconds
+from qdora.recipe.recipe_file import load_recipe, recipe_from
+from qdora.recipe.settings import Recipe
+from qdora.run.load_base import load_base
+from qdora.train.loop import batch_loss
+from qdora.train.optimizer import AdapterOptimizer
+from tests import tiny_experts
+
+
+def a_recipe(source: str = "org/model", **changes: Any) -> Recipe:
+    document: dict[str, Any] = {
+        "model": {"source": source, "dtype": "bfloat16"},
+        "adapter": {"rank": 8},
+        "base": {},
+        "data": {"mix": [{"source": "org/data"}], "max_length": 64},
+        "train": {"steps": 2, "batch": 2, "micro_batch_tokens": 64, "optimizer": "adamw"},
+        "memory": {"loss_chunk": 64},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        document[section][key] = value
+    return recipe_from(document)
+
+
+def a_config(name: str, **changes: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(name, **(tiny_experts.SIZES | tiny_experts.MODELS[name] | changes))
+
+
+def force_routing(model: Any, choose: Any) -> None:
+    """Let `choose(tokens, k, experts)` say the experts of each token, (tokens, k), in place of the router."""
+
+    def forced(experts: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, chosen, weights = inputs
+        return hidden, choose(*chosen.shape, experts.down_proj.num_experts), weights
+
+    for path in stacks(model):
+        if path.endswith(".down_proj"):
+            model.get_submodule(path.removesuffix(".down_proj")).register_forward_pre_hook(forced)
+
+
+def evenly(tokens: int, k: int, experts: int) -> Tensor:
+    return (torch.arange(tokens * k) % experts).view(tokens, k)
+
+
+def all_alike(tokens: int, k: int, experts: int) -> Tensor:
+    """Every token chooses the same k experts, which are not neighbours."""
+    return (torch.arange(k) * 2).expand(tokens, k)
+
+
+def counted_step(recipe: Recipe, choose: Any, length: int) -> int:
+    """The most bytes alive in the second step of a real run on the CPU, of two micro-batches of one row."""
+    keep_freed_memory()
+    ids = torch.randint(3, 400, (1, length), generator=torch.Generator().manual_seed(7))
+    with LiveBytes() as live:
+        model = load_base(recipe, resolve(recipe.model.source), Compute(torch.device("cpu"), torch.bfloat16))
+        put_adapters(model, recipe)
+        force_routing(model, choose)
+        optimizer = AdapterOptimizer(adapter_parameters(model), name=recipe.train.optimizer)
+        model.train()
+        for _ in range(2):
+            live.reset_peak()
+            prepare_gains(adapted_layers(model).values())
+            for _ in range(2):
+                batch_loss(model, ids, torch.ones_like(ids), ids.clone(), chunk=64).nll_sum.backward()  # type: ignore[no-untyped-call]
+            optimizer.scale_gradients_(1.0 / optimizer.gradient_norm())
+            optimizer.step(1e-4)
+            optimizer.zero_grad()
+    return live.peak_bytes
+
+
+def check_bytes(directory: Path, name: str, length: int, sizes: dict[str, Any], **changes: Any) -> Plan:
+    """Compare planned with counted bytes, evenly routed and skewed; returns the plan."""
+    tiny_experts.make(name, torch.bfloat16, **sizes).save_pretrained(directory)
+    recipe = a_recipe(str(directory), **changes)
+    shape = MicroBatchShape(1, length, length - 1, masked=False, accumulated=True)
+    found = plan(recipe, device_kind="cpu", workload=lambda _recipe: ([shape], 2))
+    assert found.even_routing_bytes is not None
+    even = found.even_routing_bytes - CONTEXT_BYTES["cpu"]
+    counted = [counted_step(recipe, choose, length) for choose in (evenly, all_alike)]
+    ratios = [even / counted[0], found.tensor_bytes / counted[1]]
+    assert ratios == [pytest.approx(1.0, abs=0.03)] * 2, ratios
+    return found
+
+
+def test_planned_bytes_are_those_of_a_counted_step(tmp_path: Path) -> None:
+    """Most of the bytes are tensors of tokens, so that routing makes a difference of more than the tolerance."""
+    sizes = {"num_local_experts": 8, "intermediate_size": 256, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    found = check_bytes(tmp_path, "mixtral", 512, sizes)
+    assert found.even_routing_bytes is not None
+    # The worst routing decides whether a run fits.
+    between = (found.even_routing_bytes + found.peak_bytes) // 2
+    assert found.peak_bytes - found.even_routing_bytes > 0.06 * found.tensor_bytes
+    assert replace(found, budget_bytes=between).fits is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen3_moe", {}),
+        ("qwen3_moe", {"adapter__dropout": 0.1, "memory__checkpointing": False}),
+        ("qwen3_moe", {"adapter__experts": {"rank": 2, "share": "B"}, "base__quant": "int8"}),
+        ("qwen3_moe", {"adapter__targets": ["q_proj", "v_proj"], "base__double_quant": False}),
+        ("gpt_oss", {"adapter__kind": "lora"}),
+        ("deepseek_v3", {"adapter__experts": {"rank": 4, "share": "A"}}),
+    ],
+)
+def test_planned_bytes_of_other_mixtures(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    many = {"qwen3_moe": "num_experts", "gpt_oss": "num_local_experts", "deepseek_v3": "n_routed_experts"}[name]
+    wide = "intermediate_size" if name == "gpt_oss" else "moe_intermediate_size"
+    sizes = {"hidden_size": 128, "head_dim": 32, wide: 256, many: 16, "max_position_embeddings": 1024}
+    if name == "deepseek_v3":
+        del sizes["head_dim"]
+    check_bytes(tmp_path, name, 768, sizes, **changes)
+
+
+def routed(recipe: Recipe, config: PreTrainedConfig, device_kind: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The plan, and the operations that it took."""
+    calls = []
+
+    class Counting(LiveBytes):
+        def __torch_dispatch__(self, *args: Any) -> Any:
+            calls.append(None)
+            return super().__torch_dispatch__(*args)
+
+    memory_plan._latest.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(memory_plan, "LiveBytes", Counting)
+        return [plan(recipe, config=config, device_kind=device_kind), len(calls)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device_kind", ["cpu", "cuda"])
+def test_a_plan_needs_no_more_operations_for_more_experts_and_finds_the_bytes_of_all(
+    device_kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan leaves out launches like those before them; run all the same, they change no moment's bytes."""
+    monkeypatch.setattr(expert_product, "_RUN_BYTES", 3 * 128 * 64 * 2)
+    recipe = a_recipe(adapter__experts={"rank": 8})
+    few, many = (a_config("qwen3_moe", num_experts=count, num_hidden_layers=1) for count in (24, 96))
+    found, operations = routed(recipe, few, device_kind, monkeypatch)
+    assert routed(recipe, many, device_kind, monkeypatch)[1] < 1.1 * operations
+    with monkeypatch.context() as patched:
+        patched.setattr(expert_product, "is_planning", lambda: False)
+        whole, all_operations = routed(recipe, few, device_kind, monkeypatch)
+    assert all_operations > 1.1 * operations
+    assert whole.moments == found.moments
+    assert whole.even_routing_bytes == found.even_routing_bytes
+
+
+def test_tokens_are_divided_evenly_or_nearly_all_alike() -> None:
+    with planned_on("cuda"):
+        assert planned_counts(10, 2, 6) == [4, 4, 3, 3, 3, 3]
+    with planned_on("cuda", "skewed"):
+        # Two experts have all tokens but one for each of the others, and no two of those reached are neighbours.
+        assert planned_counts(10, 2, 8) == [9, 0, 9, 0, 1, 0, 1, 0]
+        assert planned_counts(10, 2, 3) == [10, 0, 10]
+        assert planned_counts(5, 1, 1) == [5]
+        assert planned_counts(4, 3, 4) == [4, 4, 3, 1]  # too few experts to leave any out
+        assert planned_counts(1, 2, 8) == [1, 0, 1, 0, 0, 0, 0, 0]
+    counts = planned_counts(4096, 8, 128)
+    assert (sum(counts), max(counts)) == (4096 * 8, 256)
+
+
+def test_a_plan_says_what_routing_decides() -> None:
+    shape, moments = MicroBatchShape(1, 64, 63, masked=False), [Moment("forward", 0, {"activations": 2**31})]
+    close, apart = (Plan("cpu", moments, shape, 1, even_routing_bytes=share * 2**20) for share in (2640, 2000))
+    peak = close.peak_bytes
+    assert peak == 2**31 + CONTEXT_BYTES["cpu"]
+    assert (close.depends_on_routing, apart.depends_on_routing) == (False, True)
+    assert apart.to_dict()["even_routing_bytes"] == 2000 * 2**20
+    (said,) = (line for line in plan_view.plan_lines(apart) if "Experts" in line)
+    assert said == (
+        "Experts: 2.59 GiB if nearly all tokens choose the same ones, which is planned; "
+        "1.95 GiB if tokens divide evenly among them."
+    )
+    assert not any("Experts" in line for line in plan_view.plan_lines(close))
+    assert replace(close, even_routing_bytes=None).to_dict()["even_routing_bytes"] is None
+
+
+def test_fewer_ranks_of_experts_are_proposed() -> None:
+    def proposed(**experts: Any) -> str:
+        return str(_candidates(a_recipe(adapter__experts=experts), "cuda"))
+
+    assert "'adapter.experts.rank=3'" in proposed(rank=6)
+    assert "experts" not in proposed(rank=1) + proposed(share="A")
+
+
+def test_a_token_meets_few_of_the_weights() -> None:
+    rates, shape = Rates("round", 1e12, 1e30, 1.0), MicroBatchShape(1, 100, 0, masked=False)
+    work = Work(1000, 0, 10, 0, quantised=True, checkpointing=True)
+    dense, mixture = (step_seconds(each, shape, 1, rates) for each in (work, replace(work, share_met=0.25)))
+    assert mixture == pytest.approx(dense / 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b-24gb", "gpt-oss-20b-24gb"])
+def test_the_recipes_of_mixtures_fit_their_card(name: str) -> None:
+    recipe = load_recipe(name)
+    found = plan(recipe, config=public_shapes()[recipe.model.source].config())
+    assert found.budget_bytes == 24 * 10**9
+    assert found.peak_bytes < 0.95 * found.budget_bytes
