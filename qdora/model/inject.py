@@ -177,8 +177,8 @@ def frozen_like(
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` is the last part of a module's path, the path, a shell pattern that matches it, or "experts" and
-    the module is in one called so."""
+    """Whether `pattern` is the last part of a module's path, the path, a shell pattern that matches it, or "experts"
+    and the module is in one called so."""
     owner, _, last = name.rpartition(".")
     if pattern == EXPERTS and owner.rpartition(".")[2] == EXPERTS:
         return True

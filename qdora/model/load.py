@@ -295,7 +295,7 @@ def is_wide(name: str, wide: Sequence[str]) -> bool:
 def iterate_quantized(
     stored: Mapping[str, Stored], layers: Collection[str], wanted: Quantization, device: torch.device
 ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-    """`iterate_tensors` with the dense weights of `layers` quantised on `device`, part by part where the file has parts."""
+    """`iterate_tensors` with the dense weights of `layers` quantised on `device`, by parts if the file has some."""
     for name, item in stored.items():
         layer, _, leaf = name.rpartition(".")
         if isinstance(item, StoredTensor) and leaf == "weight" and layer in layers and wanted.kind != "none":

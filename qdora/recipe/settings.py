@@ -265,8 +265,8 @@ class AdapterConfig(Section):
     dropout: Share = 0.0
     """Share of the adapter's inputs to zero during training; the base always gets all inputs."""
     targets: Targets = "all-linear"
-    """Linear layers with an adapter: all but the head and routers, or a list of names such as q_proj; experts stands for
-    the experts of a mixture."""
+    """Linear layers with an adapter: all but the head and routers, or a list of names such as q_proj; experts stands
+    for the experts of a mixture."""
     experts: ExpertConfig = ExpertConfig()
     """Adapters of the experts of a mixture."""
     init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
@@ -275,7 +275,7 @@ class AdapterConfig(Section):
     rank_pattern: dict[Text, Whole] = Field(default_factory=dict)
     """Ranks of single layers: name, or last parts of a name -> rank."""
     same_scaling: Flag = False
-    """Adjust alpha in the layers of rank_pattern, so that alpha / rank is the same in all layers."""
+    """Adjust alpha in the layers of rank_pattern and experts.rank, so that alpha / rank is the same in all layers."""
     gates: GateConfig | None = None
     """Gates that find superfluous components and remove them during training (null: no gates)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -304,7 +304,8 @@ class AdapterConfig(Section):
             names = ["rank", "alpha", "rank_stabilized", "targets", "experts", "init", "rank_pattern", "same_scaling"]
             names.append("mask")
             return self._without_rows() | dict.fromkeys(names, "the adapter in adapter.resume_from has its own")
-        return self._without_rows() | ({} if self.rank_pattern else {"same_scaling": "adapter.rank_pattern is empty"})
+        own_ranks = self.rank_pattern or self.experts.rank
+        return self._without_rows() | ({} if own_ranks else {"same_scaling": "adapter.rank_pattern is empty"})
 
     def _without_rows(self) -> dict[str, str]:
         return {} if self.also_train else {"also_train_rows": "adapter.also_train is empty"}
@@ -313,7 +314,8 @@ class AdapterConfig(Section):
         if len(set(self.also_train)) != len(self.also_train):
             yield "also_train", f"must name each matrix once, got {list(self.also_train)}."
         asked = None if self.gates is None else self.gates.mean_rank
-        if asked is not None and self.resume_from is None and asked >= max([self.rank, *self.rank_pattern.values()]):
+        ranks = [self.rank, *self.rank_pattern.values(), self.experts.rank or 1]
+        if asked is not None and self.resume_from is None and asked >= max(ranks):
             yield "gates.mean_rank", f"must be less than adapter.rank, so that components are removed, got {asked:g}."
 
 
