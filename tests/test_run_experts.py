@@ -24,7 +24,7 @@ from qdora.export.logit_comparison import comparison_text
 from qdora.export.options import ExportOptions
 from qdora.export.verify import verify_merged
 from qdora.model import experts
-from qdora.model.inject import adapted_layers, inject
+from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.expert_linear import AdaptedExperts
@@ -32,6 +32,7 @@ from qdora.recipe.recipe_file import load_recipe, override
 from qdora.run.load_run import load_run, load_target
 from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
+from qdora.train.interference import GradientProbe, measure
 from tests import launched, tiny_adapted, tiny_curvature, tiny_experts, tiny_run, tiny_tokenizer
 from tests.run_files import assert_same_run, stop_after
 from tests.test_train_distributed import assert_close_runs
@@ -117,6 +118,11 @@ def test_other_kinds_are_exported_as_they_run(root: Path, tmp_path: Path, change
     if changes["adapter__kind"] == "none":
         changes = changes | NO_FACTORS | {"train__steps": 0}
     train_run(recipe(root, **changes), tmp_path / "run", console=quiet())
+    layers = adapted_layers(load_run(tmp_path / "run").model)
+    assert len(layers) == (12 if changes["adapter__kind"] == "magnitude" else 0)
+    for layer in layers.values():
+        assert not layer.lora_B.any()
+        assert not torch.equal(layer.magnitude.square(), layer.base_squared)
     exported = export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="float32"), console=quiet())
     assert exported["verification"]["passed"], exported["verification"]["faults"]
 
@@ -278,6 +284,17 @@ def test_other_layers_are_differentiated_through_stacks(tmp_path: Path, kind: An
         plain_model(model, [stack], norm=norm),
     ):
         pass
+
+
+def test_gradients_of_tasks_are_compared_over_experts_too(tmp_path: Path) -> None:
+    model, layers = adapted(tmp_path)
+    first, second = tiny_curvature.batches()
+    probe = GradientProbe({"one": ([first], [second]), "again": ([second], [first])})
+    found = measure(model.train(), probe, adapter_parameters(model), device=torch.device("cpu"))
+    assert found["cosines"][0][1] == pytest.approx(1.0, abs=1e-3)
+    assert found["own_cosines"][0] < 0.99
+    assert found["groups"].keys() == {"lora_A", "lora_B", "magnitude"}
+    assert found["bytes"] == 8 * sum(p.numel() for layer in layers.values() for p in layer.parameters())
 
 
 def reached_and_trained(rank: int, settings: Any, directory: Path) -> None:

@@ -324,9 +324,9 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
 def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
     """Let the layers keep their decoded scales (`AdaptedLinear.keeps_scales`), and return whether they do.
 
-    They do not if it would take more than half of a GPU's free memory.
+    They do not if it would take more than half of a GPU's free memory. Stacks of experts keep nothing.
     """
-    layers = list(layers)
+    layers = [layer for layer in layers if layer.lora_B.ndim == 2]
     blocks = [
         layer.in_features * layer.out_features // layer.base.block_size
         for layer in layers

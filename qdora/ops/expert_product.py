@@ -247,7 +247,7 @@ def adapted_stack(
     """
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
     seed = draw_seed() if dropout > 0.0 else 0
-    call = _Call(weight, tokens, keep_bits, scaling / (1.0 - dropout), dropout, seed)
+    call = _StackCall(weight, tokens, keep_bits, scaling / (1.0 - dropout), dropout, seed)
     out: Tensor = _AdaptedStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
         x.to(product_dtype(x)), lora_A, lora_B, magnitude, *(gain or (None, None)), call
     )
@@ -260,7 +260,7 @@ def expert_bits(keep_bits: Tensor, num_experts: int, expert: int) -> Tensor:
     return keep_bits.view(num_experts, -1)[expert]
 
 
-class _Call(NamedTuple):
+class _StackCall(NamedTuple):
     """The arguments of a product that have no gradient; `scaling` includes dropout's 1 / (1 - p)."""
 
     weight: Weight
@@ -314,7 +314,7 @@ class _AdaptedStack(torch.autograd.Function):
         magnitude: Tensor | None,
         gain: Tensor | None,
         inverse_magnitude: Tensor | None,
-        call: _Call,
+        call: _StackCall,
     ) -> Tensor:
         out = x.new_empty(x.shape[0], lora_B.shape[1])
         low = x.new_empty(x.shape[0], lora_A.shape[1]) if call.keep_bits is None else None
@@ -344,7 +344,7 @@ class _AdaptedStack(torch.autograd.Function):
         x, lora_A, lora_B, _, gain, inverse_magnitude, low, out = ctx.saved_tensors
         if out is not None and out._version > ctx.version:
             raise RuntimeError(WRITTEN)
-        call: _Call = ctx.call
+        call: _StackCall = ctx.call
         need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
         dm = column_dots(dy, out, inverse_magnitude, call.tokens) if need_m else None
         del out
