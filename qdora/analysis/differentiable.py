@@ -95,8 +95,10 @@ def plain_model(
             plain = _plain_layer(layer, name in layers and norm == "attached", name in layers and "update" in parts)
             if name in layers:
                 leaves |= {f"{name}.{part}": plain.values[part].requires_grad_(True) for part in parts}
-            run = plain_experts if isinstance(layer, AdaptedExperts) else plain_forward
-            vars(layer)["forward"] = partial(run, layer, plain)
+            if isinstance(layer, AdaptedExperts):
+                vars(layer)["forward"] = partial(plain_experts, layer, plain)
+            else:
+                vars(layer)["forward"] = partial(plain_forward, layer, plain)
         with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
             yield leaves
     finally:

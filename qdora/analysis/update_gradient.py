@@ -214,4 +214,5 @@ def _squared_values(matrix: Tensor) -> Tensor:
     """All squared singular values of a matrix, falling, float64."""
     # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
     short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
-    return torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0.0)
+    found: Tensor = torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0.0)
+    return found

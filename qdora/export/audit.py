@@ -231,10 +231,15 @@ def computing(model: PreTrainedModel, weight: Weight) -> Iterator[None]:
                 continue
             base = layer.base if isinstance(layer, AdaptedLinear) else layer
             make = partial(weight, path, layer)
-            kind = _ComputedExperts if isinstance(base, FrozenExperts) else _ComputedLinear
-            replace_module(model, path, kind(base, make, first if keep else None))
+            kept = first if keep else None
+            computed = (
+                _ComputedExperts(base, make, kept)
+                if isinstance(base, FrozenExperts)
+                else _ComputedLinear(base, make, kept)
+            )
+            replace_module(model, path, computed)
             replaced[path] = layer
-            del first
+            del first, kept
         yield
     finally:
         for path, layer in replaced.items():
