@@ -21,7 +21,7 @@ from qdora.export.export_run import export_run
 from qdora.export.gguf import find_llama_cpp
 from qdora.export.options import ExportOptions, check_options
 from qdora.run.train import train_run
-from tests import tiny_adapted, tiny_run, tiny_tokenizer
+from tests import tiny_adapted, tiny_experts, tiny_run, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -217,3 +217,17 @@ def test_options_of_other_formats() -> None:
     with pytest.raises(UserError, match=r"--gguf-type: must be one of f32, f16, .* \(got 'q8'\)\. Did you mean 'q8_0'"):
         check_options(ExportOptions(format_="gguf", gguf="q8"))
     check_options(ExportOptions(target="ollama", gguf="q4_k_m", base="original"))
+
+
+def test_of_a_mixture_the_layout_of_the_experts_is_not_known(tmp_path: Path) -> None:
+    merged = tiny_experts.write(tmp_path / "merged", "qwen3_moe")
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "qwen3moe")
+    writer.add_block_count(2)
+    writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((4, 64, 64), dtype=np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    found = gguf_export.check_tensors(reader, tmp_path / "model.gguf", merged)
+    assert not found.faults
+    assert "blk.0.ffn_gate_exps.weight" in found.unchecked

@@ -20,7 +20,7 @@ from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
 from qdora.run.evaluate import evaluate_target
 from qdora.run.train import train_run
-from tests import tiny_run, tiny_streamed
+from tests import tiny_experts, tiny_run, tiny_streamed
 from tests.run_files import assert_same_run
 
 
@@ -145,3 +145,12 @@ def test_what_cannot_be_is_said(source: Path, tmp_path: Path, root: Path) -> Non
         tiny_run.recipe(root, base__residency="disk", base__quant="none")
     with pytest.raises(UserError, match=r"base\.residency: must be device with a pruned base, got disk"):
         tiny_run.recipe(root, base__residency="disk", base__prune={"method": "magnitude", "sparsity": 0.5})
+
+
+@pytest.mark.parametrize("num_streamed", [None, 1])
+def test_stacks_of_experts_stay_on_disk(tmp_path: Path, num_streamed: int | None) -> None:
+    source = tiny_experts.write(tmp_path / "source", "gpt_oss")
+    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source)))
+    for _ in range(2):  # written, then read
+        model, _ = tiny_streamed.on_disk(source, tmp_path / "cache", num_streamed)
+        tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model)), expected)

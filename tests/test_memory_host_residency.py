@@ -20,7 +20,7 @@ from qdora.model.inject import frozen_layers
 from qdora.model.load import load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
-from tests import tiny_streamed
+from tests import tiny_experts, tiny_streamed
 
 
 class LateCopies:
@@ -172,3 +172,15 @@ def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("asked", "taken"), [(0, 0), (1, 1), (4096, 4096), (4097, 8192), (440_000_000, 2**29)])
 def test_pinned_memory_is_counted_as_torch_takes_it(asked: int, taken: int) -> None:
     assert pinned_bytes(asked) == taken
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("num_streamed", [None, 1])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=str)
+def test_stacks_of_experts_come_and_go(tmp_path: Path, name: str, num_streamed: int | None, targets: Any) -> None:
+    source = tiny_experts.write(tmp_path, name)
+    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source), targets=targets))
+    model, _ = on_host(source, num_streamed)
+    streamed = [path for path, layer in frozen_layers(model).items() if layer.residency is not None]
+    assert sum("experts" in path for path in streamed) == 2 * (num_streamed or 2)
+    tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, targets=targets)), expected)

@@ -16,7 +16,7 @@ from qdora.model.pruning import Pruner
 from qdora.model.source import resolve
 from qdora.recipe.settings import PruneConfig
 from qdora.run.train import train_run
-from tests import checkpoints, tiny_run
+from tests import checkpoints, tiny_experts, tiny_run
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,3 +71,26 @@ def test_a_run_starts_from_it_once(tmp_path: Path) -> None:
         return json.loads((tmp_path / name / "eval/step-0.json").read_text())["average"]["nll_per_token"]
 
     assert at_start("run") != at_start("plain")
+
+
+@pytest.mark.parametrize("share", ["none", "A", "B"])
+def test_each_expert_has_a_start_of_its_own(tmp_path: Path, share: str) -> None:
+    """Experts that share a factor have the nearest of all together."""
+    tiny_experts.write(tmp_path, "gpt_oss")
+    model, original = checkpoints.load(tmp_path, quant="nf2"), checkpoints.load(tmp_path)
+    layers = inject(model, rank=3, alpha=6.0, dtype=torch.float32, targets="experts", share=share)
+    left = start_from_error_(model, resolve(str(tmp_path)))
+    assert len(layers) == 4
+    for path, layer in layers.items():
+        weight, base = (
+            each.double().numpy() for each in (original.get_submodule(path).weight, layer.base.dequantized())
+        )
+        error = (weight - base).reshape(4, -1, weight.shape[1])
+        parts = {"none": list(error), "A": [np.concatenate(error, axis=0)], "B": [np.concatenate(error, axis=1)]}[share]
+        squares = [np.linalg.svd(part, compute_uv=False)[3:] ** 2 for part in parts]
+        assert left[path] == pytest.approx(np.sqrt(np.sum(squares)) / np.linalg.norm(error), abs=1e-4)
+        update = 2.0 * (layer.lora_B @ layer.lora_A).detach().numpy()
+        assert np.linalg.norm(error - update) / np.linalg.norm(error) == pytest.approx(left[path], abs=1e-4)
+        np.testing.assert_allclose(
+            layer.merged_weight(torch.float64).numpy(), base + update.reshape(base.shape), atol=2e-5
+        )

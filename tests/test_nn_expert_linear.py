@@ -269,3 +269,26 @@ def test_torchs_grouped_product_gives_the_results_of_single_products(monkeypatch
     for one, other in zip(single, results(), strict=True):
         assert reference.relative_error(to_numpy(other), to_numpy(one)) < 4e-3
     assert len(calls) >= 7, "two factors and the base, forward and backward, and the gradients of the factors"
+
+
+@pytest.mark.parametrize("share", ["none", "A", "B"])
+def test_a_gate_belongs_to_a_component_of_all_experts(share):
+    layer, tokens = layer_of(share=share), ExpertTokens((2, 0, 5, 1, 6))
+    x = torch.randn(14, IN, generator=torch.Generator().manual_seed(1))
+    layer.add_gate()
+    with torch.no_grad():
+        layer.gate.copy_(torch.tensor([0.5, 0.0, 1.5]))
+    y = layer(x, tokens)
+    y.square().sum().backward()
+    b = (layer.lora_B.detach() * layer.gate.detach()).requires_grad_()
+    plain = layer_of(share=share)
+    plain.lora_B = torch.nn.Parameter(b.detach().clone())
+    expected = plain(x, tokens)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
+    expected.square().sum().backward()
+    wanted = (plain.lora_B.grad * layer.lora_B.detach()).flatten(0, -2).sum(0)
+    torch.testing.assert_close(layer.gate.grad, wanted, rtol=1e-4, atol=1e-4)
+    layer.keep_components_(torch.tensor([True, False, True]))
+    assert (layer.rank, layer.lora_A.shape[1], layer.lora_B.shape[2]) == (2, 2, 2)
+    assert layer.parameters_per_rank * 2 == layer.lora_A.numel() + layer.lora_B.numel()
+    torch.testing.assert_close(layer(x, tokens), y, rtol=0, atol=1e-6)

@@ -41,6 +41,7 @@ TOPICS = {
     "evaluation",
     "exports",
     "models",
+    "experts",
     "ranks",
     "studies",
     "pruned-bases",

@@ -374,9 +374,9 @@ def test_learning_rates_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_embeddings_do_not_decay_and_trained_rows_have_float32_states(name: Any) -> None:
+def test_embeddings_do_not_decay_and_rows_and_magnitudes_of_experts_have_float32_states(name: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"embed.rows": (8, 1024), "head.weight": (64, 128), "up.lora_A": (64, 128)}
+    shapes = {"embed.rows": (8, 1024), "head.weight": (64, 128), "up.lora_A": (64, 128), "experts.magnitude": (8, 1024)}
     params = {key: nn.Parameter(torch.randn(shape, generator=generator)) for key, shape in shapes.items()}
     start = {key: p.detach().clone() for key, p in params.items()}
     optimizer = AdapterOptimizer(params, name=name, weight_decay=0.5, undecayed=["embed.rows", "head.weight"])
@@ -385,9 +385,11 @@ def test_embeddings_do_not_decay_and_trained_rows_have_float32_states(name: Any)
     optimizer.step(1e-2)
     assert torch.equal(params["embed.rows"], start["embed.rows"])
     assert torch.equal(params["head.weight"], start["head.weight"])
+    assert torch.equal(params["experts.magnitude"], start["experts.magnitude"])
     torch.testing.assert_close(params["up.lora_A"].detach(), start["up.lora_A"] * (1 - 1e-2 * 0.5))
-    states = {key: each.dtype for key, each in optimizer.state_tensors().items() if "embed.rows" in key}
-    assert len(states) >= 1
-    assert torch.uint8 not in states.values()
+    for vectors in ("embed.rows", "experts.magnitude"):
+        states = {key: each.dtype for key, each in optimizer.state_tensors().items() if vectors in key}
+        assert len(states) >= 1
+        assert torch.uint8 not in states.values()
     coarse = [each.dtype for key, each in optimizer.state_tensors().items() if "head.weight" in key]
     assert (torch.uint8 in coarse) == ("8bit" in name)

@@ -152,6 +152,7 @@ def layer_directions(
         num_new: Path of a layer -> number of new components, as in `directions`.
         state: `fingerprint` of the model and the batches; needed with a cache.
     """
+    check_layers(model, list(num_new), norm=norm)
     adapted = adapted_layers(model)
     keys = {name: ["directions", name, norm, number, state] for name, number in num_new.items()}
     found = {name: kept for name, key in keys.items() if (kept := kept_tensors(cache, key)) is not None}

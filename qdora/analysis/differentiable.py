@@ -29,6 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
+from qdora.nn.expert_linear import AdaptedExperts
+from qdora.ops.expert_product import ExpertTokens, add_expert_bias, frozen_stack
 from qdora.ops.frozen_product import frozen_linear
 
 Norm = Literal["attached", "held", "none"]
@@ -79,7 +81,8 @@ def plain_model(
         norm: "attached" or "held" in these layers; "none" for LoRA. In other layers the norm is constant.
         parts: The parameters to differentiate by, or `UPDATE`.
     Yields: "<layer>.<part>" -> leaf, in model order.
-    Raises: ValueError: A layer that is not there, a norm that does not fit the kind, a model in 16 bits.
+    Raises: ValueError: A layer that is not there, a stack of experts (other layers are differentiated through them), a
+        norm that does not fit the kind, a model in 16 bits.
     """
     adapted = adapted_layers(model)
     check_layers(model, layers, norm=norm, parts=parts)
@@ -92,7 +95,10 @@ def plain_model(
             plain = _plain_layer(layer, name in layers and norm == "attached", name in layers and "update" in parts)
             if name in layers:
                 leaves |= {f"{name}.{part}": plain.values[part].requires_grad_(True) for part in parts}
-            vars(layer)["forward"] = partial(plain_forward, layer, plain)
+            if isinstance(layer, AdaptedExperts):
+                vars(layer)["forward"] = partial(plain_experts, layer, plain)
+            else:
+                vars(layer)["forward"] = partial(plain_forward, layer, plain)
         with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
             yield leaves
     finally:
@@ -116,6 +122,26 @@ def plain_forward(layer: AdaptedLinear, plain: PlainLayer, x: Tensor) -> Tensor:
         gain = plain.values["magnitude"] / norm.masked_fill(dead, 1.0)
         out = out * gain.masked_fill(dead, 0.0)
     return out if layer.base.bias is None else out + layer.base.bias.to(out.dtype)
+
+
+def plain_experts(layer: AdaptedExperts, plain: PlainLayer, x: Tensor, tokens: ExpertTokens) -> Tensor:
+    """`plain_forward` for a stack of experts: (tokens, in), sorted by expert -> (tokens, out); its norm is held."""
+    a, b = plain.values["lora_A"], plain.values["lora_B"]
+    parts, size = [], layer.expert_features
+    for run in tokens.reached:
+        (expert,) = run.experts
+        own_a, own_b = a[expert % len(a)], b[expert % len(b)]
+        if plain.keep_mask is None:
+            parts.append((x[run.tokens] @ own_a.T) @ own_b.T)
+        else:
+            keep = plain.keep_mask[expert * size : (expert + 1) * size]
+            parts.append(x[run.tokens] @ (own_b @ own_a).masked_fill(~keep, 0.0).T)
+    out = frozen_stack(x, layer.base.stored_weight, tokens) + torch.cat(parts) * layer.scaling
+    if plain.row_norm is not None:
+        dead = plain.row_norm == 0
+        gain = (plain.values["magnitude"] / plain.row_norm.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
+        out = out * gain.repeat_interleave(torch.tensor(tokens.counts, device=x.device), dim=0)
+    return out if layer.base.bias is None else add_expert_bias(out, layer.base.bias, tokens)
 
 
 def attached_norm(layer: AdaptedLinear, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -150,12 +176,23 @@ def _plain_layer(layer: AdaptedLinear, attached: bool, whole: bool) -> PlainLaye
     return PlainLayer(copies, None if layer.magnitude is None else layer.row_norm(), attached, keep_mask)
 
 
-def check_layers(model: nn.Module, layers: Collection[str], *, norm: Norm, parts: Collection[str] = FACTORS) -> None:
-    """Raises ValueError for what `plain_model` cannot take."""
+def check_layers(
+    model: nn.Module,
+    layers: Collection[str],
+    *,
+    norm: Norm,
+    parts: Collection[str] = FACTORS,
+    with_experts: bool = False,
+) -> None:
+    """Raises ValueError for what `plain_model` cannot take; `with_experts` allows stacks of experts unless the norm is
+    attached."""
     adapted = adapted_layers(model)
     missing = [name for name in layers if name not in adapted]
     if missing or not layers:
         raise ValueError(f"no adapted layers {missing}; allowed: one or more of {', '.join(adapted) or 'none'}.")
+    stacks = [name for name in layers if isinstance(adapted[name], AdaptedExperts)]
+    if stacks and (norm == "attached" or not with_experts):
+        raise ValueError(f"stacks of experts {stacks}; allowed: layers that are none.")
     unknown = [part for part in parts if part not in PARTS]
     if (unknown or not parts) and tuple(parts) != UPDATE:
         raise ValueError(f"no parameters {unknown}; allowed: one or more of {', '.join(PARTS)}, or update alone.")

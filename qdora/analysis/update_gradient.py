@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,9 @@ from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
+from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.dora import merged_weight
+from qdora.ops.expert_product import ExpertTokens
 from qdora.ops.loss import token_nll
 
 GRADIENT_BYTES = 2**30
@@ -39,20 +42,20 @@ def update_gradients(
     norm: Norm,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, T]:
-    """dL/d(s B A) of each layer from one pass, L the mean NLL of the labelled tokens.
+    """dL/d(s B A) of each layer from one pass, L the mean NLL of the labelled tokens; of a stack of experts all in one.
 
     Each gradient is given to `use`, so that not all exist at once. Under a mask it is zero where B A is masked.
 
     Args:
         model: With adapters, in float32 or float64; run in eval mode, otherwise as it trains.
         batches: Without packing; at least one labelled token.
-        use: Called with the path and the gradient, (out, in), float32 or wider.
+        use: Called with the path and the gradient, (out, in) or (experts * out, in), float32 or wider.
         norm: "attached" goes through the row norm of W + s B A, too; "held" and "none" (LoRA) do not.
     Returns: Path -> what `use` made of it.
     Raises: ValueError: As `curvature_of`.
     """
     check_batches(batches)
-    check_layers(model, layers, norm=norm)
+    check_layers(model, layers, norm=norm, with_experts=True)
     adapted = adapted_layers(model)
     found: dict[str, T] = {}
     with evaluation_mode(model):
@@ -65,18 +68,20 @@ def update_gradients(
 
 
 @contextmanager
-def watched_outputs(
-    layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], Callable[[Tensor], None]]
-) -> Iterator[None]:
+def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Callable[[Tensor], None]]) -> Iterator[None]:
     """Call `see(name, x, y)` in every forward pass of a layer, and what it returns with dL/dy in every backward pass.
+
+    For a stack of experts it is `see(name, x, y, tokens)`.
 
     The model goes on with a copy of y, which costs its size: what it writes into its layers' outputs would carry the
     gradient past the hook.
     """
 
-    def forward(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def forward(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         passed_on = output.clone()
-        passed_on.register_hook(see(name, args[0].detach(), output.detach()))  # type: ignore[no-untyped-call]
+        passed_on.register_hook(  # type: ignore[no-untyped-call]
+            see(name, args[0].detach(), output.detach(), *args[1:])
+        )
         return passed_on
 
     hooks = [layer.register_forward_hook(functools.partial(forward, name)) for name, layer in layers.items()]
@@ -88,7 +93,7 @@ def watched_outputs(
 
 
 def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one.
+    """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one. Not of stacks.
 
     Along its own direction a row of DoRA cannot move: its length is the magnitude's.
     """
@@ -119,11 +124,12 @@ def _of_group(
     """y = g * (x (W + M o s B A)^T) + bias: first the sum of dy x^T, then through g, norm and mask."""
     sums: dict[str, Tensor] = {}
 
-    def see(name: str, x: Tensor, _output: Tensor) -> Callable[[Tensor], None]:
+    def see(name: str, x: Tensor, _output: Tensor, tokens: ExpertTokens | None = None) -> Callable[[Tensor], None]:
         flat = x.reshape(-1, x.shape[-1])
 
         def backward(dy: Tensor) -> None:
-            part = dy.reshape(-1, dy.shape[-1]).T @ flat
+            upstream = dy.reshape(-1, dy.shape[-1])
+            part = upstream.T @ flat if tokens is None else _of_experts(upstream, flat, tokens)
             sums[name] = sums[name].add_(part) if name in sums else part
 
         return backward
@@ -142,18 +148,28 @@ def _of_group(
             total -= (total * unit).sum(dim=1, keepdim=True) * unit
         scale = 1.0 / num_tokens
         gain = layer.gain(total.dtype)
-        total *= scale if gain is None else gain.value.unsqueeze(1) * scale
+        total *= scale if gain is None else gain.value.reshape(-1, 1) * scale
         keep_mask = layer.base.keep_mask() if layer.masked else None
         if keep_mask is not None:
             total.masked_fill_(~keep_mask, 0.0)
     return sums
 
 
+def _of_experts(dy: Tensor, x: Tensor, tokens: ExpertTokens) -> Tensor:
+    """dy^T x of each expert of a stack, (experts * out, in)."""
+    total = dy.new_zeros(len(tokens.counts), dy.shape[1], x.shape[1])
+    for run in tokens.reached:
+        total[run.experts[0]] = dy[run.tokens].T @ x[run.tokens]
+    return total.flatten(0, 1)
+
+
 @torch.no_grad()
 def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
     """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
 
-    The product is not formed: they are those of the small matrix between the factors' orthogonal bases.
+    The product is not formed: they are those of the small matrix between the factors' orthogonal bases. For a stack of
+    experts a component has one of each expert, and its energy is their sum; experts that share a factor are one matrix
+    (`AdaptedExperts.approximated_parts`), without g where they share B, since g differs between them.
 
     Raises: ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those
         of rank components.
@@ -162,12 +178,14 @@ def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
         raise ValueError("update_spectrum must be given an adapter without a mask.")
     wide = torch.float64
     b = layer.stored_B().to(wide) * layer.scaling
-    if layer.magnitude is not None:
+    if layer.magnitude is not None and not (isinstance(layer, AdaptedExperts) and layer.share == "B"):
         norm = layer.row_norm().to(wide)
-        b = b * (layer.magnitude.to(wide) / norm).masked_fill(norm == 0, 0.0).unsqueeze(1)
-    small = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(layer.lora_A.to(wide).T, mode="r").R.T
-    energies = torch.linalg.svdvals(small).square().cpu().numpy()
-    return LayerSpectrum(energies, float(energies.sum()), layer.in_features + layer.out_features)
+        b = b * (layer.magnitude.to(wide) / norm).masked_fill(norm == 0, 0.0).unsqueeze(-1)
+    energies = np.zeros(layer.rank)
+    for left, right in layer.factor_pairs(b, layer.lora_A.to(wide)):
+        small = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+        energies += torch.linalg.svdvals(small).square().cpu().numpy()
+    return LayerSpectrum(energies, float(energies.sum()), layer.parameters_per_rank)
 
 
 def gradient_spectra(
@@ -179,16 +197,22 @@ def gradient_spectra(
     norm: Norm,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, LayerSpectrum]:
-    """Squared singular values of dL/d(s B A) of each layer: see `update_gradients`.
+    """Squared singular values of dL/d(s B A) of each layer: see `update_gradients`; of stacks as `update_spectrum`.
 
     At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
     """
+    adapted = adapted_layers(model)
 
-    def spectrum(_name: str, gradient: Tensor) -> LayerSpectrum:
-        # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
-        short = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
-        wide = short.double()
-        values = torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp_min(0.0)
-        return LayerSpectrum(values[:most].cpu().numpy(), float(values.sum()), sum(gradient.shape))
+    def spectrum(name: str, gradient: Tensor) -> LayerSpectrum:
+        found = torch.stack([_squared_values(part) for part in adapted[name].approximated_parts(gradient)]).sum(dim=0)
+        return LayerSpectrum(found[:most].cpu().numpy(), float(found.sum()), adapted[name].parameters_per_rank)
 
     return update_gradients(model, layers, batches, spectrum, norm=norm, progress=progress)
+
+
+def _squared_values(matrix: Tensor) -> Tensor:
+    """All squared singular values of a matrix, falling, float64."""
+    # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
+    short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
+    found: Tensor = torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0.0)
+    return found

@@ -29,7 +29,9 @@ from qdora.files.markdown_table import markdown_table
 from qdora.model.inject import adapted_layers, frozen_layers, replace_module
 from qdora.model.stored_tensors import StoredPacked
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.expert_linear import FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.expert_product import ExpertTokens, frozen_stack
 from qdora.ops.packed import block_scales, dequantize, quantize
 
 ADAPTER = "adapter"
@@ -227,11 +229,17 @@ def computing(model: PreTrainedModel, weight: Weight) -> Iterator[None]:
             first = weight(path, layer)
             if first is None:
                 continue
-            bias = layer.base.bias if isinstance(layer, AdaptedLinear) else layer.bias
+            base = layer.base if isinstance(layer, AdaptedLinear) else layer
             make = partial(weight, path, layer)
-            replace_module(model, path, _ComputedLinear(make, bias, first if keep else None))
+            kept = first if keep else None
+            computed = (
+                _ComputedExperts(base, make, kept)
+                if isinstance(base, FrozenExperts)
+                else _ComputedLinear(base, make, kept)
+            )
+            replace_module(model, path, computed)
             replaced[path] = layer
-            del first
+            del first, kept
         yield
     finally:
         for path, layer in replaced.items():
@@ -241,17 +249,34 @@ def computing(model: PreTrainedModel, weight: Weight) -> Iterator[None]:
 class _ComputedLinear(nn.Module):
     """y = x W^T + bias with a W that is kept, or made at every forward pass."""
 
-    def __init__(self, make: Callable[[], Tensor | None], bias: Tensor | None, kept: Tensor | None) -> None:
+    def __init__(self, base: FrozenLinear, make: Callable[[], Tensor | None], kept: Tensor | None) -> None:
         super().__init__()
         self.make, self.kept = make, kept
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", base.bias)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W in `dtype`."""
+        weight = self.make() if self.kept is None else self.kept
+        assert weight is not None  # it was not None when the layer was replaced
+        return weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
-        weight = self.make() if self.kept is None else self.kept
-        assert weight is not None  # it was not None when the layer was replaced
         bias = self.get_buffer("bias").to(x.dtype) if self._buffers["bias"] is not None else None
-        return nn.functional.linear(x, weight.to(x.dtype), bias)
+        return nn.functional.linear(x, self.weight(x.dtype), bias)
+
+
+class _ComputedExperts(_ComputedLinear):
+    """The same for a stack of experts."""
+
+    def __init__(self, base: FrozenExperts, make: Callable[[], Tensor | None], kept: Tensor | None) -> None:
+        super().__init__(base, make, kept)
+        self.num_experts = base.num_experts
+
+    def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
+        """(tokens, in), sorted by expert -> (tokens, out)."""
+        assert tokens is not None, "a stack of experts needs to know whose tokens these are"
+        return frozen_stack(x, self.weight(x.dtype), tokens, self._buffers["bias"])
 
 
 @torch.no_grad()

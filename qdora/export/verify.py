@@ -29,13 +29,15 @@ from qdora.export.logit_comparison import ROUNDING, ComparisonText, compare_logi
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
 from qdora.model.bnb_checkpoint import gather_packed
-from qdora.model.conversion import rename_to_model
+from qdora.model.conversion import rename_to_model, to_stacks
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import auto_class
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.model.stored_tensors import Stored, open_safetensors, shard_files
 from qdora.model.trained_embeddings import embedding_paths, is_tied, trained_matrices
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.packed import PackedWeight, dequantize
 from qdora.run.load_run import ADAPTER_DIRECTORY
 
@@ -66,7 +68,7 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
         merged, faults = _reload(directory, model, Path(scratch))
         total = compare_logits(model, merged, text.sequences)
         stored = stored_dtype(directory)
-        files = rename_to_model(open_safetensors(directory), merged)
+        files = to_stacks(rename_to_model(open_safetensors(directory), merged), model)
         weight = partial(_dense_weight, files)
         weights = compare_weights(model, weight, stored)
         faults += embedding_faults(model, weight, stored)
@@ -132,13 +134,14 @@ def compare_weights(
         if tensor is None:  # a fault of reloading already
             continue
         step = max(1, layer.out_features // _ROWS)
-        base = layer.base.dequantized(layer.base.wide_dtype)[::step].double()
-        update = layer.gated_B()[::step].double() @ layer.lora_A.double()
+        if isinstance(layer, AdaptedExperts):
+            step |= 1  # not always the same row of an expert
+        base, update = _rows_of(layer, step)
         keep = layer.base.keep_mask() if layer.masked else None
         expected = base + layer.scaling * (update if keep is None else update * keep[::step])
         if layer.magnitude is not None:
             norm = expected.square().sum(dim=1).sqrt()
-            gain = torch.where(norm > 0, layer.magnitude[::step].double() / norm, 0.0)
+            gain = torch.where(norm > 0, layer.magnitude.flatten()[::step].double() / norm, 0.0)
             expected = expected * gain.unsqueeze(1)
         found = tensor[::step].to(expected.device).double()
         # The error of a float32 sum follows its largest term, not its result; below the smallest normal number the
@@ -151,6 +154,20 @@ def compare_weights(
             worst, worst_layer = error, path
         num_rows += len(expected)
     return {"num_layers": len(layers), "num_rows": num_rows, "max_error": worst, "worst_layer": worst_layer}
+
+
+def _rows_of(layer: AdaptedLinear, step: int) -> tuple[Tensor, Tensor]:
+    """Every `step`-th row of the base and of B A, in float64."""
+    if not isinstance(layer, AdaptedExperts):
+        base = layer.base.dequantized(layer.base.wide_dtype)[::step].double()
+        return base, layer.gated_B()[::step].double() @ layer.lora_A.double()
+    wide, a, b = layer.base.wide_dtype, layer.lora_A.double(), layer.gated_B().double()
+    rows, updates = [], []
+    for row in range(0, layer.out_features, step):
+        expert, inside = divmod(row, layer.expert_features)
+        rows.append(layer.base.dequantized_rows(slice(row, row + 1), wide))  # one expert at a time
+        updates.append(b[expert % len(b), inside] @ a[expert % len(a)])
+    return torch.cat(rows).double(), torch.stack(updates)
 
 
 def _dense_weight(files: Mapping[str, Stored], path: str) -> Tensor | None:

@@ -58,7 +58,10 @@ _MAGNITUDE_NOTE = (
 
 @dataclass(frozen=True)
 class AdapterDescription:
-    """The JSON files of an adapter. All but `layout` are None for an adapter that qdora did not write."""
+    """The JSON files of an adapter. All but `layout` are None or empty for an adapter that qdora did not write.
+
+    `shares`: path of each stack of experts -> the factor that its experts share.
+    """
 
     layout: AdapterLayout
     extra: dict[str, Any] | None = None
@@ -172,7 +175,7 @@ def describe_adapter(directory: Path) -> AdapterDescription:
     shares = {
         path: entry["share"]
         for path, entry in (layers.items() if isinstance(layers, dict) else ())
-        if isinstance(entry, dict) and entry.get("share") in ("A", "B")
+        if isinstance(entry, dict) and entry.get("share") in ("none", "A", "B")
     }
     return AdapterDescription(layout, record.get("extra"), scalings, shares)
 

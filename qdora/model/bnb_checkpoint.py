@@ -69,6 +69,7 @@ def load_faults(classes: Mapping[str, str], option: str) -> list[str]:
     if not others:
         return []
     path, name = next(iter(others.items()))
+    name = "stack of experts" if name == "ExpertLinear" else name
     return [
         f"{option}: transformers does not load {len(others)} layers of this model in 4 bits (e.g. {path}, a {name}). "
         "Fix: use --format merged."

@@ -238,12 +238,12 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
         keep = layer.base.keep_mask() if layer.masked else None
         if keep is not None:
             error.masked_fill_(~keep, 0)
-        lora_B, lora_A = nearest_low_rank(error / layer.scaling, layer.rank)
-        layer.lora_A.copy_(lora_A)
-        layer.lora_B.copy_(lora_B)
+        parts = layer.approximated_parts(error / layer.scaling)
+        factors = [nearest_low_rank(part, layer.rank) for part in parts]
+        layer.set_factors_(factors)
         if layer.magnitude is not None:
             layer.magnitude.copy_(layer.row_norm())
-        update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())
+        update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float()).view_as(error)
         if keep is not None:
             update.masked_fill_(~keep, 0)
         size = float(error.norm())

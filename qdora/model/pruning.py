@@ -244,7 +244,7 @@ def _measured(
         x = inputs[0]
         tokens: ExpertTokens | None = inputs[1] if len(inputs) > 1 else None
         own = statistics.get(name)
-        if last is not None and last[0] is x and own in (None, last[1]):
+        if last is not None and last[0] is x and (own is None or own is last[1]):
             # The query, key and value layers, and gate and up, read the same tensor.
             statistics[name] = last[1]
             return

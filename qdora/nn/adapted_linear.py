@@ -135,6 +135,11 @@ class AdaptedLinear(nn.Module):
         """s = alpha / rank, or alpha / sqrt(rank) if rank-stabilised."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
+    @property
+    def parameters_per_rank(self) -> int:
+        """Parameters of one rank component of lora_A and lora_B."""
+        return (self.lora_A.numel() + self.lora_B.numel()) // self.rank
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
         bits = self._mask_bits
@@ -201,6 +206,22 @@ class AdaptedLinear(nn.Module):
         if self.gate is not None:
             self.gate.data = self.gate.data[keep]
         self.parameters_changed()
+
+    def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
+        """The matrices that B A of this layer approximates, each by one of `rank`, for a B A that shall be `matrix`."""
+        return [matrix]
+
+    def factor_pairs(self, lora_B: Tensor, lora_A: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Factors (rows, rank), (rank, columns) of each of `approximated_parts`, from tensors in the shapes of lora_B
+        and lora_A."""
+        return [(lora_B, lora_A)]
+
+    @torch.no_grad()
+    def set_factors_(self, factors: list[tuple[Tensor, Tensor]]) -> None:
+        """Set lora_B and lora_A from the factors of each of `approximated_parts`."""
+        ((lora_B, lora_A),) = factors
+        self.lora_B.copy_(lora_B)
+        self.lora_A.copy_(lora_A)
 
     @property
     def _mask_bits(self) -> Tensor | None:
@@ -303,9 +324,9 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
 def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
     """Let the layers keep their decoded scales (`AdaptedLinear.keeps_scales`), and return whether they do.
 
-    They do not if it would take more than half of a GPU's free memory.
+    They do not if it would take more than half of a GPU's free memory. Stacks of experts keep nothing.
     """
-    layers = list(layers)
+    layers = [layer for layer in layers if layer.lora_B.ndim == 2]
     blocks = [
         layer.in_features * layer.out_features // layer.base.block_size
         for layer in layers

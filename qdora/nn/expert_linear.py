@@ -104,6 +104,31 @@ class AdaptedExperts(AdaptedLinear):
         rows = self.expert_features
         return (of_a, self.rank, self.in_features), (of_b, rows, self.rank), (self.num_experts, rows)
 
+    def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
+        """As in `AdaptedLinear`, of (experts * out, in): each expert's matrix, or where the experts share a factor, one
+        of all: (experts * out, in) for A, (out, experts * in) for B."""
+        stacked = matrix.view(self.num_experts, self.expert_features, self.in_features)
+        if self.share == "A":
+            return [matrix]
+        return [stacked.transpose(0, 1).flatten(1)] if self.share == "B" else list(stacked)
+
+    def factor_pairs(self, lora_B: Tensor, lora_A: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """As in `AdaptedLinear`."""
+        if self.share == "A":
+            return [(lora_B.flatten(0, 1), lora_A[0])]
+        if self.share == "B":
+            return [(lora_B[0], lora_A.transpose(0, 1).flatten(1))]
+        return list(zip(lora_B, lora_A, strict=True))
+
+    @torch.no_grad()
+    def set_factors_(self, factors: list[tuple[Tensor, Tensor]]) -> None:
+        """As in `AdaptedLinear`."""
+        lora_B, lora_A = (torch.stack([pair[index] for pair in factors]) for index in (0, 1))
+        if self.share == "B":
+            lora_A = lora_A.view(self.rank, self.num_experts, self.in_features).transpose(0, 1)
+        self.lora_B.copy_(lora_B.view(self.lora_B.shape))
+        self.lora_A.copy_(lora_A)
+
     def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
         assert tokens is not None, "a stack of experts needs to know whose tokens these are"

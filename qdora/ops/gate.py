@@ -33,7 +33,7 @@ def fold_gate(lora_B: Tensor, gate: Tensor) -> Tensor:
     the gradient from being rounded. Differentiable with respect to both, as if the rounding were the identity.
 
     Args:
-        lora_B: (out, rank).
+        lora_B: (out, rank), or (experts, out, rank).
         gate: (rank,), float32 or wider.
     """
     folded: Tensor = _FoldGate.apply(lora_B, gate)  # type: ignore[no-untyped-call, unused-ignore]
@@ -53,7 +53,8 @@ class _FoldGate(torch.autograd.Function):
         (grad,) = grads
         lora_B, gate = ctx.saved_tensors
         need_b, need_gate = ctx.needs_input_grad
-        d_gate = (grad * lora_B.to(grad.dtype)).sum(dim=0).to(gate.dtype) if need_gate else None
+        over = tuple(range(grad.ndim - 1))
+        d_gate = (grad * lora_B.to(grad.dtype)).sum(dim=over).to(gate.dtype) if need_gate else None
         return grad * gate.to(grad.dtype) if need_b else None, d_gate
 
 

@@ -320,7 +320,8 @@ class AdapterConfig(Section):
         if len(set(self.also_train)) != len(self.also_train):
             yield "also_train", f"must name each matrix once, got {list(self.also_train)}."
         asked = None if self.gates is None else self.gates.mean_rank
-        if asked is not None and self.resume_from is None and asked >= max([self.rank, *self.rank_pattern.values()]):
+        ranks = [self.rank, *self.rank_pattern.values(), self.experts.rank or 1]
+        if asked is not None and self.resume_from is None and asked >= max(ranks):
             yield "gates.mean_rank", f"must be less than adapter.rank, so that components are removed, got {asked:g}."
 
 

@@ -26,7 +26,7 @@ from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
-from qdora.model.inject import adapted_layers, matches
+from qdora.model.inject import adapted_layers, matches, most_rank
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.recipe_file import load_recipe, recipe_from, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
@@ -146,6 +146,8 @@ def rank_run(
     run = open_run(path)
     recipe = load_recipe(run.recipe_file)
     faults = rank_faults(path, recipe, asked)
+    if asked.method == "curvature" and not faults:
+        faults = _expert_faults(run, recipe, asked, step)
     if faults:
         raise UserError(*faults)
     if asked.method == "gates":
@@ -165,10 +167,11 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
     faults = []
     if asked.method == "gates" and adapter.gates is None:
         faults.append(f"{path}: has no gates. Fix: name a run with adapter.gates, or use another --method.")
-    elif asked.method == "gates" and adapter.rank_pattern and not adapter.same_scaling:
+    elif asked.method == "gates" and (adapter.rank_pattern or adapter.experts.rank) and not adapter.same_scaling:
         # Each layer keeps the alpha / rank that it started with, but a recipe has one alpha.
+        own = "adapter.rank_pattern" if adapter.rank_pattern else "adapter.experts.rank"
         faults.append(
-            f"{path}: adapter.rank_pattern without adapter.same_scaling: the layers started with different scalings, "
+            f"{path}: {own} without adapter.same_scaling: the layers started with different scalings, "
             "which a recipe of the new ranks cannot express. Fix: name a run with adapter.same_scaling: true."
         )
     if asked.method != "gates" and adapter.resume_from is not None:
@@ -184,6 +187,24 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
             "values say nothing about ranks. Fix: --method curvature or gradient."
         )
     return faults
+
+
+def _expert_faults(run: RunDirectory, recipe: Recipe, asked: RankSettings, step: int | None) -> list[str]:
+    """Why the curvature of the chosen layers is not computed."""
+    stacks = describe_adapter(_adapter_of(run, recipe, step)).shares
+    chosen = [path for path in stacks if not asked.layers or any(matches(path, each) for each in asked.layers)]
+    if not chosen:
+        return []
+    return [
+        f"--method curvature: {len(chosen)} layers are stacks of experts (e.g. {chosen[0]}), whose components have no "
+        "curvature of their own. Fix: name other layers with --layers, use --method svd or gradient, or train with "
+        "adapter.targets without experts."
+    ]
+
+
+def _adapter_of(run: RunDirectory, recipe: Recipe, step: int | None) -> Path:
+    trained, _ = trained_state(run, recipe, step)
+    return trained if trained == run.adapter else trained / "adapter"
 
 
 def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, progress: Console) -> dict[str, Any]:
@@ -253,7 +274,7 @@ class _Measured:
     @property
     def limits(self) -> dict[str, int]:
         """Layer -> its largest possible rank, at most `most`."""
-        return {name: min(self.most, each.in_features, each.out_features) for name, each in self.layers.items()}
+        return {name: min(self.most, most_rank(each)) for name, each in self.layers.items()}
 
     def batches(self) -> tuple[list[MicroBatch], dict[str, Any]]:
         """As `training_batches`."""
@@ -295,7 +316,7 @@ def _by_curvature(run: _Measured) -> tuple[Spectra, Details]:
     spectra: Spectra = {}
     details: Details = {"": {**about, "norm": run.norm, "draws": draws}}
     for name, layer in run.layers.items():
-        spectra[name] = components[name].spectrum(limits[name], layer.in_features + layer.out_features)
+        spectra[name] = components[name].spectrum(limits[name], layer.parameters_per_rank)
         details[name] = {"components": components[name].to_dict()}
     if run.asked.eigenvalues:
         for name, spectrum in _eigenvalues(run, batches, state).items():
@@ -368,7 +389,7 @@ def _chosen(adapted: Mapping[str, AdaptedLinear], patterns: Sequence[str]) -> di
 
 
 def _budget(asked: RankSettings, chosen: Mapping[str, AdaptedLinear]) -> int:
-    own = sum(layer.rank * (layer.in_features + layer.out_features) for layer in chosen.values())
+    own = sum(layer.rank * layer.parameters_per_rank for layer in chosen.values())
     text = asked.budget or "100%"
     try:
         budget = int(own * float(text[:-1]) / 100) if text.endswith("%") else int(text)
@@ -393,8 +414,8 @@ def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[
         of steps after which it was removed, or null.
     """
     assert recipe.adapter.gates is not None
-    trained, state = trained_state(run, recipe, step)
-    extra = describe_adapter(trained if trained == run.adapter else trained / "adapter").extra or {}
+    _, state = trained_state(run, recipe, step)
+    extra = describe_adapter(_adapter_of(run, recipe, step)).extra or {}
     layers = extra["gates"]
     ranks = {name: each["removed_after"].count(None) for name, each in layers.items()}
     cost = {name: each["parameters_per_rank"] for name, each in layers.items()}
@@ -421,10 +442,13 @@ def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[
     Returns:
         "fragment", to put into other recipes, and "recipe", the file's path.
     """
-    pattern = {name: rank for name, rank in ranks.items() if rank != recipe.adapter.rank}
+    own_ranks = recipe.adapter.rank_pattern or recipe.adapter.experts.rank
+    # Experts may have a rank of their own, so that no rank is left out as the usual one.
+    usual = None if recipe.adapter.experts.rank else recipe.adapter.rank
+    pattern = {name: rank for name, rank in ranks.items() if rank != usual}
     plain = settings(recipe)
     fragment: dict[str, Any] = {"rank": recipe.adapter.rank, "rank_pattern": pattern}
-    if pattern and not recipe.adapter.rank_pattern:
+    if pattern and not own_ranks:
         # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
         fragment["same_scaling"] = True
     elif pattern:

@@ -95,7 +95,7 @@ class Gates:
     @property
     def num_parameters(self) -> int:
         """Parameters of lora_A and lora_B in living components."""
-        return int((self._per_component(_width) * self._alive).sum())
+        return int((self._per_component(lambda layer: layer.parameters_per_rank) * self._alive).sum())
 
     def begin(self, step: int) -> None:
         """Clear gradients and draw gates for the step that follows `step` steps; called before each attempt at it."""
@@ -145,7 +145,7 @@ class Gates:
         for (path, layer), keep in zip(self.layers.items(), torch.split(self._alive, self._ranks()), strict=True):
             if not bool(keep.all()):
                 layer.keep_components_(keep)
-                for name, dim in (("lora_A", 0), ("lora_B", 1)):
+                for name, dim in (("lora_A", -2), ("lora_B", -1)):
                     optimizer.cut_(f"{path}.{name}", keep.nonzero().squeeze(1).to(layer.lora_A.device), dim)
         for name in _VECTORS:
             setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
@@ -170,7 +170,7 @@ class Gates:
     def record(self) -> dict[str, Any]:
         """JSON values for the adapter's record: layer -> its parameters per rank, when each component was removed."""
         return {
-            path: {"parameters_per_rank": _width(layer), "removed_after": list(self.died[path])}
+            path: {"parameters_per_rank": layer.parameters_per_rank, "removed_after": list(self.died[path])}
             for path, layer in self.layers.items()
         }
 
@@ -284,7 +284,8 @@ class Gates:
 
     def _costs(self) -> Tensor:
         """Each component's share of the budget: its parameters, or 1 if the budget counts ranks."""
-        return self._per_component(_width if self.settings.parameters is not None else lambda _layer: 1)
+        by_ranks = self.settings.parameters is None
+        return self._per_component(lambda layer: 1 if by_ranks else layer.parameters_per_rank)
 
     def _layer_numbers(self) -> Tensor:
         return torch.arange(len(self.layers)).repeat_interleave(torch.tensor(self._ranks()))
@@ -293,11 +294,6 @@ class Gates:
         """(path of the layer, number at the start) of each component."""
         paths = [path for path, layer in self.layers.items() for _ in range(layer.rank)]
         return list(zip(paths, self._origin.tolist(), strict=True))
-
-
-def _width(layer: AdaptedLinear) -> int:
-    """Parameters of one component of a layer."""
-    return layer.in_features + layer.out_features
 
 
 def allowed_cost(step: int, full: float, target: float, num_warmup: int, num_anneal: int) -> float:

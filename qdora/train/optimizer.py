@@ -36,8 +36,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 _FIRST_MOMENTS = ("exp_avg", "state1")
 # Code books of bitsandbytes' 8-bit format: constants, made again instead of stored.
 _NOT_STORED = ("qmap1", "qmap2")
-# Last part of the path of trained rows (nn/trained_rows.py).
-_ROWS = "rows"
+# Last part of the path of trained rows (nn/trained_rows.py), and of the vectors of all experts of a stack together.
+_NO_MATRICES = ("rows", "magnitude", "bias")
 # Values per block scale in bitsandbytes' 8-bit states.
 _BLOCK = 256
 # Parameters that are joined to float32 at the same time: 64 MiB of them (or one, if that is larger).
@@ -366,7 +366,7 @@ def groups_of(
 
 def is_matrix(key: str, shape: tuple[int, ...]) -> bool:
     """Whether a parameter gets the states of the named optimizer; all others get float32 ones."""
-    return len(shape) >= 2 and key.rpartition(".")[2] != _ROWS
+    return len(shape) >= 2 and key.rpartition(".")[2] not in _NO_MATRICES
 
 
 def _can_page(parameter: Tensor) -> bool:

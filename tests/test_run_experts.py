@@ -1,0 +1,326 @@
+"""Whole runs on mixtures of experts: interrupted, pruned, gated, on disk, on two processes, exported, analysed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qdora.analysis.differentiable import plain_model
+from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
+from qdora.errors import Interrupted, UserError
+from qdora.export.audit import DESCRIPTIONS
+from qdora.export.export_run import export_run
+from qdora.export.logit_comparison import comparison_text
+from qdora.export.options import ExportOptions
+from qdora.export.verify import verify_merged
+from qdora.model import experts
+from qdora.model.inject import adapted_layers, adapter_parameters, inject
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.nn.expert_linear import AdaptedExperts
+from qdora.recipe.recipe_file import load_recipe, override
+from qdora.run.load_run import load_run, load_target
+from qdora.run.rank import RankSettings, rank_run
+from qdora.run.train import train_run
+from qdora.train.interference import GradientProbe, measure
+from tests import launched, tiny_adapted, tiny_curvature, tiny_experts, tiny_run, tiny_tokenizer
+from tests.run_files import assert_same_run, stop_after
+from tests.test_train_distributed import assert_close_runs
+
+IDS = torch.randint(3, 327, (2, 12), generator=torch.Generator().manual_seed(7))
+SHORT: dict[str, Any] = {"train__steps": 4, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+PRUNE = {"method": "wanda", "pattern": "2:4", "calibration": {"sequences": 2, "length": 16}}
+GATES = {"mean_rank": 1.5, "warmup": 1, "anneal": 2, "shrink_every": 1, "lr": 0.05}
+NO_FACTORS = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout", "experts")}
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=130)
+
+
+def recipe(root: Path, name: str = "qwen3_moe", **changes: Any) -> Any:
+    """Experts of rank 2 beside attention of rank 4."""
+    folder = root / name
+    if not (folder / "model").exists():
+        tiny_experts.write(folder / "model", name)
+    return tiny_run.recipe(folder, **({"adapter__experts": {"rank": 2}} | SHORT | changes))
+
+
+@pytest.fixture(scope="module")
+def run(root: Path) -> Path:
+    train_run(recipe(root, train__lr=0.02), root / "run", console=quiet())
+    return root / "run"
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(IDS, use_cache=False).logits
+    return found
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "gates": {"adapter__gates": GATES, "adapter__experts": {"rank": 3}},
+    "pruned": {"base__prune": PRUNE, "adapter__mask": "keep"},
+    "full": {"adapter__kind": "full", "base__quant": "none", **NO_FACTORS},
+}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_resumed_equals_uninterrupted_and_what_is_exported_was_trained(
+    root: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(root, "gpt_oss" if "adapter__kind" in changes else "qwen3_moe", **changes)
+    train_run(asked, tmp_path / "whole", console=quiet())
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        train_run(asked, tmp_path / "run", console=quiet())
+    monkeypatch.undo()
+    train_run(asked, tmp_path / "run", resume=True, console=quiet())
+    if asked.adapter.kind == "full":
+        first, second = (load_file(tmp_path / each / "adapter/parameters.safetensors") for each in ("whole", "run"))
+        assert first.keys() == second.keys()
+        assert any("experts.down_proj.bias" in name for name in first)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    else:
+        assert_same_run(tmp_path / "whole", tmp_path / "run", step=4)
+    exported = export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="float32"), console=quiet())
+    assert exported["verification"]["passed"], exported["verification"]["faults"]
+    if asked.adapter.mask == "keep":
+        assert exported["zeros"]["kept"] == exported["zeros"]["pruned"] > 0
+    if asked.adapter.gates is not None:
+        layers = adapted_layers(load_run(tmp_path / "run").model)
+        assert sum(layer.rank for layer in layers.values()) == 1.5 * len(layers)
+        assert {layer.rank for layer in layers.values() if isinstance(layer, AdaptedExperts)} <= {1, 2, 3}
+
+
+def test_on_disk_and_from_a_cache_the_run_is_the_same(root: Path, run: Path, tmp_path: Path) -> None:
+    asked = recipe(root, train__lr=0.02, base__residency="disk", base__cache=str(root / "cache"))
+    train_run(asked, tmp_path / "disk", console=quiet())
+    assert_same_run(run, tmp_path / "disk", step=4)
+    cached = recipe(root, train__lr=0.02, base__cache=str(root / "cache"))
+    train_run(cached, tmp_path / "cached", console=quiet())
+    assert "Reading the packed base" in (tmp_path / "cached/log.txt").read_text()
+    assert_same_run(run, tmp_path / "cached", step=4)
+
+
+@pytest.mark.parametrize("changes", [{"adapter__kind": "magnitude", **NO_FACTORS}, {"adapter__kind": "none"}], ids=str)
+def test_other_kinds_are_exported_as_they_run(root: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    if changes["adapter__kind"] == "none":
+        changes = changes | NO_FACTORS | {"train__steps": 0}
+    train_run(recipe(root, **changes), tmp_path / "run", console=quiet())
+    layers = adapted_layers(load_run(tmp_path / "run").model)
+    assert len(layers) == (12 if changes["adapter__kind"] == "magnitude" else 0)
+    for layer in layers.values():
+        assert not layer.lora_B.any()
+        assert not torch.equal(layer.magnitude.square(), layer.base_squared)
+    exported = export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="float32"), console=quiet())
+    assert exported["verification"]["passed"], exported["verification"]["faults"]
+
+
+def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> None:
+    exported = export_run(run, tmp_path / "out", ExportOptions(dtype="float32", audit=True), console=quiet())
+    weights = exported["verification"]["weights"]
+    assert weights["num_layers"] == 12
+    assert weights["num_rows"] > 4 * 60 + 8 * 16, "those of the stacks, too"
+    forms = exported["audit"]["forms"]
+    assert forms.keys() == DESCRIPTIONS.keys()
+    assert forms["merged"]["logits"]["kl_mean"] < 1e-8 < forms["base"]["logits"]["kl_mean"]
+    assert forms["original"]["logits"]["kl_mean"] > 1e-4
+    assert "a stack of experts" in forms["nf4-lora"]["why_not"]
+    paths = [layer["path"] for layer in exported["audit"]["layers"]]
+    assert "model.layers.0.mlp.experts.down_proj" in paths
+    own = load_target(str(tmp_path / "out"), verb="eval").model.float()
+    trained = load_run(run).model
+    library = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for model in (own, library):
+        torch.testing.assert_close(logits(model), logits(trained), rtol=0, atol=2e-4)
+    said = [
+        model.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=399, pad_token_id=0)
+        for model in (trained, library)
+    ]
+    assert torch.equal(*said)
+    assert said[0].shape[1] == IDS.shape[1] + 6
+
+
+def test_a_wrong_expert_in_an_export_is_noticed(run: Path, tmp_path: Path) -> None:
+    export_run(run, tmp_path / "out", ExportOptions(dtype="float32"), console=quiet())
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"] *= 1.0001
+    save_file(tensors, file, {"format": "pt"})
+    trained = load_run(run)
+    found = verify_merged(trained.model, tmp_path / "out", comparison_text(trained.tokenizer, {}))
+    assert found["weights"]["worst_layer"] == "model.layers.1.mlp.experts.gate_up_proj"
+    assert not found["passed"]
+
+
+@pytest.mark.parametrize(
+    "options", [ExportOptions(format_="nf4-lora"), ExportOptions(requantize=True)], ids=["nf4-lora", "requantize"]
+)
+def test_forms_in_4_bits_are_refused(run: Path, tmp_path: Path, options: ExportOptions) -> None:
+    with pytest.raises(
+        UserError, match=r"does not load 4 layers .* a stack of experts\)\. Fix: use --format merged"
+    ) as e:
+        export_run(run, tmp_path / "out", options, console=quiet())
+    assert len(e.value.faults) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_leaves_names_the_experts(run: Path) -> None:
+    checks = json.loads((run / "checks.json").read_text())
+    states = {check["state"] for group in checks.values() for check in group}
+    assert states == {"passed"}
+    layers = {each["path"]: each for each in json.loads((run / "trained.json").read_text())["layers"]}
+    stack = adapted_layers(load_run(run).model)["model.layers.0.mlp.experts.down_proj"]
+    assert stack.base_squared is not None
+    update = stack.scaling * (stack.lora_B.detach().double() @ stack.lora_A.detach().double())
+    expected = float(update.norm() / stack.base.dequantized(torch.float64).norm())
+    assert layers["model.layers.0.mlp.experts.down_proj"]["update"] == pytest.approx(expected, rel=1e-3)
+    assert (run / "README.md").is_file()
+
+
+def test_an_adapter_of_experts_goes_on(root: Path, run: Path, tmp_path: Path) -> None:
+    own = {f"adapter__{key}": ... for key in ("rank", "alpha", "experts")}
+    asked = recipe(root, adapter__resume_from=str(run / "adapter"), **own, train__steps=1, train__lr=1e-9)
+    train_run(asked, tmp_path / "next", console=quiet())
+    torch.testing.assert_close(
+        logits(load_run(tmp_path / "next").model), logits(load_run(run).model), rtol=0, atol=1e-4
+    )
+
+
+def test_ranks_for_experts_are_a_recipe_that_keeps_the_scaling(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--method curvature: 4 layers are stacks .*Fix: name other layers"):
+        rank_run(run, RankSettings(examples=2), console=quiet())
+    one = ["model.layers.1.self_attn.o_proj"]
+    found = rank_run(run, RankSettings(layers=one, examples=1, max_rank=1, draws=8), console=quiet())
+    assert list(found["layers"]) == one
+    document = rank_run(run, RankSettings(method="gradient", examples=1, max_rank=6), console=quiet())
+    stack = document["layers"]["model.layers.0.mlp.experts.gate_up_proj"]
+    assert (stack["rank_of_run"], stack["parameters_per_rank"]) == (2, 4 * (64 + 128))
+    ranks = {name: layer["rank"] for name, layer in document["layers"].items()}
+    train_run(override(load_recipe(document["recipe"]), ["train.steps=1"]), tmp_path / "again", console=quiet())
+    layers = adapted_layers(load_run(tmp_path / "again").model)
+    assert {name: layer.rank for name, layer in layers.items()} == ranks
+    assert {layer.alpha for layer in layers.values()} == {8.0}, "as in the run, which has no same_scaling"
+
+
+def adapted(directory: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A dense mixture in float64 with adapters off their start."""
+    tiny_experts.write(directory, "qwen3_moe")
+    model = load_model(resolve(str(directory)), quant="none", compute_dtype=torch.float64)
+    options = {"rank": 3, "alpha": 6.0, "dtype": torch.float64, "targets": ["v_proj", "experts"]} | options
+    layers = inject(model, generator=torch.Generator().manual_seed(1), **options)
+    tiny_adapted.move(layers)
+    return model.eval(), layers
+
+
+def parts_of(matrix: Tensor, share: str) -> list[Tensor]:
+    """(4 * out, in) as the matrices that have components of their own."""
+    per_expert = list(matrix.view(4, -1, matrix.shape[1]))
+    return {"none": per_expert, "A": [torch.cat(per_expert, dim=0)], "B": [torch.cat(per_expert, dim=1)]}[share]
+
+
+@pytest.mark.parametrize("share", ["none", "A", "B"])
+@pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "held")])
+def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind: Any, norm: Any, share: Any) -> None:
+    model, layers = adapted(tmp_path, kind=kind, share=share)
+    plain = load_model(resolve(str(tmp_path)), quant="none", compute_dtype=torch.float64)
+    gains = {}
+    for name, layer in layers.items():
+        base = plain.get_submodule(name).weight.detach()
+        update = (layer.scaling * (layer.lora_B.detach() @ layer.lora_A.detach())).reshape(base.shape)
+        length = (base + update).square().sum(1).sqrt()
+        gains[name] = (
+            torch.ones_like(length) if layer.magnitude is None else layer.magnitude.detach().flatten() / length
+        )
+        plain.get_submodule(name).weight = torch.nn.Parameter(gains[name][:, None] * (base + update))
+        if isinstance(layer, AdaptedExperts):
+            shown = update if share == "B" else gains[name][:, None] * update
+            values = [torch.linalg.svdvals(part).square()[:3] for part in parts_of(shown, share)]
+            np.testing.assert_allclose(update_spectrum(layer).energies, torch.stack(values).sum(0).numpy(), rtol=1e-8)
+    batches = tiny_curvature.batches()
+    found = gradient_spectra(model, list(layers), batches, 5, norm=norm)
+    total, count = torch.zeros(()), 0
+    for batch in batches:
+        out = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].double()
+        wanted = batch.labels[:, 1:]
+        total = total + torch.nn.functional.cross_entropy(out.flatten(0, 1), wanted.flatten(), reduction="sum")
+        count += int((wanted != -100).sum())
+    weights = [plain.get_submodule(name).weight for name in layers]
+    for name, gradient in zip(layers, torch.autograd.grad(total / count, weights), strict=True):
+        gradient = gains[name][:, None] * gradient
+        is_stack = isinstance(layers[name], AdaptedExperts)
+        parts = parts_of(gradient, share) if is_stack else [gradient]
+        values = torch.stack([torch.linalg.svdvals(part).square() for part in parts]).sum(0)
+        np.testing.assert_allclose(found[name].energies, values[:5].numpy(), rtol=1e-4, atol=1e-9 * float(values[0]))
+        a, b = layers[name].lora_A, layers[name].lora_B
+        assert found[name].cost * 3 == a.numel() + b.numel()
+
+
+@pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "attached")])
+def test_other_layers_are_differentiated_through_stacks(tmp_path: Path, kind: Any, norm: Any) -> None:
+    model, layers = adapted(tmp_path, kind=kind)
+    name = "model.layers.0.self_attn.v_proj"
+    expected = logits(model)
+    with plain_model(model, [name], norm=norm) as leaves:
+        found = model(IDS, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        (first,) = torch.autograd.grad(found.square().mean(), [leaves[f"{name}.lora_B"]], create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), [leaves[f"{name}.lora_A"]])
+        assert float(second.abs().max()) > 0
+    stack = next(path for path, layer in layers.items() if isinstance(layer, AdaptedExperts))
+    with (
+        pytest.raises(ValueError, match=r"stacks of experts .*allowed: layers that are none"),
+        plain_model(model, [stack], norm=norm),
+    ):
+        pass
+
+
+def test_gradients_of_tasks_are_compared_over_experts_too(tmp_path: Path) -> None:
+    model, layers = adapted(tmp_path)
+    first, second = tiny_curvature.batches()
+    probe = GradientProbe({"one": ([first], [second]), "again": ([second], [first])})
+    found = measure(model.train(), probe, adapter_parameters(model), device=torch.device("cpu"))
+    assert found["cosines"][0][1] == pytest.approx(1.0, abs=1e-3)
+    assert found["own_cosines"][0] < 0.99
+    assert found["groups"].keys() == {"lora_A", "lora_B", "magnitude"}
+    assert found["bytes"] == 8 * sum(p.numel() for layer in layers.values() for p in layer.parameters())
+
+
+def reached_and_trained(rank: int, settings: Any, directory: Path) -> None:
+    """Train, and leave which experts this process reached in each product of a block."""
+    count, seen = experts._counts, []
+
+    def noted(owners: Tensor, num_experts: int) -> list[int]:
+        found = count(owners, num_experts)
+        seen.append([expert for expert, number in enumerate(found) if number])
+        return found
+
+    experts._counts = noted
+    train_run(settings, directory)
+    directory.with_name(f"reached-{rank}.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.parametrize("gates", [None, {**GATES, "mode": "hard_concrete"}], ids=["plain", "gates"])
+def test_two_processes_train_what_one_does(tmp_path: Path, gates: Any) -> None:
+    """Also where an expert is reached by the tokens of one process only."""
+    tiny_experts.make("qwen3_moe", num_experts=16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.make().save_pretrained(tmp_path / "model")
+    exact = {"adapter__dropout": 0.0, "adapter__dtype": "float32", "train__batch": 2}
+    own = {} if gates is None else {"adapter__gates": gates}
+    settings = tiny_run.recipe(tmp_path, **SHORT | exact | own, adapter__experts={"rank": 2})
+    train_run(settings, tmp_path / "one", console=quiet())
+    assert launched.run(2, reached_and_trained, settings, tmp_path / "two") == ["", ""]
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+    first, second = (json.loads((tmp_path / f"reached-{rank}.json").read_text()) for rank in (0, 1))
+    assert any(set(one) != set(other) for one, other in zip(first, second, strict=False))
