@@ -53,7 +53,9 @@ def expert_cost() -> str:
                 f"{case['shape']}, {case['tokens']:,}, {routing}",
                 *(f"{case['ratios'][name]['median']:.3f}" for name in columns),
                 *(f"{held[name] / 2**20:,.0f}" for name in ("own_dora", "own_lora", "peft_lora")),
-                " / ".join(f"{peak[name] / 2**20:,.0f}" for name in ("own_dora", "own_lora", "peft_lora")) if peak else "",
+                " / ".join(f"{peak[name] / 2**20:,.0f}" for name in ("own_dora", "own_lora", "peft_lora"))
+                if peak
+                else "",
                 " / ".join(str(sum(case["launches"][name].values())) for name in ("own_dora", "own_lora")),
             ]
         )
