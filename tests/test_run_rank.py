@@ -29,6 +29,7 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=130)
 
 
+@pytest.mark.figures
 def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     patterns = ("model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj")
     asked = RankSettings(layers=patterns, budget="60%", max_rank=6, examples=2, eigenvalues=20, over_all=True)
