@@ -163,7 +163,7 @@ def test_steps_for_epochs_counts_what_a_run_takes(lengths, size, epochs):
     assert counted == num_steps
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=LENGTHS,
     size=SIZE,
