@@ -1,13 +1,17 @@
-"""Several processes in a test: forked, so that none imports torch again, and joined by gloo as under torchrun."""
+"""Processes in a test, forked so that none imports torch again: several as under torchrun, or one command."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import closing
+from multiprocessing.context import ForkProcess
+from pathlib import Path
 from typing import Any
 
 
@@ -43,3 +47,26 @@ def _one(rank: int, size: int, port: int, end: Any, function: Callable[..., None
     except BaseException:
         end.send(traceback.format_exc())
     os._exit(0)  # nothing of the test process is to be torn down here
+
+
+def start_command(*arguments: str, output: Path) -> ForkProcess:
+    """Start `qdora` with these arguments in a process of its own, which writes `output`/stdout and `output`/stderr."""
+    from qdora.cli import main  # most tests do not need it
+
+    return start_main(main, "qdora", *arguments, output=output)
+
+
+def start_main(main: Callable[[], None], *argv: str, output: Path) -> ForkProcess:
+    """The same for the main function of another program, whose name is the first of `argv`."""
+    process = multiprocessing.get_context("fork").Process(target=_main, args=(main, argv, output))
+    process.start()
+    return process
+
+
+def _main(main: Callable[[], None], argv: tuple[str, ...], output: Path) -> None:
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        setattr(sys, name, os.fdopen(number, "w", closefd=False))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
+    sys.argv = list(argv)
+    main()

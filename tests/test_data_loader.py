@@ -59,7 +59,7 @@ def content(step):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(first=LENGTHS, second=LENGTHS, size=SIZE, micro=st.integers(1, 200), seed=st.integers(0, 999))
 def test_a_step(first, second, size, micro, seed):
     sets = [tokenised("a", first), tokenised("b", second, seed=1)]
@@ -97,7 +97,7 @@ def test_a_step(first, second, size, micro, seed):
                 assert tensor.dtype == torch.int64
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(first=LENGTHS, second=LENGTHS, batch=st.integers(1, 20), seed=st.integers(0, 999))
 def test_an_epoch_of_steps_has_every_example_once(first, second, batch, seed):
     sets = [tokenised("a", first), tokenised("b", second, seed=1)]
@@ -114,7 +114,7 @@ def test_an_epoch_of_steps_has_every_example_once(first, second, batch, seed):
         assert sorted(ids) == sorted(example.id for part in sets for example in part.examples)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=LENGTHS,
     size=SIZE,
@@ -148,7 +148,7 @@ def test_resumed_is_uninterrupted(lengths, size, strategy, cut, micro):
     assert [sorted(content(changed.next_step())) for _ in range(4)] == [sorted(content(step)) for step in expected]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(lengths=LENGTHS, size=SIZE, epochs=st.floats(0.1, 3))
 def test_steps_for_epochs_counts_what_a_run_takes(lengths, size, epochs):
     sets = [tokenised("a", lengths), tokenised("b", [5, 9, 7], seed=1)]
@@ -163,12 +163,12 @@ def test_steps_for_epochs_counts_what_a_run_takes(lengths, size, epochs):
     assert counted == num_steps
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=LENGTHS,
     size=SIZE,
     most=st.lists(st.floats(0.2, 2.5), min_size=2, max_size=2),
-    num_steps=st.integers(0, 60),
+    num_steps=st.integers(0, 30),
 )
 def test_an_order_that_ends_and_what_steps_take_of_it(lengths, size, most, num_steps):
     sets = [tokenised("a", lengths), tokenised("b", [5, 9, 7], seed=1)]

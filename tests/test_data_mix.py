@@ -23,7 +23,7 @@ def pairs(order, start, stop):
     return list(zip(sources.tolist(), indices.tolist(), strict=True))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(sizes=SIZES, seed=SEEDS, epoch=st.integers(0, 1000))
 def test_every_example_once_an_epoch(sizes, seed, epoch):
     order = MixOrder(sizes, sizes, seed)
@@ -41,7 +41,7 @@ def test_epochs_and_seeds_have_their_own_shuffles():
     assert first != sorted(first)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(sizes=SIZES, weights=WEIGHTS, seed=SEEDS, num=st.integers(1, 9000))
 def test_shares_are_met_from_the_first_draws_on(sizes, weights, seed, num):
     shares = mix_shares(sizes, "weights", weights=weights[: len(sizes)])
@@ -64,7 +64,7 @@ def test_shares_within_a_percent_after_ten_thousand_draws():
         assert np.abs(np.bincount(sources, minlength=8) - 116 * shares).max() <= 3
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(sizes=SIZES, weights=WEIGHTS, seed=SEEDS)
 def test_no_example_is_repeated_before_all_of_its_source_have_been(sizes, weights, seed):
     order = MixOrder(sizes, mix_shares(sizes, "weights", weights=weights[: len(sizes)]), seed)
@@ -81,7 +81,7 @@ def test_no_example_is_repeated_before_all_of_its_source_have_been(sizes, weight
         assert max(times.values()) - min(times[index] for index in range(size)) <= 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     sizes=SIZES,
     weighted=st.booleans(),
@@ -149,7 +149,7 @@ def one_at_a_time(shares, caps, num):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     weights=st.lists(st.floats(0.05, 20), min_size=1, max_size=4),
     caps=st.lists(st.one_of(st.none(), st.integers(1, 200)), min_size=4, max_size=4),

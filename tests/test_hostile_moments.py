@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks/hostile/moments.py"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from hostile import moments
+
+from tests.launched import start_main
 
 
 def harness(out: Path, *options: str) -> dict[str, Any]:
     """What the harness finds in a process of its own, which forks the lives; it must end with 0."""
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *options, "--out", str(out)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    process = start_main(moments.main, "moments.py", *options, "--out", str(out), output=out.parent)
+    process.join()
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    assert run.returncode == 0, json.dumps(found.get("faults"), indent=1) or run.stderr[-3000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == found
+    assert process.exitcode == 0, found.get("faults") or (out.parent / "stderr").read_text()[-3000:]
+    assert json.loads((out.parent / "stdout").read_text().splitlines()[-1]) == found
     return found
 
 

@@ -29,12 +29,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_streamed.write_source(tmp_path_factory.mktemp("source"))
 
 
-@pytest.mark.parametrize("kind", ["dora", "lora"])
+@pytest.mark.parametrize("kind", ["dora", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_streamed", [None, 1, 2])
 def test_gradients_and_logits_are_those_of_a_resident_base(
     source: Path, tmp_path: Path, kind: str, num_streamed: int | None
 ) -> None:
-    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source), kind))
+    expected = tiny_streamed.of_resident_base(source, kind)
     model, _ = tiny_streamed.on_disk(source, tmp_path, num_streamed)
     assert sum(layer.residency is not None for layer in frozen_layers(model).values()) == 7 * (num_streamed or 5)
     tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind)), expected)

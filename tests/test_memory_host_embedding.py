@@ -28,7 +28,7 @@ from tests import tiny_run, tiny_streamed
 from tests.checkpoints import SMALL
 from tests.test_memory_host_residency import LateCopies
 
-CONFIG = LlamaConfig(**SMALL | {"tie_word_embeddings": False, "vocab_size": 4096})
+CONFIG = LlamaConfig(**SMALL | {"tie_word_embeddings": False, "vocab_size": 4096, "num_hidden_layers": 1})
 
 
 def host(source: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -149,7 +149,7 @@ def a_recipe(adapter: dict[str, Any] | None = None, base: dict[str, Any] | None 
     return recipe_from(
         {
             "model": {"source": "somewhere/model", "dtype": "bfloat16"},
-            "adapter": adapter or {},
+            "adapter": adapter or {"targets": ["q_proj"]},
             "base": base or {},
             "data": {"mix": [{"task": "demo/facts"}], "max_length": 64},
             "train": {"steps": 3, "batch": 2},
@@ -176,7 +176,7 @@ def test_a_plan_proposes_it_on_a_gpu_alone() -> None:
 
     assert "memory.host_embeddings=true" in settings(plan(a_recipe(), 1, config=CONFIG))
     assert "host_embeddings" not in settings(plan(a_recipe(), 1, config=CONFIG, device_kind="cpu"))
-    tied = LlamaConfig(**SMALL | {"tie_word_embeddings": True, "vocab_size": 4096})
+    tied = LlamaConfig(**SMALL | {"tie_word_embeddings": True, "vocab_size": 4096, "num_hidden_layers": 1})
     assert "host_embeddings" not in settings(plan(a_recipe(), 1, config=tied))
     with pytest.raises(UserError, match="output head as well"):
         plan(a_recipe(host_embeddings=True), config=tied)

@@ -60,26 +60,33 @@ def on_host(source: Path, num_streamed: int | None = None, **settings: Any) -> t
     return model, residency
 
 
-@pytest.mark.parametrize("kind", ["dora", "lora"])
+@pytest.mark.parametrize("kind", ["dora", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_streamed", [None, 1, 2, 3])
 def test_gradients_and_logits_are_those_of_a_resident_base(source: Path, kind: str, num_streamed: int | None) -> None:
-    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source), kind))
+    expected = tiny_streamed.of_resident_base(source, kind)
     model, _ = on_host(source, num_streamed)
     assert sum(layer.residency is not None for layer in frozen_layers(model).values()) == 7 * (num_streamed or 5)
     tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind)), expected)
 
 
-@pytest.mark.parametrize("kind", ["dora", "lora"])
-@pytest.mark.parametrize("num_streamed", [None, 2])
 @pytest.mark.parametrize(
-    "targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    "num_streamed, kind",
+    [
+        (None, "lora"),
+        (2, "dora"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(None, "dora"), (2, "lora")]),
+    ],
+)
+@pytest.mark.parametrize(
+    "targets",
+    [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj"), ("down_proj",)],
 )
 def test_layers_without_an_adapter_read_their_own_block_in_the_backward_pass(
-    source: Path, targets: list[str], num_streamed: int | None, kind: str
+    source: Path, targets: tuple[str, ...], num_streamed: int | None, kind: str
 ) -> None:
-    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source), kind, targets))
+    expected = tiny_streamed.of_resident_base(source, kind, targets)
     model, _ = on_host(source, num_streamed)
-    tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind, targets)), expected)
+    tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind, list(targets))), expected)
 
 
 def test_several_steps_and_evaluations_in_between(source: Path) -> None:

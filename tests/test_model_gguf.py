@@ -263,7 +263,7 @@ def test_builtin_equals_transformers_and_can_be_saved(builtin: ModelSource, toke
 
 
 def test_config_and_tokenizer_are_those_of_transformers_and_read_from_the_header_once(
-    builtin: ModelSource, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    builtin: ModelSource, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = {"pretrained_model_name_or_path": builtin.path.parent, "gguf_file": builtin.path.name}
     config, read = AutoConfig.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
@@ -281,13 +281,17 @@ def test_config_and_tokenizer_are_those_of_transformers_and_read_from_the_header
         assert each.decode(ids) == read.decode(ids)
     # settle_head, which reads the weights, is what may tie the head.
     assert load_config(builtin).to_dict() == config.to_dict() | {"tie_word_embeddings": True}
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    load_config(builtin)
-    (kept,) = tmp_path.rglob("config.json")
+
+
+def test_a_damaged_config_in_the_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama", LLAMA, interleave_q_and_k)
+    source = resolve(str(path))
+    load_config(source)
+    (kept,) = (tmp_path / "cache").rglob("config.json")
     kept.write_text("{")
     for _ in range(2):  # made anew, and kept again
-        assert load_config(builtin).vocab_size == config.vocab_size
+        assert load_config(source).vocab_size == 97
 
 
 def test_builtin_tokenizer_has_a_pad_token_and_a_chat_template(tokenizer: Any) -> None:

@@ -126,7 +126,7 @@ def test_many_small_tiles_give_the_forward_and_gradients_of_the_reference(kind, 
         assert reference.relative_error(to_numpy(got), wanted) < 2e-6
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     out=st.integers(8, 40),
     in_=st.integers(32, 200),

@@ -279,8 +279,15 @@ def merged_zeros(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor == 0 for name, tensor in load_file(directory / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("kind, quant", [("dora", "nf4"), ("dora", "none"), ("lora", "int8"), ("magnitude", "nf4")])
-@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+RUNS = [("dora", "nf4", "2:4"), ("dora", "none", "unstructured"), ("lora", "int8", "2:4")]
+RUNS += [("magnitude", "nf4", "unstructured")]
+SLOW_RUNS = [("dora", "nf4", "unstructured"), ("dora", "none", "2:4"), ("lora", "int8", "unstructured")]
+SLOW_RUNS += [("magnitude", "nf4", "2:4")]
+
+
+@pytest.mark.parametrize(
+    "kind, quant, pattern", [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in SLOW_RUNS)]
+)
 def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
     tmp_path: Path, kind: str, quant: str, pattern: str
 ) -> None:

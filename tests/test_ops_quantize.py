@@ -151,7 +151,11 @@ def test_the_offset_of_double_quantisation_does_not_depend_on_the_order_of_the_s
         assert blockwise.quantize_scales(ordered, code, 256)[2].item() == expected
 
 
-@pytest.mark.parametrize("shape", [(1024, 4096), (2048, 2048), (4096, 1024), (300, 257)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1024, 4096), *(pytest.param(s, marks=pytest.mark.slow) for s in [(2048, 2048), (4096, 1024)]), (300, 257)],
+    ids=str,
+)
 def test_bits_do_not_depend_on_the_threads(shape):
     """A float32 mean of more than 32,768 block scales is summed in pieces, one a thread."""
     threads = torch.get_num_threads()

@@ -171,7 +171,10 @@ def test_trainer_trains_what_our_loop_trains(ours: tuple[Any, list[float]], tmp_
     assert_norms_are_fresh(theirs[0])
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_bnb_8bit", "lion_32bit", "sgd", "adafactor"])
+SLOW_OPTIMIZERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("lion_32bit", "sgd")]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_bnb_8bit", "adafactor", *SLOW_OPTIMIZERS])
 def test_trainer_never_meets_an_old_norm(tmp_path: Path, optim: str) -> None:
     """As with norms that are computed anew in every forward pass, to the last bit."""
     kept, anew = by_trainer(optim, tmp_path / "kept"), by_trainer(optim, tmp_path / "anew", forget=True)

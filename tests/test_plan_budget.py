@@ -25,9 +25,10 @@ from qdora.run.train import train_run
 from tests import tiny_run
 
 
+@pytest.mark.figures
 def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_evaluation = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
-    recipe = tiny_run.recipe(tmp_path, memory__budget="100MiB", train__steps=1, **no_evaluation)
+    recipe = tiny_run.one_layer_recipe(tmp_path, memory__budget="100MiB", train__steps=1, **no_evaluation)
     with monkeypatch.context() as patched:
         patched.setattr(load_base, "load_model", None)  # nothing may call it
         with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
@@ -44,7 +45,7 @@ def test_a_run_killed_after_its_plan_starts_again(tmp_path: Path, monkeypatch: p
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    recipe = tiny_run.recipe(tmp_path, memory__budget="10GiB", train__steps=1, eval__at_start=False)
+    recipe = tiny_run.one_layer_recipe(tmp_path, memory__budget="10GiB", train__steps=1, eval__at_start=False)
     with monkeypatch.context() as patched:
         patched.setattr("qdora.run.train.base_of_run", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -54,7 +55,7 @@ def test_a_run_killed_after_its_plan_starts_again(tmp_path: Path, monkeypatch: p
 
 
 def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_run.recipe(
+    recipe = tiny_run.one_layer_recipe(
         tmp_path, memory__budget="auto", memory__checkpointing=False, train__batch=24, train__steps=1
     )
     compute = Compute(torch.device("cpu"), torch.float32)
@@ -80,9 +81,10 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         within(plan.peak_bytes // 2)
 
 
+@pytest.mark.figures
 def test_a_plan_is_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # this machine's own rates, if it has any
-    recipe = tiny_run.recipe(tmp_path, train__steps=2, train__batch=24)
+    recipe = tiny_run.one_layer_recipe(tmp_path, train__steps=2, train__batch=24)
     shown = io.StringIO()
     console = Console(file=shown, width=130)
     found = plan_run(recipe, "r.yaml", budget="1GiB", figure=tmp_path / "p.svg", console=console)["memory"]
@@ -108,7 +110,7 @@ def test_a_plan_is_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_plan_does_without_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    recipe = tiny_run.recipe(tmp_path, data__mix=[{"source": "nobody/has-this"}])
+    recipe = tiny_run.one_layer_recipe(tmp_path, data__mix=[{"source": "nobody/has-this"}])
     found = plan_run(recipe, "r.yaml", console=Console(file=io.StringIO()))
     assert found["mix"] is None
     assert found["memory"]["micro_batch"]["length"] == recipe.data.max_length

@@ -22,7 +22,7 @@ from tests.run_files import trained
 
 
 def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_run.recipe(tmp_path, train__steps=12, data__strategy="equal", eval__at_start=False)
+    recipe = tiny_run.one_layer_recipe(tmp_path, train__steps=12, data__strategy="equal", eval__at_start=False)
     train_run(recipe, tmp_path / "run")
     monkeypatch.setattr(load_base, "load_model", None)  # nothing may call it
     shown = io.StringIO()
@@ -40,15 +40,15 @@ def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> None:
-    recipe = tiny_run.recipe(tmp_path, train__steps=12)
+    recipe = tiny_run.one_layer_recipe(tmp_path, train__steps=12)
     mix = [{"source": part.source, "max_epochs": 0.5} for part in recipe.data.mix]
-    short = tiny_run.recipe(tmp_path, train__steps=12, data__mix=mix)
+    short = tiny_run.one_layer_recipe(tmp_path, train__steps=12, data__mix=mix)
     with pytest.raises(UserError, match=r"^train.steps: must be at most .* max_epochs .* leaves 25 .* got 12"):
         plan_run(short, "r.yaml")
     with pytest.raises(UserError, match=r"^train.steps: must be at most .* got 12"):
         train_run(short, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    seven = tiny_run.recipe(tmp_path, train__steps=7, data__mix=mix, eval__at_start=False)
+    seven = tiny_run.one_layer_recipe(tmp_path, train__steps=7, data__mix=mix, eval__at_start=False)
     train_run(seven, tmp_path / "run")
     steps = trained(tmp_path / "run")
     assert [line["num_examples"] for line in steps] == [4, 4, 4, 4, 4, 4, 1]
@@ -62,7 +62,7 @@ def test_a_step_that_repeats_the_data_is_warned_of(tmp_path: Path, caplog: pytes
         "train__epochs": 1,
         "train__tokens_per_step": 2500,
     }
-    recipe = tiny_run.recipe(tmp_path, **size, train__checkpoint_every=..., eval__at_start=False)
+    recipe = tiny_run.one_layer_recipe(tmp_path, **size, train__checkpoint_every=..., eval__at_start=False)
     plan_run(recipe, "r.yaml", console=Console(file=io.StringIO()))
     (record,) = [each for each in caplog.records if "each step repeats the data" in each.getMessage()]
     assert record.levelname == "WARNING"
@@ -71,18 +71,18 @@ def test_a_step_that_repeats_the_data_is_warned_of(tmp_path: Path, caplog: pytes
     (step,) = trained(tmp_path / "run")
     assert f"An optimizer step takes {step['num_examples']} examples, but the training data" in record.getMessage()
     caplog.clear()
-    plan_run(tiny_run.recipe(tmp_path), "r.yaml", console=Console(file=io.StringIO()))
+    plan_run(tiny_run.one_layer_recipe(tmp_path), "r.yaml", console=Console(file=io.StringIO()))
     assert not [each for each in caplog.records if each.levelname == "WARNING"]
 
 
 def test_faulty_rows_of_a_local_file_are_an_error_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_run.recipe(tmp_path)
+    recipe = tiny_run.one_layer_recipe(tmp_path)
     with (tmp_path / "data/sums.jsonl").open("a") as file:
         file.write("no JSON\n")
     with pytest.raises(UserError, match=r"^data\.mix\[0\]: .*sums\.jsonl: line \d+: not JSON"):
         plan_run(recipe, "r.yaml")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    away = tiny_run.recipe(tmp_path, data__mix=[{"source": "nobody/nothing-here"}], train__steps=1)
+    away = tiny_run.one_layer_recipe(tmp_path, data__mix=[{"source": "nobody/nothing-here"}], train__steps=1)
     shown = io.StringIO()
     assert plan_run(away, "r.yaml", console=Console(file=shown, width=130))["mix"] is None
     assert "because the data cannot be read: data.mix[0]: nobody/nothing-here: cannot be" in shown.getvalue()
@@ -90,7 +90,7 @@ def test_faulty_rows_of_a_local_file_are_an_error_of_the_plan(tmp_path: Path, mo
 
 def test_plan_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text(resolved_yaml(tiny_run.recipe(tmp_path)))
+    file.write_text(resolved_yaml(tiny_run.one_layer_recipe(tmp_path)))
 
     def run(*options: str) -> Result:
         return CliRunner().invoke(app, ["plan", str(file), *options])

@@ -64,12 +64,17 @@ def drawn_and_whole(recipe: Recipe, device_kind: DeviceKind, monkeypatch: pytest
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"memory__checkpointing": False, "adapter__kind": "lora", "train__optimizer": "adamw"},
+        {"adapter": {"rank": 4, "targets": ["down_proj"]}},
+        {"memory__checkpointing": False, "base__quant": "none", "adapter": {"kind": "lora", "targets": ["up_proj"]}},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {"memory__checkpointing": False, "adapter__kind": "lora", "train__optimizer": "adamw"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"adapter__dropout": 0.1, "data__packing": True, "base__quant": "int8"}, marks=pytest.mark.slow),
         pytest.param({"base__quant": "none", "adapter": {"kind": "full"}}, marks=pytest.mark.slow),
     ],
-    ids=["checkpointed", "all kept", "dropout, packed", "full"],
+    ids=["one layer", "one layer, all kept", "checkpointed", "all kept", "dropout, packed", "full"],
 )
 def test_a_shortened_model_is_extrapolated_to_the_whole(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -105,18 +110,17 @@ def test_components_are_those_of_the_formats() -> None:
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 def test_a_pruned_base_has_a_bit_for_each_weight_and_stays_where_it_is(quant: str) -> None:
     half = {"method": "magnitude", "sparsity": 0.5}
-    base = {"base__quant": quant}
-    whole = plan(a_recipe(**base), config=a_config(num_hidden_layers=2))
-    pruned = plan(a_recipe(**base, base__prune=half), config=a_config(num_hidden_layers=2))
-    masked = plan(a_recipe(**base, base__prune=half, adapter__mask="keep"), config=a_config(num_hidden_layers=2))
+    base, one = {"base__quant": quant, "adapter__targets": ["q_proj"]}, a_config(num_hidden_layers=1)
+    whole = plan(a_recipe(**base), config=one)
+    pruned = plan(a_recipe(**base, base__prune=half), config=one)
+    masked = plan(a_recipe(**base, base__prune=half, adapter__mask="keep"), config=one)
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
     bits = pruned.num_blocks * sum(out * in_ // 8 for out, in_ in shapes)
     assert {**pruned.components, parts.SLACK: 0} == {**whole.components, parts.MASKS: bits, parts.SLACK: 0}
     assert masked.components[parts.MASKS] == bits
     assert pruned.block_bytes == 0
     assert not any(
-        "residency" in change.setting
-        for change in plan(a_recipe(**base, base__prune=half), 1, config=a_config(num_hidden_layers=2)).changes
+        "residency" in change.setting for change in plan(a_recipe(**base, base__prune=half), 1, config=one).changes
     )
 
 
@@ -143,7 +147,8 @@ def test_drawing_out_is_linear_and_needs_the_same_moments() -> None:
 
 
 def test_a_plan_says_what_to_change_cheapest_first() -> None:
-    recipe = a_recipe(memory__checkpointing=False, train__micro_batch_tokens=256, train__optimizer="adamw")
+    targets = {"adapter__targets": ["q_proj"]}
+    recipe = a_recipe(memory__checkpointing=False, train__micro_batch_tokens=256, train__optimizer="adamw", **targets)
     config = a_config(vocab_size=32000, num_hidden_layers=2)
     first = plan(recipe, config=config)
     assert (first.fits, first.changes) == (None, ())
@@ -160,7 +165,8 @@ def test_a_plan_says_what_to_change_cheapest_first() -> None:
 
 
 def test_more_than_one_micro_batch_has_gradients_beside_the_activations() -> None:
-    one, two = (plan(a_recipe(train__batch=batch), config=a_config(num_hidden_layers=2)) for batch in (2, 4))
+    targets, config = {"adapter__targets": ["q_proj"]}, a_config(num_hidden_layers=2)
+    one, two = (plan(a_recipe(train__batch=batch, **targets), config=config) for batch in (2, 4))
     assert (one.num_micro_batches, two.num_micro_batches) == (1, 2)
     backward = [
         next(m for m in each.moments if (m.phase, m.block) == ("backward", 1)).by_component for each in (one, two)
@@ -169,8 +175,8 @@ def test_more_than_one_micro_batch_has_gradients_beside_the_activations() -> Non
 
 
 def test_a_tied_head_is_the_embedding() -> None:
-    config = a_config(num_hidden_layers=2, tie_word_embeddings=True)
-    tied, untied = (plan(a_recipe(), config=each) for each in (config, a_config(num_hidden_layers=2)))
+    recipe, config = a_recipe(adapter__targets=["q_proj"]), a_config(num_hidden_layers=1, tie_word_embeddings=True)
+    tied, untied = (plan(recipe, config=each) for each in (config, a_config(num_hidden_layers=1)))
     assert untied.components[parts.DENSE] - tied.components[parts.DENSE] == 2 * 512 * 64
 
 
@@ -213,9 +219,10 @@ def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_ste
         MicroBatchShape(4, 9, 32, masked=False),
         MicroBatchShape(3, 9, 24, masked=False, accumulated=True),
     ]
-    few = plan(a_recipe(), config=a_config(num_hidden_layers=2), workload=lambda _recipe: ([found[0]], 3))
+    recipe, config = a_recipe(adapter__targets=["q_proj"]), a_config(num_hidden_layers=2)
+    few = plan(recipe, config=config, workload=lambda _recipe: ([found[0]], 3))
     more = replace(found[0], accumulated=True)
-    many = plan(a_recipe(), config=a_config(num_hidden_layers=2), workload=lambda _recipe: ([more], 3))
+    many = plan(recipe, config=config, workload=lambda _recipe: ([more], 3))
     assert many.tensor_bytes > few.tensor_bytes
 
 
@@ -224,7 +231,11 @@ def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path, monkeypatch:
     model = AutoModelForCausalLM.from_config(a_config())
     inject(model, rank=4, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 8})
     save_adapter(model, tmp_path / "adapter", base_name_or_path="x", revision=None, base_quant={"quant": "none"})
-    recipe = a_recipe(adapter={"kind": "dora", "resume_from": str(tmp_path / "adapter")})
+    recipe = a_recipe(
+        adapter={"kind": "dora", "resume_from": str(tmp_path / "adapter")},
+        base__quant="none",
+        memory__checkpointing=False,
+    )
     drawn, whole = drawn_and_whole(recipe, "cpu", monkeypatch)
     assert drawn.num_trainable == whole.num_trainable == 10 * (4 * 128 + 64 + 8 * (64 + 128) + 128)
     assert drawn.components == whole.components

@@ -50,7 +50,7 @@ def a_recipe(**base: Any) -> Recipe:
         {
             "model": {"source": "org/model", "dtype": "bfloat16"},
             "base": base,
-            "adapter": {"rank": 4},
+            "adapter": {"rank": 4, "targets": ["q_proj"]},
             "data": {"mix": [{"source": "org/data"}], "max_length": 64},
             "train": {"steps": 2, "batch": 1, "micro_batch_tokens": 64},
             "memory": {"loss_chunk": 64},

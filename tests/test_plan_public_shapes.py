@@ -149,7 +149,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_recipe(tmp_path: Path, name: str) -> Any:
-    return tiny_run.recipe(tmp_path, model__source=name, model__tokenizer=None, train__steps=1)
+    return tiny_run.one_layer_recipe(tmp_path, model__source=name, model__tokenizer=None, train__steps=1)
 
 
 def test_a_gated_model_is_planned_and_the_plan_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_only_plans_take_a_stored_shape(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_model_at_hand_is_planned_by_its_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = next(iter(public_shapes.public_shapes().values()))
-    recipe = tiny_run.recipe(tmp_path)
+    recipe = tiny_run.one_layer_recipe(tmp_path)
     monkeypatch.setattr(memory_plan, "public_shapes", lambda: {recipe.model.source: shape})
     found = memory_plan.plan(recipe, device_kind="cpu")
     assert found.stored_shape is None

@@ -77,6 +77,7 @@ def test_peft_reads_the_ranks_and_computes_the_same(run: Path, root: Path, tmp_p
     torch.testing.assert_close(tiny_adapted.logits(theirs, ids), tiny_adapted.logits(original, ids), atol=2e-4, rtol=0)
 
 
+@pytest.mark.figures
 def test_ranks_as_a_recipe_that_trains_and_a_map(run: Path, root: Path, tmp_path: Path) -> None:
     layers = adapted_layers(load_run(run).model)
     document = rank_run(run, RankSettings(method="gates"), console=quiet())
@@ -127,9 +128,9 @@ def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(run: Path, ro
         train_run(tiny_run.recipe(root, **changes, adapter__gates=GATES), tmp_path / "none", console=quiet())
 
 
-def test_a_plan_counts_the_gates(root: Path) -> None:
-    asked = tiny_run.recipe(root, adapter__gates=GATES, train__steps=8, adapter__rank=6)
-    without = tiny_run.recipe(root, train__steps=8, adapter__rank=6)
+def test_a_plan_counts_the_gates(tmp_path: Path) -> None:
+    asked = tiny_run.one_layer_recipe(tmp_path, adapter__gates=GATES, train__steps=8, adapter__rank=6)
+    without = tiny_run.one_layer_recipe(tmp_path, train__steps=8, adapter__rank=6)
     gated, plain = (plan(each) for each in (asked, without))
     assert gated.num_trainable == plain.num_trainable
     assert 0 < gated.tensor_bytes - plain.tensor_bytes < 0.05 * plain.tensor_bytes

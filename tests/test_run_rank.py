@@ -29,9 +29,10 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=130)
 
 
+@pytest.mark.figures
 def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     patterns = ("model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj")
-    asked = RankSettings(layers=patterns, budget="60%", max_rank=6, examples=2, eigenvalues=20, over_all=True)
+    asked = RankSettings(layers=patterns, budget="60%", max_rank=6, examples=2, eigenvalues=10, over_all=True)
     document = rank_run(whole, asked, console=quiet())
     assert json.loads((whole / "rank/curvature.json").read_text())["layers"] == document["layers"]
     assert (document["norm"], document["num_examples"]) == ("attached", 2)
@@ -39,9 +40,9 @@ def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     for layer in document["layers"].values():
         spectrum, found = layer["spectrum"], layer["components"]
         assert (spectrum["curvature"], spectrum["norm"], layer["rank_of_run"]) == ("hessian", "attached", 4)
-        assert len(spectrum["eigenvalues"]) == 20
+        assert len(spectrum["eigenvalues"]) == 10
         assert max(spectrum["residuals"]) < 1e-2 * abs(spectrum["eigenvalues"][0])
-        assert spectrum["num_matvecs"] > 20 + 40  # the residuals and the density
+        assert spectrum["num_matvecs"] > 10 + 40  # the residuals and the density
         assert "2 x rank" in spectrum["multiplicity"]
         assert layer["energies"] == sorted(found["worths"], reverse=True)[:6]
         assert len(found["worths"]) == 4 + 6

@@ -264,6 +264,7 @@ def test_every_number_of_the_page_is_in_the_data_beside_it(report: Report, tmp_p
             assert any(f"{value:.{digits}f}" == token for value in known), token
 
 
+@pytest.mark.figures
 def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> None:
     files = write_report(report, tmp_path, "a <study> & more")
     page = files[0].read_text()

@@ -190,11 +190,11 @@ def test_the_interval_of_the_repair_is_fiellers() -> None:
     assert math.isnan(unsure.upper)
 
 
-def test_a_study_without_a_difference_seldom_finds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["seeds alone", pytest.param("4 comparisons", marks=pytest.mark.slow)])
+def test_a_study_without_a_difference_seldom_finds_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of benchmarks/study_nulls.py, which has more cases of 2,000 studies each."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     shares, scenarios = (getattr(import_module("study_nulls"), name) for name in ("shares", "SCENARIOS"))
-    for name in ("seeds alone", "4 comparisons"):
-        found = shares(scenarios[name], 150, seed=1)
-        # 6 %, and 3 standard errors of 150 studies
-        assert all(found[what] < 0.12 for what in ("difference", "winner", "repair")), (name, found)
+    found = shares(scenarios[name], 150, seed=1)
+    # 6 %, and 3 standard errors of 150 studies
+    assert all(found[what] < 0.12 for what in ("difference", "winner", "repair")), found

@@ -46,6 +46,20 @@ def recipe(root: Path, **changes: Any) -> Any:
     return tiny_run.recipe(root, train__batch=8, eval__tasks=[], eval__limit=..., **changes)
 
 
+@pytest.fixture(scope="module")
+def enough(root: Path) -> Path:
+    """A run of `recipe` with enough memory."""
+    train_run(recipe(root), root / "enough")
+    return root / "enough"
+
+
+@pytest.fixture(scope="module")
+def undropped(root: Path) -> Path:
+    """The same without dropout: micro-batches of another size draw nothing else."""
+    train_run(recipe(root, adapter__dropout=0.0), root / "undropped")
+    return root / "undropped"
+
+
 def small_memory(
     monkeypatch: pytest.MonkeyPatch, most_tokens: int, error: Callable[[], BaseException], *, backward: bool = False
 ) -> list[int]:
@@ -89,13 +103,17 @@ def test_what_counts_as_out_of_memory(error: BaseException, text: str, expected:
     assert is_out_of_memory(error) is expected, text
 
 
-@pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+SHORT = [("cuda", False), ("cpu", True)]
+SLOW_SHORT = [(name, backward) for name in ERRORS for backward in (False, True) if (name, backward) not in SHORT]
+
+
+@pytest.mark.parametrize(
+    "name, backward", [*SHORT, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_SHORT)]
+)
 def test_the_loss_curve_is_that_of_enough_memory(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, backward: bool
+    root: Path, undropped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, backward: bool
 ) -> None:
     settings = recipe(root, adapter__dropout=0.0)
-    train_run(settings, tmp_path / "whole")
     passed = small_memory(monkeypatch, 40, ERRORS[name], backward=backward)
     train_run(settings, tmp_path / "run")
     lines = timeless(tmp_path / "run")
@@ -106,7 +124,7 @@ def test_the_loss_curve_is_that_of_enough_memory(
     assert [each["tokens_before"] for each in shrunk[1:]] == [each["tokens_after"] for each in shrunk[:-1]]
     assert max(passed) <= 40
     steps = [line for line in lines if "loss" in line]
-    expected = timeless(tmp_path / "whole")
+    expected = timeless(undropped)
     assert len(steps) == len(expected) == 6
     for one, other in zip(steps, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-6)
@@ -181,7 +199,6 @@ def test_one_example_that_does_not_fit_stops_with_the_state_before_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = recipe(root)
-    train_run(settings, tmp_path / "whole")
     stop_after(monkeypatch, 3)
     with pytest.raises(Interrupted):
         train_run(settings, tmp_path / "run")
@@ -293,13 +310,11 @@ def join_fails(monkeypatch: pytest.MonkeyPatch, step: int, *, place: int, foreve
 
 @pytest.mark.parametrize("place", [1, 13, NUM_MATRICES])
 def test_an_update_that_fits_in_parts_is_that_of_enough_memory(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+    root: Path, enough: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
-    settings = recipe(root)
-    train_run(settings, tmp_path / "whole")
     join_fails(monkeypatch, 3, place=place, forever=False)
-    train_run(settings, tmp_path / "run")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    train_run(recipe(root), tmp_path / "run")
+    assert_same_run(tmp_path / "run", enough)
 
 
 def test_an_update_without_memory_keeps_the_state_before_it(

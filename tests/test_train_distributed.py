@@ -113,7 +113,12 @@ GATED = {"adapter__gates": {"mode": "hard_concrete", "mean_rank": 2, "warmup": 1
 
 @pytest.mark.parametrize(
     "size",
-    [{"train__batch": 5}, {"train__batch": ..., "train__tokens_per_step": 90}, PACKED, {"train__batch": 5, **GATED}],
+    [
+        pytest.param({"train__batch": 5}, marks=pytest.mark.slow),  # as the last one, but for the gates
+        {"train__batch": ..., "train__tokens_per_step": 90},
+        PACKED,
+        {"train__batch": 5, **GATED},
+    ],
 )
 def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, size: dict[str, Any]) -> None:
     """Steps of an odd number of examples, so that the two never have the same number of labels."""

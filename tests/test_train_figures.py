@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from qdora.train.figures import draw_figures
 
+pytestmark = pytest.mark.figures
+
 GRADIENT_NORMS = [0.5, 3.0, 1.0, 40.0]
 RATES = [1e-4, 3e-4, 2e-4, 0.0]
 SECONDS = [2.0, 0.5, 1.0, 4.0]
@@ -51,6 +53,15 @@ def points(svg: Path, name: str = "values") -> NDArray[np.float64]:
     return np.array(re.findall(r"[ML] (\S+) (\S+)", path[1]), dtype=float)
 
 
+@pytest.fixture
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The figures of `lines`, drawn once: not of the whole module, whose fixtures see none of its marks."""
+    folder = tmp_path_factory.getbasetemp() / "drawn"
+    if not folder.exists():
+        draw_figures(lines(), folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "name, values",
     [
@@ -60,11 +71,10 @@ def points(svg: Path, name: str = "values") -> NDArray[np.float64]:
         ("gradient_norm", list(np.log(GRADIENT_NORMS))),
     ],
 )
-def test_a_line_goes_through_the_values_of_the_steps(name: str, values: list[float], tmp_path: Path) -> None:
-    draw_figures(lines(), tmp_path)
-    drawn = points(tmp_path / f"{name}.svg")
-    assert drawn.shape == (4, 2)
-    for found, expected in ((drawn[:, 0], [1.0, 2.0, 3.0, 4.0]), (-drawn[:, 1], values)):
+def test_a_line_goes_through_the_values_of_the_steps(name: str, values: list[float], drawn: Path) -> None:
+    line = points(drawn / f"{name}.svg")
+    assert line.shape == (4, 2)
+    for found, expected in ((line[:, 0], [1.0, 2.0, 3.0, 4.0]), (-line[:, 1], values)):
         scale, _ = np.polyfit(expected, found, 1)
         assert scale > 0
         assert np.corrcoef(found, expected)[0, 1] == pytest.approx(1.0, abs=1e-9)
@@ -80,12 +90,11 @@ def test_a_line_goes_through_the_values_of_the_steps(name: str, values: list[flo
     ],
 )
 def test_validation_starts_at_the_base_and_goes_through_every_evaluation(
-    figure: str, line: str, values: list[float], tmp_path: Path
+    figure: str, line: str, values: list[float], drawn: Path
 ) -> None:
-    draw_figures(lines(), tmp_path)
-    drawn = points(tmp_path / f"{figure}.svg", line)
-    assert np.corrcoef(drawn[:, 0], [0, 2, 4])[0, 1] == pytest.approx(1.0, abs=1e-9)
-    assert np.corrcoef(-drawn[:, 1], values)[0, 1] == pytest.approx(1.0, abs=1e-9)
+    found = points(drawn / f"{figure}.svg", line)
+    assert np.corrcoef(found[:, 0], [0, 2, 4])[0, 1] == pytest.approx(1.0, abs=1e-9)
+    assert np.corrcoef(-found[:, 1], values)[0, 1] == pytest.approx(1.0, abs=1e-9)
 
 
 def test_a_task_has_one_colour_in_all_figures(tmp_path: Path) -> None:
@@ -110,10 +119,10 @@ def test_without_choices_or_evaluations_there_is_no_such_figure(tmp_path: Path) 
     assert len(draw_figures(steps, tmp_path)) == 5
 
 
-def test_the_same_run_draws_the_same_bytes_and_no_step_draws_nothing(tmp_path: Path) -> None:
-    first, second = draw_figures(lines(), tmp_path / "a"), draw_figures(lines(), tmp_path / "b")
+def test_the_same_run_draws_the_same_bytes_and_no_step_draws_nothing(drawn: Path, tmp_path: Path) -> None:
+    first = draw_figures(lines(), tmp_path / "a")
     assert len(first) == 7
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert [path.read_bytes() for path in first] == [(drawn / path.name).read_bytes() for path in first]
     assert draw_figures([{"step": 0, "eval": {}}], tmp_path / "c") == []
     assert not (tmp_path / "c").exists()
 

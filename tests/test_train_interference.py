@@ -151,6 +151,7 @@ def test_a_conflict_is_what_chance_does_not_do() -> None:
     assert "No two tasks are in conflict" in in_words(made_report(0.3), 7)
 
 
+@pytest.mark.figures
 def test_the_figure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert draw_heat_map(made_report(-0.3), tmp_path / "figures/one.svg")
     assert draw_heat_map(made_report(-0.3), tmp_path / "two.svg")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
@@ -34,6 +34,7 @@ from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from qdora.train import loop
 from tests import tiny_run, tiny_tokenizer
+from tests.launched import start_command
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless, trained
 
 FIGURES = {"loss_per_task", "learning_rate", "gradient_norm", "memory", "tokens_per_second", "validation_nll"}
@@ -111,9 +112,16 @@ def test_a_finished_run_can_be_resumed_and_stays_the_same(root: Path, tmp_path: 
 CONSTANT = {"train__schedule": "constant"}
 
 
+@pytest.fixture(scope="module")
+def longer(root: Path) -> Path:
+    """A run of nine steps, two of them with a growing rate."""
+    train_run(tiny_run.recipe(root, train__steps=9, train__warmup=2, **CONSTANT), root / "longer")
+    return root / "longer"
+
+
 @pytest.mark.parametrize("stop_at", [None, 1, 3])
 def test_a_run_is_extended_as_if_it_had_been_longer_from_the_start(
-    root: Path, tmp_path: Path, stop_at: int | None, monkeypatch: pytest.MonkeyPatch
+    root: Path, longer: Path, tmp_path: Path, stop_at: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Constant rate, bit for bit. The warm-up, a share of all steps, stays that of the start: 2 steps."""
     if stop_at is not None:
@@ -123,10 +131,9 @@ def test_a_run_is_extended_as_if_it_had_been_longer_from_the_start(
     monkeypatch.undo()
     summary = train_run(tiny_run.recipe(root, train__steps=9, **CONSTANT), tmp_path / "run", resume=True)
     assert summary["num_steps"] == 9
-    train_run(tiny_run.recipe(root, train__steps=9, train__warmup=2, **CONSTANT), tmp_path / "whole")
-    assert trained(tmp_path / "run") == trained(tmp_path / "whole")
-    same_tensors(*(tmp_path / f"{run}/adapter/adapter_model.safetensors" for run in ("run", "whole")))
-    states = [(tmp_path / f"{run}/checkpoints/step-9/state.json").read_text() for run in ("run", "whole")]
+    assert trained(tmp_path / "run") == trained(longer)
+    same_tensors(*(run / "adapter/adapter_model.safetensors" for run in (tmp_path / "run", longer)))
+    states = [(run / "checkpoints/step-9/state.json").read_text() for run in (tmp_path / "run", longer)]
     assert states[0] == states[1]
     assert "steps: 9" in (tmp_path / "run/recipe.yaml").read_text()
 
@@ -449,10 +456,10 @@ def test_export_and_other_tasks_work_when_the_data_is_gone(tmp_path: Path) -> No
         export_run(tmp_path / "run", tmp_path / "out")
 
 
-def run_cli(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qdora.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout
-    )
+def run_command(*arguments: str, output: Path) -> int | None:
+    process = start_command(*arguments, output=output)
+    process.join(120)
+    return process.exitcode
 
 
 def write_recipe(path: Path, recipe: Recipe) -> Path:
@@ -462,15 +469,16 @@ def write_recipe(path: Path, recipe: Recipe) -> Path:
 
 def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "long.yaml", tiny_run.recipe(root, train__steps=5000, train__checkpoint_every=...))
-    command = [sys.executable, "-m", "qdora.cli", "train", str(file), "-d", str(tmp_path / "run")]
-    command += ["-s", "train.lr=1e-3", "-s", "data.mix[0].limit=20"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    changes = ("-s", "train.lr=1e-3", "-s", "data.mix[0].limit=20")
+    process = start_command("train", str(file), "-d", str(tmp_path / "run"), *changes, output=tmp_path)
     metrics = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and trained(tmp_path / "run")):
-        pass
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    while process.is_alive() and not (metrics.exists() and trained(tmp_path / "run")):
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    errors = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 130, errors
     again = f"qdora train {file} -s train.lr=1e-3 -s 'data.mix[0].limit=20' --run-dir {tmp_path / 'run'} --resume"
     assert errors.splitlines()[-1].endswith(f". Continue with: {again}")
     assert "Traceback" not in errors
@@ -522,21 +530,19 @@ def test_model_without_tokenizer_and_empty_data(tmp_path: Path) -> None:
 def test_exit_codes_of_the_command_line(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(resolved_yaml(tiny_run.recipe(root)).replace("rank:", "rnak:"))
-    done = run_cli("train", str(file), cwd=tmp_path)
-    assert done.returncode == 2
-    assert "adapter.rnak: unknown key" in done.stderr
-    assert "Did you mean 'rank'?" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert run_cli("train", "no-such-recipe", cwd=tmp_path).returncode == 2
-    assert run_cli("export", "nowhere", "out", cwd=tmp_path).returncode == 2
-    assert run_cli("frobnicate", cwd=tmp_path).returncode == 2
+    assert run_command("train", str(file), output=tmp_path) == 2
+    said = (tmp_path / "stderr").read_text()
+    assert "adapter.rnak: unknown key" in said
+    assert "Did you mean 'rank'?" in said
+    assert "Traceback" not in said
+    for arguments in (("train", "no-such-recipe"), ("export", "nowhere", "out"), ("frobnicate",)):
+        assert run_command(*arguments, output=tmp_path) == 2
 
 
 def test_json_is_one_document_on_standard_output(root: Path, tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "r.yaml", tiny_run.recipe(root, train__steps=1))
-    done = run_cli("train", str(file), "--json", "-d", str(tmp_path / "run"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["num_steps"] == 1
+    assert run_command("train", str(file), "--json", "-d", str(tmp_path / "run"), output=tmp_path) == 0
+    assert json.loads((tmp_path / "stdout").read_text())["num_steps"] == 1
 
 
 def test_a_run_keeps_its_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
 
 def test_a_plan_with_a_stream(tmp_path: Path) -> None:
     shown = io.StringIO()
+    tiny_run.write_model(tmp_path / "model", num_hidden_layers=1)
     plan = plan_run(recipe(tmp_path), "r.yaml", console=Console(file=shown, width=130))
     assert plan["mix"]["sources"][0]["num_examples"] is None
     assert "unknown" in shown.getvalue()

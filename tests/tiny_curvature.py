@@ -90,7 +90,7 @@ def dense(
         return -torch.cat(nll).sum() / num_tokens
 
     if curvature == "hessian":
-        return torch.autograd.functional.hessian(loss, start).numpy()  # type: ignore[no-any-return,union-attr]
+        return torch.autograd.functional.hessian(loss, start, vectorize=True).numpy()  # type: ignore[no-any-return,union-attr]
     total = torch.zeros(len(start), len(start), dtype=torch.float64)
     for logits, _ in found:
         jacobian = torch.func.jacfwd(logits)(start)  # (tokens, vocabulary, size)

@@ -14,13 +14,21 @@ from qdora.recipe.settings import Recipe
 from tests import tiny_adapted, tiny_tokenizer
 
 
-def write_model(directory: Path) -> Path:
-    """A random Llama of two blocks with its tokenizer, as safetensors."""
+def write_model(directory: Path, **sizes: int) -> Path:
+    """A random Llama of two blocks, or other `sizes`, with its tokenizer, as safetensors."""
     torch.manual_seed(0)
-    config = LlamaConfig(**(tiny_adapted.SIZES | {"tie_word_embeddings": True, "hidden_size": 64, "vocab_size": 400}))
+    own = {"tie_word_embeddings": True, "hidden_size": 64, "vocab_size": 400}
+    config = LlamaConfig(**(tiny_adapted.SIZES | own | sizes))
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tiny_tokenizer.make().save_pretrained(directory)
     return directory
+
+
+def one_layer_recipe(root: Path, **changes: Any) -> Recipe:
+    """`recipe` with one block, and one adapter in it: its memory is planned in half a second."""
+    if not (root / "model").exists():
+        write_model(root / "model", num_hidden_layers=1)
+    return recipe(root, **{"adapter__targets": ["q_proj"]} | changes)
 
 
 def write_data(directory: Path) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
         logits = model(input_ids=IDS[0].to(model.device)).logits
     assert all(gradient is not None for gradient in found.values())
     return {**found, "logits": logits}  # type: ignore[dict-item]
+
+
+@cache
+def of_resident_base(source: Path, kind: str, targets: tuple[str, ...] | str = "all-linear") -> dict[str, Tensor]:
+    """`gradients` of a base in memory, which is to be found with streamed blocks; not to be changed."""
+    return gradients(adapt(resident(source), kind, targets if isinstance(targets, str) else list(targets)))
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

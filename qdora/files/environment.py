@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,16 @@ def environment() -> dict[str, Any]:
 
 def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
     """Version of each package, None if it is not installed; imports none of them."""
+    return {name: _package_version(name) for name in names}
+
+
+@cache  # finding one takes 3 ms, and a run asks for the same ones several times
+def _package_version(name: str) -> str | None:
     import importlib.metadata  # 15 ms, which the command line does not have
 
-    versions: dict[str, str | None] = dict.fromkeys(names)
-    for name in names:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
 
 
 def cpu_name() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypedDict
 
 import jinja2
@@ -26,13 +27,18 @@ def render_page(package: str, template: str, **facts: Any) -> str:
 
     The filter `visible` shows every character of a text (`visible_text`), `image` turns an SVG into a data address.
     """
+    page = _environment(package).get_template(template).render(**facts)
+    return page.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair: JSON can hold it, UTF-8 cannot
+
+
+@cache  # an environment keeps its compiled templates, and a run writes its page more than once
+def _environment(package: str) -> jinja2.Environment:
     places = [jinja2.PackageLoader(name, "") for name in (package, _FRAME)]
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(places), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"visible": visible, "image": svg_address}
-    # Half a surrogate pair, which JSON can hold and UTF-8 cannot
-    return environment.get_template(template).render(**facts).encode("utf-8", "replace").decode("utf-8")
+    return environment
 
 
 def svg_address(svg: str) -> str:
