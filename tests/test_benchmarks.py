@@ -166,6 +166,16 @@ def test_layer_time(tmp_path: Path) -> None:
     assert [case["rank"] for case in again["cases"]] == [8, 8, 16, 16, 64]
 
 
+def test_expert_cost(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "expert_cost.py")
+    assert [case["skewed"] for case in result["cases"]] == [False, True]
+    for case in result["cases"]:
+        assert case["held"]["own_dora"] > case["held"]["own_lora"] > case["held"]["frozen"] > 0
+        assert case["launches"]["own_dora"]["forward"] >= case["launches"]["own_lora"]["forward"] > 0
+        assert set(case["ratios"]) == {"own_dora / own_lora", "own_dora / frozen", "own_dora / peft_lora"}
+    assert all(size > 0 for size in result["cases"][0]["peak"].values())
+
+
 def test_layer_cost(tmp_path: Path) -> None:
     result = smoke(tmp_path, "layer_cost.py")
     assert [row["value"] for row in result["by_rank"]] == [8, 16]

@@ -120,6 +120,17 @@ def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: P
     assert run_cells(cells, store, lambda cell, path: {}).num_done == 3
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_cell_on_a_full_disk_says_so(tmp_path: Path, number: int) -> None:
+    def work(cell: Cell, directory: Path) -> dict[str, Any]:
+        raise OSError(number, os.strerror(number))
+
+    store = StudyDirectory(tmp_path, retries=0)
+    cell = study_worker.cells(1)[0]
+    run_cells([cell], store, work)
+    assert "cannot be written: the disk is full" in store.failures(cell.key)[-1]["reason"]
+
+
 def test_an_interrupt_gives_the_claim_back_and_is_no_failure(tmp_path: Path) -> None:
     store = StudyDirectory(tmp_path)
 

@@ -305,11 +305,12 @@ def _attempt(cell: Cell, store: StudyDirectory, claim: Claim, work: Work, report
     began = time.perf_counter()
     event: Event = "done"
     try:
-        with store.claims.renewed(claim):
-            result = dict(work(cell, store.cell(cell.key)))
-        if not claim.is_mine():
-            raise RunFailure("another process took over this cell: this process was silent for too long")
-        store.write_result(cell.key, {"seconds": round(time.perf_counter() - began, 3), **result})
+        with disk_failures(store.cell(cell.key)):
+            with store.claims.renewed(claim):
+                result = dict(work(cell, store.cell(cell.key)))
+            if not claim.is_mine():
+                raise RunFailure("another process took over this cell: this process was silent for too long")
+            store.write_result(cell.key, {"seconds": round(time.perf_counter() - began, 3), **result})
     except Interrupted:
         raise
     except Exception as error:  # the other cells must still run; the error is recorded and shown
