@@ -265,7 +265,6 @@ def directory(tmp_path: Path) -> Path:
         ("lora_bias", True),
         ("megatron_config", {"tp": 2}),
         ("alora_invocation_tokens", [5]),
-        ("target_parameters", ["experts.w1"]),
         ("use_qalora", True),
         ("use_bdlora", {"n": 2}),
         ("arrow_config", {"top_k": 3}),
