@@ -75,7 +75,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(each, id=name, marks=[pytest.mark.slow] * (name == "pruned")) for name, each in CASES.items()],
+)
 def test_resumed_equals_uninterrupted_and_what_is_exported_was_trained(
     root: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +201,7 @@ def test_an_adapter_of_experts_goes_on(root: Path, run: Path, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_ranks_for_experts_are_a_recipe_that_keeps_the_scaling(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--method curvature: 4 layers are stacks .*Fix: name other layers"):
         rank_run(run, RankSettings(examples=2), console=quiet())
@@ -311,7 +315,13 @@ def reached_and_trained(rank: int, settings: Any, directory: Path) -> None:
     directory.with_name(f"reached-{rank}.json").write_text(json.dumps(seen))
 
 
-@pytest.mark.parametrize("gates", [None, {**GATES, "mode": "hard_concrete"}], ids=["plain", "gates"])
+@pytest.mark.parametrize(
+    "gates",
+    [
+        pytest.param(None, id="plain"),
+        pytest.param({**GATES, "mode": "hard_concrete"}, id="gates", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_train_what_one_does(tmp_path: Path, gates: Any) -> None:
     """Also where an expert is reached by the tokens of one process only."""
     tiny_experts.make("qwen3_moe", num_experts=16).save_pretrained(tmp_path / "model")
