@@ -207,8 +207,8 @@ eval: 3
 lr: 1e-4
 trackers: [wandbb]
 """
-    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, init, rank_pattern, same_scaling, gates"
-    ranks += ", dtype, mask, also_train, also_train_rows, resume_from"
+    ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, experts, init, rank_pattern, same_scaling"
+    ranks += ", gates, dtype, mask, also_train, also_train_rows, resume_from"
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, add_tokens, trust_remote_code, attention, dtype"
     keys = (
