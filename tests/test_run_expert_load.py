@@ -54,6 +54,7 @@ def test_moved_is_the_share_of_tokens_that_went_elsewhere() -> None:
     assert found["moved"] == pytest.approx(0.3)
 
 
+@pytest.mark.figures
 def test_a_run_keeps_the_record_and_draws_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny_experts.write(tmp_path / "model", "mixtral")
     with caplog.at_level("INFO", "qdora"):
