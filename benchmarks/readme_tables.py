@@ -27,7 +27,7 @@ from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import chat_model, chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study, study_nulls
-from tables.times import expert_cost, layer_time, packing, step_time
+from tables.times import layer_time, packing, step_time
 from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "hostile": hostile,
     "moments": moments,
     "layer_time": layer_time,
-    "expert_cost": expert_cost,
     "step_time": step_time,
     "loss_curve": loss_curve,
     "layer_memory": layer_memory,
