@@ -62,7 +62,8 @@ def expert_cost() -> str:
     bar = document["bar"]
     head = ["shape, tokens, routing", "QDoRA / QLoRA", "QDoRA / frozen", "QDoRA / PEFT LoRA"]
     head += ["held, QDoRA", "QLoRA", "PEFT LoRA", "peak: QDoRA / QLoRA / PEFT LoRA", "launches: QDoRA / QLoRA"]
-    text = f"\nMedians of rounds; bytes in MiB. QDoRA at most {bar['limit']} times QLoRA: {bar['within']} of {bar['of']}.\n"
+    within = f"QDoRA at most {bar['limit']} times QLoRA: {bar['within']} of {bar['of']} cases."
+    text = f"\nMedians of rounds; bytes in MiB. {within}\n"
     return markdown(head, rows) + text
 
 
