@@ -9,7 +9,7 @@ for the worst routing, nearly all tokens to the same experts; `even_routing_byte
 Blocks are moved to host memory until the plan fits. `cpu_seconds` is the time of the first plan on one core. With
 --only one shape is planned, and the others stay as they are in the file.
 
-Qwen3-Next-80B-A3B is left out. Without the kernels of flash-linear-attention a plan runs transformers' plain code of its
+Qwen3-Next-80B-A3B is left out. Without the kernels of flash-linear-attention a plan runs transformers' code of its
 linear attention, operation by operation, which takes minutes.
 
 Bar: a plan of each shape in less than 120 s of one core.
