@@ -57,6 +57,12 @@ class PlainLayer:
     attached: bool
     keep_mask: Tensor | None = None
 
+    def gain(self, norm: Tensor) -> Tensor:
+        """g = m / norm for each row, and 0 for a row whose present norm is 0."""
+        assert self.row_norm is not None, "LoRA has no gain"
+        dead = self.row_norm == 0
+        return (self.values["magnitude"] / norm.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
+
     def dense_update(self, scaling: float) -> Tensor | None:
         """M o (s B A), (out, in) with its graph, where it has to be formed: for a mask, or by the whole matrix."""
         update = self.values.get("update")
@@ -118,9 +124,7 @@ def plain_forward(layer: AdaptedLinear, plain: PlainLayer, x: Tensor) -> Tensor:
         norm = plain.row_norm
         if plain.attached:
             norm = attached_norm(layer, a, b) if update is None else _dense_norm(layer, update)
-        dead = plain.row_norm == 0
-        gain = plain.values["magnitude"] / norm.masked_fill(dead, 1.0)
-        out = out * gain.masked_fill(dead, 0.0)
+        out = out * plain.gain(norm)
     return out if layer.base.bias is None else out + layer.base.bias.to(out.dtype)
 
 
@@ -138,9 +142,7 @@ def plain_experts(layer: AdaptedExperts, plain: PlainLayer, x: Tensor, tokens: E
             parts.append(x[run.tokens] @ (own_b @ own_a).masked_fill(~keep, 0.0).T)
     out = frozen_stack(x, layer.base.stored_weight, tokens) + torch.cat(parts) * layer.scaling
     if plain.row_norm is not None:
-        dead = plain.row_norm == 0
-        gain = (plain.values["magnitude"] / plain.row_norm.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
-        out = out * gain.repeat_interleave(torch.tensor(tokens.counts, device=x.device), dim=0)
+        out = out * plain.gain(plain.row_norm).repeat_interleave(torch.tensor(tokens.counts, device=x.device), dim=0)
     return out if layer.base.bias is None else add_expert_bias(out, layer.base.bias, tokens)
 
 

@@ -16,7 +16,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -268,7 +268,7 @@ class OpenedMerge:
     wide: Sequence[str]  # names of the tensors that stay in float32
     kept: dict[str, PackedWeight] = field(default_factory=dict)  # path -> the stack of experts that is being written
 
-    @property
+    @cached_property
     def packed_paths(self) -> set[str]:
         """Paths of the layers that training held in low precision."""
         stored = {name.rpartition(".")[0] for name, item in self.stored.items() if isinstance(item, StoredPacked)}
@@ -324,7 +324,7 @@ class OpenedMerge:
                 sources |= {f"{path}.{part}": source for part, source in self._packed_sources(path, item).items()}
             else:
                 shaped = torch.empty(item.shape, dtype=torch.float32, device="meta")
-                rows = partial(self._merged_rows, path, item) if path in experts else None
+                rows = partial(self._merged_rows, path, item, experts[path].num_experts) if path in experts else None
                 sources[name] = Source(shaped, partial(self._merged, path, item), rows=rows)
         return sources
 
@@ -360,9 +360,8 @@ class OpenedMerge:
             return base
         return merged_weight(base, layer.lora_A, layer.lora_B, layer.scaling, layer.magnitude)
 
-    def _merged_rows(self, path: str, item: Stored, rows: slice) -> Tensor:
+    def _merged_rows(self, path: str, item: Stored, num_experts: int, rows: slice) -> Tensor:
         """Some rows of the merged or dequantised weight of a stack of experts, in float32."""
-        num_experts = stacks(self.model)[path].num_experts
         if path in self.packed_paths and self.merge.base != "original":
             if path not in self.kept:
                 self.kept.clear()  # the stack that was written last

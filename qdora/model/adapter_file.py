@@ -42,7 +42,7 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
 )
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts, Share
+from qdora.nn.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, Share, Stack
 from qdora.nn.frozen_linear import FrozenLinear
 
 CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.safetensors", "qdora.json"
@@ -270,7 +270,7 @@ def read_adapter(
     for path, module in linear.items():
         a_name, b_name, m_name = _names(places[path])
         a, b, share = tensors[a_name], tensors[b_name], described.shares.get(path, "none")
-        if isinstance(module, ExpertLinear | FrozenExperts):
+        if isinstance(module, BareExperts):
             a, b = _from_peft(a, b, module.num_experts, share, f"{directory / WEIGHTS_FILE}: {path}")
         found[path] = StoredLayer(a, b, tensors.get(m_name), layout.scaling_of(path), share)
     matrices = {}
@@ -304,12 +304,11 @@ def _places(layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
     PEFT wraps that module once for each parameter, so the first of two is inside.
     """
-    kinds = ExpertLinear | FrozenExperts | AdaptedExperts
     found: dict[str, str] = {}
     last: dict[str, str] = {}
     for path, layer in layers.items():
         found[path] = path
-        if isinstance(layer, kinds):
+        if isinstance(layer, Stack):
             owner = path.rpartition(".")[0]
             if owner in last:
                 found[last[owner]] += ".base_layer"
@@ -351,7 +350,7 @@ def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict
         for path, module in modules.items()
         if (
             layout.selects_experts(path)
-            if isinstance(module, ExpertLinear | FrozenExperts)
+            if isinstance(module, BareExperts)
             else layout.selects(path, is_linear=is_linear(module) and path not in left_out, is_head=module is head)
         )
     }
@@ -424,7 +423,7 @@ def _expected_shapes(
         rows, columns, rank = module.out_features, module.in_features, layout.rank_of(path)
         a, b, m = _names(places[path])
         shapes[a], shapes[b], shapes[m] = (rank, columns), (rows, rank), (rows,)
-        if isinstance(module, ExpertLinear | FrozenExperts):
+        if isinstance(module, BareExperts):
             experts, size = module.num_experts, module.expert_features
             shapes[a], shapes[b], shapes[m] = (experts * rank, columns), (size, rank * experts), (experts, size)
         if layout.kind != "dora":

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 
 from qdora.errors import UserError
 from qdora.model.experts import is_transposed, library_names, stacks
-from qdora.model.stored_tensors import Stored, StoredRows, StoredTensor, shorten
+from qdora.model.stored_tensors import Stored, StoredRows, StoredTensor, in_parts, shorten
 
 # A conversion that cuts a tensor into more pieces permutes its rows.
 _MOST_PIECES = 8
@@ -90,7 +90,8 @@ def convert(
         first += numbers.numel()
     try:
         found: dict[str, Any] = run.convert(name, model=model, config=model.config)
-    except Exception as error:  # operations on columns meet columns of length 1 and fail in many ways
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Operations on columns meet columns of length 1, and fail in many ways.
         raise NotInRows from error
     stored = {key: item for key, (_, item) in items.items()}
     columns = {item.shape[-1] if len(item.shape) > 1 else 1 for item in stored.values()}
@@ -114,16 +115,9 @@ def _joined(shape: tuple[int, ...], pieces: Sequence[_Piece], stored: Mapping[st
         value = stored[piece.key].read()
         return (value.flatten(0, -2) if value.ndim > 2 else value)[piece.rows]
 
-    parts = tuple(StoredRows(piece.rows.stop - piece.rows.start, partial(read, piece)) for piece in pieces)
+    parts = [StoredRows(piece.rows.stop - piece.rows.start, partial(read, piece)) for piece in pieces]
     some = stored[pieces[0].key]
-    return StoredTensor(
-        some.key,
-        shape,
-        lambda: torch.cat([part.read() for part in parts]).view(shape),
-        itemsize=some.itemsize,
-        dtype=some.dtype,
-        parts=parts if len(shape) == 2 else None,
-    )
+    return in_parts(some.key, shape, parts, itemsize=some.itemsize, dtype=some.dtype)
 
 
 def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
@@ -194,14 +188,7 @@ def _as_matrix(item: StoredTensor, *, transposed: bool) -> StoredTensor:
 
     shape = (experts * rows, columns)
     parts = tuple(StoredRows(rows, partial(read_expert, expert)) for expert in range(experts))
-    return StoredTensor(
-        item.key,
-        shape,
-        lambda: turned().reshape(shape),
-        itemsize=item.itemsize,
-        dtype=item.dtype,
-        parts=parts,
-    )
+    return replace(item, shape=shape, read=lambda: turned().reshape(shape), parts=parts)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts
+from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, Stack
 from qdora.ops.expert_product import ExpertTokens
 from qdora.ops.planned_device import is_planning, planned_counts
 
@@ -22,7 +22,6 @@ IMPLEMENTATION = "qdora"
 """The name of `routed_forward` among transformers' implementations of experts."""
 _LLAMA4 = "Llama4TextExperts"
 """It has no interface, its weights are transposed, and every expert gets every token, most of them times 0."""
-Stack = ExpertLinear | FrozenExperts | AdaptedExperts
 
 
 def use_expert_layers_(model: PreTrainedModel) -> None:
@@ -34,7 +33,7 @@ def use_expert_layers_(model: PreTrainedModel) -> None:
     for module in list(model.modules()):
         if _has_interface(module):
             owner: Any = module
-            names = ("gate_up_proj" if _has_gate(owner) else "up_proj", "down_proj")
+            names = ("gate_up_proj" if owner.has_gate else "up_proj", "down_proj")
             _replace(owner, names, transposed=owner.is_transposed)
             owner.config._experts_implementation = IMPLEMENTATION
         elif type(module).__name__ == _LLAMA4:
@@ -44,11 +43,6 @@ def use_expert_layers_(model: PreTrainedModel) -> None:
 
 def _has_interface(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
-
-
-def _has_gate(module: Any) -> bool:
-    """Early releases of the interface know experts with a gate alone."""
-    return bool(getattr(module, "has_gate", True))
 
 
 def _replace(owner: Any, names: tuple[str, ...], *, transposed: bool) -> None:
@@ -61,8 +55,7 @@ def _replace(owner: Any, names: tuple[str, ...], *, transposed: bool) -> None:
 
 def stacks(model: nn.Module) -> dict[str, Stack]:
     """Path -> stack of experts, in model order."""
-    kinds = ExpertLinear | FrozenExperts | AdaptedExperts
-    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Stack)}
     return {name: module for name, module in found.items() if name.removesuffix(".base") == name}
 
 
@@ -122,11 +115,11 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     owners = top_k_index.reshape(-1)
     order = torch.argsort(owners, stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    up = self.gate_up_proj if _has_gate(self) else self.up_proj
+    up = self.gate_up_proj if self.has_gate else self.up_proj
     tokens = ExpertTokens(_counts(top_k_index, up.num_experts))
     x = _Spread.apply(hidden_states, order, inverse, top_k)  # type: ignore[no-untyped-call, unused-ignore]
     out = up(x, tokens)
-    out = self._apply_gate(out) if _has_gate(self) else self.act_fn(out)
+    out = self._apply_gate(out) if self.has_gate else self.act_fn(out)
     out = self.down_proj(out, tokens)
     if getattr(self, "has_post_expert_norm", False):
         out = self.post_expert_norm(out)

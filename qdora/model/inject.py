@@ -14,7 +14,7 @@ from qdora.errors import UserError, nearest
 from qdora.model.experts import routers
 from qdora.model.peft_config import ALL_LINEAR
 from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
-from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts, Share
+from qdora.nn.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts, Share
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.nn.plain_linear import is_plain_linear
@@ -69,9 +69,7 @@ def inject(
     ranks = _ranks(chosen, rank, rank_pattern or {}, expert_rank)
     if masked:
         check_masks(chosen, "adapter.mask")
-    if (expert_rank or share != "none") and not any(
-        isinstance(each, FrozenExperts | ExpertLinear) for each in chosen.values()
-    ):
+    if (expert_rank or share != "none") and not any(isinstance(each, BareExperts) for each in chosen.values()):
         raise UserError(
             "adapter.experts: no target is an expert of this model. Fix: remove it, or add experts to targets."
         )
@@ -171,7 +169,7 @@ def frozen_like(
     module: nn.Module, weight: Weight, bias: Tensor | None, keep_bits: Tensor | None = None
 ) -> FrozenLinear:
     """The frozen layer that takes the place of a linear layer or a stack of experts."""
-    if isinstance(module, ExpertLinear | FrozenExperts):
+    if isinstance(module, BareExperts):
         return FrozenExperts(weight, module.num_experts, bias, keep_bits)
     return FrozenLinear(weight, bias, keep_bits)
 
@@ -230,7 +228,7 @@ def _ranks(
     too_small: dict[tuple[str, int], list[tuple[int, str]]] = {}  # (setting, rank) -> (most, layer)
     for name, module in chosen.items():
         keys = sorted((p for p in rank_pattern if matches(name, p)), key=len)
-        of_experts = expert_rank if isinstance(module, FrozenExperts | ExpertLinear) else None
+        of_experts = expert_rank if isinstance(module, BareExperts) else None
         ranks[name] = rank_pattern[keys[-1]] if keys else of_experts or rank
         limit = most_rank(module)
         if ranks[name] > limit:

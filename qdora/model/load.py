@@ -49,6 +49,7 @@ from qdora.model.stored_tensors import (
     StoredPacked,
     StoredRows,
     StoredTensor,
+    in_parts,
     match_to_model,
     open_safetensors,
     shorten,
@@ -442,13 +443,8 @@ def _dense(item: Stored) -> StoredTensor:
         packed = kept.pop(0) if start == starts[-1] else kept[0]
         return dequantize(packed_rows(packed, slice(start, min(start + step, rows))), torch.bfloat16)
 
-    parts = tuple(StoredRows(min(step, rows - start), partial(read, start)) for start in starts)
-    whole = partial(_whole, parts)
-    return StoredTensor(item.key, (rows, columns), whole, itemsize=2, dtype="BF16", parts=parts)
-
-
-def _whole(parts: Sequence[StoredRows]) -> Tensor:
-    return torch.cat([part.read() for part in parts])
+    parts = [StoredRows(min(step, rows - start), partial(read, start)) for start in starts]
+    return in_parts(item.key, (rows, columns), parts, itemsize=2, dtype="BF16")
 
 
 def _check_stored_packed(

@@ -35,7 +35,7 @@ from qdora.model.load import (
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked
 from qdora.nn.evaluation_mode import evaluation_mode
-from qdora.nn.expert_linear import ExpertLinear, FrozenExperts
+from qdora.nn.expert_linear import BareExperts
 from qdora.ops.expert_product import ExpertTokens
 from qdora.ops.packed import dequantize, quantize, zero_packed
 from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores
@@ -176,7 +176,7 @@ class _PruningTask:
             value = item.read()
             assert isinstance(value, Tensor)
             layer = self.load.model.get_submodule(path)
-            num_parts = layer.num_experts if isinstance(layer, ExpertLinear | FrozenExperts) else 1
+            num_parts = layer.num_experts if isinstance(layer, BareExperts) else 1
             measured = statistics.get(path, [None] * num_parts)
             weight, mask = self._pruned(value.to(self.load.device), measured, name)
             place_frozen(self.load.model, path, weight, mask_bits(mask))

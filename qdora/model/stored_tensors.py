@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,6 +153,18 @@ def _itemsize(dtype: str) -> int:
     """Bytes of an element of a dtype of a header, such as BF16, F8_E4M3 or BOOL."""
     bits = re.search(r"\d+", dtype)
     return 1 if bits is None else max(1, int(bits.group()) // 8)
+
+
+def in_parts(
+    key: str, shape: tuple[int, ...], parts: Sequence[StoredRows], *, itemsize: int, dtype: str
+) -> StoredTensor:
+    """A tensor that is read in parts of rows, one after the other; a vector's parts are kept together."""
+    made = tuple(parts)
+
+    def read() -> Tensor:
+        return torch.cat([part.read() for part in made]).view(shape)
+
+    return StoredTensor(key, shape, read, itemsize, dtype, made if len(shape) == 2 else None)
 
 
 def stored_rows(item: StoredTensor, rows: slice) -> Tensor:

@@ -78,6 +78,10 @@ class FrozenExperts(FrozenLinear):
         return f"{self.num_experts} experts, {super().extra_repr()}"
 
 
+BareExperts = ExpertLinear | FrozenExperts
+"""A stack of experts without an adapter."""
+
+
 class AdaptedExperts(AdaptedLinear):
     """`AdaptedLinear` for each expert of a stack: y = g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) + bias_e.
 
@@ -90,14 +94,18 @@ class AdaptedExperts(AdaptedLinear):
     base: FrozenExperts
 
     def __init__(self, base: FrozenExperts, *, share: Share = "none", **options: Any) -> None:
-        object.__setattr__(self, "share", share)  # before the constructor, which asks for the shapes
-        object.__setattr__(self, "num_experts", base.num_experts)
-        object.__setattr__(self, "expert_features", base.expert_features)
+        self.share = share  # before the constructor, which asks for the shapes
         super().__init__(base, **options)
 
-    share: Share
-    num_experts: int
-    expert_features: int
+    @property
+    def num_experts(self) -> int:
+        """Experts of the stack."""
+        return self.base.num_experts
+
+    @property
+    def expert_features(self) -> int:
+        """Output features of one expert."""
+        return self.base.expert_features
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         of_a, of_b = (1 if self.share == factor else self.num_experts for factor in ("A", "B"))
@@ -192,8 +200,7 @@ class AdaptedExperts(AdaptedLinear):
         """Some rows of `merged_weight`; only their experts are dequantised."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = self.base.dequantized_rows(rows, wide) if base is None else base[rows].to(wide)
-        mask = self.base.keep_mask() if self.masked else None
-        keep = None if mask is None else mask[rows]
+        keep = self.base.keep_mask(rows) if self.masked else None
         factors = (self.lora_A, self.gated_B(), self.scaling, self.magnitude)
         return merged_rows(weight, rows.start, *factors, keep).to(dtype)
 
@@ -202,14 +209,17 @@ class AdaptedExperts(AdaptedLinear):
         magnitude = self.magnitude
         if magnitude is None:
             return None
-        mask, found = (self.base.keep_mask() if self.masked else None), []
+        found = []
         for expert in range(self.num_experts):
             rows = slice(expert * self.expert_features, (expert + 1) * self.expert_features)
             weight = self.base.dequantized_rows(rows, self.base.wide_dtype)
-            keep = None if mask is None else mask[rows]
+            keep = self.base.keep_mask(rows) if self.masked else None
             adapted = merged_rows(weight, rows.start, self.lora_A, self.gated_B(), self.scaling, None, keep)
             found.append(gain_of_sum(adapted, magnitude[expert]))
         return torch.stack(found)
+
+
+Stack = BareExperts | AdaptedExperts
 
 
 class _KnownNorms:

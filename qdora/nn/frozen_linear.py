@@ -59,10 +59,10 @@ class FrozenLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("keep_bits", keep_bits)
 
-    def keep_mask(self) -> Tensor | None:
-        """The mask by which the weight was pruned, (out, in) bool; None if it was not pruned."""
+    def keep_mask(self, rows: slice | None = None) -> Tensor | None:
+        """The mask by which the weight was pruned, or some of its rows, (rows, in) bool; None if it was not pruned."""
         shape = (self.out_features, self.in_features)
-        return None if self.keep_bits is None else mask_from_bits(self.keep_bits, shape)
+        return None if self.keep_bits is None else mask_from_bits(self.keep_bits, shape, rows)
 
     @property
     def packed_weight(self) -> PackedWeight | None:

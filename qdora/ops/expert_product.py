@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from qdora.ops.adapted_product import WRITTEN, column_dot
 from qdora.ops.dora import CANCELLATION, Gain, masked_row_norm, merged_weight, row_norm
 from qdora.ops.dropout import draw_seed, drop_, dropped
-from qdora.ops.frozen_product import add_product_, add_transposed_product_, product_dtype
+from qdora.ops.frozen_product import FrozenMap, add_product_, add_transposed_product_, product_dtype
 from qdora.ops.low_rank_factors import rounded
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows
@@ -113,7 +113,7 @@ def grouped_product(x: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tenso
     """x (tokens, k) times (n, k, m), the tokens in n groups of `counts`: (tokens, m). One matrix serves all groups."""
     if len(matrices) == 1:
         return x @ matrices[0]
-    if _has_kernel(x, matrices):
+    if _has_kernel(x, *matrices.shape[1:]):
         return torch._grouped_mm(x, matrices, offs=_offsets(counts, x.device))
     out, start = x.new_empty(x.shape[0], matrices.shape[2]), 0
     for matrix, count in zip(matrices, counts, strict=True):
@@ -126,7 +126,7 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int], *, shared:
     """left^T right of each group of tokens, (n, k, m), or (1, k, m) of all tokens if `shared`."""
     if shared or len(counts) == 1:
         return (left.T @ right).unsqueeze(0)
-    if _has_kernel(left, right.unsqueeze(0)):
+    if _has_kernel(left, left.shape[1], right.shape[1]):
         return torch._grouped_mm(left.T, right, offs=_offsets(counts, left.device))
     out, start = left.new_empty(len(counts), left.shape[1], right.shape[1]), 0
     for group, count in zip(out, counts, strict=True):
@@ -135,9 +135,8 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int], *, shared:
     return out
 
 
-def _has_kernel(x: Tensor, matrices: Tensor) -> bool:
-    """Whether torch's grouped product takes these: bf16 on a GPU, rows that are multiples of 16 bytes."""
-    sizes = (x.shape[-1], *matrices.shape[-2:]) if matrices.shape[0] > 1 else (x.shape[-1], matrices.shape[-1])
+def _has_kernel(x: Tensor, *sizes: int) -> bool:
+    """Whether torch's grouped product takes these: bf16 on a GPU, features that are multiples of 16 bytes."""
     return device_kind(x.device) == "cuda" and x.dtype == torch.bfloat16 and not any(size % 8 for size in sizes)
 
 
@@ -154,8 +153,16 @@ def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor |
         bias: (experts, out), or None.
     Returns: (tokens, out) in the dtype of the product.
     """
-    out: Tensor = _FrozenStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
-        x.to(product_dtype(x)), weight, tokens, False
+
+    def product(of: Tensor, transposed: bool) -> Tensor:
+        rows, columns = _expert_shape(weight, tokens)
+        into = of.new_zeros(of.shape[0], columns if transposed else rows)
+        for run in tokens.runs(_together(rows, columns, of.itemsize, of.device)):
+            _add_run_(into, of, weight, tokens, run, None, transposed)
+        return into
+
+    out: Tensor = FrozenMap.apply(  # type: ignore[no-untyped-call, unused-ignore]
+        x.to(product_dtype(x)), product, False
     )
     return out if bias is None else add_expert_bias(out, bias, tokens)
 
@@ -166,41 +173,10 @@ def add_expert_bias(out: Tensor, bias: Tensor, tokens: ExpertTokens) -> Tensor:
     return out + bias.to(out.dtype).repeat_interleave(counts, dim=0, output_size=out.shape[0])
 
 
-class _FrozenStack(torch.autograd.Function):
-    """x W_e^T, or x W_e where `transposed`: each is the backward pass of the other."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, tokens: ExpertTokens, transposed: bool) -> Tensor:
-        ctx.weight, ctx.tokens, ctx.transposed = weight, tokens, transposed
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x.new_empty(0))  # as in frozen_product: it brings a streamed weight back
-        columns = weight.shape[1] if transposed else weight.shape[0] // len(tokens.counts)
-        out = x.new_zeros(x.shape[0], columns)
-        add_base_(out, x, weight, tokens, None, transposed=transposed)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        _ = ctx.saved_tensors
-        dx: Tensor = _FrozenStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
-            grads[0], ctx.weight, ctx.tokens, not ctx.transposed
-        )
-        return dx, None, None, None
-
-
-def add_base_(
-    out: Tensor, x: Tensor, weight: Weight, tokens: ExpertTokens, gain: Tensor | None, *, transposed: bool = False
-) -> None:
-    """Add x (diag(g_e) W_e)^T, or x diag(g_e) W_e where `transposed`, to `out`; g is (experts, out)."""
-    for run in tokens.runs(_together(*_expert_shape(weight, tokens), x.itemsize, x.device)):
-        _add_run_(out, x, weight, tokens, run, gain, transposed)
-
-
 def _add_run_(
     out: Tensor, x: Tensor, weight: Weight, tokens: ExpertTokens, run: Run, gain: Tensor | None, transposed: bool
 ) -> None:
+    """Add x (diag(g_e) W_e)^T of a run, or x diag(g_e) W_e where `transposed`, to `out`; g is (experts, out)."""
     some = expert_rows(weight, len(tokens.counts), run.experts)
     factor = None if gain is None else _pick(gain, run.experts).reshape(-1)
     into, of = out[run.tokens], x[run.tokens]

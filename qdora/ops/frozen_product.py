@@ -6,6 +6,8 @@ graph over a graph that a curvature product takes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +22,14 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     The product of x (..., in) runs in its dtype, or in the dtype of an active autocast, which the result has.
     """
     if is_plain(x):
-        out = with_bias(_product(x.reshape(-1, x.shape[-1]), weight, False), bias, is_kept=False)
-        return out.reshape(*x.shape[:-1], out.shape[-1])
-    x = x.to(product_dtype(x))
-    flat = x.reshape(-1, x.shape[-1])
-    mapped: Tensor = _FrozenProduct.apply(flat, weight, bias, False)  # type: ignore[no-untyped-call, unused-ignore]
-    return mapped.reshape(*x.shape[:-1], mapped.shape[-1])
+        out = _product(x.reshape(-1, x.shape[-1]), weight, False)
+    else:
+        x = x.to(product_dtype(x))
+        product = partial(_product, weight=weight)
+        out = FrozenMap.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            x.reshape(-1, x.shape[-1]), product, False
+        )
+    return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
 
 
 def is_plain(x: Tensor) -> bool:
@@ -74,24 +78,27 @@ def with_bias(out: Tensor, bias: Tensor | None, *, is_kept: bool) -> Tensor:
     return out + bias.to(out.dtype) if is_kept else out.add_(bias.to(out.dtype))
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """x W^T + bias, or x W where `transposed`: each is the backward pass of the other."""
+class FrozenMap(torch.autograd.Function):
+    """x -> product(x, transposed=False), a linear map whose backward pass is dy -> product(dy, transposed=True).
+
+    It can be differentiated any number of times.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, transposed: bool) -> Tensor:
-        ctx.weight, ctx.transposed = weight, transposed
+    def forward(ctx: Any, x: Tensor, product: Callable[..., Tensor], transposed: bool) -> Tensor:
+        ctx.product, ctx.transposed = product, transposed
         if ctx.needs_input_grad[0]:
             # The backward pass needs no values. But the request for saved tensors makes a checkpoint recompute its
             # block, and only that brings a streamed weight back to its slot.
             ctx.save_for_backward(x.new_empty(0))
-        return with_bias(_product(x, weight, transposed), bias, is_kept=False)  # no bias if transposed
+        return product(x, transposed=transposed)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
+            return None, None, None
         _ = ctx.saved_tensors
-        dx: Tensor = _FrozenProduct.apply(  # type: ignore[no-untyped-call, unused-ignore]
-            grads[0], ctx.weight, None, not ctx.transposed
+        dx: Tensor = FrozenMap.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            grads[0], ctx.product, not ctx.transposed
         )
-        return dx, None, None, None
+        return dx, None, None

@@ -307,10 +307,11 @@ class AdapterConfig(Section):
             names = ["rank", "alpha", "rank_stabilized", "targets", "experts", "init", "rank_pattern", "same_scaling"]
             names.append("mask")
             return self._without_rows() | dict.fromkeys(names, "the adapter in adapter.resume_from has its own")
-        return self._without_rows() | ({} if self._has_ranks else {"same_scaling": "all layers have one rank"})
+        return self._without_rows() | ({} if self.has_own_ranks else {"same_scaling": "all layers have one rank"})
 
     @property
-    def _has_ranks(self) -> bool:
+    def has_own_ranks(self) -> bool:
+        """Whether some layers may have another rank than `rank`."""
         return bool(self.rank_pattern) or self.experts.rank is not None
 
     def _without_rows(self) -> dict[str, str]:

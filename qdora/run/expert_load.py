@@ -31,13 +31,13 @@ class ExpertLoad:
     """Counts the tokens of each expert in training steps, of the first process. Empty for a model without experts."""
 
     def __init__(self, model: nn.Module) -> None:
-        last = {path.rpartition(".")[0]: path for path in stacks(model)}  # one stack of each block
-        self._now = {owner: np.zeros(stacks(model)[path].num_experts, np.int64) for owner, path in last.items()}
+        last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
+        self._now = {owner: np.zeros(stack.num_experts, np.int64) for owner, stack in last.items()}
         self._first: list[dict[str, Counts]] = []
         self._recent: deque[dict[str, Counts]] = deque(maxlen=_WINDOW)
         self.num_steps = 0
-        for owner, path in last.items():
-            model.get_submodule(path).register_forward_pre_hook(partial(self._add, owner))
+        for owner, stack in last.items():
+            stack.register_forward_pre_hook(partial(self._add, owner))
 
     def _add(self, owner: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         tokens: ExpertTokens = inputs[1]

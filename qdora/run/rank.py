@@ -167,7 +167,7 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
     faults = []
     if asked.method == "gates" and adapter.gates is None:
         faults.append(f"{path}: has no gates. Fix: name a run with adapter.gates, or use another --method.")
-    elif asked.method == "gates" and (adapter.rank_pattern or adapter.experts.rank) and not adapter.same_scaling:
+    elif asked.method == "gates" and adapter.has_own_ranks and not adapter.same_scaling:
         # Each layer keeps the alpha / rank that it started with, but a recipe has one alpha.
         own = "adapter.rank_pattern" if adapter.rank_pattern else "adapter.experts.rank"
         faults.append(
@@ -442,13 +442,12 @@ def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[
     Returns:
         "fragment", to put into other recipes, and "recipe", the file's path.
     """
-    own_ranks = recipe.adapter.rank_pattern or recipe.adapter.experts.rank
     # Experts may have a rank of their own, so that no rank is left out as the usual one.
     usual = None if recipe.adapter.experts.rank else recipe.adapter.rank
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
     plain = settings(recipe)
     fragment: dict[str, Any] = {"rank": recipe.adapter.rank, "rank_pattern": pattern}
-    if pattern and not own_ranks:
+    if pattern and not recipe.adapter.has_own_ranks:
         # alpha / rank would be 16 times as large at rank 1 as at rank 16, and training with it
         fragment["same_scaling"] = True
     elif pattern:
