@@ -1,10 +1,12 @@
-"""Tokens a second of training on the CPU, with OpenMP's threads spinning while they wait (the default) and sleeping.
+"""Tokens a second of training on the CPU, with OpenMP's threads spinning as they wait, sleeping, or as qdora chooses.
 
     python benchmarks/wait_policy.py [--steps 10] [--repeats 5] [--smoke]
 
-The command line sets OMP_WAIT_POLICY=PASSIVE on busy cores unless the user has chosen. Each reading is `qdora train` of
-the quick start's recipe in a process of its own, with as many threads as cores: once on idle cores, once beside one
-busy loop per core. The two policies take turns. The bar: sleeping costs at most 2 % on idle cores.
+Spinning is OpenMP's default. The command line sets OMP_WAIT_POLICY=PASSIVE on busy cores unless the user has chosen.
+Each reading is `qdora train` of the quick start's recipe in a process of its own, with as many threads as cores: on
+idle cores, and beside one busy loop per core. The policies take turns.
+
+The bar: on idle cores the choice costs at most 2 %.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from qdora.cli import WAITING
 from qdora.files.environment import num_cpus
 
 # libgomp does not know KMP_BLOCKTIME; 200 is libomp's default. Set, it keeps the command line from choosing.
-POLICIES = {"spinning": {"KMP_BLOCKTIME": "200"}, "sleeping": WAITING}
+POLICIES: dict[str, dict[str, str]] = {"spinning": {"KMP_BLOCKTIME": "200"}, "sleeping": WAITING, "chosen": {}}
 WARMUP_STEPS, BAR = 2, 0.02
 
 
@@ -63,6 +65,7 @@ def main() -> None:
                 "tokens_per_second": found,
                 "spread": {policy: spread(values) for policy, values in found.items()},
                 "sleeping / spinning": ratio(found["sleeping"], found["spinning"]),
+                "chosen / spinning": ratio(found["chosen"], found["spinning"]),
             }
     result = facts("python benchmarks/wait_policy.py") | {
         "num_cores": cores,
@@ -70,7 +73,7 @@ def main() -> None:
         "num_repeats": args.repeats,
         "cases": cases,
         "bar": BAR,
-        "passes": cases["idle"]["sleeping / spinning"]["of_medians"] >= 1 - BAR,
+        "passes": cases["idle"]["chosen / spinning"]["of_medians"] >= 1 - BAR,
     }
     write(args.out, result)
 

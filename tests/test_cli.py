@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 import qdora
 from qdora.cli import VERBS, WAITING, app, let_threads_sleep
 from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.files import environment as machine
 from qdora.files.console import show_only
 from qdora.recipe.recipe_file import recipe_names, resolved_yaml
 from tests import tiny_run
@@ -209,7 +210,8 @@ def test_unknown_verbs_and_options_exit_with_2() -> None:
 
 BUSY_MACHINE = """
 import os, sys
-os.getloadavg = lambda: ({load} * len(os.sched_getaffinity(0)), 0.0, 0.0)
+from qdora.files import environment
+environment.other_load = lambda: {load} * len(os.sched_getaffinity(0))
 from qdora.cli import main
 """
 DOCTOR = """
@@ -259,8 +261,27 @@ def test_threads_of_each_process_of_torchrun_sleep(tmp_path: Path) -> None:
     assert not counts or counts.count(0) == 2
 
 
+def test_the_load_is_that_of_other_processes_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter([f"90.00 90.00 90.00 {number}/200 12" for number in (1, 3) * 5])
+    monkeypatch.setattr(machine, "_system_text", lambda _: next(texts))
+    assert machine.other_load(0.0) == 1.0, "the mean of 0 and 2"
+    monkeypatch.setattr(machine, "_system_text", lambda _: "")
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.75, 0.0, 0.0))
+    assert machine.other_load() == 0.75
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="the system does not count running threads")
+def test_a_busy_process_is_a_load() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            loads = [machine.other_load(0.2) for _ in range(3)]
+        finally:
+            busy.kill()
+    assert max(loads) >= 0.8
+
+
 def test_the_users_choice_of_any_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr("qdora.cli.other_load", lambda: 1000.0)
     for name in (*WAITING, "GOMP_SPINCOUNT"):
         environment = {name: "mine"}
         let_threads_sleep(environment)

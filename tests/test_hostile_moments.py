@@ -34,6 +34,15 @@ def test_a_kill_a_signal_and_a_full_disk_lose_nothing(tmp_path: Path) -> None:
     assert {name.split(", ")[1] for name in found["moments"]} == {"kill", "term", "int", "full"}
 
 
+def test_only_checkpoints_that_are_gone_as_a_whole_and_older_may_be_missing() -> None:
+    kept = ["checkpoints/step-5/state.json", "checkpoints/step-6/state.json", "adapter/qdora.json"]
+    assert moments.is_older_checkpoint("checkpoints/step-4/state.json", kept)
+    assert not moments.is_older_checkpoint("checkpoints/step-5/complete.json", kept)
+    assert not moments.is_older_checkpoint("checkpoints/step-7/state.json", kept)
+    assert not moments.is_older_checkpoint("adapter/config.json", kept)
+    assert not moments.is_older_checkpoint("b/checkpoints/step-4/state.json", [f"a/{name}" for name in kept])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_all_moments_and_cases(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.recipe.recipe_file import load_recipe, override
-from qdora.run.load_run import load_run, load_target
+from qdora.run.load_run import load_run
 from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
 from qdora.train.interference import GradientProbe, measure
@@ -142,7 +142,7 @@ def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> 
     assert "a stack of experts" in forms["nf4-lora"]["why_not"]
     paths = [layer["path"] for layer in exported["audit"]["layers"]]
     assert "model.layers.0.mlp.experts.down_proj" in paths
-    own = load_target(str(tmp_path / "out"), verb="eval").model.float()
+    own = load_model(resolve(str(tmp_path / "out")), quant="none", compute_dtype=torch.float32)
     trained = load_run(run).model
     library = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     for model in (own, library):

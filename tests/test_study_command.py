@@ -140,6 +140,13 @@ def test_a_finished_study_does_nothing_more(done: Path, root: Path, monkeypatch:
     assert (found["num_cells"], found["num_done"]) == (4, 4)
 
 
+def test_a_page_that_could_not_be_written_is_written_by_the_next_start(done: Path, root: Path) -> None:
+    page = next((done / "cells").glob("*/report.html"))
+    page.unlink()
+    study_run(root / "study.yaml", done, console=Console(file=io.StringIO()))
+    assert "</html>" in page.read_text(encoding="utf-8")
+
+
 def test_a_cell_that_was_cut_off_goes_on_from_its_checkpoint(
     done: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,8 @@ of the CPU time that the undisturbed life took. What happens there:
     full        ENOSPC once, or at every write from then on, or no file can grow beyond some bytes (RLIMIT_FSIZE)
 
 A disturbed life must end by itself, with one clear line if it could say one. The same commands again (train: --resume)
-must then reach the undisturbed life's files bit for bit, but for times and places. Beside them:
+must then reach the undisturbed life's files bit for bit, but for times and places; a run removes older checkpoints to
+go on with a full disk, so those may be missing. Beside them:
 
     second      a second process is started on the directory of a first, which is in the middle of its work
     read_only   from a moment on nothing in the life's directory can be changed; then it can again
@@ -42,6 +43,7 @@ import math
 import mmap
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -51,7 +53,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -530,10 +532,12 @@ class Lives:
             )
         return children
 
-    def faults(self, life: str, place: Path) -> list[str]:
+    def faults(self, life: str, place: Path, event: str = "") -> list[str]:
         """How a life's end differs from that of the undisturbed one."""
         ours, theirs = outcome(life, place), outcome(life, self.whole[life])
         names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        if event == "full":
+            names = [name for name in names if name in ours or not is_older_checkpoint(name, ours)]
         found = [f"{name} {'differs' if name in ours and name in theirs else 'is missing or new'}" for name in names]
         return found if len(found) < 6 else [*found[:5], f"and {len(found) - 5} more files"]
 
@@ -554,6 +558,15 @@ def outcome(life: str, place: Path) -> dict[str, Any]:
             found |= {f"{cell.name}/{name}": value for name, value in run_files(cell).items()}
         return found | leftovers(place / "study/cells")
     return run_files(place / "run") | leftovers(place / "run") | leftovers(place / "cache")
+
+
+def is_older_checkpoint(name: str, kept: Iterable[str]) -> bool:
+    """Whether a file is of a checkpoint that is gone as a whole, while a newer one of its run is kept."""
+    found = re.match(r"(.*checkpoints/step-)(\d+)/", name)
+    if found is None:
+        return False
+    steps = {int(each[1]) for file in kept if (each := re.match(re.escape(found[1]) + r"(\d+)/", file))}
+    return int(found[2]) not in steps and max(steps, default=0) > int(found[2])
 
 
 def run_files(run: Path) -> dict[str, Any]:
@@ -637,7 +650,7 @@ def disturbed(lives: Lives, moment: Moment, name: str) -> Found:
         shutil.rmtree(place / "cache")  # as the message says
     if any(ends):
         faults += restarted(lives, moment.life, place, min(child.counts[NUM_COMMANDS] for child in children))
-    faults += lives.faults(moment.life, place)
+    faults += lives.faults(moment.life, place, moment.event)
     if not faults:
         shutil.rmtree(place)
     line = hit.last_line() if hit.status else ""

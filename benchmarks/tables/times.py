@@ -97,7 +97,7 @@ def packing() -> str:
 
 
 def wait_policy() -> str:
-    """Tokens a second with OpenMP's threads spinning and sleeping, on idle and on busy cores."""
+    """Tokens a second with OpenMP's threads spinning, sleeping and as chosen, on idle and on busy cores."""
     document = read("wait_policy")
 
     def speed(found: dict[str, float]) -> str:
@@ -109,15 +109,17 @@ def wait_policy() -> str:
         rows.append(
             [
                 label,
-                *(speed(case["spread"][policy]) for policy in ("spinning", "sleeping")),
+                *(speed(case["spread"][policy]) for policy in ("spinning", "sleeping", "chosen")),
                 f"{case['sleeping / spinning']['of_medians']:.2f}",
+                f"{case['chosen / spinning']['of_medians']:.2f}",
             ]
         )
     note = (
         f"\nThe quick start's recipe, {document['num_steps']} steps a reading, {document['num_repeats']} readings of "
         f"each in turns, {document['num_cores']} cores; median and quartiles.\n"
     )
-    return markdown(["cores", "spinning, tokens/s", "sleeping, tokens/s", "sleeping / spinning"], rows) + note
+    header = ["cores", *(f"{policy}, tokens/s" for policy in ("spinning", "sleeping", "chosen"))]
+    return markdown([*header, "sleeping / spinning", "chosen / spinning"], rows) + note
 
 
 def step_time() -> str:

@@ -24,7 +24,7 @@ from qdora.cli.study import study
 from qdora.cli.train import train
 from qdora.cli.validate import validate
 from qdora.cli.verb import Debug, Json, Quiet, ask, repeat_lost_interrupts
-from qdora.files.environment import num_cpus
+from qdora.files.environment import num_cpus, other_load
 
 VERBS = {
     "train": train,
@@ -78,7 +78,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """OpenMP's threads sleep while they wait: by the standard's variable, and by that of Intel's and LLVM's library."""
 
 BUSY = 0.5
-"""Load of a core, on average over the last minute, from which on threads sleep."""
+"""Load of a core by other processes, from which on threads sleep."""
 
 
 def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -87,10 +87,10 @@ def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> Non
     By default threads spin, for libgomp about a millisecond and more at each of thousands of products a step. A
     process that meets another on its cores then burns the other's time and its own, and is several times slower than
     with sleeping threads; on idle cores spinning is the faster way. torch reads the variables as it is imported, so
-    this comes before, and the load of the last minute decides. Processes that this one starts inherit the choice.
+    this comes before. Processes that this one starts inherit the choice.
     """
-    are_busy = hasattr(os, "getloadavg") and os.getloadavg()[0] >= BUSY * num_cpus()
-    if are_busy and not any(name in environment for name in (*WAITING, "GOMP_SPINCOUNT")):
+    is_chosen = any(name in environment for name in (*WAITING, "GOMP_SPINCOUNT"))
+    if not is_chosen and other_load() >= BUSY * num_cpus():
         environment.update(WAITING)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ PACKAGES += ("pandas", "pyarrow", "safetensors", "tokenizers", "huggingface_hub"
 VARIABLES: tuple[str, ...] = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS")
 VARIABLES += ("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 VARIABLES += ("TOKENIZERS_PARALLELISM",)
+
+_LOAD_SAMPLES = 10
 
 
 def environment() -> dict[str, Any]:
@@ -70,6 +73,22 @@ def cpus() -> list[int]:
 def num_cpus() -> int:
     """How many processors this process may use."""
     return len(cpus())
+
+
+def other_load(seconds: float = 0.05) -> float:
+    """How many threads of other processes want a processor now, on average over `seconds`.
+
+    The usual load average looks back a minute and more, so it counts what this user's last command did. It is the
+    answer where the system does not say how many threads run.
+    """
+    found = []
+    for _ in range(_LOAD_SAMPLES):
+        words = _system_text("/proc/loadavg").split()  # 0.21 0.33 0.12 RUNNING/ALL NEWEST
+        if len(words) < 4:
+            return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        found.append(int(words[3].partition("/")[0]) - 1)  # this thread
+        time.sleep(seconds / _LOAD_SAMPLES)
+    return sum(found) / len(found)
 
 
 def memory_bytes() -> int | None:

@@ -36,6 +36,7 @@ from qdora.model.load import Quantization
 from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml
 from qdora.run.evaluate import EvalOptions, evaluate_target
+from qdora.run.run_page import PAGE_FILE, leave_page
 from qdora.run.train import train_run
 from qdora.run.validation import adapter_step
 from qdora.study.compare import cannot_win
@@ -114,7 +115,15 @@ def study_run(
             store.forget_failures([cell.key for cell in mine])
         with cells_bar(progress, mine, store) as report, _quiet_runs(), store.present():
             found = run_cells(mine, store, cell_work(study.compare.split, store), report)
+            _leave_missing_pages(mine, store)
     return _concluded(found, mine, directory, results)
+
+
+def _leave_missing_pages(cells: Sequence[Cell], store: StudyDirectory) -> None:
+    """Write the pages of finished cells that could not be written before, on a full disk for example."""
+    for run in (RunDirectory(store.cell(cell.key)) for cell in cells if store.is_done(cell.key)):
+        if not run.inside(PAGE_FILE).exists():
+            leave_page(run)
 
 
 def _tell_notes(study: Study, cells: Sequence[Cell], console: Console) -> list[str]:
