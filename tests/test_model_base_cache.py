@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from qdora.errors import UserError
+from qdora.errors import DiskFull, UserError
 from qdora.files.tensor_file import MappedFile
 from qdora.model import load as load_module
 from qdora.model import packed_base
@@ -219,7 +219,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(packed_base, "write_tensors", no_room)
-    with pytest.raises(UserError, match=r"base\.cache: .* cannot be written: the disk is full"):
+    with pytest.raises(DiskFull, match=r"base\.cache: .* cannot be written: the disk is full"):
         cached(source, tmp_path / "cache")
     assert [file.name for file in (tmp_path / "cache").iterdir() if not file.name.endswith(".lock")] == []
 

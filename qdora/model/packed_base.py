@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qdora.errors import UserError
+from qdora.errors import DiskFull, UserError
 from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_text
 from qdora.files.samples import sampled
 from qdora.files.tensor_file import MappedFile, write_tensors
@@ -305,14 +305,15 @@ class BaseCache:
     def __call__(self, source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
         """Model name -> weight.
 
-        Raises UserError if the source does not fit, the disk is full, or the directory holds the base of another model.
+        Raises UserError if the source does not fit, or the directory holds the base of another model or cannot be
+        written; RunFailure if the disk is full.
         """
         key = cache_key(source, model, self.wanted)
         directory = self.root / key[:20]
         with _locked(self.root, directory.name) as refusal:
             base = _open_if_whole(directory, key)
             if base is None and refusal is not None:
-                raise UserError(f"base.cache: {self.root}: cannot be written: {disk_reason(refusal)}.") from refusal
+                raise _unwritten(self.root, refusal) from refusal
             if base is not None:
                 log.info("Reading the packed base from %s.", directory)
                 if not_loaded(model):  # an export copies these from the source
@@ -389,7 +390,7 @@ def write_base(
 
     Memory holds one tensor of the checkpoint and the packed weights of one file (256 MiB). `made_from` is the `key`
     and `source` for the record; the other arguments are as in `Loading`. Raises UserError if the disk has too little
-    room or cannot be written to.
+    room or the directory cannot be written, RunFailure if the disk gets full.
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -400,7 +401,7 @@ def write_base(
             record = {"format": CACHE_FORMAT, **made_from, "settings": asdict(wanted), **written}
             (partial / CACHE_RECORD_FILE).write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"base.cache: {directory}: cannot be written: {disk_reason(error)}.") from error
+        raise _unwritten(directory, error) from error
 
 
 def _quantized(
@@ -416,6 +417,13 @@ def _quantized(
         del value
         if progress is not None:
             progress(done, len(stored))
+
+
+def _unwritten(place: Path, error: OSError) -> UserError | DiskFull:
+    """A full disk is a failure, which only the process that writes can tell; all else every process finds."""
+    reason = disk_reason(error)
+    text = f"base.cache: {place}: cannot be written: {reason}."
+    return DiskFull(text) if reason == DISK_FULL else UserError(text)
 
 
 def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wanted: Quantization) -> None:
