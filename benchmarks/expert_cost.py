@@ -70,14 +70,22 @@ def main() -> None:
     shown = ",".join(map(str, args.tokens))
     command = f"python benchmarks/expert_cost.py --tokens {shown} --repeats {args.repeats}"
     result = facts(command) | {"dtype": str(dtype).removeprefix("torch."), "rank": RANK}
-    cases = [
-        case(name, tokens, skewed, 2 if args.smoke else args.repeats, args.out)
-        for name in names
-        for tokens in counts
-        for skewed in (False, True)
-    ]
+    cases: list[dict[str, Any]] = []
+    for name in names:
+        holders = {each: adapted_experts(sizes_of(name), each) for each in CONTENDERS}
+        for tokens in counts:
+            cases += [
+                case(name, holders, tokens, skewed, 2 if args.smoke else args.repeats) for skewed in (False, True)
+            ]
     within = [row["ratios"]["own_dora / own_lora"]["median"] <= BAR for row in cases]
-    write(args.out, result | {"cases": cases, "bar": {"limit": BAR, "within": sum(within), "of": len(within)}})
+    found = result | {"cases": cases, "bar": {"limit": BAR, "within": sum(within), "of": len(within)}}
+    write(args.out, found)  # the peaks, which depend on no other load, take long
+    for row in cases:
+        if not row["skewed"]:
+            peak = partial(fresh, str(Path(__file__)), "--out", str(args.out.with_suffix(".peak.json")), "--peak")
+            row["peak"] = {each: peak(row["shape"], each, str(row["tokens"]))["bytes"] for each in CONTENDERS}
+    args.out.with_suffix(".peak.json").unlink(missing_ok=True)
+    write(args.out, found)
 
 
 def compute_dtype() -> torch.dtype:
@@ -90,12 +98,12 @@ def sizes_of(name: str) -> dict[str, int]:
     return TINY if name == "tiny" else SHAPES[name]
 
 
-def case(name: str, tokens: int, skewed: bool, repeats: int, out: Path) -> dict[str, Any]:
+def case(name: str, holders: dict[str, nn.ModuleDict], tokens: int, skewed: bool, repeats: int) -> dict[str, Any]:
     """One shape, number of tokens and routing."""
     sizes = sizes_of(name)
-    steps = {each: make_step(sizes, each, tokens, skewed=skewed) for each in CONTENDERS}
+    steps = {each: make_step(holder, sizes, tokens, skewed=skewed) for each, holder in holders.items()}
     times = in_turns({each: step.run for each, step in steps.items()}, repeats)
-    found = {
+    return {
         "shape": name,
         "tokens": tokens,
         "skewed": skewed,
@@ -107,12 +115,6 @@ def case(name: str, tokens: int, skewed: bool, repeats: int, out: Path) -> dict[
         "held": {each: step.held() for each, step in steps.items()},
         "launches": {each: launches(sizes, each, tokens, skewed=skewed) for each in CONTENDERS[:3]},
     }
-    del steps
-    if not skewed:
-        peak = partial(fresh, str(Path(__file__)), "--out", str(out.with_suffix(".peak.json")), "--peak", name)
-        found["peak"] = {each: peak(each, str(tokens))["bytes"] for each in CONTENDERS}
-        out.with_suffix(".peak.json").unlink(missing_ok=True)
-    return found
 
 
 class Step:
@@ -156,15 +158,19 @@ class Step:
         return sum(size for address, size in kept.items() if address not in own)
 
 
-def make_step(sizes: dict[str, int], contender: str, tokens: int, *, skewed: bool) -> Step:
-    """Random experts with a contender's adapters, and random tokens."""
-    dtype = compute_dtype()
+def adapted_experts(sizes: dict[str, int], contender: str) -> nn.ModuleDict:
+    """Random experts with a contender's adapters."""
     holder = nn.ModuleDict({"experts": bare_experts(sizes)})
     if contender == "peft_lora":
-        put_dense_(holder, dtype)
+        put_dense_(holder, compute_dtype())
     else:
         put_packed_(holder, contender, lambda shape: quantize(torch.randn(shape) * 0.02, "nf4"))
-    generator = torch.Generator().manual_seed(1)
+    return holder
+
+
+def make_step(holder: nn.ModuleDict, sizes: dict[str, int], tokens: int, *, skewed: bool) -> Step:
+    """Random tokens for the experts of a holder."""
+    dtype, generator = compute_dtype(), torch.Generator().manual_seed(1)
     x = torch.randn(tokens, sizes["hidden_size"], generator=generator).to(dtype).requires_grad_()
     weights = torch.ones(sizes["num_experts"])
     if skewed:
@@ -222,7 +228,7 @@ def move_(holder: nn.Module, dtype: torch.dtype | None) -> None:
 
 def peak_of_step(sizes: dict[str, int], contender: str, tokens: int) -> int:
     """Growth of the peak over what is held before the first step."""
-    step = make_step(sizes, contender, tokens, skewed=False)
+    step = make_step(adapted_experts(sizes, contender), sizes, tokens, skewed=False)
     before = resident_bytes()
     step.run()
     return peak_rss_bytes() - before
