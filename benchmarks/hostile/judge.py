@@ -167,6 +167,7 @@ def _report(said: bytes) -> dict[str, Any]:
 
 def _in_child(case: Case, inside: Path, writing: int) -> None:
     os.chdir(inside)
+    os.environ["XDG_CACHE_HOME"] = str(inside / "home")  # what is kept for later starts is the user's, too
     faulthandler.disable()  # pytest turns it on; what a dying case says is in output.txt
     sys.dont_write_bytecode = True
     output = os.open(inside.parent.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
