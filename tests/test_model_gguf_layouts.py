@@ -42,7 +42,6 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": True,
 }
-MORE_NAMES = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 FOUR_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -74,7 +73,7 @@ def written(folder: Path, config: Any, architecture: str, change: Change, *, wor
         if name.endswith("norm.weight"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder / "merged")
-    names = NAMES | MORE_NAMES | (FOUR_NORMS if architecture in ("gemma2", "gemma3") else {})
+    names = NAMES | (FOUR_NORMS if architecture in ("gemma2", "gemma3") else {})
     writer = gguf.GGUFWriter(str(folder / "file.gguf"), architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_token_list([f"word{index}" for index in range(words)])
