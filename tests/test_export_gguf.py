@@ -252,13 +252,9 @@ def test_each_expert_is_compared_with_the_merge(mixture: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "fault, type_, message",
     [
-        (
-            "experts",
-            "q8_0",
-            r"tensor blk\.0\.ffn_up_exps\.weight \(Q8_0\): its error is \d+ times what rounding",
-        ),
-        ("halves", "f16", r"tensor blk\.0\.ffn_gate_exps\.weight \(F16\): its error is inf times what rounding allows"),
-        ("gone", "f16", r"model\.layers\.0\.mlp\.experts\.gate_up_proj\.weight is missing in the file"),
+        ("experts", "q8_0", r"blk\.0\.ffn_up_exps\.weight \(Q8_0\): its error is \d+ times what rounding allows"),
+        pytest.param("halves", "f16", r"blk\.0\.ffn_gate_exps\.weight \(F16\): its .* inf", marks=pytest.mark.slow),
+        pytest.param("gone", "f16", r"\.0\.mlp\.experts\.gate_up_proj\.weight is missing", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_experts_are_refused(
@@ -299,9 +295,8 @@ def test_alternating_and_transposed_experts_are_compared(tmp_path: Path) -> None
 
 
 def test_what_is_not_known_of_a_layout_is_said_of_experts_too(tmp_path: Path) -> None:
-    """No release of llama.cpp writes such names for this architecture."""
-    merged = tiny_experts.write(tmp_path / "merged", "deepseek_v3")
-    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "deepseek2")
+    merged = tiny_experts.write(tmp_path / "merged", "qwen3_next")
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "qwen3next")
     writer.add_block_count(2)
     writer.add_tensor("blk.1.ffn_gate_exps.weight", np.zeros((4, 64, 64), dtype=np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):

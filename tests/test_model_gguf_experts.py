@@ -22,7 +22,7 @@ from tests import tiny_experts, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
-from tests.fake_converter import Values, convert  # noqa: E402
+from tests.fake_converter import NAMES, TOP, Values, add_settings, convert  # noqa: E402
 
 IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "minimax_m2"]
@@ -109,6 +109,72 @@ def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path: Path) -> None:
             assert torch.equal(dense.get_submodule(place).weight, weight)
             assert torch.equal(again.get_submodule(place).dequantized(), dequantize(quantize(weight, "nf4")))
     assert_close(logits(kept), logits(dense))
+
+
+QWEN35 = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
+
+
+def qwen35_tensor(name: str, values: Values) -> dict[str, Values]:
+    """Tensors of a file, of the right shapes: what is in them is compared by reading them twice."""
+    module, _, leaf = name.rpartition(".")
+    if module in TOP:
+        return {f"{TOP[module]}.{leaf}": values}
+    block = f"blk.{name.split('.')[2]}"
+    inner = module.split(".", 3)[3]
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = np.split(values, 2, axis=1)
+        return {f"{block}.ffn_gate_exps.weight": gate.copy(), f"{block}.ffn_up_exps.weight": up.copy()}
+    if name.endswith("experts.down_proj"):
+        return {f"{block}.ffn_down_exps.weight": values}
+    if leaf in ("A_log", "dt_bias"):
+        return {f"{block}.ssm_a": -np.exp(values)} if leaf == "A_log" else {f"{block}.ssm_dt.bias": values}
+    if leaf == "weight" and inner.endswith(("conv1d", "shared_expert_gate")):
+        values = values.squeeze()
+    return {f"{block}.{(NAMES | QWEN35)[inner]}.{leaf}": values}
+
+
+def test_conversions_of_newer_releases_are_used(tmp_path: Path) -> None:
+    """Qwen3.5: linear attention with its value heads in another order, norms of 1 + w."""
+    library_module = pytest.importorskip("transformers.integrations.gguf")
+    if not hasattr(library_module, "get_gguf_conversion_mapping"):
+        pytest.skip("this release of transformers does not read Qwen3.5 from GGUF")
+    sizes = {"head_dim": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    model = tiny_experts.make("qwen3_5_moe_text", **sizes)
+    writer = gguf.GGUFWriter(str(tmp_path / "file.gguf"), "qwen35moe")
+    add_settings(writer, {**model.config.to_dict(), "intermediate_size": 64})
+    writer.add_token_list([f"word{index}" for index in range(400)])
+    for key, value in {
+        "full_attention_interval": 2,
+        "expert_feed_forward_length": 64,
+        "expert_shared_feed_forward_length": 64,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": 16,
+        "ssm.group_count": 2,
+        "ssm.time_step_rank": 4,
+        "ssm.inner_size": 64,
+        "rope.dimension_count": 8,
+    }.items():
+        writer.add_uint32(f"qwen35moe.{key}", value)
+    writer.add_array("qwen35moe.rope.dimension_sections", [2, 1, 1, 0])
+    for name, tensor in model.state_dict().items():
+        for key, values in qwen35_tensor(name, tensor.numpy()).items():
+            writer.add_tensor(key, values)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    found = load(tmp_path / "file.gguf")
+    assert len(stacks(found)) == 4
+    assert_close(logits(found), logits(library(tmp_path, gguf_file="file.gguf")))
 
 
 # --- what is refused

@@ -324,7 +324,7 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
 
     A tensor in 16 or 32 bits must be equal (in a layout that adds 1, within a rounding of the sum). A q8_0 weight must
     be within half a step of its block plus the rounding of the step to float16. The error of other types must be within
-    0.3 of the norm. Of stacked experts each is compared by itself, since a wrong one is lost in the norm of all. One
+    0.3 of the norm. Each expert of a stack is compared by itself, since a wrong one is lost in the norm of all. One
     tensor or expert is in memory at a time, in float32 and a few copies. An embedding may lack the rows for which the
     file has no word: the converter leaves them out of Gemma 3. `reader` is the `gguf.GGUFReader` of the file.
     """
@@ -335,7 +335,8 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
     header = read_header(file)
     layouts = tensor_layouts(file, header.architecture, (tensor.name for tensor in header.tensors), model)
     parameters = {} if into is None else dict(into.named_parameters(remove_duplicate=False))
-    places, targets = held_rows(model), _stack_parameters(model, parameters)
+    places = held_rows(model)
+    targets = _part_parameters(model, places, parameters)
     found = TensorCheck(layout_known=knows_layout(header.architecture))
     tokens = reader.get_field("tokenizer.ggml.tokens")
     num_words = 0 if tokens is None else len(tokens.data)
@@ -344,13 +345,13 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
         if tensor.name in _NOT_IN_CHECKPOINTS:
             continue
         place = places.get(tensor.name)
-        if place is not None:
+        if place is not None and place.name in stored:
             num_rows[place.name] += place.num_rows
-            if num_rows[place.name] == place.expert_features:
+            if num_rows[place.name] == place.part_features:
                 seen.add(place.name)
             item = stored[place.name]
             assert isinstance(item, StoredTensor)  # a dense checkpoint
-            _compare_experts(found, tensor, place, item, targets.get(place.name))
+            _compare_parts(found, tensor, place, item, targets.get(place.name))
             continue
         layout = layouts.get(tensor.name)
         name = "" if layout is None else layout.name
@@ -371,13 +372,20 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
     return found
 
 
-def _stack_parameters(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Name of a stack's weight or bias in `model` -> the parameter of transformers' model, (experts, out, in)."""
-    found = {}
-    for ours, theirs in library_names(model).items():
+def _part_parameters(
+    model: PreTrainedModel, places: Mapping[str, HeldRows], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Name of a weight of many parts in `model` -> transformers' parameter as (parts, out, in), or of their biases."""
+    found, library = {}, library_names(model)
+    for place in places.values():
+        theirs = library.get(place.name, place.name)
         if theirs in parameters:
             values = parameters[theirs].data
-            found[ours] = values.mT if values.ndim == 3 and is_transposed(model, theirs) else values
+            if place.columns is not None and values.ndim == 2:
+                values = values.view(place.num_parts, place.part_features, place.columns)
+            elif place.columns is not None and is_transposed(model, theirs):
+                values = values.mT
+            found[place.name] = values
     return found
 
 
@@ -401,28 +409,30 @@ def _compare(found: TensorCheck, tensor: Any, expected: Values, layout: TensorLa
     return values
 
 
-def _compare_experts(
+def _compare_parts(
     found: TensorCheck, tensor: Any, place: HeldRows, stored: StoredTensor, target: Tensor | None
 ) -> None:
-    """Note the error of the worst expert of a tensor; `target` is filled, (experts, out, in) or a bias."""
+    """Note the error of the worst part of a tensor; `target` is filled, (parts, out, in) or a bias."""
     shape = tuple(int(size) for size in reversed(tensor.shape))
     if shape != place.shape:
         found.fault(tensor.name, f"tensor {tensor.name} has shape {list(shape)}, expected {list(place.shape)}")
         return
-    type_, start, stop, step = tensor.tensor_type.name, *place.rows.indices(place.expert_features)
-    biases = stored.read() if place.columns is None else None
+    type_, start, stop, step = tensor.tensor_type.name, *place.rows.indices(place.part_features)
+    whole = stored.read() if stored.parts is None else None
     errors = []
-    for expert in range(place.num_experts):
-        if biases is None:
-            first = expert * place.expert_features
-            expected = stored_rows(stored, slice(first + start, first + stop))[::step]
+    for part in range(place.num_parts):
+        first = part * place.part_features
+        rows = slice(first + start, first + stop)
+        if whole is None:
+            expected = stored_rows(stored, rows)[::step]
         else:
-            expected = biases[expert, place.rows]
-        values = _values(tensor, tensor.data[expert])
-        allowed = q8_0_rounding(tensor.data[expert], values) if type_ == "Q8_0" else None
-        errors.append(_error(type_, values, expected.float().numpy(), allowed))
+            expected = whole[part, place.rows] if place.columns is None else whole[rows][::step]
+        values = _values(tensor, tensor.data[part])
+        allowed = q8_0_rounding(tensor.data[part], values) if type_ == "Q8_0" else None
+        wanted = expected.float().numpy()
+        errors.append(_error(type_, values, wanted.T if place.turned else wanted, allowed))
         if target is not None:
-            target[expert, place.rows].copy_(torch.from_numpy(values))
+            target[part, place.rows].copy_(torch.from_numpy(values.T if place.turned else values))
     found.note(tensor.name, type_, *max(errors, key=lambda error: math.inf if math.isnan(error[0]) else error[0]))
 
 

@@ -269,7 +269,7 @@ def _expert_faults(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]]) -> I
         if tensor.shape != place.shape:
             what = f"tensor '{tensor.name}' has shape {list(tensor.shape)}, the config asks for {list(place.shape)}"
             yield f"model.source: {path}: {what}."
-    num_rows, wanted = sum(place.num_rows for _, place in held), held[0][1].expert_features
+    num_rows, wanted = sum(place.num_rows for _, place in held), held[0][1].part_features
     if num_rows != wanted:
         names = ", ".join(tensor.name for tensor, _ in held)
         yield f"model.source: {path}: {names} hold {num_rows} rows of each expert, the config asks for {wanted}."
@@ -286,8 +286,8 @@ def _stack(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape: tuple
         read = partial(_mxfp4_weight, path, held, (shape[0], shape[1]))
         return StoredPacked(key, shape, MXFP4, MXFP4_BLOCK_SIZE, double_quant=False, read=read)
     parts = [
-        StoredRows(first.expert_features, partial(_expert_weight, path, held, expert))
-        for expert in range(first.num_experts)
+        StoredRows(first.part_features, partial(_expert_weight, path, held, expert))
+        for expert in range(first.num_parts)
     ]
     return in_parts(key, shape, parts, itemsize=4, dtype="F32")
 
@@ -295,7 +295,7 @@ def _stack(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape: tuple
 def _expert_weight(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], expert: int) -> Tensor:
     """The weight of one expert, (out, in)."""
     first, columns = held[0][1], held[0][0].shape[-1]
-    values = np.empty((first.expert_features, columns), dtype=np.float32)
+    values = np.empty((first.part_features, columns), dtype=np.float32)
     for tensor, place in held:
         start = expert * place.num_rows
         values[place.rows] = _dequantized(path, tensor, slice(start, start + place.num_rows))
@@ -312,12 +312,12 @@ def _expert_bias(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape:
 def _mxfp4_weight(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape: tuple[int, int]) -> PackedWeight:
     """The weight of a stack bit for bit. A block of a file is its scale, then 16 bytes of weights i and i + 16."""
     first, num_groups = held[0][1], shape[1] // MXFP4_BLOCK_SIZE
-    sizes = (first.num_experts, first.expert_features, num_groups)
+    sizes = (first.num_parts, first.part_features, num_groups)
     packed, scales = np.empty((*sizes, MXFP4_BLOCK_SIZE // 2), dtype=np.uint8), np.empty(sizes, dtype=np.uint8)
     for tensor, place in held:
-        blocks = _stored_rows(path, tensor).reshape(first.num_experts, place.num_rows, num_groups, -1)
+        blocks = _stored_rows(path, tensor).reshape(first.num_parts, place.num_rows, num_groups, -1)
         scales[:, place.rows] = blocks[..., 0]
-        for expert in range(first.num_experts):
+        for expert in range(first.num_parts):
             pairs = blocks[expert, ..., 1:]
             codes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
             packed[expert, place.rows] = codes[..., ::2] << 4 | codes[..., 1::2]

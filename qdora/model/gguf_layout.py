@@ -5,7 +5,8 @@ rows of q and k, and adds 1 to Gemma's norms).
 
 Of experts llama.cpp's converter writes a tensor for each of the gate, up and down projections of a block, (experts,
 out, in), or gate and up as one if it is told to. It turns transposed stacks and takes alternating rows apart, so all
-families are laid out alike. A stack here holds gate and up together, one expert after the other.
+families are laid out alike. A stack here holds gate and up together, one expert after the other. DeepSeek's kv_b_proj
+is cut in the same way: each head into keys, which are turned, and values.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -33,10 +35,10 @@ Values = np.ndarray[Any, np.dtype[Any]]
 # Architectures whose tensors llama.cpp's converter changes like those of another one, which transformers reads.
 _LAID_OUT_AS = {"gemma": "gemma2", "lfm2moe": "lfm2"}
 _LAID_OUT_AS |= dict.fromkeys(("arcee", "granite", "granitemoe", "mistral3", "olmo", "smollm3"), "llama")
-# Architectures whose tensors the converter does not change.
+# Architectures whose tensors the converter does not change, except in the ways of `held_rows`.
 _UNCHANGED = (
-    *("cohere2", "command-r", "glm4moe", "gpt-oss", "llama4", "olmo2", "olmoe", "phi3", "qwen2", "qwen3", "seed_oss"),
-    "starcoder2",
+    *("cohere2", "command-r", "deepseek2", "glm4moe", "gpt-oss", "llama4", "olmo2", "olmoe", "phi3", "qwen2", "qwen3"),
+    *("seed_oss", "starcoder2"),
 )
 _CONVERTED = ("qwen35", "qwen35moe")
 """Architectures for which newer releases of transformers have conversions in place of a processor."""
@@ -59,7 +61,7 @@ def knows_layout(architecture: str) -> bool:
 def tensor_layouts(
     path: Path, architecture: str, tensors: Iterable[str], model: PreTrainedModel
 ) -> dict[str, TensorLayout]:
-    """Name in the file -> its layout, for those of `tensors` that have a place, without experts (`held_rows`).
+    """Name in the file -> its layout, for those of `tensors` that have a place, without those of `held_rows`.
 
     Raises UserError if the package gguf does not know the architecture. `path` is the file's, for the message.
     """
@@ -87,10 +89,13 @@ def _model_names(path: Path, architecture: str, model: PreTrainedModel, processo
             f"model.source: {path}: the installed package gguf does not know {architecture!r}. Fix: pip install -U gguf"
         )
     table = gguf.get_tensor_name_map(known, int(model.config.num_hidden_layers))
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    back = [each.reverse_transform() for each in reversed(renamings)]
     names: dict[str, str] = {}
     own = library_names(model)
     for name in (each for each in model.state_dict() if each not in own):
-        for stem, ending in _stems(processor.preprocess_name(name)):
+        published, _ = rename_source_key(name, back, [])  # the converter reads published checkpoints
+        for stem, ending in _stems(processor.preprocess_name(name)) + _stems(published):
             # Some architectures were converted from the model without its head; those names lack the first part.
             found = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
             if found is not None:
@@ -141,47 +146,63 @@ def _converted(converter: WeightConverter | None, values: Values) -> Values:
 
 @dataclass(frozen=True)
 class HeldRows:
-    """What a file's tensor, (experts, out, in) or of biases (experts, out), holds of a stack's weight or bias `name`.
+    """What a file's tensor of many parts holds of the model's weight or bias `name`: some rows of each part.
 
-    `rows` are those of each expert, of the `expert_features` that an expert has in the stack.
+    The parts are the experts of a stack or the heads of a layer; each has `part_features` rows in the model. The file's
+    tensor is (parts, out, in), (parts, in, out) if `turned`, or of biases (parts, out).
     """
 
     name: str
     rows: slice
-    num_experts: int
-    expert_features: int
+    num_parts: int
+    part_features: int
     columns: int | None  # None for a bias
+    turned: bool = False
 
     @property
     def num_rows(self) -> int:
-        """Rows of an expert in the file's tensor."""
-        return len(range(*self.rows.indices(self.expert_features)))
+        """Rows of a part in the file's tensor."""
+        return len(range(*self.rows.indices(self.part_features)))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the file's tensor."""
-        columns = () if self.columns is None else (self.columns,)
-        return (self.num_experts, self.num_rows, *columns)
+        if self.columns is None:
+            return (self.num_parts, self.num_rows)
+        sizes = (self.columns, self.num_rows) if self.turned else (self.num_rows, self.columns)
+        return (self.num_parts, *sizes)
 
 
 def held_rows(model: nn.Module) -> dict[str, HeldRows]:
-    """Name of a tensor of experts in the file -> its place in the model, for each name that a file may have."""
+    """Name of a tensor of many parts in the file -> its place in the model, for each name that a file may have."""
     found = {}
     ours = library_names(model)
     for path, stack in stacks(model).items():
-        block = re.search(r"\.(\d+)\.", path)
-        assert block is not None, f"{path}: a stack outside of the blocks"
         owner, _, projection = path.rpartition(".")
-        for part, rows in _parts(model.get_submodule(owner), projection, stack.expert_features).items():
+        for part, rows in _projections(model.get_submodule(owner), projection, stack.expert_features).items():
             for leaf, columns in (("weight", stack.in_features), ("bias", None)):
-                if f"{path}.{leaf}" in ours:
-                    found[f"blk.{block[1]}.ffn_{part}_exps.{leaf}"] = HeldRows(
-                        f"{path}.{leaf}", rows, stack.num_experts, stack.expert_features, columns
-                    )
+                name = f"{path}.{leaf}"
+                if name in ours:
+                    place = HeldRows(name, rows, stack.num_experts, stack.expert_features, columns)
+                    found[f"{_block(path)}.ffn_{part}_exps.{leaf}"] = place
+    for path, layer in model.named_modules():
+        attention = model.get_submodule(path.rpartition(".")[0])
+        nope, value = getattr(attention, "qk_nope_head_dim", None), getattr(attention, "v_head_dim", None)
+        if path.endswith(".kv_b_proj") and nope is not None and value is not None:
+            rest = (layer.out_features // (nope + value), nope + value, layer.in_features)
+            found[f"{_block(path)}.attn_k_b.weight"] = HeldRows(f"{path}.weight", slice(0, nope), *rest, turned=True)
+            found[f"{_block(path)}.attn_v_b.weight"] = HeldRows(f"{path}.weight", slice(nope, None), *rest)
     return found
 
 
-def _parts(owner: Any, projection: str, expert_features: int) -> dict[str, slice]:
+def _block(path: str) -> str:
+    """What llama.cpp calls the block that a module is in."""
+    number = re.search(r"\.(\d+)\.", path)
+    assert number is not None, f"{path}: outside of the blocks"
+    return f"blk.{number[1]}"
+
+
+def _projections(owner: Any, projection: str, expert_features: int) -> dict[str, slice]:
     """llama.cpp's projections -> their rows of an expert in a stack."""
     if projection != "gate_up_proj":
         return {projection.removesuffix("_proj"): slice(None)}
