@@ -27,7 +27,7 @@ from tests.fake_converter import NAMES, TOP, Values, add_settings, convert  # no
 IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "minimax_m2"]
 # What llama.cpp does whatever the file says, or what the converter does not write.
-FIXED: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}, "gpt_oss": {"sliding_window": 8}}
+FIXED: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}, "mixtral": {"num_experts_per_tok": 3}}
 DEFAULT_WIDTHS = {
     "qwen2_moe": {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
     "qwen3_moe": {"moe_intermediate_size": 768},
