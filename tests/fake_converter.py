@@ -1,15 +1,19 @@
-"""A stand-in for llama.cpp's converter and quantiser: the same arguments, Llama models, the package `gguf`.
+"""A stand-in for llama.cpp's converter and quantiser: the same arguments, the package `gguf`, few models
+(`ARCHITECTURES`).
 
     fake_converter.py MODEL --outfile FILE --outtype f16      fake_converter.py IN OUT Q4_0
 
-FAKE_FAULT in the environment makes it wrong in one way: permute, drop, ulp, step, template, words, crash, module.
+FAKE_FAULT in the environment makes it wrong in one way: permute, drop, ulp, step, template, words, crash, module,
+experts (two change places), halves (gate and up do), gone (up is not there).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +31,50 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.sinks": "attn_sinks",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.e_score_correction": "exp_probs_b",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
+ARCHITECTURES = {
+    "llama": "llama",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+    "minimax_m2": "minimax-m2",
+}
+EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
+RENAMED = [
+    ("block_sparse_moe", "mlp"),
+    (".w1.", ".gate_proj."),
+    (".w2.", ".down_proj."),
+    (".w3.", ".up_proj."),
+    ("correction_bias", "correction.bias"),
+    (".sinks", ".sinks.weight"),
+]
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 FAULT = os.environ.get("FAKE_FAULT", "")
 Values = np.ndarray[Any, np.dtype[Any]]
 
 
-def name_of(name: str) -> str:
-    """llama.cpp's name of a tensor of a Llama checkpoint."""
+def name_of(name: str, architecture: str = "llama") -> str:
+    """llama.cpp's name of a tensor of a checkpoint."""
     module, _, leaf = name.rpartition(".")
     if module in TOP:
         return f"{TOP[module]}.{leaf}"
     _, _, layer, inner = module.split(".", 3)
-    return f"blk.{layer}.{NAMES[inner]}.{leaf}"
+    part = NAMES[inner]
+    if architecture == "gpt-oss" and part == "ffn_norm":
+        part = "post_attention_norm"
+    return f"blk.{layer}.{part}.{leaf}"
 
 
 def interleaved(weight: Values, heads: int) -> Values:
@@ -53,42 +88,123 @@ def interleaved(weight: Values, heads: int) -> Values:
     return out
 
 
-def convert(model: Path, out: Path, type_: str) -> None:
-    """Write the checkpoint as one file."""
-    config = json.loads((model / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(out), "llama")
+def expert_tensors(checkpoint: dict[str, Values]) -> dict[str, Values]:
+    """The tensors of all experts of a block, (experts, out, in), taken out of a checkpoint.
+
+    It has an expert's matrices by themselves, or stacks (experts, in, out) in which gate and up alternate.
+    """
+    single: dict[str, dict[int, Values]] = defaultdict(dict)
+    found = {}
+    for name in list(checkpoint):
+        if match := EXPERT.fullmatch(name):
+            single[f"blk.{match[1]}.ffn_{match[3]}_exps.weight"][int(match[2])] = checkpoint.pop(name)
+        elif match := STACK.fullmatch(name):
+            values, leaf = checkpoint.pop(name), "bias" if match[3] else "weight"
+            values = values if match[3] else values.swapaxes(1, 2)
+            if match[2] == "down":
+                found[f"blk.{match[1]}.ffn_down_exps.{leaf}"] = values
+            else:
+                found[f"blk.{match[1]}.ffn_gate_exps.{leaf}"] = values[:, ::2]
+                found[f"blk.{match[1]}.ffn_up_exps.{leaf}"] = values[:, 1::2]
+    found |= {name: np.stack([each[index] for index in sorted(each)]) for name, each in single.items()}
+    gate, up = "blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"
+    if FAULT == "experts":
+        found[up] = found[up][[1, 0, *range(2, len(found[up]))]]
+    elif FAULT == "halves":
+        found[gate], found[up] = found[up], found[gate]
+    elif FAULT == "gone":
+        del found[up]
+    return found
+
+
+def add_settings(writer: Any, config: dict[str, Any]) -> None:
+    """What the converter writes of a config."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_key_length(head_dim)
+    if config["model_type"] in ("llama", "mixtral", "minimax_m2"):
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if config["model_type"] == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if config["model_type"] == "minimax_m2":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def convert(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
+    """Write the checkpoint as one file; `fused` keeps gate and up of experts together."""
+    config = json.loads((model / "config.json").read_text())
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(str(out), architecture)
+    add_settings(writer, config)
     words = json.loads((model / "tokenizer.json").read_text())
     vocabulary = dict(words["model"]["vocab"]) | {each["content"]: each["id"] for each in words["added_tokens"]}
     tokens = sorted(vocabulary, key=lambda word: vocabulary[word])
     tokens += [f"[PAD{index}]" for index in range(len(tokens), config["vocab_size"])]
     if FAULT == "words":
         tokens[40], tokens[41] = tokens[41], tokens[40]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
+    added = {each["content"] for each in words["added_tokens"]}
+    writer.add_token_types([gguf.TokenType.CONTROL if word in added else gguf.TokenType.NORMAL for word in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in words["model"]["merges"]])
     settings = json.loads((model / "tokenizer_config.json").read_text())
     writer.add_eos_token_id(vocabulary[settings["eos_token"]])
     template = (model / "chat_template.jinja").read_text()
     writer.add_chat_template(template + ("x" if FAULT == "template" else ""))
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    checkpoint: dict[str, Values] = {}
     for file in sorted(model.glob("*.safetensors")):
-        for name, values in load_file(file).items():
-            part = name.split(".")[-2]
-            if FAULT == "drop" and name.endswith("layers.1.mlp.up_proj.weight"):
-                continue
-            if part in heads and FAULT != "permute":
-                values = interleaved(values, heads[part])
-            values = values.astype(np.float32)
-            if FAULT == "step" and part == "down_proj":
-                values[0, 0] = -values[0, 0] - 0.01
-            add(writer, name_of(name), values, type_)
+        checkpoint |= load_file(file)
+    for before, after in RENAMED:
+        checkpoint = {name.replace(before, after): values for name, values in checkpoint.items()}
+    experts = expert_tensors(checkpoint)
+    if fused:
+        for layer in range(config["num_hidden_layers"]):
+            halves = [experts.pop(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up")]
+            experts[f"blk.{layer}.ffn_gate_up_exps.weight"] = np.concatenate(halves, axis=1)
+    for name, values in experts.items():
+        add(writer, name, np.ascontiguousarray(values, np.float32), type_)
+    for name, values in checkpoint.items():
+        part = name.split(".")[-2]
+        if FAULT == "drop" and name.endswith("layers.1.mlp.up_proj.weight"):
+            continue
+        if part in heads and architecture == "llama" and FAULT != "permute":
+            values = interleaved(values, heads[part])
+        values = values.astype(np.float32)
+        if FAULT == "step" and part == "down_proj":
+            values[0, 0] = -values[0, 0] - 0.01
+        if part == "shared_expert_gate":
+            values = values.squeeze(0)
+        add(writer, name_of(name, architecture), values, type_)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         step()
     writer.close()
 
 
 def add(writer: Any, name: str, values: Values, type_: str) -> None:
-    """Norms stay in float32, as llama.cpp has them."""
-    if type_ == "f32" or values.ndim == 1:
+    """Norms, routers and biases stay in float32, as llama.cpp has them."""
+    if type_ == "f32" or values.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
         writer.add_tensor(name, values)
     elif type_ == "f16":
         half = values.astype(np.float16)
@@ -103,8 +219,9 @@ def add(writer: Any, name: str, values: Values, type_: str) -> None:
 def quantize(source: Path, out: Path, type_: str) -> None:
     """Copy a file, its matrices in `type_`."""
     reader = gguf.GGUFReader(str(source))
-    writer = gguf.GGUFWriter(str(out), "llama")
-    for name in ("llama.block_count", "tokenizer.ggml.eos_token_id"):
+    architecture = reader.get_field("general.architecture").contents()
+    writer = gguf.GGUFWriter(str(out), architecture)
+    for name in (f"{architecture}.block_count", "tokenizer.ggml.eos_token_id"):
         writer.add_uint32(name, reader.get_field(name).contents())
     writer.add_token_list(reader.get_field("tokenizer.ggml.tokens").contents())
     writer.add_chat_template(reader.get_field("tokenizer.chat_template").contents())

@@ -25,6 +25,8 @@ from tests import tiny_adapted, tiny_experts, tiny_run, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
+from tests import fake_converter  # noqa: E402
+
 CONVERTER = Path(__file__).with_name("fake_converter.py")
 
 
@@ -219,15 +221,87 @@ def test_options_of_other_formats() -> None:
     check_options(ExportOptions(target="ollama", gguf="q4_k_m", base="original"))
 
 
-def test_of_a_mixture_the_layout_of_the_experts_is_not_known(tmp_path: Path) -> None:
-    merged = tiny_experts.write(tmp_path / "merged", "qwen3_moe")
-    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "qwen3moe")
+# --- mixtures of experts
+
+
+def trained_mixture(root: Path, name: str, **changes: Any) -> Path:
+    """Three steps of DoRA on attention and experts."""
+    tiny_experts.write(root / "model", name)
+    recipe = tiny_run.recipe(root, train__steps=3, train__lr=0.02, adapter__experts={"rank": 2}, **changes)
+    train_run(recipe, root / "run")
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_mixture(tmp_path_factory.mktemp("mixture"), "qwen3_moe")
+
+
+def test_each_expert_is_compared_with_the_merge(mixture: Path, tmp_path: Path) -> None:
+    check = export_run(mixture, tmp_path / "out", asked())["verification"]
+    assert check["passed"], check["faults"]
+    tensors = check["tensors"]
+    assert (tensors["layout_known"], tensors["num_unchecked"], tensors["dense_error"]) == (True, 0, 0)
+    assert tensors["types"] == {"F16": 16, "F32": 11}  # 2 blocks of 4 + 3 matrices, embedding and head; 2 of 5, norm
+    check = export_run(mixture, tmp_path / "small", asked("q8_0"))["verification"]
+    assert check["passed"], check["faults"]
+    assert 0.8 < check["tensors"]["q8_0_error"] <= 1
+    assert check["exported_vs_reference"]["kl_mean"] > 0
+
+
+@pytest.mark.parametrize(
+    "fault, type_, message",
+    [
+        ("experts", "q8_0", r"blk\.0\.ffn_up_exps\.weight \(Q8_0\): its error is \d+ times what rounding allows"),
+        pytest.param("halves", "f16", r"blk\.0\.ffn_gate_exps\.weight \(F16\): its .* inf", marks=pytest.mark.slow),
+        pytest.param("gone", "f16", r"\.0\.mlp\.experts\.gate_up_proj\.weight is missing", marks=pytest.mark.slow),
+    ],
+)
+def test_wrong_experts_are_refused(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, type_: str, message: str
+) -> None:
+    monkeypatch.setenv("FAKE_FAULT", fault)
+    with pytest.raises(RunFailure, match=message):
+        export_run(mixture, tmp_path / "out", asked(type_))
+
+
+def test_one_wrong_expert_of_many_is_seen_in_few_bits(tmp_path: Path) -> None:
+    """Two of 64 that change places are 0.25 of the norm of all, less than four bits may lose."""
+    sizes = {"num_experts": 64, "moe_intermediate_size": 32, "hidden_size": 64, "num_hidden_layers": 1}
+    tiny_experts.make("qwen3_moe", **sizes).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.make().save_pretrained(tmp_path / "model")
+    file = tmp_path / "file.gguf"
+    fake_converter.convert(tmp_path / "model", file, "q4_0")
+    assert gguf_export.check_tensors(gguf.GGUFReader(file), file, tmp_path / "model").faults == []
+    with file.open("r+b") as stream:
+        (tensor,) = [each for each in gguf.GGUFReader(file).tensors if each.name == "blk.0.ffn_down_exps.weight"]
+        size = tensor.data[0].nbytes
+        first, second = (tensor.data[index].tobytes() for index in (0, 1))
+        stream.seek(tensor.data_offset)
+        stream.write(second + first)
+        assert len(first) == size
+    (fault,) = gguf_export.check_tensors(gguf.GGUFReader(file), file, tmp_path / "model").faults
+    assert fault.startswith("tensor blk.0.ffn_down_exps.weight (Q4_0): its error is 4.")
+
+
+@pytest.mark.slow
+def test_alternating_and_transposed_experts_are_compared(tmp_path: Path) -> None:
+    run = trained_mixture(tmp_path, "gpt_oss")
+    for type_, name in (("f16", "dense_error"), ("q8_0", "q8_0_error")):
+        check = export_run(run, tmp_path / type_, asked(type_))["verification"]
+        assert check["passed"], check["faults"]
+        assert check["tensors"]["num_unchecked"] == 0
+        assert 0 <= check["tensors"][name] <= 1
+
+
+def test_what_is_not_known_of_a_layout_is_said_of_experts_too(tmp_path: Path) -> None:
+    merged = tiny_experts.write(tmp_path / "merged", "qwen3_next")
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "qwen3next")
     writer.add_block_count(2)
-    writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((4, 64, 64), dtype=np.float32))
+    writer.add_tensor("blk.1.ffn_gate_exps.weight", np.zeros((4, 64, 64), dtype=np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         step()
     writer.close()
-    reader = gguf.GGUFReader(tmp_path / "model.gguf")
-    found = gguf_export.check_tensors(reader, tmp_path / "model.gguf", merged)
+    found = gguf_export.check_tensors(gguf.GGUFReader(tmp_path / "model.gguf"), tmp_path / "model.gguf", merged)
     assert not found.faults
-    assert "blk.0.ffn_gate_exps.weight" in found.unchecked
+    assert "blk.1.ffn_gate_exps.weight" in found.unchecked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
@@ -24,10 +27,11 @@ from transformers import (
 from qdora.errors import UserError
 from qdora.export.gguf import TensorCheck, check_tensors
 from qdora.model.gguf_file import open_gguf
+from tests import tiny_experts
 
 gguf = pytest.importorskip("gguf")
 
-from tests.fake_converter import NAMES, TOP, interleaved  # noqa: E402
+from tests.fake_converter import NAMES, TOP, Values, interleaved  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -42,7 +46,6 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": True,
 }
-MORE_NAMES = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 FOUR_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -74,7 +77,7 @@ def written(folder: Path, config: Any, architecture: str, change: Change, *, wor
         if name.endswith("norm.weight"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder / "merged")
-    names = NAMES | MORE_NAMES | (FOUR_NORMS if architecture in ("gemma2", "gemma3") else {})
+    names = NAMES | (FOUR_NORMS if architecture in ("gemma2", "gemma3") else {})
     writer = gguf.GGUFWriter(str(folder / "file.gguf"), architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_token_list([f"word{index}" for index in range(words)])
@@ -151,3 +154,119 @@ def test_a_scale_that_is_in_no_file_stands_against_reading_only(tmp_path: Path) 
     assert checked(file).faults == []
     with pytest.raises(UserError, match="the attention scale of this gemma2 is not in GGUF files"):
         open_gguf(file, AutoModelForCausalLM.from_config(config))
+
+
+# --- mixtures: the names of published checkpoints by the table of the package gguf, as the converter does
+
+MIXTURES = {
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "olmoe": "olmoe",
+    "granitemoe": "granitemoe",
+    "glm4_moe": "glm4moe",
+    "lfm2_moe": "lfm2moe",
+    "llama4_text": "llama4",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "glm4_moe_lite": "deepseek2",
+    "minimax_m2": "minimax-m2",
+}
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+
+
+def pieces(name: str, values: Values, config: Any) -> dict[str, Values]:
+    """The tensors that the converter makes of one of a checkpoint, by names for the table."""
+    part = name.split(".")[-2]
+    if part in ("q_proj", "k_proj") and config.model_type in ("mixtral", "granitemoe"):
+        return {name: interleaved(values, config.num_attention_heads if part == "q_proj" else 2)}
+    if part == "kv_b_proj":
+        keys, heads = config.qk_nope_head_dim, config.num_attention_heads
+        by_head = values.reshape(heads, -1, values.shape[-1])
+        names = [name.replace("kv_b_proj", f"{letter}_b_proj") for letter in "kv"]
+        return dict(zip(names, (by_head[:, :keys].transpose(0, 2, 1), by_head[:, keys:]), strict=True))
+    if part == "input_linear":
+        gate, up = np.split(values, 2, axis=1)
+        stem = name.removesuffix("input_linear.weight")
+        return {f"{stem}experts.w1.weight": gate, f"{stem}experts.w3.weight": up}
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = np.split(values.transpose(0, 2, 1), 2, axis=1)
+        stem = name.removesuffix("gate_up_proj")
+        return {f"{stem}gate_proj.weight": gate, f"{stem}up_proj.weight": up}
+    if name.endswith("experts.down_proj"):
+        return {f"{name}.weight": values.transpose(0, 2, 1)}
+    return {re.sub(r"(expert|correction)_bias$", r"\1_bias.bias", name): values.squeeze()}
+
+
+def table_name(name: str, table: Any) -> str:
+    """The name in the file."""
+    name = name.replace("correction_bias.bias", "correction.bias").replace("block_sparse_moe.exp", "feed_forward.exp")
+    tries = (name, name.removeprefix("model."))  # the table has experts of w1, w2 and w3 without the first part
+    found = next(filter(None, (table.get_name(each, try_suffixes=(".weight", ".bias")) for each in tries)), None)
+    assert found is not None, name
+    return str(found)
+
+
+def mixture(folder: Path, name: str, type_: str = "F32", swap: str | None = None) -> Path:
+    """A published checkpoint and file.gguf beside it; in tensors called `swap` two parts change places."""
+    model = tiny_experts.make(name, tie_word_embeddings=name == "lfm2_moe")
+    model.save_pretrained(folder / "merged")
+    checkpoint: dict[str, Values] = {}
+    for file in (folder / "merged").glob("*.safetensors"):
+        checkpoint |= load_file(file)
+    single: dict[str, dict[int, Values]] = defaultdict(dict)
+    for key in list(checkpoint):
+        if match := EXPERT.fullmatch(key):
+            single[f"{match[1]}.{match[3]}.weight"][int(match[2])] = checkpoint.pop(key)
+    tensors = {key: np.stack([each[index] for index in sorted(each)]) for key, each in single.items()}
+    for key, values in checkpoint.items():
+        tensors |= pieces(key, values, model.config)
+    architecture = MIXTURES[name]
+    known = next(key for key, each in gguf.MODEL_ARCH_NAMES.items() if each == architecture)
+    table = gguf.get_tensor_name_map(known, model.config.num_hidden_layers)
+    writer = gguf.GGUFWriter(str(folder / "file.gguf"), architecture)
+    writer.add_block_count(model.config.num_hidden_layers)
+    kind = gguf.GGMLQuantizationType[type_]
+    for key, values in tensors.items():
+        place = table_name(key, table)
+        values = np.ascontiguousarray(values[[1, 0, *range(2, len(values))]] if place == swap else values)
+        if values.ndim == 3 and values.shape[-1] % 32 == 0:
+            writer.add_tensor(place, gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(place, values)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    return folder / "file.gguf"
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_are_compared_part_by_part(tmp_path: Path, name: str) -> None:
+    right = checked(mixture(tmp_path, name, "Q8_0"))
+    assert right.faults == []
+    assert right.unchecked == []
+    assert right.layout_known
+    assert 0.5 < right.q8_0_error <= 1
+
+
+@pytest.mark.parametrize(
+    "name, swap",
+    [
+        ("olmoe", "blk.1.ffn_up_exps.weight"),
+        ("llama4_text", "blk.0.ffn_down_exps.weight"),
+        ("deepseek_v2", "blk.1.ffn_gate_exps.weight"),
+        ("deepseek_v2", "blk.0.attn_k_b.weight"),
+        ("deepseek_v3", "blk.1.attn_v_b.weight"),
+    ],
+)
+def test_parts_at_each_others_place_are_a_fault(tmp_path: Path, name: str, swap: str) -> None:
+    (fault,) = checked(mixture(tmp_path, name, swap=swap)).faults
+    assert swap in fault
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "llama4_text", "deepseek_v2", "granitemoe"])
+def test_a_model_is_filled_with_the_values_of_a_file(tmp_path: Path, name: str) -> None:
+    file = mixture(tmp_path, name)
+    model = AutoModelForCausalLM.from_config(tiny_experts.make(name).config, dtype=torch.float32)
+    checked(file, model)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    assert all(torch.equal(values, wanted[key]) for key, values in model.state_dict().items())

@@ -419,3 +419,27 @@ def test_a_merged_run_of_each_family_runs_in_transformers(root: Path, tmp_path: 
     base = logits(load_run(tmp_path / "run", base_only=True).model)
     assert float((base - wanted).abs().max()) > 0.01 * float(wanted.std()), "training changed something"
     torch.testing.assert_close(logits(library), wanted, rtol=0, atol=1e-4 * float(wanted.std()))
+
+
+@pytest.mark.slow
+def test_a_file_of_llama_cpp_is_trained_and_exported_like_a_checkpoint(root: Path, tmp_path: Path) -> None:
+    """The same model twice: what is trained and merged is the same to the bit."""
+    pytest.importorskip("gguf")
+    from tests.fake_converter import convert
+
+    checkpoint = tiny_experts.write(tmp_path / "model", "mixtral")
+    convert(checkpoint, tmp_path / "model.gguf", "f32")
+    for name, source in (("one", checkpoint), ("other", tmp_path / "model.gguf")):
+        settings = {
+            "model__source": str(source),
+            "model__tokenizer": str(checkpoint),
+            "base__cache": str(tmp_path / "cache"),
+        }
+        train_run(tiny_run.recipe(tmp_path, **(SHORT | settings | {"adapter__experts": {"rank": 2}})), tmp_path / name)
+        checked = export_run(tmp_path / name, tmp_path / f"{name}-merged", ExportOptions(), console=quiet())
+        assert checked["verification"]["passed"], checked["verification"]["faults"]
+    adapters = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "other")]
+    merges = [load_file(tmp_path / f"{name}-merged/model.safetensors") for name in ("one", "other")]
+    for first, second in (adapters, merges):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(values, second[key]) for key, values in first.items())

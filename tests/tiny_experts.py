@@ -67,6 +67,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": SMALL | FOUR | SHARED | LINEAR,
     "lfm2_moe": DENSE | SMALL | FOUR | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "qwen3_next": DENSE | SMALL | FOUR | SHARED | LINEAR,
+    "minimax_m2": {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "glm4_moe_lite": DENSE | SMALL | ROUTED | LATENT | GROUPS | {"q_lora_rank": 32},
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
 from qdora.errors import RunFailure, UserError
 from qdora.export.logit_comparison import (
@@ -47,19 +47,19 @@ from qdora.files.environment import user_path
 from qdora.files.run_directory import open_run
 from qdora.model.build_model import find_source
 from qdora.model.conversion import rename_to_model
-from qdora.model.experts import stacks
-from qdora.model.gguf_file import knows_layout, layout_processor, model_names, read_header, require_gguf
+from qdora.model.experts import is_transposed, library_names
+from qdora.model.gguf_file import read_header, require_gguf
+from qdora.model.gguf_layout import HeldRows, TensorLayout, Values, held_rows, knows_layout, tensor_layouts
 from qdora.model.language_part import is_multimodal
 from qdora.model.load import load_config, skeleton
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import open_safetensors, shorten, tied_weights
+from qdora.model.stored_tensors import StoredTensor, open_safetensors, shorten, stored_rows, tied_weights
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun, trained_state
 from qdora.run.model_card import card_files
 
 logger = logging.getLogger("qdora")
 
-Values = np.ndarray[Any, np.dtype[Any]]
 _DENSE = ("F32", "F16", "BF16")
 _NOT_IN_CHECKPOINTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """The converter computes these from the config."""
@@ -266,7 +266,7 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
     reader = gguf.GGUFReader(str(file))
     device = next(model.parameters()).device
     target = None
-    known = knows_layout(read_header(file))
+    known = knows_layout(read_header(file).architecture)
     if lossy and known and fits_in_float32(merged, device):
         target = load_with_transformers(merged, model)[0]
     elif lossy:
@@ -324,28 +324,39 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
 
     A tensor in 16 or 32 bits must be equal (in a layout that adds 1, within a rounding of the sum). A q8_0 weight must
     be within half a step of its block plus the rounding of the step to float16. The error of other types must be within
-    0.3 of the norm. One tensor is in memory at a time, in float32 and a few copies. An embedding may lack the rows for
-    which the file has no word: the converter leaves them out of Gemma 3. `reader` is the `gguf.GGUFReader` of the file.
+    0.3 of the norm. Each expert of a stack is compared by itself, since a wrong one is lost in the norm of all. One
+    tensor or expert is in memory at a time, in float32 and a few copies. An embedding may lack the rows for which the
+    file has no word: the converter leaves them out of Gemma 3. `reader` is the `gguf.GGUFReader` of the file.
     """
     source = ModelSource("directory", merged, merged.name)
     model = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))
     stored = rename_to_model(open_safetensors(merged), model)
     tied = tied_weights(model)
     header = read_header(file)
-    processor = layout_processor(header, model)
-    names = model_names(header, model, processor)
+    layouts = tensor_layouts(file, header.architecture, (tensor.name for tensor in header.tensors), model)
     parameters = {} if into is None else dict(into.named_parameters(remove_duplicate=False))
-    # llama.cpp keeps the gate and the up projection of experts apart, which the comparison does not undo.
-    found = TensorCheck(layout_known=knows_layout(header) and not stacks(model))
+    places = held_rows(model)
+    targets = _part_parameters(model, places, parameters)
+    found = TensorCheck(layout_known=knows_layout(header.architecture))
     tokens = reader.get_field("tokenizer.ggml.tokens")
     num_words = 0 if tokens is None else len(tokens.data)
-    seen = set()
+    seen, num_rows = set(), Counter[str]()
     for tensor in reader.tensors:
         if tensor.name in _NOT_IN_CHECKPOINTS:
             continue
-        name = names.get(tensor.name, "")
+        place = places.get(tensor.name)
+        if place is not None and place.name in stored:
+            num_rows[place.name] += place.num_rows
+            if num_rows[place.name] == place.part_features:
+                seen.add(place.name)
+            item = stored[place.name]
+            assert isinstance(item, StoredTensor)  # a dense checkpoint
+            _compare_parts(found, tensor, place, item, targets.get(place.name))
+            continue
+        layout = layouts.get(tensor.name)
+        name = "" if layout is None else layout.name
         name = name if name in stored else tied.get(name, "")
-        if name not in stored:
+        if layout is None or name not in stored:
             found.fault(tensor.name, f"tensor {tensor.name} is not in the checkpoint")
             continue
         seen.add(name)
@@ -353,7 +364,7 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
         assert isinstance(expected, Tensor)  # a dense checkpoint
         if tensor.name == _EMBEDDING and int(tensor.shape[-1]) == num_words < len(expected):
             expected = expected[:num_words]
-        values = _compare(found, tensor, expected.float().numpy(), processor)
+        values = _compare(found, tensor, expected.float().numpy(), layout)
         if name in parameters:
             parameters[name].data[: len(values)].copy_(torch.from_numpy(values))
     for name in sorted(stored.keys() - seen):
@@ -361,35 +372,94 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
     return found
 
 
-def _compare(found: TensorCheck, tensor: Any, expected: Values, processor: TensorProcessor) -> Values:
-    """Note the error of a tensor; returns its values in the layout of transformers."""
-    import gguf
+def _part_parameters(
+    model: PreTrainedModel, places: Mapping[str, HeldRows], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Name of a weight of many parts in `model` -> transformers' parameter as (parts, out, in), or of their biases."""
+    found, library = {}, library_names(model)
+    for place in places.values():
+        theirs = library.get(place.name, place.name)
+        if theirs in parameters:
+            values = parameters[theirs].data
+            if place.columns is not None and values.ndim == 2:
+                values = values.view(place.num_parts, place.part_features, place.columns)
+            elif place.columns is not None and is_transposed(model, theirs):
+                values = values.mT
+            found[place.name] = values
+    return found
 
-    type_ = tensor.tensor_type.name
+
+def _compare(found: TensorCheck, tensor: Any, expected: Values, layout: TensorLayout) -> Values:
+    """Note the error of a tensor; returns its values in the layout of transformers."""
 
     def laid_out(values: Values) -> Values:
-        changed: Values = processor.process(weights=values, name=tensor.name).weights
-        return np.require(changed, requirements=["C", "W"])  # torch warns of arrays that it may not write to
+        return np.require(
+            layout.change(values), requirements=["C", "W"]
+        )  # torch warns of arrays that it may not write to
 
-    read = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    type_ = tensor.tensor_type.name
+    read = _values(tensor, tensor.data)
     values = laid_out(read)
     if values.shape != expected.shape:
         got = f"shape {list(values.shape)}, expected {list(expected.shape)}"
         found.fault(tensor.name, f"tensor {tensor.name} has {got}")
         return expected
+    allowed = laid_out(q8_0_rounding(tensor.data, read)) if type_ == "Q8_0" else None
+    found.note(tensor.name, type_, *_error(type_, values, expected, allowed))
+    return values
+
+
+def _compare_parts(
+    found: TensorCheck, tensor: Any, place: HeldRows, stored: StoredTensor, target: Tensor | None
+) -> None:
+    """Note the error of the worst part of a tensor; `target` is filled, (parts, out, in) or a bias."""
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    if shape != place.shape:
+        found.fault(tensor.name, f"tensor {tensor.name} has shape {list(shape)}, expected {list(place.shape)}")
+        return
+    type_, start, stop, step = tensor.tensor_type.name, *place.rows.indices(place.part_features)
+    whole = stored.read() if stored.parts is None else None
+    errors = []
+    for part in range(place.num_parts):
+        first = part * place.part_features
+        rows = slice(first + start, first + stop)
+        if whole is None:
+            expected = stored_rows(stored, rows)[::step]
+        else:
+            expected = whole[part, place.rows] if place.columns is None else whole[rows][::step]
+        values = _values(tensor, tensor.data[part])
+        allowed = q8_0_rounding(tensor.data[part], values) if type_ == "Q8_0" else None
+        wanted = expected.float().numpy()
+        errors.append(_error(type_, values, wanted.T if place.turned else wanted, allowed))
+        if target is not None:
+            target[part, place.rows].copy_(torch.from_numpy(values.T if place.turned else values))
+    found.note(tensor.name, type_, *max(errors, key=lambda error: math.inf if math.isnan(error[0]) else error[0]))
+
+
+def _values(tensor: Any, stored: Values) -> Values:
+    """Stored values of a tensor, or of a part of it, in float32 and writable."""
+    import gguf
+
+    read: Values = gguf.dequantize(stored, tensor.tensor_type).astype(np.float32, copy=False)
+    return np.require(read, requirements=["C", "W"])
+
+
+def _error(type_: str, values: Values, expected: Values, allowed: Values | None) -> tuple[float, str, float]:
+    """The error in units of what rounding to a type allows, and how `TensorCheck` measures it: field and value.
+
+    `allowed` is the largest error of each weight in q8_0.
+    """
     error = np.abs(values - expected)
     if type_ in _DENSE:
         # A layout that adds 1 (Gemma's norms) loses the last digits in float32; nothing else may.
-        allowed = np.float32(2.0**-23) * (1 + np.abs(expected)) if type_ == "F32" else np.float32(0)
-        off = float("inf") if type_ != "F32" and error.any() else largest_share(error, allowed)
-        found.note(tensor.name, type_, off, "dense_error", float(error.max()))
-    elif type_ == "Q8_0":
-        off = largest_share(error, laid_out(q8_0_rounding(tensor.data, read)))
-        found.note(tensor.name, type_, off, "q8_0_error", off)
-    else:
-        share = float(np.linalg.norm(error) / max(float(np.linalg.norm(expected)), 1e-30))
-        found.note(tensor.name, type_, share / _LOSSY, "lossy_error", share)
-    return values
+        rounding = np.float32(2.0**-23) * (1 + np.abs(expected)) if type_ == "F32" else np.float32(0)
+        off = float("inf") if type_ != "F32" and error.any() else largest_share(error, rounding)
+        return off, "dense_error", float(error.max())
+    if allowed is not None:
+        off = largest_share(error, allowed)
+        return off, "q8_0_error", off
+    share = float(np.linalg.norm(error) / max(float(np.linalg.norm(expected)), 1e-30))
+    return share / _LOSSY, "lossy_error", share
 
 
 def largest_share(error: Values, allowed: Any) -> float:

@@ -2,14 +2,14 @@
 
 The header is read here, since the reader of the package `gguf` turns every word of the vocabulary into arrays, which
 takes seconds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
-Names come from the tables of the package `gguf`. Layouts come from transformers' own readers (llama.cpp interleaves the
-rows of q and k, and adds 1 to Gemma's norms).
+`gguf_layout` says what the tensors are in the model. Experts are read one by one.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from qdora.errors import UserError
-from qdora.model.stored_tensors import StoredTensor, shorten
+from qdora.model.gguf_layout import HeldRows, TensorLayout, Values, held_rows, tensor_layouts
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredRows, StoredTensor, in_parts, shorten
+from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE
+from qdora.ops.packed import PackedWeight, from_tensors
 from qdora.recipe.faults import one_line
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -149,13 +151,7 @@ _ROTARY_FACTORS = "rope_freqs.weight"
 # The 27B models of Gemma 2 and 3 scale their attention by another width than the head's. GGUF files do not store it;
 # llama.cpp knows it from the number of layers, transformers does not.
 _SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
-# Architectures whose tensors llama.cpp's converter changes like those of another one, which transformers reads.
-_LAID_OUT_AS = {"gemma": "gemma2"} | dict.fromkeys(("arcee", "granite", "mistral3", "olmo", "smollm3"), "llama")
-# Architectures whose tensors the converter does not change.
-_UNCHANGED = ("cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "starcoder2")
 _ROWS_AT_ONCE = 4096
-
-Values = np.ndarray[Any, np.dtype[Any]]
 
 
 def require_gguf() -> None:
@@ -219,7 +215,7 @@ def settle_head(path: Path, config: PreTrainedConfig) -> None:
         config.tie_word_embeddings = True
 
 
-def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
+def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, Stored]:
     """Model name -> tensor of the file; only the header is read. `model` is the skeleton of the file's config.
 
     Raises UserError if the architecture or a tensor has no counterpart in transformers.
@@ -230,10 +226,18 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
             f"model.source: {header.path}: the attention scale of this {header.architecture} is not in GGUF files. "
             "Fix: use the safetensors checkpoint of the model."
         )
-    processor = layout_processor(header, model)
-    names = model_names(header, model, processor)
+    places = held_rows(model)
+    strange = next((each for each in header.tensors if "_exps." in each.name and each.name not in places), None)
+    if strange is not None:
+        raise UserError(
+            f"model.source: {path}: '{strange.name}' holds experts, which are not read from GGUF files of "
+            f"{header.architecture}. Fix: use the safetensors checkpoint of the model."
+        )
+    layouts = tensor_layouts(path, header.architecture, (tensor.name for tensor in header.tensors), model)
+    may_hold = tuple(model._keys_to_ignore_on_load_unexpected or ())
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored: dict[str, StoredTensor] = {}
+    stored: dict[str, Stored] = {}
+    experts: dict[str, list[tuple[GgufTensor, HeldRows]]] = {}
     faults = []
     for tensor in header.tensors:
         if tensor.name == _ROTARY_FACTORS:
@@ -241,55 +245,87 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
             continue
         if tensor.name == _HEAD and model.config.tie_word_embeddings:
             continue
-        name = names.get(tensor.name)
-        if name is None:
+        if tensor.name in places:
+            place = places[tensor.name]
+            experts.setdefault(place.name, []).append((tensor, place))
+            continue
+        layout = layouts.get(tensor.name)
+        if layout is not None and layout.name in shapes:
+            shape = shapes[layout.name]
+            stored[layout.name] = StoredTensor(tensor.name, shape, partial(_read_tensor, path, tensor, layout, shape))
+        elif layout is None or not any(re.search(pattern, layout.name) for pattern in may_hold):
             faults.append(f"model.source: {path}: tensor '{tensor.name}' has no place in the model.")
-        elif tensor.name.endswith(("_exps.weight", "_exps.bias")):
-            faults.append(
-                f"model.source: {path}: '{tensor.name}' holds stacked experts, which are not read from GGUF. "
-                "Fix: use the safetensors checkpoint of the model."
-            )
-        else:
-            read = partial(_read_tensor, path, tensor, processor, shapes[name])
-            stored[name] = StoredTensor(tensor.name, shapes[name], read)
+    for name, held in experts.items():
+        faults.extend(_expert_faults(path, held))
+        stored[name] = _stack(path, held, shapes[name])
     if faults:
         raise UserError(*shorten(faults))
     return stored
 
 
-def layout_processor(header: GgufHeader, model: PreTrainedModel) -> TensorProcessor:
-    """transformers' converter from the file's layout to its own."""
-    architecture = _LAID_OUT_AS.get(header.architecture, header.architecture)
-    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+def _expert_faults(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]]) -> Iterator[str]:
+    """Tensors of experts that do not make up their stack."""
+    for tensor, place in held:
+        if tensor.shape != place.shape:
+            what = f"tensor '{tensor.name}' has shape {list(tensor.shape)}, the config asks for {list(place.shape)}"
+            yield f"model.source: {path}: {what}."
+    num_rows, wanted = sum(place.num_rows for _, place in held), held[0][1].part_features
+    if num_rows != wanted:
+        names = ", ".join(tensor.name for tensor, _ in held)
+        yield f"model.source: {path}: {names} hold {num_rows} rows of each expert, the config asks for {wanted}."
 
 
-def knows_layout(header: GgufHeader) -> bool:
-    """Whether `layout_processor` is known to undo every change of llama.cpp's converter to this architecture."""
-    return header.architecture in {*TENSOR_PROCESSORS, *_LAID_OUT_AS, *_UNCHANGED}
-
-
-def model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
-    """Name in the file -> name in the model. Raises UserError if the package gguf does not know the architecture."""
+def _stack(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape: tuple[int, ...]) -> Stored:
+    """The bias, (experts, out), or weight, (experts * out, in), of a stack; MXFP4 stays packed."""
     import gguf
 
-    architecture = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None)
-    num_layers = int(model.config.num_hidden_layers)
-    if architecture is None:
-        raise UserError(
-            f"model.source: {header.path}: the installed package gguf does not know {header.architecture!r}. "
-            "Fix: pip install -U gguf"
-        )
-    table = gguf.get_tensor_name_map(architecture, num_layers)
-    names: dict[str, str] = {}
-    for name in model.state_dict():
-        stem, dot, suffix = processor.preprocess_name(name).rpartition(".")
-        if suffix not in ("weight", "bias"):
-            stem, dot, suffix = name, "", ""
-        # Some architectures were converted from the model without its head; those names lack the first part.
-        found = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
-        if found is not None:
-            names[f"{found}{dot}{suffix}"] = name
-    return names
+    first, key = held[0][1], held[0][0].name
+    if first.columns is None:
+        return StoredTensor(key, shape, partial(_expert_bias, path, held, shape))
+    if {tensor.type for tensor, _ in held} == {gguf.GGMLQuantizationType.MXFP4}:
+        read = partial(_mxfp4_weight, path, held, (shape[0], shape[1]))
+        return StoredPacked(key, shape, MXFP4, MXFP4_BLOCK_SIZE, double_quant=False, read=read)
+    parts = [
+        StoredRows(first.part_features, partial(_expert_weight, path, held, expert))
+        for expert in range(first.num_parts)
+    ]
+    return in_parts(key, shape, parts, itemsize=4, dtype="F32")
+
+
+def _expert_weight(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], expert: int) -> Tensor:
+    """The weight of one expert, (out, in)."""
+    first, columns = held[0][1], held[0][0].shape[-1]
+    values = np.empty((first.part_features, columns), dtype=np.float32)
+    for tensor, place in held:
+        start = expert * place.num_rows
+        values[place.rows] = _dequantized(path, tensor, slice(start, start + place.num_rows))
+    return torch.from_numpy(values)
+
+
+def _expert_bias(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape: tuple[int, ...]) -> Tensor:
+    values = np.empty(shape, dtype=np.float32)
+    for tensor, place in held:
+        values[:, place.rows] = _dequantized(path, tensor)
+    return torch.from_numpy(values)
+
+
+def _mxfp4_weight(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape: tuple[int, int]) -> PackedWeight:
+    """The weight of a stack bit for bit. A block of a file is its scale, then 16 bytes of weights i and i + 16."""
+    first, num_groups = held[0][1], shape[1] // MXFP4_BLOCK_SIZE
+    sizes = (first.num_parts, first.part_features, num_groups)
+    packed, scales = np.empty((*sizes, MXFP4_BLOCK_SIZE // 2), dtype=np.uint8), np.empty(sizes, dtype=np.uint8)
+    for tensor, place in held:
+        blocks = _stored_rows(path, tensor).reshape(first.num_parts, place.num_rows, num_groups, -1)
+        scales[:, place.rows] = blocks[..., 0]
+        for expert in range(first.num_parts):
+            pairs = blocks[expert, ..., 1:]
+            codes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
+            packed[expert, place.rows] = codes[..., ::2] << 4 | codes[..., 1::2]
+    tensors = {"packed": torch.from_numpy(packed.reshape(-1)), "absmax": torch.from_numpy(scales.reshape(-1))}
+    try:
+        return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
+    except ValueError as error:
+        raise UserError(f"model.source: tensor '{held[0][0].name}': {error}") from error
 
 
 def _num_bytes(tensor: GgufTensor) -> int:
@@ -312,9 +348,9 @@ def _stored_rows(path: Path, tensor: GgufTensor) -> Values:
     return np.asarray(flat).reshape(-1, shape[-1])
 
 
-def _read_tensor(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Tensor:
-    values = processor.process(weights=_dequantized(path, tensor), name=tensor.name).weights
-    # Copies if the processor returned a transposed view.
+def _read_tensor(path: Path, tensor: GgufTensor, layout: TensorLayout, shape: tuple[int, ...]) -> Tensor:
+    values = layout.change(_dequantized(path, tensor).reshape(tensor.shape))
+    # Copies if a view was returned, such as a transposed one.
     result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if tuple(result.shape) != shape:
         found = f"tensor '{tensor.name}' has shape {list(result.shape)}"
@@ -322,11 +358,11 @@ def _read_tensor(path: Path, tensor: GgufTensor, processor: TensorProcessor, sha
     return result
 
 
-def _dequantized(path: Path, tensor: GgufTensor) -> Values:
-    """The values in float32, some rows at a time, since `gguf` would hold them twice."""
+def _dequantized(path: Path, tensor: GgufTensor, rows: slice = slice(None)) -> Values:
+    """Some rows of the values in float32, (rows, in), some at a time, since `gguf` would hold them twice."""
     import gguf
 
-    stored = _stored_rows(path, tensor)
+    stored = _stored_rows(path, tensor)[rows]
     kind = gguf.GGMLQuantizationType(tensor.type)
     values = np.empty((stored.shape[0], tensor.shape[-1]), dtype=np.float32)
     for start in range(0, stored.shape[0], _ROWS_AT_ONCE):
@@ -335,4 +371,4 @@ def _dequantized(path: Path, tensor: GgufTensor) -> Values:
             values[part] = gguf.dequantize(stored[part], kind)
         except NotImplementedError as error:
             raise UserError(f"model.source: tensor '{tensor.name}': {error}") from error
-    return values.reshape(tensor.shape)
+    return values

@@ -13,11 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GptOssConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from qdora.files.atomic import atomic_directory, remove_directory
 from qdora.files.environment import cache_folder, package_versions
-from qdora.model.gguf_file import read_header
+from qdora.model.gguf_file import GgufHeader, read_header
 
 logger = logging.getLogger("qdora")
 
@@ -26,13 +33,90 @@ _PACKAGES = ("transformers", "tokenizers", "gguf")
 
 def config_of_gguf(path: Path) -> PreTrainedConfig:
     """The config. Raises what transformers raises for a header that it cannot use."""
+    header = read_header(path)
+    if header.architecture == "gpt-oss":
+        return _gpt_oss_config(header)
     config: PreTrainedConfig = _kept(path, "config", AutoConfig.from_pretrained)
+    return _with_experts(config, header)
+
+
+def _gpt_oss_config(header: GgufHeader) -> PreTrainedConfig:
+    """transformers 5.24 fails on files of gpt-oss: it takes the length of a setting's name for its value.
+
+    Raises ValueError if a setting is missing.
+    """
+
+    def setting(name: str, default: Any = None) -> Any:
+        found = header.settings.get(f"gpt-oss.{name}", default)
+        if found is None:
+            raise ValueError(f"the header has no gpt-oss.{name}")
+        return found
+
+    def token(name: str) -> Any:
+        return header.settings.get(f"tokenizer.ggml.{name}_token_id")
+
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": setting("rope.freq_base")}
+    if header.settings.get("gpt-oss.rope.scaling.type") == "yarn":
+        # The bounds are not rounded in this family; the file does not say so.
+        rope |= {"rope_type": "yarn", "truncate": False, "factor": setting("rope.scaling.factor")}
+        rope["original_max_position_embeddings"] = setting("rope.scaling.original_context_length")
+        rope["beta_fast"] = setting("rope.scaling.yarn_beta_fast", 32.0)
+        rope["beta_slow"] = setting("rope.scaling.yarn_beta_slow", 1.0)
+    return GptOssConfig(
+        architectures=["GptOssForCausalLM"],
+        num_hidden_layers=setting("block_count"),
+        max_position_embeddings=setting("context_length"),
+        hidden_size=setting("embedding_length"),
+        intermediate_size=setting("expert_feed_forward_length"),
+        num_attention_heads=setting("attention.head_count"),
+        num_key_value_heads=setting("attention.head_count_kv"),
+        head_dim=setting("attention.key_length"),
+        rms_norm_eps=setting("attention.layer_norm_rms_epsilon"),
+        sliding_window=setting("attention.sliding_window"),
+        num_local_experts=setting("expert_count"),
+        num_experts_per_tok=setting("expert_used_count"),
+        vocab_size=shapes["token_embd.weight"][0],
+        tie_word_embeddings="output.weight" not in shapes,
+        rope_parameters=rope,
+        bos_token_id=token("bos"),
+        eos_token_id=token("eos"),
+        pad_token_id=token("padding"),
+    )
+
+
+def _with_experts(config: PreTrainedConfig, header: GgufHeader) -> PreTrainedConfig:
+    """The config with what a file says of its experts and transformers does not read.
+
+    transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
+    family for that of its experts.
+    """
+
+    def setting(name: str) -> Any:
+        return header.settings.get(f"{header.architecture}.{name}")
+
+    if config.model_type == "llama" and setting("expert_count"):
+        alike = MixtralConfig().to_dict().keys() - {"model_type", "transformers_version"}
+        given = {name: value for name, value in config.to_dict().items() if name in alike}
+        given |= {"num_local_experts": setting("expert_count"), "num_experts_per_tok": setting("expert_used_count")}
+        config = MixtralConfig(**given | {"architectures": ["MixtralForCausalLM"]})
+    widths: dict[str, tuple[str, ...]] = {
+        "ffn_down_exps": ("moe_intermediate_size", "intermediate_size"),
+        "ffn_down_shexp": ("shared_expert_intermediate_size",),
+    }
+    for part, names in widths.items():
+        shape = next((each.shape for each in header.tensors if each.name.endswith(f".{part}.weight")), None)
+        name = next((name for name in names if hasattr(config, name)), None)
+        if shape is not None and name is not None:
+            setattr(config, name, shape[-1])
     return config
 
 
 def tokenizer_of_gguf(path: Path) -> Any:
     """The tokenizer. Raises what transformers raises for a header that it cannot use."""
-    return _kept(path, "tokenizer", AutoTokenizer.from_pretrained)
+    # The automatic class asks transformers for the config, see `_gpt_oss_config`.
+    kind = PreTrainedTokenizerFast if read_header(path).architecture == "gpt-oss" else AutoTokenizer
+    return _kept(path, "tokenizer", kind.from_pretrained)
 
 
 def _kept(path: Path, name: str, load: Callable[..., Any]) -> Any:

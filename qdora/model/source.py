@@ -265,7 +265,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(
             f"model.tokenizer: {source.name}: its tokenizer cannot be used: {library_reason(error)}"
         ) from error
