@@ -217,19 +217,16 @@ def test_ranks_for_experts_are_a_recipe_that_keeps_the_scaling(run: Path, tmp_pa
 def test_curvature_gives_ranks_of_experts(root: Path, run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    stacks = [
-        f"model.layers.{block}.mlp.experts.{name}" for block in range(2) for name in ("gate_up_proj", "down_proj")
-    ]
-    asked = RankSettings(layers=["experts.*"], examples=4, max_rank=3, draws=8, eigenvalues=2)
+    name = "model.layers.0.mlp.experts.down_proj"
+    asked = RankSettings(layers=[name], examples=2, max_rank=3, draws=8, eigenvalues=2)
     document = rank_run(copy, asked, console=quiet())
-    assert list(document["layers"]) == stacks
-    for layer in document["layers"].values():
-        found = layer["components"]
-        assert np.shape(found["worths"]) == np.shape(found["curvature_errors"]) == (4, 2 + 3)
-        worths = np.sort(found["worths"], axis=1)[:, ::-1].sum(axis=0)
-        np.testing.assert_allclose(layer["energies"], worths[:3])
-        assert layer["spectrum"]["size"] == 2 * layer["parameters_per_rank"]
-        assert np.shape(layer["spectrum"]["eigenvalues"]) == (2,)
+    layer = document["layers"][name]
+    found = layer["components"]
+    assert np.shape(found["worths"]) == np.shape(found["curvature_errors"]) == (4, 2 + 3)
+    worths = np.sort(found["worths"], axis=1)[:, ::-1].sum(axis=0)
+    np.testing.assert_allclose(layer["energies"], worths[:3])
+    assert layer["spectrum"]["size"] == 2 * layer["parameters_per_rank"]
+    assert np.shape(layer["spectrum"]["eigenvalues"]) == (2,)
     again = rank_run(copy, asked, console=quiet())  # from the cache
     assert again["layers"] == document["layers"]
 

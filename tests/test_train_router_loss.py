@@ -103,7 +103,6 @@ def expected(model: Any, step: Step, coefficient: float) -> tuple[float, float, 
         ("mixtral", "rows", True, True),
         pytest.param("mixtral", None, True, False, marks=pytest.mark.slow),
         pytest.param("gpt_oss", None, True, False, marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", "single", False, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_adds_the_mean_of_its_micro_batches_by_tokens(
@@ -216,12 +215,15 @@ def run(rank: int, settings: Any, directory: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(root: Path, tmp_path: Path) -> None:
     """Where their micro-batches are the same ones: two examples a step, each its own micro-batch."""
-    exact = {"adapter__dropout": 0.0, "adapter__dtype": "float32", "train__batch": 2, "data__max_length": 24}
-    asked = recipe(root, train__micro_batch_tokens=24, **exact)
+    exact = {"adapter__dropout": 0.0, "adapter__dtype": "float32", "train__batch": 2}
+    recipe(root)  # writes the data
+    own = {"data__mix": [{"source": str(root / "qwen3_moe/data/sums.jsonl")}], "data__max_length": 12}
+    asked = recipe(root, train__micro_batch_tokens=12, **own, **exact)
     assert launched.run(2, run, asked, tmp_path / "two") == ["", ""]
     train_run(asked, tmp_path / "one")
     assert_close_runs(tmp_path / "one", tmp_path / "two")
     for one, two in zip(trained(tmp_path / "one"), trained(tmp_path / "two"), strict=True):
+        assert one["num_tokens"] > 12, "both examples fit into a micro-batch"
         assert one["router_aux_loss"] == pytest.approx(two["router_aux_loss"], rel=1e-5)
 
 
