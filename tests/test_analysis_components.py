@@ -99,14 +99,14 @@ def test_held_components_are_the_singular_directions_of_the_update() -> None:
     with torch.no_grad():
         layer.lora_B[:, 2] = layer.lora_B[:, 0]  # rank 2 of 3 ...
         layer.lora_A[2] = layer.lora_A[0]
-    left, sizes, right = held_components(layer)
+    ((left, sizes, right),) = held_components(layer)
     update = layer.alpha / layer.rank * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
     assert len(sizes) == 2
     torch.testing.assert_close(left * sizes @ right.T, update)
     torch.testing.assert_close(left.T @ left, torch.eye(2, dtype=torch.float64))
     with torch.no_grad():
         layer.lora_B.zero_()
-    assert len(held_components(layer)[1]) == 0
+    assert len(held_components(layer)[0][1]) == 0
 
 
 KINDS = [("lora", "none"), ("dora", "attached"), ("dora", "held")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
 from qdora.export.options import ExportOptions
 from qdora.export.verify import verify_merged
-from qdora.model import build_model, experts
-from qdora.model.inject import adapted_layers, adapter_parameters, inject
+from qdora.model import experts
+from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.expert_linear import AdaptedExperts
@@ -33,7 +34,7 @@ from qdora.run.load_run import load_run
 from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
 from qdora.train.interference import GradientProbe, measure
-from tests import launched, tiny_adapted, tiny_curvature, tiny_experts, tiny_run, tiny_tokenizer
+from tests import launched, tiny_curvature, tiny_experts, tiny_run, tiny_tokenizer
 from tests.run_files import assert_same_run, stop_after
 from tests.test_train_distributed import assert_close_runs
 
@@ -130,8 +131,7 @@ def test_other_kinds_are_exported_as_they_run(root: Path, tmp_path: Path, change
     assert exported["verification"]["passed"], exported["verification"]["faults"]
 
 
-def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_model, "cpu_has_bfloat16", lambda: False)  # the export is loaded in float32 everywhere
+def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> None:
     exported = export_run(run, tmp_path / "out", ExportOptions(dtype="float32", audit=True), console=quiet())
     weights = exported["verification"]["weights"]
     assert weights["num_layers"] == 12
@@ -204,11 +204,6 @@ def test_an_adapter_of_experts_goes_on(root: Path, run: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_ranks_for_experts_are_a_recipe_that_keeps_the_scaling(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--method curvature: 4 layers are stacks .*Fix: name other layers"):
-        rank_run(run, RankSettings(examples=2), console=quiet())
-    one = ["model.layers.1.self_attn.o_proj"]
-    found = rank_run(run, RankSettings(layers=one, examples=1, max_rank=1, draws=8), console=quiet())
-    assert list(found["layers"]) == one
     document = rank_run(run, RankSettings(method="gradient", examples=1, max_rank=6), console=quiet())
     stack = document["layers"]["model.layers.0.mlp.experts.gate_up_proj"]
     assert (stack["rank_of_run"], stack["parameters_per_rank"]) == (2, 4 * (64 + 128))
@@ -219,14 +214,21 @@ def test_ranks_for_experts_are_a_recipe_that_keeps_the_scaling(run: Path, tmp_pa
     assert {layer.alpha for layer in layers.values()} == {8.0}, "as in the run, which has no same_scaling"
 
 
-def adapted(directory: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A dense mixture in float64 with adapters off their start."""
-    tiny_experts.write(directory, "qwen3_moe")
-    model = load_model(resolve(str(directory)), quant="none", compute_dtype=torch.float64)
-    options = {"rank": 3, "alpha": 6.0, "dtype": torch.float64, "targets": ["v_proj", "experts"]} | options
-    layers = inject(model, generator=torch.Generator().manual_seed(1), **options)
-    tiny_adapted.move(layers)
-    return model.eval(), layers
+def test_curvature_gives_ranks_of_experts(root: Path, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    name = "model.layers.0.mlp.experts.down_proj"
+    asked = RankSettings(layers=[name], examples=2, max_rank=3, draws=8, eigenvalues=2)
+    document = rank_run(copy, asked, console=quiet())
+    layer = document["layers"][name]
+    found = layer["components"]
+    assert np.shape(found["worths"]) == np.shape(found["curvature_errors"]) == (4, 2 + 3)
+    worths = np.sort(found["worths"], axis=1)[:, ::-1].sum(axis=0)
+    np.testing.assert_allclose(layer["energies"], worths[:3])
+    assert layer["spectrum"]["size"] == 2 * layer["parameters_per_rank"]
+    assert np.shape(layer["spectrum"]["eigenvalues"]) == (2,)
+    again = rank_run(copy, asked, console=quiet())  # from the cache
+    assert again["layers"] == document["layers"]
 
 
 def parts_of(matrix: Tensor, share: str) -> list[Tensor]:
@@ -238,7 +240,7 @@ def parts_of(matrix: Tensor, share: str) -> list[Tensor]:
 @pytest.mark.parametrize("share", ["none", "A", "B"])
 @pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "held")])
 def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind: Any, norm: Any, share: Any) -> None:
-    model, layers = adapted(tmp_path, kind=kind, share=share)
+    model, layers = tiny_experts.adapted(tmp_path, kind=kind, share=share)
     plain = load_model(resolve(str(tmp_path)), quant="none", compute_dtype=torch.float64)
     gains = {}
     for name, layer in layers.items():
@@ -274,7 +276,7 @@ def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind
 
 @pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "attached")])
 def test_other_layers_are_differentiated_through_stacks(tmp_path: Path, kind: Any, norm: Any) -> None:
-    model, layers = adapted(tmp_path, kind=kind)
+    model, _ = tiny_experts.adapted(tmp_path, kind=kind)
     name = "model.layers.0.self_attn.v_proj"
     expected = logits(model)
     with plain_model(model, [name], norm=norm) as leaves:
@@ -283,16 +285,10 @@ def test_other_layers_are_differentiated_through_stacks(tmp_path: Path, kind: An
         (first,) = torch.autograd.grad(found.square().mean(), [leaves[f"{name}.lora_B"]], create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), [leaves[f"{name}.lora_A"]])
         assert float(second.abs().max()) > 0
-    stack = next(path for path, layer in layers.items() if isinstance(layer, AdaptedExperts))
-    with (
-        pytest.raises(ValueError, match=r"stacks of experts .*allowed: layers that are none"),
-        plain_model(model, [stack], norm=norm),
-    ):
-        pass
 
 
 def test_gradients_of_tasks_are_compared_over_experts_too(tmp_path: Path) -> None:
-    model, layers = adapted(tmp_path)
+    model, layers = tiny_experts.adapted(tmp_path)
     first, second = tiny_curvature.batches()
     probe = GradientProbe({"one": ([first], [second]), "again": ([second], [first])})
     found = measure(model.train(), probe, adapter_parameters(model), device=torch.device("cpu"))

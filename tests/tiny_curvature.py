@@ -26,13 +26,18 @@ def base(architecture: str) -> Any:
     model = tiny_adapted.base(architecture, dtype=torch.float64)
     if architecture != "gemma2":  # it has eager attention only
         model.set_attn_implementation("sdpa")
+    widen_norms(model)
+    return model.requires_grad_(False)
+
+
+def widen_norms(model: Any) -> None:
+    """Replace transformers' RMSNorms, in place."""
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             shift = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
             norm = torch.nn.RMSNorm(module.weight.shape, eps=1e-6, dtype=torch.float64)
             norm.weight = torch.nn.Parameter(module.weight.detach() + shift, requires_grad=False)
             replace_module(model, name, norm)
-    return model.requires_grad_(False)
 
 
 def keep_mask(shape: torch.Size) -> Tensor:

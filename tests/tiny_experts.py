@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests import tiny_tokenizer
+from qdora.model.inject import inject
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.nn.adapted_linear import AdaptedLinear
+from tests import tiny_adapted, tiny_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -111,3 +115,16 @@ def write(directory: Path, name: str, dtype: torch.dtype = torch.float32) -> Pat
     make(name, dtype).save_pretrained(directory, max_shard_size="150KB")
     tiny_tokenizer.make().save_pretrained(directory)
     return directory
+
+
+def adapted(
+    directory: Path, name: str = "qwen3_moe", dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[Any, dict[str, AdaptedLinear]]:
+    """A dense mixture in float64 with adapters off their start."""
+    if not (directory / "config.json").exists():
+        write(directory, name)
+    model = load_model(resolve(str(directory)), quant="none", compute_dtype=dtype)
+    options = {"rank": 3, "alpha": 6.0, "dtype": dtype, "targets": ["v_proj", "experts"]} | options
+    layers = inject(model, generator=torch.Generator().manual_seed(1), **options)
+    tiny_adapted.move(layers)
+    return model.eval(), layers

@@ -41,6 +41,10 @@ and each X, and a component of rank 1, u v^T, needs no matrix:
 With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
 where w_r is the direction of row r of W + D and n_r its norm.
 
+A stack of experts has such components of each expert, or of one matrix for all that share a factor: the parts of
+`AdaptedExperts.approximated_parts`. One rank more is one component more of every part, so the i-th worth of a stack is
+the sum of the i-th ones of its parts. An expert without tokens has q_i = 0, and its components are worth 0.
+
 The estimate of q_i has no bias. The worth of a new component divides by it and so is a little too large on average: by
 the squared relative error of q_i, 4 % for an error of 20 %. With few draws this grows without bound, and a component
 whose q_i is small by chance looks best. So there is a least number of draws.
@@ -60,6 +64,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import check_batches, curvature_of, labelled_logits
@@ -70,6 +75,8 @@ from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
+from qdora.nn.expert_linear import AdaptedExperts
+from qdora.ops.expert_product import ExpertTokens
 
 Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]
@@ -79,18 +86,34 @@ Progress = Callable[[int, int], None]
 class Directions:
     """The components E_i = u_i v_i^T of a layer: first the held ones, by size, then the new ones, by slope.
 
+    The parts of a stack have their numbers in rows, (parts, components), and their vectors in the shapes of the stack's
+    factors, whose rank is then `components`: those of one part, of (experts * out), are (experts, out). A part with
+    fewer components than others ends in zeros.
+
     Attributes:
-        left, right: U, (out, components), and V, (in, components), columns of length 1.
+        left, right: U, (out, components), and V, (in, components), columns of length 1. Of a stack (experts, out,
+            components) and (experts, in, components), (1, ...) where the experts share it.
         sizes: (components,) sigma_i >= 0; 0 for a new one.
         slopes: (components,) g_i = <G, E_i>.
-        tail: Squared Frobenius norm of the gradient across held and new components.
+        tail: (), squared Frobenius norm of the gradient across held and new components.
     """
 
     left: Tensor
     right: Tensor
     sizes: Array
     slopes: Array
-    tail: float
+    tail: Array
+
+    def matrix(self, index: tuple[int, ...]) -> Tensor:
+        """E_i, (out, in), or (experts * out, in) of a stack; `index` is that of its number in `sizes`."""
+        u, v = self.left[..., index[-1]], self.right[..., index[-1]]
+        if len(index) == 1:
+            return torch.outer(u, v)
+        matrices = u.unsqueeze(2) * v.unsqueeze(1)
+        if len(self.sizes) > 1:
+            others = torch.arange(len(matrices), device=u.device) != index[0]
+            matrices[others] = 0.0
+        return matrices.flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -109,7 +132,7 @@ class Components:
 
     def worths(self) -> Array:
         """(components,) in nats of mean NLL; 0 where the curvature is within rounding of 0."""
-        flat = self.curvatures <= 1e-7 * self.curvatures.max(initial=0.0)
+        flat = self.curvatures <= 1e-7 * self.curvatures.max(axis=-1, initial=0.0, keepdims=True)
         safe = np.where(flat, 1.0, self.curvatures)
         at_zero = safe * self.directions.sizes - self.directions.slopes
         worths: Array = np.where(flat, 0.0, at_zero**2 / (2.0 * safe))
@@ -119,9 +142,11 @@ class Components:
         """The worths, the greatest first, at most `most`. The total has the tail at the mean rate of new ones."""
         worths = self.worths()
         new = self.directions.sizes == 0.0
-        slope = float((self.directions.slopes[new] ** 2).sum())
-        rest = self.directions.tail * float(worths[new].sum()) / slope if slope > 0 else 0.0
-        return LayerSpectrum(np.sort(worths)[::-1][:most].copy(), float(worths.sum()) + rest, cost)
+        slope = (self.directions.slopes**2 * new).sum(axis=-1)
+        rate = (worths * new).sum(axis=-1) / np.where(slope > 0, slope, 1.0)
+        falling = np.sort(worths, axis=-1)[..., ::-1].reshape(-1, worths.shape[-1])
+        total = worths.sum() + (self.directions.tail * rate).sum()
+        return LayerSpectrum(falling.sum(axis=0)[:most], float(total), cost)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -131,7 +156,7 @@ class Components:
             "curvatures": self.curvatures.tolist(),
             "curvature_errors": self.errors.tolist(),
             "worths": self.worths().tolist(),
-            "tail": self.directions.tail,
+            "tail": self.directions.tail.tolist(),
         }
 
 
@@ -158,8 +183,11 @@ def layer_directions(
     found = {name: kept for name, key in keys.items() if (kept := kept_tensors(cache, key)) is not None}
 
     def use(name: str, gradient: Tensor) -> dict[str, Tensor]:
-        made = directions(held_components(adapted[name]), gradient, num_new[name])
-        numbers = {"sizes": made.sizes, "slopes": made.slopes, "tail": np.array([made.tail])}
+        layer = adapted[name]
+        pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
+        parts = [directions(held, part, num_new[name]) for held, part in pairs]
+        made = _of_stack(layer, parts) if isinstance(layer, AdaptedExperts) else parts[0]
+        numbers = {"sizes": made.sizes, "slopes": made.slopes, "tail": made.tail}
         tensors = {each: torch.from_numpy(values) for each, values in numbers.items()}
         tensors = {"left": made.left, "right": made.right, **tensors}
         keep_tensors(cache, keys[name], tensors)
@@ -172,8 +200,28 @@ def layer_directions(
     for name in num_new:
         left, right = (found[name][side].to(adapted[name].lora_A.device) for side in ("left", "right"))
         sizes, slopes, tail = (found[name][each].numpy() for each in ("sizes", "slopes", "tail"))
-        made_of[name] = Directions(left, right, sizes, slopes, float(tail[0]))
+        made_of[name] = Directions(left, right, sizes, slopes, tail)
     return made_of
+
+
+def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
+    """The components of all parts of a stack."""
+    most = max(len(each.sizes) for each in parts)
+    left, right = (
+        torch.stack([functional.pad(getattr(each, side), (0, most - len(each.sizes))) for each in parts])
+        for side in ("left", "right")
+    )
+    sizes, slopes = (
+        np.stack([np.pad(getattr(each, name), (0, most - len(each.sizes))) for each in parts])
+        for name in ("sizes", "slopes")
+    )
+    return Directions(
+        left.reshape(*layer.lora_B.shape[:2], most),
+        right.reshape(len(layer.lora_A), layer.in_features, most),
+        sizes,
+        slopes,
+        np.array([float(each.tail) for each in parts]),
+    )
 
 
 def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
@@ -195,15 +243,20 @@ def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: i
         torch.cat([right, new_right], dim=1).to(gradient.dtype),
         np.concatenate([sizes.cpu().numpy(), np.zeros(len(new_slopes))]),
         torch.cat([slopes, new_slopes]).cpu().numpy(),
-        max(float(across.square().sum() - new_slopes.square().sum()), 0.0),
+        np.array(max(float(across.square().sum() - new_slopes.square().sum()), 0.0)),
     )
 
 
-def held_components(layer: AdaptedLinear) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it; r is its numerical rank."""
-    b = layer.stored_B().double() * layer.scaling
-    left, first = torch.linalg.qr(b)
-    right, second = torch.linalg.qr(layer.lora_A.detach().double().T)
+def held_components(layer: AdaptedLinear) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it; r is its numerical rank. One of each
+    of `approximated_parts`."""
+    pairs = layer.factor_pairs(layer.stored_B().double() * layer.scaling, layer.lora_A.detach().double())
+    return [_components_of_product(b, a) for b, a in pairs]
+
+
+def _components_of_product(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    left, first = torch.linalg.qr(lora_B)
+    right, second = torch.linalg.qr(lora_A.T)
     u, sizes, vh = torch.linalg.svd(first @ second.T)
     # Of B and A, which may be far larger than their product
     scale = torch.linalg.matrix_norm(first, 2) * torch.linalg.matrix_norm(second, 2)
@@ -247,9 +300,9 @@ def exact_curvatures(
     """
     found: dict[str, Components] = {}
     for name, each in directions.items():
-        key = ["exact curvatures", name, norm, len(each.sizes), state]
+        key = ["exact curvatures", name, norm, list(each.sizes.shape), state]
         values = made_once(cache, key, functools.partial(_exact, model, name, each, batches, norm))["values"]
-        found[name] = Components(each, values.numpy(), np.zeros(len(values)))
+        found[name] = Components(each, values.numpy(), np.zeros(values.shape))
         if progress is not None:
             progress(len(found), len(directions))
     return found
@@ -283,8 +336,8 @@ def drawn_curvatures(
     device = next(iter(directions.values())).left.device
 
     @functools.cache
-    def probes() -> dict[str, CurvatureProbe]:
-        return {name: CurvatureProbe(adapted[name], each, norm) for name, each in directions.items()}
+    def probes() -> dict[str, CurvatureProbe | StackProbe]:
+        return {name: probe_of(adapted[name], each, norm) for name, each in directions.items()}
 
     def squares(number: int, batch: MicroBatch) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed * len(batches) + number)
@@ -293,7 +346,7 @@ def drawn_curvatures(
         )
 
     num_tokens = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches)
-    shapes = [[name, len(each.sizes)] for name, each in directions.items()]
+    shapes = [[name, list(each.sizes.shape)] for name, each in directions.items()]
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         key = ["drawn curvatures", shapes, norm, draws, seed, number, len(batches), state]
@@ -362,9 +415,67 @@ class CurvatureProbe:
         return ((gradient @ self._right) * self._left).sum(dim=0)
 
 
+class StackProbe:
+    """`CurvatureProbe` for a stack of experts, whose tokens all count as one row."""
+
+    def __init__(self, layer: AdaptedExperts, directions: Directions, norm: Norm) -> None:
+        dtype = layer.base.wide_dtype
+        left, right = directions.left.to(dtype), directions.right.to(dtype)
+        gain = layer.gain(dtype)
+        self.layer = layer
+        self._left = left if gain is None else left * gain.value.unsqueeze(2)
+        self._right = right
+        self._shape = directions.sizes.shape
+        shape = layer.num_experts, layer.expert_features, layer.in_features
+        keep = layer.base.keep_mask() if layer.masked else None
+        self._keep = None if keep is None else keep.view(shape)
+        self._own_length: Tensor | None = None
+        if norm == "attached":
+            unit, length = row_directions(layer, dtype)
+            unit = unit.view(shape) if self._keep is None else unit.view(shape).masked_fill(~self._keep, 0.0)
+            self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).view(*shape[:2], 1)
+
+    def see(
+        self, x: Tensor, output: Tensor, tokens: ExpertTokens, take: Callable[[Tensor], None]
+    ) -> Callable[[Tensor], None]:
+        """What to call with dL/dy; it calls `take` with the slopes, (1, parts, components).
+
+        Args:
+            x, output: (tokens, in), (tokens, out), sorted by expert.
+            take: May be called in any number of backward passes.
+        """
+        bias = self.layer.base.bias
+
+        def backward(dy: Tensor) -> None:
+            total = dy.new_zeros(1, *self._shape)
+            for run in tokens.reached:
+                (expert,) = run.experts
+                upstream, inputs = dy[run.tokens], x[run.tokens]
+                left, right = (each[expert % len(each)] for each in (self._left, self._right))
+                if self._keep is None:
+                    slopes = ((upstream @ left) * (inputs @ right)).sum(dim=0)
+                else:
+                    gradient = (upstream.T @ inputs).masked_fill_(~self._keep[expert], 0.0)
+                    slopes = ((gradient @ right) * left).sum(dim=0)
+                if self._own_length is not None:
+                    own = output[run.tokens] if bias is None else output[run.tokens] - bias[expert]
+                    slopes = slopes - (upstream * own).sum(dim=0) @ self._own_length[expert]
+                total[0, expert % self._shape[0]] += slopes
+            take(total)
+
+        return backward
+
+
+def probe_of(layer: AdaptedLinear, directions: Directions, norm: Norm) -> CurvatureProbe | StackProbe:
+    """The probe of a layer or of a stack of experts."""
+    if isinstance(layer, AdaptedExperts):
+        return StackProbe(layer, directions, norm)
+    return CurvatureProbe(layer, directions, norm)
+
+
 def squared_slopes(
     model: nn.Module,
-    probes: Mapping[str, CurvatureProbe],
+    probes: Mapping[str, CurvatureProbe | StackProbe],
     batch: MicroBatch,
     labels: Callable[[Tensor], Tensor],
     *,
@@ -375,7 +486,7 @@ def squared_slopes(
     Args:
         batch: Without packing.
         labels: From the logits, (labelled, vocabulary), to the sets of labels, (sets, labelled) int64.
-    Returns: Path -> (sets, components) float64 on the CPU.
+    Returns: Path -> (sets, components) or (sets, parts, components) float64 on the CPU.
     """
     slopes: dict[str, Tensor] = {}
 
@@ -384,8 +495,8 @@ def squared_slopes(
 
     rows = tuple(batch.input_ids.shape)
 
-    def see(name: str, x: Tensor, output: Tensor) -> Callable[[Tensor], None]:
-        return probes[name].see(x, output, rows, functools.partial(take, name))
+    def see(name: str, x: Tensor, output: Tensor, layout: Any = rows) -> Callable[[Tensor], None]:
+        return probes[name].see(x, output, layout, functools.partial(take, name))
 
     found: dict[str, list[Tensor]] = {name: [] for name in probes}
     layers = {name: probe.layer for name, probe in probes.items()}
@@ -427,9 +538,9 @@ def _rows(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
 def _exact(
     model: nn.Module, name: str, directions: Directions, batches: Sequence[MicroBatch], norm: Norm
 ) -> dict[str, Tensor]:
-    values = []
+    values = torch.zeros(directions.sizes.shape, dtype=torch.float64)
     with curvature_of(model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE) as operator:
-        for u, v in zip(directions.left.T, directions.right.T, strict=True):
-            flat = torch.outer(u, v).reshape(-1).to(operator.dtype)
-            values.append(max(float(flat.double() @ operator.product(flat).double()), 0.0))
-    return {"values": torch.tensor(values, dtype=torch.float64)}
+        for index in np.ndindex(*directions.sizes.shape):
+            flat = directions.matrix(index).reshape(-1).to(operator.dtype)
+            values[index] = max(float(flat.double() @ operator.product(flat).double()), 0.0)
+    return {"values": values}

@@ -3,7 +3,8 @@
     y = g * (x W^T + s (x A^T) B^T) + bias,        g = m / ||W + s B A||_row
 
 A masked adapter (`adapter.mask: keep`) has M o (B A) in place of B A, also in the norm. The part `update` is the whole
-matrix s B A, to differentiate by it instead of by its factors.
+matrix s B A, to differentiate by it instead of by its factors. A stack of experts is this formula for each expert with
+its tokens; which expert a token goes to is a constant, what the router weighs it with is not.
 
 The training layer keeps the norm constant in its backward pass (DoRA, arXiv 2402.09353, sec. 4.3), so autograd through
 it gives the curvature of another function than the loss. Here the caller chooses:
@@ -30,27 +31,28 @@ from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops.expert_product import add_expert_bias, frozen_stack
+from qdora.ops.expert_product import add_expert_bias, dense_rows, expert_rows, frozen_stack
 from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.frozen_product import frozen_linear
+from qdora.ops.tiles import Weight
 
 Norm = Literal["attached", "held", "none"]
 NORMS: tuple[Norm, ...] = ("attached", "held")
 PARTS = ("lora_A", "lora_B", "magnitude")
 FACTORS = PARTS[:2]
 UPDATE = ("update",)
-"""In place of the factors: s B A as one dense matrix, (out, in), before the mask."""
+"""In place of the factors: s B A as one dense matrix, (out, in) or (experts * out, in), before the mask."""
 
 
 @dataclass(frozen=True)
 class PlainLayer:
-    """The values of an adapted layer while it runs by the plain formula.
+    """The values of an adapted layer, or of one expert of a stack, while it runs by the plain formula.
 
     Attributes:
         values: Part ("lora_A", ...) -> its value in the dtype of the analysis; the chosen ones are leaves of a graph.
-        row_norm: ||W + s B A||_row of the present values, (out,), or None for LoRA.
+        row_norm: ||W + s B A||_row of the present values, (out,), or (experts, out) of a stack; None for LoRA.
         attached: The norm is computed anew in every forward pass, as a part of the graph.
-        keep_mask: M, (out, in) bool; None without a mask.
+        keep_mask: M, (out, in) or (experts * out, in) bool; None without a mask.
     """
 
     values: dict[str, Tensor]
@@ -63,6 +65,16 @@ class PlainLayer:
         assert self.row_norm is not None, "LoRA has no gain"
         dead = self.row_norm == 0
         return (self.values["magnitude"] / norm.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
+
+    def of_expert(self, expert: int) -> PlainLayer:
+        """The values of one expert of a stack, which shares their graph."""
+        size = self.values["lora_B"].shape[1]
+        rows = slice(expert * size, (expert + 1) * size)
+        values = {
+            name: value[rows] if name in UPDATE else value[expert % len(value)] for name, value in self.values.items()
+        }
+        norm = None if self.row_norm is None else self.row_norm[expert]
+        return PlainLayer(values, norm, self.attached, None if self.keep_mask is None else self.keep_mask[rows])
 
     def dense_update(self, scaling: float) -> Tensor | None:
         """M o (s B A), (out, in) with its graph, where it has to be formed: for a mask, or by the whole matrix."""
@@ -88,8 +100,7 @@ def plain_model(
         norm: "attached" or "held" in these layers; "none" for LoRA. In other layers the norm is constant.
         parts: The parameters to differentiate by, or `UPDATE`.
     Yields: "<layer>.<part>" -> leaf, in model order.
-    Raises: ValueError: A layer that is not there, a stack of experts (other layers are differentiated through them), a
-        norm that does not fit the kind, a model in 16 bits.
+    Raises: ValueError: A layer that is not there, a norm that does not fit the kind, a model in 16 bits.
     """
     adapted = adapted_layers(model)
     check_layers(model, layers, norm=norm, parts=parts)
@@ -124,48 +135,67 @@ def plain_forward(layer: AdaptedLinear, plain: PlainLayer, x: Tensor) -> Tensor:
     if plain.row_norm is not None:
         norm = plain.row_norm
         if plain.attached:
-            norm = attached_norm(layer, a, b) if update is None else _dense_norm(layer, update)
+            if update is None:
+                assert layer.base_squared is not None
+                norm = attached_norm(weight, layer.base_squared, a, b, layer.scaling)
+            else:
+                norm = _dense_norm(layer.base.dequantized(torch.float64), update)
         out = out * plain.gain(norm)
     return out if layer.base.bias is None else out + layer.base.bias.to(out.dtype)
 
 
 def plain_experts(layer: AdaptedExperts, plain: PlainLayer, x: Tensor, tokens: ExpertTokens) -> Tensor:
-    """`plain_forward` for a stack of experts: (tokens, in), sorted by expert -> (tokens, out); its norm is held."""
-    a, b = plain.values["lora_A"], plain.values["lora_B"]
-    parts, size = [], layer.expert_features
+    """`plain_forward` for a stack of experts: (tokens, in), sorted by expert -> (tokens, out)."""
+    added, gains = [], []
     for run in tokens.reached:
         (expert,) = run.experts
-        own_a, own_b = a[expert % len(a)], b[expert % len(b)]
-        if plain.keep_mask is None:
-            parts.append((x[run.tokens] @ own_a.T) @ own_b.T)
-        else:
-            keep = plain.keep_mask[expert * size : (expert + 1) * size]
-            parts.append(x[run.tokens] @ (own_b @ own_a).masked_fill(~keep, 0.0).T)
-    out = frozen_stack(x, layer.base.stored_weight, tokens) + torch.cat(parts) * layer.scaling
-    if plain.row_norm is not None:
-        out = out * plain.gain(plain.row_norm).repeat_interleave(torch.tensor(tokens.counts, device=x.device), dim=0)
+        own = plain.of_expert(expert)
+        update = own.dense_update(layer.scaling)
+        a, b = own.values["lora_A"], own.values["lora_B"]
+        part = x[run.tokens]
+        added.append((part @ a.T) @ b.T * layer.scaling if update is None else part @ update.T)
+        if own.row_norm is not None:
+            norm = own.row_norm if not plain.attached else _norm_of_expert(layer, expert, a, b, update)
+            gains.append(own.gain(norm).expand(len(part), -1))
+    out = frozen_stack(x, layer.base.stored_weight, tokens) + torch.cat(added)
+    if gains:
+        out = out * torch.cat(gains)
     return out if layer.base.bias is None else add_expert_bias(out, layer.base.bias, tokens)
 
 
-def attached_norm(layer: AdaptedLinear, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+def _norm_of_expert(
+    layer: AdaptedExperts, expert: int, lora_A: Tensor, lora_B: Tensor, update: Tensor | None
+) -> Tensor:
+    """The attached norm of one expert, (out,)."""
+    stack, size = layer.base.stored_weight, layer.expert_features
+    if update is not None:
+        rows = slice(expert * size, (expert + 1) * size)
+        return _dense_norm(dense_rows(stack, layer.num_experts, rows, torch.float64), update)
+    assert layer.base_squared is not None
+    (run,) = ExpertTokens.one_for_each((expert,), layer.num_experts).reached
+    weight = expert_rows(stack, layer.num_experts, run)
+    return attached_norm(weight, layer.base_squared[expert], lora_A, lora_B, layer.scaling)
+
+
+def attached_norm(weight: Weight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """||W + s B A|| of each row with its graph, (out,); a row of zeros has no derivative and comes out as 1.
 
     ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T, summed in float64: a derivative of it divides by n^3,
     so a row that has cancelled would lose its digits three times over.
+
+    `base_squared` is ||w||^2 of the rows of the frozen `weight`, (out,).
     """
-    assert layer.base_squared is not None
     wide = torch.float64
-    products = frozen_linear(lora_A, layer.base.stored_weight).T.to(wide)  # (out, rank)
-    a, b, s = lora_A.to(wide), lora_B.to(wide), layer.scaling
-    squared = layer.base_squared.to(wide) + ((2.0 * products + b @ (a @ a.T) * s) * b).sum(dim=1) * s
+    products = frozen_linear(lora_A, weight).T.to(wide)  # (out, rank)
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    squared = base_squared.to(wide) + ((2.0 * products + b @ (a @ a.T) * scaling) * b).sum(dim=1) * scaling
     # A sum of rounding noise is a zero row, too
     return squared.masked_fill(squared <= 0, 1.0).sqrt().to(lora_A.dtype)
 
 
-def _dense_norm(layer: AdaptedLinear, update: Tensor) -> Tensor:
-    """As `attached_norm`, from W + update itself, where nothing cancels after the squares."""
-    total = layer.base.dequantized(torch.float64) + update.to(torch.float64)
-    squared = total.square().sum(dim=1)
+def _dense_norm(weight: Tensor, update: Tensor) -> Tensor:
+    """As `attached_norm`, from W, in float64, + update itself, where nothing cancels after the squares."""
+    squared = (weight + update.to(torch.float64)).square().sum(dim=1)
     return squared.masked_fill(squared <= 0, 1.0).sqrt().to(update.dtype)
 
 
@@ -174,7 +204,8 @@ def _plain_layer(layer: AdaptedLinear, attached: bool, whole: bool) -> PlainLaye
     values = {"lora_A": layer.lora_A, "lora_B": layer.stored_B(), "magnitude": layer.magnitude}
     copies = {name: value.detach().to(dtype, copy=True) for name, value in values.items() if value is not None}
     if whole:
-        copies["update"] = copies["lora_B"] @ copies["lora_A"] * layer.scaling
+        product = copies["lora_B"] @ copies["lora_A"] * layer.scaling
+        copies["update"] = product.flatten(0, -2)
     keep_mask = layer.base.keep_mask() if layer.masked else None
     return PlainLayer(copies, None if layer.magnitude is None else layer.row_norm(), attached, keep_mask)
 
@@ -185,17 +216,12 @@ def check_layers(
     *,
     norm: Norm,
     parts: Collection[str] = FACTORS,
-    with_experts: bool = False,
 ) -> None:
-    """Raises ValueError for what `plain_model` cannot take; `with_experts` allows stacks of experts unless the norm is
-    attached."""
+    """Raises ValueError for what `plain_model` cannot take."""
     adapted = adapted_layers(model)
     missing = [name for name in layers if name not in adapted]
     if missing or not layers:
         raise ValueError(f"no adapted layers {missing}; allowed: one or more of {', '.join(adapted) or 'none'}.")
-    stacks = [name for name in layers if isinstance(adapted[name], AdaptedExperts)]
-    if stacks and (norm == "attached" or not with_experts):
-        raise ValueError(f"stacks of experts {stacks}; allowed: layers that are none.")
     unknown = [part for part in parts if part not in PARTS]
     if (unknown or not parts) and tuple(parts) != UPDATE:
         raise ValueError(f"no parameters {unknown}; allowed: one or more of {', '.join(PARTS)}, or update alone.")

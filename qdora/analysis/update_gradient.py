@@ -24,6 +24,7 @@ from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.dora import merged_weight
+from qdora.ops.expert_product import merged_rows
 from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.loss import token_nll
 
@@ -55,7 +56,7 @@ def update_gradients(
     Raises: ValueError: As `curvature_of`.
     """
     check_batches(batches)
-    check_layers(model, layers, norm=norm, with_experts=True)
+    check_layers(model, layers, norm=norm)
     adapted = adapted_layers(model)
     found: dict[str, T] = {}
     with evaluation_mode(model):
@@ -93,13 +94,18 @@ def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Callable
 
 
 def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one. Not of stacks.
+    """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one. A stack has
+    (experts * out, in) and (experts * out,).
 
     Along its own direction a row of DoRA cannot move: its length is the magnitude's.
     """
     keep = layer.base.keep_mask() if layer.masked else None
     weight = layer.base.dequantized(layer.base.wide_dtype)
-    total = merged_weight(weight, layer.lora_A.detach(), layer.stored_B(), layer.scaling, keep_mask=keep).to(dtype)
+    factors = layer.lora_A.detach(), layer.stored_B(), layer.scaling
+    if isinstance(layer, AdaptedExperts):
+        total = merged_rows(weight, 0, *factors, keep_mask=keep).to(dtype)
+    else:
+        total = merged_weight(weight, *factors, keep_mask=keep).to(dtype)
     norm = torch.linalg.vector_norm(total, dim=1)
     return total / norm.masked_fill(norm == 0, 1.0).unsqueeze(1), norm
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +36,7 @@ from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
 from qdora.train.output_head import head_nll, proposed_form, tapped
+from qdora.train.router_loss import tapped_routers
 
 _UNMASKED = "sdpa_without_padding"
 
@@ -148,11 +149,13 @@ class StepRecorder:
     """Runs steps of a model on fake tensors, with its adapters, and notes the peak of each part, by component.
 
     `live` is the active counter, inside an active FakeTensorMode and `planned_on`. With `checkpointing` only the inputs
-    of the blocks are kept for the backward pass.
+    of the blocks are kept for the backward pass. With `routers` the loss has that of the routers.
     """
 
-    def __init__(self, model: Any, blocks: Sequence[nn.Module], live: LiveBytes, *, checkpointing: bool) -> None:
-        self.model, self.blocks, self.live = model, blocks, live
+    def __init__(
+        self, model: Any, blocks: Sequence[nn.Module], live: LiveBytes, *, checkpointing: bool, routers: bool = False
+    ) -> None:
+        self.model, self.blocks, self.live, self.routers = model, blocks, live, routers
         self.parameters = adapter_parameters(model)
         self.moments: list[Moment] = []
         self._kept_as = parts.CHECKPOINTS if checkpointing else parts.FORWARD
@@ -193,13 +196,17 @@ class StepRecorder:
         with self.live.label(parts.OTHER):
             inputs, rows, columns, targets = fake_batch(shape)
         head = self.model.get_output_embeddings()
-        with self._part("forward", None, parts.FORWARD):
+        with self._part("forward", None, parts.FORWARD), ExitStack() as stack:
+            tap = stack.enter_context(tapped(head, rows, columns, probing=False))
+            routers = stack.enter_context(tapped_routers(self.model)) if self.routers else None
             self._recording = True
-            with tapped(head, rows, columns, probing=False) as tap:
-                self.model(**inputs, use_cache=False)
+            self.model(**inputs, use_cache=False)
             self._recording = False
         with self._part("loss", None, parts.LOSS):
             loss = head_nll(head, tap.hidden, targets, proposed_form(self.model.config), chunk).sum() / len(targets)
+            if routers is not None:
+                loss = loss + routers.loss(torch.ones_like(inputs["input_ids"]))
+                routers.logits = ()
         with self._part("backward", len(self.blocks) - 1 if self.blocks else None, parts.BACKWARD):
             loss.backward()  # type: ignore[no-untyped-call]
             del loss, tap

@@ -48,6 +48,7 @@ from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
 from qdora.train.optimizer import AdapterOptimizer, OptimizerName, is_matrix
+from qdora.train.router_loss import check_router_loss
 
 logger = logging.getLogger("qdora")
 
@@ -105,6 +106,7 @@ def planned(
     if config is None:
         source = find_source(recipe, weights=False)
         config = load_config(source)
+    check_router_loss(recipe, lambda: config)
     known = _known(config, source, device_kind)
     if recipe.memory.host_embeddings and device_kind == "cuda":
         check_host_embedding(known.model(torch.bfloat16, recipe.model.attention))
@@ -281,7 +283,8 @@ class _StepPlan:
         adapter = recipe.adapter.model_dump_json(), repr(self.adapter)
         memory = recipe.memory.checkpointing, recipe.memory.loss_chunk
         model = self.dtype, recipe.model.attention, len(recipe.model.add_tokens)
-        key = (*model, base, *adapter, *memory, recipe.train.optimizer, self.shape, self.routing)
+        train = recipe.train.optimizer, recipe.train.router_aux_loss > 0
+        key = (*model, base, *adapter, *memory, *train, self.shape, self.routing)
         if key not in self.known.steps:
             with _quiet(), planned_on(self.device_kind, self.routing), torch.random.fork_rng(devices=[]):
                 self.known.steps[key] = self._run_step()
@@ -398,7 +401,13 @@ class _StepPlan:
             model.train()
             found = block_list(model)
             blocks: Sequence[nn.Module] = [] if found is None else list(found[1])
-            recorder = StepRecorder(model, blocks, live, checkpointing=recipe.memory.checkpointing)
+            recorder = StepRecorder(
+                model,
+                blocks,
+                live,
+                checkpointing=recipe.memory.checkpointing,
+                routers=recipe.train.router_aux_loss > 0,
+            )
             chunk = recipe.memory.loss_chunk
             recorder.record(
                 AdapterOptimizer(parameters, name=recipe.train.optimizer),

@@ -398,6 +398,9 @@ class Recipe(Section):
             )
         if kind == "none" and self.train.steps != 0:
             yield "train.steps", f"must be 0 with adapter.kind none, which trains nothing, got {self.train.steps}."
+        if kind == "none" and self.train.router_aux_loss:
+            what = f"must be 0 with adapter.kind none, which trains nothing, got {self.train.router_aux_loss:g}."
+            yield "train.router_aux_loss", what
         rates = {"dora": (), "lora": ("lr_ratio_magnitude",), "magnitude": ("lr_ratio_B",)}
         unused = rates.get(kind, ("lr_ratio_B", "lr_ratio_magnitude"))
         yield from ignored_faults(self.train, dict.fromkeys(unused, f"adapter.kind {kind} has none"), prefix="train.")

@@ -49,6 +49,7 @@ from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks
 from qdora.run.task_conflicts import interference_faults
 from qdora.run.validation import selection_faults
 from qdora.train.distributed import Processes
+from qdora.train.router_loss import check_router_loss
 from qdora.train.task_weights import task_weight_faults
 
 logger = logging.getLogger("qdora")
@@ -95,6 +96,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         raise UserError(*faults)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source, tokenizer = find_model(recipe, weights=recipe.memory.budget is None)
+    check_router_loss(recipe, lambda: load_config(source))
     chat_date = processes.gather(chat_date_of(directory))[0]
     set_chat_date(tokenizer, chat_date)
     # The others wait for the first process, and then find what it has kept.

@@ -146,8 +146,6 @@ def rank_run(
     run = open_run(path)
     recipe = load_recipe(run.recipe_file)
     faults = rank_faults(path, recipe, asked)
-    if asked.method == "curvature" and not faults:
-        faults = _expert_faults(run, recipe, asked, step)
     if faults:
         raise UserError(*faults)
     if asked.method == "gates":
@@ -187,19 +185,6 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
             "values say nothing about ranks. Fix: --method curvature or gradient."
         )
     return faults
-
-
-def _expert_faults(run: RunDirectory, recipe: Recipe, asked: RankSettings, step: int | None) -> list[str]:
-    """Why the curvature of the chosen layers is not computed."""
-    stacks = describe_adapter(_adapter_of(run, recipe, step)).shares
-    chosen = [path for path in stacks if not asked.layers or any(matches(path, each) for each in asked.layers)]
-    if not chosen:
-        return []
-    return [
-        f"--method curvature: {len(chosen)} layers are stacks of experts (e.g. {chosen[0]}), whose components have no "
-        "curvature of their own. Fix: name other layers with --layers, use --method svd or gradient, or train with "
-        "adapter.targets without experts."
-    ]
 
 
 def _adapter_of(run: RunDirectory, recipe: Recipe, step: int | None) -> Path:

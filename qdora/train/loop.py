@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory
 from qdora.train.out_of_memory import Backoff, OutOfMemory, Shortage, shortage_of
 from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
 from qdora.train.progress import TrainingProgress, memory_bytes
+from qdora.train.router_loss import tapped_routers
 from qdora.train.schedule import Schedule
 from qdora.train.step_checks import BadStep, BadSteps
 from qdora.train.task_weights import TaskWeights, example_weights
@@ -43,6 +45,8 @@ Metrics = dict[str, Any]
 
 # Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
 _FORMS: WeakKeyDictionary[nn.Module, LogitForm | None] = WeakKeyDictionary()
+# Numbers of a step that are sums over the processes.
+_SUMMED = ("loss", "router_aux_loss")
 # Peak bytes for each logit when all exist at once: 16 bits, and three float32 copies (widened, log-softmax, gradient).
 _PLAIN_BYTES = 14
 
@@ -128,7 +132,7 @@ def fit(
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
     backoff, schedule = backoff or Backoff(loader), schedule or Schedule(train, num_steps)
     options: dict[str, Any] = {"loss_chunk": loss_chunk, "weights": task_weights, "loss_scale": loss_scale}
-    compute = partial(step_gradient, model, device=device, **options)
+    compute = partial(step_gradient, model, device=device, router_aux_loss=train.router_aux_loss, **options)
     attempt = partial(_gradient_of_next_step, compute, optimizer, loader, processes)
     model.train()
     for step in range(start_step, num_steps):
@@ -389,6 +393,7 @@ def step_gradient(
     loss_chunk: int | None = None,
     weights: TaskWeights | None = None,
     loss_scale: LossScale | None = None,
+    router_aux_loss: float = 0.0,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters.
 
@@ -396,8 +401,11 @@ def step_gradient(
         loss_chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
         weights: Weight of each task's tokens in the loss; None: all count the same.
         loss_scale: For a model that computes in float16. Must be called with no gradients then.
+        router_aux_loss: Factor of the routers' auxiliary loss. That of a step is the mean over the micro-batches of all
+            processes, each weighted by its tokens without padding.
     Returns:
-        The step's numbers, with the unweighted NLL per task; and the NLL of each micro-batch's examples, (examples,).
+        The step's numbers, with the unweighted NLL per task, and without its factor the auxiliary loss if it has one;
+        and the NLL of each micro-batch's examples, (examples,).
     Raises:
         OutOfMemory: A micro-batch did not fit.
     """
@@ -408,6 +416,7 @@ def step_gradient(
     prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     nll = torch.zeros(len(names), dtype=torch.float32, device=device)
+    aux: float | Tensor = 0.0
     example_nll = []
     tokens = torch.zeros(len(names), dtype=torch.int64)
     for micro in batch.micro_batches:
@@ -415,8 +424,13 @@ def step_gradient(
             input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
             weight = None if weights is None else example_weights(weights, micro)
             options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
-            loss = batch_loss(model, input_ids, attention_mask, micro.labels, **options)
-            part = loss.nll_sum / total if loss_scale is None else loss.nll_sum * loss_scale.value
+            loss = batch_loss(model, input_ids, attention_mask, micro.labels, routers=router_aux_loss > 0, **options)
+            objective = loss.nll_sum
+            if loss.router_loss is not None:
+                share = int(micro.attention_mask.sum()) / batch.num_tokens
+                objective = objective + router_aux_loss * share * total * loss.router_loss
+                aux = aux + share * loss.router_loss.detach()
+            part = objective / total if loss_scale is None else objective * loss_scale.value
             part.backward()  # type: ignore[no-untyped-call]
             nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
         example_nll.append(loss.example_nll)
@@ -433,6 +447,8 @@ def step_gradient(
         "num_examples": batch.num_examples,
         "tasks": {name: {"nll_sum": each, "num_tokens": count} for name, each, count in numbers if count},
     }
+    if router_aux_loss > 0:
+        metrics["router_aux_loss"] = float(aux)
     return metrics, example_nll
 
 
@@ -449,7 +465,8 @@ def _over_processes(metrics: Metrics, fault: str | None, processes: Processes) -
     """The numbers of a step summed over the processes, and the fault of the first process that has one."""
     if processes.size == 1:
         return metrics, fault
-    told = processes.gather({"fault": fault, "loss": metrics["loss"], "tasks": metrics.get("tasks", {})})
+    mine = {name: metrics[name] for name in _SUMMED if name in metrics}
+    told = processes.gather({"fault": fault, "sums": mine, "tasks": metrics.get("tasks", {})})
     for rank, theirs in enumerate(told):
         if theirs["fault"] is not None:
             return metrics, f"process {rank}: {theirs['fault']}"
@@ -458,7 +475,7 @@ def _over_processes(metrics: Metrics, fault: str | None, processes: Processes) -
         total = tasks.setdefault(name, {"nll_sum": 0.0, "num_tokens": 0})
         for key in total:
             total[key] += numbers[key]
-    return metrics | {"loss": sum(theirs["loss"] for theirs in told), "tasks": tasks}, None
+    return metrics | {name: sum(theirs["sums"][name] for theirs in told) for name in mine} | {"tasks": tasks}, None
 
 
 @dataclass(frozen=True)
@@ -471,6 +488,8 @@ class BatchLoss:
     """(examples,) unweighted sum of each example; detached."""
     example_tokens: Tensor
     """(examples,) int64, labelled tokens per example, on the labels' device."""
+    router_loss: Tensor | None = None
+    """Scalar, the routers' auxiliary loss; differentiable. None if it was not asked for."""
 
 
 def batch_loss(
@@ -482,6 +501,7 @@ def batch_loss(
     chunk: int | None = None,
     packing: Packing | None = None,
     weights: Tensor | None = None,
+    routers: bool = False,
 ) -> BatchLoss:
     """Run the model and sum the NLL of labels[:, 1:] given the tokens before them.
 
@@ -500,6 +520,7 @@ def batch_loss(
         chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
         packing: The example of each token, if the model has passed `packed_attention.packed_layout`; None: a row each.
         weights: (examples,) weight of each example's tokens in `nll_sum`; None: 1.
+        routers: Also compute the routers' auxiliary loss (`router_loss.py`), over all tokens but padding.
     """
     wanted = torch.zeros_like(labels, dtype=torch.bool)
     wanted[:, :-1] = labels[:, 1:] != IGNORED
@@ -514,11 +535,13 @@ def batch_loss(
         inputs["position_ids"] = packing.position_ids.to(input_ids.device)
         owner = packing.example_index.to(labels.device)[places]
         num_examples = int(packing.example_index.max()) + 1
-    nll = _labelled_nll(model, inputs, (rows, columns), targets, chunk)
+    with tapped_routers(model) if routers else nullcontext() as tap:
+        nll = _labelled_nll(model, inputs, (rows, columns), targets, chunk)
     zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
     example_nll = zeros.index_add(0, owner.to(nll.device), nll.detach())
     nll_sum = nll.sum() if weights is None else (nll * weights.to(nll.device)[owner.to(nll.device)]).sum()
-    return BatchLoss(nll_sum, example_nll, torch.bincount(owner, minlength=num_examples))
+    router_loss = None if tap is None else tap.loss(attention_mask)
+    return BatchLoss(nll_sum, example_nll, torch.bincount(owner, minlength=num_examples), router_loss)
 
 
 def _labelled_nll(

@@ -1,0 +1,78 @@
+"""The auxiliary loss of a mixture's routers: which models have one, and its value in a forward pass of training."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from qdora.errors import UserError
+from qdora.ops.load_balance import load_balancing_loss
+from qdora.recipe.settings import Recipe
+
+_PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+"""Those of transformers' function; a family whose function has others computes another loss."""
+
+
+def check_router_loss(recipe: Recipe, config_of_model: Callable[[], PreTrainedConfig]) -> None:
+    """Raise UserError if `train.router_aux_loss` is on and the recipe's model has no such loss."""
+    asked = recipe.train.router_aux_loss
+    if not asked:
+        return
+    config = config_of_model()
+    if not _has_router_loss(config):
+        raise UserError(
+            f"train.router_aux_loss: must be 0 with {config.model_type}, for which transformers has no auxiliary loss "
+            f"of routers, got {asked:g}."
+        )
+
+
+def _has_router_loss(config: PreTrainedConfig) -> bool:
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if family is None or getattr(config.get_text_config(), "router_aux_loss_coef", None) is None:
+        return False
+    function = getattr(sys.modules[family.__module__], "load_balancing_loss_func", None)
+    return function is not None and list(inspect.signature(function).parameters) == _PARAMETERS
+
+
+@dataclass
+class RouterTap:
+    """The logits of all routers in the latest forward pass, (tokens, experts) each, with their graph."""
+
+    top_k: int
+    logits: tuple[Tensor, ...] = ()
+
+    def loss(self, real: Tensor) -> Tensor:
+        """`load_balancing_loss` of a micro-batch; `real` is (rows, length), 1 on tokens that are not padding."""
+        return load_balancing_loss(self.logits, self.top_k, real.reshape(-1))
+
+
+@contextmanager
+def tapped_routers(model: Any) -> Iterator[RouterTap]:
+    """Record what the routers of a model compute inside the block; for models that pass `check_router_loss`.
+
+    The decoder is asked, not the model, which would also compute the loss itself and count the padding of packed rows.
+    """
+    tap = RouterTap(model.config.get_text_config().num_experts_per_tok)
+
+    def ask(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {"output_router_logits": True}
+
+    def take(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        tap.logits = output.router_logits
+
+    decoder: nn.Module = model.get_decoder()
+    hooks = [decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(take)]
+    try:
+        yield tap
+    finally:
+        for hook in hooks:
+            hook.remove()
