@@ -328,6 +328,15 @@ def test_starts_that_leave_the_base_alone_are_accepted(directory: Path, init: An
     assert len(load_adapter(tiny_adapted.base(), directory)) == 14
 
 
+def test_no_modules_are_named_where_parameters_are(directory: Path) -> None:
+    change_config(directory, target_modules=None)
+    with pytest.raises(UserError, match=r"target_modules: must name layers \(got null\)\. Fix: write the names"):
+        load_adapter(tiny_adapted.base(), directory)
+    weights = [f"{path}.weight" for path in adapted_layers(tiny_adapted.adapted())]
+    change_config(directory, target_modules=None, target_parameters=weights)
+    assert len(load_adapter(tiny_adapted.base(), directory)) == 14
+
+
 def test_every_fault_is_reported_at_once(directory: Path) -> None:
     change_config(directory, bias="all", lora_bias=True, lora_dropout=2)
     (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")

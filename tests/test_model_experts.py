@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.experts import routers, stacks
-from qdora.model.inject import adapted_layers, inject
+from qdora.model.experts import routers, stacks, use_expert_layers_
+from qdora.model.inject import adapted_layers, frozen_like, inject, linear_layers, replace_module
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
+from qdora.nn.expert_linear import AdaptedExperts, BareExperts, FrozenExperts
 from qdora.ops.packed import dequantize, quantize
+from qdora.ops.sparsity import mask_bits
 from tests import tiny_adapted, tiny_experts
 
 IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
@@ -87,13 +90,19 @@ def test_an_adapter_file_holds_the_layers(tmp_path: Path, kind: Any, share: Any)
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
-def test_peft_reads_lora_on_experts_as_target_parameters(tmp_path: Path, name: str) -> None:
+FAST = ("mixtral", "gpt_oss", "deepseek_v3", "qwen3_next")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny_experts.MODELS]
+)
+def test_peft_computes_the_logits_of_lora_on_all_layers(tmp_path: Path, name: str) -> None:
+    """Dense layers whose names are those of single experts are there, too, and have ranks and scalings of their own."""
     from peft import PeftModel
 
     tiny_experts.write(tmp_path / "model", name)
     model = load(tmp_path / "model")
-    layers = inject(model, kind="lora", rank=4, expert_rank=2, targets=["o_proj", "experts"])
+    layers = inject(model, kind="lora", rank=4, expert_rank=2, rank_pattern={"down_proj": 3})
     tiny_adapted.move(layers)
     save_adapter(model, tmp_path / "adapter", base_name_or_path="model", revision=None, base_quant={"quant": "none"})
     library = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -102,6 +111,10 @@ def test_peft_reads_lora_on_experts_as_target_parameters(tmp_path: Path, name: s
     wanted = logits(model)
     assert float((before - wanted).abs().max()) > 0.1 * float(wanted.std())
     torch.testing.assert_close(logits(adapted), wanted, rtol=0, atol=1e-4 * float(wanted.std()))
+    again = load(tmp_path / "model")
+    read = load_adapter(again, tmp_path / "adapter")
+    assert {path: layer.rank for path, layer in read.items()} == {path: layer.rank for path, layer in layers.items()}
+    assert torch.equal(logits(again), wanted)
 
 
 def test_peft_refuses_dora_on_experts(tmp_path: Path) -> None:
@@ -156,3 +169,63 @@ def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path: Path) -> None:
     assert torch.isfinite(logits(kept)).all()
     with pytest.raises(UserError, match=r"base\.quant: mxfp4 is read from checkpoints that hold it"):
         load(tiny_experts.write(tmp_path / "dense", "gpt_oss"), quant="mxfp4")
+
+
+def test_experts_whose_scales_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    tiny_experts.write_mxfp4(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    tensors[name][2, 5, 1] = 255
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    for quant in ("mxfp4", "nf4"):
+        with pytest.raises(UserError, match=rf"^model\.source: '{name}' has 1 block scales of 255, which mean NaN"):
+            load(tmp_path, quant=quant)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "mxfp4"])
+def test_a_config_that_says_mxfp4_of_dense_experts_is_named(tmp_path: Path, quant: str) -> None:
+    tiny_experts.write(tmp_path, "gpt_oss")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(UserError, match=r"config\.json says .* mxfp4, but .* dense\. Fix: remove quant") as raised:
+        load(tmp_path, quant=quant)
+    assert len(raised.value.faults) == 1
+
+
+@pytest.mark.parametrize("lost", [["2.up_proj"], ["3.gate_proj", "3.up_proj", "3.down_proj"]])
+def test_missing_experts_are_named(tmp_path: Path, lost: list[str]) -> None:
+    tiny_experts.make("qwen3_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = [f"model.layers.1.mlp.experts.{name}.weight" for name in lost]
+    for name in names:
+        del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError) as raised:
+        load(tmp_path, quant="nf4")
+    assert sorted(raised.value.faults) == sorted(
+        f"model.source: the checkpoint has no tensor '{name}'." for name in names
+    )
+
+
+def test_llama_4_computes_under_autocast(tmp_path: Path) -> None:
+    tiny_experts.write(tmp_path, "llama4_text")
+    model = load(tmp_path, quant="nf4")
+    tiny_adapted.move(inject(model, rank=2, targets="experts"))
+    wanted = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model)
+    assert float((found.float() - wanted).square().mean()) < 0.01 * float(wanted.var())
+
+
+def test_masks_of_experts_are_whole_bytes(tmp_path: Path) -> None:
+    model = tiny_experts.make("qwen3_moe", hidden_size=62, moe_intermediate_size=62)
+    use_expert_layers_(model)
+    layers = {path: each for path, each in linear_layers(model).items() if isinstance(each, BareExperts)}
+    for path, stack in layers.items():
+        keep = torch.ones(stack.out_features, stack.in_features, dtype=torch.bool)
+        replace_module(model, path, frozen_like(stack, stack.weight.detach(), None, mask_bits(keep)))
+    with pytest.raises(
+        UserError, match=r"adapter\.mask: keep, but each expert of .*down_proj has 3844 weights"
+    ) as raised:
+        inject(model, rank=2, targets="down_proj", masked=True)
+    assert len(raised.value.faults) == 1

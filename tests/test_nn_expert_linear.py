@@ -10,9 +10,11 @@ import torch
 
 from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts
 from qdora.ops import expert_product
-from qdora.ops.expert_product import ExpertTokens, expert_rows
+from qdora.ops.expert_product import expert_rows
+from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.packed import dequantize, quantize
 from tests import reference
+from tests.test_nn_parameter_cache import HostWaits
 from tests.test_ops_adapted_product import to_numpy
 
 COUNTS = {"none, one and many": (0, 1, 9, 0, 4), "all with one": (0, 0, 14, 0, 0), "even": (3, 3, 3, 3, 2)}
@@ -128,7 +130,7 @@ def test_row_norms_are_of_the_experts_that_tokens_reached_and_are_computed_once_
     asked: list[list[int]] = []
     compute = layer._norm_of
     monkeypatch.setattr(
-        layer, "_norm_of", lambda experts, *rest: (asked.append(list(experts)), compute(experts, *rest))[1]
+        layer, "_norm_of", lambda tokens, *rest: (asked.append(list(tokens.experts)), compute(tokens, *rest))[1]
     )
     x = torch.randn(6, IN)
     layer(x, ExpertTokens((0, 4, 0, 2, 0)))
@@ -165,7 +167,8 @@ def test_the_rows_of_some_experts_are_those_of_the_whole_stack(kind, experts, do
     weight = torch.randn(5 * 96, 192, generator=torch.Generator().manual_seed(0))  # 288 blocks: 1.1 groups of scales
     packed = quantize(weight, kind, 64, double_quant)
     whole = dequantize(packed).view(5, 96, 192)
-    some = expert_rows(packed, 5, experts)
+    (run,) = ExpertTokens.one_for_each(experts, 5).all_runs(5)
+    some = expert_rows(packed, 5, run)
     assert torch.equal(dequantize(some).view(-1, 96, 192), whole[list(experts)])
 
 
@@ -292,3 +295,69 @@ def test_a_gate_belongs_to_a_component_of_all_experts(share):
     assert (layer.rank, layer.lora_A.shape[1], layer.lora_B.shape[2]) == (2, 2, 2)
     assert layer.parameters_per_rank * 2 == layer.lora_A.numel() + layer.lora_B.numel()
     torch.testing.assert_close(layer(x, tokens), y, rtol=0, atol=1e-6)
+
+
+def layer_with_kernel(monkeypatch: pytest.MonkeyPatch) -> AdaptedExperts:
+    """Five experts in bf16, two for each launch, as a GPU's grouped kernel takes them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5 * 16, 64, generator=generator) * 0.1
+    base = FrozenExperts(quantize(weight, "nf4", 64), 5, torch.randn(5, 16, generator=generator).bfloat16())
+    layer = AdaptedExperts(base, rank=8, dtype=torch.bfloat16, generator=generator)
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.2)
+    monkeypatch.setattr(expert_product, "device_kind", lambda device: "cuda")
+    monkeypatch.setattr(expert_product, "_RUN_BYTES", 2 * 16 * 64 * 2)
+    return layer
+
+
+def test_a_routing_goes_to_a_gpu_once_and_norms_ask_it_once(monkeypatch):
+    layer, tokens = layer_with_kernel(monkeypatch), ExpertTokens((7, 0, 9, 0, 8))
+    lists, read = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (lists.append(1), read(tensor))[1])
+    x = torch.randn(24, 64).bfloat16().requires_grad_()
+    with HostWaits() as waits:
+        layer(x, tokens).square().sum().backward()
+    assert (waits.names, len(lists)) == (["lift_fresh"], 1), "the numbers of the routing; whether a row has cancelled"
+    with HostWaits() as waits:
+        layer(x, tokens).square().sum().backward()
+    assert (waits.names, len(lists)) == ([], 1)
+
+
+def test_sums_over_tokens_do_not_check_their_lengths_which_a_gpu_would_wait_for(monkeypatch):
+    layer, checks, sums = layer_with_kernel(monkeypatch), [], torch.segment_reduce
+    monkeypatch.setattr(
+        torch, "segment_reduce", lambda *a, **k: (checks.append(not k.get("unsafe", False)), sums(*a, **k))[1]
+    )
+    layer(torch.randn(24, 64).bfloat16(), ExpertTokens((7, 0, 9, 0, 8))).sum().backward()
+    assert checks
+    assert not any(checks)
+
+
+def fits_kernel(tensor: torch.Tensor) -> bool:
+    """What the GPU's kernel asks of each operand: 16 bytes between rows or columns, and single numbers within."""
+    inner, outer = sorted(tensor.stride()[-2:])
+    return inner == 1 and outer % 8 == 0 and outer > 0 and tensor.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_gradient_that_is_one_number_for_all_reaches_the_kernel_as_a_matrix(monkeypatch, adapted):
+    layer, tokens = layer_with_kernel(monkeypatch), ExpertTokens((7, 0, 9, 0, 8))
+    kernel, operands = torch._grouped_mm, []
+    monkeypatch.setattr(
+        torch, "_grouped_mm", lambda a, b, **k: (operands.extend([a, b]), kernel(a.contiguous(), b, **k))[1]
+    )
+    x = torch.randn(24, 128).bfloat16()[:, ::2].requires_grad_()
+    (layer if adapted else layer.base)(x, tokens).sum().backward()
+    assert len(operands) >= 4
+    assert all(fits_kernel(each) for each in operands)
+
+
+def test_a_model_that_writes_into_the_output_of_a_stack_gets_the_true_gradient():
+    x = torch.randn(14, IN, generator=torch.Generator().manual_seed(1))
+    tokens = ExpertTokens((2, 0, 5, 1, 6))
+    first, second = layer_of(bias=False), layer_of(bias=False)
+    (first(x, tokens) * 3.0).square().sum().backward()
+    second.keeps_copy = True
+    second(x, tokens).mul_(3.0).square().sum().backward()
+    for name, parameter in first.named_parameters():
+        torch.testing.assert_close(second.get_parameter(name).grad, parameter.grad, rtol=1e-6, atol=1e-6)

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from qdora.memory.allocator import keep_freed_memory
+from qdora.model.adapter_file import save_adapter
 from qdora.model.build_model import Compute, put_adapters
-from qdora.model.experts import stacks
+from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.source import resolve
 from qdora.nn.adapted_linear import prepare_gains
-from qdora.ops import expert_product
+from qdora.ops import expert_product, expert_tokens
 from qdora.ops.planned_device import planned_counts, planned_on
 from qdora.plan import memory_plan, plan_view
 from qdora.plan.changes_to_fit import _candidates
@@ -46,6 +47,8 @@ def a_recipe(source: str = "org/model", **changes: Any) -> Recipe:
     for name, value in changes.items():
         section, _, key = name.partition("__")
         document[section][key] = value
+        if value is ...:
+            del document[section][key]
     return recipe_from(document)
 
 
@@ -168,7 +171,8 @@ def test_a_plan_needs_no_more_operations_for_more_experts_and_finds_the_bytes_of
     found, operations = routed(recipe, few, device_kind, monkeypatch)
     assert routed(recipe, many, device_kind, monkeypatch)[1] < 1.1 * operations
     with monkeypatch.context() as patched:
-        patched.setattr(expert_product, "is_planning", lambda: False)
+        for module in (expert_product, expert_tokens):
+            patched.setattr(module, "is_planning", lambda: False)
         whole, all_operations = routed(recipe, few, device_kind, monkeypatch)
     assert all_operations > 1.1 * operations
     assert whole.moments == found.moments
@@ -227,3 +231,18 @@ def test_the_recipes_of_mixtures_fit_their_card(name: str) -> None:
     found = plan(recipe, config=public_shapes()[recipe.model.source].config())
     assert found.budget_bytes == 24 * 10**9
     assert found.peak_bytes < 0.95 * found.budget_bytes
+
+
+@pytest.mark.parametrize("share", ["none", pytest.param("A", marks=pytest.mark.slow)])
+def test_a_plan_has_the_adapters_of_experts_that_a_run_goes_on_from(tmp_path: Path, share: str) -> None:
+    """They need what fresh ones of the same ranks need."""
+    config = a_config("qwen3_moe", num_hidden_layers=1)
+    fresh = a_recipe(adapter__experts={"rank": 2, "share": share}, base__quant="nf4")
+    model = tiny_experts.make("qwen3_moe", num_hidden_layers=1)
+    use_expert_layers_(model)
+    put_adapters(model, fresh)
+    save_adapter(model, tmp_path / "adapter", base_name_or_path="x", revision=None, base_quant={"quant": "nf4"})
+    again = a_recipe(base__quant="nf4", adapter__resume_from=str(tmp_path / "adapter"), adapter__rank=...)
+    wanted, found = (plan(recipe, config=config, device_kind="cpu") for recipe in (fresh, again))
+    assert found.num_trainable == wanted.num_trainable == sum(p.numel() for p in adapter_parameters(model).values())
+    assert found.moments == wanted.moments

@@ -23,7 +23,7 @@ from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
 from qdora.export.options import ExportOptions
 from qdora.export.verify import verify_merged
-from qdora.model import experts
+from qdora.model import build_model, experts
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
@@ -130,7 +130,8 @@ def test_other_kinds_are_exported_as_they_run(root: Path, tmp_path: Path, change
     assert exported["verification"]["passed"], exported["verification"]["faults"]
 
 
-def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> None:
+def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_model, "cpu_has_bfloat16", lambda: False)  # the export is loaded in float32 everywhere
     exported = export_run(run, tmp_path / "out", ExportOptions(dtype="float32", audit=True), console=quiet())
     weights = exported["verification"]["weights"]
     assert weights["num_layers"] == 12
@@ -334,3 +335,87 @@ def test_two_processes_train_what_one_does(tmp_path: Path, gates: Any) -> None:
     assert_close_runs(tmp_path / "one", tmp_path / "two")
     first, second = (json.loads((tmp_path / f"reached-{rank}.json").read_text()) for rank in (0, 1))
     assert any(set(one) != set(other) for one, other in zip(first, second, strict=False))
+
+
+DENSE_EXPERTS: dict[str, Any] = {"base__skip": ["lm_head", "experts"], "train__lr": 0.03}
+
+
+@pytest.fixture(scope="module")
+def dense_run(root: Path) -> Path:
+    """DoRA, also on experts that are not quantised, beside a linear layer that weighs the shared expert."""
+    asked = recipe(root, "qwen2_moe", **DENSE_EXPERTS, adapter__experts={"rank": 2, "share": "B"})
+    train_run(asked, root / "dense", console=quiet())
+    return root / "dense"
+
+
+def test_dense_experts_leave_with_a_base_in_4_bits(root: Path, dense_run: Path, tmp_path: Path) -> None:
+    """As LoRA that PEFT reads: the gain is in the dense weights, too, and float32 loses nothing of it."""
+    with pytest.raises(UserError, match=r"is a DoRA layer on a dense weight, .* Fix: use --dtype float32"):
+        export_run(dense_run, tmp_path / "b", ExportOptions(format_="nf4-lora", dtype="bfloat16"), console=quiet())
+    asked = ExportOptions(format_="nf4-lora", dtype="float32", audit=True)
+    found = export_run(dense_run, tmp_path / "out", asked, console=quiet())
+    check = found["verification"]
+    assert check["passed"], check["faults"]
+    assert check["weights"]["num_layers"] == found["num_adapted_layers"] == found["num_folded_layers"]
+    assert found["audit"]["forms"]["nf4-lora"]["logits"]["kl_mean"] < 1e-8
+
+
+@pytest.mark.slow
+def test_lora_on_dense_experts_leaves_with_a_base_in_4_bits(root: Path, tmp_path: Path) -> None:
+    asked = recipe(root, **DENSE_EXPERTS, adapter__kind="lora", adapter__experts={"rank": 2, "share": "A"})
+    train_run(asked, tmp_path / "run", console=quiet())
+    found = export_run(tmp_path / "run", tmp_path / "out", ExportOptions(format_="nf4-lora"), console=quiet())
+    assert found["verification"]["passed"], found["verification"]["faults"]
+
+
+@pytest.mark.slow
+def test_4_bit_layers_that_peft_takes_for_experts_are_refused(root: Path, tmp_path: Path) -> None:
+    asked = recipe(root, "deepseek_v3", **DENSE_EXPERTS, adapter__kind="lora")
+    train_run(asked, tmp_path / "run", console=quiet())
+    with pytest.raises(UserError, match=r"PEFT takes 6 layers .*mlp\.down_proj\)\. Fix: use --format merged") as raised:
+        export_run(tmp_path / "run", tmp_path / "out", ExportOptions(format_="nf4-lora"), console=quiet())
+    assert len(raised.value.faults) == 1
+
+
+@pytest.mark.slow
+def test_dora_on_layers_that_peft_takes_for_experts_is_not_for_peft(root: Path, tmp_path: Path) -> None:
+    own = {"adapter__targets": ["o_proj", "*shared_experts.up_proj"], "adapter__experts": ...}
+    train_run(recipe(root, "deepseek_v3", **own, train__steps=1), tmp_path / "run", console=quiet())
+    asked = ExportOptions(format_="peft", target="transformers")
+    with pytest.raises(UserError, match=r"PEFT takes 1 layers .* for which it has no DoRA\. Fix: use --format merged"):
+        export_run(tmp_path / "run", tmp_path / "out", asked, console=quiet())
+    export_run(tmp_path / "run", tmp_path / "own", ExportOptions(format_="peft"), console=quiet())
+
+
+def test_routers_are_dense_beside_layers_that_are_quantised_again(dense_run: Path, tmp_path: Path) -> None:
+    found = export_run(dense_run, tmp_path / "out", ExportOptions(requantize=True), console=quiet())
+    assert found["verification"]["passed"], found["verification"]["faults"]
+    library = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    names = {name: type(module).__name__ for name, module in library.named_modules()}
+    assert names["model.layers.0.mlp.shared_expert_gate"] == "Linear"
+    assert names["model.layers.0.mlp.shared_expert.up_proj"] == "Linear4bit"
+
+
+def test_dora_on_experts_is_not_for_peft(run: Path, tmp_path: Path) -> None:
+    asked = ExportOptions(format_="peft", target="transformers")
+    with pytest.raises(UserError, match=r"PEFT has no DoRA for experts, and 4 stacks .* Fix: use --format merged") as e:
+        export_run(run, tmp_path / "out", asked, console=quiet())
+    assert len(e.value.faults) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("gpt_oss", "deepseek_v3") else pytest.param(name, marks=pytest.mark.slow)
+        for name in tiny_experts.MODELS
+    ],
+)
+def test_a_merged_run_of_each_family_runs_in_transformers(root: Path, tmp_path: Path, name: str) -> None:
+    train_run(recipe(root, name, train__lr=0.03), tmp_path / "run", console=quiet())
+    export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="float32"), console=quiet())
+    library = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    wanted = logits(load_run(tmp_path / "run").model)
+    base = logits(load_run(tmp_path / "run", base_only=True).model)
+    assert float((base - wanted).abs().max()) > 0.01 * float(wanted.std()), "training changed something"
+    torch.testing.assert_close(logits(library), wanted, rtol=0, atol=1e-4 * float(wanted.std()))

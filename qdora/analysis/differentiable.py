@@ -30,7 +30,8 @@ from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops.expert_product import ExpertTokens, add_expert_bias, frozen_stack
+from qdora.ops.expert_product import add_expert_bias, frozen_stack
+from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.frozen_product import frozen_linear
 
 Norm = Literal["attached", "held", "none"]

@@ -24,7 +24,7 @@ from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.dora import merged_weight
-from qdora.ops.expert_product import ExpertTokens
+from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.loss import token_nll
 
 GRADIENT_BYTES = 2**30

@@ -31,7 +31,8 @@ from qdora.model.stored_tensors import StoredPacked
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.expert_product import ExpertTokens, frozen_stack
+from qdora.ops.expert_product import frozen_stack
+from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.packed import block_scales, dequantize, quantize
 
 ADAPTER = "adapter"
@@ -203,14 +204,14 @@ def _nf4_lora(path: str, layer: Layer) -> Tensor | None:
     lora_b = layer.stored_B().float()
     if packed is None:
         base = layer.base.dequantized(torch.float32)
-        base = base if gain is None else base * gain.unsqueeze(1)
+        base = base if gain is None else base * gain.reshape(-1, 1)
     else:
         scales = block_scales(packed)
         if gain is not None:
             scales = (scales.reshape(layer.out_features, -1) * gain.unsqueeze(1)).reshape(-1)
         base = dequantize(replace(packed, absmax=scales, nested=None), torch.float32)
-    factor = lora_b if gain is None else lora_b * gain.unsqueeze(1)
-    return torch.addmm(base, factor, layer.lora_A.detach().float(), alpha=layer.scaling)
+    factor = lora_b if gain is None else lora_b * gain.unsqueeze(-1)
+    return torch.add(base, (factor @ layer.lora_A.detach().float()).view_as(base), alpha=layer.scaling)
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from qdora.export.logit_comparison import comparison_text, validation_examples
 from qdora.export.merged import merge_of, open_merge, write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.options import ExportOptions, check_options
-from qdora.export.targets import TARGETS, check_scalings, check_target
+from qdora.export.targets import TARGETS, check_reading, check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import atomic_write_json, atomic_write_text, disk_failures, remove_directory, sync
 from qdora.files.console import bar, consoles
@@ -29,6 +29,7 @@ from qdora.files.work_lock import work_lock
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import DTYPES, write_adapter
+from qdora.model.conversion import taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.stored_tensors import shorten
 from qdora.recipe.recipe_file import load_recipe
@@ -139,9 +140,12 @@ def _check_target(run: Path, target: str, options: ExportOptions) -> None:
     opened = open_run(run)
     recipe = load_recipe(opened.recipe_file)
     check_target(target, options.form, recipe)
-    if options.form == "peft" and recipe.adapter.kind == "lora":
+    if options.form == "peft" and recipe.adapter.kind in ("lora", "dora", "magnitude"):
         where, _ = trained_state(opened, recipe, options.step)
-        check_scalings(target, describe_adapter(where if where == opened.adapter else where / "adapter"))
+        adapter = describe_adapter(where if where == opened.adapter else where / "adapter")
+        check_reading(target, adapter)
+        if recipe.adapter.kind == "lora":
+            check_scalings(target, adapter)
 
 
 def _export_merged(
@@ -194,12 +198,25 @@ def _export_adapter(
     if any(layer.masked for layer in adapted_layers(trained.model).values()):
         raise UserError("--format peft: PEFT cannot mask B A (adapter.mask: keep). Fix: use --format merged.")
     check_servable(trained.model)
+    if options.target is not None:
+        check_names(options.target, trained.model)
     write_adapter(trained.model, recipe, out, shipped=True)
     if recipe.model.add_tokens:
         trained.tokenizer.save_pretrained(str(out))
     for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
         (out / name).write_text(text, encoding="utf-8")
     return trained, {}, None
+
+
+def check_names(target: str, model: PreTrainedModel) -> None:
+    """Refuse DoRA on layers that PEFT takes for experts, and for experts it has no DoRA."""
+    layers = adapted_layers(model)
+    taken = sorted(taken_for_experts(model, [path for path, layer in layers.items() if layer.magnitude is not None]))
+    if taken:
+        raise UserError(
+            f"--for {target}: PEFT takes {len(taken)} layers of this model for experts (e.g. {taken[0]}), for which it "
+            "has no DoRA. Fix: use --format merged."
+        )
 
 
 def check_servable(model: PreTrainedModel) -> None:

@@ -43,9 +43,8 @@ from qdora.files.atomic import json_text
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.adapter_file import StoredLayer, read_adapter
-from qdora.model.bnb_checkpoint import load_faults, quantization_config, stored_kind
 from qdora.model.build_model import choose_compute, find_model, token_ids
-from qdora.model.experts import stacks
+from qdora.model.experts import routers, stacks
 from qdora.model.inject import adapted_layers, linear_layers
 from qdora.model.language_part import carried, linear_not_loaded
 from qdora.model.load import (
@@ -58,6 +57,7 @@ from qdora.model.load import (
     stored_tensors,
     wide_names,
 )
+from qdora.model.quantized_checkpoint import load_faults, quantization_config, stored_kind
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
 from qdora.model.trained_embeddings import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
@@ -235,7 +235,7 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     stored = stored_tensors(merge.source, model)
     layers = layers_to_quantize(model, merge.quant)
     stored, layers = settle_stored(stored, kind, merge.quant, layers)
-    linear = list(linear_layers(model))
+    linear = [*linear_layers(model), *sorted(routers(model))]
     if merge.requantize:
         classes = {path: type(model.get_submodule(path)).__name__ for path in sorted(layers)}
         faults = load_faults(classes, "--requantize")
@@ -263,7 +263,7 @@ class OpenedMerge:
     stored: Mapping[str, Stored]  # name in the model -> place in the files of the base
     adapter: Mapping[str, StoredLayer]  # path of a layer -> its adapter
     matrices: Mapping[str, TrainedMatrix]  # path of an embedding or a head -> its trained rows; a tied head has none
-    linear: Sequence[str]  # paths of all linear layers
+    linear: Sequence[str]  # paths of all linear layers, routers included
     quantized: set[str]  # paths of those that training quantised from dense weights
     wide: Sequence[str]  # names of the tensors that stay in float32
     kept: dict[str, PackedWeight] = field(default_factory=dict)  # path -> the stack of experts that is being written

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -26,13 +27,15 @@ from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_dire
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.atomic import json_text
 from qdora.files.tensor_file import write_tensors
-from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_names
-from qdora.model.bnb_checkpoint import load_faults, quantization_config
+from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_tensors
+from qdora.model.conversion import taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import all_paths, linear_not_loaded
 from qdora.model.peft_config import adapter_config
+from qdora.model.quantized_checkpoint import load_faults, quantization_config
 from qdora.model.stored_tensors import shorten
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.expert_linear import FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.trained_rows import RowHead
 from qdora.ops import blockwise, codebooks
@@ -51,7 +54,7 @@ class _Folding:
     scale_errors: dict[int, float] = field(default_factory=dict)
 
     def gain(self, layer: AdaptedLinear) -> Tensor | None:
-        """(out,) float32, or None for LoRA."""
+        """(out,) float32, of experts (experts, out), or None for LoRA."""
         if id(layer) not in self.gains:
             gain = layer.merged_gain()
             self.gains[id(layer)] = None if gain is None else gain.float()
@@ -66,7 +69,8 @@ class _Folding:
             if adapted is None:
                 return dense_weight_sources(base)
             shaped = torch.empty(base.out_features, base.in_features, device="meta")
-            return {"weight": Source(shaped, lambda: self._scaled(base.dequantized(torch.float32), adapted))}
+            rows = partial(self._scaled_rows, base, adapted) if isinstance(base, FrozenExperts) else None
+            return {"weight": Source(shaped, lambda: self._scaled(base.dequantized(torch.float32), adapted), rows=rows)}
         unnested = replace(packed, absmax=torch.empty(packed.absmax.shape, device="meta"), nested=None)
         state = to_bnb_state(unnested, self.dtype)
 
@@ -89,10 +93,13 @@ class _Folding:
             for name, tensor in state.items()
         }
 
-    def _scaled(self, weight: Tensor, layer: AdaptedLinear) -> Tensor:
+    def _scaled_rows(self, base: FrozenExperts, layer: AdaptedLinear, rows: slice) -> Tensor:
+        return self._scaled(base.dequantized_rows(rows, torch.float32), layer, rows)
+
+    def _scaled(self, weight: Tensor, layer: AdaptedLinear, rows: slice = slice(None)) -> Tensor:
         gain = self.gain(layer)
         assert gain is not None  # DoRA
-        return weight * gain.unsqueeze(1)  # not in place: a dense weight is the model's own
+        return weight * gain.reshape(-1, 1)[rows]  # not in place: a dense weight is the model's own
 
     def _scaled_blocks(self, scales: Tensor, layer: AdaptedLinear) -> Tensor:
         rows = scales.reshape(layer.out_features, -1)
@@ -194,8 +201,21 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
             )
     classes = {path.removesuffix(".base"): each.replaces for path, each in frozen.items() if each.kind != "dense"}
     faults += load_faults(classes, "--format nf4-lora")
+    faults += _peft_faults(model, layers)
     if faults:
         raise UserError(*shorten(faults))
+
+
+def _peft_faults(model: PreTrainedModel, layers: Mapping[str, AdaptedLinear]) -> list[str]:
+    """Why PEFT could not read the adapter: it takes dense layers for experts, unless they are named by their weights,
+    which must then be dense."""
+    packed = [path for path in sorted(taken_for_experts(model, layers)) if layers[path].base.kind != "dense"]
+    if not packed:
+        return []
+    return [
+        f"--format nf4-lora: PEFT takes {len(packed)} layers of this model for experts (e.g. {packed[0]}). Fix: use "
+        "--format merged."
+    ]
 
 
 def _dense_layers(model: nn.Module) -> list[str]:
@@ -212,13 +232,20 @@ def _dense_layers(model: nn.Module) -> list[str]:
 def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str | None) -> int:
     """Write the adapter with the gain in lora_B; returns the bytes of its tensors."""
     layers = adapted_layers(model)
-    config = adapter_config(layers, all_paths(model), base_name_or_path=base, revision=None) | {"use_dora": False}
-    tensors = {}
-    for path, layer in layers.items():
-        name_a, name_b = factor_names(path)
+    config = adapter_config(
+        layers,
+        all_paths(model),
+        base_name_or_path=base,
+        revision=None,
+        as_parameters=taken_for_experts(model, layers),
+    )
+    config["use_dora"] = False
+
+    def scaled_B(layer: AdaptedLinear) -> Tensor:
         gain = folding.gain(layer)
-        tensors[name_a] = layer.lora_A.detach()
-        tensors[name_b] = layer.stored_B() if gain is None else layer.stored_B().float() * gain.unsqueeze(1)
+        return layer.stored_B() if gain is None else layer.stored_B().float() * gain.unsqueeze(-1)
+
+    tensors = factor_tensors(model, scaled_B)
     directory.mkdir()
     write_tensors(directory / WEIGHTS_FILE, dict(sorted(tensors.items())))
     (directory / CONFIG_FILE).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")

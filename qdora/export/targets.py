@@ -106,6 +106,15 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
     raise UserError(f"--for {name}: {target.title} does not load {_FORMS[offered][1]}. Fix: use {options}.")
 
 
+def check_reading(name: str, adapter: AdapterDescription) -> None:
+    """Raise UserError if PEFT, with which a program reads adapters, does not compute what the run's adapter does."""
+    if adapter.shares and adapter.layout.kind == "dora":
+        raise UserError(
+            f"--for {name}: PEFT has no DoRA for experts, and {len(adapter.shares)} stacks of experts have some (e.g. "
+            f"{next(iter(adapter.shares))}). Fix: use --format merged."
+        )
+
+
 def check_scalings(name: str, adapter: AdapterDescription) -> None:
     """Raise UserError if a program would scale a run's LoRA adapter by another alpha / rank than training did."""
     target, layout = TARGETS[name], adapter.layout

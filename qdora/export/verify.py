@@ -27,12 +27,12 @@ from transformers.utils import logging as transformers_logging
 from qdora.errors import UserError
 from qdora.export.logit_comparison import ROUNDING, ComparisonText, compare_logits, larger, verdict
 from qdora.export.targets import FOUR_BIT_KINDS
-from qdora.model.adapter_file import WEIGHTS_FILE, factor_names, load_adapter
-from qdora.model.bnb_checkpoint import gather_packed
+from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, stored_factors
 from qdora.model.conversion import rename_to_model, to_stacks
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import auto_class
 from qdora.model.load import load_model
+from qdora.model.quantized_checkpoint import gather_packed
 from qdora.model.source import resolve
 from qdora.model.stored_tensors import Stored, open_safetensors, shard_files
 from qdora.model.trained_embeddings import embedding_paths, is_tied, trained_matrices
@@ -318,17 +318,16 @@ def load_with_qdora(directory: Path, model: PreTrainedModel) -> PreTrainedModel:
 def nf4_lora_weights(directory: Path, model: PreTrainedModel) -> Callable[[str], Tensor | None]:
     """Path of an adapted layer -> the dense weight that the files stand for, scaled base + s B A, in float64."""
     files: Mapping[str, Stored] = rename_to_model(gather_packed(open_safetensors(directory)), model)
-    factors = load_file(directory / ADAPTER_DIRECTORY / WEIGHTS_FILE)
     layers = adapted_layers(model)
+    factors = stored_factors(model, load_file(directory / ADAPTER_DIRECTORY / WEIGHTS_FILE))
 
     def weight(path: str) -> Tensor | None:
         item = files.get(f"{path}.weight")
-        name_a, name_b = factor_names(path)
-        if item is None or name_a not in factors or name_b not in factors:
+        if item is None or path not in factors:
             return None
-        stored = item.read()
+        stored, (lora_A, lora_B) = item.read(), factors[path]
         base = dequantize(stored, torch.float64) if isinstance(stored, PackedWeight) else stored.double()
-        return base + layers[path].scaling * (factors[name_b].double() @ factors[name_a].double())
+        return base + layers[path].scaling * (lora_B.double() @ lora_A.double()).view_as(base)
 
     return weight
 

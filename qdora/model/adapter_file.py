@@ -9,13 +9,15 @@
     qdora.json                   facts without a PEFT field: exact scaling per layer, the base's quantisation
 
 The tensor names are those that PEFT writes: a magnitude's name does not end in `.weight`. PEFT has no DoRA for experts
-and refuses it.
+and refuses it. It takes the inputs of Llama 4's experts for their outputs, so A and B are swapped in the file. PEFT
+reads a name of `target_modules` that single experts have, too (gate_proj), as the experts. So dense layers of such
+names are listed by their weights in `target_parameters`, with the same tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, json_text
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
-from qdora.model.experts import routers
+from qdora.model.conversion import taken_for_experts
+from qdora.model.experts import peft_swaps, routers
 from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers
 from qdora.model.language_part import all_paths
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
@@ -109,6 +112,7 @@ def save_adapter(
         saved=saved,
         token_rows={path: matrix.ids for path, matrix in matrices.items() if matrix.ids is not None},
         ties=bool(saved) and is_tied(model),
+        as_parameters=() if next(iter(layers.values())).kind == "dora" else taken_for_experts(model, layers),
     )
     record = {
         "format": FORMAT,
@@ -125,13 +129,11 @@ def save_adapter(
     }
     tensors = {_matrix_name(path, matrix.ids): matrix.values.detach() for path, matrix in matrices.items()}
     tensors |= {copy: tensors[name] for name, copy in _tied_copies(model, saved).items()}
-    places = _places(layers)
-    for path, layer in layers.items():
-        a_name, b_name, m_name = _names(places[path])
-        a, b = layer.lora_A.detach(), layer.stored_B()
-        tensors[a_name], tensors[b_name] = _as_peft(a, b, layer) if isinstance(layer, AdaptedExperts) else (a, b)
-        if layer.magnitude is not None:
-            tensors[m_name] = layer.magnitude.detach().float()
+    tensors |= factor_tensors(model, AdaptedLinear.stored_B)
+    for path, place in _places(layers).items():
+        magnitude = layers[path].magnitude
+        if magnitude is not None:
+            tensors[_magnitude_name(place)] = magnitude.detach().float()
     with atomic_directory(directory) as partial:
         write_tensors(partial / WEIGHTS_FILE, dict(sorted(tensors.items())))
         for name, content in ((CONFIG_FILE, config), (RECORD_FILE, record)):
@@ -248,7 +250,8 @@ def read_adapter(
     described = describe_adapter(directory)
     layout = described.layout
     linear, faults = _selected(model, layout, str(directory / CONFIG_FILE))
-    expected, layer_faults = _expected_shapes(linear, described, directory)
+    swapped = {path for path, module in linear.items() if isinstance(module, BareExperts) and peft_swaps(model, path)}
+    expected, layer_faults = _expected_shapes(linear, described, directory, swapped)
     trained, matrix_faults = _trained_shapes(model, layout, str(directory / CONFIG_FILE))
     layer_faults += matrix_faults
     both = set(linear) & {*trained, *(embedding_paths(model) if trained and is_tied(model) else ())}
@@ -271,7 +274,8 @@ def read_adapter(
         a_name, b_name, m_name = _names(places[path])
         a, b, share = tensors[a_name], tensors[b_name], described.shares.get(path, "none")
         if isinstance(module, BareExperts):
-            a, b = _from_peft(a, b, module.num_experts, share, f"{directory / WEIGHTS_FILE}: {path}")
+            a, b = _from_peft(a, b, module.num_experts, swapped=peft_swaps(model, path))
+            a, b = _shared(a, b, share, f"{directory / WEIGHTS_FILE}: {path}")
         found[path] = StoredLayer(a, b, tensors.get(m_name), layout.scaling_of(path), share)
     matrices = {}
     for path, (ids, _) in trained.items():
@@ -283,9 +287,38 @@ def read_adapter(
     return layout, found, matrices
 
 
-def factor_names(path: str) -> tuple[str, str]:
+def factor_tensors(model: nn.Module, b_of: Callable[[AdaptedLinear], Tensor]) -> dict[str, Tensor]:
+    """lora_A and lora_B of all adapted layers as PEFT names and shapes them; `b_of` gives the B of a layer."""
+    layers = adapted_layers(model)
+    tensors: dict[str, Tensor] = {}
+    for path, place in _places(layers).items():
+        layer = layers[path]
+        a, b = layer.lora_A.detach(), b_of(layer)
+        if isinstance(layer, AdaptedExperts):
+            a, b = _as_peft(a, b, layer.num_experts, swapped=peft_swaps(model, path))
+        tensors |= dict(zip(_factor_names(place), (a, b), strict=True))
+    return tensors
+
+
+def stored_factors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The inverse of `factor_tensors`: path -> A and B, those of experts without sharing, of layers that have both."""
+    found, layers = {}, adapted_layers(model)
+    for path, place in _places(layers).items():
+        layer, (a, b) = layers[path], (tensors.get(name) for name in _factor_names(place))
+        if a is not None and b is not None:
+            if isinstance(layer, AdaptedExperts):
+                a, b = _from_peft(a, b, layer.num_experts, swapped=peft_swaps(model, path))
+            found[path] = a, b
+    return found
+
+
+def _factor_names(place: str) -> tuple[str, str]:
     """Names in the file of a layer's lora_A and lora_B."""
-    return f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
+    return f"{_PREFIX}{place}.lora_A.weight", f"{_PREFIX}{place}.lora_B.weight"
+
+
+def _magnitude_name(place: str) -> str:
+    return f"{_PREFIX}{place}.lora_magnitude_vector"
 
 
 def _matrix_name(path: str, ids: Sequence[int] | None) -> str:
@@ -316,19 +349,29 @@ def _places(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     return found
 
 
-def _as_peft(lora_A: Tensor, lora_B: Tensor, layer: AdaptedExperts) -> tuple[Tensor, Tensor]:
-    """The factors of experts as PEFT has them: (experts * rank, in), (out, rank * experts) with the expert last."""
-    a = lora_A.expand(layer.num_experts, -1, -1).flatten(0, 1)
-    b = lora_B.expand(layer.num_experts, -1, -1).permute(1, 2, 0).flatten(1)
+def _as_peft(lora_A: Tensor, lora_B: Tensor, num_experts: int, *, swapped: bool) -> tuple[Tensor, Tensor]:
+    """The factors of experts as PEFT has them: (experts * rank, in), (out, rank * experts) with the expert last.
+
+    If `swapped` they are those of the transposed update, A^T B^T (`peft_swaps`).
+    """
+    if swapped:
+        lora_A, lora_B = lora_B.mT, lora_A.mT
+    a = lora_A.expand(num_experts, -1, -1).flatten(0, 1)
+    b = lora_B.expand(num_experts, -1, -1).permute(1, 2, 0).flatten(1)
     return a.contiguous(), b.contiguous()
 
 
-def _from_peft(a: Tensor, b: Tensor, num_experts: int, share: Share, where: str) -> tuple[Tensor, Tensor]:
-    """The inverse of `_as_peft`. Raises UserError if a factor that experts share differs between them."""
-    factors = {
-        "A": a.view(num_experts, -1, a.shape[1]),
-        "B": b.view(b.shape[0], -1, num_experts).permute(2, 0, 1).contiguous(),
-    }
+def _from_peft(a: Tensor, b: Tensor, num_experts: int, *, swapped: bool) -> tuple[Tensor, Tensor]:
+    """The inverse of `_as_peft`, without sharing."""
+    lora_A, lora_B = a.view(num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, num_experts).permute(2, 0, 1)
+    if swapped:
+        lora_A, lora_B = lora_B.mT, lora_A.mT
+    return lora_A.contiguous(), lora_B.contiguous()
+
+
+def _shared(lora_A: Tensor, lora_B: Tensor, share: Share, where: str) -> tuple[Tensor, Tensor]:
+    """The factors with one for all experts where they share it. Raises UserError if it differs between them."""
+    factors = {"A": lora_A, "B": lora_B}
     if share != "none":
         if not torch.equal(factors[share], factors[share][:1].expand_as(factors[share])):
             raise UserError(f"{where}: lora_{share} differs between experts, which share it by {RECORD_FILE}.")
@@ -337,22 +380,24 @@ def _from_peft(a: Tensor, b: Tensor, num_experts: int, share: Share, where: str)
 
 
 def _names(path: str) -> tuple[str, str, str]:
-    return *factor_names(path), f"{_PREFIX}{path}.lora_magnitude_vector"
+    return *_factor_names(path), _magnitude_name(path)
+
+
+def is_selected(layout: AdapterLayout, path: str, module: nn.Module, *, is_router: bool, is_head: bool) -> bool:
+    """Whether an adapter has the module at a path: a linear layer, a stack of experts, or one that can carry none."""
+    if isinstance(module, BareExperts):
+        return layout.selects_parameter(path)
+    return layout.selects(path, is_linear=is_linear(module) and not is_router, is_head=is_head)
 
 
 def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict[str, nn.Module], list[str]]:
     """The linear layers that the settings select, in model order, and faults of the selection."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    modules = {path: module for path, module in model.named_modules() if path}
     left_out = routers(model)
     selected = {
         path: module
-        for path, module in modules.items()
-        if (
-            layout.selects_experts(path)
-            if isinstance(module, BareExperts)
-            else layout.selects(path, is_linear=is_linear(module) and path not in left_out, is_head=module is head)
-        )
+        for path, module in model.named_modules()
+        if path and is_selected(layout, path, module, is_router=path in left_out, is_head=module is head)
     }
     chosen = {path: module for path, module in selected.items() if is_linear(module)}
     others = [f"{path} ({type(module).__name__})" for path, module in selected.items() if not is_linear(module)]
@@ -408,11 +453,12 @@ def _trained_shapes(
 
 
 def _expected_shapes(
-    linear: Mapping[str, nn.Module], described: AdapterDescription, directory: Path
+    linear: Mapping[str, nn.Module], described: AdapterDescription, directory: Path, swapped: Collection[str]
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Shape of each tensor, and faults: layers with too large a rank or with another scaling than recorded.
 
-    qdora.json repeats the scaling that follows from PEFT's settings, which reveals edited or mixed-up files.
+    `swapped` are the stacks of `peft_swaps`. qdora.json repeats the scaling that follows from PEFT's settings, which
+    reveals edited or mixed-up files.
     """
     layout, recorded = described.layout, described.scalings
     shapes: dict[str, tuple[int, ...]] = {}
@@ -425,7 +471,9 @@ def _expected_shapes(
         shapes[a], shapes[b], shapes[m] = (rank, columns), (rows, rank), (rows,)
         if isinstance(module, BareExperts):
             experts, size = module.num_experts, module.expert_features
-            shapes[a], shapes[b], shapes[m] = (experts * rank, columns), (size, rank * experts), (experts, size)
+            shapes[m] = (experts, size)
+            size, columns = (columns, size) if path in swapped else (size, columns)
+            shapes[a], shapes[b] = (experts * rank, columns), (size, rank * experts)
         if layout.kind != "dora":
             del shapes[m]
         if rank > most_rank(module):

@@ -8,14 +8,15 @@ then the weights can be read piece by piece.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -129,7 +130,8 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     expected = model.state_dict()
-    expected |= {theirs: expected[name] for name, theirs in library_names(model).items()}
+    # Only which names there are is asked of it.
+    expected |= dict.fromkeys(library_names(model).values(), torch.empty(0, device="meta"))
     renamed: dict[str, Stored] = {}
     groups: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
     refused: dict[str, str] = {}
@@ -142,12 +144,17 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
         else:
             refused.setdefault(pattern, f"{key} -> {name}")
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    experts, absent = stacks(model), list[str]()
     for name, items in groups.items():
         key, (pattern, _) = next(iter(items.items()))
+        if name in experts and "*" in pattern:
+            absent += _absent_experts(items, experts[name].num_experts)
         try:
             renamed |= convert(name, items, by_pattern[pattern], model)
         except NotInRows:
             refused.setdefault(pattern, f"{key} -> {name}")
+    if absent:
+        raise UserError(*shorten(f"model.source: the checkpoint has no tensor '{key}'." for key in absent))
     if refused:
         raise UserError(
             *shorten(
@@ -157,6 +164,16 @@ def rename_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dic
             )
         )
     return to_stacks(renamed, model)
+
+
+def _absent_experts(keys: Iterable[str], num_experts: int) -> list[str]:
+    """The keys that are missing among those of single experts: the last number in a key is that of the expert."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for key in keys:
+        match = re.fullmatch(r"(.*\.)(\d+)(\..*)", key)
+        assert match is not None, "the key of a single expert has a number"
+        found.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    return [f"{start}{n}{end}" for (start, end), held in found.items() for n in range(num_experts) if n not in held]
 
 
 def to_stacks(stored: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
@@ -220,3 +237,23 @@ def _single_name(model: PreTrainedModel, path: str) -> str:
     marker = torch.empty(0, device="meta")
     (key,) = revert_weight_conversion(model, {path: marker})
     return str(key)
+
+
+# PEFT 0.21 takes the dense layers of these families as they are.
+_DENSE_TO_PEFT = ("qwen2_moe", "lfm2_moe")
+
+
+def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> set[str]:
+    """Those of some linear layers that PEFT takes for experts: their names end as those of single experts do.
+
+    transformers has stacks where older releases had single experts. So PEFT reads `gate_proj` in `target_modules`, even
+    at the end of a whole path, as the stack of all `gate_proj`, and drops a shared expert or a first dense layer with
+    no more than a warning.
+    """
+    experts = stacks(model)
+    if not experts or not isinstance(model, PreTrainedModel) or model.config.model_type in _DENSE_TO_PEFT:
+        return set()
+    one_of_each = {path.rpartition(".")[2]: path for path in experts}
+    pieces = [list(published_pieces(model, path)) for path in one_of_each.values()]
+    names = {key.removesuffix(".weight").rpartition(".")[2] for keys in pieces if len(keys) > 1 for key in keys}
+    return {path for path in paths if path.rpartition(".")[2] in names and path not in experts}

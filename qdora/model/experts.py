@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, Stack
-from qdora.ops.expert_product import ExpertTokens
+from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.planned_device import is_planning, planned_counts
 
 IMPLEMENTATION = "qdora"
@@ -63,6 +63,11 @@ def is_transposed(model: nn.Module, path: str) -> bool:
     """Whether transformers keeps a stack as (experts, in, out)."""
     owner = model.get_submodule(path.rpartition(".")[0])
     return type(owner).__name__ == _LLAMA4 or bool(getattr(owner, "is_transposed", False))
+
+
+def peft_swaps(model: nn.Module, path: str) -> bool:
+    """Whether PEFT takes the inputs of a stack for its outputs: it is transposed, and its module does not say so."""
+    return is_transposed(model, path) and not hasattr(model.get_submodule(path.rpartition(".")[0]), "is_transposed")
 
 
 def library_names(model: nn.Module) -> dict[str, str]:
@@ -133,7 +138,10 @@ def _counts(chosen: Tensor, num_experts: int) -> list[int]:
     """How many of the choices, (tokens, k), fell on each expert; a GPU's host waits for them, a plan assumes them."""
     if is_planning():
         return planned_counts(chosen.shape[0], chosen.shape[1], num_experts)
-    found: list[int] = torch.bincount(chosen.reshape(-1), minlength=num_experts).tolist()
+    flat = chosen.reshape(-1)
+    # Not bincount, for which a GPU's host waits twice.
+    counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+    found: list[int] = counts.tolist()
     return found
 
 
@@ -151,8 +159,10 @@ class _Llama4Forward:
             counts = planned_counts(len(chosen), 1, num_experts)
         else:
             live = hidden_states.detach().abs().amax(dim=1) > 0
-            counts, chosen = live.view(num_experts, -1).sum(dim=1).tolist(), live.nonzero().squeeze(1)
+            counts = live.view(num_experts, -1).sum(dim=1).tolist()
+            chosen = live.nonzero_static(size=sum(counts)).squeeze(1)  # nonzero would let a GPU's host wait again
         tokens = ExpertTokens(counts)
         gate, up = owner.gate_up_proj(hidden_states.index_select(0, chosen), tokens).chunk(2, dim=-1)
         out = owner.down_proj(up * owner.act_fn(gate), tokens)
-        return hidden_states.new_zeros(len(hidden_states), out.shape[1]).index_copy(0, chosen, out)
+        zeros = hidden_states.new_zeros(len(hidden_states), out.shape[1])
+        return zeros.index_copy(0, chosen, out.to(zeros.dtype))  # autocast has computed `out` in 16 bits

@@ -124,6 +124,13 @@ def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:
             f"{where}: keep, but {len(whole)} adapted layers were not pruned (e.g. {whole[0]}). "
             "Fix: choose targets among the pruned layers."
         )
+    for name, layer in chosen.items():
+        weights = layer.expert_features * layer.in_features if isinstance(layer, BareExperts) else 0
+        if weights % 8:
+            raise UserError(
+                f"{where}: keep, but each expert of {name} has {weights} weights, must be a multiple of 8. "
+                "Fix: leave experts out of adapter.targets, or remove adapter.mask."
+            )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

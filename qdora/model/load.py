@@ -27,7 +27,6 @@ from transformers.pytorch_utils import Conv1D
 
 from qdora.errors import UserError, nearest
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
-from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.conversion import rename_to_model
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
@@ -43,6 +42,7 @@ from qdora.model.language_part import (
     set_aside,
     settle_tying,
 )
+from qdora.model.quantized_checkpoint import gather_packed, stored_kind
 from qdora.model.source import ModelSource, library_reason
 from qdora.model.stored_tensors import (
     Stored,
@@ -415,6 +415,11 @@ def settle_stored(
     were dense. Raises UserError if the recipe asks for another form than the checkpoint has.
     """
     packed = {name: item for name, item in stored.items() if isinstance(item, StoredPacked)}
+    if kind == MXFP4 and not packed:
+        raise UserError(
+            "model.source: config.json says that the experts are in mxfp4, but the checkpoint holds them dense. "
+            "Fix: remove quantization_config from its config.json."
+        )
     if wanted.kind == MXFP4 and not packed:
         raise UserError(
             "base.quant: mxfp4 is read from checkpoints that hold it (gpt-oss), and this one does not. "

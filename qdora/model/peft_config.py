@@ -87,7 +87,7 @@ class _Settings(BaseModel):
     r: PositiveInt = 8
     lora_alpha: FiniteFloat = 8
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
-    target_modules: Annotated[_Regex, Field(min_length=1)] | list[str]
+    target_modules: Annotated[_Regex, Field(min_length=1)] | list[str] | None
     target_parameters: list[str] | None = None
     exclude_modules: _Regex | list[str] | None = None
     rank_pattern: dict[_Regex, PositiveInt] | None = None
@@ -112,7 +112,7 @@ class AdapterLayout:
     dropout: float = 0.0
     targets: str | tuple[str, ...] = ALL_LINEAR
     parameters: tuple[str, ...] = ()
-    """Stacks of experts, by the names of their parameters or the last parts of these."""
+    """Stacks of experts and weights of linear layers, by the names of their parameters or the last parts of these."""
     exclude: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -131,24 +131,30 @@ class AdapterLayout:
 
     def rank_of(self, path: str) -> int:
         """Rank of the layer at `path`."""
-        return self.rank_pattern.get(_first_match(self.rank_pattern, path), self.rank)
+        return self.rank_pattern.get(_first_match(self.rank_pattern, self._name(path)), self.rank)
 
     def alpha_of(self, path: str) -> float:
         """Alpha of the layer at `path`."""
-        return self.alpha_pattern.get(_first_match(self.alpha_pattern, path), self.alpha)
+        return self.alpha_pattern.get(_first_match(self.alpha_pattern, self._name(path)), self.alpha)
 
     def scaling_of(self, path: str) -> float:
         """s of the layer at `path`: alpha / rank, or alpha / sqrt(rank)."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
 
-    def selects_experts(self, path: str) -> bool:
-        """Whether the stack of experts at the dotted `path` carries an adapter."""
-        return path in self.parameters or path.endswith(tuple(f".{name}" for name in self.parameters))
+    def selects_parameter(self, name: str) -> bool:
+        """Whether a parameter carries an adapter: a stack of experts by its path, a linear layer as <path>.weight."""
+        return name in self.parameters or name.endswith(tuple(f".{each}" for each in self.parameters))
+
+    def _name(self, path: str) -> str:
+        """What the patterns of ranks and alphas are compared with."""
+        return f"{path}.weight" if self.selects_parameter(f"{path}.weight") else path
 
     def selects(self, path: str, *, is_linear: bool, is_head: bool) -> bool:
         """Whether the module at `path` carries an adapter; "all-linear" takes linear layers but the head. Not asked for
         experts."""
+        if self.selects_parameter(f"{path}.weight"):
+            return True
         if _matches_any(self.exclude, path):
             return False
         if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
@@ -180,7 +186,7 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout
     faults = [*_value_faults(config), *_method_faults(config)]
     if faults:
         raise UserError(*(f"{where}: {fault}" for fault in faults))
-    targets, exclude = config["target_modules"], config.get("exclude_modules") or ()
+    targets, exclude = config.get("target_modules") or (), config.get("exclude_modules") or ()
     layers, layers_pattern = config.get("layers_to_transform"), config.get("layers_pattern") or ()
     return AdapterLayout(
         kind="dora" if config.get("use_dora") else "lora",
@@ -231,8 +237,10 @@ def _method_faults(config: Mapping[str, Any]) -> list[str]:
     faults = [
         f"{key}: is not supported: {reason}." for key, reason in _REFUSED.items() if not _is_empty(config.get(key))
     ]
-    if config.get("target_modules") == [] and not config.get("target_parameters"):
-        faults.append("target_modules: must not be empty without target_parameters, got [].")
+    if config.get("target_modules") in ([], None) and not config.get("target_parameters"):
+        # PEFT has a table of layers for some types of models where it is null.
+        given = "null" if config.get("target_modules") is None else "[]"
+        faults.append(f"target_modules: must name layers (got {given}). Fix: write the names that the tensors have.")
     if config.get("ensure_weight_tying") and all(_is_empty(config.get(key)) for key in _OF_EMBEDDINGS):
         faults.append("ensure_weight_tying: is not supported: it ties adapters of the embedding and the head.")
     init = config.get("init_lora_weights", True)
@@ -261,6 +269,7 @@ def adapter_config(
     saved: Collection[str] = (),
     token_rows: Mapping[str, Collection[int]] | None = None,
     ties: bool = False,
+    as_parameters: Collection[str] = (),
 ) -> dict[str, Any]:
     """The `adapter_config.json` from which PEFT builds exactly these layers (it refuses masked ones).
 
@@ -270,17 +279,21 @@ def adapter_config(
         layers, all_paths: Path -> layer, at least one; paths of all modules of the model.
         base_name_or_path, revision: Where PEFT users load the base from, and its commit on the Hub, or None.
         saved, token_rows, ties: As in `AdapterLayout`, by paths.
+        as_parameters: Paths of linear layers that are named by their weights, as stacks of experts are by theirs.
     Raises:
         ValueError: Layers differ in kind, mask, dropout or rank stabilisation; the format has one value for all.
     """
     first = next(iter(layers.values()))
-    experts = [path for path, layer in layers.items() if isinstance(layer, AdaptedExperts)]
+    names = {path: f"{path}.weight" if path in as_parameters else path for path in layers}
+    parameters = [
+        names[path] for path, layer in layers.items() if isinstance(layer, AdaptedExperts) or path in as_parameters
+    ]
     for name in ("kind", "masked", "dropout", "rank_stabilized"):
         shared = {getattr(layer, name) for layer in layers.values()}
         if len(shared) > 1:
             raise ValueError(f"layers differ in {name} ({sorted(shared)}); an adapter file holds one for all layers.")
-    ranks = {path: layer.rank for path, layer in layers.items()}
-    alphas = {path: float(layer.alpha) for path, layer in layers.items()}
+    ranks = {names[path]: layer.rank for path, layer in layers.items()}
+    alphas = {names[path]: float(layer.alpha) for path, layer in layers.items()}
     alphas = {path: int(alpha) if alpha.is_integer() else alpha for path, alpha in alphas.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
@@ -291,10 +304,10 @@ def adapter_config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0 if experts else first.dropout,  # PEFT refuses any other with parameters
+        "lora_dropout": 0.0 if parameters else first.dropout,  # PEFT refuses any other with parameters
         "use_dora": first.kind == "dora",
         "use_rslora": first.rank_stabilized,
-        "target_modules": _target_names([path for path in layers if path not in experts], all_paths),
+        "target_modules": _target_names([path for path in layers if names[path] not in parameters], all_paths),
         "exclude_modules": None,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
@@ -305,7 +318,7 @@ def adapter_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "auto_mapping": None,
-        **({"target_parameters": experts} if experts else {}),
+        **({"target_parameters": parameters} if parameters else {}),
         **({"ensure_weight_tying": True} if ties else {}),  # older releases of PEFT do not know these settings
         **({"trainable_token_indices": {path: list(ids) for path, ids in token_rows.items()}} if token_rows else {}),
     }

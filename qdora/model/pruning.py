@@ -36,7 +36,7 @@ from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.expert_linear import BareExperts
-from qdora.ops.expert_product import ExpertTokens
+from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.packed import dequantize, quantize, zero_packed
 from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores
 from qdora.ops.sparsity import keep_mask, mask_bits, pattern_from

@@ -15,7 +15,6 @@ from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.dora import Gain, gain, gain_of_sum
 from qdora.ops.expert_product import (
-    ExpertTokens,
     adapted_stack,
     add_expert_bias,
     dense_rows,
@@ -23,6 +22,7 @@ from qdora.ops.expert_product import (
     merged_rows,
     stack_norm,
 )
+from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.frozen_product import product_dtype
 from qdora.ops.tiles import Weight
 
@@ -140,7 +140,6 @@ class AdaptedExperts(AdaptedLinear):
     def forward(self, x: Tensor, tokens: ExpertTokens | None = None) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
         assert tokens is not None, "a stack of experts needs to know whose tokens these are"
-        reached = [run.experts[0] for run in tokens.reached]
         return adapted_stack(
             x,
             self.base.stored_weight,
@@ -150,37 +149,43 @@ class AdaptedExperts(AdaptedLinear):
             self.scaling,
             bias=self.base.bias,
             magnitude=self.magnitude,
-            gain=self._gain_of(reached, product_dtype(x)),
+            gain=self._gain_of(tokens, product_dtype(x)),
             dropout=self.dropout if self.training else 0.0,
             keep_bits=self._mask_bits,
+            keeps_copy=self.keeps_copy,
         )
 
     def gain(self, dtype: torch.dtype) -> Gain | None:
         """The gain of all experts, (experts, out); see `AdaptedLinear.gain`."""
-        return self._gain_of(range(self.num_experts), dtype)
+        return self._gain_of(self._all, dtype)
 
-    def _gain_of(self, experts: list[int] | range, dtype: torch.dtype) -> Gain | None:
-        """The gain, right for some experts: of the others no norm is computed."""
+    @property
+    def _all(self) -> ExpertTokens:
+        return ExpertTokens.one_for_each(range(self.num_experts), self.num_experts)
+
+    def _gain_of(self, tokens: ExpertTokens, dtype: torch.dtype) -> Gain | None:
+        """The gain, right for the experts that have tokens: of the others no norm is computed."""
         magnitude = self.magnitude
         if magnitude is None:
             return None
         settings = (dtype, self.scaling)
         known = self._cache.get("row_norm", self._factors(), settings, lambda: _KnownNorms(torch.ones_like(magnitude)))
-        missing = [expert for expert in experts if expert not in known.experts]
+        missing = [expert for expert in tokens.experts if expert not in known.experts]
         if missing:
+            if len(missing) < len(tokens.experts):  # else their numbers are on the device already
+                tokens = ExpertTokens.one_for_each(set(missing), self.num_experts)
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
-                known.add(missing, self._norm_of(missing, self.lora_A, self.gated_B(), dtype))
+                known.add(tokens, self._norm_of(tokens, self.lora_A, self.gated_B(), dtype))
         count = len(known.experts)
         return self._cache.get(
             "gain", (*self._factors(), magnitude), (*settings, count), lambda: gain(magnitude, known.norm)
         )
 
-    def _norm_of(self, experts: list[int], lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    def _norm_of(self, tokens: ExpertTokens, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
         assert self.base_squared is not None, "a norm belongs to a DoRA layer"
         return stack_norm(
             self.base.stored_weight,
-            self.num_experts,
-            experts,
+            tokens,
             lora_A.detach(),
             lora_B.detach(),
             self.scaling,
@@ -190,7 +195,7 @@ class AdaptedExperts(AdaptedLinear):
         )
 
     def _norm(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._norm_of(list(range(self.num_experts)), lora_A, lora_B, dtype)
+        return self._norm_of(self._all, lora_A, lora_B, dtype)
 
     def merged_weight(self, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
         """The dense stack (experts * out, in) that equals this layer; see `AdaptedLinear.merged_weight`."""
@@ -229,6 +234,6 @@ class _KnownNorms:
         self.norm = norm  # (experts, out); 1 where it is not known
         self.experts: set[int] = set()
 
-    def add(self, experts: list[int], norm: Tensor) -> None:
-        self.norm[torch.tensor(experts, device=self.norm.device)] = norm.to(self.norm.dtype)
-        self.experts.update(experts)
+    def add(self, tokens: ExpertTokens, norm: Tensor) -> None:
+        self.norm.index_copy_(0, tokens.on(self.norm.device).reached, norm.to(self.norm.dtype))
+        self.experts.update(tokens.experts)

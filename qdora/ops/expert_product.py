@@ -7,9 +7,7 @@ its own products.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qdora.ops.adapted_product import WRITTEN, column_dot
-from qdora.ops.dora import CANCELLATION, Gain, masked_row_norm, merged_weight, row_norm
+from qdora.ops.dora import (
+    CANCELLATION,
+    FactoredNorm,
+    Gain,
+    factored_norm,
+    masked_row_norm,
+    measure_cancelled_,
+    merged_weight,
+)
 from qdora.ops.dropout import draw_seed, drop_, dropped
+from qdora.ops.expert_tokens import ExpertTokens, Run
 from qdora.ops.frozen_product import FrozenMap, add_product_, add_transposed_product_, product_dtype
 from qdora.ops.low_rank_factors import rounded
 from qdora.ops.masked_update import MaskedUpdate
@@ -33,75 +40,24 @@ _RUN_BYTES = 64 << 20
 _ENTRIES_PER_SUM = 1 << 24
 
 
-class Run(NamedTuple):
-    """Experts with tokens, in ascending order, and their tokens, which lie together."""
-
-    experts: tuple[int, ...]
-    tokens: slice
-    counts: tuple[int, ...]
-
-
-class ExpertTokens:
-    """How tokens that are sorted by expert divide among the experts: `counts[e]` of them belong to expert e."""
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        self.counts = tuple(counts)
-
-    @cached_property
-    def reached(self) -> tuple[Run, ...]:
-        """Each expert that has tokens, as a run of its own."""
-        runs, start = [], 0
-        for expert, count in enumerate(self.counts):
-            if count:
-                runs.append(Run((expert,), slice(start, start + count), (count,)))
-                start += count
-        return tuple(runs)
-
-    def runs(self, together: int) -> Iterator[Run]:
-        """The experts that have tokens, `together` at a time; in a plan without the runs that need no more bytes."""
-        each, before = self.reached, deque[tuple[int, int, bool]](maxlen=2)
-        for start in range(0, len(each), together):
-            some = each[start : start + together]
-            tokens = slice(some[0].tokens.start, some[-1].tokens.stop)
-            run = Run(tuple(run.experts[0] for run in some), tokens, tuple(run.counts[0] for run in some))
-            if is_planning():
-                sizes = len(some), tokens.stop - tokens.start, _consecutive(run.experts)
-                # The second of two equal runs is needed: tensors of the first may still be alive in it.
-                if before.count(sizes) == 2:
-                    continue
-                before.append(sizes)
-            yield run
-
-
-def expert_rows(stack: Weight, num_experts: int, experts: Sequence[int]) -> Weight:
-    """The weights of some experts, in this order, as one weight (len(experts) * out, in) with decoded block scales.
+def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
+    """The weights of a run's experts, in this order, as one weight (n * out, in) with decoded block scales.
 
     Consecutive experts share the memory of the stack's codes; others are copied. A stack whose blocks cross experts is
     dequantised whole, in float32.
     """
     rows, columns = stack.shape[0] // num_experts, stack.shape[1]
     if isinstance(stack, Tensor):
-        return _pick(stack.view(num_experts, rows, columns), experts).reshape(-1, columns)
+        return run.pick(stack.view(num_experts, rows, columns)).reshape(-1, columns)
     if stack.kind != "int8" and rows * columns % stack.block_size:
-        return _pick(dequantize(stack).view(num_experts, rows, columns), experts).reshape(-1, columns)
-    if _consecutive(experts):
-        return packed_rows(stack, slice(experts[0] * rows, (experts[-1] + 1) * rows))
+        return run.pick(dequantize(stack).view(num_experts, rows, columns)).reshape(-1, columns)
+    if run.is_consecutive:
+        return packed_rows(stack, slice(run.experts[0] * rows, (run.experts[-1] + 1) * rows))
     codes, scales = (each.view(num_experts, -1) for each in (stack.packed, block_scales(stack)))
-    picked = _pick(codes, experts).reshape(-1), _pick(scales, experts).reshape(-1)
-    shape = (len(experts) * rows, columns)
+    picked = run.pick(codes).reshape(-1), run.pick(scales).reshape(-1)
+    shape = (len(run.experts) * rows, columns)
     codes = picked[0].view(shape) if stack.kind == "int8" else picked[0]
     return PackedWeight(stack.kind, shape, stack.block_size, codes, picked[1])
-
-
-def _consecutive(experts: Sequence[int]) -> bool:
-    return experts[-1] - experts[0] == len(experts) - 1
-
-
-def _pick(values: Tensor, experts: Sequence[int]) -> Tensor:
-    """The entries of some experts along the first dimension: a view if they are consecutive."""
-    if _consecutive(experts):
-        return values[experts[0] : experts[-1] + 1]
-    return values.index_select(0, torch.tensor(experts, device=values.device))
 
 
 def _together(rows: int, columns: int, itemsize: int, device: torch.device) -> int:
@@ -109,27 +65,27 @@ def _together(rows: int, columns: int, itemsize: int, device: torch.device) -> i
     return 1 if device_kind(device) == "cpu" else max(1, _RUN_BYTES // (rows * columns * itemsize))
 
 
-def grouped_product(x: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
-    """x (tokens, k) times (n, k, m), the tokens in n groups of `counts`: (tokens, m). One matrix serves all groups."""
+def grouped_product(x: Tensor, matrices: Tensor, run: Run) -> Tensor:
+    """x (tokens, k) times (n, k, m) for the tokens and experts of a run: (tokens, m). One matrix serves all experts."""
     if len(matrices) == 1:
         return x @ matrices[0]
     if _has_kernel(x, *matrices.shape[1:]):
-        return torch._grouped_mm(x, matrices, offs=_offsets(counts, x.device))
+        return torch._grouped_mm(x, matrices, offs=run.ends(x.device))
     out, start = x.new_empty(x.shape[0], matrices.shape[2]), 0
-    for matrix, count in zip(matrices, counts, strict=True):
+    for matrix, count in zip(matrices, run.counts, strict=True):
         torch.mm(x[start : start + count], matrix, out=out[start : start + count])
         start += count
     return out
 
 
-def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int], *, shared: bool) -> Tensor:
-    """left^T right of each group of tokens, (n, k, m), or (1, k, m) of all tokens if `shared`."""
-    if shared or len(counts) == 1:
+def grouped_outer(left: Tensor, right: Tensor, run: Run, *, shared: bool) -> Tensor:
+    """left^T right of each expert's tokens, (n, k, m), or (1, k, m) of all tokens if `shared`."""
+    if shared or len(run.counts) == 1:
         return (left.T @ right).unsqueeze(0)
     if _has_kernel(left, left.shape[1], right.shape[1]):
-        return torch._grouped_mm(left.T, right, offs=_offsets(counts, left.device))
-    out, start = left.new_empty(len(counts), left.shape[1], right.shape[1]), 0
-    for group, count in zip(out, counts, strict=True):
+        return torch._grouped_mm(left.T, right, offs=run.ends(left.device))
+    out, start = left.new_empty(len(run.counts), left.shape[1], right.shape[1]), 0
+    for group, count in zip(out, run.counts, strict=True):
         torch.mm(left[start : start + count].T, right[start : start + count], out=group)
         start += count
     return out
@@ -138,10 +94,6 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int], *, shared:
 def _has_kernel(x: Tensor, *sizes: int) -> bool:
     """Whether torch's grouped product takes these: bf16 on a GPU, features that are multiples of 16 bytes."""
     return device_kind(x.device) == "cuda" and x.dtype == torch.bfloat16 and not any(size % 8 for size in sizes)
-
-
-def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor | None = None) -> Tensor:
@@ -156,6 +108,7 @@ def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor |
 
     def product(of: Tensor, transposed: bool) -> Tensor:
         rows, columns = _expert_shape(weight, tokens)
+        of = of.contiguous()  # a gradient may be one row for all tokens, which the grouped kernel does not take
         into = of.new_zeros(of.shape[0], columns if transposed else rows)
         for run in tokens.runs(_together(rows, columns, of.itemsize, of.device)):
             _add_run_(into, of, weight, tokens, run, None, transposed)
@@ -169,7 +122,7 @@ def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor |
 
 def add_expert_bias(out: Tensor, bias: Tensor, tokens: ExpertTokens) -> Tensor:
     """out + bias_e for each token, (tokens, out): a new tensor."""
-    counts = torch.tensor(tokens.counts, device=bias.device)
+    counts = tokens.on(bias.device).counts
     return out + bias.to(out.dtype).repeat_interleave(counts, dim=0, output_size=out.shape[0])
 
 
@@ -177,8 +130,8 @@ def _add_run_(
     out: Tensor, x: Tensor, weight: Weight, tokens: ExpertTokens, run: Run, gain: Tensor | None, transposed: bool
 ) -> None:
     """Add x (diag(g_e) W_e)^T of a run, or x diag(g_e) W_e where `transposed`, to `out`; g is (experts, out)."""
-    some = expert_rows(weight, len(tokens.counts), run.experts)
-    factor = None if gain is None else _pick(gain, run.experts).reshape(-1)
+    some = expert_rows(weight, len(tokens.counts), run)
+    factor = None if gain is None else run.pick(gain).reshape(-1)
     into, of = out[run.tokens], x[run.tokens]
     if len(run.experts) == 1:
         (add_transposed_product_ if transposed else add_product_)(into, of, some, factor)
@@ -186,7 +139,7 @@ def _add_run_(
     for rows, tile in row_tiles(some, x.dtype, factor):
         assert rows.stop == some.shape[0], "experts that share a launch are one tile"
         matrices = tile.view(len(run.experts), -1, tile.shape[1])
-        into += grouped_product(of, matrices if transposed else matrices.mT, run.counts)
+        into += grouped_product(of, matrices if transposed else matrices.mT, run)
         del tile, matrices
 
 
@@ -207,6 +160,7 @@ def adapted_stack(
     gain: Gain | None = None,
     dropout: float = 0.0,
     keep_bits: Tensor | None = None,
+    keeps_copy: bool = False,
 ) -> Tensor:
     """y = g_e * (x W_e^T + s (drop(x) A_e^T) B_e^T) + bias_e for a token of expert e; g = 1 where magnitude is None.
 
@@ -222,13 +176,15 @@ def adapted_stack(
         gain: `ops.dora.gain` of the present values, (experts, out), right for the experts that have tokens.
         dropout: As in `adapted_linear`.
         keep_bits: `ops.sparsity.mask_bits` of a mask M of the stack: M o (B A) replaces B A.
+        keeps_copy: As in `adapted_linear`.
     Returns: (tokens, out) in the dtype of the products. An expert without tokens has gradients of 0.
     """
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
     seed = draw_seed() if dropout > 0.0 else 0
-    call = _StackCall(weight, tokens, keep_bits, scaling / (1.0 - dropout), dropout, seed)
+    keeps_copy = keeps_copy and bias is None  # a bias makes another tensor
+    call = _StackCall(weight, tokens, keep_bits, scaling / (1.0 - dropout), dropout, seed, keeps_copy)
     out: Tensor = _AdaptedStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
-        x.to(product_dtype(x)), lora_A, lora_B, magnitude, *(gain or (None, None)), call
+        x.to(product_dtype(x)).contiguous(), lora_A, lora_B, magnitude, *(gain or (None, None)), call
     )
     return out if bias is None else add_expert_bias(out, bias, tokens)
 
@@ -248,6 +204,7 @@ class _StackCall(NamedTuple):
     scaling: float
     dropout: float
     seed: int
+    keeps_copy: bool
 
     def runs(self, x: Tensor) -> Iterator[Run]:
         together = _together(*_expert_shape(self.weight, self.tokens), x.itemsize, x.device)
@@ -263,18 +220,18 @@ class _StackCall(NamedTuple):
             return None
         (expert,) = run.experts
         bits = expert_bits(self.keep_bits, len(self.tokens.counts), expert)
-        a, b = (_pick_or_shared(each, run.experts)[0] for each in (lora_A, lora_B))
+        a, b = (_pick_or_shared(each, run)[0] for each in (lora_A, lora_B))
         return MaskedUpdate(bits, a, b, None if gain is None else gain[expert], self.scaling)
 
 
-def _pick_or_shared(factor: Tensor, experts: Sequence[int]) -> Tensor:
-    """The factors of some experts, (n, ...), or the one that all experts share, (1, ...)."""
-    return factor if len(factor) == 1 else _pick(factor, experts)
+def _pick_or_shared(factor: Tensor, run: Run) -> Tensor:
+    """The factors of a run's experts, (n, ...), or the one that all experts share, (1, ...)."""
+    return factor if len(factor) == 1 else run.pick(factor)
 
 
 def _row_factor(gain: Tensor | None, scaling: float, run: Run) -> float | Tensor:
     """s g, (n, out, 1), or s for LoRA."""
-    return scaling if gain is None else (_pick(gain, run.experts) * scaling).unsqueeze(2)
+    return scaling if gain is None else (run.pick(gain) * scaling).unsqueeze(2)
 
 
 def _scaled(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -304,22 +261,24 @@ class _AdaptedStack(torch.autograd.Function):
                 if update is not None:
                     out[run.tokens] = update.product(dropped_x)
                 elif low is not None:
-                    a = rounded(_pick_or_shared(lora_A, run.experts), x.dtype)
-                    b = _scaled(_pick_or_shared(lora_B, run.experts), _row_factor(gain, call.scaling, run), x.dtype)
-                    low[run.tokens] = grouped_product(dropped_x, a.mT, run.counts)
-                    out[run.tokens] = grouped_product(low[run.tokens], b.mT, run.counts)
+                    a = rounded(_pick_or_shared(lora_A, run), x.dtype)
+                    b = _scaled(_pick_or_shared(lora_B, run), _row_factor(gain, call.scaling, run), x.dtype)
+                    low[run.tokens] = grouped_product(dropped_x, a.mT, run)
+                    out[run.tokens] = grouped_product(low[run.tokens], b.mT, run)
                 del dropped_x
                 _add_run_(out, x, call.weight, call.tokens, run, gain, False)
         kept = out if magnitude is not None and magnitude.requires_grad else None
+        if kept is not None and call.keeps_copy:
+            kept = out.clone()
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, kept)
         ctx.call = call
-        ctx.version = out._version
+        ctx.version = 0 if kept is None else kept._version
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
+        dy = grads[0].contiguous()  # of a sum it is one number for all, which the grouped kernel does not take
         x, lora_A, lora_B, _, gain, inverse_magnitude, low, out = ctx.saved_tensors
         if out is not None and out._version > ctx.version:
             raise RuntimeError(WRITTEN)
@@ -348,18 +307,16 @@ class _AdaptedStack(torch.autograd.Function):
                         dx[run.tokens] = into_x
                 elif low is not None:
                     factor = _row_factor(gain, call.scaling, run)
-                    b = _scaled(_pick_or_shared(lora_B, run.experts), factor, dy.dtype)
-                    d_low = grouped_product(dy_run, b, run.counts)
+                    b = _scaled(_pick_or_shared(lora_B, run), factor, dy.dtype)
+                    d_low = grouped_product(dy_run, b, run)
                     if dropped_x is not None:
-                        _add_(da, run, grouped_outer(d_low, dropped_x, run.counts, shared=len(da) == 1))
+                        _add_(da, run, grouped_outer(d_low, dropped_x, run, shared=len(da) == 1))
                     if need_b:
                         # Of each expert, since the gain differs between experts that share B.
-                        per_expert = grouped_outer(low[run.tokens], dy_run, run.counts, shared=False).mT
+                        per_expert = grouped_outer(low[run.tokens], dy_run, run, shared=False).mT
                         _add_(db, run, per_expert.to(db.dtype) * factor)
                     if dx is not None:
-                        through = grouped_product(
-                            d_low, rounded(_pick_or_shared(lora_A, run.experts), dy.dtype), run.counts
-                        )
+                        through = grouped_product(d_low, rounded(_pick_or_shared(lora_A, run), dy.dtype), run)
                         if call.dropout > 0.0:
                             drop_(through, call.dropout, call.seed + run.experts[0])
                         dx[run.tokens] = through
@@ -372,10 +329,10 @@ def _add_(total: Tensor, run: Run, found: Tensor) -> None:
     """Add the gradients of a run's experts, (n, ...), to those of all experts, or of the factor that all share."""
     if len(total) == 1:
         total[0] += found.sum(dim=0)
-    elif _consecutive(run.experts):
+    elif run.is_consecutive:
         total[run.experts[0] : run.experts[-1] + 1] += found
     else:
-        total.index_add_(0, torch.tensor(run.experts, device=total.device), found.to(total.dtype))
+        total.index_add_(0, run.index(total.device), found.to(total.dtype))
 
 
 def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertTokens) -> Tensor:
@@ -385,13 +342,18 @@ def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertToken
         for run in tokens.runs(1):
             total[run.experts[0]] = column_dot(left[run.tokens], right[run.tokens], factor[run.experts[0]])
         return total
-    lengths = torch.tensor(tokens.counts, device=left.device)
+    lengths = tokens.on(left.device).counts
     step = max(1, _ENTRIES_PER_SUM // max(1, left.shape[0]))
     for start in range(0, left.shape[1], step):
         some = slice(start, start + step)
         products = left[:, some].to(factor.dtype) * right[:, some]
-        total[:, some] = torch.segment_reduce(products, "sum", lengths=lengths, axis=0, initial=0) * factor[:, some]
+        total[:, some] = _sums(products, lengths) * factor[:, some]
     return total
+
+
+def _sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over groups of rows. Unsafe: checks of the lengths would let a GPU's host wait twice."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
 
 
 @torch.no_grad()
@@ -419,8 +381,8 @@ def merged_rows(
         merged.append(
             merged_weight(
                 weight[here],
-                _pick_or_shared(lora_A, (expert,))[0],
-                _pick_or_shared(lora_B, (expert,))[0, inside],
+                lora_A[expert % len(lora_A)],  # one for all experts where they share it
+                lora_B[expert % len(lora_B), inside],
                 scaling,
                 None if magnitude is None else magnitude[expert, inside],
                 None if keep_mask is None else keep_mask[here],
@@ -435,7 +397,8 @@ def dense_rows(stack: Weight, num_experts: int, rows: slice, dtype: torch.dtype 
     """Some rows of a stack, dense; only their experts are dequantised."""
     size = stack.shape[0] // num_experts
     experts = range(rows.start // size, -(-rows.stop // size))
-    parts = [dense_weight(expert_rows(stack, num_experts, (expert,)), dtype) for expert in experts]
+    runs = ExpertTokens.one_for_each(experts, num_experts).reached
+    parts = [dense_weight(expert_rows(stack, num_experts, run), dtype) for run in runs]
     dense = parts[0] if len(parts) == 1 else torch.cat(parts)
     return dense[rows.start - experts.start * size : rows.stop - experts.start * size]
 
@@ -443,8 +406,7 @@ def dense_rows(stack: Weight, num_experts: int, rows: slice, dtype: torch.dtype 
 @torch.no_grad()
 def stack_norm(
     weight: Weight,
-    num_experts: int,
-    experts: Sequence[int],
+    tokens: ExpertTokens,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -453,50 +415,57 @@ def stack_norm(
     dtype: torch.dtype,
     keep_bits: Tensor | None = None,
 ) -> Tensor:
-    """Row norms of W_e + s B_e A_e of some experts, (len(experts), out), by the sum of `ops.dora.factored_norm`.
+    """Row norms of W_e + s B_e A_e of the experts that have tokens, (n, out), by the sum of `ops.dora.factored_norm`.
+
+    A GPU's host waits once, to know which experts have cancelled rows.
 
     Args:
-        experts: In ascending order.
         lora_A, lora_B: (experts, rank, in), (experts, out, rank); (1, ...) if all experts share one.
         base_squared: ||w||^2 of each row, (experts, out).
         dtype: Of the tiles of W and of the product W A^T; all else is summed in float32 or wider.
         keep_bits: As in `adapted_stack`; the sums are then formed, row by row.
     """
+    num_experts, count = len(tokens.counts), len(tokens.experts)
     together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
-    found: list[Tensor] = []
-    for start in range(0, len(experts), together):
-        some = experts[start : start + together]
-        if is_planning() and len(found) > 1 and start + 2 * together < len(experts):
+    found: list[FactoredNorm] = []
+    for run in tokens.all_runs(1 if keep_bits is not None else together):
+        if is_planning() and len(found) > 1 and run.first + 2 * together < count:
             # Like the run before it. The last ones are run, when the norms of the others are there.
-            found.append(base_squared.new_empty(len(some), base_squared.shape[1]))
+            empty = base_squared.new_empty(len(run.experts), base_squared.shape[1])
+            found.append(FactoredNorm(empty, empty))
             continue
-        if len(some) > 1 and keep_bits is None:
-            a, b = (rounded(_pick_or_shared(each, some), dtype) for each in (lora_A, lora_B))
-            norm = _norm_of_run(expert_rows(weight, num_experts, some), a, b, scaling, _pick(base_squared, some), dtype)
-            if norm is not None:
-                found.append(norm)
-                continue
-        for expert in some:
-            part, squared = expert_rows(weight, num_experts, (expert,)), base_squared[expert]
-            a, b = (rounded(_pick_or_shared(each, (expert,))[0], dtype) for each in (lora_A, lora_B))
-            if keep_bits is None:
-                norm = row_norm(part, a, b, scaling, base_squared=squared, dtype=dtype)
-            else:
-                norm = masked_row_norm(part, expert_bits(keep_bits, num_experts, expert), a, b, scaling, dtype=dtype)
-            found.append(norm.unsqueeze(0))
-    return torch.cat(found)
+        a, b = (rounded(_pick_or_shared(each, run), dtype) for each in (lora_A, lora_B))
+        part = expert_rows(weight, num_experts, run)
+        if keep_bits is not None:
+            bits = expert_bits(keep_bits, num_experts, run.experts[0])
+            norm = masked_row_norm(part, bits, a[0], b[0], scaling, dtype=dtype).unsqueeze(0)
+            found.append(FactoredNorm(norm, norm))
+        else:
+            found.append(_norm_of_run(part, a, b, scaling, run.pick(base_squared), dtype))
+    norms = torch.cat([each.norm for each in found])
+    if keep_bits is not None or isinstance(norms, FakeTensor):
+        return norms
+    cancelled = torch.cat([each.cancelled for each in found])
+    for run, norm, rows, has_some in zip(tokens.reached, norms, cancelled, cancelled.any(dim=1).tolist(), strict=True):
+        if has_some:
+            a, b = (rounded(_pick_or_shared(each, run)[0], dtype) for each in (lora_A, lora_B))
+            part = expert_rows(weight, num_experts, run)
+            measure_cancelled_(FactoredNorm(norm, rows), part, a, b, scaling, dtype=dtype)
+    return norms
 
 
 def _norm_of_run(
     part: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, base_squared: Tensor, dtype: torch.dtype
-) -> Tensor | None:
-    """The norms of several experts with shared launches, (n, out); None if a row has cancelled."""
+) -> FactoredNorm:
+    """The norms of several experts with shared launches, (n, out)."""
+    if len(base_squared) == 1:
+        one = factored_norm(part, lora_A[0], lora_B[0], scaling, base_squared=base_squared[0], dtype=dtype)
+        return FactoredNorm(one.norm.unsqueeze(0), one.cancelled.unsqueeze(0))
     wide = base_squared.dtype
     a, b = lora_A.to(wide), lora_B.to(wide)
     gram = (a @ a.mT) * scaling
     ((_, tile),) = row_tiles(part, dtype)
     products = (tile.view(*base_squared.shape, -1) @ lora_A.mT).to(wide)
     squared = base_squared + scaling * ((2.0 * products + b @ gram) * b).sum(dim=2)
-    if not isinstance(squared, FakeTensor) and bool((squared < CANCELLATION * base_squared).any()):
-        return None
-    return squared.clamp_min_(0).sqrt_()
+    cancelled = squared < CANCELLATION * base_squared
+    return FactoredNorm(squared.clamp_min_(0).sqrt_(), cancelled)

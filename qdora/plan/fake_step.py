@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qdora.model.adapter_file import is_selected
+from qdora.model.experts import routers
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, is_linear, linear_layers, replace_module
 from qdora.model.language_part import not_loaded
 from qdora.model.load import Quantization, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
@@ -129,14 +131,15 @@ def ranks_of_adapter(
 
     `blocks` is the path of the list of blocks, `kept` their numbers in the whole model (None: all).
     """
-    head = model.get_output_embeddings()
+    head, left_out = model.get_output_embeddings(), routers(model)
     ranks = {}
     for name, module in model.named_modules():
         original = name
         if blocks is not None and kept is not None and name.startswith(f"{blocks}."):
             index, dot, rest = name.removeprefix(f"{blocks}.").partition(".")
             original = f"{blocks}.{kept[int(index)]}{dot}{rest}"
-        if is_linear(module) and layout.selects(original, is_linear=True, is_head=module is head):
+        kind = {"is_router": name in left_out, "is_head": module is head}
+        if is_linear(module) and is_selected(layout, original, module, **kind):
             ranks[name] = layout.rank_of(original)
     return ranks
 

@@ -24,12 +24,11 @@ from qdora.errors import HubFailure, UserError
 from qdora.files.environment import available_memory_bytes, cpu_has_bfloat16
 from qdora.memory.host_residency import Piece, check_host_embedding, obstacle, pinned_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
-from qdora.model.adapter_file import describe_adapter
+from qdora.model.adapter_file import AdapterDescription, describe_adapter
 from qdora.model.build_model import DTYPES, Compute, find_source, put_adapters, recompute_activations
 from qdora.model.experts import stacks
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
 from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config
-from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
@@ -231,10 +230,10 @@ class _StepPlan:
         return DTYPES[asked]
 
     @cached_property
-    def adapter(self) -> AdapterLayout | None:
-        """Layout of the adapter that the run resumes from."""
+    def adapter(self) -> AdapterDescription | None:
+        """The adapter that the run resumes from."""
         before = self.recipe.adapter.resume_from
-        return None if before is None else describe_adapter(Path(before)).layout
+        return None if before is None else describe_adapter(Path(before))
 
     @property
     def skeleton(self) -> PreTrainedModel:
@@ -294,7 +293,7 @@ class _StepPlan:
         found = block_list(self.skeleton)
         pattern = None
         if found is not None:
-            ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter, self.skeleton, None, None)
+            ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter.layout, self.skeleton, None, None)
             pattern = find_pattern(
                 [
                     signature(each, (_attention_kind(self.skeleton, index), _ranks_in(ranks, f"{found[0]}.{index}.")))
@@ -416,15 +415,16 @@ class _StepPlan:
             put_adapters(model, self.recipe, new_tokens=new_tokens)
             return
         found = block_list(model)
-        ranks = ranks_of_adapter(self.adapter, model, None if found is None else found[0], kept)
+        ranks = ranks_of_adapter(self.adapter.layout, model, None if found is None else found[0], kept)
         settings = self.recipe.adapter
         inject(
             model,
-            kind=self.adapter.kind,
+            kind=self.adapter.layout.kind,
             rank=1,
             dropout=settings.dropout,
             targets=list(ranks),
             rank_pattern=ranks,
+            share=next(iter(self.adapter.shares.values()), "none"),  # a run has one for all stacks
             dtype=DTYPES[settings.dtype],
         )
         if settings.also_train:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.loader import StepLoader
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
+from qdora.run.expert_load import ExpertLoad
 from qdora.train.best import BestSoFar
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
@@ -46,5 +47,6 @@ class TrainingState:
     schedule: Schedule
     loss_scale: LossScale | None
     """None unless the model computes in float16."""
+    expert_load: ExpertLoad
     best: BestSoFar | None
     """Chooses the best step by the evaluations; None without eval.best_by."""

@@ -1,13 +1,15 @@
 """How the router of a mixture divides tokens among its experts while a run trains, as expert_load.json and a figure.
 
 The adapters start as the base, so the first steps show the base's division and the last ones what training made of it.
+The two differ by chance, too, since they saw other tokens; how much follows from the spread between single steps.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,14 +19,15 @@ from torch import nn
 
 from qdora.files.run_directory import RunDirectory, unharmed
 from qdora.model.experts import stacks
-from qdora.ops.expert_product import ExpertTokens
+from qdora.ops.expert_tokens import ExpertTokens
 from qdora.train.figures import draw_expert_load
 
 logger = logging.getLogger("qdora")
 FILE = "expert_load.json"
-# Optimizer steps at the start and at the end whose tokens are added up.
+# Most optimizer steps at the start and at the end that are compared.
 _WINDOW = 10
-Counts = NDArray[np.int64]
+_Counts = dict[str, NDArray[np.int64]]
+"""Block of experts -> tokens of each expert."""
 
 
 class ExpertLoad:
@@ -32,58 +35,116 @@ class ExpertLoad:
 
     def __init__(self, model: nn.Module) -> None:
         last = {path.rpartition(".")[0]: stack for path, stack in stacks(model).items()}  # one of each block
-        self._now = {owner: np.zeros(stack.num_experts, np.int64) for owner, stack in last.items()}
-        self._first: list[dict[str, Counts]] = []
-        self._recent: deque[dict[str, Counts]] = deque(maxlen=_WINDOW)
+        self._now: _Counts = {owner: np.zeros(stack.num_experts, np.int64) for owner, stack in last.items()}
+        self._first: list[_Counts] = []
+        self._recent: deque[_Counts] = deque(maxlen=_WINDOW)
         self.num_steps = 0
         for owner, stack in last.items():
             stack.register_forward_pre_hook(partial(self._add, owner))
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks with experts."""
+        return len(self._now)
 
     def _add(self, owner: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         tokens: ExpertTokens = inputs[1]
         if module.training:  # a checkpoint's recompute counts again, which changes no share
             self._now[owner] += np.array(tokens.counts)
 
-    def step(self) -> None:
-        """An optimizer step is complete."""
-        done = {owner: counts.copy() for owner, counts in self._now.items()}
+    def begin(self) -> None:
+        """An optimizer step begins, or begins again. What was counted since the last one belongs to none."""
         for counts in self._now.values():
             counts[:] = 0
+
+    def step(self) -> None:
+        """The update of an optimizer step was made."""
+        done = {owner: counts.copy() for owner, counts in self._now.items()}
         self.num_steps += 1
         if len(self._first) < _WINDOW:
             self._first.append(done)
         self._recent.append(done)
 
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values with which a resumed run goes on counting."""
+        first, recent = ([_as_text(counts) for counts in steps] for steps in (self._first, self._recent))
+        return {"num_steps": self.num_steps, "first": first, "recent": recent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.num_steps = state["num_steps"]
+        self._first = [_from_text(text) for text in state["first"]]
+        self._recent = deque(map(_from_text, state["recent"]), maxlen=_WINDOW)
+
     def record(self) -> dict[str, Any]:
-        """JSON values: the steps that were counted, and of each block the share of each expert in the first and the
-        last of them; "moved" is the share of tokens that went to other experts than at the start."""
+        """JSON values: the number of steps, and how many of them at each end are compared, half of all at most.
+
+        Of each block: the share of each expert in the first and in the last of them; `moved`, the share of tokens that
+        went to other experts than at the start; and `noise`, what `moved` would be, on average, if the router had not
+        changed (`_noise`). The last two are None with too few steps.
+        """
+        window = min(_WINDOW, max(1, self.num_steps // 2))
         blocks = {}
         for owner in self._now:
-            first, last = (_shares([step[owner] for step in steps]) for steps in (self._first, self._recent))
-            moved = float(np.abs(last - first).sum() / 2)
-            blocks[owner] = {"first": first.tolist(), "last": last.tolist(), "moved": moved}
-        return {"num_steps": self.num_steps, "window": min(_WINDOW, self.num_steps), "blocks": blocks}
+            first, last = ([step[owner] for step in steps] for steps in (self._first[:window], self._last(window)))
+            shares = _shares(np.sum(first, axis=0)), _shares(np.sum(last, axis=0))
+            blocks[owner] = {
+                "first": shares[0].tolist(),
+                "last": shares[1].tolist(),
+                "moved": float(np.abs(shares[1] - shares[0]).sum() / 2) if self.num_steps > 1 else None,
+                "noise": _noise(first, last) if window > 1 else None,
+            }
+        return {"num_steps": self.num_steps, "window": window, "blocks": blocks}
+
+    def _last(self, window: int) -> list[_Counts]:
+        return list(self._recent)[-window:]
 
     def write(self, run: RunDirectory) -> None:
-        """Write the record and the figure, and log blocks with idle experts. Nothing without experts or steps."""
-        if not self._now or not self.num_steps:
+        """Write the record and the figure, and log changes and idle experts. Nothing without experts or steps."""
+        if not self.num_blocks or not self.num_steps:
             return
         record = self.record()
         with unharmed(FILE):
             run.write_json(FILE, record)
+        blocks = list(record["blocks"].values())
+        if record["window"] > 1:
+            moved, noise = ([block[name] for block in blocks] for name in ("moved", "noise"))
+            text = (
+                "Experts: between the first and the last %d steps %.1f %% of the tokens moved to other experts (at "
+                "most %.1f %% in a block); by the spread between steps, chance alone would move %.1f %%."
+            )
+            figures = (100 * float(np.mean(moved)), 100 * max(moved), 100 * float(np.mean(noise)))
+            logger.info(text, record["window"], *figures)
         idle = {owner: sum(share == 0 for share in block["last"]) for owner, block in record["blocks"].items()}
-        moved = [block["moved"] for block in record["blocks"].values()]
-        text = "Experts: training moved %.1f %% of the tokens to other experts (at most %.1f %% in a block)."
-        logger.info(text, 100 * float(np.mean(moved)), 100 * max(moved))
         if any(idle.values()):
             worst = max(idle, key=idle.__getitem__)
             text = "Experts: %d of %d got no token in the last %d steps; most in %s (%d)."
-            total = sum(len(block["last"]) for block in record["blocks"].values())
+            total = sum(len(block["last"]) for block in blocks)
             logger.info(text, sum(idle.values()), total, record["window"], worst, idle[worst])
         draw_expert_load(record, run.inside("figures") / "expert_load.svg")
 
 
-def _shares(steps: Sequence[Counts]) -> NDArray[np.float64]:
-    total = np.sum(list(steps), axis=0)
-    shares: NDArray[np.float64] = total / max(1, int(total.sum()))
+def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    shares: NDArray[np.float64] = counts / max(1, int(counts.sum()))
     return shares
+
+
+def _noise(first: Sequence[NDArray[np.int64]], last: Sequence[NDArray[np.int64]]) -> float:
+    """Expected half of the sum of |differences| between the mean shares of two groups of n steps from one router.
+
+    The difference of an expert's two means is normal with the variance 2 v / n, v the variance of its share between
+    steps, and the mean of its absolute value is sqrt(4 v / (pi n)). v is taken within each group, so that a router that
+    does change from one group to the other does not raise it.
+    """
+    groups = [np.stack([_shares(counts) for counts in steps]) for steps in (first, last)]
+    variance = np.mean([group.var(axis=0, ddof=1) for group in groups], axis=0)
+    return float(np.sqrt(variance / (math.pi * len(first))).sum())
+
+
+def _as_text(counts: _Counts) -> dict[str, str]:
+    """A line for each block: as lists, a checkpoint's indented JSON would have a line for each number."""
+    return {owner: " ".join(map(str, each.tolist())) for owner, each in counts.items()}
+
+
+def _from_text(text: Mapping[str, str]) -> _Counts:
+    return {owner: np.array(line.split(), np.int64) for owner, line in text.items()}

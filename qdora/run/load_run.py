@@ -14,10 +14,10 @@ from qdora.data.chat_template import set_chat_date
 from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, load_adapter
-from qdora.model.bnb_checkpoint import gather_packed, stored_kind
 from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters, token_ids
 from qdora.model.inject import adapter_parameters
 from qdora.model.load import load_config, load_model
+from qdora.model.quantized_checkpoint import gather_packed, stored_kind
 from qdora.model.source import ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import StoredPacked, open_safetensors
 from qdora.model.trained_embeddings import extend_vocabulary

@@ -59,6 +59,7 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
         "backoff": Backoff(active.loader),
         "schedule": Schedule(settings, active.num_steps),
         "loss_scale": LossScale() if active.model.dtype == torch.float16 else None,
+        "expert_load": ExpertLoad(active.model),
     }
     if recipe.adapter.kind == "none":
         return TrainingState(optimizer=None, gates=None, best=None, **policies)
@@ -105,7 +106,6 @@ class Training:
         self._probed = probe_examples(recipe, tokenizer, validation) if probes else {}
         self.state = fresh_state(active, list(evaluated))
         self.writer = RunWriter(active, self.state)
-        self.expert_load = ExpertLoad(active.model)
         self.num_done = 0
 
     def restore(self, checkpoint: Path) -> int:
@@ -148,7 +148,7 @@ class Training:
                     with suppress(RunFailure):  # a full disk, which must not hide why the run ends
                         self._report_streams()
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
-                    self.expert_load.write(self.active.directory)
+                    self.state.expert_load.write(self.active.directory)
                     write_interference(self.active.directory)
 
     def evaluate_base(self) -> None:
@@ -171,15 +171,21 @@ class Training:
             keep_batch=self.writer.keep_batch,
             probe=probe,
             probe_every=recipe.interference.every,
-            begin_step=None if gates is None else gates.begin,
+            begin_step=self._begin,
             end_step=None if gates is None else partial(gates.end, optimizer=optimizer, processes=processes),
             updated=partial(self._updated, MissingGradientCheck(optimizer)),
         )
 
+    def _begin(self, step: int) -> None:
+        """Prepare the step that follows `step` steps."""
+        self.state.expert_load.begin()
+        if self.state.gates is not None:
+            self.state.gates.begin(step)
+
     def _updated(self, check: MissingGradientCheck, lr: float) -> str | None:
         """Tell, after the first updates, which tensors had no gradient. With streamed blocks that ends the run: a
         backward pass that reads wrong bytes, or none, can leave a finite loss and factors that never change."""
-        self.expert_load.step()
+        self.state.expert_load.step()
         missing = check.updated(lr)
         if missing is None:
             return None

@@ -106,10 +106,12 @@ class RunWriter:
         return self.run.inside(*place)
 
     def take_policies(self, policies: dict[str, Any], step: int) -> None:
-        """Continue with what a checkpoint after `step` steps says about micro-batches, rates and the best step."""
+        """Continue with what a checkpoint after `step` steps says: micro-batches, rates, experts, and the best step."""
         self.state.backoff.load_state_dict(policies["micro_batch_tokens"])
         self.state.schedule.load_state_dict(policies["schedule"], step)
         self.state.bad_steps.load_state_dict(policies["bad_steps"])
+        if "expert_load" in policies:
+            self.state.expert_load.load_state_dict(policies["expert_load"])
         if self.state.loss_scale is not None and "loss_scale" in policies:
             self.state.loss_scale.load_state_dict(policies["loss_scale"])
         if self.state.best is not None:
@@ -137,7 +139,8 @@ class RunWriter:
             "schedule": state.schedule.state_dict(),
             "bad_steps": state.bad_steps.state_dict(),
         }
-        optional = {"loss_scale": state.loss_scale, "best": state.best, "gates": state.gates}
+        load = state.expert_load if state.expert_load.num_blocks else None
+        optional = {"loss_scale": state.loss_scale, "best": state.best, "gates": state.gates, "expert_load": load}
         return found | {name: part.state_dict() for name, part in optional.items() if part is not None}
 
     def _append_metrics(self, metrics: Metrics) -> None:

@@ -23,6 +23,8 @@ _PART = re.compile(
 )
 _STATE = "weight.quant_state.bitsandbytes__"
 _SCALES_8BIT = "SCB"
+_E8M0_NAN = 255
+"""The exponent of a block scale of MXFP4 that is not a number."""
 
 
 def stored_kind(settings: object) -> str | None:
@@ -115,10 +117,15 @@ def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
     shape = (experts * rows, groups * MXFP4_BLOCK_SIZE)
 
     def read() -> PackedWeight:
-        codes = blocks.read().reshape(-1)
+        codes, exponents = blocks.read().reshape(-1), scales.read().reshape(-1).clone()
+        if num_nan := int((exponents == _E8M0_NAN).sum()):
+            raise UserError(
+                f"model.source: '{scales.key}' has {num_nan} block scales of {_E8M0_NAN}, which mean NaN. Fix: "
+                "download the checkpoint again, or name another one."
+            )
         # The first of two weights is in the low half there, and in the high half here.
         swapped = (codes << 4) | (codes >> 4)
-        tensors = {"packed": swapped, "absmax": scales.read().reshape(-1).clone()}
+        tensors = {"packed": swapped, "absmax": exponents}
         try:
             return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
         except ValueError as error:
