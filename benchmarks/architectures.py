@@ -13,6 +13,8 @@ which it was refused or failed:
                 adapter in PEFT on bitsandbytes' Linear4bit, in units of their standard deviation; for a mixture of
                 experts, whose DoRA PEFT does not compute, from those of plain transformers with the merged weights
     nf4_lora    the same for `qdora export --format nf4-lora`, loaded by transformers, bitsandbytes and PEFT
+    nf4_skip    of a mixture, trained with base.skip: [lm_head, experts]: nf4_lora with stacks that stay dense, from the
+                logits of the run
     peft        of a mixture, trained with LoRA: the same for `qdora export --format peft`, loaded by PEFT on plain
                 transformers with the dequantised weights, from the logits of the run
     peft_again  that adapter, saved by PEFT and loaded by qdora, in the same way
@@ -60,7 +62,7 @@ from qdora.cli import app
 from qdora.cli.verb import USER_MISTAKE
 from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import recompute_activations
-from qdora.model.experts import is_transposed, stacks
+from qdora.model.experts import is_transposed, peft_swaps, stacks
 from qdora.model.inject import adapted_layers
 from qdora.model.written_outputs import keep_written_outputs_
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -73,6 +75,7 @@ ASKED = {
     "nf4_lora": 1e-4,
     "gradients": 1e-4,
     "packing": 1e-5,
+    "nf4_skip": 1e-4,
     "peft": 1e-4,
     "peft_again": 1e-4,
 }
@@ -108,7 +111,7 @@ def checked(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         case = Case(Path(folder), is_mxfp4=name == MXFP4)
         write_family(name, case.model)
-        for check in [*checks, through_peft] if is_mixture else checks:
+        for check in [*checks, nf4_skip, peft] if is_mixture else checks:
             try:
                 row |= check(case)
             except Refused as error:
@@ -168,7 +171,8 @@ class Case:
     @cached_property
     def plain(self) -> Any:
         """Plain transformers with the merged weights, float32."""
-        return dense(self.base, merged_by_numpy(self.weights, self.run / "adapter"))
+        swapped = [path for path in stacks(self.base) if peft_swaps(self.base, path)]
+        return dense(self.base, merged_by_numpy(self.weights, self.run / "adapter", swapped))
 
     @cached_property
     def pairs(self) -> list[tuple[Tensor, int]]:
@@ -298,7 +302,16 @@ def nf4_lora(case: Case) -> dict[str, Any]:
     return {"nf4_lora": distance(case.logits_of(model), case.logits)}
 
 
-def through_peft(case: Case) -> dict[str, Any]:
+def nf4_skip(case: Case) -> dict[str, Any]:
+    """The 4-bit export of a run on dense experts."""
+    run, out = case.folder / "skip", case.folder / "nf4-skip"
+    train(case, run, "-s", "base.skip=[lm_head,experts]")
+    command("export", run, out, "--format", "nf4-lora", "--dtype", "float32")
+    model = PeftModel.from_pretrained(on_bnb(out), str(out / "adapter")).eval()
+    return {"nf4_skip": distance(case.logits_of(model), case.logits_of(load_run(run).model))}
+
+
+def peft(case: Case) -> dict[str, Any]:
     """A LoRA adapter in PEFT on the dequantised weights, and after PEFT has saved it, here again."""
     run, out, again = case.folder / "lora", case.folder / "peft", case.folder / "again"
     train(case, run, "-s", "adapter.kind=lora")

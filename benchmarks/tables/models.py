@@ -19,7 +19,7 @@ def architectures() -> str:
 def mixtures() -> str:
     """The same of mixtures of experts, with what PEFT computes."""
     mixed = {name: row for name, row in read("architectures")["families"].items() if row.get("mixture")}
-    return _families(mixed, {"in PEFT": "peft", "from PEFT": "peft_again"})
+    return _families(mixed, {"nf4-lora, dense": "nf4_skip", "in PEFT": "peft", "from PEFT": "peft_again"})
 
 
 def _families(families: dict[str, Any], more: dict[str, str]) -> str:
