@@ -1,22 +1,29 @@
-"""Every family of dense models through the command line: train, kill, resume, evaluate, answer, export, reload.
+"""Every family of models through the command line: train, kill, resume, evaluate, answer, export, reload.
 
     python benchmarks/architectures.py [--families 'NAME;NAME'] [--out benchmarks/results/architectures.json]
 
-The models are tiny and random (tiny_families.py), the base NF4, the adapter DoRA on all linear layers, computed in
-float32. A row of the result has what each check measured, or the line with which it was refused or failed:
+The models are tiny and random (tiny_families.py), the base NF4 with double quantisation, the adapter DoRA on all linear
+layers and stacks of experts, computed in float32. A row of the result has what each check measured, or the line with
+which it was refused or failed:
 
     resumed     the run is killed (SIGKILL) in step 2 and resumed: are the adapter files those of an undisturbed run?
     evaluated   `qdora eval`: relative difference of its NLL from that of the merged weights, one text at a time
     answered    `qdora generate`: the same answer as by transformers' `generate` with the merged weights?
     merged      `qdora export`, loaded by plain transformers: largest difference of its logits from those of the
-                adapter in PEFT on bitsandbytes' Linear4bit, in units of their standard deviation
+                adapter in PEFT on bitsandbytes' Linear4bit, in units of their standard deviation; for a mixture of
+                experts, whose DoRA PEFT does not compute, from those of plain transformers with the merged weights
     nf4_lora    the same for `qdora export --format nf4-lora`, loaded by transformers, bitsandbytes and PEFT
+    nf4_skip    of a mixture, trained with base.skip: [lm_head, experts]: nf4_lora with stacks that stay dense, from the
+                logits of the run
+    peft        of a mixture, trained with LoRA: the same for `qdora export --format peft`, loaded by PEFT on plain
+                transformers with the dequantised weights, from the logits of the run
+    peft_again  that adapter, saved by PEFT and loaded by qdora, in the same way
     gradients   largest difference of a gradient (A, B, magnitude of every layer) from that of the plain formula in
                 float64, over the largest entry of that gradient; the step is checkpointed and padded
     packing     training with packed rows: relative difference of the first loss from that of rows of their own
 
-The merged weights are made by numpy in float64 from the adapter file and bitsandbytes' own dequantisation.
-A later call with --families replaces those rows and keeps the others.
+The merged weights are made by numpy in float64 from the adapter file and bitsandbytes' own dequantisation, or
+transformers' of MXFP4. A later call with --families replaces those rows and keeps the others.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import textwrap
 import time
 import warnings
 from functools import cached_property
@@ -38,27 +46,39 @@ from unittest.mock import patch
 
 import torch
 from byte_tokenizer import byte_tokenizer
-from contenders import on_linear4bit, packed_layers, plain
+from contenders import on_linear4bit, packed_layers, plain, put_weight_
 from export_exactness import on_bnb
 from measure import RESULTS, facts, write
 from peft import PeftModel
 from peft_interop import bnb_weights, dense, merged_by_numpy, with_peft
-from tiny_families import FAMILIES, NUM_SUMS, write_family, write_sums
+from tiny_families import MIXTURES, MODEL_TYPES, MXFP4, NUM_SUMS, write_family, write_sums
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.cli.verb import USER_MISTAKE
+from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import recompute_activations
-from qdora.model.inject import adapted_layers, replace_module
+from qdora.model.experts import is_transposed, peft_swaps, stacks
+from qdora.model.inject import adapted_layers
 from qdora.model.written_outputs import keep_written_outputs_
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.run.load_run import load_run
 from qdora.train import loop
 
-ASKED = {"evaluated": 1e-5, "merged": 1e-4, "nf4_lora": 1e-4, "gradients": 1e-4, "packing": 1e-5}
+ASKED = {
+    "evaluated": 1e-5,
+    "merged": 1e-4,
+    "nf4_lora": 1e-4,
+    "gradients": 1e-4,
+    "packing": 1e-5,
+    "nf4_skip": 1e-4,
+    "peft": 1e-4,
+    "peft_again": 1e-4,
+}
 """The most that a figure may be."""
 PROMPT = "3 + 8 ="
 
@@ -67,35 +87,37 @@ def main() -> None:
     """Check the families one after the other, and write after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", help="Names, separated by semicolons; default: all.")
-    parser.add_argument("--smoke", action="store_true", help="Two families.")
+    parser.add_argument("--smoke", action="store_true", help="Three families.")
     parser.add_argument("--out", type=Path, default=RESULTS / "architectures.json")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers_logging.disable_progress_bar()
-    names = ["Llama 3", "Falcon 7B"] if settings.smoke else list(FAMILIES)
+    names = ["Llama 3", "Falcon 7B", "Qwen2-MoE"] if settings.smoke else list(MODEL_TYPES)
     if settings.families:
         names = settings.families.split(";")
     known = json.loads(settings.out.read_text())["families"] if settings.out.is_file() else {}
     for name in names:
         known[name] = checked(name)
-        rows = {name: known[name] for name in FAMILIES if name in known}
+        rows = {name: known[name] for name in MODEL_TYPES if name in known}
         write(settings.out, {**facts("python benchmarks/architectures.py"), "asked": ASKED, "families": rows})
 
 
 def checked(name: str) -> dict[str, Any]:
     """The row of a family."""
     began = time.perf_counter()
-    row: dict[str, Any] = {"model_type": FAMILIES[name][0], "refused": {}, "failed": {}}
+    is_mixture = name in MIXTURES
+    row: dict[str, Any] = {"model_type": MODEL_TYPES[name], "mixture": is_mixture, "refused": {}, "failed": {}}
+    checks = [resumed, shape, evaluated, answered, merged, nf4_lora, gradients, packing]
     with tempfile.TemporaryDirectory() as folder:
-        case = Case(Path(folder))
+        case = Case(Path(folder), is_mxfp4=name == MXFP4)
         write_family(name, case.model)
-        for check in (resumed, shape, evaluated, answered, merged, nf4_lora, gradients, packing):
+        for check in [*checks, nf4_skip, peft] if is_mixture else checks:
             try:
                 row |= check(case)
             except Refused as error:
                 row["refused"][check.__name__] = str(error)
             except Exception as error:
-                row["failed"][check.__name__] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                row["failed"][check.__name__] = f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
             if "resumed" not in row:
                 break
     for key, most in ASKED.items():
@@ -111,14 +133,16 @@ class Refused(Exception):
 class Case:
     """A family's files, and what several checks compare with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_mxfp4: bool) -> None:
         self.folder, self.model, self.run = folder, folder / "model", folder / "run"
+        self.is_mxfp4 = is_mxfp4
         self.recipe = folder / "recipe.yaml"
         train, self.validation = folder / "train.jsonl", folder / "validation.jsonl"
         write_sums(train, 0)
         write_sums(self.validation, 1)
         document = {
             "model": {"source": str(self.model), "dtype": "float32"},
+            "base": {"quant": "mxfp4" if is_mxfp4 else "nf4"},
             "adapter": {"kind": "dora", "rank": 4, "alpha": 8.0},
             "data": {"mix": [{"source": str(train), "validation": str(self.validation)}], "max_length": 64},
             "train": {"steps": 2, "batch": 4, "lr": 0.02, "optimizer": "adamw", "checkpoint_every": 1},
@@ -132,9 +156,23 @@ class Case:
         return load_run(self.run, base_only=True).model
 
     @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """Path -> dequantised weight (out, in) float32 of every layer that is quantised or adapted."""
+        if not self.is_mxfp4:
+            return bnb_weights(self.base)
+        library = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        found = {}
+        for path in adapted_layers(load_run(self.run).model):
+            is_stack = path in stacks(self.base)
+            weight = (library.get_parameter(path) if is_stack else library.get_submodule(path).weight).detach()
+            found[path] = (weight.mT.flatten(0, 1) if is_transposed(self.base, path) else weight).contiguous()
+        return found
+
+    @cached_property
     def plain(self) -> Any:
         """Plain transformers with the merged weights, float32."""
-        return dense(self.base, merged_by_numpy(bnb_weights(self.base), self.run / "adapter"))
+        swapped = [path for path in stacks(self.base) if peft_swaps(self.base, path)]
+        return dense(self.base, merged_by_numpy(self.weights, self.run / "adapter", swapped))
 
     @cached_property
     def pairs(self) -> list[tuple[Tensor, int]]:
@@ -146,7 +184,9 @@ class Case:
 
     @cached_property
     def logits(self) -> list[Tensor]:
-        """Of the adapter in PEFT on Linear4bit, in float32."""
+        """Of the adapter in PEFT on Linear4bit, in float32, or of a mixture with merged weights."""
+        if stacks(self.base):
+            return self.logits_of(self.plain)
         return self.logits_of(with_peft(on_linear4bit(self.base, torch.float32).eval(), self.run / "adapter"))
 
     @torch.no_grad()
@@ -251,37 +291,76 @@ def merged(case: Case) -> dict[str, Any]:
     """The merged export in plain transformers."""
     out = case.folder / "merged"
     command("export", case.run, out, "--dtype", "float32")
-    return {"merged": distance(case, AutoModelForCausalLM.from_pretrained(out))}
+    return {"merged": distance(case.logits_of(AutoModelForCausalLM.from_pretrained(out)), case.logits)}
 
 
 def nf4_lora(case: Case) -> dict[str, Any]:
     """The 4-bit export in transformers, bitsandbytes and PEFT."""
     out = case.folder / "nf4-lora"
     command("export", case.run, out, "--format", "nf4-lora")
-    return {"nf4_lora": distance(case, PeftModel.from_pretrained(on_bnb(out), str(out / "adapter")).eval())}
+    model = PeftModel.from_pretrained(on_bnb(out), str(out / "adapter")).eval()
+    return {"nf4_lora": distance(case.logits_of(model), case.logits)}
 
 
-def distance(case: Case, model: Any) -> float:
-    """Largest difference of logits from those of PEFT on Linear4bit, in units of their standard deviation."""
-    found, expected = torch.cat(case.logits_of(model)), torch.cat(case.logits)
-    return float((found - expected).abs().max() / expected.std())
+def nf4_skip(case: Case) -> dict[str, Any]:
+    """The 4-bit export of a run on dense experts."""
+    run, out = case.folder / "skip", case.folder / "nf4-skip"
+    train(case, run, "-s", "base.skip=[lm_head,experts]")
+    command("export", run, out, "--format", "nf4-lora", "--dtype", "float32")
+    model = PeftModel.from_pretrained(on_bnb(out), str(out / "adapter")).eval()
+    return {"nf4_skip": distance(case.logits_of(model), case.logits_of(load_run(run).model))}
+
+
+def peft(case: Case) -> dict[str, Any]:
+    """A LoRA adapter in PEFT on the dequantised weights, and after PEFT has saved it, here again."""
+    run, out, again = case.folder / "lora", case.folder / "peft", case.folder / "again"
+    train(case, run, "-s", "adapter.kind=lora")
+    command("export", run, out, "--format", "peft")
+    expected = case.logits_of(load_run(run).model)
+    theirs = with_peft(dense(case.base, case.weights), out)
+    found = {"peft": distance(case.logits_of(theirs), expected)}
+    theirs.save_pretrained(again)
+    model = load_run(run, base_only=True).model
+    load_adapter(model, again)
+    return found | {"peft_again": distance(case.logits_of(model.eval()), expected)}
+
+
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference of logits, in units of the standard deviation of those that are expected."""
+    one, other = torch.cat(found), torch.cat(expected)
+    return float((one - other).abs().max() / other.std())
 
 
 class PlainDora(nn.Module):
-    """x W'^T + bias with W' = m (W + s B A) / ||W + s B A||, the norm held constant, in float64."""
+    """W -> W' = m (W + s B A) / ||W + s B A||, the norm held constant, in float64.
 
-    def __init__(self, layer: AdaptedLinear, weight: Tensor) -> None:
+    W is (out, in), or a stack of experts, (experts, out, in), or `transposed`.
+    """
+
+    def __init__(self, layer: AdaptedLinear, *, transposed: bool) -> None:
         super().__init__()
         assert layer.magnitude is not None
-        self.weight, self.bias, self.scaling = weight.double(), layer.base.bias, layer.scaling
+        self.scaling, self.transposed = layer.scaling, transposed
         for name in ("lora_A", "lora_B", "magnitude"):
             self.register_parameter(name, nn.Parameter(getattr(layer, name).detach().double()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        total = self.weight + self.scaling * self.lora_B @ self.lora_A
-        weight = (self.magnitude / total.detach().norm(dim=1)).unsqueeze(1) * total
-        return nn.functional.linear(x, weight, None if self.bias is None else self.bias.double())
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that takes the place of `weight`."""
+        total = (weight.mT if self.transposed else weight) + self.scaling * self.lora_B @ self.lora_A
+        merged = (self.magnitude / total.detach().norm(dim=-1)).unsqueeze(-1) * total
+        return merged.mT if self.transposed else merged
+
+
+def plain_dora(case: Case, layers: dict[str, AdaptedLinear]) -> tuple[Any, dict[str, PlainDora]]:
+    """Plain transformers in float64 with adapters by the plain formula, and these by their paths."""
+    model, adapters = plain(case.base, torch.float64), {}
+    for path, weight in case.weights.items():
+        put_weight_(model, case.base, path, weight.double())  # those that are not adapted, too
+    for path, layer in layers.items():
+        adapters[path] = PlainDora(layer, transposed=is_transposed(case.base, path))
+        owner, _, name = path.rpartition(".") if path in stacks(case.base) else (path, "", "weight")
+        parametrize.register_parametrization(model.get_submodule(owner), name, adapters[path])
+    return model.eval(), adapters
 
 
 def gradients(case: Case) -> dict[str, Any]:
@@ -289,12 +368,9 @@ def gradients(case: Case) -> dict[str, Any]:
     pairs = case.pairs[:4]
     model = load_run(case.run).model
     layers = adapted_layers(model)
-    reference = plain(case.base, torch.float64)
-    for path, weight in bnb_weights(case.base).items():
-        reference.get_submodule(path).weight.data = weight.double()  # those that are not adapted
-        if path in layers:
-            replace_module(reference, path, PlainDora(layers[path], weight))
-    sum(nll(reference.eval(), *pair) for pair in pairs).backward()  # type: ignore[union-attr]
+    reference, adapters = plain_dora(case, layers)
+    with parametrize.cached():
+        sum(nll(reference, *pair) for pair in pairs).backward()  # type: ignore[union-attr]
 
     length = max(ids.shape[1] for ids, _ in pairs)
     tokens, mask = torch.zeros(2, len(pairs), length, dtype=torch.int64)
@@ -312,7 +388,7 @@ def gradients(case: Case) -> dict[str, Any]:
     worst = 0.0
     for path, layer in layers.items():
         for name, parameter in layer.named_parameters():
-            expected = getattr(reference.get_submodule(path), name).grad
+            expected = getattr(adapters[path], name).grad
             assert float(expected.abs().max()) > 0, f"{path}.{name} has no gradient"
             error = float((parameter.grad.double() - expected).abs().max() / expected.abs().max())
             worst = max(worst, error) if error == error else float("nan")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoModelForCausalLM
 
+from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.model.inject import frozen_layers, inject, replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
@@ -253,18 +254,32 @@ def _fake_params4bit(codes: Any, state: Any) -> Any:
 
 
 def plain(base: Any, dtype: torch.dtype) -> Any:
-    """A plain transformers model with the unquantised parameters of `base` and its attention; its linear layers are
-    still random."""
-    attention = base.config._attn_implementation
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), dtype=dtype, attn_implementation=attention)
-    values = {name: tensor.to(dtype) for name, tensor in base.state_dict().items() if name in model.state_dict()}
+    """A plain transformers model with the unquantised parameters of `base` and its attention; its linear layers and
+    stacks of experts are still random."""
+    settings: dict[str, Any] = {"attn_implementation": base.config._attn_implementation, "dtype": dtype}
+    if stacks(base):
+        settings["experts_implementation"] = "eager"
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), **settings)
+    theirs, known = library_names(base), model.state_dict().keys()
+    named = {theirs.get(name, name): tensor for name, tensor in base.state_dict().items()}
+    values = {name: tensor.to(dtype) for name, tensor in named.items() if name in known - set(stacks(base))}
     missing = model.load_state_dict(values, strict=False).missing_keys
-    assert {name.removesuffix(".weight") for name in missing} == set(packed_layers(base)), missing[:5]
+    assert {name.removesuffix(".weight") for name in missing} == {*packed_layers(base), *stacks(base)}, missing[:5]
     return model.requires_grad_(False)
 
 
+def put_weight_(model: Any, base: Any, path: str, weight: Tensor) -> None:
+    """Give a layer of `plain(base)` its weight (out, in), or a stack of experts (experts * out, in)."""
+    stack = stacks(base).get(path)
+    if stack is None:
+        model.get_submodule(path).weight.data = weight
+        return
+    parts = weight.view(stack.num_experts, -1, weight.shape[1])
+    model.get_parameter(path).data = (parts.mT if is_transposed(base, path) else parts).contiguous()
+
+
 def on_linear4bit(base: Any, dtype: torch.dtype) -> Any:
-    """`plain` with bitsandbytes' layers on copies of the packed bytes of `base`."""
+    """`plain` with bitsandbytes' layers on copies of the packed bytes of `base`, which has no experts."""
     model = plain(base, dtype)
     for path, frozen in packed_layers(base).items():
         replace_module(model, path, linear4bit(frozen.packed_weight, dtype, frozen.bias))

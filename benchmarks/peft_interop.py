@@ -29,6 +29,7 @@ import platform
 import tempfile
 import time
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ import bitsandbytes as bnb
 import numpy as np
 import peft
 import torch
-from contenders import on_linear4bit, packed_layers, plain, quant_state
+from contenders import on_linear4bit, packed_layers, plain, put_weight_, quant_state
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -205,7 +206,10 @@ def bnb_weights(base: Any) -> dict[str, Tensor]:
     for path, layer in packed_layers(base).items():
         packed = layer.packed_weight
         state = quant_state(packed, torch.float32)
-        result[path] = bnb.functional.dequantize_4bit(packed.packed.view(-1, 1), quant_state=state)
+        # As one row: on a CPU, bitsandbytes 0.50 gives blocks that cross rows the scales of others.
+        state.shape = torch.Size((1, packed.shape[0] * packed.shape[1]))
+        flat = bnb.functional.dequantize_4bit(packed.packed.view(-1, 1), quant_state=state)
+        result[path] = flat.view(packed.shape)
     return result
 
 
@@ -213,7 +217,7 @@ def dense(base: Any, weights: dict[str, Tensor]) -> Any:
     """`plain` in float32 with the given linear weights."""
     model = plain(base, torch.float32)
     for path, weight in weights.items():
-        model.get_submodule(path).weight.data = weight
+        put_weight_(model, base, path, weight)
     return model.eval()
 
 
@@ -226,20 +230,35 @@ def with_peft(model: nn.Module, directory: Path) -> Any:
     return adapted
 
 
-def merged_by_numpy(weights: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
-    """The merge by the formula in float64, from the files alone: g (W + s B A), s = alpha / rank."""
+def merged_by_numpy(weights: dict[str, Tensor], directory: Path, swapped: Collection[str] = ()) -> dict[str, Tensor]:
+    """The merge by the formula in float64, from the files alone: g (W + s B A), s = alpha / rank.
+
+    A stack of experts is (experts * out, in). PEFT has its tensors at the module of the experts, those of the first of
+    two stacks one level further in: A (experts * rank, in), B (out, rank * experts) with the expert last. Where PEFT
+    takes inputs for outputs, in the stacks `swapped`, they are those of the transposed update.
+    """
     path_to_file = directory / "adapter_model.safetensors"
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     assert not config["use_rslora"]
     assert not config["alpha_pattern"]
     stored = {name: tensor.double().numpy() for name, tensor in load_file(path_to_file).items()}
-    merged = {}
+    experts, merged = config.get("target_parameters") or [], {}
     for path, weight in weights.items():
         start = f"base_model.model.{path}"
+        if path in experts:
+            owner, _, name = path.rpartition(".")
+            start = f"base_model.model.{owner}"
+            if name != "down_proj" and f"{owner}.down_proj" in experts:
+                start += ".base_layer"
         a, b = stored[f"{start}.lora_A.weight"], stored[f"{start}.lora_B.weight"]
-        total = weight.double().numpy() + config["lora_alpha"] / a.shape[0] * (b @ a)
+        num_experts = weight.shape[0] // (a.shape[1] if path in swapped else b.shape[0])
+        a = a.reshape(num_experts, -1, a.shape[1])
+        b = b.reshape(b.shape[0], -1, num_experts).transpose(2, 0, 1)
+        update = config["lora_alpha"] / a.shape[1] * (b @ a)
+        update = update.transpose(0, 2, 1) if path in swapped else update
+        total = weight.double().numpy() + update.reshape(weight.shape)
         if config["use_dora"]:
-            gain = stored[f"{start}.lora_magnitude_vector"] / np.sqrt((total**2).sum(axis=1))
+            gain = stored[f"{start}.lora_magnitude_vector"].reshape(-1) / np.sqrt((total**2).sum(axis=1))
             total = total * gain[:, None]
         merged[path] = torch.from_numpy(total).float()
     return merged

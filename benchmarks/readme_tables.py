@@ -21,7 +21,7 @@ from tables.failed import failed, failed_short
 from tables.gates import gates
 from tables.headline import headline
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
-from tables.models import architectures, models_short
+from tables.models import architectures, mixtures, models_short
 from tables.plan import cards, expert_plans, plan_accuracy, plan_recipes, plan_shapes
 from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import chat_model, chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
@@ -44,6 +44,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peft_interop": peft_interop,
     "load_memory": load_memory,
     "architectures": architectures,
+    "mixtures": mixtures,
     "export_exactness": export_exactness,
     "gguf_logits": gguf_logits,
     "decode_speed": decode_speed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests import tiny_experts
 
 Settings = dict[str, Any]
 
@@ -210,20 +214,49 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
 }
 """Name -> model type of transformers, and what its config gets beside tokens and vocabulary."""
 
+MXFP4 = "GPT-OSS (MXFP4)"
+"""A family whose checkpoint holds its experts in 4 bits, as the published ones do."""
+MIXTURES: dict[str, str] = {
+    "Mixtral": "mixtral",
+    "Qwen2-MoE": "qwen2_moe",
+    "Qwen3-MoE": "qwen3_moe",
+    "Qwen3.5-MoE (text)": "qwen3_5_moe_text",
+    "Qwen3-Next": "qwen3_next",
+    "OLMoE": "olmoe",
+    "GPT-OSS": "gpt_oss",
+    MXFP4: "gpt_oss",
+    "DeepSeek-V2": "deepseek_v2",
+    "DeepSeek-V3": "deepseek_v3",
+    "GLM-4-MoE": "glm4_moe",
+    "GLM-4-MoE-Lite": "glm4_moe_lite",
+    "Granite-MoE": "granitemoe",
+    "Llama 4 (text)": "llama4_text",
+    "LFM2-MoE": "lfm2_moe",
+}
+"""Name -> model type, of mixtures of experts; tests/tiny_experts.py has their configs."""
+MODEL_TYPES = {name: kind for name, (kind, _) in FAMILIES.items()} | MIXTURES
 
 NUM_SUMS = 20
 
 
 def write_family(name: str, directory: Path) -> None:
     """The model of a family in safetensors with its tokenizer; no part is without effect."""
-    kind, settings = FAMILIES[name]
     tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(directory)
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "vocab_size": len(tokenizer)}
+    if name == MXFP4:
+        tiny_experts.write_mxfp4(directory, **tokens)
+        tokenizer.save_pretrained(directory)
+        return
+    kind = MODEL_TYPES[name]
+    if name in MIXTURES:
+        settings = tiny_experts.SIZES | tiny_experts.MODELS[kind] | tokens
+    else:
+        settings = tokens | FAMILIES[name][1]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(tokens | settings)), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     spread_(model)
     model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 @torch.no_grad()
@@ -234,6 +267,9 @@ def spread_(model: nn.Module) -> None:
             parameter.normal_(std=parameter.shape[1] ** -0.5)
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):  # of DeepSeek's routers
+            buffer.add_(0.1 * torch.randn_like(buffer))
 
 
 def write_sums(file: Path, seed: int) -> None:

@@ -55,11 +55,15 @@ def test_wait_policy(tmp_path: Path) -> None:
 
 def test_architectures(tmp_path: Path) -> None:
     result = smoke(tmp_path, "architectures.py")
-    llama, falcon = result["families"]["Llama 3"], result["families"]["Falcon 7B"]
-    assert llama["refused"] == llama["failed"] == falcon["failed"] == {}
-    assert list(falcon["refused"]) == ["nf4_lora"]
-    assert (llama["num_adapted"], falcon["num_adapted"]) == (14, 8)
-    for row in (llama, falcon):
+    llama, falcon, mixture = (result["families"][name] for name in ("Llama 3", "Falcon 7B", "Qwen2-MoE"))
+    assert llama["refused"] == llama["failed"] == falcon["failed"] == mixture["failed"] == {}
+    assert list(falcon["refused"]) == list(mixture["refused"]) == ["nf4_lora"]
+    assert (llama["num_adapted"], falcon["num_adapted"], mixture["num_adapted"]) == (14, 8, 18)
+    assert {"o_proj", "gate_proj", "gate_up_proj"} < set(mixture["targets"])
+    assert 0 < mixture["nf4_skip"] < 1e-4
+    assert 0 < mixture["peft"] < 1e-4
+    assert mixture["peft_again"] == 0
+    for row in (llama, falcon, mixture):
         assert row["resumed"]
         assert row["answered"]
         assert 0 < row["merged"] < 1e-4

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from qdora.data.batching import MicroBatch
 from qdora.model.adapter_file import save_adapter
@@ -53,12 +53,24 @@ def a_config(**changes: Any) -> PreTrainedConfig:
     return LlamaConfig(**(SIZES | {"num_hidden_layers": 10} | changes))
 
 
-def drawn_and_whole(recipe: Recipe, device_kind: DeviceKind, monkeypatch: pytest.MonkeyPatch) -> tuple[Plan, Plan]:
+def drawn_and_whole(
+    recipe: Recipe, device_kind: DeviceKind, monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig | None = None
+) -> tuple[Plan, Plan]:
     """The plan extrapolated from few blocks, and the one in which all blocks are measured."""
-    drawn = plan(recipe, config=a_config(), device_kind=device_kind)
+    config = config or a_config()
+    drawn = plan(recipe, config=config, device_kind=device_kind)
     monkeypatch.setattr(memory_plan, "find_pattern", lambda signatures: None)
     memory_plan._latest.clear()  # else it would be the same plan
-    return drawn, plan(recipe, config=a_config(), device_kind=device_kind)
+    return drawn, plan(recipe, config=config, device_kind=device_kind)
+
+
+def assert_extrapolated(drawn: Plan, whole: Plan) -> None:
+    found = {(moment.phase, moment.block): moment.by_component for moment in whole.moments}
+    assert len(drawn.moments) < len(whole.moments)
+    for moment in drawn.moments:
+        assert found[moment.phase, moment.block] == moment.by_component, moment.name
+    assert drawn.peak.num_bytes == whole.peak.num_bytes
+    assert (drawn.num_trainable, drawn.pageable_bytes) == (whole.num_trainable, whole.pageable_bytes)
 
 
 @pytest.mark.parametrize(
@@ -79,13 +91,28 @@ def drawn_and_whole(recipe: Recipe, device_kind: DeviceKind, monkeypatch: pytest
 def test_a_shortened_model_is_extrapolated_to_the_whole(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn, whole = drawn_and_whole(a_recipe(**changes), "cuda", monkeypatch)
-    found = {(moment.phase, moment.block): moment.by_component for moment in whole.moments}
-    assert len(drawn.moments) < len(whole.moments)
-    for moment in drawn.moments:
-        assert found[moment.phase, moment.block] == moment.by_component, moment.name
-    assert drawn.peak.num_bytes == whole.peak.num_bytes
-    assert (drawn.num_trainable, drawn.pageable_bytes) == (whole.num_trainable, whole.pageable_bytes)
+    assert_extrapolated(*drawn_and_whole(a_recipe(**changes), "cuda", monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changes"),
+    [
+        (["sliding_attention", "full_attention"], {"adapter": {"rank": 4, "targets": ["o_proj"]}}),
+        pytest.param(["full_attention", "sliding_attention"], {}, marks=pytest.mark.slow),
+        pytest.param(
+            [*["sliding_attention"] * 3, "full_attention"], {"memory__checkpointing": False}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["one layer", "two", "four, all kept"],
+)
+def test_blocks_of_several_kinds_are_extrapolated_from_a_pair_of_repetitions(
+    kinds: list[str], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window that is shorter than the text keeps its mask."""
+    types = kinds * 6
+    sizes = SIZES | {"num_hidden_layers": len(types), "layer_types": types, "sliding_window": 16, "head_dim": 16}
+    config = AutoConfig.for_model("gemma3_text", **sizes)
+    assert_extrapolated(*drawn_and_whole(a_recipe(**changes), "cuda", monkeypatch, config))
 
 
 def test_components_are_those_of_the_formats() -> None:
@@ -133,8 +160,10 @@ def test_a_pattern_is_found_where_it_saves_something() -> None:
     assert find_pattern([str(index) for index in range(60)]) is None
     pattern = BlockPattern(1, 2, 6, 1)
     assert pattern.num_blocks == 14
-    assert pattern.kept(4) == [0, 1, 2, 3, 4, 9, 10, 11, 12, 13]
-    assert pattern.kept(5) == [0, 1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13]
+    assert pattern.num_kept == 2
+    assert pattern.kept(2) == [0, 1, 2, 11, 12, 13]
+    assert pattern.kept(3) == [0, 1, 2, 3, 4, 11, 12, 13]
+    assert BlockPattern(1, 1, 6, 0).kept(4) == [0, 1, 2, 5, 6]
 
 
 def test_drawing_out_is_linear_and_needs_the_same_moments() -> None:

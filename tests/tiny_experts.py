@@ -88,10 +88,10 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     return model
 
 
-def write_mxfp4(directory: Path) -> Path:
+def write_mxfp4(directory: Path, **changes: Any) -> Path:
     """A gpt-oss whose experts are stored in MXFP4, as the published checkpoints are."""
     generator = torch.Generator().manual_seed(5)
-    model = make("gpt_oss", torch.bfloat16)
+    model = make("gpt_oss", torch.bfloat16, **changes)
     tensors = {}
     for name, value in model.state_dict().items():
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):

@@ -7,23 +7,37 @@ from typing import Any
 from tables.table import markdown, read
 
 FIGURES = ("evaluated", "merged", "nf4_lora", "gradients")
+HEADER = ("resumed", "answer", "NLL", "merged", "nf4-lora", "gradients", "packing")
 
 
 def architectures() -> str:
-    """A row for each family: what its tiny model measured, or that it is refused; below, why."""
-    document = read("architectures")
+    """A row for each family of dense models: what its tiny model measured, or that it is refused; below, why."""
+    dense = {name: row for name, row in read("architectures")["families"].items() if not row.get("mixture")}
+    return _families(dense, {})
+
+
+def mixtures() -> str:
+    """The same of mixtures of experts, with what PEFT computes."""
+    mixed = {name: row for name, row in read("architectures")["families"].items() if row.get("mixture")}
+    return _families(mixed, {"nf4-lora, dense": "nf4_skip", "in PEFT": "peft", "from PEFT": "peft_again"})
+
+
+def _families(families: dict[str, Any], more: dict[str, str]) -> str:
+    """A row for each family; `more` is header -> key of further figures."""
     rows, reasons = [], dict[str, list[str]]()
-    for name, row in document["families"].items():
-        cells = [_cell(row, key) for key in ("resumed", "answered", *FIGURES, "packing")]
+    for name, row in families.items():
+        cells = [_cell(row, key) for key in ("resumed", "answered", *FIGURES, "packing", *more.values())]
         adapted = f"{row['num_adapted']}" if "num_adapted" in row else "–"
         rows.append([name, f"`{row['model_type']}`", adapted, *cells, f"{row['seconds']:.0f}"])
         refused = [text for key, text in row["refused"].items() if key != "packing"]  # the page says why
         for text in dict.fromkeys([*refused, *row["failed"].values()]):
             reasons.setdefault(text, []).append(name)
-    header = ["family", "model type", "adapted layers", "resumed", "answer", "NLL", "merged", "nf4-lora", "gradients"]
-    asked = ", ".join(f"{key.replace('_', '-')} {most:.0e}" for key, most in document["asked"].items())
+    allowed = read("architectures")["asked"]
+    keys = [key for key in allowed if key in (*FIGURES, "packing", *more.values())]
+    asked = ", ".join(f"{key.replace('_', '-')} {allowed[key]:.0e}" for key in keys)
     notes = "".join(f"- {', '.join(names)}: {text}\n" for text, names in reasons.items())
-    return markdown([*header, "packing", "s"], rows) + f"\nThe most that is allowed: {asked}.\n\n{notes}"
+    table = markdown(["family", "model type", "adapted layers", *HEADER, *more, "s"], rows)
+    return f"{table}\nThe most that is allowed: {asked}.\n\n{notes}"
 
 
 def models_short() -> str:

@@ -76,7 +76,7 @@ from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops.expert_product import ExpertTokens
+from qdora.ops.expert_tokens import ExpertTokens
 
 Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]

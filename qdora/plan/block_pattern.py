@@ -15,9 +15,10 @@ from torch import nn
 
 from qdora.plan.plan_contents import Moment
 
-# Two on either side of the place where repetitions are inserted. The first block of a model (its input needs no
-# gradient) and the last one (the loss follows) differ from the others and must not be repeated.
-_KEPT_PERIODS = 4
+# On either side of the place where repetitions are inserted. The first block of a model (its input needs no gradient)
+# and the last one (the loss follows) differ from the others and must not be repeated. Two blocks that alternate have
+# one of each kind beside them; of one kind two are needed.
+_KEPT_BLOCKS = 2
 # Most blocks of another kind at the start (such as 1 to 3 dense ones before mixtures of experts).
 _LONGEST_PREFIX = 8
 
@@ -36,16 +37,25 @@ class BlockPattern:
         """Blocks of the whole model."""
         return self.prefix + self.period * self.repetitions + self.suffix
 
+    @property
+    def num_kept(self) -> int:
+        """Repetitions of the shorter model that is measured."""
+        return _num_kept(self.period)
+
     def kept(self, repetitions: int) -> list[int]:
         """Numbers of the blocks of a model with this many repetitions, without the others in the middle."""
-        front = self.prefix + (repetitions - _KEPT_PERIODS // 2) * self.period
-        back = self.suffix + _KEPT_PERIODS // 2 * self.period
+        front = self.prefix + (repetitions - self.num_kept // 2) * self.period
+        back = self.suffix + self.num_kept // 2 * self.period
         return [*range(front), *range(self.num_blocks - back, self.num_blocks)]
 
     @property
     def insertion(self) -> int:
         """Number of blocks before the place where repetitions are inserted."""
-        return self.prefix + _KEPT_PERIODS // 2 * self.period
+        return self.prefix + self.num_kept // 2 * self.period
+
+
+def _num_kept(period: int) -> int:
+    return 2 * -(-_KEPT_BLOCKS // period)
 
 
 def signature(block: nn.Module, kind: Any) -> Hashable:
@@ -61,9 +71,11 @@ def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
     best, cost = None, total
     for prefix in range(min(total, _LONGEST_PREFIX + 1)):
         rest = signatures[prefix:]
-        for period in range(1, len(rest) // (_KEPT_PERIODS + 1) + 1):
+        for period in range(1, len(rest) // 3 + 1):
             repetitions, suffix = divmod(len(rest), period)
-            measured = 2 * (prefix + _KEPT_PERIODS * period + suffix) + period
+            measured = 2 * (prefix + _num_kept(period) * period + suffix) + period
+            if repetitions <= _num_kept(period):
+                continue
             if measured < cost and all(rest[at] == rest[at - period] for at in range(period, len(rest))):
                 best, cost = BlockPattern(prefix, period, repetitions, suffix), measured
     return best
@@ -85,12 +97,13 @@ def keep_blocks_(model: Any, path: str, kept: Sequence[int]) -> None:
 
 
 def extrapolated(short: Sequence[Moment], longer: Sequence[Moment], pattern: BlockPattern) -> list[Moment]:
-    """Extrapolate the moments of the whole model from those with 4 and 5 repetitions, in the order of a step.
+    """Extrapolate the moments of the whole model from those with `num_kept` repetitions and one more, in the order of
+    a step.
 
     The repetitions in between have no moments: their live bytes lie between those of their neighbours. ValueError if
     the two do not have the same moments.
     """
-    more = pattern.repetitions - _KEPT_PERIODS
+    more = pattern.repetitions - pattern.num_kept
     found = {(moment.phase, moment.block): moment.by_component for moment in longer}
     drawn = []
     for moment in short:

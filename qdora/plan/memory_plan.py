@@ -39,6 +39,7 @@ from qdora.ops.planned_device import Routing, planned_on
 from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
 from qdora.plan.changes_to_fit import with_changes
+from qdora.plan.chunked_scan import short_scans
 from qdora.plan.fake_step import StepRecorder, empty_model, fill_, ranks_of_adapter, set_unmasked_, update_bytes
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan, over_budget
@@ -305,8 +306,8 @@ class _StepPlan:
         if pattern is None or found is None:
             moments, shapes = self._moments(None)
         else:
-            short, few = self._moments(pattern.kept(4))
-            longer, _ = self._moments(pattern.kept(5))
+            short, few = self._moments(pattern.kept(pattern.num_kept))
+            longer, _ = self._moments(pattern.kept(pattern.num_kept + 1))
             moments = extrapolated(short, longer, pattern)
             shapes = _repeated(few, found[0], pattern)
         if shapes:
@@ -376,7 +377,7 @@ class _StepPlan:
         found = block_list(model)
         if kept is not None and found is not None:
             keep_blocks_(model, found[0], kept)
-        with FakeTensorMode(), LiveBytes() as live:
+        with FakeTensorMode(), LiveBytes() as live, short_scans(model):
             fill_(model, self._wanted, self.dtype, live, pruned=recipe.base.prune is not None)
             if not self.shape.masked:
                 set_unmasked_(model)
@@ -529,7 +530,7 @@ def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:
 
 
 def _repeated(shapes: _Shapes, path: str, pattern: BlockPattern) -> _Shapes:
-    """Parameters of the whole model, in its order, from those of a model with 4 repetitions."""
+    """Parameters of the whole model, in its order, from those of the shorter one that was measured."""
     before: list[tuple[str, _Shape]] = []
     repeated: list[tuple[str, _Shape]] = []
     after: list[tuple[str, _Shape]] = []
@@ -543,9 +544,8 @@ def _repeated(shapes: _Shapes, path: str, pattern: BlockPattern) -> _Shapes:
             after.append((name, shape))
         else:
             before.append((name, shape))
-    copies = [
-        (f"repetition-{count}.{name}", shape) for count in range(pattern.repetitions - 4) for name, shape in repeated
-    ]
+    more = range(pattern.repetitions - pattern.num_kept)
+    copies = [(f"repetition-{count}.{name}", shape) for count in more for name, shape in repeated]
     return dict([*before, *copies, *after])
 
 
