@@ -29,6 +29,7 @@ from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study, study_nulls
 from tables.times import layer_time, packing, step_time
 from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data
+from tables.upcycling import expert_upcycling, upcycled_mixture
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
@@ -55,6 +56,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rank_curve": rank_curve,
     "rank_methods": rank_methods,
     "combined_vs_solo": combined_vs_solo,
+    "upcycled_mixture": upcycled_mixture,
+    "expert_upcycling": expert_upcycling,
     "packing": packing,
     "mixing": mixing,
     "data_loading": data_loading,

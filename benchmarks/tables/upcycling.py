@@ -1,0 +1,79 @@
+"""Tables of a mixture made from a dense model, and of adapters on its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables.table import markdown, read
+
+MODELS = {
+    "dense": "SmolLM2-135M",
+    "untrained": "mixture, untrained",
+    "trained": "mixture, trained",
+    "trained_nf4": "mixture, trained, NF4",
+}
+
+
+def upcycled_mixture() -> str:
+    """NLL of text of the dense model and of the mixture on its way, and how evenly its experts are used."""
+    document = read("expert_upcycling")
+    mixture, sizes = document["mixture"], document["settings"]
+    rows = []
+    for name, label in MODELS.items():
+        load = mixture["load"].get(name)
+        shares = [share for block in load for share in block] if load else []
+        used = [f"{min(shares):.1%}", f"{max(shares):.1%}"] if load else ["–", "–"]
+        rows.append([label, f"{mixture['nll'][name]:.3f}", *used])
+    header = ["model", "NLL per token of text", "least used expert of a block", "most used"]
+    note = (
+        f"\n{mixture['num_validation_texts']} validation examples, prompt and answer; bf16 but for the last row. "
+        f"Shares are of a block's choices; even use is 25%. {mixture['num_parameters'] / 1e6:.0f} M parameters. "
+        f"{sizes['mixture_steps']} steps of {sizes['rows'] * sizes['row_tokens']} tokens, "
+        f"{mixture['passes']:.1f} passes over the texts, peak rate {sizes['mixture_lr']:g}, "
+        f"{mixture['train_seconds'] / 60:.0f} minutes on one core.\n"
+    )
+    return markdown(header, rows) + note
+
+
+def expert_upcycling() -> str:
+    """Answer NLL of each arm and task, and the differences between the arms."""
+    document = read("expert_upcycling")
+    arms, differences, sizes = document["arms"], document["differences"], document["settings"]
+    pairs = [name for name in differences if not name.endswith("base")]
+    rows = []
+    for task, base in document["base"]["nll"].items():
+        row = [task, f"{base:.3f}", *(f"{found['nll'][task]:.3f}" for found in arms.values())]
+        rows.append([*row, *(_interval(differences[pair][task]) for pair in pairs)])
+    header = ["task", "NF4 base", *arms, *(pair.replace(" - ", " − ") for pair in pairs)]
+    counts = "; ".join(
+        f"{arm} {found['num_trainable']:,} parameters at rate {found['lr']}" for arm, found in arms.items()
+    )
+    alone = "; ".join(f"{pair.replace(' - ', ' − ')} {_seeds(differences[pair]['average'])}" for pair in pairs)
+    note = (
+        f"\n{counts}. {sizes['steps']} steps of {sizes['batch']} examples, seeds "
+        f"{', '.join(map(str, document['seeds']))}; {sizes['test_limit']} test examples of each task. Rates tried with "
+        f"the first seed: {sizes['rates']}. {_verdict(differences, pairs)} Intervals of the average over the seeds "
+        f"alone: {alone}. `{document['command']}`\n"
+    )
+    return markdown(header, rows) + note
+
+
+def _interval(each: dict[str, Any]) -> str:
+    return f"{each['value']:+.3f} ({each['lower']:+.3f} to {each['upper']:+.3f})"
+
+
+def _seeds(each: dict[str, Any]) -> str:
+    return f"{each['seeds_lower']:+.3f} to {each['seeds_upper']:+.3f}"
+
+
+def _verdict(differences: dict[str, Any], pairs: list[str]) -> str:
+    """What the intervals of the average over seeds and examples allow to say."""
+    said = []
+    for pair in pairs:
+        first, second = pair.split(" - ")
+        average = differences[pair]["average"]
+        if average["lower"] > 0:
+            first, second = second, first
+        if average["lower"] > 0 or average["upper"] < 0:
+            said.append(f"{first} is better than {second}")
+    return f"On the average over tasks, {'; '.join(said) or 'no arm differs significantly from another'}."
