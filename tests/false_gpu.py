@@ -1,0 +1,387 @@
+"""A GPU that is not there: tensors that a CPU computes and that say that they are on a device of their own.
+
+    gpu = FalseGpu()
+    with gpu:
+        model.to(gpu.device)
+        with gpu.phase("step"):
+            ...
+    gpu.count("launch", "backward"); gpu.lines("wait", "step")
+
+It shows what a GPU's host does, which tensors of a CPU cannot: which operations a GPU would be sent, what is copied
+between the host and the device, and where the host would wait for the device. Values are real, so the program runs with
+all its branches. A tensor of the device and one of the CPU do not mix, as on a GPU.
+
+    launch  an operation on the device that makes or writes values. Views and allocations are none. One that takes a
+            vendor's library several kernels counts once. Attention is one launch, as by a flash kernel
+    copy    between host and device, in either direction
+    wait    the host waits until the device is done: a value is read, the shape of a result depends on values, or a copy
+            is blocking or touches memory of the host that is not pinned
+
+Not seen: waits inside libraries that do not call torch (bitsandbytes' paged optimizers synchronise once a step), and
+explicit synchronisation. The device takes the branches of a GPU wherever the program asks only whether a device is
+"cpu"; its name is not "cuda".
+
+It makes torch's PrivateUse1 backend a device for the rest of the process, which changes nothing for other devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import linecache
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from qdora.ops import bnb_kernels
+
+TYPE = "false_gpu"
+Kind = Literal["launch", "copy", "wait"]
+
+aten = torch.ops.aten
+_CREATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
+# The result's shape, or Python's next step, depends on values.
+_READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_dim",
+    "bincount",
+}
+_TORCH = str(Path(torch.__file__).parent)
+_CHECKPOINT = str(Path("torch", "utils", "checkpoint.py"))
+
+
+class Event(NamedTuple):
+    """Something that the host asks of the device."""
+
+    kind: Kind
+    phase: str
+    operation: str
+    num_bytes: int
+    """Of all tensors that a launch reads or writes, or of a copy."""
+    line: str
+    """File and text of the innermost line of Python outside torch."""
+
+
+# id of a tensor's storage -> the memory that it stands for. A storage keeps its Python object as long as it lives.
+_MEMORY: dict[int, torch.UntypedStorage] = {}
+_PINNED: set[int] = set()
+
+
+def _until_freed(storage: torch.UntypedStorage, forget: Callable[[], object]) -> None:
+    weakref.finalize(storage, forget).atexit = False
+
+
+class _OnDevice(Tensor):
+    """A tensor of the false device: its sizes and strides. Its values are in `_MEMORY`."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func}: a tensor of {TYPE} is used outside of FalseGpu")
+
+    def tolist(self) -> Any:
+        """torch refuses it for tensors of other classes."""
+        return self.cpu().tolist()
+
+
+class _Module:
+    """What torch asks of the module torch.false_gpu."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return True
+
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def _is_in_bad_fork() -> bool:
+        return False
+
+    @staticmethod
+    def manual_seed_all(seed: int) -> None:
+        pass
+
+    @staticmethod
+    def get_amp_supported_dtype() -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+class _Generator(torch.Generator):
+    """The generator of the false device is one of the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu" if torch.device(device).type == TYPE else device)
+
+
+@functools.cache
+def _register() -> torch.device:
+    _setup_privateuseone_for_python_backend(TYPE, _Module())
+    return torch.device(TYPE, 0)
+
+
+class FalseGpu(TorchDispatchMode):
+    """While active, tensors can be on `device`, and `events` has what was asked of it.
+
+    The phase of an event is the innermost `phase` of the program, or "recompute" for what a checkpoint computes again
+    and "backward" for all else in a backward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = _register()
+        self.events: list[Event] = []
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._phase = "other"
+        self._patches: list[ExitStack] = []
+
+    def __enter__(self) -> FalseGpu:
+        patches = ExitStack()
+        has_kernels = bnb_kernels.is_available
+        for owner, name, ours in (
+            (bnb_kernels, "is_available", lambda kind: has_kernels("cpu" if kind == TYPE else kind)),
+            (torch, "Generator", _Generator),
+            (torch, "tensor", _tensor),
+            (torch.nn.functional, "scaled_dot_product_attention", _attention(self.device)),
+        ):
+            patches.enter_context(patch.object(owner, name, ours))
+        self._patches.append(patches)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.pop().close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name the phase of what happens in the block, outside of backward passes."""
+        outer, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = outer
+
+    def count(self, kind: Kind, phase: str | None = None) -> int:
+        """How many events there were, in a phase or in all."""
+        return len(self.lines(kind, phase))
+
+    def lines(self, kind: Kind, phase: str | None = None) -> list[str]:
+        """The lines of Python of these events, in order."""
+        return [each.line for each in self.events if each.kind == kind and phase in (None, each.phase)]
+
+    def clear(self) -> None:
+        """Forget the events, and restart the peak at what is alive."""
+        self.events.clear()
+        self.peak_bytes = self.live_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = list(_tensors((args, kwargs)))
+        ours = [each for each in given if isinstance(each, _OnDevice)]
+        name = func._schema.name.partition("::")[2]
+        if name in ("is_pinned", "_pin_memory") and not ours:
+            return _pin(given[0]) if name == "_pin_memory" else id(given[0].untyped_storage()) in _PINNED
+        target = kwargs.get("device")
+        on_device = bool(ours) if target is None else torch.device(target).type == TYPE
+        if not ours and not on_device:
+            pinned = kwargs.pop("pin_memory", False)
+            made = func(*args, **kwargs)
+            return _pin(made) if pinned else made
+        if target is not None:
+            kwargs["device"] = torch.device("cpu")
+        _check_devices(name, given, target)
+        inner = {id(each): _values(each) for each in ours}
+        values = func(*_replaced(args, inner), **_replaced(kwargs, inner))
+        self._note(func, name, args, kwargs, values, on_device)
+        outer = {id(inner[id(each)]): each for each in ours}
+        shared = {inner[id(each)].untyped_storage()._cdata: each for each in ours}
+        return self._on_device(values, outer, shared) if on_device and name != "_local_scalar_dense" else values
+
+    def _note(self, func: Any, name: str, args: Any, kwargs: Any, values: Any, on_device: bool) -> None:
+        """Record what an operation asks of the device."""
+        there = [isinstance(each, _OnDevice) for each in _tensors(args)]
+        if name in ("_to_copy", "copy_") and there[0] != (there[1] if name == "copy_" else on_device):
+            made = list(_tensors(values)) if name == "_to_copy" and there[0] else []
+            (host,) = made or [each for each in _tensors(args) if not isinstance(each, _OnDevice)]
+            self._note_copy(name, host, kwargs.get("non_blocking", args[-1]) is True)
+            return
+        index = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        by_mask = any(each.dtype in (torch.bool, torch.uint8) for each in _tensors(index))
+        lengths = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in _READS or (by_mask and not _fills(name, args)) or lengths:
+            self._add("wait", name, 0)
+        makes = name not in _CREATES and name != "_local_scalar_dense" and not _is_view(func)
+        if makes and any(each.numel() for each in _tensors(values)):
+            self._add("launch", name, sum(each.nbytes for each in _tensors((args, values))))
+
+    def _note_copy(self, name: str, host: Tensor, non_blocking: bool) -> None:
+        if host.numel():
+            self._add("copy", name, host.nbytes)
+            if not non_blocking or id(host.untyped_storage()) not in _PINNED:
+                self._add("wait", name, 0)
+
+    def _add(self, kind: Kind, operation: str, num_bytes: int) -> None:
+        line, is_recomputed = _line_of_caller()
+        phase = self._phase
+        if torch._C._current_graph_task_id() != -1:
+            phase = "recompute" if is_recomputed else "backward"
+        self.events.append(Event(kind, phase, operation, num_bytes, line))
+
+    def _on_device(self, value: Any, outer: dict[int, Tensor], shared: dict[int, Tensor]) -> Any:
+        """The results as tensors of the device: the arguments themselves, views of them, or new ones."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._on_device(each, outer, shared) for each in value)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in outer:
+            return outer[id(value)]
+        storage = value.untyped_storage()
+        made: Tensor = Tensor._make_wrapper_subclass(
+            _OnDevice,
+            value.shape,
+            strides=value.stride(),
+            storage_offset=value.storage_offset(),
+            dtype=value.dtype,
+            device=self.device,
+            storage_size=storage.nbytes(),
+        )
+        base = shared.get(storage._cdata)
+        if base is not None:
+            torch._functionalize_unsafe_set(made, base)
+        else:
+            key = id(made.untyped_storage())
+            _MEMORY[key] = storage
+            self.live_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            _until_freed(made.untyped_storage(), functools.partial(self._forget, key, storage.nbytes()))
+        return made
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        del _MEMORY[key]
+        self.live_bytes -= num_bytes
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The values of a tensor of the device, as a tensor of the CPU that shares their memory."""
+    memory = _MEMORY[id(tensor.untyped_storage())]
+    return torch.empty(0, dtype=tensor.dtype).set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    """A copy that counts as pinned."""
+    pinned = tensor.clone()
+    key = id(pinned.untyped_storage())
+    _PINNED.add(key)
+    _until_freed(pinned.untyped_storage(), functools.partial(_PINNED.discard, key))
+    return pinned
+
+
+def _check_devices(name: str, given: Sequence[Tensor], target: Any) -> None:
+    """Numbers (0 dimensions) of the CPU may meet tensors of the device, and copies cross; nothing else does."""
+    strangers = [each for each in given if not isinstance(each, _OnDevice) and each.ndim > 0]
+    if strangers and target is None and name != "copy_" and len(strangers) < len(given):
+        shapes = ", ".join(str(tuple(each.shape)) for each in strangers)
+        raise RuntimeError(f"{name}: expected all tensors on one device, got {shapes} on the cpu")
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+
+
+def _fills(name: str, args: Any) -> bool:
+    """Whether an assignment by a mask writes one value, which asks nothing of the mask."""
+    return name != "index" and args[2].numel() == 1
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested sequences and dicts, in order."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        yield from itertools.chain.from_iterable(map(_tensors, values))
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+
+
+def _replaced(values: Any, inner: dict[int, Tensor]) -> Any:
+    if isinstance(values, Tensor):
+        return inner.get(id(values), values)
+    if isinstance(values, (list, tuple)):
+        return type(values)(_replaced(each, inner) for each in values)
+    if isinstance(values, dict):
+        return {key: _replaced(each, inner) for key, each in values.items()}
+    return values
+
+
+def _line_of_caller() -> tuple[str, bool]:
+    """File and text of the innermost line outside torch and this file, and whether a checkpoint is being recomputed."""
+    frame: Any = sys._getframe(1)
+    line, recomputed = "", False
+    while frame is not None:
+        name = frame.f_code.co_filename
+        recomputed = recomputed or name.endswith(_CHECKPOINT)
+        if not line and name != __file__ and not name.startswith((_TORCH, "<")) and "contextlib" not in name:
+            shown = "/".join(Path(name).parts[-2:])
+            line = f"{shown}: {linecache.getline(name, frame.f_lineno).strip()}"
+        frame = frame.f_back
+    return line, recomputed
+
+
+_plain_tensor = torch.tensor
+
+
+def _tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+    """torch copies numbers to a device unseen; here that is a copy of a tensor."""
+    return _plain_tensor(data, **options).to(device or "cpu")
+
+
+def _attention(device: torch.device) -> Callable[..., Tensor]:
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """By the CPU's flash kernel, in one operation; torch knows no fused attention for a foreign device."""
+        if query.device != device:
+            options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return plain(query, key, value, attn_mask, dropout_p, **options)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+        flash = aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    return attention

@@ -1,0 +1,204 @@
+"""Where the host waits for a GPU in an optimizer step of eight micro-batches, seen on the false GPU."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from qdora.data.batching import Batching, MicroBatch, micro_batches
+from qdora.data.loader import Step
+from qdora.data.tokenize import TokenizedExample
+from qdora.evaluation.generation import decode_greedily
+from qdora.evaluation.token_scores import Span, score_spans
+from qdora.memory.host_residency import HostResidency
+from qdora.model.build_model import recompute_activations
+from qdora.model.inject import adapter_parameters, inject
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.recipe.train_settings import TrainConfig
+from qdora.train.interrupt import StopRequest
+from qdora.train.loop import Hooks, fit
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.progress import TrainingProgress
+from tests import tiny_streamed
+from tests.false_gpu import Event, FalseGpu
+
+NUM_BLOCKS, NUM_MICRO_BATCHES, NUM_STEPS = 3, 8, 2
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose rows are whole blocks."""
+    return tiny_streamed.write_source(
+        tmp_path_factory.mktemp("source"), intermediate_size=128, num_hidden_layers=NUM_BLOCKS
+    )
+
+
+@pytest.fixture
+def gpu() -> Iterator[FalseGpu]:
+    with FalseGpu() as made:
+        yield made
+
+
+class CopiesNow:
+    """Copies into `slots` in the order of all other work."""
+
+    def __init__(self, _device: torch.device, _slots: Sequence[Tensor]) -> None:
+        pass
+
+    def begin(self, source: Tensor, target: Tensor, _slot: int) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def wait(self, _slot: int) -> None:
+        pass
+
+    def release(self, _slot: int) -> None:
+        pass
+
+
+class OneStep:
+    """A loader of always the same step: two padded rows in each micro-batch, or two rows of two packed examples."""
+
+    micro_batch_tokens = 48
+
+    def __init__(self, packed: bool) -> None:
+        draw = np.random.default_rng(0)
+        examples = [
+            TokenizedExample("ab"[number % 2], str(number), draw.integers(1, 90, length), np.arange(length) > 2)
+            for number, length in enumerate([11, 9] * NUM_MICRO_BATCHES * (2 if packed else 1))
+        ]
+        each = len(examples) // NUM_MICRO_BATCHES
+        batching = Batching(48, pad_id=0, packed="rows" if packed else None, row_tokens=24)
+        parts: list[MicroBatch] = []
+        for start in range(0, len(examples), each):
+            parts += micro_batches(examples[start : start + each], batching, ["a", "b"])
+        assert len(parts) == NUM_MICRO_BATCHES
+        assert all((part.input_ids.shape[0] == 2 and not part.attention_mask.all()) or packed for part in parts)
+        labels = sum(int(example.loss_mask.sum()) for example in examples)
+        self.step = Step(parts, labels, sum(map(len, examples)), len(examples), 1)
+
+    def next_step(self) -> Step:
+        return self.step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def model_on(device: torch.device, source: Path, *, streamed: bool = False, **adapters: Any) -> Any:
+    """NF4, DoRA of rank 4 in bf16, blocks that are recomputed, off its start."""
+    placer = HostResidency(None, copies=CopiesNow) if streamed else None
+    options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32, "placer": placer}
+    model = load_model(resolve(str(source)), device=device, **options)
+    generator = torch.Generator().manual_seed(0)
+    inject(model, **{"kind": "dora", "rank": 4, "dtype": torch.bfloat16, "generator": generator} | adapters)
+    recompute_activations(model)
+    return model
+
+
+def train(model: Any, loader: Any, device: torch.device, gpu: FalseGpu | None = None) -> list[tuple[Any, list[Event]]]:
+    """The metrics of each step, and what was asked of the false GPU in it."""
+    torch.manual_seed(1)
+    optimizer = AdapterOptimizer(adapter_parameters(model), name="adamw")
+    found: list[tuple[Any, list[Event]]] = []
+
+    def keep(metrics: dict[str, Any]) -> None:
+        found.append((metrics, list(gpu.events) if gpu is not None else []))
+        if gpu is not None:
+            gpu.clear()
+
+    with TrainingProgress(NUM_STEPS, console=Console(file=io.StringIO())) as progress:
+        fit(
+            model,
+            optimizer,
+            loader,
+            TrainConfig(steps=NUM_STEPS, batch=16, lr=1e-2, warmup=0, clip=0.1, optimizer="adamw"),
+            Hooks(write_metrics=keep, save=lambda _step: Path()),
+            num_steps=NUM_STEPS,
+            device=device,
+            progress=progress,
+            stop=StopRequest(),
+        )
+    return found
+
+
+def waits(events: list[Event]) -> Counter[str]:
+    return Counter(event.line for event in events if event.kind == "wait")
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"packed": True},
+    "dropout": {"dropout": 0.25},
+    "streamed": {"streamed": True},
+    "lora": {"kind": "lora"},
+}
+INPUTS = {
+    "train/loop.py: input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)": 16,
+    "train/loop.py: rows, columns = (index.to(input_ids.device) for index in places)": 16,
+    "train/loop.py: targets = labels[:, 1:][wanted[:, :-1]].to(input_ids.device)": 8,
+    "train/loop.py: example_nll = zeros.index_add(0, owner.to(nll.device), nll.detach())": 8,
+    "train/loop.py: nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())": 8,
+}
+NUMBERS = {
+    "train/loop.py: sums = nll.double().tolist()": 1,
+    'train/loop.py: metrics = {"gradient_norm": float(optimizer.gradient_norm()), **metrics}': 1,
+}
+FLAGS = "nn/adapted_linear.py: flags = torch.stack([norm.cancelled.any().to(device) for _, _, norm in found]).tolist()"
+PACKED_POSITIONS = {'train/loop.py: inputs["position_ids"] = packing.position_ids.to(input_ids.device)': 8}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_waits_of_a_step(source: Path, gpu: FalseGpu, case: str) -> None:
+    options = dict(CASES[case])
+    loader = OneStep(packed=options.pop("packed", False))
+    expected = train(model_on(CPU, source, **{k: v for k, v in options.items() if k != "streamed"}), loader, CPU)
+    found = train(model_on(gpu.device, source, **options), loader, gpu.device, gpu)
+    for (got, events), (wanted, _) in zip(found[1:], expected[1:], strict=True):
+        if case != "dropout":  # other positions are drawn for a GPU
+            assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+            assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
+        seen = waits(events)
+        masks = {line: seen.pop(line) for line in list(seen) if line.startswith("transformers/masking_utils.py")}
+        assert sum(masks.values()) == (8 if case == "packed" else 16)
+        flags = {"streamed": {FLAGS: NUM_BLOCKS}, "lora": {}}.get(case, {FLAGS: 1})
+        assert seen == INPUTS | NUMBERS | flags | (PACKED_POSITIONS if case == "packed" else {})
+
+
+def test_phases_of_a_step_and_of_what_surrounds_it(source: Path, gpu: FalseGpu) -> None:
+    with gpu.phase("load"):
+        model = model_on(gpu.device, source)
+    assert gpu.count("launch", "load") > 0
+    assert gpu.count("copy", "load") >= len(list(model.parameters()))
+    step = AdapterOptimizer.step
+
+    def labelled(optimizer: AdapterOptimizer, lr: float) -> None:
+        with gpu.phase("update"):
+            step(optimizer, lr)
+
+    with pytest.MonkeyPatch.context() as patch, gpu.phase("forward"):
+        patch.setattr(AdapterOptimizer, "step", labelled)
+        _, events = train(model, OneStep(packed=False), gpu.device, gpu)[-1]
+    launches = Counter(event.phase for event in events if event.kind == "launch")
+    assert launches.keys() == {"forward", "recompute", "backward", "update"}
+    assert launches["recompute"] < launches["forward"]
+    assert Counter(event.phase for event in events if event.kind == "wait").keys() == {"forward"}
+    model.eval()
+    with gpu.phase("evaluate"):
+        score_spans(model, [Span((1, 2, 3, 4), 1)], max_batch_tokens=64)
+    with gpu.phase("generate"):
+        decode_greedily(model, [[1, 2, 3]], max_new_tokens=4, stop_ids=())
+    assert gpu.count("launch", "evaluate") > 0
+    assert gpu.count("wait", "generate") >= 4  # each token is read
