@@ -204,7 +204,7 @@ def num_steps_of(recipe: Recipe, loader: StepLoader) -> int:
     return loader.steps_for_epochs(recipe.train.epochs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourcePlan:
     """One source over the steps of a run.
 

@@ -47,7 +47,7 @@ def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
     choices = _choices(row)
     gold = _answer_index(row, len(choices))
     prompt, continuations = TEMPLATES.get(task, _question)(row, question, choices)
-    return Example(label, row_id(row, id), prompt, continuations[gold], continuations, gold)
+    return Example(label, row_id(row, id), prompt, continuations[gold], choices=continuations, gold=gold)
 
 
 def _choices(row: Row) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ class _Settings(BaseModel):
     revision: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterLayout:
     """The modules of a PEFT adapter, their ranks and scales."""
 

@@ -164,7 +164,7 @@ def in_parts(
     def read() -> Tensor:
         return torch.cat([part.read() for part in made]).view(shape)
 
-    return StoredTensor(key, shape, read, itemsize, dtype, made if len(shape) == 2 else None)
+    return StoredTensor(key, shape, read, itemsize, dtype, parts=made if len(shape) == 2 else None)
 
 
 def stored_rows(item: StoredTensor, rows: slice) -> Tensor:
