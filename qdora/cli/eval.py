@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.options import Step, Target
+from qdora.cli.shared_options import Step, Target
 from qdora.cli.verb import emit, verb
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.options import Run, Step
+from qdora.cli.shared_options import Run, Step
 from qdora.cli.verb import emit, verb
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qdora.cli.options import Step, Target
+from qdora.cli.shared_options import Step, Target
 from qdora.cli.verb import emit, verb, wants_json
 from qdora.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.options import Recipe, Set
+from qdora.cli.shared_options import Recipe, Set
 from qdora.cli.verb import FAILURE, emit, verb
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.options import Recipe, Set
+from qdora.cli.shared_options import Recipe, Set
 from qdora.cli.verb import emit, verb
 from qdora.errors import Interrupted
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qdora.cli.options import Recipe, Set
+from qdora.cli.shared_options import Recipe, Set
 from qdora.cli.verb import emit, verb
 from qdora.errors import UserError
 
@@ -21,7 +21,7 @@ def validate(recipe: Recipe, set_: Set = None) -> None:
         raise UserError(*faults)
     local = [source.label for source in loaded.data.mix if source.is_local]
     if loaded.data.too_long == "error" and local:
-        from qdora.run.local_data import check_lengths
+        from qdora.run.prepare import check_lengths
 
         check_lengths(loaded, local)
     emit(settings(loaded), plain=resolved_yaml(loaded))
