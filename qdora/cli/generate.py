@@ -38,7 +38,10 @@ def generate(
         str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
     ] = None,
 ) -> None:
-    """Print the answer of a run, an export or a bare model to a prompt, or to each conversation of a file."""
+    """Print the answer of a run, an export or a bare model.
+
+    It answers a prompt, or each conversation of a file.
+    """
     from qdora.files.run_directory import failures_logged
     from qdora.run.generate import Sampling, answer_chats, generate_from, nowhere
 

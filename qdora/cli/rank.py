@@ -47,7 +47,10 @@ def rank(
     ] = False,
     step: Step = None,
 ) -> None:
-    """Choose a rank for each layer of a run, and write a recipe with these ranks to its rank/ folder."""
+    """Choose a rank for each layer of a run.
+
+    A recipe with these ranks is written to the folder rank/ of the run.
+    """
     from qdora.files.run_directory import failures_logged
     from qdora.run.rank import RankSettings, rank_run
 

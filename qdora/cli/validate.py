@@ -9,9 +9,10 @@ from qdora.errors import UserError
 
 @verb
 def validate(recipe: Recipe, set_: Set = None) -> None:
-    """Check the settings and paths of a recipe and print it with all defaults.
+    """Check a recipe and print it with all defaults.
 
-    With data.too_long: error the data on this machine is read, for examples that are too long. `plan` reads all data.
+    Settings and paths are checked. With `data.too_long: error` the data on this machine is also read, and examples
+    that are too long are reported. `qdora plan` reads all data.
     """
     from qdora.recipe.recipe_file import load_recipe, missing_files, resolved_yaml, settings
 
