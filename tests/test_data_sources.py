@@ -269,7 +269,7 @@ def test_faulty_rows(tmp_path, row, message):
 def test_an_empty_data_set(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert faults_of(SourceConfig(source=f"{tmp_path}/{name}")) == (
-        f"{tmp_path}/{name}: the data set is empty, allowed: at least one row",
+        f"{tmp_path}/{name}: the data set is empty, must have at least one row",
     )
 
 
