@@ -177,7 +177,7 @@ def test_demo_tasks():
     assert {example.task for example in examples} == {task}
     assert {example.task for example in load_source(SourceConfig(task=task, name="f"))} == {"f"}
     assert faults_of(SourceConfig(task=task), "trian") == (
-        f"{task}: no split 'trian', allowed: train, validation, test. Did you mean 'train'?",
+        f"{task}: no split 'trian', must be one of train, validation, test. Did you mean 'train'?",
     )
     train, validation = split_up(SourceConfig(task=task, limit=10))
     assert (len(train), validation) == (10, examples)
