@@ -17,8 +17,8 @@ def spectrum(energies: list[float], cost: int = 1, total: float | None = None) -
     return LayerSpectrum(np.array(energies), sum(energies) if total is None else total, cost)
 
 
-def best_by_trying(layers: dict[str, LayerSpectrum], budget: int, least: int) -> float:
-    choices = [range(min(least, len(each.energies)), len(each.energies) + 1) for each in layers.values()]
+def best_by_trying(layers: dict[str, LayerSpectrum], budget: int) -> float:
+    choices = [range(1, len(each.energies) + 1) for each in layers.values()]
     best = -1.0
     for ranks in itertools.product(*choices):
         cost = sum(rank * each.cost for rank, each in zip(ranks, layers.values(), strict=True))
@@ -35,24 +35,24 @@ LAYERS = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(LAYERS, st.integers(0, 60), st.integers(0, 2))
-def test_no_other_ranks_hold_more(drawn: list[tuple[int, list[float]]], spare: int, least: int) -> None:
+@given(LAYERS, st.integers(0, 60))
+def test_no_other_ranks_hold_more(drawn: list[tuple[int, list[float]]], spare: int) -> None:
     layers = {
         str(place): spectrum(sorted(map(float, values), reverse=True), cost)
         for place, (cost, values) in enumerate(drawn)
     }
-    budget = sum(min(least, len(each.energies)) * each.cost for each in layers.values()) + spare
-    ranks = allocate(layers, budget, least=least)
+    budget = sum(each.cost for each in layers.values()) + spare
+    ranks = allocate(layers, budget)
     assert list(ranks) == list(layers)
     assert sum(rank * layers[name].cost for name, rank in ranks.items()) <= budget
-    assert all(min(least, len(layers[n].energies)) <= rank <= len(layers[n].energies) for n, rank in ranks.items())
+    assert all(1 <= rank <= len(layers[n].energies) for n, rank in ranks.items())
     held = sum(float(layers[name].energies[:rank].sum()) for name, rank in ranks.items())
-    assert held == pytest.approx(best_by_trying(layers, budget, least), rel=1e-12, abs=1e-12)
+    assert held == pytest.approx(best_by_trying(layers, budget), rel=1e-12, abs=1e-12)
 
 
 def test_where_the_densest_components_are_not_the_best() -> None:
-    layers = {"dense": spectrum([7.0], 6), "wide": spectrum([5.0, 5.0], 5)}
-    assert allocate(layers, 10, least=0) == {"dense": 0, "wide": 2}
+    layers = {"dense": spectrum([9.0, 7.0], 6), "wide": spectrum([9.0, 5.0, 5.0], 5)}
+    assert allocate(layers, 6 + 5 + 10) == {"dense": 1, "wide": 3}
 
 
 def test_a_model_of_many_layers_in_a_moment() -> None:

@@ -72,6 +72,13 @@ def arguments_of(verb: str, root: Path, tmp_path: Path) -> list[str]:
     return [verb, *(each.format(root=root, tmp=tmp_path) for each in RESULTS[verb][0])]
 
 
+def test_help_shows_the_whole_summary_of_every_verb() -> None:
+    listed = invoke("--help").stdout.partition("Commands:")[2].split("\n")
+    summaries = dict(line.split(maxsplit=1) for line in listed if line)
+    assert list(summaries) == list(VERBS)
+    assert not [text for text in summaries.values() if not text.endswith(".") or text.endswith("...")]
+
+
 def test_every_verb_is_here() -> None:
     assert set(RESULTS) | UNCHECKED == set(VERBS)
 

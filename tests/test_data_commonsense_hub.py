@@ -141,7 +141,7 @@ def test_no_connection_is_one_line(hub):
 
 
 def test_unknown_split(hub):
-    with pytest.raises(UserError, match=r"boolq \(google/boolq\): no split 'validation', allowed: train, test"):
+    with pytest.raises(UserError, match=r"boolq \(google/boolq\): no split 'validation', must be one of train, test"):
         load_source(SourceConfig(task="boolq"), "validation")
 
 

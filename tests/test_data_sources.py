@@ -177,7 +177,7 @@ def test_demo_tasks():
     assert {example.task for example in examples} == {task}
     assert {example.task for example in load_source(SourceConfig(task=task, name="f"))} == {"f"}
     assert faults_of(SourceConfig(task=task), "trian") == (
-        f"{task}: no split 'trian', allowed: train, validation, test. Did you mean 'train'?",
+        f"{task}: no split 'trian', must be one of train, validation, test. Did you mean 'train'?",
     )
     train, validation = split_up(SourceConfig(task=task, limit=10))
     assert (len(train), validation) == (10, examples)
@@ -269,7 +269,7 @@ def test_faulty_rows(tmp_path, row, message):
 def test_an_empty_data_set(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert faults_of(SourceConfig(source=f"{tmp_path}/{name}")) == (
-        f"{tmp_path}/{name}: the data set is empty, allowed: at least one row",
+        f"{tmp_path}/{name}: the data set is empty, must have at least one row",
     )
 
 

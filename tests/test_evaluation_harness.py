@@ -104,7 +104,7 @@ def test_tasks_are_looked_up_in_the_folder_first(stand_in: dict[str, Any], tmp_p
 def test_numbers_of_the_harness_become_plain_ones(stand_in: dict[str, Any]) -> None:
     model, tokenizer = tiny_adapted.base(), tiny_tokenizer.make()
     tasks = HarnessTasks(("sums", "both"), manager="the manager")
-    result = evaluate_harness(model, tokenizer, tasks, limit=4, batch_size=3)
+    result = evaluate_harness(model, tokenizer, tasks, limit=4)
     assert result == {
         "lm_eval": "9.9",
         "tasks": {

@@ -142,12 +142,12 @@ def test_continuing_runs_only_what_is_not_done(monkeypatch, tmp_path):
     ran: list[str] = []
     monkeypatch.setattr(gpu_suite, "run_all", lambda document, out, names, *_, **__: ran.extend(names) or document)
     out = tmp_path / "gpu.json"
-    states = {"card": "done", "variants": "timed out"}
+    states = {"card": "done", "untested_choices": "timed out"}
     entries = {name: {"status": status} for name, status in states.items()}
     out.write_text(json.dumps({"smoke": True, "card": None, "failed_checks": [], "sections": entries}))
     with pytest.raises(KeyError):  # nothing ran, so no list of failed checks was made
-        gpu_suite.main(["--smoke", "--out", str(out), "--continue", "--sections", "card", "variants"])
-    assert ran == ["variants"]
+        gpu_suite.main(["--smoke", "--out", str(out), "--continue", "--sections", "card", "untested_choices"])
+    assert ran == ["untested_choices"]
 
 
 def test_without_a_gpu_the_full_suite_says_so_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -131,7 +131,9 @@ def test_measured_rates_take_the_place_of_the_stated_ones(tmp_path: Path, monkey
 
 
 def test_time_of_a_step_by_hand() -> None:
-    work = step_time.Work(1000, 500, 10, 0, quantised=True, checkpointing=True)
+    work = step_time.Work(
+        num_linear=1000, num_head=500, num_trainable=10, attention_width=0, quantised=True, checkpointing=True
+    )
     rates = step_time.Rates("x", flops=1e3, bytes=1e6, copied=1e3)
     shape = MicroBatchShape(2, 5, 8, masked=False)
     # Three passes over the base, four over the adapters; the head twice forward and backward.

@@ -200,7 +200,10 @@ def test_tokens_are_divided_evenly_or_nearly_all_alike() -> None:
 
 def test_a_plan_says_what_routing_decides() -> None:
     shape, moments = MicroBatchShape(1, 64, 63, masked=False), [Moment("forward", 0, {"activations": 2**31})]
-    close, apart = (Plan("cpu", moments, shape, 1, even_routing_bytes=share * 2**20) for share in (2640, 2000))
+    close, apart = (
+        Plan(device_kind="cpu", moments=moments, shape=shape, num_micro_batches=1, even_routing_bytes=share * 2**20)
+        for share in (2640, 2000)
+    )
     peak = close.peak_bytes
     assert peak == 2**31 + CONTEXT_BYTES["cpu"]
     assert (close.depends_on_routing, apart.depends_on_routing) == (False, True)
@@ -224,7 +227,7 @@ def test_fewer_ranks_of_experts_are_proposed() -> None:
 
 def test_a_token_meets_few_of_the_weights() -> None:
     rates, shape = Rates("round", 1e12, 1e30, 1.0), MicroBatchShape(1, 100, 0, masked=False)
-    work = Work(1000, 0, 10, 0, quantised=True, checkpointing=True)
+    work = Work(num_linear=1000, num_head=0, num_trainable=10, attention_width=0, quantised=True, checkpointing=True)
     dense, mixture = (step_seconds(each, shape, 1, rates) for each in (work, replace(work, share_met=0.25)))
     assert mixture == pytest.approx(dense / 4)
 

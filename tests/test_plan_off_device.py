@@ -135,7 +135,8 @@ def planned(budget: int, device_kind: Any, others: int) -> tuple[Recipe, Plan, l
     before = {parts.BASE: sizes.codes, parts.SCALES: sizes.scales, parts.OTHER: others}
     shape = MicroBatchShape(1, 64, 63, masked=False)
     common = {"block_bytes": sizes.block_bytes, "num_blocks": NUM_BLOCKS, "budget_bytes": budget, "step_seconds": 1.0}
-    first = Plan(device_kind, [Moment("forward", 0, before)], shape, 1, **common)  # type: ignore[arg-type]
+    moments = [Moment("forward", 0, before)]
+    first = Plan(device_kind=device_kind, moments=moments, shape=shape, num_micro_batches=1, **common)  # type: ignore[arg-type]
 
     def plan_of(recipe: Recipe) -> Plan:
         asked.append(recipe)

@@ -331,7 +331,7 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(UserError) as raised:
             load_recipe(name)
         assert str(raised.value) == expected
-    with pytest.raises(UserError, match=r"quikstart: no such recipe, allowed: .* Did you mean 'quickstart'\?"):
+    with pytest.raises(UserError, match=r"quikstart: no such recipe, must be one of .* Did you mean 'quickstart'\?"):
         recipe_text("quikstart")
 
 

@@ -299,7 +299,7 @@ def test_a_run_that_wrote_nothing_yet_has_a_page(whole: Path, tmp_path: Path) ->
     found = page(tmp_path)
     assert facts["status"]["state"] == "unfinished"
     assert "Not finished: 0 steps, no checkpoint yet." in found.text
-    assert "mix.json is not there" in found.text
+    assert "There is no mix.json" in found.text
     assert not found.tables
 
 

@@ -23,7 +23,19 @@ from tests.page_parser import Page
 from tests.run_files import timeless
 
 QUIET = Console(quiet=True)
-PLAN = MixPlan(1, 1, True, (SourcePlan("s", 9, 90, 0, 0, 1.0, 1.0, 9, 90, 1.0),))
+SOURCE = SourcePlan(
+    name="s",
+    num_examples=9,
+    num_tokens=90,
+    num_truncated=0,
+    num_dropped=0,
+    share_asked=1.0,
+    share_seen=1.0,
+    num_draws=9,
+    num_tokens_seen=90,
+    epochs=1.0,
+)
+PLAN = MixPlan(1, 1, True, (SOURCE,))
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "layer_time_3": Section("layer_cost:time_shape", 60, {"index": 2}),
     "optimizer": Section("optimizer_step:run", 60),
-    "variants": Section("variants:run", 90),
+    "untested_choices": Section("untested_choices:run", 90),
 }
 
 

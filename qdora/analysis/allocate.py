@@ -48,7 +48,7 @@ def effective_rank(spectrum: LayerSpectrum, threshold: float) -> int | None:
     return int(reached.argmax()) + 1 if reached.any() else None
 
 
-def allocate(spectra: Mapping[str, LayerSpectrum], budget: int, *, least: int = 1) -> dict[str, int]:
+def allocate(spectra: Mapping[str, LayerSpectrum], budget: int) -> dict[str, int]:
     """The ranks of largest summed energy whose parameters fit into the budget.
 
     Layers of one cost share one list of components, from the most valuable down. Branch and bound finds how many to
@@ -56,16 +56,13 @@ def allocate(spectra: Mapping[str, LayerSpectrum], budget: int, *, least: int = 
 
     Args:
         budget: Parameters of all components together.
-        least: Rank that every layer gets first, at most its largest.
-    Returns: Layer -> rank, in the order given. Beyond `least` no component without energy is given.
-    Raises: UserError: The budget is too small for `least` everywhere.
+    Returns: Layer -> rank, at least 1, in the order given. Beyond rank 1 no component without energy is given.
+    Raises: UserError: The budget is too small for rank 1 everywhere.
     """
-    ranks = {name: min(least, len(spectrum.energies)) for name, spectrum in spectra.items()}
-    needed = sum(rank * spectra[name].cost for name, rank in ranks.items())
+    ranks = dict.fromkeys(spectra, 1)
+    needed = sum(spectrum.cost for spectrum in spectra.values())
     if needed > budget:
-        raise UserError(
-            f"--budget: must be at least {needed:,} parameters for rank {least} everywhere, got {budget:,}."
-        )
+        raise UserError(f"--budget: must be at least {needed:,} parameters for rank 1 everywhere, got {budget:,}.")
     pools = _pools(spectra, ranks)
     counts = _best_counts([energies for _, energies, _ in pools], [cost for cost, _, _ in pools], budget - needed)
     for count, (_, _, owners) in zip(counts, pools, strict=True):

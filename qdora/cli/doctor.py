@@ -16,7 +16,7 @@ def doctor(
         typer.Option("--measure", help="Also measure the speeds that `qdora plan` uses to predict times (1 minute)."),
     ] = False,
 ) -> None:
-    """Report what this machine has, what is missing, and how to fix it."""
+    """Report what this machine has, and how to fix what is missing."""
     from qdora.run.doctor import report, report_text
 
     found = report()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.options import Step, Target
+from qdora.cli.shared_options import Step, Target
 from qdora.cli.verb import emit, verb
 
 
@@ -42,7 +42,10 @@ def evaluate(
         Path | None, typer.Option(help="Folder of further harness tasks in YAML. They may run code.")
     ] = None,
 ) -> None:
-    """Score a run, an export or a bare model: NLL of the answers, accuracy, perplexity, lm-evaluation-harness."""
+    """Score a run, an export or a bare model.
+
+    The scores are NLL and accuracy on tasks, perplexity of text files, and tasks of lm-evaluation-harness.
+    """
     from qdora.files.run_directory import failures_logged
     from qdora.run.evaluate import EvalOptions, evaluate_target
 

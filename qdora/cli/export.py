@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.options import Run, Step
+from qdora.cli.shared_options import Run, Step
 from qdora.cli.verb import emit, verb
 
 
@@ -59,7 +59,10 @@ def export(
         typer.Option(help="With --format gguf: folder of llama.cpp; default: QDORA_LLAMA_CPP, then PATH."),
     ] = None,
 ) -> None:
-    """Export a run as a merged model, 4-bit files, GGUF or PEFT adapter, and compare it with the trained model."""
+    """Export a run and compare the export with the trained model.
+
+    The export is a merged model (default), 4-bit files, a GGUF file or an adapter in PEFT's format.
+    """
     from qdora.export.export_run import export_run
     from qdora.export.options import ExportOptions
     from qdora.files.run_directory import failures_logged

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qdora.cli.options import Step, Target
+from qdora.cli.shared_options import Step, Target
 from qdora.cli.verb import emit, verb, wants_json
 from qdora.errors import UserError
 
@@ -38,7 +38,10 @@ def generate(
         str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
     ] = None,
 ) -> None:
-    """Print the answer of a run, an export or a bare model to a prompt, or to each conversation of a file."""
+    """Print the answer of a run, an export or a bare model.
+
+    It answers a prompt, or each conversation of a file.
+    """
     from qdora.files.run_directory import failures_logged
     from qdora.run.generate import Sampling, answer_chats, generate_from, nowhere
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from qdora.cli.options import Recipe, Set
+from qdora.cli.shared_options import Recipe, Set
 from qdora.cli.verb import FAILURE, emit, verb
 from qdora.errors import UserError, not_one_of
 
@@ -24,9 +24,10 @@ def plan(
     ),
     figure: Annotated[Path | None, typer.Option(help="Draw the plan to this SVG file.")] = None,
 ) -> None:
-    """Predict the memory of a run and how much of each data source it uses, without loading the model.
+    """Predict the memory and time of a run, and what it reads.
 
-    The exit code is 1 if the run does not fit.
+    No weights are loaded. If the data can be read, its examples and steps are counted. The exit code is 1 if the run
+    does not fit the budget.
     """
     from qdora.recipe.recipe_file import load_recipe
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.options import Recipe, Set
+from qdora.cli.shared_options import Recipe, Set
 from qdora.cli.verb import FAILURE, emit, verb
 
 
@@ -18,9 +18,10 @@ def preview(
     number: Annotated[int, typer.Option("-n", min=0, help="Examples of each source to show.")] = 3,
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
 ) -> None:
-    """Show what the model will see of the data, token by token, and which tokens are in the loss.
+    """Show what the model will see of the data, token by token.
 
-    Only the tokenizer and the config of the model are loaded. The exit code is 1 if a run would refuse the data.
+    Tokens in the loss are marked. Only the tokenizer and the config of the model are loaded. The exit code is 1 if a
+    run would refuse the data.
     """
     from qdora.recipe.recipe_file import load_recipe
     from qdora.run.preview import preview as preview_of

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.options import Run, Step
+from qdora.cli.shared_options import Run, Step
 from qdora.cli.verb import emit, verb
 
 
@@ -47,7 +47,10 @@ def rank(
     ] = False,
     step: Step = None,
 ) -> None:
-    """Choose a rank for each layer of a run, and write a recipe with these ranks to its rank/ folder."""
+    """Choose a rank for each layer of a run.
+
+    A recipe with these ranks is written to the folder rank/ of the run.
+    """
     from qdora.files.run_directory import failures_logged
     from qdora.run.rank import RankSettings, rank_run
 

@@ -18,7 +18,10 @@ def report(
         Path | None, typer.Option(help="Directory of the report; default: the run itself, or report/ in the study.")
     ] = None,
 ) -> None:
-    """Write the report of a run (one HTML page) or of a study (one HTML page, Markdown, CSV and Parquet)."""
+    """Write the report of a run or of a study.
+
+    That of a run is one HTML page. That of a study also has Markdown, CSV and Parquet files.
+    """
     if (directory / "study.json").is_file():
         from qdora.study.report import report_run
 

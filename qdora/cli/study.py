@@ -19,7 +19,7 @@ def study(
     ] = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Run only part I of N of the cells.")] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run cells again that failed too often.")
+        bool, typer.Option("--retry-failed", help="Run the cells again that failed too often.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell and print what would run.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Submit this many processes and end.")] = None,
@@ -29,7 +29,10 @@ def study(
         typer.Option(metavar="KEY=VALUE", help="With --jobs: an option of submitit, such as timeout_min=600."),
     ] = None,
 ) -> None:
-    """Run a grid of recipes, each cell once, in any number of processes. A second call continues the study."""
+    """Run a grid of recipes, each cell once.
+
+    Any number of processes can work on one study. The same command continues an interrupted study.
+    """
     from qdora.study.runner import study_run, submit_study
 
     if jobs is not None:

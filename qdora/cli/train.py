@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.options import Recipe, Set
+from qdora.cli.shared_options import Recipe, Set
 from qdora.cli.verb import emit, verb
 from qdora.errors import Interrupted
 
@@ -24,7 +24,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the plan exceeds memory.budget.")] = False,
 ) -> None:
-    """Train an adapter: load the base in 4 bits, train on the mix, evaluate, save."""
+    """Train a recipe: load the base, train, evaluate, save."""
     from qdora.recipe.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from qdora.cli.options import Recipe, Set
+from qdora.cli.shared_options import Recipe, Set
 from qdora.cli.verb import emit, verb
 from qdora.errors import UserError
 
 
 @verb
 def validate(recipe: Recipe, set_: Set = None) -> None:
-    """Check the settings and paths of a recipe and print it with all defaults.
+    """Check a recipe and print it with all defaults.
 
-    With data.too_long: error the data on this machine is read, for examples that are too long. `plan` reads all data.
+    Settings and paths are checked. With `data.too_long: error` the data on this machine is also read, and examples
+    that are too long are reported. `qdora plan` reads all data.
     """
     from qdora.recipe.recipe_file import load_recipe, missing_files, resolved_yaml, settings
 
@@ -21,7 +22,7 @@ def validate(recipe: Recipe, set_: Set = None) -> None:
         raise UserError(*faults)
     local = [source.label for source in loaded.data.mix if source.is_local]
     if loaded.data.too_long == "error" and local:
-        from qdora.run.local_data import check_lengths
+        from qdora.run.prepare import check_lengths
 
         check_lengths(loaded, local)
     emit(settings(loaded), plain=resolved_yaml(loaded))

@@ -85,7 +85,7 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
         labels = [source.label for source in recipe.data.mix]
         return {label: list(found) for label, found in zip(labels, train, strict=True) if label in sources}
     faults = [
-        f"--split: {label} has no {split} split, allowed: validation, train."
+        f"--split: {label} has no {split} split, must be one of validation, train."
         for label, source in sources.items()
         if not has_split(source, split)
     ]
@@ -204,7 +204,7 @@ def num_steps_of(recipe: Recipe, loader: StepLoader) -> int:
     return loader.steps_for_epochs(recipe.train.epochs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourcePlan:
     """One source over the steps of a run.
 

@@ -47,7 +47,7 @@ def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:
     choices = _choices(row)
     gold = _answer_index(row, len(choices))
     prompt, continuations = TEMPLATES.get(task, _question)(row, question, choices)
-    return Example(label, row_id(row, id), prompt, continuations[gold], continuations, gold)
+    return Example(label, row_id(row, id), prompt, continuations[gold], choices=continuations, gold=gold)
 
 
 def _choices(row: Row) -> tuple[str, ...]:
@@ -210,7 +210,9 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
     place = HUB_TASKS[task]
     if split not in place.splits:
         allowed = ", ".join(place.splits)
-        raise UserError(f"{task} ({place.id}): no split {split!r}, allowed: {allowed}.{nearest(split, place.splits)}")
+        raise UserError(
+            f"{task} ({place.id}): no split {split!r}, must be one of {allowed}.{nearest(split, place.splits)}"
+        )
     pattern = place.files.format(split=place.splits[split])
     commit = revision or place.revision
     where = f"{place.id}@{commit}"

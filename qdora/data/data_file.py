@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from qdora.errors import UserError
-from qdora.files.samples import sampled
+from qdora.files.sampled_digest import sampled_digest
 from qdora.recipe.data_settings import COMPRESSED_SUFFIXES
 
 
@@ -68,5 +68,5 @@ def readable(path: Path) -> Iterator[None]:
 def identity_of(path: Path) -> str:
     """Name, size, time and samples of a file as text, which changes when the content does, but for rare exceptions."""
     with readable(path):
-        facts, digest = sampled(path)
+        facts, digest = sampled_digest(path)
     return f"{path.name} {facts.st_size} {facts.st_mtime_ns} {digest}"

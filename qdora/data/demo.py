@@ -59,9 +59,9 @@ def examples(family: str, split: str) -> list[Example]:
     faults = []
     if family not in FAMILIES:
         names = ", ".join(f"demo/{name}" for name in FAMILIES)
-        faults.append(f"demo/{family}: no such task, allowed: {names}.{nearest(family, FAMILIES)}")
+        faults.append(f"demo/{family}: no such task, must be one of {names}.{nearest(family, FAMILIES)}")
     if split not in SPLITS:
-        faults.append(f"demo/{family}: no split {split!r}, allowed: {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
+        faults.append(f"demo/{family}: no split {split!r}, must be one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
     if faults:
         raise UserError(*faults)
     return list(_examples(family, cast(Split, split)))

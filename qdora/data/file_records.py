@@ -67,7 +67,7 @@ def record_file(path: Path) -> RecordFile:
 
 def json_lines(path: Path) -> RecordFile:
     """One object a line."""
-    return RecordFile(path, "line", 0, 1, split_lines, json_entry)
+    return RecordFile(path, unit="line", place=0, number=1, split=split_lines, parse=json_entry)
 
 
 def split_lines(file: BinaryIO, place: int, number: int) -> Iterator[Record]:
@@ -101,7 +101,8 @@ def _json(path: Path) -> RecordFile:
     """A list of objects, one object, or JSON lines under the wrong ending."""
     start = _first_bytes(path)
     if start[1] == b"[":
-        return RecordFile(path, "row", start[0] + 1, 0, partial(_list_items, path), json_entry)
+        items = partial(_list_items, path)
+        return RecordFile(path, unit="row", place=start[0] + 1, number=0, split=items, parse=json_entry)
     with open_bytes(path) as file:
         lines = (line for line in file if line.strip(_BLANK))
         is_lines = isinstance(json_entry(next(lines, b"{}")), dict) and next(lines, None) is not None
@@ -132,7 +133,9 @@ def _one_value(path: Path) -> RecordFile:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict) or any(isinstance(entry, list) and entry for entry in value.values()):
         raise UserError(f"{path}: must be a list of objects, or one object a line, got {shown(value)}")
-    return RecordFile(path, "row", 0, 0, lambda file, *_: iter([(0, 0, file.read())]), json_entry)
+    return RecordFile(
+        path, unit="row", place=0, number=0, split=lambda file, *_: iter([(0, 0, file.read())]), parse=json_entry
+    )
 
 
 _STRUCTURE = json.JSONDecoder(strict=False, parse_int=str, parse_float=str)
@@ -245,7 +248,7 @@ def _csv(path: Path, delimiter: str) -> RecordFile:
         return RowFault(f"has {len(cells)} cells, the first line names {len(names)} columns")
 
     next_number = number + record.count(b"\n")
-    return RecordFile(path, "line", place + len(record), next_number, split, parse)
+    return RecordFile(path, unit="line", place=place + len(record), number=next_number, split=split, parse=parse)
 
 
 def _split_csv(path: Path, delimiter: str, file: BinaryIO, place: int, number: int) -> Iterator[Record]:
@@ -296,7 +299,7 @@ def _next_row(reader: Iterator[list[str]]) -> list[str]:
 
 def _text(path: Path) -> RecordFile:
     """One row {"text": ...} for each document; documents are separated by blank lines."""
-    return RecordFile(path, "line", 0, 1, _split_text, _document)
+    return RecordFile(path, unit="line", place=0, number=1, split=_split_text, parse=_document)
 
 
 def _split_text(file: BinaryIO, place: int, number: int) -> Iterator[Record]:

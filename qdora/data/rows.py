@@ -93,7 +93,7 @@ def check_encodable(text: str) -> None:
 
 def empty_data_set(where: object) -> str:
     """The error line for a file, folder or data set on the Hub without a row."""
-    return f"{where}: the data set is empty, allowed: at least one row"
+    return f"{where}: the data set is empty, must have at least one row"
 
 
 def between(indices: Sequence[int], first: int, stop: int) -> Sequence[int]:

@@ -1,14 +1,16 @@
-"""The first examples of a mix as the model sees them, for people: kept in the run directory as examples.json."""
+"""Examples as the model sees them, for people: what each token says, whether it is in the loss, and which are special.
+
+The first examples of a mix are kept in the run directory as examples.json.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain, islice, zip_longest
 from typing import Any
 
 from qdora.data.stream import ExampleStream
-from qdora.data.token_pieces import token_pieces
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.files.run_directory import RunDirectory
 
@@ -16,6 +18,9 @@ EXAMPLES_FILE = "examples.json"
 _NUM_SHOWN = 3
 _MOST_TOKENS = 400
 """Tokens of an example that are shown; of a longer one the middle is left out."""
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_MOST_BYTES = 4  # of a character in UTF-8, and so the most tokens that it takes
 
 
 def keep_examples(run: RunDirectory, sources: Sequence[TokenizedSet | ExampleStream], tokenizer: Any) -> None:
@@ -51,3 +56,55 @@ def shown_example(source: str, example: TokenizedExample, tokenizer: Any) -> dic
         "left_out": left_out,
         "left_out_behind": half,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPiece:
+    """One token of an example.
+
+    Attributes:
+        text: What the token adds to the text of those before it. Empty for the first tokens of a character that several
+            tokens spell out byte by byte: the last of them has it.
+        in_loss: Whether the token is a label.
+        is_special: Whether the tokenizer calls it special, such as an end mark.
+    """
+
+    text: str
+    in_loss: bool
+    is_special: bool
+
+
+def token_pieces(tokenizer: Any, input_ids: Sequence[int], loss_mask: Sequence[bool]) -> list[TokenPiece]:
+    """The piece of each token; all texts joined are the decoded text, special tokens included.
+
+    Args:
+        input_ids, loss_mask: (length,) each, as in `TokenizedExample`.
+    """
+    ids = [int(each) for each in input_ids]
+    special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= set(tokenizer.all_special_ids)
+
+    def decoded(start: int, end: int) -> str:
+        text: str = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def is_unfinished(start: int, end: int, text: str) -> bool:
+        """Whether the last character of the text of [start:end] becomes another one with the tokens that follow."""
+        if not text.endswith(_BROKEN):
+            return False
+        longer = (decoded(start, more) for more in range(end + 1, min(end + _MOST_BYTES, len(ids) + 1)))
+        return any(len(each) <= len(text) or not each.startswith(text) for each in longer)
+
+    texts: list[str] = []
+    # A token is decoded behind the ones before it, since some decoders strip the space of the first. Tokens before
+    # `done` have their text; those from it on are bytes of an unfinished character.
+    start = done = 0
+    for index in range(len(ids)):
+        before, now = decoded(start, done), decoded(start, index + 1)
+        if is_unfinished(start, index + 1, now):
+            texts.append("")
+        else:
+            texts.append(now[len(before) :])
+            start, done = done, index + 1
+    both = zip(ids, texts, loss_mask, strict=True)
+    return [TokenPiece(text, bool(learnt), number in special) for number, text, learnt in both]

@@ -33,7 +33,7 @@ _MENDED_BYTES, _MENDED_SHARE = 2**20, 0.01
 logger = logging.getLogger("qdora")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StreamPosition:
     """Where a stream stands. To resume, one window of rows is read again.
 

@@ -168,8 +168,8 @@ def _read(file: Path) -> TokenizedSet | None:
             for task, id, start, end in zip(arrays["tasks"].tolist(), record["ids"], starts, ends, strict=False)
         )
         num_truncated, num_dropped = record["counts"]
-        unused, notes = tuple(record["unused"]), tuple(record["notes"])
-        return TokenizedSet(record["name"], examples, num_truncated, num_dropped, unused, notes)
+        named = {name: tuple(record[name]) for name in ("unused", "notes")}
+        return TokenizedSet(record["name"], examples, num_truncated, num_dropped, **named)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:

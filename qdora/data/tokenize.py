@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -203,6 +203,7 @@ class ExampleTally:
     name: str
     max_length: int
     too_long: TooLong
+    _: KW_ONLY
     num_truncated: int = 0
     num_dropped: int = 0
     lengths: array[int] = field(default_factory=lambda: array("I"))

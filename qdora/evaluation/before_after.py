@@ -44,11 +44,11 @@ def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: Lo
     for name in names:
         pairs.append(paired_scores(old_records.get(name, []), new_records.get(name, []), metric))
         number = (new.get(name) or old[name])["num_examples"]
-        found.append(TaskChange(name, number, *values[name], *_interval(pairs[-1:])))
+        found.append(_change(name, number, values[name], pairs[-1:]))
     if len(names) > 1:
         total = sum(each.num_examples for each in found)
         average = _value(before, "average", metric), _value(after, "average", metric)
-        found.append(TaskChange("average", total, *average, *_interval(pairs)))
+        found.append(_change("average", total, average, pairs))
     return found
 
 
@@ -59,6 +59,14 @@ def tasks_of_other_examples(before: Mapping[str, Any], after: Mapping[str, Any])
         for found in (before, after)
     )
     return [task for task in old if task in new and old[task] != new[task]]
+
+
+def _change(
+    task: str, num_examples: int, values: tuple[float | None, float | None], pairs: Sequence[Paired | None]
+) -> TaskChange:
+    before, after = values
+    difference, lower, upper = _interval(pairs)
+    return TaskChange(task, num_examples, before, after, difference, lower=lower, upper=upper)
 
 
 def _value(tasks: Mapping[str, Any], name: str, metric: str) -> float | None:

@@ -70,7 +70,7 @@ class GeneratedAnswer:
         return "unparsable" if self.answer is None else "right" if self.answer == self.gold else "wrong"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GeneratedResult:
     """Counts of one task, or of all of them. num_right + num_wrong + num_unparsable = num_examples."""
 
@@ -140,7 +140,15 @@ def evaluate_generated(
     for task, examples in examples_by_task.items():
         chosen = spread(examples, limit)
         report = None if progress is None else partial(progress, task)
-        found = generate_answers(model, tokenizer, chosen, max_new_tokens, max_batch_tokens, path, report)
+        found = generate_answers(
+            model,
+            tokenizer,
+            chosen,
+            max_new_tokens=max_new_tokens,
+            max_batch_tokens=max_batch_tokens,
+            path=path,
+            progress=report,
+        )
         tasks[task] = _counted(found, [len(example.choices) for example in chosen])
         answers.extend(found)
     settings = {
@@ -159,6 +167,7 @@ def generate_answers(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
+    *,
     max_new_tokens: int,
     max_batch_tokens: int,
     path: ForwardPath,
@@ -348,7 +357,7 @@ def decode_greedily(
     with scoring(model):
         for batch in length_batches(order, lambda index: len(prompts[index]), fits):
             rows = _Rows(model, [prompts[index] for index in batch], path)
-            _decode(rows, batch, found, max_new_tokens, stop_ids, finished)
+            _decode(rows, batch, found, max_new_tokens=max_new_tokens, stop_ids=stop_ids, finished=finished)
             num_done += len(batch)
             if progress is not None:
                 progress(num_done, len(prompts))
@@ -359,6 +368,7 @@ def _decode(
     rows: _Rows,
     batch: Sequence[int],
     found: list[list[int]],
+    *,
     max_new_tokens: int,
     stop_ids: Collection[int],
     finished: Finished | None,

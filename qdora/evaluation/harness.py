@@ -75,7 +75,6 @@ def evaluate_harness(
     tasks: HarnessTasks,
     *,
     limit: int | None = None,
-    batch_size: int = 8,
 ) -> dict[str, Any]:
     """Run tasks; the shots are those of each task, the metrics those of the harness.
 
@@ -83,7 +82,7 @@ def evaluate_harness(
         part of the name where there is one; null where the harness gives none), `num_examples` and `num_fewshot` (null
         for groups).
     """
-    lm = as_lm(model, tokenizer, batch_size=batch_size)
+    lm = as_lm(model, tokenizer)
     import lm_eval
 
     result = lm_eval.simple_evaluate(

@@ -186,11 +186,12 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Pair
     variance = sum(part for part, _ in parts)
     stderr = math.sqrt(variance)
     if math.isnan(stderr):
-        return PairedDifference(value, math.nan, math.nan, math.nan, math.nan, num_seeds)
+        return PairedDifference(value, math.nan, math.nan, math.nan, p=math.nan, num_seeds=num_seeds)
     if variance == 0:
-        return PairedDifference(value, 0.0, value, value, _LEAST_P if value else 1.0, num_seeds)
+        return PairedDifference(value, 0.0, value, value, p=_LEAST_P if value else 1.0, num_seeds=num_seeds)
     half = _quantile(parts, 1 - confidence) * stderr
-    return PairedDifference(value, stderr, value - half, value + half, _p_value(parts, abs(value) / stderr), num_seeds)
+    p = _p_value(parts, abs(value) / stderr)
+    return PairedDifference(value, stderr, value - half, value + half, p=p, num_seeds=num_seeds)
 
 
 def paired_half_width(tasks: Sequence[Paired], confidence: float = 0.95) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from torch import nn
 from qdora.data.tokenize import encode_pairs
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
-from qdora.evaluation.token_scores import Progress, Span, score_spans, strided_spans
+from qdora.evaluation.token_scores import Span, score_spans, strided_spans
 
 DEFAULT_WINDOW = 2048
 """Tokens of a window where the model allows as many: the length in published WikiText perplexities."""
@@ -57,7 +57,6 @@ def text_perplexity(
     window: int | None = None,
     stride: int | None = None,
     max_batch_tokens: int = 4096,
-    progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of whole texts, each on its own.
 
@@ -89,7 +88,7 @@ def text_perplexity(
         spans.extend(strided_spans(ids, window, stride))
     if not spans:
         raise UserError(f"perplexity: no token can be scored in {num_texts} texts with {num_bytes} bytes")
-    scores = score_spans(model, spans, max_batch_tokens=max_batch_tokens, progress=progress)
+    scores = score_spans(model, spans, max_batch_tokens=max_batch_tokens)
     return Perplexity(
         nll_sum=-float(scores.sum()),
         num_tokens=sum(span.num_scored for span in spans),

@@ -34,7 +34,7 @@ SuiteProgress = Callable[[str, int, int], None]
 """progress(task, num_done, num_total), called after every batch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskResult:
     """Metrics of one task, or their average over tasks; definitions in `qdora.evaluation.metrics`.
 
@@ -123,7 +123,7 @@ def evaluate(
     for task, all_examples in examples_by_task.items():
         examples = spread(all_examples, limit)
         report = None if progress is None else partial(progress, task)
-        choices, answers = _score(model, tokenizer, examples, path, max_batch_tokens, report)
+        choices, answers = _score(model, tokenizer, examples, path, max_batch_tokens=max_batch_tokens, progress=report)
         _check_finite(task, choices, answers)
         tasks[task] = _task_result(choices, answers)
         if per_example:
@@ -221,6 +221,7 @@ def _score(
     tokenizer: Any,
     examples: Sequence[Example],
     path: ForwardPath,
+    *,
     max_batch_tokens: int,
     progress: Progress | None,
 ) -> tuple[list[ChoiceScores], list[AnswerScore]]:
@@ -389,8 +390,8 @@ def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[Worse
             pair = [each.get(task, []) for each in singles]
             lower = _paired_lower(pair, metric, sign) if all(pair) else _apart_lower(old, result, metric, sign)
             if lower > 0:
-                values = getattr(old, metric), getattr(result, metric)
-                found.append(WorseTask(task, metric, *values, lower, before, after))
+                old_value, value = getattr(old, metric), getattr(result, metric)
+                found.append(WorseTask(task, metric, old_value, value, lower, average_base=before, average_now=after))
     return found
 
 

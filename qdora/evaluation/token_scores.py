@@ -238,7 +238,7 @@ def _score_shared(
     for batch in length_batches(longer, width, fits):
         spans = [groups[g][j] for g, j in batch]
         prefix_rows = torch.tensor([g for g, _ in batch])
-        found = _score_rest(model, spans, prefix_rows, cache, prefix_mask, path)
+        found = _score_rest(model, spans, prefix_rows, cache, prefix_mask, path=path)
         for (g, j), score in zip(batch, found, strict=True):
             scores[g][j] += score
     return scores
@@ -250,6 +250,7 @@ def _score_rest(
     prefix_rows: Tensor,
     cache: DynamicCache,
     prefix_mask: Tensor,
+    *,
     path: ForwardPath,
 ) -> NDArray[np.float64]:
     """Scores of the tokens from the second one after the prefix on, right-padded -> (spans,) float64."""

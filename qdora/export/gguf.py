@@ -280,7 +280,7 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
     return check | {"passed": not faults, "faults": faults, "tensors": tensors.to_dict()}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TensorCheck:
     """Result of comparing the tensors of a GGUF file; an error "in units" is one of what rounding allows."""
 

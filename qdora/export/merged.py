@@ -251,10 +251,10 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     model.config._name_or_path = merge.source.name
     wide = wide_names(model, merge.compute_dtype)
     given: dict[str, Any] = {"adapter": adapter, "matrices": matrices, "linear": linear}
-    return OpenedMerge(merge, model, stored=stored, quantized=layers, wide=wide, **given)
+    return OpenedMerge(merge=merge, model=model, stored=stored, quantized=layers, wide=wide, **given)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpenedMerge:
     """A skeleton of the model (its weights are on "meta"), where its tensors are stored, and what happens to each."""
 
@@ -376,7 +376,7 @@ class OpenedMerge:
         layer = self.adapter.get(path)
         if layer is None:
             return base
-        return merged_rows(base, rows.start, layer.lora_A, layer.lora_B, layer.scaling, layer.magnitude)
+        return merged_rows(base, rows.start, layer.lora_A, layer.lora_B, layer.scaling, magnitude=layer.magnitude)
 
     def _quantized(self, name: str, weight: Tensor | RowParts) -> PackedWeight:
         quant = self.merge.quant

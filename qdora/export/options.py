@@ -125,9 +125,12 @@ def check_options(options: ExportOptions) -> None:
         if is_set and options.format not in formats
     ]
     if options.requantize and options.base == "original":
-        faults.append("--requantize: is not used with --base original: base and rounding would differ from the run.")
+        faults.append(
+            "--requantize: is not used with --base original: base and rounding would differ from the run. "
+            "Fix: remove one of them."
+        )
     if options.public and options.push is None:
-        faults.append("--public: has no effect without --push.")
+        faults.append("--public: has no effect without --push. Fix: add --push, or remove --public.")
     if faults:
         raise UserError(*faults)
     _ = options.shard_bytes  # raises

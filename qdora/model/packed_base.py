@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from qdora.errors import DiskFull, UserError
 from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_text
-from qdora.files.samples import sampled
+from qdora.files.sampled_digest import sampled_digest
 from qdora.files.tensor_file import MappedFile, write_tensors
 from qdora.model.language_part import not_loaded
 from qdora.model.load import (
@@ -370,7 +370,7 @@ def fingerprints(source: ModelSource) -> list[dict[str, Any]]:
     """Name, size, time and samples of each of a model's files, as JSON values."""
     found = []
     for file in [source.path] if source.is_gguf else [*shard_files(source.path), source.path / "config.json"]:
-        facts, samples = sampled(file)
+        facts, samples = sampled_digest(file)
         known = {"name": file.name, "size": facts.st_size, "time": facts.st_mtime_ns}
         found.append({**known, "samples": samples})
     return found

@@ -101,7 +101,7 @@ class _Settings(BaseModel):
     revision: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterLayout:
     """The modules of a PEFT adapter, their ranks and scales."""
 
@@ -247,7 +247,8 @@ def _method_faults(config: Mapping[str, Any]) -> list[str]:
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         faults.append(
             f"init_lora_weights: {init!r} changes the base weights when training starts, so the adapter does not fit "
-            "the original base. Fix: convert it, PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+            "the original base. Fix: convert it by PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     elif init not in _HARMLESS_INITS:
         faults.append(f"init_lora_weights: must be one of {', '.join(map(repr, _HARMLESS_INITS))} (got {init!r}).")

@@ -164,7 +164,7 @@ def in_parts(
     def read() -> Tensor:
         return torch.cat([part.read() for part in made]).view(shape)
 
-    return StoredTensor(key, shape, read, itemsize, dtype, made if len(shape) == 2 else None)
+    return StoredTensor(key, shape, read, itemsize, dtype, parts=made if len(shape) == 2 else None)
 
 
 def stored_rows(item: StoredTensor, rows: slice) -> Tensor:
@@ -251,7 +251,9 @@ def _settle_tied_weights(stored: Mapping[str, Stored], model: PreTrainedModel) -
         if len(items) == 2 and items[0].shape == items[1].shape and torch.equal(items[0].read(), items[1].read()):
             redundant.add(target)
             continue
-        log.warning("%s and %s differ in the checkpoint although config.json ties them: not tied.", target, origin)
+        log.warning(
+            "%s and %s differ in the checkpoint although config.json ties them, so they are not tied.", target, origin
+        )
         model.all_tied_weights_keys.pop(target)
         model.config.tie_word_embeddings = False
     return redundant

@@ -207,7 +207,7 @@ class AdaptedExperts(AdaptedLinear):
         weight = self.base.dequantized_rows(rows, wide) if base is None else base[rows].to(wide)
         keep = self.base.keep_mask(rows) if self.masked else None
         factors = (self.lora_A, self.gated_B(), self.scaling, self.magnitude)
-        return merged_rows(weight, rows.start, *factors, keep).to(dtype)
+        return merged_rows(weight, rows.start, *factors, keep_mask=keep).to(dtype)
 
     def merged_gain(self) -> Tensor | None:
         """The gain of `merged_weight`, (experts, out); None for LoRA."""
@@ -219,7 +219,7 @@ class AdaptedExperts(AdaptedLinear):
             rows = slice(expert * self.expert_features, (expert + 1) * self.expert_features)
             weight = self.base.dequantized_rows(rows, self.base.wide_dtype)
             keep = self.base.keep_mask(rows) if self.masked else None
-            adapted = merged_rows(weight, rows.start, self.lora_A, self.gated_B(), self.scaling, None, keep)
+            adapted = merged_rows(weight, rows.start, self.lora_A, self.gated_B(), self.scaling, keep_mask=keep)
             found.append(gain_of_sum(adapted, magnitude[expert]))
         return torch.stack(found)
 

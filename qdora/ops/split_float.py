@@ -19,18 +19,12 @@ def nearest_bfloat16(master: Tensor) -> Tensor:
     return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def split_float32(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32, finite -> (`nearest_bfloat16`, int16 remainder of the bit pattern).
-
-    The remainder is bits(master) - bits(high) in units of the last float32 bit; that of a tie is -2^15.
-    """
-    high = nearest_bfloat16(master)
-    bits, high_bits = master.contiguous().view(torch.int32), high.view(torch.int16).to(torch.int32) << 16
-    return high, (bits - high_bits).to(torch.int16)
-
-
 def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:
-    """`split_float32` into existing tensors, without allocating memory; `master` is contiguous and loses its values."""
+    """float32, finite -> `high`, its `nearest_bfloat16`, and `low`, the int16 remainder of the bit pattern.
+
+    The remainder is bits(master) - bits(high) in units of the last float32 bit; that of a tie is -2^15. No memory is
+    allocated: `master` is contiguous and loses its values.
+    """
     # After the carry of half of bf16's last bit the upper half of each number is the bf16. The lower half is the
     # remainder plus 2^15, and flipping the sign bit subtracts that.
     halves = master.view(-1).view(torch.int32).add_(0x8000).view(torch.int16).view(-1, 2)  # little-endian: lower first
@@ -39,6 +33,6 @@ def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:
 
 
 def join_float32(high: Tensor, low: Tensor) -> Tensor:
-    """(bfloat16, int16) -> the float32 that `split_float32` was given, bit for bit, as a new tensor."""
+    """(bfloat16, int16) -> the float32 that `split_float32_` was given, bit for bit, as a new tensor."""
     bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
     return bits.view(torch.float32)

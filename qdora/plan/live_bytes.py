@@ -51,9 +51,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     gradients of one tensor into a third instead of in place, which takes up to one such tensor more.
     """
 
-    def __init__(self, label: str = "other") -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._label = label
+        self._label = "other"
         self._counted: dict[int, _CountedStorage] = {}
         self._by_label: Counter[str] = Counter()
         self._live = 0

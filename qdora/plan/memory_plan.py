@@ -262,10 +262,10 @@ class _StepPlan:
             moments, kept = with_offloaded(moments, num_blocks)
             host_bytes += kept
         return Plan(
-            self.device_kind,
-            moments,
-            self.shape,
-            self.num_micro_batches,
+            device_kind=self.device_kind,
+            moments=moments,
+            shape=self.shape,
+            num_micro_batches=self.num_micro_batches,
             pageable_bytes=pageable_bytes(shapes, self.recipe.train.optimizer) if self.device_kind == "cuda" else 0,
             host_bytes=host_bytes,
             embedding_bytes=embedding_bytes,

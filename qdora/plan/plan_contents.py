@@ -103,7 +103,7 @@ class Change:
     neutral: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Memory and time that a run needs.
 

@@ -129,7 +129,7 @@ def rates_text(found: dict[str, dict[str, Any]]) -> str:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """Sizes that the time of a step depends on.
 

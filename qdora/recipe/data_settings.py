@@ -117,7 +117,8 @@ class SourceConfig(Section):
     columns: Annotated[dict[Text, Text], Field(min_length=1)] | None = None
     """Name that the format reads -> your name of the column: {prompt: question, completion: answer}."""
     template: TemplateConfig | None = None
-    """Makes prompt and completion from any row, in place of a format. It sees the columns, renamed ones by new name."""
+    """Makes prompt and completion from any row, in place of a format. Renamed columns have their new names
+    in it."""
     split: Text = "train"
     """Split to train on."""
     validation: Text | None = None
@@ -135,8 +136,8 @@ class SourceConfig(Section):
     size: Whole | None = None
     """Number of examples in a stream, for shares by size and for max_epochs (null: from Parquet footers or the Hub)."""
     shuffle_window: Whole = 4096
-    """Rows of a stream that are kept in memory and shuffled together. Each pass also reads the files in a new order,
-    and the parts of Parquet and JSON-lines files."""
+    """Rows of a stream that are kept in memory and shuffled together. Each pass also reads the files, and
+    the parts of Parquet and JSON-lines files, in a new order."""
     name: Text | None = None
     """Name in metrics and tables (null: the task, or the last part of source)."""
     revision: Text | None = None
@@ -215,13 +216,13 @@ class DataConfig(Section):
     """Most tokens of an example."""
     too_long: Literal["error", "truncate", "drop", "split"] = "error"
     """What to do with a longer example: stop before training (error), cut the front of its prompt, then the end of its
-    answer (truncate), drop it and count it (drop), or split plain text into examples of max_length, none of its tokens
-    lost (split). split never cuts anything else: a prompt with its answer, or a chat, that is too long stops the run
-    before training, and is a faulty row of a stream (max_bad_rows). With a streamed source the default is truncate,
+    answer (truncate), drop it and count it (drop), or split plain text into examples of max_length without losing a
+    token (split). split never cuts anything else: a prompt with its answer, or a chat, that is too long stops the run
+    before training; in a stream it is a faulty row (max_bad_rows). With a streamed source the default is truncate,
     since its lengths are not known before training."""
     max_bad_rows: WholeOrZero | None = None
     """Most faulty rows that a pass over a stream may have. They are skipped, counted and reported (null: 10, or 0.1 %
-    of the rows where that is more)."""
+    of the rows if that is more)."""
     packing: Flag = False
     """Put several examples into one row of at most max_length tokens, which saves padding. Each example is trained as
     if it were alone. A model that cannot keep them apart is refused."""

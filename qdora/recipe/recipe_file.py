@@ -122,7 +122,7 @@ def recipe_text(name: str) -> str:
     """The YAML of a shipped recipe with its comments; UserError if there is none of that name."""
     names = recipe_names()
     if name not in names:
-        raise UserError(f"{masked(name)}: no such recipe, allowed: {', '.join(names)}.{nearest(name, names)}")
+        raise UserError(f"{masked(name)}: no such recipe, must be one of {', '.join(names)}.{nearest(name, names)}")
     return resources.files("qdora.recipe").joinpath("shipped", f"{name}.yaml").read_text(encoding="utf-8")
 
 

@@ -244,13 +244,12 @@ class BaseWeightsConfig(Section):
 
 
 class ExpertConfig(Section):
-    """The adapters of a mixture's experts, of which it has many times as many as other layers."""
+    """The adapters of the experts of a mixture, which are many times as many as its other layers."""
 
     rank: Whole | None = None
     """Rank of the adapters of experts that no rank_pattern names (null: that of the other layers)."""
     share: Literal["none", "A", "B"] = "none"
-    """Let all experts of a block share lora_A or lora_B: fewer parameters, of lora_A (rank, in) instead of (experts,
-    rank, in)."""
+    """Let all experts of a stack share lora_A or lora_B. A shared lora_A is (rank, in), not (experts, rank, in)."""
 
 
 class AdapterConfig(Section):
@@ -291,7 +290,7 @@ class AdapterConfig(Section):
     trained with it."""
     also_train_rows: Literal["new", "all"] = "new"
     """new: only the rows of model.add_tokens, in float32; all other rows stay as they are, bit for bit. all: whole
-    matrices. Neither decays."""
+    matrices. Weight decay applies to neither."""
     resume_from: Text | None = None
     """Directory of an adapter to continue from; its rank, alpha, targets and layout are kept."""
 

@@ -58,7 +58,7 @@ def pieces(ids: Sequence[int], prefix: Sequence[int], settings: CalibrationConfi
     if length < 1 or len(ids) < length:
         raise UserError(
             f"base.prune.calibration.length: got {settings.length}, but the text has only {len(ids)} tokens. "
-            "Fix: shorter pieces, or more text."
+            "Fix: lower it, or give more text."
         )
     starts = np.random.default_rng(settings.seed).integers(0, len(ids) - length + 1, settings.sequences)
     return torch.tensor([[*prefix, *ids[start : start + length]] for start in starts], dtype=torch.int64)

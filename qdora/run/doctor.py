@@ -93,7 +93,10 @@ def problems(found: dict[str, Any]) -> list[dict[str, str]]:
     ]
     disks = {"this disk": found["disk"]["here_free_bytes"], "the disk of the Hub's cache": found["hub"]["free_bytes"]}
     said += [
-        (f"{free / GIB:.1f} GiB free on {place}", "free some: a 7B model takes 14 GiB, and its export another 14 GiB")
+        (
+            f"{free / GIB:.1f} GiB free on {place}",
+            "free disk space: a 7B model takes 14 GiB, and its export another 14 GiB",
+        )
         for place, free in disks.items()
         if free is not None and free < 20 * GIB
     ]

@@ -133,8 +133,8 @@ def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, d
     if residency == "host" and differentiated:
         residency = "device"
     if residency != chosen.residency:
-        why = "the whole base is needed at once" if residency == "device" else f"computing on {device.type}"
-        logger.info("base.residency: %s instead of %s: %s.", residency, chosen.residency, why)
+        why = "the whole base is needed at once" if residency == "device" else f"the run computes on {device.type}"
+        logger.info("base.residency: using %s instead of %s, because %s.", residency, chosen.residency, why)
     blocks = None if residency == "device" else chosen.streamed_blocks
     base = recipe.base.model_copy(update={"residency": residency, "streamed_blocks": blocks})
     memory = recipe.memory.model_copy(update={"host_embeddings": chosen.host_embeddings})

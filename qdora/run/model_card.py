@@ -77,13 +77,14 @@ _CHECKED: dict[Form, str] = {
 }
 
 
-def card_files(
-    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, *, form: Form
-) -> dict[str, str]:
-    """Name -> text of the card of an export and of the licence files of its base. Arguments as of `run_card`."""
+def card_files(run: RunDirectory, recipe: Recipe, state: str, *, form: Form) -> dict[str, str]:
+    """Name -> text of the card of an export before its check, and of the licence files of its base.
+
+    Args: As of `run_card`.
+    """
     source = _source(recipe)
     files = {} if source is None else licence_files(source)
-    return files | {"README.md": run_card(run, recipe, state, check, form=form)}
+    return files | {"README.md": run_card(run, recipe, state, form=form)}
 
 
 def run_card(

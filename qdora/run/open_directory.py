@@ -48,7 +48,7 @@ def _keep_chat_template(run: RunDirectory, text: str) -> None:
     file = run.inside(CHAT_TEMPLATE_FILE)
     if run.has_begun and file.is_file() and file.read_text(encoding="utf-8") != text:
         raise UserError(
-            f"{run.path}: data.chat_template differs from {file}, with which the run began. Fix: give that."
+            f"{run.path}: data.chat_template differs from {file}, with which the run began. Fix: name that file."
         )
     atomic_write_text(file, text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from qdora.data.build_data import (
     read_data,
     show_mix,
     tokenized_mix,
+    tokenized_sources,
 )
 from qdora.data.chat_template import set_chat_date
 from qdora.data.example import Example
@@ -30,7 +31,7 @@ from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.shown_examples import keep_examples
 from qdora.data.tokenize import TokenizedSet
-from qdora.errors import UserError
+from qdora.errors import HubFailure, UserError
 from qdora.evaluation.generation import generation_faults
 from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source, token_ids
@@ -225,3 +226,20 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
             if getattr(recipe.memory, name)
         ]
     return faults
+
+
+def check_lengths(recipe: Recipe, names: Collection[str]) -> None:
+    """Read and tokenise some sources as a run does at its start, for `qdora validate`; `data.cache` keeps the tokens.
+
+    Without a tokenizer a note says that nothing was checked.
+
+    Raises:
+        UserError: Faulty rows, and with data.too_long: error examples that are too long, of all these sources at once.
+    """
+    try:
+        _, tokenizer = find_model(recipe, weights=False)
+    except HubFailure as error:  # anything else a run would refuse, too
+        logger.info("The lengths of the examples are not checked: there is no tokenizer: %s", error.faults[0])
+        return
+    train, _ = read_data(recipe.data, names)
+    tokenized_sources(recipe.data, tokenizer, train, names)

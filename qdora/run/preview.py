@@ -45,7 +45,7 @@ class LengthBar:
     num_examples: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourcePreview:
     """What the rows of a source that were read become.
 
@@ -133,7 +133,14 @@ def preview(recipe: Recipe, where: str, num_shown: int) -> Preview:
             faults.extend(f"data.mix[{number}]: {fault}" for fault in error.faults)
     if faults:
         raise UserError(*faults)
-    return Preview(where, recipe.model.source, data.max_length, data.too_long, data.loss_on, tuple(found))
+    return Preview(
+        recipe=where,
+        model=recipe.model.source,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        loss_on=data.loss_on,
+        sources=tuple(found),
+    )
 
 
 def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: int) -> SourcePreview:

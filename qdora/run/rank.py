@@ -116,7 +116,8 @@ class RankSettings:
         if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
             faults.append(
                 f"--budget: got {self.budget or '100% (default)'}, must be less than 100% with --method svd: an update "
-                "has no components beyond the run's ranks, so all ranks would stay. Fix: --budget 50%, or --threshold."
+                "has no components beyond the run's ranks, so all ranks would stay. "
+                "Fix: use --budget 50% or --threshold."
             )
         if faults:
             raise UserError(*faults)
@@ -182,7 +183,7 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
     if adapter.mask == "keep" and asked.method == "svd":
         faults.append(
             f"{path}: --method svd: with adapter.mask keep the rank of the update is not that of B A, so its singular "
-            "values say nothing about ranks. Fix: --method curvature or gradient."
+            "values say nothing about ranks. Fix: use --method curvature or gradient."
         )
     return faults
 

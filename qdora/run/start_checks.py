@@ -99,7 +99,7 @@ def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) 
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Learnt:
     """What is in the loss of a source.
 

@@ -29,7 +29,7 @@ Records = Sequence[Mapping[str, Any]]
 """Cells as `Cell.record` gives them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """One value of the compared axis in one context: the labels of the axes that are not compared, tuned or seeds.
 

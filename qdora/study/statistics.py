@@ -48,11 +48,6 @@ class Interval:
     lower: float
     upper: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the interval; False if there is none."""
-        return self.lower > 0 or self.upper < 0
-
 
 def mean_interval(tasks: Sequence[TaskScores], confidence: float = 0.95) -> Interval:
     """The macro average of the first series, with its t interval over examples and seeds (`paired_difference`)."""

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from qdora.data.shown_examples import shown_examples
-from qdora.data.token_pieces import token_pieces
+from qdora.data.shown_examples import shown_examples, token_pieces
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.files.visible_text import visible
 from tests import tiny_tokenizer

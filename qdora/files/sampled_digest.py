@@ -1,4 +1,4 @@
-"""What stands for the content of a file that is too long to read whole."""
+"""A digest of samples of a file, for files that are too long to read whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
 
 
-def sampled(path: Path) -> tuple[os.stat_result, str]:
+def sampled_digest(path: Path) -> tuple[os.stat_result, str]:
     """Size and times of a file, and the SHA-256 of samples of it: all bytes of a 70B model would take minutes."""
     facts, digest = path.stat(), hashlib.sha256()
     with path.open("rb") as stream:
