@@ -134,7 +134,7 @@ def one_study(scenario: Scenario, store: StudyDirectory, draw: np.random.Generat
         if not arm.is_trained:
             continue
         truth = BASE + LOST - GAINED + (0.0 if arm.chosen["train.lr"] == RATES[1] else scenario.worse)
-        found = quality(arm, compare, results, compare.metric, part)
+        found = quality(arm, results, compare.metric, part)
         assert found is not None
         said["score"].append(not found[0].lower <= truth <= found[0].upper)
         ratio, reason = repair(arm, compare, results, part)

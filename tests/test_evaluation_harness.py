@@ -118,7 +118,7 @@ def test_numbers_of_the_harness_become_plain_ones(stand_in: dict[str, Any]) -> N
         },
     }
     options = stand_in["options"]
-    assert options["model"] == {"pretrained": model, "tokenizer": tokenizer, "backend": "causal", "batch_size": 3}
+    assert options["model"] == {"pretrained": model, "tokenizer": tokenizer, "backend": "causal", "batch_size": 8}
     assert (options["tasks"], options["task_manager"], options["limit"]) == (["sums", "both"], "the manager", 4)
     rows = [list(column.cells) for column in harness_table(result).columns]
     assert list(zip(*rows, strict=True)) == [

@@ -364,7 +364,7 @@ def _first(spectrum: LayerSpectrum, most: int) -> LayerSpectrum:
 def _chosen(adapted: Mapping[str, AdaptedLinear], patterns: Sequence[str]) -> dict[str, AdaptedLinear]:
     last_parts = sorted({name.rpartition(".")[2] for name in adapted})
     faults = [
-        f"--layers: {pattern!r} matches no adapted layer, must be {', '.join(last_parts)}, a path or a pattern."
+        f"--layers: {pattern!r} matches no adapted layer, must be one of {', '.join(last_parts)}, a path or a pattern."
         f"{nearest(pattern, last_parts)}"
         for pattern in patterns
         if not any(matches(name, pattern) for name in adapted)

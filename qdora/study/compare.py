@@ -323,9 +323,7 @@ def _against_a_winner(row: dict[str, Any], compare: CompareConfig) -> list[str]:
     return reasons
 
 
-def quality(
-    arm: Arm, compare: CompareConfig, results: Results, measure: str, part: Part
-) -> tuple[Interval, int] | None:
+def quality(arm: Arm, results: Results, measure: str, part: Part) -> tuple[Interval, int] | None:
     """Mean of a measure over the arm's seeds with its interval, and the number of examples; None if not measured."""
     tasks = stacked([[results.scores(key) for key in arm.seeds.values()]], measure, part)
     if not tasks:

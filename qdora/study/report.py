@@ -225,7 +225,7 @@ def _arm_row(arm: Arm, axes: Sequence[str], compare: CompareConfig, results: Res
     row |= {axis: arm.chosen.get(axis, "") for axis in compare.choose}
     row |= {"at_edge": arm.at_edge, "num_seeds": len(arm.seeds), "num_missing": arm.num_missing}
     for measure in HIGHER_IS_BETTER:
-        found = quality(arm, compare, results, measure, part)
+        found = quality(arm, results, measure, part)
         if found is not None:
             interval, num_examples = found
             row |= {"num_examples": num_examples} if measure == compare.metric else {}
