@@ -92,3 +92,19 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """The allowed name closest to `name` as ' Did you mean ...?', or '' if none is close."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def nearest_entry(directory: Path, name: str) -> str:
+    """' Did you mean ...?' for a missing entry of a directory, or '' if none is close."""
+    try:
+        return nearest(name, [entry.name for entry in directory.iterdir()])
+    except OSError:
+        return ""
+
+
+def nearest_path(path: Path) -> str:
+    """' Did you mean ...?' for the first missing part of a path, or '' if no name beside it is close."""
+    missing = path
+    while not missing.parent.exists() and missing.parent != missing:
+        missing = missing.parent
+    return nearest_entry(missing.parent, missing.name)

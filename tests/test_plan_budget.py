@@ -20,6 +20,7 @@ from qdora.plan.plan_contents import MicroBatchShape
 from qdora.plan.plan_view import bar_text, plan_run
 from qdora.plan.workload import workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
+from qdora.recipe.recipe_file import override
 from qdora.run import load_base
 from qdora.run.train import train_run
 from tests import tiny_run
@@ -105,6 +106,17 @@ def test_a_plan_is_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert part in shown.getvalue()
     with pytest.raises(UserError, match=r"^--budget: must be a number with B, KB, .*, got 'much'"):
         plan_run(recipe, "r.yaml", budget="much")
+
+
+def test_proposed_changes_are_options_of_the_command_line(tmp_path: Path) -> None:
+    recipe, shown = tiny_run.one_layer_recipe(tmp_path, adapter__rank=16), io.StringIO()
+    plan_run(recipe, "r.yaml", budget="1MiB", console=Console(file=shown))
+    proposed = [line.partition(": ")[0] for line in shown.getvalue().splitlines() if line.startswith("  -s ")]
+    [rank] = [line for line in proposed if "adapter.rank" in line]
+    words = rank.split()
+    assert words[::2] == ["-s", "-s"]
+    adapter = override(recipe, words[1::2]).adapter
+    assert (adapter.rank, adapter.alpha) == (8, recipe.adapter.alpha / 2)
 
 
 def test_a_plan_does_without_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,24 @@ trackers: [wandbb]
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("train.learning_rate", "lr"),
+        ("train.max_steps", "steps"),
+        ("adapter.r", "rank"),
+        ("adapter.lora_alpha", "alpha"),
+        ("train.max_seq_length", "data.max_length"),
+        ("lora_r", "adapter.rank"),
+        ("train.max_skip", "max_skips"),
+    ],
+)
+def test_names_of_other_trainers_are_understood(given: str, meant: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_recipe("tiny", [f"{given}=8"])
+    assert raised.value.faults[0].endswith(f". Did you mean '{meant}'?")
+
+
 def recipe_schema(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json_schema()["$defs"][name]
     return found
@@ -648,6 +666,16 @@ def test_paths_start_at_the_file_and_in_overrides_at_the_current_directory(
         f"r.yaml: data.mix[0].source: no such file or directory, got {folder / 'chat.jsonl'}.",
         f"r.yaml: data.mix[0].validation: no such file or directory, got {tmp_path / 'val.jsonl'}.",
     ]
+
+
+def test_missing_files_of_a_recipe_name_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "chat.jsonl").touch()
+    for path, there in (("chta.jsonl", "chat.jsonl"), ("dta/x.jsonl", "data"), ("chat.jsonl*x", "")):
+        document = section("data", mix=[{"source": path}]) | {"model": {"source": "builtin"}}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(document))
+        [line] = missing_files(load_recipe(tmp_path / "r.yaml"), "r.yaml")
+        assert line.endswith(f". Did you mean '{there}'?" if there else f"got {tmp_path / path}.")
 
 
 def test_what_is_a_path() -> None:

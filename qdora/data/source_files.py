@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qdora.data.data_file import ending, name_without_ending
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, nearest, nearest_path
 from qdora.recipe.data_settings import FILE_SUFFIXES, is_pattern
 
 _SPLIT_NAMES = frozenset(("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"))
@@ -53,11 +53,7 @@ def missing(path: Path) -> str:
     """The error line for a path that does not exist, with the nearest name that does."""
     if path.is_dir():
         return f"{path}: is a directory, expected a file"
-    folder = path.parent
-    while not folder.is_dir():
-        folder = folder.parent
-    wanted = path.relative_to(folder).parts[0]
-    return f"{path}: no such file.{nearest(wanted, sorted(entry.name for entry in folder.iterdir()))}"
+    return f"{path}: no such file.{nearest_path(path)}"
 
 
 def _whole_folder(folder: Path, split: str) -> list[Path]:

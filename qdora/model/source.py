@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import HubFailure, UserError, nearest
+from qdora.errors import HubFailure, UserError, nearest_entry, nearest_path
 from qdora.files.environment import user_path
 from qdora.files.json_file import read_json_object
 from qdora.model.gguf_file import require_gguf
@@ -116,7 +116,7 @@ def resolve(
             )
         return ModelSource("gguf", path, source)
     if _looks_like_path(source):
-        raise UserError(f"{setting}: {source} does not exist.{_nearest_path(path)}")
+        raise UserError(f"{setting}: {source} does not exist.{nearest_path(path)}")
     return _from_hub(source, revision, trust_remote_code, config=config, weights=weights, setting=setting)
 
 
@@ -159,7 +159,7 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
                 f"model.source: {path} holds an adapter, not a model. Fix: name the base model here, and the adapter "
                 "in adapter.resume_from."
             )
-        faults.append(f"model.source: {path} has no config.json.{_nearest(path, 'config.json')}")
+        faults.append(f"model.source: {path} has no config.json.{nearest_entry(path, 'config.json')}")
     if weights:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
         if not any(path.glob("*.safetensors*")) and pickles:
@@ -178,22 +178,6 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
 
 def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.endswith(".gguf") or _HUB_ID.fullmatch(source) is None
-
-
-def _nearest(directory: Path, name: str) -> str:
-    """' Did you mean ...' for a missing entry of a directory."""
-    try:
-        return nearest(name, [entry.name for entry in directory.iterdir()])
-    except OSError:
-        return ""
-
-
-def _nearest_path(path: Path) -> str:
-    """' Did you mean ...' for the first missing part of a path."""
-    missing = path
-    while not missing.parent.exists() and missing.parent != missing:
-        missing = missing.parent
-    return _nearest(missing.parent, missing.name)
 
 
 def _from_hub(
@@ -227,11 +211,11 @@ def _hub_reason(error: Exception, source: str, revision: str | None, setting: st
         return f"the Hub has no revision {revision!r} of it."
     nothing_here = "no such directory" if setting.startswith("model.") else "no such run or directory"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{nothing_here}, and no model of that name on the Hub.{_nearest_path(Path(source))}"
+        return f"{nothing_here}, and no model of that name on the Hub.{nearest_path(Path(source))}"
     if isinstance(error, LocalEntryNotFoundError | ConnectionError):
         return (
             f"{nothing_here}, no model of that name in the Hub's cache, and the Hub cannot be reached "
-            f"(or HF_HUB_OFFLINE is set).{_nearest_path(Path(source))}"
+            f"(or HF_HUB_OFFLINE is set).{nearest_path(Path(source))}"
         )
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}."

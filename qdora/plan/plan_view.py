@@ -154,7 +154,8 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append("To fit, change (cheapest first):" if plan.changes else "No known change makes it smaller.")
         for change in plan.changes:
             neutral = "" if change.neutral else "; changes what is trained"
-            lines.append(f"  -s {change.setting}: {size_text(change.peak_bytes)}, {change.step_seconds:.2g} s{neutral}")
+            options = f"-s {change.setting.replace(', ', ' -s ')}"
+            lines.append(f"  {options}: {size_text(change.peak_bytes)}, {change.step_seconds:.2g} s{neutral}")
         if plan.changes and plan.changes[-1].peak_bytes > (plan.budget_bytes or 0):
             lines.append("  Even with all of these it does not fit.")
     return lines

@@ -16,6 +16,30 @@ from qdora.recipe.section import Section
 from qdora.recipe.settings import Recipe
 
 _MAX_SHOWN = 60  # characters of a given value that a fault repeats
+_PEERS = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "batch_size": "batch",
+    "per_device_train_batch_size": "batch",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip",
+    "optim": "optimizer",
+    "logging_steps": "log_every",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep_checkpoints",
+    "gradient_checkpointing": "checkpointing",
+    "max_seq_length": "max_length",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "use_rslora": "rank_stabilized",
+}
+"""What transformers, TRL and PEFT call a setting -> its key here."""
 _PLAIN_TYPES = {"tuple_type": "a list", "too_short": "at least one entry", "dict_type": "a table of name: value"}
 
 
@@ -50,11 +74,11 @@ def fault_lines(error: ValidationError, root: type[Section] = Recipe) -> list[tu
 
 
 def unknown_key(section: type[Section], key: str, root: type[Section] = Recipe) -> str:
-    """'unknown key, allowed: ...' with the nearest key of this section, or the section that has this key."""
-    names = list(section.model_fields)
-    close = nearest(key, names)
+    """'unknown key, allowed: ...' with the key of this section that is meant or nearest, or the section that has it."""
+    names, meant = list(section.model_fields), _PEERS.get(key, key)
+    close = nearest(meant, names) if meant == key or meant in names else ""
     if not close:
-        homes = [f"{name}.{key}" for name, field in root.model_fields.items() if key in _keys(field.annotation)]
+        homes = [f"{name}.{meant}" for name, field in root.model_fields.items() if meant in _keys(field.annotation)]
         close = f" Did you mean '{homes[0]}'?" if homes else ""
     return masked(f"unknown key, allowed: {', '.join(names)}.{close}")
 

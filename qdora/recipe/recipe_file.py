@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, nearest, nearest_path
 from qdora.files.access_tokens import masked, token_paths
 from qdora.files.environment import user_path
 from qdora.recipe.data_settings import has_file_ending, is_path, is_pattern
@@ -139,7 +139,7 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
             named.append((f"data.mix[{index}].validation", source.validation))
     absolute = [(key, path) for key, path in named if path is not None and os.path.isabs(path)]
     return [
-        f"{where}: {key}: no such file or directory, got {path}."
+        f"{where}: {key}: no such file or directory, got {path}.{'' if is_pattern(path) else nearest_path(Path(path))}"
         for key, path in absolute
         if not (os.path.exists(path) or (is_pattern(path) and any(glob.iglob(path, recursive=True))))
     ]

@@ -87,7 +87,7 @@ def source_lines(source: SourcePreview, too_long: str) -> list[str]:
     """The numbers of a source in words."""
     of = "" if source.num_rows is None else f" of {source.num_rows:,}"
     read = {
-        "all": "the only row" if source.num_rows_read == 1 else f"all {source.num_rows_read:,} rows",
+        "all": "the only training row" if source.num_rows_read == 1 else f"all {source.num_rows_read:,} training rows",
         "sample": f"a sample of {source.num_rows_read:,}{of} rows",
         "first": f"the first {source.num_rows_read:,}{of} rows of a stream",
     }
