@@ -132,7 +132,7 @@ def test_a_wrong_file_is_refused(
 def test_a_layout_that_is_not_known_is_said(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("qdora.export.gguf.knows_layout", lambda header: False)
+    monkeypatch.setattr("qdora.export.gguf.knows_layout", lambda *_: False)
     monkeypatch.setenv("FAKE_FAULT", "permute")
     console = Console(file=io.StringIO(), width=1000)
     check = export_run(run, tmp_path / "out", asked("q8_0"), console=console)["verification"]

@@ -265,7 +265,8 @@ def test_no_stack_is_dense_in_memory(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_of_gpt_oss_is_in_its_file(tmp_path: Path) -> None:
-    """transformers 5.24 cannot read it, since it fails on the config before."""
+    """transformers cannot read it, since it fails on the config before; nor does qdora with releases before 5.2x."""
+    pytest.importorskip("transformers.integrations.gguf")
     source = resolve(str(written(tmp_path, "gpt_oss")))
     text = "Question: is the sky blue?<|im_end|>"
     wanted = tiny_tokenizer.make()(text)["input_ids"]

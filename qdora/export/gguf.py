@@ -266,7 +266,8 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
     reader = gguf.GGUFReader(str(file))
     device = next(model.parameters()).device
     target = None
-    known = knows_layout(read_header(file).architecture)
+    header = read_header(file)
+    known = knows_layout(header.architecture, (tensor.name for tensor in header.tensors), model)
     if lossy and known and fits_in_float32(merged, device):
         target = load_with_transformers(merged, model)[0]
     elif lossy:
@@ -333,11 +334,12 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
     stored = rename_to_model(open_safetensors(merged), model)
     tied = tied_weights(model)
     header = read_header(file)
-    layouts = tensor_layouts(file, header.architecture, (tensor.name for tensor in header.tensors), model)
+    names = [tensor.name for tensor in header.tensors]
+    layouts = tensor_layouts(file, header.architecture, names, model)
     parameters = {} if into is None else dict(into.named_parameters(remove_duplicate=False))
     places = held_rows(model)
     targets = _part_parameters(model, places, parameters)
-    found = TensorCheck(layout_known=knows_layout(header.architecture))
+    found = TensorCheck(layout_known=knows_layout(header.architecture, names, model))
     tokens = reader.get_field("tokenizer.ggml.tokens")
     num_words = 0 if tokens is None else len(tokens.data)
     seen, num_rows = set(), Counter[str]()

@@ -52,10 +52,14 @@ class TensorLayout:
     change: Callable[[Values], Values]
 
 
-def knows_layout(architecture: str) -> bool:
-    """Whether `tensor_layouts` is known to undo every change of llama.cpp's converter to this architecture."""
+def knows_layout(architecture: str, tensors: Iterable[str], model: nn.Module) -> bool:
+    """Whether `tensor_layouts` and `held_rows` are known to undo every change of llama.cpp's converter.
+
+    Not for experts that are no stacks in `model`, since transformers has no interface for them.
+    """
     read = architecture in _CONVERTED and _library_conversions() is not None
-    return read or architecture in {*TENSOR_PROCESSORS, *_LAID_OUT_AS, *_UNCHANGED}
+    read = read or architecture in {*TENSOR_PROCESSORS, *_LAID_OUT_AS, *_UNCHANGED}
+    return read and (bool(stacks(model)) or not any("_exps." in name for name in tensors))
 
 
 def tensor_layouts(
