@@ -28,7 +28,7 @@ from tables.runs import chat_model, chat_templates, data_loading, file_formats, 
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study, study_nulls
 from tables.times import layer_time, packing, step_time
-from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data
+from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data, router_loss
 from tables.upcycling import expert_upcycling, upcycled_mixture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +42,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "real_data": real_data,
     "magnitudes": magnitudes,
+    "router_loss": router_loss,
     "peft_interop": peft_interop,
     "load_memory": load_memory,
     "architectures": architectures,

@@ -93,7 +93,7 @@ def mix_of(tasks: tuple[str, ...], folder: Path, data: Path | None) -> list[dict
 
 
 def adapted(base: Path, folder: Path, factor: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One adapter run and its numbers."""
+    """Train one adapter; its numbers."""
     recipe = document(
         base,
         mix_of((TASK,), folder, args.data),
@@ -105,12 +105,15 @@ def adapted(base: Path, folder: Path, factor: float, seed: int, args: argparse.N
     recipe["data"]["seed"] = seed
     run = folder / f"{factor}-{seed}"
     train_run(recipe_from(recipe), run)
+    return {"factor": factor, "seed": seed, **numbers_of(run)}
+
+
+def numbers_of(run: Path) -> dict[str, Any]:
+    """What a finished adapter run came to."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (evaluated,) = (line for line in lines if "eval" in line)
     load = json.loads((run / "expert_load.json").read_text())["blocks"].values()
     return {
-        "factor": factor,
-        "seed": seed,
         "nll_per_token": evaluated["average"]["nll_per_token"],
         "load": {when: sum(unevenness(block[when]) for block in load) / len(load) for when in ("first", "last")},
         "moved": sum(block["moved"] for block in load) / len(load),

@@ -308,13 +308,14 @@ def test_drawing_every_label_once_by_its_chance_is_exact(
 
 
 def test_the_worth_of_a_stack_is_the_sum_over_its_parts() -> None:
-    sizes = np.array([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
-    slopes = np.array([[0.0, 0.0, 0.4], [0.0, 0.0, 0.0]])
-    curvatures = np.array([[2.0, 1.0, 0.1], [4.0, 0.0, 0.0]])
-    vectors = torch.zeros(2, 5, 3)
-    found = Components(Directions(vectors, vectors, sizes, slopes, np.array([0.08, 0.0])), curvatures, curvatures * 0)
-    np.testing.assert_allclose(found.worths(), [[1.0, 2.0, 0.8], [18.0, 0.0, 0.0]])
+    """The second part has one component, and the third is flat beside the others, but not by itself."""
+    sizes = np.array([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [1e4, 0.0, 0.0]])
+    slopes = np.array([[0.0, 0.0, 0.4], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    curvatures = np.array([[2.0, 1.0, 0.1], [4.0, 0.0, 0.0], [1e-8, 0.0, 0.0]])
+    vectors, tails = torch.zeros(3, 5, 3), np.array([0.08, 0.0, 0.0])
+    found = Components(Directions(vectors, vectors, sizes, slopes, tails), curvatures, curvatures * 0)
+    np.testing.assert_allclose(found.worths(), [[1.0, 2.0, 0.8], [18.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
     spectrum = found.spectrum(2, 7)
-    np.testing.assert_allclose(spectrum.energies, [20.0, 1.0])
-    assert spectrum.total == pytest.approx(21.8 + 0.08 * 0.8 / 0.16)
+    np.testing.assert_allclose(spectrum.energies, [20.5, 1.0])
+    assert spectrum.total == pytest.approx(22.3 + 0.08 * 0.8 / 0.16)
     assert spectrum.cost == 7

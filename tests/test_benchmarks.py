@@ -74,6 +74,15 @@ def test_architectures(tmp_path: Path) -> None:
     assert again["families"]["Llama 3"] == llama
 
 
+def test_router_loss(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "router_loss.py")
+    assert [run["factor"] for run in result["runs"]] == [0.0, 0.001, 0.01, 0.1, 1.0]
+    for run in result["runs"]:
+        assert run["load"]["last"] >= 1.0
+        assert run["nll_per_token"] > 0
+        assert all((each is None) == (run["factor"] == 0.0) for each in run["router_aux_loss"])
+
+
 def test_loss_curve(tmp_path: Path) -> None:
     result = smoke(tmp_path, "loss_curve.py")
     assert len(result["curves"]) == 11

@@ -239,6 +239,13 @@ def test_a_model_without_one_is_refused(root: Path, tmp_path: Path, name: str) -
         plan(asked)
 
 
+def test_a_mixture_without_routers_is_refused() -> None:
+    model = tiny_experts.make("qwen3_moe", mlp_only_layers=[0, 1])
+    ids = torch.randint(3, 300, (2, 5), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match="router_aux_loss: must be 0 with this model, which has no routers"):
+        batch_loss(model, ids, torch.ones_like(ids), ids.clone(), routers=True)
+
+
 def test_where_nothing_trains_it_is_refused(root: Path) -> None:
     none = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout", "experts")}
     with pytest.raises(UserError, match=r"router_aux_loss: must be 0 with adapter.kind none, .* got 0.05"):

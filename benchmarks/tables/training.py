@@ -87,6 +87,26 @@ def magnitudes() -> str:
     return markdown(header, rows)
 
 
+def router_loss() -> str:
+    """NLL, load and moved tokens for each factor of the routers' auxiliary loss, means over the seeds."""
+    header = ["factor", "validation NLL per byte", "load, first steps", "load, last steps", "tokens moved"]
+    runs, rows = read("router_loss")["runs"], []
+    for factor in dict.fromkeys(run["factor"] for run in runs):
+        own = [run for run in runs if run["factor"] == factor]
+        nll, first, last, moved = (
+            sum(values) / len(own)
+            for values in (
+                [run["nll_per_token"] for run in own],
+                [run["load"]["first"] for run in own],
+                [run["load"]["last"] for run in own],
+                [run["moved"] for run in own],
+            )
+        )
+        rows.append([f"{factor:g}", f"{nll:.4f}", f"{first:.3f}", f"{last:.3f}", f"{moved:.1%}"])
+    seeds = len({run["seed"] for run in runs})
+    return markdown(header, rows) + f"\nSeeds: {seeds}. Load: E times the sum of squared shares, 1 if even.\n"
+
+
 def peft_interop() -> str:
     """Largest logit differences in float32, and the bf16 means beside them."""
     header = [

@@ -49,7 +49,12 @@ class RouterTap:
     logits: tuple[Tensor, ...] = ()
 
     def loss(self, real: Tensor) -> Tensor:
-        """`load_balancing_loss` of a micro-batch; `real` is (rows, length), 1 on tokens that are not padding."""
+        """`load_balancing_loss` of a micro-batch; `real` is (rows, length), 1 on tokens that are not padding.
+
+        UserError if no block of the model has a router, which not every config shows.
+        """
+        if not self.logits:
+            raise UserError("train.router_aux_loss: must be 0 with this model, which has no routers.")
         return load_balancing_loss(self.logits, self.top_k, real.reshape(-1))
 
 
