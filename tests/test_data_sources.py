@@ -237,6 +237,16 @@ def test_unknown_columns(tmp_path):
     )
 
 
+def test_a_column_of_another_name_is_told_by_a_setting_that_reads_it(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"prompt": "x", "response": "y", "id": "1"}])
+    [fault] = faults_of(SourceConfig(source=source))
+    assert fault.endswith(". Fix: columns: {completion: response} in this source.")
+    assert len(load_source(SourceConfig(source=source, columns={"completion": "response"}))) == 1
+    source = write(tmp_path / "b.jsonl", [{"prompt": "x", "x1": "y", "x2": "z"}])
+    [fault] = faults_of(SourceConfig(source=source))
+    assert fault.endswith("text: text.")
+
+
 @pytest.mark.parametrize(
     "row, message",
     [

@@ -142,8 +142,8 @@ def test_too_long_examples_are_counted_then_refused():
     assert error.value.faults == (
         f"mine: 5 examples (n1, n3, n5, ...) of 10 longer than data.max_length ({longest - 1}), the longest has "
         f"{longest} tokens. Fix: raise data.max_length, or set data.too_long to truncate (cuts "
-        f"{100 * 5 / num_tokens:.3g} % of the tokens, the front of the prompt first) or drop (loses 50 % of the "
-        f"examples, {100 * 5 * longest / num_tokens:.3g} % of the tokens).",
+        f"{100 * 5 / num_tokens:.3g} % of the tokens: the front of a prompt, the end of a chat) or drop (loses 50 % of "
+        f"the examples, {100 * 5 * longest / num_tokens:.3g} % of the tokens).",
     )
     assert len(tokenize_all(examples, PLAIN, name="mine", max_length=longest)) == 10
 

@@ -56,10 +56,20 @@ def choose_format(columns: Collection[str], format: str, where: str) -> str:
         allowed = "; ".join(
             f"{name}: {', '.join((*layout.required, *layout.tell))}" for name, layout in FORMATS.items()
         )
-        known = [column for layout in FORMATS.values() for column in layout.required]
-        hint = next((hint for column in columns if (hint := nearest(column, known))), "")
-        raise UserError(f"{where}: columns {', '.join(columns)} fit no format, allowed: {allowed}.{hint}")
+        raise UserError(f"{where}: columns {', '.join(columns)} fit no format, allowed: {allowed}.{_hint(columns)}")
     return chosen
+
+
+def _hint(columns: Collection[str]) -> str:
+    """For columns that fit no format: the known column nearest to an unknown one, or else the setting that reads the
+    only unknown one as the only column that a format lacks."""
+    known = [column for layout in FORMATS.values() for column in layout.required]
+    strange = [column for column in columns if column not in known and column not in ("task", "id")]
+    if hint := next((hint for column in strange if (hint := nearest(column, known))), ""):
+        return hint
+    lacking = (set(layout.required) - set(columns) for layout in FORMATS.values() if len(layout.required) > 1)
+    wanted = next((column for missing in lacking if len(missing) == 1 for column in missing), None)
+    return f" Fix: columns: {{{wanted}: {strange[0]}}} in this source." if wanted and len(strange) == 1 else ""
 
 
 def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str) -> Example:

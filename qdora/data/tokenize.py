@@ -291,9 +291,10 @@ class ExampleTally:
             faults.append(
                 f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
                 f"({self.max_length}), the longest has {self.longest} tokens. Fix: raise data.max_length, or set "
-                f"data.too_long to truncate (cuts {_percent(self.num_tokens_cut, num_tokens)} of the tokens, the "
-                f"front of the prompt first) or drop (loses {_percent(len(self.too_long_ids), num_examples)} of the "
-                f"examples, {_percent(self.num_tokens_too_long, num_tokens)} of the tokens)"
+                f"data.too_long to truncate (cuts {_percent(self.num_tokens_cut, num_tokens)} of the tokens: the "
+                f"front of a prompt, the end of a chat) or drop (loses "
+                f"{_percent(len(self.too_long_ids), num_examples)} of the examples, "
+                f"{_percent(self.num_tokens_too_long, num_tokens)} of the tokens)"
                 + (", since split is for plain text alone." if self.too_long == "split" else ".")
             )
         if self.unlearnable_ids:

@@ -214,9 +214,10 @@ def _chosen(linear: dict[str, nn.Module], targets: str | Sequence[str], skip: Se
     last_parts = sorted({name.rpartition(".")[2] for name in linear})
     missing = [pattern for pattern in patterns if not any(matches(name, pattern) for name in linear)]
     if missing:
-        allowed = f"must be one of {', '.join(last_parts)}, a full path or pattern, or 'all-linear'"
+        names = [*last_parts, *([EXPERTS] if any(matches(name, EXPERTS) for name in linear) else [])]
+        allowed = f"must be one of {', '.join(names)}, a full path or pattern, or 'all-linear'"
         raise UserError(
-            *(f"adapter.targets: '{p}' matches no linear layer; {allowed}.{nearest(p, last_parts)}" for p in missing)
+            *(f"adapter.targets: '{p}' matches no linear layer; {allowed}.{nearest(p, names)}" for p in missing)
         )
     return {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
 
