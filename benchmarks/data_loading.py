@@ -41,8 +41,9 @@ from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
+from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import Hooks, fit
+from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress

@@ -27,8 +27,9 @@ from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
+from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import Hooks, fit
+from qdora.train.loop import fit
 from qdora.train.progress import TrainingProgress
 from qdora.train.task_weights import TaskWeights
 

@@ -265,8 +265,9 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
     from qdora.recipe.train_settings import TrainConfig
     from qdora.run.load_base import load_base
     from qdora.run.pruned_base import compress_base, load_pruned_base
+    from qdora.train.hooks import Hooks
     from qdora.train.interrupt import StopRequest
-    from qdora.train.loop import Hooks, fit
+    from qdora.train.loop import fit
     from qdora.train.optimizer import AdapterOptimizer
     from qdora.train.packed_attention import packed_layout
     from qdora.train.progress import TrainingProgress

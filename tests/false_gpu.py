@@ -21,12 +21,15 @@ Not seen: waits inside libraries that do not call torch (bitsandbytes' paged opt
 explicit synchronisation. The device takes the branches of a GPU wherever the program asks only whether a device is
 "cpu"; its name is not "cuda".
 
-It makes torch's PrivateUse1 backend a device for the rest of the process, which changes nothing for other devices.
+It makes torch's PrivateUse1 backend a device for the rest of the process, and a backward pass on it starts threads of
+autograd, after which forked processes cannot compute gradients. So tests run it in processes of their own
+(`on_false_gpu`).
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import linecache
 import sys
@@ -43,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from qdora.ops import bnb_kernels
+from tests import launched
 
 TYPE = "false_gpu"
 Kind = Literal["launch", "copy", "wait"]
@@ -287,6 +291,23 @@ class FalseGpu(TorchDispatchMode):
         self.live_bytes -= num_bytes
 
 
+def on_false_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that runs in a forked process, with an active FalseGpu as its first argument."""
+
+    @functools.wraps(test)
+    def run(**options: Any) -> None:
+        def work(_rank: int) -> None:
+            with FalseGpu() as gpu:
+                test(gpu, **options)
+
+        (fault,) = launched.run(1, work)
+        assert not fault, fault
+
+    others = list(inspect.signature(test).parameters.values())[1:]
+    run.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
+    return run
+
+
 def _values(tensor: Tensor) -> Tensor:
     """The values of a tensor of the device, as a tensor of the CPU that shares their memory."""
     memory = _MEMORY[id(tensor.untyped_storage())]
@@ -376,7 +397,7 @@ def _attention(device: torch.device) -> Callable[..., Tensor]:
         enable_gqa: bool = False,
     ) -> Tensor:
         """By the CPU's flash kernel, in one operation; torch knows no fused attention for a foreign device."""
-        if query.device != device:
+        if query.device != device or query.shape[-1] != value.shape[-1]:  # which that kernel does not take
             options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
             return plain(query, key, value, attn_mask, dropout_p, **options)
         if attn_mask is not None and attn_mask.dtype == torch.bool:

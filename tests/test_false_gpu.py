@@ -11,17 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
-from tests.false_gpu import TYPE, FalseGpu
+from tests.false_gpu import TYPE, FalseGpu, on_false_gpu
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def gpu() -> Any:
-    with FalseGpu() as made:
-        yield made
-
-
+@on_false_gpu
 def test_an_operation_launches_once_and_views_and_allocations_do_not(gpu: FalseGpu) -> None:
     x = torch.zeros(6, 8, device=gpu.device)
     gpu.clear()
@@ -36,6 +31,7 @@ def test_an_operation_launches_once_and_views_and_allocations_do_not(gpu: FalseG
     assert [event.num_bytes for event in gpu.events[:2]] == [3 * 6 * 8 * 4, 2 * 2 * 8 * 4]
 
 
+@on_false_gpu
 def test_values_and_views_are_those_of_the_cpu(gpu: FalseGpu) -> None:
     def work(x: Tensor) -> Tensor:
         y = x.clone()
@@ -58,6 +54,7 @@ def gradients(model: nn.Module, x: Tensor, recompute: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+@on_false_gpu
 def test_gradients_are_those_of_the_cpu_and_phases_are_told_apart(gpu: FalseGpu, recompute: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 3))
     expected = gradients(model, X, recompute)
@@ -95,6 +92,7 @@ WAITS: list[tuple[Callable[[Tensor], Any], str]] = [
 
 
 @pytest.mark.parametrize(("read", "name"), WAITS)
+@on_false_gpu
 def test_reading_a_value_waits(gpu: FalseGpu, read: Callable[[Tensor], Any], name: str) -> None:
     x = X.to(gpu.device)
     gpu.clear()
@@ -105,6 +103,7 @@ def test_reading_a_value_waits(gpu: FalseGpu, read: Callable[[Tensor], Any], nam
     assert "lambda x" in line
 
 
+@on_false_gpu
 def test_what_needs_no_wait(gpu: FalseGpu) -> None:
     x, mask = X.to(gpu.device), (X > 0).to(gpu.device)
     gpu.clear()
@@ -122,11 +121,13 @@ def test_what_needs_no_wait(gpu: FalseGpu) -> None:
     assert torch.equal(back, X)
 
 
+@on_false_gpu
 def test_tensors_of_the_cpu_and_the_device_do_not_mix(gpu: FalseGpu) -> None:
     with pytest.raises(RuntimeError, match="expected all tensors on one device"):
         X.to(gpu.device) + X
 
 
+@on_false_gpu
 def test_bytes_live_until_the_last_view_dies(gpu: FalseGpu) -> None:
     before = gpu.live_bytes
     x = torch.zeros(100, device=gpu.device)
@@ -139,6 +140,7 @@ def test_bytes_live_until_the_last_view_dies(gpu: FalseGpu) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dora", "lora"])
+@on_false_gpu
 def test_an_adapted_layer_computes_what_it_computes_on_the_cpu(gpu: FalseGpu, kind: str) -> None:
     layer = tiny.adapted_linear(kind=kind, quant="nf4", in_=64, dtype=torch.float32, bias=True)
     tiny.move_all_parameters_(layer)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import empty_packed
-from tests.false_gpu import FalseGpu
+from tests.false_gpu import FalseGpu, on_false_gpu
 
 NUM_TOKENS = 8
 
@@ -54,19 +54,19 @@ CASES: dict[str, tuple[tuple[str, int, int, dict[str, Any]], tuple[int, int]]] =
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_launches_of_a_layer(case: str) -> None:
+@on_false_gpu
+def test_launches_of_a_layer(gpu: FalseGpu, case: str) -> None:
     (quant, in_features, out_features, options), expected = CASES[case]
-    with FalseGpu() as gpu:
-        found = launches(gpu, layer_on(gpu, in_features, out_features, quant, **options))
+    found = launches(gpu, layer_on(gpu, in_features, out_features, quant, **options))
     assert found["recompute"] == found["forward"]
     assert (len(found["forward"]), len(found["backward"])) == expected, found
 
 
-def test_the_code_book_of_a_research_format_is_copied_in_every_pass() -> None:
-    with FalseGpu() as gpu:
-        layer = layer_on(gpu, 256, 64, "nf3")
-        layer(torch.ones(NUM_TOKENS, 256, dtype=torch.bfloat16, device=gpu.device))
-        gpu.clear()
-        layer(torch.ones(NUM_TOKENS, 256, dtype=torch.bfloat16, device=gpu.device))
-        assert len(gpu.lines("wait")) == 1
-        assert gpu.lines("wait")[0].startswith("ops/codebooks.py")
+@on_false_gpu
+def test_the_code_book_of_a_research_format_is_copied_in_every_pass(gpu: FalseGpu) -> None:
+    layer = layer_on(gpu, 256, 64, "nf3")
+    layer(torch.ones(NUM_TOKENS, 256, dtype=torch.bfloat16, device=gpu.device))
+    gpu.clear()
+    layer(torch.ones(NUM_TOKENS, 256, dtype=torch.bfloat16, device=gpu.device))
+    assert len(gpu.lines("wait")) == 1
+    assert gpu.lines("wait")[0].startswith("ops/codebooks.py")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from qdora.evaluation.generation import decode_greedily
 from qdora.evaluation.token_scores import Span, score_spans
 from qdora.memory.host_residency import HostResidency
 from qdora.model.build_model import recompute_activations
-from qdora.model.inject import adapter_parameters, inject
+from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.recipe.train_settings import TrainConfig
+from qdora.train import loop
+from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import Hooks, fit
+from qdora.train.loop import fit, step_gradient
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
 from tests import tiny_streamed
-from tests.false_gpu import Event, FalseGpu
+from tests.false_gpu import Event, FalseGpu, on_false_gpu
 
 NUM_BLOCKS, NUM_MICRO_BATCHES, NUM_STEPS = 3, 8, 2
 CPU = torch.device("cpu")
@@ -42,12 +45,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_streamed.write_source(
         tmp_path_factory.mktemp("source"), intermediate_size=128, num_hidden_layers=NUM_BLOCKS
     )
-
-
-@pytest.fixture
-def gpu() -> Iterator[FalseGpu]:
-    with FalseGpu() as made:
-        yield made
 
 
 class CopiesNow:
@@ -143,41 +140,26 @@ CASES: dict[str, dict[str, Any]] = {
     "packed": {"packed": True},
     "dropout": {"dropout": 0.25},
     "streamed": {"streamed": True},
-    "lora": {"kind": "lora"},
 }
-INPUTS = {
-    "train/loop.py: input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)": 16,
-    "train/loop.py: rows, columns = (index.to(input_ids.device) for index in places)": 16,
-    "train/loop.py: targets = labels[:, 1:][wanted[:, :-1]].to(input_ids.device)": 8,
-    "train/loop.py: example_nll = zeros.index_add(0, owner.to(nll.device), nll.detach())": 8,
-    "train/loop.py: nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())": 8,
-}
-NUMBERS = {
-    "train/loop.py: sums = nll.double().tolist()": 1,
-    'train/loop.py: metrics = {"gradient_norm": float(optimizer.gradient_norm()), **metrics}': 1,
-}
-FLAGS = "nn/adapted_linear.py: flags = torch.stack([norm.cancelled.any().to(device) for _, _, norm in found]).tolist()"
-PACKED_POSITIONS = {'train/loop.py: inputs["position_ids"] = packing.position_ids.to(input_ids.device)': 8}
+ONCE = Counter({"train/loop.py: read = torch.cat(numbers).tolist()": 1})
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_waits_of_a_step(source: Path, gpu: FalseGpu, case: str) -> None:
-    options = dict(CASES[case])
+@pytest.mark.parametrize("case", [*CASES, pytest.param("lora", marks=pytest.mark.slow)])
+@on_false_gpu
+def test_the_host_waits_once_in_a_step(gpu: FalseGpu, source: Path, case: str) -> None:
+    options = dict(CASES.get(case, {"kind": case}))
     loader = OneStep(packed=options.pop("packed", False))
-    expected = train(model_on(CPU, source, **{k: v for k, v in options.items() if k != "streamed"}), loader, CPU)
-    found = train(model_on(gpu.device, source, **options), loader, gpu.device, gpu)
-    for (got, events), (wanted, _) in zip(found[1:], expected[1:], strict=True):
-        if case != "dropout":  # other positions are drawn for a GPU
-            assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-            assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
-        seen = waits(events)
-        masks = {line: seen.pop(line) for line in list(seen) if line.startswith("transformers/masking_utils.py")}
-        assert sum(masks.values()) == (8 if case == "packed" else 16)
-        flags = {"streamed": {FLAGS: NUM_BLOCKS}, "lora": {}}.get(case, {FLAGS: 1})
-        assert seen == INPUTS | NUMBERS | flags | (PACKED_POSITIONS if case == "packed" else {})
+    _, (got, events) = train(model_on(gpu.device, source, **options), loader, gpu.device, gpu)
+    assert waits(events) == ONCE
+    if case != "dropout":  # other positions are drawn for a GPU
+        options.pop("streamed", None)
+        _, (wanted, _) = train(model_on(CPU, source, **options), loader, CPU)
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
 
 
-def test_phases_of_a_step_and_of_what_surrounds_it(source: Path, gpu: FalseGpu) -> None:
+@on_false_gpu
+def test_phases_of_a_step_and_of_what_surrounds_it(gpu: FalseGpu, source: Path) -> None:
     with gpu.phase("load"):
         model = model_on(gpu.device, source)
     assert gpu.count("launch", "load") > 0
@@ -202,3 +184,36 @@ def test_phases_of_a_step_and_of_what_surrounds_it(source: Path, gpu: FalseGpu) 
         decode_greedily(model, [[1, 2, 3]], max_new_tokens=4, stop_ids=())
     assert gpu.count("launch", "evaluate") > 0
     assert gpu.count("wait", "generate") >= 4  # each token is read
+
+
+@on_false_gpu
+def test_a_step_with_a_wrong_norm_is_computed_again(
+    gpu: FalseGpu, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that its adapter has nearly removed: its factored norm is rounding noise."""
+    found = []
+    for later in (True, False):
+        model, step = model_on(gpu.device, source, dropout=0.25), OneStep(packed=False).step
+        step_gradient(model, step, device=gpu.device)  # learns what the first step has to ask
+        model.zero_grad()
+        layer = next(iter(adapted_layers(model).values()))
+        with torch.no_grad():
+            layer.lora_A[0] = layer.base.dequantized()[3].to(layer.lora_A.dtype)
+            layer.lora_B[3] = torch.tensor([-0.99 / layer.scaling, 0.0, 0.0, 0.0], device=gpu.device)
+        if not later:
+            monkeypatch.setattr(loop, "norms_checked_later", lambda _later: nullcontext())
+        torch.manual_seed(5)
+        gpu.clear()
+        numbers, _ = step_gradient(model, step, device=gpu.device)
+        lines = waits(list(gpu.events))
+        assert lines.pop("train/loop.py: read = torch.cat(numbers).tolist()") == (2 if later else 1)
+        assert all(line.startswith(("nn/adapted_linear.py: flags", "ops/dora.py")) for line in lines)
+        gradients = [each.grad for each in adapter_parameters(model).values()]
+        found.append((numbers, gradients, layer.gain(torch.float32)))
+    (numbers, gradients, gain), (expected, wanted, right) = found
+    assert numbers == expected
+    assert gain is not None
+    assert right is not None
+    assert torch.equal(gain.value, right.value)
+    for got, each in zip(gradients, wanted, strict=True):
+        assert torch.equal(got, each)

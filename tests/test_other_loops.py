@@ -22,8 +22,9 @@ from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.nn import adapted_linear
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.train_settings import TrainConfig
+from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import Hooks, fit
+from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
 from tests import tiny_adapted

@@ -22,8 +22,9 @@ from qdora.data.loader import Step
 from qdora.errors import RunFailure
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
+from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import Hooks, fit
+from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
 

@@ -208,7 +208,7 @@ def _pin(pieces: Sequence[Piece], device: torch.device, free: int | None, embedd
         raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{beside}{fix}")
     for piece in pieces:
         try:
-            piece.host = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            piece.host = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
         except RuntimeError as error:
             reason = first_line(error)
             raise UserError(f"{short}and the system refuses them ({reason}){fix}") from error

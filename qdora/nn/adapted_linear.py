@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ from qdora.ops.tiles import with_own_scales
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
+_CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default=False)
 
 
 class _Products(NamedTuple):
@@ -70,6 +73,8 @@ class AdaptedLinear(nn.Module):
             keep.
         keeps_copy: Training keeps a copy of the output for the gradient of the magnitude, because the model writes into
             the output (`model.written_outputs`).
+        has_cancelled: Whether a row of the present norm has cancelled and is wrong: a bool on the device, which nobody
+            has read yet (`norms_checked_later`); None if the norm is right.
     """
 
     base_squared: Tensor | None
@@ -105,6 +110,8 @@ class AdaptedLinear(nn.Module):
         self.masked = masked
         self.keeps_scales = False
         self.keeps_copy = False
+        self.has_cancelled: Tensor | None = None
+        self._is_asked = False
         device = base.stored_weight.device
         first = torch.empty(shape_a, dtype=torch.float32)
         if init == "gaussian":
@@ -346,13 +353,40 @@ def _free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+@contextmanager
+def norms_checked_later(later: bool) -> Iterator[None]:
+    """With `later`, `prepare_gains` does not wait for a GPU in the block. Whoever opened the block then reads the flags
+    of the `unchecked` layers, and if `settle_norms` returns True, drops what came of their norms."""
+    before = _CHECKED_LATER.set(later)
+    try:
+        yield
+    finally:
+        _CHECKED_LATER.reset(before)
+
+
+def unchecked(layers: Iterable[AdaptedLinear]) -> dict[AdaptedLinear, Tensor]:
+    """The layers whose norms may be wrong, and `has_cancelled` of each."""
+    return {layer: layer.has_cancelled for layer in layers if layer.has_cancelled is not None}
+
+
+def settle_norms(layers: Iterable[AdaptedLinear], flags: Sequence[float]) -> bool:
+    """Take the flags of the `unchecked` layers, 0 for a norm that is right, and forget the wrong norms. Returns whether
+    there are any. From then on `prepare_gains` reads the flags of their layers at once, until they are 0."""
+    for layer, flag in zip(layers, flags, strict=True):
+        layer.has_cancelled = None
+        if flag:
+            layer._is_asked = True
+            layer.parameters_changed()
+    return any(flags)
+
+
 def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     """Compute the gains that the coming forward pass needs, so that a GPU's host waits once, not once a layer.
 
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
-    one question serves all layers. Skipped are layers that have not run yet, whose parameters have not changed, that
-    are LoRA or masked (a masked norm asks nothing). The forward pass computes the rest. Returns how many norms were
-    computed.
+    one question serves all layers, or none is asked (`norms_checked_later`). Skipped are layers that have not run yet,
+    whose parameters have not changed, that are LoRA or masked (a masked norm asks nothing). The forward pass computes
+    the rest. Returns how many norms were computed.
     """
     found: list[tuple[AdaptedLinear, torch.dtype, FactoredNorm]] = []
     for layer in layers:
@@ -364,17 +398,19 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
         with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
             weight, factors = layer.base.stored_weight, layer._rounded_factors(dtype)
             norm = factored_norm(weight, *factors, layer.scaling, base_squared=squared, dtype=dtype)
+            layer.has_cancelled = norm.cancelled.any() if _CHECKED_LATER.get() and not layer._is_asked else None
         found.append((layer, dtype, norm))
-    if not found:
-        return 0
-    device = found[0][2].cancelled.device
-    flags = [False] * len(found)
-    if not is_planning():
-        flags = torch.stack([norm.cancelled.any().to(device) for _, _, norm in found]).tolist()
-    for (layer, dtype, norm), has_cancelled in zip(found, flags, strict=True):
+    asked = [each for each in found if each[0].has_cancelled is None]
+    flags = [False] * len(asked)
+    if asked and not is_planning():
+        device = asked[0][2].cancelled.device
+        flags = torch.stack([norm.cancelled.any().to(device) for _, _, norm in asked]).tolist()
+    for (layer, dtype, norm), has_cancelled in zip(asked, flags, strict=True):
+        layer._is_asked = has_cancelled
         if has_cancelled:
             factors = layer._rounded_factors(dtype)
             measure_cancelled_(norm, layer.base.stored_weight, *factors, layer.scaling, dtype=dtype)
+    for layer, dtype, norm in found:
         layer._cache.put("row_norm", layer._factors(), (dtype, layer.scaling), norm.norm)
         layer.gain(dtype)
     return len(found)

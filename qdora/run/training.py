@@ -36,7 +36,7 @@ from qdora.run.writer import RunWriter
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, unreadable
 from qdora.train.figures import draw_figures
 from qdora.train.gates import Gates
-from qdora.train.loop import Evaluated, Hooks
+from qdora.train.hooks import Evaluated, Hooks
 from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.out_of_memory import Backoff

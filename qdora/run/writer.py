@@ -25,7 +25,7 @@ from qdora.run.trained_layers import keep_trained
 from qdora.run.validation import BEST_FILE
 from qdora.train.best import best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
-from qdora.train.loop import Metrics
+from qdora.train.hooks import Metrics
 from qdora.train.step_checks import BadStep
 
 logger = logging.getLogger("qdora")

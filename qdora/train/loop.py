@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,12 +23,14 @@ from qdora.data.batching import IGNORED, Packing
 from qdora.data.loader import Step, StepLoader
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.model.inject import adapted_layers
-from qdora.nn.adapted_linear import prepare_gains
+from qdora.nn.adapted_linear import norms_checked_later, prepare_gains, settle_norms, unchecked
 from qdora.ops.loss import token_nll
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
+from qdora.train.hooks import Evaluated, Hooks, Metrics
 from qdora.train.interrupt import StopRequest
+from qdora.train.known_masks import known_masks, packed_mask_is_known
 from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory
 from qdora.train.out_of_memory import Backoff, OutOfMemory, Shortage, shortage_of
@@ -37,11 +38,9 @@ from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
 from qdora.train.progress import TrainingProgress, memory_bytes
 from qdora.train.router_loss import tapped_routers
 from qdora.train.schedule import Schedule
+from qdora.train.sent_tensors import send
 from qdora.train.step_checks import BadStep, BadSteps
 from qdora.train.task_weights import TaskWeights, example_weights
-
-Metrics = dict[str, Any]
-"""One line of metrics.jsonl."""
 
 # Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
 _FORMS: WeakKeyDictionary[nn.Module, LogitForm | None] = WeakKeyDictionary()
@@ -51,45 +50,6 @@ _SUMMED = ("loss", "router_aux_loss")
 _PLAIN_BYTES = 14
 
 logger = logging.getLogger("qdora")
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The result of an evaluation during training."""
-
-    line: Metrics
-    """Its line of metrics, without the step; the first process's counts."""
-    save: bool = False
-    """Whether the state is worth a checkpoint; the same in all processes, like `stop`."""
-    stop: bool = False
-    """Whether the run ends here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """What a run does around the steps; the loop only calls it.
-
-    Attributes:
-        write_metrics: Takes the numbers of a finished step or evaluation.
-        save: Writes a checkpoint of the state after `step` steps and returns its directory.
-        evaluate, evaluate_every: Measures the model after `step` steps; steps between calls, None for none.
-        probe, probe_every: The same for the interference; it writes its numbers itself and leaves training unchanged.
-        keep_batch: Writes the examples of a step that was not applied and returns where.
-        begin_step: Prepares the model for the step that follows `step` steps, at every attempt at its gradient.
-        end_step: Takes `step` and whether its update was made, and returns more numbers of the step.
-        updated: Takes the learning rate after every update; returns what is wrong with the update, or None.
-    """
-
-    write_metrics: Callable[[Metrics], None]
-    save: Callable[[int], Path]
-    evaluate: Callable[[int], Evaluated] | None = None
-    evaluate_every: int | None = None
-    probe: Callable[[int], None] | None = None
-    probe_every: int | None = None
-    keep_batch: Callable[[BadStep], Path] | None = None
-    begin_step: Callable[[int], None] | None = None
-    end_step: Callable[[int, bool], Metrics] | None = None
-    updated: Callable[[float], str | None] | None = None
 
 
 def fit(
@@ -132,7 +92,9 @@ def fit(
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
     backoff, schedule = backoff or Backoff(loader), schedule or Schedule(train, num_steps)
     options: dict[str, Any] = {"loss_chunk": loss_chunk, "weights": task_weights, "loss_scale": loss_scale}
-    compute = partial(step_gradient, model, device=device, router_aux_loss=train.router_aux_loss, **options)
+    options["router_aux_loss"] = train.router_aux_loss
+    norm = optimizer.gradient_norm if processes.size == 1 else None
+    compute = partial(step_gradient, model, device=device, gradient_norm=norm, **options)
     attempt = partial(_gradient_of_next_step, compute, optimizer, loader, processes)
     model.train()
     for step in range(start_step, num_steps):
@@ -359,7 +321,7 @@ def _gradient_of_next_step(
     shortages = [Shortage(*each) for each in processes.gather(shortage) if each]
     if not shortages:
         metrics, fault = _over_processes(metrics, fault, processes)
-        if fault is None:
+        if fault is None and processes.size > 1:
             processes.sum_gradients_(list(optimizer.parameters.values()))
             metrics = {"gradient_norm": float(optimizer.gradient_norm()), **metrics}
         return StepGradient(batch, metrics, fault, example_nll)
@@ -394,15 +356,20 @@ def step_gradient(
     weights: TaskWeights | None = None,
     loss_scale: LossScale | None = None,
     router_aux_loss: float = 0.0,
+    gradient_norm: Callable[[], Tensor] | None = None,
 ) -> tuple[Metrics, list[Tensor]]:
-    """Accumulate the gradient of this process's part of a step's loss into the parameters.
+    """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
+
+    The host waits for a GPU once, at the end. There it learns, too, whether a row norm was wrong (`unchecked`); the
+    gradient is then computed again.
 
     Args:
         loss_chunk: Labelled tokens whose logits exist at once; None: as many as make 128 MiB.
         weights: Weight of each task's tokens in the loss; None: all count the same.
-        loss_scale: For a model that computes in float16. Must be called with no gradients then.
+        loss_scale: For a model that computes in float16.
         router_aux_loss: Factor of the routers' auxiliary loss. That of a step is the mean over the micro-batches of all
             processes, each weighted by its tokens without padding.
+        gradient_norm: Of the gradient when it is complete, for the step's numbers; None if it is not complete here.
     Returns:
         The step's numbers, with the unweighted NLL per task, and without its factor the auxiliary loss if it has one;
         and the NLL of each micro-batch's examples, (examples,).
@@ -412,44 +379,84 @@ def step_gradient(
     total: float = batch.num_label_tokens
     if weights is not None:
         total = sum(weights[name] * count for name, count in batch.task_label_tokens.items())
-    # Blocks that are not resident are not fetched for their norms alone.
-    prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
+    options: dict[str, Any] = {"loss_chunk": loss_chunk, "weights": weights, "loss_scale": loss_scale}
+    options["router_aux_loss"] = router_aux_loss
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
-    nll = torch.zeros(len(names), dtype=torch.float32, device=device)
-    aux: float | Tensor = 0.0
-    example_nll = []
     tokens = torch.zeros(len(names), dtype=torch.int64)
-    for micro in batch.micro_batches:
-        with shortage_of(micro):
-            input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
-            weight = None if weights is None else example_weights(weights, micro)
-            options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
-            loss = batch_loss(model, input_ids, attention_mask, micro.labels, routers=router_aux_loss > 0, **options)
-            objective = loss.nll_sum
-            if loss.router_loss is not None:
-                share = int(micro.attention_mask.sum()) / batch.num_tokens
-                objective = objective + router_aux_loss * share * total * loss.router_loss
-                aux = aux + share * loss.router_loss.detach()
-            part = objective / total if loss_scale is None else objective * loss_scale.value
-            part.backward()  # type: ignore[no-untyped-call]
-            nll.index_add_(0, micro.task_ids.to(device), loss.example_nll.float())
-        example_nll.append(loss.example_nll)
-        tokens.index_add_(0, micro.task_ids, loss.example_tokens)
-    if loss_scale is not None:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, 1.0 / (loss_scale.value * total))
-    sums = nll.double().tolist()
-    numbers = zip(names, sums, tokens.tolist(), strict=True)
+    later = device.type != "cpu"
+    random = random_state() if later else {}
+    while True:
+        with norms_checked_later(later):
+            nll, aux, example_nll = _accumulate(model, batch, total, device, tokens.zero_(), **options)
+        doubts = unchecked(adapted_layers(model).values())
+        numbers = [nll.double(), *(flag.to(device).double().view(1) for flag in doubts.values()), aux.double().view(1)]
+        if gradient_norm is not None:
+            numbers.append(gradient_norm().to(device).double().view(1))
+        read = torch.cat(numbers).tolist()
+        sums, flags = read[: len(names)], read[len(names) : len(names) + len(doubts)]
+        if not settle_norms(doubts, flags):
+            break
+        model.zero_grad()
+        set_random_state(random)
+    task_numbers = zip(names, sums, tokens.tolist(), strict=True)
     metrics = {
         "loss": sum(sums) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
         "num_label_tokens": batch.num_label_tokens,
         "num_examples": batch.num_examples,
-        "tasks": {name: {"nll_sum": each, "num_tokens": count} for name, each, count in numbers if count},
+        "tasks": {name: {"nll_sum": each, "num_tokens": count} for name, each, count in task_numbers if count},
     }
     if router_aux_loss > 0:
-        metrics["router_aux_loss"] = float(aux)
-    return metrics, example_nll
+        metrics["router_aux_loss"] = read[len(names) + len(doubts)]
+    return metrics if gradient_norm is None else {"gradient_norm": read[-1], **metrics}, example_nll
+
+
+def _accumulate(
+    model: nn.Module,
+    batch: Step,
+    total: float,
+    device: torch.device,
+    tokens: Tensor,
+    *,
+    loss_chunk: int | None,
+    weights: TaskWeights | None,
+    loss_scale: LossScale | None,
+    router_aux_loss: float,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The backward passes of `step_gradient`, without a wait for a GPU.
+
+    Args:
+        total: What the sum of the losses is divided by.
+        tokens: (tasks,) int64 on the CPU, to which the labelled tokens are added.
+    Returns:
+        The NLL of each task, (tasks,) float32; the auxiliary loss without its factor; the NLL of each micro-batch's
+        examples.
+    """
+    # Blocks that are not resident are not fetched for their norms alone.
+    prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
+    nll = torch.zeros(len(tokens), dtype=torch.float32, device=device)
+    aux = torch.zeros((), dtype=torch.float32, device=device)
+    example_nll = []
+    for micro in batch.micro_batches:
+        with shortage_of(micro), known_masks(model, micro.packing, device):
+            sent = send((micro.input_ids, micro.attention_mask, micro.task_ids), device)
+            weight = None if weights is None else example_weights(weights, micro)
+            options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
+            loss = batch_loss(model, sent[0], sent[1], micro.labels, routers=router_aux_loss > 0, **options)
+            objective = loss.nll_sum
+            if loss.router_loss is not None:
+                share = int(micro.attention_mask.sum()) / batch.num_tokens
+                objective = objective + router_aux_loss * share * total * loss.router_loss
+                aux += share * loss.router_loss.detach()
+            part = objective / total if loss_scale is None else objective * loss_scale.value
+            part.backward()  # type: ignore[no-untyped-call]
+            nll.index_add_(0, sent[2], loss.example_nll.float())
+        example_nll.append(loss.example_nll)
+        tokens.index_add_(0, micro.task_ids, loss.example_tokens)
+    if loss_scale is not None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, 1.0 / (loss_scale.value * total))
+    return nll, aux, example_nll
 
 
 def _undo_step(
@@ -525,21 +532,22 @@ def batch_loss(
     wanted = torch.zeros_like(labels, dtype=torch.bool)
     wanted[:, :-1] = labels[:, 1:] != IGNORED
     places = wanted.nonzero(as_tuple=True)
-    rows, columns = (index.to(input_ids.device) for index in places)
-    targets = labels[:, 1:][wanted[:, :-1]].to(input_ids.device)
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-    if packing is None:
+    if packing is None or packed_mask_is_known():
         inputs["attention_mask"] = attention_mask
+    if packing is None:
         owner, num_examples = places[0], len(labels)
     else:
-        inputs["position_ids"] = packing.position_ids.to(input_ids.device)
+        (inputs["position_ids"],) = send((packing.position_ids,), input_ids.device)
         owner = packing.example_index.to(labels.device)[places]
         num_examples = int(packing.example_index.max()) + 1
+    found = (*places, labels[:, 1:][wanted[:, :-1]], owner)
+    rows, columns, targets, owners = send(found, input_ids.device)
     with tapped_routers(model) if routers else nullcontext() as tap:
         nll = _labelled_nll(model, inputs, (rows, columns), targets, chunk)
     zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
-    example_nll = zeros.index_add(0, owner.to(nll.device), nll.detach())
-    nll_sum = nll.sum() if weights is None else (nll * weights.to(nll.device)[owner.to(nll.device)]).sum()
+    example_nll = zeros.index_add(0, owners, nll.detach())
+    nll_sum = nll.sum() if weights is None else (nll * send((weights,), nll.device)[0][owners]).sum()
     router_loss = None if tap is None else tap.loss(attention_mask)
     return BatchLoss(nll_sum, example_nll, torch.bincount(owner, minlength=num_examples), router_loss)
 
