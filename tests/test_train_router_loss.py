@@ -13,6 +13,7 @@ from qdora.data.batching import Batching, micro_batches
 from qdora.data.loader import Step
 from qdora.errors import Interrupted, UserError
 from qdora.model.build_model import recompute_activations
+from qdora.model.experts import stacks
 from qdora.model.inject import adapter_parameters
 from qdora.ops.load_balance import load_balancing_loss
 from qdora.plan.memory_plan import plan
@@ -168,7 +169,9 @@ def test_value_and_gradient_of_router_logits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", WITH_LOSS)
 def test_it_is_the_loss_of_transformers(tmp_path: Path, name: str) -> None:
-    model, _ = tiny_experts.adapted(tmp_path, name, torch.float32, targets=["experts"])
+    model, _ = tiny_experts.adapted(tmp_path, name, torch.float32, targets=["o_proj"])
+    if name == "granitemoe" and not stacks(model):
+        pytest.skip("this release of transformers has no interface for Granite's experts")
     ids = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
@@ -242,7 +245,7 @@ def test_a_model_without_one_is_refused(root: Path, tmp_path: Path, name: str) -
 def test_a_mixture_without_routers_is_refused() -> None:
     model = tiny_experts.make("qwen3_moe", mlp_only_layers=[0, 1])
     ids = torch.randint(3, 300, (2, 5), generator=torch.Generator().manual_seed(0))
-    with pytest.raises(UserError, match="router_aux_loss: must be 0 with this model, which has no routers"):
+    with pytest.raises(UserError, match=r"router_aux_loss: must be 0 with this model: .* no logits of routers"):
         batch_loss(model, ids, torch.ones_like(ids), ids.clone(), routers=True)
 
 

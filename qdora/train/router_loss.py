@@ -51,10 +51,12 @@ class RouterTap:
     def loss(self, real: Tensor) -> Tensor:
         """`load_balancing_loss` of a micro-batch; `real` is (rows, length), 1 on tokens that are not padding.
 
-        UserError if no block of the model has a router, which not every config shows.
+        UserError if transformers gives no logits of routers: not every config shows that no block has one.
         """
         if not self.logits:
-            raise UserError("train.router_aux_loss: must be 0 with this model, which has no routers.")
+            raise UserError(
+                "train.router_aux_loss: must be 0 with this model: transformers gives no logits of routers."
+            )
         return load_balancing_loss(self.logits, self.top_k, real.reshape(-1))
 
 
@@ -72,7 +74,7 @@ def tapped_routers(model: Any) -> Iterator[RouterTap]:
         return args, kwargs | {"output_router_logits": True}
 
     def take(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        tap.logits = output.router_logits
+        tap.logits = getattr(output, "router_logits", None) or ()
 
     decoder: nn.Module = model.get_decoder()
     hooks = [decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(take)]
