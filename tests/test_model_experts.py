@@ -208,13 +208,25 @@ def test_missing_experts_are_named(tmp_path: Path, lost: list[str]) -> None:
     )
 
 
-def test_llama_4_computes_under_autocast(tmp_path: Path) -> None:
+def test_llama_4_computes_under_autocast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU lets index_copy take two dtypes under autocast, a GPU does not."""
+    copied: list[tuple[torch.dtype, torch.dtype]] = []
+    copy = torch.Tensor.index_copy
+
+    def seen(tensor: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        copied.append((tensor.dtype, source.dtype))
+        return copy(tensor, dim, index, source)
+
+    monkeypatch.setattr(torch.Tensor, "index_copy", seen)
     tiny_experts.write(tmp_path, "llama4_text")
     model = load(tmp_path, quant="nf4")
     tiny_adapted.move(inject(model, rank=2, targets="experts"))
     wanted = logits(model)
+    copied.clear()
     with torch.autocast("cpu", torch.bfloat16):
         found = logits(model)
+    assert len(copied) == 2
+    assert all(one == other for one, other in copied)
     assert float((found.float() - wanted).square().mean()) < 0.01 * float(wanted.var())
 
 

@@ -372,9 +372,11 @@ def test_lora_on_dense_experts_leaves_with_a_base_in_4_bits(root: Path, tmp_path
 def test_4_bit_layers_that_peft_takes_for_experts_are_refused(root: Path, tmp_path: Path) -> None:
     asked = recipe(root, "deepseek_v3", **DENSE_EXPERTS, adapter__kind="lora")
     train_run(asked, tmp_path / "run", console=quiet())
-    with pytest.raises(UserError, match=r"PEFT takes 6 layers .*mlp\.down_proj\)\. Fix: use --format merged") as raised:
+    with pytest.raises(UserError) as raised:
         export_run(tmp_path / "run", tmp_path / "out", ExportOptions(format_="nf4-lora"), console=quiet())
-    assert len(raised.value.faults) == 1
+    # The others are of inputs that are shorter than a block.
+    (found,) = [fault for fault in raised.value.faults if "no multiple of the block size" not in fault]
+    assert "PEFT takes 6 layers of this model for experts (e.g. model.layers.0.mlp.down_proj). Fix: use --f" in found
 
 
 @pytest.mark.slow

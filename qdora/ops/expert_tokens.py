@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -33,7 +33,6 @@ class ExpertTokens:
     def __init__(self, counts: Sequence[int]) -> None:
         self.counts = tuple(counts)
         self._on: dict[torch.device, CountsOnDevice] = {}
-        self._ends: dict[tuple[torch.device, int, int], Tensor] = {}
 
     @classmethod
     def one_for_each(cls, experts: Collection[int], num_experts: int) -> ExpertTokens:
@@ -81,16 +80,8 @@ class ExpertTokens:
             self._on[device] = CountsOnDevice(counts, experts, ends.int())
         return self._on[device]
 
-    def ends_of(self, run: Run, device: torch.device) -> Tensor:
-        """The ends of a run's experts, (n,) int32, counted from its first token: `offs` of torch's grouped product."""
-        key = device, run.first, len(run.experts)
-        if key not in self._ends:
-            ends = self.on(device).ends[run.first : run.first + len(run.experts)]
-            self._ends[key] = ends - run.tokens.start if run.tokens.start else ends
-        return self._ends[key]
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Run:
     """Experts with tokens, in ascending order, and their tokens, which lie together.
 
@@ -102,23 +93,23 @@ class Run:
     counts: tuple[int, ...]
     every: ExpertTokens
     first: int
+    _ends: dict[torch.device, Tensor] = field(default_factory=dict, init=False)
 
     @property
     def is_consecutive(self) -> bool:
         """Whether no expert without tokens is between these."""
         return self.experts[-1] - self.experts[0] == len(self.experts) - 1
 
-    def each(self) -> tuple[Run, ...]:
-        """Its experts as runs of their own."""
-        return self.every.reached[self.first : self.first + len(self.experts)]
-
     def index(self, device: torch.device) -> Tensor:
         """The numbers of its experts on a device, (n,) int64."""
         return self.every.on(device).reached[self.first : self.first + len(self.experts)]
 
     def ends(self, device: torch.device) -> Tensor:
-        """See `ExpertTokens.ends_of`."""
-        return self.every.ends_of(self, device)
+        """Where its experts end, counted from its first token, (n,) int32: `offs` of torch's grouped product."""
+        if device not in self._ends:
+            ends = self.every.on(device).ends[self.first : self.first + len(self.experts)]
+            self._ends[device] = ends - self.tokens.start if self.tokens.start else ends
+        return self._ends[device]
 
     def pick(self, values: Tensor) -> Tensor:
         """The entries of its experts along the first dimension: a view if they are consecutive."""
