@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qdora.errors import UserError
+from qdora.export.nf4_lora import check_foldable
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import adapted_layers, frozen_like, inject, linear_layers, replace_module
@@ -229,6 +230,16 @@ def test_llama_4_computes_under_autocast(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(copied) == 2
     assert all(one == other for one, other in copied)
     assert float((found.float() - wanted).square().mean()) < 0.01 * float(wanted.var())
+
+
+def test_dense_experts_that_transformers_replaces_in_4_bits_are_refused(tmp_path: Path) -> None:
+    """It builds Llama 4's experts one by one then, and finds no weights for them."""
+    tiny_experts.write(tmp_path, "llama4_text")
+    model = load(tmp_path, quant="nf4", skip=("lm_head", "experts"))
+    inject(model, kind="lora", rank=2, targets=["o_proj"])
+    with pytest.raises(UserError, match=r"does not load 4 layers .*gate_up_proj, a stack of experts\)\.") as raised:
+        check_foldable(model, torch.float32)
+    assert len(raised.value.faults) == 1
 
 
 def test_masks_of_experts_are_whole_bytes(tmp_path: Path) -> None:

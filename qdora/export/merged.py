@@ -238,7 +238,7 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     linear = [*linear_layers(model), *sorted(routers(model))]
     if merge.requantize:
         classes = {path: type(model.get_submodule(path)).__name__ for path in sorted(layers)}
-        faults = load_faults(classes, "--requantize")
+        faults = load_faults(model, classes, "--requantize")
         if faults:
             raise UserError(*faults)
     extend_vocabulary(model, merge.new_tokens)

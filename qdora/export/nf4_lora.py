@@ -200,7 +200,7 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 f"{str(dtype).removeprefix('torch.')} loses digits. Fix: use --dtype float32 or --format merged."
             )
     classes = {path.removesuffix(".base"): each.replaces for path, each in frozen.items() if each.kind != "dense"}
-    faults += load_faults(classes, "--format nf4-lora")
+    faults += load_faults(model, classes, "--format nf4-lora")
     faults += _peft_faults(model, layers)
     if faults:
         raise UserError(*shorten(faults))

@@ -70,6 +70,11 @@ def peft_swaps(model: nn.Module, path: str) -> bool:
     return is_transposed(model, path) and not hasattr(model.get_submodule(path.rpartition(".")[0]), "is_transposed")
 
 
+def replaced_in_4_bits(model: nn.Module) -> list[str]:
+    """Stacks in whose place transformers builds the experts one by one for a model in 4 bits, so that it reads none."""
+    return [path for path in stacks(model) if type(model.get_submodule(path.rpartition(".")[0])).__name__ == _LLAMA4]
+
+
 def library_names(model: nn.Module) -> dict[str, str]:
     """Name of a stack's weight, (experts * out, in), or bias here -> its name in transformers' own model."""
     names = {}

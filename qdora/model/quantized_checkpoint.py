@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from qdora.errors import UserError
 from qdora.files.json_file import parse_json
+from qdora.model.experts import replaced_in_4_bits
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
 from qdora.ops.bnb_state import from_bnb_state
 from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE
@@ -62,12 +64,13 @@ def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, de
     return dict(settings.to_dict())
 
 
-def load_faults(classes: Mapping[str, str], option: str) -> list[str]:
+def load_faults(model: nn.Module, classes: Mapping[str, str], option: str) -> list[str]:
     """Why transformers could not load layers in 4 bits: it quantises layers of the class nn.Linear, and no others.
 
     `classes` is path -> name of the class of each quantised layer in the model's own code; `option` asks for the form.
     """
-    others = {path: name for path, name in classes.items() if name != "Linear"}
+    others = dict.fromkeys(replaced_in_4_bits(model), "ExpertLinear")
+    others |= {path: name for path, name in classes.items() if name != "Linear"}
     if not others:
         return []
     path, name = next(iter(others.items()))
