@@ -49,7 +49,7 @@ CASES: dict[str, tuple[tuple[str, int, int, dict[str, Any]], tuple[int, int]]] =
     "lora": (("nf4", 4096, 4096, {"kind": "lora"}), (7, 16)),
     "dropout": (("nf4", 4096, 4096, {"dropout": 0.05}), (19, 34)),
     "float32": (("nf4", 4096, 4096, {"dtype": torch.float32}), (17, 27)),
-    "int8": (("int8", 4096, 4096, {}), (56, 68)),
+    "int8": (("int8", 4096, 4096, {}), (11, 23)),
 }
 
 
