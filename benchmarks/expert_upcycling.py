@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/expert_upcycling.py DATA [--dir runs/studies/expert_upcycling] [--seconds 3600]
 
+The default sizes are small: they take about 20 minutes of one core.
+
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. Every MLP is divided into a shared expert and
 four others, of which a router chooses two for each token (upcycled_mixture.py). MLPs and routers are trained on the
 texts of one half of the training examples and saved as a Qwen2-MoE checkpoint. qdora loads it in NF4 and trains
@@ -81,17 +83,17 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--dir", type=Path, default=Path("runs/studies/expert_upcycling"))
     parser.add_argument("--out", type=Path, default=RESULTS / "expert_upcycling.json")
-    parser.add_argument("--per-task", type=int, default=1000, help="training examples of a task, half for each stage")
-    parser.add_argument("--row-tokens", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=2, help="of a step of the mixture")
+    parser.add_argument("--per-task", type=int, default=400, help="training examples of a task, half for each stage")
+    parser.add_argument("--row-tokens", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=1, help="of a step of the mixture")
     parser.add_argument("--mixture-steps", type=int, default=200)
     parser.add_argument("--mixture-lr", type=float, default=2e-4)
-    parser.add_argument("--steps", type=int, default=40, help="of an adapter")
-    parser.add_argument("--batch", type=int, default=16, help="examples of a step of an adapter")
-    parser.add_argument("--rates", default="1e-3,3e-3")
+    parser.add_argument("--steps", type=int, default=10, help="of an adapter")
+    parser.add_argument("--batch", type=int, default=8, help="examples of a step of an adapter")
+    parser.add_argument("--rates", default="2e-3,5e-3")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--limit", type=int, default=16, help="validation examples of a task")
-    parser.add_argument("--test-limit", type=int, default=40, help="test examples of a task")
+    parser.add_argument("--limit", type=int, default=8, help="validation examples of a task")
+    parser.add_argument("--test-limit", type=int, default=12, help="test examples of a task")
     parser.add_argument("--arms", default=",".join(ARMS), help="the result is written by a call for all of them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no step after so many")
     parser.add_argument("--smoke", action="store_true", help="a random model and two tasks: shows that it runs")

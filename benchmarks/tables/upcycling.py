@@ -29,8 +29,7 @@ def upcycled_mixture() -> str:
         f"\n{mixture['num_validation_texts']} validation examples, prompt and answer; bf16 but for the last row. "
         f"Shares are of a block's choices; even use is 25%. {mixture['num_parameters'] / 1e6:.0f} M parameters. "
         f"{sizes['mixture_steps']} steps of {sizes['rows'] * sizes['row_tokens']} tokens, "
-        f"{mixture['passes']:.1f} passes over the texts, peak rate {sizes['mixture_lr']:g}, "
-        f"{mixture['train_seconds'] / 60:.0f} minutes on one core.\n"
+        f"{mixture['passes']:.1f} passes over the texts, peak rate {sizes['mixture_lr']:g}.\n"
     )
     return markdown(header, rows) + note
 
@@ -49,11 +48,13 @@ def expert_upcycling() -> str:
         f"{arm} {found['num_trainable']:,} parameters at rate {found['lr']}" for arm, found in arms.items()
     )
     alone = "; ".join(f"{pair.replace(' - ', ' − ')} {_seeds(differences[pair]['average'])}" for pair in pairs)
+    gains = "; ".join(f"{arm} {_interval(differences[f'{arm} - base']['average'])}" for arm in arms)
     note = (
         f"\n{counts}. {sizes['steps']} steps of {sizes['batch']} examples, seeds "
         f"{', '.join(map(str, document['seeds']))}; {sizes['test_limit']} test examples of each task. Rates tried with "
-        f"the first seed: {sizes['rates']}. {_verdict(differences, pairs)} Intervals of the average over the seeds "
-        f"alone: {alone}. `{document['command']}`\n"
+        f"the first seed: {sizes['rates']}. {_verdict(differences)} Average of each arm minus that of "
+        f"the NF4 base: {gains}. Intervals of the average over the seeds alone, which say nothing of other examples: "
+        f"{alone}. `{document['command']}`\n"
     )
     return markdown(header, rows) + note
 
@@ -66,14 +67,15 @@ def _seeds(each: dict[str, Any]) -> str:
     return f"{each['seeds_lower']:+.3f} to {each['seeds_upper']:+.3f}"
 
 
-def _verdict(differences: dict[str, Any], pairs: list[str]) -> str:
+def _verdict(differences: dict[str, Any]) -> str:
     """What the intervals of the average over seeds and examples allow to say."""
     said = []
-    for pair in pairs:
+    for pair, found in differences.items():
         first, second = pair.split(" - ")
-        average = differences[pair]["average"]
+        average = found["average"]
         if average["lower"] > 0:
             first, second = second, first
         if average["lower"] > 0 or average["upper"] < 0:
             said.append(f"{first} is better than {second}")
-    return f"On the average over tasks, {'; '.join(said) or 'no arm differs significantly from another'}."
+    nothing = "nothing differs significantly, neither two arms nor an arm and the base"
+    return f"On the average over tasks, {'; '.join(said) or nothing}."
