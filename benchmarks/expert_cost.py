@@ -15,6 +15,7 @@ experts run as transformers runs them. QDoRA uses the norms of its step; `norms`
 from __future__ import annotations
 
 import argparse
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,7 +73,8 @@ def main() -> None:
     result = facts(command) | {"dtype": str(dtype).removeprefix("torch."), "rank": RANK}
     cases: list[dict[str, Any]] = []
     for name in names:
-        holders = {each: adapted_experts(sizes_of(name), each) for each in CONTENDERS}
+        weight_of = functools.cache(random_stack)  # packing takes longer than all else
+        holders = {each: adapted_experts(sizes_of(name), each, weight_of) for each in CONTENDERS}
         for tokens in counts:
             cases += [
                 case(name, holders, tokens, skewed, 2 if args.smoke else args.repeats) for skewed in (False, True)
@@ -158,13 +160,20 @@ class Step:
         return sum(size for address, size in kept.items() if address not in own)
 
 
-def adapted_experts(sizes: dict[str, int], contender: str) -> nn.ModuleDict:
-    """Random experts with a contender's adapters."""
+def random_stack(shape: tuple[int, int]) -> PackedWeight:
+    """A random stack of experts in NF4."""
+    return quantize(torch.randn(shape) * 0.02, "nf4")
+
+
+def adapted_experts(
+    sizes: dict[str, int], contender: str, weight_of: Callable[[tuple[int, int]], PackedWeight]
+) -> nn.ModuleDict:
+    """Experts with a contender's adapters."""
     holder = nn.ModuleDict({"experts": bare_experts(sizes)})
     if contender == "peft_lora":
-        put_dense_(holder, compute_dtype())
+        put_dense_(holder, compute_dtype(), weight_of)
     else:
-        put_packed_(holder, contender, lambda shape: quantize(torch.randn(shape) * 0.02, "nf4"))
+        put_packed_(holder, contender, weight_of)
     return holder
 
 
@@ -189,12 +198,12 @@ def bare_experts(sizes: dict[str, int]) -> nn.Module:
         return Qwen3MoeExperts(config)
 
 
-def put_dense_(holder: nn.ModuleDict, dtype: torch.dtype) -> None:
+def put_dense_(holder: nn.ModuleDict, dtype: torch.dtype, weight_of: Callable[[tuple[int, int]], PackedWeight]) -> None:
     """Dense weights of the NF4 values, and LoRA by PEFT."""
     experts: Any = holder["experts"]
     for name in ("gate_up_proj", "down_proj"):
         shape = getattr(experts, name).shape
-        packed = quantize(torch.randn(shape).flatten(0, 1) * 0.02, "nf4")
+        packed = weight_of((shape[0] * shape[1], shape[2]))
         setattr(experts, name, nn.Parameter(dequantize(packed, dtype).view(shape), requires_grad=False))
     names = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
     settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=names)
@@ -228,7 +237,7 @@ def move_(holder: nn.Module, dtype: torch.dtype | None) -> None:
 
 def peak_of_step(sizes: dict[str, int], contender: str, tokens: int) -> int:
     """Growth of the peak over what is held before the first step."""
-    step = make_step(adapted_experts(sizes, contender), sizes, tokens, skewed=False)
+    step = make_step(adapted_experts(sizes, contender, random_stack), sizes, tokens, skewed=False)
     before = resident_bytes()
     step.run()
     return peak_rss_bytes() - before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -105,6 +106,6 @@ def nearest_entry(directory: Path, name: str) -> str:
 def nearest_path(path: Path) -> str:
     """' Did you mean ...?' for the first missing part of a path, or '' if no name beside it is close."""
     missing = path
-    while not missing.parent.exists() and missing.parent != missing:
+    while missing.parent != missing and not os.path.exists(missing.parent):  # unlike the method it never raises
         missing = missing.parent
     return nearest_entry(missing.parent, missing.name)

@@ -21,14 +21,16 @@ Not seen: waits inside libraries that do not call torch (bitsandbytes' paged opt
 explicit synchronisation. The device takes the branches of a GPU wherever the program asks only whether a device is
 "cpu"; its name is not "cuda".
 
-It makes torch's PrivateUse1 backend a device for the rest of the process, and a backward pass on it starts threads of
-autograd, after which forked processes cannot compute gradients. So tests run it in processes of their own
+It makes torch's PrivateUse1 backend a device for the rest of the process. autograd counts the devices in the first
+backward pass of a process or of those that it was forked from, and then starts threads, after which forked processes
+cannot compute gradients. So tests run it in processes that are forked from one without any backward pass
 (`on_false_gpu`).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import itertools
 import linecache
@@ -291,16 +293,20 @@ class FalseGpu(TorchDispatchMode):
         self.live_bytes -= num_bytes
 
 
+def _on_false_gpu(module: str, name: str, options: dict[str, Any]) -> None:
+    with FalseGpu() as gpu:
+        getattr(importlib.import_module(module), name).__wrapped__(gpu, **options)
+
+
 def on_false_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that runs in a forked process, with an active FalseGpu as its first argument."""
+    """A test that runs in a process of its own, with an active FalseGpu as its first argument.
+
+    Its other arguments, parameters and fixtures, are pickled.
+    """
 
     @functools.wraps(test)
     def run(**options: Any) -> None:
-        def work(_rank: int) -> None:
-            with FalseGpu() as gpu:
-                test(gpu, **options)
-
-        (fault,) = launched.run(1, work)
+        fault = launched.run_from_server(_on_false_gpu, test.__module__, test.__name__, options, preload=__name__)
         assert not fault, fault
 
     others = list(inspect.signature(test).parameters.values())[1:]

@@ -1,4 +1,5 @@
-"""Processes in a test, forked so that none imports torch again: several as under torchrun, or one command."""
+"""Processes in a test, forked so that none imports torch again: several as under torchrun, or one command, or one
+whose parent has done nothing."""
 
 from __future__ import annotations
 
@@ -47,6 +48,32 @@ def _one(rank: int, size: int, port: int, end: Any, function: Callable[..., None
     except BaseException:
         end.send(traceback.format_exc())
     os._exit(0)  # nothing of the test process is to be torn down here
+
+
+def run_from_server(function: Callable[..., None], *args: Any, preload: str, timeout: float = 240) -> str:
+    """Call `function(*args)`, pickled, in a process forked from one that has only imported the module `preload`.
+
+    Returns:
+        '' or its traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_from_server, args=(sender, function, args))
+    process.start()
+    fault: str = receiver.recv() if receiver.poll(timeout) else f"nothing within {timeout} s"
+    process.join(5)
+    process.kill()
+    return fault
+
+
+def _from_server(end: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    try:
+        function(*args)
+        end.send("")
+    except BaseException:
+        end.send(traceback.format_exc())
+    os._exit(0)
 
 
 def start_command(*arguments: str, output: Path) -> ForkProcess:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -187,9 +188,7 @@ def test_phases_of_a_step_and_of_what_surrounds_it(gpu: FalseGpu, source: Path) 
 
 
 @on_false_gpu
-def test_a_step_with_a_wrong_norm_is_computed_again(
-    gpu: FalseGpu, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_with_a_wrong_norm_is_computed_again(gpu: FalseGpu, source: Path) -> None:
     """A row that its adapter has nearly removed: its factored norm is rounding noise."""
     found = []
     for later in (True, False):
@@ -200,11 +199,10 @@ def test_a_step_with_a_wrong_norm_is_computed_again(
         with torch.no_grad():
             layer.lora_A[0] = layer.base.dequantized()[3].to(layer.lora_A.dtype)
             layer.lora_B[3] = torch.tensor([-0.99 / layer.scaling, 0.0, 0.0, 0.0], device=gpu.device)
-        if not later:
-            monkeypatch.setattr(loop, "norms_checked_later", lambda _later: nullcontext())
         torch.manual_seed(5)
         gpu.clear()
-        numbers, _ = step_gradient(model, step, device=gpu.device)
+        with nullcontext() if later else patch.object(loop, "norms_checked_later", lambda _later: nullcontext()):
+            numbers, _ = step_gradient(model, step, device=gpu.device)
         lines = waits(list(gpu.events))
         assert lines.pop("train/loop.py: read = torch.cat(numbers).tolist()") == (2 if later else 1)
         assert all(line.startswith(("nn/adapted_linear.py: flags", "ops/dora.py")) for line in lines)

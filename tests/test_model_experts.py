@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qdora.errors import UserError
 from qdora.export.nf4_lora import check_foldable
 from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.conversion import taken_for_experts
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import adapted_layers, frozen_like, inject, linear_layers, replace_module
 from qdora.model.load import load_model
@@ -254,3 +258,15 @@ def test_masks_of_experts_are_whole_bytes(tmp_path: Path) -> None:
     ) as raised:
         inject(model, rank=2, targets="down_proj", masked=True)
     assert len(raised.value.faults) == 1
+
+
+@pytest.mark.parametrize("name", tiny_experts.MODELS)
+def test_dense_layers_that_peft_takes_for_experts(name: str) -> None:
+    """By PEFT's own change of a config that names each of them by its path."""
+    model, ours = tiny_experts.make(name), tiny_experts.make(name)
+    use_expert_layers_(ours)
+    ends = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+    dense = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and path.endswith(ends)]
+    config = LoraConfig(target_modules=[*dense, "o_proj"])
+    convert_peft_config_for_transformers(config, model, None)
+    assert taken_for_experts(ours, dense) == set(dense) - set(config.target_modules)

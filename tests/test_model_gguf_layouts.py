@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from torch import nn
 from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
@@ -27,6 +28,7 @@ from transformers import (
 from qdora.errors import UserError
 from qdora.export.gguf import TensorCheck, check_tensors
 from qdora.model.gguf_file import open_gguf
+from qdora.model.gguf_layout import knows_layout
 from tests import tiny_experts
 
 gguf = pytest.importorskip("gguf")
@@ -272,3 +274,10 @@ def test_a_model_is_filled_with_the_values_of_a_file(tmp_path: Path, name: str) 
     checked(file, model)
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
     assert all(torch.equal(values, wanted[key]) for key, values in model.state_dict().items())
+
+
+def test_the_shared_mlp_of_granite_is_not_known() -> None:
+    model = nn.Module()
+    assert knows_layout("granitemoe", [], model)
+    model.add_module("shared_mlp", nn.Linear(2, 2))
+    assert not knows_layout("granitemoe", [], model)

@@ -361,3 +361,12 @@ def test_a_model_that_writes_into_the_output_of_a_stack_gets_the_true_gradient()
     second(x, tokens).mul_(3.0).square().sum().backward()
     for name, parameter in first.named_parameters():
         torch.testing.assert_close(second.get_parameter(name).grad, parameter.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_stack_runs_in_inference_mode(kind):
+    layer = layer_of(kind=kind).eval()
+    tokens, x = ExpertTokens((2, 0, 5, 1, 6)), torch.randn(14, IN)
+    expected = layer(x, tokens)
+    with torch.inference_mode():
+        assert torch.equal(layer(x, tokens), expected)

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qdora.data.demo import FAMILIES
-from qdora.errors import UserError
+from qdora.errors import UserError, nearest_path
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DEMO_TASKS, TASKS, is_path
 from qdora.recipe.recipe_file import (
     apply_overrides,
@@ -1081,3 +1081,7 @@ def test_paths_that_no_system_has_are_missing_files(tmp_path: Path) -> None:
         )
         [line] = missing_files(load_recipe(str(tmp_path / "r.yaml")), "r.yaml")
         assert line == f"r.yaml: data.chat_template: no such file or directory, got {tmp_path / path}."
+
+
+def test_a_path_that_cannot_be_looked_at_has_no_nearest_name(tmp_path: Path) -> None:
+    assert nearest_path(tmp_path / ("x" * 300) / "data.jsonl") == ""

@@ -23,8 +23,10 @@ from qdora.export.audit import DESCRIPTIONS
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
 from qdora.export.options import ExportOptions
+from qdora.export.targets import check_reading
 from qdora.export.verify import verify_merged
 from qdora.model import experts
+from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_model
 from qdora.model.source import resolve
@@ -400,6 +402,11 @@ def test_dora_on_experts_is_not_for_peft(run: Path, tmp_path: Path) -> None:
         export_run(run, tmp_path / "out", asked, console=quiet())
     assert len(e.value.faults) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_other_programs_are_not_known_to_read_stacks(run: Path) -> None:
+    with pytest.raises(UserError, match=r"vLLM .* not known to read LoRA on stacks .* 4 .* Fix: use --format merged"):
+        check_reading("vllm", describe_adapter(run / "adapter"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from qdora.files.atomic import atomic_write_bytes
 
 log = logging.getLogger("qdora")
 
-_FORMAT = 1
+_FORMAT = 2
 """Version of the files; a file of another version is not read."""
 
 

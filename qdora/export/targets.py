@@ -107,8 +107,15 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
 
 
 def check_reading(name: str, adapter: AdapterDescription) -> None:
-    """Raise UserError if PEFT, with which a program reads adapters, does not compute what the run's adapter does."""
-    if adapter.shares and adapter.layout.kind == "dora":
+    """Raise UserError if a program does not compute what the run's adapter does on stacks of experts."""
+    if not adapter.shares:
+        return
+    if name != "transformers":
+        raise UserError(
+            f"--for {name}: {TARGETS[name].title} is not known to read LoRA on stacks of experts, and the adapter has "
+            f"{len(adapter.shares)} (e.g. {next(iter(adapter.shares))}). Fix: use --format merged."
+        )
+    if adapter.layout.kind == "dora":
         raise UserError(
             f"--for {name}: PEFT has no DoRA for experts, and {len(adapter.shares)} stacks of experts have some (e.g. "
             f"{next(iter(adapter.shares))}). Fix: use --format merged."

@@ -84,7 +84,7 @@ def other_load(seconds: float = 0.05) -> float:
     found = []
     for _ in range(_LOAD_SAMPLES):
         words = _system_text("/proc/loadavg").split()  # 0.21 0.33 0.12 RUNNING/ALL NEWEST
-        if len(words) < 4:
+        if len(words) < 4 or words[3].startswith("0/"):  # this thread runs
             return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         found.append(int(words[3].partition("/")[0]) - 1)  # this thread
         time.sleep(seconds / _LOAD_SAMPLES)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, conversion_mapping
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -239,8 +239,8 @@ def _single_name(model: PreTrainedModel, path: str) -> str:
     return str(key)
 
 
-# PEFT 0.21 takes the dense layers of these families as they are.
-_DENSE_TO_PEFT = ("qwen2_moe", "lfm2_moe")
+# transformers' names of the ways in which published experts become stacks, for which PEFT 0.21 changes target_modules.
+_CHANGED_BY_PEFT = ("mixtral", "qwen2_moe")
 
 
 def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> set[str]:
@@ -251,7 +251,10 @@ def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> set[str]:
     no more than a warning.
     """
     experts = stacks(model)
-    if not experts or not isinstance(model, PreTrainedModel) or model.config.model_type in _DENSE_TO_PEFT:
+    if not experts or not isinstance(model, PreTrainedModel):
+        return set()
+    patterns: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    if patterns.get(model.config.model_type) not in _CHANGED_BY_PEFT:
         return set()
     one_of_each = {path.rpartition(".")[2]: path for path in experts}
     pieces = [list(published_pieces(model, path)) for path in one_of_each.values()]

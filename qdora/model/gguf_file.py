@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.model.gguf_layout import HeldRows, TensorLayout, Values, held_rows, tensor_layouts
+from qdora.model.quantized_checkpoint import refuse_nan_scales
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredRows, StoredTensor, in_parts, shorten
 from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, from_tensors
@@ -227,10 +228,11 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, Stored]:
             "Fix: use the safetensors checkpoint of the model."
         )
     places = held_rows(model)
-    strange = next((each for each in header.tensors if "_exps." in each.name and each.name not in places), None)
-    if strange is not None:
+    strange = [each.name for each in header.tensors if "_exps." in each.name and each.name not in places]
+    strange += [name for name, place in places.items() if place.turned]
+    if strange:
         raise UserError(
-            f"model.source: {path}: '{strange.name}' holds experts, which are not read from GGUF files of "
+            f"model.source: {path}: '{strange[0]}' holds experts or heads, which are not read from GGUF files of "
             f"{header.architecture}. Fix: use the safetensors checkpoint of the model."
         )
     layouts = tensor_layouts(path, header.architecture, (tensor.name for tensor in header.tensors), model)
@@ -321,7 +323,9 @@ def _mxfp4_weight(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape
             pairs = blocks[expert, ..., 1:]
             codes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
             packed[expert, place.rows] = codes[..., ::2] << 4 | codes[..., 1::2]
-    tensors = {"packed": torch.from_numpy(packed.reshape(-1)), "absmax": torch.from_numpy(scales.reshape(-1))}
+    exponents = torch.from_numpy(scales.reshape(-1))
+    refuse_nan_scales(held[0][0].name, exponents)
+    tensors = {"packed": torch.from_numpy(packed.reshape(-1)), "absmax": exponents}
     try:
         return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
     except ValueError as error:

@@ -55,8 +55,11 @@ class TensorLayout:
 def knows_layout(architecture: str, tensors: Iterable[str], model: nn.Module) -> bool:
     """Whether `tensor_layouts` and `held_rows` are known to undo every change of llama.cpp's converter.
 
-    Not for experts that are no stacks in `model`, since transformers has no interface for them.
+    Not for experts that are no stacks in `model`, since transformers has no interface for them, and not for the shared
+    MLP of Granite's mixtures, whose gate and up projections llama.cpp takes apart.
     """
+    if architecture == "granitemoe" and any(name.endswith("shared_mlp") for name, _ in model.named_modules()):
+        return False
     read = architecture in _CONVERTED and _library_conversions() is not None
     read = read or architecture in {*TENSOR_PROCESSORS, *_LAID_OUT_AS, *_UNCHANGED}
     return read and (bool(stacks(model)) or not any("_exps." in name for name in tensors))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from qdora.errors import UserError
@@ -121,11 +121,7 @@ def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
 
     def read() -> PackedWeight:
         codes, exponents = blocks.read().reshape(-1), scales.read().reshape(-1).clone()
-        if num_nan := int((exponents == _E8M0_NAN).sum()):
-            raise UserError(
-                f"model.source: '{scales.key}' has {num_nan} block scales of {_E8M0_NAN}, which mean NaN. Fix: "
-                "download the checkpoint again, or name another one."
-            )
+        refuse_nan_scales(scales.key, exponents)
         # The first of two weights is in the low half there, and in the high half here.
         swapped = (codes << 4) | (codes >> 4)
         tensors = {"packed": swapped, "absmax": exponents}
@@ -135,6 +131,15 @@ def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
             raise UserError(f"model.source: '{blocks.key}': {error}") from error
 
     return StoredPacked(blocks.key, shape, MXFP4, MXFP4_BLOCK_SIZE, double_quant=False, read=read)
+
+
+def refuse_nan_scales(key: str, exponents: Tensor) -> None:
+    """Raise UserError if a scale of MXFP4 blocks, a uint8 exponent of the tensor `key`, is NaN."""
+    if num_nan := int((exponents == _E8M0_NAN).sum()):
+        raise UserError(
+            f"model.source: '{key}' has {num_nan} block scales of {_E8M0_NAN}, which mean NaN. Fix: download the "
+            "checkpoint again, or name another one."
+        )
 
 
 def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPacked:

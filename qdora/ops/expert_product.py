@@ -272,7 +272,7 @@ class _AdaptedStack(torch.autograd.Function):
             kept = out.clone()
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, kept)
         ctx.call = call
-        ctx.version = 0 if kept is None else kept._version
+        ctx.version = 0 if kept is None or kept.is_inference() else kept._version
         return out
 
     @staticmethod

@@ -28,8 +28,8 @@ def check_router_loss(recipe: Recipe, config_of_model: Callable[[], PreTrainedCo
     config = config_of_model()
     if not _has_router_loss(config):
         raise UserError(
-            f"train.router_aux_loss: must be 0 with {config.model_type}, for which transformers has no auxiliary loss "
-            f"of routers, got {asked:g}."
+            f"train.router_aux_loss: must be 0 with {config.model_type}, got {asked:g}; it needs a causal model for "
+            "which transformers has an auxiliary loss of routers."
         )
 
 
