@@ -404,6 +404,12 @@ def test_dora_on_experts_is_not_for_peft(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_that_peft_cannot_load_is_exported_with_a_word(run: Path, tmp_path: Path) -> None:
+    console = quiet()
+    export_run(run, tmp_path / "out", ExportOptions(format_="peft"), console=console)
+    assert "PEFT has no DoRA for experts, so only qdora loads this adapter." in console.file.getvalue()
+
+
 def test_other_programs_are_not_known_to_read_stacks(run: Path) -> None:
     with pytest.raises(UserError, match=r"vLLM .* not known to read LoRA on stacks .* 4 .* Fix: use --format merged"):
         check_reading("vllm", describe_adapter(run / "adapter"))

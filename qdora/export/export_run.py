@@ -32,6 +32,7 @@ from qdora.model.build_model import DTYPES, write_adapter
 from qdora.model.conversion import taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.stored_tensors import shorten
+from qdora.nn.expert_linear import AdaptedExperts
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun, load_run, trained_state
 from qdora.run.model_card import card_files, run_card
@@ -126,6 +127,9 @@ def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> t
     card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
     atomic_write_text(out / "README.md", card)
     atomic_write_json(out / "export.json", document)
+    layers = adapted_layers(trained.model).values() if options.form == "peft" else ()
+    if any(isinstance(layer, AdaptedExperts) and layer.magnitude is not None for layer in layers):
+        sentences.append("PEFT has no DoRA for experts, so only qdora loads this adapter. Fix: use --format merged")
     if zeros is not None and zeros["kept"] < zeros["pruned"]:
         still = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero"
         sentences.append(f"the merge is dense: {still}; adapter.mask: keep keeps them all")
