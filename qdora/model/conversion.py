@@ -229,7 +229,8 @@ def published_pieces(model: PreTrainedModel, path: str) -> dict[str, Published]:
         flat = held.reshape(-1)
         start = int(flat[0])
         assert torch.equal(flat, torch.arange(start, start + len(flat))), f"{key}: rows out of order"
-        found[key] = Published((*held.shape[:-1], columns), slice(start, start + len(flat)), False)
+        sizes = held.shape[:-1] if held.shape[-1] == 1 else held.shape  # older releases of transformers squeeze
+        found[key] = Published((*sizes, columns), slice(start, start + len(flat)), False)
     return found
 
 
