@@ -86,8 +86,8 @@ PUBLISHED = {
 }
 ROUNDED = dict.fromkeys(["deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-Next-80B-A3B-Instruct"], 1_000_000_000)
 GATED = "meta-llama/Llama-3.2-1B-Instruct"
-# Keys that configs take although their defaults do not have them.
-OPTIONAL = {"partial_rotary_factor", "head_dim"}
+# Keys that configs take although their defaults do not have them, in all releases of transformers or in older ones.
+OPTIONAL = {"partial_rotary_factor", "head_dim", "vision_use_head"}
 
 
 def test_every_shape_has_the_published_number_of_parameters() -> None:

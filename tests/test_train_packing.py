@@ -52,7 +52,9 @@ SIZES: dict[str, Any] = {
 def gemma2() -> nn.Module:
     """Every other layer sees four tokens; logits are capped."""
     torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, sliding_window=4, final_logit_softcapping=0.5)).eval()
+    config = Gemma2Config(**SIZES, head_dim=8, sliding_window=4, final_logit_softcapping=0.5)
+    config._attn_implementation = "eager"  # older releases of transformers choose another one, which caps nothing
+    return Gemma2ForCausalLM(config).eval()
 
 
 def mistral() -> nn.Module:
