@@ -178,6 +178,8 @@ def test_losses_time_and_speed_are_those_of_the_metrics(whole: Path) -> None:
 
 
 def size(num_bytes: float) -> str:
+    if num_bytes >= 2**30:  # the peak is that of the whole process, which other tests have made larger
+        return f"{num_bytes / 2**30:.2f} GiB"
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
 
 

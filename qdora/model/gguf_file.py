@@ -231,8 +231,9 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, Stored]:
     strange = [each.name for each in header.tensors if "_exps." in each.name and each.name not in places]
     strange += [name for name, place in places.items() if place.turned]
     if strange:
+        parts = "experts" if "_exps." in strange[0] else "heads"
         raise UserError(
-            f"model.source: {path}: '{strange[0]}' holds experts or heads, which are not read from GGUF files of "
+            f"model.source: {path}: '{strange[0]}' holds {parts}, which are not read from GGUF files of "
             f"{header.architecture}. Fix: use the safetensors checkpoint of the model."
         )
     layouts = tensor_layouts(path, header.architecture, (tensor.name for tensor in header.tensors), model)
