@@ -27,7 +27,7 @@ from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import chat_model, chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study, study_nulls
-from tables.times import expert_cost, layer_time, packing, step_time
+from tables.times import expert_cost, layer_time, packing, step_time, wait_policy
 from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data, router_loss
 from tables.upcycling import expert_upcycling, upcycled_mixture
 
@@ -78,6 +78,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan_recipes": plan_recipes,
     "expert_plans": expert_plans,
     "expert_cost": expert_cost,
+    "wait_policy": wait_policy,
     "cards": cards,
     "plan_accuracy": plan_accuracy,
     "pruning": pruning,

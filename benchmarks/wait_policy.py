@@ -67,7 +67,8 @@ def main() -> None:
                 "sleeping / spinning": ratio(found["sleeping"], found["spinning"]),
                 "chosen / spinning": ratio(found["chosen"], found["spinning"]),
             }
-    result = facts("python benchmarks/wait_policy.py") | {
+    command = f"python benchmarks/wait_policy.py --steps {args.steps} --repeats {args.repeats}"
+    result = facts(command) | {
         "num_cores": cores,
         "num_steps": args.steps,
         "num_repeats": args.repeats,
