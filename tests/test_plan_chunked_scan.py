@@ -10,12 +10,10 @@ import pytest
 from transformers import AutoConfig
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from qdora.plan import chunked_scan, memory_plan
-from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import plan
+from qdora.plan import chunked_scan
 from qdora.plan.plan_contents import MicroBatchShape, Plan
 from tests import tiny_experts
-from tests.test_plan_experts import a_recipe, check_bytes
+from tests.test_plan_experts import a_recipe, check_bytes, plan_and_operations
 
 DENSE = tiny_experts.SIZES | tiny_experts.LINEAR | {"intermediate_size": 128}
 
@@ -26,18 +24,8 @@ def planned(length: int, monkeypatch: pytest.MonkeyPatch, rows: int = 1) -> tupl
     config = AutoConfig.for_model("qwen3_5_text", **DENSE | sizes)
     shape = MicroBatchShape(rows, length, rows * (length - 1), masked=False, accumulated=True)
     recipe = a_recipe(adapter__rank=4, memory__loss_chunk=8192)
-    calls = []
-
-    class Counting(LiveBytes):
-        def __torch_dispatch__(self, *args: Any) -> Any:
-            calls.append(None)
-            return super().__torch_dispatch__(*args)
-
-    memory_plan._latest.clear()
-    with monkeypatch.context() as patched:
-        patched.setattr(memory_plan, "LiveBytes", Counting)
-        found = plan(recipe, config=config, device_kind="cpu", workload=lambda _recipe: ([shape], 2))
-    return found, len(calls)
+    options = {"config": config, "device_kind": "cpu", "workload": lambda _recipe: ([shape], 2)}
+    return plan_and_operations(monkeypatch, recipe, **options)
 
 
 @pytest.mark.parametrize(("length", "rows"), [pytest.param(1024, 1, marks=pytest.mark.slow), (950, 2)])

@@ -149,7 +149,7 @@ def test_planned_bytes_of_other_mixtures(tmp_path: Path, name: str, changes: dic
     check_bytes(tmp_path, name, 768, sizes, **changes)
 
 
-def routed(recipe: Recipe, config: PreTrainedConfig, device_kind: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def plan_and_operations(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, **options: Any) -> tuple[Plan, int]:
     """The plan, and the operations that it took."""
     calls = []
 
@@ -161,7 +161,7 @@ def routed(recipe: Recipe, config: PreTrainedConfig, device_kind: Any, monkeypat
     memory_plan._latest.clear()
     with monkeypatch.context() as patched:
         patched.setattr(memory_plan, "LiveBytes", Counting)
-        return [plan(recipe, config=config, device_kind=device_kind), len(calls)]
+        return plan(recipe, **options), len(calls)
 
 
 @pytest.mark.slow
@@ -173,12 +173,13 @@ def test_a_plan_needs_no_more_operations_for_more_experts_and_finds_the_bytes_of
     monkeypatch.setattr(expert_product, "_RUN_BYTES", 3 * 128 * 64 * 2)
     recipe = a_recipe(adapter__experts={"rank": 8})
     few, many = (a_config("qwen3_moe", num_experts=count, num_hidden_layers=1) for count in (24, 96))
-    found, operations = routed(recipe, few, device_kind, monkeypatch)
-    assert routed(recipe, many, device_kind, monkeypatch)[1] < 1.1 * operations
+    found, operations = plan_and_operations(monkeypatch, recipe, config=few, device_kind=device_kind)
+    _, of_many = plan_and_operations(monkeypatch, recipe, config=many, device_kind=device_kind)
+    assert of_many < 1.1 * operations
     with monkeypatch.context() as patched:
         for module in (expert_product, expert_tokens):
             patched.setattr(module, "is_planning", lambda: False)
-        whole, all_operations = routed(recipe, few, device_kind, monkeypatch)
+        whole, all_operations = plan_and_operations(monkeypatch, recipe, config=few, device_kind=device_kind)
     assert all_operations > 1.1 * operations
     assert whole.moments == found.moments
     assert whole.even_routing_bytes == found.even_routing_bytes

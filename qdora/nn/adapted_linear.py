@@ -292,9 +292,8 @@ class AdaptedLinear(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = self.base.dequantized(wide) if base is None else base.to(wide)
         keep = self.base.keep_mask() if self.masked else None
-        return merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, self.magnitude, keep_mask=keep).to(
-            dtype
-        )
+        merged = merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, self.magnitude, keep_mask=keep)
+        return merged.to(dtype)
 
     def merged_gain(self) -> Tensor | None:
         """The gain of `merged_weight`, (out,) float32 (float64 for a float64 base); None for LoRA."""

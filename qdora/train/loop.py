@@ -92,9 +92,9 @@ def fit(
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
     backoff, schedule = backoff or Backoff(loader), schedule or Schedule(train, num_steps)
     options: dict[str, Any] = {"loss_chunk": loss_chunk, "weights": task_weights, "loss_scale": loss_scale}
-    options["router_aux_loss"] = train.router_aux_loss
     norm = optimizer.gradient_norm if processes.size == 1 else None
-    compute = partial(step_gradient, model, device=device, gradient_norm=norm, **options)
+    options |= {"router_aux_loss": train.router_aux_loss, "gradient_norm": norm}
+    compute = partial(step_gradient, model, device=device, **options)
     attempt = partial(_gradient_of_next_step, compute, optimizer, loader, processes)
     model.train()
     for step in range(start_step, num_steps):
@@ -379,15 +379,23 @@ def step_gradient(
     total: float = batch.num_label_tokens
     if weights is not None:
         total = sum(weights[name] * count for name, count in batch.task_label_tokens.items())
-    options: dict[str, Any] = {"loss_chunk": loss_chunk, "weights": weights, "loss_scale": loss_scale}
-    options["router_aux_loss"] = router_aux_loss
     names = batch.micro_batches[0].task_names if batch.micro_batches else []
     tokens = torch.zeros(len(names), dtype=torch.int64)
     later = device.type != "cpu"
     random = random_state() if later else {}
     while True:
         with norms_checked_later(later):
-            nll, aux, example_nll = _accumulate(model, batch, total, device, tokens.zero_(), **options)
+            nll, aux, example_nll = _accumulate(
+                model,
+                batch,
+                total,
+                device,
+                tokens.zero_(),
+                loss_chunk=loss_chunk,
+                weights=weights,
+                loss_scale=loss_scale,
+                router_aux_loss=router_aux_loss,
+            )
         doubts = unchecked(adapted_layers(model).values())
         numbers = [nll.double(), *(flag.to(device).double().view(1) for flag in doubts.values()), aux.double().view(1)]
         if gradient_norm is not None:
