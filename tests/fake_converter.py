@@ -197,6 +197,11 @@ def convert(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
         if part == "shared_expert_gate":
             values = values.squeeze(0)
         add(writer, name_of(name, architecture), values, type_)
+    finish(writer)
+
+
+def finish(writer: Any) -> None:
+    """Write the file and close it."""
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         step()
     writer.close()
@@ -227,9 +232,7 @@ def quantize(source: Path, out: Path, type_: str) -> None:
     writer.add_chat_template(reader.get_field("tokenizer.chat_template").contents())
     for tensor in reader.tensors:
         add(writer, tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32), type_)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
+    finish(writer)
 
 
 if __name__ == "__main__":

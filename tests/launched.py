@@ -42,8 +42,12 @@ def run(size: int, function: Callable[..., None], *args: Any, timeout: float = 2
 def _one(rank: int, size: int, port: int, end: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    _told(end, function, (rank, *args))
+
+
+def _told(end: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     try:
-        function(rank, *args)
+        function(*args)
         end.send("")
     except BaseException:
         end.send(traceback.format_exc())
@@ -59,21 +63,12 @@ def run_from_server(function: Callable[..., None], *args: Any, preload: str, tim
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_from_server, args=(sender, function, args))
+    process = context.Process(target=_told, args=(sender, function, args))
     process.start()
     fault: str = receiver.recv() if receiver.poll(timeout) else f"nothing within {timeout} s"
     process.join(5)
     process.kill()
     return fault
-
-
-def _from_server(end: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    try:
-        function(*args)
-        end.send("")
-    except BaseException:
-        end.send(traceback.format_exc())
-    os._exit(0)
 
 
 def start_command(*arguments: str, output: Path) -> ForkProcess:

@@ -222,12 +222,6 @@ def test_eigenvalues_are_those_of_the_dense_matrix(tmp_path: Path) -> None:
     assert found.size == size
 
 
-def parts_of(matrix: Tensor, share: str) -> list[Tensor]:
-    """(experts * out, in) as the matrices that have components of their own."""
-    experts = list(matrix.view(EXPERTS, -1, matrix.shape[1]))
-    return {"none": experts, "A": [torch.cat(experts, dim=0)], "B": [torch.cat(experts, dim=1)]}[share]
-
-
 def stacked(part: int, matrix: Tensor, share: str, shape: torch.Size) -> Tensor:
     """A matrix of one part in the layout of the stack, (experts * out, in); zero in other parts."""
     if share == "A":
@@ -254,7 +248,11 @@ def test_components_are_those_of_the_definition(tmp_path: Path, kind: str, norm:
     found = layer_directions(model, {name: num_new}, batches, norm=norm)
     exact = exact_curvatures(model, found, batches, norm=norm)[name]
     p = torch.softmax(of_update(updates[name]), -1)
-    pairs = zip(parts_of(updates[name], share), parts_of(gradient, share), strict=True)
+    pairs = zip(
+        tiny_experts.parts_of(updates[name], EXPERTS, share),
+        tiny_experts.parts_of(gradient, EXPERTS, share),
+        strict=True,
+    )
     num_compared = 0
     for part, (update, slope) in enumerate(pairs):
         left, sizes, right = torch.linalg.svd(update)

@@ -46,23 +46,16 @@ def test_values_and_views_are_those_of_the_cpu(gpu: FalseGpu) -> None:
     assert torch.equal(work(X.to(gpu.device)).cpu(), work(X))
 
 
-def gradients(model: nn.Module, x: Tensor, recompute: bool) -> list[Tensor]:
-    x = x.clone().requires_grad_()
-    block: Any = (lambda each: checkpoint(model, each, use_reentrant=False)) if recompute else model
-    block(x).square().sum().backward()
-    return [x.grad, *(parameter.grad for parameter in model.parameters())]  # type: ignore[list-item]
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @on_false_gpu
 def test_gradients_are_those_of_the_cpu_and_phases_are_told_apart(gpu: FalseGpu, recompute: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 3))
-    expected = gradients(model, X, recompute)
+    expected = gradients_of(model, X, recompute=recompute)
     model.zero_grad()
     x = X.to(gpu.device)
     model.to(gpu.device)
     with gpu.phase("forward"):
-        found = gradients(model, x, recompute)
+        found = gradients_of(model, x, recompute=recompute)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got.cpu(), wanted)
     # The copy of x; addmm, silu, addmm; the square, its sum, and the sum's own gradient.
@@ -152,10 +145,10 @@ def test_an_adapted_layer_computes_what_it_computes_on_the_cpu(gpu: FalseGpu, ki
         torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def gradients_of(layer: nn.Module, x: Tensor) -> list[Tensor]:
+def gradients_of(layer: nn.Module, x: Tensor, *, recompute: bool = False) -> list[Tensor]:
     """The output, and the gradients of the input and of everything trainable."""
     x = x.clone().requires_grad_()
-    out = layer(x)
+    out: Any = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
     out.square().sum().backward()
     grads = [x.grad, *(each.grad for each in layer.parameters() if each.requires_grad)]
     return [out.detach(), *(each for each in grads if each is not None)]

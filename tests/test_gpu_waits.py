@@ -171,8 +171,7 @@ def test_phases_of_a_step_and_of_what_surrounds_it(gpu: FalseGpu, source: Path) 
         with gpu.phase("update"):
             step(optimizer, lr)
 
-    with pytest.MonkeyPatch.context() as patch, gpu.phase("forward"):
-        patch.setattr(AdapterOptimizer, "step", labelled)
+    with patch.object(AdapterOptimizer, "step", labelled), gpu.phase("forward"):
         _, events = train(model, OneStep(packed=False), gpu.device, gpu)[-1]
     launches = Counter(event.phase for event in events if event.kind == "launch")
     assert launches.keys() == {"forward", "recompute", "backward", "update"}

@@ -22,7 +22,7 @@ from tests import tiny_experts, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
-from tests.fake_converter import NAMES, TOP, Values, add_settings, convert  # noqa: E402
+from tests.fake_converter import NAMES, TOP, Values, add_settings, convert, finish  # noqa: E402
 
 IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "minimax_m2"]
@@ -174,9 +174,7 @@ def test_conversions_of_newer_releases_are_used(tmp_path: Path, architecture: st
     for name, tensor in model.state_dict().items():
         for key, values in qwen35_tensor(name, tensor.numpy()).items():
             writer.add_tensor(key, values)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
+    finish(writer)
     found = load(tmp_path / "file.gguf")
     assert len(stacks(found)) == (4 if architecture == "qwen35moe" else 0)
     assert_close(logits(found), logits(library(tmp_path, gguf_file="file.gguf")))
@@ -197,9 +195,7 @@ def with_changed_tensors(path: Path, change: Callable[[dict[str, Values]], None]
             writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1])
     for name, values in tensors.items():
         writer.add_tensor(name, values)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
+    finish(writer)
     return path.with_name("changed.gguf")
 
 
@@ -233,9 +229,7 @@ def test_an_architecture_that_transformers_does_not_know_is_refused_in_one_line(
     writer = gguf.GGUFWriter(str(path), "deepseek2")
     writer.add_block_count(2)
     writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((4, 64, 64), dtype=np.float32))
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
+    finish(writer)
     with pytest.raises(UserError, match=r"cannot be used: .*architecture deepseek2 is not supported") as raised:
         load(path)
     assert len(str(raised.value).splitlines()) == 1

@@ -33,7 +33,7 @@ from tests import tiny_experts
 
 gguf = pytest.importorskip("gguf")
 
-from tests.fake_converter import NAMES, TOP, Values, interleaved  # noqa: E402
+from tests.fake_converter import NAMES, TOP, Values, finish, interleaved  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -91,9 +91,7 @@ def written(folder: Path, config: Any, architecture: str, change: Change, *, wor
         else:
             _, _, layer, inner = module.split(".", 3)
             writer.add_tensor(f"blk.{layer}.{names[inner]}.{leaf}", values)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
+    finish(writer)
     return folder / "file.gguf"
 
 
@@ -235,9 +233,7 @@ def mixture(folder: Path, name: str, type_: str = "F32", swap: str | None = None
             writer.add_tensor(place, gguf.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(place, values)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
+    finish(writer)
     return folder / "file.gguf"
 
 

@@ -233,12 +233,6 @@ def test_curvature_gives_ranks_of_experts(root: Path, run: Path, tmp_path: Path)
     assert again["layers"] == document["layers"]
 
 
-def parts_of(matrix: Tensor, share: str) -> list[Tensor]:
-    """(4 * out, in) as the matrices that have components of their own."""
-    per_expert = list(matrix.view(4, -1, matrix.shape[1]))
-    return {"none": per_expert, "A": [torch.cat(per_expert, dim=0)], "B": [torch.cat(per_expert, dim=1)]}[share]
-
-
 @pytest.mark.parametrize("share", ["none", "A", "B"])
 @pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "held")])
 def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind: Any, norm: Any, share: Any) -> None:
@@ -255,7 +249,7 @@ def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind
         plain.get_submodule(name).weight = torch.nn.Parameter(gains[name][:, None] * (base + update))
         if isinstance(layer, AdaptedExperts):
             shown = update if share == "B" else gains[name][:, None] * update
-            values = [torch.linalg.svdvals(part).square()[:3] for part in parts_of(shown, share)]
+            values = [torch.linalg.svdvals(part).square()[:3] for part in tiny_experts.parts_of(shown, 4, share)]
             np.testing.assert_allclose(update_spectrum(layer).energies, torch.stack(values).sum(0).numpy(), rtol=1e-8)
     batches = tiny_curvature.batches()
     found = gradient_spectra(model, list(layers), batches, 5, norm=norm)
@@ -269,7 +263,7 @@ def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind
     for name, gradient in zip(layers, torch.autograd.grad(total / count, weights), strict=True):
         gradient = gains[name][:, None] * gradient
         is_stack = isinstance(layers[name], AdaptedExperts)
-        parts = parts_of(gradient, share) if is_stack else [gradient]
+        parts = tiny_experts.parts_of(gradient, 4, share) if is_stack else [gradient]
         values = torch.stack([torch.linalg.svdvals(part).square() for part in parts]).sum(0)
         np.testing.assert_allclose(found[name].energies, values[:5].numpy(), rtol=1e-4, atol=1e-9 * float(values[0]))
         a, b = layers[name].lora_A, layers[name].lora_B

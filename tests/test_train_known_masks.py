@@ -81,7 +81,6 @@ def test_packed_examples_see_themselves(gpu: FalseGpu, name: str) -> None:
     inputs = {"input_ids": ids.to(gpu.device), "position_ids": packing.position_ids.to(gpu.device)}
     expected = model(**inputs, use_cache=False).logits.cpu()
     assert gpu.lines("wait")
-    gpu.clear()
     given = torch.ones_like(ids).to(gpu.device, non_blocking=True)
     gpu.clear()
     with known_masks(model, packing, gpu.device):

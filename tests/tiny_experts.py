@@ -128,3 +128,9 @@ def adapted(
     layers = inject(model, generator=torch.Generator().manual_seed(1), **options)
     tiny_adapted.move(layers)
     return model.eval(), layers
+
+
+def parts_of(matrix: torch.Tensor, num_experts: int, share: str) -> list[torch.Tensor]:
+    """(experts * out, in) as the matrices that have components of their own."""
+    experts = list(matrix.view(num_experts, -1, matrix.shape[1]))
+    return {"none": experts, "A": [torch.cat(experts, dim=0)], "B": [torch.cat(experts, dim=1)]}[share]

@@ -114,9 +114,11 @@ def wait_policy() -> str:
                 f"{case['chosen / spinning']['of_medians']:.2f}",
             ]
         )
+    verdict = "kept" if document["passes"] else "missed"
     note = (
         f"\nThe quick start's recipe, {document['num_steps']} steps a reading, {document['num_repeats']} readings of "
-        f"each in turns, {document['num_cores']} cores; median and quartiles.\n"
+        f"each in turns, {document['num_cores']} cores; median and quartiles. The bar, chosen / spinning on idle cores "
+        f"at least {1 - document['bar']:.2f}, is {verdict}.\n"
     )
     header = ["cores", *(f"{policy}, tokens/s" for policy in ("spinning", "sleeping", "chosen"))]
     return markdown([*header, "sleeping / spinning", "chosen / spinning"], rows) + note
