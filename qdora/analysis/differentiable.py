@@ -31,10 +31,10 @@ from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops.expert_product import add_expert_bias, dense_rows, expert_rows, frozen_stack
+from qdora.ops.expert_product import add_expert_bias, expert_rows, frozen_stack
 from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.frozen_product import frozen_linear
-from qdora.ops.tiles import Weight
+from qdora.ops.tiles import Weight, dense_weight
 
 Norm = Literal["attached", "held", "none"]
 NORMS: tuple[Norm, ...] = ("attached", "held")
@@ -135,11 +135,7 @@ def plain_forward(layer: AdaptedLinear, plain: PlainLayer, x: Tensor) -> Tensor:
     if plain.row_norm is not None:
         norm = plain.row_norm
         if plain.attached:
-            if update is None:
-                assert layer.base_squared is not None
-                norm = attached_norm(weight, layer.base_squared, a, b, layer.scaling)
-            else:
-                norm = _dense_norm(layer.base.dequantized(torch.float64), update)
+            norm = _norm_now(weight, layer.base_squared, plain, update, layer.scaling)
         out = out * plain.gain(norm)
     return out if layer.base.bias is None else out + layer.base.bias.to(out.dtype)
 
@@ -155,7 +151,11 @@ def plain_experts(layer: AdaptedExperts, plain: PlainLayer, x: Tensor, tokens: E
         part = x[run.tokens]
         added.append((part @ a.T) @ b.T * layer.scaling if update is None else part @ update.T)
         if own.row_norm is not None:
-            norm = own.row_norm if not plain.attached else _norm_of_expert(layer, expert, a, b, update)
+            norm = own.row_norm
+            if plain.attached:
+                rows = expert_rows(layer.base.stored_weight, layer.num_experts, run)
+                squared = None if layer.base_squared is None else layer.base_squared[expert]
+                norm = _norm_now(rows, squared, own, update, layer.scaling)
             gains.append(own.gain(norm).expand(len(part), -1))
     out = frozen_stack(x, layer.base.stored_weight, tokens) + torch.cat(added)
     if gains:
@@ -163,18 +163,14 @@ def plain_experts(layer: AdaptedExperts, plain: PlainLayer, x: Tensor, tokens: E
     return out if layer.base.bias is None else add_expert_bias(out, layer.base.bias, tokens)
 
 
-def _norm_of_expert(
-    layer: AdaptedExperts, expert: int, lora_A: Tensor, lora_B: Tensor, update: Tensor | None
+def _norm_now(
+    weight: Weight, base_squared: Tensor | None, plain: PlainLayer, update: Tensor | None, scaling: float
 ) -> Tensor:
-    """The attached norm of one expert, (out,)."""
-    stack, size = layer.base.stored_weight, layer.expert_features
+    """The attached norm of a layer or of one expert, (out,)."""
     if update is not None:
-        rows = slice(expert * size, (expert + 1) * size)
-        return _dense_norm(dense_rows(stack, layer.num_experts, rows, torch.float64), update)
-    assert layer.base_squared is not None
-    (run,) = ExpertTokens.one_for_each((expert,), layer.num_experts).reached
-    weight = expert_rows(stack, layer.num_experts, run)
-    return attached_norm(weight, layer.base_squared[expert], lora_A, lora_B, layer.scaling)
+        return _dense_norm(dense_weight(weight, torch.float64), update)
+    assert base_squared is not None
+    return attached_norm(weight, base_squared, plain.values["lora_A"], plain.values["lora_B"], scaling)
 
 
 def attached_norm(weight: Weight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -213,7 +213,7 @@ def _export_adapter(
 
 
 def check_names(target: str, model: PreTrainedModel) -> None:
-    """Refuse DoRA on layers that PEFT takes for experts, and for experts it has no DoRA."""
+    """Refuse DoRA on layers that PEFT takes for experts by their names: it has no DoRA for experts."""
     layers = adapted_layers(model)
     taken = sorted(taken_for_experts(model, [path for path, layer in layers.items() if layer.magnitude is not None]))
     if taken:

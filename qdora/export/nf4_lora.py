@@ -207,8 +207,8 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _peft_faults(model: PreTrainedModel, layers: Mapping[str, AdaptedLinear]) -> list[str]:
-    """Why PEFT could not read the adapter: it takes dense layers for experts, unless they are named by their weights,
-    which must then be dense."""
+    """Why PEFT could not read the adapter: it takes some layers outside of the experts for experts, unless they are
+    named by their weights, and allows that only for weights that are not quantised."""
     packed = [path for path in sorted(taken_for_experts(model, layers)) if layers[path].base.kind != "dense"]
     if not packed:
         return []

@@ -10,8 +10,9 @@
 
 The tensor names are those that PEFT writes: a magnitude's name does not end in `.weight`. PEFT has no DoRA for experts
 and refuses it. It takes the inputs of Llama 4's experts for their outputs, so A and B are swapped in the file. PEFT
-reads a name of `target_modules` that single experts have, too (gate_proj), as the experts. So dense layers of such
-names are listed by their weights in `target_parameters`, with the same tensors.
+takes a name in `target_modules` (gate_proj) for the stack of experts if single experts in published checkpoints have a
+projection of that name. So other layers of that name are listed by their weights in `target_parameters`, with the same
+tensors (not for DoRA).
 """
 
 from __future__ import annotations
@@ -274,7 +275,7 @@ def read_adapter(
         a_name, b_name, m_name = _names(places[path])
         a, b, share = tensors[a_name], tensors[b_name], described.shares.get(path, "none")
         if isinstance(module, BareExperts):
-            a, b = _from_peft(a, b, module.num_experts, swapped=peft_swaps(model, path))
+            a, b = _from_peft(a, b, module.num_experts, swapped=path in swapped)
             a, b = _shared(a, b, share, f"{directory / WEIGHTS_FILE}: {path}")
         found[path] = StoredLayer(a, b, tensors.get(m_name), layout.scaling_of(path), share)
     matrices = {}

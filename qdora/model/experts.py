@@ -59,20 +59,25 @@ def stacks(model: nn.Module) -> dict[str, Stack]:
     return {name: module for name, module in found.items() if name.removesuffix(".base") == name}
 
 
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    """The module that a stack is in."""
+    return model.get_submodule(path.rpartition(".")[0])
+
+
 def is_transposed(model: nn.Module, path: str) -> bool:
     """Whether transformers keeps a stack as (experts, in, out)."""
-    owner = model.get_submodule(path.rpartition(".")[0])
+    owner = _owner(model, path)
     return type(owner).__name__ == _LLAMA4 or bool(getattr(owner, "is_transposed", False))
 
 
 def peft_swaps(model: nn.Module, path: str) -> bool:
     """Whether PEFT takes the inputs of a stack for its outputs: it is transposed, and its module does not say so."""
-    return is_transposed(model, path) and not hasattr(model.get_submodule(path.rpartition(".")[0]), "is_transposed")
+    return is_transposed(model, path) and not hasattr(_owner(model, path), "is_transposed")
 
 
 def replaced_in_4_bits(model: nn.Module) -> list[str]:
     """Stacks in whose place transformers builds the experts one by one for a model in 4 bits, so that it reads none."""
-    return [path for path in stacks(model) if type(model.get_submodule(path.rpartition(".")[0])).__name__ == _LLAMA4]
+    return [path for path in stacks(model) if type(_owner(model, path)).__name__ == _LLAMA4]
 
 
 def library_names(model: nn.Module) -> dict[str, str]:

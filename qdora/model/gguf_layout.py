@@ -1,7 +1,8 @@
 """Where the tensors of a GGUF file belong in the model, and how its values become those of the model.
 
 Names come from the tables of the package `gguf`. Layouts come from transformers' own readers (llama.cpp interleaves the
-rows of q and k, and adds 1 to Gemma's norms).
+rows of q and k, and adds 1 to Gemma's norms). For Qwen3.5 both come from transformers' conversions, in releases that
+have them.
 
 Of experts llama.cpp's converter writes a tensor for each of the gate, up and down projections of a block, (experts,
 out, in), or gate and up as one if it is told to. It turns transposed stacks and takes alternating rows apart, so all
@@ -68,9 +69,10 @@ def knows_layout(architecture: str, tensors: Iterable[str], model: nn.Module) ->
 def tensor_layouts(
     path: Path, architecture: str, tensors: Iterable[str], model: PreTrainedModel
 ) -> dict[str, TensorLayout]:
-    """Name in the file -> its layout, for those of `tensors` that have a place, without those of `held_rows`.
+    """Name in the file -> its layout. Take the tensors of `held_rows` from there first.
 
-    Raises UserError if the package gguf does not know the architecture. `path` is the file's, for the message.
+    A tensor without a place in the model has no layout, or one whose `name` the model does not have. Raises UserError
+    if the package gguf does not know the architecture. `path` is the file's, for the message.
     """
     conversions = _library_conversions() if architecture in _CONVERTED else None
     if conversions is not None:
@@ -193,9 +195,11 @@ def held_rows(model: nn.Module) -> dict[str, HeldRows]:
                     place = HeldRows(name, rows, stack.num_experts, stack.expert_features, columns)
                     found[f"{_block(path)}.ffn_{part}_exps.{leaf}"] = place
     for path, layer in model.named_modules():
+        if not path.endswith(".kv_b_proj"):
+            continue
         attention = model.get_submodule(path.rpartition(".")[0])
         nope, value = getattr(attention, "qk_nope_head_dim", None), getattr(attention, "v_head_dim", None)
-        if path.endswith(".kv_b_proj") and nope is not None and value is not None:
+        if nope is not None and value is not None:
             rest = (layer.out_features // (nope + value), nope + value, layer.in_features)
             found[f"{_block(path)}.attn_k_b.weight"] = HeldRows(f"{path}.weight", slice(0, nope), *rest, turned=True)
             found[f"{_block(path)}.attn_v_b.weight"] = HeldRows(f"{path}.weight", slice(nope, None), *rest)

@@ -36,7 +36,7 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     header = read_header(path)
     if header.architecture == "gpt-oss":
         return _gpt_oss_config(header)
-    config: PreTrainedConfig = _kept(path, "config", AutoConfig.from_pretrained)
+    config: PreTrainedConfig = _kept(header, "config", AutoConfig.from_pretrained)
     return _with_experts(config, header)
 
 
@@ -115,13 +115,15 @@ def _with_experts(config: PreTrainedConfig, header: GgufHeader) -> PreTrainedCon
 def tokenizer_of_gguf(path: Path) -> Any:
     """The tokenizer. Raises what transformers raises for a header that it cannot use."""
     # The automatic class asks transformers for the config, see `_gpt_oss_config`.
-    kind = PreTrainedTokenizerFast if read_header(path).architecture == "gpt-oss" else AutoTokenizer
-    return _kept(path, "tokenizer", kind.from_pretrained)
+    header = read_header(path)
+    kind = PreTrainedTokenizerFast if header.architecture == "gpt-oss" else AutoTokenizer
+    return _kept(header, "tokenizer", kind.from_pretrained)
 
 
-def _kept(path: Path, name: str, load: Callable[..., Any]) -> Any:
+def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
     """What `load` makes of the file, through a kept copy if the disk takes one."""
-    folder = cache_folder("gguf") / _identity(path) / name
+    path = header.path
+    folder = cache_folder("gguf") / _identity(header) / name
     if not folder.is_dir():
         made = load(str(path.parent), gguf_file=path.name)
         try:
@@ -141,10 +143,10 @@ def _kept(path: Path, name: str, load: Callable[..., Any]) -> Any:
     return found
 
 
-def _identity(path: Path) -> str:
+def _identity(header: GgufHeader) -> str:
     """Stands for the header and for the versions that read it."""
-    start = min((tensor.offset for tensor in read_header(path).tensors), default=path.stat().st_size)
-    with path.open("rb") as file:
+    start = min((tensor.offset for tensor in header.tensors), default=header.path.stat().st_size)
+    with header.path.open("rb") as file:
         digest = hashlib.sha256(file.read(start))
     digest.update(repr(package_versions(_PACKAGES)).encode())
     return digest.hexdigest()[:32]

@@ -67,6 +67,8 @@ def quantization_config(kind: str, *, double_quant: bool, dtype: torch.dtype, de
 def load_faults(model: nn.Module, classes: Mapping[str, str], option: str) -> list[str]:
     """Why transformers could not load layers in 4 bits: it quantises layers of the class nn.Linear, and no others.
 
+    In a 4-bit model it builds Llama 4's experts one by one, so their stacks count even if they are dense.
+
     `classes` is path -> name of the class of each quantised layer in the model's own code; `option` asks for the form.
     """
     others = dict.fromkeys(replaced_in_4_bits(model), "ExpertLinear")

@@ -15,9 +15,9 @@ from torch import nn
 
 from qdora.plan.plan_contents import Moment
 
-# On either side of the place where repetitions are inserted. The first block of a model (its input needs no gradient)
-# and the last one (the loss follows) differ from the others and must not be repeated. Two blocks that alternate have
-# one of each kind beside them; of one kind two are needed.
+# Least number of blocks on either side of the place where repetitions are inserted, rounded up to whole periods. The
+# first block of a model (its input needs no gradient) and the last one (the loss follows) differ from the others and
+# must not be repeated. With a period of 2 or more, one period on each side is enough.
 _KEPT_BLOCKS = 2
 # Most blocks of another kind at the start (such as 1 to 3 dense ones before mixtures of experts).
 _LONGEST_PREFIX = 8
@@ -71,7 +71,7 @@ def find_pattern(signatures: Sequence[Hashable]) -> BlockPattern | None:
     best, cost = None, total
     for prefix in range(min(total, _LONGEST_PREFIX + 1)):
         rest = signatures[prefix:]
-        for period in range(1, len(rest) // 3 + 1):
+        for period in range(1, len(rest) // 3 + 1):  # two periods are kept at least, and one is inserted
             repetitions, suffix = divmod(len(rest), period)
             measured = 2 * (prefix + _num_kept(period) * period + suffix) + period
             if repetitions <= _num_kept(period):

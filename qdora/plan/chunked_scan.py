@@ -21,7 +21,8 @@ _RULE = "torch_chunk_gated_delta_rule"
 _CHUNK = 64
 """Tokens of a chunk; transformers' default, which no model changes."""
 _FEWEST_CHUNKS = 4
-# What is alive within one chunk counts for all texts at once: a quarter of all chunks instead of one of them.
+"""Chunks of a short text. The loop holds its temporary tensors for one chunk of every text at once: here for a quarter
+of all tokens, where the real loop holds them for one chunk."""
 
 
 @contextmanager

@@ -149,13 +149,20 @@ class StepRecorder:
     """Runs steps of a model on fake tensors, with its adapters, and notes the peak of each part, by component.
 
     `live` is the active counter, inside an active FakeTensorMode and `planned_on`. With `checkpointing` only the inputs
-    of the blocks are kept for the backward pass. With `routers` the loss has that of the routers.
+    of the blocks are kept for the backward pass. With `router_loss` the loss includes the
+    auxiliary loss of the routers.
     """
 
     def __init__(
-        self, model: Any, blocks: Sequence[nn.Module], live: LiveBytes, *, checkpointing: bool, routers: bool = False
+        self,
+        model: Any,
+        blocks: Sequence[nn.Module],
+        live: LiveBytes,
+        *,
+        checkpointing: bool,
+        router_loss: bool = False,
     ) -> None:
-        self.model, self.blocks, self.live, self.routers = model, blocks, live, routers
+        self.model, self.blocks, self.live, self._router_loss = model, blocks, live, router_loss
         self.parameters = adapter_parameters(model)
         self.moments: list[Moment] = []
         self._kept_as = parts.CHECKPOINTS if checkpointing else parts.FORWARD
@@ -198,15 +205,15 @@ class StepRecorder:
         head = self.model.get_output_embeddings()
         with self._part("forward", None, parts.FORWARD), ExitStack() as stack:
             tap = stack.enter_context(tapped(head, rows, columns, probing=False))
-            routers = stack.enter_context(tapped_routers(self.model)) if self.routers else None
+            router_tap = stack.enter_context(tapped_routers(self.model)) if self._router_loss else None
             self._recording = True
             self.model(**inputs, use_cache=False)
             self._recording = False
         with self._part("loss", None, parts.LOSS):
             loss = head_nll(head, tap.hidden, targets, proposed_form(self.model.config), chunk).sum() / len(targets)
-            if routers is not None:
-                loss = loss + routers.loss(torch.ones_like(inputs["input_ids"]))
-                routers.logits = ()
+            if router_tap is not None:
+                loss = loss + router_tap.loss(torch.ones_like(inputs["input_ids"]))
+                router_tap.logits = ()
         with self._part("backward", len(self.blocks) - 1 if self.blocks else None, parts.BACKWARD):
             loss.backward()  # type: ignore[no-untyped-call]
             del loss, tap

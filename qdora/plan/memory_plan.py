@@ -407,7 +407,7 @@ class _StepPlan:
                 blocks,
                 live,
                 checkpointing=recipe.memory.checkpointing,
-                routers=recipe.train.router_aux_loss > 0,
+                router_loss=recipe.train.router_aux_loss > 0,
             )
             chunk = recipe.memory.loss_chunk
             recorder.record(

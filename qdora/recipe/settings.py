@@ -244,7 +244,7 @@ class BaseWeightsConfig(Section):
 
 
 class ExpertConfig(Section):
-    """The adapters of the experts of a mixture, which are many times as many as its other layers."""
+    """The adapters of a mixture's experts, of which there are many more than other adapted layers."""
 
     rank: Whole | None = None
     """Rank of the adapters of experts that no rank_pattern names (null: that of the other layers)."""

@@ -67,7 +67,7 @@ class TrainConfig(Section):
     """Adam's epsilon. Adam, arXiv 1412.6980, sec. 2."""
     router_aux_loss: NotNegative = 0.0
     """Factor of the auxiliary loss that spreads a mixture's tokens evenly over its experts, added to the loss (0: off).
-    Its model was trained with router_aux_loss_coef of its config.json. See the guide experts."""
+    The model itself was trained with the factor router_aux_loss_coef of its config.json. See the guide experts."""
     clip: Positive | None = 1.0
     """Largest norm of the whole gradient (null: no clipping)."""
     on_bad_step: Literal["stop", "skip"] = "stop"

@@ -77,16 +77,18 @@ class ExpertLoad:
         self._recent = deque(map(_from_text, state["recent"]), maxlen=_WINDOW)
 
     def record(self) -> dict[str, Any]:
-        """JSON values: the number of steps, and how many of them at each end are compared, half of all at most.
+        """JSON values: the number of steps, and `window`, how many at each end are compared: at most 10, and no more
+        than half of them, but at least 1.
 
         Of each block: the share of each expert in the first and in the last of them; `moved`, the share of tokens that
         went to other experts than at the start; and `noise`, what `moved` would be, on average, if the router had not
-        changed (`_noise`). The last two are None with too few steps.
+        changed (`_noise`). `moved` is None with one step, `noise` with fewer than 4.
         """
         window = min(_WINDOW, max(1, self.num_steps // 2))
+        starts, ends = self._first[:window], list(self._recent)[-window:]
         blocks = {}
         for owner in self._now:
-            first, last = ([step[owner] for step in steps] for steps in (self._first[:window], self._last(window)))
+            first, last = ([step[owner] for step in steps] for steps in (starts, ends))
             shares = _shares(np.sum(first, axis=0)), _shares(np.sum(last, axis=0))
             blocks[owner] = {
                 "first": shares[0].tolist(),
@@ -95,9 +97,6 @@ class ExpertLoad:
                 "noise": _noise(first, last) if window > 1 else None,
             }
         return {"num_steps": self.num_steps, "window": window, "blocks": blocks}
-
-    def _last(self, window: int) -> list[_Counts]:
-        return list(self._recent)[-window:]
 
     def write(self, run: RunDirectory) -> None:
         """Write the record and the figure, and log changes and idle experts. Nothing without experts or steps."""
