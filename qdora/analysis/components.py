@@ -361,23 +361,36 @@ def drawn_curvatures(
     return found
 
 
-class CurvatureProbe:
-    """Reads the slopes along the components of one layer off a backward pass."""
+class _Probe:
+    """The directions of a layer's components with its gain and mask, and how far its rows lengthen along each."""
 
     def __init__(self, layer: AdaptedLinear, directions: Directions, norm: Norm) -> None:
         dtype = layer.base.wide_dtype
         left, right = directions.left.to(dtype), directions.right.to(dtype)
-        gain = layer.gain(dtype)
+        rows = (
+            (layer.num_experts, layer.expert_features) if isinstance(layer, AdaptedExperts) else (layer.out_features,)
+        )
+        gain, keep = layer.gain(dtype), layer.base.keep_mask() if layer.masked else None
         self.layer = layer
-        self._left = left if gain is None else left * gain.value.unsqueeze(1)
+        self._left = left if gain is None else left * gain.value.unsqueeze(-1)
         self._right = right
-        self._keep = layer.base.keep_mask() if layer.masked else None
+        self._keep = None if keep is None else keep.view(*rows, layer.in_features)
         self._own_length: Tensor | None = None
         if norm == "attached":
             unit, length = row_directions(layer, dtype)
-            if self._keep is not None:
-                unit = unit.masked_fill(~self._keep, 0.0)
-            self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).unsqueeze(1)
+            unit = unit.view(*rows, layer.in_features)
+            unit = unit if self._keep is None else unit.masked_fill(~self._keep, 0.0)
+            self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).view(*rows, 1)
+
+
+def _masked_slopes(dy: Tensor, x: Tensor, keep: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The slopes of the tokens of a row along the components of a masked matrix, (components,)."""
+    gradient = (dy.T @ x).masked_fill_(~keep, 0.0)
+    return ((gradient @ right) * left).sum(dim=0)
+
+
+class CurvatureProbe(_Probe):
+    """Reads the slopes along the components of one layer off a backward pass."""
 
     def see(
         self, x: Tensor, output: Tensor, rows: tuple[int, ...], take: Callable[[Tensor], None]
@@ -403,37 +416,21 @@ class CurvatureProbe:
             if self._keep is None:
                 slopes = ((upstream @ self._left) * inner).sum(dim=1)
             else:
-                slopes = torch.stack([self._masked(*pair) for pair in zip(upstream, inner, strict=True)])
+                operands = self._keep, self._left, self._right
+                slopes = torch.stack([_masked_slopes(*pair, *operands) for pair in zip(upstream, inner, strict=True)])
             if without_bias is not None and self._own_length is not None:
                 slopes = slopes - (upstream * without_bias).sum(dim=1) @ self._own_length
             take(slopes)
 
         return backward
 
-    def _masked(self, dy: Tensor, x: Tensor) -> Tensor:
-        gradient = (dy.T @ x).masked_fill_(~self._keep, 0.0)  # type: ignore[operator]
-        return ((gradient @ self._right) * self._left).sum(dim=0)
 
-
-class StackProbe:
+class StackProbe(_Probe):
     """`CurvatureProbe` for a stack of experts, whose tokens all count as one row."""
 
     def __init__(self, layer: AdaptedExperts, directions: Directions, norm: Norm) -> None:
-        dtype = layer.base.wide_dtype
-        left, right = directions.left.to(dtype), directions.right.to(dtype)
-        gain = layer.gain(dtype)
-        self.layer = layer
-        self._left = left if gain is None else left * gain.value.unsqueeze(2)
-        self._right = right
+        super().__init__(layer, directions, norm)
         self._shape = directions.sizes.shape
-        shape = layer.num_experts, layer.expert_features, layer.in_features
-        keep = layer.base.keep_mask() if layer.masked else None
-        self._keep = None if keep is None else keep.view(shape)
-        self._own_length: Tensor | None = None
-        if norm == "attached":
-            unit, length = row_directions(layer, dtype)
-            unit = unit.view(shape) if self._keep is None else unit.view(shape).masked_fill(~self._keep, 0.0)
-            self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).view(*shape[:2], 1)
 
     def see(
         self, x: Tensor, output: Tensor, tokens: ExpertTokens, take: Callable[[Tensor], None]
@@ -455,8 +452,7 @@ class StackProbe:
                 if self._keep is None:
                     slopes = ((upstream @ left) * (inputs @ right)).sum(dim=0)
                 else:
-                    gradient = (upstream.T @ inputs).masked_fill_(~self._keep[expert], 0.0)
-                    slopes = ((gradient @ right) * left).sum(dim=0)
+                    slopes = _masked_slopes(upstream, inputs, self._keep[expert], left, right)
                 if self._own_length is not None:
                     own = output[run.tokens] if bias is None else output[run.tokens] - bias[expert]
                     slopes = slopes - (upstream * own).sum(dim=0) @ self._own_length[expert]
