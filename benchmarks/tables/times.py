@@ -115,10 +115,11 @@ def wait_policy() -> str:
             ]
         )
     verdict = "kept" if document["passes"] else "missed"
+    idle, busy = (len(document["cases"][name]["tokens_per_second"]["chosen"]) for name in ("idle", "busy"))
     note = (
-        f"\nThe quick start's recipe, {document['num_steps']} steps a reading, {document['num_repeats']} readings of "
-        f"each in turns, {document['num_cores']} cores; median and quartiles. The bar, chosen / spinning on idle cores "
-        f"at least {1 - document['bar']:.2f}, is {verdict}.\n"
+        f"\nThe quick start's recipe on {document['num_cores']} cores, {document['num_steps']} steps a reading, in "
+        f"turns: {idle} readings of each on idle cores, {busy} on busy ones; median and quartiles. The bar, chosen / "
+        f"spinning on idle cores at least {1 - document['bar']:.2f}, is {verdict}.\n"
     )
     header = ["cores", *(f"{policy}, tokens/s" for policy in ("spinning", "sleeping", "chosen"))]
     return markdown([*header, "sleeping / spinning", "chosen / spinning"], rows) + note
