@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     FalconConfig,
@@ -173,10 +172,6 @@ def mamba2() -> Any:
     return Mamba2ForCausalLM(Mamba2Config(**MIXER, num_heads=4, head_dim=16, n_groups=1))
 
 
-@pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 15),
-    reason="transformers before 5.15 reads the weights of Mamba only for its CUDA kernels",
-)
 @pytest.mark.parametrize(("make", "read"), [(mamba, "dt_proj"), (mamba2, "out_proj")])
 def test_mamba_is_refused_in_its_first_step(make: Any, read: str) -> None:
     model = make()
