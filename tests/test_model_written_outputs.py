@@ -26,6 +26,7 @@ from qdora.model.written_outputs import keep_written_outputs_, weights_unread
 from tests import tiny
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
+MIXER = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "expand": 2}
 HEADS = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -122,25 +123,59 @@ def test_a_changed_output_is_an_error_and_never_a_wrong_gradient(checkpointing: 
         loss_of(model).backward()  # type: ignore[no-untyped-call]
 
 
+READS_ITSELF = r"this model reads the weight of {0} itself.*Fix: name {1} in base\.skip"
+
+
+def reading(*, in_training_alone: bool) -> Any:
+    """A Llama whose first MLP multiplies by the weight of its down_proj instead of calling the layer."""
+    model = tiny.llama()
+    mlp = model.model.layers[0].mlp
+
+    def forward(x: Tensor) -> Tensor:
+        hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(hidden) if in_training_alone and not mlp.training else hidden @ mlp.down_proj.weight.T
+
+    mlp.forward = forward
+    return model
+
+
 def test_a_model_that_reads_the_weight_of_a_layer_is_refused_in_one_line() -> None:
-    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4, expand=2)
-    model = MambaForCausalLM(config)
+    model = reading(in_training_alone=False)
     inject(model, rank=2)
-    fault = (
-        r"this model reads the weight of backbone\.layers\.0\.mixer\.dt_proj itself.*Fix: name dt_proj in base\.skip"
-    )
+    fault = READS_ITSELF.format(r"model\.layers\.0\.mlp\.down_proj", "down_proj")
     with pytest.raises(UserError, match=fault):
         keep_written_outputs_(model)
-    others = MambaForCausalLM(config)
-    inject(others, targets=["in_proj", "x_proj", "out_proj"], rank=2)
+    others = reading(in_training_alone=False)
+    inject(others, targets=["gate_proj", "up_proj"], rank=2)
     keep_written_outputs_(others)  # as the advice says
 
 
 def test_a_weight_that_is_read_in_training_alone_is_told_in_the_same_line() -> None:
-    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "expand": 2}
-    model = Mamba2ForCausalLM(Mamba2Config(**sizes, num_heads=4, head_dim=16, n_groups=1))
+    model = reading(in_training_alone=True)
     inject(model, rank=2)
     keep_written_outputs_(model)
-    fault = r"reads the weight of backbone\.layers\.0\.mixer\.out_proj itself.*Fix: name out_proj in base\.skip"
+    fault = READS_ITSELF.format(r"model\.layers\.0\.mlp\.down_proj", "down_proj")
     with pytest.raises(UserError, match=fault), weights_unread(model):
         model.train()(input_ids=IDS, use_cache=False)
+
+
+def first_step(model: Any) -> None:
+    keep_written_outputs_(model)
+    model.train()(input_ids=IDS, use_cache=False)
+
+
+def mamba() -> Any:
+    return MambaForCausalLM(MambaConfig(**MIXER))
+
+
+def mamba2() -> Any:
+    return Mamba2ForCausalLM(Mamba2Config(**MIXER, num_heads=4, head_dim=16, n_groups=1))
+
+
+@pytest.mark.parametrize(("make", "read"), [(mamba, "dt_proj"), (mamba2, "out_proj")])
+def test_mamba_is_refused_in_its_first_step(make: Any, read: str) -> None:
+    model = make()
+    inject(model, rank=2)
+    fault = READS_ITSELF.format(rf"backbone\.layers\.0\.mixer\.{read}", read)
+    with pytest.raises(UserError, match=fault), weights_unread(model):
+        first_step(model)
