@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 from qdora.errors import UserError
 from qdora.export.nf4_lora import check_foldable
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.conversion import taken_for_experts
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import adapted_layers, frozen_like, inject, linear_layers, replace_module
 from qdora.model.load import load_model
 from qdora.model.source import resolve
+from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts, BareExperts, FrozenExperts
 from qdora.ops.packed import dequantize, quantize
 from qdora.ops.sparsity import mask_bits

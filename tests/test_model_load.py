@@ -177,7 +177,7 @@ def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path: Path, m
     checkpoint(tmp_path, CONFIGS["llama"])
     name = "self_attn.o_proj.weight"
     turned = WeightConverter(name, name, [Transpose(0, 1)])
-    monkeypatch.setattr("qdora.model.conversion.get_model_conversion_mapping", lambda model: [turned])
+    monkeypatch.setattr("qdora.model.weight_conversion.get_model_conversion_mapping", lambda model: [turned])
     with pytest.raises(UserError, match=r"llama checkpoints hold tensors that must be cut or permuted \(model\.layers"):
         load(tmp_path, quant="nf4")
 

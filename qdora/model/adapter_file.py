@@ -32,7 +32,6 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, json_text
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
-from qdora.model.conversion import taken_for_experts
 from qdora.model.experts import peft_swaps, routers
 from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers
 from qdora.model.language_part import all_paths
@@ -45,6 +44,7 @@ from qdora.model.trained_embeddings import (
     trainable_faults,
     trained_matrices,
 )
+from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, Share, Stack
 from qdora.nn.frozen_linear import FrozenLinear

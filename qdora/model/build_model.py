@@ -17,6 +17,7 @@ from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.inject import HEAD, adapted_layers, inject
+from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import load_config, skeleton, stop_ids, stored_tensors
 from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
 from qdora.model.trained_embeddings import (
@@ -29,7 +30,6 @@ from qdora.model.trained_embeddings import (
     train_embeddings,
     trained_matrices,
 )
-from qdora.model.written_outputs import keep_written_outputs_
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -102,7 +102,7 @@ def adapt(
     put_adapters(model, recipe, adapter, new_tokens=new_tokens)
     if adapter is None:
         start_adapters(model, recipe, source)
-    keep_written_outputs_(model)
+    keep_inplace_outputs_(model)
 
 
 def put_adapters(

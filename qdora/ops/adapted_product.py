@@ -34,7 +34,7 @@ from qdora.ops.tiles import Weight
 
 WRITTEN = (
     "the model has written into the output of an adapted layer, from which the gradient of its magnitude is read. Fix: "
-    "call qdora.model.written_outputs.keep_written_outputs_(model) before training."
+    "call qdora.model.inplace_outputs.keep_inplace_outputs_(model) before training."
 )
 
 

@@ -28,11 +28,11 @@ from qdora.model.adapter_file import AdapterDescription, describe_adapter
 from qdora.model.build_model import DTYPES, Compute, find_source, put_adapters, recompute_activations
 from qdora.model.experts import stacks
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
+from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
-from qdora.model.written_outputs import keep_written_outputs_
 from qdora.nn.expert_linear import ExpertLinear
 from qdora.ops.packed import empty_packed
 from qdora.ops.planned_device import Routing, planned_on
@@ -394,7 +394,7 @@ class _StepPlan:
                 self._put_adapters(model, kept, new_tokens)
                 for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
                     layer.add_gate()
-            keep_written_outputs_(model)
+            keep_inplace_outputs_(model)
             live.reset_peak()
             parameters = adapter_parameters(model)
             if not parameters:

@@ -47,8 +47,8 @@ from qdora.run.calibration import calibration_tokens
 from qdora.run.experiment_trackers import is_installed
 from qdora.run.load_base import NO_GPU
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks
+from qdora.run.step_evaluations import selection_faults
 from qdora.run.task_conflicts import interference_faults
-from qdora.run.validation import selection_faults
 from qdora.train.distributed import Processes
 from qdora.train.router_loss import check_router_loss
 from qdora.train.task_weights import task_weight_faults
