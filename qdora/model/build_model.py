@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,14 @@ def choose_compute(dtype: str) -> Compute:
         return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
     chosen = torch.bfloat16 if native else torch.float32
-    logger.info("Computing on %s in %s.", device.type, str(chosen).removeprefix("torch."))
+    _tell(device.type, str(chosen).removeprefix("torch."))
     return Compute(device, chosen)
+
+
+@cache
+def _tell(device: str, dtype: str) -> None:
+    """Log the choice, once in a process: an export makes it for the merge, for its check and for its audit."""
+    logger.info("Computing on %s in %s.", device, dtype)
 
 
 def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
