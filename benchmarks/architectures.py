@@ -64,7 +64,7 @@ from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import recompute_activations
 from qdora.model.experts import is_transposed, peft_swaps, stacks
 from qdora.model.inject import adapted_layers
-from qdora.model.written_outputs import keep_written_outputs_
+from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.run.load_run import load_run
 from qdora.train import loop
@@ -379,7 +379,7 @@ def gradients(case: Case) -> dict[str, Any]:
         end = ids.shape[1]
         tokens[row, :end], mask[row, :end], labels[row, start:end] = ids[0], 1, ids[0, start:]
     recompute_activations(model)
-    keep_written_outputs_(model)
+    keep_inplace_outputs_(model)
     for layer in layers.values():
         for parameter in layer.parameters():
             parameter.data = parameter.data.float()  # else torch rounds the gradients of bf16 factors

@@ -209,6 +209,16 @@ def test_every_faulty_line_of_every_source_is_gathered(tmp_path):
     assert {name: len(examples) for name, examples in validation.items()} == {"d": 2}
 
 
+@pytest.mark.parametrize("limit", [None, 18])
+def test_faulty_rows_of_training_and_validation_are_one_list(tmp_path, limit):
+    source = write(tmp_path / "a.jsonl", [{**PAIR, "completion": 1}] * 20)
+    data = DataConfig(mix=(SourceConfig(source=source, limit=limit),), validation_fraction=0.1)
+    with pytest.raises(UserError) as error:
+        read_data(data)
+    assert [fault.split(": ")[2] for fault in error.value.faults[:5]] == [f"line {line}" for line in range(1, 6)]
+    assert error.value.faults[5:] == (f"data.mix[0]: {source}: 15 more faulty rows",)
+
+
 def test_validating_on_what_is_trained_on_is_refused(tmp_path):
     source = write(tmp_path / "train.jsonl", [PAIR] * 3)
     with pytest.raises(UserError, match=rf"validation 'dev': {source} has no splits. Fix: name a file"):

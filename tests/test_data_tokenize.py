@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -142,8 +144,8 @@ def test_too_long_examples_are_counted_then_refused():
     assert error.value.faults == (
         f"mine: 5 examples (n1, n3, n5, ...) of 10 longer than data.max_length ({longest - 1}), the longest has "
         f"{longest} tokens. Fix: raise data.max_length, or set data.too_long to truncate (cuts "
-        f"{100 * 5 / num_tokens:.3g} % of the tokens: the front of a prompt, the end of a chat) or drop (loses 50 % of "
-        f"the examples, {100 * 5 * longest / num_tokens:.3g} % of the tokens).",
+        f"{100 * 5 / num_tokens:.3g} % of the tokens: the front of a prompt, the last turns of a chat) or drop (loses "
+        f"50 % of the examples, {100 * 5 * longest / num_tokens:.3g} % of the tokens).",
     )
     assert len(tokenize_all(examples, PLAIN, name="mine", max_length=longest)) == 10
 
@@ -250,13 +252,30 @@ def test_a_text_of_megabytes_is_shortened_before_it_is_encoded_to_the_same_token
         assert np.array_equal(ours.loss_mask, theirs.loss_mask)
 
 
+@pytest.mark.parametrize("loss_on", ["answer", "last", "all"])
+def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on):
+    chat = example("", "", messages=(*CHAT, Turn("user", "Hm"), Turn("assistant", "the end")))
+    full = tokenize_one(chat, PLAIN, max_length=1000, loss_on=loss_on)
+    ends = []
+    if loss_on == "answer":
+        assert learnt(PLAIN, full) == "the cat<|im_end|>\nthe dog<|im_end|>\nthe end<|im_end|>\n"
+        lengths = (len(PLAIN(each + "<|im_end|>\n")["input_ids"]) for each in ("the cat", "the dog", "the end"))
+        places = np.flatnonzero(full.loss_mask) + 1
+        ends = [int(places[number - 1]) for number in accumulate(lengths)]
+        assert ends[-1] == len(full)
+    first = int(np.flatnonzero(full.loss_mask)[0])
+    for limit in range(first + 1, len(full) + 1):
+        done = tokenize_one(chat, PLAIN, max_length=limit, loss_on=loss_on, too_long="truncate")
+        length = max((end for end in ends if end <= limit), default=limit)
+        assert done.input_ids.tolist() == full.input_ids[:length].tolist(), limit
+        assert done.loss_mask.tolist() == full.loss_mask[:length].tolist(), limit
+
+
 def test_truncated_text_and_chats_lose_their_end():
     done = tokenize_one(example("", "The cat sat on the mat"), PLAIN, max_length=4, too_long="truncate")
     assert "The cat sat on the mat".startswith(text(PLAIN, done))
     chat = example("", "", messages=CHAT)
     full = tokenize_one(chat, PLAIN, max_length=1000)
-    done = tokenize_one(chat, PLAIN, max_length=len(full) - 5, too_long="truncate")
-    assert done.input_ids.tolist() == full.input_ids[:-5].tolist()
     # cut before the assistant says anything: nothing to learn, so it is dropped
     cut = tokenize_all([chat, example()], PLAIN, name="x", max_length=20, too_long="truncate")
     first_learnt = int(np.flatnonzero(full.loss_mask)[0])

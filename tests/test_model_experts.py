@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 from qdora.errors import UserError
 from qdora.export.nf4_lora import check_foldable
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.conversion import taken_for_experts
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import adapted_layers, frozen_like, inject, linear_layers, replace_module
 from qdora.model.load import load_model
 from qdora.model.source import resolve
+from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts, BareExperts, FrozenExperts
 from qdora.ops.packed import dequantize, quantize
 from qdora.ops.sparsity import mask_bits
@@ -243,6 +243,21 @@ def test_dense_experts_that_transformers_replaces_in_4_bits_are_refused(tmp_path
     inject(model, kind="lora", rank=2, targets=["o_proj"])
     with pytest.raises(UserError, match=r"does not load 4 layers .*gate_up_proj, a stack of experts\)\.") as raised:
         check_foldable(model, torch.float32)
+    assert len(raised.value.faults) == 1
+
+
+def test_adapters_of_an_older_order_of_A_and_B_are_refused(tmp_path: Path) -> None:
+    """Where inputs and outputs are as many, their shapes do not tell."""
+    model, layers = tiny_experts.adapted(tmp_path / "base", "llama4_text")
+    save_adapter(model, tmp_path / "a", base_name_or_path=None, revision=None, base_quant={})
+    again = load_model(resolve(str(tmp_path / "base")), quant="none", compute_dtype=torch.float64)
+    assert load_adapter(again, tmp_path / "a").keys() == layers.keys()
+    record = tmp_path / "a/qdora.json"
+    record.write_text(record.read_text().replace(',\n      "swapped": true', ""))
+    assert "swapped" not in record.read_text()
+    again = load_model(resolve(str(tmp_path / "base")), quant="none", compute_dtype=torch.float64)
+    with pytest.raises(UserError, match=r"qdora.json: layers: an older version of qdora wrote 4 stacks") as raised:
+        load_adapter(again, tmp_path / "a")
     assert len(raised.value.faults) == 1
 
 

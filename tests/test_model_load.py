@@ -27,6 +27,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
 from qdora.errors import UserError
+from qdora.model import build_model
 from qdora.model.attention import with_attention
 from qdora.model.inject import frozen_layers
 from qdora.model.load import place_dense
@@ -177,7 +178,7 @@ def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path: Path, m
     checkpoint(tmp_path, CONFIGS["llama"])
     name = "self_attn.o_proj.weight"
     turned = WeightConverter(name, name, [Transpose(0, 1)])
-    monkeypatch.setattr("qdora.model.conversion.get_model_conversion_mapping", lambda model: [turned])
+    monkeypatch.setattr("qdora.model.weight_conversion.get_model_conversion_mapping", lambda model: [turned])
     with pytest.raises(UserError, match=r"llama checkpoints hold tensors that must be cut or permuted \(model\.layers"):
         load(tmp_path, quant="nf4")
 
@@ -415,3 +416,11 @@ def test_generation_settings_come_along(tmp_path: Path) -> None:
     checkpoint(tmp_path, CONFIGS["llama"])
     GenerationConfig(do_sample=True, temperature=0.25).save_pretrained(tmp_path)
     assert load(tmp_path).generation_config.temperature == 0.25
+
+
+def test_the_chosen_dtype_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    build_model._tell.cache_clear()
+    with caplog.at_level("INFO", "qdora"):
+        for dtype in ("auto", "auto", "float32"):
+            build_model.choose_compute(dtype)
+    assert ["Computing on" in record.getMessage() for record in caplog.records] == [True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from qdora.nn import adapted_linear as module
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
+from qdora.plan.live_bytes import LiveBytes
 from tests import reference, tiny
 from tests.test_nn_parameter_cache import CHANGES, X, in_place, load_another_base, only_the_magnitude
 from tests.test_ops_adapted_product import arrays, to_numpy
@@ -152,3 +155,16 @@ def test_factors_are_made_once_and_only_for_evaluation(kind: str, made: list[int
     with torch.no_grad():
         layer(X)
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+def test_training_keeps_nothing_of_an_evaluation(kind: str) -> None:
+    layer = tiny.adapted_linear(kind=kind).train()
+    x = torch.randn(3, layer.in_features)
+    with LiveBytes() as live:
+        with evaluation_mode(layer), torch.no_grad():
+            layer(x)
+            assert live.live_bytes > 0
+        assert layer.training
+        gc.collect()
+        assert live.live_bytes == 0

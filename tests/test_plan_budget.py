@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import LlamaConfig
 
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.errors import UserError
@@ -157,6 +158,35 @@ def test_time_of_a_step_by_hand() -> None:
     away = replace(work, num_blocks=50, num_streamed=50, block_bytes=10**6)
     streamed = 3 * (48 * 2 * 1e6 / 1e3)
     assert step_time.step_seconds(away, shape, 3, rates) == pytest.approx(streamed, rel=0.03)
+
+
+def test_short_chunks_of_the_loss_read_the_head_more_often() -> None:
+    work = step_time.Work(
+        num_linear=0, num_head=10**6, num_trainable=0, attention_width=0, quantised=True, checkpointing=False
+    )
+    rates, shape = step_time.Rates("x", flops=1e9, bytes=1e7, copied=1.0), MicroBatchShape(1, 1001, 1000, masked=False)
+
+    def seconds(chunk: int | None) -> float:
+        return step_time.step_seconds(replace(work, head_chunk=chunk), shape, 1, rates)
+
+    # Two products of 2 * 10^6 FLOPs a token take 4 ms; two readings of 2 * 10^6 bytes take 0.4 s, as 100 tokens do.
+    assert [seconds(None), seconds(100), seconds(250)] == pytest.approx([4.0, 4.0, 4.0])
+    assert seconds(64) == pytest.approx(15 * 0.4 + 0.4)
+    assert seconds(300) == pytest.approx(3 * 1.2 + 0.4)
+
+
+def test_a_change_that_computes_the_same_is_never_faster(tmp_path: Path) -> None:
+    """With shorter chunks of the loss another micro-batch has the peak."""
+    recipe = tiny_run.one_layer_recipe(tmp_path, data__max_length=512, train__tokens_per_step=1024, train__batch=...)
+    shapes = [MicroBatchShape(16, 256, 8, masked=True), MicroBatchShape(1, 256, 255, masked=False)]
+    sizes = {"vocab_size": 32_000, "hidden_size": 64, "intermediate_size": 64}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    found = memory_plan.plan(recipe, 1, config=config, device_kind="cpu", workload=lambda _: (shapes, 2))
+    assert found.shape == shapes[1]
+    neutral = [change for change in found.changes if change.neutral]
+    assert found.step_seconds is not None
+    assert any("loss_chunk" in change.setting for change in neutral)
+    assert all(change.step_seconds >= found.step_seconds for change in neutral)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,8 @@ def test_components_are_those_of_the_formats() -> None:
     assert found[parts.ADAPTERS] == 2 * lora + 20 * rows
     # Two float32 states a parameter, a step count a tensor, and the low half of each bf16 one.
     assert found[parts.OPTIMIZER] == 8 * (lora + rows) + 4 * 3 * 3 * len(shapes) + 2 * lora
+    # Ids and mask of 2 rows of 64 tokens; row, column and target of each label.
+    assert found[parts.OTHER] == 8 * (2 * 2 * 64 + 3 * 2 * 63)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "none"])

@@ -176,6 +176,7 @@ def test_a_page_of_refused_data_says_so(root: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     for limit, is_refused in ((96, False), (5, True)):
         result = invoke(written(root, tmp_path, ROWS, data__max_length=limit), "--html", page)
+        assert result.stdout.splitlines()[-1] == f"page: {page}"
         for text in (result.stdout, Page(page.read_text(encoding="utf-8")).text):
             assert ("A run with this data is refused." in text) == is_refused
 

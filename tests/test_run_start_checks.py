@@ -15,7 +15,7 @@ from qdora.data.build_data import MixPlan, SourcePlan
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.recipe.data_settings import DataConfig
-from qdora.run import prepare, train, training
+from qdora.run import prepare, train, trainer
 from qdora.run.start_checks import data_checks
 from qdora.run.train import train_run
 from tests import tiny_run, tiny_tokenizer
@@ -175,7 +175,7 @@ def test_the_checks_change_no_number(root: Path, tmp_path: Path, monkeypatch: py
     train_run(recipe, tmp_path / "with", console=QUIET)
     for place, name in ((prepare, "data_checks"), (prepare, "begin_checks"), (train, "tell_checks")):
         monkeypatch.setattr(place, name, lambda *_, **__: None)
-    monkeypatch.setattr(training.Training, "_updated", lambda *_: None)
+    monkeypatch.setattr(trainer.Trainer, "_updated", lambda *_: None)
     train_run(recipe, tmp_path / "without", console=QUIET)
     assert not (tmp_path / "without/checks.json").exists()
     assert timeless(tmp_path / "with") == timeless(tmp_path / "without")

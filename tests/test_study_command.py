@@ -161,7 +161,7 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_checkpoint(
         calls.append(options["resume"])
         with monkeypatch.context() as patch:
             if len(calls) == 1:
-                patch.setattr("qdora.run.validation.evaluate", broken)
+                patch.setattr("qdora.run.step_evaluations.evaluate", broken)
             return real(recipe, directory, **options)
 
     monkeypatch.setattr(study_cell, "train_run", cut)

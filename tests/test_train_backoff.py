@@ -16,8 +16,8 @@ from qdora.data.loader import StepLoader
 from qdora.errors import Interrupted, RunFailure
 from qdora.files.run_directory import RunDirectory
 from qdora.run import prepare
+from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
-from qdora.run.validation import RunValidation
 from qdora.train import loop, optimizer, out_of_memory
 from qdora.train.out_of_memory import Backoff, Shortage, is_out_of_memory
 from tests import tiny_run
@@ -382,7 +382,7 @@ def test_a_sticky_error_in_an_evaluation_is_the_one_reported(
         monkeypatch.setattr(RunDirectory, "checkpoint_directory", fail)
         raise RuntimeError(STICKY)
 
-    monkeypatch.setattr(RunValidation, "measure", measure)
+    monkeypatch.setattr(StepEvaluations, "measure", measure)
     with pytest.raises(RuntimeError, match=f"^{STICKY}$"):
         train_run(tiny_run.recipe(root, eval__every=3, eval__at_start=False), tmp_path / "run")
     assert f"Step 3 is not saved either ({SECOND}) after: {STICKY}" in caplog.text

@@ -22,7 +22,7 @@ from qdora.errors import Interrupted, UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.recipe.settings import Recipe
-from qdora.run import validation, writer
+from qdora.run import step_evaluations, writer
 from qdora.run.evaluate import evaluate_target
 from qdora.run.run_page import page_of_run
 from qdora.run.train import train_run
@@ -253,7 +253,7 @@ def test_a_task_that_got_worse_than_the_base_is_said_everywhere(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One task's answers are made worse by 1 nat each after training, the other's better by 2."""
-    real = validation.evaluate
+    real = step_evaluations.evaluate
 
     def shifted(model: Any, *args: Any, **options: Any) -> Any:
         found = real(model, *args, **options)
@@ -268,7 +268,7 @@ def test_a_task_that_got_worse_than_the_base_is_said_everywhere(
         average = replace(found.average, nll_per_token=sum(each.nll_per_token for each in tasks.values()) / 2)
         return replace(found, tasks=tasks, average=average)
 
-    monkeypatch.setattr(validation, "evaluate", shifted)
+    monkeypatch.setattr(step_evaluations, "evaluate", shifted)
     settings = tiny_run.recipe(root, train__steps=4, train__lr=1e-6, eval__every=2)
     train_run(settings, tmp_path, console=Console(quiet=True))
     lines = [line for line in timeless(tmp_path) if "eval" in line]

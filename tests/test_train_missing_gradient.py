@@ -13,7 +13,7 @@ import torch
 from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapter_parameters
-from qdora.run import training
+from qdora.run import trainer
 from qdora.run.train import train_run
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.step_checks import MissingGradientCheck
@@ -89,14 +89,14 @@ def test_a_failed_check_leaves_a_checkpoint(root: Path, tmp_path: Path, monkeypa
 def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, residency: str
 ) -> None:
-    real = training.fresh_state
+    real = trainer.fresh_state
 
     def cut_off(active: Any, evaluated: list[str]) -> Any:
         state = real(active, evaluated)
         state.optimizer.parameters["model.layers.1.mlp.up_proj.lora_B"].register_hook(lambda grad: grad * 0)
         return state
 
-    monkeypatch.setattr(training, "fresh_state", cut_off)
+    monkeypatch.setattr(trainer, "fresh_state", cut_off)
     changes: dict[str, Any] = {"train__steps": 5, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     changes |= {"base__residency": residency, "base__cache": str(tmp_path / "cache")}
     said = "trainable tensors had no gradient, e.g. model.layers.1.mlp.up_proj.lora_"

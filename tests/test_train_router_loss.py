@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from qdora.data.batching import Batching, micro_batches
 from qdora.data.loader import Step
@@ -22,7 +23,8 @@ from qdora.run.train import train_run
 from qdora.train.loop import batch_loss, step_gradient
 from qdora.train.loss_scale import LossScale
 from qdora.train.packed_attention import packed_layout
-from tests import launched, reference, tiny_experts, tiny_run
+from qdora.train.router_loss import check_router_loss
+from tests import launched, reference, tiny_experts, tiny_multimodal, tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless, trained
 from tests.test_data_batching import examples_of
 from tests.test_plan_experts import a_recipe, counted_step, evenly
@@ -240,6 +242,30 @@ def test_a_model_without_one_is_refused(root: Path, tmp_path: Path, name: str) -
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="router_aux_loss: must be 0 with"):
         plan(asked)
+
+
+@pytest.mark.parametrize("name", ["Qwen3VLMoeConfig", "Qwen3_5MoeConfig", "Glm4vMoeConfig"])
+def test_a_mixture_of_images_and_texts_has_the_loss_of_its_family(root: Path, name: str) -> None:
+    check_router_loss(recipe(root), getattr(transformers, name))
+
+
+def test_a_mixture_of_images_and_texts_has_the_loss_of_its_text_model(root: Path) -> None:
+    text = tiny_multimodal.TEXT | {"model_type": "mixtral", "head_dim": 16, "sliding_window": None}
+    text |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    vision = tiny_multimodal.TOWER | {"model_type": "pixtral", "head_dim": 16}
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_id=396)
+    check_router_loss(recipe(root), lambda: config)
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForImageTextToText.from_config(config)
+    ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    found = batch_loss(whole, ids, mask, ids.clone(), routers=True).router_loss
+    alone = transformers.MixtralForCausalLM(config.get_text_config())
+    alone.model.load_state_dict(whole.get_decoder().state_dict())
+    theirs = alone(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
+    assert found is not None
+    assert found.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
 def test_a_mixture_without_routers_is_refused() -> None:

@@ -19,7 +19,9 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
 
+from qdora.cli import app
 from qdora.data.chat_template import prompt_text
 from qdora.data.messages import Turn
 from qdora.errors import Interrupted, RunFailure, UserError
@@ -465,6 +467,36 @@ def run_command(*arguments: str, output: Path) -> int | None:
 def write_recipe(path: Path, recipe: Recipe) -> Path:
     path.write_text(resolved_yaml(recipe))
     return path
+
+
+def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None:
+    """The options of the start need not be repeated; where the file differs, a line tells it."""
+    template = tmp_path / "t.jinja"
+    template.write_text(tiny_tokenizer.CHATML)
+    changes: dict[str, Any] = {"train__steps": 2, "data__chat_template": str(template), "eval__at_start": False}
+    recipe = tiny_run.recipe(root, **changes)
+    file, run, model = tmp_path / "r.yaml", tmp_path / "run", recipe.model.source
+
+    def command(*words: str) -> Result:
+        return CliRunner().invoke(app, ["train", str(file), "--run-dir", str(run), *words])
+
+    file.write_text(resolved_yaml(recipe).replace(model, "nobody/nothing"))
+    own = ("-s", f"model.source={model}", "-s", "train.lr=0.5", "-s", "train.seed=3")
+    assert command(*own, "--resume").stderr.startswith(f"{run}: no such directory")  # before the model is looked for
+    assert command(*own).exit_code == 0
+    before = (run / "recipe.yaml").read_text()
+    done = command("--resume")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.splitlines()[0] == (
+        f"{run} continues with its own recipe.yaml, which differs from {file} in model.source (the run: {model!r}, "
+        f"{file}: 'nobody/nothing'), train.lr (the run: 0.5, {file}: 0.001), train.seed (the run: 3, {file}: 0). "
+        "To change a setting, use -s."
+    )
+    assert (run / "recipe.yaml").read_text() == before
+    assert command(*own, "--resume", "-s", "train.steps=3").exit_code == 0
+    assert open_run(run).last_step() == 3
+    assert "differs" not in command(*own, "--resume", "-s", "train.steps=3").stderr
+    assert "train.seed: must be 3, as when the run started" in command("--resume", "-s", "train.seed=4").stderr
 
 
 def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:

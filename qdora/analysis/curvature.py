@@ -65,6 +65,7 @@ class Density:
     Attributes:
         nodes: (points,) Ritz values.
         weights: (points,) shares of the spectrum, sum 1.
+        size: Rows of the matrix.
     """
 
     nodes: Array
@@ -113,7 +114,7 @@ def top_eigenpairs(
             next_magnitude = 0.0
             break
         wanted = min(wanted, size - 1 - found.shape[1])
-        values, vectors = _eigsh(across, size, wanted, start, tolerance, max_restarts)
+        values, vectors = _eigsh(across, wanted, start, tolerance, max_restarts)
         num_rounds += 1
         next_magnitude = float(np.abs(values).max())
         nothing_larger = len(magnitudes) >= k and next_magnitude <= magnitudes[k - 1] * (1.0 + max(tolerance, 1e-12))
@@ -133,11 +134,10 @@ def top_eigenpairs(
     return Eigenpairs(values, vectors, residuals, num_rounds, next_magnitude)
 
 
-def _eigsh(
-    product: Product, size: int, k: int, start: Array, tolerance: float, max_restarts: int
-) -> tuple[Array, Array]:
+def _eigsh(product: Product, k: int, start: Array, tolerance: float, max_restarts: int) -> tuple[Array, Array]:
     """One search: k pairs, or at least one of them, where copies or a dense bulk keep the others from converging."""
-    operator: LinearOperator[np.float64] = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    shape = (len(start), len(start))
+    operator: LinearOperator[np.float64] = LinearOperator(shape, matvec=product, dtype=np.float64)
     try:
         values, vectors = eigsh(operator, k=k, which="LM", v0=start, tol=tolerance, maxiter=max_restarts)
     except ArpackNoConvergence as error:
@@ -370,14 +370,12 @@ class CurvatureSpectrum:
     worth of components is in components.py.
 
     Attributes:
-        size: Rows of the matrix.
         num_matvecs, seconds: Cost of the computation, also where the result comes from the cache.
     """
 
     settings: CurvatureSettings
     top: Eigenpairs
     density: Density
-    size: int
     num_matvecs: int
     seconds: float
 
@@ -387,7 +385,7 @@ class CurvatureSpectrum:
             "curvature": self.settings.curvature,
             "norm": self.settings.norm,
             "parts": list(self.settings.parts),
-            "size": self.size,
+            "size": self.density.size,
             "eigenvalues": self.top.values.tolist(),
             "residuals": self.top.residuals.tolist(),
             "num_rounds": self.top.num_rounds,
@@ -420,7 +418,7 @@ def curvature_spectrum(
     vectors = arrays["eigenvectors"].T.astype(np.float64)
     top = Eigenpairs(arrays["eigenvalues"], vectors, arrays["residuals"], int(num_rounds), next_magnitude)
     density = Density(arrays["density_nodes"], arrays["density_weights"], int(size))
-    return CurvatureSpectrum(settings, top, density, int(size), int(num_matvecs), seconds)
+    return CurvatureSpectrum(settings, top, density, int(num_matvecs), seconds)
 
 
 _COUNTS = ("size", "num_rounds", "next_magnitude", "num_matvecs", "seconds")

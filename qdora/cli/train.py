@@ -24,15 +24,22 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the plan exceeds memory.budget.")] = False,
 ) -> None:
-    """Train a recipe: load the base, train, evaluate, save."""
+    """Train a recipe: load the base, train, evaluate, save.
+
+    With `--resume` the settings of the run count, changed by `-s`; where the given recipe differs is told.
+    """
     from qdora.recipe.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, set_ or [])
+    loaded, where = load_recipe(recipe, set_ or []), recipe
     directory = run_dir or Path("runs") / Path(recipe).stem
+    if resume:
+        from qdora.run.open_directory import resumed_recipe
+
+        loaded, where = resumed_recipe(directory, loaded, set_ or [], where=recipe), str(directory / "recipe.yaml")
     from qdora.run.train import train_run
 
     try:
-        result = train_run(loaded, directory, where=recipe, resume=resume, force=force)
+        result = train_run(loaded, directory, where=where, resume=resume, force=force)
     except Interrupted as stopped:
         if "WORLD_SIZE" in os.environ:  # only the user knows the command of the launcher
             raise

@@ -11,8 +11,8 @@ from qdora.errors import UserError
 def validate(recipe: Recipe, set_: Set = None) -> None:
     """Check a recipe and print it with all defaults.
 
-    Settings and paths are checked. With `data.too_long: error` the data on this machine is also read, and examples
-    that are too long are reported. `qdora plan` reads all data.
+    Settings, paths, and the columns and first rows of data on this machine are checked. With `data.too_long: error`
+    all of this data is read, and examples that are too long are reported. `qdora plan` reads all data.
     """
     from qdora.recipe.recipe_file import load_recipe, missing_files, resolved_yaml, settings
 
@@ -21,8 +21,8 @@ def validate(recipe: Recipe, set_: Set = None) -> None:
     if faults:
         raise UserError(*faults)
     local = [source.label for source in loaded.data.mix if source.is_local]
-    if loaded.data.too_long == "error" and local:
-        from qdora.run.prepare import check_lengths
+    if local:
+        from qdora.run.prepare import check_data
 
-        check_lengths(loaded, local)
+        check_data(loaded, local)
     emit(settings(loaded), plain=resolved_yaml(loaded))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from rich.table import Table
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix, make_mix
+from qdora.data.row_examples import FIRST_ROWS
 from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
-from qdora.data.split_examples import SplitExamples
+from qdora.data.split_examples import SplitExamples, check_rows
 from qdora.data.stream import ExampleStream
 from qdora.data.token_cache import TokenCache
 from qdora.data.tokenize import TokenizedSet, tokenize_all
@@ -34,14 +34,15 @@ def read_data(
 ) -> tuple[list[Sequence[Example]], dict[str, list[Example]]]:
     """Training examples per source, unread, and validation examples by the source's name where there are any.
 
-    Only the validation examples are read; where a source has a fault, all are, so that one answer has all faults. With
-    `names`, sources of other names are left out and give no examples.
+    Only the validation examples are read; where a source has a fault, all rows are, so that one answer has all faults.
+    With `names`, sources of other names are left out and give no examples.
 
     Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source; HubFailure if none but
         the Hub is at fault.
     """
     train: list[Sequence[Example]] = []
     validation: dict[str, list[Example]] = {}
+    opened: dict[int, tuple[SplitExamples | None, SplitExamples | None]] = {}
     faults: dict[int, tuple[str, ...]] = {}
     kind: type[UserError] = HubFailure
     for index, source in enumerate(data.mix):
@@ -49,7 +50,7 @@ def read_data(
         if names is not None and source.label not in names:
             continue
         try:
-            examples, held_out = train_and_validation(source, data)
+            examples, held_out = opened[index] = train_and_validation(source, data)
             train[index] = () if examples is None else examples
             if held_out is not None and len(held_out):
                 validation[source.label] = list(held_out)
@@ -57,14 +58,38 @@ def read_data(
             faults[index] = error.faults
             kind = kind if isinstance(error, HubFailure) else UserError
     if faults:
-        for index, unread in enumerate(train):
+        for index, parts in opened.items():
             try:
-                deque(unread, maxlen=0)
+                check_rows(*parts)
             except UserError as error:
-                faults[index] = (*error.faults, *faults.get(index, ()))
-                kind = UserError
+                faults[index], kind = error.faults, UserError
         raise kind(*(f"data.mix[{index}]: {fault}" for index in sorted(faults) for fault in faults[index]))
     return train, validation
+
+
+def check_first_rows(data: DataConfig, names: Collection[str]) -> None:
+    """Check the files and the first rows of some sources as a run does, without a tokenizer.
+
+    Raises: UserError: As `read_data`, with all faulty rows where one of the first is; of a stream as its first rows.
+    """
+    faults: list[str] = []
+    for index, source in enumerate(data.mix):
+        if source.label not in names:
+            continue
+        try:
+            parts = train_and_validation(source, data)
+            if source.stream:
+                ExampleStream(open_shards(source), data, index, None).check_rows()
+            try:
+                check_rows(
+                    *(None if part is None else replace(part, indices=part.indices[:FIRST_ROWS]) for part in parts)
+                )
+            except UserError:
+                check_rows(*parts)
+        except UserError as error:
+            faults += (f"data.mix[{index}]: {fault}" for fault in error.faults)
+    if faults:
+        raise UserError(*faults)
 
 
 def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = None) -> dict[str, list[Example]]:

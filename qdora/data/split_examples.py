@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -79,6 +80,21 @@ def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[S
     border = len(examples) - num_validation
     first, last = examples.indices[:border], examples.indices[border:]
     return replace(examples, indices=first), replace(examples, indices=last)
+
+
+def check_rows(*parts: SplitExamples | None) -> None:
+    """Read the parts of a source and keep nothing. Raises UserError: the faulty rows, of each file in one list."""
+    given = [part for part in parts if part is not None]
+    if len(given) == 2 and given[0].rows is given[1].rows:
+        given = [replace(given[0], indices=sorted({*given[0].indices, *given[1].indices}))]
+    faults: list[str] = []
+    for part in given:
+        try:
+            deque(part, maxlen=0)
+        except UserError as error:
+            faults += error.faults
+    if faults:
+        raise UserError(*faults)
 
 
 def draw(examples: SplitExamples, limit: int | None, seed: int) -> SplitExamples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -143,6 +143,11 @@ class ExampleStream:
         """Raise UserError if no format fits the first rows, or too many of them are faulty."""
         _ = self.first_rows  # reads and checks them
 
+    def check_rows(self) -> None:
+        """As `check_first_rows`, without the tokenizer, which may be None: what only tokens tell is not checked."""
+        rows = self._sample()
+        self._check_bad([fault for fault in self._made(rows) if isinstance(fault, str)], len(rows))
+
     def _skip(self, fault: str) -> None:
         """Keep the first faulty rows by name; raise UserError at one too many."""
         here = self.position
@@ -234,13 +239,19 @@ class ExampleStream:
     @cached_property
     def first_rows(self) -> list[list[Sorted]]:
         """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
-        rows = [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
+        rows = self._sample()
         found = self._tokenized(rows, self.first_tally)
-        bad = tuple(fault for row in found for fault, _ in row if isinstance(fault, str))
-        most = self._most_bad(len(found))
-        if len(bad) > most or (bad and len(bad) == len(found)):
-            raise UserError(self._too_many(len(bad), most, bad[:MAX_SHOWN_FAULTS]) + ".")
+        self._check_bad([fault for row in found for fault, _ in row if isinstance(fault, str)], len(found))
         return found
+
+    def _check_bad(self, bad: Sequence[str], num_rows: int) -> None:
+        """Raise UserError if of the first `num_rows` rows so many are faulty."""
+        most = self._most_bad(num_rows)
+        if len(bad) > most or (bad and len(bad) == num_rows):
+            raise UserError(self._too_many(len(bad), most, tuple(bad[:MAX_SHOWN_FAULTS])) + ".")
+
+    def _sample(self) -> list[PlacedRow]:
+        return [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
 
     @cached_property
     def _make(self) -> RowExamples:
@@ -321,17 +332,25 @@ class ExampleStream:
     def _new_tally(self) -> ExampleTally:
         return ExampleTally(self.name, self.data.max_length, self.data.too_long)
 
-    def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Sorted]]:
-        """What becomes of each row. A faulty one is left out as a whole; its fault begins with its place."""
-        found: dict[int, list[Sorted]] = {}
-        examples: dict[int, Example] = {}
-        for index, (place, row) in enumerate(rows):
+    def _made(self, rows: list[PlacedRow]) -> list[Example | str]:
+        """The example of each row, or its place and what is wrong with it."""
+        found: list[Example | str] = []
+        for place, row in rows:
             try:
                 if isinstance(row, RowFault):
                     raise row
-                examples[index] = self._make(row, place)
+                found.append(self._make(row, place))
             except RowFault as fault:
-                found[index] = [(f"{place}: {fault}", False)]
+                found.append(f"{place}: {fault}")
+        return found
+
+    def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Sorted]]:
+        """What becomes of each row. A faulty one is left out as a whole; its fault begins with its place."""
+        made = self._made(rows)
+        found: dict[int, list[Sorted]] = {
+            index: [(each, False)] for index, each in enumerate(made) if isinstance(each, str)
+        }
+        examples = {index: each for index, each in enumerate(made) if isinstance(each, Example)}
         done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
         self.notes |= tally.notes
         for index, several in zip(examples, done, strict=True):

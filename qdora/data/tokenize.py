@@ -145,9 +145,10 @@ def tokenize_all(
         loss_on: "answer" learns the answer's tokens (a chat: the assistant's turns), "last" of a chat only the last of
             these turns, "all" the prompt's tokens as well.
         too_long: What happens to longer ones. "error": one error with their number, and what the others would lose.
-            "truncate": cut the front of the prompt, then the end of the answer (of a chat its end), and drop an example
-            that has no token left to learn. "drop": leave them out. "split": plain text becomes several examples (see
-            `chunks`); prompts with answers and chats, of which a part teaches something else, are an error.
+            "truncate": cut the front of the prompt, then the end of the answer; a chat behind its last answer that fits
+            as a whole, or within its first one. An example that has no token left to learn is dropped. "drop": leave
+            them out. "split": plain text becomes several examples (see `chunks`); prompts with answers and chats, of
+            which a part teaches something else, are an error.
     Raises: UserError if examples are too long or have no token to learn, a chat does not fit the chat template or there
         is no template, or no example is left; all faults at once.
     """
@@ -292,7 +293,7 @@ class ExampleTally:
                 f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
                 f"({self.max_length}), the longest has {self.longest} tokens. Fix: raise data.max_length, or set "
                 f"data.too_long to truncate (cuts {_percent(self.num_tokens_cut, num_tokens)} of the tokens: the "
-                f"front of a prompt, the end of a chat) or drop (loses "
+                f"front of a prompt, the last turns of a chat) or drop (loses "
                 f"{_percent(len(self.too_long_ids), num_examples)} of the examples, "
                 f"{_percent(self.num_tokens_too_long, num_tokens)} of the tokens)"
                 + (", since split is for plain text alone." if self.too_long == "split" else ".")
@@ -380,12 +381,17 @@ def _without_excess(example: Example, max_length: int, tokenizer: Any) -> Exampl
 
 
 def _cut(encoded: _Encoded, max_length: int) -> _Encoded:
-    """The front of the prompt goes first, but for one token that predicts the answer, then the end of the answer."""
+    """The front of the prompt goes first, but for one token that predicts the answer, then the end of the answer.
+
+    Of several answers, those of a chat, only whole ones are left if one fits: a model that learns answers without their
+    ends may not stop.
+    """
     ids, mask, prefix, start = encoded.ids, encoded.mask, encoded.prefix, encoded.start
     num_cut = min(len(ids) - max_length, max(0, start - max(prefix, 1)))
-    ids = (ids[:prefix] + ids[prefix + num_cut :])[:max_length]
-    mask = (mask[:prefix] + mask[prefix + num_cut :])[:max_length]
-    return _Encoded(ids, mask, prefix, start - num_cut, encoded.turn)
+    ids, mask = ids[:prefix] + ids[prefix + num_cut :], mask[:prefix] + mask[prefix + num_cut :]
+    ends = (end for end in range(max_length, 1, -1) if mask[end - 1] and not any(mask[end : end + 1]))
+    end = next(ends, max_length)
+    return _Encoded(ids[:end], mask[:end], prefix, start - num_cut, encoded.turn)
 
 
 def _percent(part: int, whole: int) -> str:

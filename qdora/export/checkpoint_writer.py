@@ -26,10 +26,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_text
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
-from qdora.model.conversion import Published, published_pieces
 from qdora.model.experts import library_names, stacks
 from qdora.model.language_part import carried, processor_files
 from qdora.model.stored_tensors import INDEX_FILE, shorten
+from qdora.model.weight_conversion import Published, published_pieces
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear

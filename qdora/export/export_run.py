@@ -29,9 +29,9 @@ from qdora.files.work_lock import work_lock
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import DTYPES, write_adapter
-from qdora.model.conversion import taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.stored_tensors import shorten
+from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun, load_run, trained_state

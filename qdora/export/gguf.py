@@ -46,7 +46,6 @@ from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
 from qdora.files.environment import user_path
 from qdora.files.run_directory import open_run
 from qdora.model.build_model import find_source
-from qdora.model.conversion import rename_to_model
 from qdora.model.experts import is_transposed, library_names
 from qdora.model.gguf_file import read_header, require_gguf
 from qdora.model.gguf_layout import HeldRows, TensorLayout, Values, held_rows, knows_layout, tensor_layouts
@@ -54,6 +53,7 @@ from qdora.model.language_part import is_multimodal
 from qdora.model.load import load_config, skeleton
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import StoredTensor, open_safetensors, shorten, stored_rows, tied_weights
+from qdora.model.weight_conversion import rename_to_model
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun, trained_state
 from qdora.run.model_card import card_files

@@ -28,12 +28,12 @@ from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.atomic import json_text
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_tensors
-from qdora.model.conversion import taken_for_experts
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import all_paths, linear_not_loaded
 from qdora.model.peft_config import adapter_config
 from qdora.model.quantized_checkpoint import load_faults, quantization_config
 from qdora.model.stored_tensors import shorten
+from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear

@@ -28,7 +28,6 @@ from qdora.errors import UserError
 from qdora.export.logit_comparison import ROUNDING, ComparisonText, compare_logits, larger, verdict
 from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, stored_factors
-from qdora.model.conversion import rename_to_model, to_stacks
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import auto_class
 from qdora.model.load import load_model
@@ -36,6 +35,7 @@ from qdora.model.quantized_checkpoint import gather_packed
 from qdora.model.source import resolve
 from qdora.model.stored_tensors import Stored, open_safetensors, shard_files
 from qdora.model.trained_embeddings import embedding_paths, is_tied, trained_matrices
+from qdora.model.weight_conversion import rename_to_model, to_stacks
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.packed import PackedWeight, dequantize

@@ -32,7 +32,6 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_directory, json_text
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
-from qdora.model.conversion import taken_for_experts
 from qdora.model.experts import peft_swaps, routers
 from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers
 from qdora.model.language_part import all_paths
@@ -45,6 +44,7 @@ from qdora.model.trained_embeddings import (
     trainable_faults,
     trained_matrices,
 )
+from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, Share, Stack
 from qdora.nn.frozen_linear import FrozenLinear
@@ -64,13 +64,15 @@ _MAGNITUDE_NOTE = (
 class AdapterDescription:
     """The JSON files of an adapter. All but `layout` are None or empty for an adapter that qdora did not write.
 
-    `shares`: path of each stack of experts -> the factor that its experts share.
+    `shares`: path of each stack of experts -> the factor that its experts share. `swapped`: stacks whose A and B the
+    file has swapped (`peft_swaps`); older versions did not.
     """
 
     layout: AdapterLayout
     extra: dict[str, Any] | None = None
     scalings: dict[str, float] | None = None
     shares: Mapping[str, Share] = field(default_factory=dict)
+    swapped: Collection[str] | None = None
 
 
 def save_adapter(
@@ -124,6 +126,7 @@ def save_adapter(
         "layers": {
             path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling}
             | ({"share": layer.share} if isinstance(layer, AdaptedExperts) else {})
+            | ({"swapped": True} if isinstance(layer, AdaptedExperts) and peft_swaps(model, path) else {})
             for path, layer in layers.items()
         },
         "extra": extra or {},
@@ -169,18 +172,15 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         raise UserError(*faults)
     if record is None:
         return AdapterDescription(layout)
-    layers = record.get("layers")
-    scalings = {
-        path: entry["scaling"]
-        for path, entry in (layers.items() if isinstance(layers, dict) else ())
-        if isinstance(entry, dict) and isinstance(entry.get("scaling"), (int, float))
-    }
-    shares = {
-        path: entry["share"]
-        for path, entry in (layers.items() if isinstance(layers, dict) else ())
-        if isinstance(entry, dict) and entry.get("share") in ("none", "A", "B")
-    }
-    return AdapterDescription(layout, record.get("extra"), scalings, shares)
+    listed = record.get("layers")
+    layers = {path: each for path, each in listed.items() if isinstance(each, dict)} if isinstance(listed, dict) else {}
+    return AdapterDescription(
+        layout,
+        extra=record.get("extra"),
+        scalings={p: each["scaling"] for p, each in layers.items() if isinstance(each.get("scaling"), (int, float))},
+        shares={path: each["share"] for path, each in layers.items() if each.get("share") in ("none", "A", "B")},
+        swapped=[path for path, each in layers.items() if each.get("swapped") is True],
+    )
 
 
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
@@ -252,6 +252,12 @@ def read_adapter(
     layout = described.layout
     linear, faults = _selected(model, layout, str(directory / CONFIG_FILE))
     swapped = {path for path, module in linear.items() if isinstance(module, BareExperts) and peft_swaps(model, path)}
+    unlike = [] if described.swapped is None else [path for path in linear if path in swapped - {*described.swapped}]
+    if unlike:
+        faults.append(
+            f"{directory / RECORD_FILE}: layers: an older version of qdora wrote {len(unlike)} stacks of experts "
+            f"({unlike[0]}, ...) in another order of A and B. Fix: train the adapter again."
+        )
     expected, layer_faults = _expected_shapes(linear, described, directory, swapped)
     trained, matrix_faults = _trained_shapes(model, layout, str(directory / CONFIG_FILE))
     layer_faults += matrix_faults

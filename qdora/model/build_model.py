@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.inject import HEAD, adapted_layers, inject
+from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import load_config, skeleton, stop_ids, stored_tensors
 from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
 from qdora.model.trained_embeddings import (
@@ -29,7 +31,6 @@ from qdora.model.trained_embeddings import (
     train_embeddings,
     trained_matrices,
 )
-from qdora.model.written_outputs import keep_written_outputs_
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -52,8 +53,14 @@ def choose_compute(dtype: str) -> Compute:
         return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
     chosen = torch.bfloat16 if native else torch.float32
-    logger.info("Computing on %s in %s.", device.type, str(chosen).removeprefix("torch."))
+    _tell(device.type, str(chosen).removeprefix("torch."))
     return Compute(device, chosen)
+
+
+@cache
+def _tell(device: str, dtype: str) -> None:
+    """Log the choice, once in a process: an export makes it for the merge, for its check and for its audit."""
+    logger.info("Computing on %s in %s.", device, dtype)
 
 
 def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
@@ -102,7 +109,7 @@ def adapt(
     put_adapters(model, recipe, adapter, new_tokens=new_tokens)
     if adapter is None:
         start_adapters(model, recipe, source)
-    keep_written_outputs_(model)
+    keep_inplace_outputs_(model)
 
 
 def put_adapters(

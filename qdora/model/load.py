@@ -27,7 +27,6 @@ from transformers.pytorch_utils import Conv1D
 
 from qdora.errors import UserError, nearest
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
-from qdora.model.conversion import rename_to_model
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.gguf_metadata import config_of_gguf
@@ -55,6 +54,7 @@ from qdora.model.stored_tensors import (
     shorten,
     tied_weights,
 )
+from qdora.model.weight_conversion import rename_to_model
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.ops.codebooks import CODE_BITS, MXFP4, SIMULATED

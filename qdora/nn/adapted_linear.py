@@ -72,7 +72,7 @@ class AdaptedLinear(nn.Module):
             parameters change. A dense base, a streamed one, a masked adapter and blocks that cross rows have nothing to
             keep.
         keeps_copy: Training keeps a copy of the output for the gradient of the magnitude, because the model writes into
-            the output (`model.written_outputs`).
+            the output (`model.inplace_outputs`).
         has_cancelled: Whether a row of the present norm has cancelled and is wrong: a bool on the device, which nobody
             has read yet (`norms_checked_later`); None if the norm is right.
     """

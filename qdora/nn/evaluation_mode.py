@@ -7,10 +7,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from qdora.nn.adapted_linear import AdaptedLinear
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block. Afterwards, also after an error, each module is in the mode it was in.
+    """Eval mode inside the block. Afterwards, also after an error, each module is in the mode it was in, and adapted
+    layers have forgotten what they keep for evaluation alone.
 
     `model.train(was_training)` would not do: it puts every module into the mode of the outermost one.
     """
@@ -21,3 +24,5 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in was_training:
             module.training = True
+            if isinstance(module, AdaptedLinear):
+                module.parameters_changed()

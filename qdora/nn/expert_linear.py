@@ -146,7 +146,7 @@ class AdaptedExperts(AdaptedLinear):
             tokens,
             self.lora_A,
             self.gated_B(),
-            self.scaling,
+            scaling=self.scaling,
             bias=self.base.bias,
             magnitude=self.magnitude,
             gain=self._gain_of(tokens, product_dtype(x)),

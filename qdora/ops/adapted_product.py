@@ -34,7 +34,7 @@ from qdora.ops.tiles import Weight
 
 WRITTEN = (
     "the model has written into the output of an adapted layer, from which the gradient of its magnitude is read. Fix: "
-    "call qdora.model.written_outputs.keep_written_outputs_(model) before training."
+    "call qdora.model.inplace_outputs.keep_inplace_outputs_(model) before training."
 )
 
 
@@ -76,7 +76,7 @@ def adapted_linear(
     flat = x.reshape(-1, x.shape[-1])
     seed = draw_seed() if dropout > 0.0 else 0
     # Dropout scales the rest up by 1 / (1 - p): in s, where it costs nothing.
-    call = _Call(weight, bias, keep_bits, scaling / (1.0 - dropout), dropout, seed, keeps_copy)
+    call = _Call(weight, bias, keep_bits, scaling / (1.0 - dropout), dropout=dropout, seed=seed, keeps_copy=keeps_copy)
     out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
         flat, lora_A, lora_B, magnitude, *(gain or (None, None)), call
     )

@@ -111,7 +111,8 @@ def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor |
         of = of.contiguous()  # a gradient may be one row for all tokens, which the grouped kernel does not take
         into = of.new_zeros(of.shape[0], columns if transposed else rows)
         for run in tokens.runs(_together(rows, columns, of.itemsize, of.device)):
-            _add_run_(into, of, weight, tokens, run, None, transposed)
+            some = expert_rows(weight, len(tokens.counts), run)
+            _add_run_(into, of, some, run, None, transposed=transposed)
         return into
 
     out: Tensor = FrozenMap.apply(  # type: ignore[no-untyped-call, unused-ignore]
@@ -127,17 +128,21 @@ def add_expert_bias(out: Tensor, bias: Tensor, tokens: ExpertTokens) -> Tensor:
 
 
 def _add_run_(
-    out: Tensor, x: Tensor, weight: Weight, tokens: ExpertTokens, run: Run, gain: Tensor | None, transposed: bool
+    out: Tensor, x: Tensor, weight: Weight, run: Run, gain: Tensor | None, *, transposed: bool = False
 ) -> None:
-    """Add x (diag(g_e) W_e)^T of a run, or x diag(g_e) W_e where `transposed`, to `out`; g is (experts, out)."""
-    some = expert_rows(weight, len(tokens.counts), run)
+    """Add x (diag(g_e) W_e)^T of a run, or x diag(g_e) W_e where `transposed`, to `out`.
+
+    Args:
+        weight: The run's `expert_rows`.
+        gain: g of all experts, (experts, out), or None for 1.
+    """
     factor = None if gain is None else run.pick(gain).reshape(-1)
     into, of = out[run.tokens], x[run.tokens]
     if len(run.experts) == 1:
-        (add_transposed_product_ if transposed else add_product_)(into, of, some, factor)
+        (add_transposed_product_ if transposed else add_product_)(into, of, weight, factor)
         return
-    for rows, tile in row_tiles(some, x.dtype, factor):
-        assert rows.stop == some.shape[0], "experts that share a launch are one tile"
+    for rows, tile in row_tiles(weight, x.dtype, factor):
+        assert rows.stop == weight.shape[0], "experts that share a launch are one tile"
         matrices = tile.view(len(run.experts), -1, tile.shape[1])
         into += grouped_product(of, matrices if transposed else matrices.mT, run)
         del tile, matrices
@@ -153,8 +158,8 @@ def adapted_stack(
     tokens: ExpertTokens,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
     *,
+    scaling: float,
     bias: Tensor | None = None,
     magnitude: Tensor | None = None,
     gain: Gain | None = None,
@@ -182,7 +187,9 @@ def adapted_stack(
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
     seed = draw_seed() if dropout > 0.0 else 0
     keeps_copy = keeps_copy and bias is None  # a bias makes another tensor
-    call = _StackCall(weight, tokens, keep_bits, scaling / (1.0 - dropout), dropout, seed, keeps_copy)
+    call = _StackCall(
+        weight, tokens, keep_bits, scaling / (1.0 - dropout), dropout=dropout, seed=seed, keeps_copy=keeps_copy
+    )
     out: Tensor = _AdaptedStack.apply(  # type: ignore[no-untyped-call, unused-ignore]
         x.to(product_dtype(x)).contiguous(), lora_A, lora_B, magnitude, *(gain or (None, None)), call
     )
@@ -209,6 +216,10 @@ class _StackCall(NamedTuple):
     def runs(self, x: Tensor) -> Iterator[Run]:
         together = _together(*_expert_shape(self.weight, self.tokens), x.itemsize, x.device)
         return self.tokens.runs(1 if self.keep_bits is not None else together)
+
+    def rows(self, run: Run) -> Weight:
+        """The weights of a run's experts."""
+        return expert_rows(self.weight, len(self.tokens.counts), run)
 
     def dropped(self, x: Tensor, run: Run) -> Tensor:
         """drop(x) of a run, without the factor 1 / (1 - p)."""
@@ -266,7 +277,7 @@ class _AdaptedStack(torch.autograd.Function):
                     low[run.tokens] = grouped_product(dropped_x, a.mT, run)
                     out[run.tokens] = grouped_product(low[run.tokens], b.mT, run)
                 del dropped_x
-                _add_run_(out, x, call.weight, call.tokens, run, gain, False)
+                _add_run_(out, x, call.rows(run), run, gain)
         kept = out if magnitude is not None and magnitude.requires_grad else None
         if kept is not None and call.keeps_copy:
             kept = out.clone()
@@ -321,7 +332,7 @@ class _AdaptedStack(torch.autograd.Function):
                             drop_(through, call.dropout, call.seed + run.experts[0])
                         dx[run.tokens] = through
                 if dx is not None:
-                    _add_run_(dx, dy, call.weight, call.tokens, run, gain, True)
+                    _add_run_(dx, dy, call.rows(run), run, gain, transposed=True)
         return dx, da if need_a else None, db if need_b else None, dm, None, None, None
 
 
@@ -384,8 +395,8 @@ def merged_rows(
                 lora_A[expert % len(lora_A)],  # one for all experts where they share it
                 lora_B[expert % len(lora_B), inside],
                 scaling,
-                None if magnitude is None else magnitude[expert, inside],
-                None if keep_mask is None else keep_mask[here],
+                magnitude=None if magnitude is None else magnitude[expert, inside],
+                keep_mask=None if keep_mask is None else keep_mask[here],
             )
         )
         done += count
@@ -441,7 +452,7 @@ def stack_norm(
             norm = masked_row_norm(part, bits, a[0], b[0], scaling, dtype=dtype).unsqueeze(0)
             found.append(FactoredNorm(norm, norm))
         else:
-            found.append(_norm_of_run(part, a, b, scaling, run.pick(base_squared), dtype))
+            found.append(_norm_of_run(part, a, b, scaling, base_squared=run.pick(base_squared), dtype=dtype))
     norms = torch.cat([each.norm for each in found])
     if keep_bits is not None or isinstance(norms, FakeTensor):
         return norms
@@ -455,7 +466,7 @@ def stack_norm(
 
 
 def _norm_of_run(
-    part: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, base_squared: Tensor, dtype: torch.dtype
+    part: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
 ) -> FactoredNorm:
     """The norms of several experts with shared launches, (n, out)."""
     if len(base_squared) == 1:

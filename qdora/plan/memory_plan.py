@@ -28,12 +28,13 @@ from qdora.model.adapter_file import AdapterDescription, describe_adapter
 from qdora.model.build_model import DTYPES, Compute, find_source, put_adapters, recompute_activations
 from qdora.model.experts import stacks
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
+from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
-from qdora.model.written_outputs import keep_written_outputs_
 from qdora.nn.expert_linear import ExpertLinear
+from qdora.ops.loss import auto_chunk
 from qdora.ops.packed import empty_packed
 from qdora.ops.planned_device import Routing, planned_on
 from qdora.plan import plan_contents as parts
@@ -118,17 +119,21 @@ def planned(
 
     def plan_of(changed: Recipe) -> Plan:
         plans = [each.plan() for each in step_plans(changed)]
-        return replace(max(plans, key=lambda each: each.peak_bytes), budget_bytes=budget)
+        # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
+        seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
+        most = max(plans, key=lambda each: each.peak_bytes)
+        return replace(most, budget_bytes=budget, step_seconds=seconds)
 
     def with_even_routing(found: Plan) -> Plan:
         if not stacks(known.model(torch.bfloat16, recipe.model.attention)):
             return found
         even = _StepPlan(recipe, known, found.shape, found.num_micro_batches, routing="even").plan()
         most = max(found, even, key=lambda each: each.peak_bytes)
-        return replace(most, budget_bytes=budget, even_routing_bytes=even.peak_bytes)
+        seconds = found.step_seconds
+        return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even.peak_bytes)
 
     def seconds_of(changed: Recipe) -> float:
-        return step_plans(changed)[0].seconds(first.num_trainable)
+        return max(each.seconds(first.num_trainable) for each in step_plans(changed))
 
     first = with_even_routing(plan_of(recipe))
     return (recipe, first) if first.fits is not False else with_changes(recipe, first, plan_of, seconds_of)
@@ -346,6 +351,7 @@ class _StepPlan:
         found, streamed = block_list(skeleton), self._streamed(skeleton)
         blocks = skeleton if found is None else found[1]
         config = skeleton.config.get_text_config()
+        chunk = self.recipe.memory.loss_chunk
         linear, met, top_k = 0, 0.0, getattr(config, "num_experts_per_tok", 1)
         for each in linear_layers(blocks).values():
             size = int(each.weight.numel())  # type: ignore[operator]
@@ -357,6 +363,7 @@ class _StepPlan:
             num_linear=linear,
             share_met=met / max(linear, 1),
             num_head=config.vocab_size * config.hidden_size,
+            head_chunk=auto_chunk(config.vocab_size, self.dtype.itemsize) if chunk == "auto" else chunk,
             num_trainable=num_trainable,
             attention_width=config.num_hidden_layers * heads * head_size,
             quantised=self.recipe.base.quant != "none",
@@ -394,7 +401,7 @@ class _StepPlan:
                 self._put_adapters(model, kept, new_tokens)
                 for layer in adapted_layers(model).values() if recipe.adapter.gates is not None else ():
                     layer.add_gate()
-            keep_written_outputs_(model)
+            keep_inplace_outputs_(model)
             live.reset_peak()
             parameters = adapter_parameters(model)
             if not parameters:

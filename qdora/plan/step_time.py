@@ -135,6 +135,7 @@ class Work:
 
     Attributes:
         num_linear: Weights of the linear layers inside the blocks.
+        head_chunk: Labelled tokens whose logits exist at once; None: all.
         attention_width: Query features of all blocks together: heads * head size * blocks.
         full: Whether the base itself is trained.
         block_bytes: Bytes of the largest streamed block.
@@ -154,6 +155,7 @@ class Work:
     block_bytes: int = 0
     row_bytes: int = 0
     share_met: float = 1.0
+    head_chunk: int | None = None
 
 
 def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
@@ -162,18 +164,19 @@ def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rat
     FLOPs: 2 per weight and token in each pass: forward, recomputation, gradient of the inputs (and of the weights, if
     they are trained). Causal attention: half of 4 * length per query feature and token, and 2.5 times that backward.
     Bytes: those of dequantising in each pass, and 30 per trainable parameter in the update. The two times are added,
-    since tiles are dequantised between the products. Streamed blocks add the waiting time of a simulated schedule, an
-    embedding on the host adds the copy of its rows.
+    since tiles are dequantised between the products. Each chunk of the loss takes as long as its two products, or as
+    reading the head's 16-bit weights for them, whichever is longer. Streamed blocks add the waiting time of a simulated
+    schedule, an embedding on the host adds the copy of its rows.
     """
     passes = 2 + work.checkpointing
     tokens = shape.num_tokens
     products = 2.0 * (work.num_linear * (passes + work.full) + work.num_trainable * (passes + 1) * (not work.full))
     products *= work.share_met  # of the adapters, too, as if they were in proportion to their layers
     attention = 2.0 * shape.length * work.attention_width * (1 + work.checkpointing + 2.5)
-    flops = tokens * (products + attention) + 4.0 * work.num_head * shape.num_labels
+    flops = tokens * (products + attention)
     num_bytes = work.num_linear * passes * (BYTES_PER_DEQUANTISED if work.quantised else 2.0)
     update = 30.0 * work.num_trainable / rates.bytes
-    seconds = flops / rates.flops + num_bytes / rates.bytes
+    seconds = flops / rates.flops + num_bytes / rates.bytes + _head_seconds(work, shape.num_labels, rates)
     if work.num_streamed:
         forward = 2.0 * tokens * work.num_linear * work.share_met / rates.flops
         forward += BYTES_PER_DEQUANTISED * work.num_linear / rates.bytes
@@ -182,6 +185,15 @@ def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rat
         seconds += simulated_step(work.num_blocks, streamed, copy, forward, 2 * forward).waiting_seconds
     seconds += tokens * work.row_bytes / rates.copied
     return num_micro_batches * seconds + update
+
+
+def _head_seconds(work: Work, num_labels: int, rates: Rates) -> float:
+    full, rest = divmod(num_labels, work.head_chunk or max(num_labels, 1))
+
+    def chunk(tokens: int) -> float:
+        return 4.0 * work.num_head * max(tokens / rates.flops, 1.0 / rates.bytes) if tokens else 0.0
+
+    return full * chunk(work.head_chunk or num_labels) + chunk(rest)
 
 
 class SimulatedCopies:

@@ -216,10 +216,10 @@ class DataConfig(Section):
     """Most tokens of an example."""
     too_long: Literal["error", "truncate", "drop", "split"] = "error"
     """What to do with a longer example: stop before training (error), cut the front of its prompt, then the end of its
-    answer, but of a chat only its end (truncate), drop it and count it (drop), or split plain text into examples of
-    max_length without losing a token (split). split never cuts anything else: a prompt with its answer, or a chat, that
-    is too long stops the run before training; in a stream it is a faulty row (max_bad_rows). With a streamed source the
-    default is truncate, since its lengths are not known before training."""
+    answer, but a chat behind its last answer that fits as a whole (truncate), drop it and count it (drop), or split
+    plain text into examples of max_length without losing a token (split). split never cuts anything else: a prompt with
+    its answer, or a chat, that is too long stops the run before training; in a stream it is a faulty row
+    (max_bad_rows). With a streamed source the default is truncate, since its lengths are not known before training."""
     max_bad_rows: WholeOrZero | None = None
     """Most faulty rows that a pass over a stream may have. They are skipped, counted and reported (null: 10, or 0.1 %
     of the rows if that is more)."""

@@ -26,7 +26,7 @@ from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import LoadedModel, is_run, load_target
-from qdora.run.validation import state_step, stored_results
+from qdora.run.step_evaluations import state_step, stored_results
 
 SPLITS = ("validation", "test", "train")
 METHODS = ("loglikelihood", "generate")

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.environment import environment
-from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, resume_run
+from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, flat, open_run, resume_run
 from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
-from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.faults import shown
+from qdora.recipe.recipe_file import load_recipe, resolved_yaml, settings
+from qdora.recipe.settings import Recipe
 from qdora.run.load_base import keep_residency
 from qdora.run.prepare import PreparedRun
 from qdora.train.distributed import Processes
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CHAT_TEMPLATE, CHAT_TEMPLATE_FILE = "data.chat_template", "chat_template.jinja"
+_SHOWN = 3
+"""Settings that a warning names; the rest is counted."""
+
+logger = logging.getLogger("qdora")
 
 
 def open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:
@@ -37,6 +46,36 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         processes.first(lambda: _keep_chat_template(run, str(prepared.tokenizer.chat_template)))
     processes.first(lambda: keep_residency(run, prepared.given, prepared.recipe))
     return run
+
+
+def resumed_recipe(directory: Path, given: Recipe, overrides: Sequence[str], *, where: str) -> Recipe:
+    """The recipe of an earlier run with `overrides`. A warning names the settings in which `given` differs from it.
+
+    Args:
+        given: The recipe called `where`, with the same overrides.
+    Raises:
+        UserError: There is no run, or an override does not fit.
+    """
+    run = open_run(directory)
+    own = load_recipe(run.recipe_file, overrides)
+    mine, other = flat(settings(own)), flat(settings(given))
+    if _same_text(own.data.chat_template, given.data.chat_template):
+        mine.pop(CHAT_TEMPLATE, None), other.pop(CHAT_TEMPLATE, None)
+    different = [key for key in dict.fromkeys((*mine, *other)) if mine.get(key) != other.get(key)]
+    if different and os.environ.get("RANK", "0") == "0":
+        named = [f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})" for key in different]
+        more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+        text = "%s continues with its own recipe.yaml, which differs from %s in %s%s. To change a setting, use -s."
+        logger.warning(text, directory, where, ", ".join(named[:_SHOWN]), more)
+    return own
+
+
+def _same_text(first: str | None, second: str | None) -> bool:
+    """Whether two files have one content: a run has its own copy of a chat template."""
+    try:
+        return first is not None and second is not None and Path(first).read_bytes() == Path(second).read_bytes()
+    except OSError:
+        return False
 
 
 def _has_other_parts(source: ModelSource) -> bool:

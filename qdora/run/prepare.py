@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qdora.data.build_data import (
     MixPlan,
+    check_first_rows,
     keep_mix,
     make_loader,
     micro_batch_tokens,
@@ -47,8 +48,8 @@ from qdora.run.calibration import calibration_tokens
 from qdora.run.experiment_trackers import is_installed
 from qdora.run.load_base import NO_GPU
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks
+from qdora.run.step_evaluations import selection_faults
 from qdora.run.task_conflicts import interference_faults
-from qdora.run.validation import selection_faults
 from qdora.train.distributed import Processes
 from qdora.train.router_loss import check_router_loss
 from qdora.train.task_weights import task_weight_faults
@@ -228,14 +229,18 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
     return faults
 
 
-def check_lengths(recipe: Recipe, names: Collection[str]) -> None:
-    """Read and tokenise some sources as a run does at its start, for `qdora validate`; `data.cache` keeps the tokens.
+def check_data(recipe: Recipe, names: Collection[str]) -> None:
+    """Check some sources as a run does at its start, for `qdora validate`.
 
-    Without a tokenizer a note says that nothing was checked.
+    The first rows of each are read. With data.too_long: error, all rows are read and tokenised; `data.cache` keeps the
+    tokens, and without a tokenizer a note says that no lengths were checked.
 
     Raises:
-        UserError: Faulty rows, and with data.too_long: error examples that are too long, of all these sources at once.
+        UserError: Faulty rows, or examples that are too long, of all these sources at once.
     """
+    check_first_rows(recipe.data, names)
+    if recipe.data.too_long != "error":
+        return
     try:
         _, tokenizer = find_model(recipe, weights=False)
     except HubFailure as error:  # anything else a run would refuse, too

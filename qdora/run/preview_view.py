@@ -59,7 +59,7 @@ def show_preview(preview: Preview, console: Console | None = None) -> None:
 
 
 def write_preview(preview: Preview, file: Path) -> None:
-    """Write the page. Raises: RunFailure if the disk cannot be written."""
+    """Write the page, and print its path. Raises: RunFailure if the disk cannot be written."""
     sources = [
         {
             "name": source.name,
@@ -81,6 +81,7 @@ def write_preview(preview: Preview, file: Path) -> None:
     with disk_failures(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, page)
+    consoles()[1].print(f"page: {file}", markup=False, highlight=False, soft_wrap=True)
 
 
 def source_lines(source: SourcePreview, too_long: str) -> list[str]:
@@ -101,7 +102,8 @@ def source_lines(source: SourcePreview, too_long: str) -> list[str]:
     if source.num_too_long:
         becomes = {
             "error": "a run is refused",
-            "truncate": f"{source.num_cut:,} are cut, {source.num_dropped:,} dropped with nothing left to learn",
+            "truncate": f"{source.num_cut:,} are cut (a prompt at its front, a chat behind its last answer that fits), "
+            f"{source.num_dropped:,} dropped with nothing left to learn",
             "drop": "they are dropped",
             "split": "plain text is split, a run with others is refused",
         }

@@ -16,7 +16,7 @@ from qdora.files.console import consoles
 from qdora.files.run_directory import Checkpoint, RunDirectory, failures_logged, log_to, only_process, unharmed
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import adapt
-from qdora.model.written_outputs import weights_unread
+from qdora.model.inplace_outputs import weights_unread
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
 from qdora.run.open_directory import newest_checkpoint, open_directory
@@ -24,7 +24,7 @@ from qdora.run.prepare import PreparedRun, prepare, show_plans
 from qdora.run.pruned_base import SharedBases, base_of_run
 from qdora.run.run_page import leave_page
 from qdora.run.start_checks import CHECKS_FILE, PACKING, Check, tell_checks
-from qdora.run.training import Training
+from qdora.run.trainer import Trainer
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import fit
@@ -90,7 +90,7 @@ def train_run(
             processes=processes,
             console=progress,
         )
-        return _train(Training(active, prepared.validation), checkpoint, results)
+        return _train(Trainer(active, prepared.validation), checkpoint, results)
 
 
 def _choose_packing(model: PreTrainedModel, prepared: PreparedRun, run: RunDirectory, processes: Processes) -> None:
@@ -102,28 +102,28 @@ def _choose_packing(model: PreTrainedModel, prepared: PreparedRun, run: RunDirec
         processes.first(lambda: tell_checks(run, {PACKING: [Check("passed", text)]}))
 
 
-def _train(training: Training, checkpoint: Checkpoint | None, results: Console) -> dict[str, Any]:
+def _train(trainer: Trainer, checkpoint: Checkpoint | None, results: Console) -> dict[str, Any]:
     """Fit, evaluate and save from the checkpoint on; returns the summary."""
-    active = training.active
-    start = 0 if checkpoint is None else training.restore(checkpoint.path)
-    again = training.evaluates_again(start)
+    active = trainer.active
+    start = 0 if checkpoint is None else trainer.restore(checkpoint.path)
+    again = trainer.evaluates_again(start)
     active.processes.first(lambda: active.directory.truncate_metrics(start, evaluates_again=again))
     try:
-        with training.recorded(start):
-            training.evaluate_base()
-            if training.state.optimizer is not None and start < active.num_steps and not training.is_over:
-                training.num_done = _fit(training, training.state.optimizer, start)
-            training.evaluate_and_save()
-        return active.processes.first(lambda: training.conclude(results)) or {}
+        with trainer.recorded(start):
+            trainer.evaluate_base()
+            if trainer.state.optimizer is not None and start < active.num_steps and not trainer.is_over:
+                trainer.num_done = _fit(trainer, trainer.state.optimizer, start)
+            trainer.evaluate_and_save()
+        return active.processes.first(lambda: trainer.conclude(results)) or {}
     except KeyboardInterrupt:
         newest = active.directory.newest_checkpoint()
         step, path = (0, None) if newest is None else (newest.step, newest.path)
         raise Interrupted(step, path, saved=False) from None
 
 
-def _fit(training: Training, optimizer: AdapterOptimizer, start: int) -> int:
+def _fit(trainer: Trainer, optimizer: AdapterOptimizer, start: int) -> int:
     """Take the optimizer steps after `start`; returns the number of steps done."""
-    active, state, chunk = training.active, training.state, training.active.recipe.memory.loss_chunk
+    active, state, chunk = trainer.active, trainer.state, trainer.active.recipe.memory.loss_chunk
     bar = TrainingProgress(active.num_steps, start=start, console=active.console)
     with stop_on_signal(active.processes) as stop, bar as progress:
         return fit(
@@ -131,7 +131,7 @@ def _fit(training: Training, optimizer: AdapterOptimizer, start: int) -> int:
             optimizer,
             active.loader,
             active.recipe.train,
-            training.hooks(optimizer),
+            trainer.hooks(optimizer),
             num_steps=active.num_steps,
             device=active.model.device,
             progress=progress,

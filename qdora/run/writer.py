@@ -21,8 +21,8 @@ from qdora.model.build_model import write_adapter
 from qdora.recipe.recipe_file import settings
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.experiment_trackers import tracking
+from qdora.run.step_evaluations import BEST_FILE
 from qdora.run.trained_layers import keep_trained
-from qdora.run.validation import BEST_FILE
 from qdora.train.best import best_step_in
 from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
 from qdora.train.hooks import Metrics

@@ -37,8 +37,8 @@ from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, read_yaml
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.run_page import PAGE_FILE, leave_page
+from qdora.run.step_evaluations import adapter_step
 from qdora.run.train import train_run
-from qdora.run.validation import adapter_step
 from qdora.study.compare import cannot_win
 from qdora.study.grid import Cell, Study, equal_in_words, expand, load_study
 from qdora.study.study_directory import Claim, StudyDirectory

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -100,14 +101,14 @@ def fit(
     for step in range(start_step, num_steps):
         began = time.perf_counter()
         lr = schedule.rate(step)
-        undo = partial(_undo_step, optimizer, loader, (loader.state_dict(), random_state()))
-        found = _gradient_that_fits(attempt, undo, hooks, step, backoff, loss_scale)
+        start = _StepStart(step, optimizer, loader, hooks)
+        found = _gradient_that_fits(attempt, start, backoff, loss_scale)
         done, metrics = step + 1, {"step": step + 1, "lr": lr, **found.metrics}
         reason = found.fault or bad_steps.fault(metrics["loss"], metrics["gradient_norm"])
         if reason is None:
             if train.clip is not None and metrics["gradient_norm"] > train.clip:
                 optimizer.scale_gradients_(train.clip / metrics["gradient_norm"])
-            _update(optimizer, lr, step, undo, hooks, processes)
+            _update(lr, start, processes)
             bad_steps.applied(metrics["loss"])
             wrong = None if hooks.updated is None else hooks.updated(lr)
             if wrong is not None:
@@ -115,7 +116,7 @@ def fit(
             if loss_scale is not None:
                 loss_scale.applied()
         elif found.fault is not None or not bad_steps.skip():
-            raise _failed_step(found, reason, step, undo, hooks, bad_steps)
+            raise _failed_step(found, reason, start, bad_steps)
         optimizer.zero_grad()
         if hooks.end_step is not None:
             metrics |= hooks.end_step(step, reason is None)
@@ -169,27 +170,42 @@ class StepGradient:
         return BadStep(number, reason, self.batch, self.metrics["loss"], gradient_norm=norm, example_nll=nll)
 
 
+class _StepStart:
+    """The state before step `step` + 1, to which a step returns whose gradient or update fails."""
+
+    def __init__(self, step: int, optimizer: AdapterOptimizer, loader: StepLoader, hooks: Hooks) -> None:
+        self.step, self.optimizer, self.hooks = step, optimizer, hooks
+        self._loader = loader
+        self._before = loader.state_dict(), random_state()
+
+    def restore(self) -> None:
+        """Drop the gradients, and restore the states of the loader and of the random generators."""
+        self.optimizer.zero_grad()
+        self._loader.load_state_dict(self._before[0])
+        set_random_state(self._before[1])
+
+    def save(self) -> Path:
+        """Restore the state and write its checkpoint."""
+        self.restore()
+        return self.hooks.save(self.step)
+
+
 def _gradient_that_fits(
-    attempt: Callable[[], StepGradient],
-    undo: Callable[[], None],
-    hooks: Hooks,
-    step: int,
-    backoff: Backoff,
-    loss_scale: LossScale | None,
+    attempt: Callable[[], StepGradient], start: _StepStart, backoff: Backoff, loss_scale: LossScale | None
 ) -> StepGradient:
     """Attempt the step's gradient, again in smaller micro-batches as long as memory runs out, and with a smaller
     `loss_scale` as long as float16 overflows. RunFailure, after a checkpoint, if its examples cannot be read."""
     given = None if loss_scale is None else loss_scale.value
+    step, hooks = start.step, start.hooks
     while True:
         if hooks.begin_step is not None:
             hooks.begin_step(step)
         try:
             found = attempt()
         except DataUnreadable as error:
-            undo()
-            raise RunFailure(f"step {step + 1}: {error}", safe=[hooks.save(step)]) from error
+            raise RunFailure(f"step {step + 1}: {error}", safe=[start.save()]) from error
         if found.shortage is not None:
-            undo()
+            start.restore()
             shrunk = backoff.shrink(found.shortage)
             if shrunk is None:
                 return found
@@ -205,20 +221,18 @@ def _gradient_that_fits(
         if not loss_scale.halve():
             loss_scale.value = given  # the batch is bad, not the scale
             return found
-        undo()
+        start.restore()
 
 
-def _update(
-    optimizer: AdapterOptimizer, lr: float, step: int, undo: Callable[[], None], hooks: Hooks, processes: Processes
-) -> None:
+def _update(lr: float, start: _StepStart, processes: Processes) -> None:
     """Apply the gradients. If memory does not suffice, in one process or more, raise RunFailure.
 
     A checkpoint is written before: of the state before the step if nothing was updated; else of the state after it, in
     which some tensors have no update of this step. Processes that updated different tensors cannot write one.
     """
-    mine = None
+    mine, step = None, start.step
     try:
-        optimizer.step(lr)
+        start.optimizer.step(lr)
     except UpdateOutOfMemory as error:
         mine = len(error.left), error.num_updated, str(error)
     told = processes.gather(mine)
@@ -228,12 +242,11 @@ def _update(
     num_left, num_updated, reason = max(short)
     advice = "Fix: lower adapter.rank in a new run, or free memory"
     if len(short) == len(told) and all(left == number for left, number, _ in short):
-        undo()
-        raise RunFailure(f"step {step + 1}: {reason}. {advice}, then resume with --resume.", safe=[hooks.save(step)])
+        raise RunFailure(f"step {step + 1}: {reason}. {advice}, then resume with --resume.", safe=[start.save()])
     if processes.size > 1:
         raise RunFailure(f"step {step + 1}: {reason}. {advice}, then resume from the last checkpoint with --resume.")
     lost = f"{num_updated - num_left} others are updated, these keep their values; the run can continue from there"
-    raise RunFailure(f"step {step + 1}: {reason}; {lost}. {advice}, then resume.", safe=[hooks.save(step + 1)])
+    raise RunFailure(f"step {step + 1}: {reason}; {lost}. {advice}, then resume.", safe=[start.hooks.save(step + 1)])
 
 
 def _after_step(
@@ -280,24 +293,22 @@ def _skipped(found: StepGradient, reason: str, number: int, hooks: Hooks) -> Non
     logger.warning("Step %d is skipped: %s.%s", number, reason, "" if kept is None else f" Its examples: {kept}")
 
 
-def _failed_step(
-    found: StepGradient, reason: str, step: int, undo: Callable[[], None], hooks: Hooks, bad_steps: BadSteps
-) -> RunFailure:
+def _failed_step(found: StepGradient, reason: str, start: _StepStart, bad_steps: BadSteps) -> RunFailure:
     """Keep the batch that broke the step and the state before it; the parameters have not been changed.
 
     After some CUDA errors every later call fails, too. Then the state cannot be saved, and the first error is told.
     """
-    kept = [] if hooks.keep_batch is None else [hooks.keep_batch(found.bad_step(step + 1, reason))]
+    number, keep = start.step + 1, start.hooks.keep_batch
+    kept = [] if keep is None else [keep(found.bad_step(number, reason))]
     failure = RunFailure
     if found.fault is None:
         failure = Diverged
         reason += f"; the update was not applied. {bad_steps.advice}, then resume with --resume."
     try:
-        undo()
-        return failure(f"step {step + 1}: {reason}", safe=[hooks.save(step), *kept])
+        return failure(f"step {number}: {reason}", safe=[start.save(), *kept])
     except RuntimeError as second:
         reason += f" The state before it could not be saved ({first_line(second)}): resume from the last checkpoint."
-        return failure(f"step {step + 1}: {reason}", safe=kept)
+        return failure(f"step {number}: {reason}", safe=kept)
 
 
 def _gradient_of_next_step(
@@ -465,15 +476,6 @@ def _accumulate(
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / (loss_scale.value * total))
     return nll, aux, example_nll
-
-
-def _undo_step(
-    optimizer: AdapterOptimizer, loader: StepLoader, before: tuple[dict[str, Any], dict[str, Tensor]]
-) -> None:
-    """Drop the gradients, and restore the states of the loader and of the random generators `before` the step."""
-    optimizer.zero_grad()
-    loader.load_state_dict(before[0])
-    set_random_state(before[1])
 
 
 def _over_processes(metrics: Metrics, fault: str | None, processes: Processes) -> tuple[Metrics, str | None]:

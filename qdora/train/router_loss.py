@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 
 from qdora.errors import UserError
 from qdora.ops.load_balance import load_balancing_loss
@@ -34,11 +34,15 @@ def check_router_loss(recipe: Recipe, config_of_model: Callable[[], PreTrainedCo
 
 
 def _has_router_loss(config: PreTrainedConfig) -> bool:
-    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if family is None or getattr(config.get_text_config(), "router_aux_loss_coef", None) is None:
+    """Whether the model of a config, its text model, or the whole of images and texts computes such a loss."""
+    text = config.get_text_config()
+    if getattr(text, "router_aux_loss_coef", None) is None:
         return False
-    function = getattr(sys.modules[family.__module__], "load_balancing_loss_func", None)
-    return function is not None and list(inspect.signature(function).parameters) == _PARAMETERS
+    families = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(each), None) for each in (config, text)]
+    families.append(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None))
+    modules = {sys.modules[family.__module__] for family in families if family is not None}
+    functions = [getattr(module, "load_balancing_loss_func", None) for module in modules]
+    return any(each is not None and list(inspect.signature(each).parameters) == _PARAMETERS for each in functions)
 
 
 @dataclass

@@ -27,7 +27,7 @@ BEST_FILE = "best.json"
 """In adapter/ if a best step was chosen: which step, and by which metric."""
 
 
-class RunValidation:
+class StepEvaluations:
     """Evaluates a run, in its first process.
 
     Args:

@@ -25,7 +25,7 @@ _NUM_TOKENS = 4
 
 
 @torch.no_grad()
-def keep_written_outputs_(model: PreTrainedModel) -> list[str]:
+def keep_inplace_outputs_(model: PreTrainedModel) -> list[str]:
     """Let the adapted layers whose outputs the model changes in place keep a copy of them while they train.
 
     The gradient of a magnitude is read from the output, so it would be that of the changed one. One forward pass of a

@@ -30,8 +30,8 @@ from qdora.run.expert_load import ExpertLoad
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources
 from qdora.run.start_checks import CHECKS_FILE, GRADIENTS, gradient_check, tell_checks, without_gradient
+from qdora.run.step_evaluations import StepEvaluations, adapter_record, best_in_words, best_so_far, selection_value
 from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
-from qdora.run.validation import RunValidation, adapter_record, best_in_words, best_so_far, selection_value
 from qdora.run.writer import RunWriter
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, unreadable
 from qdora.train.figures import draw_figures
@@ -89,7 +89,7 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
     )
 
 
-class Training:
+class Trainer:
     """Trains an active run: optimizer steps, evaluations between them, files in the run directory.
 
     Args:
@@ -101,7 +101,7 @@ class Training:
         self.active = active
         recipe, tokenizer = active.recipe, active.tokenizer
         evaluated = {name: validation[name] for name in evaluated_sources(recipe, validation)}
-        self.validation = RunValidation(active, evaluated)
+        self.validation = StepEvaluations(active, evaluated)
         probes = recipe.interference.every is not None
         self._probed = probe_examples(recipe, tokenizer, validation) if probes else {}
         self.state = fresh_state(active, list(evaluated))

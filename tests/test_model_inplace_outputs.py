@@ -22,7 +22,7 @@ from transformers import (
 from qdora.errors import UserError
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.written_outputs import keep_written_outputs_, weights_unread
+from qdora.model.inplace_outputs import keep_inplace_outputs_, weights_unread
 from tests import tiny
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_the_plain_formula(name: str, checkpointing: bool
         setattr(reference.get_submodule(parent), leaf, Plain(layer))
     loss_of(reference).backward()  # type: ignore[no-untyped-call]
 
-    keep_written_outputs_(model)
+    keep_inplace_outputs_(model)
     if checkpointing:
         recompute_activations(model)
     model.train()
@@ -103,17 +103,17 @@ def test_gradients_are_those_of_the_plain_formula(name: str, checkpointing: bool
 def test_only_the_written_layers_keep_a_copy(name: str) -> None:
     make, leaves = WRITTEN[name]
     model = adapted(make)
-    written = keep_written_outputs_(model)
+    written = keep_inplace_outputs_(model)
     assert {path.rpartition(".")[2] for path in written} == leaves
     assert len(written) == 2 * len(leaves)
     assert {path for path, layer in adapted_layers(model).items() if layer.keeps_copy} == set(written)
 
 
 def test_lora_needs_no_copy() -> None:
-    assert keep_written_outputs_(adapted(olmo, "lora")) == []
+    assert keep_inplace_outputs_(adapted(olmo, "lora")) == []
 
 
-@pytest.mark.parametrize(("checkpointing", "said"), [(False, "inplace operation"), (True, "keep_written_outputs_")])
+@pytest.mark.parametrize(("checkpointing", "said"), [(False, "inplace operation"), (True, "keep_inplace_outputs_")])
 def test_a_changed_output_is_an_error_and_never_a_wrong_gradient(checkpointing: bool, said: str) -> None:
     model = adapted(olmo)
     if checkpointing:
@@ -144,23 +144,23 @@ def test_a_model_that_reads_the_weight_of_a_layer_is_refused_in_one_line() -> No
     inject(model, rank=2)
     fault = READS_ITSELF.format(r"model\.layers\.0\.mlp\.down_proj", "down_proj")
     with pytest.raises(UserError, match=fault):
-        keep_written_outputs_(model)
+        keep_inplace_outputs_(model)
     others = reading(in_training_alone=False)
     inject(others, targets=["gate_proj", "up_proj"], rank=2)
-    keep_written_outputs_(others)  # as the advice says
+    keep_inplace_outputs_(others)  # as the advice says
 
 
 def test_a_weight_that_is_read_in_training_alone_is_told_in_the_same_line() -> None:
     model = reading(in_training_alone=True)
     inject(model, rank=2)
-    keep_written_outputs_(model)
+    keep_inplace_outputs_(model)
     fault = READS_ITSELF.format(r"model\.layers\.0\.mlp\.down_proj", "down_proj")
     with pytest.raises(UserError, match=fault), weights_unread(model):
         model.train()(input_ids=IDS, use_cache=False)
 
 
 def first_step(model: Any) -> None:
-    keep_written_outputs_(model)
+    keep_inplace_outputs_(model)
     model.train()(input_ids=IDS, use_cache=False)
 
 
