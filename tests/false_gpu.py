@@ -223,7 +223,8 @@ class FalseGpu(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         _check_devices(name, given, target)
         inner = {id(each): _values(each) for each in ours}
-        values = func(*_replaced(args, inner), **_replaced(kwargs, inner))
+        compute = _wide_product if func is aten.mm.dtype else func
+        values = compute(*_replaced(args, inner), **_replaced(kwargs, inner))
         self._note(func, name, args, kwargs, values, on_device)
         outer = {id(inner[id(each)]): each for each in ours}
         shared = {inner[id(each)].untyped_storage()._cdata: each for each in ours}
@@ -335,6 +336,11 @@ def _check_devices(name: str, given: Sequence[Tensor], target: Any) -> None:
     if strangers and target is None and name != "copy_" and len(strangers) < len(given):
         shapes = ", ".join(str(tuple(each.shape)) for each in strangers)
         raise RuntimeError(f"{name}: expected all tensors on one device, got {shapes} on the cpu")
+
+
+def _wide_product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """A product whose sums are written in a wider dtype, which a CPU lacks."""
+    return left.to(out_dtype) @ right.to(out_dtype)
 
 
 def _is_view(func: Any) -> bool:

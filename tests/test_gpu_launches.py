@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import empty_packed
+from qdora.ops.tiles import spans
 from qdora.train.optimizer import AdapterOptimizer
 from tests.false_gpu import FalseGpu, on_false_gpu
 
@@ -45,14 +46,16 @@ def launches(gpu: FalseGpu, layer: AdaptedLinear) -> dict[str, list[str]]:
     return found
 
 
-# (forward, backward): the backward pass adds three gradients to earlier ones, those of A, B and m.
+# Of one tile, as the layers of a 7B model. (forward, backward): the backward pass adds the gradients of A, B and m to
+# earlier ones.
 CASES: dict[str, tuple[tuple[str, int, int, dict[str, Any]], tuple[int, int]]] = {
-    "square": (("nf4", 4096, 4096, {}), (11, 21)),
-    "wide": (("nf4", 4096, 11008, {}), (13, 31)),
-    "lora": (("nf4", 4096, 4096, {"kind": "lora"}), (7, 14)),
-    "dropout": (("nf4", 4096, 4096, {"dropout": 0.05}), (19, 32)),
-    "float32": (("nf4", 4096, 4096, {"dtype": torch.float32}), (17, 27)),
-    "int8": (("int8", 4096, 4096, {}), (11, 21)),
+    "square": (("nf4", 256, 256, {}), (4, 12)),
+    "wide": (("nf4", 256, 704, {}), (4, 12)),
+    "tall": (("nf4", 704, 256, {}), (4, 12)),
+    "lora": (("nf4", 256, 256, {"kind": "lora"}), (4, 9)),
+    "dropout": (("nf4", 256, 256, {"dropout": 0.05}), (12, 24)),
+    "float32": (("nf4", 256, 256, {"dtype": torch.float32}), (4, 12)),
+    "int8": (("int8", 256, 256, {}), (6, 14)),
 }
 
 
@@ -63,6 +66,46 @@ def test_launches_of_a_layer(gpu: FalseGpu, case: str) -> None:
     found = launches(gpu, layer_on(gpu, in_features, out_features, quant, **options))
     assert found["recompute"] == found["forward"]
     assert (len(found["forward"]), len(found["backward"])) == expected, found
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(4096, 4096), (4096, 11008), (11008, 4096)])
+def test_layers_of_a_7b_model_are_one_tile(in_features: int, out_features: int) -> None:
+    assert len(spans(out_features, in_features, 2, "cuda")) == 1
+    assert len(spans(in_features, out_features, 2, "cuda", 64)) == 1
+
+
+@on_false_gpu
+def test_what_follows_from_the_parameters_is_made_once_a_step(gpu: FalseGpu) -> None:
+    """The first micro-batch after an update makes norm, gain, s g B and scales; others and the evaluation read them."""
+    layer = layer_on(gpu, 256, 256)
+    optimizer = AdapterOptimizer(dict(layer.named_parameters()), name="adamw")
+    once = launches(gpu, layer)
+    gpu.clear()
+    optimizer.step(1e-3)
+    updated = gpu.count("launch")
+    x = torch.ones(NUM_TOKENS, 256, dtype=torch.bfloat16, device=gpu.device)
+    with gpu.phase("first"):
+        layer(x)
+    assert updated > 0
+    assert gpu.count("launch", "first") > 2 * len(once["forward"])
+    with gpu.phase("later"):
+        layer(x)
+    assert gpu.count("launch", "later") == len(once["forward"])
+
+
+@on_false_gpu
+def test_gradients_of_16_bit_products_are_summed_in_float32(gpu: FalseGpu) -> None:
+    """A sum of 257 equal terms needs nine bits; one that was rounded to bfloat16 on its way has eight."""
+    layer = layer_on(gpu, 64, 64, "nf4", kind="lora")
+    with torch.no_grad():
+        layer.lora_A.fill_(1.0)
+        layer.lora_B.fill_(1.0)
+    x = torch.full((257, 64), 1.0, dtype=torch.bfloat16, device=gpu.device)
+    layer(x).backward(torch.ones(257, 64, dtype=torch.bfloat16, device=gpu.device))
+    for gradient in (layer.lora_A.grad, layer.lora_B.grad):
+        assert gradient is not None
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient.cpu(), torch.full(gradient.shape, 257.0 * 64 * layer.scaling))
 
 
 @on_false_gpu
