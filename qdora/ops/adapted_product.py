@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed, drop_, dropped, dropped_slices, zeroed, zeroed_
 from qdora.ops.frozen_product import add_product_, add_transposed_product_, product_dtype, with_bias
+from qdora.ops.fused_product import fused_product
 from qdora.ops.low_rank_factors import rounded, row_factor, scaled_B
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.planned_device import device_kind
@@ -122,15 +123,22 @@ def operands_of(
 
 
 def adapted_product(x: Tensor, weight: Weight, bias: Tensor | None, operands: Operands) -> Tensor:
-    """The result of `adapted_linear` without dropout, bit for bit, without a graph.
+    """The result of `adapted_linear` without dropout, without a graph: bit for bit, or for few tokens on a GPU by
+    `fused_product`, which rounds the base's product before the sum.
 
     Args:
         x: (..., in), for which `is_plain` holds.
         operands: Of x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    out = (flat @ operands.a.T) @ operands.scaled_b.T
-    add_product_(out, flat, *operands.of_base(weight))
+    low = flat @ operands.a.T
+    base, factor = operands.of_base(weight)
+    fused = fused_product(flat, base) if factor is None else None
+    if fused is None:
+        out = low @ operands.scaled_b.T
+        add_product_(out, flat, base, factor)
+    else:
+        out = fused.addmm_(low, operands.scaled_b.T)
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -242,8 +250,8 @@ def _low_rank_input(x: Tensor, a: Tensor, call: _Call) -> Tensor:
     if call.dropout == 0.0:
         return x @ a.T
     low = x.new_empty(x.shape[0], a.shape[0])
-    for tokens, positions in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
-        torch.mm(zeroed(x[tokens], positions), a.T, out=low[tokens])
+    for tokens, zeros in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
+        torch.mm(zeroed(x[tokens], zeros), a.T, out=low[tokens])
     return low
 
 
@@ -253,13 +261,16 @@ def _dropped_input_gradients(
     """drop(d_low A), to which the base's part is added, and dA, where needed; the factor 1 / (1 - p) is in d_low."""
     need_x, need_a = needed
     dx = torch.empty(x.shape, dtype=d_low.dtype, device=x.device) if need_x else None
-    da = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=x.device) if need_a else None
-    for tokens, positions in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
+    da = None
+    for tokens, zeros in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
         if dx is not None:
             torch.mm(d_low[tokens], a, out=dx[tokens])
-            zeroed_(dx[tokens], positions)
-        if da is not None:
-            da += _summed_products(d_low[tokens], zeroed(x[tokens], positions))
+            zeroed_(dx[tokens], zeros)
+        if need_a:
+            part = _summed_products(d_low[tokens], zeroed(x[tokens], zeros))
+            da = part if da is None else da.add_(part)
+    if need_a and da is None:  # no tokens
+        da = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=x.device)
     return dx, da
 
 
