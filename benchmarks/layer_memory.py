@@ -12,9 +12,10 @@ are there before and are not counted.
     transient   forward: peak - held; backward: peak - (held + gradients), at least 0. What neither is there before nor
                 stays
 
-A layer of ours computes its norms in the first call after a change of its parameters and keeps 12 bytes per output row;
-`first` is that call, `later` the next one, as in further micro-batches and in a checkpoint's recompute. PEFT does the
-same work in both. Gradients of bf16 parameters of ours are float32, as in training.
+A layer of ours computes what follows from its parameters in the first call after a change of them and keeps it: norm,
+gain, 1 / m and s g (16 bytes per output row), s g B, and decoded block scales (4 bytes a block). `first` is that call,
+`later` the next one, as in further micro-batches and in a checkpoint's recompute. PEFT does the same work in both.
+Gradients of bf16 parameters of ours are float32, as in training.
 
 Not seen, for anyone: what a kernel allocates within one operation. Seen only here: under the counter, autograd sums two
 gradients of one tensor into a third; where PEFT's branches meet in x this adds up to one x (8 MiB at 4096 features).
@@ -149,8 +150,8 @@ def verdict(result: dict[str, Any]) -> dict[str, bool]:
     """Own QDoRA holds no more than one output and 64 bytes a token beyond own QLoRA, whether or not somebody else holds
     the output; its workspace is small at any rank.
 
-    The norms that a layer keeps from its first call on belong to the layer, as its magnitudes do: they are not counted
-    among what a token costs.
+    What a layer keeps from its first call on belongs to the layer, as its magnitudes do: it is not counted among
+    what a token costs.
     """
     found = result["layer"]["ranks"]["16"]
     per_token = HELD_BAR_PER_TOKEN * result["num_tokens"]

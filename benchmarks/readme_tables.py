@@ -27,7 +27,7 @@ from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import chat_model, chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study, study_nulls
-from tables.times import expert_cost, layer_time, packing, step_time, wait_policy
+from tables.times import expert_cost, layer_time, packing, roofline, step_time, wait_policy
 from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data, router_loss
 from tables.upcycling import expert_upcycling, upcycled_mixture
 
@@ -68,6 +68,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "hostile": hostile,
     "moments": moments,
     "layer_time": layer_time,
+    "roofline": roofline,
     "step_time": step_time,
     "loss_curve": loss_curve,
     "layer_memory": layer_memory,

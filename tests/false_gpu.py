@@ -223,11 +223,15 @@ class FalseGpu(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         _check_devices(name, given, target)
         inner = {id(each): _values(each) for each in ours}
-        values = func(*_replaced(args, inner), **_replaced(kwargs, inner))
+        values = self.kernel(func)(*_replaced(args, inner), **_replaced(kwargs, inner))
         self._note(func, name, args, kwargs, values, on_device)
         outer = {id(inner[id(each)]): each for each in ours}
         shared = {inner[id(each)].untyped_storage()._cdata: each for each in ours}
         return self._on_device(values, outer, shared) if on_device and name != "_local_scalar_dense" else values
+
+    def kernel(self, func: Any) -> Callable[..., Any]:
+        """What computes the values of an operation from tensors of the CPU."""
+        return _wide_product if func is aten.mm.dtype else func
 
     def _note(self, func: Any, name: str, args: Any, kwargs: Any, values: Any, on_device: bool) -> None:
         """Record what an operation asks of the device."""
@@ -335,6 +339,11 @@ def _check_devices(name: str, given: Sequence[Tensor], target: Any) -> None:
     if strangers and target is None and name != "copy_" and len(strangers) < len(given):
         shapes = ", ".join(str(tuple(each.shape)) for each in strangers)
         raise RuntimeError(f"{name}: expected all tensors on one device, got {shapes} on the cpu")
+
+
+def _wide_product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """A product whose sums are written in a wider dtype, which a CPU lacks."""
+    return left.to(out_dtype) @ right.to(out_dtype)
 
 
 def _is_view(func: Any) -> bool:

@@ -1,21 +1,19 @@
-"""Evaluation without a graph: the bits of the graph's forward pass, factors made once for each state, never stale."""
+"""The operands of products: made once for each state of the parameters, for training and evaluation, never stale."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from qdora.nn import adapted_linear as module
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
-from qdora.plan.live_bytes import LiveBytes
 from tests import reference, tiny
 from tests.test_nn_parameter_cache import CHANGES, X, in_place, load_another_base, only_the_magnitude
 from tests.test_ops_adapted_product import arrays, to_numpy
@@ -29,15 +27,15 @@ def moved(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Adap
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry each time that factors are made for evaluation."""
+    """One entry each time that operands are made."""
     calls: list[int] = []
-    make = module.factors_of_products
+    make = module.operands_of
 
     def counting(*args: Any) -> Any:
         calls.append(1)
         return make(*args)
 
-    monkeypatch.setattr(module, "factors_of_products", counting)
+    monkeypatch.setattr(module, "operands_of", counting)
     return calls
 
 
@@ -73,20 +71,22 @@ def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind: str, qua
         layer = AdaptedLinear(FrozenLinear(packed, layer.base.bias), kind=kind, rank=3).eval()  # type: ignore[arg-type]
         tiny.move_all_parameters_(layer)
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    layer.keeps_scales = True
-    for change in (lambda: None, lambda: in_place(layer), lambda: layer.train().eval()):
+    for change in (lambda: None, lambda: in_place(layer), lambda: layer.train(), lambda: layer.eval()):
         change()
-        expected = layer(x).detach()
-        with torch.inference_mode():
-            assert torch.equal(layer(x), expected)
-            assert torch.equal(layer(x), expected)
-        kept = layer._cache._entries["products"].value  # type: ignore[union-attr]
-        assert (kept.weight is None) == (quant is None)
-        assert kept.gain is None or quant is None
-    layer.keeps_scales = False
-    with torch.no_grad():
-        layer(x)
-    assert layer._cache._entries["products"].value.weight is None  # type: ignore[union-attr]
+        found = {}
+        for keeps in (False, True):
+            layer.keeps_scales = keeps
+            each = x.clone().requires_grad_()
+            layer.zero_grad()
+            out = layer(each)
+            out.square().sum().backward()
+            found[keeps] = [out, each.grad, *(parameter.grad for parameter in layer.parameters())]
+            kept = layer.operands(torch.bfloat16)
+            assert kept is not None
+            assert (kept.scales is not None) == (keeps and quant is not None)
+            with torch.inference_mode():
+                assert torch.equal(layer(x), out)
+        assert all(torch.equal(got, wanted) for got, wanted in zip(*found.values(), strict=True))
 
 
 def test_scales_are_kept_where_a_gpu_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +107,9 @@ def test_a_weight_that_comes_and_goes_is_not_kept() -> None:
     layer = moved("dora", torch.bfloat16, in_=128, quant="nf4")
     layer.base.residency = Nowhere()
     layer.keeps_scales = True
-    with torch.no_grad():
-        layer(torch.ones(1, 128, dtype=torch.bfloat16))
-    assert layer._cache._entries["products"].value.weight is None  # type: ignore[union-attr]
+    kept = layer.operands(torch.bfloat16)
+    assert kept is not None
+    assert kept.scales is None
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -130,7 +130,7 @@ def test_after_every_kind_of_change_the_factors_are_the_new_ones(
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_factors_are_made_once_and_only_for_evaluation(kind: str, made: list[int]) -> None:
+def test_training_and_evaluation_share_operands(kind: str, made: list[int]) -> None:
     layer = moved(kind)
     for _ in range(3):
         with torch.no_grad():
@@ -138,33 +138,30 @@ def test_factors_are_made_once_and_only_for_evaluation(kind: str, made: list[int
         with torch.inference_mode():
             layer(X[:1])
     assert len(made) == 1
-    layer(X).sum().backward()
-    with torch.no_grad():
-        layer(X)
+    for _ in range(2):
+        x = X.clone().requires_grad_()
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert len(made) == 1
     with torch.no_grad():
         layer(X.double())
         layer(X.double())
     assert len(made) == 2
     in_place(layer)
-    with torch.no_grad():
-        layer(X)
+    layer(X)
     assert len(made) == 3
     layer.train()
-    assert "products" not in layer._cache._entries
-    with torch.no_grad():
-        layer(X)
-    assert len(made) == 3
+    assert not layer._cache._entries
+    layer(X).sum().backward()
+    layer(X).sum().backward()
+    assert len(made) == 4
 
 
-@pytest.mark.parametrize("kind", ["dora", "lora"])
-def test_training_keeps_nothing_of_an_evaluation(kind: str) -> None:
-    layer = tiny.adapted_linear(kind=kind).train()
-    x = torch.randn(3, layer.in_features)
-    with LiveBytes() as live:
-        with evaluation_mode(layer), torch.no_grad():
-            layer(x)
-            assert live.live_bytes > 0
-        assert layer.training
-        gc.collect()
-        assert live.live_bytes == 0
+def test_dropout_changes_the_factor_of_training_alone() -> None:
+    """s / (1 - p) in training, s in evaluation, whichever comes first and however the mode is changed."""
+    layer = moved("lora", dropout=0.5)
+    for training in (False, True, False):
+        layer.training = training  # no call of train(), which would forget everything
+        kept = layer.operands(torch.float32)
+        assert kept is not None
+        expected = layer.lora_B.detach().double() * layer.alpha / layer.rank * (2.0 if training else 1.0)
+        torch.testing.assert_close(kept.scaled_b.double(), expected, rtol=1e-6, atol=0.0)

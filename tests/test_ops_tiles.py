@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qdora.ops import tiles
 from qdora.ops.packed import quantize
-from qdora.ops.tiles import column_tiles, dense_weight, row_tiles, spans, with_own_scales
+from qdora.ops.tiles import column_tiles, dense_weight, own_scales, row_tiles, spans, with_scales
 from tests.test_ops_quantize import by_backends
 
 FORMATS = ("nf4", "fp4", "int8", "dense")
@@ -74,10 +74,12 @@ def test_scales_of_its_own_give_a_weight_the_same_tiles(kind, double_quant, with
     weight = stored(kind, (20, 192), double_quant=double_quant)
     factor = torch.rand(20, generator=torch.Generator().manual_seed(1)) * 2 if with_factor else None
     before = {name: tensor.clone() for name, tensor in weight.tensors().items()} if kind != "dense" else {}
-    own = with_own_scales(weight, factor)
+    scales = own_scales(weight, factor)
     if kind == "dense":
-        assert own is None
+        assert scales is None
         return
+    assert scales is not None
+    own = with_scales(weight, scales)
     assert own.packed is weight.packed
     assert own.nested is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in weight.tensors().items())
@@ -88,7 +90,7 @@ def test_scales_of_its_own_give_a_weight_the_same_tiles(kind, double_quant, with
 
 
 def test_blocks_that_cross_rows_have_no_scales_of_their_own():
-    assert with_own_scales(stored("nf4", (7, 131), double_quant=False), torch.ones(7)) is None
+    assert own_scales(stored("nf4", (7, 131), double_quant=False), torch.ones(7)) is None
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -140,11 +142,12 @@ def test_lengths_of_a_large_weight_are_those_that_products_are_fast_with():
     ("total", "other", "align", "lengths"),
     [
         (4096, 4096, 1, [4096]),
-        (11008, 4096, 1, [5504, 5504]),  # 8,192 rows of 8 KiB fit
-        (14336, 4096, 64, [7168, 7168]),
-        (28672, 8192, 1, [4096] * 7),
-        (8192, 28672, 64, [1024] * 8),  # 1,170 columns fit
-        (11000, 8192, 1, [3712, 3712, 3576]),
+        (11008, 4096, 1, [11008]),  # 16,384 rows of 8 KiB fit
+        (4096, 11008, 64, [4096]),  # 6,096 columns of 22,016 bytes fit
+        (14336, 4096, 64, [14336]),
+        (28672, 8192, 1, [7168] * 4),  # 8,192 rows of 16 KiB fit
+        (8192, 28672, 64, [2048] * 4),  # 2,340 columns fit
+        (11000, 8192, 1, [5504, 5496]),
     ],
 )
 def test_on_a_gpu_no_product_is_left_with_a_sliver(total, other, align, lengths):

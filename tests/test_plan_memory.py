@@ -117,7 +117,8 @@ def test_blocks_of_several_kinds_are_extrapolated_from_a_pair_of_repetitions(
 
 def test_components_are_those_of_the_formats() -> None:
     recipe = a_recipe(train__optimizer="adamw")
-    found = plan(recipe, config=a_config(num_hidden_layers=3, tie_word_embeddings=False)).components
+    config = a_config(num_hidden_layers=3, tie_word_embeddings=False)
+    found = plan(recipe, config=config).components
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
     weights = 3 * sum(out * in_ for out, in_ in shapes)
     rows = 3 * sum(out for out, _ in shapes)
@@ -128,8 +129,10 @@ def test_components_are_those_of_the_formats() -> None:
     assert found[parts.SCALES] == blocks + 4 * nested + 3 * len(shapes) * (256 + 1) * 4
     # Embedding, head and norms in bf16, and the two float32 buffers of the rotary frequencies.
     assert 0 < found[parts.DENSE] - 2 * (2 * 512 * 64 + 7 * 64) <= 2 * 4 * 16
-    # bf16 factors; magnitude, ||W||^2, norm, gain and 1 / m of each row.
-    assert found[parts.ADAPTERS] == 2 * lora + 20 * rows
+    # bf16 factors; magnitude, ||W||^2, norm, gain, 1 / m and s g of each row; s g B in bf16; a decoded scale a block.
+    assert found[parts.ADAPTERS] == 2 * lora + 24 * rows + 2 * 4 * rows + 4 * blocks
+    without = plan(a_recipe(train__optimizer="adamw", memory__keep_scales=False), config=config).components
+    assert found[parts.ADAPTERS] - without[parts.ADAPTERS] == 4 * blocks
     # Two float32 states a parameter, a step count a tensor, and the low half of each bf16 one.
     assert found[parts.OPTIMIZER] == 8 * (lora + rows) + 4 * 3 * 3 * len(shapes) + 2 * lora
     # Ids and mask of 2 rows of 64 tokens; row, column and target of each label.
@@ -270,3 +273,16 @@ def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path, monkeypatch:
     drawn, whole = drawn_and_whole(recipe, "cpu", monkeypatch)
     assert drawn.num_trainable == whole.num_trainable == 10 * (4 * 128 + 64 + 8 * (64 + 128) + 128)
     assert drawn.components == whole.components
+
+
+def test_decoded_scales_are_given_up_before_anything_costs_time() -> None:
+    """They take 4 bytes for 64 weights of the adapted layers; a base of 16 bits and a streamed one keep none."""
+    config = a_config()
+    weights = 10 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    whole = plan(a_recipe(), config=config)
+    found = plan(a_recipe(), whole.peak_bytes - 1, config=config)
+    assert [(change.setting, change.neutral) for change in found.changes] == [("memory.keep_scales=false", True)]
+    saved = whole.tensor_bytes - plan(a_recipe(memory__keep_scales=False), config=config).tensor_bytes
+    assert saved == 4 * weights // 64
+    for base in ({"base__quant": "none"}, {"base__residency": "host"}):
+        assert not any("keep_scales" in change.setting for change in plan(a_recipe(**base), 1, config=config).changes)

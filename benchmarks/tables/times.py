@@ -96,6 +96,35 @@ def packing() -> str:
     return markdown(header, rows) + note
 
 
+def roofline() -> str:
+    """Launches, bytes and estimated time of a layer of ours and of PEFT's, on a GPU that is not there."""
+    document = read("roofline")
+    rows = []
+    for name, case in document["cases"].items():
+        row = [name]
+        for contender in ("own_dora", "peft_lora"):
+            found = case[contender]
+            moved = 2 * found["forward"]["bytes"] + found["backward"]["bytes"]
+            row += [
+                f"{found['forward']['launches']} + {found['backward']['launches']}",
+                f"{moved / 1e6:,.0f}",
+                f"{found['seconds'] * 1e6:,.0f}",
+            ]
+        rows.append([*row, f"{case['ratio']:.2f}", f"{case['bar']:.1f}"])
+    header = ["layer"]
+    for contender in ("QDoRA", "PEFT QLoRA"):
+        header += [f"{contender}: launches", "MB", "us"]
+    kept = sum(case["passes"] for case in document["cases"].values())
+    note = (
+        f"\nAn estimate, rank {document['rank']}: {document['launch_seconds'] * 1e6:.0f} us a launch and the larger of "
+        f"bytes / {document['bytes_per_second'] / 1e12:.2f} TB/s and FLOPs / "
+        f"{document['flops_per_second']['2'] / 1e12:.0f} TFLOP/s (float32: "
+        f"{document['flops_per_second']['4'] / 1e12:.1f}). Launches: forward + backward; MB and us: twice forward, and "
+        f"backward. The bar is kept in {kept} of {len(document['cases'])} cases.\n"
+    )
+    return markdown([*header, "QDoRA / PEFT QLoRA", "bar"], rows) + note
+
+
 def wait_policy() -> str:
     """Tokens a second with OpenMP's threads spinning, sleeping and as chosen, on idle and on busy cores."""
     document = read("wait_policy")

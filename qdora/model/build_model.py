@@ -125,6 +125,7 @@ def put_adapters(
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
     _put_layers(model, recipe, directory)
+    set_kept_scales_(model, recipe)
     ids = None if settings.also_train_rows == "all" else tuple(new_tokens)
     if not trained_matrices(model):
         if settings.also_train:
@@ -132,6 +133,18 @@ def put_adapters(
         return
     assert directory is not None
     _check_same_rows(model, recipe, directory, ids)
+
+
+def set_kept_scales_(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Let the adapted layers keep decoded block scales as the recipe says: none where a streamed base saves memory."""
+    keep = keeps_scales(recipe)
+    for layer in adapted_layers(model).values():
+        layer.keeps_scales = keep
+
+
+def keeps_scales(recipe: Recipe) -> bool:
+    """Whether adapted layers keep decoded block scales: `memory.keep_scales`, unless the base is streamed."""
+    return recipe.memory.keep_scales and recipe.base.residency == "device"
 
 
 def _check_same_rows(model: PreTrainedModel, recipe: Recipe, directory: Path, ids: tuple[int, ...] | None) -> None:

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.parameter_cache import ParameterCache
-from qdora.ops.adapted_product import adapted_linear, adapted_product
+from qdora.ops.adapted_product import Operands, adapted_linear, adapted_product, operands_of
 from qdora.ops.dora import (
     FactoredNorm,
     Gain,
@@ -28,22 +28,12 @@ from qdora.ops.dora import (
 )
 from qdora.ops.frozen_product import is_plain, product_dtype
 from qdora.ops.gate import fold_gate
-from qdora.ops.low_rank_factors import factors_of_products, rounded
-from qdora.ops.packed import PackedWeight
+from qdora.ops.low_rank_factors import rounded
 from qdora.ops.planned_device import is_planning
-from qdora.ops.tiles import with_own_scales
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
 _CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default=False)
-
-
-class _Products(NamedTuple):
-    """The operands of evaluation's products."""
-
-    factors: tuple[Tensor, Tensor]  # A (rank, in) and diag(s g) B (out, rank), in the dtype of the products
-    gain: Tensor | None  # g, (out,), for the base's rows; None for LoRA, and if `weight` contains it
-    weight: PackedWeight | None  # diag(g) W with block scales of its own; None: the base itself
 
 
 class AdaptedLinear(nn.Module):
@@ -67,10 +57,9 @@ class AdaptedLinear(nn.Module):
         masked: Keep the zeros of the base, which must be a pruned one.
         generator: Source of the initial values (CPU generator; values do not depend on the device).
     Attributes:
-        keeps_scales: For decoding, one token after the other: evaluation keeps the base's block scales, decoded and
-            times g. The bits stay the same. It takes 32 bits a block (half a bit a weight at blocks of 64) until the
-            parameters change. A dense base, a streamed one, a masked adapter and blocks that cross rows have nothing to
-            keep.
+        keeps_scales: The base's block scales, decoded and times g, are made once for each state of the parameters, not
+            for every product; the bits stay the same. They take 32 bits a block: half a bit a weight at blocks of 64. A
+            dense base, a streamed one, a masked adapter and blocks that cross rows have nothing to keep.
         keeps_copy: Training keeps a copy of the output for the gradient of the magnitude, because the model writes into
             the output (`model.inplace_outputs`).
         has_cancelled: Whether a row of the present norm has cancelled and is wrong: a bool on the device, which nobody
@@ -108,7 +97,7 @@ class AdaptedLinear(nn.Module):
         self.alpha, self.rank_stabilized = float(alpha), rank_stabilized
         self.dropout = dropout
         self.masked = masked
-        self.keeps_scales = False
+        self.keeps_scales = True
         self.keeps_copy = False
         self.has_cancelled: Tensor | None = None
         self._is_asked = False
@@ -130,7 +119,7 @@ class AdaptedLinear(nn.Module):
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
         self._cache = ParameterCache()
-        self._gain_dtype: torch.dtype | None = None
+        self._dtype: torch.dtype | None = None  # of the latest products
         self.register_load_state_dict_post_hook(_base_loaded)  # type: ignore[no-untyped-call]
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -149,10 +138,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
-        bits = self._mask_bits
-        if not self.training and bits is None and is_plain(x):
-            factors, row_gain, own_weight = self._products(x.dtype)
-            return adapted_product(x, own_weight or self.base.stored_weight, self.base.bias, factors, row_gain)
+        dtype = product_dtype(x)
+        operands = self.operands(dtype)
+        if operands is not None and not self.training and is_plain(x):
+            return adapted_product(x, self.base.stored_weight, self.base.bias, operands)
         return adapted_linear(
             x,
             self.base.stored_weight,
@@ -161,26 +150,31 @@ class AdaptedLinear(nn.Module):
             self.scaling,
             bias=self.base.bias,
             magnitude=self.magnitude,
-            gain=self.gain(product_dtype(x)),
-            dropout=self.dropout if self.training else 0.0,
-            keep_bits=bits,
+            gain=self.gain(dtype) if operands is None else operands.gain,
+            dropout=self._dropout,
+            keep_bits=self._mask_bits,
             keeps_copy=self.keeps_copy,
+            operands=operands,
         )
 
-    def _products(self, dtype: torch.dtype) -> _Products:
-        """Made once for each state of the parameters: for a single token making them anew would cost time."""
+    def operands(self, dtype: torch.dtype) -> Operands | None:
+        """What the products in `dtype` read, made once for each state of the parameters; None for a masked adapter."""
+        if self.masked:
+            return None
         parameters = self._factors() if self.magnitude is None else (*self._factors(), self.magnitude)
-        settings = (dtype, self.scaling, self.keeps_scales)
+        dropout, keeps_scales = self._dropout, self.keeps_scales and not self.base.away
 
-        def made() -> _Products:
-            found = self.gain(dtype)
-            value = None if found is None else found.value
-            factors = factors_of_products(self.lora_A, self.gated_B(), value, self.scaling, dtype)
-            # A streamed weight has no codes to share.
-            own = with_own_scales(self.base.stored_weight, value) if self.keeps_scales and not self.base.away else None
-            return _Products(factors, value if own is None else None, own)
+        def made() -> Operands:
+            self._dtype = dtype
+            base = self.base.stored_weight if keeps_scales else None
+            scaling = self.scaling / (1.0 - dropout)
+            return operands_of(self.lora_A, self.gated_B(), self.gain(dtype), scaling, dtype, kept_of=base)
 
-        return self._cache.get("products", parameters, settings, made)
+        return self._cache.get("operands", parameters, (dtype, self.scaling, dropout, keeps_scales), made)
+
+    @property
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def add_gate(self) -> None:
         """Give every rank component a trainable factor, float32 (float64 for float64 factors), at 1."""
@@ -245,7 +239,6 @@ class AdaptedLinear(nn.Module):
         settings = (dtype, self.scaling)
 
         def made() -> Gain:
-            self._gain_dtype = dtype
             norm = self._cache.get(
                 "row_norm", self._factors(), settings, lambda: self._norm(*self._rounded_factors(dtype), dtype)
             )
@@ -383,15 +376,23 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     """Compute the gains that the coming forward pass needs, so that a GPU's host waits once, not once a layer.
 
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
-    one question serves all layers, or none is asked (`norms_checked_later`). Skipped are layers that have not run yet,
-    whose parameters have not changed, that are LoRA or masked (a masked norm asks nothing). The forward pass computes
-    the rest. Returns how many norms were computed.
+    one question serves all layers, or none is asked (`norms_checked_later`). Then the layers' `operands` are made.
+    Skipped are layers that have not run yet, whose parameters have not changed, or that are masked (a masked norm asks
+    nothing). The forward pass computes the rest. Returns how many norms were computed.
     """
+    ready = [(layer, layer._dtype) for layer in layers if layer._dtype is not None]
+    count = _prepare_norms([(layer, dtype) for layer, dtype in ready if layer.kind == "dora"])
+    for layer, dtype in ready:
+        layer.operands(dtype)
+    return count
+
+
+def _prepare_norms(layers: Iterable[tuple[AdaptedLinear, torch.dtype]]) -> int:
+    """The norms of `prepare_gains`, in the dtype of each layer's products."""
     found: list[tuple[AdaptedLinear, torch.dtype, FactoredNorm]] = []
-    for layer in layers:
-        dtype, squared = layer._gain_dtype, layer.base_squared
-        if squared is None or layer.masked or dtype is None:
-            continue
+    for layer, dtype in layers:
+        squared = layer.base_squared
+        assert squared is not None, "DoRA has norms"
         if layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling)):
             continue
         with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
@@ -411,5 +412,4 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
             measure_cancelled_(norm, layer.base.stored_weight, *factors, layer.scaling, dtype=dtype)
     for layer, dtype, norm in found:
         layer._cache.put("row_norm", layer._factors(), (dtype, layer.scaling), norm.norm)
-        layer.gain(dtype)
     return len(found)

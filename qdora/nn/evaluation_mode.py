@@ -7,13 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from qdora.nn.adapted_linear import AdaptedLinear
-
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block. Afterwards, also after an error, each module is in the mode it was in, and adapted
-    layers have forgotten what they keep for evaluation alone.
+    """Eval mode inside the block. Afterwards, also after an error, each module is in the mode it was in.
 
     `model.train(was_training)` would not do: it puts every module into the mode of the outermost one.
     """
@@ -24,5 +21,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in was_training:
             module.training = True
-            if isinstance(module, AdaptedLinear):
-                module.parameters_changed()

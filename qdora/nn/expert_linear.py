@@ -159,6 +159,9 @@ class AdaptedExperts(AdaptedLinear):
         """The gain of all experts, (experts, out); see `AdaptedLinear.gain`."""
         return self._gain_of(self._all, dtype)
 
+    def operands(self, dtype: torch.dtype) -> None:
+        """None: those of each run of experts are made for it."""
+
     @property
     def _all(self) -> ExpertTokens:
         return ExpertTokens.one_for_each(range(self.num_experts), self.num_experts)

@@ -1,7 +1,7 @@
 """A cache of values that follow from the parameters of a layer, each computed once for each state of them.
 
-A, B, gates and m change once per optimizer step. The micro-batches of a step and the recompute of a checkpoint share
-one row norm; in evaluation one set of factors serves until the parameters change.
+A, B, gates and m change once per optimizer step. The micro-batches of a step, the recompute of a checkpoint and an
+evaluation share one row norm and one set of operands.
 """
 
 from __future__ import annotations

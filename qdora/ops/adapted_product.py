@@ -27,10 +27,11 @@ from torch.autograd.function import once_differentiable
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed, drop_, dropped, dropped_slices, zeroed, zeroed_
 from qdora.ops.frozen_product import add_product_, add_transposed_product_, product_dtype, with_bias
-from qdora.ops.low_rank_factors import factors_of_products, rounded, row_factor, scaled_B
+from qdora.ops.fused_product import fused_product
+from qdora.ops.low_rank_factors import rounded, row_factor, scaled_B
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.planned_device import device_kind
-from qdora.ops.tiles import Weight
+from qdora.ops.tiles import Weight, own_scales, with_scales
 
 WRITTEN = (
     "the model has written into the output of an adapted layer, from which the gradient of its magnitude is read. Fix: "
@@ -51,6 +52,7 @@ def adapted_linear(
     dropout: float = 0.0,
     keep_bits: Tensor | None = None,
     keeps_copy: bool = False,
+    operands: Operands | None = None,
 ) -> Tensor:
     """y = g * (x W^T + s (drop(x) A^T) B^T) + bias, or the same with g = 1 where magnitude is None.
 
@@ -69,6 +71,8 @@ def adapted_linear(
             elements; only the seed is kept.
         keep_bits: `ops.sparsity.mask_bits` of a mask M: M o (B A) replaces B A.
         keeps_copy: Keep a copy of the output for the gradient of m, not the output: the caller may write into that.
+        operands: `operands_of` the present values for the dtype of the products and s / (1 - dropout), which are
+            otherwise made here; not with keep_bits.
     Returns: (..., out) in the dtype of the products.
     """
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
@@ -76,27 +80,74 @@ def adapted_linear(
     flat = x.reshape(-1, x.shape[-1])
     seed = draw_seed() if dropout > 0.0 else 0
     # Dropout scales the rest up by 1 / (1 - p): in s, where it costs nothing.
-    call = _Call(weight, bias, keep_bits, scaling / (1.0 - dropout), dropout=dropout, seed=seed, keeps_copy=keeps_copy)
+    scaling /= 1.0 - dropout
+    if operands is None and keep_bits is None:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            operands = operands_of(lora_A, lora_B, gain, scaling, x.dtype)
+    call = _Call(
+        weight,
+        bias,
+        keep_bits,
+        scaling=scaling,
+        dropout=dropout,
+        seed=seed,
+        keeps_copy=keeps_copy,
+        operands=operands,
+    )
     out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
         flat, lora_A, lora_B, magnitude, *(gain or (None, None)), call
     )
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def adapted_product(
-    x: Tensor, weight: Weight, bias: Tensor | None, factors: tuple[Tensor, Tensor], gain: Tensor | None
-) -> Tensor:
-    """The result of `adapted_linear` without dropout, bit for bit, from prepared factors and without a graph.
+class Operands(NamedTuple):
+    """What the products of a layer read beside their input and the base: the same for one state of the parameters."""
+
+    a: Tensor  # A, (rank, in), in the dtype of the products
+    scaled_b: Tensor  # diag(s g) B, (out, rank), likewise
+    row_factor: float | Tensor  # s g, (out, 1), or s for LoRA
+    gain: Gain | None  # None for LoRA
+    scales: Tensor | None  # `ops.tiles.own_scales` of diag(g) W; None: decoded again for every product
+
+    def of_base(self, weight: Weight) -> tuple[Weight, Tensor | None]:
+        """The base as the products read it, and the factor of its rows that it does not contain."""
+        if self.scales is not None:
+            return with_scales(weight, self.scales), None
+        return weight, None if self.gain is None else self.gain.value
+
+
+def operands_of(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Gain | None,
+    scaling: float,
+    dtype: torch.dtype,
+    kept_of: Weight | None = None,
+) -> Operands:
+    """The operands of products in `dtype`, without a graph; with the base scales of `kept_of`, where it has any."""
+    value = None if gain is None else gain.value
+    factor = row_factor(value, scaling)
+    scales = None if kept_of is None else own_scales(kept_of, value)
+    return Operands(rounded(lora_A, dtype), scaled_B(lora_B, factor, dtype), factor, gain, scales)
+
+
+def adapted_product(x: Tensor, weight: Weight, bias: Tensor | None, operands: Operands) -> Tensor:
+    """The result of `adapted_linear` without dropout, without a graph: bit for bit, or for few tokens on a GPU by
+    `fused_product`, which rounds the base's product before the sum.
 
     Args:
         x: (..., in), for which `is_plain` holds.
-        factors: From `factors_of_products` for x's dtype.
-        gain: g, (out,); None for LoRA, and where `weight` contains it.
+        operands: Of x's dtype.
     """
-    a, scaled_b = factors
     flat = x.reshape(-1, x.shape[-1])
-    out = (flat @ a.T) @ scaled_b.T
-    add_product_(out, flat, weight, gain)
+    low = flat @ operands.a.T
+    base, factor = operands.of_base(weight)
+    fused = fused_product(flat, base) if factor is None else None
+    if fused is None:
+        out = low @ operands.scaled_b.T
+        add_product_(out, flat, base, factor)
+    else:
+        out = fused.addmm_(low, operands.scaled_b.T)
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -110,6 +161,7 @@ class _Call(NamedTuple):
     dropout: float
     seed: int
     keeps_copy: bool
+    operands: Operands | None  # None with a mask
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -127,22 +179,23 @@ class _AdaptedLinear(torch.autograd.Function):
         low = None
         with torch.autocast(x.device.type, enabled=False):
             # The small term first: the sum is then rounded once, when the base's product is added to it.
-            if call.keep_bits is None:
-                a, scaled_b = factors_of_products(lora_A, lora_B, gain, call.scaling, x.dtype)
-                low = _low_rank_input(x, a, call)
-                out = low @ scaled_b.T
-                del a, scaled_b
+            if call.operands is not None:
+                low = _low_rank_input(x, call.operands.a, call)
+                out = low @ call.operands.scaled_b.T
+                base = call.operands.of_base(call.weight)
             else:
+                assert call.keep_bits is not None, "products without a mask have operands"
                 update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
                 out = update.product(dropped(x, call.dropout, call.seed))
-            add_product_(out, x, call.weight, gain)
+                base = call.weight, gain
+            add_product_(out, x, *base)
         read_again = out if magnitude is not None and magnitude.requires_grad else None
         if read_again is not None and call.keeps_copy and call.bias is None:  # a bias makes another tensor
             read_again = out.clone()
         # The backward pass does not read the magnitude, but saving it makes a change before that pass an error.
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, read_again)
         ctx.call = call
-        ctx.version = 0 if read_again is None else read_again._version
+        ctx.version = 0 if read_again is None or read_again.is_inference() else read_again._version
         return with_bias(out, call.bias, is_kept=read_again is not None)
 
     @staticmethod
@@ -163,7 +216,7 @@ class _AdaptedLinear(torch.autograd.Function):
             # Nobody else holds what a checkpoint has recomputed, so `out` and `x` go as soon as they have been read:
             # in a 7B model's down projection, where a step has its peak, 59 MiB.
             del out
-            factor = row_factor(gain, call.scaling) if call.keep_bits is None else 1.0
+            base = (call.weight, gain) if call.operands is None else call.operands.of_base(call.weight)
             if call.keep_bits is not None:
                 update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
                 if need_a or need_b:
@@ -171,27 +224,34 @@ class _AdaptedLinear(torch.autograd.Function):
                 del x
                 if need_x:
                     dx = drop_(update.input_gradient(dy), call.dropout, call.seed)
-            elif need_x or need_a:
-                d_low = dy @ scaled_B(lora_B, factor, dy.dtype)  # (tokens, rank)
-                a = rounded(lora_A, dy.dtype)
+            elif call.operands is not None and (need_x or need_a):
+                d_low = dy @ call.operands.scaled_b  # (tokens, rank)
+                a = call.operands.a
                 if call.dropout > 0.0:
                     dx, da = _dropped_input_gradients(x, d_low, a, call, (need_x, need_a))
                     del x
                 else:
-                    da = d_low.T @ x if need_a else None
+                    da = _summed_products(d_low, x) if need_a else None
                     del x
                     dx = d_low @ a if need_x else None
             if dx is not None:
-                add_transposed_product_(dx, dy, call.weight, gain)
-            if need_b and low is not None:
+                add_transposed_product_(dx, dy, *base)
+            if need_b and low is not None and call.operands is not None:
                 # The narrow factor first: a quarter faster on a CPU than (dy^T low).
-                db = _wide(low.T @ dy).T * factor
-        return dx, _wide(da) if da is not None and need_a else None, db if need_b else None, dm, None, None, None
+                db = _summed_products(low, dy).T * call.operands.row_factor
+        return dx, da if need_a else None, db if need_b else None, dm, None, None, None
 
 
-def _wide(gradient: Tensor) -> Tensor:
-    """float32 or wider, in which gradients accumulate."""
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+def _summed_products(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, (tokens, m) and (tokens, n) -> (m, n), in float32 or wider, in which gradients accumulate.
+
+    A GPU's product of 16-bit numbers writes the float32 sums themselves; a CPU's has none such, and they are rounded.
+    """
+    if device_kind(left.device) != "cpu" and left.dtype.itemsize == 2:
+        summed: Tensor = torch.mm(left.T, right, out_dtype=torch.float32)
+        return summed
+    product = left.T @ right
+    return product.to(torch.promote_types(product.dtype, torch.float32))
 
 
 def _low_rank_input(x: Tensor, a: Tensor, call: _Call) -> Tensor:
@@ -199,8 +259,8 @@ def _low_rank_input(x: Tensor, a: Tensor, call: _Call) -> Tensor:
     if call.dropout == 0.0:
         return x @ a.T
     low = x.new_empty(x.shape[0], a.shape[0])
-    for tokens, positions in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
-        torch.mm(zeroed(x[tokens], positions), a.T, out=low[tokens])
+    for tokens, zeros in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
+        torch.mm(zeroed(x[tokens], zeros), a.T, out=low[tokens])
     return low
 
 
@@ -210,13 +270,16 @@ def _dropped_input_gradients(
     """drop(d_low A), to which the base's part is added, and dA, where needed; the factor 1 / (1 - p) is in d_low."""
     need_x, need_a = needed
     dx = torch.empty(x.shape, dtype=d_low.dtype, device=x.device) if need_x else None
-    da = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=x.device) if need_a else None
-    for tokens, positions in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
+    da = None
+    for tokens, zeros in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
         if dx is not None:
             torch.mm(d_low[tokens], a, out=dx[tokens])
-            zeroed_(dx[tokens], positions)
-        if da is not None:
-            da += d_low[tokens].T @ zeroed(x[tokens], positions)
+            zeroed_(dx[tokens], zeros)
+        if need_a:
+            part = _summed_products(d_low[tokens], zeroed(x[tokens], zeros))
+            da = part if da is None else da.add_(part)
+    if need_a and da is None:  # no tokens
+        da = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=x.device)
     return dx, da
 
 

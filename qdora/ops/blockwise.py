@@ -150,7 +150,7 @@ def dequantize_4bit(
     `packed`, `absmax`, `kind` and `block_size` are those of `quantize_4bit`.
     """
     numel = shape[0] * shape[1]
-    pairs = codebooks.code_pairs(kind, packed.device)
+    pairs = codebooks.resident_code_pairs(kind, packed)
     out = torch.empty(numel, dtype=dtype, device=packed.device)
     chunk = _chunk(packed.device)
     for start in range(0, numel, chunk):

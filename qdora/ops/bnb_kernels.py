@@ -1,4 +1,4 @@
-"""bitsandbytes' dequantisation kernels, called as torch ops.
+"""bitsandbytes' kernels of 4-bit weights, called as torch ops.
 
 Its layers are never used: on CPUs with AVX512-BF16, `Linear4bit` repacks its weight in the first eval-mode forward, and
 dequantising then gives garbage without an error. The ops below only read their arguments.
@@ -42,3 +42,16 @@ def dequantize_4bit(
         packed.contiguous(), absmax.contiguous(), block_size, kind, list(shape), dtype
     )
     return dense
+
+
+def has_product(device_type: str) -> bool:
+    """Whether `product_4bit` runs on this device type."""
+    return is_available(device_type) and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+
+
+def product_4bit(
+    x: Tensor, packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int]
+) -> Tensor:
+    """x W^T, (tokens, out) in x's dtype, which is float32, bfloat16 or float16, from the codes of W, (out, in)."""
+    out: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(x, packed.view(-1, 1), list(shape), absmax, block_size, kind)
+    return out

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from scipy.special import ndtri
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 NESTED_BLOCK_SIZE = 256
 """Block scales per nested scale. Source: QLoRA, arXiv 2305.14314, sec. 3."""
@@ -53,7 +54,8 @@ class DecisionTable(NamedTuple):
     code: Tensor  # (values,) uint8: the code of each rank
 
 
-# No tensor is cached in this file: one made under FakeTensorMode or inference mode would break every later call.
+# (kind, device) -> its `code_pairs`. One made under FakeTensorMode or inference mode would break every later call.
+_RESIDENT: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
@@ -108,6 +110,18 @@ def code_pairs(kind: str, device: torch.device | str = "cpu") -> Tensor:
     values = torch.cat([known, known.new_zeros(16 - len(known))])
     pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
     return pairs.view(torch.int64).view(256)
+
+
+def resident_code_pairs(kind: str, codes: Tensor) -> Tensor:
+    """`code_pairs` on the device of `codes`, made there once in a process: copying a table makes a GPU's host wait."""
+    key = kind, codes.device
+    if isinstance(codes, FakeTensor) or key not in _RESIDENT:
+        with torch.inference_mode(False):
+            pairs = code_pairs(kind, codes.device)
+        if isinstance(pairs, FakeTensor):
+            return pairs
+        _RESIDENT[key] = pairs
+    return _RESIDENT[key]
 
 
 def cell(unit: Tensor) -> Tensor:

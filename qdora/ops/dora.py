@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qdora.ops.full_precision import full_precision
 from qdora.ops.masked_update import row_blocks
 from qdora.ops.planned_device import device_kind, is_planning
 from qdora.ops.sparsity import mask_from_bits
@@ -70,6 +71,7 @@ class FactoredNorm(NamedTuple):
 
 
 @torch.no_grad()
+@full_precision()
 def factored_norm(
     weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
 ) -> FactoredNorm:
@@ -110,6 +112,7 @@ def factored_norm(
 
 
 @torch.no_grad()
+@full_precision()
 def measure_cancelled_(
     found: FactoredNorm, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype
 ) -> None:
@@ -127,6 +130,7 @@ def measure_cancelled_(
 
 
 @torch.no_grad()
+@full_precision()
 def masked_row_norm(
     weight: Weight, keep_bits: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype
 ) -> Tensor:
@@ -172,6 +176,7 @@ def gain(magnitude: Tensor, norm: Tensor) -> Gain:
 
 
 @torch.no_grad()
+@full_precision()
 def merged_weight(
     weight: Tensor,
     lora_A: Tensor,

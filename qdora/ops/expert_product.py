@@ -28,6 +28,7 @@ from qdora.ops.dora import (
 from qdora.ops.dropout import draw_seed, drop_, dropped
 from qdora.ops.expert_tokens import ExpertTokens, Run
 from qdora.ops.frozen_product import FrozenMap, add_product_, add_transposed_product_, product_dtype
+from qdora.ops.full_precision import full_precision
 from qdora.ops.low_rank_factors import rounded
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows
@@ -465,6 +466,7 @@ def stack_norm(
     return norms
 
 
+@full_precision()
 def _norm_of_run(
     part: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
 ) -> FactoredNorm:

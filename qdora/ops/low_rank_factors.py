@@ -13,13 +13,6 @@ _ENTRIES_PER_SLICE = 1 << 20
 _GPU_ENTRIES_PER_SLICE = 1 << 23
 
 
-def factors_of_products(
-    lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and diag(s g) B (out, rank) in the dtype of the products."""
-    return rounded(lora_A, dtype), scaled_B(lora_B, row_factor(gain, scaling), dtype)
-
-
 def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A low-rank factor in the dtype of the products.
 

@@ -22,9 +22,9 @@ Tile = tuple[slice, Tensor]
 """The rows (or columns) that a dense tile covers, and the tile."""
 
 # Most bytes of a dense tile. On a CPU 16 MiB keep the workspace of a 4096 -> 11008 layer below 25 MiB. A GPU needs few,
-# large products: with 64 MiB a layer of 4096 x 14336 has two tiles and one of 8192 x 28672 eight.
+# large products: with 128 MiB a layer of 4096 x 14336 has one tile and one of 8192 x 28672 four.
 _CPU_TILE_BYTES = 16 << 20
-_GPU_TILE_BYTES = 64 << 20
+_GPU_TILE_BYTES = 128 << 20
 # A weight that must be cut on a CPU is cut into tiles of about this size, which are still in the cache when they are
 # multiplied. Tiles of 16 MiB take longer (benchmarks/results/tried.json).
 _CPU_CUT_BYTES = 8 << 20
@@ -74,6 +74,12 @@ def _equal_runs(total: int, fits: int, step: int) -> list[slice]:
     return [slice(start, min(start + length, total)) for start in range(0, total, length)]
 
 
+def is_one_tile(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether the whole weight is one tile in this dtype."""
+    budget = _CPU_TILE_BYTES if device_kind(weight.device) == "cpu" else _GPU_TILE_BYTES
+    return weight.shape[0] * weight.shape[1] * dtype.itemsize <= budget
+
+
 def _round_up(length: int, align: int) -> int:
     return -(-length // align) * align
 
@@ -105,17 +111,23 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
             yield rows, _crossing_rows(weight, scales, rows, row_factor, dtype)
 
 
-def with_own_scales(weight: Weight, row_factor: Tensor | None = None) -> PackedWeight | None:
-    """diag(row_factor) W as a packed weight that shares W's codes and has decoded block scales of its own.
+def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:
+    """The block scales of diag(row_factor) W, decoded, for `with_scales`: (blocks,) float32, 32 bits for each block.
 
-    Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without decoding the scales in each call.
-    This pays for products of few rows and takes 32 bits for each block. None for a dense weight, and if blocks cross
-    rows: a scale then does not belong to one row.
+    None for a dense weight, and if blocks cross rows: a scale then does not belong to one row.
     """
     if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
         return None
-    scales = _row_scales(weight, row_factor)
-    return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales.reshape(-1))
+    return _row_scales(weight, row_factor).reshape(-1)
+
+
+def with_scales(weight: Weight, scales: Tensor) -> PackedWeight:
+    """diag(row_factor) W from the codes of W, which it shares, and the `own_scales` of W and that factor.
+
+    Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without decoding the scales in each call.
+    """
+    assert isinstance(weight, PackedWeight), "a dense weight has no scales"
+    return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
 
 
 def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:

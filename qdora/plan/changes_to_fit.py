@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from qdora.data.build_data import micro_batch_tokens
 from qdora.memory.streaming import NUM_SLOTS
+from qdora.model.build_model import keeps_scales
 from qdora.plan.plan_contents import SLACK_SHARE, Change, DeviceKind, Plan
 from qdora.recipe.recipe_file import override
 from qdora.recipe.settings import Recipe
@@ -91,6 +92,7 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
         for tokens in sorted({max(data.max_length, asked // 2), data.max_length})
     ]
     neutral += [
+        (base.quant != "none" and keeps_scales(recipe), ("memory.keep_scales=false",)),
         (chunk == "auto" or chunk > 64, ("memory.loss_chunk=64",)),
         (not memory.checkpointing, recompute),
         (on_gpu and not memory.offload_activations, (*recompute, "memory.offload_activations=true")),

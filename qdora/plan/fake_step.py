@@ -181,6 +181,7 @@ class StepRecorder:
         with self.live.label(parts.ADAPTERS):
             for layer in layers:
                 layer.gain(self.model.dtype)
+                layer.operands(self.model.dtype)
         # The parameters have just been updated, so that the gains are taken anew.
         torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)

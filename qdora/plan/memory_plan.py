@@ -25,7 +25,15 @@ from qdora.files.environment import available_memory_bytes, cpu_has_bfloat16
 from qdora.memory.host_residency import Piece, check_host_embedding, obstacle, pinned_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.adapter_file import AdapterDescription, describe_adapter
-from qdora.model.build_model import DTYPES, Compute, find_source, put_adapters, recompute_activations
+from qdora.model.build_model import (
+    DTYPES,
+    Compute,
+    find_source,
+    keeps_scales,
+    put_adapters,
+    recompute_activations,
+    set_kept_scales_,
+)
 from qdora.model.experts import stacks
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
 from qdora.model.inplace_outputs import keep_inplace_outputs_
@@ -287,7 +295,7 @@ class _StepPlan:
         recipe = self.recipe
         base = recipe.base.model_dump_json(exclude={"residency", "streamed_blocks"})
         adapter = recipe.adapter.model_dump_json(), repr(self.adapter)
-        memory = recipe.memory.checkpointing, recipe.memory.loss_chunk
+        memory = recipe.memory.checkpointing, recipe.memory.loss_chunk, keeps_scales(recipe)
         model = self.dtype, recipe.model.attention, len(recipe.model.add_tokens)
         train = recipe.train.optimizer, recipe.train.router_aux_loss > 0
         key = (*model, base, *adapter, *memory, *train, self.shape, self.routing)
@@ -443,6 +451,7 @@ class _StepPlan:
             share=next(iter(self.adapter.shares.values()), "none"),  # a run has one for all stacks
             dtype=DTYPES[settings.dtype],
         )
+        set_kept_scales_(model, self.recipe)
         if settings.also_train:
             ids = None if settings.also_train_rows == "all" else new_tokens
             train_embeddings(model, settings.also_train, ids, has_new=bool(new_tokens))

@@ -341,6 +341,9 @@ class MemoryConfig(Section):
     host_embeddings: Flag = False
     """With a GPU: keep the input embedding in host memory, which sends the rows of each micro-batch. Not for models
     whose head shares the embedding."""
+    keep_scales: Flag = True
+    """Decode the block scales of a quantised base once for each optimizer step, not for every product. It takes half a
+    bit a weight with blocks of 64. A streamed base keeps none."""
     loss_chunk: AutoTokens = "auto"
     """Labelled tokens whose logits exist at one time. auto: as many as fill 128 MiB, at least 16."""
 
