@@ -142,11 +142,13 @@ class Gates:
         """Remove dead components from layers, optimizer and vectors; outputs stay the same, to rounding."""
         if bool(self._alive.all()):
             return
+        cuts: dict[str, tuple[Tensor, int]] = {}
         for (path, layer), keep in zip(self.layers.items(), torch.split(self._alive, self._ranks()), strict=True):
             if not bool(keep.all()):
                 layer.keep_components_(keep)
-                for name, dim in (("lora_A", -2), ("lora_B", -1)):
-                    optimizer.cut_(f"{path}.{name}", keep.nonzero().squeeze(1).to(layer.lora_A.device), dim)
+                kept = keep.nonzero().squeeze(1).to(layer.lora_A.device)
+                cuts |= {f"{path}.lora_A": (kept, -2), f"{path}.lora_B": (kept, -1)}
+        optimizer.cut_(cuts)
         for name in _VECTORS:
             setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
         self._alive = self._alive[self._alive]
