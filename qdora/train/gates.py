@@ -26,6 +26,7 @@ from qdora.ops.gate import gate_slope, gate_value, probability_on
 from qdora.recipe.settings import GateConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.sent_batch import send
 
 GATES_FILE = "gates.safetensors"
 LARGEST_LOGIT = 8.0
@@ -272,7 +273,7 @@ class Gates:
         gates: list[Tensor] = [*self.parameters]
         if not gates:
             return
-        living = torch.where(self._alive, values, 0.0).to(gates[0])
+        (living,) = send([torch.where(self._alive, values, 0.0).to(gates[0].dtype)], gates[0].device)
         # In place, which raises the versions, so that cached norms are computed again.
         torch._foreach_copy_(gates, torch.split(living, self._ranks()))
 
