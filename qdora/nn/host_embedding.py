@@ -40,7 +40,9 @@ class HostEmbedding(nn.Module):
         The host waits for ids of a GPU, which `ids_on_host` avoids. The rows leave from pinned memory, without a wait.
         """
         rows = functional.embedding(ids.to(self.weight.device), self.weight)
-        return rows if self.device.type == "cpu" else rows.pin_memory().to(self.device, non_blocking=True)
+        if self.device.type in ("cpu", "meta"):
+            return rows.to(self.device)
+        return rows.pin_memory().to(self.device, non_blocking=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostEmbedding:
         weight = self._buffers.pop("weight")
