@@ -12,7 +12,8 @@ between the host and the device, and where the host would wait for the device. V
 all its branches. A tensor of the device and one of the CPU do not mix, as on a GPU.
 
     launch  an operation on the device that makes or writes values. Views and allocations are none. One that takes a
-            vendor's library several kernels counts once. Attention is one launch, as by a flash kernel
+            vendor's library several kernels counts once, as does one over a list of tensors, which CUDA cuts into
+            kernels of some 30 to 300. Attention is one launch, as by a flash kernel
     copy    between host and device, in either direction
     wait    the host waits until the device is done: a value is read, the shape of a result depends on values, or a copy
             is blocking or touches memory of the host that is not pinned
@@ -247,7 +248,8 @@ class FalseGpu(TorchDispatchMode):
         if name in _READS or (by_mask and not _fills(name, args)) or lengths:
             self._add("wait", name, 0)
         makes = name not in _CREATES and name != "_local_scalar_dense" and not _is_view(func)
-        if makes and any(each.numel() for each in _tensors(values)):
+        made = values if func._schema.returns else args  # lists of tensors are changed in place without a result
+        if makes and any(each.numel() for each in _tensors(made)):
             self._add("launch", name, sum(each.nbytes for each in _tensors((args, values))))
 
     def _note_copy(self, name: str, host: Tensor, non_blocking: bool) -> None:

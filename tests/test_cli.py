@@ -17,7 +17,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import qdora
-from qdora.cli import VERBS, WAITING, app, let_threads_sleep
+from qdora.cli import VERBS, WAITING, app, let_segments_grow, let_threads_sleep
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files import environment as machine
 from qdora.files.console import show_only
@@ -380,3 +380,31 @@ def test_generate_takes_a_prompt_or_a_file(options: list[str], fault: str) -> No
     result = invoke("generate", "nowhere", *options)
     assert result.exit_code == 2
     assert fault in result.stderr
+
+
+@pytest.mark.parametrize(
+    "given, platform, wanted",
+    [
+        ({}, "linux", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, "darwin", {}),
+        ({}, "win32", {}),
+        ({"PYTORCH_ALLOC_CONF": ""}, "linux", {"PYTORCH_ALLOC_CONF": ""}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, "linux", {"PYTORCH_CUDA_ALLOC_CONF": "a"}),
+    ],
+)
+def test_the_allocator_extends_its_segments_unless_the_user_has_set_it(given: Any, platform: str, wanted: Any) -> None:
+    environment = dict(given)
+    let_segments_grow(environment, platform)
+    assert environment == wanted
+
+
+def test_the_allocator_is_set_before_torch_is_imported() -> None:
+    code = (
+        "import os, sys; os.environ.pop('PYTORCH_ALLOC_CONF', None); os.environ.pop('PYTORCH_CUDA_ALLOC_CONF', None)\n"
+        "import qdora.cli as cli\n"
+        "cli.app = lambda: print(os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules)\n"
+        "cli.main()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    if sys.platform == "linux":
+        assert found.split() == ["expandable_segments:True", "False"]

@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -163,3 +164,28 @@ def test_tables_of_codes_stay_on_the_gpu(gpu: FalseGpu, quant: str, in_features:
         layer(x.clone().requires_grad_()).sum().backward()
     assert gpu.lines("copy") == []
     assert gpu.lines("wait") == []
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw"])
+@on_false_gpu
+def test_launches_of_an_update_do_not_grow_with_the_number_of_layers(gpu: FalseGpu, name: Any) -> None:
+    """Of 224 layers: once 4,482 launches in 8 bits, and 448 waits within bitsandbytes. Clipping took 672."""
+    waits: list[Tensor] = []
+    found = []
+    for num_layers in (3, 30):
+        parameters = {}
+        for layer in range(num_layers):
+            parameters[f"{layer}.lora_A"] = nn.Parameter(torch.ones(8, 520, dtype=torch.bfloat16, device=gpu.device))
+            parameters[f"{layer}.lora_B"] = nn.Parameter(torch.ones(520, 8, dtype=torch.bfloat16, device=gpu.device))
+            parameters[f"{layer}.magnitude"] = nn.Parameter(torch.ones(520, device=gpu.device))
+        optimizer = AdapterOptimizer(parameters, name=name, weight_decay=0.1)
+        for parameter in parameters.values():
+            parameter.grad = torch.ones(parameter.shape, device=gpu.device)
+        gpu.clear()
+        with patch("bitsandbytes.optim.optimizer.sync_gpu", waits.append):
+            optimizer.scale_gradients_(0.5)
+            optimizer.step(1e-2)
+        assert gpu.lines("wait") == []
+        found.append(gpu.count("launch"))
+    assert not waits
+    assert found[0] == found[1] <= 24

@@ -21,7 +21,9 @@ from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
 from qdora.evaluation.generation import decode_greedily
 from qdora.evaluation.token_scores import Span, score_spans
-from qdora.memory.host_residency import HostResidency
+from qdora.memory import activation_offload
+from qdora.memory.activation_offload import ActivationOffload
+from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
@@ -95,14 +97,40 @@ class OneStep:
         pass
 
 
-def model_on(device: torch.device, source: Path, *, streamed: bool = False, **adapters: Any) -> Any:
+class OnHost:
+    """A tensor in pinned memory, copied in the order of all other work."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.device, self.held = tensor.device, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.held.copy_(tensor, non_blocking=True)
+
+    def fetch(self) -> None:
+        pass
+
+    def take(self) -> Tensor:
+        return self.held.to(self.device, non_blocking=True)
+
+
+def model_on(
+    device: torch.device,
+    source: Path,
+    *,
+    streamed: bool = False,
+    host_embedding: bool = False,
+    offload: bool = False,
+    **adapters: Any,
+) -> Any:
     """NF4, DoRA of rank 4 in bf16, blocks that are recomputed, off its start."""
     placer = HostResidency(None, copies=CopiesNow) if streamed else None
     options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32, "placer": placer}
+    if host_embedding:
+        options["before_reading"] = keep_embedding_on_host
     model = load_model(resolve(str(source)), device=device, **options)
     generator = torch.Generator().manual_seed(0)
     inject(model, **{"kind": "dora", "rank": 4, "dtype": torch.bfloat16, "generator": generator} | adapters)
     recompute_activations(model)
+    if offload:
+        ActivationOffload(model, OnHost)
     return model
 
 
@@ -141,19 +169,29 @@ CASES: dict[str, dict[str, Any]] = {
     "packed": {"packed": True},
     "dropout": {"dropout": 0.25},
     "streamed": {"streamed": True},
+    "host embedding": {"host_embedding": True},
+    "offload": {"offload": True},
 }
 ONCE = Counter({"train/loop.py: read = torch.cat(numbers).tolist()": 1})
+# Of a micro-batch, beside the one of its inputs: the rows of its tokens, the inputs of two blocks out and back.
+MORE_COPIES = {"host embedding": 1, "offload": 4}
 
 
 @pytest.mark.parametrize("case", [*CASES, pytest.param("lora", marks=pytest.mark.slow)])
 @on_false_gpu
 def test_the_host_waits_once_in_a_step(gpu: FalseGpu, source: Path, case: str) -> None:
     options = dict(CASES.get(case, {"kind": case}))
+    activation_offload._LEAST_BYTES = 1  # in this process, which is the test's own
     loader = OneStep(packed=options.pop("packed", False))
     _, (got, events) = train(model_on(gpu.device, source, **options), loader, gpu.device, gpu)
     assert waits(events) == ONCE
+    copies = [event.line for event in events if event.kind == "copy" and not event.line.endswith("tolist()")]
+    if case != "streamed":
+        assert len(copies) == NUM_MICRO_BATCHES * (1 + MORE_COPIES.get(case, 0))
+    assert sum(line.startswith("train/sent_batch.py") for line in copies) == NUM_MICRO_BATCHES
     if case != "dropout":  # other positions are drawn for a GPU
-        options.pop("streamed", None)
+        for name in ("streamed", "offload"):
+            options.pop(name, None)
         _, (wanted, _) = train(model_on(CPU, source, **options), loader, CPU)
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
@@ -179,7 +217,9 @@ def test_phases_of_a_step_and_of_what_surrounds_it(gpu: FalseGpu, source: Path) 
     assert Counter(event.phase for event in events if event.kind == "wait").keys() == {"forward"}
     model.eval()
     with gpu.phase("evaluate"):
-        score_spans(model, [Span((1, 2, 3, 4), 1)], max_batch_tokens=64)
+        score_spans(model, [Span((1, 2, 3, 4), 1), Span((5, 6, 7), 1)], max_batch_tokens=64)
+    masked = [line for line in gpu.lines("wait", "evaluate") if line.startswith("transformers/")]
+    assert masked == []
     with gpu.phase("generate"):
         decode_greedily(model, [[1, 2, 3]], max_new_tokens=4, stop_ids=())
     assert gpu.count("launch", "evaluate") > 0

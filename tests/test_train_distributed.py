@@ -431,3 +431,42 @@ def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> 
     newest = open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(lines(run))
+
+
+def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages on the host may wait for an evaluation, tensors of GPUs need not."""
+    made: list[tuple[str, float]] = []
+
+    def init(backend: str, timeout: Any) -> None:
+        made.append((backend, timeout.total_seconds()))
+
+    def group(backend: str, timeout: Any) -> str:
+        init(backend, timeout)
+        return "of GPUs"
+
+    used: list[Any] = []
+    for name, ours in {
+        "init_process_group": init,
+        "new_group": group,
+        "get_rank": lambda: 0,
+        "get_world_size": lambda: 2,
+        "destroy_process_group": lambda: None,
+        "all_gather": lambda out, mine: [each.copy_(mine) for each in out],
+        "all_reduce": lambda _tensor, group: used.append(group),
+        "broadcast": lambda _tensor, _source, group: used.append(group),
+    }.items():
+        monkeypatch.setattr(torch.distributed, name, ours)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _number: None)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    with processes_of_launch() as processes:
+        processes.sum_gradients_([parameter])
+        processes.share_first_([parameter])
+    (host, long), (gpu, short) = made
+    assert (host, gpu) == ("gloo", "nccl")
+    assert 60 <= short <= 1800 < long
+    assert used == ["of GPUs"] * 2

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora.ops.split_float import join_float32, nearest_bfloat16, split_float32_
 from qdora.recipe.train_settings import TrainConfig
-from qdora.train import optimizer as optimizer_module
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName, UpdateOutOfMemory
+from qdora.train import flat_group
+from qdora.train.flat_group import OptimizerName
+from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory
 from qdora.train.schedule import Schedule
 from tests import reference, tiny
 
@@ -68,7 +69,7 @@ def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
     return {
         "up.lora_A": nn.Parameter((torch.randn(4, 1500, generator=generator) * 0.02).to(dtype)),
         "up.lora_B": nn.Parameter((torch.randn(1500, 4, generator=generator) * 0.02).to(dtype)),
-        "up.magnitude": nn.Parameter(torch.rand(5000, generator=generator) + 0.5),
+        "up.magnitude": nn.Parameter(torch.rand(5008, generator=generator) + 0.5),
         "down.lora_B": nn.Parameter((torch.randn(3, 4, generator=generator) * 0.02).to(dtype)),
     }
 
@@ -211,18 +212,15 @@ def test_every_updated_parameter_has_a_new_version(name: Any, dtype: torch.dtype
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_updated_one_by_one_are_those_updated_together(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     together = AdapterOptimizer(parameters(torch.bfloat16), name=name, weight_decay=0.1)
-    monkeypatch.setattr(optimizer_module, "_GROUP_ELEMENTS", 6000)
+    monkeypatch.setattr(flat_group, "_GROUP_ELEMENTS", 6000)
     alone = AdapterOptimizer(parameters(torch.bfloat16), name=name, weight_decay=0.1)
-    assert [group.keys for group in together._groups] == [["up.lora_A", "up.lora_B", "down.lora_B"], ["up.magnitude"]]
-    assert [group.keys for group in alone._groups] == [["up.lora_A"], ["up.lora_B"], ["up.magnitude"], ["down.lora_B"]]
-    held = []
-    for group in alone._groups:
-        group.inner.register_step_pre_hook(
-            lambda *_: held.append([key for key, m in alone._masters.items() if m.numel() and key in alone._residuals])
-        )
+    matrices = (
+        [["up.lora_A", "up.lora_B"], ["down.lora_B"]] if "8bit" in name else [["up.lora_A", "up.lora_B", "down.lora_B"]]
+    )
+    assert sorted(list(group.parameters) for group in together._groups) == sorted([*matrices, ["up.magnitude"]])
+    assert [list(group.parameters) for group in alone._groups] == [[key] for key in alone.parameters]
     for optimizer in (together, alone):
         train(optimizer, steps=3)
-    assert held[:4] == [["up.lora_A"], ["up.lora_B"], [], ["down.lora_B"]]
     for key in together.parameters:
         assert torch.equal(together.master(key), alone.master(key)), key
 
@@ -250,7 +248,7 @@ def test_an_update_that_does_not_fit_is_made_in_parts_or_leaves_whole_tensors(
     name: Any, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that runs out once, at any place, changes no bit. What never fits keeps its value and its states."""
-    monkeypatch.setattr(optimizer_module, "_GROUP_ELEMENTS", 7_000)
+    monkeypatch.setattr(flat_group, "_GROUP_ELEMENTS", 7_000)
 
     def after(num_updates: int, allocator: FailingAllocator) -> tuple[dict[str, list[Tensor]], list[str]]:
         """Key -> value and states after so many updates, the last one with this allocator; and what did not fit."""
@@ -293,7 +291,7 @@ def test_the_decay_is_not_left_to_the_kernels(name: Any) -> None:
     """bitsandbytes' CUDA kernels decay after the update (AdamW) or through the gradient (32-bit Lion before 0.50)."""
     optimizer = AdapterOptimizer(parameters(torch.bfloat16), name=name, weight_decay=0.1)
     given = [group["weight_decay"] for each in optimizer._groups for group in each.inner.param_groups]
-    assert given == [0.0, 0.0]
+    assert set(given) == {0.0}
 
 
 def test_a_layer_trains_bit_for_bit_alike_whatever_its_storage() -> None:

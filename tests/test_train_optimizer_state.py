@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qdora.errors import RunFailure
 from qdora.ops.planned_device import planned_on
+from qdora.train import flat_group
 from qdora.train import optimizer as optimizer_module
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName, widened_state
+from qdora.train.flat_group import OptimizerName, widened_state
+from qdora.train.optimizer import AdapterOptimizer
 
 NAMES = get_args(OptimizerName)
 PAGED = [name for name in NAMES if name.startswith("paged")]
@@ -160,7 +162,8 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
         assert tensor.is_paged
         seen["moved"].append(tensor)
 
-    monkeypatch.setattr(optimizer_module, "_can_page", lambda parameter: True)
+    monkeypatch.setattr(flat_group, "can_page", lambda parameter: True)
+    monkeypatch.setattr(optimizer_module, "can_page", lambda parameter: True)
     monkeypatch.setattr(Optimizer8bit, "get_state_buffer", get_state_buffer)
     monkeypatch.setattr(bnb.functional, "prefetch_tensor", prefetch_tensor)
     return seen
@@ -176,9 +179,10 @@ def test_states_stay_paged_over_a_resume(
     assert len(pages["made"]) == num_moments
     pages["made"].clear()
     second = resumed(first, name)
-    large = {key: t for key, t in second.state_tensors().items() if key.startswith("state/up.lora_A/state")}
+    large = {key: t for key, t in second.state("up.lora_A").items() if key.startswith("state")}
     assert len(large) == num_moments
     for tensor, page in zip(large.values(), pages["made"], strict=True):
+        assert getattr(tensor, "is_paged", False)
         assert tensor.data_ptr() == page.data_ptr()
         assert tensor.count_nonzero() > 0
     assert_same(first, second)
@@ -196,13 +200,31 @@ def test_states_stay_paged_over_a_resume(
 @pytest.mark.parametrize("name", PAGED)
 def test_the_stock_way_to_load_loses_the_pages(name: Any, pages: dict[str, list[Tensor]]) -> None:
     """Why `load_state_tensors` is written as it is; if this fails, bitsandbytes has mended it."""
-    optimizer = AdapterOptimizer({"lora_A": parameters(columns=30_000)["up.lora_A"]}, name=name)
-    train(optimizer, first=0, steps=1)
-    (group,) = optimizer._groups
+    kinds: dict[str, Any] = {
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+        "paged_lion_8bit": bnb.optim.PagedLion8bit,
+    }
+    parameter = nn.Parameter(torch.ones(4, 30_000))
+    parameter.grad = torch.ones_like(parameter)
+    made = kinds[name]([parameter])
+    made.step()
     places = {page.data_ptr() for page in pages["made"]}
-    assert [state["state1"].data_ptr() in places for state in group.inner.state.values()] == [True]
-    group.inner.load_state_dict(group.inner.state_dict())
-    assert [state["state1"].data_ptr() in places for state in group.inner.state.values()] == [False]
+    assert made.state[parameter]["state1"].data_ptr() in places
+    made.load_state_dict(made.state_dict())
+    assert made.state[parameter]["state1"].data_ptr() not in places
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_small_parameters_are_paged_together(name: Any, pages: dict[str, list[Tensor]]) -> None:
+    """bitsandbytes pages tensors of 100,000 elements or more, which no factor of a small model is."""
+    shapes = {f"{layer}.{part}": (8, 5000) for layer in range(4) for part in ("lora_A", "lora_B")}
+    optimizer = AdapterOptimizer({key: nn.Parameter(torch.ones(shape)) for key, shape in shapes.items()}, name=name)
+    states = [state for key in shapes for state in optimizer.state(key).items()]
+    assert all(getattr(value, "is_paged", False) for moment, value in states if moment in flat_group.MOMENTS)
+    assert len(pages["made"]) == (1 if "lion" in name else 2)
+    train(optimizer, first=0, steps=1)
+    assert len(pages["moved"]) == len(pages["made"])
 
 
 @pytest.mark.parametrize("name", PAGED)
@@ -211,28 +233,26 @@ def test_a_parameter_that_shrinks_keeps_its_pages(name: Any, pages: dict[str, li
     key = "up.lora_A"
     optimizer = AdapterOptimizer({key: parameters(columns=30_000)[key]}, name=name)
     train(optimizer, first=0, steps=2)
-    (group,) = optimizer._groups
-    (master,) = optimizer._masters.values()
     made = list(pages["made"])
     # Still above bitsandbytes' least size of a page, below it, and below that of 8-bit states
     for number, (kept, dim) in enumerate([([0, 1, 3, 2], 0), ([0, 2, 3], 0), ([5, 9, 1000], 1)]):
-        before = widened_state(group.inner.state[master], torch.device("cpu"))
+        before = widened_state(optimizer.state(key), torch.device("cpu"))
         low = optimizer.master(key).index_select(dim, torch.tensor(kept))
         parameter = optimizer.parameters[key]
         parameter.grad = None
         parameter.data = parameter.data.index_select(dim, torch.tensor(kept))
-        optimizer.cut_(key, torch.tensor(kept), dim)
-        state = group.inner.state[master]
+        optimizer.cut_({key: (torch.tensor(kept), dim)})
+        state = optimizer.state(key)
         after = widened_state(state, torch.device("cpu"))
         assert torch.equal(optimizer.master(key), low)
-        for moment, page in zip([each for each in after if each != "step"], made, strict=True):
+        for moment, page in zip(after, made, strict=True):
             assert state[moment].data_ptr() == page.data_ptr()
             assert (state[moment].is_paged, state[moment].page_deviceid) == (True, 0)
             assert (state[moment].dtype == torch.uint8) == ("8bit" in name and number < 2)
             wanted = before[moment].index_select(dim, torch.tensor(kept))
             close = 0.02 * float(wanted.abs().max()) if "8bit" in name else 0.0
             torch.testing.assert_close(after[moment], wanted, rtol=0, atol=close)
-        assert after["step"] == 2 + number
+        assert state["step"] == 2 + number
         assert_same(optimizer, resumed(optimizer, name))
         del pages["made"][len(made) :]  # of the resumed one
         train(optimizer, first=2 + number, steps=1)
@@ -244,24 +264,22 @@ def test_pages_do_not_meet_tensors_of_the_gpu(
     name: Any, pages: dict[str, list[Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages are tensors of the CPU. Fake tensors refuse to mix devices, and "meta" stands for the GPU."""
-    dequantize, seen = optimizer_module.F.dequantize_blockwise, []
+    dequantize, seen = flat_group.F.dequantize_blockwise, []
 
     def on_one_device(codes: Tensor, absmax: Tensor, **more: Any) -> Tensor:
         seen.append({codes.device.type, absmax.device.type})
         found: Tensor = dequantize(codes, absmax=absmax, **more)
         return found
 
-    monkeypatch.setattr(optimizer_module.F, "dequantize_blockwise", on_one_device)
+    monkeypatch.setattr(flat_group.F, "dequantize_blockwise", on_one_device)
     key = "up.lora_B"
     with planned_on("cuda"), FakeTensorMode():
         parameter = nn.Parameter(torch.empty(30_000, 8, dtype=torch.bfloat16, device="meta"))
         optimizer = AdapterOptimizer({key: parameter}, name=name)
-        (group,) = optimizer._groups
-        master = optimizer._masters[key]
         assert [page.device.type for page in pages["made"]] == ["cpu"] * (1 if "lion" in name else 2)
         parameter.data = torch.empty(30_000, 5, dtype=torch.bfloat16, device="meta")
-        optimizer.cut_(key, torch.arange(5, device="meta"), 1)
-        assert group.inner.state[master]["state1"].device.type == "cpu"
+        optimizer.cut_({key: (torch.arange(5, device="meta"), 1)})
+        assert optimizer.state(key)["state1"].device.type == "cpu"
         optimizer.fold_(key, torch.empty(5, device="meta"))
     assert seen == [{"meta"}] * ((2 if "lion" in name else 4) if "8bit" in name else 0)
 
@@ -277,11 +295,10 @@ def test_shrinking_on_cuda_is_that_on_the_cpu(name: Any) -> None:
         train(optimizer, first=0, steps=2)
         parameter = optimizer.parameters[key]
         parameter.data = parameter.data.index_select(0, kept.to(device))
-        optimizer.cut_(key, kept.to(device), 0)
+        optimizer.cut_({key: (kept.to(device), 0)})
         optimizer.fold_(key, torch.full((50_000,), 0.5, device=device))
         train(optimizer, first=2, steps=2)
-        state = next(iter(optimizer._groups[0].inner.state.values()))
-        assert getattr(state["state1"], "is_paged", False) == (device == "cuda")
+        assert getattr(optimizer.state(key)["state1"], "is_paged", False) == (device == "cuda")
         found.append(optimizer.master(key).cpu())
     # 8-bit codes may differ by one where the devices round otherwise; a step is at most about the rate of 1e-3
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-3 if "8bit" in name else 1e-6)
@@ -296,8 +313,8 @@ def test_states_stay_paged_over_a_resume_on_cuda(name: Any) -> None:
     train(first, first=0, steps=2)
     second = resumed(first, name)
     for optimizer in (first, second):
-        states = next(iter(optimizer._groups[0].inner.state.values()))
-        assert getattr(states.get("state1"), "is_paged", False) == (name in PAGED)
+        state = optimizer.state("up.lora_A")
+        assert getattr(state.get("state1"), "is_paged", False) == (name in PAGED)
     versions = {key: p._version for key, p in second.parameters.items()}
     train(second, first=2, steps=2)
     assert_same(whole, second)

@@ -1,6 +1,6 @@
 """Time of an optimizer's step over the adapters of the middle model, and how often the host waits in it.
 
-bitsandbytes waits for the GPU after every parameter; joining and splitting bf16 storage takes some ten launches each.
+Parameters are updated as flat tensors: some 20 launches for all, and no wait (tests/test_gpu_launches.py).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import MutableMapping
 from typing import Annotated
 
@@ -94,8 +95,22 @@ def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> Non
         environment.update(WAITING)
 
 
+ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""Settings of torch's allocators, read as torch is imported, and their older name, which torch reads, too."""
+
+
+def let_segments_grow(environment: MutableMapping[str, str] = os.environ, platform: str = sys.platform) -> None:
+    """Let torch's CUDA allocator extend its segments, unless the user has set it up; on Linux, which alone has that.
+
+    Micro-batches have many lengths. Segments of fixed sizes are cut into pieces that the next length does not fit.
+    """
+    if platform == "linux" and ALLOCATOR not in environment and OLD_ALLOCATOR not in environment:
+        environment[ALLOCATOR] = "expandable_segments:True"
+
+
 def main() -> None:
     """The entry point of the `qdora` command."""
     let_threads_sleep()
+    let_segments_grow()
     repeat_lost_interrupts()
     app()

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qdora.evaluation.forward_path import ForwardPath, choose_path, input_device, scoring, vocabulary_size
+from qdora.model.known_masks import known_masks
+from qdora.nn.host_embedding import ids_on_host
 
 Progress = Callable[[int, int], None]
 """progress(num_done, num_total), called after every batch."""
@@ -187,7 +189,9 @@ def _score_whole(model: nn.Module, rows: list[Span], path: ForwardPath, device: 
     longest = input_ids.shape[1]
     first = min(row.start for row in rows) - 1  # the first position whose logits are needed
     kwargs: dict[str, Any] = {"logits_to_keep": longest - first} if path.keeps_logits else {}
-    output = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False, **kwargs)
+    kwargs |= {"attention_mask": attention_mask.to(device), "use_cache": False}
+    with known_masks(model, None, device), ids_on_host(model, input_ids):
+        output = model(input_ids=input_ids.to(device), **kwargs)
     logits = output.logits[:, first - longest :]  # (rows, longest - first, vocabulary)
     return _summed(logits, targets[:, first:].to(device))
 

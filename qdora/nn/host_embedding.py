@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,8 +35,14 @@ class HostEmbedding(nn.Module):
         return self.rows.device
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) token ids, on any device, to (..., features) on `device`. Waits for the ids of a GPU."""
-        return functional.embedding(ids.to(self.weight.device), self.weight).to(self.device)
+        """(...) token ids, on any device, to (..., features) on `device`.
+
+        The host waits for ids of a GPU, which `ids_on_host` avoids. The rows leave from pinned memory, without a wait.
+        """
+        rows = functional.embedding(ids.to(self.weight.device), self.weight)
+        if self.device.type in ("cpu", "meta"):
+            return rows.to(self.device)
+        return rows.pin_memory().to(self.device, non_blocking=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostEmbedding:
         weight = self._buffers.pop("weight")
@@ -50,3 +57,18 @@ class HostEmbedding(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict({**state_dict, f"{prefix}rows": self.rows.detach()}, prefix, *args)
+
+
+@contextmanager
+def ids_on_host(model: Any, ids: Tensor) -> Iterator[None]:
+    """Inside, an input embedding on the host looks up these ids, of the CPU, in place of the same ones of a GPU."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = getattr(embedding, "base", embedding)
+    if not isinstance(embedding, HostEmbedding):
+        yield
+        return
+    hook = embedding.register_forward_pre_hook(lambda _module, _args: (ids,))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -34,7 +34,8 @@ from qdora.ops.tiles import Weight
 from qdora.plan import plan_contents as parts
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName, groups_of
+from qdora.train.flat_group import OptimizerName, groups_of
+from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.output_head import head_nll, proposed_form, tapped
 from qdora.train.router_loss import tapped_routers
 
@@ -273,9 +274,9 @@ def update_bytes(
     # Groups are updated one after the other, so the largest group of matrices and the largest of vectors suffice.
     sizes = {path: torch.Size(shape).numel() for path, (shape, _) in shapes.items()}
     largest: dict[bool, list[str]] = {}
-    for keys, is_matrix in groups_of({path: shape for path, (shape, _) in shapes.items()}):
-        if sum(map(sizes.__getitem__, keys)) > sum(map(sizes.__getitem__, largest.get(is_matrix, []))):
-            largest[is_matrix] = keys
+    for keys, kind in groups_of(shapes, name):
+        if sum(map(sizes.__getitem__, keys)) > sum(map(sizes.__getitem__, largest.get(kind.is_matrix, []))):
+            largest[kind.is_matrix] = keys
     chosen = tuple((path, *shapes[path]) for keys in largest.values() for path in keys)
     return _peak_of_update(chosen, name, device_type)
 

@@ -57,7 +57,8 @@ from qdora.plan.step_time import Work, known_rates, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
-from qdora.train.optimizer import AdapterOptimizer, OptimizerName, is_matrix
+from qdora.train.flat_group import OptimizerName, groups_of
+from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.router_loss import check_router_loss
 
 logger = logging.getLogger("qdora")
@@ -536,8 +537,9 @@ def _changed(moment: Moment, sizes: Mapping[str, int]) -> Moment:
 
 
 def pageable_bytes(shapes: _Shapes, name: OptimizerName) -> int:
-    """Bytes of optimizer states that the driver can move to the host: those of large matrices."""
-    sizes = [torch.Size(shape).numel() for key, (shape, _) in shapes.items() if is_matrix(key, shape)]
+    """Bytes of optimizer states that the driver can move to the host: those of matrices, in large groups."""
+    groups = [keys for keys, kind in groups_of(shapes, name) if kind.is_matrix]
+    sizes = [sum(torch.Size(shapes[key][0]).numel() for key in keys) for keys in groups]
     return sum(size for size in sizes if size >= _PAGED_ELEMENTS) * _PAGED_STATE_BYTES.get(name, 0)
 
 

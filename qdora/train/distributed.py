@@ -29,9 +29,11 @@ T = TypeVar("T")
 
 # Gradient elements in one message: 64 MiB of float32.
 _MESSAGE_ELEMENTS = 1 << 24
-# The others wait in a collective while the first process evaluates. A process that dies is noticed at once, by the
-# launcher and by the broken connection, not by this timeout.
+# The others wait for a message on the host while the first process evaluates. A process that dies is noticed at once,
+# by the launcher and by the broken connection, not by this timeout.
 _PATIENCE = timedelta(days=1)
+# GPUs meet right after a message of all processes on the host, so that none waits for another's work there.
+_GPU_PATIENCE = timedelta(minutes=10)
 
 
 class OtherProcessFailed(RunFailure):
@@ -47,6 +49,8 @@ class Processes:
 
     rank: int = 0
     size: int = 1
+    gpus: dist.ProcessGroup | None = None
+    """Carries tensors of GPUs; None if the default group, which carries messages on the host, does."""
 
     @property
     def is_first(self) -> bool:
@@ -102,7 +106,7 @@ class Processes:
         for gradients in _messages([parameter.grad for parameter in having if parameter.grad is not None]):
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             with self._connected():
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self.gpus)
             parts = torch.split(flat, [gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -111,10 +115,11 @@ class Processes:
     def share_first_(self, parameters: Sequence[nn.Parameter]) -> None:
         """Copy the first process's parameters to all: on two devices, the norms at the start may differ by rounding."""
         if self.size > 1:
+            self.gather(None)  # all have loaded the model
             for parameter in parameters:
                 value = parameter.detach().clone()
                 with self._connected():
-                    dist.broadcast(value, 0)
+                    dist.broadcast(value, 0, group=self.gpus)
                 parameter.copy_(value)  # raises the version, so that a cached norm is computed again
 
     @contextmanager
@@ -148,23 +153,24 @@ class Processes:
 def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
 
-    On CUDA each process takes the GPU of its local rank. Gradients go through NCCL; everything else goes through gloo
-    on the host, so that no GPU waits for it. With fewer GPUs than processes a UserError is raised.
+    On CUDA each process takes the GPU of its local rank. Gradients go through NCCL, which gives up after minutes;
+    everything else goes through gloo on the host, so that no GPU waits for it. With fewer GPUs than processes a
+    UserError is raised.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Processes()
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
         here, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", size)), torch.cuda.device_count()
         if here > num_gpus:
             raise UserError(f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs).")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        gpus = dist.new_group(backend="nccl", timeout=_GPU_PATIENCE) if on_gpus else None
+        yield Processes(dist.get_rank(), dist.get_world_size(), gpus)
     finally:
         dist.destroy_process_group()
 

@@ -26,6 +26,7 @@ from qdora.ops.gate import gate_slope, gate_value, probability_on
 from qdora.recipe.settings import GateConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.sent_batch import send
 
 GATES_FILE = "gates.safetensors"
 LARGEST_LOGIT = 8.0
@@ -142,11 +143,13 @@ class Gates:
         """Remove dead components from layers, optimizer and vectors; outputs stay the same, to rounding."""
         if bool(self._alive.all()):
             return
+        cuts: dict[str, tuple[Tensor, int]] = {}
         for (path, layer), keep in zip(self.layers.items(), torch.split(self._alive, self._ranks()), strict=True):
             if not bool(keep.all()):
                 layer.keep_components_(keep)
-                for name, dim in (("lora_A", -2), ("lora_B", -1)):
-                    optimizer.cut_(f"{path}.{name}", keep.nonzero().squeeze(1).to(layer.lora_A.device), dim)
+                kept = keep.nonzero().squeeze(1).to(layer.lora_A.device)
+                cuts |= {f"{path}.lora_A": (kept, -2), f"{path}.lora_B": (kept, -1)}
+        optimizer.cut_(cuts)
         for name in _VECTORS:
             setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
         self._alive = self._alive[self._alive]
@@ -270,7 +273,7 @@ class Gates:
         gates: list[Tensor] = [*self.parameters]
         if not gates:
             return
-        living = torch.where(self._alive, values, 0.0).to(gates[0])
+        (living,) = send([torch.where(self._alive, values, 0.0).to(gates[0].dtype)], gates[0].device)
         # In place, which raises the versions, so that cached norms are computed again.
         torch._foreach_copy_(gates, torch.split(living, self._ranks()))
 

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,26 +20,27 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from qdora.data.batching import IGNORED, Packing
+from qdora.data.batching import Packing
 from qdora.data.loader import Step, StepLoader
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.model.inject import adapted_layers
+from qdora.model.known_masks import known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.nn.adapted_linear import norms_checked_later, prepare_gains, settle_norms, unchecked
+from qdora.nn.host_embedding import ids_on_host
 from qdora.ops.loss import token_nll
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
 from qdora.train.hooks import Evaluated, Hooks, Metrics
 from qdora.train.interrupt import StopRequest
-from qdora.train.known_masks import known_masks, packed_mask_is_known
 from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory
 from qdora.train.out_of_memory import Backoff, OutOfMemory, Shortage, shortage_of
 from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
-from qdora.train.progress import TrainingProgress, memory_bytes
+from qdora.train.progress import TrainingProgress, memory_bytes, reserved_bytes
 from qdora.train.router_loss import tapped_routers
 from qdora.train.schedule import Schedule
-from qdora.train.sent_tensors import send
+from qdora.train.sent_batch import SentLabels, send_batch, send_labels
 from qdora.train.step_checks import BadStep, BadSteps
 from qdora.train.task_weights import TaskWeights, example_weights
 
@@ -121,7 +122,7 @@ def fit(
         if hooks.end_step is not None:
             metrics |= hooks.end_step(step, reason is None)
         seconds = time.perf_counter() - began
-        metrics["time"] = {"step_seconds": seconds, "peak_memory_bytes": max(processes.gather(memory_bytes()))}
+        metrics["time"] = {"step_seconds": seconds, **_peaks(processes)}
         if reason is not None:
             _skipped(found, reason, done, hooks)
         elif done % train.log_every == 0 or done == num_steps:
@@ -133,6 +134,12 @@ def fit(
         if _after_step(model, done, hooks, stop, num_steps=num_steps, checkpoint_every=train.checkpoint_every):
             return done
     return max(start_step, num_steps)
+
+
+def _peaks(processes: Processes) -> dict[str, int]:
+    """The largest peaks of all processes: memory in use, and on GPUs what the allocator reserved for it."""
+    told = processes.gather({"peak_memory_bytes": memory_bytes(), "peak_reserved_bytes": reserved_bytes()})
+    return {name: max(each[name] for each in told) for name in told[0] if told[0][name] is not None}
 
 
 @dataclass(frozen=True)
@@ -457,11 +464,14 @@ def _accumulate(
     aux = torch.zeros((), dtype=torch.float32, device=device)
     example_nll = []
     for micro in batch.micro_batches:
-        with shortage_of(micro), known_masks(model, micro.packing, device):
-            sent = send((micro.input_ids, micro.attention_mask, micro.task_ids), device)
+        with shortage_of(micro), ExitStack() as stack:
             weight = None if weights is None else example_weights(weights, micro)
+            sent = send_batch(micro, weight, device)
+            stack.enter_context(known_masks(model, sent.labels.packing, device))
+            stack.enter_context(ids_on_host(model, micro.input_ids))
             options: dict[str, Any] = {"chunk": loss_chunk, "packing": micro.packing, "weights": weight}
-            loss = batch_loss(model, sent[0], sent[1], micro.labels, routers=router_aux_loss > 0, **options)
+            options |= {"routers": router_aux_loss > 0, "sent": sent.labels}
+            loss = batch_loss(model, sent.input_ids, sent.attention_mask, micro.labels, **options)
             objective = loss.nll_sum
             if loss.router_loss is not None:
                 share = int(micro.attention_mask.sum()) / batch.num_tokens
@@ -469,7 +479,7 @@ def _accumulate(
                 aux += share * loss.router_loss.detach()
             part = objective / total if loss_scale is None else objective * loss_scale.value
             part.backward()  # type: ignore[no-untyped-call]
-            nll.index_add_(0, sent[2], loss.example_nll.float())
+            nll.index_add_(0, sent.task_ids, loss.example_nll.float())
         example_nll.append(loss.example_nll)
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
     if loss_scale is not None:
@@ -519,6 +529,7 @@ def batch_loss(
     packing: Packing | None = None,
     weights: Tensor | None = None,
     routers: bool = False,
+    sent: SentLabels | None = None,
 ) -> BatchLoss:
     """Run the model and sum the NLL of labels[:, 1:] given the tokens before them.
 
@@ -538,28 +549,24 @@ def batch_loss(
         packing: The example of each token, if the model has passed `packed_attention.packed_layout`; None: a row each.
         weights: (examples,) weight of each example's tokens in `nll_sum`; None: 1.
         routers: Also compute the routers' auxiliary loss (`router_loss.py`), over all tokens but padding.
+        sent: What `send_labels` makes of labels, packing and weights, if it is at hand.
     """
-    wanted = torch.zeros_like(labels, dtype=torch.bool)
-    wanted[:, :-1] = labels[:, 1:] != IGNORED
-    places = wanted.nonzero(as_tuple=True)
+    sent = sent or send_labels(labels, packing, weights, input_ids.device)
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if packing is None or packed_mask_is_known():
         inputs["attention_mask"] = attention_mask
-    if packing is None:
-        owner, num_examples = places[0], len(labels)
-    else:
-        (inputs["position_ids"],) = send((packing.position_ids,), input_ids.device)
-        owner = packing.example_index.to(labels.device)[places]
-        num_examples = int(packing.example_index.max()) + 1
-    found = (*places, labels[:, 1:][wanted[:, :-1]], owner)
-    rows, columns, targets, owners = send(found, input_ids.device)
+    if sent.packing is not None:
+        inputs["position_ids"] = sent.packing.position_ids
+        if len(sent.starts) and takes_flash_lengths(model):
+            inputs |= {"cu_seq_lens_q": sent.starts, "cu_seq_lens_k": sent.starts}
+            inputs |= {"max_length_q": sent.longest, "max_length_k": sent.longest}
     with tapped_routers(model) if routers else nullcontext() as tap:
-        nll = _labelled_nll(model, inputs, (rows, columns), targets, chunk)
-    zeros = torch.zeros(num_examples, dtype=nll.dtype, device=nll.device)
-    example_nll = zeros.index_add(0, owners, nll.detach())
-    nll_sum = nll.sum() if weights is None else (nll * send((weights,), nll.device)[0][owners]).sum()
+        nll = _labelled_nll(model, inputs, (sent.rows, sent.columns), sent.targets, chunk)
+    zeros = torch.zeros(len(sent.example_tokens), dtype=nll.dtype, device=nll.device)
+    example_nll = zeros.index_add(0, sent.owners, nll.detach())
+    nll_sum = nll.sum() if sent.weights is None else (nll * sent.weights[sent.owners]).sum()
     router_loss = None if tap is None else tap.loss(attention_mask)
-    return BatchLoss(nll_sum, example_nll, torch.bincount(owner, minlength=num_examples), router_loss)
+    return BatchLoss(nll_sum, example_nll, sent.example_tokens, router_loss)
 
 
 def _labelled_nll(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qdora.data.batching import PackedLayout
 from qdora.errors import UserError
+from qdora.model.known_masks import flash_lengths, takes_flash_lengths
 from qdora.nn.evaluation_mode import evaluation_mode
 
 # Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
@@ -93,7 +95,7 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
     """(rows, length, vocabulary) float32."""
     logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False, **inputs).logits
     return logits.float()
@@ -109,6 +111,13 @@ def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[
         packed.append((torch.cat(parts)[None], positions[None]))
     if layout == "rows":
         packed = [(torch.cat([ids for ids, _ in packed]), torch.cat([positions for _, positions in packed]))]
-    logits = [row for ids, positions in packed for row in _logits(model, ids, position_ids=positions.to(model.device))]
+    logits: list[Tensor] = []
+    for ids, positions in packed:
+        inputs: dict[str, Any] = {"position_ids": positions.to(model.device)}
+        if layout == "single" and takes_flash_lengths(model):
+            starts, longest = flash_lengths(positions)
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts.to(model.device))
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
+        logits += _logits(model, ids, **inputs)
     places = [slice(len(row[0]), len(row[0]) + len(row[1])) for row in rows]
     return torch.stack([each[place] for each, place in zip(logits, places, strict=True)])

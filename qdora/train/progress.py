@@ -24,6 +24,11 @@ def memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
+def reserved_bytes() -> int | None:
+    """Peak memory that torch's allocator held on the GPU, pieces that it could not use included; None without a GPU."""
+    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
+
+
 def duration(seconds: float) -> str:
     """12.3 -> '12s', 75 -> '1m15s', 7260 -> '2h01m'."""
     whole = round(seconds)
@@ -32,6 +37,13 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _memory_text() -> str:
+    """1.50 GiB, or with a GPU 1.50 (reserved 1.75) GiB."""
+    reserved = reserved_bytes()
+    shown = "" if reserved is None else f" (reserved {reserved / 2**30:.2f})"
+    return f"{memory_bytes() / 2**30:.2f}{shown} GiB"
 
 
 class TrainingProgress:
@@ -67,7 +79,7 @@ class TrainingProgress:
         left = sorted(self._seconds)[len(self._seconds) // 2] * (self._num_steps - step)
         text = (
             f"step {step}/{self._num_steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"{metrics['num_tokens'] / self._seconds[-1]:,.0f} tok/s  memory {memory_bytes() / 2**30:.2f} GiB  "
+            f"{metrics['num_tokens'] / self._seconds[-1]:,.0f} tok/s  memory {_memory_text()}  "
             f"left {duration(left)}"
         )
         if self._bar is not None and self._task is not None:

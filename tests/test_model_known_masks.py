@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_flash_attention_utils
 
 from qdora.data.batching import Packing
-from qdora.train.known_masks import known_masks, packed_mask_is_known
+from qdora.model.known_masks import known_masks, packed_mask_is_known, takes_flash_lengths
+from qdora.train.loop import batch_loss
+from qdora.train.sent_batch import send_labels
 from tests import tiny
 from tests.false_gpu import FalseGpu, on_false_gpu
 
@@ -24,8 +28,6 @@ LENGTHS = (14, 9, 11)
 FAST = ["Llama 3", "Mistral", "Gemma 3 (text)", "OPT", "LFM2"]
 # The false GPU does not compute them.
 LEFT_OUT = {"Falcon 7B", "Falcon 40B"}
-# Layers of convolutions and of linear attention ask transformers whether anything is padded.
-ASKED = "transformers/masking_utils.py: if not is_tracing(attention_mask) and torch.all(attention_mask == 1):"
 # A number that the model copies to the device in every layer.
 CONSTANTS = "gpt_neo/modeling_gpt_neo.py: mask_value = torch.tensor("
 
@@ -59,7 +61,7 @@ def test_padding_needs_no_mask(gpu: FalseGpu, name: str) -> None:
     gpu.clear()
     with known_masks(model, None, gpu.device):
         found = model(**inputs).logits
-    assert all(line == ASKED or line.startswith(CONSTANTS) for line in gpu.lines("wait"))
+    assert all(line.startswith(CONSTANTS) for line in gpu.lines("wait"))
     assert torch.equal(found.cpu()[mask.bool()], expected[mask.bool()])
 
 
@@ -82,13 +84,67 @@ def test_packed_examples_see_themselves(gpu: FalseGpu, name: str) -> None:
     expected = model(**inputs, use_cache=False).logits.cpu()
     assert gpu.lines("wait")
     given = torch.ones_like(ids).to(gpu.device, non_blocking=True)
+    there = Packing(packing.position_ids.to(gpu.device), packing.example_index.to(gpu.device))
     gpu.clear()
-    with known_masks(model, packing, gpu.device):
+    with known_masks(model, there, gpu.device):
         assert packed_mask_is_known()
         found = model(**inputs, attention_mask=given, use_cache=False).logits
     assert gpu.lines("wait") == []
     assert not packed_mask_is_known()
     assert torch.equal(found.cpu(), expected)
+
+
+def flash_on(gpu: FalseGpu, seen: list[Any]) -> Any:
+    """transformers' table of flash attention's functions, by sdpa: packed examples see themselves."""
+
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **lengths: Any
+    ) -> Tensor:
+        seen.append((cu_seqlens_q, cu_seqlens_k, lengths))
+        place = torch.arange(len(q), device=gpu.device)
+        example = (place[:, None] >= cu_seqlens_q[1:]).sum(1)
+        mask = (example[:, None] == example) & (place[:, None] >= place)
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+        q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+
+    def lengths(max_seqlen_q: Any = None, max_seqlen_k: Any = None, **_: Any) -> dict[str, Any]:
+        return {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+
+    return (None, varlen, None, None, None), (lengths, None)
+
+
+@on_false_gpu
+@torch.no_grad()
+def test_flash_attention_gets_the_lengths_of_packed_examples(gpu: FalseGpu) -> None:
+    """Without them each layer reads the positions from the GPU."""
+    model, (lengths, seen) = family("Llama 3"), ((5, 7, 4), [])
+    positions = torch.cat([torch.arange(each) for each in lengths])[None]
+    ids = torch.randint(3, 90, positions.shape, generator=torch.Generator().manual_seed(0))
+    alone = [model(input_ids=part, use_cache=False).logits[0] for part in ids.split(list(lengths), dim=1)]
+    model.to(gpu.device)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert takes_flash_lengths(model)
+    labels = torch.where(positions == 0, -100, ids)
+    owner = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4])
+    gpu.clear()
+    sent = send_labels(labels, Packing(positions, owner), None, gpu.device)
+    mask, there = torch.ones_like(sent.packing.position_ids), ids.pin_memory().to(gpu.device, non_blocking=True)
+    with (
+        patch.object(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda _name: flash_on(gpu, seen)),
+        known_masks(model, sent.packing, gpu.device),
+    ):
+        loss = batch_loss(model, there, mask, labels, packing=Packing(positions, owner), sent=sent)
+    waits = [line for line in gpu.lines("wait") if not line.startswith("train/output_head.py")]
+    assert waits == []
+    assert len(seen) % len(model.model.layers) == 0
+    for starts, same, longest in seen:
+        assert starts.dtype == torch.int32
+        assert starts.tolist() == same.tolist() == [0, 5, 12, 16]
+        assert longest == {"max_seqlen_q": 7, "max_seqlen_k": 7}
+    parts = zip(alone, ids[0].split(list(lengths)), strict=True)
+    wanted = sum(float(cross_entropy(logits[:-1], part[1:], reduction="sum")) for logits, part in parts)
+    assert float(loss.nll_sum) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_on_a_cpu_and_after_the_block_masks_are_those_of_transformers() -> None:

@@ -1,0 +1,36 @@
+"""What progress and metrics show of memory."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from qdora.train.distributed import Processes
+from qdora.train.loop import _peaks
+from qdora.train.progress import TrainingProgress
+
+METRICS = {"step": 1, "loss": 1.0, "lr": 1e-3, "num_tokens": 8, "time": {"step_seconds": 1.0}}
+
+
+def shown() -> str:
+    text = io.StringIO()
+    with TrainingProgress(1, console=Console(file=text)) as progress:
+        progress.step(METRICS)
+    return text.getvalue()
+
+
+def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 29)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7 << 28)
+    assert "memory 1.50 (reserved 1.75) GiB" in shown()
+    assert _peaks(Processes()) == {"peak_memory_bytes": 3 << 29, "peak_reserved_bytes": 7 << 28}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_nothing_is_reserved() -> None:
+    assert "reserved" not in shown()
+    assert list(_peaks(Processes())) == ["peak_memory_bytes"]
