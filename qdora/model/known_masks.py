@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -38,13 +38,15 @@ def known_masks(model: nn.Module, packing: Packing | None, device: torch.device)
     Args:
         packing: Of the rows, on the device; None if each row is an example, padded on the right.
     """
-    attention = None if device.type == "cpu" else _attention(model)
-    if attention not in ("sdpa", "flash_attention_2"):
+    if device.type == "cpu":
         yield
         return
+    attention = _attention(model)
     is_flash = attention == "flash_attention_2"
-    if packing is not None and is_flash and not takes_flash_lengths(model):
-        yield
+    lacks_lengths = packing is not None and is_flash and not takes_flash_lengths(model)
+    if attention not in ("sdpa", "flash_attention_2") or lacks_lengths:
+        with _without_recurrent_masks(model) if packing is None else nullcontext():
+            yield
         return
     make = ALL_MASK_ATTENTION_FUNCTIONS[attention]
     if packing is None:
@@ -95,9 +97,8 @@ def _attention(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def _without_recurrent_masks(model: Any) -> Iterator[None]:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    module = sys.modules[type(decoder).__module__]
+def _without_recurrent_masks(model: nn.Module) -> Iterator[None]:
+    module = sys.modules[type(model).__module__]
     before = getattr(module, _RECURRENT, None)
     if before is None:
         yield
