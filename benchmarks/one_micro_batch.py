@@ -89,6 +89,7 @@ RECIPE: dict[str, Any] = {
     "model": {"source": "builtin"},
     "data": {"mix": [{"task": "demo/facts"}]},
     "train": {"steps": 1, "batch": 1},
+    "memory": {"checkpointing": False},
 }
 
 
