@@ -30,6 +30,7 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
 )
 from qdora.model.written_outputs import keep_written_outputs_
+from qdora.ops.kernel_choice import chosen_kernels
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -46,7 +47,11 @@ class Compute:
 
 
 def choose_compute(dtype: str) -> Compute:
-    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged."""
+    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged.
+
+    Raises UserError: If the environment names kernels that are unknown or not installed.
+    """
+    chosen_kernels()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])

@@ -17,13 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from qdora.ops.adapted_product import WRITTEN, column_dot
 from qdora.ops.dora import (
-    CANCELLATION,
     FactoredNorm,
     Gain,
     factored_norm,
     masked_row_norm,
     measure_cancelled_,
     merged_weight,
+    of_squares,
+    sums_in_one_pass,
 )
 from qdora.ops.dropout import draw_seed, drop_, dropped
 from qdora.ops.expert_tokens import ExpertTokens, Run
@@ -32,7 +33,7 @@ from qdora.ops.low_rank_factors import rounded
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows
 from qdora.ops.planned_device import device_kind, is_planning
-from qdora.ops.tiles import Weight, dense_weight, row_tiles
+from qdora.ops.tiles import Weight, dense_weight, in_one_pass, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
 _RUN_BYTES = 64 << 20
@@ -130,9 +131,18 @@ def _add_run_(
     out: Tensor, x: Tensor, weight: Weight, tokens: ExpertTokens, run: Run, gain: Tensor | None, transposed: bool
 ) -> None:
     """Add x (diag(g_e) W_e)^T of a run, or x diag(g_e) W_e where `transposed`, to `out`; g is (experts, out)."""
+    into, of = out[run.tokens], x[run.tokens]
+    if len(run.experts) > 1 and in_one_pass(weight, x.dtype):
+        from qdora.ops import triton_kernels
+
+        experts = triton_kernels.Experts(run.index(x.device), weight.shape[0] // len(tokens.counts))
+        flat = None if gain is None else gain.reshape(-1)
+        tile = triton_kernels.decode(weight, x.dtype, gain=flat, experts=experts)
+        matrices = tile.view(len(run.experts), -1, tile.shape[1])
+        into += grouped_product(of, matrices if transposed else matrices.mT, run)
+        return
     some = expert_rows(weight, len(tokens.counts), run)
     factor = None if gain is None else run.pick(gain).reshape(-1)
-    into, of = out[run.tokens], x[run.tokens]
     if len(run.experts) == 1:
         (add_transposed_product_ if transposed else add_product_)(into, of, some, factor)
         return
@@ -428,7 +438,9 @@ def stack_norm(
     num_experts, count = len(tokens.counts), len(tokens.experts)
     together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
     found: list[FactoredNorm] = []
-    for run in tokens.all_runs(1 if keep_bits is not None else together):
+    if keep_bits is None and sums_in_one_pass(weight, dtype, lora_A.shape[1]):
+        found.append(_norm_of_reached(weight, tokens, lora_A, lora_B, scaling, base_squared, dtype))
+    for run in () if found else tokens.all_runs(1 if keep_bits is not None else together):
         if is_planning() and len(found) > 1 and run.first + 2 * together < count:
             # Like the run before it. The last ones are run, when the norms of the others are there.
             empty = base_squared.new_empty(len(run.experts), base_squared.shape[1])
@@ -466,6 +478,24 @@ def _norm_of_run(
     gram = (a @ a.mT) * scaling
     ((_, tile),) = row_tiles(part, dtype)
     products = (tile.view(*base_squared.shape, -1) @ lora_A.mT).to(wide)
-    squared = base_squared + scaling * ((2.0 * products + b @ gram) * b).sum(dim=2)
-    cancelled = squared < CANCELLATION * base_squared
-    return FactoredNorm(squared.clamp_min_(0).sqrt_(), cancelled)
+    return of_squares(base_squared, ((2.0 * products + b @ gram) * b).sum(dim=2), scaling)
+
+
+def _norm_of_reached(
+    weight: PackedWeight,
+    tokens: ExpertTokens,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+) -> FactoredNorm:
+    """The norms of all experts that have tokens, (n, out), by one launch over their codes."""
+    from qdora.ops import triton_kernels
+
+    index = tokens.on(base_squared.device).reached
+    a, b = (rounded(each if len(each) == 1 else each.index_select(0, index), dtype) for each in (lora_A, lora_B))
+    wide_a, wide_b = a.float(), b.float()
+    dots = triton_kernels.factor_dots(weight, a, wide_b, triton_kernels.Experts(index, base_squared.shape[1]))
+    of_factors = (wide_b @ ((wide_a @ wide_a.mT) * scaling) * wide_b).sum(dim=2)
+    return of_squares(base_squared.index_select(0, index), 2.0 * dots + of_factors, scaling)
