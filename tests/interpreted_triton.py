@@ -126,17 +126,18 @@ def test_some_experts_are_decoded_in_one_launch(experts, rows, columns):
     assert_same_bits(triton_kernels.decode(stack, torch.bfloat16, gain=gain, experts=some), expected)
 
 
-def test_rows_behind_2_to_the_31_weights():
-    rows, columns = (2**31 + 2**20) // 4096, 4096
-    blocks = rows * columns // 64
+@pytest.mark.parametrize(("columns", "weights"), [(4096, 2**32), (4100, 2**31)])
+def test_offsets_need_64_bits(columns, weights):
+    """More than 2^31 bytes of codes, and more than 2^31 weights where blocks cross rows."""
+    rows = 16 * (weights // columns // 16 + 2)
     # Memory that is never touched costs nothing.
     packed = torch.empty(rows * columns // 2, dtype=torch.uint8)
-    weight = PackedWeight("nf4", (rows, columns), 64, packed, torch.empty(blocks))
-    last = quantize(uneven((2, columns)), "nf4", 64, double_quant=False)
-    packed[-columns:] = last.packed
-    weight.absmax[-2 * columns // 64 :] = last.absmax
+    weight = PackedWeight("nf4", (rows, columns), 64, packed, torch.empty(rows * columns // 64))
+    last = quantize(uneven((16, columns)), "nf4", 64, double_quant=False)  # whole blocks
+    packed[-len(last.packed) :] = last.packed
+    weight.absmax[-len(last.absmax) :] = last.absmax
     got = triton_kernels.decode(weight, torch.bfloat16, rows=slice(rows - 2, rows))
-    assert_same_bits(got, definition(last, torch.bfloat16))
+    assert_same_bits(got, definition(last, torch.bfloat16)[-2:])
 
 
 @pytest.mark.parametrize("shape", [(40, 192), (33, 101), (20, 640)])
