@@ -143,7 +143,8 @@ def square_kernel(  # type: ignore[no-untyped-def]
     place = (tl.program_id(0) // parts) * ROWS + tl.arange(0, ROWS)
     row_mask = place < num_rows
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(part * SPAN, tl.minimum(part * SPAN + SPAN, in_features), COLUMNS):
+    for shift in range(0, SPAN, COLUMNS):
+        first = part * SPAN + shift
         weight = _decoded(
             codes, absmax, nested_absmax, nested_code, nested_offset, table, absmax,
             place.to(tl.int64), row_mask, first, in_features, in_features,
@@ -177,7 +178,8 @@ def factor_kernel(  # type: ignore[no-untyped-def]
     rank_index = tl.arange(0, RANK)
     a_start = lora_A + expert_place.to(tl.int64) * a_stride
     product = tl.zeros([ROWS, RANK], tl.float32)
-    for first in range(part * SPAN, tl.minimum(part * SPAN + SPAN, in_features), COLUMNS):
+    for shift in range(0, SPAN, COLUMNS):
+        first = part * SPAN + shift
         weight = _decoded(
             codes, absmax, nested_absmax, nested_code, nested_offset, table, absmax,
             row, row_mask, first, in_features, in_features,
