@@ -11,7 +11,7 @@ import torch
 from qdora.errors import UserError
 from qdora.model.build_model import choose_compute
 from qdora.ops import kernel_choice
-from qdora.ops.kernel_choice import chosen_kernels, runs_triton
+from qdora.ops.kernel_choice import check_kernels, chosen_kernels, runs_triton
 from qdora.ops.packed import choose_backend, dequantize, quantize
 from qdora.ops.planned_device import planned_on
 
@@ -81,6 +81,17 @@ def test_triton_runs_on_a_gpu_and_in_its_interpreter(monkeypatch):
     assert not runs_triton(CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert runs_triton(CPU)
+
+
+@pytest.mark.usefixtures("triton_installed")
+def test_triton_without_a_gpu_is_one_clear_line(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    check_kernels(CUDA)
+    with pytest.raises(UserError) as error:
+        check_kernels(CPU)
+    assert str(error.value) == (
+        "QDORA_KERNELS: got 'triton', whose kernels run on CUDA devices; the device is cpu. Fix: unset QDORA_KERNELS."
+    )
 
 
 @pytest.mark.usefixtures("triton_installed")

@@ -30,7 +30,7 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
 )
 from qdora.model.written_outputs import keep_written_outputs_
-from qdora.ops.kernel_choice import chosen_kernels
+from qdora.ops.kernel_choice import check_kernels
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -49,10 +49,10 @@ class Compute:
 def choose_compute(dtype: str) -> Compute:
     """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged.
 
-    Raises UserError: If the environment names kernels that are unknown or not installed.
+    Raises UserError: If the environment names kernels that are unknown, not installed, or not for this device.
     """
-    chosen_kernels()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_kernels(device)
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()

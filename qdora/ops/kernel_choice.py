@@ -36,6 +36,15 @@ def chosen_kernels() -> str:
     return name
 
 
+def check_kernels(device: torch.device) -> None:
+    """Before a model is loaded. Raises UserError: As `chosen_kernels`, and for Triton without a GPU."""
+    if chosen_kernels() == "triton" and not runs_triton(device):
+        raise UserError(
+            f"{VARIABLE}: got 'triton', whose kernels run on CUDA devices; the device is {device.type}. Fix: unset "
+            f"{VARIABLE}."
+        )
+
+
 def runs_triton(device: torch.device) -> bool:
     """Whether `triton_kernels` are chosen and run on a device. They do not run on the fake tensors of a plan."""
     if chosen_kernels() != "triton" or is_planning():
