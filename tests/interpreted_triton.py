@@ -6,6 +6,7 @@ tests/test_ops_triton.py runs this file in a process with TRITON_INTERPRET=1 and
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -27,8 +28,9 @@ from tests.test_ops_quantize import uneven
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from gpu import sections
+from gpu import kernels_compared
 from gpu.part import Part
+from gpu.plan import SMOKE
 from gpu.run_sections import failed_checks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -230,11 +232,12 @@ def test_experts_that_share_a_launch_give_the_products_of_experts_one_by_one(mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_section_of_the_gpu_suite_compares_both():
-    part = Part(None, 600)
-    sections.run_here("triton", part, torch.device("cpu"), smoke=True)
+    part = Part(None, 1800)
+    kernels_compared.run(part, replace(SMOKE, shapes=((64, 32),)), torch.device("cpu"))
     assert part.entries["triton"]
     assert failed_checks({"triton": {"result": part.entries}}) == []
     times = [entry["seconds"] for entry in part.entries.values() if isinstance(entry, dict) and "seconds" in entry]
-    assert len(times) == 6
+    assert len(times) == 3
     assert all(any("triton" in way for way in seconds) for seconds in times)

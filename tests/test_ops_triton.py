@@ -43,6 +43,7 @@ def test_decoding_bit_for_bit_and_sums_in_the_interpreter():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_section_of_the_gpu_suite_in_the_interpreter():
     interpreted("tests/interpreted_triton.py", selection="slow")
 
