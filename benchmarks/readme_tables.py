@@ -20,6 +20,7 @@ from tables.exports import decode_speed, export_exactness, gguf_logits, merge_st
 from tables.failed import failed, failed_short
 from tables.gates import gates
 from tables.headline import headline
+from tables.kernels import triton_estimate, triton_kernels
 from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.models import architectures, mixtures, models_short
 from tables.plan import cards, expert_plans, plan_accuracy, plan_recipes, plan_shapes
@@ -80,6 +81,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "expert_plans": expert_plans,
     "expert_cost": expert_cost,
     "wait_policy": wait_policy,
+    "triton_kernels": triton_kernels,
+    "triton_estimate": triton_estimate,
     "cards": cards,
     "plan_accuracy": plan_accuracy,
     "pruning": pruning,

@@ -57,6 +57,7 @@ SECTIONS: dict[str, Section] = {
     "step_own_lora": Section("model_step:alone", 60, {"name": "own_lora"}),
     "step_peft_dora": Section("model_step:alone", 60, {"name": "peft_dora"}),
     "profile": Section("kernel_profile:run", 60),
+    "triton": Section("kernels_compared:run", 90),
     "layer_time_2": Section("layer_cost:time_shape", 120, {"index": 1}),
     "step_large": Section("model_step:large", 240, variables=_EXPANDABLE),
     "step_streamed_8gb": Section(

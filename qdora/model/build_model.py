@@ -31,6 +31,7 @@ from qdora.model.trained_embeddings import (
     train_embeddings,
     trained_matrices,
 )
+from qdora.ops.kernel_choice import check_kernels
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -47,8 +48,12 @@ class Compute:
 
 
 def choose_compute(dtype: str) -> Compute:
-    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged."""
+    """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged.
+
+    Raises UserError: If the environment names kernels that are unknown, not installed, or not for this device.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_kernels(device)
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()

@@ -7,7 +7,7 @@ Source: DoRA, arXiv 2402.09353, eq. 5. The norm is held constant in the backward
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qdora.ops.full_precision import full_precision
 from qdora.ops.masked_update import row_blocks
+from qdora.ops.packed import PackedWeight
 from qdora.ops.planned_device import device_kind, is_planning
 from qdora.ops.sparsity import mask_from_bits
-from qdora.ops.tiles import Weight, row_tiles, spans
+from qdora.ops.tiles import Weight, in_one_pass, row_tiles, spans
 
 # Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T from a bf16
 # product the norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, and at 0.5 0.4 %, which is
@@ -39,6 +40,10 @@ def squared_row_norm(weight: Weight) -> Tensor:
     wide = _wide(weight)
     if is_planning():  # a plan counts no bytes before the adapters are there, and a stack has thousands of tiles
         return torch.empty(weight.shape[0], dtype=wide, device=weight.device)
+    if in_one_pass(weight, wide):
+        from qdora.ops import triton_kernels
+
+        return triton_kernels.squared_row_norm(weight)
     parts = []
     for _, tile in row_tiles(weight, wide):
         # A dense weight comes as one tile; its squares must not take as much again.
@@ -100,13 +105,34 @@ def factored_norm(
     a = lora_A.to(wide)
     gram = (a @ a.T) * scaling  # (rank, rank)
     a_narrow = lora_A.to(dtype)
-    squared = torch.empty_like(base_squared)
+    if sums_in_one_pass(weight, dtype, len(a)):
+        from qdora.ops import triton_kernels
+
+        wide_b = lora_B.to(wide)
+        dots = triton_kernels.factor_dots(weight, a_narrow, wide_b)
+        return of_squares(base_squared, 2.0 * dots + (wide_b @ gram * wide_b).sum(dim=1), scaling)
+    inner_dots = torch.empty_like(base_squared)
     for rows, tile in row_tiles(weight, dtype):
         b = lora_B[rows].to(wide)
         # s b A (2 w + s b A)^T = (2 W A^T + s B A A^T) . s b
         inner = torch.addmm((tile @ a_narrow.T).to(wide), b, gram, beta=2.0)  # (rows, rank)
-        squared[rows] = torch.add(base_squared[rows], (inner * b).sum(dim=1), alpha=scaling)
+        inner_dots[rows] = (inner * b).sum(dim=1)
         del tile
+    return of_squares(base_squared, inner_dots, scaling)
+
+
+def sums_in_one_pass(weight: Weight, dtype: torch.dtype, rank: int) -> TypeGuard[PackedWeight]:
+    """Whether `triton_kernels` form b . (W A^T) of each row from the codes."""
+    if dtype == torch.float32 or not in_one_pass(weight, dtype):
+        return False
+    from qdora.ops import triton_kernels
+
+    return rank <= triton_kernels.MOST_RANK
+
+
+def of_squares(base_squared: Tensor, update: Tensor, scaling: float) -> FactoredNorm:
+    """The norms whose squares are base_squared + s update, and which of them have cancelled."""
+    squared = torch.add(base_squared, update, alpha=scaling)
     cancelled = squared < CANCELLATION * base_squared
     return FactoredNorm(squared.clamp_min_(0).sqrt_(), cancelled)
 

@@ -17,13 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from qdora.ops.adapted_product import WRITTEN, column_dot
 from qdora.ops.dora import (
-    CANCELLATION,
     FactoredNorm,
     Gain,
     factored_norm,
     masked_row_norm,
     measure_cancelled_,
     merged_weight,
+    of_squares,
+    sums_in_one_pass,
 )
 from qdora.ops.dropout import draw_seed, drop_, dropped
 from qdora.ops.expert_tokens import ExpertTokens, Run
@@ -33,7 +34,7 @@ from qdora.ops.low_rank_factors import rounded
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows
 from qdora.ops.planned_device import device_kind, is_planning
-from qdora.ops.tiles import Weight, dense_weight, row_tiles
+from qdora.ops.tiles import Weight, dense_weight, in_one_pass, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
 _RUN_BYTES = 64 << 20
@@ -112,8 +113,7 @@ def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor |
         of = of.contiguous()  # a gradient may be one row for all tokens, which the grouped kernel does not take
         into = of.new_zeros(of.shape[0], columns if transposed else rows)
         for run in tokens.runs(_together(rows, columns, of.itemsize, of.device)):
-            some = expert_rows(weight, len(tokens.counts), run)
-            _add_run_(into, of, some, run, None, transposed=transposed)
+            _add_run_(into, of, weight, run, None, num_experts=len(tokens.counts), transposed=transposed)
         return into
 
     out: Tensor = FrozenMap.apply(  # type: ignore[no-untyped-call, unused-ignore]
@@ -129,16 +129,33 @@ def add_expert_bias(out: Tensor, bias: Tensor, tokens: ExpertTokens) -> Tensor:
 
 
 def _add_run_(
-    out: Tensor, x: Tensor, weight: Weight, run: Run, gain: Tensor | None, *, transposed: bool = False
+    out: Tensor,
+    x: Tensor,
+    stack: Weight,
+    run: Run,
+    gain: Tensor | None,
+    *,
+    num_experts: int,
+    transposed: bool = False,
 ) -> None:
     """Add x (diag(g_e) W_e)^T of a run, or x diag(g_e) W_e where `transposed`, to `out`.
 
     Args:
-        weight: The run's `expert_rows`.
+        stack: The weights of all experts.
         gain: g of all experts, (experts, out), or None for 1.
     """
-    factor = None if gain is None else run.pick(gain).reshape(-1)
     into, of = out[run.tokens], x[run.tokens]
+    if len(run.experts) > 1 and in_one_pass(stack, x.dtype):
+        from qdora.ops import triton_kernels
+
+        experts = triton_kernels.Experts(run.index(x.device), stack.shape[0] // num_experts)
+        flat = None if gain is None else gain.reshape(-1)
+        tile = triton_kernels.decode(stack, x.dtype, gain=flat, experts=experts)
+        matrices = tile.view(len(run.experts), -1, tile.shape[1])
+        into += grouped_product(of, matrices if transposed else matrices.mT, run)
+        return
+    weight = expert_rows(stack, num_experts, run)
+    factor = None if gain is None else run.pick(gain).reshape(-1)
     if len(run.experts) == 1:
         (add_transposed_product_ if transposed else add_product_)(into, of, weight, factor)
         return
@@ -218,10 +235,6 @@ class _StackCall(NamedTuple):
         together = _together(*_expert_shape(self.weight, self.tokens), x.itemsize, x.device)
         return self.tokens.runs(1 if self.keep_bits is not None else together)
 
-    def rows(self, run: Run) -> Weight:
-        """The weights of a run's experts."""
-        return expert_rows(self.weight, len(self.tokens.counts), run)
-
     def dropped(self, x: Tensor, run: Run) -> Tensor:
         """drop(x) of a run, without the factor 1 / (1 - p)."""
         return dropped(x[run.tokens], self.dropout, self.seed + run.experts[0])
@@ -278,7 +291,7 @@ class _AdaptedStack(torch.autograd.Function):
                     low[run.tokens] = grouped_product(dropped_x, a.mT, run)
                     out[run.tokens] = grouped_product(low[run.tokens], b.mT, run)
                 del dropped_x
-                _add_run_(out, x, call.rows(run), run, gain)
+                _add_run_(out, x, call.weight, run, gain, num_experts=len(call.tokens.counts))
         kept = out if magnitude is not None and magnitude.requires_grad else None
         if kept is not None and call.keeps_copy:
             kept = out.clone()
@@ -333,7 +346,7 @@ class _AdaptedStack(torch.autograd.Function):
                             drop_(through, call.dropout, call.seed + run.experts[0])
                         dx[run.tokens] = through
                 if dx is not None:
-                    _add_run_(dx, dy, call.rows(run), run, gain, transposed=True)
+                    _add_run_(dx, dy, call.weight, run, gain, num_experts=len(call.tokens.counts), transposed=True)
         return dx, da if need_a else None, db if need_b else None, dm, None, None, None
 
 
@@ -440,7 +453,9 @@ def stack_norm(
     num_experts, count = len(tokens.counts), len(tokens.experts)
     together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
     found: list[FactoredNorm] = []
-    for run in tokens.all_runs(1 if keep_bits is not None else together):
+    if keep_bits is None and sums_in_one_pass(weight, dtype, lora_A.shape[1]):
+        found.append(_norm_of_reached(weight, tokens, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype))
+    for run in () if found else tokens.all_runs(1 if keep_bits is not None else together):
         if is_planning() and len(found) > 1 and run.first + 2 * together < count:
             # Like the run before it. The last ones are run, when the norms of the others are there.
             empty = base_squared.new_empty(len(run.experts), base_squared.shape[1])
@@ -479,6 +494,25 @@ def _norm_of_run(
     gram = (a @ a.mT) * scaling
     ((_, tile),) = row_tiles(part, dtype)
     products = (tile.view(*base_squared.shape, -1) @ lora_A.mT).to(wide)
-    squared = base_squared + scaling * ((2.0 * products + b @ gram) * b).sum(dim=2)
-    cancelled = squared < CANCELLATION * base_squared
-    return FactoredNorm(squared.clamp_min_(0).sqrt_(), cancelled)
+    return of_squares(base_squared, ((2.0 * products + b @ gram) * b).sum(dim=2), scaling)
+
+
+def _norm_of_reached(
+    weight: PackedWeight,
+    tokens: ExpertTokens,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+) -> FactoredNorm:
+    """The norms of all experts that have tokens, (n, out), by one launch over their codes."""
+    from qdora.ops import triton_kernels
+
+    index = tokens.on(base_squared.device).reached
+    a, b = (rounded(each if len(each) == 1 else each.index_select(0, index), dtype) for each in (lora_A, lora_B))
+    wide_a, wide_b = a.float(), b.float()
+    dots = triton_kernels.factor_dots(weight, a, wide_b, triton_kernels.Experts(index, base_squared.shape[1]))
+    of_factors = (wide_b @ ((wide_a @ wide_a.mT) * scaling) * wide_b).sum(dim=2)
+    return of_squares(base_squared.index_select(0, index), 2.0 * dots + of_factors, scaling)

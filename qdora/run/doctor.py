@@ -24,7 +24,7 @@ from qdora.files.environment import (
     package_versions,
 )
 
-EXTRAS = ("gguf", "tensorboard", "trackio", "wandb", "mlflow")
+EXTRAS = ("gguf", "tensorboard", "trackio", "wandb", "mlflow", "triton")
 """Extras of the package that this report names; each installs the package of its name."""
 
 GIB = 2**30
