@@ -45,6 +45,13 @@ def test_step_time(tmp_path: Path) -> None:
     assert peak["peak_bytes"] == peak["loaded_bytes"] + peak["added_bytes"]
 
 
+def test_one_micro_batch(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "one_micro_batch.py")
+    assert {len(each) for each in result["seconds"].values()} == {2}
+    assert set(result["seconds"]) == {"own_dora", "own_lora", "peft_lora", "peft_dora", "frozen", "dense"}
+    assert set(result["passes"]) == set(result["bars"])
+
+
 def test_roofline(tmp_path: Path) -> None:
     result = smoke(tmp_path, "roofline.py")
     assert result["passes"]

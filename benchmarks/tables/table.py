@@ -20,6 +20,8 @@ CONTENDERS = {
     "peft_lora": "PEFT LoRA",
     "peft_dora": "PEFT DoRA",
     "peft_dora_addmm": "PEFT DoRA, norm by one addmm",
+    "frozen": "frozen NF4 model, no adapter",
+    "dense": "frozen 16-bit model, no adapter",
     "own_lora_8bit": "qdora LoRA, 8-bit AdamW",
     "own_dora_8bit": "qdora DoRA, 8-bit AdamW",
     "peft_lora_8bit": "PEFT LoRA, 8-bit AdamW",

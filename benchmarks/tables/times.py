@@ -186,5 +186,24 @@ def step_time() -> str:
 _STEP_COLUMNS = ("tokens/s", "time of qdora DoRA / of this one")
 
 
+def one_micro_batch() -> str:
+    """Tokens a second where each step is one micro-batch, and own QDoRA's time relative to each contender."""
+    document = read("one_micro_batch")
+    rows = []
+    for name, speed in document["tokens_per_second"].items():
+        times = document["ratios"].get(f"own_dora / {name}")
+        rows.append([CONTENDERS[name], f"{speed['median']:.0f}", _quartiles(times) if times else "1"])
+    count, peer = len(document["seconds"]["own_dora"]), document["ratios"]["peft_dora / peft_lora"]
+    kept = [
+        f"{name} at most {bar}: {'kept' if document['passes'][name] else 'missed'}"
+        for name, bar in document["bars"].items()
+    ]
+    note = (
+        f"\n{document['rows']} rows of {document['length']} tokens, {document['num_threads']} threads, {count} rounds. "
+        f"PEFT's own QDoRA / its QLoRA: {_quartiles(peer)}. Bars: {', '.join(kept)}.\n"
+    )
+    return markdown(["", "tokens/s", "time of qdora DoRA / of this one"], rows) + note
+
+
 def _quartiles(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.3f} ({ratio['lower']:.2f}–{ratio['upper']:.2f})"
