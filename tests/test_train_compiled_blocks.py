@@ -148,6 +148,22 @@ def test_gates_that_remove_components_compile_nothing_anew(
     assert compilations.frame_count == 1
 
 
+def test_gradients_in_bf16_accumulate_in_float32(
+    compilations: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second micro-batch is compiled for when the first one's gradients are there."""
+    models = [adapted("llama", monkeypatch, checkpointing=True, dtype=torch.bfloat16) for _ in range(2)]
+    with compiled_blocks.compiled_blocks(models[1]):
+        for model in models:
+            gradients(model, SHAPES[0])
+            monkeypatch.setattr(model, "zero_grad", lambda: None)
+        expected, found = (gradients(model, SHAPES[2]) for model in models)
+    tiny_streamed.assert_equal(found, expected)
+    assert found["model.layers.0.mlp.up_proj.lora_A"].dtype == torch.float32
+    assert compilations.frame_count == 2
+    assert [each for each in caplog.records if each.name == "qdora"] == []
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_streamed.write_source(tmp_path_factory.mktemp("source"))

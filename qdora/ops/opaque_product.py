@@ -92,6 +92,8 @@ def opaque_operands(
     else:
         base, factors, gain, row_factor = weight, prepared[:2], prepared[2], None
         row_gain = None if gain is None else gain.value
+    # A and B in the dtype of the products may be the parameters, whose gradients are not these arguments' affair.
+    factors = factors[0].detach(), factors[1].detach()
     inverse = None if gain is None else gain.inverse_magnitude
     found = opaque_weight(base, dtype), stand_ins, factors
     return OpaqueOperands(*found, row_factor, row_gain, inverse, keep_bits, _numbers(scaling, dropout))

@@ -40,13 +40,15 @@ logger = logging.getLogger("qdora")
 
 
 @contextmanager
-def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
+def compiled_blocks(model: PreTrainedModel, backend: Any = None) -> Iterator[None]:
     """Inside, the blocks of `model` train compiled. Names and parameters stay as they are.
 
     The first steps compile: once, or twice where some micro-batches have an attention mask and others have none; again
     where only some blocks are streamed. If torch cannot compile a kind of block, a warning says so and it runs as it
     is. On leaving, all of torch's compiled code is dropped.
 
+    Args:
+        backend: Of torch.compile; None: `BACKEND`.
     Raises UserError: A model without a list of blocks, or with stacks of experts, whose products depend on how the
         tokens divide.
     """
@@ -56,7 +58,7 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
     if stacks(model):
         raise UserError(f"train.compile: must be false, since {kind} has experts, which torch.compile cannot compile.")
     blocks = list(found[1])
-    regions = {plain: _Region(plain) for plain in map(_plain_forward, blocks)}
+    regions = {plain: _Region(plain, backend or BACKEND) for plain in map(_plain_forward, blocks)}
     for block in blocks:
         block.forward = CompiledBlock(block, regions[_plain_forward(block)])
     try:
@@ -93,9 +95,9 @@ def _plain_forward(block: nn.Module) -> Callable[..., Any]:
 class _Region:
     """The forward pass of a class of blocks, compiled; as it is, if it cannot be compiled."""
 
-    def __init__(self, plain: Callable[..., Any]) -> None:
+    def __init__(self, plain: Callable[..., Any], backend: Any) -> None:
         self.plain = plain
-        self.compiled: Callable[..., Any] | None = torch.compile(self._traced, fullgraph=True, backend=BACKEND)
+        self.compiled: Callable[..., Any] | None = torch.compile(self._traced, fullgraph=True, backend=backend)
 
     def _traced(self, block: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # All that the code may know of the number of rows.
