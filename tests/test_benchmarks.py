@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,11 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
-def smoke(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
+def smoke(tmp_path: Path, script: str, *options: str, seconds: float = 280) -> dict[str, Any]:
     out = tmp_path / "result.json"
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--smoke", "--out", str(out), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
     assert run.returncode == 0, run.stderr[-3000:]
     result: dict[str, Any] = json.loads(out.read_text())
     assert json.loads(run.stdout.splitlines()[-1]) == result
@@ -50,6 +51,18 @@ def test_one_micro_batch(tmp_path: Path) -> None:
     assert {len(each) for each in result["seconds"].values()} == {2}
     assert set(result["seconds"]) == {"own_dora", "own_lora", "peft_lora", "peft_dora", "frozen", "dense"}
     assert set(result["passes"]) == set(result["bars"])
+
+
+@pytest.mark.timeout(1200)  # a compiler for C++ runs
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler for CPUs needs one for C++")
+def test_compile_time(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "compile_time.py", "--checkpointing", "on", seconds=1100)
+    assert result["passes"]
+    (case,) = result["cases"].values()
+    assert case["num_compilations"] == 2
+    assert {len(each) for each in case["losses"].values()} == {8}  # two first steps, and three rounds of two
+    assert 0 < case["largest_loss_difference"] < 0.02
+    assert all(step["compiled / eager"]["median"] > 0 for step in case["steps"].values())
 
 
 def test_roofline(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ SECTIONS: dict[str, Section] = {
     "numerics_formats": Section("numerics_formats:run", 60),
     "host_syncs": Section("host_syncs:run", 60),
     "step_in_turns": Section("model_step:in_turns", 240),
+    "compiled_step": Section("compiled_step:run", 180),
     "layer_time_1": Section("layer_cost:time_shape", 90, {"index": 0}),
     "layer_memory": Section("layer_cost:memory", 60),
     "step_own_dora": Section("model_step:alone", 60, {"name": "own_dora"}),

@@ -29,6 +29,7 @@ from qdora.ops.dora import (
 from qdora.ops.frozen_product import is_plain, product_dtype
 from qdora.ops.gate import fold_gate
 from qdora.ops.low_rank_factors import rounded
+from qdora.ops.opaque_product import OpaqueOperands, opaque_adapted_linear, opaque_operands
 from qdora.ops.planned_device import is_planning
 
 Kind = Literal["lora", "dora"]
@@ -63,6 +64,8 @@ class AdaptedLinear(nn.Module):
             a masked adapter and blocks that cross rows have nothing to keep.
         keeps_copy: Training keeps a copy of the output for the gradient of the magnitude, because the model writes into
             the output (`model.inplace_outputs`).
+        opaque: What the product's opaque operator takes, while a compiled block runs (`train.compiled_blocks`); else
+            None.
         has_cancelled: Whether a row of the present norm has cancelled and is wrong: a bool on the device, which nobody
             has read yet (`norms_checked_later`); None if the norm is right.
     """
@@ -101,6 +104,7 @@ class AdaptedLinear(nn.Module):
         self.keeps_scales = True
         self.keeps_copy = False
         self.has_cancelled: Tensor | None = None
+        self.opaque: OpaqueOperands | None = None
         self._is_asked = False
         device = base.stored_weight.device
         first = torch.empty(shape_a, dtype=torch.float32)
@@ -140,6 +144,8 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
         dtype = product_dtype(x)
+        if self.opaque is not None and self.opaque.weight.dtype == dtype:
+            return opaque_adapted_linear(x, self.opaque, self.out_features, self.base.bias)
         operands = self.operands(dtype)
         if operands is not None and not self.training and is_plain(x):
             return adapted_product(x, self.base.stored_weight, self.base.bias, operands)
@@ -172,6 +178,27 @@ class AdaptedLinear(nn.Module):
             return operands_of(self.lora_A, self.gated_B(), self.gain(dtype), scaling, dtype, kept_of=base)
 
         return self._cache.get("operands", parameters, (dtype, self.scaling, dropout, keeps_scales), made)
+
+    def trained_tensors(self) -> tuple[Tensor, ...]:
+        """A, the gated B and for DoRA m: where the gradients of a product arrive."""
+        factors = self.lora_A, self.gated_B()
+        return factors if self.magnitude is None else (*factors, self.magnitude)
+
+    def opaque_operands(self, dtype: torch.dtype, stand_ins: tuple[Tensor, Tensor, Tensor | None]) -> OpaqueOperands:
+        """What the opaque operator takes for products in `dtype`; the gradients flow to the `stand_ins` of A, the gated
+        B and m."""
+        prepared: Operands | tuple[Tensor, Tensor, Gain | None] | None = self.operands(dtype)
+        if prepared is None:
+            prepared = (self.lora_A.detach(), self.gated_B().detach(), self.gain(dtype))
+        return opaque_operands(
+            self.base.stored_weight,
+            stand_ins,
+            prepared,
+            self.scaling,
+            dtype,
+            dropout=self._dropout,
+            keep_bits=self._mask_bits,
+        )
 
     @property
     def _dropout(self) -> float:

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qdora.ops.frozen_product import frozen_linear
+from qdora.ops.frozen_product import frozen_linear, product_dtype
+from qdora.ops.opaque_product import OpaqueWeight, opaque_frozen_linear
 from qdora.ops.packed import PackedWeight, from_tensors
 from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, dense_weight
@@ -34,6 +35,8 @@ class FrozenLinear(nn.Module):
         keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (it is 0 where the mask is
             False); None for a weight that was not pruned.
         residency: Brings the packed weight before it is read; None if it is always there.
+        opaque: What the product's opaque operator takes, while a compiled block runs (`train.compiled_blocks`); else
+            None.
         replaces: Name of the class of the model's own layer.
     """
 
@@ -45,6 +48,7 @@ class FrozenLinear(nn.Module):
         self.block_size = 0
         self.residency: Residency | None = None
         self.replaces = "Linear"
+        self.opaque: OpaqueWeight | None = None
         self._packed: PackedWeight | None = None
         if isinstance(weight, PackedWeight):
             self.kind: str = weight.kind
@@ -103,6 +107,8 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
+        if self.opaque is not None and self.opaque.dtype == product_dtype(x):
+            return opaque_frozen_linear(x, self.opaque, self.out_features, self.bias)
         return frozen_linear(x, self.stored_weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:

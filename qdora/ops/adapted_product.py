@@ -18,6 +18,7 @@ With a keep mask M, s g M o (B A) replaces the product of the factors (`ops.mask
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ def adapted_linear(
     if operands is None and keep_bits is None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             operands = operands_of(lora_A, lora_B, gain, scaling, x.dtype)
-    call = _Call(
+    call = Call(
         weight,
         bias,
         keep_bits,
@@ -151,7 +152,7 @@ def adapted_product(x: Tensor, weight: Weight, bias: Tensor | None, operands: Op
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments of a product that have no gradient; `scaling` includes dropout's 1 / (1 - p)."""
 
     weight: Weight
@@ -174,21 +175,9 @@ class _AdaptedLinear(torch.autograd.Function):
         magnitude: Tensor | None,
         gain: Tensor | None,
         inverse_magnitude: Tensor | None,
-        call: _Call,
+        call: Call,
     ) -> Tensor:
-        low = None
-        with torch.autocast(x.device.type, enabled=False):
-            # The small term first: the sum is then rounded once, when the base's product is added to it.
-            if call.operands is not None:
-                low = _low_rank_input(x, call.operands.a, call)
-                out = low @ call.operands.scaled_b.T
-                base = call.operands.of_base(call.weight)
-            else:
-                assert call.keep_bits is not None, "products without a mask have operands"
-                update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
-                out = update.product(dropped(x, call.dropout, call.seed))
-                base = call.weight, gain
-            add_product_(out, x, *base)
+        out, low = product(x, lora_A, lora_B, gain, call)
         read_again = out if magnitude is not None and magnitude.requires_grad else None
         if read_again is not None and call.keeps_copy and call.bias is None:  # a bias makes another tensor
             read_again = out.clone()
@@ -207,39 +196,73 @@ class _AdaptedLinear(torch.autograd.Function):
         # What a checkpoint has recomputed comes back through a hook, and torch compares the versions only without one.
         if out is not None and out._version > ctx.version:
             raise RuntimeError(WRITTEN)
-        call: _Call = ctx.call
-        need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
-        dx = da = db = dm = None
-        with torch.autocast(dy.device.type, enabled=False):
-            if need_m:
-                dm = column_dot(dy, out, inverse_magnitude)
-            # Nobody else holds what a checkpoint has recomputed, so `out` and `x` go as soon as they have been read:
-            # in a 7B model's down projection, where a step has its peak, 59 MiB.
-            del out
-            base = (call.weight, gain) if call.operands is None else call.operands.of_base(call.weight)
-            if call.keep_bits is not None:
-                update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
-                if need_a or need_b:
-                    da, db = update.factor_gradients(dy, dropped(x, call.dropout, call.seed))
+        saved = [x, out, low, lora_A, lora_B, gain, inverse_magnitude]
+        del x, out
+        return (*product_gradients(dy, saved, ctx.call, ctx.needs_input_grad[:4]), None, None, None)
+
+
+def product(x: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
+    """The output without its bias, (tokens, out), and the low-rank activations, (tokens, rank), or None with a mask."""
+    low = None
+    with torch.autocast(x.device.type, enabled=False):
+        # The small term first: the sum is then rounded once, when the base's product is added to it.
+        if call.operands is not None:
+            low = _low_rank_input(x, call.operands.a, call)
+            out = low @ call.operands.scaled_b.T
+            base = call.operands.of_base(call.weight)
+        else:
+            assert call.keep_bits is not None, "products without a mask have operands"
+            update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
+            out = update.product(dropped(x, call.dropout, call.seed))
+            base = call.weight, gain
+        add_product_(out, x, *base)
+    return out, low
+
+
+def product_gradients(
+    dy: Tensor, saved: list[Any], call: Call, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dA, dB and dm of `product`, those that are `needed`; None for the others.
+
+    Args:
+        dy: (tokens, out).
+        saved: x, the output without its bias, the low-rank activations, A, B, g and 1 / m. The list is emptied, so that
+            x and the output can be freed as soon as they have been read.
+    """
+    x, out, low, lora_A, lora_B, gain, inverse_magnitude = saved
+    saved.clear()
+    need_x, need_a, need_b, need_m = needed
+    dx = da = db = dm = None
+    with torch.autocast(dy.device.type, enabled=False):
+        if need_m:
+            dm = column_dot(dy, out, inverse_magnitude)
+        # Nobody else holds what a checkpoint has recomputed, so `out` and `x` go as soon as they have been read: in a
+        # 7B model's down projection, where a step has its peak, 59 MiB.
+        del out
+        base = (call.weight, gain) if call.operands is None else call.operands.of_base(call.weight)
+        if call.keep_bits is not None:
+            update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
+            if need_a or need_b:
+                da, db = update.factor_gradients(dy, dropped(x, call.dropout, call.seed))
+            del x
+            if need_x:
+                dx = drop_(update.input_gradient(dy), call.dropout, call.seed)
+        elif call.operands is not None and (need_x or need_a):
+            d_low = dy @ call.operands.scaled_b  # (tokens, rank)
+            a = call.operands.a
+            if call.dropout > 0.0:
+                dx, da = _dropped_input_gradients(x, d_low, a, call, (need_x, need_a))
                 del x
-                if need_x:
-                    dx = drop_(update.input_gradient(dy), call.dropout, call.seed)
-            elif call.operands is not None and (need_x or need_a):
-                d_low = dy @ call.operands.scaled_b  # (tokens, rank)
-                a = call.operands.a
-                if call.dropout > 0.0:
-                    dx, da = _dropped_input_gradients(x, d_low, a, call, (need_x, need_a))
-                    del x
-                else:
-                    da = _summed_products(d_low, x) if need_a else None
-                    del x
-                    dx = d_low @ a if need_x else None
-            if dx is not None:
-                add_transposed_product_(dx, dy, *base)
-            if need_b and low is not None and call.operands is not None:
-                # The narrow factor first: a quarter faster on a CPU than (dy^T low).
-                db = _summed_products(low, dy).T * call.operands.row_factor
-        return dx, da if need_a else None, db if need_b else None, dm, None, None, None
+            else:
+                da = _summed_products(d_low, x) if need_a else None
+                del x
+                dx = d_low @ a if need_x else None
+        if dx is not None:
+            add_transposed_product_(dx, dy, *base)
+        if need_b and low is not None and call.operands is not None:
+            # The narrow factor first: a quarter faster on a CPU than (dy^T low).
+            db = _summed_products(low, dy).T * call.operands.row_factor
+    return dx, da if need_a else None, db if need_b else None, dm
 
 
 def _summed_products(left: Tensor, right: Tensor) -> Tensor:
@@ -254,7 +277,7 @@ def _summed_products(left: Tensor, right: Tensor) -> Tensor:
     return product.to(torch.promote_types(product.dtype, torch.float32))
 
 
-def _low_rank_input(x: Tensor, a: Tensor, call: _Call) -> Tensor:
+def _low_rank_input(x: Tensor, a: Tensor, call: Call) -> Tensor:
     """drop(x) A^T without the factor 1 / (1 - p): (tokens, rank)."""
     if call.dropout == 0.0:
         return x @ a.T
@@ -265,7 +288,7 @@ def _low_rank_input(x: Tensor, a: Tensor, call: _Call) -> Tensor:
 
 
 def _dropped_input_gradients(
-    x: Tensor, d_low: Tensor, a: Tensor, call: _Call, needed: tuple[bool, bool]
+    x: Tensor, d_low: Tensor, a: Tensor, call: Call, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """drop(d_low A), to which the base's part is added, and dA, where needed; the factor 1 / (1 - p) is in d_low."""
     need_x, need_a = needed

@@ -400,6 +400,8 @@ class Recipe(Section):
             )
         if kind == "none" and self.train.steps != 0:
             yield "train.steps", f"must be 0 with adapter.kind none, which trains nothing, got {self.train.steps}."
+        if kind == "none" and self.train.compile:
+            yield "train.compile", "must be false with adapter.kind none, which trains nothing, got true."
         if kind == "none" and self.train.router_aux_loss:
             what = f"must be 0 with adapter.kind none, which trains nothing, got {self.train.router_aux_loss:g}."
             yield "train.router_aux_loss", what

@@ -25,6 +25,7 @@ from qdora.run.pruned_base import SharedBases, base_of_run
 from qdora.run.run_page import leave_page
 from qdora.run.start_checks import CHECKS_FILE, PACKING, Check, tell_checks
 from qdora.run.trainer import Trainer
+from qdora.train.compiled_blocks import compiled_blocks
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import fit
@@ -80,6 +81,8 @@ def train_run(
         adapter = None if checkpoint is None else checkpoint.path / "adapter"
         adapt(model, prepared.recipe, prepared.source, prepared.tokenizer, adapter=adapter)
         _choose_packing(model, prepared, run, processes)
+        if prepared.recipe.train.compile:
+            stack.enter_context(compiled_blocks(model))
         active = ActiveRun(
             recipe=prepared.recipe,
             directory=run,
