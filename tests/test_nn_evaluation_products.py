@@ -31,9 +31,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     make = module.operands_of
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **options: Any) -> Any:
         calls.append(1)
-        return make(*args)
+        return make(*args, **options)
 
     monkeypatch.setattr(module, "operands_of", counting)
     return calls

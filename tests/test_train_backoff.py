@@ -18,7 +18,7 @@ from qdora.files.run_directory import RunDirectory
 from qdora.run import prepare
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
-from qdora.train import loop, optimizer, out_of_memory
+from qdora.train import flat_group, loop, out_of_memory
 from qdora.train.out_of_memory import Backoff, Shortage, is_out_of_memory
 from tests import tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless
@@ -294,26 +294,29 @@ def test_a_run_grows_back_and_a_resumed_one_at_the_same_step(
 NUM_MATRICES = 28
 
 
-def join_fails(monkeypatch: pytest.MonkeyPatch, step: int, *, place: int, forever: bool) -> None:
-    """Memory runs out in the update of `step`, at a matrix: once, or from there on."""
-    real, calls = optimizer.join_float32, [0]
-    first = NUM_MATRICES * step + place  # as many to make the states, then as many a step
+def join_fails(monkeypatch: pytest.MonkeyPatch, step: int, *, forever: bool) -> list[int]:
+    """Memory runs out in the update of `step`, at its matrices: once, or from there on. The number of calls comes back.
+
+    All matrices are joined in one call, and one after the other where that fails.
+    """
+    real, calls = flat_group.join_float32, [0]
 
     def join(*args: Any) -> Any:
         calls[0] += 1
-        if calls[0] == first or (forever and calls[0] > first):
+        if calls[0] == step or (forever and calls[0] > step):
             raise ERRORS["cuda"]()
         return real(*args)
 
-    monkeypatch.setattr(optimizer, "join_float32", join)
+    monkeypatch.setattr(flat_group, "join_float32", join)
+    return calls
 
 
-@pytest.mark.parametrize("place", [1, 13, NUM_MATRICES])
 def test_an_update_that_fits_in_parts_is_that_of_enough_memory(
-    root: Path, enough: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+    root: Path, enough: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    join_fails(monkeypatch, 3, place=place, forever=False)
-    train_run(recipe(root), tmp_path / "run")
+    calls = join_fails(monkeypatch, 3, forever=False)
+    num_steps = train_run(recipe(root), tmp_path / "run")["num_steps"]
+    assert calls == [num_steps + NUM_MATRICES]
     assert_same_run(tmp_path / "run", enough)
 
 
@@ -322,7 +325,7 @@ def test_an_update_without_memory_keeps_the_state_before_it(
 ) -> None:
     settings = recipe(root, adapter__kind="lora")
     train_run(settings, tmp_path / "whole")
-    join_fails(monkeypatch, 4, place=1, forever=True)
+    join_fails(monkeypatch, 4, forever=True)
     said = rf"step 4: out of memory in the update of {NUM_MATRICES} of {NUM_MATRICES} trainable tensors, e.g. \S+ \("
     with pytest.raises(RunFailure, match=said + re.escape(CUDA.rstrip(".")) + r"\)\. Fix: .*--resume.*/step-3\."):
         train_run(settings, tmp_path / "run")
@@ -336,7 +339,7 @@ def test_an_update_of_some_tensors_keeps_the_state_after_it(
 ) -> None:
     """The magnitudes, stored in float32, need no memory. The run can continue from there."""
     settings = recipe(root)
-    join_fails(monkeypatch, 4, place=1, forever=True)
+    join_fails(monkeypatch, 4, forever=True)
     said = rf"step 4: .* update of {NUM_MATRICES} of 42 trainable tensors.*14 others are updated, .*/step-4\."
     with pytest.raises(RunFailure, match=said):
         train_run(settings, tmp_path / "run")
