@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -108,10 +109,16 @@ def flash_on(gpu: FalseGpu, seen: list[Any]) -> Any:
         q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
-    def lengths(max_seqlen_q: Any = None, max_seqlen_k: Any = None, **_: Any) -> dict[str, Any]:
-        return {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    class Lengths:
+        """transformers calls it; later releases take it from a pair."""
 
-    return (None, varlen, None, None, None), (lengths, None)
+        def __call__(self, max_seqlen_q: Any = None, max_seqlen_k: Any = None, **_: Any) -> dict[str, Any]:
+            return {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter((self, None))
+
+    return (None, varlen, None, None, None), Lengths()
 
 
 @on_false_gpu

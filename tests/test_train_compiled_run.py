@@ -18,8 +18,10 @@ from qdora.run.train import train_run
 from qdora.train import compiled_blocks
 from tests import tiny_run
 from tests.run_files import assert_same_run, stop_after, trained
+from tests.test_train_compiled_blocks import needs_masks
 
 
+@needs_masks
 def test_an_interrupted_and_resumed_run_is_the_uncompiled_one_bit_for_bit(
     root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,7 +177,10 @@ def test_it_is_the_loss_of_transformers(tmp_path: Path, name: str) -> None:
     ids = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    wanted = model(ids, attention_mask=mask, output_router_logits=True).aux_loss
+    library = model(ids, attention_mask=mask, output_router_logits=True)
+    if name == "granitemoe" and not library.router_logits:
+        pytest.skip("this release of transformers gives no logits of Granite's routers")
+    wanted = library.aux_loss
     found = batch_loss(model, ids, mask, ids.clone(), routers=True)
     assert found.router_loss is not None
     torch.testing.assert_close(found.router_loss, wanted, rtol=1e-5, atol=1e-6)
