@@ -198,13 +198,14 @@ def estimate(shape: tuple[int, int]) -> dict[str, Any]:
     for each in weight.tensors().values():
         each.zero_()
     gain = torch.ones(shape[0])
-    own_scales = tiles.with_own_scales(weight, gain)
-    assert own_scales is not None
+    scales = tiles.own_scales(weight, gain)
+    assert scales is not None
+    at_hand = tiles.with_scales(weight, scales)
     a, b = torch.zeros(16, shape[1], dtype=torch.bfloat16), torch.zeros(shape[0], 16)
     paths: dict[str, Callable[[], Any]] = {
         "tiles of rows": lambda: list(tiles.row_tiles(weight, torch.bfloat16, gain)),
         "tiles of columns": lambda: list(tiles.column_tiles(weight, torch.bfloat16, gain)),
-        "tiles of rows, scales at hand": lambda: list(tiles.row_tiles(own_scales, torch.bfloat16)),
+        "tiles of rows, scales at hand": lambda: list(tiles.row_tiles(at_hand, torch.bfloat16)),
         "norm, rank 16": partial(dora.factored_norm, weight, a, b, 1.0, base_squared=gain, dtype=torch.bfloat16),
     }
     found: dict[str, Any] = {}

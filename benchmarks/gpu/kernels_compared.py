@@ -22,7 +22,7 @@ from qdora.ops.dora import row_norm, squared_row_norm
 from qdora.ops.expert_product import expert_rows
 from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.packed import PackedWeight, quantize
-from qdora.ops.tiles import column_tiles, row_tiles, with_own_scales
+from qdora.ops.tiles import column_tiles, own_scales, row_tiles, with_scales
 
 _BF16 = torch.bfloat16
 _NUM_EXPERTS, _REACHED = 8, (0, 2, 3, 6)
@@ -63,12 +63,18 @@ def with_triton(device: torch.device) -> bool:
     return device.type == "cuda" or triton_kernels.INTERPRETED
 
 
+def scaled_weight(weight: PackedWeight, gain: Tensor) -> PackedWeight:
+    """diag(gain) W with scales at hand."""
+    scales = own_scales(weight, gain)
+    assert scales is not None
+    return with_scales(weight, scales)
+
+
 def bits(weight: PackedWeight, gain: Tensor) -> dict[str, Check]:
     """The share of weights that differ from the definition, and the norm's sums against float64."""
     from qdora.ops import triton_kernels
 
-    scaled = with_own_scales(weight, gain)
-    assert scaled is not None
+    scaled = scaled_weight(weight, gain)
     expected = by_definition(scaled, _BF16)
     found = {
         "tile": triton_kernels.decode(weight, _BF16, gain=gain),
@@ -82,8 +88,7 @@ def bits(weight: PackedWeight, gain: Tensor) -> dict[str, Check]:
 
 def decoding(plan: Plan, weight: PackedWeight, gain: Tensor) -> dict[str, Any]:
     """Seconds for all tiles of a weight. Scales at hand have the gain in them already."""
-    scaled = with_own_scales(weight, gain)
-    assert scaled is not None
+    scaled = scaled_weight(weight, gain)
 
     def all_tiles(cut: Callable[..., Any], of: PackedWeight, factor: Tensor | None) -> None:
         for _ in cut(of, _BF16, factor):
