@@ -10,10 +10,11 @@ import torch
 
 from qdora.errors import UserError
 from qdora.model.build_model import choose_compute
-from qdora.ops import kernel_choice
+from qdora.ops import bnb_kernels, fused_product, kernel_choice
 from qdora.ops.kernel_choice import check_kernels, chosen_kernels, runs_triton
 from qdora.ops.packed import choose_backend, dequantize, quantize
 from qdora.ops.planned_device import planned_on
+from qdora.ops.tiles import own_scales, with_scales
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -72,6 +73,21 @@ def test_torch_switches_bitsandbytes_off_and_gives_the_same_bits(monkeypatch):
         assert backend == ("bnb" if name == "bitsandbytes" else "torch")
         found[name] = dequantize(weight)
     assert torch.equal(found["torch"], found["bitsandbytes"])
+
+
+def test_torch_decodes_without_the_fused_product_of_bitsandbytes(monkeypatch):
+    """A GPU's product of few tokens with codes, too, is bitsandbytes'."""
+    weight = quantize(torch.randn(8, 128, generator=torch.Generator().manual_seed(1)), "nf4")
+    x = torch.ones(1, 128, dtype=torch.bfloat16)
+    called = []
+    monkeypatch.setattr(fused_product, "device_kind", lambda _device: "cuda")
+    monkeypatch.setattr(bnb_kernels, "has_product", lambda _kind: True)
+    monkeypatch.setattr(bnb_kernels, "product_4bit", lambda *_args, **_options: called.append(1))
+    plain = with_scales(weight, own_scales(weight))
+    for name, count in (("bitsandbytes", 1), ("triton", 2), ("torch", 2)):
+        monkeypatch.setattr(fused_product, "chosen_kernels", lambda name=name: name, raising=False)
+        fused_product.fused_product(x, plain)
+        assert len(called) == count
 
 
 @pytest.mark.usefixtures("triton_installed")

@@ -286,6 +286,26 @@ def test_an_update_that_does_not_fit_is_made_in_parts_or_leaves_whole_tensors(
         assert same(never[key], (before if key in left else whole)[key]), key
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_in_another_memory_layout_is_updated_alike(name: Any, dtype: torch.dtype) -> None:
+    """Alone in its group, of a size that no zeros need to fill up: nothing is joined, and the layout is all it has."""
+    plain = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = []
+    for value in (plain, plain.t().contiguous().t()):
+        optimizer = AdapterOptimizer({"layer.lora_A": nn.Parameter(value.clone())}, name=name)
+        (parameter,) = optimizer.parameters.values()
+        assert parameter.is_contiguous() == value.is_contiguous()
+        gradient = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+        for _ in range(2):
+            parameter.grad = gradient.clone()
+            optimizer.step(1e-2)
+            assert torch.equal(parameter.grad, gradient)
+        found.append(optimizer.master("layer.lora_A"))
+        assert not torch.equal(parameter.detach(), value)
+    assert torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_decay_is_not_left_to_the_kernels(name: Any) -> None:
     """bitsandbytes' CUDA kernels decay after the update (AdamW) or through the gradient (32-bit Lion before 0.50)."""

@@ -220,20 +220,25 @@ class FlatGroup:
         self._master.grad = self._flat([parameter.grad for parameter in parameters if parameter.grad is not None], run)
 
     def _flat(self, tensors: Sequence[Tensor], run: Sequence[str]) -> Tensor:
-        """The tensors of a run behind each other, each filled up to whole units with zeros; a whole one as it is."""
-        gaps = [self._whole(tensor.numel()) - tensor.numel() for tensor in tensors]
-        if len(tensors) == 1 and not any(gaps):
+        """The tensors of a run behind each other, each filled up to whole units with zeros; a plain one as it is."""
+        if self._is_plain(run):
             return tensors[0].reshape(-1)
+        gaps = [self._whole(tensor.numel()) - tensor.numel() for tensor in tensors]
         zeros = tensors[0].new_zeros(max(gaps))
         parts = [part for tensor, gap in zip(tensors, gaps, strict=True) for part in (tensor.reshape(-1), zeros[:gap])]
         return torch.cat([part for part in parts if part.numel()])
+
+    def _is_plain(self, run: Sequence[str]) -> bool:
+        """Whether a run is one parameter that lies in memory as in the flat tensors."""
+        parameter = self.parameters[run[0]]
+        return len(run) == 1 and parameter.numel() % self._unit == 0 and parameter.is_contiguous()
 
     def _store(self, run: Sequence[str]) -> None:
         """Write the master into the parameters and their low bits; that overwrites it and its gradient."""
         span, master, gradient = self._span(run), self._master.detach(), self._master.grad
         assert gradient is not None
         parameters = [self.parameters[key].detach() for key in run]
-        is_joined = len(run) > 1 or parameters[0].numel() < len(master)
+        is_joined = not self._is_plain(run)
         high = master
         if self._low is not None:
             # A joined gradient is no longer needed, so that this allocates nothing.

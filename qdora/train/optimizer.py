@@ -186,30 +186,37 @@ class AdapterOptimizer:
         8-bit states of these parameters are quantised again.
         """
         self._wait_for_pages()
-        old = [group for group in self._groups if not cuts.keys().isdisjoint(group.parameters)]
+        place = 0
+        # One after the other: the old states of a group are freed before the next one's copies are made.
+        while place < len(self._groups):
+            group = self._groups[place]
+            made = [group] if cuts.keys().isdisjoint(group.parameters) else self._cut_group(group, cuts)
+            self._groups[place : place + 1] = made
+            place += len(made)
+
+    def _cut_group(self, group: FlatGroup, cuts: Mapping[str, tuple[Tensor, int]]) -> list[FlatGroup]:
+        """The groups that take the place of one after `cut_`."""
         lows: dict[str, Tensor | None] = {}
         states: dict[str, dict[str, Tensor]] = {}
-        for group in old:
-            for key, parameter in group.parameters.items():
-                low, state = group.low(key), group.state_of(key)
-                if key in cuts:
-                    kept, dim = cuts[key]
-                    low = None if low is None else low.index_select(dim, kept)
-                    wide = widened_state(state, parameter.device)
-                    states[key] = {name: each.index_select(dim, kept) for name, each in wide.items()}
-                else:  # new states may lie in the same pages
-                    states[key] = {n: each.clone() for n, each in state.items() if n not in (*NOT_STORED, "step")}
-                lows[key] = low
-        made = self._made_groups(lows, pages_of(old))
-        steps = {key: count for group in old for key, count in group.steps.items()}
-        for group in made:
-            for key in group.parameters:
-                group.steps[key] = steps[key]
-                fill_state_(group.state_of(key), states.pop(key))
-                low, place = lows[key], group.low(key)
+        for key, parameter in group.parameters.items():
+            low, state = group.low(key), group.state_of(key)
+            if key in cuts:
+                kept, dim = cuts[key]
+                low = None if low is None else low.index_select(dim, kept)
+                wide = widened_state(state, parameter.device)
+                states[key] = {name: each.index_select(dim, kept) for name, each in wide.items()}
+            else:  # new states may lie in the same pages
+                states[key] = {n: each.clone() for n, each in state.items() if n not in (*NOT_STORED, "step")}
+            lows[key] = low
+        made = self._made_groups(lows, pages_of([group]))
+        for each in made:
+            for key in each.parameters:
+                each.steps[key] = group.steps[key]
+                fill_state_(each.state_of(key), states.pop(key))
+                low, place = lows[key], each.low(key)
                 if low is not None and place is not None:
                     place.copy_(low)
-        self._groups = [*(group for group in self._groups if group not in old), *made]
+        return made
 
     @torch.no_grad()
     def fold_(self, key: str, factor: Tensor) -> None:
