@@ -171,7 +171,7 @@ class ExampleStream:
         rows = "row" if num_bad == 1 else "rows"
         return (
             f"{self.name}: {num_bad} faulty {rows}, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
-            "Fix: mend them in place, or raise data.max_bad_rows"
+            "Fix: mend them in place, or raise it by -s data.max_bad_rows=N"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class BadSteps:
         """What a user can do after a stop."""
         if self._train.on_bad_step == "skip":
             return f"The {self._in_a_row} steps before it were skipped. Fix: lower train.lr or train.clip"
-        return "Fix: look at the kept batch, lower train.lr or train.clip, or set train.on_bad_step to skip"
+        return "Fix: look at the kept batch, and lower train.lr or train.clip or set train.on_bad_step to skip"
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint; JSON values."""
