@@ -30,6 +30,7 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
 )
 from qdora.model.written_outputs import keep_written_outputs_
+from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -100,6 +101,13 @@ def adapt(
     new_tokens = token_ids(recipe, tokenizer)
     extend_vocabulary(model, new_tokens)
     put_adapters(model, recipe, adapter, new_tokens=new_tokens)
+    head = model.get_output_embeddings()
+    if isinstance(head, AdaptedLinear) and head.base.share is not None:
+        raise UserError(
+            f"adapter.targets: must not have the output head with train.parallel {recipe.train.parallel}: its loss "
+            "reads it in chunks, whose number differs between processes. Fix: leave it out, or set train.parallel: "
+            "replicate."
+        )
     if adapter is None:
         start_adapters(model, recipe, source)
     keep_written_outputs_(model)

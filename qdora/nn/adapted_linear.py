@@ -112,7 +112,7 @@ class AdaptedLinear(nn.Module):
         self.keeps_copy = False
         self.has_cancelled: Tensor | None = None
         self._is_asked = False
-        device = base.stored_weight.device
+        device = base.device
         first = torch.empty(shape_a, dtype=torch.float32)
         if init == "gaussian":
             first.normal_(0.0, 0.01, generator=generator)
@@ -125,7 +125,7 @@ class AdaptedLinear(nn.Module):
         self.gate: nn.Parameter | None = None
         squared = None
         if kind == "dora":
-            squared = squared_row_norm(base.stored_weight).view(shape_m)
+            squared = base.squared_row_norm().view(shape_m)
             self.magnitude = nn.Parameter(squared.sqrt())
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
@@ -326,7 +326,7 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
     """After `load_state_dict`, which may have loaded another base: compute anew what follows from it."""
     layer.parameters_changed()
     if layer.base_squared is not None:
-        layer.base_squared = squared_row_norm(layer.base.stored_weight).view_as(layer.base_squared)
+        layer.base_squared = layer.base.squared_row_norm().view_as(layer.base_squared)
 
 
 def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
@@ -384,13 +384,13 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
 
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
     one question serves all layers, or none is asked (`norms_checked_later`). Skipped are layers that have not run yet,
-    whose parameters have not changed, that are LoRA or masked (a masked norm asks nothing). The forward pass computes
-    the rest. Returns how many norms were computed.
+    whose parameters have not changed, that are LoRA or masked (a masked norm asks nothing), or whose base is divided
+    (`shared_norms`). The forward pass computes the rest. Returns how many norms were computed.
     """
     found: list[tuple[AdaptedLinear, torch.dtype, FactoredNorm]] = []
     for layer in layers:
         dtype, squared = layer._gain_dtype, layer.base_squared
-        if squared is None or layer.masked or dtype is None:
+        if squared is None or layer.masked or dtype is None or layer.base.share is not None:
             continue
         if layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling)):
             continue

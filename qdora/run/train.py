@@ -59,7 +59,7 @@ def train_run(
     Raises:
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
-    with processes_of_launch() as processes, ExitStack() as stack:
+    with processes_of_launch(shards=recipe.train.parallel in ("shard", "hybrid")) as processes, ExitStack() as stack:
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
         if processes.is_first:
             stack.enter_context(failures_logged(directory))

@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
-from qdora.train.out_of_memory import is_out_of_memory
+from qdora.train.out_of_memory import OutOfMemory, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -32,6 +33,10 @@ _MESSAGE_ELEMENTS = 1 << 24
 # The others wait in a collective while the first process evaluates. A process that dies is noticed at once, by the
 # launcher and by the broken connection, not by this timeout.
 _PATIENCE = timedelta(days=1)
+
+
+# In the messages of gloo and NCCL when a process of the group has ended.
+_CONNECTION_WORDS = ("onnection", "NCCL", "gloo")
 
 
 class OtherProcessFailed(RunFailure):
@@ -47,6 +52,8 @@ class Processes:
 
     rank: int = 0
     size: int = 1
+    shards: bool = False
+    """Whether the processes divide the base, so that each forward pass needs all of them."""
 
     @property
     def is_first(self) -> bool:
@@ -85,6 +92,41 @@ class Processes:
         if fault:
             raise OtherProcessFailed(f"process {self.rank}: stopped because process 0 failed ({fault}).")
         return result
+
+    def first_or_all(self, action: Callable[[], T]) -> T | None:
+        """Run an action that calls the model: like `first`, or where the base is divided in all processes.
+
+        There each process gets its result, and one that fails ends: the others cannot go on without it.
+        """
+        if not self.shards:
+            return self.first(action)
+        try:
+            return action()
+        except RuntimeError as error:
+            raise self.broken(error) from error
+
+    def broken(self, error: Exception) -> RunFailure:
+        """The failure of this process where the base is divided, from an error in a pass through the model.
+
+        The others wait for a part of the base, so they cannot be told; they notice that this process has ended.
+        """
+        if isinstance(error, RunFailure):
+            return error
+        if isinstance(error, OutOfMemory):
+            return RunFailure(f"process {self.rank}: {error.args[0].fault()}")
+        reason = first_line(error)
+        if not is_out_of_memory(error) and any(word in reason for word in _CONNECTION_WORDS):
+            return OtherProcessFailed(self._lost())
+        return RunFailure(
+            f"process {self.rank}: cannot be computed: {reason} With train.parallel: shard all processes end. "
+            "Fix the cause, then resume from the last checkpoint with --resume."
+        )
+
+    def _lost(self) -> str:
+        return (
+            f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
+            "ended, and its own message says why. Fix: resume from the last checkpoint with --resume."
+        )
 
     @torch.no_grad()
     def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -125,10 +167,7 @@ class Processes:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise OtherProcessFailed(
-                f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
-                "ended, and its own message says why. Fix: resume from the last checkpoint with --resume."
-            ) from error
+            raise OtherProcessFailed(self._lost()) from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
@@ -145,8 +184,10 @@ class Processes:
 
 
 @contextmanager
-def processes_of_launch() -> Iterator[Processes]:
+def processes_of_launch(*, shards: bool = False) -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
+
+    With `shards` they divide the base, if they are several.
 
     On CUDA each process takes the GPU of its local rank. Gradients go through NCCL; everything else goes through gloo
     on the host, so that no GPU waits for it. With fewer GPUs than processes a UserError is raised.
@@ -164,9 +205,23 @@ def processes_of_launch() -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        yield Processes(dist.get_rank(), dist.get_world_size(), shards)
     finally:
         dist.destroy_process_group()
+
+
+def mesh_of(processes: Processes, device: torch.device, parallel: str) -> DeviceMesh | None:
+    """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
+
+    With `parallel` hybrid the processes of a machine divide the base, and machines repeat it.
+    """
+    if not processes.shards:
+        return None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size))
+    if parallel == "hybrid":
+        shape = (processes.size // here, here)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (processes.size,))
 
 
 def free_host_bytes() -> int | None:

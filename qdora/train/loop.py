@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from qdora.data.batching import IGNORED, Packing
 from qdora.data.loader import Step, StepLoader
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
+from qdora.memory.sharded_base import release
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import norms_checked_later, prepare_gains, settle_norms, unchecked
+from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.ops.loss import token_nll
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
+from qdora.train.even_passes import even_passes
 from qdora.train.hooks import Evaluated, Hooks, Metrics
 from qdora.train.interrupt import StopRequest
 from qdora.train.known_masks import known_masks, packed_mask_is_known
@@ -312,12 +315,15 @@ def _gradient_of_next_step(
     example_nll: list[Tensor] = []
     fault = shortage = None
     try:
-        metrics, example_nll = compute(batch)
-    except OutOfMemory as error:
-        shortage = error.args[0]
-    except RuntimeError as error:
-        reason = first_line(error)
-        fault = f"cannot be computed: {reason} The update was not applied. Fix the cause, then resume with --resume."
+        metrics, example_nll = compute(even_passes(batch, processes))
+    except (OutOfMemory, RuntimeError) as error:
+        if processes.shards:
+            raise processes.broken(error) from error
+        if isinstance(error, OutOfMemory):
+            shortage = error.args[0]
+        else:
+            what = f"cannot be computed: {first_line(error)} The update was not applied."
+            fault = f"{what} Fix the cause, then resume with --resume."
     shortages = [Shortage(*each) for each in processes.gather(shortage) if each]
     if not shortages:
         metrics, fault = _over_processes(metrics, fault, processes)
@@ -442,6 +448,7 @@ def _accumulate(
     """
     # Blocks that are not resident are not fetched for their norms alone.
     prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
+    prepare_shared_gains(adapted_layers(model).values())
     nll = torch.zeros(len(tokens), dtype=torch.float32, device=device)
     aux = torch.zeros((), dtype=torch.float32, device=device)
     example_nll = []
@@ -453,13 +460,14 @@ def _accumulate(
             loss = batch_loss(model, sent[0], sent[1], micro.labels, routers=router_aux_loss > 0, **options)
             objective = loss.nll_sum
             if loss.router_loss is not None:
-                share = int(micro.attention_mask.sum()) / batch.num_tokens
+                share = int(micro.attention_mask.sum()) / batch.num_tokens if micro.example_ids else 0.0
                 objective = objective + router_aux_loss * share * total * loss.router_loss
                 aux += share * loss.router_loss.detach()
             part = objective / total if loss_scale is None else objective * loss_scale.value
             part.backward()  # type: ignore[no-untyped-call]
             nll.index_add_(0, sent[2], loss.example_nll.float())
-        example_nll.append(loss.example_nll)
+        if micro.example_ids:
+            example_nll.append(loss.example_nll)
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
     if loss_scale is not None:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -573,7 +581,9 @@ def _labelled_nll(
         if random is not None and len(targets):
             form = _FORMS[model] = learn_form(model, head, tap, logits, targets)
         if form is not None:
-            return head_nll(head, tap.hidden, targets, form, chunk)
+            nll = head_nll(head, tap.hidden, targets, form, chunk)
+            release(head)
+            return nll
         logger.warning(
             "%s: the operations after this model's head are not known, so memory.loss_chunk has no effect: the "
             "logits of all labelled tokens exist at once, about %.2f GiB for the %d of this micro-batch.",
