@@ -24,7 +24,7 @@ from qdora.recipe.data_settings import DataConfig
 logger = logging.getLogger("qdora")
 
 CHECKS_FILE = "checks.json"
-_DATA, PACKING, GRADIENTS = "data", "packing", "gradients"
+_DATA, PACKING, DIVISION, GRADIENTS = "data", "packing", "division", "gradients"
 _AT_A_TIME = 4096
 _NEAR = 4
 """A stop token among the last tokens of an answer ends it: some templates write a line end behind it."""
@@ -57,7 +57,7 @@ def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None
             logger.info("Checked: %s", each.text)
     told = {group: [asdict(each) for each in checks] for group, checks in found.items()}
     now = _kept(run) | told
-    run.write_json(CHECKS_FILE, {group: now[group] for group in (_DATA, PACKING, GRADIENTS) if group in now})
+    run.write_json(CHECKS_FILE, {group: now[group] for group in (_DATA, PACKING, DIVISION, GRADIENTS) if group in now})
 
 
 def begin_checks(run: RunDirectory, data: Sequence[Check], *, trains: bool) -> None:

@@ -23,7 +23,7 @@ from qdora.run.open_directory import newest_checkpoint, open_directory
 from qdora.run.prepare import PreparedRun, prepare, show_plans
 from qdora.run.pruned_base import SharedBases, base_of_run
 from qdora.run.run_page import leave_page
-from qdora.run.start_checks import CHECKS_FILE, PACKING, Check, tell_checks
+from qdora.run.start_checks import CHECKS_FILE, DIVISION, PACKING, Check, tell_checks
 from qdora.run.training import Training
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.interrupt import stop_on_signal
@@ -31,6 +31,7 @@ from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
+from qdora.train.shard_check import check_division
 from qdora.train.task_weights import task_weights
 
 
@@ -80,6 +81,9 @@ def train_run(
         adapter = None if checkpoint is None else checkpoint.path / "adapter"
         adapt(model, prepared.recipe, prepared.source, prepared.tokenizer, adapter=adapter)
         _choose_packing(model, prepared, run, processes)
+        if (text := check_division(model, processes)) is not None:
+            with unharmed(CHECKS_FILE):
+                processes.first(lambda: tell_checks(run, {DIVISION: [Check("passed", text)]}))
         active = ActiveRun(
             recipe=prepared.recipe,
             directory=run,
