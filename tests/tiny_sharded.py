@@ -116,4 +116,4 @@ def num_adapter_bytes(model: nn.Module) -> int:
     """Bytes that adapters add: their parameters, and what DoRA keeps of the base."""
     layers = adapted_layers(model).values()
     tensors = [each for layer in layers for each in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -123,7 +123,9 @@ class ShardedBase:
         options["ignored_params"] = {each for each in model.parameters() if id(each) not in divided}
         for unit in _ends(model, divided):
             # What needs the head's weight after its forward pass says when it no longer does (`release`).
-            fully_shard(unit, reshard_after_forward=not _holds_head(model, unit), **options)
+            made: Any = fully_shard(unit, reshard_after_forward=not _holds_head(model, unit), **options)
+            if isinstance(unit, nn.Embedding):  # which torch would prefetch behind the first block's backward pass
+                made.set_unshard_in_backward(False)
         sharded = [fully_shard(block, **options) for block in found[1]]
         fully_shard(model, **options)
         for block, following in pairwise(sharded):

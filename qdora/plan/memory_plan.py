@@ -40,9 +40,10 @@ from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
 from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.chunked_scan import short_scans
+from qdora.plan.division import division_of
 from qdora.plan.fake_step import StepRecorder, empty_model, fill_, ranks_of_adapter, set_unmasked_, update_bytes
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan, over_budget
+from qdora.plan.plan_contents import DeviceKind, Division, MicroBatchShape, Moment, Plan, over_budget
 from qdora.plan.public_shapes import PublicShape, public_shapes
 from qdora.plan.step_time import Work, known_rates, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
@@ -275,7 +276,14 @@ class _StepPlan:
             num_weights=weights,
             step_seconds=self.seconds(num_trainable) if shapes else None,
             rates=asdict(known_rates(self.device_kind)),
+            division=self._division(skeleton, num_trainable),
         )
+
+    def _division(self, skeleton: PreTrainedModel, num_trainable: int) -> Division | None:
+        """What several processes could divide."""
+        seconds = self._work(num_trainable).block_seconds(self.shape, known_rates(self.device_kind))
+        pruned = self.recipe.base.prune is not None
+        return division_of(skeleton, self._wanted, self.dtype, pruned=pruned, forward_seconds=seconds)
 
     def _step(self) -> _Step:
         """Run a step, unless one was run already that needs the same of everything."""
@@ -342,6 +350,10 @@ class _StepPlan:
 
     def seconds(self, num_trainable: int) -> float:
         """Predicted time of a step with this many trainable parameters."""
+        rates = known_rates(self.device_kind)
+        return step_seconds(self._work(num_trainable), self.shape, self.num_micro_batches, rates)
+
+    def _work(self, num_trainable: int) -> Work:
         skeleton: Any = self.skeleton
         found, streamed = block_list(skeleton), self._streamed(skeleton)
         blocks = skeleton if found is None else found[1]
@@ -353,7 +365,7 @@ class _StepPlan:
             met += size * (top_k / each.num_experts if isinstance(each, ExpertLinear) else 1.0)
         heads = getattr(config, "num_attention_heads", 1)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        work = Work(
+        return Work(
             num_linear=linear,
             share_met=met / max(linear, 1),
             num_head=config.vocab_size * config.hidden_size,
@@ -367,7 +379,6 @@ class _StepPlan:
             block_bytes=0 if streamed is None else streamed.block_bytes,
             row_bytes=config.hidden_size * self.dtype.itemsize if self._embedding_bytes(skeleton) else 0,
         )
-        return step_seconds(work, self.shape, self.num_micro_batches, known_rates(self.device_kind))
 
     def _moments(self, kept: list[int] | None) -> _Step:
         """Moments of a step of the model with the blocks `kept`, and the shapes of its trainable parameters."""
