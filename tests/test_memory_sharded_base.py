@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qdora.errors import RunFailure, UserError
+from qdora.memory import sharded_base
 from qdora.model.inject import adapted_layers, frozen_layers
-from qdora.ops.packed import PackedWeight
+from qdora.nn.row_share import span
+from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.train.distributed import Processes, processes_of_launch
 from tests import launched, tiny_adapted, tiny_experts, tiny_run, tiny_sharded, tiny_tokenizer
 
@@ -123,6 +125,38 @@ def test_each_process_holds_its_part_before_and_after_a_step(
 ) -> None:
     source = write(root / family, family)
     assert launched.run(size, parts, source, {"double_quant": double_quant}) == [""] * size
+
+
+def own_rows(rank: int, source: Path) -> None:
+    """Each process quantises its rows alone."""
+    rows: list[int] = []
+    real = sharded_base.quantize
+
+    def counted(weight: torch.Tensor, *args: Any, **options: Any) -> PackedWeight:
+        rows.append(weight.shape[0])
+        return real(weight, *args, **options)
+
+    with processes_of_launch(shards=True) as processes, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded_base, "quantize", counted)
+        model = tiny_sharded.load(source, processes)
+        layers = [layer for layer in frozen_layers(model).values() if layer.kind == "nf4"]
+        mine = [span(layer.out_features, rank, processes.size) for layer in layers]
+        assert rows == [each.stop - each.start for each in mine if each.stop > each.start]
+        assert all(found < layer.out_features for found, layer in zip(rows, layers, strict=False))
+
+
+def test_a_process_reads_and_quantises_its_rows(root: Path) -> None:
+    """Double quantised: the parts are those of the whole weight all the same, which the test above has."""
+    assert launched.run(3, own_rows, write(root / "qwen3", "qwen3")) == ["", "", ""]
+
+
+def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:
+    form = empty_packed("nf4", (3, 64), 16, False, "meta")
+    found = sharded_base._quantized(torch.empty(0, 64), form, "w")
+    assert {name: (tuple(each.shape), each.dtype) for name, each in found.items()} == {
+        "packed": ((0, 32), torch.uint8),
+        "absmax": ((0, 4), torch.float32),
+    }
 
 
 def test_a_recipe_that_cannot_be_divided_is_refused(root: Path) -> None:

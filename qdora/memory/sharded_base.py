@@ -9,7 +9,6 @@ The layers read their tensors through views of the memory that torch fills and f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -24,18 +23,20 @@ from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
 from qdora.model.inject import frozen_layers, is_linear
-from qdora.model.load import Loading, block_list, is_wide, iterate_quantized, place_dense, place_frozen, wide_names
-from qdora.model.packed_base import PrunedBase
-from qdora.model.stored_tensors import tied_weights
+from qdora.model.load import Loading, block_list, is_wide, place_dense, place_frozen, wide_names
+from qdora.model.packed_base import BaseCache, PrunedBase
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.row_share import RowShare, span
-from qdora.ops.packed import PackedWeight
+from qdora.nn.row_share import RowShare, gather_runs, span
+from qdora.ops.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
 from qdora.ops.tiles import Weight
 
 _SUFFIX = "_share"
 """Ends the name of a layer's parameter that torch gathers; a buffer without it is a view of that."""
 _Placed = tuple[nn.Module, str, Tensor]
 """A module, the name of its sharded parameter, and this process's part of it."""
+_Parts = dict[str, Tensor]
+"""Name of a tensor of a layer -> this process's part of it."""
 
 
 class ShardedBase:
@@ -44,10 +45,11 @@ class ShardedBase:
     Args:
         mesh: The processes: one dimension, or two, of which the last one divides the weights and the first repeats it.
         pruned: The layers of a pruned base, read instead of the model's own; None for a base that is not pruned.
+        cache: The `Reader` of the same load, with `mapped`, if there is one.
     """
 
-    def __init__(self, mesh: DeviceMesh, pruned: PrunedBase | None = None) -> None:
-        self.mesh, self.pruned = mesh, pruned
+    def __init__(self, mesh: DeviceMesh, pruned: PrunedBase | None = None, cache: BaseCache | None = None) -> None:
+        self.mesh, self.pruned, self.cache = mesh, pruned, cache
         self.group = mesh.get_group(mesh.ndim - 1)
 
     @torch.no_grad()
@@ -63,56 +65,105 @@ class ShardedBase:
         tied = _tie(model)
         wide = wide_names(model, load.compute_dtype)
         placed: list[_Placed] = []
-        for done, (name, value, keep_bits) in enumerate(self._weights(load), start=1):
+        stored = load.stored if self.pruned is None else self.pruned.others(load)
+        for done, (name, item) in enumerate(stored.items(), start=1):
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
-            if leaf == "weight" and name not in tied and (isinstance(value, PackedWeight) or is_linear(module)):
-                moved = value.to(device) if isinstance(value, PackedWeight) else value.to(device, dtype)
-                placed += self._place_layer(model, path, moved, keep_bits)
+            if leaf == "weight" and name not in tied and (isinstance(item, StoredPacked) or is_linear(module)):
+                placed += self._place_layer(load, path, *self._read_layer(load, name, item, dtype))
+                self._drop(name)
             elif isinstance(module, nn.Embedding) or name in tied:
-                assert isinstance(value, Tensor)
-                placed.append(self._divide(module, leaf, value.to(device, dtype)))
+                assert isinstance(item, StoredTensor)
+                placed.append(self._place_matrix(module, leaf, item, dtype, device))
+                self._drop(name)
             else:
-                assert isinstance(value, Tensor)
-                place_dense(module, leaf, value, device, dtype)
-            del value, keep_bits
+                assert isinstance(item, StoredTensor)
+                place_dense(module, leaf, item.read(), device, dtype)
             if load.progress is not None:
                 load.progress(done, len(load.stored))
+        for path in () if self.pruned is None else self.pruned.layers:
+            weight, keep_bits = self.pruned.read(path)  # type: ignore[union-attr]
+            dense = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
+            placed += self._place_layer(load, path, *self._kept(dense, device, keep_bits))
+            del weight, dense
         self._shard(model, placed)
 
-    def _weights(self, load: Loading) -> Iterator[tuple[str, Weight, Tensor | None]]:
-        """(model name, weight, mask) of everything that is stored."""
-        pruned = self.pruned
-        stored = load.stored if pruned is None else pruned.others(load)
-        for name, value in iterate_quantized(stored, load.layers, load.wanted, load.device):
-            yield name, value, None
-        if pruned is not None:
-            for path in pruned.layers:
-                yield f"{path}.weight", *pruned.read(path)
+    def _read_layer(self, load: Loading, name: str, item: Stored, dtype: torch.dtype) -> tuple[RowShare, _Parts]:
+        """The share of a layer, and what this process keeps: of a dense matrix it reads and quantises its rows alone.
 
-    def _place_layer(self, model: nn.Module, path: str, weight: Weight, keep_bits: Tensor | None) -> list[_Placed]:
-        """Put a layer without values into the model; what this process keeps of its tensors is returned."""
-        tensors = _cut_tensors(weight)
-        share = RowShare(_without_values(weight), keep_bits, self.group)
+        Double quantised scales depend on those of all rows, which all processes exchange.
+        """
+        wanted, quantised = load.wanted, name.removesuffix(".weight") in load.layers and load.wanted.kind != "none"
+        if isinstance(item, StoredPacked):
+            return self._kept(item.read(), load.device)
+        shape = (item.shape[0], item.shape[1])
+        form: Weight = torch.empty(shape, dtype=dtype, device="meta")
+        if quantised:
+            form = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta")
+        share = RowShare(form, None, self.group)
+        if isinstance(form, Tensor):
+            return share, {"weight": _rows(item, share.rows).to(load.device, dtype, copy=True)}
+        if not share.by_rows:
+            rows = item.read_rows().to(load.device)
+            whole = quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            return self._kept(whole, load.device)
+        parts = _quantized(_rows(item, share.rows).to(load.device), form, name)
+        if form.nested is not None:
+            scales = gather_runs([parts["absmax"]], [shape[0]], self.group)[0].reshape(-1)
+            nested = with_nested_scales(replace(form, absmax=scales, nested=None))
+            parts["absmax"] = share.mine(share.cut(nested.absmax)).clone()
+            share.form = replace(form, nested=nested.nested)
+        return share, parts
+
+    def _kept(self, weight: Weight, device: torch.device, keep_bits: Tensor | None = None) -> tuple[RowShare, _Parts]:
+        """The share of a whole weight, and what this process keeps of it; it may be mapped from a file."""
+        form: Weight = weight.to("meta") if isinstance(weight, Tensor) else weight
+        tensors = _divided_tensors(weight)
+        if isinstance(weight, PackedWeight):
+            nested = weight.nested
+            if nested is not None:
+                values = (each.to(device, copy=True) for each in (nested.absmax, nested.code, nested.offset))
+                nested = NestedScales(*values)
+            form = replace(weight, packed=weight.packed.to("meta"), absmax=weight.absmax.to("meta"), nested=nested)
         if keep_bits is not None:
-            tensors["keep_bits"] = keep_bits.to(weight.device)
-        layer = place_frozen(model, path, *_empty(weight, keep_bits))
-        layer.share = share
-        return [self._divide(layer, f"{name}{_SUFFIX}", share.cut(tensor)) for name, tensor in tensors.items()]
+            tensors["keep_bits"] = keep_bits
+        share = RowShare(form, None if keep_bits is None else keep_bits.to("meta"), self.group)
+        return share, {name: share.mine(share.cut(each)).to(device, copy=True) for name, each in tensors.items()}
 
-    def _divide(self, module: nn.Module, name: str, tensor: Tensor) -> _Placed:
-        """Give a module a parameter without values in the place of a tensor; its rows of this process are copied."""
-        mine = tensor[span(len(tensor), self.group.rank(), self.group.size())].clone()
-        meta = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
-        if name not in module._parameters:
-            module.register_parameter(name, nn.Parameter(meta, requires_grad=False))
-        else:  # the same object, which a tied module may hold as well
-            parameter = module._parameters[name]
-            assert parameter is not None
-            parameter.requires_grad_(False)
-            parameter.data = meta
-        return module, name, mine
+    def _place_layer(self, load: Loading, path: str, share: RowShare, parts: _Parts) -> list[_Placed]:
+        """Put a layer without values into the model; its sharded parameters are returned."""
+        form = share.form
+        shapes = _divided_tensors(form)
+        empty = {name: _no_memory(each, load.device) for name, each in shapes.items()}
+        weight: Weight = empty["weight"] if isinstance(form, Tensor) else form
+        if isinstance(weight, PackedWeight):
+            weight = replace(weight, packed=empty["packed"], absmax=empty["absmax"])
+        bits = None if share.keep_bits_form is None else _no_memory(share.keep_bits_form, load.device)
+        if share.keep_bits_form is not None:
+            shapes["keep_bits"] = share.keep_bits_form
+        layer = place_frozen(load.model, path, weight, bits)
+        layer.share = share
+        for name, each in shapes.items():
+            layer.register_parameter(f"{name}{_SUFFIX}", nn.Parameter(share.cut(each), requires_grad=False))
+        return [(layer, f"{name}{_SUFFIX}", parts[name]) for name in shapes]
+
+    def _place_matrix(
+        self, module: nn.Module, leaf: str, item: StoredTensor, dtype: torch.dtype, device: torch.device
+    ) -> _Placed:
+        """Let an embedding have no values; what this process keeps of it is returned."""
+        parameter = module._parameters[leaf]
+        assert parameter is not None  # the same object as that of a tied head
+        parameter.requires_grad_(False)
+        parameter.data = torch.empty(item.shape, dtype=dtype, device="meta")
+        rows = span(item.shape[0], self.group.rank(), self.group.size())
+        return module, leaf, _rows(item, rows).to(device, dtype, copy=True)
+
+    def _drop(self, name: str) -> None:
+        """Give the pages of a weight back, if it is mapped from a packed base."""
+        base = None if self.cache is None else self.cache.base
+        for part in () if base is None else base.parts(name):
+            part.file.drop(part.name)
 
     def _shard(self, model: PreTrainedModel, placed: list[_Placed]) -> None:
         """Let torch gather and drop the placed tensors, unit by unit."""
@@ -180,30 +231,30 @@ def _fill(module: nn.Module, name: str, mine: Tensor, mesh: DeviceMesh) -> None:
         module.share.parts[name.removesuffix(_SUFFIX)] = filled
 
 
-def _cut_tensors(weight: Weight) -> dict[str, Tensor]:
-    """The tensors of a weight that are divided; those of double quantised scales are small."""
-    if isinstance(weight, Tensor):
-        return {"weight": weight}
-    return {"packed": weight.packed, "absmax": weight.absmax}
+def _divided_tensors(weight: Weight) -> dict[str, Tensor]:
+    """The tensors of a weight that are divided: not those of double quantised scales, which are small."""
+    return {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
 
 
-def _without_values(weight: Weight) -> Weight:
-    if isinstance(weight, Tensor):
-        return weight.to("meta")
-    return replace(weight, packed=weight.packed.to("meta"), absmax=weight.absmax.to("meta"))
+def _rows(item: StoredTensor, rows: slice) -> Tensor:
+    """Some rows of a stored matrix, perhaps none."""
+    return stored_rows(item, rows) if rows.start < rows.stop else stored_rows(item, slice(0, 1))[:0]
 
 
-def _empty(weight: Weight, keep_bits: Tensor | None) -> tuple[Weight, Tensor | None]:
-    """A weight and mask of the same shapes without memory, but for the scales of scales."""
-    bits = None if keep_bits is None else _no_memory(keep_bits)
-    if isinstance(weight, Tensor):
-        return _no_memory(weight), bits
-    return replace(weight, packed=_no_memory(weight.packed), absmax=_no_memory(weight.absmax)), bits
+def _quantized(rows: Tensor, form: PackedWeight, name: str) -> _Parts:
+    """Codes and scales of some rows, by rows, without double quantisation; `form` is that of the whole weight."""
+    if len(rows) == 0:
+        codes = form.packed.reshape(form.shape[0], -1)
+        blocks = form.absmax.numel() // form.shape[0]
+        packed = torch.empty(0, codes.shape[1], dtype=codes.dtype, device=rows.device)
+        return {"packed": packed, "absmax": torch.empty(0, blocks, device=rows.device)}
+    found = quantize(rows, form.kind, form.block_size, double_quant=False, name=name)
+    return {"packed": found.packed.reshape(len(rows), -1), "absmax": found.absmax.reshape(len(rows), -1)}
 
 
-def _no_memory(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, dtype and device whose memory is given back."""
-    empty = torch.empty_like(tensor)
+def _no_memory(form: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the same shape and dtype whose memory is given back."""
+    empty = torch.empty(form.shape, dtype=form.dtype, device=device)
     empty.untyped_storage().resize_(0)
     return empty
 

@@ -35,7 +35,7 @@ class RowShare:
     """
 
     def __init__(self, form: Weight, keep_bits: Tensor | None, group: dist.ProcessGroup) -> None:
-        self.form, self.group = form, group
+        self.form, self.keep_bits_form, self.group = form, keep_bits, group
         self.rank, self.size = group.rank(), group.size()
         out_features, in_features = form.shape
         whole_blocks = isinstance(form, Tensor) or form.kind == "int8" or in_features % form.block_size == 0

@@ -51,10 +51,10 @@ def load_base(
         UserError: This machine lacks the GPU, or what `load_model` refuses.
     """
     assert (recipe.base.prune is None) == (placer is None), "run/pruned_base.py loads a pruned base"
-    base, cache = recipe.base, _cache(recipe, compute, progress)
+    base, cache = recipe.base, _cache(recipe, compute, progress, mapped=mesh is not None)
     if mesh is not None:
         assert placer is None or isinstance(placer, PrunedBase), "a base is pruned whole"
-        placer = ShardedBase(mesh, placer)
+        placer = ShardedBase(mesh, placer, cache)
     elif base.residency == "host" and base.quant != "none":
         if compute.device.type != "cuda":
             raise UserError(NO_GPU)
@@ -87,7 +87,9 @@ def load_base(
     return model
 
 
-def _cache(recipe: Recipe, compute: Compute, progress: Callable[[int, int], None] | None) -> BaseCache | None:
+def _cache(
+    recipe: Recipe, compute: Compute, progress: Callable[[int, int], None] | None, *, mapped: bool
+) -> BaseCache | None:
     """The reader of the packed base on disk; None if the recipe keeps none there."""
     base = recipe.base
     on_disk = base.residency == "disk"
@@ -95,7 +97,7 @@ def _cache(recipe: Recipe, compute: Compute, progress: Callable[[int, int], None
         return None
     root = cache_folder("bases") if base.cache in (None, "auto") else user_path(base.cache)
     wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
-    return BaseCache(root, wanted, compute.device, mapped=on_disk, progress=progress)
+    return BaseCache(root, wanted, compute.device, mapped=mapped or on_disk, progress=progress)
 
 
 FILE = "residency.json"
